@@ -1,0 +1,63 @@
+"""Every error the project raises on purpose.
+
+::
+
+    FhirAssetsError
+    ├── ConfigurationError        a setting is missing, malformed or contradicts another
+    ├── TransientError            the same call may succeed later
+    │   ├── ServerUnavailable     a FHIR server that is down, overloaded or drops connections
+    │   └── DatabaseUnavailable   Postgres cannot be reached
+    └── PermanentError            the same call will fail again
+        ├── ServerRefused         a FHIR server answered 4xx: credentials, rights, an unknown search
+        ├── NotFhir               an answer or a file that is not what FHIR promises
+        ├── StoreError            the store cannot be read or written (disk full, rights, damaged part)
+        ├── FhirPathError         an expression that cannot be parsed, resolved or evaluated
+        └── ViewError             a ViewDefinition that is invalid, or a table that it no longer fits
+
+A message says what happened, where, and what to do next. It never holds a patient's data: no resource, no
+element's value, no response body.
+"""
+
+
+class FhirAssetsError(Exception):
+    """The root of the project's errors."""
+
+
+class ConfigurationError(FhirAssetsError):
+    """A setting is missing, malformed or contradicts another."""
+
+
+class TransientError(FhirAssetsError):
+    """The same call may succeed later."""
+
+
+class PermanentError(FhirAssetsError):
+    """The same call will fail again."""
+
+
+class ServerUnavailable(TransientError):
+    """A FHIR server is down, overloaded or drops connections, and the retries are used up."""
+
+
+class DatabaseUnavailable(TransientError):
+    """Postgres cannot be reached."""
+
+
+class ServerRefused(PermanentError):
+    """A FHIR server answered 4xx: credentials, rights, an unknown search."""
+
+
+class NotFhir(PermanentError):
+    """An answer or a file is not what FHIR promises."""
+
+
+class StoreError(PermanentError):
+    """The store cannot be read or written: disk full, missing rights, a damaged part."""
+
+
+class FhirPathError(PermanentError):
+    """A FHIRPath expression cannot be parsed, resolved or evaluated."""
+
+
+class ViewError(PermanentError):
+    """A ViewDefinition is invalid, or a table no longer fits it."""
