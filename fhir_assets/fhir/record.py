@@ -1,0 +1,115 @@
+"""What flows through the pipeline: one resource as its received bytes, with the few facts that route it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+import msgspec
+
+from fhir_assets.errors import PermanentError
+from fhir_assets.windows import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A resource as it was received: ``body`` is its JSON on one line, without the line feed, digits and key
+    order untouched. ``arrived`` places a resource without ``meta.lastUpdated`` into a window.
+    """
+
+    resource_type: str
+    id: str
+    version_id: str | None
+    last_updated: datetime | None
+    arrived: datetime
+    body: bytes
+
+    @property
+    def as_of(self) -> datetime:
+        """The time that orders the versions of a resource and picks its window."""
+        return self.last_updated or self.arrived
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Something received that cannot become a Record: the seed of a dead letter of stage ``fetch``.
+
+    ``path`` says where it was found (``Patient.ndjson.gz:17``); ``message`` holds no patient data.
+    """
+
+    resource_type: str
+    resource_id: str | None
+    rule: str
+    path: str
+    message: str
+    arrived: datetime
+    body: bytes
+
+
+class Source(Protocol):
+    """Where resources come from."""
+
+    name: str
+    one_pass: bool
+    """True if all types are read together (files, a bulk export), False if each type is asked for by itself."""
+
+    def offered(self) -> frozenset[str] | None:
+        """The types the source can give; None if it cannot say."""
+        ...
+
+    def count(self, resource_type: str, interval: Interval) -> int | None:
+        """How many resources the source says it has in ``interval``; None if it cannot say."""
+        ...
+
+    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
+        """Every resource of the types whose ``lastUpdated`` lies in ``interval`` (or that has none), streamed.
+
+        Raises ServerUnavailable, ServerRefused or NotFhir; what was yielded before then is true but incomplete.
+        """
+        ...
+
+
+class Meta(msgspec.Struct):
+    versionId: str | None = None  # noqa: N815
+    lastUpdated: str | None = None  # noqa: N815
+
+
+class Header(msgspec.Struct):
+    """The part of a resource that is read before validation."""
+
+    resourceType: str  # noqa: N815
+    id: str | None = None
+    meta: Meta | None = None
+
+
+class Malformed(PermanentError):
+    """Bytes that are not a JSON object with a resourceType, or whose id or meta has the wrong JSON type."""
+
+
+_header = msgspec.json.Decoder(Header)
+
+
+def one_line(body: bytes) -> bytes:
+    """JSON on one line: raw line ends can only be insignificant white space, so they become blanks."""
+    if b"\n" in body or b"\r" in body:
+        body = body.replace(b"\r", b" ").replace(b"\n", b" ")
+    return body.strip()
+
+
+def read_header(body: bytes) -> Header:
+    """Decode ``resourceType``, ``id`` and ``meta``, skipping the rest. Raises Malformed, without the content."""
+    try:
+        return _header.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Malformed(f"not a FHIR resource in JSON: {type(error).__name__}") from None
+
+
+def read_instant(text: str | None) -> datetime | None:
+    """A FHIR instant as an aware datetime, None if it is absent or not an instant with a zone."""
+    if not text:
+        return None
+    try:
+        value = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return value if value.tzinfo else None
