@@ -1,0 +1,149 @@
+"""Every environment variable the project reads: typed, documented and checked at start.
+
+``.env`` of the working folder is read too; the environment wins over it.
+"""
+
+from datetime import UTC, date, datetime
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from fhir_assets.catalog import BY_NAME, CATALOG
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.windows import Granularity, WindowScheme
+
+EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
+"""Where windows begin when FHIR_LAST_UPDATED_GTE is unset; the first one then takes all that is older."""
+
+
+class SourceKind(StrEnum):
+    """How resources come in."""
+
+    SEARCH = "search"
+    NDJSON = "ndjson"
+
+
+class Settings(BaseSettings):
+    """The settings of one deployment. ``load_settings`` makes one with readable errors."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True
+    )
+
+    fhir_base_url: str = Field("", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob")
+    fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search` or `ndjson`")
+    fhir_page_size: int = Field(500, ge=1, le=10_000, description="`_count` of a search")
+    fhir_last_updated_gte: datetime | None = Field(
+        None, description="Load nothing older than this date. Unset: everything, the oldest in the first window"
+    )
+    fhir_resource_types: Annotated[tuple[str, ...], NoDecode] = Field(
+        tuple(t.name for t in CATALOG), description="Comma-separated subset of the catalog"
+    )
+    fhir_partition: Granularity = Field(Granularity.DAILY, description="`hourly`, `daily` or `monthly` windows")
+    fhir_overlap_seconds: int = Field(
+        120, ge=0, description="How far back an extension of the open window reads again, for late commits"
+    )
+    fhir_schedule: str = Field("*/15 * * * *", description="Cron of the schedule `incremental_load`, UTC")
+    fhir_timeout_seconds: float = Field(60, gt=0, description="How long one call to the FHIR server may take")
+    fhir_max_attempts: int = Field(8, ge=1, description="How often a call that failed in passing is tried")
+    fhir_max_connections: int = Field(4, ge=1, description="Calls to the FHIR server at once, over all runs")
+    fhir_auth_username: str | None = Field(None, description="Basic authentication")
+    fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication")
+    fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
+    fhir_store_url: str = Field("", description="Where raw and validated live; unset: FHIR_ASSETS_HOME/store")
+    fhir_views: Path | None = Field(None, description="A folder of further ViewDefinitions")
+    db_url: SecretStr | None = Field(None, description="Postgres 15 or newer; unset: the embedded one")
+    fhir_assets_home: Path = Field(Path(".fhir_assets"), description="State of the embedded parts")
+    validation_warn_rules: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Comma-separated rules that only warn, such as `invariant:obs-6`"
+    )
+    validation_max_bytes: int = Field(64 * 2**20, ge=1024, description="Size limit of one resource")
+    validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
+    dead_letter_warn_rate: float = Field(0.01, ge=0, le=1, description="Share of dead letters that warns")
+    dead_letter_error_rate: float = Field(0.10, ge=0, le=1, description="Share of dead letters that is an error")
+
+    @field_validator("fhir_resource_types", "validation_warn_rules", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("fhir_resource_types")
+    @classmethod
+    def _known_types(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in BY_NAME]
+        if unknown:
+            raise ValueError(f"unknown resource types {', '.join(unknown)}; known are {', '.join(BY_NAME)}")
+        return tuple(t.name for t in CATALOG if t.name in value)
+
+    @field_validator("fhir_last_updated_gte", mode="before")
+    @classmethod
+    def _date_is_utc_midnight(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime(value.year, value.month, value.day)
+        if isinstance(value, datetime) and value.tzinfo is None:
+            value = value.replace(tzinfo=UTC)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.fhir_last_updated_gte and self.fhir_last_updated_gte > datetime.now(UTC):
+            raise ValueError("FHIR_LAST_UPDATED_GTE lies in the future")
+        if bool(self.fhir_auth_username) != bool(self.fhir_auth_password):
+            raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD go together: one of them is missing")
+        if self.fhir_auth_username and self.fhir_auth_token:
+            raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
+        if self.fhir_source is SourceKind.SEARCH and self.fhir_base_url:
+            url = urlsplit(self.fhir_base_url)
+            if url.scheme not in ("http", "https") or not url.netloc:
+                raise ValueError("FHIR_BASE_URL must begin with http:// or https:// when FHIR_SOURCE is search")
+        return self
+
+    @cached_property
+    def home(self) -> Path:
+        """The absolute folder of the embedded parts."""
+        return self.fhir_assets_home.expanduser().absolute()
+
+    @cached_property
+    def store_url(self) -> str:
+        """Where the partitions of raw and validated live: a folder."""
+        return self.fhir_store_url or str(self.home / "store")
+
+    @cached_property
+    def window_scheme(self) -> WindowScheme:
+        """The windows that the settings ask for."""
+        start = self.fhir_last_updated_gte
+        return WindowScheme(
+            self.fhir_partition,
+            self.fhir_partition.floor(start or EARLIEST_WINDOW),
+            open_start=start is None,
+        )
+
+    def require_source(self) -> str:
+        """FHIR_BASE_URL. Raises ConfigurationError if it is unset."""
+        if not self.fhir_base_url:
+            raise ConfigurationError(
+                "FHIR_BASE_URL is not set: give the base URL of a FHIR server (https://…/fhir), or with "
+                "FHIR_SOURCE=ndjson a folder of NDJSON files, in the environment or in .env"
+            )
+        return self.fhir_base_url
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings of the environment. Raises ConfigurationError that names every bad variable."""
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        reasons = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc']).upper() or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors(include_url=False, include_input=False, include_context=False)
+        )
+        raise ConfigurationError(f"Bad settings. {reasons}") from None

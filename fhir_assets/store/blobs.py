@@ -1,0 +1,104 @@
+"""Where bytes live: a folder, or anything else that offers these few calls."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from fhir_assets.errors import StoreError
+
+
+class Blobs(Protocol):
+    """Named bytes. Names are relative paths with ``/``; what is put appears whole or not at all."""
+
+    url: str
+
+    def spool(self) -> Path:
+        """A local folder, on the same disk where there is one, in which files grow before they are put."""
+        ...
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Move the local file ``path`` to ``name``."""
+        ...
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write or replace ``name`` in one step."""
+        ...
+
+    def get(self, name: str) -> bytes | None:
+        """The content of ``name``, None if there is none."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """``name`` as a stream. Raises StoreError if there is none."""
+        ...
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Every name that begins with the folder ``prefix``."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove ``name`` if it is there."""
+        ...
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot {what}: {error.strerror or type(error).__name__}. Free space or mend the "
+                         "rights of the store's folder (FHIR_STORE_URL), then run the partition again") from None
+
+
+class LocalBlobs:
+    """A folder. A file is complete and on the disk before its name appears."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+        self._spool = root / ".spool"
+
+    def spool(self) -> Path:
+        with _disk_errors(f"write to {self.root}"):
+            self._spool.mkdir(parents=True, exist_ok=True)
+        return self._spool
+
+    def put_file(self, name: str, path: Path) -> None:
+        target = self.root / name
+        with _disk_errors(f"write {target}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(target)
+
+    def put(self, name: str, content: bytes) -> None:
+        path = self.spool() / f"{os.urandom(8).hex()}.tmp"
+        with _disk_errors(f"write {self.root / name}"):
+            path.write_bytes(content)
+        self.put_file(name, path)
+
+    def get(self, name: str) -> bytes | None:
+        with _disk_errors(f"read {self.root / name}"):
+            try:
+                return (self.root / name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def open(self, name: str) -> BinaryIO:
+        with _disk_errors(f"read {self.root / name}"):
+            return (self.root / name).open("rb")
+
+    def names(self, prefix: str) -> Iterator[str]:
+        for folder, _, files in os.walk(self.root / prefix):
+            for file in sorted(files):
+                yield (Path(folder) / file).relative_to(self.root).as_posix()
+
+    def delete(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.root, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""Partitions of NDJSON: ``<layer>/<type>/<partition key>/manifest.json`` and the parts it names."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+from isal import igzip
+
+from fhir_assets.catalog import snake_case
+from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.store.blobs import Blobs, LocalBlobs
+from fhir_assets.store.manifest import Manifest, Part
+
+BATCH_BYTES = 1 << 20
+"""How much is read at once: a batch of lines is the unit of work of validation and loading."""
+
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def folder(layer: str, resource_type: str, partition_key: str) -> str:
+    """The folder of a partition, relative to the store."""
+    return f"{layer}/{snake_case(resource_type)}/{partition_key}"
+
+
+class Store:
+    """Reads and commits partitions. Writing their parts is PartWriter's."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+
+    def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
+        """The committed state of a partition, None if it was never written. Raises StoreError."""
+        name = f"{folder(layer, resource_type, partition_key)}/manifest.json"
+        content = self.blobs.get(name)
+        if content is None:
+            return None
+        try:
+            return _decoder.decode(content)
+        except msgspec.DecodeError:
+            raise StoreError(
+                f"{self.blobs.url}/{name} is damaged: remove that folder and run the partition again"
+            ) from None
+
+    def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
+        """The manifests of those partitions that have one, in the order of the keys."""
+        found = (self.manifest(layer, resource_type, key) for key in partition_keys)
+        return [manifest for manifest in found if manifest is not None]
+
+    def commit(self, manifests: Iterable[Manifest]) -> None:
+        """Make the partitions visible, each in one step. Their parts must have been put before."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self._commit_one, manifests))
+
+    def _commit_one(self, manifest: Manifest) -> None:
+        where = folder(manifest.layer, manifest.resource_type, manifest.partition_key)
+        content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        self.blobs.put(f"{where}/manifest.json", content)
+
+    def batches(self, parts: Iterable[Part]) -> Iterator[list[bytes]]:
+        """The lines of the parts, without line feeds, about 1 MiB at a time.
+
+        Raises StoreError if a part is missing, damaged, or has not as many lines as its manifest says.
+        """
+        for part in parts:
+            rows = 0
+            for batch in self._lines(part):
+                rows += len(batch)
+                yield batch
+            if rows != part.rows:
+                raise self._damaged(part)
+
+    def _lines(self, part: Part) -> Iterator[list[bytes]]:
+        rest = b""
+        with self.blobs.open(part.name) as raw, igzip.open(raw, "rb") as file:
+            while True:
+                try:
+                    chunk = file.read(BATCH_BYTES)
+                except (OSError, EOFError, igzip.isal_zlib.error):
+                    raise self._damaged(part) from None
+                if not chunk:
+                    break
+                lines = (rest + chunk).split(b"\n")
+                rest = lines.pop()
+                if lines:
+                    yield lines
+        if rest:
+            raise self._damaged(part)
+
+    def _damaged(self, part: Part) -> StoreError:
+        return StoreError(
+            f"{self.blobs.url}/{part.name} is damaged or incomplete: materialize its raw partition again "
+            "with a full refresh"
+        )
+
+
+def open_store(url: str) -> Store:
+    """The store at ``url``: a folder. Raises ConfigurationError for a scheme that is not served."""
+    if "://" in url and not url.startswith("file://"):
+        raise ConfigurationError(f"FHIR_STORE_URL: {url.split('://')[0]}:// is not served; give a folder")
+    return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()))
