@@ -57,6 +57,14 @@ class Source(Protocol):
         """The types the source can give; None if it cannot say."""
         ...
 
+    def state(self) -> str | None:
+        """For sources that are read whole (files): changes when they change. None for those asked by interval."""
+        ...
+
+    def extent(self, resource_types: Sequence[str]) -> Interval | None:
+        """From the oldest ``as_of`` that the source holds to just after the newest; None if it holds nothing."""
+        ...
+
     def count(self, resource_type: str, interval: Interval) -> int | None:
         """How many resources the source says it has in ``interval``; None if it cannot say."""
         ...
