@@ -49,8 +49,10 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot {what}: {error.strerror or type(error).__name__}. Free space or mend the "
-                         "rights of the store's folder (FHIR_STORE_URL), then run the partition again") from None
+        raise StoreError(
+            f"cannot {what}: {error.strerror or type(error).__name__}. Free space or mend the "
+            "rights of the store's folder (FHIR_STORE_URL), then run the partition again"
+        ) from None
 
 
 class LocalBlobs:
