@@ -1,0 +1,90 @@
+"""Narrative XHTML: formatting only, nothing active (https://hl7.org/fhir/R4/narrative.html)."""
+
+import re
+from xml.parsers import expat
+
+XHTML = "http://www.w3.org/1999/xhtml"
+
+ELEMENTS = frozenset(
+    "a abbr acronym address area b bdo big blockquote br caption cite code col colgroup dd del dfn div dl dt em h1 h2 "
+    "h3 h4 h5 h6 hr i img ins kbd li map ol p pre q samp small span strong sub sup table tbody td tfoot th thead tr tt "
+    "u ul var".split()
+)
+"""Chapters 7 to 11 (without 9.4) and 15 of HTML 4.0, ``a`` and ``img``."""
+
+ATTRIBUTES = frozenset(
+    "abbr accesskey align alt axis bgcolor border cellpadding cellspacing char charoff charset cite class clear "
+    "color colspan compact coords datetime dir frame headers height href hreflang hspace id ismap lang longdesc name "
+    "nohref noshade nowrap rel rev rowspan rules scope shape size span src start style summary tabindex title type "
+    "usemap valign value vspace width xml:lang xml:space xmlns".split()
+)
+
+_LINKS = frozenset({"href", "src", "cite", "longdesc", "usemap"})
+_HIDDEN = re.compile(r"[\x00-\x20]+")
+_ACTIVE = re.compile(r"(?i)(javascript|vbscript|livescript|file):|data:(?!image/(png|gif|jpeg|bmp|webp)[;,])")
+_ACTIVE_STYLE = re.compile(r"(?i)expression\(|javascript:|vbscript:|@import|-moz-binding|behavior:")
+
+
+class _Reader:
+    """Collects what one div holds that it may not."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.has_content = False
+        self.problem: tuple[str, str] | None = None
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        if self.depth == 0 and (name != "div" or attributes.get("xmlns") != XHTML):
+            self._refuse("primitive", f"expected one div in the namespace {XHTML}")
+        self.depth += 1
+        if name not in ELEMENTS:
+            self._refuse("invariant:txt-1", "an element that narrative may not hold")
+        if name == "img":
+            self.has_content = True
+        for attribute, value in attributes.items():
+            if attribute not in ATTRIBUTES:
+                self._refuse("invariant:txt-1", "an attribute that narrative may not hold")
+            elif attribute in _LINKS and _ACTIVE.match(_HIDDEN.sub("", value)):
+                self._refuse("invariant:txt-1", "a link to active content")
+            elif attribute == "style" and _ACTIVE_STYLE.search(_HIDDEN.sub("", value)):
+                self._refuse("invariant:txt-1", "a style with active content")
+
+    def end(self, _name: str) -> None:
+        self.depth -= 1
+
+    def text(self, data: str) -> None:
+        if not self.has_content and data.strip():
+            self.has_content = True
+
+    def refuse_declaration(self, *_: object) -> None:
+        self._refuse("invariant:txt-1", "a declaration or processing instruction, which narrative may not hold")
+
+    def _refuse(self, rule: str, message: str) -> None:
+        if self.problem is None:
+            self.problem = rule, message
+
+
+def check_xhtml(text: str) -> tuple[str, str] | None:
+    """None if the div is good, else the rule it breaks first and why.
+
+    ``primitive`` when it is not one well-formed div, ``invariant:txt-1`` for what may not be in it,
+    ``invariant:txt-2`` when nothing is in it.
+    """
+    reader = _Reader()
+    parser = expat.ParserCreate("utf-8")
+    parser.buffer_text = True
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.CharacterDataHandler = reader.text
+    parser.StartDoctypeDeclHandler = reader.refuse_declaration
+    parser.ProcessingInstructionHandler = reader.refuse_declaration
+    parser.EntityDeclHandler = reader.refuse_declaration
+    if "<!DOCTYPE" in text:  # before the parser sees an entity that expands to gigabytes
+        return "invariant:txt-1", "a document type declaration, which narrative may not hold"
+    try:
+        parser.Parse(text.encode(), True)
+    except (expat.ExpatError, UnicodeEncodeError):
+        return reader.problem or ("primitive", "expected well-formed XHTML, without HTML's named entities")
+    if reader.problem is None and not reader.has_content:
+        return "invariant:txt-2", "narrative without any content"
+    return reader.problem

@@ -1,0 +1,167 @@
+"""The rules of FHIR R4 (4.0.1), read from ``r4.json.gz``: which elements a type has, and what may be in them."""
+
+import gzip
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import msgspec
+
+RULES_FILE = Path(__file__).with_name("r4.json.gz")
+
+PRIMITIVES = frozenset(
+    {
+        "base64Binary", "boolean", "canonical", "code", "date", "dateTime", "decimal", "id", "instant", "integer",
+        "markdown", "oid", "positiveInt", "string", "time", "unsignedInt", "uri", "url", "uuid", "xhtml", "Element.id",
+    }
+)  # fmt: skip
+"""The primitive types; ``Element.id`` stands for the id attribute of elements (a string without white space)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """A constraint of the definitions: its key, severity (``error`` or ``warning``) and FHIRPath expression."""
+
+    key: str
+    severity: str
+    expression: str
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """What a structure says of one element. ``types`` are primitives, complex types or paths of structures;
+    ``targets`` are the resource types a Reference may point at (empty: any); ``value_set`` is set only where
+    the binding is required.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    required: bool
+    is_list: bool
+    is_choice: bool
+    value_set: str | None
+    targets: frozenset[str]
+    invariants: tuple[Invariant, ...]
+
+    def json_names(self) -> dict[str, str]:
+        """The element's property names in JSON, with the type each stands for."""
+        if not self.is_choice:
+            return {self.name: self.types[0]}
+        return {self.name + type_[0].upper() + type_[1:]: type_ for type_ in self.types}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A resource type, a complex type or an element with children of its own (``Patient.contact``)."""
+
+    name: str
+    kind: str
+    base: str
+    abstract: bool
+    elements: Mapping[str, Element]
+    invariants: tuple[Invariant, ...]
+
+    @property
+    def is_resource(self) -> bool:
+        return self.kind == "resource"
+
+    @cached_property
+    def properties(self) -> dict[str, tuple[Element, str]]:
+        """Each property name in JSON, with its element and type."""
+        return {
+            name: (element, type_)
+            for element in self.elements.values()
+            for name, type_ in element.json_names().items()
+        }
+
+    @cached_property
+    def required(self) -> tuple[Element, ...]:
+        return tuple(element for element in self.elements.values() if element.required)
+
+    @cached_property
+    def choices(self) -> tuple[Element, ...]:
+        return tuple(element for element in self.elements.values() if element.is_choice)
+
+
+class _Element(msgspec.Struct):
+    t: list[str]
+    n: int = 0
+    l: int = 0  # noqa: E741
+    c: int = 0
+    v: str | None = None
+    r: list[str] = []
+    i: list[tuple[str, str, str]] = []
+
+
+class _Structure(msgspec.Struct):
+    kind: str
+    elements: dict[str, _Element]
+    base: str = ""
+    abstract: bool = False
+    invariants: list[tuple[str, str, str]] = []
+
+
+class _File(msgspec.Struct, rename="camel"):
+    version: str
+    structures: dict[str, _Structure]
+    value_sets: dict[str, dict[str, list[str]] | None]
+
+
+class Rules:
+    """All rules. ``digest`` changes whenever they do; ``value_sets`` gives codes by system, None if no table holds them."""
+
+    def __init__(self, content: bytes) -> None:
+        file = msgspec.json.decode(gzip.decompress(content), type=_File)
+        self._structures = file.structures
+        self._made: dict[str, Structure] = {}
+        self.fhir_version = file.version
+        self.digest = hashlib.sha256(content).hexdigest()[:12]
+        self.value_sets: dict[str, dict[str, frozenset[str]] | None] = {
+            url: None if systems is None else {system: frozenset(codes) for system, codes in systems.items()}
+            for url, systems in file.value_sets.items()
+        }
+        self.resource_types = frozenset(
+            name for name, s in file.structures.items() if s.kind == "resource" and not s.abstract
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._structures
+
+    def names(self) -> list[str]:
+        """The names of all structures."""
+        return list(self._structures)
+
+    def structure(self, name: str) -> Structure:
+        """The structure of a type or of an element's path. Raises KeyError when R4 has none."""
+        found = self._made.get(name)
+        if found is None:
+            raw = self._structures[name]
+            found = self._made[name] = Structure(
+                name=name,
+                kind=raw.kind,
+                base=raw.base,
+                abstract=raw.abstract,
+                elements={
+                    key: Element(
+                        name=key,
+                        types=tuple(e.t),
+                        required=bool(e.n),
+                        is_list=bool(e.l),
+                        is_choice=bool(e.c),
+                        value_set=e.v,
+                        targets=frozenset(e.r),
+                        invariants=tuple(Invariant(*i) for i in e.i),
+                    )
+                    for key, e in raw.elements.items()
+                },
+                invariants=tuple(Invariant(*i) for i in raw.invariants),
+            )
+        return found
+
+
+@cache
+def load_rules() -> Rules:
+    """The rules of the package, read once a process."""
+    return Rules(RULES_FILE.read_bytes())

@@ -1,0 +1,98 @@
+"""The validator: bytes in, a verdict out, whatever the bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from fhir_assets.fhir.validation.issues import JSON, Issue
+from fhir_assets.fhir.validation.json_text import BrokenJson, parse_strictly
+from fhir_assets.fhir.validation.rules import load_rules
+from fhir_assets.fhir.validation.walker import Walker
+
+MAX_BYTES = 64 * 1024 * 1024
+MAX_DEPTH = 100
+
+_parse = msgspec.json.Decoder(float_hook=Decimal).decode
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the validation says of one body.
+
+    ``resource`` is the parsed JSON, fractions as Decimal with their digits; None if the JSON itself is broken (rule
+    ``json``) or no object. It is parsed on first use when the fast path accepted the body.
+    """
+
+    body: bytes
+    issues: tuple[Issue, ...] = ()
+
+    @property
+    def valid(self) -> bool:
+        """No issue of severity ``error``."""
+        return not any(issue.severity == "error" for issue in self.issues)
+
+    @cached_property
+    def resource(self) -> dict[str, Any] | None:
+        if any(issue.rule == JSON for issue in self.issues):
+            return None
+        value = _parse(self.body)
+        return value if isinstance(value, dict) else None
+
+
+class Validator:
+    """Validates resources against the base definitions of FHIR R4 (4.0.1).
+
+    ``warn_rules`` demotes rules to warnings: by name (``invariant:obs-6``), prefix (``invariant``) or with the path
+    without indexes (``required-binding:Patient.gender``); ``json`` always stays an error. ``max_bytes`` and
+    ``max_depth`` bound what is read. Instances hold no state of a check: threads may share them, and pickling them
+    keeps the settings.
+    """
+
+    def __init__(
+        self, *, warn_rules: Sequence[str] = (), max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
+    ) -> None:
+        self.warn_rules = tuple(warn_rules)
+        self.max_bytes = max_bytes
+        self.max_depth = max_depth
+
+    @property
+    def rules_version(self) -> str:
+        """Changes whenever the rules do."""
+        rules = load_rules()
+        return f"{rules.fhir_version}-{rules.digest}"
+
+    def check(self, body: bytes) -> Verdict:
+        """The verdict on one resource as JSON. Never raises, whatever the bytes."""
+        return self.explain(body)
+
+    def explain(self, body: bytes) -> Verdict:
+        """As ``check``, always by the walk that finds all issues."""
+        if len(body) > self.max_bytes:
+            return _broken(body, f"the resource is larger than {self.max_bytes} bytes", "")
+        try:
+            value = parse_strictly(body, self.max_depth)
+        except BrokenJson as error:
+            return _broken(body, error.message, error.path)
+        issues = Walker(load_rules()).walk(value)
+        return Verdict(body, tuple(map(self._demote, issues)))
+
+    def _demote(self, issue: Issue) -> Issue:
+        if issue.severity == "error" and self.warn_rules and self._is_warning(issue):
+            return replace(issue, severity="warning")
+        return issue
+
+    def _is_warning(self, issue: Issue) -> bool:
+        name = f"{issue.rule}:{_without_indexes(issue.path)}"
+        return any(name == rule or name.startswith(rule + ":") for rule in self.warn_rules)
+
+
+def _without_indexes(path: str) -> str:
+    return "".join(part.partition("]")[2] if n else part for n, part in enumerate(path.split("[")))
+
+
+def _broken(body: bytes, message: str, path: str) -> Verdict:
+    return Verdict(body, (Issue(JSON, "error", path or "Resource", message),))

@@ -1,0 +1,270 @@
+"""Finds every issue of a resource: walks the parsed JSON beside the rules, and says what is wrong where.
+
+This is the authority; ``compiled.py`` only ever answers "surely good" faster.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fhir_assets.fhir.validation import invariants
+from fhir_assets.fhir.validation.bindings import allows_code, allows_coding
+from fhir_assets.fhir.validation.issues import (
+    CARDINALITY,
+    INVARIANT,
+    REFERENCE_TARGET,
+    REQUIRED_BINDING,
+    STRUCTURE,
+    Issue,
+    Severity,
+)
+from fhir_assets.fhir.validation.json_text import child_path
+from fhir_assets.fhir.validation.primitives import check_primitive
+from fhir_assets.fhir.validation.references import ANY, literal_target
+from fhir_assets.fhir.validation.rules import PRIMITIVES, Element, Rules, Structure
+
+Json = dict[str, Any]
+
+NOTHING = object()
+
+
+@dataclass(slots=True)
+class Scope:
+    """Where the walk is: the resource at hand (%resource), the one that contains it (%rootResource), and the
+    types of the contained ones by id.
+    """
+
+    resource: Json
+    root: Json
+    contained: Mapping[str, str]
+    is_contained: bool = False
+    broken: bool = False
+    pending: list[tuple[Structure, Json, str]] = field(default_factory=list)
+
+
+class Walker:
+    """Walks one resource. ``issues`` are in document order, invariants of a resource after its elements."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.issues: list[Issue] = []
+
+    def add(self, rule: str, path: str, message: str, severity: Severity = "error") -> None:
+        self.issues.append(Issue(rule, severity, path, message))
+
+    # resources
+
+    def walk(self, value: Any) -> list[Issue]:
+        """All issues of a whole resource."""
+        self._resource(value, "", None)
+        return self.issues
+
+    def _resource(self, value: Any, path: str, container: Scope | None) -> None:
+        if not isinstance(value, dict):
+            return self.add(STRUCTURE, path or "Resource", "expected a resource: an object with a resourceType")
+        name = value.get("resourceType")
+        if not isinstance(name, str):
+            return self.add(STRUCTURE, path or "Resource", "a resource needs a resourceType")
+        if name not in self.rules.resource_types:
+            return self.add(STRUCTURE, path or "Resource", "the resourceType is not one of FHIR R4")
+        if container is None:
+            scope = Scope(value, value, _contained_types(value))
+        else:
+            scope = Scope(value, container.root, container.contained, is_contained=True)
+        before = len(self.issues)
+        self._object(self.rules.structure(name), value, path or name, scope)
+        scope.broken = len(self.issues) > before
+        for structure, focus, place in scope.pending:
+            self._invariants(structure.name, structure.invariants, focus, place, scope)
+        return None
+
+    # elements
+
+    def _object(self, structure: Structure, value: Any, path: str, scope: Scope) -> None:
+        if not isinstance(value, dict):
+            return self.add(STRUCTURE, path, "expected an object")
+        if not value:
+            return self.add(STRUCTURE, path, "an object must not be empty; leave the element out")
+        seen: dict[str, str] = {}
+        for name, child in value.items():
+            plain = name.removeprefix("_")
+            known = structure.properties.get(plain)
+            if known is None or (plain != name and known[1] not in PRIMITIVES):
+                if not (name == "resourceType" and structure.is_resource):
+                    self.add(STRUCTURE, child_path(path, name), f"{structure.name} has no such element")
+                continue
+            element, type_ = known
+            if seen.setdefault(element.name, plain) != plain:
+                self.add(CARDINALITY, f"{path}.{element.name}", "at most one type of this element may be given")
+            if type_ not in PRIMITIVES:
+                self._complex(element, type_, child, f"{path}.{element.name}", scope)
+            elif plain == name:
+                self._primitive(element, type_, child, value.get("_" + name, NOTHING), f"{path}.{element.name}", scope)
+            elif plain not in value:
+                self._primitive(element, type_, NOTHING, child, f"{path}.{element.name}", scope)
+        for element in structure.required:
+            if element.name not in seen:
+                self.add(CARDINALITY, f"{path}.{element.name}", "a required element is missing")
+        if not structure.is_resource and value.keys() == {"id"}:
+            self.add(INVARIANT + "ele-1", path, "an element needs a value or children, not only an id")
+        if structure.invariants:
+            scope.pending.append((structure, value, path))
+        return None
+
+    def _complex(self, element: Element, type_: str, value: Any, path: str, scope: Scope) -> None:
+        if not self._has_right_shape(element, value, path):
+            return
+        for item, place in _items(element, value, path):
+            if item is None:
+                self.add(STRUCTURE, place, "null is not allowed; leave the element out")
+            elif type_ == "Resource":
+                self._nested(element, item, place, scope)
+            else:
+                structure = self.rules.structure(type_)
+                self._object(structure, item, place, scope)
+                if isinstance(item, dict):
+                    self._check_complex(element, type_, item, place, scope)
+
+    def _nested(self, element: Element, item: Any, path: str, scope: Scope) -> None:
+        if element.name != "contained":
+            self._resource(item, path, None)
+        elif scope.is_contained:
+            self.add(INVARIANT + "dom-2", path, "a contained resource must not contain others")
+        else:
+            self._resource(item, path, scope)
+
+    def _check_complex(self, element: Element, type_: str, item: Json, path: str, scope: Scope) -> None:
+        if type_ == "Reference":
+            self._reference(element, item, path, scope)
+        if element.value_set is not None and type_ == "CodeableConcept":
+            codings = item.get("coding")
+            codings = codings if isinstance(codings, list) else []
+            if not any(isinstance(c, dict) and allows_coding(element.value_set, c) for c in codings) and (
+                codings or "text" in item or "extension" not in item
+            ):
+                self.add(REQUIRED_BINDING, path, f"no coding is in the value set {element.value_set}")
+        if element.invariants:
+            self._invariants(type_, element.invariants, item, path, scope)
+
+    def _primitive(
+        self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope
+    ) -> None:
+        if value is not NOTHING and not self._has_right_shape(element, value, path):
+            return
+        if companion is not NOTHING and not self._has_right_shape(element, companion, path):
+            return
+        if not element.is_list:
+            if value is None:
+                self.add(STRUCTURE, path, "null is not allowed; leave the element out")
+            elif companion is None:
+                self.add(STRUCTURE, path, "null is not allowed beside a value; leave the element out")
+            else:
+                self._one_primitive(element, type_, value, companion, path, scope)
+            return
+        values = [] if value is NOTHING else value
+        companions = [] if companion is NOTHING else companion
+        if value is not NOTHING and companion is not NOTHING and len(values) != len(companions):
+            self.add(STRUCTURE, path, "the array of values and that of their extensions differ in length")
+        for n in range(max(len(values), len(companions))):
+            item = values[n] if n < len(values) else None
+            extra = companions[n] if n < len(companions) else None
+            place = f"{path}[{n}]"
+            if item is None and extra is None:
+                self.add(STRUCTURE, place, "null is only allowed where an extension stands in its place")
+            else:
+                self._one_primitive(
+                    element, type_, NOTHING if item is None else item, NOTHING if extra is None else extra, place, scope
+                )
+
+    def _one_primitive(
+        self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope
+    ) -> None:
+        if companion is not NOTHING:
+            self._companion(companion, value is NOTHING, path, scope)
+        if value is NOTHING:
+            return
+        problem = check_primitive(type_, value)
+        if problem is not None:
+            self.add(problem[0], path, problem[1])
+        elif element.value_set is not None and type_ == "code" and not allows_code(element.value_set, value):
+            self.add(REQUIRED_BINDING, path, f"the code is not in the value set {element.value_set}")
+        elif element.invariants:
+            self._invariants(type_, element.invariants, value, path, scope)
+
+    def _companion(self, companion: Any, alone: bool, path: str, scope: Scope) -> None:
+        if isinstance(companion, dict) and companion.keys() == {"id"} and not alone:
+            self._one_primitive(_ELEMENT_ID, "Element.id", companion["id"], NOTHING, f"{path}.id", scope)
+        else:
+            self._object(self.rules.structure("Element"), companion, path, scope)
+
+    def _has_right_shape(self, element: Element, value: Any, path: str) -> bool:
+        if value is None and not element.is_list:
+            return True
+        if element.is_list and not isinstance(value, list):
+            self.add(STRUCTURE, path, "this element repeats: expected an array")
+        elif element.is_list and not value:
+            self.add(STRUCTURE, path, "an array must not be empty; leave the element out")
+        elif not element.is_list and isinstance(value, list):
+            self.add(STRUCTURE, path, "this element does not repeat: expected no array")
+        else:
+            return True
+        return False
+
+    # references and invariants
+
+    def _reference(self, element: Element, value: Json, path: str, scope: Scope) -> None:
+        targets = element.targets
+        reference, stated = value.get("reference"), value.get("type")
+        named = stated if isinstance(stated, str) and stated in self.rules.resource_types else ANY
+        found = ANY
+        if isinstance(reference, str):
+            target = literal_target(reference)
+            if target is None:
+                self.add(
+                    REFERENCE_TARGET, path, "expected Type/id with a type of R4, an absolute URL, or # and an id"
+                )
+                return
+            found = target
+            if reference == "#":
+                found = str(scope.root.get("resourceType"))
+            elif reference.startswith("#"):
+                found = scope.contained.get(reference[1:], ANY)
+                if reference[1:] not in scope.contained:
+                    self.add(INVARIANT + "ref-1", path, "the reference names no contained resource")
+        if found and named and found != named:
+            self.add(REFERENCE_TARGET, path, "the reference points at another type than it states")
+        if targets and (found or named or next(iter(targets))) not in targets:
+            self.add(REFERENCE_TARGET, path, f"expected a reference to {' | '.join(sorted(targets))}")
+
+    def _invariants(
+        self, type_: str, rules: tuple[invariants.Invariant, ...], focus: Any, path: str, scope: Scope
+    ) -> None:
+        for rule in rules:
+            holds = invariants.holds(rule, type_, focus, scope.resource, scope.root)
+            if holds is False:
+                self.add(
+                    INVARIANT + rule.key,
+                    path,
+                    f"does not hold: {rule.expression}",
+                    "error" if rule.severity == "error" else "warning",
+                )
+            elif holds is None and not scope.broken:
+                self.add(INVARIANT + rule.key, path, "could not be evaluated", "warning")
+
+
+_ELEMENT_ID = Element("id", ("Element.id",), False, False, False, None, frozenset(), ())
+
+
+def _items(element: Element, value: Any, path: str) -> list[tuple[Any, str]]:
+    if element.is_list:
+        return [(item, f"{path}[{n}]") for n, item in enumerate(value)]
+    return [(value, path)]
+
+
+def _contained_types(resource: Json) -> dict[str, str]:
+    contained = resource.get("contained")
+    return {
+        item["id"]: str(item.get("resourceType"))
+        for item in (contained if isinstance(contained, list) else ())
+        if isinstance(item, dict) and isinstance(item.get("id"), str)
+    }
