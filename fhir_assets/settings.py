@@ -3,7 +3,7 @@
 ``.env`` of the working folder is read too; the environment wins over it.
 """
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +35,7 @@ class Settings(BaseSettings):
         env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True
     )
 
-    fhir_base_url: str = Field(
-        "", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob"
-    )
+    fhir_base_url: str = Field("", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob")
     fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search` or `ndjson`")
     fhir_page_size: int = Field(500, ge=1, le=10_000, description="`_count` of a search")
     fhir_last_updated_gte: datetime | None = Field(
@@ -47,9 +45,7 @@ class Settings(BaseSettings):
     fhir_resource_types: Annotated[tuple[str, ...], NoDecode] = Field(
         tuple(t.name for t in CATALOG), description="Comma-separated subset of the catalog"
     )
-    fhir_partition: Granularity = Field(
-        Granularity.DAILY, description="`hourly`, `daily` or `monthly` windows"
-    )
+    fhir_partition: Granularity = Field(Granularity.DAILY, description="`hourly`, `daily` or `monthly` windows")
     fhir_overlap_seconds: int = Field(
         120, ge=0, description="How far back an extension of the open window reads again, for late commits"
     )
@@ -70,9 +66,7 @@ class Settings(BaseSettings):
     validation_max_bytes: int = Field(64 * 2**20, ge=1024, description="Size limit of one resource")
     validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
     dead_letter_warn_rate: float = Field(0.01, ge=0, le=1, description="Share of dead letters that warns")
-    dead_letter_error_rate: float = Field(
-        0.10, ge=0, le=1, description="Share of dead letters that is an error"
-    )
+    dead_letter_error_rate: float = Field(0.10, ge=0, le=1, description="Share of dead letters that is an error")
 
     @field_validator("fhir_resource_types", "validation_warn_rules", mode="before")
     @classmethod
@@ -111,9 +105,7 @@ class Settings(BaseSettings):
         if self.fhir_source is SourceKind.SEARCH and self.fhir_base_url:
             url = urlsplit(self.fhir_base_url)
             if url.scheme not in ("http", "https") or not url.netloc:
-                raise ValueError(
-                    "FHIR_BASE_URL must begin with http:// or https:// when FHIR_SOURCE is search"
-                )
+                raise ValueError("FHIR_BASE_URL must begin with http:// or https:// when FHIR_SOURCE is search")
         return self
 
     @cached_property
@@ -135,6 +127,11 @@ class Settings(BaseSettings):
             self.fhir_partition.floor(start or EARLIEST_WINDOW),
             open_start=start is None,
         )
+
+    @cached_property
+    def overlap(self) -> timedelta:
+        """How far an extension of the open window reads back."""
+        return timedelta(seconds=self.fhir_overlap_seconds)
 
     def require_source(self) -> str:
         """FHIR_BASE_URL. Raises ConfigurationError if it is unset."""

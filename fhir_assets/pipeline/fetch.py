@@ -1,22 +1,17 @@
 """Source -> raw: a range of windows read in one pass, split into its partitions as it streams."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected, Source, read_header, read_instant
+from fhir_assets.pipeline.letters import LetterBuffer, Reject
 from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
 from fhir_assets.store.manifest import Fetch, Fetched, Manifest, Part
 from fhir_assets.store.store import Store
 from fhir_assets.store.writer import PartWriter
 from fhir_assets.warehouse.dead_letters import DeadLetter
 from fhir_assets.windows import Interval, WindowRange
-
-LETTERS_AT_ONCE = 1000
-"""How many dead letters are held before they are written."""
-
-Reject = Callable[[Sequence[DeadLetter]], None]
-"""Writes dead letters; what it was given is safe when it returns."""
 
 _Version = tuple[str, str | None, datetime | None]
 
@@ -42,26 +37,6 @@ class RawUpdate:
     """By partition key; a window that needed nothing has none."""
     outside: int = 0
     """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
-
-
-class LetterBuffer:
-    """Collects dead letters and hands them on by the thousand."""
-
-    def __init__(self, reject: Reject) -> None:
-        self._reject = reject
-        self._letters: list[DeadLetter] = []
-
-    def add(self, letter: DeadLetter) -> None:
-        """Take one."""
-        self._letters.append(letter)
-        if len(self._letters) >= LETTERS_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand on what is held."""
-        if self._letters:
-            self._reject(self._letters)
-            self._letters = []
 
 
 class Fetcher:
@@ -108,9 +83,7 @@ class Fetcher:
             RawUpdate(
                 name,
                 tuple(
-                    self._manifest(
-                        progress.planned, name, parts.get((name, key), ()), fetches[name][key], state
-                    )
+                    self._manifest(progress.planned, name, parts.get((name, key), ()), fetches[name][key], state)
                     for key, progress in plan.items()
                 ),
                 fetches[name],

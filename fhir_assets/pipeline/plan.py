@@ -81,6 +81,4 @@ def hull(planned: Iterable[Planned]) -> Interval:
     intervals = [item.interval for item in planned]
     starts = [interval.start for interval in intervals]
     known = [start for start in starts if start is not None]
-    return Interval(
-        min(known) if len(known) == len(starts) else None, max(interval.end for interval in intervals)
-    )
+    return Interval(min(known) if len(known) == len(starts) else None, max(interval.end for interval in intervals))

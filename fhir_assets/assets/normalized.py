@@ -1,0 +1,105 @@
+"""``normalized/<view>``: a table a ViewDefinition, and ``fhir.resource`` with the whole JSON beside them."""
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import dagster as dg
+
+from fhir_assets.assets.run import RunFacts, recorded
+from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.checks import reconciles_spec, reconciliation
+from fhir_assets.fhir.views import View
+from fhir_assets.io_managers.postgres import LoadedView
+from fhir_assets.pipeline.load import Loading
+from fhir_assets.pipeline.reconcile import reconcile
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.store.manifest import Manifest
+from fhir_assets.store.store import Store
+from fhir_assets.warehouse.tables import column_type
+
+
+def normalized_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
+) -> list[dg.AssetsDefinition]:
+    """The normalized layer: a step a type, which makes all of its views in one pass."""
+    return [
+        _normalized(settings, partitions, BY_NAME[name], of_type)
+        for name in settings.fhir_resource_types
+        if (of_type := [view for view in views if view.resource_type == name])
+    ]
+
+
+def _normalized(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
+) -> dg.AssetsDefinition:
+    name = resource_type.name
+    check = reconciles_spec(resource_type, partitions)
+
+    @dg.multi_asset(
+        name=f"normalized__{resource_type.key}",
+        ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
+        outs={view.name: _output(view, resource_type) for view in views},
+        check_specs=[check] if any(view.name == resource_type.key for view in views) else [],
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        can_subset=True,
+    )
+    def normalized(
+        context: dg.AssetExecutionContext,
+        validated: Sequence[Manifest],
+        store: dg.ResourceParam[Store],
+        warehouse: dg.ResourceParam[Warehouse],
+    ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        selected = context.op_execution_context.selected_output_names
+        wanted = [view for view in views if view.name in selected]
+        started = perf_counter()
+        with recorded(facts, warehouse, [name]):
+            loading = Loading(store, warehouse.connect, wanted, complete=len(wanted) == len(views), facts=facts)
+            loaded = loading.load(name, validated)
+            seconds = perf_counter() - started
+            for view in wanted:
+                yield dg.Output(
+                    LoadedView(view.name, loaded.rows[view.name]),
+                    output_name=view.name,
+                    metadata={
+                        "resources": loaded.resources,
+                        "inserted": loaded.inserted,
+                        "updated": loaded.updated,
+                        "superseded": loaded.superseded,
+                        "dead_letters_by_rule": dict(loaded.dead),
+                        "seconds": round(seconds, 3),
+                        "rows_per_second": round(loaded.rows[view.name] / seconds) if seconds else 0,
+                    },
+                )
+            if context.selected_asset_check_keys:
+                with warehouse.connect() as conn:
+                    balances = reconcile(conn, store, name, facts.partition_keys)
+                yield reconciliation(context, check, balances)
+
+    return normalized
+
+
+def _output(view: View, resource_type: ResourceType) -> dg.AssetOut:
+    return dg.AssetOut(
+        key=["normalized", view.name],
+        group_name=resource_type.group,
+        io_manager_key="postgres",
+        is_required=False,
+        description=view.description or view.title,
+        code_version=view.fingerprint,
+        kinds={"fhir", "postgres"},
+        metadata={
+            "dagster/column_schema": dg.TableSchema(
+                [
+                    dg.TableColumn(column.name, column_type(column), description=column.description)
+                    for column in view.columns
+                ]
+            ),
+            "dagster/relation_identifier": f"fhir.{view.name}",
+            "view_url": view.url or "",
+            "view_version": view.version or "",
+            "view_file": dg.MetadataValue.path(str(view.path or "")),
+        },
+    )

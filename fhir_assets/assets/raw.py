@@ -1,0 +1,113 @@
+"""``raw/<type>``: resources as the source gave them."""
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import dagster as dg
+
+from fhir_assets.assets.run import RunFacts, recorded
+from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
+from fhir_assets.fhir.record import Source
+from fhir_assets.pipeline.fetch import Fetcher, RawUpdate
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.store.store import Store
+from fhir_assets.warehouse import dead_letters, runs
+
+POOL = "fhir_server"
+"""Dagster's pool of all steps that call the FHIR server; its limit is FHIR_MAX_CONNECTIONS."""
+
+
+def raw_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], *, one_pass: bool
+) -> list[dg.AssetsDefinition]:
+    """The raw layer: a step a type, or a single step where the source gives all types in one pass."""
+    types = [BY_NAME[name] for name in settings.fhir_resource_types]
+    groups = [types] if one_pass else [[resource_type] for resource_type in types]
+    return [_raw(settings, partitions, group) for group in groups]
+
+
+def _raw(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], types: Sequence[ResourceType]
+) -> dg.AssetsDefinition:
+    @dg.multi_asset(
+        name=f"raw__{types[0].key}" if len(types) == 1 else "raw",
+        outs={
+            t.key: dg.AssetOut(
+                key=["raw", t.key],
+                group_name=t.group,
+                io_manager_key="ndjson",
+                is_required=False,
+                description=f"{t.name} resources as received from the source, one line each, byte for byte.",
+                kinds={"fhir", "json"},
+            )
+            for t in types
+        },
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        can_subset=True,
+        pool=POOL,
+    )
+    def raw(
+        context: dg.AssetExecutionContext,
+        source: dg.ResourceParam[Source],
+        store: dg.ResourceParam[Store],
+        warehouse: dg.ResourceParam[Warehouse],
+    ) -> Iterator[dg.Output[RawUpdate]]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        wanted = [BY_KEY[name].name for name in sorted(context.op_execution_context.selected_output_names)]
+        wanted = [t.name for t in types if t.name in wanted]
+        started = perf_counter()
+        with recorded(facts, warehouse, wanted):
+            offered = source.offered()
+            for name in wanted:
+                if offered is not None and name not in offered:
+                    context.log.info(f"The server does not offer {name} (its CapabilityStatement says): skipped.")
+            here = [name for name in wanted if offered is None or name in offered]
+            fetcher = Fetcher(
+                source,
+                store,
+                run_id=facts.run_id,
+                now=facts.now,
+                overlap=settings.overlap,
+                refresh=facts.refresh,
+                reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
+            )
+            updates = {update.resource_type: update for update in fetcher.fetch(here, facts.windows)}
+            seconds = perf_counter() - started
+            for name in wanted:
+                update = updates.get(name) or RawUpdate(name, (), {})
+                yield dg.Output(
+                    update,
+                    output_name=BY_NAME[name].key,
+                    metadata=_metadata(update, seconds, skipped=name not in here),
+                )
+                with warehouse.connect() as conn:
+                    runs.count(
+                        conn,
+                        facts.run_id,
+                        name,
+                        {
+                            key: {"server_total": fetch.server_total, "fetched": fetch.matched - fetch.repeated}
+                            for key, fetch in update.fetches.items()
+                        },
+                    )
+
+    return raw
+
+
+def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, int | float | str]:
+    fetches = update.fetches.values()
+    fetched = sum(fetch.matched for fetch in fetches)
+    metadata: dict[str, int | float | str] = {
+        "fetched": fetched,
+        "repeated": sum(fetch.repeated for fetch in fetches),
+        "dead_letters": sum(fetch.rejected for fetch in fetches),
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(fetched / seconds) if seconds else 0,
+    }
+    if update.outside:
+        metadata["older_than_FHIR_LAST_UPDATED_GTE"] = update.outside
+    if skipped:
+        metadata["skipped"] = "the server does not offer this type"
+    return metadata

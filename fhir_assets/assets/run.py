@@ -1,0 +1,76 @@
+"""What an asset needs to know of the Dagster run it is part of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from fhir_assets.errors import FhirAssetsError
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.warehouse import runs
+from fhir_assets.windows import WindowRange, WindowScheme
+
+REFRESH_TAG = "fhir_assets/refresh"
+"""Run tag: ``missing``, ``window`` (if unset) or ``full``. See pipeline.plan.Refresh."""
+
+TRIGGER_TAG = "fhir_assets/triggered_by"
+"""Run tag: who asked for the run, where Dagster's own tags do not say."""
+
+_TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """The run's id, its windows, how much it does again, who asked for it, and the time it counts as now."""
+
+    run_id: str
+    windows: WindowRange
+    refresh: Refresh
+    triggered_by: str
+    now: datetime
+
+    @property
+    def partition_keys(self) -> list[str]:
+        """The keys of the run's windows, in order."""
+        return [window.key for window in self.windows.windows]
+
+    @classmethod
+    def of(cls, context: dg.AssetExecutionContext, scheme: WindowScheme) -> "RunFacts":
+        """Read them from the context: one partition or a range alike."""
+        tags = context.run.tags
+        named = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
+        return cls(
+            context.run_id,
+            WindowRange([scheme.window(key) for key in context.partition_keys]),
+            Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
+            tags.get(TRIGGER_TAG) or next(named, None) or tags.get("user") or "manual",
+            datetime.now(UTC),
+        )
+
+
+@contextmanager
+def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -> Iterator[None]:
+    """Keep ``ops.ingestion_runs`` true while a step works: RUNNING, then SUCCESS or FAILED with the reason.
+
+    A step yields its outputs inside, so that what the IO manager does counts too. An error of the project becomes
+    a dagster.Failure that says its sentence; of any other only the type is kept, for its message may quote what
+    it choked on.
+    """
+    with warehouse.connect() as conn:
+        runs.start(
+            conn, facts.run_id, resource_types, facts.partition_keys, triggered_by=facts.triggered_by, at=facts.now
+        )
+    try:
+        yield
+    except BaseException as error:
+        said = str(error) if isinstance(error, FhirAssetsError) else f"stopped by {type(error).__name__}"
+        with warehouse.connect() as conn:
+            runs.fail(conn, facts.run_id, resource_types, facts.partition_keys, error=said)
+        if isinstance(error, FhirAssetsError):
+            raise dg.Failure(said, allow_retries=False) from None
+        raise
+    with warehouse.connect() as conn:
+        runs.finish(conn, facts.run_id, resource_types, facts.partition_keys)

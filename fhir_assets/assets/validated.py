@@ -1,0 +1,95 @@
+"""``validated/<type>``: the resources that keep R4's rules, byte for byte; the others are dead letters."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import perf_counter
+
+import dagster as dg
+
+from fhir_assets.assets.run import RunFacts, recorded
+from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.fhir.validation import Validator
+from fhir_assets.pipeline.validate import ResourceValidation, ValidatedUpdate
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.store.manifest import Manifest
+from fhir_assets.store.store import Store
+from fhir_assets.warehouse import dead_letters, runs
+
+
+def validated_assets(settings: Settings, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetsDefinition]:
+    """The validated layer: an asset a type."""
+    return [_validated(settings, partitions, BY_NAME[name]) for name in settings.fhir_resource_types]
+
+
+def _validated(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType
+) -> dg.AssetsDefinition:
+    name = resource_type.name
+
+    @dg.asset(
+        name=resource_type.key,
+        key_prefix="validated",
+        group_name=resource_type.group,
+        ins={"raw": dg.AssetIn(key=["raw", resource_type.key], input_manager_key="ndjson")},
+        io_manager_key="ndjson",
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        description=f"{name} resources that keep every rule of R4; the others are in ops.dead_letters.",
+        kinds={"fhir", "json"},
+    )
+    def validated(
+        context: dg.AssetExecutionContext,
+        raw: Sequence[Manifest],
+        store: dg.ResourceParam[Store],
+        validator: dg.ResourceParam[Validator],
+        warehouse: dg.ResourceParam[Warehouse],
+    ) -> Iterator[dg.Output[ValidatedUpdate]]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        started = perf_counter()
+        with recorded(facts, warehouse, [name]):
+            validation = ResourceValidation(
+                store,
+                validator,
+                run_id=facts.run_id,
+                now=facts.now,
+                refresh=facts.refresh,
+                reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
+            )
+            update = validation.validate(name, raw)
+            with warehouse.connect() as conn:
+                dead_letters.settle(conn, facts.run_id, name, "validate", update.judged)
+                runs.count(
+                    conn,
+                    facts.run_id,
+                    name,
+                    {
+                        manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
+                        for manifest in update.manifests
+                        if manifest.validated
+                    },
+                )
+            yield dg.Output(update, metadata=_metadata(update, perf_counter() - started))
+
+    return validated
+
+
+def _metadata(update: ValidatedUpdate, seconds: float) -> dict[str, dg.MetadataValue]:
+    judged = [manifest.validated for manifest in update.manifests if manifest.validated]
+    rows = sum(state.rows_in for state in judged)
+    dead = _sum(state.dead for state in judged)
+    return {
+        "judged": dg.IntMetadataValue(rows),
+        "dead_letters": dg.IntMetadataValue(sum(dead.values())),
+        "dead_letters_by_rule": dg.JsonMetadataValue(dead),
+        "warnings_by_rule": dg.JsonMetadataValue(_sum(state.warnings for state in judged)),
+        "seconds": dg.FloatMetadataValue(round(seconds, 3)),
+        "rows_per_second": dg.IntMetadataValue(round(rows / seconds) if seconds else 0),
+    }
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total.most_common())

@@ -1,0 +1,30 @@
+"""Asking Dagster for runs."""
+
+from collections.abc import Mapping
+
+import dagster as dg
+
+from fhir_assets.windows import WindowRange
+
+RANGE_START = "dagster/asset_partition_range_start"
+RANGE_END = "dagster/asset_partition_range_end"
+
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+def range_tags(windows: WindowRange) -> dict[str, str]:
+    """The run tags that make one run of several partitions."""
+    return {RANGE_START: windows.windows[0].key, RANGE_END: windows.windows[-1].key}
+
+
+def run_request(windows: WindowRange, *, run_key: str, tags: Mapping[str, str]) -> dg.RunRequest:
+    """One run for the windows: by partition key for a single one, by range tags for several."""
+    if len(windows.windows) == 1:
+        return dg.RunRequest(run_key=run_key, partition_key=windows.windows[0].key, tags=dict(tags))
+    return dg.RunRequest(run_key=run_key, tags={**tags, **range_tags(windows)})

@@ -1,0 +1,77 @@
+"""Everything Dagster loads. Importing this touches no network and no database."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import dagster as dg
+
+from fhir_assets.assets.normalized import normalized_assets
+from fhir_assets.assets.raw import raw_assets
+from fhir_assets.assets.validated import validated_assets
+from fhir_assets.automation.jobs import incremental_load
+from fhir_assets.automation.schedules import incremental_load_schedule
+from fhir_assets.automation.sensors import record_failed_runs
+from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.validation import Validator
+from fhir_assets.fhir.views import ViewSet, load_views
+from fhir_assets.io_managers.ndjson import NdjsonIOManager
+from fhir_assets.io_managers.postgres import PostgresIOManager
+from fhir_assets.partitions import partitions_definition
+from fhir_assets.resources.source import open_source
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings, SourceKind, load_settings
+from fhir_assets.store.store import open_store
+from fhir_assets.warehouse.migrate import sql_folder
+
+
+def views_of(settings: Settings) -> ViewSet:
+    """The ViewDefinitions of ``sql/views`` and of FHIR_VIEWS."""
+    folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
+    return load_views([Path(folder) for folder in folders])
+
+
+def build_definitions(
+    settings: Settings,
+    *,
+    views: ViewSet | None = None,
+    warehouse: Warehouse | None = None,
+    source: Callable[[], Source] | None = None,
+) -> dg.Definitions:
+    """The project's Definitions for ``settings``; tests override the parts they replace."""
+    views = views or views_of(settings)
+    warehouse = warehouse or Warehouse(settings)
+    source = source or cache(lambda: open_source(settings))
+    partitions = partitions_definition(settings.window_scheme)
+    store = open_store(settings.store_url)
+    job = incremental_load(partitions)
+
+    @dg.resource
+    def source_resource() -> Source:
+        return source()
+
+    return dg.Definitions(
+        assets=[
+            *raw_assets(settings, partitions, one_pass=settings.fhir_source is SourceKind.NDJSON),
+            *validated_assets(settings, partitions),
+            *normalized_assets(settings, partitions, views.views),
+        ],
+        jobs=[job],
+        schedules=[incremental_load_schedule(settings, job, source, warehouse)],
+        sensors=[record_failed_runs(warehouse)],
+        resources={
+            "ndjson": NdjsonIOManager(store),
+            "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),
+            "source": source_resource,
+            "store": store,
+            "warehouse": warehouse,
+            "validator": Validator(
+                warn_rules=settings.validation_warn_rules,
+                max_bytes=settings.validation_max_bytes,
+                max_depth=settings.validation_max_depth,
+            ),
+        },
+    )
+
+
+defs = build_definitions(load_settings())

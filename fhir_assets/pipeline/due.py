@@ -1,0 +1,55 @@
+"""Which windows have to be loaded now."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from itertools import islice
+
+import psycopg
+
+from fhir_assets.fhir.record import Source
+from fhir_assets.warehouse import checkpoints
+from fhir_assets.windows import Window, WindowRange, WindowScheme
+
+WINDOWS_AT_ONCE = 100
+"""How many windows one run takes: large enough to share a search, small enough to start again."""
+
+
+def windows_due(
+    conn: psycopg.Connection,
+    source: Source,
+    resource_types: Sequence[str],
+    scheme: WindowScheme,
+    *,
+    now: datetime,
+    overlap: timedelta,
+) -> list[WindowRange]:
+    """Every window from the checkpoints to now, in ranges for one run each; empty if all is loaded.
+
+    A type without a checkpoint, and every type of a source whose files changed, begins at the oldest resource
+    that the source holds; so no window is asked for that cannot have anything in it.
+    """
+    offered = source.offered()
+    types = [name for name in resource_types if offered is None or name in offered]
+    state = source.state()
+    known = checkpoints.get(conn, types)
+    begin = [name for name in types if name not in known or known[name].source_state != state]
+    extent = source.extent(begin if state is None else types) if begin or state is not None else None
+    if begin:
+        start = extent.start if extent and extent.start else now
+        checkpoints.begin(conn, begin, scheme.window_at(start).start or scheme.start, source_state=state)
+        known = checkpoints.get(conn, types)
+    if not known:
+        return []
+    last = now
+    if state is not None:
+        if extent is None or min(c.loaded_until for c in known.values()) >= extent.end:
+            return []
+        last = min(extent.end, now)
+    first = min(checkpoint.loaded_until for checkpoint in known.values()) - overlap
+    return chunks(list(scheme.between(min(first, last), last)))
+
+
+def chunks(windows: list[Window]) -> list[WindowRange]:
+    """Windows in ranges of at most WINDOWS_AT_ONCE."""
+    rest = iter(windows)
+    return [WindowRange(part) for part in iter(lambda: list(islice(rest, WINDOWS_AT_ONCE)), [])]

@@ -1,0 +1,149 @@
+"""Does every resource of a window stand somewhere? The counts of each layer, held against each other."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import psycopg
+from psycopg import sql
+
+from fhir_assets.fhir.record import read_header, read_instant
+from fhir_assets.store.manifest import Manifest
+from fhir_assets.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The counts of one window of one type.
+
+    ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
+    ``matched`` what it gave; ``raw`` what is in the store, ``valid`` and ``dead`` what validation made of it;
+    ``undone`` the dead letters of transform and load; ``missing`` the valid resources that are neither in the
+    tables, in this version or a newer one, nor among those.
+    """
+
+    partition_key: str
+    server_total: int | None
+    matched: int
+    repeated: int
+    rejected: int
+    raw: int
+    judged: int
+    valid: int
+    dead: int
+    undone: int
+    missing: int
+    withheld: int = 0
+
+    @property
+    def loaded(self) -> int:
+        """The valid resources that are in the tables."""
+        return self.valid - self.undone - self.missing
+
+    @property
+    def faults(self) -> list[str]:
+        """What does not add up, each with what to do; empty if all does."""
+        faults = []
+        again = f"materialize raw, validated and normalized of {self.partition_key} again"
+        if self.server_total is not None and self.server_total != self.matched:
+            faults.append(f"the server counts {self.server_total} but gave {self.matched}: {again}")
+        if self.raw != self.matched - self.repeated - self.rejected:
+            came = self.matched - self.repeated - self.rejected
+            faults.append(f"{came} were received but raw holds {self.raw}: {again}")
+        if self.raw != self.judged:
+            faults.append(f"raw holds {self.raw} but {self.judged} were validated: materialize validated again")
+        if self.judged != self.valid + self.dead + self.withheld:
+            faults.append(
+                f"{self.judged} were validated but {self.valid} are valid, {self.dead} dead and "
+                f"{self.withheld} withheld: materialize validated again"
+            )
+        if self.missing:
+            faults.append(f"{self.missing} valid resources are not in the tables: materialize normalized again")
+        return faults
+
+
+def reconcile(
+    conn: psycopg.Connection,
+    store: Store,
+    resource_type: str,
+    partition_keys: Sequence[str],
+    *,
+    main_view: str | None,
+) -> list[Balance]:
+    """The balance of each window that was fetched. Holds the ids of validated partitions against the tables, in
+    the database: ``fhir.resource``, and ``main_view`` where every resource has a row there.
+    """
+    raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
+    validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
+    undone = _undone(conn, resource_type, partition_keys)
+    missing = _missing(conn, store, resource_type, list(validated.values()), main_view)
+    return [_balance(m, validated.get(key), undone.get(key, 0), missing.get(key, 0)) for key, m in raw.items()]
+
+
+def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: int) -> Balance:
+    fetches = raw.fetched.fetches if raw.fetched else ()
+    totals = [fetch.server_total for fetch in fetches]
+    known = [total for total in totals if total is not None]
+    state = validated.validated if validated else None
+    return Balance(
+        raw.partition_key,
+        sum(known) if known and len(known) == len(totals) else None,
+        sum(fetch.matched for fetch in fetches),
+        sum(fetch.repeated for fetch in fetches),
+        sum(fetch.rejected for fetch in fetches),
+        raw.rows,
+        state.rows_in if state else 0,
+        validated.rows if validated else 0,
+        sum(state.dead.values()) if state else 0,
+        undone,
+        missing,
+    )
+
+
+def _undone(conn: psycopg.Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
+    found = conn.execute(
+        "SELECT partition_key, sum(occurrences)::bigint FROM ops.dead_letters WHERE resource_type = %s"
+        " AND stage IN ('transform', 'load') AND status IN ('open', 'replaying', 'discarded')"
+        " AND partition_key = ANY(%s) GROUP BY partition_key",
+        (resource_type, list(partition_keys)),
+    )
+    return dict(found.fetchall())
+
+
+def _missing(
+    conn: psycopg.Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
+) -> dict[str, int]:
+    """By partition key, the validated resources that the tables lack, less those that are dead letters."""
+    if not any(manifest.parts for manifest in validated):
+        return {}
+    conn.execute(
+        "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
+    )
+    with conn.cursor().copy("COPY expected FROM STDIN") as copy:
+        for row in _expected(store, validated):
+            copy.write_row(row)
+    in_view = sql.SQL("")
+    if main_view:
+        in_view = sql.SQL(" OR NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)").format(
+            sql.Identifier(main_view)
+        )
+    query = sql.SQL(
+        "SELECT e.partition_key, count(*) FROM expected e"
+        " LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id"
+        " WHERE (r.id IS NULL OR r.as_of < e.last_updated{})"
+        " AND NOT EXISTS (SELECT FROM ops.dead_letters d WHERE d.resource_type = %(type)s"
+        " AND d.stage IN ('transform', 'load') AND d.status IN ('open', 'replaying', 'discarded')"
+        " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
+        " GROUP BY e.partition_key"
+    ).format(in_view)
+    found = dict(conn.execute(query, {"type": resource_type}).fetchall())
+    conn.execute("DROP TABLE expected")
+    return found
+
+
+def _expected(store: Store, validated: Sequence[Manifest]) -> Iterator[tuple[str, str | None, object]]:
+    for manifest in validated:
+        for batch in store.batches(manifest.parts):
+            for line in batch:
+                header = read_header(line)
+                moment = read_instant(header.meta.lastUpdated) if header.meta else None
+                yield manifest.partition_key, header.id, moment
