@@ -1,0 +1,89 @@
+"""Compiles R4 StructureDefinitions into the type model: ``python -m fhir_assets.fhir.build_model FOLDER``.
+
+FOLDER holds ``structure-definitions.ndjson.gz`` (the base definitions, with snapshots). The result is
+``model.json.gz`` beside this module: for each type its kind, its base and its elements, nothing else.
+"""
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_EXTENSIONS = "http://hl7.org/fhir/StructureDefinition/"
+_FHIR_TYPE = f"{_EXTENSIONS}structuredefinition-fhir-type"
+_REGEX = f"{_EXTENSIONS}regex"
+
+
+def _last(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def _extension(type_: dict[str, Any], url: str) -> str | None:
+    for extension in type_.get("extension", ()):
+        if extension["url"] == url:
+            return str(next(value for key, value in extension.items() if key.startswith("value")))
+    return None
+
+
+def _type_names(element: dict[str, Any], parents: set[str], kind: str) -> list[str]:
+    path: str = element["path"]
+    if "contentReference" in element:
+        return [element["contentReference"].removeprefix("#")]
+    if path in parents:
+        return [path]
+    if kind == "resource" and path.count(".") == 1 and path.endswith(".id"):
+        return ["id"]
+    return [
+        _extension(type_, _FHIR_TYPE) or "string" if type_["code"].startswith("http") else type_["code"]
+        for type_ in element["type"]
+    ]
+
+
+def _compile(definition: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The type and, under their paths as names, the nested types within it."""
+    elements = definition["snapshot"]["element"]
+    kind = definition["kind"].removesuffix("-type")
+    parents = {element["path"].rpartition(".")[0] for element in elements}
+    types: dict[str, dict[str, Any]] = {
+        definition["type"]: {
+            "kind": kind,
+            "base": _last(definition.get("baseDefinition", "")) or None,
+            "abstract": definition["abstract"],
+            "elements": [],
+        }
+    }
+    for element in elements[1:]:
+        parent, _, name = element["path"].rpartition(".")
+        if element["path"] in parents:
+            base = element["type"][0]["code"]
+            types[element["path"]] = {"kind": "nested", "base": base, "abstract": False, "elements": []}
+        if kind == "primitive" and name == "value":
+            types[parent]["regex"] = next((r for t in element["type"] if (r := _extension(t, _REGEX))), None)
+            continue
+        targets = sorted({_last(url) for type_ in element.get("type", ()) for url in type_.get("targetProfile", ())})
+        types[parent]["elements"].append(
+            [name, _type_names(element, parents, kind), element["min"], element["max"], *([targets] if targets else [])]
+        )
+    yield from types.items()
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """The model as plain JSON, from the definitions in ``folder``."""
+    types: dict[str, dict[str, Any]] = {}
+    with gzip.open(folder / "structure-definitions.ndjson.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            types.update(_compile(json.loads(line)))
+    return {"fhirVersion": "4.0.1", "types": dict(sorted(types.items()))}
+
+
+def main() -> None:
+    """Write the data file."""
+    text = json.dumps(build(Path(sys.argv[1])), separators=(",", ":"), sort_keys=True)
+    target = Path(__file__).with_name("model.json.gz")
+    target.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+if __name__ == "__main__":
+    main()
