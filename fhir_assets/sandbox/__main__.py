@@ -1,0 +1,31 @@
+"""``python -m fhir_assets.sandbox``: the server as ``fhir-assets sandbox`` starts it, for SandboxProcess."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fhir_assets.errors import FhirAssetsError
+from fhir_assets.sandbox.faults import FaultPlan
+from fhir_assets.sandbox.process import serve
+
+
+def main() -> int:
+    """Serve as the arguments say; 1 with one sentence if that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m fhir_assets.sandbox")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path)
+    source.add_argument("--empty", action="store_true")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--faults", type=FaultPlan.model_validate_json, help="a FaultPlan as JSON")
+    parser.add_argument("--end-with-stdin", action="store_true")
+    given = parser.parse_args()
+    try:
+        serve(given.data, given.port, given.faults, end_with_stdin=given.end_with_stdin)
+    except FhirAssetsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

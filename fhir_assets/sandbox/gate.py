@@ -1,0 +1,188 @@
+"""The gate before the FHIR routes: counts requests, asks for credentials, and lets faults strike.
+
+It is plain ASGI, because faults need the answer before it is sent, and the socket itself.
+"""
+
+import asyncio
+import base64
+import hmac
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fhir_assets.sandbox.faults import Fault, FaultDraw, FaultKind, FaultPlan, RequestKind
+from fhir_assets.sandbox.outcomes import Refusal
+
+CLOSE_SOCKET = "sandbox.close"
+"""The ASGI extension that closes the connection at once (``process.py`` puts it there)."""
+
+_PASSING = frozenset({FaultKind.DUPLICATE, FaultKind.LOSE_PAGE, FaultKind.WRONG_TOTAL, FaultKind.SLOW})
+_HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please sign in.</body></html>"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client must show: user name and password, or a bearer token."""
+
+    username: str | None = None
+    password: str | None = None
+    token: str | None = None
+
+    @property
+    def header(self) -> str:
+        """The Authorization header that is let in."""
+        if self.token is not None:
+            return f"Bearer {self.token}"
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the server has seen since its start, or since the statistics were reset."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    struck: Counter[str] = field(default_factory=Counter)
+    in_flight: int = 0
+    max_in_flight: int = 0
+    kick_offs: int = 0
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=10_000))
+
+
+class Control:
+    """What can be watched and switched at run time: the statistics and the faults."""
+
+    def __init__(self, plan: FaultPlan) -> None:
+        self.stats = Stats()
+        self.faults = FaultDraw(plan)
+
+
+def kind_of(method: str, path: str, query: str) -> RequestKind:
+    """The kind of a request; ``path`` is below the FHIR base, without its leading slash."""
+    parts = path.split("/") if path else []
+    if "_history" in parts:
+        return RequestKind.READ if parts[-1] != "_history" else RequestKind.HISTORY
+    if method == "POST" and parts[-1:] != ["_search"]:
+        return RequestKind.CREATE if parts else RequestKind.BATCH
+    if method in ("PUT", "PATCH"):
+        return RequestKind.UPDATE
+    if method == "DELETE":
+        return RequestKind.DELETE
+    if parts == ["metadata"]:
+        return RequestKind.METADATA
+    if len(parts) == 2 and parts[1] != "_search":
+        return RequestKind.READ
+    if "_page=" in query:
+        return RequestKind.PAGE
+    return RequestKind.COUNT if "_summary=count" in query else RequestKind.SEARCH
+
+
+class Gate:
+    """ASGI middleware around everything under ``/fhir``."""
+
+    def __init__(self, app: ASGIApp, *, base: str, credentials: Credentials | None, control: Control) -> None:
+        self._app = app
+        self._base = base
+        self._control = control
+        self._expected = credentials.header.encode() if credentials else None
+        self._scheme = credentials.header.split()[0] if credentials else ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        path = str(scope.get("path", ""))
+        if scope["type"] != "http" or not (path == self._base or path.startswith(self._base + "/")):
+            await self._app(scope, receive, send)
+            return
+        query = scope["query_string"].decode("latin-1")
+        kind = kind_of(scope["method"], path[len(self._base) :].strip("/"), query)
+        stats = self._control.stats
+        stats.requests[kind] += 1
+        stats.recent.append(f"{scope['method']} {path}{'?' + query if query else ''}")
+        stats.in_flight += 1
+        stats.max_in_flight = max(stats.max_in_flight, stats.in_flight)
+        try:
+            await self._serve(kind, scope, receive, _counting(stats, send))
+        finally:
+            stats.in_flight -= 1
+
+    async def _serve(self, kind: RequestKind, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._expected is not None and kind is not RequestKind.METADATA:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                refusal = Refusal(401, "login", "Credentials are missing or wrong")
+                challenge = f'{self._scheme} realm="sandbox"'
+                await _answer(refusal, {"WWW-Authenticate": challenge})(scope, receive, send)
+                return
+        drawn = self._control.faults.draw(kind)
+        for struck in drawn:
+            self._control.stats.struck[struck] += 1
+        scope.setdefault("state", {})["faults"] = drawn
+        if FaultKind.SLOW in drawn:
+            await asyncio.sleep(drawn[FaultKind.SLOW].seconds)
+        fault = next((fault for fault in drawn.values() if fault.kind not in _PASSING), None)
+        match fault.kind if fault else None:
+            case FaultKind.RESET:
+                scope["extensions"][CLOSE_SOCKET]()
+                await asyncio.sleep(0.01)
+            case FaultKind.THROTTLE | FaultKind.ERROR if fault:
+                await _failure(fault)(scope, receive, send)
+            case FaultKind.HTML:
+                await Response(_HTML, media_type="text/html")(scope, receive, send)
+            case FaultKind.TRUNCATE:
+                await self._app(scope, receive, _cutting(send, whole_length=False))
+            case FaultKind.DROP:
+                await self._app(scope, receive, _cutting(send, whole_length=True))
+            case _:
+                await self._app(scope, receive, send)
+
+
+def _counting(stats: Stats, send: Send) -> Send:
+    async def counting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            stats.statuses[message["status"]] += 1
+        await send(message)
+
+    return counting
+
+
+def _answer(refusal: Refusal, headers: dict[str, str]) -> Response:
+    return Response(
+        refusal.body, refusal.status, headers={**refusal.headers, **headers}, media_type="application/fhir+json"
+    )
+
+
+def _failure(fault: Fault) -> Response:
+    throttled = fault.kind is FaultKind.THROTTLE
+    headers: dict[str, str] = {}
+    retry_after = fault.retry_after if fault.retry_after is not None or not throttled else 1
+    if retry_after is not None:
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=retry_after), usegmt=True)
+        headers["Retry-After"] = date if fault.retry_after_date else str(retry_after)
+    code, why = ("throttled", "Too many requests") if throttled else ("exception", "The sandbox was told to fail")
+    return _answer(Refusal(fault.answer_status, code, why), headers)
+
+
+def _cutting(send: Send, *, whole_length: bool) -> Callable[[Message], Awaitable[None]]:
+    """Send the first half of the answer. With the length of the whole one announced, the connection breaks."""
+    held: list[Message] = []
+
+    async def cutting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            held.append(message)
+            return
+        if not held:
+            return
+        start = held.pop()
+        half = message["body"][: len(message["body"]) // 2]
+        if not whole_length:
+            length = (b"content-length", str(len(half)).encode())
+            start["headers"] = [h for h in start["headers"] if h[0].lower() != b"content-length"] + [length]
+        await send(start)
+        await send({"type": "http.response.body", "body": half, "more_body": whole_length})
+
+    return cutting

@@ -1,0 +1,192 @@
+"""The sandbox server's resources, in memory: every version as its bytes, by type, in order of ``lastUpdated``."""
+
+import gzip
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+
+import msgspec
+import orjson
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.sandbox.dates import Stretch, parse_date
+from fhir_assets.sandbox.parameters import EXTRACT
+
+_when = attrgetter("when")
+_order = attrgetter("when", "id")
+
+
+@dataclass(slots=True, eq=False)
+class Version:
+    """One version of a resource; ``when`` is its ``lastUpdated`` in microseconds. A deletion has no body."""
+
+    resource_type: str
+    id: str
+    version_id: str
+    when: int
+    body: bytes
+    previous: "Version | None" = None
+    current: bool = True
+
+    @property
+    def deleted(self) -> bool:
+        """Whether this version is a deletion."""
+        return not self.body
+
+    def history(self) -> Iterator["Version"]:
+        """This version and those before it, newest first."""
+        version: Version | None = self
+        while version is not None:
+            yield version
+            version = version.previous
+
+
+@dataclass(slots=True)
+class Shelf:
+    """The resources of one type."""
+
+    latest: dict[str, Version] = field(default_factory=dict)
+    timeline: list[Version] = field(default_factory=list)
+    sorted: bool = True
+    stale: int = 0
+    indexes: dict[str, dict[str, dict[str, None]]] = field(default_factory=dict)
+
+    def live(self) -> int:
+        """How many resources there are, deleted ones not counted."""
+        return sum(1 for version in self.latest.values() if version.body)
+
+    def add(self, version: Version) -> None:
+        """Make ``version`` the latest of its resource."""
+        previous = self.latest.get(version.id)
+        if previous is not None:
+            previous.current = False
+            version.previous = previous
+            self.stale += 1
+        for name, index in self.indexes.items():
+            if previous is not None:
+                _unindex(index, name, previous)
+            _index(index, name, version)
+        self.latest[version.id] = version
+        if self.timeline and version.when < self.timeline[-1].when:
+            self.sorted = False
+        self.timeline.append(version)
+
+    def undo(self, version: Version) -> None:
+        """Take back the latest version, as a transaction that fails does."""
+        version.current = False
+        self.stale += 1
+        for name, index in self.indexes.items():
+            _unindex(index, name, version)
+            if version.previous is not None:
+                _index(index, name, version.previous)
+        if version.previous is None:
+            del self.latest[version.id]
+        else:
+            version.previous.current = True
+            self.latest[version.id] = version.previous
+
+    def between(self, stretch: Stretch) -> list[Version]:
+        """The resources whose ``lastUpdated`` lies in the stretch, in its order."""
+        if not self.sorted or self.stale > len(self.timeline) // 4:
+            self.timeline = [version for version in self.timeline if version.current]
+            self.timeline.sort(key=_order)
+            self.sorted, self.stale = True, 0
+        start = bisect_left(self.timeline, stretch.start, key=_when)
+        end = bisect_left(self.timeline, stretch.end, key=_when)
+        return [version for version in self.timeline[start:end] if version.current and version.body]
+
+    def where(self, name: str, keys: Iterable[str]) -> dict[str, None]:
+        """The ids of the resources whose parameter has one of the keys."""
+        index = self.indexes.get(name)
+        if index is None:
+            index = self.indexes[name] = {}
+            for version in self.latest.values():
+                _index(index, name, version)
+        found: dict[str, None] = {}
+        for key in keys:
+            found |= index.get(key, {})
+        return found
+
+
+def _index(index: dict[str, dict[str, None]], name: str, version: Version) -> None:
+    if version.body:
+        for key in EXTRACT[name](orjson.loads(version.body)):
+            index.setdefault(key, {})[version.id] = None
+
+
+def _unindex(index: dict[str, dict[str, None]], name: str, version: Version) -> None:
+    if version.body:
+        for key in EXTRACT[name](orjson.loads(version.body)):
+            index.get(key, {}).pop(version.id, None)
+
+
+class _Meta(msgspec.Struct):
+    versionId: str | None = None  # noqa: N815
+    lastUpdated: str | None = None  # noqa: N815
+
+
+class _Seed(msgspec.Struct):
+    resourceType: str  # noqa: N815
+    id: str
+    meta: _Meta | None = None
+
+
+_seed = msgspec.json.Decoder(_Seed)
+
+
+class Store:
+    """All resources of a sandbox server, by type. Not thread-safe: the server's event loop is its only user."""
+
+    def __init__(self) -> None:
+        self.shelves: dict[str, Shelf] = {}
+
+    def shelf(self, resource_type: str) -> Shelf:
+        """The resources of a type, made when first asked for."""
+        shelf = self.shelves.get(resource_type)
+        if shelf is None:
+            shelf = self.shelves[resource_type] = Shelf()
+        return shelf
+
+    def latest(self, resource_type: str, resource_id: str) -> Version | None:
+        """The latest version of a resource, which may be a deletion."""
+        shelf = self.shelves.get(resource_type)
+        return shelf.latest.get(resource_id) if shelf else None
+
+    def seed(self, body: bytes, arrived: int) -> None:
+        """Take a resource with the id, version and time it brings; the bytes are served as they are.
+
+        Raises msgspec.DecodeError if it is not a JSON object with a resourceType and an id.
+        """
+        head = _seed.decode(body)
+        meta = head.meta or _Meta()
+        when = parse_date(meta.lastUpdated).start if meta.lastUpdated else arrived
+        shelf = self.shelf(head.resourceType)
+        previous = shelf.latest.get(head.id)
+        number = meta.versionId or ("1" if previous is None else _next(previous.version_id))
+        shelf.add(Version(head.resourceType, head.id, number, when, body))
+
+    def next_version(self, resource_type: str, resource_id: str) -> str:
+        """The versionId that the next version of a resource gets."""
+        latest = self.latest(resource_type, resource_id)
+        return "1" if latest is None else _next(latest.version_id)
+
+
+def _next(version_id: str) -> str:
+    return str(int(version_id) + 1) if version_id.isdecimal() else "2"
+
+
+def read_lines(folder: Path) -> Iterator[bytes]:
+    """Every line of the .ndjson and .ndjson.gz files of a folder, blank ones left out.
+
+    Raises ConfigurationError if there is no such folder or no such file in it.
+    """
+    files = sorted(path for path in folder.glob("*") if path.name.endswith((".ndjson", ".ndjson.gz")))
+    if not files:
+        raise ConfigurationError(f"{folder} holds no .ndjson or .ndjson.gz files: give a folder that does, or --empty")
+    for path in files:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for line in lines:
+                if text := line.strip():
+                    yield text

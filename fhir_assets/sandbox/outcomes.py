@@ -1,0 +1,28 @@
+"""Refusals: every error of the sandbox server is an OperationOutcome."""
+
+from collections.abc import Mapping
+
+import orjson
+
+
+def operation_outcome(severity: str, code: str, diagnostics: str) -> dict[str, object]:
+    """An OperationOutcome with one issue; ``code`` is of https://hl7.org/fhir/R4/valueset-issue-type.html."""
+    return {
+        "resourceType": "OperationOutcome",
+        "issue": [{"severity": severity, "code": code, "diagnostics": diagnostics}],
+    }
+
+
+class Refusal(Exception):
+    """A request that the server answers with an error status and an OperationOutcome."""
+
+    def __init__(self, status: int, code: str, diagnostics: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(diagnostics)
+        self.status = status
+        self.outcome = operation_outcome("error", code, diagnostics)
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> bytes:
+        """The OperationOutcome as JSON."""
+        return orjson.dumps(self.outcome)

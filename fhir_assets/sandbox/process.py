@@ -1,0 +1,221 @@
+"""Running the sandbox server: in this process, in a thread for tests, or in a process of its own."""
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import requests
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from fhir_assets.errors import ConfigurationError, ServerUnavailable
+from fhir_assets.sandbox.dates import microseconds
+from fhir_assets.sandbox.faults import Fault, FaultPlan
+from fhir_assets.sandbox.gate import CLOSE_SOCKET, Credentials
+from fhir_assets.sandbox.memory import Store, read_lines
+from fhir_assets.sandbox.server import BASE, create_app
+
+_READY = "Sandbox FHIR server: "
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, which lets a fault close the socket without an answer."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions: dict[str, Any] = {CLOSE_SOCKET: self.transport.abort}
+        self.scope["extensions"] = extensions
+
+
+def fill(store: Store, data: Path | Iterable[bytes] | None) -> None:
+    """Seed a store from a folder of NDJSON files, or from resources as JSON; None leaves it as it is.
+
+    Raises ConfigurationError for a folder without such files, and for a line that is not a resource with an id.
+    """
+    if data is None:
+        return
+    arrived = microseconds(datetime.now(UTC)) // 1000 * 1000
+    for n, body in enumerate(read_lines(data) if isinstance(data, Path) else data, 1):
+        try:
+            store.seed(body, arrived)
+        except ValueError:
+            raise ConfigurationError(
+                f"Resource {n} of the sandbox's data is not JSON with a resourceType, an id and a FHIR "
+                "meta.lastUpdated: a server cannot serve it, take it out"
+            ) from None
+
+
+def _listen(port: int, host: str = "127.0.0.1") -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"The sandbox cannot listen on {host}:{port} ({error.strerror}): give another --port, or 0 for any"
+        ) from None
+    listener.listen(2048)
+    return listener
+
+
+def _uvicorn(app: FastAPI) -> uvicorn.Server:
+    """A uvicorn server without logs: request lines hold search values."""
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
+    return uvicorn.Server(config)
+
+
+class _Controls:
+    """What a test can do with a running server, over its own HTTP endpoints."""
+
+    url: str
+    """The FHIR base URL, such as ``http://127.0.0.1:8090/fhir``."""
+
+    def set_faults(self, *faults: Fault, seed: int = 0) -> None:
+        """Let these faults strike from now on, and no others."""
+        plan = FaultPlan(faults=faults, seed=seed)
+        requests.put(self._own("faults"), data=plan.model_dump_json(), timeout=10).raise_for_status()
+
+    def stats(self) -> dict[str, Any]:
+        """What the server has seen: ``requests`` by kind, ``statuses``, ``struck`` faults, ``max_in_flight``,
+        ``kick_offs``, ``recent`` request lines, live ``resources`` by type."""
+        return cast("dict[str, Any]", requests.get(self._own("stats"), timeout=10).json())
+
+    def reset_stats(self) -> None:
+        """Count from zero again."""
+        requests.delete(self._own("stats"), timeout=10).raise_for_status()
+
+    def _own(self, name: str) -> str:
+        return f"{self.url.removesuffix(BASE)}/_sandbox/{name}"
+
+
+class SandboxServer(_Controls):
+    """A sandbox server in a thread, on a free port: ``with SandboxServer(data) as server: server.url``.
+
+    ``data`` is a folder of NDJSON files or resources as JSON; ``options`` go to ``create_app``.
+    """
+
+    def __init__(
+        self,
+        data: Path | Iterable[bytes] | None = None,
+        *,
+        faults: tuple[Fault, ...] = (),
+        seed: int = 0,
+        port: int = 0,
+        credentials: Credentials | None = None,
+        **options: Any,
+    ) -> None:
+        self.store = Store()
+        fill(self.store, data)
+        app = create_app(self.store, FaultPlan(faults=faults, seed=seed), credentials=credentials, **options)
+        self._listener = _listen(port)
+        self._server = _uvicorn(app)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}{BASE}"
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._listener]}, name="sandbox", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+
+class SandboxProcess(_Controls):
+    """A sandbox server in a process of its own, which ends when this one does. ``data`` None starts it empty."""
+
+    def __init__(self, data: Path | None = None, *, port: int = 0, options: tuple[str, ...] = ()) -> None:
+        source = ("--empty",) if data is None else ("--data", str(data))
+        self._command = [
+            sys.executable,
+            "-m",
+            "fhir_assets.sandbox",
+            *source,
+            *("--port", str(port), "--end-with-stdin"),
+            *options,
+        ]
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith(_READY):
+            _, errors = self._process.communicate()
+            raise ServerUnavailable(f"The sandbox server did not start: {errors.strip()[-500:]}")
+        self.url = line.removeprefix(_READY).strip()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.communicate()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+
+def serve(
+    data: Path | None,
+    port: int = 0,
+    faults: FaultPlan | None = None,
+    *,
+    credentials: Credentials | None = None,
+    end_with_stdin: bool = False,
+    ready: Callable[[str], None] | None = None,
+    **options: Any,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, and with ``end_with_stdin`` no longer than standard input stays open.
+
+    ``data`` is a folder of NDJSON files, or None for an empty server; ``ready`` is told the URL (by default it
+    is written to standard output). Raises ConfigurationError for unusable data or a port that is taken.
+    """
+    listener = _listen(port)
+    store = Store()
+    fill(store, data)
+    server = _uvicorn(create_app(store, faults, credentials=credentials, **options))
+    if end_with_stdin:
+        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+    (ready or _tell)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")
+    server.run(sockets=[listener])
+
+
+def _tell(url: str) -> None:
+    sys.stdout.write(f"{_READY}{url}\n")
+    sys.stdout.flush()
+
+
+def _end_with_stdin(server: uvicorn.Server) -> None:
+    sys.stdin.read()
+    server.should_exit = True

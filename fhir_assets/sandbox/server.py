@@ -1,0 +1,103 @@
+"""The sandbox's FHIR R4 server: its app, with FHIR under ``/fhir`` and its own controls under ``/_sandbox``."""
+
+import time
+
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from fhir_assets.sandbox.faults import FaultDraw, FaultPlan
+from fhir_assets.sandbox.gate import Control, Credentials, Gate, Stats
+from fhir_assets.sandbox.interactions import Interactions
+from fhir_assets.sandbox.memory import Store
+from fhir_assets.sandbox.outcomes import Refusal
+from fhir_assets.sandbox.routes import FHIR_JSON, fhir_routes
+from fhir_assets.sandbox.search import Pages
+
+BASE = "/fhir"
+
+
+def create_app(
+    store: Store,
+    faults: FaultPlan | None = None,
+    *,
+    credentials: Credentials | None = None,
+    all_types: bool = True,
+    referential_integrity: bool = False,
+    page_lifetime: float = 600,
+) -> FastAPI:
+    """A FHIR server over ``store``.
+
+    ``credentials`` are asked for everywhere but at ``/fhir/metadata``; next links end after ``page_lifetime``
+    seconds; see Interactions for ``all_types`` and ``referential_integrity``.
+    """
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    control = Control(faults or FaultPlan())
+    interactions = Interactions(store, all_types=all_types, referential_integrity=referential_integrity)
+    app.include_router(fhir_routes(interactions, Pages(time.monotonic, page_lifetime)), prefix=BASE)
+    app.include_router(_control_routes(control, store), prefix="/_sandbox")
+    app.add_middleware(Gate, base=BASE, credentials=credentials, control=control)
+
+    @app.exception_handler(Refusal)
+    async def refuse(request: Request, refusal: Refusal) -> Response:
+        return Response(refusal.body, refusal.status, headers=refusal.headers, media_type=FHIR_JSON)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        code = "not-supported" if error.status_code == 405 else "not-found"
+        return await refuse(request, Refusal(error.status_code, code, "This server has nothing there"))
+
+    return app
+
+
+def _control_routes(control: Control, store: Store) -> APIRouter:
+    routes = APIRouter()
+
+    def in_json(value: object) -> Response:
+        return Response(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")
+
+    def faults_now() -> Response:
+        draw = control.faults
+        return in_json({**draw.plan.model_dump(mode="json"), "struck": draw.struck})
+
+    @routes.get("/faults")
+    async def show_faults() -> Response:
+        return faults_now()
+
+    @routes.put("/faults")
+    async def set_faults(request: Request) -> Response:
+        try:
+            plan = FaultPlan.model_validate_json(await request.body())
+        except ValidationError as error:
+            return Response(error.json(include_input=False), 422, media_type="application/json")
+        control.faults = FaultDraw(plan)
+        return faults_now()
+
+    @routes.delete("/faults")
+    async def no_faults() -> Response:
+        control.faults = FaultDraw(FaultPlan())
+        return faults_now()
+
+    @routes.get("/stats")
+    async def show_stats() -> Response:
+        stats = control.stats
+        return in_json(
+            {
+                "requests": stats.requests,
+                "statuses": stats.statuses,
+                "struck": stats.struck,
+                "max_in_flight": stats.max_in_flight,
+                "kick_offs": stats.kick_offs,
+                "recent": list(stats.recent),
+                "resources": {name: shelf.live() for name, shelf in store.shelves.items()},
+            }
+        )
+
+    @routes.delete("/stats")
+    async def reset_stats() -> Response:
+        in_flight = control.stats.in_flight
+        control.stats = Stats(in_flight=in_flight)
+        return await show_stats()
+
+    return routes
