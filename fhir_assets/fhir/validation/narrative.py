@@ -3,6 +3,11 @@
 import re
 from xml.parsers import expat
 
+from fhir_assets.fhir.validation.issues import Severity
+
+Problem = tuple[str, str, Severity]
+"""The rule broken, a message and the severity."""
+
 XHTML = "http://www.w3.org/1999/xhtml"
 
 ELEMENTS = frozenset(
@@ -30,11 +35,14 @@ class _Reader:
 
     def __init__(self) -> None:
         self.depth = 0
+        self.is_empty = True
         self.has_content = False
-        self.problem: tuple[str, str] | None = None
+        self.problem: Problem | None = None
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
-        if self.depth == 0 and (name != "div" or attributes.get("xmlns") != XHTML):
+        if self.depth:
+            self.is_empty = False
+        elif name != "div" or attributes.get("xmlns") != XHTML:
             self._refuse("primitive", f"expected one div in the namespace {XHTML}")
         self.depth += 1
         if name not in ELEMENTS:
@@ -53,6 +61,7 @@ class _Reader:
         self.depth -= 1
 
     def text(self, data: str) -> None:
+        self.is_empty = False
         if not self.has_content and data.strip():
             self.has_content = True
 
@@ -61,14 +70,15 @@ class _Reader:
 
     def _refuse(self, rule: str, message: str) -> None:
         if self.problem is None:
-            self.problem = rule, message
+            self.problem = rule, message, "error"
 
 
-def check_xhtml(text: str) -> tuple[str, str] | None:
-    """None if the div is good, else the rule it breaks first and why.
+def check_xhtml(text: str) -> Problem | None:
+    """None if the div is good, else what it breaks first.
 
     ``primitive`` when it is not one well-formed div, ``invariant:txt-1`` for what may not be in it,
-    ``invariant:txt-2`` when nothing is in it.
+    ``invariant:txt-2`` when nothing is in it: a warning where it holds white space or empty elements, as two of the
+    specification's own examples do.
     """
     reader = _Reader()
     parser = expat.ParserCreate("utf-8")
@@ -80,11 +90,15 @@ def check_xhtml(text: str) -> tuple[str, str] | None:
     parser.ProcessingInstructionHandler = reader.refuse_declaration
     parser.EntityDeclHandler = reader.refuse_declaration
     if "<!DOCTYPE" in text:  # before the parser sees an entity that expands to gigabytes
-        return "invariant:txt-1", "a document type declaration, which narrative may not hold"
+        return "invariant:txt-1", "a document type declaration, which narrative may not hold", "error"
     try:
         parser.Parse(text.encode(), True)
     except (expat.ExpatError, UnicodeEncodeError):
-        return reader.problem or ("primitive", "expected well-formed XHTML, without HTML's named entities")
+        return reader.problem or (
+            "primitive",
+            "expected well-formed XHTML, without HTML's named entities",
+            "error",
+        )
     if reader.problem is None and not reader.has_content:
-        return "invariant:txt-2", "narrative without any content"
+        return "invariant:txt-2", "narrative without any content", "error" if reader.is_empty else "warning"
     return reader.problem

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 
-from fhir_assets.fhir.validation.narrative import check_xhtml
+from fhir_assets.fhir.validation.narrative import Problem, check_xhtml
 
 MAX_STRING = 1024 * 1024
 MAX_INTEGER = 2**31 - 1
@@ -108,20 +108,22 @@ INTEGERS = {"integer": -MAX_INTEGER - 1, "unsignedInt": 0, "positiveInt": 1}
 """The types that JSON writes as a whole number, with the least value of each; the greatest is 2147483647."""
 
 
-def check_primitive(type_: str, value: object) -> tuple[str, str] | None:
-    """None if ``value`` is good, else the rule broken and a message."""
+def check_primitive(type_: str, value: object) -> Problem | None:
+    """None if ``value`` is good, else the rule broken, a message and the severity."""
     if type_ in TEXT:
         is_good, expected = TEXT[type_]
-        if isinstance(value, str) and is_good(value):
-            return None
-        return "primitive", f"expected {expected}"
-    if type_ == "xhtml":
-        return check_xhtml(value) if isinstance(value, str) else ("primitive", "expected XHTML in a string")
-    if type_ == "boolean":
-        return None if isinstance(value, bool) else ("primitive", "expected true or false, without quotes")
-    number = isinstance(value, (int, Decimal)) and not isinstance(value, bool)
-    if type_ == "decimal":
-        return None if number else ("primitive", "expected a number, without quotes")
-    if number and isinstance(value, int) and INTEGERS[type_] <= value <= MAX_INTEGER:
-        return None
-    return "primitive", f"expected a whole number from {INTEGERS[type_]} to {MAX_INTEGER}, without quotes"
+        good = isinstance(value, str) and is_good(value)
+    elif type_ == "xhtml":
+        if isinstance(value, str):
+            return check_xhtml(value)
+        good, expected = False, "XHTML in a string"
+    elif type_ == "boolean":
+        good, expected = isinstance(value, bool), "true or false, without quotes"
+    elif type_ == "decimal":
+        good = isinstance(value, (int, Decimal)) and not isinstance(value, bool)
+        expected = "a number, without quotes"
+    else:
+        least = INTEGERS[type_]
+        good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_INTEGER
+        expected = f"a whole number from {least} to {MAX_INTEGER}, without quotes"
+    return None if good else ("primitive", f"expected {expected}", "error")

@@ -20,6 +20,13 @@ PRIMITIVES = frozenset(
 """The primitive types; ``Element.id`` stands for the id attribute of elements (a string without white space)."""
 
 
+ALSO_TARGETS: dict[str, frozenset[str]] = {
+    "DeviceMetric.parent": frozenset({"DeviceDefinition"}),
+    "DeviceUseStatement.reasonReference": frozenset({"Procedure"}),
+}
+"""Reference targets that the definitions leave out, but the specification's own examples use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Invariant:
     """A constraint of the definitions: its key, severity (``error`` or ``warning``) and FHIRPath expression."""
@@ -151,7 +158,7 @@ class Rules:
                         is_list=bool(e.l),
                         is_choice=bool(e.c),
                         value_set=e.v,
-                        targets=frozenset(e.r),
+                        targets=frozenset(e.r) | ALSO_TARGETS.get(f"{name}.{key}", frozenset()),
                         invariants=tuple(Invariant(*i) for i in e.i),
                     )
                     for key, e in raw.elements.items()

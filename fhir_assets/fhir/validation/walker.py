@@ -185,7 +185,7 @@ class Walker:
             return
         problem = check_primitive(type_, value)
         if problem is not None:
-            self.add(problem[0], path, problem[1])
+            self.add(problem[0], path, *problem[1:])
         elif element.value_set is not None and type_ == "code" and not allows_code(element.value_set, value):
             self.add(REQUIRED_BINDING, path, f"the code is not in the value set {element.value_set}")
         elif element.invariants:
