@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from fhir_assets.fhir.validation.fast import accepts
 from fhir_assets.fhir.validation.issues import JSON, Issue
 from fhir_assets.fhir.validation.json_text import BrokenJson, parse_strictly
 from fhir_assets.fhir.validation.rules import load_rules
@@ -67,6 +68,8 @@ class Validator:
 
     def check(self, body: bytes) -> Verdict:
         """The verdict on one resource as JSON. Never raises, whatever the bytes."""
+        if len(body) <= self.max_bytes and accepts(body, self.max_depth):
+            return Verdict(body)
         return self.explain(body)
 
     def explain(self, body: bytes) -> Verdict:
