@@ -74,4 +74,7 @@ def build_definitions(
     )
 
 
-defs = build_definitions(load_settings())
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What the code location serves: the settings of the environment."""
+    return build_definitions(load_settings())

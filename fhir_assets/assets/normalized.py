@@ -35,12 +35,14 @@ def _normalized(
 ) -> dg.AssetsDefinition:
     name = resource_type.name
     check = reconciles_spec(resource_type, partitions)
+    main = next((view for view in views if view.name == resource_type.key), None)
+    main_view = main.name if main and not main.definition.get("where") else None
 
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
         outs={view.name: _output(view, resource_type) for view in views},
-        check_specs=[check] if any(view.name == resource_type.key for view in views) else [],
+        check_specs=[check] if main else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(100),
         can_subset=True,
@@ -56,8 +58,15 @@ def _normalized(
         wanted = [view for view in views if view.name in selected]
         started = perf_counter()
         with recorded(facts, warehouse, [name]):
-            loading = Loading(store, warehouse.connect, wanted, complete=len(wanted) == len(views), facts=facts)
-            loaded = loading.load(name, validated)
+            loading = Loading(
+                store,
+                warehouse.connect,
+                wanted,
+                whole=len(wanted) == len(views),
+                run_id=facts.run_id,
+                refresh=facts.refresh,
+            )
+            loaded = loading.load(name, facts.windows.windows, validated)
             seconds = perf_counter() - started
             for view in wanted:
                 yield dg.Output(
@@ -75,7 +84,7 @@ def _normalized(
                 )
             if context.selected_asset_check_keys:
                 with warehouse.connect() as conn:
-                    balances = reconcile(conn, store, name, facts.partition_keys)
+                    balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
                 yield reconciliation(context, check, balances)
 
     return normalized

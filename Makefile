@@ -1,0 +1,53 @@
+# Two commands: `make demo` shows the whole pipeline in the Dagster UI, `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test install lint types benchmark slow sql-on-fhir clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fhir-assets demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	@echo "Installing fhir-assets into $(VENV) (a minute or two) …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[embedded,parquet]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[lint]'
+	touch $@
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.installed-lint
+	$(BIN)/mypy
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+# The public SQL-on-FHIR suite: make sql-on-fhir SUITE=path/to/checkout/tests
+SUITE ?= ../shared/sql-on-fhir/tests
+sql-on-fhir: $(VENV)/.installed-test
+	$(BIN)/python -m fhir_assets_tests.fhir.views.public_suite $(SUITE) --report test_report.json
+
+benchmark: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[benchmark]'
+	$(BIN)/python -m fhir_assets_tests.benchmarks
+
+clean:
+	rm -rf $(VENV) .fhir_assets build dist

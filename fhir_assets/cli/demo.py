@@ -1,0 +1,122 @@
+"""`fhir-assets demo`: the whole pipeline on a synthetic population, then the UI."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from fhir_assets.cli.dev import serve_ui
+from fhir_assets.cli.ingest import SUMMARY, load_due, report_failure, summary
+from fhir_assets.cli.output import console, print_table
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.ingestion import failed
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.sandbox.population import write_population
+from fhir_assets.sandbox.process import SandboxProcess
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse import embedded, runs
+
+PATIENTS = 150
+DAYS = 30
+BAD_SHARE = 0.02
+SEED = 1
+
+
+class Population(msgspec.Struct):
+    """What was generated for the demo, so that the next one finds the same windows."""
+
+    patients: int
+    seed: int
+    start: datetime
+    end: datetime
+
+
+def demo(
+    ui: Annotated[bool, typer.Option(help="Serve the Dagster UI afterwards")] = True,
+    patients: Annotated[int, typer.Option(min=1, help="Size of the synthetic population")] = PATIENTS,
+    port: Annotated[int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; a free one if taken")] = None,
+) -> None:
+    """Load a synthetic population, about 2 % of it bad in known ways, from a sandbox FHIR server; then show the UI.
+
+    All state is in FHIR_ASSETS_HOME (.fhir_assets/ if unset); a second demo finds its data.
+    """
+    home = load_settings().home
+    folder = home / "sandbox"
+    population = _population(folder, patients)
+    started = load_settings().db_url is None and not embedded.is_running(home)
+    try:
+        with SandboxProcess(folder / "population") as sandbox, _pointed_at(sandbox.url, population):
+            _load()
+            if ui:
+                serve_ui(load_settings(), port)
+    finally:
+        if started:
+            embedded.stop(home, only_if_unused=True)
+
+
+def _population(folder: Path, patients: int) -> Population:
+    """The population of an earlier demo, or a new one that ends yesterday."""
+    facts = folder / "population.json"
+    if facts.exists():
+        return msgspec.json.decode(facts.read_bytes(), type=Population)
+    console.print(f"Generating {patients} synthetic patients …")
+    end = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    population = Population(patients, SEED, end - timedelta(days=DAYS), end)
+    try:
+        write_population(
+            folder / "population",
+            patients,
+            SEED,
+            bad_share=BAD_SHARE,
+            start=population.start,
+            end=population.end,
+        )
+        facts.write_bytes(msgspec.json.encode(population))
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write {folder}: {error.strerror}. Set FHIR_ASSETS_HOME to a folder with room and rights"
+        ) from None
+    return population
+
+
+@contextmanager
+def _pointed_at(url: str, population: Population) -> Iterator[None]:
+    """The environment of every process that the demo starts: its own server, its own windows."""
+    ours = {
+        "FHIR_BASE_URL": url,
+        "FHIR_SOURCE": "search",
+        "FHIR_LAST_UPDATED_GTE": population.start.isoformat(),
+        "FHIR_PARTITION": "daily",
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _load() -> None:
+    settings = load_settings()
+    console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
+    outcomes = load_due(settings, triggered_by="demo")
+    with Warehouse(settings).connect() as conn:
+        everything = runs.totals(conn)
+    print_table("Loaded now" if outcomes else "Loaded earlier", summary(settings, outcomes) or everything, SUMMARY)
+    for outcome in failed(outcomes):
+        report_failure(settings, outcome)
+    if failed(outcomes):
+        raise typer.Exit(1)
+    console.print(
+        "Dead letters: [bold]fhir-assets dead-letters list[/bold]; tables: schema fhir in "
+        f"{'DB_URL' if settings.db_url else 'the embedded Postgres (fhir-assets sql prints how to reach it)'}"
+    )

@@ -1,0 +1,87 @@
+"""`fhir-assets dev`: the Dagster UI with its daemon, on the embedded parts or on DB_URL."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from fhir_assets import deployment
+from fhir_assets.cli.output import console
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings, load_settings
+from fhir_assets.warehouse import embedded
+
+DEFAULT_PORT = 3000
+
+
+def dev(
+    port: Annotated[int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; a free one if taken")] = None,
+) -> None:
+    """Serve the Dagster UI on 127.0.0.1 and run its daemon until Ctrl-C."""
+    settings = load_settings()
+    started = settings.db_url is None and not embedded.is_running(settings.home)
+    try:
+        serve_ui(settings, port)
+    finally:
+        if started:
+            embedded.stop(settings.home, only_if_unused=True)
+
+
+def serve_ui(settings: Settings, port: int | None, extra: Mapping[str, str] | None = None) -> None:
+    """Run ``dagster dev`` until it ends or is interrupted; then nothing of it is left running.
+
+    Raises ConfigurationError if it ends by itself.
+    """
+    Warehouse(settings).url()
+    environment = {**deployment.environment(settings), **(extra or {})}
+    port = free_port(port or DEFAULT_PORT)
+    console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
+    command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--module-name", "fhir_assets.definitions", "--log-level", "warning"]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _stop(process)
+    if code:
+        raise ConfigurationError(f"dagster dev ended with exit code {code}: its own message is above")
+
+
+def free_port(wanted: int) -> int:
+    """``wanted`` if nobody listens on it, else any free port of 127.0.0.1."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ConfigurationError("no free port on 127.0.0.1: stop something, or set DAGSTER_PORT")
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and all that it started: first kindly, then for certain."""
+    for sign, seconds in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,119 @@
+"""`fhir-assets ingest`: load without the UI."""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import dagster as dg
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fhir_assets import deployment
+from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.definitions import build_definitions
+from fhir_assets.ingestion import Ingestion, Outcome, failed
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings, load_settings
+from fhir_assets.warehouse import runs
+from fhir_assets.windows import WindowRange
+
+SUMMARY = ("type", "fetched", "valid", "dead", "loaded", "resources_per_second")
+
+
+def ingest(
+    types: Annotated[str | None, typer.Option(help="Comma-separated resource types; all of the settings if unset")] = None,
+    first: Annotated[datetime | None, typer.Option("--from", help="Load the windows from this date on, UTC")] = None,
+    last: Annotated[datetime | None, typer.Option("--to", help="… up to this date, UTC")] = None,
+    full_refresh: Annotated[bool, typer.Option("--full-refresh", help="Fetch everything anew")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+) -> None:
+    """Load every window from the checkpoint to now, or those of a date range, one Dagster run a range of windows.
+
+    Ends with 0 only if all of it was loaded. Dead letters are no failure: they are listed by `dead-letters list`.
+    """
+    settings = load_settings(**({"fhir_resource_types": types} if types else {}))
+    settings.require_source()
+    if types:
+        os.environ["FHIR_RESOURCE_TYPES"] = types
+    outcomes = load_due(settings, first=_utc(first), last=_utc(last), full_refresh=full_refresh, quiet=json)
+    rows = summary(settings, outcomes)
+    if json:
+        print_json({"runs": [o.run_id for o in outcomes], "success": not failed(outcomes), "types": rows})
+    elif not outcomes:
+        console.print("Every window is loaded: nothing to do.")
+    else:
+        print_table("Loaded", rows, SUMMARY)
+    for outcome in failed(outcomes):
+        report_failure(settings, outcome)
+    if failed(outcomes):
+        raise typer.Exit(1)
+
+
+def load_due(
+    settings: Settings,
+    *,
+    first: datetime | None = None,
+    last: datetime | None = None,
+    full_refresh: bool = False,
+    quiet: bool = False,
+    triggered_by: str = "cli",
+) -> list[Outcome]:
+    """Load what is due, with a progress bar on a terminal."""
+    instance = deployment.instance(settings)
+    ingestion = Ingestion(settings, build_definitions(settings), instance)
+    due = ingestion.due(first=first, last=last, all_windows=full_refresh)
+    explicit = first is not None or last is not None
+    refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
+    steps = ingestion.steps()
+    outcomes = []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        disable=quiet or not errors.is_terminal,
+    ) as progress:
+        task = progress.add_task("Loading", total=max(1, len(due)) * steps, visible=bool(due))
+
+        def listen(event: dg.EventLogEntry) -> None:
+            kind = event.dagster_event_type
+            if kind is dg.DagsterEventType.STEP_START and event.step_key:
+                progress.update(task, description=event.step_key.replace("__", " "))
+            elif kind in (dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE):
+                progress.advance(task)
+
+        for windows in due:
+            if not quiet:
+                console.print(f"Windows {_named(windows)}")
+            outcomes.append(ingestion.load(windows, refresh=refresh, triggered_by=triggered_by, listener=listen))
+        progress.update(task, description="Loaded", completed=max(1, len(due)) * steps)
+    return outcomes
+
+
+def summary(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
+    """By type, what the runs did, from ``ops.ingestion_runs``; the last row is their sum."""
+    if not outcomes:
+        return []
+    with Warehouse(settings).connect() as conn:
+        return runs.summary(conn, [outcome.run_id for outcome in outcomes])
+
+
+def report_failure(settings: Settings, outcome: Outcome) -> None:
+    """Say which types of a run failed and why."""
+    with Warehouse(settings).connect() as conn:
+        reasons = runs.errors(conn, outcome.run_id)
+    errors.print(f"Run {outcome.run_id} of {_named(outcome.windows)} failed:", markup=False)
+    for reason, types in reasons.items():
+        errors.print(f"  {', '.join(types)}: {reason}", markup=False, soft_wrap=True)
+
+
+def _named(windows: WindowRange) -> str:
+    first, last = windows.windows[0].key, windows.windows[-1].key
+    return first if first == last else f"{first} to {last} ({len(windows.windows)})"
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return moment.replace(tzinfo=UTC) if moment and moment.tzinfo is None else moment

@@ -1,0 +1,38 @@
+"""Puts the commands together and turns the project's errors into one sentence and an exit code."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from fhir_assets.cli import dead_letters, demo, dev, ingest, migrate, runs, sandbox, validate, view
+from fhir_assets.errors import FhirAssetsError
+
+app = typer.Typer(
+    name="fhir-assets",
+    help="FHIR data out of clinical servers and into Postgres tables that people trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("dev")(dev.dev)
+app.command("migrate")(migrate.migrate)
+app.command("ingest")(ingest.ingest)
+app.add_typer(runs.app, name="runs")
+app.add_typer(dead_letters.app, name="dead-letters")
+app.command("validate")(validate.validate)
+app.add_typer(view.app, name="view")
+app.command("sandbox")(sandbox.sandbox)
+app.command("generate")(sandbox.generate)
+
+
+def main() -> None:
+    """Run the command line; an error of the project is one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except FhirAssetsError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"fhir-assets: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

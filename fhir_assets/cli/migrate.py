@@ -1,0 +1,31 @@
+"""`fhir-assets migrate`: the database's schema."""
+
+from typing import Annotated
+
+import typer
+
+from fhir_assets import deployment
+from fhir_assets.cli.output import console
+from fhir_assets.definitions import views_of
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse import tables
+
+
+def migrate(
+    apply_view_changes: Annotated[
+        bool, typer.Option(help="Also apply changed types and removed columns of ViewDefinitions; drops their data")
+    ] = False,
+) -> None:
+    """Create or upgrade the schemas, and a table for every ViewDefinition."""
+    settings = load_settings()
+    deployment.environment(settings)
+    views = views_of(settings)
+    with Warehouse(settings).connect() as conn:
+        if apply_view_changes:
+            tables.apply_changes(conn, views.views)
+        else:
+            tables.ensure_tables(conn, views.views)
+    console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
+    for broken in views.broken:
+        console.print(f"Left out: {broken.path}: {broken.reason}", markup=False)

@@ -1,0 +1,56 @@
+"""How commands print: tables for people, JSON for programs."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime
+from decimal import Decimal
+
+import orjson
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """``value`` as one line of JSON on stdout."""
+    sys.stdout.write(orjson.dumps(value, default=_plain).decode() + "\n")
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, object]], columns: Iterable[str]) -> None:
+    """Rows as a table; numbers to the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    names = list(columns)
+    for name in names:
+        numeric = any(isinstance(row.get(name), int | float | Decimal) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(shown(row.get(name)) for name in names))
+    console.print(table)
+
+
+def shown(value: object) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return str(value)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes | memoryview):
+        return bytes(value).decode("utf-8", "replace")
+    raise TypeError(type(value).__name__)

@@ -1,0 +1,55 @@
+"""`fhir-assets sandbox` and `fhir-assets generate`: a FHIR server and data to try things on."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fhir_assets.cli.output import console, print_json, print_table
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.sandbox.faults import FaultPlan
+from fhir_assets.sandbox.population import write_population
+from fhir_assets.sandbox.process import serve
+
+
+def sandbox(
+    port: Annotated[int, typer.Option(help="0: any free port")] = 8090,
+    data: Annotated[Path | None, typer.Option(help="A folder of NDJSON files to serve")] = None,
+    empty: Annotated[bool, typer.Option("--empty", help="Begin with nothing")] = False,
+    faults: Annotated[str | None, typer.Option(help="A plan of faults as JSON; see fhir_assets/sandbox/faults.py")] = None,
+) -> None:
+    """Serve a small FHIR R4 server under http://127.0.0.1:PORT/fhir until Ctrl-C."""
+    if (data is None) == (not empty):
+        raise ConfigurationError("give either --data DIR or --empty")
+    serve(data, port, FaultPlan.model_validate_json(faults) if faults else None)
+
+
+def generate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for <Type>.ndjson.gz")] = Path("population"),
+    patients: Annotated[int, typer.Option(min=1)] = 100,
+    seed: Annotated[int, typer.Option()] = 1,
+    bad_share: Annotated[float, typer.Option(min=0, max=1, help="Share of resources that are bad in known ways")] = 0.0,
+    start: Annotated[datetime, typer.Option(help="First lastUpdated, UTC")] = datetime(2024, 1, 1),
+    end: Annotated[datetime, typer.Option(help="Last lastUpdated, UTC")] = datetime(2024, 3, 31),
+    json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON")] = False,
+) -> None:
+    """Write a synthetic population: linked, valid resources of all 30 types, the same for the same seed."""
+    written = write_population(
+        output,
+        patients,
+        seed,
+        bad_share=bad_share,
+        start=start.replace(tzinfo=UTC),
+        end=end.replace(tzinfo=UTC),
+    )
+    rows = [{"type": name, "resources": count} for name, count in written.counts.items()]
+    if json:
+        print_json({"output": str(output), "types": written.counts, "defects": written.defects})
+        return
+    print_table(f"Written to {output}", rows, ("type", "resources"))
+    if written.defects:
+        print_table(
+            "Bad on purpose", [{"defect": d, "resources": n} for d, n in written.defects.items()], ("defect", "resources")
+        )
+    console.print(f"{sum(written.counts.values()):,} resources")

@@ -1,0 +1,52 @@
+"""The Dagster instance of a deployment: DAGSTER_HOME, its storage, its processes' environment."""
+
+import os
+import shutil
+from pathlib import Path
+
+import dagster as dg
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse import database, embedded
+
+
+def dagster_yaml() -> Path:
+    """The project's ``dagster.yaml``: beside the package in a checkout, inside it in a wheel."""
+    here = Path(__file__).parent
+    for candidate in (here / "dagster.yaml", here.parent / "dagster.yaml"):
+        if candidate.exists():
+            return candidate
+    raise ConfigurationError("dagster.yaml is missing from the installation: install fhir-assets again")
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What every Dagster process needs in its environment: DAGSTER_HOME and where its storage is.
+
+    A DAGSTER_HOME that is set already is kept. Starts the embedded Postgres where there is no DB_URL; with a DB_URL
+    Dagster's tables live in a database ``dagster`` beside the project's, unless DAGSTER_POSTGRES_URL says otherwise.
+    """
+    found = dict(os.environ)
+    if "DAGSTER_HOME" not in found:
+        home = settings.home / "dagster"
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(dagster_yaml(), home / "dagster.yaml")
+        found["DAGSTER_HOME"] = str(home)
+    if "DAGSTER_POSTGRES_URL" not in found:
+        found["DAGSTER_POSTGRES_URL"] = database.normalise_url(_storage_url(settings), "psycopg2")
+    found.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
+    return found
+
+
+def instance(settings: Settings) -> dg.DagsterInstance:
+    """The Dagster instance, for this process."""
+    os.environ.update(environment(settings))
+    return dg.DagsterInstance.get()
+
+
+def _storage_url(settings: Settings) -> str:
+    if settings.db_url is None:
+        return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
+    url = settings.db_url.get_secret_value()
+    database.ensure_database(url, embedded.DAGSTER_DATABASE)
+    return database.with_database(url, embedded.DAGSTER_DATABASE)

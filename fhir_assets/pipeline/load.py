@@ -1,0 +1,220 @@
+"""validated -> tables: all views of a type in one pass, whole windows a transaction."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from fhir_assets.fhir.record import Record, read_instant
+from fhir_assets.fhir.views import RowError, TypeViews, View
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.store.manifest import Manifest, Part
+from fhir_assets.store.store import Store
+from fhir_assets.warehouse import checkpoints, dead_letters, runs, tables
+from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.warehouse.loader import Loader, Unloadable
+from fhir_assets.windows import Window
+
+TRANSACTION_ROWS = 50_000
+"""Small windows share a transaction until it holds this many resources; a larger window has one of its own."""
+
+_parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What a load did, over all of its windows. ``rows`` by view; ``dead`` by rule."""
+
+    resources: int = 0
+    inserted: int = 0
+    updated: int = 0
+    superseded: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
+    dead: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """The parts of one window that are to be loaded; ``anew`` if they are all of it."""
+
+    window: Window
+    manifest: Manifest
+    parts: Sequence[Part]
+    anew: bool
+    until: datetime | None
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+
+class Loading:
+    """Loads validated partitions of one type after the other into the tables of some of its views.
+
+    ``whole`` says that these are all views of the type; only then is a part remembered as loaded.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        connect: Callable[[], Connection],
+        views: Sequence[View],
+        *,
+        whole: bool,
+        run_id: str,
+        refresh: Refresh,
+    ) -> None:
+        self._store = store
+        self._connect = connect
+        self._views = views
+        self._compiled = TypeViews(views)
+        self._whole = whole
+        self._run_id = run_id
+        self._refresh = refresh
+
+    def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> Loaded:
+        """Load what of the windows is not loaded yet, or all of it.
+
+        Raises DatabaseUnavailable, ViewError or StoreError; windows whose transaction was not committed are as before.
+        """
+        total = Loaded(rows=Counter({view.name: 0 for view in self._views}))
+        with self._connect() as conn:
+            tables.ensure_tables(conn, self._views)
+            conn.commit()
+            for group in _transactions(self._tasks(conn, resource_type, windows, validated)):
+                with conn.transaction():
+                    self._load_group(conn, resource_type, group, total)
+        return total
+
+    def _tasks(
+        self, conn: Connection, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]
+    ) -> Iterator[_Task]:
+        by_key = {window.key: window for window in windows}
+        loaded = checkpoints.loaded_parts(conn, resource_type, list(by_key))
+        conn.commit()
+        for manifest in validated:
+            raw = self._store.manifest("raw", resource_type, manifest.partition_key)
+            fetched = raw.fetched if raw else None
+            before = loaded.get(manifest.partition_key, frozenset())
+            new = [part for part in manifest.parts if part.name not in before]
+            only_new = before.issubset(part.name for part in manifest.parts) and (
+                self._refresh is Refresh.MISSING
+                or (self._refresh is Refresh.WINDOW and fetched is not None and not fetched.complete)
+            )
+            yield _Task(
+                by_key[manifest.partition_key],
+                manifest,
+                new if only_new else manifest.parts,
+                not only_new,
+                fetched.until if fetched else None,
+            )
+
+    def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: Loaded) -> None:
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id)
+        dead: Counter[str] = Counter()
+        for task in group:
+            for batch in self._store.batches(task.parts):
+                letters = self._load_batch(loader, task, batch)
+                if letters:
+                    dead_letters.record(conn, self._run_id, letters)
+                    total.dead.update(letter.rule for letter in letters)
+                    dead[task.window.key] += len(letters)
+                total.resources += len(batch)
+        counts = loader.finish()
+        anew = [task.window.key for task in group if task.anew]
+        for stage in ("transform", "load"):
+            dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
+        if self._whole:
+            checkpoints.remember_parts(
+                conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
+            )
+            for task in group:
+                if task.until is not None:
+                    checkpoints.advance(conn, resource_type, task.window.start, task.until, self._run_id)
+        runs.count(
+            conn,
+            self._run_id,
+            resource_type,
+            {task.window.key: {"loaded": task.rows - dead[task.window.key]} for task in group},
+        )
+        total.inserted += counts.inserted
+        total.updated += counts.updated
+        total.superseded += counts.superseded
+        total.rows.update(counts.rows)
+
+    def _load_batch(self, loader: Loader, task: _Task, batch: list[bytes]) -> list[DeadLetter]:
+        letters = []
+        items = []
+        for line in batch:
+            resource = _parse(line)
+            record = _record(resource, line, task.window)
+            if record is None:
+                letters.append(self._letter(task, line, None, "transform", "id", "id", _NO_ID))
+                continue
+            try:
+                items.append((record, self._compiled.rows(resource)))
+            except RowError as error:
+                letters.append(
+                    self._letter(
+                        task, line, record.id, "transform", "single-value", f"{error.view}.{error.column}", str(error)
+                    )
+                )
+        for unloadable in loader.add(items, task.window.key):
+            letters.append(self._unloadable(task, unloadable))
+        return letters
+
+    def _unloadable(self, task: _Task, item: Unloadable) -> DeadLetter:
+        path = f"{item.view}.{item.column}" if item.view else "resource"
+        return self._letter(task, item.record.body, item.record.id, "load", "unloadable-value", path, item.message)
+
+    def _letter(
+        self, task: _Task, line: bytes, resource_id: str | None, stage: str, rule: str, path: str, message: str
+    ) -> DeadLetter:
+        return DeadLetter(
+            resource_type=task.manifest.resource_type,
+            resource_id=resource_id,
+            stage=stage,
+            rule=rule,
+            path=path,
+            message=message,
+            resource=line,
+            partition_key=task.window.key,
+        )
+
+
+_NO_ID = "the resource has no id, so no row could be told from another: give it one at the source or by `edit`"
+
+
+def _record(resource: dict[str, Any], line: bytes, window: Window) -> Record | None:
+    """The record of a validated line; None if it has no id. Without lastUpdated it counts from its window's start."""
+    identity = resource.get("id")
+    if identity is None:
+        return None
+    meta = resource.get("meta") or {}
+    return Record(
+        resource["resourceType"],
+        identity,
+        meta.get("versionId"),
+        read_instant(meta.get("lastUpdated")),
+        window.start or window.end,
+        line,
+    )
+
+
+def _transactions(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:
+    """Whole windows in groups of about TRANSACTION_ROWS resources."""
+    group: list[_Task] = []
+    rows = 0
+    for task in tasks:
+        if group and rows + task.rows > TRANSACTION_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(task)
+        rows += task.rows
+    if group:
+        yield group

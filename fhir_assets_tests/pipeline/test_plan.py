@@ -1,0 +1,86 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
+from fhir_assets.store.manifest import Fetched, Manifest
+from fhir_assets.windows import Granularity, Interval, WindowScheme
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
+WINDOW = SCHEME.window("2024-01-05")
+OVERLAP = timedelta(minutes=2)
+
+
+def raw(until: datetime, *, complete: bool, state: str | None = None) -> Manifest:
+    return Manifest("raw", "Patient", WINDOW.key, "run", until, (), fetched=Fetched(until, complete, (), state))
+
+
+def plan(
+    existing: Manifest | None, now: datetime, refresh: Refresh = Refresh.MISSING, state: str | None = None
+) -> Planned | None:
+    return plan_window(WINDOW, existing, now=now, overlap=OVERLAP, refresh=refresh, source_state=state)
+
+
+def test_a_new_window_is_fetched_from_its_start_to_now() -> None:
+    assert plan(None, DAY + timedelta(hours=3)) == Planned(WINDOW, Interval(DAY, DAY + timedelta(hours=3)), None)
+
+
+def test_a_window_that_has_not_begun_is_left_alone() -> None:
+    assert plan(None, DAY - timedelta(hours=1), Refresh.FULL) is None
+
+
+@pytest.mark.parametrize("refresh", [Refresh.MISSING, Refresh.WINDOW])
+def test_the_open_window_is_extended_from_its_checkpoint_less_the_overlap(refresh: Refresh) -> None:
+    existing = raw(DAY + timedelta(hours=3), complete=False)
+    planned = plan(existing, DAY + timedelta(hours=4), refresh)
+    start = DAY + timedelta(hours=3) - OVERLAP
+    assert planned == Planned(WINDOW, Interval(start, DAY + timedelta(hours=4)), existing)
+
+
+def test_an_extension_never_reaches_into_the_window_before() -> None:
+    planned = plan(raw(DAY + timedelta(seconds=30), complete=False), DAY + timedelta(hours=1))
+    assert planned is not None
+    assert planned.interval.start == DAY
+
+
+def test_a_complete_window_is_left_alone_by_a_scheduled_load_and_fetched_anew_when_asked_for() -> None:
+    existing = raw(WINDOW.end, complete=True)
+    later = WINDOW.end + timedelta(days=3)
+    assert plan(existing, later) is None
+    anew = Planned(WINDOW, Interval(DAY, WINDOW.end), None)
+    assert plan(existing, later, Refresh.WINDOW) == anew
+    assert plan(existing, later, Refresh.FULL) == anew
+
+
+def test_a_full_refresh_fetches_the_open_window_anew() -> None:
+    planned = plan(raw(DAY + timedelta(hours=3), complete=False), DAY + timedelta(hours=4), Refresh.FULL)
+    assert planned == Planned(WINDOW, Interval(DAY, DAY + timedelta(hours=4)), None)
+
+
+def test_files_that_changed_are_read_anew() -> None:
+    existing = raw(WINDOW.end, complete=True, state="old")
+    later = WINDOW.end + timedelta(days=3)
+    assert plan(existing, later, state="old") is None
+    assert plan(existing, later, state="new") == Planned(WINDOW, Interval(DAY, WINDOW.end), None)
+
+
+def test_a_window_is_complete_only_when_the_late_commits_are_in() -> None:
+    assert not is_complete(WINDOW, now=WINDOW.end, overlap=OVERLAP)
+    assert is_complete(WINDOW, now=WINDOW.end + OVERLAP, overlap=OVERLAP)
+
+
+def test_windows_without_a_gap_are_one_request() -> None:
+    now = DAY + timedelta(days=30)
+    planned = [
+        p
+        for key in ("2024-01-05", "2024-01-06", "2024-01-08")
+        if (
+            p := plan_window(
+                SCHEME.window(key), None, now=now, overlap=OVERLAP, refresh=Refresh.MISSING, source_state=None
+            )
+        )
+    ]
+    runs = list(stretches(planned))
+    assert [[p.window.key for p in run] for run in runs] == [["2024-01-05", "2024-01-06"], ["2024-01-08"]]
+    assert hull(runs[0]) == Interval(DAY, DAY + timedelta(days=2))

@@ -1,0 +1,108 @@
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.store.manifest import Fetch, Fetched, Manifest
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.store.writer import PartWriter, lines_of
+
+NOW = datetime(2024, 1, 2, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def lines(count: int, size: int = 40) -> list[bytes]:
+    return [b'{"n":%d,"pad":"%s"}' % (n, b"x" * size) for n in range(count)]
+
+
+def write(store: Store, key: str, content: list[bytes], **options: int) -> Manifest:
+    with PartWriter(store, "raw", **options) as writer:
+        for line in content:
+            writer.add("Patient", key, line, NOW)
+        parts = writer.finish().get(("Patient", key), ())
+    manifest = Manifest("raw", "Patient", key, "run", NOW, parts)
+    store.commit([manifest])
+    return manifest
+
+
+def test_what_was_written_is_read_back_byte_for_byte(store: Store) -> None:
+    content = lines(5000)
+    write(store, "2024-01-01", content, buffer_bytes=10_000)
+    manifest = store.manifest("raw", "Patient", "2024-01-01")
+    assert manifest is not None
+    assert list(lines_of(store.batches(manifest.parts))) == content
+    assert (manifest.rows, manifest.bytes) == (5000, sum(map(len, content)) + 5000)
+
+
+def test_lines_of_many_partitions_may_come_mixed(store: Store) -> None:
+    with PartWriter(store, "raw", buffer_bytes=500) as writer:
+        for n, line in enumerate(lines(300)):
+            writer.add("Patient", f"k{n % 7}", line, None)
+        parts = writer.finish()
+    for k in range(7):
+        read = list(lines_of(store.batches(parts["Patient", f"k{k}"])))
+        assert read == [line for n, line in enumerate(lines(300)) if n % 7 == k]
+
+
+def test_nothing_is_visible_before_the_commit(store: Store) -> None:
+    before = write(store, "k", lines(3))
+    with PartWriter(store, "raw") as writer:
+        writer.add("Patient", "k", b"{}", None)
+        writer.finish()
+    assert store.manifest("raw", "Patient", "k") == before
+
+
+def test_a_writer_that_is_left_early_leaves_no_files_behind(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), PartWriter(store, "raw", buffer_bytes=1) as writer:
+        writer.add("Patient", "k", b"{}", None)
+        raise RuntimeError
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_manifest_keeps_every_fact(store: Store) -> None:
+    fetch = Fetch(None, NOW, NOW, 10, 9, 1, 2)
+    manifest = Manifest("raw", "Patient", "k", "run", NOW, (), fetched=Fetched(NOW, False, (fetch,), "state"))
+    store.commit([manifest])
+    assert store.manifest("raw", "Patient", "k") == manifest
+    assert store.manifest("raw", "Patient", "other") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "short", "noise"])
+def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, tmp_path: Path, damage: str) -> None:
+    manifest = write(store, "k", lines(5000))
+    path = tmp_path / "store" / manifest.parts[0].name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "noise":
+        path.write_bytes(content[:100] + bytes(200) + content[300:])
+    else:
+        other = write(store, "other", lines(4999))
+        path.write_bytes((tmp_path / "store" / other.parts[0].name).read_bytes())
+    with pytest.raises(StoreError):
+        list(store.batches(manifest.parts))
+
+
+def test_a_damaged_manifest_says_which_folder_to_remove(store: Store, tmp_path: Path) -> None:
+    write(store, "k", lines(1))
+    (tmp_path / "store/raw/patient/k/manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="raw/patient/k/manifest.json is damaged: remove"):
+        store.manifest("raw", "Patient", "k")
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        write(open_store(str(tmp_path / "file" / "store")), "k", lines(1))
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_STORE_URL"):
+        open_store("ftp://somewhere")

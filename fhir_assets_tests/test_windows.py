@@ -1,0 +1,55 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fhir_assets.partitions import partitions_definition
+from fhir_assets.windows import Granularity, WindowRange, WindowScheme
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+MOMENTS = st.datetimes(datetime(2024, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
+
+
+def scheme(granularity: Granularity = Granularity.DAILY, *, open_start: bool = False) -> WindowScheme:
+    return WindowScheme(granularity, START, open_start)
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_window_keys_are_the_partition_keys_that_dagster_gives(granularity: Granularity) -> None:
+    ours = scheme(granularity)
+    now = START + timedelta(days=70, hours=5)
+    keys = partitions_definition(ours).get_partition_keys(current_time=now)
+    assert [window.key for window in ours.between(START, now)] == list(keys)
+
+
+@given(moment=MOMENTS, granularity=st.sampled_from(list(Granularity)))
+def test_every_moment_lies_in_exactly_the_window_it_is_given(moment: datetime, granularity: Granularity) -> None:
+    window = scheme(granularity).window_at(moment)
+    assert moment in window
+    assert scheme(granularity).window(window.key) == window
+
+
+@given(first=MOMENTS, days=st.integers(0, 40), moment=MOMENTS)
+def test_a_range_places_a_moment_as_the_scheme_does(first: datetime, days: int, moment: datetime) -> None:
+    windows = WindowRange(list(scheme().between(first, first + timedelta(days=days))))
+    expected = scheme().window_at(moment)
+    placed = windows.place(moment)
+    assert placed == (expected if expected in windows.windows else None)
+    assert windows.nearest(moment) in windows.windows
+
+
+def test_with_an_open_start_the_first_window_takes_all_that_is_older() -> None:
+    ours = scheme(open_start=True)
+    old = datetime(1999, 5, 1, tzinfo=UTC)
+    first = ours.window_at(old)
+    assert first.key == "2024-01-01"
+    assert old in first
+    assert WindowRange([first]).place(old) == first
+    assert ours.window("2024-01-02").start == datetime(2024, 1, 2, tzinfo=UTC)
+
+
+def test_windows_are_half_open() -> None:
+    window = scheme().window("2024-02-29")
+    assert window.end not in window
+    assert window.end - timedelta(microseconds=1) in window
