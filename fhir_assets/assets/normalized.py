@@ -10,7 +10,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks import reconciles_spec, reconciliation
 from fhir_assets.fhir.views import View
 from fhir_assets.io_managers.postgres import LoadedView
-from fhir_assets.pipeline.load import Loading
+from fhir_assets.pipeline.load import Loaded, Loading
 from fhir_assets.pipeline.reconcile import reconcile
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
@@ -57,37 +57,39 @@ def _normalized(
         selected = context.op_execution_context.selected_output_names
         wanted = [view for view in views if view.name in selected]
         started = perf_counter()
-        with recorded(facts, warehouse, [name]):
-            loading = Loading(
-                store,
-                warehouse.connect,
-                wanted,
-                whole=len(wanted) == len(views),
-                run_id=facts.run_id,
-                refresh=facts.refresh,
-            )
-            loaded = loading.load(name, facts.windows.windows, validated)
-            seconds = perf_counter() - started
-            for view in wanted:
-                yield dg.Output(
-                    LoadedView(view.name, loaded.rows[view.name]),
-                    output_name=view.name,
-                    metadata={
-                        "resources": loaded.resources,
-                        "inserted": loaded.inserted,
-                        "updated": loaded.updated,
-                        "superseded": loaded.superseded,
-                        "dead_letters_by_rule": dict(loaded.dead),
-                        "seconds": round(seconds, 3),
-                        "rows_per_second": round(loaded.rows[view.name] / seconds) if seconds else 0,
-                    },
+        if wanted:
+            with recorded(facts, warehouse, [name]):
+                loading = Loading(
+                    store,
+                    warehouse.connect,
+                    wanted,
+                    whole=len(wanted) == len(views),
+                    run_id=facts.run_id,
+                    refresh=facts.refresh,
                 )
-            if context.selected_asset_check_keys:
-                with warehouse.connect() as conn:
-                    balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
-                yield reconciliation(context, check, balances)
+                loaded = loading.load(name, facts.windows.windows, validated)
+                metadata = _metadata(loaded, perf_counter() - started)
+                for view in wanted:
+                    table = LoadedView(view.name, loaded.rows[view.name])
+                    yield dg.Output(table, output_name=view.name, metadata=metadata)
+        if context.selected_asset_check_keys:
+            with warehouse.connect() as conn:
+                balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
+            yield reconciliation(context, check, balances)
 
     return normalized
+
+
+def _metadata(loaded: Loaded, seconds: float) -> dict[str, dg.MetadataValue]:
+    return {
+        "resources": dg.IntMetadataValue(loaded.resources),
+        "inserted": dg.IntMetadataValue(loaded.inserted),
+        "updated": dg.IntMetadataValue(loaded.updated),
+        "superseded": dg.IntMetadataValue(loaded.superseded),
+        "dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead.most_common())),
+        "seconds": dg.FloatMetadataValue(round(seconds, 3)),
+        "resources_per_second": dg.IntMetadataValue(round(loaded.resources / seconds) if seconds else 0),
+    }
 
 
 def _output(view: View, resource_type: ResourceType) -> dg.AssetOut:

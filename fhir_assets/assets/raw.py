@@ -77,6 +77,12 @@ def _raw(
             seconds = perf_counter() - started
             for name in wanted:
                 update = updates.get(name) or RawUpdate(name, (), {})
+                for key, fetch in update.fetches.items():
+                    context.add_asset_metadata(
+                        {"window_fetched": fetch.matched, "window_server_total": _said(fetch.server_total)},
+                        asset_key=["raw", BY_NAME[name].key],
+                        partition_key=key,
+                    )
                 yield dg.Output(
                     update,
                     output_name=BY_NAME[name].key,
@@ -111,3 +117,7 @@ def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, 
     if skipped:
         metadata["skipped"] = "the server does not offer this type"
     return metadata
+
+
+def _said(total: int | None) -> int | str:
+    return "the source cannot say" if total is None else total

@@ -69,6 +69,12 @@ def _validated(
                         if manifest.validated
                     },
                 )
+            for manifest in update.manifests:
+                if manifest.validated:
+                    context.add_asset_metadata(
+                        {"window_valid": manifest.rows, "window_dead": sum(manifest.validated.dead.values())},
+                        partition_key=manifest.partition_key,
+                    )
             yield dg.Output(update, metadata=_metadata(update, perf_counter() - started))
 
     return validated
