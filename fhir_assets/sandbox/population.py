@@ -1,0 +1,175 @@
+"""A synthetic population: linked, plausible resources of all types of the catalog, the same for the same seed.
+
+``generate`` streams it, ``write_population`` writes it as ``<Type>.ndjson.gz``. A share of the resources can be
+broken in known ways (``synthetic/defects.py``); the rest does not change when it is.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import orjson
+from isal import igzip
+
+from fhir_assets.catalog import CATALOG
+from fhir_assets.sandbox.dates import microseconds
+from fhir_assets.sandbox.synthetic.care import care, consent, order, provenance
+from fhir_assets.sandbox.synthetic.clinical import (
+    allergies,
+    choose_disorder,
+    condition,
+    document,
+    encounter,
+    plan_visits,
+    procedure,
+)
+from fhir_assets.sandbox.synthetic.codes import EMERGENCY
+from fhir_assets.sandbox.synthetic.defects import Defect, break_resource
+from fhir_assets.sandbox.synthetic.diagnostics import body, imaging, laboratory, vitals
+from fhir_assets.sandbox.synthetic.facility import facility
+from fhir_assets.sandbox.synthetic.financial import claim, coverage
+from fhir_assets.sandbox.synthetic.people import Person, Resources, make_person, patient
+from fhir_assets.sandbox.synthetic.treatment import device, immunization, medication
+
+DEFAULT_DAYS = 90
+
+
+class Item(NamedTuple):
+    """One resource of a population; ``defect`` is how it was broken, None if it is valid."""
+
+    resource_type: str
+    body: bytes
+    defect: Defect | None
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """Which population: ``patients`` of it, ``lastUpdated`` spread over ``start`` to ``end`` (half-open, UTC).
+
+    Unless given, the range is the 90 days that end today at midnight UTC: give it where runs on different days
+    must agree. A patient is the same however many others there are.
+    """
+
+    patients: int
+    seed: int = 1
+    bad_share: float = 0.0
+    end: datetime = field(default_factory=lambda: datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0))
+    start: datetime | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        """Every resource: the shared ones, then patient by patient."""
+        name = f"syn{self.seed}"
+        end = microseconds(self.end) // 1000
+        start = microseconds(self.start or self.end - timedelta(days=DEFAULT_DAYS)) // 1000
+        yield from self._finish(facility(name, start, end), Random(f"{name}:bad:facility"))
+        for number in range(self.patients):
+            person = make_person(name, number, start, end)
+            yield from self._finish(_patient_record(person, start), Random(f"{name}:bad:{number}"))
+
+    def _finish(self, resources: Resources, random: Random) -> Iterator[Item]:
+        for resource_type, text in resources:
+            text_bytes = text.encode()
+            if self.bad_share and random.random() < self.bad_share:
+                defect, broken = break_resource(resource_type, text_bytes, random)
+                yield Item(resource_type, broken, defect)
+            else:
+                yield Item(resource_type, text_bytes, None)
+
+
+def _patient_record(person: Person, first_ms: int) -> Resources:
+    """All resources of one patient."""
+    random = person.random
+    yield from patient(person)
+    coverage_id = person.new("cov")
+    yield from coverage(person, coverage_id)
+    yield from allergies(person)
+    visits = plan_visits(person, first_ms)
+    chronic_seen = False
+    for n, visit in enumerate(visits):
+        disorder = choose_disorder(person) if random.random() < 0.6 else None
+        condition_id = person.new("c") if disorder else None
+        yield from encounter(person, visit, condition_id)
+        if n == 0:
+            yield from consent(person, visit)
+        recorded = [f"Encounter/{visit.id}"]
+        if disorder is not None and condition_id is not None:
+            yield from condition(person, visit, disorder, condition_id)
+            recorded.append(f"Condition/{condition_id}")
+            yield from medication(person, visit, disorder, condition_id)
+            if disorder.chronic and not chronic_seen:
+                chronic_seen = True
+                yield from care(person, visit, condition_id)
+        yield from vitals(person, visit)
+        if n == 0 or random.random() < 0.2:
+            yield from body(person, visit)
+        request = None
+        if random.random() < 0.3:
+            request = person.new("sr")
+            yield from order(person, visit, request)
+            yield from laboratory(person, visit, request)
+        if random.random() < 0.5:
+            yield from procedure(person, visit, request)
+        if random.random() < 0.3:
+            yield from immunization(person, visit)
+        if visit.number >= EMERGENCY and random.random() < 0.4:
+            yield from imaging(person, visit)
+        if random.random() < 0.05:
+            yield from device(person, visit)
+        yield from document(person, visit, disorder)
+        yield from claim(person, visit, coverage_id, condition_id)
+        yield from provenance(person, visit, recorded)
+
+
+def generate(
+    patients: int,
+    seed: int = 1,
+    bad_share: float = 0.0,
+    *,
+    start: datetime | None = None,
+    end: datetime | None = None,
+) -> Iterator[tuple[str, bytes]]:
+    """The resources of a population as type and JSON. See Population for the arguments, and for the defects."""
+    population = Population(patients, seed, bad_share, start=start, **({"end": end} if end else {}))
+    return ((item.resource_type, item.body) for item in population)
+
+
+@dataclass(slots=True)
+class Summary:
+    """What ``write_population`` wrote: resources by type, and broken ones by type and by defect."""
+
+    resources: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+    defects: Counter[str] = field(default_factory=Counter)
+
+
+def write_population(folder: Path, population: Population) -> Summary:
+    """Write ``<Type>.ndjson.gz`` for every type, and ``defects.json``: what was broken, how, and the rule it breaks.
+
+    Raises OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = Summary()
+    broken: list[dict[str, str]] = []
+    with ExitStack() as stack:
+        files = {t.name: stack.enter_context(igzip.IGzipFile(folder / f"{t.name}.ndjson.gz", "wb", 1)) for t in CATALOG}
+        for resource_type, text, defect in population:
+            files[resource_type].write(text + b"\n")
+            summary.resources[resource_type] += 1
+            if defect is not None:
+                summary.bad[resource_type] += 1
+                summary.defects[defect.name] += 1
+                broken.append(
+                    {
+                        "resourceType": resource_type,
+                        "id": orjson.loads(text)["id"],
+                        "defect": defect.name,
+                        "rule": defect.rule,
+                    }
+                )
+    (folder / "defects.json").write_bytes(orjson.dumps(broken))
+    return summary
