@@ -1,34 +1,54 @@
 """The fast path: accepts what is surely good, and knows nothing of why the rest is not.
 
 For each structure a ``msgspec.Struct`` is made, so that the decoder itself checks names, cardinality, JSON types,
-integer ranges and codes, and a Python function for what the decoder cannot: formats, references, bindings of concepts,
-invariants. False means "ask the walk"; it is also the answer for what is rare (extensions of primitives).
+formats, integer ranges and codes, and Python functions for what the decoder cannot: choices, URIs, references,
+bindings of concepts, invariants. False means "ask the walk"; it is also the answer for what is rare (extensions of
+primitives).
+
+A check takes the Struct ``o``, the scope ``c`` and how many structures that recur (``Extension``) may still be entered,
+``d``: this bounds the nesting.
 """
 
 import keyword
+import re
 import sys
 from collections.abc import Callable, Iterator
 from threading import RLock
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ForwardRef, Literal, NamedTuple
 
 import msgspec
 
 from fhir_assets.fhir.validation import hot, memo
 from fhir_assets.fhir.validation.bindings import allows_code, codes_of
+from fhir_assets.fhir.validation.patterns import PATTERNS, RARE, RARE_TYPES, anchored
 from fhir_assets.fhir.validation.primitives import INTEGERS, MAX_INTEGER, MAX_STRING
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element, Invariant, Rules, Structure
 from fhir_assets.fhir.validation.scope import FastScope
 
-Check = Callable[[Any, FastScope], bool]
+Check = Callable[[Any, FastScope, int], bool]
 
-_NATIVE: dict[str, Any] = {
-    "boolean": bool,
-    "decimal": float,
-    "markdown": Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STRING)],
-    "string": Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STRING)],
-} | {name: Annotated[int, msgspec.Meta(ge=least, le=MAX_INTEGER)] for name, least in INTEGERS.items()}
+
+class Compiled(NamedTuple):
+    """A resource type: its decoder, its check, and whether it can contain resources."""
+
+    decode: Callable[[Any], Any]
+    check: Check
+    may_contain: bool
+
+
+_TEXT = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STRING)]
+_DECODED: dict[str, Any] = (
+    {"boolean": bool, "decimal": float, "markdown": _TEXT, "string": _TEXT}
+    | {name: Annotated[int, msgspec.Meta(ge=least, le=MAX_INTEGER)] for name, least in INTEGERS.items()}
+    | {name: Annotated[str, msgspec.Meta(pattern=anchored(PATTERNS[name]))] for name in RARE_TYPES}
+)
 """What the decoder checks by itself (control characters in strings are looked for in the bytes)."""
+
+_ID = re.compile(PATTERNS["id"]).fullmatch
+_INSTANT = re.compile(PATTERNS["instant"]).fullmatch
+_DATE_TIME = re.compile(PATTERNS["dateTime"]).fullmatch
+_MATCHED = {"id": "is_id", "instant": "is_instant", "dateTime": "is_date_time"}
 
 
 class Compiler:
@@ -37,34 +57,35 @@ class Compiler:
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self._lock = RLock()
-        self._decoders: dict[str, msgspec.json.Decoder[Any]] = {}
-        self._checks: dict[str, Check] = {}
+        self._made: dict[str, Compiled] = {}
         self._space: dict[str, Any] = {
             "UCUM": "http://unitsofmeasure.org",
-            "Raw": msgspec.Raw,
             "ABATED": hot.ABATED,
+            "is_id": _ID,
+            "is_instant": _INSTANT,
+            "is_date_time": _DATE_TIME,
+            "xhtml_is_good": memo.xhtml_is_good,
             **{f.__name__: f for f in (hot.in_order, hot.has_code, hot.has_any, hot.smaller, hot.shares_coding)},
             **{f"seen_{kind}": seen for kind, seen in memo.SEEN.items()},
             **{f"new_{kind}": new for kind, new in memo.NEW.items()},
-            "target_of": memo.target_of,
-            "xhtml_is_good": memo.xhtml_is_good,
-            "only_id": only_id,
         }
         self._module = ModuleType(f"{__name__}.structs")
-        self._module.__dict__.update(Annotated=Annotated, Meta=msgspec.Meta, Raw=msgspec.Raw)
         sys.modules[self._module.__name__] = self._module  # where msgspec resolves the names of structs that recur
         self._known: set[str] = set()
 
-    def compiled(self, resource_type: str) -> tuple[msgspec.json.Decoder[Any], Check]:
-        """The decoder and the check of a resource type."""
-        decoder = self._decoders.get(resource_type)
-        if decoder is None:
+    def compiled(self, resource_type: str) -> Compiled:
+        """The compiled form of a resource type, made on first use."""
+        made = self._made.get(resource_type)
+        if made is None:
             with self._lock:
                 self._compile(resource_type)
-                decoder = self._decoders[resource_type] = msgspec.json.Decoder(
-                    getattr(self._module, python_name(resource_type))
+                name = python_name(resource_type)
+                made = self._made[resource_type] = Compiled(
+                    msgspec.json.Decoder(getattr(self._module, name)).decode,
+                    self._space[f"check_{name}"],
+                    "contained" in self.rules.structure(resource_type).elements,
                 )
-        return decoder, self._checks[resource_type]
+        return made
 
     def _compile(self, name: str) -> None:
         new = [n for n in self._reachable(name) if n not in self._known]
@@ -72,11 +93,9 @@ class Compiler:
         for n in new:
             structure = self.rules.structure(n)
             setattr(self._module, python_name(n), self._struct(structure))
-            source.append(Function(structure, self._space).source())
+            source.append(Function(structure, self._space, self.rules.recurring).source())
         exec("\n".join(source), self._space)
         self._known.update(new)
-        if name not in self._checks:
-            self._checks[name] = self._space[f"check_{python_name(name)}"]
 
     def _reachable(self, name: str) -> Iterator[str]:
         waiting, seen = [name], {name}
@@ -118,30 +137,33 @@ class Compiler:
             return str if codes is None else Literal[tuple(sorted(codes))]
         if type_ == "Resource":
             return msgspec.Raw
-        return _NATIVE.get(type_, str) if type_ in PRIMITIVES else _Forward(python_name(type_))
-
-
-def _Forward(name: str) -> Any:  # noqa: N802
-    from typing import ForwardRef
-
-    return ForwardRef(name)
+        if type_ not in PRIMITIVES:
+            return ForwardRef(python_name(type_))
+        if is_rare(element, type_):
+            return Annotated[str, msgspec.Meta(pattern=anchored(RARE[type_]))]
+        return _DECODED.get(type_, str)
 
 
 class Function:
     """Writes the Python source of one structure's check."""
 
-    def __init__(self, structure: Structure, space: dict[str, Any]) -> None:
+    def __init__(self, structure: Structure, space: dict[str, Any], recurring: frozenset[str]) -> None:
         self.structure = structure
         self.space = space
+        self.recurring = recurring
         self.lines: list[str] = []
 
     def source(self) -> str:
         structure = self.structure
-        name = python_name(structure.name)
-        arguments = "o, c, targets" if structure.name == "Reference" else "o, c"
-        self.lines = [f"def check_{name}({arguments}):"]
+        is_reference = structure.name == "Reference"
+        self.lines = [f"def check_{python_name(structure.name)}(o, c, d{', targets' if is_reference else ''}):"]
+        if structure.name in self.recurring:
+            self._line("if d < 0: return False")
+        if not any(element.required and not element.is_choice for element in structure.elements.values()):
+            names = [attribute(name) for name in structure.properties if name != "id"]
+            self._line(f"if {' and '.join(f'o.{name} is None' for name in names)}: return False")
         for choice in structure.choices:
-            self.lines.append(f" n_{choice.name} = 0")
+            self._line(f"n_{choice.name} = 0")
         for element in structure.elements.values():
             for json_name, type_ in element.json_names().items():
                 self._property(element, json_name, type_)
@@ -149,10 +171,12 @@ class Function:
                 self._line(f"if n_{element.name} > 1: return False")
                 if element.required:
                     self._line(f"if not n_{element.name}: return False")
-        if structure.name == "Reference":
-            self._line("if (o.reference is not None or o.type is not None) and not target_of(o, c, targets): return False")
+        if is_reference:
+            self._line("if not targets.allow(o, c): return False")
         for rule in structure.invariants:
-            self._invariant(rule, "o")
+            form = self._form(rule)
+            if form != "True":
+                self._line(f"if not ({form}): return False")
         self._line("return True")
         return "\n".join(self.lines)
 
@@ -161,8 +185,6 @@ class Function:
 
     def _property(self, element: Element, json_name: str, type_: str) -> None:
         tests = list(self._tests(element, type_))
-        if element.name == "id" and not self.structure.is_resource:
-            tests.append("if only_id(o): return False")
         if not tests and not element.is_choice:
             return
         self._line(f"v = o.{attribute(json_name)}")
@@ -172,49 +194,47 @@ class Function:
         if element.is_list and tests:
             self._line("for v in v:", 2)
         for test in tests:
-            self._line(test, 3 if element.is_list else 2)
+            self._line(f"if {test}: return False", 3 if element.is_list else 2)
 
     def _tests(self, element: Element, type_: str) -> Iterator[str]:
-        """The statements that test ``v``, one value of the element."""
+        """What must not be true of ``v``, one value of the element."""
+        place = f"{python_name(self.structure.name)}_{element.name}"
         if type_ in PRIMITIVES:
-            yield from self._primitive_tests(element, type_)
+            yield from self._primitive_tests(element, type_, place)
         elif type_ == "Resource":
-            yield f"if not c.{'contained' if element.name == 'contained' else 'inner'}(v): return False"
+            yield "not c.contained(v)" if element.name == "contained" else "True"
         elif type_ == "Reference":
-            targets = f"targets_{python_name(self.structure.name)}_{element.name}"
-            self.space[targets] = element.targets
-            yield f"if not check_Reference(v, c, {targets}): return False"
+            targets = self.space[f"targets_{place}"] = memo.targets(element.targets)
+            self.space[f"seen_{place}"] = targets.seen
+            yield (
+                f"(v.reference not in seen_{place} or v.type or v.identifier or v.extension or v.id) "
+                f"and not check_Reference(v, c, d, targets_{place})"
+            )
         else:
-            yield f"if not check_{python_name(type_)}(v, c): return False"
+            left = "d - 1" if type_ in self.recurring else "d"
+            yield f"not check_{python_name(type_)}(v, c, {left})"
             if element.value_set is not None:
-                concept = f"bound_{python_name(self.structure.name)}_{element.name}"
-                self.space[concept] = memo.concept_test(element.value_set)
-                yield f"if not {concept}(v): return False"
+                self.space[f"bound_{place}"] = memo.concept_test(element.value_set)
+                yield f"not bound_{place}(v)"
         for rule in element.invariants:
             form = self._form(rule)
             if form != "True":
-                yield f"if not ({form.replace('o.', 'v.')}): return False"
+                yield f"not ({form.replace('o.', 'v.')})"
 
-    def _primitive_tests(self, element: Element, type_: str) -> Iterator[str]:
+    def _primitive_tests(self, element: Element, type_: str, place: str) -> Iterator[str]:
         if type_ == "xhtml":
-            yield "if not xhtml_is_good(v): return False"
+            yield "not xhtml_is_good(v)"
         elif type_ == "code" and element.value_set is not None:
-            if codes_of(element.value_set) is None:
-                grammar = f"bound_{python_name(self.structure.name)}_{element.name}"
-                value_set = element.value_set
-                self.space[grammar] = lambda code: allows_code(value_set, code)
-                yield f"if not {grammar}(v): return False"
-        elif type_ not in _NATIVE:
+            value_set = element.value_set
+            if codes_of(value_set) is None:
+                self.space[f"bound_{place}"] = lambda code: allows_code(value_set, code)
+                yield f"not bound_{place}(v)"
+        elif type_ in _MATCHED:
+            yield f"{_MATCHED[type_]}(v) is None"
+        elif type_ in memo.KINDS and not is_rare(element, type_):
             kind = memo.KINDS[type_]
-            if kind in memo.SEEN:
-                yield f"if v not in seen_{kind} and not new_{kind}(v): return False"
-            else:
-                yield f"if not new_{kind}(v): return False"
-
-    def _invariant(self, rule: Invariant, _focus: str) -> None:
-        form = self._form(rule)
-        if form != "True":
-            self._line(f"if not ({form}): return False")
+            known = f"v not in seen_{kind} and " if kind in memo.SEEN else ""
+            yield f"{known}not new_{kind}(v)"
 
     def _form(self, rule: Invariant) -> str:
         if rule.key in hot.SUBSUMED:
@@ -225,6 +245,11 @@ class Function:
         return form
 
 
+def is_rare(element: Element, type_: str) -> bool:
+    """Is this an element that few resources have, so that the decoder should test it?"""
+    return element.name in {"implicitRules", "language"} and type_ in RARE and element.value_set is None
+
+
 def python_name(name: str) -> str:
     """``Patient.contact`` -> ``Patient_contact``."""
     return name.replace(".", "_")
@@ -233,8 +258,3 @@ def python_name(name: str) -> str:
 def attribute(name: str) -> str:
     """The Struct's attribute for a JSON name: keywords get an underscore."""
     return name + "_" if keyword.iskeyword(name) else name
-
-
-def only_id(value: msgspec.Struct) -> bool:
-    """Has the element an id and nothing else?"""
-    return sum(1 for item in msgspec.structs.astuple(value) if item is not None) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.validation.compiled import Compiler
+from fhir_assets.fhir.validation.compiled import Compiled, Compiler
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets.fhir.validation.scope import FastScope
 
@@ -22,60 +22,61 @@ _type = msgspec.json.Decoder(_Type)
 _encode = msgspec.json.Encoder().encode
 
 
+DEPTH = 20
+DEPTH_OF_RECURRENCE = 14
+"""The deepest nesting of a resource and what it contains, without structures that recur; how much each adds."""
+
+
 @cache
 def compiler() -> Compiler:
     """The compiler of the process."""
     return Compiler(load_rules())
 
 
-def accepts(body: bytes, max_depth: int) -> bool:
-    """Is the body surely a resource without any issue? False says nothing. Never raises."""
-    try:
-        if b"\\" in body and _CONTROL(body):
+class FastPath:
+    """Accepts or passes on. Holds no state of a check."""
+
+    def __init__(self, max_depth: int) -> None:
+        self._recurrences = (max_depth - DEPTH) // DEPTH_OF_RECURRENCE
+        self._compiled: dict[bytes, Compiled] = {}
+        self._plain_scope = FastScope(self._accept)
+
+    def accepts(self, body: bytes) -> bool:
+        """Is the body surely a resource without any issue? False says nothing. Never raises."""
+        try:
+            if self._recurrences < 0:
+                return False
+            if b"\\" in body and _CONTROL(body):
+                return False
+            return self._accept(body, None)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return False
-        return _accept(body, None, max_depth)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
 
-
-def _accept(body: Any, container: FastScope | None, max_depth: int) -> bool:
-    first = _TYPE_FIRST(body)
-    name = first[1].decode() if first else _type.decode(body).resourceType
-    rules = load_rules()
-    if name not in rules.resource_types:
-        return False
-    decoder, check = compiler().compiled(name)
-    resource = decoder.decode(body)
-    again = _encode(resource)
-    # Names that stand twice are decoded once, so a colon is missing. Colons in strings are the same in both.
-    if bytes(body).count(b":") != again.count(b":") or b"{}" in again:
-        return False
-    contained = getattr(resource, "contained", None)
-    if container is None:
-        if (again.count(b"{") + again.count(b"[")) > max_depth and not is_shallow(again, max_depth):
+    def _accept(self, body: Any, container: FastScope | None) -> bool:
+        first = _TYPE_FIRST(body)
+        name = first[1] if first else _type.decode(body).resourceType.encode()
+        compiled = self._compiled.get(name)
+        if compiled is None:
+            if name.decode() not in load_rules().resource_types:
+                return False
+            compiled = self._compiled[name] = compiler().compiled(name.decode())
+        resource = compiled.decode(body)
+        again = _encode(resource)
+        # A name that stands twice is decoded once, so its colon is missing. Those in strings are in both.
+        if bytes(body).count(b":") != again.count(b":"):
             return False
-        scope = FastScope(name, lambda inner, outer: _accept(inner, outer, max_depth))
-        if contained is not None and not scope.announce(contained):
-            return False
-    else:
-        scope = container
-        meta = resource.meta
-        if contained is not None or (
-            meta is not None
-            and (meta.versionId is not None or meta.lastUpdated is not None or meta.security is not None)
-        ):
-            return False
-    return check(resource, scope)
+        if container is not None:
+            return is_fit_to_be_contained(resource) and compiled.check(resource, container, self._recurrences)
+        if not compiled.may_contain or resource.contained is None:
+            return compiled.check(resource, self._plain_scope, self._recurrences)
+        scope = FastScope(self._accept)
+        return scope.announce(resource.contained) and compiled.check(resource, scope, self._recurrences)
 
 
-_OTHERS = bytes(set(range(256)) - set(b"{}[]"))
+def is_fit_to_be_contained(resource: Any) -> bool:
+    """dom-2, dom-4 and dom-5 for a contained resource."""
+    meta = resource.meta
+    return getattr(resource, "contained", None) is None and (
+        meta is None or (meta.versionId is None and meta.lastUpdated is None and meta.security is None)
+    )
 
-
-def is_shallow(body: bytes, max_depth: int) -> bool:
-    """Is the nesting at most ``max_depth``? Brackets in strings that do not pair make it False."""
-    brackets = body.translate(None, _OTHERS)
-    for _ in range(max_depth):
-        brackets = brackets.replace(b"{}", b"").replace(b"[]", b"")
-        if not brackets:
-            return True
-    return False

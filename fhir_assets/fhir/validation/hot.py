@@ -31,7 +31,7 @@ FORMS = {
     "cpl-3": "o.detail is None or o.reference is None",
     "cpt-2": "o.value is None or o.system is not None",
     "ctm-1": "o.onBehalfOf is None",
-    "dom-3": "o.contained is None or c.all_used(o.contained)",
+    "dom-3": "o.contained is None or c.all_used()",
     "dom-4": "True",
     "dom-5": "True",
     "drq-1": "(o.path is None) != (o.searchParam is None)",

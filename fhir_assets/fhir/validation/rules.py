@@ -133,6 +133,20 @@ class Rules:
             name for name, s in file.structures.items() if s.kind == "resource" and not s.abstract
         )
 
+    @cached_property
+    def recurring(self) -> frozenset[str]:
+        """Structures that every endless nesting passes through: Extension, Identifier (through its assigner) and
+        what elements refer to as their content (``Questionnaire.item.item``).
+        """
+        referred = {
+            type_
+            for name in self._structures
+            for element in self.structure(name).elements.values()
+            for type_ in element.types
+            if "." in type_ and type_ in self._structures and type_ != f"{name}.{element.name}"
+        }
+        return frozenset(referred | {"Extension", "Identifier"})
+
     def __contains__(self, name: str) -> bool:
         return name in self._structures
 

@@ -15,24 +15,22 @@ _head = msgspec.json.Decoder(_Head)
 
 
 class FastScope:
-    """One for each resource that is not contained. ``accept`` runs the fast path on the bytes of another resource."""
+    """One for each resource that contains others; a single one serves all that do not.
 
-    __slots__ = ("_accept", "_types", "_used", "own_type")
+    ``accept`` runs the fast path on the bytes of a contained resource, given this scope.
+    """
 
-    def __init__(self, own_type: str, accept: Callable[[Any, "FastScope | None"], bool]) -> None:
-        self.own_type = own_type
+    __slots__ = ("_accept", "_types", "_used")
+
+    def __init__(self, accept: "Callable[[Any, FastScope], bool]") -> None:
         self._accept = accept
-        self._types: dict[str, str] | None = None
+        self._types: dict[str, str] = {}
         self._used: set[str] = set()
 
     def announce(self, contained: list[msgspec.Raw]) -> bool:
         """Reads ids and types of what is contained, before any reference is followed."""
-        self._types = {}
         for item in contained:
-            try:
-                head = _head.decode(item)
-            except msgspec.MsgspecError:
-                return False
+            head = _head.decode(item)
             if head.id in self._types:
                 return False
             self._types[head.id] = head.resourceType
@@ -42,17 +40,13 @@ class FastScope:
         """Is a contained resource surely good?"""
         return self._accept(body, self)
 
-    def inner(self, body: msgspec.Raw) -> bool:
-        """Is a resource in its own right (in a Bundle's entry) surely good?"""
-        return self._accept(body, None)
-
     def use(self, reference: str) -> str | None:
         """The type of the contained resource that ``#id`` names, None if there is none."""
-        found = None if self._types is None else self._types.get(reference[1:])
+        found = self._types.get(reference[1:])
         if found is not None:
             self._used.add(reference[1:])
         return found
 
-    def all_used(self, _contained: object) -> bool:
+    def all_used(self) -> bool:
         """Is each contained resource referred to (dom-3)?"""
-        return self._types is not None and len(self._used) == len(self._types)
+        return len(self._used) == len(self._types)

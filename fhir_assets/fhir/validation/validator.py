@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.validation.fast import accepts
+from fhir_assets.fhir.validation.fast import FastPath
 from fhir_assets.fhir.validation.issues import JSON, Issue
 from fhir_assets.fhir.validation.json_text import BrokenJson, parse_strictly
 from fhir_assets.fhir.validation.rules import load_rules
@@ -59,6 +59,10 @@ class Validator:
         self.warn_rules = tuple(warn_rules)
         self.max_bytes = max_bytes
         self.max_depth = max_depth
+        self._fast = FastPath(max_depth)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, (self.warn_rules, self.max_bytes, self.max_depth)
 
     @property
     def rules_version(self) -> str:
@@ -68,7 +72,7 @@ class Validator:
 
     def check(self, body: bytes) -> Verdict:
         """The verdict on one resource as JSON. Never raises, whatever the bytes."""
-        if len(body) <= self.max_bytes and accepts(body, self.max_depth):
+        if len(body) <= self.max_bytes and self._fast.accepts(body):
             return Verdict(body)
         return self.explain(body)
 
@@ -91,6 +95,10 @@ class Validator:
     def _is_warning(self, issue: Issue) -> bool:
         name = f"{issue.rule}:{_without_indexes(issue.path)}"
         return any(name == rule or name.startswith(rule + ":") for rule in self.warn_rules)
+
+
+def _make(warn_rules: tuple[str, ...], max_bytes: int, max_depth: int) -> Validator:
+    return Validator(warn_rules=warn_rules, max_bytes=max_bytes, max_depth=max_depth)
 
 
 def _without_indexes(path: str) -> str:

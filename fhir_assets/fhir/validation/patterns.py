@@ -1,0 +1,40 @@
+"""Formats as regular expressions for the decoder. Each accepts only what ``primitives`` accepts."""
+
+import re
+
+_DAY = (
+    r"(?!0000)(?:[0-9]{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)"
+    r"|(?:0[13578]|1[02])-31)|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+)
+_CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)(?:\.[0-9]+)?"
+_ZONE = r"(?:Z|[+-](?:(?:0[0-9]|1[0-3]):[0-5][0-9]|14:00))"
+_MONTH = r"(?!0000)[0-9]{4}(?:-(?:0[1-9]|1[0-2]))?"
+
+ID = r"[A-Za-z0-9\-.]{1,64}"
+
+PATTERNS = {
+    "Element.id": r"[^\s\x00-\x1f]+",
+    "dateTime": rf"{_DAY}(?:T{_CLOCK}{_ZONE})?|{_MONTH}",
+    "id": ID,
+    "instant": rf"{_DAY}T{_CLOCK}{_ZONE}",
+    "oid": r"urn:oid:[0-2](?:\.(?:0|[1-9][0-9]*))+",
+    "time": _CLOCK,
+    "uuid": r"urn:uuid:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+}
+"""By primitive type."""
+
+RARE_TYPES = ("Element.id", "oid", "time", "uuid")
+"""Types that few resources use: the decoder tests them, at no cost where they are absent."""
+
+RARE = {"code": r"[^\s\x00-\x1f]+", "uri": r"[^\s\x00-\x1f]+"}
+"""The same for two elements, ``implicitRules`` and ``language``."""
+
+
+def anchored(pattern: str) -> str:
+    """The pattern for a whole string, in a search."""
+    return rf"\A(?:{pattern})\Z"
+
+
+def literal_reference(types: frozenset[str]) -> re.Pattern[str]:
+    """``Type/id`` with one of the types."""
+    return re.compile(rf"(?:{'|'.join(sorted(types))})/{ID}")
