@@ -19,7 +19,7 @@ from typing import Annotated, Any, ForwardRef, Literal, NamedTuple
 
 import msgspec
 
-from fhir_assets.fhir.validation import hot, memo
+from fhir_assets.fhir.validation import hot, invariants, memo
 from fhir_assets.fhir.validation.bindings import allows_code, codes_of
 from fhir_assets.fhir.validation.patterns import PATTERNS, RARE, RARE_TYPES, anchored
 from fhir_assets.fhir.validation.primitives import INTEGERS, MAX_INTEGER, MAX_STRING
@@ -237,7 +237,7 @@ class Function:
             yield f"{known}not new_{kind}(v)"
 
     def _form(self, rule: Invariant) -> str:
-        if rule.key in hot.SUBSUMED:
+        if rule.key in invariants.SUBSUMED or rule.key in invariants.NOT_EVALUATED:
             return "True"
         form = hot.FORMS.get(rule.key, "False")
         for choice in self.structure.choices:

@@ -8,16 +8,6 @@ from datetime import datetime
 
 CLINICAL = "http://terminology.hl7.org/CodeSystem/condition-clinical"
 
-SUBSUMED = {
-    "ele-1": "an object with no names, or only an id, is found in the structure",
-    "dom-2": "what is contained may not contain: the walk into contained resources stops there",
-    "txt-1": "htmlChecks() is the check of the type xhtml",
-    "txt-2": "htmlChecks() is the check of the type xhtml",
-    "ref-1": "references to contained resources are resolved where their target type is checked",
-    "dom-6": "recommends a narrative in every resource; a warning on each resource of most servers says nothing",
-}
-"""Invariants that neither path evaluates as FHIRPath, with what stands in their place."""
-
 FORMS = {
     "age-1": "o.code is not None and (o.system is None or o.system == UCUM) and o.value is not None and o.value > 0",
     "ait-1": "o.clinicalStatus is not None",

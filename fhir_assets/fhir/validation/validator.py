@@ -1,7 +1,7 @@
 """The validator: bytes in, a verdict out, whatever the bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ class Verdict:
     ``json``) or no object. It is parsed on first use when the fast path accepted the body.
     """
 
-    body: bytes
+    body: bytes = field(repr=False)
     issues: tuple[Issue, ...] = ()
 
     @property
