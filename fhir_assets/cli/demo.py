@@ -16,7 +16,7 @@ from fhir_assets.cli.output import console, print_table
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import failed
 from fhir_assets.resources.warehouse import Warehouse
-from fhir_assets.sandbox.population import write_population
+from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse import embedded, runs
@@ -27,11 +27,9 @@ BAD_SHARE = 0.02
 SEED = 1
 
 
-class Population(msgspec.Struct):
-    """What was generated for the demo, so that the next one finds the same windows."""
+class Windows(msgspec.Struct):
+    """The range of the population that was generated, so that the next demo asks for the same windows."""
 
-    patients: int
-    seed: int
     start: datetime
     end: datetime
 
@@ -47,10 +45,10 @@ def demo(
     """
     home = load_settings().home
     folder = home / "sandbox"
-    population = _population(folder, patients)
+    windows = _population(folder, patients)
     started = load_settings().db_url is None and not embedded.is_running(home)
     try:
-        with SandboxProcess(folder / "population") as sandbox, _pointed_at(sandbox.url, population):
+        with SandboxProcess(folder / "population") as sandbox, _pointed_at(sandbox.url, windows):
             _load()
             if ui:
                 serve_ui(load_settings(), port)
@@ -59,38 +57,32 @@ def demo(
             embedded.stop(home, only_if_unused=True)
 
 
-def _population(folder: Path, patients: int) -> Population:
-    """The population of an earlier demo, or a new one that ends yesterday."""
-    facts = folder / "population.json"
+def _population(folder: Path, patients: int) -> Windows:
+    """The windows of an earlier demo's population, or of a new one that ends yesterday."""
+    facts = folder / "windows.json"
     if facts.exists():
-        return msgspec.json.decode(facts.read_bytes(), type=Population)
+        return msgspec.json.decode(facts.read_bytes(), type=Windows)
     console.print(f"Generating {patients} synthetic patients …")
     end = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    population = Population(patients, SEED, end - timedelta(days=DAYS), end)
+    windows = Windows(end - timedelta(days=DAYS), end)
     try:
-        write_population(
-            folder / "population",
-            patients,
-            SEED,
-            bad_share=BAD_SHARE,
-            start=population.start,
-            end=population.end,
-        )
-        facts.write_bytes(msgspec.json.encode(population))
+        population = Population(patients, SEED, BAD_SHARE, end=windows.end, start=windows.start)
+        write_population(folder / "population", population)
+        facts.write_bytes(msgspec.json.encode(windows))
     except OSError as error:
         raise ConfigurationError(
             f"cannot write {folder}: {error.strerror}. Set FHIR_ASSETS_HOME to a folder with room and rights"
         ) from None
-    return population
+    return windows
 
 
 @contextmanager
-def _pointed_at(url: str, population: Population) -> Iterator[None]:
+def _pointed_at(url: str, windows: Windows) -> Iterator[None]:
     """The environment of every process that the demo starts: its own server, its own windows."""
     ours = {
         "FHIR_BASE_URL": url,
         "FHIR_SOURCE": "search",
-        "FHIR_LAST_UPDATED_GTE": population.start.isoformat(),
+        "FHIR_LAST_UPDATED_GTE": windows.start.isoformat(),
         "FHIR_PARTITION": "daily",
     }
     before = {name: os.environ.get(name) for name in ours}

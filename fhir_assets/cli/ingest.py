@@ -23,7 +23,9 @@ SUMMARY = ("type", "fetched", "valid", "dead", "loaded", "resources_per_second")
 
 
 def ingest(
-    types: Annotated[str | None, typer.Option(help="Comma-separated resource types; all of the settings if unset")] = None,
+    types: Annotated[
+        str | None, typer.Option(help="Comma-separated resource types; all of the settings if unset")
+    ] = None,
     first: Annotated[datetime | None, typer.Option("--from", help="Load the windows from this date on, UTC")] = None,
     last: Annotated[datetime | None, typer.Option("--to", help="… up to this date, UTC")] = None,
     full_refresh: Annotated[bool, typer.Option("--full-refresh", help="Fetch everything anew")] = False,

@@ -9,7 +9,7 @@ import typer
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.sandbox.faults import FaultPlan
-from fhir_assets.sandbox.population import write_population
+from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import serve
 
 
@@ -17,7 +17,9 @@ def sandbox(
     port: Annotated[int, typer.Option(help="0: any free port")] = 8090,
     data: Annotated[Path | None, typer.Option(help="A folder of NDJSON files to serve")] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Begin with nothing")] = False,
-    faults: Annotated[str | None, typer.Option(help="A plan of faults as JSON; see fhir_assets/sandbox/faults.py")] = None,
+    faults: Annotated[
+        str | None, typer.Option(help="A plan of faults as JSON; see fhir_assets/sandbox/faults.py")
+    ] = None,
 ) -> None:
     """Serve a small FHIR R4 server under http://127.0.0.1:PORT/fhir until Ctrl-C."""
     if (data is None) == (not empty):
@@ -35,21 +37,17 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON")] = False,
 ) -> None:
     """Write a synthetic population: linked, valid resources of all 30 types, the same for the same seed."""
-    written = write_population(
-        output,
-        patients,
-        seed,
-        bad_share=bad_share,
-        start=start.replace(tzinfo=UTC),
-        end=end.replace(tzinfo=UTC),
-    )
-    rows = [{"type": name, "resources": count} for name, count in written.counts.items()]
+    population = Population(patients, seed, bad_share, end=end.replace(tzinfo=UTC), start=start.replace(tzinfo=UTC))
+    try:
+        written = write_population(output, population)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {output}: {error.strerror}; give another --output") from None
     if json:
-        print_json({"output": str(output), "types": written.counts, "defects": written.defects})
+        print_json({"output": str(output), "types": written.resources, "defects": written.defects})
         return
-    print_table(f"Written to {output}", rows, ("type", "resources"))
+    rows = [{"type": name, "resources": count, "bad": written.bad[name]} for name, count in written.resources.items()]
+    print_table(f"Written to {output}", rows, ("type", "resources", "bad"))
     if written.defects:
-        print_table(
-            "Bad on purpose", [{"defect": d, "resources": n} for d, n in written.defects.items()], ("defect", "resources")
-        )
-    console.print(f"{sum(written.counts.values()):,} resources")
+        defects = [{"defect": name, "resources": count} for name, count in written.defects.items()]
+        print_table("Bad on purpose", defects, ("defect", "resources"))
+    console.print(f"{written.resources.total():,} resources")
