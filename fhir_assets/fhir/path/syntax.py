@@ -1,0 +1,323 @@
+"""FHIRPath text to a syntax tree (http://hl7.org/fhirpath/N1, grammar in appendix A).
+
+A parser of its own, by operator precedence: it starts in microseconds, accepts the whole expression or none of it,
+and says where an expression is wrong.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+from fhir_assets.errors import FhirPathError
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """A node of the tree; ``at`` is its offset in the expression."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Literal(Syntax):
+    """A value with its FHIR type; ``unit`` for a quantity. Type ``empty`` for ``{}``."""
+
+    type: str
+    value: str | bool | int | Decimal | None
+    unit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Member(Syntax):
+    """``base.name``, or ``name`` on the focus."""
+
+    base: Syntax | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Syntax):
+    """``base.name(arguments)``, or ``name(arguments)`` on the focus."""
+
+    base: Syntax | None
+    name: str
+    arguments: tuple[Syntax, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Special(Syntax):
+    """``$this``, ``$index``, ``$total``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constant(Syntax):
+    """``%name``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Index(Syntax):
+    """``base[index]``."""
+
+    base: Syntax
+    index: Syntax
+
+
+@dataclass(frozen=True, slots=True)
+class Operation(Syntax):
+    """``left operator right``."""
+
+    operator: str
+    left: Syntax
+    right: Syntax
+
+
+@dataclass(frozen=True, slots=True)
+class Sign(Syntax):
+    """``+operand``, ``-operand``."""
+
+    operator: str
+    operand: Syntax
+
+
+@dataclass(frozen=True, slots=True)
+class TypeTest(Syntax):
+    """``operand is type``, ``operand as type``."""
+
+    operator: str
+    operand: Syntax
+    type: str
+
+
+_TOKEN = re.compile(
+    r"""
+      (?P<space>\s+ | //[^\n]* | /\*.*?\*/)
+    | (?P<datetime>@\d{4}(?:-\d\d(?:-\d\d)?)?T(?:\d\d(?::\d\d(?::\d\d(?:\.\d+)?)?)?)?(?:Z|[+-]\d\d:\d\d)?)
+    | (?P<date>@\d{4}(?:-\d\d(?:-\d\d)?)?)
+    | (?P<time>@T\d\d(?::\d\d(?::\d\d(?:\.\d+)?)?)?)
+    | (?P<number>\d+(?:\.\d+)?)
+    | (?P<string>'(?:[^'\\]|\\.)*')
+    | (?P<delimited>`(?:[^`\\]|\\.)*`)
+    | (?P<special>\$(?:this|index|total)\b)
+    | (?P<constant>%(?:[A-Za-z_][A-Za-z0-9_-]*|'(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*`))
+    | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
+    | (?P<symbol><=|>=|!=|!~|[-+*/&|<>=~.,()\[\]{}])
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_ESCAPE = re.compile(r"\\(u[0-9A-Fa-f]{4}|[`\"'\\/fnrt])")
+_ESCAPED = {"f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_UNITS = {
+    unit + plural
+    for unit in ("year", "month", "week", "day", "hour", "minute", "second", "millisecond")
+    for plural in ("", "s")
+}
+_PRECEDENCE = {
+    operator: level
+    for level, operators in enumerate(
+        (
+            ("implies",),
+            ("or", "xor"),
+            ("and",),
+            ("in", "contains"),
+            ("=", "~", "!=", "!~"),
+            ("<=", "<", ">", ">="),
+            ("|",),
+            ("is", "as"),
+            ("+", "-", "&"),
+            ("*", "/", "div", "mod"),
+        ),
+        start=1,
+    )
+    for operator in operators
+}
+_SIGN_PRECEDENCE = 11
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str
+    text: str
+    at: int
+
+
+def _unescape(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        escape = match[1]
+        return chr(int(escape[1:], 16)) if len(escape) > 1 else _ESCAPED.get(escape, escape)
+
+    return _ESCAPE.sub(replace, text)
+
+
+def _tokens(text: str) -> Iterator[_Token]:
+    at = 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise FhirPathError(f'cannot read the expression "{text}" at character {at + 1}: "{text[at : at + 10]}"')
+        if match.lastgroup and match.lastgroup != "space":
+            yield _Token(match.lastgroup, match[0], at)
+        at = match.end()
+    yield _Token("end", "", at)
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = list(_tokens(text))
+        self.position = 0
+
+    @property
+    def token(self) -> _Token:
+        return self.tokens[self.position]
+
+    def fail(self, expected: str) -> FhirPathError:
+        found = f'"{self.token.text}"' if self.token.text else "its end"
+        return FhirPathError(
+            f'cannot read the expression "{self.text}" at character {self.token.at + 1}: '
+            f"expected {expected}, found {found}"
+        )
+
+    def take(self, *symbols: str) -> _Token | None:
+        token = self.token
+        if token.kind in ("symbol", "word") and token.text in symbols:
+            self.position += 1
+            return token
+        return None
+
+    def need(self, symbol: str) -> None:
+        if not self.take(symbol):
+            raise self.fail(f'"{symbol}"')
+
+    def next(self) -> _Token:
+        token = self.token
+        self.position += 1
+        return token
+
+    def whole(self) -> Syntax:
+        tree = self.expression(0)
+        if self.token.kind != "end":
+            raise self.fail("an operator or the end")
+        return tree
+
+    def expression(self, floor: int) -> Syntax:
+        if sign := self.take("+", "-"):
+            left: Syntax = Sign(sign.at, sign.text, self.expression(_SIGN_PRECEDENCE))
+        else:
+            left = self.invocations(self.term())
+        while self.token.kind in ("symbol", "word"):
+            operator = self.token.text
+            level = _PRECEDENCE.get(operator, 0)
+            if level <= floor:
+                break
+            at = self.next().at
+            if operator in ("is", "as"):
+                left = TypeTest(at, operator, left, self.type_name())
+            else:
+                left = Operation(at, operator, left, self.expression(level))
+        return left
+
+    def type_name(self) -> str:
+        name = self.identifier()
+        while self.take("."):
+            name += f".{self.identifier()}"
+        return name
+
+    def identifier(self) -> str:
+        token = self.token
+        if token.kind == "word":
+            self.position += 1
+            return token.text
+        if token.kind == "delimited":
+            self.position += 1
+            return _unescape(token.text[1:-1])
+        raise self.fail("a name")
+
+    def invocations(self, base: Syntax) -> Syntax:
+        while True:
+            if self.take("."):
+                if self.token.kind == "special":
+                    token = self.next()
+                    base = Special(token.at, token.text)
+                else:
+                    base = self.invocation(base)
+            elif at := self.take("["):
+                base = Index(at.at, base, self.expression(0))
+                self.need("]")
+            else:
+                return base
+
+    def invocation(self, base: Syntax | None) -> Syntax:
+        at = self.token.at
+        name = self.identifier()
+        if not self.take("("):
+            return Member(at, base, name)
+        arguments: list[Syntax] = []
+        if not self.take(")"):
+            arguments.append(self.expression(0))
+            while self.take(","):
+                arguments.append(self.expression(0))
+            self.need(")")
+        return Call(at, base, name, tuple(arguments))
+
+    def term(self) -> Syntax:
+        token = self.token
+        at = token.at
+        if token.kind in ("word", "delimited") and token.text not in ("true", "false"):
+            return self.invocation(None)
+        if self.take("("):
+            inner = self.expression(0)
+            self.need(")")
+            return inner
+        if self.take("{"):
+            self.need("}")
+            return Literal(at, "empty", None)
+        self.position += 1
+        match token.kind:
+            case "word":
+                return Literal(at, "boolean", token.text == "true")
+            case "string":
+                return Literal(at, "string", _unescape(token.text[1:-1]))
+            case "date" | "time" | "datetime":
+                return self.moment(token)
+            case "number":
+                return self.number(token)
+            case "special":
+                return Special(at, token.text)
+            case "constant":
+                name = token.text[1:]
+                return Constant(at, _unescape(name[1:-1]) if name[0] in "'`" else name)
+        self.position -= 1
+        raise self.fail("a term")
+
+    def moment(self, token: _Token) -> Literal:
+        type_ = {"date": "date", "time": "time", "datetime": "dateTime"}[token.kind]
+        return Literal(token.at, type_, token.text.lstrip("@").removeprefix("T").removesuffix("T"))
+
+    def number(self, token: _Token) -> Literal:
+        value = Decimal(token.text) if "." in token.text else int(token.text)
+        if self.token.kind == "string":
+            return Literal(token.at, "Quantity", value, _unescape(self.next().text[1:-1]))
+        if self.token.kind == "word" and self.token.text in _UNITS:
+            return Literal(token.at, "Quantity", value, self.next().text.removesuffix("s"))
+        return Literal(token.at, "decimal" if "." in token.text else "integer", value)
+
+
+def parse(expression: str) -> Syntax:
+    """The syntax tree of an expression. Raises FhirPathError with the place and what was expected there."""
+    return _Parser(expression).whole()
+
+
+def specials(tree: Syntax) -> Iterator[str]:
+    """The ``$this``, ``$index``, ``$total`` within a tree."""
+    if isinstance(tree, Special):
+        yield tree.name
+    for name in tree.__slots__:
+        inner = getattr(tree, name)
+        for each in inner if isinstance(inner, tuple) else (inner,):
+            if isinstance(each, Syntax):
+                yield from specials(each)

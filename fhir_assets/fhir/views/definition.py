@@ -1,0 +1,333 @@
+"""A ViewDefinition read and resolved: its columns with their types, and the typed paths that fill them.
+
+https://sql-on-fhir.org/ig/StructureDefinition-ViewDefinition.html
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fhir_assets.catalog import snake_case
+from fhir_assets.errors import FhirPathError, ViewError
+from fhir_assets.fhir.model import nearest, r4
+from fhir_assets.fhir.path.compiled import Fallback, typed
+from fhir_assets.fhir.path.nodes import Constant, Counter, Expr, Nothing, Types
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_UNTYPED = "string"
+
+Iteration = Literal["forEach", "forEachOrNull", "repeat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a view. ``type`` is a FHIR type name, declared or inferred from the path (``string`` if neither)."""
+
+    name: str
+    type: str
+    collection: bool
+    description: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A column and the path that fills it."""
+
+    column: Column
+    path: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The paths of ``repeat``: at the focus, and at each element found (one that a type lacks is left out)."""
+
+    first: tuple[Expr, ...]
+    again: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """One ``select``: what it iterates over, then its own columns, its nested selects and its union."""
+
+    iteration: Iteration | None
+    over: Expr | Repeated | None
+    filled: tuple[Filled, ...]
+    selects: tuple["Select", ...]
+    union: tuple["Select", ...]
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """All columns, in the specification's order."""
+        return (
+            *(filled.column for filled in self.filled),
+            *(column for select in self.selects for column in select.columns),
+            *(self.union[0].columns if self.union else ()),
+        )
+
+    @property
+    def indexes(self) -> tuple[bool, ...]:
+        """For each column, whether it is ``%rowIndex`` itself."""
+        return (
+            *(isinstance(filled.path, Counter) for filled in self.filled),
+            *(index for select in self.selects for index in select.indexes),
+            *(self.union[0].indexes if self.union else ()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a view does with a resource, resolved."""
+
+    where: tuple[Expr, ...]
+    selects: tuple[Select, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A ViewDefinition. Pickles as its definition, and is resolved again where it arrives."""
+
+    name: str
+    resource_type: str
+    url: str | None
+    version: str | None
+    title: str | None
+    description: str | None
+    columns: tuple[Column, ...]
+    path: Path | None
+    fingerprint: str
+    """Changes with the meaning of the view (columns, paths, filters, constants), not with its descriptions."""
+    definition: dict[str, Any] = field(repr=False, hash=False)
+    plan: Plan = field(repr=False, compare=False)
+    fallbacks: tuple[str, ...] = ()
+    """The paths that run in fhirpathpy, much slower than compiled ones."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return parse_view, (self.definition, self.path)
+
+
+def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
+    """Read a ViewDefinition. Raises ViewError with the file, the place in it and what is wrong."""
+    return _Reader(definition, path).view()
+
+
+def fingerprint(definition: dict[str, Any]) -> str:
+    """A short hash of what a ViewDefinition means."""
+    text = json.dumps(_meaning(definition), sort_keys=True, separators=(",", ":"), default=float)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_MEANINGFUL = {"resource", "name", "path", "type", "collection", "constant", "where", "select", "column"} | {
+    "unionAll",
+    "forEach",
+    "forEachOrNull",
+    "repeat",
+}
+
+
+def _meaning(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {
+            key: _meaning(value)
+            for key, value in node.items()
+            if key in _MEANINGFUL or (key.startswith("value") and "name" in node)
+        }
+    return [_meaning(each) for each in node] if isinstance(node, list) else node
+
+
+class _Reader:
+    """Reads one definition, knowing where it is for the errors."""
+
+    def __init__(self, definition: dict[str, Any], path: Path | None) -> None:
+        self.definition = definition
+        self.path = path
+        self.constants: dict[str, Expr] = {"rowIndex": Counter("row_index")}
+        self.fallbacks: list[str] = []
+        self.resource = ""
+
+    def fail(self, place: str, message: str) -> ViewError:
+        name = self.definition.get("name") if isinstance(self.definition, dict) else None
+        where = str(self.path) if self.path else f"view {name}" if isinstance(name, str) else "the ViewDefinition"
+        return ViewError(f"{where}: {place}: {message}" if place else f"{where}: {message}")
+
+    def view(self) -> View:
+        definition = self.definition
+        if not isinstance(definition, dict):
+            raise self.fail("", "is not a JSON object")
+        self.resource = self.text(definition, "resource", "")
+        type_ = r4().types.get(self.resource)
+        if type_ is None or type_.kind != "resource":
+            resources = [name for name, each in r4().types.items() if each.kind == "resource"]
+            raise self.fail("resource", f'R4 has no resource "{self.resource}"{nearest(self.resource, resources)}')
+        name = definition.get("name") or (self.path.stem if self.path else snake_case(self.resource))
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise self.fail("name", "must be letters, digits and underscores, and begin with a letter")
+        self.read_constants()
+        focus: Types = frozenset({self.resource})
+        selects = self.selects(definition, "select", "", focus)
+        if not selects:
+            raise self.fail("select", "is missing: a view needs at least one")
+        where = tuple(
+            self.condition(node, f"where[{n}]", focus) for n, node in enumerate(self.objects(definition, "where", ""))
+        )
+        columns = tuple(column for select in selects for column in select.columns)
+        self.check_names(columns)
+        return View(
+            name=name,
+            resource_type=self.resource,
+            url=definition.get("url"),
+            version=definition.get("version"),
+            title=definition.get("title"),
+            description=definition.get("description"),
+            columns=columns,
+            path=self.path,
+            fingerprint=fingerprint({**definition, "name": name}),
+            definition=definition,
+            plan=Plan(where, selects),
+            fallbacks=tuple(self.fallbacks),
+        )
+
+    def check_names(self, columns: Sequence[Column]) -> None:
+        if not columns:
+            raise self.fail("select", "has no column")
+        seen: set[str] = set()
+        for column in columns:
+            if column.name in seen:
+                raise self.fail("select", f'two columns have the name "{column.name}"')
+            seen.add(column.name)
+
+    def text(self, node: dict[str, Any], key: str, place: str) -> str:
+        value = node.get(key)
+        at = f"{place}.{key}" if place else key
+        if value is None:
+            raise self.fail(at, "is missing")
+        if not isinstance(value, str) or not value:
+            raise self.fail(at, f"must be text, not {type(value).__name__}")
+        return value
+
+    def objects(self, node: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
+        value = node.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            raise self.fail(f"{place}.{key}" if place else key, "must be an array of objects")
+        return value
+
+    def read_constants(self) -> None:
+        for n, node in enumerate(self.objects(self.definition, "constant", "")):
+            place = f"constant[{n}]"
+            name = self.text(node, "name", place)
+            values = [key for key in node if key.startswith("value")]
+            if not _NAME.fullmatch(name) or len(values) != 1:
+                raise self.fail(place, "must have a name of letters, digits and underscores, and one value[x]")
+            type_ = values[0].removeprefix("value")
+            type_ = type_[:1].lower() + type_[1:]
+            if not r4().is_primitive(type_) or isinstance(node[values[0]], dict | list | None):
+                raise self.fail(f"{place}.{values[0]}", "must be a primitive value: valueString, valueInteger, …")
+            self.constants[name] = Constant(node[values[0]], frozenset({type_}))
+
+    def expression(self, text: object, place: str, focus: Types) -> Expr:
+        if not isinstance(text, str):
+            raise self.fail(place, f"must be a FHIRPath expression, not {type(text).__name__}")
+        try:
+            expr = typed(text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants)
+        except FhirPathError as error:
+            raise self.fail(place, str(error)) from None
+        if isinstance(expr, Fallback):
+            self.fallbacks.append(text)
+        return expr
+
+    def condition(self, node: dict[str, Any], place: str, focus: Types) -> Expr:
+        expr = self.expression(self.text(node, "path", place), f"{place}.path", focus)
+        if expr.types is not None and expr.types - {"boolean"}:
+            raise self.fail(f"{place}.path", f"must give a boolean, not {' or '.join(sorted(expr.types))}")
+        return expr
+
+    def selects(self, node: dict[str, Any], key: str, place: str, focus: Types) -> tuple[Select, ...]:
+        prefix = f"{place}.{key}" if place else key
+        return tuple(
+            self.select(each, f"{prefix}[{n}]", focus) for n, each in enumerate(self.objects(node, key, place))
+        )
+
+    def select(self, node: dict[str, Any], place: str, focus: Types) -> Select:
+        iterations: list[Iteration] = [key for key in ("forEach", "forEachOrNull", "repeat") if key in node]
+        if len(iterations) > 1:
+            raise self.fail(place, f"has both {' and '.join(iterations)}: one is allowed")
+        iteration = iterations[0] if iterations else None
+        over: Expr | Repeated | None = None
+        if iteration == "repeat":
+            over, focus = self.repeated(node["repeat"], f"{place}.repeat", focus)
+        elif iteration:
+            over = self.expression(node[iteration], f"{place}.{iteration}", focus)
+            focus = over.types
+        filled = tuple(
+            self.filled(each, f"{place}.column[{n}]", focus)
+            for n, each in enumerate(self.objects(node, "column", place))
+        )
+        selects = self.selects(node, "select", place, focus)
+        union = self.selects(node, "unionAll", place, focus)
+        if not (filled or selects or union):
+            raise self.fail(place, "has neither column nor select nor unionAll")
+        for n, branch in enumerate(union[1:], start=1):
+            expected, found = ([c.name for c in each.columns] for each in (union[0], branch))
+            if found != expected:
+                raise self.fail(
+                    f"{place}.unionAll[{n}]", f"has the columns {', '.join(found)}; the first has {', '.join(expected)}"
+                )
+        return Select(iteration, over, filled, selects, union)
+
+    def repeated(self, paths: object, place: str, focus: Types) -> tuple[Repeated, Types]:
+        if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
+            raise self.fail(place, "must be an array of FHIRPath expressions")
+        first = self.possible(paths, place, focus)
+        types: Types = frozenset().union(*(expr.types or () for expr in first))
+        if any(expr.types is None for expr in first):
+            types = None
+        while True:
+            again = self.possible(paths, place, types)
+            if types is None or any(expr.types is None for expr in again):
+                return Repeated(first, self.possible(paths, place, None)), None
+            wider = types.union(*(expr.types or () for expr in again))
+            if wider == types:
+                return Repeated(first, again), types
+            types = wider
+
+    def possible(self, paths: Sequence[str], place: str, focus: Types) -> tuple[Expr, ...]:
+        """The paths that the types of the focus have. A name that no type at all has is an error."""
+        found: list[Expr] = []
+        for n, path in enumerate(paths):
+            self.expression(path, f"{place}[{n}]", None)
+            try:
+                expr = self.expression(path, place, focus)
+            except ViewError:
+                continue
+            if not isinstance(expr, Nothing):
+                found.append(expr)
+        return tuple(found)
+
+    def filled(self, node: dict[str, Any], place: str, focus: Types) -> Filled:
+        name = self.text(node, "name", place)
+        if not _NAME.fullmatch(name):
+            raise self.fail(
+                f"{place}.name", f'"{name}" must be letters, digits and underscores, and begin with a letter'
+            )
+        expr = self.expression(self.text(node, "path", place), f"{place}.path", focus)
+        declared = node.get("type")
+        if declared is not None and not isinstance(declared, str):
+            raise self.fail(f"{place}.type", f"must be a type name, not {type(declared).__name__}")
+        inferred = next(iter(expr.types)) if expr.types is not None and len(expr.types) == 1 else _UNTYPED
+        collection = node.get("collection", False)
+        if not isinstance(collection, bool):
+            raise self.fail(f"{place}.collection", f"must be true or false, not {type(collection).__name__}")
+        column = Column(
+            name=name,
+            type=declared.rpartition("/")[2] if declared else inferred,
+            collection=collection,
+            description=node.get("description"),
+            tags={
+                tag["name"]: tag["value"] for tag in self.objects(node, "tag", place) if {"name", "value"} <= tag.keys()
+            },
+        )
+        return Filled(column, expr)

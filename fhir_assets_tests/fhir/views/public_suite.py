@@ -1,0 +1,110 @@
+"""Runs the public SQL on FHIR test suite and writes its report.
+
+``python -m fhir_assets_tests.fhir.views.public_suite FOLDER [--report FILE]``; FOLDER holds the suite's ``*.json``.
+The report is the ``test_report.json`` that implementations publish: by file, each test's name and whether it passed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from fhir_assets.errors import PermanentError
+from fhir_assets.fhir.views import TypeViews, parse_view
+
+_KNOWN_KINDS = {"expect", "expectCount", "expectError", "expectColumns"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case of the suite."""
+
+    file: str
+    title: str
+    resources: tuple[dict[str, Any], ...]
+    test: dict[str, Any]
+
+
+def read_cases(folder: Path) -> Iterator[Case]:
+    """All cases of a folder of the suite, numbers with their digits."""
+    for path in sorted(folder.glob("*.json")):
+        suite = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
+        for test in suite["tests"]:
+            yield Case(path.name, test["title"], tuple(suite["resources"]), test)
+
+
+def _plain(value: object) -> str:
+    """A value so that rows can be sorted and numbers compare by value; booleans are no numbers."""
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return f"number {Decimal(str(value)).normalize():f}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[str]:
+    return sorted(json.dumps({name: _plain(value) for name, value in row.items()}, sort_keys=True) for row in rows)
+
+
+def why_it_fails(case: Case) -> str | None:
+    """None if the case passes, otherwise how it fails."""
+    test = case.test
+    try:
+        view = parse_view(test["view"])
+        run: Callable[[dict[str, Any]], list[list[tuple[object, ...]]]] = TypeViews([view]).rows
+        names = [column.name for column in view.columns]
+        rows = [
+            dict(zip(names, row, strict=True))
+            for resource in case.resources
+            if resource["resourceType"] == view.resource_type
+            for row in run(resource)[0]
+        ]
+    except PermanentError as error:
+        return None if test.get("expectError") else f"error: {error}"
+    if test.get("expectError"):
+        return f"no error, but {len(rows)} rows"
+    if not _KNOWN_KINDS & test.keys():
+        return "the case expects nothing that this runner knows"
+    if "expectColumns" in test and names != test["expectColumns"]:
+        return f"columns {names}, not {test['expectColumns']}"
+    if "expectCount" in test and len(rows) != test["expectCount"]:
+        return f"{len(rows)} rows, not {test['expectCount']}"
+    if "expect" in test and _rows(rows) != _rows(test["expect"]):
+        return f"rows {rows}, not {test['expect']}"
+    return None
+
+
+def report(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The results in the form of ``test_report.json``."""
+    files: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for case in read_cases(folder):
+        reason = why_it_fails(case)
+        result = {"passed": reason is None} | ({"error": reason} if reason else {})
+        files.setdefault(case.file, {"tests": []})["tests"].append({"name": case.title, "result": result})
+    return files
+
+
+def main() -> int:
+    """Run the suite; 0 only if every case passes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the suite's tests")
+    parser.add_argument("--report", type=Path, help="where to write test_report.json")
+    arguments = parser.parse_args()
+    results = report(arguments.folder)
+    tests = [(file, test) for file, entry in results.items() for test in entry["tests"]]
+    for file, test in tests:
+        if not test["result"]["passed"]:
+            print(f"{file}: {test['name']}: {test['result']['error']}", file=sys.stderr)
+    if arguments.report:
+        arguments.report.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    passed = sum(test["result"]["passed"] for _, test in tests)
+    print(f"{passed} of {len(tests)} cases pass")
+    return 0 if tests and passed == len(tests) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
