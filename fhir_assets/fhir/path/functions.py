@@ -4,6 +4,7 @@ A function of single values is a row of ``SCALARS``, one of whole collections a 
 take criteria, types or no input at all are with the resolver.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fhir_assets.fhir.path import equality, moments, runtime, scalars
@@ -89,7 +90,7 @@ COLLECTIONS: dict[str, Function] = {
     "anyFalse": Function("any(v is False for v in {0})", _BOOLEAN),
 }
 
-BOUNDARIES = {
+BOUNDARIES: dict[str, Callable[..., object]] = {
     "date": moments.date_boundary,
     "dateTime": moments.date_time_boundary,
     "instant": moments.date_time_boundary,

@@ -115,9 +115,8 @@ def to_decimal(value: Any) -> Decimal | None:
     return Decimal(value) if type(value) is str and re.fullmatch(r"[+-]?\d+(\.\d+)?", value) else None
 
 
-_BOOLEANS = dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True) | dict.fromkeys(
-    ("false", "f", "no", "n", "0", "0.0"), False
-)
+_TRUE = {"true", "t", "yes", "y", "1", "1.0"}
+_FALSE = {"false", "f", "no", "n", "0", "0.0"}
 
 
 def to_boolean(value: Any) -> bool | None:
@@ -126,7 +125,8 @@ def to_boolean(value: Any) -> bool | None:
         return value
     if is_number(value):
         return {0: False, 1: True}.get(value)
-    return _BOOLEANS.get(value.lower()) if type(value) is str else None
+    word = value.lower() if type(value) is str else None
+    return True if word in _TRUE else False if word in _FALSE else None
 
 
 def to_date(value: Any) -> str | None:
