@@ -65,13 +65,17 @@ def of_type(resource_type: str) -> list[View]:
     return [view for view in views().values() if view.resource_type == resource_type]
 
 
+@cache
+def type_views(resource_type: str) -> TypeViews:
+    return TypeViews(of_type(resource_type), empty_join=False)
+
+
 def rows(resource: Resource) -> dict[str, list[Row]]:
     """The rows of each view of the resource's type, by column."""
-    its_views = of_type(resource["resourceType"])
-    made = TypeViews(its_views).rows(resource)
+    its = type_views(resource["resourceType"])
     return {
         view.name: [dict(zip((column.name for column in view.columns), row, strict=True)) for row in rows_of_view]
-        for view, rows_of_view in zip(its_views, made, strict=True)
+        for view, rows_of_view in zip(its.views, its.rows(resource), strict=True)
     }
 
 
@@ -94,7 +98,7 @@ def compiled(definition: Mapping[str, Any], root_type: str) -> Iterator[tuple[di
     """Each column but ``%rowIndex``, with its path compiled for the type of what its rows are made for."""
     each = definition.get("forEach") or definition.get("forEachOrNull") or definition.get("repeat", [None])[0]
     if each is not None:
-        (root_type,) = compile_path(each, root_type=root_type).types or ()
+        root_type = "|".join(compile_path(each, root_type=root_type).types or ())
     for column in definition.get("column", ()):
         if column["path"] != "%rowIndex":
             yield column, compile_path(column["path"], root_type=root_type)
