@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.sandbox.faults import FaultPlan
+from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import serve
 
 
@@ -18,9 +19,18 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--faults", type=FaultPlan.model_validate_json, help="a FaultPlan as JSON")
     parser.add_argument("--end-with-stdin", action="store_true")
+    parser.add_argument("--token", help="a bearer token that every request must show")
+    parser.add_argument("--referential-integrity", action="store_true")
     given = parser.parse_args()
     try:
-        serve(given.data, given.port, given.faults, end_with_stdin=given.end_with_stdin)
+        serve(
+            given.data,
+            given.port,
+            given.faults,
+            credentials=Credentials(token=given.token) if given.token else None,
+            end_with_stdin=given.end_with_stdin,
+            referential_integrity=given.referential_integrity,
+        )
     except FhirAssetsError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -26,7 +26,7 @@ class _Request(msgspec.Struct):
 
 class _Entry(msgspec.Struct):
     request: _Request | None = None
-    resource: msgspec.Raw | None = None
+    resource: msgspec.Raw = msgspec.Raw(b"")
     fullUrl: str | None = None  # noqa: N815
 
 
@@ -63,7 +63,7 @@ def _batch(interactions: Interactions, entries: list[_Entry], page: Page) -> lis
     answers = []
     for entry in entries:
         try:
-            answers.append(_run(interactions, entry, _resource(entry), page)[0])
+            answers.append(_run(interactions, entry, bytes(entry.resource), page)[0])
         except Refusal as refusal:
             answers.append(_refused(refusal))
     return answers
@@ -93,7 +93,7 @@ def _transaction(interactions: Interactions, entries: list[_Entry], page: Page) 
 
 def _resolved(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
     """The resources with ``urn:uuid:`` references replaced by the ids that POSTed entries are going to get."""
-    texts = [_resource(entry) for entry in entries]
+    texts = [bytes(entry.resource) for entry in entries]
     ids: dict[int, str] = {}
     for n, entry in enumerate(entries):
         if entry.fullUrl and entry.fullUrl.startswith("urn:uuid:") and entry.request:
@@ -103,10 +103,6 @@ def _resolved(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
                 url = f"{url}/{ids[n]}"
             texts = [text.replace(orjson.dumps(entry.fullUrl), orjson.dumps(url)) for text in texts]
     return texts, ids
-
-
-def _resource(entry: _Entry) -> bytes:
-    return b"" if entry.resource is None else bytes(entry.resource)
 
 
 def _run(

@@ -69,16 +69,18 @@ class Fault(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: FaultKind
-    on: frozenset[RequestKind] = Field(frozenset(), description="Requests it is for; empty: all that it can hit")
-    every: int | None = Field(None, ge=1, description="Each Nth of those requests")
-    probability: float | None = Field(None, ge=0, le=1, description="Or this share of them")
-    after: int = Field(0, ge=0, description="The first so many go well")
-    times: int | None = Field(None, ge=1, description="It strikes at most so often")
-    status: int | None = Field(None, ge=400, le=599, description="Instead of the fault's usual status")
-    retry_after: int | None = Field(None, ge=0, description="Seconds in Retry-After")
-    retry_after_date: bool = Field(False, description="Retry-After as an HTTP date")
-    seconds: float = Field(1.0, ge=0, description="How late a slow answer is")
-    by: int = Field(1, description="How far off a wrong total is")
+    on: frozenset[RequestKind] = Field(
+        default=frozenset(), description="Requests it is for; empty: all that it can hit"
+    )
+    every: int | None = Field(default=None, ge=1, description="Each Nth of those requests")
+    probability: float | None = Field(default=None, ge=0, le=1, description="Or this share of them")
+    after: int = Field(default=0, ge=0, description="The first so many go well")
+    times: int | None = Field(default=None, ge=1, description="It strikes at most so often")
+    status: int | None = Field(default=None, ge=400, le=599, description="Instead of the fault's usual status")
+    retry_after: int | None = Field(default=None, ge=0, description="Seconds in Retry-After")
+    retry_after_date: bool = Field(default=False, description="Retry-After as an HTTP date")
+    seconds: float = Field(default=1.0, ge=0, description="How late a slow answer is")
+    by: int = Field(default=1, description="How far off a wrong total is")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -6,7 +6,6 @@ broken in known ways (``synthetic/defects.py``); the rest does not change when i
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,13 +29,14 @@ from fhir_assets.sandbox.synthetic.clinical import (
 )
 from fhir_assets.sandbox.synthetic.codes import EMERGENCY
 from fhir_assets.sandbox.synthetic.defects import Defect, break_resource
-from fhir_assets.sandbox.synthetic.diagnostics import body, imaging, laboratory, vitals
+from fhir_assets.sandbox.synthetic.diagnostics import build, imaging, laboratory, vitals
 from fhir_assets.sandbox.synthetic.facility import facility
 from fhir_assets.sandbox.synthetic.financial import claim, coverage
 from fhir_assets.sandbox.synthetic.people import Person, Resources, make_person, patient
 from fhir_assets.sandbox.synthetic.treatment import device, immunization, medication
 
 DEFAULT_DAYS = 90
+DEFECTS_FILE = "defects.json"
 
 
 class Item(NamedTuple):
@@ -73,22 +73,22 @@ class Population:
 
     def _finish(self, resources: Resources, random: Random) -> Iterator[Item]:
         for resource_type, text in resources:
-            text_bytes = text.encode()
+            body = text.encode()
             if self.bad_share and random.random() < self.bad_share:
-                defect, broken = break_resource(resource_type, text_bytes, random)
-                yield Item(resource_type, broken, defect)
+                defect, body = break_resource(resource_type, body, random)
+                yield Item(resource_type, body, defect)
             else:
-                yield Item(resource_type, text_bytes, None)
+                yield Item(resource_type, body, None)
 
 
 def _patient_record(person: Person, first_ms: int) -> Resources:
     """All resources of one patient."""
     random = person.random
-    yield from patient(person)
+    visits = plan_visits(person, first_ms)
+    yield from patient(person, max(visit.end for visit in visits))
     coverage_id = person.new("cov")
     yield from coverage(person, coverage_id)
     yield from allergies(person)
-    visits = plan_visits(person, first_ms)
     chronic_seen = False
     for n, visit in enumerate(visits):
         disorder = choose_disorder(person) if random.random() < 0.6 else None
@@ -106,7 +106,7 @@ def _patient_record(person: Person, first_ms: int) -> Resources:
                 yield from care(person, visit, condition_id)
         yield from vitals(person, visit)
         if n == 0 or random.random() < 0.2:
-            yield from body(person, visit)
+            yield from build(person, visit)
         request = None
         if random.random() < 0.3:
             request = person.new("sr")
@@ -147,29 +147,57 @@ class Summary:
     defects: Counter[str] = field(default_factory=Counter)
 
 
+class _Part:
+    """A file that grows by gzip members, and takes its name when it is whole."""
+
+    _BLOCK = 2**20
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._unfinished = path.with_name(path.name + ".part")
+        self._unfinished.unlink(missing_ok=True)
+        self._lines: list[bytes] = []
+        self._held = 0
+
+    def write(self, line: bytes) -> None:
+        self._lines.append(line)
+        self._held += len(line)
+        if self._held >= self._BLOCK:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        self._unfinished.replace(self._path)
+
+    def _flush(self) -> None:
+        block = b"\n".join([*self._lines, b""])
+        with self._unfinished.open("ab") as file:
+            file.write(igzip.compress(block, 1))
+        self._lines, self._held = [], 0
+
+
 def write_population(folder: Path, population: Population) -> Summary:
-    """Write ``<Type>.ndjson.gz`` for every type, and ``defects.json``: what was broken, how, and the rule it breaks.
+    """Write ``<Type>.ndjson.gz`` for every type, and at the very end ``defects.json``: which resources were
+    broken, how, and the rule each breaks.
 
     Raises OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / DEFECTS_FILE).unlink(missing_ok=True)
     summary = Summary()
     broken: list[dict[str, str]] = []
-    with ExitStack() as stack:
-        files = {t.name: stack.enter_context(igzip.IGzipFile(folder / f"{t.name}.ndjson.gz", "wb", 1)) for t in CATALOG}
-        for resource_type, text, defect in population:
-            files[resource_type].write(text + b"\n")
-            summary.resources[resource_type] += 1
-            if defect is not None:
-                summary.bad[resource_type] += 1
-                summary.defects[defect.name] += 1
-                broken.append(
-                    {
-                        "resourceType": resource_type,
-                        "id": orjson.loads(text)["id"],
-                        "defect": defect.name,
-                        "rule": defect.rule,
-                    }
-                )
-    (folder / "defects.json").write_bytes(orjson.dumps(broken))
+    parts = {t.name: _Part(folder / f"{t.name}.ndjson.gz") for t in CATALOG}
+    for resource_type, body, defect in population:
+        parts[resource_type].write(body)
+        summary.resources[resource_type] += 1
+        if defect is not None:
+            summary.bad[resource_type] += 1
+            summary.defects[defect.name] += 1
+            resource_id = orjson.loads(body)["id"]
+            broken.append(
+                {"resourceType": resource_type, "id": resource_id, "defect": defect.name, "rule": defect.rule}
+            )
+    for part in parts.values():
+        part.finish()
+    (folder / DEFECTS_FILE).write_bytes(orjson.dumps(broken))
     return summary

@@ -1,8 +1,10 @@
 """The HTTP face of the FHIR interactions (https://hl7.org/fhir/R4/http.html)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import partial
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response
@@ -22,6 +24,7 @@ from fhir_assets.sandbox.search import (
     expired,
     matches,
     parse,
+    patients_of,
     render,
     unknown_outcome,
 )
@@ -45,7 +48,10 @@ def fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
         outcome = unknown_outcome(wanted.unknown) if wanted.unknown else None
         total = len(found) if wanted.total or wanted.only_count else None
         shown = [] if wanted.only_count else found
-        return first_page(request, Listing("searchset", self_link, shown, max(wanted.count, 1), total, outcome))
+        listing = Listing("searchset", self_link, shown, max(wanted.count, 1), total, outcome)
+        if wanted.include_patients:
+            listing = replace(listing, include=partial(patients_of, store))
+        return first_page(request, listing)
 
     def history(request: Request, versions: Sequence[Version]) -> Response:
         since, count = None, 50

@@ -12,7 +12,7 @@ from fhir_assets.sandbox.dates import FAR_FUTURE, Stretch, compare, instant
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.memory import Store, Version
 from fhir_assets.sandbox.outcomes import Refusal, operation_outcome
-from fhir_assets.sandbox.parameters import key_of, offered
+from fhir_assets.sandbox.parameters import EXTRACT, key_of, offered
 
 Query = Sequence[tuple[str, str]]
 
@@ -34,6 +34,7 @@ class Search:
     stretch: Stretch = _ALWAYS
     ids: set[str] | None = None
     tokens: list[tuple[str, list[str]]] = field(default_factory=list)
+    include_patients: bool = False
     unknown: list[str] = field(default_factory=list)
 
 
@@ -58,6 +59,8 @@ def parse(resource_type: str, query: Query, *, strict: bool) -> Search:
             case "_id":
                 ids = set(value.split(","))
                 search.ids = ids if search.ids is None else search.ids & ids
+            case "_include" if value in (f"{resource_type}:patient", f"{resource_type}:subject"):
+                search.include_patients = True
             case _ if name in plain:
                 search.tokens.append((name, [key_of(name, one) for one in value.split(",")]))
             case _ if name not in _IGNORED:
@@ -99,6 +102,13 @@ def matches(store: Store, resource_type: str, search: Search) -> list[Version]:
     return found_versions
 
 
+def patients_of(store: Store, page: Sequence[Version]) -> list[Version]:
+    """The resources that the patient or subject of a page's resources point to, each once."""
+    keys = {key: None for version in page for key in EXTRACT["patient"](orjson.loads(version.body))}
+    targets = (store.latest(*key.split("/", 1)) for key in keys if "/" in key)
+    return [version for version in targets if version is not None and version.body]
+
+
 @dataclass(frozen=True, slots=True)
 class Listing:
     """The answer to a search or a history, cut into pages on demand. A snapshot: later writes do not move it."""
@@ -109,6 +119,7 @@ class Listing:
     count: int
     total: int | None
     outcome: bytes | None = None
+    include: Callable[[Sequence[Version]], Sequence[Version]] = lambda page: ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,7 @@ class Pages:
         """A token for the page of ``listing`` that begins at ``offset``."""
         token = secrets.token_urlsafe(18)
         self._places[token] = _Place(listing, offset, self._clock() + self._lifetime)
-        while len(self._places) > self._at_most or self._oldest_expired():
+        while len(self._places) > self._at_most or (len(self._places) > 1 and self._oldest_expired()):
             self._places.popitem(last=False)
         return token
 
@@ -178,6 +189,7 @@ def render(base: str, listing: Listing, offset: int, pages: Pages, faults: dict[
         total += faults[FaultKind.WRONG_TOTAL].by
     to_entry = _history_entry if listing.kind == "history" else _match_entry
     entries = [to_entry(base.encode(), version) for version in page]
+    entries += [_match_entry(base.encode(), version, b"include") for version in listing.include(page)]
     if listing.outcome is not None and offset == 0:
         entries.append(b'{"resource":%b,"search":{"mode":"outcome"}}' % listing.outcome)
     return b'{"resourceType":"Bundle","type":"%b"%b,"link":[%b]%b}' % (
@@ -188,12 +200,13 @@ def render(base: str, listing: Listing, offset: int, pages: Pages, faults: dict[
     )
 
 
-def _match_entry(base: bytes, version: Version) -> bytes:
-    return b'{"fullUrl":"%b/%b/%b","resource":%b,"search":{"mode":"match"}}' % (
+def _match_entry(base: bytes, version: Version, mode: bytes = b"match") -> bytes:
+    return b'{"fullUrl":"%b/%b/%b","resource":%b,"search":{"mode":"%b"}}' % (
         base,
         version.resource_type.encode(),
         version.id.encode(),
         version.body,
+        mode,
     )
 
 

@@ -44,7 +44,7 @@ def plan_visits(person: Person, first_ms: int) -> list[Visit]:
         updated = first_ms + int(random.random() * (person.last - first_ms))
         draw = random.random()
         kind = 3 if draw < 0.04 else 2 if draw < 0.12 else 4 if draw < 0.24 else 1 if draw < 0.5 else 0
-        lag = random.random() * DAY if random.random() < 0.6 else random.random() ** 2 * 5 * 365 * DAY
+        lag = DAY // 4 + random.random() * DAY if random.random() < 0.6 else DAY + random.random() ** 2 * 5 * 365 * DAY
         duration = VISITS[kind].minutes * 60
         start = max(updated // 1000 - int(lag) - duration, (person.born + 2) * DAY)
         organization = int(random.random() * PROVIDERS)
@@ -97,7 +97,7 @@ def choose_disorder(person: Person) -> Disorder:
     """What a patient has: chronic disorders come with age."""
     while True:
         disorder = pick(person.random, DISORDERS)
-        if not disorder.chronic or person.random.random() * 90 < 20 + person.age(person.updated // 1000):
+        if not disorder.chronic or person.random.random() * 60 < person.age(person.last // 1000) - 15:
             return disorder
 
 

@@ -172,7 +172,7 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("empty array", "structure", frozenset(), _empty_array),
     Defect("empty object", "structure", frozenset(), _empty_object),
     Defect("one element for a list", "structure", _types("Claim", "Encounter", "Patient"), _single_for_list),
-    Defect("two values", "structure", _types("Observation"), _two_values),
+    Defect("two values", "cardinality", _types("Observation"), _two_values),
     Defect("absent reason with a value", "invariant:obs-6", _types("Observation"), _reason_with_value),
     Defect("contact without details", "invariant:pat-1", _types("Patient"), _nameless_contact),
     Defect("period backwards", "invariant:per-1", _types("Encounter", "CarePlan"), _period_backwards),

@@ -86,14 +86,17 @@ def vitals(person: Person, visit: Visit) -> Resources:
         )
 
 
-def body(person: Person, visit: Visit) -> Resources:
+def build(person: Person, visit: Visit) -> Resources:
     """Height, weight, body mass index and smoking status: they fit one another."""
-    person.weight *= 0.97 + person.random.random() * 0.06
-    height, weight = f"{person.height:.1f}", f"{person.weight:.1f}"
+    age = person.age(visit.start)
+    person.bmi *= 0.97 + person.random.random() * 0.06
+    grown = min(age / 18, 1) ** 0.8
+    height = f"{52 + (person.height - 52) * grown:.1f}"
+    weight = f"{(float(height) / 100) ** 2 * person.bmi:.1f}"
     bmi = f"{float(weight) / (float(height) / 100) ** 2:.2f}"
     for measure, value in ((HEIGHT, height), (WEIGHT, weight), (BMI, bmi)):
         yield "Observation", _observation(person, visit, _VITAL_SIGNS, measure.code, _measured(measure, value))
-    answer = SMOKING_ANSWERS[person.number % len(SMOKING_ANSWERS)]
+    answer = SMOKING_ANSWERS[person.number % len(SMOKING_ANSWERS) if age >= 18 else 0]
     yield (
         "Observation",
         _observation(person, visit, _SOCIAL, SMOKING, f'"valueCodeableConcept":{answer}'),

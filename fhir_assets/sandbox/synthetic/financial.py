@@ -48,7 +48,7 @@ def claim(person: Person, visit: Visit, coverage_id: str, condition: str | None)
     cents = visit.kind.price * 100 + int(person.random.random() * 2500)
     copay = min(2000, cents // 5)
     kind = _CLAIM_TYPES[visit.number == INPATIENT]
-    created = day_of(visit.end + 86_400)
+    created = day_of(visit.end)
     period = f'"billablePeriod":{{"start":"{date_time(visit.start)}","end":"{date_time(visit.end)}"}}'
     insurance = f'"focal":true,"coverage":{{"reference":"Coverage/{coverage_id}"}}'
     provider = f'"provider":{{"reference":"Organization/{visit.organization}"}}'

@@ -37,7 +37,8 @@ FAMILY = (
     "O’Brien", "Thompson", "White", "Harris", "Sánchez", "Clark", "Ramírez", "Lewis", "Robinson", "Nguyen",
 )  # fmt: skip
 _RACES = (("2106-3", "White"), ("2054-5", "Black or African American"), ("2028-9", "Asian"))
-_MARITAL = (("M", "Married"), ("S", "Never Married"), ("D", "Divorced"), ("W", "Widowed"))
+_NEVER_MARRIED = ("S", "Never Married")
+_MARITAL = (("M", "Married"), _NEVER_MARRIED, ("D", "Divorced"), ("W", "Widowed"))
 _LANGUAGES = (("en-US", "English (United States)"), ("es", "Spanish"), ("zh", "Chinese"))
 
 
@@ -48,7 +49,9 @@ def pick(random: Random, options: Sequence[T]) -> T:
 
 @dataclass(slots=True)
 class Person:
-    """What the resources of a patient need to know. ``updated`` is in milliseconds, ``born`` a day number."""
+    """What the resources of a patient need to know. ``updated`` is in milliseconds, ``born`` a day number,
+    ``height`` what it is as an adult, in centimetres.
+    """
 
     id: str
     population: str
@@ -59,7 +62,7 @@ class Person:
     female: bool
     born: int
     height: float
-    weight: float
+    bmi: float
     updated: int
     last: int
     subject: str = ""
@@ -107,7 +110,7 @@ def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Pe
     """The patient of a number: the same for the same population, whatever the other numbers are."""
     random = Random(f"{population}:{number}")
     female = random.random() < 0.51
-    born = last_ms // (1000 * DAY) - 400 - int(random.random() ** 0.8 * 90 * 365)
+    born = first_ms // (1000 * DAY) - 30 - int(random.random() ** 0.8 * 90 * 365)
     person = Person(
         id=f"{population}-{number:07}",
         population=population,
@@ -118,7 +121,7 @@ def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Pe
         female=female,
         born=born,
         height=150 + random.random() * 25 + (0 if female else 12),
-        weight=50 + random.random() * 50,
+        bmi=18 + random.random() * 15,
         updated=first_ms + int(random.random() * (last_ms - first_ms)),
         last=last_ms - 1,
     )
@@ -126,14 +129,14 @@ def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Pe
     return person
 
 
-def patient(person: Person) -> Resources:
-    """The Patient resource."""
+def patient(person: Person, last_seen: int) -> Resources:
+    """The Patient resource. Some of the old died after they were ``last_seen`` (seconds)."""
     random, n = person.random, person.number
     race_code, race = pick(random, _RACES)
     hispanic = random.random() < 0.18
     city, state, zip_code = pick(random, PLACES)
     house = 1 + int(random.random() * 999)
-    marital_code, marital = pick(random, _MARITAL)
+    marital_code, marital = pick(random, _MARITAL) if person.age(last_seen) >= 18 else _NEVER_MARRIED
     language, language_name = pick(random, _LANGUAGES)
     gender = "female" if person.female else "male"
     birth_date = DAYS[person.born]
@@ -142,8 +145,9 @@ def patient(person: Person) -> Resources:
     mrn = f"MRN{n:08}"
     text = f"{person.first} {person.family}, {gender}, born {birth_date}"
     deceased = '"deceasedBoolean":false'
-    if person.age(person.updated // 1000) > 75 and random.random() < 0.2:
-        died = person.updated // 1000 - int(random.random() * 400 * DAY)
+    if person.age(last_seen) > 75 and random.random() < 0.2:
+        died = last_seen + int(random.random() * (person.last // 1000 - last_seen))
+        person.updated = max(person.updated, died * 1000 + 999)
         deceased = f'"deceasedDateTime":"{date_time(died)}"'
     maiden = ""
     if person.female and marital_code != "S":

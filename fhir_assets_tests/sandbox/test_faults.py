@@ -1,0 +1,188 @@
+"""The sandbox server's faults, as a client sees them."""
+
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import pytest
+import requests
+from pydantic import ValidationError
+
+from fhir_assets.sandbox.faults import Fault, FaultDraw, FaultKind, FaultPlan, RequestKind
+from fhir_assets.sandbox.gate import Credentials
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.sandbox.conftest import hourly
+
+
+def get(server: SandboxServer, path: str = "Observation?_count=10") -> requests.Response:
+    return requests.get(f"{server.url}/{path}", timeout=10)
+
+
+def next_url(bundle: dict[str, Any]) -> str:
+    return next(str(link["url"]) for link in bundle["link"] if link["relation"] == "next")
+
+
+def ids(bundle: dict[str, Any]) -> list[str]:
+    return [e["resource"]["id"] for e in bundle["entry"]]
+
+
+def test_too_many_requests_says_when_to_come_back(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=3))
+    answer = get(server)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "3")
+    server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=3, retry_after_date=True, status=503))
+    answer = get(server)
+    assert answer.status_code == 503
+    assert parsedate_to_datetime(answer.headers["Retry-After"]).tzinfo is not None
+    assert answer.json()["resourceType"] == "OperationOutcome"
+
+
+def test_a_dropped_connection_breaks_in_the_middle_of_the_answer(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.DROP))
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        get(server)
+
+
+def test_a_reset_connection_gives_no_answer_at_all(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.RESET))
+    with pytest.raises(requests.exceptions.ConnectionError):
+        get(server)
+    server.set_faults()
+    assert get(server).status_code == 200
+
+
+def test_a_write_whose_answer_is_dropped_was_done_and_one_that_is_reset_was_not(empty: SandboxServer) -> None:
+    for kind, done in ((FaultKind.DROP, 200), (FaultKind.RESET, 404)):
+        empty.set_faults(Fault(kind=kind, on=frozenset({RequestKind.UPDATE})))
+        body = {"resourceType": "Patient", "id": kind.value}
+        with pytest.raises(requests.exceptions.RequestException):
+            requests.put(f"{empty.url}/Patient/{kind.value}", json=body, timeout=10)
+        assert get(empty, f"Patient/{kind.value}").status_code == done
+
+
+def test_a_truncated_body_agrees_with_its_length_and_is_no_json(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.TRUNCATE))
+    answer = get(server)
+    assert answer.status_code == 200
+    assert int(answer.headers["Content-Length"]) == len(answer.content)
+    with pytest.raises(requests.exceptions.JSONDecodeError):
+        answer.json()
+
+
+def test_a_body_can_be_html(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.HTML))
+    answer = get(server)
+    assert (answer.status_code, answer.headers["Content-Type"][:9]) == (200, "text/html")
+
+
+@pytest.mark.parametrize("status", [410, 404])
+def test_an_expired_page_stays_gone_when_the_faults_are_over(server: SandboxServer, status: int) -> None:
+    server.set_faults(Fault(kind=FaultKind.EXPIRE, status=status))
+    first = get(server)
+    assert first.status_code == 200
+    assert requests.get(next_url(first.json()), timeout=10).status_code == status
+    server.set_faults()
+    assert requests.get(next_url(first.json()), timeout=10).status_code == 410
+
+
+def test_a_duplicate_is_the_last_resource_of_the_page_before(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.DUPLICATE))
+    first = get(server).json()
+    second = requests.get(next_url(first), timeout=10).json()
+    assert ids(second)[0] == ids(first)[-1]
+    assert len(ids(second)) == 11
+
+
+def test_a_lost_page_is_missing_though_the_total_counts_it(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, times=1, on=frozenset({RequestKind.PAGE})))
+    bundle = get(server).json()
+    found = ids(bundle)
+    while any(link["relation"] == "next" for link in bundle["link"]):
+        bundle = requests.get(next_url(bundle), timeout=10).json()
+        assert bundle["total"] == 100
+        found += ids(bundle)
+    assert found == [f"o{n}" for n in range(100) if not 10 <= n < 20]
+
+
+def test_a_wrong_total_is_off_by_what_was_asked(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=-3))
+    assert get(server, "Observation?_summary=count").json()["total"] == 97
+    assert get(server).json()["total"] == 97
+
+
+def test_a_slow_answer_is_complete(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.01))
+    assert get(server).json()["total"] == 100
+    assert server.stats()["struck"] == {"slow": 1}
+
+
+def test_a_fault_strikes_every_nth_request_of_its_kind_after_the_first_ones_at_most_so_often() -> None:
+    plan = FaultPlan(
+        faults=(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH}), every=3, after=1, times=2),)
+    )
+    draw = FaultDraw(plan)
+    struck = []
+    for n in range(1, 15):
+        assert not draw.draw(RequestKind.READ)
+        if draw.draw(RequestKind.SEARCH):
+            struck.append(n)
+    assert struck == [4, 7]
+
+
+def test_faults_by_probability_are_the_same_for_the_same_seed() -> None:
+    def drawn(seed: int) -> list[bool]:
+        draw = FaultDraw(FaultPlan(faults=(Fault(kind=FaultKind.ERROR, probability=0.3),), seed=seed))
+        return [bool(draw.draw(RequestKind.SEARCH)) for _ in range(300)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert 50 < sum(drawn(1)) < 130
+
+
+def test_a_fault_on_requests_that_it_cannot_hit_is_refused(server: SandboxServer) -> None:
+    with pytest.raises(ValidationError):
+        Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.READ}))
+    own = server.url.replace("/fhir", "/_sandbox/faults")
+    answer = requests.put(own, json={"faults": [{"kind": "earthquake"}]}, timeout=10)
+    assert answer.status_code == 422
+    assert requests.get(own, timeout=10).json()["faults"] == []
+
+
+def test_faults_can_be_on_from_the_start_and_taken_off() -> None:
+    with SandboxServer(hourly(2), faults=(Fault(kind=FaultKind.ERROR, status=503),)) as server:
+        assert get(server).status_code == 503
+        requests.delete(server.url.replace("/fhir", "/_sandbox/faults"), timeout=10)
+        assert get(server).status_code == 200
+
+
+def test_the_statistics_count_requests_by_kind_and_start_again(server: SandboxServer) -> None:
+    get(server, "metadata")
+    get(server, "Observation?_summary=count")
+    requests.get(next_url(get(server).json()), timeout=10)
+    get(server, "Observation/o1")
+    stats = server.stats()
+    assert stats["requests"] == {"metadata": 1, "count": 1, "search": 1, "page": 1, "read": 1}
+    assert stats["max_in_flight"] == 1
+    assert stats["resources"] == {"Observation": 100}
+    assert "GET /fhir/Observation?_summary=count" in stats["recent"]
+    server.reset_stats()
+    assert server.stats()["requests"] == {}
+
+
+@pytest.mark.parametrize(
+    ("credentials", "right", "scheme"),
+    [
+        (Credentials(username="u", password="p"), "Basic dTpw", "Basic"),
+        (Credentials(token="t"), "Bearer t", "Bearer"),
+    ],
+)
+def test_credentials_are_asked_for_everywhere_but_at_the_metadata(
+    credentials: Credentials, right: str, scheme: str
+) -> None:
+    with SandboxServer(hourly(1), credentials=credentials) as server:
+        for headers in ({}, {"Authorization": right + "x"}):
+            answer = requests.get(f"{server.url}/Observation", headers=headers, timeout=10)
+            assert (answer.status_code, answer.json()["resourceType"]) == (401, "OperationOutcome")
+            assert answer.headers["WWW-Authenticate"].startswith(scheme)
+        headers = {"Authorization": right}
+        assert requests.get(f"{server.url}/Observation", headers=headers, timeout=10).status_code == 200
+        assert get(server, "metadata").status_code == 200
