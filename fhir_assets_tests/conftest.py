@@ -1,0 +1,81 @@
+"""Fixtures of every room: a real Postgres for the session, and an own, migrated database for a test."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from psycopg import sql
+
+from fhir_assets.warehouse import embedded, migrate
+from fhir_assets.warehouse.database import Connection, connect, with_database
+
+_HOME = "FHIR_ASSETS_TEST_HOME"
+_TEMPLATE = "fhir_assets_template"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One home for all xdist workers: they inherit the controller's environment."""
+    if not hasattr(config, "workerinput"):
+        home = tempfile.mkdtemp(prefix="fhir_assets_test_")
+        Path(home).chmod(0o711)
+        os.environ[_HOME] = home
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The controller outlives its workers, and stops what they shared."""
+    if not hasattr(config, "workerinput") and (home := os.environ.pop(_HOME, None)):
+        if (Path(home) / "postgres").exists():
+            embedded.stop(Path(home))
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> str:
+    """The URL of the session's embedded Postgres, whose template database is migrated."""
+    url = embedded.ensure(Path(os.environ[_HOME]))
+    with connect(url, autocommit=True) as conn:
+        conn.execute("SELECT pg_advisory_lock(1)")
+        there = conn.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_TEMPLATE]).fetchone()
+        if there is None:
+            conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(f"{_TEMPLATE}_new")))
+            migrate.upgrade(with_database(url, f"{_TEMPLATE}_new"))
+            conn.execute(
+                sql.SQL("ALTER DATABASE {} RENAME TO {}").format(
+                    sql.Identifier(f"{_TEMPLATE}_new"), sql.Identifier(_TEMPLATE)
+                )
+            )
+    return url
+
+
+@pytest.fixture
+def empty_database(postgres: str) -> Iterator[str]:
+    """The URL of a fresh database without any schema of ours."""
+    yield from _fresh(postgres, "template0")
+
+
+@pytest.fixture
+def database(postgres: str) -> Iterator[str]:
+    """The URL of a fresh, migrated database."""
+    yield from _fresh(postgres, _TEMPLATE)
+
+
+@pytest.fixture
+def conn(database: str) -> Iterator[Connection]:
+    """A connection to the test's own database."""
+    with connect(database) as connection:
+        yield connection
+
+
+def _fresh(url: str, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    with connect(url, autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+    try:
+        yield with_database(url, name)
+    finally:
+        with connect(url, autocommit=True) as conn:
+            conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
