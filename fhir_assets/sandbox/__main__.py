@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--faults", type=FaultPlan.model_validate_json, help="a FaultPlan as JSON")
     parser.add_argument("--end-with-stdin", action="store_true")
     parser.add_argument("--token", help="a bearer token that every request must show")
+    parser.add_argument("--types-in-use", action="store_true", help="offer no other types of the catalog")
     parser.add_argument("--referential-integrity", action="store_true")
     given = parser.parse_args()
     try:
@@ -29,6 +30,7 @@ def main() -> int:
             given.faults,
             credentials=Credentials(token=given.token) if given.token else None,
             end_with_stdin=given.end_with_stdin,
+            all_types=not given.types_in_use,
             referential_integrity=given.referential_integrity,
         )
     except FhirAssetsError as error:

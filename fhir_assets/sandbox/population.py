@@ -27,12 +27,12 @@ from fhir_assets.sandbox.synthetic.clinical import (
     plan_visits,
     procedure,
 )
-from fhir_assets.sandbox.synthetic.codes import EMERGENCY
+from fhir_assets.sandbox.synthetic.codes import EMERGENCY, PANELS
 from fhir_assets.sandbox.synthetic.defects import Defect, break_resource
 from fhir_assets.sandbox.synthetic.diagnostics import build, imaging, laboratory, vitals
 from fhir_assets.sandbox.synthetic.facility import facility
 from fhir_assets.sandbox.synthetic.financial import claim, coverage
-from fhir_assets.sandbox.synthetic.people import Person, Resources, make_person, patient
+from fhir_assets.sandbox.synthetic.people import Person, Resources, make_person, patient, pick
 from fhir_assets.sandbox.synthetic.treatment import device, immunization, medication
 
 DEFAULT_DAYS = 90
@@ -110,8 +110,9 @@ def _patient_record(person: Person, first_ms: int) -> Resources:
         request = None
         if random.random() < 0.3:
             request = person.new("sr")
-            yield from order(person, visit, request)
-            yield from laboratory(person, visit, request)
+            panel = pick(random, PANELS)
+            yield from order(person, visit, request, panel)
+            yield from laboratory(person, visit, request, panel)
         if random.random() < 0.5:
             yield from procedure(person, visit, request)
         if random.random() < 0.3:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, Unpack, cast
 
 import requests
 import uvicorn
@@ -19,9 +19,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from fhir_assets.errors import ConfigurationError, ServerUnavailable
 from fhir_assets.sandbox.dates import microseconds
 from fhir_assets.sandbox.faults import Fault, FaultPlan
-from fhir_assets.sandbox.gate import CLOSE_SOCKET, Credentials
+from fhir_assets.sandbox.gate import CLOSE_SOCKET
 from fhir_assets.sandbox.memory import Store, read_lines
-from fhir_assets.sandbox.server import BASE, create_app
+from fhir_assets.sandbox.server import BASE, Options, create_app
 
 _READY = "Sandbox FHIR server: "
 
@@ -119,12 +119,11 @@ class SandboxServer(_Controls):
         faults: tuple[Fault, ...] = (),
         seed: int = 0,
         port: int = 0,
-        credentials: Credentials | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self.store = Store()
         fill(self.store, data)
-        app = create_app(self.store, FaultPlan(faults=faults, seed=seed), credentials=credentials, **options)
+        app = create_app(self.store, FaultPlan(faults=faults, seed=seed), **options)
         self._listener = _listen(port)
         self._server = _uvicorn(app)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}{BASE}"
@@ -192,10 +191,9 @@ def serve(
     port: int = 0,
     faults: FaultPlan | None = None,
     *,
-    credentials: Credentials | None = None,
     end_with_stdin: bool = False,
     ready: Callable[[str], None] | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, and with ``end_with_stdin`` no longer than standard input stays open.
 
@@ -205,7 +203,7 @@ def serve(
     listener = _listen(port)
     store = Store()
     fill(store, data)
-    server = _uvicorn(create_app(store, faults, credentials=credentials, **options))
+    server = _uvicorn(create_app(store, faults, **options))
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
     (ready or _tell)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")

@@ -1,6 +1,7 @@
 """The sandbox's FHIR R4 server: its app, with FHIR under ``/fhir`` and its own controls under ``/_sandbox``."""
 
 import time
+from typing import TypedDict, Unpack
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -18,26 +19,36 @@ from fhir_assets.sandbox.search import Pages
 BASE = "/fhir"
 
 
+class Options(TypedDict, total=False):
+    """What kind of server it is; everything may be left out."""
+
+    credentials: Credentials | None
+    """Asked for everywhere but at ``/fhir/metadata``."""
+    all_types: bool
+    """Offer the whole catalog (as it does if left out), or only the types in use."""
+    referential_integrity: bool
+    """Refuse a write whose ``Type/id`` references point to nothing."""
+    page_lifetime: float
+    """How long a next link is good, in seconds; 600 if left out."""
+
+
 def create_app(
     store: Store,
     faults: FaultPlan | None = None,
-    *,
-    credentials: Credentials | None = None,
-    all_types: bool = True,
-    referential_integrity: bool = False,
-    page_lifetime: float = 600,
+    **options: Unpack[Options],
 ) -> FastAPI:
-    """A FHIR server over ``store``.
-
-    ``credentials`` are asked for everywhere but at ``/fhir/metadata``; next links end after ``page_lifetime``
-    seconds; see Interactions for ``all_types`` and ``referential_integrity``.
-    """
+    """A FHIR server over ``store``, with these faults and options."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     control = Control(faults or FaultPlan())
-    interactions = Interactions(store, all_types=all_types, referential_integrity=referential_integrity)
-    app.include_router(fhir_routes(interactions, Pages(time.monotonic, page_lifetime)), prefix=BASE)
+    interactions = Interactions(
+        store,
+        all_types=options.get("all_types", True),
+        referential_integrity=options.get("referential_integrity", False),
+    )
+    pages = Pages(time.monotonic, options.get("page_lifetime", 600))
+    app.include_router(fhir_routes(interactions, pages), prefix=BASE)
     app.include_router(_control_routes(control, store), prefix="/_sandbox")
-    app.add_middleware(Gate, base=BASE, credentials=credentials, control=control)
+    app.add_middleware(Gate, base=BASE, credentials=options.get("credentials"), control=control)
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:

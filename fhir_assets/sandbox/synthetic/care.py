@@ -1,7 +1,7 @@
 """Care plans and teams, goals, orders, consents and provenance."""
 
 from fhir_assets.sandbox.synthetic.clock import date_time, day_of
-from fhir_assets.sandbox.synthetic.codes import HL7, LOINC, SNOMED, coding, concept, hl7
+from fhir_assets.sandbox.synthetic.codes import HL7, LOINC, SNOMED, Panel, coding, concept, hl7
 from fhir_assets.sandbox.synthetic.people import Person, Resources, Visit
 
 _PATIENT_ROLE = concept(SNOMED, "116154003", "Patient")
@@ -12,7 +12,6 @@ _DIET = concept(SNOMED, "183061007", "Dietary regime")
 _GOAL_STATE = hl7("goal-achievement", "in-progress", "In Progress")
 _BMI = concept(LOINC, "39156-5", "Body mass index (BMI) [Ratio]")
 _LABORATORY = concept(SNOMED, "108252007", "Laboratory procedure")
-_PANEL = concept(LOINC, "24323-8", "Comprehensive metabolic 2000 panel - Serum or Plasma")
 _PRIVACY = hl7("consentscope", "patient-privacy", "Privacy Consent")
 _CONSENT_DOCUMENT = concept(LOINC, "59284-0", "Consent Document")
 _OPT = {True: hl7("v3-ActCode", "OPTIN", "opt-in"), False: hl7("v3-ActCode", "OPTOUT", "opt-out")}
@@ -60,13 +59,13 @@ def care(person: Person, visit: Visit, condition: str) -> Resources:
     )
 
 
-def order(person: Person, visit: Visit, request: str) -> Resources:
-    """The ServiceRequest ``request`` for laboratory work."""
+def order(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
+    """The ServiceRequest ``request`` for a laboratory panel."""
     yield (
         "ServiceRequest",
         person.head("ServiceRequest", request, visit.updated)
         + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.9","value":"ORD-{request}"}}]'
-        f',"status":"completed","intent":"order","category":[{_LABORATORY}],"priority":"routine","code":{_PANEL}'
+        f',"status":"completed","intent":"order","category":[{_LABORATORY}],"priority":"routine","code":{panel.code}'
         f',"subject":{person.subject},"encounter":{visit.encounter}'
         f',"occurrenceDateTime":"{date_time(visit.start + 300)}","authoredOn":"{date_time(visit.start + 240)}"'
         f',"requester":{{"reference":"Practitioner/{visit.practitioner}"}}'

@@ -6,7 +6,6 @@ from fhir_assets.sandbox.synthetic.codes import (
     BMI,
     DIASTOLIC,
     HEIGHT,
-    PANELS,
     SMOKING,
     SMOKING_ANSWERS,
     SNOMED,
@@ -15,6 +14,7 @@ from fhir_assets.sandbox.synthetic.codes import (
     VITALS,
     WEIGHT,
     Measure,
+    Panel,
     concept,
     hl7,
 )
@@ -103,9 +103,8 @@ def build(person: Person, visit: Visit) -> Resources:
     )
 
 
-def laboratory(person: Person, visit: Visit, request: str) -> Resources:
+def laboratory(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
     """A specimen, what was measured in it, and the report, all ordered by ``request``."""
-    panel = pick(person.random, PANELS)
     specimen = person.new("sp")
     collected = date_time(visit.start + 420)
     yield (

@@ -140,9 +140,9 @@ def patient(person: Person, last_seen: int) -> Resources:
     language, language_name = pick(random, _LANGUAGES)
     gender = "female" if person.female else "male"
     birth_date = DAYS[person.born]
-    digits = 100_000_000 + (n * 7_919_993) % 799_999_999
+    digits = 900_000_000 + (n * 7_919_993) % 99_999_989
     ssn = f"{digits // 1_000_000:03}-{digits // 10_000 % 100:02}-{digits % 10_000:04}"
-    mrn = f"MRN{n:08}"
+    mrn = f"MRN-{person.id[3:]}"
     text = f"{person.first} {person.family}, {gender}, born {birth_date}"
     deceased = '"deceasedBoolean":false'
     if person.age(last_seen) > 75 and random.random() < 0.2:
