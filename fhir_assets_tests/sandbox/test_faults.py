@@ -1,5 +1,6 @@
 """The sandbox server's faults, as a client sees them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_a_slow_answer_is_complete(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.01))
     assert get(server).json()["total"] == 100
     assert server.stats()["struck"] == {"slow": 1}
+
+
+def test_calls_that_overlap_are_seen(server: SandboxServer) -> None:
+    server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.5))
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(get, [server] * 3))
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert server.stats()["max_in_flight"] > 1
 
 
 def test_a_fault_strikes_every_nth_request_of_its_kind_after_the_first_ones_at_most_so_often() -> None:
