@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fhir_assets.fhir.path import equality, moments, runtime, scalars
-from fhir_assets.fhir.path.nodes import Template, Types
+from fhir_assets.fhir.path.nodes import Types
+from fhir_assets.fhir.path.steps import Template
 
 _BOOLEAN: Types = frozenset({"boolean"})
 _INTEGER: Types = frozenset({"integer"})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.model import nearest, r4
-from fhir_assets.fhir.path import logic, moments, nodes, runtime, scalars, syntax
+from fhir_assets.fhir.path import logic, moments, nodes, runtime, scalars, steps, syntax
 from fhir_assets.fhir.path.functions import BOUNDARIES, COLLECTIONS, SAME, SCALARS, VALUES, Function
 from fhir_assets.fhir.path.nodes import Expr, NotCompiled, Types
 
@@ -69,14 +69,14 @@ def resolve(tree: syntax.Syntax, scope: Scope) -> Expr:
         case syntax.Constant(name=name):
             return _constant(name, scope)
         case syntax.Index(base=base, index=index):
-            return nodes.At(resolve(base, scope), resolve(index, scope))
+            return steps.At(resolve(base, scope), resolve(index, scope))
         case syntax.TypeTest(operator=operator, operand=operand, type=type_):
             return _type_test(operator, resolve(operand, scope), type_)
         case syntax.Sign(operator=operator, operand=operand):
             inner = resolve(operand, scope)
             if isinstance(inner, nodes.Constant) and isinstance(inner.constant, int):
                 return nodes.Constant(-inner.constant if operator == "-" else inner.constant, inner.types)
-            return nodes.Scalar(scalars.negate, inner, types=inner.types) if operator == "-" else inner
+            return steps.Scalar(scalars.negate, inner, types=inner.types) if operator == "-" else inner
         case syntax.Operation(operator=operator, left=left, right=right):
             return _operation(operator, resolve(left, scope), resolve(right, scope))
     raise NotCompiled(type(tree).__name__)
@@ -205,7 +205,7 @@ def _operation(operator: str, left: Expr, right: Expr) -> Expr:
         case "|":
             return logic.Union(left, right)
         case "&":
-            return nodes.Applied(scalars.concatenate, left, right, types=_STRING, many=False)
+            return steps.Applied(scalars.concatenate, left, right, types=_STRING, many=False)
     kinds = {logic.kind(left.types), logic.kind(right.types)}
     if kinds & {"moment", "time", "Quantity"}:
         raise NotCompiled("arithmetic of dates and quantities")
@@ -216,7 +216,7 @@ def _operation(operator: str, left: Expr, right: Expr) -> Expr:
         operator != "/" and all(t <= logic.INTEGERS for t in (left.types, right.types) if t is not None)
     ):
         types = _INTEGER
-    return nodes.Scalar(_ARITHMETIC[operator], left, right, types=types)
+    return steps.Scalar(_ARITHMETIC[operator], left, right, types=types)
 
 
 def _call(call: syntax.Call, scope: Scope) -> Expr:
@@ -240,7 +240,7 @@ def _call(call: syntax.Call, scope: Scope) -> Expr:
             _arguments(call, function.least, function.most)
             return build(function, base, arguments)
     if function := VALUES.get(name):
-        return nodes.Scalar(function.template, types=function.types)
+        return steps.Scalar(function.template, types=function.types)
     return _other(call, base, arguments)
 
 
@@ -266,20 +266,20 @@ def _given(types: Types, base: Expr) -> Types:
 
 
 def _scalar(function: Function, base: Expr, arguments: list[Expr]) -> Expr:
-    return nodes.Scalar(function.template, base, *arguments, types=_given(function.types, base), many=function.many)
+    return steps.Scalar(function.template, base, *arguments, types=_given(function.types, base), many=function.many)
 
 
 def _collection(function: Function, base: Expr, arguments: list[Expr]) -> Expr:
     types = _given(function.types, base)
     if function.many and function.types is SAME and arguments and types is not None:
         types = None if arguments[0].types is None else types | arguments[0].types
-    return nodes.Applied(function.template, base, *arguments, types=types, many=function.many)
+    return steps.Applied(function.template, base, *arguments, types=types, many=function.many)
 
 
 def _scalar_each(base: Expr, function: Callable[..., object]) -> Expr:
     """A function of each item of ``base``."""
-    inner = nodes.Scalar(function, nodes.Focus(base.types), types=_STRING)
-    return nodes.Select(base, inner) if base.many else nodes.Scalar(function, base, types=_STRING)
+    inner = steps.Scalar(function, nodes.Focus(base.types), types=_STRING)
+    return steps.Select(base, inner) if base.many else steps.Scalar(function, base, types=_STRING)
 
 
 def _with_criteria(call: syntax.Call, base: Expr, scope: Scope) -> Expr:
@@ -292,19 +292,19 @@ def _with_criteria(call: syntax.Call, base: Expr, scope: Scope) -> Expr:
     if call.name == "iif":
         there = replace(scope, this=base)
         criterion, then, *otherwise = (resolve(argument, there) for argument in call.arguments)
-        return nodes.Iif(criterion, then, otherwise[0] if otherwise else nodes.Nothing())
+        return steps.Iif(criterion, then, otherwise[0] if otherwise else nodes.Nothing())
     indexed = any(each == "$index" for each in syntax.specials(call.arguments[0]))
     criteria = resolve(call.arguments[0], scope.inside(base))
     match call.name:
         case "where":
-            return nodes.Where(base, criteria, indexed=indexed)
+            return steps.Where(base, criteria, indexed=indexed)
         case "select":
-            return nodes.Select(base, criteria, indexed=indexed)
+            return steps.Select(base, criteria, indexed=indexed)
         case "exists":
-            return logic.Exists(nodes.Where(base, criteria, indexed=indexed))
+            return logic.Exists(steps.Where(base, criteria, indexed=indexed))
         case "all":
             return logic.All(base, criteria)
-    return nodes.Repeat(base, criteria)
+    return steps.Repeat(base, criteria)
 
 
 def _other(call: syntax.Call, base: Expr, arguments: list[Expr]) -> Expr:
@@ -321,29 +321,29 @@ def _other(call: syntax.Call, base: Expr, arguments: list[Expr]) -> Expr:
         case "not":
             return logic.Not(base)
         case "count":
-            return nodes.Count(base)
+            return steps.Count(base)
         case "hasValue":
             return logic.HasValue(base)
         case "first" | "last":
-            return nodes.At(base, nodes.Constant(0 if name == "first" else -1, _INTEGER))
+            return steps.At(base, nodes.Constant(0 if name == "first" else -1, _INTEGER))
         case "tail":
-            return nodes.Slice(base, "[1:]", nodes.Constant(1, _INTEGER))
+            return steps.Slice(base, "[1:]", nodes.Constant(1, _INTEGER))
         case "skip":
-            return nodes.Slice(base, "[{}:]", arguments[0])
+            return steps.Slice(base, "[{}:]", arguments[0])
         case "take":
-            return nodes.Slice(base, "[:{}]", arguments[0])
+            return steps.Slice(base, "[:{}]", arguments[0])
         case "union":
             return logic.Union(base, arguments[0])
         case "extension":
             extensions = navigate(base, "extension")
             url = navigate(nodes.Focus(extensions.types), "url")
-            return nodes.Where(extensions, logic.Equality(url, arguments[0]))
+            return steps.Where(extensions, logic.Equality(url, arguments[0]))
         case "join":
-            return nodes.Join(base, arguments[0] if arguments else nodes.Constant("", _STRING))
+            return steps.Join(base, arguments[0] if arguments else nodes.Constant("", _STRING))
         case "descendants":
-            return nodes.Descendants(base)
+            return steps.Descendants(base)
         case "resolve":
-            return nodes.Resolved(base)
+            return steps.Resolved(base)
         case "lowBoundary" | "highBoundary":
             return _boundary(base, high=name == "highBoundary")
     if name in _LEFT_TO_FHIRPATHPY:
@@ -358,4 +358,4 @@ def _boundary(base: Expr, *, high: bool) -> Expr:
     only = next(iter(types)) if types is not None and len(types) == 1 else None
     function: Callable[..., object] = BOUNDARIES.get(only or "", moments.boundary)
     given = frozenset({"decimal"}) if only == "integer" else types
-    return nodes.Scalar(function, base, nodes.Constant(high, _BOOLEAN), types=given)
+    return steps.Scalar(function, base, nodes.Constant(high, _BOOLEAN), types=given)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from fhir_assets.catalog import snake_case
 from fhir_assets.errors import FhirPathError, ViewError
 from fhir_assets.fhir.model import nearest, r4
 from fhir_assets.fhir.path.compiled import Fallback, typed
+from fhir_assets.fhir.path.logic import kind
 from fhir_assets.fhir.path.nodes import Constant, Counter, Expr, Nothing, Types
+from fhir_assets.fhir.path.resolve import type_name
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _UNTYPED = "string"
@@ -31,7 +34,7 @@ class Column:
     type: str
     collection: bool
     description: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,38 @@ class View:
         return parse_view, (self.definition, self.path)
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with a ViewDefinition, and where: ``select[0].column[1].path``. A warning does not stop it."""
+
+    place: str
+    message: str
+    severity: Literal["error", "warning"] = "error"
+
+
 def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
     """Read a ViewDefinition. Raises ViewError with the file, the place in it and what is wrong."""
-    return _Reader(definition, path).view()
+    reader = _Reader(definition, path)
+    try:
+        view = reader.view()
+    except _Stop:
+        view = None
+    errors = [problem for problem in reader.problems if problem.severity == "error"]
+    if view is None or errors:
+        raise ViewError(reader.say(errors[0]))
+    return view
+
+
+def check_view(definition: dict[str, Any]) -> list[Problem]:
+    """All that is wrong with a ViewDefinition, errors and warnings, in the order of their places."""
+    reader = _Reader(definition, None)
+    with suppress(_Stop):
+        reader.view()
+    return reader.problems
+
+
+class _Stop(Exception):
+    """The definition is so wrong that the rest of it cannot be read."""
 
 
 def fingerprint(definition: dict[str, Any]) -> str:
@@ -147,12 +179,21 @@ class _Reader:
         self.path = path
         self.constants: dict[str, Expr] = {"rowIndex": Counter("row_index")}
         self.fallbacks: list[str] = []
+        self.problems: list[Problem] = []
         self.resource = ""
 
-    def fail(self, place: str, message: str) -> ViewError:
+    def say(self, problem: Problem) -> str:
         name = self.definition.get("name") if isinstance(self.definition, dict) else None
         where = str(self.path) if self.path else f"view {name}" if isinstance(name, str) else "the ViewDefinition"
-        return ViewError(f"{where}: {place}: {message}" if place else f"{where}: {message}")
+        return ": ".join(part for part in (where, problem.place, problem.message) if part)
+
+    def fail(self, place: str, message: str) -> _Stop:
+        self.problems.append(Problem(place, message))
+        return _Stop()
+
+    def note(self, place: str, message: str, severity: Literal["error", "warning"] = "error") -> None:
+        """A problem that does not keep the rest from being read."""
+        self.problems.append(Problem(place, message, severity))
 
     def view(self) -> View:
         definition = self.definition
@@ -197,7 +238,7 @@ class _Reader:
         seen: set[str] = set()
         for column in columns:
             if column.name in seen:
-                raise self.fail("select", f'two columns have the name "{column.name}"')
+                self.note("select", f'two columns have the name "{column.name}"')
             seen.add(column.name)
 
     def text(self, node: dict[str, Any], key: str, place: str) -> str:
@@ -232,17 +273,19 @@ class _Reader:
         if not isinstance(text, str):
             raise self.fail(place, f"must be a FHIRPath expression, not {type(text).__name__}")
         try:
-            expr = typed(text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants)
+            expr = self.typed(text, focus)
         except FhirPathError as error:
-            raise self.fail(place, str(error)) from None
+            self.note(place, str(error))
+            return Nothing(many=True, types=None)
         if isinstance(expr, Fallback):
             self.fallbacks.append(text)
+            self.note(place, "runs in fhirpathpy, far slower than compiled paths", "warning")
         return expr
 
     def condition(self, node: dict[str, Any], place: str, focus: Types) -> Expr:
         expr = self.expression(self.text(node, "path", place), f"{place}.path", focus)
         if expr.types is not None and expr.types - {"boolean"}:
-            raise self.fail(f"{place}.path", f"must give a boolean, not {' or '.join(sorted(expr.types))}")
+            self.note(f"{place}.path", f"must give a boolean, not {' or '.join(sorted(expr.types))}")
         return expr
 
     def selects(self, node: dict[str, Any], key: str, place: str, focus: Types) -> tuple[Select, ...]:
@@ -273,7 +316,7 @@ class _Reader:
         for n, branch in enumerate(union[1:], start=1):
             expected, found = ([c.name for c in each.columns] for each in (union[0], branch))
             if found != expected:
-                raise self.fail(
+                self.note(
                     f"{place}.unionAll[{n}]", f"has the columns {', '.join(found)}; the first has {', '.join(expected)}"
                 )
         return Select(iteration, over, filled, selects, union)
@@ -281,31 +324,33 @@ class _Reader:
     def repeated(self, paths: object, place: str, focus: Types) -> tuple[Repeated, Types]:
         if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
             raise self.fail(place, "must be an array of FHIRPath expressions")
-        first = self.possible(paths, place, focus)
+        for n, path in enumerate(paths):
+            self.expression(path, f"{place}[{n}]", None)
+        first = self.possible(paths, focus)
         types: Types = frozenset().union(*(expr.types or () for expr in first))
         if any(expr.types is None for expr in first):
             types = None
         while True:
-            again = self.possible(paths, place, types)
+            again = self.possible(paths, types)
             if types is None or any(expr.types is None for expr in again):
-                return Repeated(first, self.possible(paths, place, None)), None
+                return Repeated(first, self.possible(paths, None)), None
             wider = types.union(*(expr.types or () for expr in again))
             if wider == types:
                 return Repeated(first, again), types
             types = wider
 
-    def possible(self, paths: Sequence[str], place: str, focus: Types) -> tuple[Expr, ...]:
-        """The paths that the types of the focus have. A name that no type at all has is an error."""
+    def possible(self, paths: Sequence[str], focus: Types) -> tuple[Expr, ...]:
+        """The paths that the types of the focus have: not every element that is found need have them all."""
         found: list[Expr] = []
-        for n, path in enumerate(paths):
-            self.expression(path, f"{place}[{n}]", None)
-            try:
-                expr = self.expression(path, place, focus)
-            except ViewError:
-                continue
-            if not isinstance(expr, Nothing):
-                found.append(expr)
+        for path in paths:
+            with suppress(FhirPathError):
+                expr = self.typed(path, focus)
+                if not isinstance(expr, Nothing):
+                    found.append(expr)
         return tuple(found)
+
+    def typed(self, text: str, focus: Types) -> Expr:
+        return typed(text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants)
 
     def filled(self, node: dict[str, Any], place: str, focus: Types) -> Filled:
         name = self.text(node, "name", place)
@@ -314,16 +359,12 @@ class _Reader:
                 f"{place}.name", f'"{name}" must be letters, digits and underscores, and begin with a letter'
             )
         expr = self.expression(self.text(node, "path", place), f"{place}.path", focus)
-        declared = node.get("type")
-        if declared is not None and not isinstance(declared, str):
-            raise self.fail(f"{place}.type", f"must be a type name, not {type(declared).__name__}")
-        inferred = next(iter(expr.types)) if expr.types is not None and len(expr.types) == 1 else _UNTYPED
         collection = node.get("collection", False)
         if not isinstance(collection, bool):
             raise self.fail(f"{place}.collection", f"must be true or false, not {type(collection).__name__}")
         column = Column(
             name=name,
-            type=declared.rpartition("/")[2] if declared else inferred,
+            type=self.type(node.get("type"), f"{place}.type", expr),
             collection=collection,
             description=node.get("description"),
             tags={
@@ -331,3 +372,20 @@ class _Reader:
             },
         )
         return Filled(column, expr)
+
+    def type(self, declared: object, place: str, expr: Expr) -> str:
+        """The declared type, else the one that the path gives."""
+        inferred = next(iter(expr.types)) if expr.types is not None and len(expr.types) == 1 else None
+        if declared is None:
+            return inferred or _UNTYPED
+        if not isinstance(declared, str):
+            raise self.fail(place, f"must be a type name, not {type(declared).__name__}")
+        try:
+            name = type_name(declared.rpartition("/")[2])
+        except FhirPathError as error:
+            self.note(place, str(error))
+            return _UNTYPED
+        kinds = kind(frozenset({name})), kind(expr.types)
+        if None not in kinds and kinds[0] != kinds[1]:
+            self.note(place, f"is {name}, but the path gives {' or '.join(sorted(expr.types or ()))}", "warning")
+        return name

@@ -1,0 +1,204 @@
+"""Random resources, and random paths and views over them, for comparison with another evaluator (hypothesis)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from fhir_assets.fhir.model import r4
+
+# The elements that take part, so that paths often meet values.
+ELEMENTS: dict[str, tuple[str, ...]] = {
+    "Patient": (
+        *("id", "active", "gender", "birthDate", "deceased", "multipleBirth"),
+        *("name", "telecom", "contact", "maritalStatus", "extension"),
+    ),
+    "Patient.contact": ("gender", "name", "telecom", "period"),
+    "HumanName": ("use", "family", "given", "period"),
+    "ContactPoint": ("system", "value", "rank"),
+    "Period": ("start", "end"),
+    "CodeableConcept": ("coding", "text"),
+    "Coding": ("system", "code"),
+    "Extension": ("url", "value"),
+    "Observation": ("id", "status", "code", "value", "effective", "component"),
+    "Observation.component": ("code", "value"),
+    "Quantity": ("value", "unit"),
+}
+CHOICES = {
+    "Patient.deceased": ("boolean", "dateTime"),
+    "Patient.multipleBirth": ("boolean", "integer"),
+    "Extension.value": ("string", "code"),
+    "Observation.value": ("Quantity", "string", "CodeableConcept"),
+    "Observation.component.value": ("Quantity", "string"),
+    "Observation.effective": ("dateTime", "Period"),
+}
+POOLS: dict[str, tuple[Any, ...]] = {
+    "boolean": (True, False),
+    "integer": (0, 1, 2),
+    "positiveInt": (1, 2),
+    "decimal": (0, 1, 1.5, 2.25, 10),
+    "date": ("1970", "1970-06", "1970-06-15", "1980-01-01"),
+    "dateTime": ("1970-06-15", "1980-01-01", "2010-10-10T10:00:00Z", "2010-10-10T12:00:00+02:00"),
+}
+TEXTS = ("official", "usual", "Ann", "Bo", "ann b", "12")
+NUMBERS = {"integer", "positiveInt", "decimal"}
+MOMENTS = {"date", "dateTime"}
+
+
+def types_of(owner: str, name: str) -> tuple[str, ...]:
+    """The types of an element that take part."""
+    element = r4().element(owner, name)
+    assert element is not None
+    return CHOICES[f"{owner}.{name}"] if element.choice else element.types
+
+
+@st.composite
+def objects(draw: st.DrawFn, type_: str) -> dict[str, Any]:
+    """A resource or a part of one."""
+    found: dict[str, Any] = {"resourceType": type_} if type_ in ("Patient", "Observation") else {}
+    for name in ELEMENTS[type_]:
+        element = r4().element(type_, name)
+        assert element is not None
+        if not draw(st.booleans()):
+            continue
+        chosen = draw(st.sampled_from(types_of(type_, name)))
+        key = f"{name}{chosen[0].upper()}{chosen[1:]}" if element.choice else name
+        one = values(chosen)
+        found[key] = draw(st.lists(one, min_size=1, max_size=3)) if element.many else draw(one)
+    return found
+
+
+def values(type_: str) -> st.SearchStrategy[Any]:
+    """A value of a type."""
+    if type_ in ELEMENTS:
+        return objects(type_).filter(bool)  # an empty object is no FHIR
+    return st.sampled_from(POOLS.get(type_, TEXTS))
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path that a resource of its root has, and what it gives."""
+
+    text: str
+    type: str
+    many: bool
+
+    def then(self, step: str, type_: str, *, many: bool | None = None) -> "Path":
+        """The path with a step more."""
+        return Path(f"{self.text}.{step}" if self.text else step, type_, self.many if many is None else many)
+
+
+@st.composite
+def elements(draw: st.DrawFn, root: str, *, steps: int = 3) -> Path:
+    """A path of element names, with filters and subsets in between."""
+    path = Path("", root, False)
+    for _ in range(draw(st.integers(1, steps))):
+        if path.type not in ELEMENTS:
+            break
+        path = draw(_step(path))
+    return path
+
+
+@st.composite
+def _step(draw: st.DrawFn, path: Path) -> Path:
+    owner = path.type
+    name = draw(st.sampled_from(ELEMENTS[owner]))
+    element = r4().element(owner, name)
+    assert element is not None
+    chosen = draw(st.sampled_from(types_of(owner, name)))
+    path = path.then(name, chosen, many=path.many or element.many)
+    if element.choice:
+        path = path.then(f"ofType({chosen})", chosen)
+    if not path.many:
+        return path
+    match draw(st.integers(0, 9)):
+        case 0:
+            return path.then("first()", chosen, many=False)
+        case 1:
+            return path.then("last()", chosen, many=False)
+        case 2:
+            return Path(f"{path.text}[{draw(st.integers(0, 2))}]", chosen, False)
+        case 3:
+            return path.then(draw(st.sampled_from(("tail()", "skip(1)", "take(1)", "take(2)"))), chosen)
+        case 4 | 5 if chosen in ELEMENTS:
+            return path.then(f"where({draw(conditions(chosen, depth=1))})", chosen)
+    return path
+
+
+@st.composite
+def comparisons(draw: st.DrawFn, root: str) -> str:
+    """A comparison of a single value with a literal."""
+    path = draw(elements(root, steps=2).filter(lambda path: path.type not in ELEMENTS))
+    text = path.text if not path.many else f"{path.text}.first()"
+    if path.type == "boolean":
+        return f"{text} = {draw(st.sampled_from(('true', 'false')))}"
+    if path.type in NUMBERS:
+        operator = draw(st.sampled_from(("=", "!=", "<", "<=", ">", ">=")))
+        return f"{text} {operator} {draw(st.sampled_from(('1', '2', '1.5')))}"
+    if path.type in MOMENTS:
+        return f"{text} {draw(st.sampled_from(('=', '<', '>=')))} @1970-06-15"
+    literal = f"'{draw(st.sampled_from(TEXTS))}'"
+    match draw(st.integers(0, 4)):
+        case 0:
+            return f"{text}.startsWith({literal})"
+        case 1:
+            return f"{text} in ('official' | {literal})"
+        case 2:
+            return f"{text} != {literal}"
+    return f"{text} = {literal}"
+
+
+@st.composite
+def conditions(draw: st.DrawFn, root: str, *, depth: int = 2) -> str:
+    """A boolean expression."""
+    if depth and draw(st.booleans()):
+        left, right = draw(conditions(root, depth=depth - 1)), draw(conditions(root, depth=depth - 1))
+        operator = draw(st.sampled_from(("and", "or", "xor", "implies")))
+        return f"({left}) {operator} ({right})"
+    match draw(st.integers(0, 5)):
+        case 0 | 1:
+            path = draw(elements(root, steps=2))
+            return f"{path.text}.{draw(st.sampled_from(('exists()', 'empty()', 'exists().not()')))}"
+        case 2 if depth:
+            path = draw(elements(root, steps=1))
+            if path.type in ELEMENTS:
+                function = draw(st.sampled_from(("exists", "all")))
+                return f"{path.text}.{function}({draw(conditions(path.type, depth=depth - 1))})"
+    return draw(comparisons(root))
+
+
+@st.composite
+def paths(draw: st.DrawFn, root: str) -> str:
+    """Any path for a column."""
+    path = draw(elements(root))
+    match draw(st.integers(0, 12)):
+        case 0:
+            return draw(conditions(root))
+        case 1:
+            return f"{path.text}.count()"
+        case 2:
+            return f"{path.text}.{draw(st.sampled_from(('exists()', 'empty()', 'isDistinct()', 'distinct().count()')))}"
+        case 3 if path.type in ("string", "code"):
+            return f"{path.text}.join(',')" if path.many else f"{path.text}.{draw(texts())}"
+        case 4 if path.type in NUMBERS and not path.many:
+            return f"{path.text} {draw(st.sampled_from('+-*'))} 2"
+        case 5:
+            other = draw(elements(root).filter(lambda other: other.type == path.type)) if path.text == "" else path
+            return f"({path.text} | {other.text})"
+        case 6:
+            return f"iif({draw(conditions(root, depth=1))}, {path.text}, {{}})"
+        case 7 if path.type in ELEMENTS:
+            inner = draw(elements(path.type, steps=2))
+            return f"{path.text}.select({inner.text})"
+        case 8:
+            other = draw(elements(root))
+            return f"({path.text}).combine({other.text}).count()"
+    return path.text
+
+
+def texts() -> st.SearchStrategy[str]:
+    """A function of one text."""
+    return st.sampled_from(
+        ("upper()", "lower()", "length()", "substring(1)", "substring(0, 2)", "contains('n')", "matches('^[A-Z]')")
+        + ("replace('n', 'm')", "indexOf('o')", "toInteger()", "endsWith('l')", "toString()")
+    )
