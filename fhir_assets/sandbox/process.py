@@ -200,14 +200,13 @@ def serve(
     ``data`` is a folder of NDJSON files, or None for an empty server; ``ready`` is told the URL (by default it
     is written to standard output). Raises ConfigurationError for unusable data or a port that is taken.
     """
-    listener = _listen(port)
-    store = Store()
-    fill(store, data)
-    server = _uvicorn(create_app(store, faults, **options))
-    if end_with_stdin:
-        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
-    (ready or _tell)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), _listen(port) as listener:
+        store = Store()
+        fill(store, data)
+        server = _uvicorn(create_app(store, faults, **options))
+        if end_with_stdin:
+            threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
+        (ready or _tell)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")
         server.run(sockets=[listener])
 
 

@@ -1,6 +1,9 @@
 """The sandbox server as a process of its own."""
 
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,13 @@ def test_a_port_that_is_taken_is_said_so() -> None:
         other.listen()
         with pytest.raises(ConfigurationError, match="--port"):
             serve(None, other.getsockname()[1])
+
+
+def test_ctrl_c_ends_it_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "fhir_assets.sandbox", "--empty"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Sandbox FHIR server: http://127.0.0.1:")
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("", "")
+        assert process.returncode == 0
