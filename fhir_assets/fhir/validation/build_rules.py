@@ -96,9 +96,7 @@ def read_structure(definition: Definition, bound: set[str]) -> dict[str, Definit
     return result
 
 
-def read_element(
-    element: Definition, constraints: list[list[str]], has_children: bool, bound: set[str]
-) -> Definition:
+def read_element(element: Definition, constraints: list[list[str]], has_children: bool, bound: set[str]) -> Definition:
     """One element: ``t`` types, ``n`` required, ``l`` a list, ``c`` a choice, ``v`` value set, ``r`` targets of
     references, ``i`` invariants. Absent means no.
     """
@@ -140,7 +138,7 @@ def type_name(base_path: str, type_: Definition) -> str:
         return code
     if base_path in {"Resource.id", "Element.id"}:
         return "id" if base_path == "Resource.id" else base_path
-    return next(e["valueUrl"] for e in type_["extension"] if e["url"] == FHIR_TYPE)
+    return next(str(e["valueUrl"]) for e in type_["extension"] if e["url"] == FHIR_TYPE)
 
 
 def expand(url: str, value_sets: dict[str, Definition], systems: dict[str, Definition]) -> Definition | None:

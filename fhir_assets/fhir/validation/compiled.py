@@ -187,14 +187,19 @@ class Function:
         tests = list(self._tests(element, type_))
         if not tests and not element.is_choice:
             return
-        self._line(f"v = o.{attribute(json_name)}")
-        self._line("if v is not None:")
+        value, indent = f"o.{attribute(json_name)}", 1
+        if element.is_choice or not element.required:
+            self._line(f"if {value} is not None:")
+            indent = 2
         if element.is_choice:
-            self._line(f"n_{element.name} += 1", 2)
-        if element.is_list and tests:
-            self._line("for v in v:", 2)
+            self._line(f"n_{element.name} += 1", indent)
+        if tests and element.is_list:
+            self._line(f"for v in {value}:", indent)
+            indent += 1
+        elif tests:
+            self._line(f"v = {value}", indent)
         for test in tests:
-            self._line(f"if {test}: return False", 3 if element.is_list else 2)
+            self._line(f"if {test}: return False", indent)
 
     def _tests(self, element: Element, type_: str) -> Iterator[str]:
         """What must not be true of ``v``, one value of the element."""
@@ -229,7 +234,7 @@ class Function:
             if codes_of(value_set) is None:
                 self.space[f"bound_{place}"] = lambda code: allows_code(value_set, code)
                 yield f"not bound_{place}(v)"
-        elif type_ in _MATCHED:
+        elif type_ in _MATCHED and element.name != "versionId":
             yield f"{_MATCHED[type_]}(v) is None"
         elif type_ in memo.KINDS and not is_rare(element, type_):
             kind = memo.KINDS[type_]

@@ -10,7 +10,7 @@ from fhir_assets.fhir.validation.compiled import Compiled, Compiler
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets.fhir.validation.scope import FastScope
 
-_TYPE_FIRST = re.compile(rb'\s*\{\s*"resourceType"\s*:\s*"([A-Za-z]+)"').match
+_START = b'{"resourceType":"'
 _CONTROL = re.compile(rb"\\(?:u00|[bf])").search
 
 
@@ -39,38 +39,46 @@ class FastPath:
     def __init__(self, max_depth: int) -> None:
         self._recurrences = (max_depth - DEPTH) // DEPTH_OF_RECURRENCE
         self._compiled: dict[bytes, Compiled] = {}
-        self._plain_scope = FastScope(self._accept)
+        self._plain_scope = FastScope(self._accept_contained)
 
     def accepts(self, body: bytes) -> bool:
         """Is the body surely a resource without any issue? False says nothing. Never raises."""
         try:
-            if self._recurrences < 0:
+            if self._recurrences < 0 or (b"\\" in body and _CONTROL(body)):
                 return False
-            if b"\\" in body and _CONTROL(body):
+            resource, compiled = self._decode(body)
+            if compiled is None:
                 return False
-            return self._accept(body, None)
+            if not compiled.may_contain or resource.contained is None:
+                return compiled.check(resource, self._plain_scope, self._recurrences)
+            scope = FastScope(self._accept_contained)
+            return scope.announce(resource.contained) and compiled.check(resource, scope, self._recurrences)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return False
 
-    def _accept(self, body: Any, container: FastScope | None) -> bool:
-        first = _TYPE_FIRST(body)
-        name = first[1] if first else _type.decode(body).resourceType.encode()
+    def _accept_contained(self, body: msgspec.Raw, scope: FastScope) -> bool:
+        resource, compiled = self._decode(bytes(body))
+        return (
+            compiled is not None
+            and is_fit_to_be_contained(resource)
+            and compiled.check(resource, scope, self._recurrences)
+        )
+
+    def _decode(self, body: bytes) -> tuple[Any, Compiled | None]:
+        """The resource as a Struct with its compiled type; None for the type when a name may stand twice."""
+        if body.startswith(_START):
+            name = body[len(_START) : body.find(b'"', len(_START))]
+        else:
+            name = _type.decode(body).resourceType.encode()
         compiled = self._compiled.get(name)
         if compiled is None:
-            if name.decode() not in load_rules().resource_types:
-                return False
-            compiled = self._compiled[name] = compiler().compiled(name.decode())
+            known = name.decode()
+            if known not in load_rules().resource_types:
+                return None, None
+            compiled = self._compiled[name] = compiler().compiled(known)
         resource = compiled.decode(body)
-        again = _encode(resource)
         # A name that stands twice is decoded once, so its colon is missing. Those in strings are in both.
-        if bytes(body).count(b":") != again.count(b":"):
-            return False
-        if container is not None:
-            return is_fit_to_be_contained(resource) and compiled.check(resource, container, self._recurrences)
-        if not compiled.may_contain or resource.contained is None:
-            return compiled.check(resource, self._plain_scope, self._recurrences)
-        scope = FastScope(self._accept)
-        return scope.announce(resource.contained) and compiled.check(resource, scope, self._recurrences)
+        return resource, compiled if body.count(b":") == _encode(resource).count(b":") else None
 
 
 def is_fit_to_be_contained(resource: Any) -> bool:
@@ -79,4 +87,3 @@ def is_fit_to_be_contained(resource: Any) -> bool:
     return getattr(resource, "contained", None) is None and (
         meta is None or (meta.versionId is None and meta.lastUpdated is None and meta.security is None)
     )
-

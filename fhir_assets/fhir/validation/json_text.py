@@ -69,9 +69,7 @@ def _check_shape(root: Any, max_depth: int) -> None:
             ]
         elif isinstance(value, list):
             waiting += [
-                (child, depth + 1, f"{path}[{n}]")
-                for n, child in enumerate(value)
-                if isinstance(child, (dict, list))
+                (child, depth + 1, f"{path}[{n}]") for n, child in enumerate(value) if isinstance(child, (dict, list))
             ]
 
 

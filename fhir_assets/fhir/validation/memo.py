@@ -18,10 +18,18 @@ from fhir_assets.fhir.validation.scope import FastScope
 
 LIMIT = 20_000
 
-KINDS = {"base64Binary": "base64", "canonical": "uri", "code": "code", "date": "date", "uri": "uri", "url": "uri"}
+KINDS = {
+    "base64Binary": "base64",
+    "canonical": "uri",
+    "code": "code",
+    "date": "date",
+    "id": "id",
+    "uri": "uri",
+    "url": "uri",
+}
 """The remembering test of a primitive type."""
 
-SEEN: dict[str, set[str]] = {"uri": set(), "code": set(), "date": set()}
+SEEN: dict[str, set[str]] = {"uri": set(), "code": set(), "date": set(), "id": set()}
 
 
 def remember(seen: set[Any], value: Any) -> None:
@@ -45,6 +53,7 @@ NEW: dict[str, Callable[[str], bool]] = {
     "base64": primitives.is_base64,
     "code": _remembering(SEEN["code"], primitives.is_code),
     "date": _remembering(SEEN["date"], primitives.is_date),
+    "id": _remembering(SEEN["id"], primitives.is_id),
     "uri": _remembering(SEEN["uri"], primitives.is_uri),
 }
 

@@ -78,9 +78,7 @@ class Structure:
     def properties(self) -> dict[str, tuple[Element, str]]:
         """Each property name in JSON, with its element and type."""
         return {
-            name: (element, type_)
-            for element in self.elements.values()
-            for name, type_ in element.json_names().items()
+            name: (element, type_) for element in self.elements.values() for name, type_ in element.json_names().items()
         }
 
     @cached_property

@@ -1,7 +1,6 @@
 """What one check of the fast path carries along: the contained resources, and which of them are referred to."""
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -22,7 +21,7 @@ class FastScope:
 
     __slots__ = ("_accept", "_types", "_used")
 
-    def __init__(self, accept: "Callable[[Any, FastScope], bool]") -> None:
+    def __init__(self, accept: "Callable[[msgspec.Raw, FastScope], bool]") -> None:
         self._accept = accept
         self._types: dict[str, str] = {}
         self._used: set[str] = set()

@@ -1,9 +1,8 @@
 """The validator: bytes in, a verdict out, whatever the bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from decimal import Decimal
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -20,28 +19,34 @@ MAX_DEPTH = 100
 _parse = msgspec.json.Decoder(float_hook=Decimal).decode
 
 
-@dataclass(frozen=True)
 class Verdict:
     """What the validation says of one body.
 
     ``resource`` is the parsed JSON, fractions as Decimal with their digits; None if the JSON itself is broken (rule
-    ``json``) or no object. It is parsed on first use when the fast path accepted the body.
+    ``json``) or no object. It is parsed on first use.
     """
 
-    body: bytes = field(repr=False)
-    issues: tuple[Issue, ...] = ()
+    __slots__ = ("_body", "_resource", "issues")
+
+    def __init__(self, body: bytes, issues: tuple[Issue, ...] = ()) -> None:
+        self._body: bytes | None = body
+        self.issues = issues
+
+    def __repr__(self) -> str:
+        return f"Verdict(issues={self.issues!r})"
 
     @property
     def valid(self) -> bool:
         """No issue of severity ``error``."""
         return not any(issue.severity == "error" for issue in self.issues)
 
-    @cached_property
+    @property
     def resource(self) -> dict[str, Any] | None:
-        if any(issue.rule == JSON for issue in self.issues):
-            return None
-        value = _parse(self.body)
-        return value if isinstance(value, dict) else None
+        if self._body is not None:
+            value = None if any(issue.rule == JSON for issue in self.issues) else _parse(self._body)
+            self._resource: dict[str, Any] | None = value if isinstance(value, dict) else None
+            self._body = None
+        return self._resource
 
 
 class Validator:

@@ -146,9 +146,7 @@ class Walker:
         if element.invariants:
             self._invariants(type_, element.invariants, item, path, scope)
 
-    def _primitive(
-        self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope
-    ) -> None:
+    def _primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
         if value is not NOTHING and not self._has_right_shape(element, value, path):
             return
         if companion is not NOTHING and not self._has_right_shape(element, companion, path):
@@ -176,9 +174,7 @@ class Walker:
                     element, type_, NOTHING if item is None else item, NOTHING if extra is None else extra, place, scope
                 )
 
-    def _one_primitive(
-        self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope
-    ) -> None:
+    def _one_primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
         if companion is not NOTHING:
             self._companion(companion, value is NOTHING, path, scope)
         if value is NOTHING:
@@ -220,9 +216,7 @@ class Walker:
         if isinstance(reference, str):
             target = literal_target(reference)
             if target is None:
-                self.add(
-                    REFERENCE_TARGET, path, "expected Type/id with a type of R4, an absolute URL, or # and an id"
-                )
+                self.add(REFERENCE_TARGET, path, "expected Type/id with a type of R4, an absolute URL, or # and an id")
                 return
             found = target
             if reference == "#":

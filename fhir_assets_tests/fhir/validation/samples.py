@@ -25,7 +25,7 @@ GOOD: dict[str, list[Any]] = {
     "markdown": ["*text*\n"],
     "oid": ["urn:oid:1.2.3"],
     "positiveInt": [1, 3],
-    "string": ["text", "é:{}[]\"\\"],
+    "string": ["text", 'é:{}[]"\\'],
     "time": ["10:00:00"],
     "unsignedInt": [0, 2],
     "uri": ["http://example.org/x", "http://unitsofmeasure.org"],
@@ -89,7 +89,9 @@ class Sampler:
         """Something for an object that must not be empty, simple where possible."""
         if type_ == "Extension":
             return {"valueString": "text"}
-        elements = [e for e in RULES.structure(type_).elements.values() if e.name not in {"id", "extension", "contained"}]
+        elements = [
+            e for e in RULES.structure(type_).elements.values() if e.name not in {"id", "extension", "contained"}
+        ]
         element = next((e for e in elements if set(e.types) & PRIMITIVES), elements[-1])
         name, of = next(((n, t) for n, t in element.json_names().items()))
         return {name: self.items(element, of, depth)}
@@ -104,7 +106,11 @@ class Sampler:
             systems = RULES.value_sets[element.value_set]
             if systems is None:
                 system = GRAMMARS[element.value_set][0]
-                code = {"urn:ietf:bcp:13": "text/plain", "urn:iso:std:iso:4217": "EUR", "http://loinc.org": "LA1-2"}.get(system, "mg")
+                code = {
+                    "urn:ietf:bcp:13": "text/plain",
+                    "urn:iso:std:iso:4217": "EUR",
+                    "http://loinc.org": "LA1-2",
+                }.get(system, "mg")
             else:
                 system = self.random.choice([s for s in sorted(systems) if systems[s]])
                 code = self.random.choice(sorted(systems[system]))

@@ -16,7 +16,8 @@ from fhir_assets.fhir.validation.rules import PRIMITIVES, Element
 from fhir_assets_tests.fhir.validation.samples import BAD, GOOD, RULES, Sampler, to_bytes
 
 VALIDATOR = Validator()
-JUNK: list[Any] = [None, {}, [], [{}], {"id": "x"}, {"reference": "#"}, *sum(GOOD.values(), []), *sum(BAD.values(), [])]
+JUNK: list[Any] = [None, {}, [], [{}], {"id": "x"}, {"reference": "#"}]
+JUNK += [value for values in (*GOOD.values(), *BAD.values()) for value in values]
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
@@ -154,11 +155,15 @@ def test_what_is_deeper_than_the_setting_is_refused_on_either_path() -> None:
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["resourceType", "id", "name", "_name", "contained", "extension", "meta", "code", "text", "x"]),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["resourceType", "id", "name", "_name", "contained", "extension", "meta", "code", "text", "x"]
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

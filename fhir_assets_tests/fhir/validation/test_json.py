@@ -76,6 +76,8 @@ def test_white_space_escapes_and_colons_in_text_are_fine() -> None:
     assert Validator().check(body).issues == ()
 
 
-@pytest.mark.parametrize("body", [b"null", b"[]", b"1", b'"x"', b"{}", b'{"resourceType":1}', b'{"resourceType":"Foo"}'])
+@pytest.mark.parametrize(
+    "body", [b"null", b"[]", b"1", b'"x"', b"{}", b'{"resourceType":1}', b'{"resourceType":"Foo"}']
+)
 def test_json_that_is_no_resource_is_an_issue_of_structure(body: bytes) -> None:
     assert [issue.rule for issue in Validator().check(body).issues] == ["structure"]

@@ -105,7 +105,11 @@ def broken_containers(resource: dict[str, Any]) -> Iterator[tuple[str, str, dict
     yield "invariant:dom-3", name, {**resource, "contained": [inner]}
     yield "invariant:dom-4", name, {**resource, "contained": [{**inner, "meta": {"versionId": "1"}}]}
     yield "invariant:dom-5", name, {**resource, "contained": [{**inner, "meta": {"security": [{"code": "R"}]}}]}
-    yield "invariant:dom-2", f"{name}.contained[0].contained[0]", {**resource, "contained": [{**inner, "contained": [inner]}]}
+    yield (
+        "invariant:dom-2",
+        f"{name}.contained[0].contained[0]",
+        {**resource, "contained": [{**inner, "contained": [inner]}]},
+    )
     yield "structure", f"{name}.contained[0]", {**resource, "contained": [{"id": "o", "resourceType": "NoType"}]}
     yield "structure", f"{name}.contained[0].nope", {**resource, "contained": [{**inner, "nope": 1}]}
     yield "invariant:ext-1", f"{name}.extension[0]", {**resource, "extension": [{"url": "http://x.org"}]}

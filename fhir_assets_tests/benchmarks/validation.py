@@ -1,0 +1,65 @@
+"""Validation against fhir.resources, both in this process, all rules on.
+
+::
+
+    python -m fhir_assets_tests.benchmarks.validation FOLDER_OF_NDJSON
+
+Each round times both on the same resources, one after the other; the figures are the best of the rounds. Goals: 15 times
+fhir.resources as a whole, 10 times for each type with 100 or more resources.
+"""
+
+import gzip
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fhir_assets.fhir.validation import Validator
+
+ROUNDS = 3
+
+
+def seconds(check: Callable[[bytes], object], bodies: list[bytes]) -> float:
+    start = time.perf_counter()
+    for body in bodies:
+        check(body)
+    return time.perf_counter() - start
+
+
+def main(folder: Path) -> None:
+    validator = Validator()
+    total = total_other = size = count = invalid = 0.0
+    short = []
+    print(f"{'type':24}{'resources':>10}{'first ms':>10}{'us each':>9}{'MB/s':>8}{'fhir.resources us':>19}{'times':>8}")
+    for file in sorted(folder.glob("*.ndjson.gz")):
+        name = file.name.partition(".")[0]
+        bodies = [line for line in gzip.decompress(file.read_bytes()).splitlines() if line]
+        model = getattr(importlib.import_module(f"fhir.resources.R4B.{name.lower()}"), name)
+        first = seconds(validator.check, bodies[:1])
+        invalid += sum(not validator.check(body).valid for body in bodies)
+        seconds(model.model_validate_json, bodies[:1])
+        ours, other = float("inf"), float("inf")
+        for _ in range(ROUNDS):
+            ours = min(ours, seconds(validator.check, bodies))
+            other = min(other, seconds(model.model_validate_json, bodies))
+        octets = sum(map(len, bodies))
+        times = other / ours
+        print(
+            f"{name:24}{len(bodies):10}{first * 1e3:10.1f}{ours / len(bodies) * 1e6:9.1f}{octets / ours / 1e6:8.1f}"
+            f"{other / len(bodies) * 1e6:19.1f}{times:8.1f}"
+        )
+        if len(bodies) >= 100 and times < 10:
+            short.append(name)
+        total, total_other, size, count = total + ours, total_other + other, size + octets, count + len(bodies)
+    print(
+        f"{'all':24}{count:10.0f}{'':10}{total / count * 1e6:9.1f}{size / total / 1e6:8.1f}"
+        f"{total_other / count * 1e6:19.1f}{total_other / total:8.1f}"
+    )
+    print(f"invalid: {invalid:.0f}; types of 100 or more under 10 times: {', '.join(short) or 'none'}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]))
