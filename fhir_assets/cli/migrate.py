@@ -28,4 +28,4 @@ def migrate(
             tables.ensure_tables(conn, views.views)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
     for broken in views.broken:
-        console.print(f"Left out: {broken.path}: {broken.reason}", markup=False)
+        console.print(f"Left out: {broken.path}: {broken.message}", markup=False)

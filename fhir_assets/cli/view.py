@@ -1,0 +1,86 @@
+"""`fhir-assets view`: ViewDefinitions listed, checked, and tried on files without a database."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.definitions import views_of
+from fhir_assets.errors import ViewError
+from fhir_assets.fhir.views import RowError, TypeViews, read_view
+from fhir_assets.fhir.views.try_out import Format, write
+from fhir_assets.fhir.views.try_out import run as rows_of
+from fhir_assets.settings import load_settings
+
+app = typer.Typer(help="SQL-on-FHIR ViewDefinitions: list, check, try.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
+    """Every ViewDefinition of sql/views and FHIR_VIEWS; the broken ones with what is wrong. Exit code 1 if any is."""
+    found = views_of(load_settings())
+    rows = [
+        {
+            "view": view.name,
+            "type": view.resource_type,
+            "columns": len(view.columns),
+            "version": view.version,
+            "title": view.title,
+            "file": str(view.path or ""),
+        }
+        for view in found.views
+    ]
+    if json:
+        broken = [{"file": str(b.path), "error": b.message} for b in found.broken]
+        print_json({"views": rows, "broken": broken})
+    else:
+        print_table(f"{len(rows)} views", rows, ("view", "type", "columns", "version", "title"))
+        for b in found.broken:
+            errors.print(f"broken: {b.message}", markup=False, soft_wrap=True)
+    if found.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files", metavar="VIEW.json…")]) -> None:
+    """Say what is wrong with a ViewDefinition, and where; exit code 1 if anything is."""
+    wrong = 0
+    for path in view:
+        try:
+            found = read_view(path)
+            TypeViews([found])
+        except ViewError as error:
+            wrong += 1
+            errors.print(str(error), markup=False, soft_wrap=True)
+            continue
+        console.print(f"{path}: {found.name}: {len(found.columns)} columns of {found.resource_type}", markup=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    view: Annotated[Path, typer.Argument(help="A ViewDefinition", metavar="VIEW.json")],
+    data: Annotated[list[Path], typer.Argument(help="NDJSON, a resource or a Bundle; .gz too", metavar="DATA…")],
+    form: Annotated[Format, typer.Option("--format")] = "table",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal")] = None,
+) -> None:
+    """Print the rows of a view over files. Resources it cannot make rows of are named on stderr; exit code 1 then."""
+    definition = read_view(view)
+    refused = 0
+
+    def refuse(place: str, error: RowError) -> None:
+        nonlocal refused
+        refused += 1
+        errors.print(f"{place}: {error}", markup=False, soft_wrap=True)
+
+    rows = rows_of(definition, data, refused=refuse)
+    if output:
+        with output.open("wb") as file:
+            write(rows, definition.columns, form, file)
+    else:
+        write(rows, definition.columns, form, sys.stdout.buffer)
+    if refused:
+        raise typer.Exit(1)

@@ -1,0 +1,134 @@
+"""A deployment of its own for a test: store, database, Dagster instance, all real and thrown away afterwards."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from psycopg import sql
+
+from fhir_assets.definitions import build_definitions
+from fhir_assets.ingestion import Ingestion, Outcome
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.settings import Settings, load_settings
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.warehouse.database import connect
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+BOOKKEEPING = {"run_id", "loaded_at"}
+"""Columns that say how a row came, not what it says."""
+
+Row = tuple[Any, ...]
+
+
+@dataclass
+class Deployment:
+    """What a test does with a deployment, and what it looks at."""
+
+    settings: Settings
+    instance: dg.DagsterInstance
+
+    @property
+    def url(self) -> str:
+        assert self.settings.db_url
+        return self.settings.db_url.get_secret_value()
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.settings.store_url)
+
+    def ingestion(self) -> Ingestion:
+        return Ingestion(self.settings, build_definitions(self.settings), self.instance)
+
+    def ingest(
+        self,
+        *,
+        first: datetime | None = None,
+        last: datetime | None = None,
+        refresh: Refresh = Refresh.MISSING,
+    ) -> list[Outcome]:
+        """What `fhir-assets ingest` does."""
+        ingestion = self.ingestion()
+        due = ingestion.due(first=first, last=last, all_windows=refresh is Refresh.FULL)
+        return [ingestion.load(windows, refresh=refresh, triggered_by="test") for windows in due]
+
+    def query(self, statement: str, *params: object) -> list[Row]:
+        with connect(self.url) as conn:
+            return conn.execute(statement, params).fetchall()  # type: ignore[call-overload]
+
+    def tables(self) -> dict[str, list[str]]:
+        """Every row of schema fhir as text, sorted, without the bookkeeping."""
+        found: dict[str, list[str]] = {}
+        with connect(self.url) as conn:
+            names = conn.execute(
+                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'fhir'"
+                " AND table_name NOT LIKE 'resource\\_%' ORDER BY 1"
+            ).fetchall()
+            for (name,) in names:
+                columns = [
+                    sql.Identifier(column)
+                    for (column,) in conn.execute(
+                        "SELECT column_name FROM information_schema.columns WHERE table_schema = 'fhir'"
+                        " AND table_name = %s ORDER BY ordinal_position",
+                        (name,),
+                    ).fetchall()
+                    if column not in BOOKKEEPING
+                ]
+                rows = conn.execute(
+                    sql.SQL("SELECT ROW({})::text FROM fhir.{}").format(
+                        sql.SQL(", ").join(columns), sql.Identifier(name)
+                    )
+                ).fetchall()
+                found[name] = sorted(row for (row,) in rows)
+        return found
+
+    def loaded(self) -> dict[str, int]:
+        """How many resources each type has in the tables."""
+        return dict(self.query("SELECT resource_type, count(*) FROM fhir.resource GROUP BY 1"))
+
+    def dead(self) -> dict[str, int]:
+        """How many dead letters are open, by rule."""
+        return dict(
+            self.query("SELECT rule, sum(occurrences)::bigint FROM ops.dead_letters WHERE status = 'open' GROUP BY 1")
+        )
+
+    def checks(self, run_id: str) -> list[dg.AssetCheckEvaluation]:
+        """Every evaluation of a check in a run."""
+        records = self.instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
+        return [
+            event.event_specific_data
+            for record in records
+            if (event := record.event_log_entry.dagster_event)
+            and isinstance(event.event_specific_data, dg.AssetCheckEvaluation)
+        ]
+
+    def unreconciled(self, outcome: Outcome) -> list[str]:
+        """What the failed checks of a run say; fails if there was no check at all."""
+        evaluations = self.checks(outcome.run_id)
+        assert evaluations
+        return [e.description or "" for e in evaluations if not e.passed]
+
+
+Deploy = Callable[..., Deployment]
+
+
+@pytest.fixture
+def deploy(database: str, tmp_path: Path) -> Iterator[Deploy]:
+    """Makes deployments on the test's database; settings by name. ``home`` tells several of one test apart."""
+    instances = []
+
+    def make(*, home: str = "home", url: str | None = None, **settings: object) -> Deployment:
+        folder = tmp_path / home
+        (folder / "dagster").mkdir(parents=True, exist_ok=True)
+        instance = dg.DagsterInstance.local_temp(str(folder / "dagster"))
+        instances.append(instance)
+        values = {"db_url": url or database, "fhir_assets_home": folder, "fhir_overlap_seconds": 0, **settings}
+        return Deployment(load_settings(**values), instance)
+
+    yield make
+    for instance in instances:
+        instance.dispose()

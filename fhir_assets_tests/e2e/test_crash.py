@@ -1,0 +1,88 @@
+"""`kill -9` at any moment: the same window again ends in the tables of one clean run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse.database import normalise_url
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+END = datetime(2024, 1, 3, tzinfo=UTC)
+
+
+def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
+    """`fhir-assets ingest` as a process of its own on the deployment; its Dagster storage is in the test's database."""
+    settings = deployment.settings
+    environment = {
+        **os.environ,
+        "FHIR_BASE_URL": settings.fhir_base_url,
+        "FHIR_LAST_UPDATED_GTE": "2024-01-01",
+        "FHIR_ASSETS_HOME": str(settings.home),
+        "FHIR_PAGE_SIZE": "50",
+        "DB_URL": deployment.url,
+        "DAGSTER_POSTGRES_URL": normalise_url(deployment.url, "psycopg2"),
+    }
+    environment.pop("DAGSTER_HOME", None)
+    code = "from fhir_assets.cli import main; main()"
+    arguments = ["ingest", "--from", "2024-01-01", "--to", "2024-01-02"]
+    return [sys.executable, "-c", code, *arguments], environment
+
+
+def run_and_kill(deployment: Deployment, seconds: float) -> bool:
+    """Start a load and kill it after so long; whether it was still at work."""
+    arguments, environment = command(deployment)
+    process = subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    time.sleep(seconds)
+    at_work = process.poll() is None
+    if at_work:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return at_work
+
+
+def finish(deployment: Deployment) -> None:
+    """Load to the end."""
+    arguments, environment = command(deployment)
+    subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=300)
+
+
+def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patients: int) -> None:
+    write_population(folder, Population(patients, 3, 0.02, end=END, start=START))
+    with SandboxServer(folder) as server:
+        clean = deploy(home="clean", fhir_base_url=server.url)
+        begun = time.monotonic()
+        finish(clean)
+        whole = time.monotonic() - begun
+        killed = deploy(home="killed", url=other_database, fhir_base_url=server.url)
+        at_work = [run_and_kill(killed, random.Random(n).uniform(0.3, 1.0) * whole) for n in range(kills)]
+        assert any(at_work)
+        finish(killed)
+    assert killed.tables() == clean.tables()
+    assert killed.dead() == clean.dead()
+    left = killed.query("SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'")
+    assert left == [(0,)]
+
+
+def test_a_load_killed_three_times_ends_in_the_tables_of_a_clean_one(
+    deploy: Deploy, tmp_path: Path, empty_database: str
+) -> None:
+    story(deploy, tmp_path / "population", empty_database, kills=3, patients=2)
+
+
+@pytest.mark.slow
+def test_a_load_killed_twenty_times_ends_in_the_tables_of_a_clean_one(
+    deploy: Deploy, tmp_path: Path, empty_database: str
+) -> None:
+    story(deploy, tmp_path / "population", empty_database, kills=20, patients=20)

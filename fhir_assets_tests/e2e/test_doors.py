@@ -1,0 +1,112 @@
+"""Real input through every door: the tables say the same, and every resource stands somewhere."""
+
+import gzip
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import orjson
+import pytest
+
+from fhir_assets.catalog import BY_NAME
+from fhir_assets.sandbox.faults import Fault, FaultKind
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.e2e.conftest import SHARED, Deploy
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+END = datetime(2024, 2, 1, tzinfo=UTC)
+SYNTHEA = SHARED / "synthea"
+ALL_FAULTS = (
+    Fault(kind=FaultKind.THROTTLE, every=17, retry_after=0),
+    Fault(kind=FaultKind.ERROR, every=13, status=503),
+    Fault(kind=FaultKind.RESET, every=19),
+    Fault(kind=FaultKind.DROP, every=23),
+    Fault(kind=FaultKind.TRUNCATE, every=11),
+    Fault(kind=FaultKind.EXPIRE, every=5),
+    Fault(kind=FaultKind.DUPLICATE, every=3),
+)
+"""Everything that an honest server does on a bad day."""
+
+needs_shared = pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not beside this checkout")
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("population")
+    write_population(folder, Population(4, 7, 0.05, end=END, start=START))
+    return folder
+
+
+def lines_by_type(folder: Path) -> Counter[str]:
+    return Counter({path.name.split(".")[0]: sum(1 for _ in gzip.open(path)) for path in folder.glob("*.ndjson.gz")})
+
+
+def test_files_load_whole_and_each_known_defect_becomes_a_dead_letter_with_its_rule(
+    deploy: Deploy, population: Path
+) -> None:
+    deployment = deploy(fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
+    outcomes = deployment.ingest()
+    assert [outcome.success for outcome in outcomes] == [True]
+    assert deployment.unreconciled(outcomes[0]) == []
+    broken = orjson.loads((population / "defects.json").read_bytes())
+    assert broken
+    letters = deployment.query("SELECT resource_type, resource_id, rule FROM ops.dead_letters WHERE status = 'open'")
+    found = {(kind, identity): rule for kind, identity, rule in letters}
+    assert found == {(b["resourceType"], b["id"]): b["rule"] for b in broken}
+    bad = Counter(b["resourceType"] for b in broken)
+    assert Counter(deployment.loaded()) == lines_by_type(population) - bad
+
+
+def test_loading_the_same_files_again_changes_nothing(deploy: Deploy, population: Path) -> None:
+    deployment = deploy(fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
+    deployment.ingest()
+    tables, dead = deployment.tables(), deployment.dead()
+    assert deployment.ingest() == []
+    again = deployment.ingest(first=START, last=START)
+    assert [outcome.success for outcome in again] == [True]
+    assert deployment.tables() == tables
+    assert deployment.dead() == dead
+
+
+def test_a_search_with_every_fault_on_gives_the_tables_that_the_files_give(
+    deploy: Deploy, population: Path, empty_database: str
+) -> None:
+    files = deploy(home="files", fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
+    assert all(outcome.success for outcome in files.ingest())
+    with SandboxServer(population, faults=ALL_FAULTS) as server:
+        search = deploy(
+            home="search",
+            url=empty_database,
+            fhir_base_url=server.url,
+            fhir_partition="monthly",
+            fhir_page_size=40,
+            fhir_max_attempts=12,
+        )
+        outcomes = search.ingest()
+        struck = server.stats()["struck"]
+    assert all(outcome.success for outcome in outcomes)
+    assert [search.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
+    assert {kind for kind, times in struck.items() if times} == {fault.kind for fault in ALL_FAULTS}
+    assert search.tables() == files.tables()
+    assert search.dead() == files.dead()
+
+
+@needs_shared
+def test_all_of_synthea_is_in_the_tables(deploy: Deploy) -> None:
+    deployment = deploy(fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly")
+    outcomes = deployment.ingest()
+    assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
+    assert deployment.loaded() == lines_by_type(SYNTHEA)
+    assert sum(deployment.loaded().values()) == 8421
+
+
+@needs_shared
+def test_the_published_examples_of_the_30_types_all_load(deploy: Deploy) -> None:
+    file = SHARED / "r4-examples" / "examples.ndjson.gz"
+    deployment = deploy(fhir_source="ndjson", fhir_base_url=str(file), fhir_partition="monthly")
+    outcomes = deployment.ingest()
+    assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
+    assert deployment.dead() == {}
+    kinds = (orjson.loads(line)["resourceType"] for line in gzip.open(file))
+    assert Counter(deployment.loaded()) == Counter(kind for kind in kinds if kind in BY_NAME)
