@@ -1,0 +1,158 @@
+"""A view tried on files, without a database: its rows, and how to show them."""
+
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import StringIO
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.views.data import read_resources
+from fhir_assets.fhir.views.definition import Column, View
+from fhir_assets.fhir.views.rows import Row, RowError, TypeViews
+
+Format = Literal["table", "csv", "ndjson", "parquet"]
+_ENDLESS = Console(width=100_000)
+_PARQUET_BATCH = 10_000
+_WHOLE_NUMBERS = {"integer", "positiveInt", "unsignedInt"}
+
+
+def run(
+    view: View,
+    data: Iterable[Path],
+    *,
+    refused: Callable[[str, RowError], None] | None = None,
+) -> Iterator[Row]:
+    """The rows of a view over files, folders or Bundles, streamed; resources of other types are passed over.
+
+    A resource that the view cannot make rows of goes to ``refused`` with its place (``Patient.ndjson:17``) and is
+    passed over; without ``refused`` its RowError is raised. Raises NotFhir for a file that holds no resources.
+    """
+    views = TypeViews([view])
+    for place, resource in read_resources(data):
+        if resource["resourceType"] != view.resource_type:
+            continue
+        try:
+            yield from views.rows(resource)[0]
+        except RowError as error:
+            if refused is None:
+                raise
+            refused(place, error)
+
+
+def write(rows: Iterable[Row], columns: Sequence[Column], form: Format, out: IO[bytes]) -> int:
+    """Write rows to a binary stream, and give their number. ``parquet`` needs the extra of that name."""
+    counted = _Counted(rows)
+    {"table": write_table, "csv": write_csv, "ndjson": write_ndjson, "parquet": write_parquet}[form](
+        counted, columns, out
+    )
+    return counted.number
+
+
+class _Counted:
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = rows
+        self.number = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.rows:
+            self.number += 1
+            yield row
+
+
+def _json(value: object) -> bytes:
+    return orjson.dumps(value, default=float)
+
+
+def _text(value: object) -> str:
+    """A cell as text: JSON for what is no text, nothing for null."""
+    return "" if value is None else value if isinstance(value, str) else _json(value).decode()
+
+
+def write_table(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
+    """A table, cut to the width of a terminal but whole in a file. All rows are held in memory, to find the widths."""
+    table = Table()
+    for column in columns:
+        table.add_column(column.name, justify="right" if column.type in {*_WHOLE_NUMBERS, "decimal"} else "left")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    text = StringIO()
+    width = Console().width if out.isatty() else Measurement.get(_ENDLESS, _ENDLESS.options, table).maximum
+    Console(file=text, width=width).print(table)
+    out.write(text.getvalue().encode())
+
+
+def write_csv(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
+    """RFC 4180, with a header; a collection is JSON in its cell."""
+    line = _Line()
+    writer = csv.writer(line)
+    for row in chain([[column.name for column in columns]], (map(_text, row) for row in rows)):
+        writer.writerow(row)
+        out.write(line.take())
+
+
+class _Line:
+    """The text of one CSV row."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def take(self) -> bytes:
+        text, self.text = self.text, ""
+        return text.encode()
+
+
+def write_ndjson(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
+    """One JSON object a row."""
+    names = [column.name for column in columns]
+    for row in rows:
+        out.write(_json(dict(zip(names, row, strict=True))) + b"\n")
+
+
+def write_parquet(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
+    """A Parquet file: numbers and booleans as such, all else as text, collections as lists."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigurationError("parquet needs pyarrow: pip install 'fhir-assets[parquet]'") from None
+    kinds = {"boolean": pa.bool_(), "decimal": pa.float64(), **dict.fromkeys(_WHOLE_NUMBERS, pa.int64())}
+    types = [kinds.get(column.type, pa.string()) for column in columns]
+    schema = pa.schema(
+        [
+            (column.name, pa.list_(type_) if column.collection else type_)
+            for column, type_ in zip(columns, types, strict=True)
+        ]
+    )
+    converters = [
+        _converter(column, as_text=type_ == pa.string()) for column, type_ in zip(columns, types, strict=True)
+    ]
+    stream = iter(rows)
+    with parquet.ParquetWriter(out, schema) as writer:
+        while batch := list(islice(stream, _PARQUET_BATCH)):
+            arrays = [
+                pa.array([convert(value) for value in values], type=field.type)
+                for convert, values, field in zip(converters, zip(*batch, strict=True), schema, strict=True)
+            ]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def _converter(column: Column, *, as_text: bool) -> Callable[[Any], Any]:
+    def one(value: Any) -> Any:
+        if value is None:
+            return None
+        if as_text:
+            return _text(value)
+        return float(value) if column.type == "decimal" else value
+
+    return (lambda values: [one(value) for value in values]) if column.collection else one
