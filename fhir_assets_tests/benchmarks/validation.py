@@ -4,8 +4,8 @@
 
     python -m fhir_assets_tests.benchmarks.validation FOLDER_OF_NDJSON
 
-Each round times both on the same resources, one after the other; the figures are the best of the rounds. Goals: 15 times
-fhir.resources as a whole, 10 times for each type with 100 or more resources.
+Each round times both on the same resources, one after the other; the figures are the best of the rounds. Goals: 15
+times fhir.resources as a whole, 10 times for each type with 100 or more resources.
 """
 
 import gzip

@@ -110,7 +110,7 @@ class Compiler:
     def _struct(self, structure: Structure) -> type[msgspec.Struct]:
         fields: list[Any] = []
         if structure.is_resource:
-            fields.append(("resourceType", Literal[structure.name]))  # type: ignore[valid-type]
+            fields.append(("resourceType", Literal[structure.name]))
         for name, (element, type_) in structure.properties.items():
             annotation = self._annotation(element, type_)
             if element.is_list:

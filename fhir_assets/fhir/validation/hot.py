@@ -52,8 +52,8 @@ FORMS = {
     "rng-2": "o.low is None or o.high is None or smaller(o.low, o.high)",
     "tim-1": "o.duration is None or o.durationUnit is not None",
     "tim-2": "o.period is None or o.periodUnit is not None",
-    "tim-4": "o.duration is None or o.duration >= 0",
-    "tim-5": "o.period is None or o.period >= 0",
+    "tim-4": "o.duration is None or o.duration > 0",
+    "tim-5": "o.period is None or o.period > 0",
     "tim-6": "o.periodMax is None or o.period is not None",
     "tim-7": "o.durationMax is None or o.duration is not None",
     "tim-8": "o.countMax is None or o.count is not None",
@@ -66,13 +66,13 @@ entered."""
 
 
 def in_order(start: str, end: str) -> bool:
-    """Surely start <= end: both to the second, or both written alike."""
+    """Surely start <= end: both written alike, or surely apart."""
     if len(start) == len(end) and start[19:] == end[19:]:
         return start <= end
     if len(start) < 20 or len(end) < 20:
         return False
     try:
-        return datetime.fromisoformat(start) <= datetime.fromisoformat(end)
+        return datetime.fromisoformat(start) < datetime.fromisoformat(end)  # beyond microseconds they are cut off
     except ValueError:
         return False
 
@@ -93,10 +93,10 @@ def has_any(concept: object, pairs: frozenset[tuple[str, str]]) -> bool:
 
 
 def smaller(low: object, high: object) -> bool:
-    """Surely low <= high: plain values in the same unit."""
+    """Surely low < high, even as floats: values in the same unit."""
     a, b = low, high
     same = a.unit == b.unit and a.system == b.system and a.code == b.code  # type: ignore[attr-defined]
-    return bool(same and a.value is not None and b.value is not None and a.value <= b.value)  # type: ignore[attr-defined]
+    return bool(same and a.value is not None and b.value is not None and a.value < b.value)  # type: ignore[attr-defined]
 
 
 def shares_coding(code: object, components: list[object]) -> bool:

@@ -10,19 +10,21 @@ Problem = tuple[str, str, Severity]
 
 XHTML = "http://www.w3.org/1999/xhtml"
 
-ELEMENTS = frozenset(
+_ELEMENTS = (
     "a abbr acronym address area b bdo big blockquote br caption cite code col colgroup dd del dfn div dl dt em h1 h2 "
     "h3 h4 h5 h6 hr i img ins kbd li map ol p pre q samp small span strong sub sup table tbody td tfoot th thead tr tt "
-    "u ul var".split()
+    "u ul var"
 )
+ELEMENTS = frozenset(_ELEMENTS.split())
 """Chapters 7 to 11 (without 9.4) and 15 of HTML 4.0, ``a`` and ``img``."""
 
-ATTRIBUTES = frozenset(
+_ATTRIBUTES = (
     "abbr accesskey align alt axis bgcolor border cellpadding cellspacing char charoff charset cite class clear "
     "color colspan compact coords datetime dir frame headers height href hreflang hspace id ismap lang longdesc name "
     "nohref noshade nowrap rel rev rowspan rules scope shape size span src start style summary tabindex title type "
-    "usemap valign value vspace width xml:lang xml:space xmlns".split()
+    "usemap valign value vspace width xml:lang xml:space xmlns"
 )
+ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 
 _LINKS = frozenset({"href", "src", "cite", "longdesc", "usemap"})
 _HIDDEN = re.compile(r"[\x00-\x20]+")

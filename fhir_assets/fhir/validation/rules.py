@@ -115,7 +115,7 @@ class _File(msgspec.Struct, rename="camel"):
 
 
 class Rules:
-    """All rules. ``digest`` changes whenever they do; ``value_sets`` gives codes by system, None if no table holds them."""
+    """All rules. ``digest`` changes whenever they do; ``value_sets`` has codes by system, or None for a grammar."""
 
     def __init__(self, content: bytes) -> None:
         file = msgspec.json.decode(gzip.decompress(content), type=_File)

@@ -83,7 +83,7 @@ def way_to(structure: str) -> tuple[str, list[tuple[str, Element, str]]]:
 
 def subjects() -> dict[str, str]:
     """Each invariant with a fast form, and a structure of the catalog's types that has it."""
-    found = {}
+    found: dict[str, str] = {}
     for name in RULES.names():
         structure = RULES.structure(name)
         for rule in structure.invariants:
@@ -111,11 +111,14 @@ def accepted_resource(resource_type: str) -> dict[str, Any]:
 BESIDE_OTHERS = {"drq-1", "drq-2", "exp-1", "trd-1"}
 """Forms of structures that only stand in a TriggerDefinition, whose trd-3 is left to the walk."""
 
+BY_HAND = {"con-2", "dom-3", "dom-4", "dom-5", "ext-1", "obs-7", "ppc-2", "ppc-3", "ppc-4", "ppc-5"}
+"""Invariants that random resources do not break; test_mutations and test_invariants break them."""
+
 
 @pytest.mark.parametrize(("key", "structure"), sorted(subjects().items()))
 def test_a_fast_form_holds_only_where_the_fhirpath_holds(key: str, structure: str) -> None:
     root, way = way_to(structure)
-    outcomes = set()
+    accepted, violated = 0, 0
     for seed in range(250):
         random = Random(seed)
         sampler = Sampler(random, random.choice([0.15, 0.4, 0.8]))
@@ -128,11 +131,11 @@ def test_a_fast_form_holds_only_where_the_fhirpath_holds(key: str, structure: st
             resource = target = sampler.resource(root)
         for strip in ("extension", "modifierExtension", "language", "text"):
             target.pop(strip, None)
-        accepted, _ = assert_agreement(to_bytes(resource))
-        issues = VALIDATOR.explain(to_bytes(resource)).issues
-        outcomes.add(f"invariant:{key}" in {issue.rule for issue in issues})
-        outcomes.add("accepted" if accepted else "walked")
-    assert "accepted" in outcomes or key in BESIDE_OTHERS, "the form never holds"
+        body = to_bytes(resource)
+        accepted += assert_agreement(body)[0]
+        violated += any(issue.rule == f"invariant:{key}" for issue in VALIDATOR.explain(body).issues)
+    assert accepted or key in BESIDE_OTHERS
+    assert violated or key in BY_HAND
 
 
 def test_each_fast_form_names_an_invariant() -> None:

@@ -20,7 +20,8 @@ BROKEN = {
     "an escaped name twice": PATIENT + b',"\\u0061ctive":true}',
     "a name twice in an extension": PATIENT + b',"extension":[{"url":"http://x","url":"http://x","valueString":"a"}]}',
     "a name twice in a contained resource": PATIENT
-    + b',"contained":[{"resourceType":"Organization","id":"o","name":"a","name":"b"}],"generalPractitioner":[{"reference":"#o"}]}',
+    + b',"contained":[{"resourceType":"Organization","id":"o","name":"a","name":"b"}]'
+    + b',"generalPractitioner":[{"reference":"#o"}]}',
     "NaN": PATIENT + b',"multipleBirthInteger":NaN}',
     "Infinity": PATIENT + b',"multipleBirthInteger":-Infinity}',
     "leading zero": PATIENT + b',"multipleBirthInteger":01}',

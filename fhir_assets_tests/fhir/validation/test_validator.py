@@ -101,7 +101,12 @@ def definitions() -> list[dict[str, object]]:
         "binding": {"strength": "required", "valueSet": "http://x.org/vs|1"},
     }
     base = "http://hl7.org/fhir/StructureDefinition/"
-    thing = {"resourceType": "StructureDefinition", "url": base + "Thing", "version": "4.0.1", "kind": "resource"}
+    thing: dict[str, object] = {
+        "resourceType": "StructureDefinition",
+        "url": base + "Thing",
+        "version": "4.0.1",
+        "kind": "resource",
+    }
     thing |= {"type": "Thing", "abstract": False, "baseDefinition": base + "DomainResource"}
     return [
         thing | {"snapshot": {"element": [element, code]}},
