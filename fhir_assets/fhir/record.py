@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Protocol
 
 import msgspec
@@ -91,7 +91,14 @@ class Header(msgspec.Struct):
 
 
 class Malformed(PermanentError):
-    """Bytes that are not a JSON object with a resourceType, or whose id or meta has the wrong JSON type."""
+    """Bytes that are not a JSON object with a resourceType, or whose id or meta has the wrong JSON type.
+
+    ``rule`` is ``json`` or ``structure``, as validation calls them.
+    """
+
+    def __init__(self, message: str, rule: str) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 _header = msgspec.json.Decoder(Header)
@@ -108,16 +115,29 @@ def read_header(body: bytes) -> Header:
     """Decode ``resourceType``, ``id`` and ``meta``, skipping the rest. Raises Malformed, without the content."""
     try:
         return _header.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Malformed(f"not a FHIR resource in JSON: {type(error).__name__}") from None
+    except msgspec.ValidationError as error:
+        raise Malformed(f"not a FHIR resource: {error}", "structure") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        why = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
+        raise Malformed(f"not JSON: {why}", "json") from None
+
+
+def read_record(body: bytes, header: Header, arrived: datetime) -> Record:
+    """The Record of a resource on one line whose header was read. Raises Malformed if it has no id."""
+    if not header.id:
+        raise Malformed("not a FHIR resource that can be kept: it has no id", "structure")
+    meta = header.meta
+    if meta is None:
+        return Record(header.resourceType, header.id, None, None, arrived, body)
+    return Record(header.resourceType, header.id, meta.versionId, read_instant(meta.lastUpdated), arrived, body)
 
 
 def read_instant(text: str | None) -> datetime | None:
-    """A FHIR instant as an aware datetime, None if it is absent or not an instant with a zone."""
+    """A FHIR instant in UTC, None if it is absent or not an instant with a zone."""
     if not text:
         return None
     try:
         value = datetime.fromisoformat(text)
-    except ValueError:
+        return value.astimezone(UTC) if value.tzinfo else None
+    except (ValueError, OverflowError):
         return None
-    return value if value.tzinfo else None

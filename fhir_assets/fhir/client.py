@@ -1,0 +1,339 @@
+"""HTTP to one FHIR server: retries, credentials, and errors in words that say what to do.
+
+Nothing here knows searches or bulk exports; they build on it.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import NoReturn, Self, TypeVar
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.exceptions import (
+    ChunkedEncodingError,
+    ConnectionError,
+    ContentDecodingError,
+    InvalidSchema,
+    InvalidURL,
+    RequestException,
+    SSLError,
+    Timeout,
+)
+from urllib3.exceptions import MaxRetryError, NameResolutionError
+
+from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
+from fhir_assets.fhir.auth import Credentials
+from fhir_assets.fhir.capabilities import Capabilities, read_capabilities
+from fhir_assets.fhir.retries import PassingFailure, Retrier, RetryPolicy, read_retry_after
+
+T = TypeVar("T")
+Params = Sequence[tuple[str, str]]
+
+FHIR_JSON = "application/fhir+json"
+FIRST_CONTACT = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=10, budget=60)
+"""A server that does not even answer ``/metadata`` is more likely a wrong setting: say so soon."""
+
+_CHECK_URL = "is FHIR_BASE_URL right and the server up?"
+_PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
+_MAX_REDIRECTS = 5
+_DEFAULT_PORT = {"http": 80, "https": 443}
+
+
+class Refusal(ServerRefused):
+    """A ServerRefused that keeps the HTTP status, for callers to whom it means more: 410, 404, 412."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: the body whole and decompressed. ``url`` is where it came from, after redirects."""
+
+    url: str
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def date(self) -> datetime | None:
+        """The server's own clock when it answered."""
+        try:
+            moment = parsedate_to_datetime(self.headers.get("Date", ""))
+        except ValueError:
+            return None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+class FhirClient:
+    """A FHIR server behind its base URL. Connections are kept and shared: one client serves several threads.
+
+    ``timeout`` bounds connecting and each wait for data, in seconds. Raises ConfigurationError for a URL that
+    is none, or that holds credentials.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        credentials: Credentials | None = None,
+        timeout: float = 60,
+        retrier: Retrier | None = None,
+        connections: int = 4,
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in _DEFAULT_PORT or not parts.hostname:
+            raise ConfigurationError("FHIR_BASE_URL must be an address that begins with http:// or https://")
+        if parts.username is not None or parts.password is not None:
+            raise ConfigurationError(
+                "FHIR_BASE_URL holds a user name or a password: move them to FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
+            )
+        self.base_url = base_url.rstrip("/")
+        self._origin = origin(base_url)
+        self._credentials = credentials or Credentials()
+        self._timeout = (min(10.0, timeout), timeout)
+        self._retrier = retrier or Retrier()
+        self._session = requests.Session()
+        self._session.headers.update({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
+        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections, pool_block=True)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._session.close()
+
+    def resolve(self, link: str, page: str) -> str:
+        """The absolute URL of a link that stands on ``page``. Raises NotFhir if it leads to another origin."""
+        url = urljoin(page, link)
+        if origin(url) != self._origin:
+            raise NotFhir(
+                f"{self.base_url} gives links that lead to {shown_origin(url)}, where they are not followed: set "
+                "FHIR_BASE_URL to the address that the server knows itself by, or correct the server's own base URL"
+            )
+        return url
+
+    def get(
+        self,
+        path: str,
+        read: Callable[[Answer], T],
+        *,
+        params: Params = (),
+        headers: Mapping[str, str] | None = None,
+        policy: RetryPolicy | None = None,
+    ) -> T:
+        """GET a path below the base, or a URL on its origin, and ``read`` the answer.
+
+        ``read`` raises PassingFailure (as ``json_failure`` makes it) for a body that another attempt may bring
+        whole. Raises Refusal, ServerUnavailable or NotFhir.
+        """
+
+        def attempt() -> T:
+            return read(self._exchange("GET", path, params, None, headers, frozenset({200})))
+
+        return self._retrier.run(self._name("GET", path), attempt, policy)
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        params: Params = (),
+        headers: Mapping[str, str] | None = None,
+        expect: Collection[int] = frozenset({200, 201, 202, 204}),
+    ) -> Answer:
+        """Any other request, tried again like a GET: it must be one that does no harm when done twice.
+
+        Statuses of ``expect`` are answers, all others errors: Refusal, ServerUnavailable or NotFhir.
+        """
+        headers = {"Content-Type": FHIR_JSON, **(headers or {})} if body is not None else headers
+
+        def attempt() -> Answer:
+            return self._exchange(method, path, params, body, headers, expect)
+
+        return self._retrier.run(self._name(method, path), attempt)
+
+    def capabilities(self) -> Capabilities:
+        """What the server says of itself (``/metadata``). Raises ServerUnavailable if there is no server, NotFhir
+        if something else than FHIR R4 answers.
+        """
+        try:
+            return self.get("metadata", self._read_capabilities, policy=FIRST_CONTACT)
+        except Refusal as refusal:
+            if refusal.status != 404:
+                raise
+            raise ServerUnavailable(
+                f"cannot reach a FHIR server at {self.base_url}: there is no /metadata (404); {_CHECK_URL}"
+            ) from None
+
+    def _read_capabilities(self, answer: Answer) -> Capabilities:
+        try:
+            return read_capabilities(answer.body)
+        except ValueError:
+            raise json_failure(answer) from None
+        except NotFhir as error:
+            raise NotFhir(f"{self.base_url} {error}") from None
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        params: Params,
+        body: bytes | None,
+        headers: Mapping[str, str] | None,
+        expect: Collection[int],
+    ) -> Answer:
+        """One attempt: the answer, or PassingFailure, or the final error."""
+        url = path if "://" in path else f"{self.base_url}/{path}"
+        renewable = True
+        for _ in range(_MAX_REDIRECTS):
+            response = self._request(method, url, params, body, headers)
+            status = response.status_code
+            if status == 401 and renewable and self._credentials.renew():
+                renewable = False
+            elif response.is_redirect:
+                url, params = self._redirected(response), ()
+            elif status in expect:
+                return Answer(response.url, status, response.headers, response.content)
+            else:
+                self._raise_for(response, method, path)
+        raise NotFhir(f"{self._name(method, path)}: redirected in a circle; is FHIR_BASE_URL right?")
+
+    def _request(
+        self, method: str, url: str, params: Params, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> requests.Response:
+        if origin(url) != self._origin:
+            raise ValueError("the client talks to the origin of its base URL only")
+        try:
+            return self._session.request(
+                method,
+                url,
+                params=list(params),
+                data=body,
+                headers=headers,
+                auth=self._credentials,
+                timeout=self._timeout,
+                allow_redirects=False,
+            )
+        except (InvalidURL, InvalidSchema):
+            raise ConfigurationError("FHIR_BASE_URL is not an address that can be called: correct it") from None
+        except (ChunkedEncodingError, ContentDecodingError):
+            raise PassingFailure("the answer broke off in its middle") from None
+        except RequestException as error:
+            raise PassingFailure(f"cannot reach {self.base_url} : {_cause(error)}", advice=_CHECK_URL) from None
+
+    def _redirected(self, response: requests.Response) -> str:
+        target = urljoin(response.url, response.headers["Location"])
+        if origin(target) != self._origin or response.request.method not in ("GET", "HEAD"):
+            raise NotFhir(
+                f"{self.base_url} redirects to {shown_origin(target)}: set FHIR_BASE_URL to the FHIR server's own "
+                "address, or ask for a way around the login page or the proxy that stands before it"
+            )
+        return target
+
+    def _raise_for(self, response: requests.Response, method: str, path: str) -> NoReturn:
+        status = response.status_code
+        if status in _PASSING_STATUS:
+            raise PassingFailure(
+                f"the server answered {status}",
+                advice="it is overloaded or down: the next run takes up where this one ended",
+                retry_after=read_retry_after(response.headers.get("Retry-After")),
+            )
+        name = self._name(method, path)
+        if status == 401:
+            raise Refusal(f"{name}: the server answered 401: {self._credentials.remedy}", status)
+        if status == 403:
+            raise Refusal(
+                f"{name}: the server answered 403: the account of FHIR_AUTH_USERNAME or FHIR_AUTH_TOKEN lacks the "
+                "right to this; grant it, or leave the type out of FHIR_RESOURCE_TYPES",
+                status,
+            )
+        raise Refusal(f"{name}: the server answered {status}{_WHY.get(status, '')}", status)
+
+    def _name(self, method: str, path: str) -> str:
+        """A request in words: no query and no id, which may be a patient's."""
+        below = path.removeprefix(self.base_url).partition("?")[0].strip("/")
+        first = "" if "://" in below else below.partition("/")[0]
+        return f"{method} {self.base_url}/{first}".rstrip("/")
+
+
+_WHY = {
+    400: ": it does not understand the request; does it support this search?",
+    404: ": there is nothing of that name; is FHIR_BASE_URL right, and does the server have this type?",
+    405: ": it does not support this interaction",
+    406: ": it does not give FHIR in JSON",
+    410: ": it is gone",
+    412: ": a precondition failed",
+    422: ": it does not accept the content",
+    501: ": it does not support this interaction",
+}
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of a URL, as the same-origin rule compares them."""
+    parts = urlsplit(url)
+    return parts.scheme.lower(), (parts.hostname or "").lower(), _port(parts)
+
+
+def shown_origin(url: str) -> str:
+    """The origin of a URL in words, without credentials, path or query."""
+    scheme, host, port = origin(url)
+    return f"{scheme}://{host}" if port == _DEFAULT_PORT.get(scheme) else f"{scheme}://{host}:{port}"
+
+
+def _port(parts: SplitResult) -> int | None:
+    try:
+        return parts.port or _DEFAULT_PORT.get(parts.scheme.lower())
+    except ValueError:
+        return None
+
+
+def json_failure(answer: Answer) -> PassingFailure:
+    """The failure for a body that is not whole JSON: cut off, or something else, such as a login page."""
+    start = answer.body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"<"):
+        kind = "HTML" if b"<html" in start.lower() or b"<!doctype" in start.lower() else "XML"
+        return PassingFailure(
+            f"the answer is {kind}, not FHIR in JSON",
+            advice="is FHIR_BASE_URL the base of a FHIR server, without a login page before it?",
+            final=NotFhir,
+        )
+    if not start.startswith(b"{"):
+        reason = "the answer is not FHIR in JSON" if start else "the answer is empty"
+        return PassingFailure(reason, advice="is FHIR_BASE_URL the base of a FHIR server?", final=NotFhir)
+    return PassingFailure(
+        "the answer is not whole JSON",
+        advice="it is cut off or damaged on the way: a smaller FHIR_PAGE_SIZE may help",
+        final=NotFhir,
+    )
+
+
+def _cause(error: RequestException) -> str:
+    """Why a server could not be reached, without what the libraries add (URLs with their queries)."""
+    if isinstance(error, SSLError):
+        return "its TLS certificate or connection is not accepted (REQUESTS_CA_BUNDLE names further authorities)"
+    if isinstance(error, Timeout):
+        return "no answer in time (FHIR_TIMEOUT_SECONDS)"
+    if isinstance(error, ConnectionError):
+        inner = error.args[0] if error.args else None
+        reason = inner.reason if isinstance(inner, MaxRetryError) else inner
+        if isinstance(reason, NameResolutionError):
+            return "its name cannot be resolved"
+        if "refused" in str(reason):
+            return "connection refused"
+        return "the connection broke" if reason is inner else "no connection"
+    return type(error).__name__
