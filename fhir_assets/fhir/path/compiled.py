@@ -22,6 +22,7 @@ class Fallback(Expr):
 
     def __init__(self, expression: str, focus: Types, constants: Mapping[str, Expr]) -> None:
         import fhirpathpy
+        from fhirpathpy.engine.nodes import FP_Type
         from fhirpathpy.models import models
 
         base = next(iter(focus)) if focus is not None and len(focus) == 1 else None
@@ -32,8 +33,12 @@ class Fallback(Expr):
 
         def fallback(focus: Any, resource: Any, root: Any) -> list[Any]:
             context = {**variables, "resource": deepcopy(resource), "rootResource": deepcopy(root)}
-            found: list[Any] = evaluate(deepcopy(focus), path, context, model)
-            return found
+            try:
+                found = evaluate(deepcopy(focus), path, context, model)
+            except Exception as error:  # fhirpathpy raises Exception itself, with values in the message
+                kind = type(error).__name__
+                raise FhirPathError(f'"{expression}" cannot be evaluated on this resource ({kind})') from None
+            return [str(each) if isinstance(each, FP_Type) else each for each in found]
 
         self._function = fallback
 

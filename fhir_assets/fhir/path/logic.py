@@ -1,7 +1,5 @@
 """Expressions that are true, false or empty: three-valued logic as two Python conditions, without a third object."""
 
-from collections.abc import Callable
-
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.model import r4
 from fhir_assets.fhir.path import equality, moments
@@ -184,6 +182,11 @@ def _exact(expr: Expr) -> bool:
     return (expr.types is not None and "decimal" not in expr.types) or isinstance(expr, Navigation)
 
 
+def _moments(left: str | None, right: str | None) -> bool:
+    """True if two texts of these kinds are dates: so says one of them, and the other does not object."""
+    return "moment" in (left, right) and {left, right} <= {"moment", None}
+
+
 class Equality(Logic):
     """``left = right`` and, ``wanted`` False, ``left != right``."""
 
@@ -198,9 +201,7 @@ class Equality(Logic):
 
     def _equal(self, out: Emitter) -> Conditions:
         left_kind, right_kind = kind(self.left.types), kind(self.right.types)
-        compare: Callable[..., bool | None] = equality.equal
-        if left_kind == right_kind == "moment":
-            compare = moments.equal
+        compare = moments.equal if _moments(left_kind, right_kind) else equality.equal
         if self.left.many or self.right.many:
             lists = out.bind(equality.equal_lists)
             result = out.let(f"{lists}({self.left.items(out)}, {self.right.items(out)}, {out.bind(compare)})")
@@ -251,7 +252,8 @@ class Order(Logic):
         if self.kind == "text" or (self.kind == "number" and _exact(self.left) and _exact(self.right)):
             condition = f"{left[1]} {self.operator} {right[1]}"
             return f"({both}{condition})", f"({both}not {condition})"
-        compare = moments.compare if self.kind == "moment" else equality.order
+        kinds = kind(self.left.types), kind(self.right.types)
+        compare = moments.compare if _moments(*kinds) else equality.order
         call = f"{out.bind(compare)}({left[1]}, {right[1]})"
         sign = out.let(f"{call} if {both.removesuffix(' and ')} else None" if both else call)
         condition = f"{sign} {self.operator} 0"

@@ -54,10 +54,12 @@ def _interval(text: str) -> tuple[datetime, datetime, bool]:
     return start, end, zone is not None
 
 
-def compare(left: str, right: str) -> int | None:
+def compare(left: object, right: object) -> int | None:
     """The order of two dates, dateTimes or instants; None if their precision or zones leave it open."""
     if left == right:
         return 0
+    if not isinstance(left, str) or not isinstance(right, str):
+        raise FhirPathError("values of different types have no order: compare values of one type")
     if len(left) == len(right) == 10:
         return -1 if left < right else 1
     start, end, zoned = _interval(left)
@@ -77,10 +79,12 @@ def compare(left: str, right: str) -> int | None:
     return 1 if end2 <= start else None
 
 
-def equal(left: str, right: str) -> bool | None:
+def equal(left: object, right: object) -> bool | None:
     """Whether two dates, dateTimes or instants are the same; None if their precision or zones leave it open."""
     if left == right:
         return True
+    if not isinstance(left, str) or not isinstance(right, str):
+        return False
     sign = compare(left, right)
     return None if sign is None else sign == 0
 

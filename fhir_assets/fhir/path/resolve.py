@@ -27,7 +27,8 @@ _OTHERS = (
     *("empty", "not", "count", "hasValue", "first", "last", "tail", "skip", "take", "ofType", "as", "is", "union"),
     *("extension", "join", "descendants", "resolve", "getReferenceKey", "lowBoundary", "highBoundary"),
 )
-_LEFT_TO_FHIRPATHPY = {"aggregate", "toQuantity", "convertsToQuantity", "type", "sum", "min", "max", "avg"}
+_LEFT_TO_FHIRPATHPY = ("aggregate", "toQuantity", "convertsToQuantity", "type", "sum", "min", "max", "avg")
+_KNOWN = frozenset((*SCALARS, *COLLECTIONS, *VALUES, *_OTHERS, *_LEFT_TO_FHIRPATHPY))
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,8 @@ def _operation(operator: str, left: Expr, right: Expr) -> Expr:
 
 def _call(call: syntax.Call, scope: Scope) -> Expr:
     name = call.name
+    if name not in _KNOWN and name not in scope.hooks:
+        raise FhirPathError(f"there is no function {name}(){nearest(name, (*_KNOWN, *scope.hooks))}")
     base = scope.this if call.base is None else resolve(call.base, scope)
     if name in scope.hooks:
         hook = Function(scope.hooks[name], _BOOLEAN, 0, 9)
@@ -283,8 +286,7 @@ def _scalar_each(base: Expr, function: Callable[..., object]) -> Expr:
 
 
 def _with_criteria(call: syntax.Call, base: Expr, scope: Scope) -> Expr:
-    most = {"iif": 3, "trace": 2}.get(call.name, 1)
-    _arguments(call, 2 if call.name == "iif" else 1, most)
+    _arguments(call, 2 if call.name == "iif" else 1, {"iif": 3, "trace": 2, "aggregate": 2}.get(call.name, 1))
     if call.name == "aggregate":
         raise NotCompiled("aggregate()")
     if call.name == "trace":
@@ -346,10 +348,7 @@ def _other(call: syntax.Call, base: Expr, arguments: list[Expr]) -> Expr:
             return steps.Resolved(base)
         case "lowBoundary" | "highBoundary":
             return _boundary(base, high=name == "highBoundary")
-    if name in _LEFT_TO_FHIRPATHPY:
-        raise NotCompiled(f"{name}()")
-    known = (*SCALARS, *COLLECTIONS, *VALUES, *_OTHERS)
-    raise FhirPathError(f"there is no function {name}(){nearest(name, known)}")
+    raise NotCompiled(f"{name}()")
 
 
 def _boundary(base: Expr, *, high: bool) -> Expr:

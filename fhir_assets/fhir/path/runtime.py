@@ -70,7 +70,9 @@ def members(parent: Any, name: str) -> Iterator[Any]:
             if key_.startswith(name) and key_[len(name) : len(name) + 1].isupper():
                 found = value
                 break
-    yield from found if type(found) is list else () if found is None else (found,)
+    for item in found if type(found) is list else (found,):
+        if item is not None:
+            yield item
 
 
 def children(items: Iterable[Any]) -> list[Any]:

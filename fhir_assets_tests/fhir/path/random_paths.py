@@ -1,5 +1,6 @@
 """Random resources, and random paths and views over them, for comparison with another evaluator (hypothesis)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ ELEMENTS: dict[str, tuple[str, ...]] = {
 CHOICES = {
     "Patient.deceased": ("boolean", "dateTime"),
     "Patient.multipleBirth": ("boolean", "integer"),
-    "Extension.value": ("string", "code"),
+    "Extension.value": ("boolean", "code"),
     "Observation.value": ("Quantity", "string", "CodeableConcept"),
     "Observation.component.value": ("Quantity", "string"),
     "Observation.effective": ("dateTime", "Period"),
@@ -171,7 +172,7 @@ def conditions(draw: st.DrawFn, root: str, *, depth: int = 2) -> str:
 def paths(draw: st.DrawFn, root: str) -> str:
     """Any path for a column."""
     path = draw(elements(root))
-    match draw(st.integers(0, 12)):
+    match draw(st.integers(0, 11)):
         case 0:
             return draw(conditions(root))
         case 1:
@@ -183,22 +184,53 @@ def paths(draw: st.DrawFn, root: str) -> str:
         case 4 if path.type in NUMBERS and not path.many:
             return f"{path.text} {draw(st.sampled_from('+-*'))} 2"
         case 5:
-            other = draw(elements(root).filter(lambda other: other.type == path.type)) if path.text == "" else path
-            return f"({path.text} | {other.text})"
+            return f"({path.text} | {draw(elements(root)).text})"
         case 6:
             return f"iif({draw(conditions(root, depth=1))}, {path.text}, {{}})"
         case 7 if path.type in ELEMENTS:
             inner = draw(elements(path.type, steps=2))
             return f"{path.text}.select({inner.text})"
-        case 8:
-            other = draw(elements(root))
-            return f"({path.text}).combine({other.text}).count()"
     return path.text
 
 
 def texts() -> st.SearchStrategy[str]:
     """A function of one text."""
     return st.sampled_from(
-        ("upper()", "lower()", "length()", "substring(1)", "substring(0, 2)", "contains('n')", "matches('^[A-Z]')")
-        + ("replace('n', 'm')", "indexOf('o')", "toInteger()", "endsWith('l')", "toString()")
+        (
+            *("upper()", "lower()", "length()", "substring(1)", "substring(0, 2)", "contains('n')", "endsWith('l')"),
+            *("matches('^[A-Z]')", "replace('n', 'm')", "indexOf('o')", "toInteger()", "toString()"),
+        )
     )
+
+
+@st.composite
+def selects(draw: st.DrawFn, root: str, names: Sequence[str], *, depth: int = 1) -> dict[str, Any]:
+    """A ``select`` whose columns have these names."""
+    found: dict[str, Any] = {}
+    if depth and draw(st.booleans()):
+        over = draw(elements(root, steps=2).filter(lambda path: path.type in ELEMENTS))
+        found[draw(st.sampled_from(("forEach", "forEachOrNull")))] = over.text
+        root = over.type
+    own = draw(st.integers(1, len(names)))
+    found["column"] = [{"name": name, "path": draw(paths(root)), "collection": True} for name in names[:own]]
+    rest = names[own:]
+    if not rest:
+        return found
+    if depth and draw(st.booleans()):
+        branches = draw(st.integers(1, 2))
+        found["unionAll"] = [draw(selects(root, rest, depth=depth - 1)) for _ in range(branches)]
+    else:
+        found["select"] = [draw(selects(root, rest, depth=depth))]
+    return found
+
+
+@st.composite
+def views(draw: st.DrawFn, root: str) -> dict[str, Any]:
+    """A ViewDefinition."""
+    found: dict[str, Any] = {
+        "resource": root,
+        "select": [draw(selects(root, ("a", "b", "c"))), draw(selects(root, ("d", "e")))],
+    }
+    if draw(st.booleans()):
+        found["where"] = [{"path": draw(conditions(root, depth=1))}]
+    return found

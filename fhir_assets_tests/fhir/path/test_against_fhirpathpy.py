@@ -1,0 +1,20 @@
+"""Random paths over random resources give the same, compiled and evaluated by fhirpathpy."""
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fhir_assets.fhir.path import compile_path
+from fhir_assets_tests.fhir.path.random_paths import objects, paths
+from fhir_assets_tests.fhir.path.reference import evaluate, plain
+
+
+@given(data=st.data(), root=st.sampled_from(["Patient", "Observation"]))
+@settings(max_examples=300, deadline=None)
+def test_a_path_gives_what_fhirpathpy_gives(data: st.DataObject, root: str) -> None:
+    resource: dict[str, Any] = data.draw(objects(root))
+    text = data.draw(paths(root))
+    path = compile_path(text, root_type=root)
+    assert not path.fallback
+    assert plain(path(resource)) == evaluate(resource, text, root)

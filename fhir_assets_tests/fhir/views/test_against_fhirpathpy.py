@@ -1,0 +1,38 @@
+"""Random ViewDefinitions over random resources give the same rows, compiled and read plainly with fhirpathpy."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fhir_assets.fhir.path import compile_path
+from fhir_assets.fhir.views import TypeViews, parse_view
+from fhir_assets_tests.fhir.path.random_paths import objects, views
+from fhir_assets_tests.fhir.path.reference import plain, view_rows
+
+
+def foci(selects: list[dict[str, Any]], root: str) -> Iterator[tuple[str, str]]:
+    """Each ``forEach`` path with the type it leads to."""
+    for select in selects:
+        over = select.get("forEach") or select.get("forEachOrNull")
+        inner = root
+        if over:
+            types = compile_path(over, root_type=root).types
+            assert types is not None
+            (inner,) = types
+            yield over, inner
+        yield from foci([*select.get("select", ()), *select.get("unionAll", ())], inner)
+
+
+@given(data=st.data(), root=st.sampled_from(["Patient", "Observation"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_a_view_gives_the_rows_of_its_plainest_reading(data: st.DataObject, root: str) -> None:
+    definition = data.draw(views(root))
+    resource = data.draw(objects(root))
+    view = parse_view(definition)
+    names = [column.name for column in view.columns]
+    rows = [dict(zip(names, map(plain, row), strict=True)) for row in TypeViews([view]).rows(resource)[0]]
+    expected = view_rows(definition, resource, dict(foci(definition["select"], root)))
+    assert sorted(rows, key=repr) == sorted(({name: row[name] for name in names} for row in expected), key=repr)
+    assert not view.fallbacks
