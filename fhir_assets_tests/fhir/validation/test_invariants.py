@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.validation import Validator
+from fhir_assets.fhir.validation.invariants import OF_CONTAINED, compiled
+from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets_tests.fhir.validation.samples import to_bytes
 
 VALIDATOR = Validator()
@@ -192,3 +194,12 @@ def test_the_type_of_a_contained_target_is_checked() -> None:
 def test_references_of_every_form_are_read(reference: str) -> None:
     resource = {"resourceType": "Patient", "generalPractitioner": [{"reference": reference}]}
     assert VALIDATOR.check(to_bytes(resource)).issues == ()
+
+
+def test_what_is_skipped_without_contained_resources_holds_there() -> None:
+    rules = [rule for rule in load_rules().structure("Patient").invariants if rule.key in OF_CONTAINED]
+    assert {rule.key for rule in rules} == OF_CONTAINED
+    for rule in rules:
+        path = compiled(rule.expression, "Patient", "Patient")
+        assert path is not None
+        assert path.test({"resourceType": "Patient", "active": True}) is True
