@@ -1,8 +1,7 @@
 """Connections to Postgres, with one clear sentence when there is none."""
 
 import re
-from collections.abc import Sequence
-from typing import Any, LiteralString
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
@@ -64,15 +63,23 @@ def connect(url: str, *, autocommit: bool = False, timeout: int = 10) -> Connect
     return connection
 
 
-def table_exists(conn: Connection, schema: str, name: str) -> bool:
-    """Whether ``schema.name`` is there and may be seen."""
-    found = conn.execute("SELECT to_regclass(%s)", [sql.Identifier(schema, name).as_string(conn)]).fetchone()
-    return found is not None and found[0] is not None
+def ensure_database(url: str, name: str) -> None:
+    """Create the database ``name`` on the server of ``url`` if it is not there.
 
-
-def fetch_all(conn: Connection, query: LiteralString | sql.Composed, params: Sequence[object] = ()) -> list[Any]:
-    """Every row of a query whose result is known to be small."""
-    return conn.execute(query, params).fetchall()
+    Raises DatabaseUnavailable, or ConfigurationError if the user may not.
+    """
+    with connect(url, autocommit=True) as conn:
+        if conn.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone() is not None:
+            return
+        try:
+            conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
+            return
+        except psycopg.errors.InsufficientPrivilege:
+            raise ConfigurationError(
+                f"The user of DB_URL may not create the database {name} at {_place(url)}: "
+                f"have an administrator run `CREATE DATABASE {name}`"
+            ) from None
 
 
 def _explained(url: str, error: psycopg.OperationalError) -> ConfigurationError | DatabaseUnavailable:

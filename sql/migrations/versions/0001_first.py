@@ -62,14 +62,15 @@ def upgrade() -> None:
             'Parts of the store whose resources are in the tables; written in the transaction that put them there';
 
         CREATE TABLE ops.checkpoints (
-            name text NOT NULL,
-            resource_type text NOT NULL,
-            position timestamptz NOT NULL,
+            resource_type text PRIMARY KEY,
+            loaded_until timestamptz NOT NULL,
+            source_state text,
             run_id text,
-            updated_at timestamptz NOT NULL DEFAULT now(),
-            PRIMARY KEY (name, resource_type)
+            updated_at timestamptz NOT NULL DEFAULT now()
         );
-        COMMENT ON TABLE ops.checkpoints IS 'Up to which lastUpdated (exclusive) a type is loaded';
+        COMMENT ON TABLE ops.checkpoints IS 'Up to where each resource type is loaded without a gap';
+        COMMENT ON COLUMN ops.checkpoints.loaded_until IS 'All that was updated before this is in the tables';
+        COMMENT ON COLUMN ops.checkpoints.source_state IS 'What the files were when loading began; null for a server';
     """)
     op.execute("""
         CREATE TABLE ops.ingestion_runs (

@@ -1,0 +1,239 @@
+"""Dead letters: what could not go on, each with its reason and its bytes, to be listed, settled and replayed."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from itertools import islice
+from typing import Any, Literal
+
+from psycopg import sql
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+
+from fhir_assets.warehouse.database import Connection
+
+Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
+Status = Literal["open", "replaying", "resolved", "discarded"]
+
+_CHUNK = 5000
+_LONGEST_ID = 256
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A resource (its bytes as received, whatever they are) that a stage refused.
+
+    ``path``, ``message`` and ``issues`` hold no patient data; ``rule`` and ``path`` are of the issue that leads.
+    """
+
+    resource_type: str
+    resource_id: str | None
+    stage: str
+    rule: str
+    path: str
+    message: str
+    resource: bytes | None
+    partition_key: str
+    issues: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """The same for the same content that fails in the same stage, type and partition."""
+        content = self.resource
+        if content is None:
+            content = "\0".join((self.resource_id or "", self.rule, self.path, self.message)).encode(*_UTF8)
+        scope = "\0".join((self.stage, self.resource_type, self.partition_key)).encode(*_UTF8)
+        return hashlib.blake2b(scope + b"\0\0" + content, digest_size=16).digest()
+
+
+_UTF8 = ("utf-8", "backslashreplace")
+
+
+def record(conn: Connection, run_id: str, letters: Iterable[DeadLetter]) -> None:
+    """Keep the letters. One that is known already has failed once more (``attempts``), and is open again unless it
+    was discarded; ``occurrences`` is how often its content came in this run.
+    """
+    rest = iter(letters)
+    while chunk := list(islice(rest, _CHUNK)):
+        _record(conn, run_id, chunk)
+
+
+def record_now(connect: Callable[[], Connection], run_id: str, letters: Sequence[DeadLetter]) -> None:
+    """As ``record``, committed at once on a connection of its own, whatever becomes of the caller's work."""
+    with closing(connect()) as conn, conn.transaction():
+        record(conn, run_id, letters)
+
+
+def settle(conn: Connection, run_id: str, resource_type: str, stage: str, partition_keys: Sequence[str]) -> int:
+    """Letters of partitions that this run passed through whole and that did not fail again are resolved.
+
+    Returns how many.
+    """
+    return conn.execute(
+        "UPDATE ops.dead_letters SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s"
+        " WHERE resource_type = %(type)s AND stage = %(stage)s AND partition_key = ANY(%(keys)s)"
+        " AND status IN ('open', 'replaying') AND run_id <> %(run)s",
+        {"run": run_id, "type": resource_type, "stage": stage, "keys": list(partition_keys)},
+    ).rowcount
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLetter:
+    """A letter as it is listed: all but the resource."""
+
+    id: int
+    resource_type: str
+    resource_id: str | None
+    stage: str
+    rule: str
+    path: str
+    message: str
+    partition_key: str
+    run_id: str
+    first_run_id: str
+    status: str
+    occurrences: int
+    attempts: int
+    first_failure: datetime
+    last_failure: datetime
+    resolved_at: datetime | None
+    resolved_run_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which letters: every field that is given must match. ``since`` and ``until`` bound the last failure."""
+
+    run_id: str | None = None
+    resource_type: str | None = None
+    stage: str | None = None
+    rule: str | None = None
+    status: str | None = None
+    partition_keys: Sequence[str] | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def where(self) -> tuple[sql.Composed, dict[str, object]]:
+        """The condition, and its parameters."""
+        equal = {name: getattr(self, name) for name in ("run_id", "resource_type", "stage", "rule", "status")}
+        params: dict[str, object] = {name: value for name, value in equal.items() if value is not None}
+        terms: list[sql.Composable] = [
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in params
+        ]
+        if self.partition_keys is not None:
+            terms.append(sql.SQL("partition_key = ANY(%(partition_keys)s)"))
+            params["partition_keys"] = list(self.partition_keys)
+        if self.since is not None:
+            terms.append(sql.SQL("last_failure >= %(since)s"))
+            params["since"] = self.since
+        if self.until is not None:
+            terms.append(sql.SQL("last_failure < %(until)s"))
+            params["until"] = self.until
+        return sql.SQL(" AND ").join(terms or [sql.SQL("true")]), params
+
+
+def find(conn: Connection, selection: Selection, *, before: int | None = None, limit: int = 100) -> list[StoredLetter]:
+    """The newest letters of a selection first; ``before`` is the last id of the page before."""
+    where, params = selection.where()
+    query = sql.SQL(
+        "SELECT {columns} FROM ops.dead_letters WHERE {where} {page} ORDER BY id DESC LIMIT %(limit)s"
+    ).format(
+        columns=sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)]),
+        where=where,
+        page=sql.SQL("AND id < %(before)s" if before is not None else ""),
+    )
+    with conn.cursor(row_factory=class_row(StoredLetter)) as cursor:
+        return cursor.execute(query, {**params, "before": before, "limit": limit}).fetchall()
+
+
+def resource(conn: Connection, letter_id: int) -> bytes | None:
+    """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id."""
+    row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
+    if row is None:
+        raise KeyError(letter_id)
+    return None if row[0] is None else bytes(row[0])
+
+
+def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
+    """How many letters there are by stage, rule and path, the most first: ``occurrences`` counts equal lines."""
+    where, params = selection.where()
+    rows = conn.execute(
+        sql.SQL(
+            "SELECT stage, rule, path, count(*), sum(occurrences)::bigint FROM ops.dead_letters"
+            " WHERE {} GROUP BY 1, 2, 3 ORDER BY 5 DESC, 1, 2, 3"
+        ).format(where),
+        params,
+    )
+    return [
+        {"stage": stage, "rule": rule, "path": path, "letters": letters, "occurrences": occurrences}
+        for stage, rule, path, letters, occurrences in rows
+    ]
+
+
+def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> None:
+    unique: dict[bytes, list[Any]] = {}
+    for letter in letters:
+        fingerprint = letter.fingerprint
+        if fingerprint in unique:
+            unique[fingerprint][-1] += 1
+            continue
+        unique[fingerprint] = [
+            fingerprint,
+            _storable(letter.resource_type),
+            None if letter.resource_id is None else _storable(letter.resource_id)[:_LONGEST_ID],
+            letter.stage,
+            _storable(letter.rule),
+            _storable(letter.path),
+            _storable(letter.message),
+            Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in letter.issues]),
+            letter.resource,
+            _storable(letter.partition_key),
+            1,
+        ]
+    with conn.transaction(), conn.cursor() as cursor:
+        cursor.execute(_STAGE)
+        with cursor.copy("COPY pg_temp.stage_dead_letters FROM STDIN (FORMAT binary)") as copy:
+            copy.set_types(_STAGE_TYPES)
+            # In one order everywhere, so that two runs do not wait for each other crosswise.
+            for fingerprint in sorted(unique):
+                copy.write_row(unique[fingerprint])
+        cursor.execute(_UPSERT, [run_id, run_id])
+        cursor.execute("TRUNCATE pg_temp.stage_dead_letters")
+
+
+_STAGE = """
+    CREATE TEMPORARY TABLE IF NOT EXISTS stage_dead_letters (
+        fingerprint bytea, resource_type text, resource_id text, stage text, rule text, path text, message text,
+        issues jsonb, resource bytea, partition_key text, occurrences bigint
+    ) ON COMMIT DROP
+"""
+_STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "int8"]
+_UPSERT = """
+    INSERT INTO ops.dead_letters AS known (
+        fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
+        occurrences, run_id, first_run_id
+    )
+    SELECT *, %s, %s FROM pg_temp.stage_dead_letters
+    ON CONFLICT (fingerprint) DO UPDATE SET
+        resource_id = excluded.resource_id,
+        rule = excluded.rule,
+        path = excluded.path,
+        message = excluded.message,
+        issues = excluded.issues,
+        run_id = excluded.run_id,
+        status = CASE known.status WHEN 'discarded' THEN 'discarded' ELSE 'open' END,
+        occurrences = excluded.occurrences + CASE WHEN known.run_id = excluded.run_id THEN known.occurrences ELSE 0 END,
+        attempts = known.attempts + (known.run_id <> excluded.run_id)::integer,
+        last_failure = now(),
+        resolved_at = NULL,
+        resolved_run_id = NULL
+"""
+
+
+def _storable(text: str) -> str:
+    """Text without what Postgres does not store: NUL, and halves of surrogate pairs."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(*_UTF8).decode()

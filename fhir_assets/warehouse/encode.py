@@ -1,0 +1,286 @@
+r"""Values of a view's rows as the text that COPY reads, checked so that Postgres takes every line.
+
+A value that Postgres would refuse raises Refused, whose message never holds the value.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
+from decimal import Decimal
+
+import msgspec
+
+from fhir_assets.fhir.views import View
+from fhir_assets.warehouse.layout import Kind, kind_of
+
+Cell = Callable[[object], str]
+
+NULL = r"\N"
+LONGEST_INDEXED = 2600
+"""Bytes: a B-tree takes no longer key than a third of a page."""
+
+_DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2})?)?").fullmatch
+_DATETIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:\d{2})?").fullmatch
+_TIME = re.compile(r"\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?").fullmatch
+_SURROGATE = re.compile(r"[\ud800-\udfff]").search
+_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_json = msgspec.json.Encoder(decimal_format="number").encode
+
+
+class Refused(ValueError):
+    """A value that does not fit its column; says why, without the value."""
+
+
+def row_encoder(view: View) -> Callable[[Sequence[object]], str]:
+    """The function from a row of the view to its COPY line, without the key column and the line feed.
+
+    It raises Refused, with the index of the column as second argument.
+    """
+    cells = [_cell(kind_of(column), indexed="index" in column.tags) for column in view.columns]
+
+    def encode(row: Sequence[object]) -> str:
+        try:
+            return "\t".join([cell(value) for cell, value in zip(cells, row, strict=True)])
+        except (Refused, ValueError, TypeError, OverflowError):
+            raise _located(cells, row) from None
+
+    return encode
+
+
+def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
+    for place, (cell, value) in enumerate(zip(cells, row, strict=False)):
+        try:
+            cell(value)
+        except Refused as refused:
+            return Refused(str(refused), place)
+        except (ValueError, TypeError, OverflowError):
+            return Refused("a value of a type that the column does not take", place)
+    return Refused("a row with another number of columns than the view", 0)
+
+
+def body_line(body: bytes) -> bytes:
+    """A resource's JSON as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
+    if b"\\" in body:
+        if b"\\u" in body:
+            check_escapes(body)
+        body = body.replace(b"\\", b"\\\\")
+    return body.replace(b"\t", b" ") if b"\t" in body else body
+
+
+def check_escapes(body: bytes) -> None:
+    """Raises Refused if JSON text holds the NUL character or half a surrogate pair, which Postgres does not store."""
+    high_ends_at = -1
+    for escape in _ESCAPE.finditer(body):
+        code = int(escape[1], 16) if escape[1] else -1
+        low = 0xDC00 <= code < 0xE000
+        if code == 0:
+            raise Refused(_NUL)
+        if low != (high_ends_at == escape.start()):
+            raise Refused(_HALF)
+        if high_ends_at >= 0 and not low:
+            raise Refused(_HALF)
+        high_ends_at = escape.end() if 0xD800 <= code < 0xDC00 else -1
+    if high_ends_at >= 0:
+        raise Refused(_HALF)
+
+
+def plain_text(value: str) -> str:
+    """Text as COPY reads it. Raises Refused for a NUL character or half a surrogate pair."""
+    if "\\" in value:
+        value = value.replace("\\", "\\\\")
+    if "\n" in value:
+        value = value.replace("\n", "\\n")
+    if "\t" in value:
+        value = value.replace("\t", "\\t")
+    if "\r" in value:
+        value = value.replace("\r", "\\r")
+    if "\0" in value:
+        raise Refused(_NUL)
+    if not value.isascii() and _SURROGATE(value):
+        raise Refused(_HALF)
+    return value
+
+
+_NUL = "text with the NUL character (\\u0000), which Postgres does not store: remove it at the source"
+_HALF = "text with half a surrogate pair, which is no character: correct it at the source"
+
+
+def _cell(kind: Kind, *, indexed: bool) -> Cell:
+    if kind is Kind.TEXT:
+        return _indexed_text if indexed else _text
+    return _CELLS[kind]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return NULL
+    if value.__class__ is not str:
+        value = _json(value).decode()
+    return plain_text(value)
+
+
+def _indexed_text(value: object) -> str:
+    text = _text(value)
+    if len(text) * 4 > LONGEST_INDEXED and len(text.encode()) > LONGEST_INDEXED:
+        raise Refused(f"text of more than {LONGEST_INDEXED} bytes in an indexed column: remove its tag `index`")
+    return text
+
+
+def _boolean(value: object) -> str:
+    if value is None:
+        return NULL
+    if value is True:
+        return "t"
+    if value is False:
+        return "f"
+    raise Refused("not a boolean")
+
+
+def _integer(value: object) -> str:
+    if value is None:
+        return NULL
+    if value.__class__ is not int:
+        raise Refused("not an integer")
+    if -0x80000000 <= value <= 0x7FFFFFFF:
+        return str(value)
+    raise Refused("an integer beyond 32 bits")
+
+
+def _bigint(value: object) -> str:
+    if value is None:
+        return NULL
+    if value.__class__ is str:
+        value = int(value)
+    if value.__class__ is not int:
+        raise Refused("not an integer")
+    if -0x8000000000000000 <= value <= 0x7FFFFFFFFFFFFFFF:
+        return str(value)
+    raise Refused("an integer beyond 64 bits")
+
+
+def _numeric(value: object) -> str:
+    if value is None:
+        return NULL
+    if value.__class__ is Decimal:
+        text = str(value)
+        if len(text) < 1000 and "E" not in text:
+            if text[-1] <= "9":
+                return text
+            raise Refused("not a number")
+        exponent = value.as_tuple().exponent
+        if not isinstance(exponent, int):
+            raise Refused("not a number")
+        if exponent < -16_383 or value.adjusted() >= 131_072:
+            raise Refused("a number with more digits than Postgres's numeric holds")
+        return text
+    if value.__class__ is int:
+        return str(value)
+    if value.__class__ is float and value == value and abs(value) != float("inf"):
+        return repr(value)
+    raise Refused("not a number")
+
+
+def _date(value: object) -> str:
+    if value is None:
+        return "\\N\t\\N"
+    if value.__class__ is not str or not _DATE(value):
+        raise Refused("not a date of the form YYYY, YYYY-MM or YYYY-MM-DD")
+    return _whole_date(value)
+
+
+def _whole_date(text: str) -> str:
+    if len(text) == 10:
+        whole, precision = text, "day"
+    elif len(text) == 7:
+        whole, precision = f"{text}-01", "month"
+    else:
+        whole, precision = f"{text}-01-01", "year"
+    try:
+        date.fromisoformat(whole)
+    except ValueError:
+        raise Refused("a date that the calendar does not have") from None
+    return f"{whole}\t{precision}"
+
+
+def _datetime(value: object) -> str:
+    if value is None:
+        return "\\N\t\\N"
+    if value.__class__ is not str:
+        raise Refused("not a dateTime")
+    if len(value) <= 10:
+        return _date(value)
+    return f"{_instant(value)}\tinstant"
+
+
+def _instant(value: object) -> str:
+    if value is None:
+        return NULL
+    if value.__class__ is not str or not _DATETIME(value):
+        raise Refused("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
+    text: str = value
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        if text[16:19] != ":60" or not _is_moment(f"{text[:17]}59{text[19:]}"):
+            raise Refused("a time that the calendar or the clock does not have") from None
+    if text[-6] in "+-" and text[-5:] > "15:59":
+        raise Refused("a time zone beyond 15:59 hours")
+    return text
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _time(value: object) -> str:
+    if value is None:
+        return NULL
+    if value.__class__ is not str or not _TIME(value):
+        raise Refused("not a time of the form hh:mm:ss")
+    text: str = value
+    if text[:2] > "23" or text[3:5] > "59" or text[6:8] > "60":
+        raise Refused("a time that the clock does not have")
+    return text
+
+
+def _as_json(value: object) -> str:
+    if value is None:
+        return NULL
+    encoded = _json(value)
+    if b"\\u" in encoded:
+        check_escapes(encoded)
+    return encoded.decode().replace("\\", "\\\\")
+
+
+def _texts(value: object) -> str:
+    if value is None:
+        return NULL
+    if not isinstance(value, list | tuple):
+        raise Refused("not a collection")
+    return plain_text("{" + ",".join([_element(each) for each in value]) + "}")
+
+
+def _element(value: object) -> str:
+    if value is None:
+        return "NULL"
+    text = value if isinstance(value, str) else _json(value).decode()
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{quoted}"'
+
+
+_CELLS: dict[Kind, Cell] = {
+    Kind.BOOLEAN: _boolean,
+    Kind.INTEGER: _integer,
+    Kind.BIGINT: _bigint,
+    Kind.NUMERIC: _numeric,
+    Kind.DATE: _date,
+    Kind.DATETIME: _datetime,
+    Kind.INSTANT: _instant,
+    Kind.TIME: _time,
+    Kind.JSON: _as_json,
+    Kind.TEXTS: _texts,
+}

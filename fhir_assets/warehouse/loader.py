@@ -1,0 +1,289 @@
+"""Resources and the rows of their views into the tables: COPY, newest version wins, all in the caller's transaction.
+
+A chunk of resources is upserted into ``fhir.resource`` first. That takes their row locks and says which of them won
+against what is stored; only the winners' rows replace those of the views. So two loads of the same resources at once
+end as if one had come after the other, whatever their order.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import psycopg
+from psycopg import sql
+
+from fhir_assets.catalog import BY_NAME
+from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.views import View
+from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.encode import LONGEST_INDEXED, NULL, Refused, body_line, plain_text, row_encoder
+from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
+
+CHUNK_RESOURCES = 20_000
+CHUNK_BYTES = 32 * 2**20
+
+ViewRows = Sequence[Sequence[Sequence[object]]]
+"""Per view its rows, each with its values as JSON has them, in the order of the view's columns."""
+
+_LARGEST_NUMBER = 2**63 - 1
+_COLUMN = re.compile(r', column "?([^":]+)"?')
+
+
+@dataclass(frozen=True, slots=True)
+class Unloadable:
+    """A resource that Postgres cannot hold; ``view`` and ``column`` are None if the fault is in its JSON as such."""
+
+    record: Record
+    partition_key: str
+    view: str | None
+    column: str | None
+    message: str
+
+
+@dataclass(slots=True)
+class LoadCounts:
+    """What a load did. ``superseded`` resources lost to a newer version, stored or in the same load; ``rows`` are
+    those written, by view.
+    """
+
+    inserted: int = 0
+    updated: int = 0
+    superseded: int = 0
+    unloadable: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A resource ready to be copied: ``lines`` are its rows per view, as COPY text; ``counts`` how many."""
+
+    record: Record
+    partition_key: str
+    order: tuple[datetime, int]
+    head: bytes
+    lines: list[bytes]
+    counts: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + sum(map(len, self.lines))
+
+
+class Loader:
+    """Loads resources of one type and their rows of ``views``. The caller opens and commits the transaction:
+    everything that one Loader writes is seen together or not at all.
+
+    A second load of a resource, or of an older version of it, changes nothing. Of versions of the same time the one
+    with the greater numeric ``versionId`` is newer, and of equals the one that came last.
+    """
+
+    def __init__(self, conn: Connection, resource_type: str, views: Sequence[View], *, run_id: str) -> None:
+        self._conn = conn
+        self._run_id = run_id
+        self._views = [view.name for view in views]
+        self._columns = [[column.name for column in view.columns] for view in views]
+        self._encoders = [row_encoder(view) for view in views]
+        self._chunk: dict[str, _Pending] = {}
+        self._bytes = 0
+        self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
+        self._unloadable: list[Unloadable] = []
+        self._statements = _Statements(resource_type, views)
+        self._staged = False
+
+    def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[Unloadable]:
+        """Take resources of one partition. Returns those found unloadable since the last call (the partition of
+        each is in it). Raises DatabaseUnavailable; the transaction is then lost.
+        """
+        for record, rows in items:
+            try:
+                pending = self._encode(record, partition_key, rows)
+            except _Unfit as unfit:
+                self._refuse(record, partition_key, unfit.view, unfit.column, str(unfit))
+                continue
+            self._take(pending)
+            if len(self._chunk) >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
+                self._flush()
+        return self._drain()
+
+    def finish(self) -> LoadCounts:
+        """Write what is held. ``unloadable`` resources that only now turn up are in ``late``."""
+        self._flush()
+        return self._counts
+
+    def late(self) -> list[Unloadable]:
+        """The unloadable resources that ``finish`` found."""
+        return self._drain()
+
+    def _drain(self) -> list[Unloadable]:
+        found, self._unloadable = self._unloadable, []
+        return found
+
+    def _refuse(self, record: Record, partition_key: str, view: str | None, column: str | None, why: str) -> None:
+        self._unloadable.append(Unloadable(record, partition_key, view, column, why))
+        self._counts.unloadable += 1
+
+    def _take(self, pending: _Pending) -> None:
+        earlier = self._chunk.get(pending.record.id)
+        if earlier is not None:
+            self._counts.superseded += 1
+            if pending.order < earlier.order:
+                return
+            self._bytes -= earlier.size
+        self._chunk[pending.record.id] = pending
+        self._bytes += pending.size
+
+    def _encode(self, record: Record, partition_key: str, rows: ViewRows) -> _Pending:
+        try:
+            key = plain_text(record.id)
+            version = NULL if record.version_id is None else plain_text(record.version_id)
+            body = body_line(record.body)
+        except Refused as refused:
+            raise _Unfit(None, None, str(refused)) from None
+        if len(key) > LONGEST_INDEXED // 4:
+            raise _Unfit(None, "id", "an id that is too long to be a key")
+        number = _number(record.version_id)
+        as_of = record.as_of
+        updated = record.last_updated
+        head = (
+            f"{key}\t{version}\t{NULL if number is None else number}\t"
+            f"{NULL if updated is None else updated.isoformat()}\t{as_of.isoformat()}\t"
+            f"{plain_text(partition_key)}\t"
+        ).encode() + body
+        lines = []
+        for place, encoder in enumerate(self._encoders):
+            try:
+                text = "".join([f"{key}\t{encoder(row)}\n" for row in rows[place]])
+            except Refused as refused:
+                raise _Unfit(self._views[place], self._columns[place][refused.args[1]], str(refused.args[0])) from None
+            lines.append(text.encode())
+        return _Pending(
+            record, partition_key, (as_of, number or 0), head, lines, [len(view_rows) for view_rows in rows]
+        )
+
+    def _flush(self) -> None:
+        if not self._chunk:
+            return
+        # In the order of ids, so that two loads do not wait for each other crosswise.
+        chunk = [self._chunk[key] for key in sorted(self._chunk)]
+        self._chunk, self._bytes = {}, 0
+        try:
+            if not self._staged:
+                self._conn.execute(self._statements.stage)
+                self._staged = True
+            self._write(chunk)
+        except psycopg.errors.DeadlockDetected:
+            raise DatabaseUnavailable(
+                "Two loads of the same resources crossed, and Postgres gave one of them up: run it again"
+            ) from None
+        except psycopg.errors.DiskFull:
+            raise DatabaseUnavailable("Postgres's disk is full: make room, then run it again") from None
+        except psycopg.OperationalError as error:
+            raise DatabaseUnavailable(
+                f"Postgres went away during the load ({type(error).__name__}): nothing of it is kept; run it again"
+            ) from None
+
+    def _write(self, chunk: list[_Pending]) -> None:
+        """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
+        try:
+            with self._conn.transaction():
+                updated, winners = self._merge(chunk)
+        except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
+            if len(chunk) > 1:
+                middle = len(chunk) // 2
+                self._write(chunk[:middle])
+                self._write(chunk[middle:])
+                return
+            view, column = self._place(error)
+            self._refuse(chunk[0].record, chunk[0].partition_key, view, column, _said(error))
+            return
+        self._counts.updated += updated
+        self._counts.inserted += len(winners) - updated
+        self._counts.superseded += len(chunk) - len(winners)
+        for place, view in enumerate(self._views):
+            self._counts.rows[view] += sum([pending.counts[place] for pending in winners])
+
+    def _merge(self, chunk: list[_Pending]) -> tuple[int, list[_Pending]]:
+        """How many resources were there before, and those that won."""
+        statements = self._statements
+        with self._conn.cursor() as cursor:
+            with cursor.copy(statements.copy_stage) as copy:
+                copy.write(b"\n".join([pending.head for pending in chunk]))
+            inserted: dict[str, bool] = dict(cursor.execute(statements.upsert, [self._run_id]).fetchall())
+            cursor.execute(statements.clear_stage)
+            winners = [pending for pending in chunk if pending.record.id in inserted]
+            updated = [key for key, new in inserted.items() if not new]
+            for place, (delete, copy_rows) in enumerate(statements.views):
+                if updated:
+                    cursor.execute(delete, [updated])
+                lines = b"".join([pending.lines[place] for pending in winners])
+                if lines:
+                    with cursor.copy(copy_rows) as copy:
+                        copy.write(lines)
+        return len(updated), winners
+
+    def _place(self, error: psycopg.Error) -> tuple[str | None, str | None]:
+        """View and column that Postgres names; its message is not passed on, since it quotes values."""
+        named = _COLUMN.search(error.diag.context or "")
+        table = error.diag.table_name or next(
+            (view for view in self._views if (error.diag.context or "").startswith(f"COPY {view},")), None
+        )
+        return (table if table in self._views else None), (named[1] if named else error.diag.column_name)
+
+
+class _Unfit(Exception):
+    def __init__(self, view: str | None, column: str | None, message: str) -> None:
+        super().__init__(message)
+        self.view = view
+        self.column = column
+
+
+def _said(error: psycopg.Error) -> str:
+    return f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
+
+
+def _number(version_id: str | None) -> int | None:
+    if version_id is None or not version_id.isascii() or not version_id.isdigit() or len(version_id) > 19:
+        return None
+    number = int(version_id)
+    return number if number <= _LARGEST_NUMBER else None
+
+
+class _Statements:
+    """The statements of one resource type, which talk to its own partition of ``fhir.resource``."""
+
+    def __init__(self, resource_type: str, views: Sequence[View]) -> None:
+        known = BY_NAME.get(resource_type)
+        table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
+        stage = sql.Identifier("pg_temp", f"stage_{known.key if known else 'other'}")
+        self.stage = sql.SQL(
+            "CREATE TEMPORARY TABLE IF NOT EXISTS {} (id text, version_id text, version_number bigint,"
+            " last_updated timestamptz, as_of timestamptz, partition_key text, resource jsonb) ON COMMIT DROP"
+        ).format(stage)
+        self.copy_stage = sql.SQL("COPY {} FROM STDIN").format(stage)
+        self.clear_stage = sql.SQL("TRUNCATE {}").format(stage)
+        self.upsert = sql.SQL(
+            "INSERT INTO {table} AS stored (resource_type, id, version_id, version_number, last_updated, as_of,"
+            " partition_key, run_id, loaded_at, resource)"
+            " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %s,"
+            " clock_timestamp(), resource FROM {stage}"
+            " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
+            " version_number = excluded.version_number, last_updated = excluded.last_updated,"
+            " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
+            " loaded_at = excluded.loaded_at, resource = excluded.resource"
+            " WHERE (excluded.as_of, coalesce(excluded.version_number, 0))"
+            " >= (stored.as_of, coalesce(stored.version_number, 0))"
+            " RETURNING id, xmax = 0"
+        ).format(table=table, type=sql.Literal(resource_type), stage=stage)
+        self.views = [_view_statements(view) for view in views]
+
+
+def _view_statements(view: View) -> tuple[sql.Composed, sql.Composed]:
+    table = sql.Identifier("fhir", view.name)
+    columns = sql.SQL(", ").join([sql.Identifier(column.name) for column in layout_of(view).columns])
+    return (
+        sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(table, sql.Identifier(KEY_COLUMN)),
+        sql.SQL("COPY {} ({}) FROM STDIN").format(table, columns),
+    )

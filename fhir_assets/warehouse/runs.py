@@ -1,0 +1,175 @@
+"""What each run did: one row of ``ops.ingestion_runs`` a run, resource type and partition."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.warehouse.database import Connection
+
+COUNTS = ("server_total", "fetched", "valid", "dead", "withheld", "loaded")
+_SUMMED = COUNTS[1:]
+
+
+def start(
+    conn: Connection,
+    run_id: str,
+    resource_types: Sequence[str],
+    partition_keys: Sequence[str],
+    *,
+    triggered_by: str,
+    at: datetime,
+    replay_of: str | None = None,
+) -> None:
+    """The run works on every one of the types in every one of the partitions: RUNNING, again or for the first time."""
+    conn.execute(
+        "INSERT INTO ops.ingestion_runs"
+        " (run_id, resource_type, partition_key, status, triggered_by, started_at, replay_of_run_id, checkpoint_before)"
+        " SELECT %(run)s, resource_type, partition_key, 'RUNNING', %(by)s, %(at)s, %(replay_of)s, c.loaded_until"
+        " FROM unnest(%(types)s::text[]) resource_type CROSS JOIN unnest(%(keys)s::text[]) partition_key"
+        " LEFT JOIN ops.checkpoints c USING (resource_type) ORDER BY resource_type, partition_key"
+        " ON CONFLICT (run_id, resource_type, partition_key)"
+        " DO UPDATE SET status = 'RUNNING', finished_at = NULL, error = NULL",
+        {
+            "run": run_id,
+            "by": triggered_by,
+            "at": at,
+            "replay_of": replay_of,
+            "types": list(resource_types),
+            "keys": list(partition_keys),
+        },
+    )
+
+
+def count(conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int | None]]) -> None:
+    """Set counts by partition key; those of COUNTS that are not given, or None, stay as they are."""
+    keys = sorted(counts)
+    given = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
+    if unknown := {name for each in counts.values() for name in each} - set(COUNTS):
+        raise ValueError(f"no such counts: {', '.join(sorted(unknown))}")
+    conn.execute(
+        "UPDATE ops.ingestion_runs r SET server_total = coalesce(n.server_total, r.server_total),"
+        " fetched = coalesce(n.fetched, r.fetched), valid = coalesce(n.valid, r.valid),"
+        " dead = coalesce(n.dead, r.dead), withheld = coalesce(n.withheld, r.withheld),"
+        " loaded = coalesce(n.loaded, r.loaded)"
+        " FROM unnest(%(keys)s::text[], %(server_total)s::bigint[], %(fetched)s::bigint[], %(valid)s::bigint[],"
+        " %(dead)s::bigint[], %(withheld)s::bigint[], %(loaded)s::bigint[])"
+        " AS n (partition_key, server_total, fetched, valid, dead, withheld, loaded)"
+        " WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key",
+        {"run": run_id, "type": resource_type, "keys": keys, **given},
+    )
+
+
+def finish(conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str]) -> None:
+    """What was RUNNING is SUCCESS."""
+    _end(conn, run_id, resource_types, partition_keys, "SUCCESS", None)
+
+
+def fail(
+    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
+) -> None:
+    """What was RUNNING is FAILED. ``error`` holds no patient data."""
+    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error))
+
+
+def _end(
+    conn: Connection, run_id: str, types: Sequence[str], keys: Sequence[str], status: str, error: str | None
+) -> None:
+    conn.execute(
+        "UPDATE ops.ingestion_runs r SET status = %s, error = %s, finished_at = clock_timestamp(), checkpoint_after ="
+        " (SELECT loaded_until FROM ops.checkpoints c WHERE c.resource_type = r.resource_type)"
+        " WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status = 'RUNNING'",
+        [status, error, run_id, list(types), list(keys)],
+    )
+
+
+def abandon(conn: Connection, run_id: str, *, error: str) -> int:
+    """What a dead run left RUNNING is FAILED. Returns how many rows."""
+    return conn.execute(
+        "UPDATE ops.ingestion_runs SET status = 'FAILED', finished_at = clock_timestamp(), error = %s"
+        " WHERE run_id = %s AND status = 'RUNNING'",
+        [_storable(error), run_id],
+    ).rowcount
+
+
+def abandon_all_but(
+    conn: Connection, alive: Sequence[str], *, error: str = "the run ended without saying so: killed, or crashed"
+) -> int:
+    """What runs other than those alive left RUNNING is FAILED. Returns how many rows."""
+    return conn.execute(
+        "UPDATE ops.ingestion_runs SET status = 'FAILED', finished_at = clock_timestamp(), error = %s"
+        " WHERE status = 'RUNNING' AND run_id <> ALL(%s::text[])",
+        [error, list(alive)],
+    ).rowcount
+
+
+def errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
+    """Why a run failed: each reason with the types it stopped, in load order."""
+    rows = conn.execute(
+        "SELECT DISTINCT coalesce(error, 'no reason was recorded'), resource_type FROM ops.ingestion_runs"
+        " WHERE run_id = %s AND status = 'FAILED'",
+        [run_id],
+    ).fetchall()
+    reasons: dict[str, list[str]] = {}
+    for reason, resource_type in sorted(rows, key=lambda row: _order(row[1])):
+        reasons.setdefault(reason, []).append(resource_type)
+    return reasons
+
+
+_SUMS = sql.SQL(
+    "SELECT resource_type AS type, sum(fetched)::bigint AS fetched, sum(valid)::bigint AS valid,"
+    " sum(dead)::bigint AS dead, sum(withheld)::bigint AS withheld, sum(loaded)::bigint AS loaded,"
+    " min(started_at) AS began, max(coalesce(finished_at, clock_timestamp())) AS ended"
+    " FROM ({}) AS r GROUP BY 1"
+)
+_OF_RUNS = sql.SQL("SELECT * FROM ops.ingestion_runs WHERE run_id = ANY(%s)")
+_LATEST = sql.SQL(
+    "SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
+    " WHERE status = 'SUCCESS' ORDER BY resource_type, partition_key, started_at DESC"
+)
+
+
+def summary(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
+    """By type, in load order, what some runs did together: counts, seconds and resources_per_second (loaded).
+
+    The last row, of type ``total``, is their sum. Types without anything are left out.
+    """
+    cursor = conn.cursor(row_factory=dict_row).execute(_SUMS.format(_OF_RUNS), [list(run_ids)])
+    return _with_total(cursor.fetchall())
+
+
+def totals(conn: Connection) -> list[dict[str, object]]:
+    """As ``summary``, over the last successful run of every type and partition there is; without speeds."""
+    rows = _with_total(conn.cursor(row_factory=dict_row).execute(_SUMS.format(_LATEST)).fetchall())
+    for row in rows:
+        del row["seconds"], row["resources_per_second"]
+    return rows
+
+
+def _with_total(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
+    rows = [row for row in rows if any(row[name] for name in _SUMMED)]
+    if not rows:
+        return []
+    rows.sort(key=lambda row: _order(row["type"]))
+    total: dict[str, Any] = {"type": "total"}
+    for name in _SUMMED:
+        known = [row[name] for row in rows if row[name] is not None]
+        total[name] = sum(known) if known else None
+    total["began"] = min(row["began"] for row in rows)
+    total["ended"] = max(row["ended"] for row in rows)
+    for row in (*rows, total):
+        seconds = (row.pop("ended") - row.pop("began")).total_seconds()
+        row["seconds"] = seconds
+        row["resources_per_second"] = round(row["loaded"] / seconds) if row["loaded"] and seconds > 0 else None
+    return [*rows, total]
+
+
+def _order(resource_type: str) -> tuple[int, str]:
+    return LOAD_ORDER.get(resource_type, len(LOAD_ORDER)), resource_type
+
+
+def _storable(text: str) -> str:
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
