@@ -1,5 +1,6 @@
 """Everything Dagster loads. Importing this touches no network and no database."""
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -39,8 +40,16 @@ def build_definitions(
     source: Callable[[], Source] | None = None,
 ) -> dg.Definitions:
     """The project's Definitions for ``settings``; tests override the parts they replace."""
-    views = views or views_of(settings)
-    warehouse = warehouse or Warehouse(settings)
+    with warnings.catch_warnings():
+        # Dagster is pinned: what it calls beta or preview cannot change under us.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return _build(settings, views or views_of(settings), warehouse or Warehouse(settings), source)
+
+
+def _build(
+    settings: Settings, views: ViewSet, warehouse: Warehouse, source: Callable[[], Source] | None
+) -> dg.Definitions:
     source = source or cache(lambda: open_source(settings))
     partitions = partitions_definition(settings.window_scheme)
     store = open_store(settings.store_url)

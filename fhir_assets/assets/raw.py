@@ -62,7 +62,7 @@ def _raw(
             offered = source.offered()
             for name in wanted:
                 if offered is not None and name not in offered:
-                    context.log.info(f"The server does not offer {name} (its CapabilityStatement says): skipped.")
+                    context.log.info(f"The source does not offer {name}: skipped.")
             here = [name for name in wanted if offered is None or name in offered]
             fetcher = Fetcher(
                 source,
@@ -89,6 +89,7 @@ def _raw(
                     metadata=_metadata(update, seconds, skipped=name not in here),
                 )
                 with warehouse.connect() as conn:
+                    dead_letters.settle(conn, facts.run_id, name, "fetch", update.anew)
                     runs.count(
                         conn,
                         facts.run_id,
@@ -115,7 +116,7 @@ def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, 
     if update.outside:
         metadata["older_than_FHIR_LAST_UPDATED_GTE"] = update.outside
     if skipped:
-        metadata["skipped"] = "the server does not offer this type"
+        metadata["skipped"] = "the source does not offer this type"
     return metadata
 
 

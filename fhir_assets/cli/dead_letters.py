@@ -1,5 +1,6 @@
 """`fhir-assets dead-letters`: what could not go on, and why."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse import dead_letters
-from fhir_assets.warehouse.dead_letters import Filter
+from fhir_assets.warehouse.dead_letters import Selection
 
 app = typer.Typer(help="Resources that could not go on, each with its reason.", no_args_is_help=True)
 
@@ -34,7 +35,7 @@ def list_letters(
     json: Json = False,
 ) -> None:
     """The newest dead letters that match."""
-    chosen = Filter(
+    chosen = Selection(
         run_id=run,
         resource_type=resource_type,
         stage=stage,
@@ -42,7 +43,7 @@ def list_letters(
         status=None if status == "all" else status,
     )
     with Warehouse(load_settings()).connect() as conn:
-        found = dead_letters.listing(conn, chosen, limit=limit)
+        found = [asdict(letter) for letter in dead_letters.find(conn, chosen, limit=limit)]
     if json:
         print_json(found)
     else:
@@ -57,14 +58,13 @@ def show(
 ) -> None:
     """One dead letter with all of its issues."""
     with Warehouse(load_settings()).connect() as conn:
-        found = dead_letters.get(conn, letter)
-    if found is None:
-        raise ConfigurationError(
-            f"there is no dead letter {letter}: `fhir-assets dead-letters list` shows those there are"
-        )
-    body = found.pop("resource")
-    if resource:
-        found["resource"] = bytes(body).decode("utf-8", "backslashreplace") if body is not None else None
+        stored = dead_letters.get(conn, letter)
+        body = dead_letters.resource(conn, letter) if stored and resource else None
+    if stored is None:
+        raise ConfigurationError(f"there is no dead letter {letter}: `fhir-assets dead-letters list` shows those there are")
+    found = asdict(stored)
+    if body is not None:
+        found["resource"] = body.decode("utf-8", "backslashreplace")
     if json:
         print_json(found)
         return

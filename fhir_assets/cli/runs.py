@@ -8,7 +8,7 @@ from fhir_assets.cli.output import print_json, print_table
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import runs
+from fhir_assets.warehouse import run_history
 
 app = typer.Typer(help="What ran, and what came of it.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def list_runs(
 ) -> None:
     """The latest runs, newest first."""
     with Warehouse(load_settings()).connect() as conn:
-        found = runs.latest(conn, limit=limit, status=status, resource_type=resource_type)
+        found = run_history.latest(conn, limit=limit, status=status, resource_type=resource_type)
     if json:
         print_json(found)
     else:
@@ -39,7 +39,7 @@ def show(
 ) -> None:
     """One run, by resource type."""
     with Warehouse(load_settings()).connect() as conn:
-        found = runs.by_type(conn, run_id)
+        found = run_history.by_type(conn, run_id)
     if not found:
         raise ConfigurationError(f"no run begins with {run_id}: `fhir-assets runs list` shows those there are")
     if json:

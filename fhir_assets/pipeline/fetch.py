@@ -35,6 +35,8 @@ class RawUpdate:
     manifests: tuple[Manifest, ...]
     fetches: Mapping[str, Fetch]
     """By partition key; a window that needed nothing has none."""
+    anew: tuple[str, ...] = ()
+    """The keys of the windows that were read from their start, so that earlier dead letters can be settled."""
     outside: int = 0
     """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
 
@@ -87,6 +89,7 @@ class Fetcher:
                     for key, progress in plan.items()
                 ),
                 fetches[name],
+                tuple(key for key, progress in plan.items() if progress.planned.base is None),
                 outside[name],
             )
             for name, plan in plans.items()

@@ -16,7 +16,7 @@ from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
 from fhir_assets.warehouse import checkpoints, dead_letters, runs, tables
 from fhir_assets.warehouse.database import Connection
-from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.loader import Loader, Unloadable
 from fhir_assets.windows import Window
 
@@ -72,7 +72,7 @@ class Loading:
         self._store = store
         self._connect = connect
         self._views = views
-        self._compiled = TypeViews(views)
+        self._compiled = TypeViews(views, empty_join=False)
         self._whole = whole
         self._run_id = run_id
         self._refresh = refresh
@@ -115,27 +115,27 @@ class Loading:
             )
 
     def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: Loaded) -> None:
+        """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
         loader = Loader(conn, resource_type, self._views, run_id=self._run_id)
         dead: Counter[str] = Counter()
+
+        def bury(letters: Sequence[DeadLetter]) -> None:
+            if letters:
+                dead_letters.record(conn, self._run_id, letters)
+                total.dead.update(letter.rule for letter in letters)
+                dead.update(letter.partition_key for letter in letters)
+
         for task in group:
             for batch in self._store.batches(task.parts):
-                letters = self._load_batch(loader, task, batch)
-                if letters:
-                    dead_letters.record(conn, self._run_id, letters)
-                    total.dead.update(letter.rule for letter in letters)
-                    dead[task.window.key] += len(letters)
+                bury(self._load_batch(loader, task, batch))
                 total.resources += len(batch)
         counts = loader.finish()
+        bury([_unloadable(item) for item in loader.late()])
         anew = [task.window.key for task in group if task.anew]
         for stage in ("transform", "load"):
             dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
         if self._whole:
-            checkpoints.remember_parts(
-                conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
-            )
-            for task in group:
-                if task.until is not None:
-                    checkpoints.advance(conn, resource_type, task.window.start, task.until, self._run_id)
+            self._remember(conn, resource_type, group)
         runs.count(
             conn,
             self._run_id,
@@ -147,44 +147,65 @@ class Loading:
         total.superseded += counts.superseded
         total.rows.update(counts.rows)
 
+    def _remember(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
+        """Note the parts as loaded and move the checkpoint, in the transaction of their rows."""
+        checkpoints.remember_parts(
+            conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
+        )
+        for task in group:
+            if task.until is not None:
+                checkpoints.advance(conn, resource_type, task.window.start, task.until, self._run_id)
+
     def _load_batch(self, loader: Loader, task: _Task, batch: list[bytes]) -> list[DeadLetter]:
+        """Give a batch to the loader; the letters are those of the resources that no row can be made of."""
+        key = task.window.key
         letters = []
         items = []
         for line in batch:
             resource = _parse(line)
             record = _record(resource, line, task.window)
             if record is None:
-                letters.append(self._letter(task, line, None, "transform", "id", "id", _NO_ID))
+                letters.append(_letter(task.manifest.resource_type, None, key, line, "transform", "id", "id", _NO_ID))
                 continue
             try:
                 items.append((record, self._compiled.rows(resource)))
             except RowError as error:
+                place = f"{error.view}.{error.column}"
                 letters.append(
-                    self._letter(
-                        task, line, record.id, "transform", "single-value", f"{error.view}.{error.column}", str(error)
-                    )
+                    _letter(record.resource_type, record.id, key, line, "transform", "view", place, error.message)
                 )
-        for unloadable in loader.add(items, task.window.key):
-            letters.append(self._unloadable(task, unloadable))
+        letters += [_unloadable(item) for item in loader.add(items, key)]
         return letters
 
-    def _unloadable(self, task: _Task, item: Unloadable) -> DeadLetter:
-        path = f"{item.view}.{item.column}" if item.view else "resource"
-        return self._letter(task, item.record.body, item.record.id, "load", "unloadable-value", path, item.message)
 
-    def _letter(
-        self, task: _Task, line: bytes, resource_id: str | None, stage: str, rule: str, path: str, message: str
-    ) -> DeadLetter:
-        return DeadLetter(
-            resource_type=task.manifest.resource_type,
-            resource_id=resource_id,
-            stage=stage,
-            rule=rule,
-            path=path,
-            message=message,
-            resource=line,
-            partition_key=task.window.key,
-        )
+def _unloadable(item: Unloadable) -> DeadLetter:
+    place = f"{item.view}.{item.column}" if item.view else "resource"
+    record = item.record
+    return _letter(
+        record.resource_type, record.id, item.partition_key, record.body, "load", "unloadable", place, item.message
+    )
+
+
+def _letter(
+    resource_type: str,
+    resource_id: str | None,
+    partition_key: str,
+    line: bytes,
+    stage: Stage,
+    rule: str,
+    path: str,
+    message: str,
+) -> DeadLetter:
+    return DeadLetter(
+        resource_type=resource_type,
+        resource_id=resource_id,
+        stage=stage,
+        rule=rule,
+        path=path,
+        message=message,
+        resource=line,
+        partition_key=partition_key,
+    )
 
 
 _NO_ID = "the resource has no id, so no row could be told from another: give it one at the source or by `edit`"
