@@ -10,6 +10,7 @@ from fhir_assets.fhir.model import nearest, r4
 from fhir_assets.fhir.path import nodes, resolve, syntax
 from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.nodes import Constant, Expr, NotCompiled, Types
+from fhir_assets.fhir.path.runtime import NOT_FHIR
 
 Function = Callable[[Any, Any, Any], Any]
 
@@ -105,7 +106,7 @@ class CompiledPath:
     def _guard(self, function: Function, *arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (AttributeError, TypeError, KeyError, ValueError, ArithmeticError) as error:
+        except NOT_FHIR as error:
             raise FhirPathError(
                 f'"{self.expression}" cannot be evaluated on this resource ({type(error).__name__}): '
                 "an element is not of the type that FHIR R4 gives it"

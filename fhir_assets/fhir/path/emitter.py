@@ -29,7 +29,7 @@ class Emitter:
         self.root = root
         self.row_index = "0"
         self.empty_join = True
-        self._depth = 1
+        self.depth = 1
         self._scopes: list[dict[str, str]] = [{}]
         self._names = 0
         self._bound: dict[int, str] = {}
@@ -37,7 +37,7 @@ class Emitter:
 
     def line(self, text: str) -> None:
         """One statement at the current depth."""
-        self._insert(len(self.lines), self._depth, text)
+        self._insert(len(self.lines), self.depth, text)
 
     def _insert(self, at: int, depth: int, text: str) -> None:
         self.lines.insert(at, "    " * depth + text)
@@ -83,7 +83,7 @@ class Emitter:
         """Statements under ``header`` (``if …:``, ``for …:``)."""
         self.line(header)
         before = len(self.lines)
-        self._depth += 1
+        self.depth += 1
         self._scopes.append({})
         try:
             yield
@@ -91,7 +91,7 @@ class Emitter:
             if len(self.lines) == before:
                 self.line("pass")
             self._scopes.pop()
-            self._depth -= 1
+            self.depth -= 1
 
     @contextmanager
     def iterating(self, focus: str, row_index: str | None) -> Iterator[None]:
@@ -115,18 +115,18 @@ class Emitter:
     def guarded(self, guard: str, emit: Callable[[], tuple[str, str]], otherwise: tuple[str, str]) -> tuple[str, str]:
         """A pair of conditions; the statements that lead to them run only if ``guard`` holds, else ``otherwise``."""
         at = len(self.lines)
-        self._depth += 1
+        self.depth += 1
         self._scopes.append({})
         pair = emit()
         self._scopes.pop()
-        self._depth -= 1
+        self.depth -= 1
         if len(self.lines) == at:
             return pair
         first, second = self.fresh(), self.fresh()
-        self._insert(at, self._depth, f"if {guard}:")
-        self._insert(len(self.lines), self._depth + 1, f"{first} = {pair[0]}; {second} = {pair[1]}")
+        self._insert(at, self.depth, f"if {guard}:")
+        self._insert(len(self.lines), self.depth + 1, f"{first} = {pair[0]}; {second} = {pair[1]}")
         self.line("else:")
-        self._insert(len(self.lines), self._depth + 1, f"{first} = {otherwise[0]}; {second} = {otherwise[1]}")
+        self._insert(len(self.lines), self.depth + 1, f"{first} = {otherwise[0]}; {second} = {otherwise[1]}")
         return first, second
 
     def function(self, name: str, parameters: str) -> Callable[..., object]:

@@ -17,6 +17,10 @@ JSON_TYPES: Mapping[str, tuple[type, ...]] = {
 """What holds a primitive in parsed JSON; all others are strings."""
 
 
+NOT_FHIR = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What generated code raises on a resource whose elements are not of the types that R4 gives them."""
+
+
 def only(items: Sequence[Any]) -> Any:
     """The one item, or None. Raises FhirPathError if there are several."""
     if len(items) > 1:

@@ -7,6 +7,7 @@ from typing import Any
 from fhir_assets.errors import FhirPathError, PermanentError
 from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.nodes import Expr
+from fhir_assets.fhir.path.runtime import NOT_FHIR
 from fhir_assets.fhir.views.definition import Column, Filled, Repeated, Select, View
 
 Row = tuple[object, ...]
@@ -49,7 +50,7 @@ class TypeViews:
             return self._rows(resource)
         except RowError:
             raise
-        except (FhirPathError, AttributeError, TypeError, KeyError, ValueError, ArithmeticError) as error:
+        except (FhirPathError, *NOT_FHIR) as error:
             view, column = self._place(error)
             message = str(error) if isinstance(error, FhirPathError) else _NOT_R4
             raise RowError(view, column, message) from None
@@ -68,6 +69,8 @@ class TypeViews:
         return functools.partial(TypeViews, empty_join=self.empty_join), (self.views,)
 
 
+_DEEP = 6
+"""Loops within loops beyond which rows are collected first: Python allows 20."""
 _NOT_R4 = "an element is not of the type that FHIR R4 gives it"
 
 
@@ -132,6 +135,8 @@ class _Writer:
     def select(self, select: Select, then: Continue, *, last: bool) -> None:
         if select.iteration is None:
             self.contents(select, then, last=last)
+        elif select.iteration == "forEach" and not last and self.out.depth > _DEEP:
+            self.merged(lambda each: self.iterate(select, each, last=True), len(select.columns), then, last=last)
         elif select.iteration == "forEachOrNull":
             self.merged(lambda each: self.or_null(select, each), len(select.columns), then, last=last)
         else:

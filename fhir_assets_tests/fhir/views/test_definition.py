@@ -1,0 +1,214 @@
+"""ViewDefinitions read: columns and their types, fingerprints, and errors with their place."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fhir_assets.errors import ViewError
+from fhir_assets.fhir.views import check_view, load_views, parse_view, read_view
+
+DEFINITION: dict[str, Any] = {
+    "resourceType": "ViewDefinition",
+    "url": "http://example.org/ViewDefinition/people",
+    "version": "1.2",
+    "name": "people",
+    "title": "People",
+    "description": "One row a name",
+    "resource": "Patient",
+    "constant": [{"name": "use", "valueCode": "official"}],
+    "select": [
+        {
+            "column": [
+                {
+                    "name": "id",
+                    "path": "getResourceKey()",
+                    "description": "The key",
+                    "tag": [{"name": "a", "value": "b"}],
+                },
+                {"name": "born", "path": "birthDate"},
+            ]
+        },
+        {"forEach": "name.where(use = %use)", "column": [{"name": "given", "path": "given", "collection": True}]},
+    ],
+    "where": [{"path": "active"}],
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(DEFINITION), **changes}
+
+
+def with_column(**column: Any) -> dict[str, Any]:
+    return changed(select=[{"column": [{"name": "x", "path": "id", **column}]}])
+
+
+def test_a_view_knows_what_its_definition_says() -> None:
+    view = parse_view(DEFINITION)
+    assert (view.name, view.resource_type, view.url) == ("people", "Patient", DEFINITION["url"])
+    assert (view.version, view.title, view.description) == ("1.2", "People", "One row a name")
+    assert view.fallbacks == ()
+
+
+def test_columns_have_the_declared_type_or_that_of_their_path() -> None:
+    view = parse_view(DEFINITION)
+    assert [(c.name, c.type, c.collection) for c in view.columns] == [
+        ("id", "string", False),
+        ("born", "date", False),
+        ("given", "string", True),
+    ]
+    assert view.columns[0].description == "The key"
+    assert view.columns[0].tags == {"a": "b"}
+    assert parse_view(with_column(type="code")).columns[0].type == "code"
+    assert parse_view(with_column(type="http://hl7.org/fhirpath/System.String")).columns[0].type == "string"
+
+
+@pytest.mark.parametrize(
+    ("path", "type_"),
+    [
+        ("active", "boolean"),
+        ("name.count()", "integer"),
+        ("multipleBirth.ofType(integer)", "integer"),
+        ("meta.lastUpdated", "instant"),
+        ("name.first()", "HumanName"),
+        ("name.family.first()", "string"),
+        ("name.exists()", "boolean"),
+        ("birthDate.lowBoundary()", "date"),
+        ("deceased", "string"),
+    ],
+)
+def test_the_type_of_a_path_is_inferred(path: str, type_: str) -> None:
+    assert parse_view(with_column(path=path)).columns[0].type == type_
+
+
+def test_the_fingerprint_is_that_of_the_meaning() -> None:
+    mark = parse_view(DEFINITION).fingerprint
+    retold = changed(title="Other", description="Other", version="9", url="http://x", status="draft", contact=[])
+    retold["select"][0]["column"][0] |= {"description": "Other", "tag": []}
+    assert parse_view(retold).fingerprint == mark
+    others = [
+        changed(where=[]),
+        changed(name="others"),
+        changed(constant=[{"name": "use", "valueCode": "usual"}]),
+        changed(constant=[{"name": "use", "valueString": "official"}]),
+        changed(select=DEFINITION["select"][:1]),
+    ]
+    assert len({mark, *(parse_view(other).fingerprint for other in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("definition", "place", "message"),
+    [
+        ({}, "resource", "is missing"),
+        (changed(resource="Patiens"), "resource", 'R4 has no resource "Patiens"; did you mean "Patient"?'),
+        (changed(resource="HumanName"), "resource", "R4 has no resource"),
+        (changed(name="1st"), "name", "begin with a letter"),
+        (changed(select=[]), "select", "is missing"),
+        (changed(select={}), "select", "must be an array of objects"),
+        (changed(select=[{}]), "select[0]", "has neither column nor select nor unionAll"),
+        (with_column(path="birthdate"), "select[0].column[0].path", 'did you mean "birthDate"?'),
+        (with_column(path=1), "select[0].column[0].path", "must be text, not int"),
+        (with_column(path="name.("), "select[0].column[0].path", "at character 6"),
+        (with_column(name="a-b"), "select[0].column[0].name", "letters, digits and underscores"),
+        (with_column(type="strng"), "select[0].column[0].type", 'did you mean "string"?'),
+        (with_column(collection="yes"), "select[0].column[0].collection", "must be true or false"),
+        (
+            changed(select=[{"column": [{"name": "x", "path": "id"}, {"name": "x", "path": "id"}]}]),
+            "select",
+            'two columns have the name "x"',
+        ),
+        (changed(constant=[{"name": "use"}]), "constant[0]", "one value[x]"),
+        (changed(constant=[{"name": "use", "valuePeriod": {}}]), "constant[0].valuePeriod", "primitive"),
+        (changed(constant=[]), "select[1].forEach", 'there is no constant "%use"'),
+        (changed(where=[{"path": "name.family"}]), "where[0].path", "must give a boolean, not string"),
+        (changed(where=[{}]), "where[0].path", "is missing"),
+        (changed(select=[{"forEach": 1}]), "select[0].forEach", "must be a FHIRPath expression, not int"),
+        (
+            changed(select=[{"forEach": "name", "repeat": ["name"], "column": []}]),
+            "select[0]",
+            "has both forEach and repeat",
+        ),
+        (changed(select=[{"repeat": "item"}]), "select[0].repeat", "must be an array of FHIRPath expressions"),
+        (
+            changed(select=[{"repeat": ["itemm"], "column": [{"name": "x", "path": "id"}]}]),
+            "select[0].repeat[0]",
+            'no type has an element "itemm"; did you mean "item"?',
+        ),
+        (
+            changed(
+                select=[
+                    {"unionAll": [{"column": [{"name": "x", "path": "id"}]}, {"column": [{"name": "y", "path": "id"}]}]}
+                ]
+            ),
+            "select[0].unionAll[1]",
+            "has the columns y; the first has x",
+        ),
+    ],
+)
+def test_an_invalid_definition_is_one_error_with_file_place_and_reason(
+    definition: dict[str, Any], place: str, message: str
+) -> None:
+    with pytest.raises(ViewError) as error:
+        parse_view(definition, Path("views/people.json"))
+    assert str(error.value).startswith(f"views/people.json: {place}: ")
+    assert message in str(error.value)
+
+
+def test_a_definition_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ViewError, match="is not a JSON object"):
+        parse_view([])  # type: ignore[arg-type]
+
+
+def test_checking_gives_every_problem() -> None:
+    definition = changed(where=[{"path": "id"}], select=[{"column": [{"name": "x", "path": "idd"}]}])
+    definition["select"].append({"column": [{"name": "y", "path": "birthDate", "type": "boolean"}]})
+    definition["select"].append({"column": [{"name": "z", "path": "name.family.aggregate($this, '')"}]})
+    assert [(problem.place, problem.severity) for problem in check_view(definition)] == [
+        ("select[0].column[0].path", "error"),
+        ("select[1].column[0].type", "warning"),
+        ("select[2].column[0].path", "warning"),
+        ("where[0].path", "error"),
+    ]
+    assert check_view(DEFINITION) == []
+
+
+def test_a_broken_view_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(DEFINITION))
+    (tmp_path / "misspelt.json").write_text(json.dumps(with_column(path="idd")))
+    (tmp_path / "no.json").write_text("{")
+    (tmp_path / "readme.txt").write_text("not a view")
+    found = load_views([tmp_path])
+    assert [view.name for view in found.views] == ["people"]
+    assert [each.path.name for each in found.broken] == ["misspelt.json", "no.json"]
+    assert all(str(each.path) in each.message for each in found.broken)
+
+
+def test_of_two_views_with_one_name_the_first_holds(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(DEFINITION))
+    found = load_views([tmp_path])
+    assert [view.path for view in found.views] == [tmp_path / "a.json"]
+    assert '"people" is already the name of' in found.broken[0].message
+
+
+def test_views_of_several_folders_are_sorted_by_name(tmp_path: Path) -> None:
+    for folder, name in (("one", "zebra"), ("two", "ant")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.json").write_text(json.dumps(changed(name=name)))
+    found = load_views([tmp_path / "one", tmp_path / "two", tmp_path / "none"])
+    assert [view.name for view in found.views] == ["ant", "zebra"]
+
+
+def test_a_view_without_a_name_is_named_by_its_file(tmp_path: Path) -> None:
+    definition = changed()
+    del definition["name"]
+    (tmp_path / "folk.json").write_text(json.dumps(definition))
+    assert read_view(tmp_path / "folk.json").name == "folk"
+    assert parse_view(definition).name == "patient"
+
+
+def test_a_missing_file_is_a_view_error(tmp_path: Path) -> None:
+    with pytest.raises(ViewError, match="cannot be read"):
+        read_view(tmp_path / "none.json")

@@ -1,0 +1,154 @@
+"""A view tried on files: what it reads, and the forms it writes."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from fhir_assets.errors import NotFhir
+from fhir_assets.fhir.views import RowError, parse_view
+from fhir_assets.fhir.views.try_out import Format, run, write
+
+VIEW = parse_view(
+    {
+        "resource": "Patient",
+        "select": [
+            {
+                "column": [
+                    {"name": "id", "path": "id"},
+                    {"name": "active", "path": "active"},
+                    {"name": "births", "path": "multipleBirth.ofType(integer)"},
+                    {"name": "given", "path": "name.given", "collection": True},
+                    {"name": "family", "path": "name.family"},
+                    {"name": "low", "path": "extension.value.ofType(decimal).lowBoundary()"},
+                ]
+            }
+        ],
+    }
+)
+ANN: dict[str, Any] = {
+    "resourceType": "Patient",
+    "id": "ann",
+    "active": True,
+    "multipleBirthInteger": 2,
+    "name": [{"given": ["Ann", "B,o"], "family": 'O"Hara'}],
+    "extension": [{"url": "x", "valueDecimal": 1.5}],
+}
+BO: dict[str, Any] = {"resourceType": "Patient", "id": "bo"}
+DEVICE: dict[str, Any] = {"resourceType": "Device", "id": "d"}
+
+
+def ids(*paths: Path) -> list[object]:
+    return [row[0] for row in run(VIEW, paths)]
+
+
+def test_ndjson_is_read_with_or_without_gzip(tmp_path: Path) -> None:
+    text = "\n".join(map(json.dumps, (ANN, DEVICE, BO))) + "\n\n"
+    (tmp_path / "a.ndjson").write_text(text)
+    (tmp_path / "b.ndjson.gz").write_bytes(gzip.compress(text.encode()))
+    assert ids(tmp_path / "a.ndjson", tmp_path / "b.ndjson.gz") == ["ann", "bo", "ann", "bo"]
+
+
+def test_one_resource_or_a_bundle_is_read(tmp_path: Path) -> None:
+    (tmp_path / "ann.json").write_text(json.dumps(ANN, indent=2))
+    bundle = {"resourceType": "Bundle", "entry": [{"resource": BO}, {"fullUrl": "x"}, {"resource": DEVICE}]}
+    (tmp_path / "bundle.json.gz").write_bytes(gzip.compress(json.dumps(bundle).encode()))
+    assert ids(tmp_path / "ann.json", tmp_path / "bundle.json.gz") == ["ann", "bo"]
+
+
+def test_ndjson_under_another_name_is_read_by_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "all.json").write_text(f"{json.dumps(ANN)}\n{json.dumps(BO)}\n")
+    assert ids(tmp_path / "all.json") == ["ann", "bo"]
+
+
+def test_a_folder_stands_for_its_data_files(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson").write_text(json.dumps(ANN))
+    (tmp_path / "notes.txt").write_text("nothing")
+    assert ids(tmp_path) == ["ann"]
+
+
+@pytest.mark.parametrize("text", ['{"resourceType": "Patient"', "[1]", '{"id": "secret"}'])
+def test_what_is_no_resource_is_named_by_file_and_line_without_its_content(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.ndjson").write_text(f"{json.dumps(ANN)}\n{text}\n")
+    with pytest.raises(NotFhir, match=r"a\.ndjson:2: is not") as error:
+        ids(tmp_path / "a.ndjson")
+    assert "secret" not in str(error.value)
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.ndjson.gz").write_bytes(gzip.compress(json.dumps(ANN).encode())[:-12])
+    for name in ("none.ndjson", "bad.ndjson.gz"):
+        with pytest.raises(NotFhir, match=f"{name}: cannot be read"):
+            ids(tmp_path / name)
+
+
+def test_a_resource_that_the_view_refuses_is_reported_with_its_place(tmp_path: Path) -> None:
+    two = {**ANN, "name": [{"family": "a"}, {"family": "b"}]}
+    (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, (BO, two, ANN))))
+    refused: list[tuple[str, str]] = []
+    rows = run(VIEW, [tmp_path], refused=lambda place, error: refused.append((place, error.column)))
+    assert [row[0] for row in rows] == ["bo", "ann"]
+    assert refused == [("a.ndjson:2", "family")]
+    with pytest.raises(RowError):
+        list(run(VIEW, [tmp_path]))
+
+
+def written(form: Format, tmp_path: Path) -> bytes:
+    (tmp_path / "a.ndjson").write_text(f"{json.dumps(ANN)}\n{json.dumps(BO)}")
+    out = io.BytesIO()
+    assert write(run(VIEW, [tmp_path / "a.ndjson"]), VIEW.columns, form, out) == 2
+    return out.getvalue()
+
+
+def test_csv_has_a_header_and_collections_as_json(tmp_path: Path) -> None:
+    rows = list(csv.reader(io.StringIO(written("csv", tmp_path).decode(), newline="")))
+    assert rows == [
+        ["id", "active", "births", "given", "family", "low"],
+        ["ann", "true", "2", '["Ann","B,o"]', 'O"Hara', "1.45"],
+        ["bo", "", "", "[]", "", ""],
+    ]
+
+
+def test_ndjson_has_an_object_a_row(tmp_path: Path) -> None:
+    first, second = (json.loads(line) for line in written("ndjson", tmp_path).splitlines())
+    assert first == {
+        "id": "ann",
+        "active": True,
+        "births": 2,
+        "given": ["Ann", "B,o"],
+        "family": 'O"Hara',
+        "low": 1.45,
+    }
+    assert second == {"id": "bo", "active": None, "births": None, "given": [], "family": None, "low": None}
+
+
+def test_parquet_has_typed_columns(tmp_path: Path) -> None:
+    table = parquet.read_table(io.BytesIO(written("parquet", tmp_path)))
+    assert [str(field.type) for field in table.schema] == [
+        "string",
+        "bool",
+        "int64",
+        "list<element: string>",
+        "string",
+        "double",
+    ]
+    assert table.to_pylist()[0]["given"] == ["Ann", "B,o"]
+    assert table.column("births").to_pylist() == [2, None]
+
+
+def test_a_table_shows_every_value_whole(tmp_path: Path) -> None:
+    text = written("table", tmp_path).decode()
+    assert all(word in text for word in ("births", '["Ann","B,o"]', 'O"Hara', "1.45"))
+
+
+def test_a_view_without_rows_writes_its_columns_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "none.ndjson").write_text("")
+    out = io.BytesIO()
+    assert write(run(VIEW, [tmp_path]), VIEW.columns, "parquet", out) == 0
+    assert parquet.read_table(io.BytesIO(out.getvalue())).num_rows == 0
+    assert len(VIEW.columns) == 6
