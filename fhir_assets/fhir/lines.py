@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, cast
+from typing import BinaryIO, cast
 
-from isal import igzip, isal_zlib
+from isal import isal_zlib
 
-_DAMAGED = cast(tuple[type[Exception], ...], (isal_zlib.error, igzip.BadGzipFile))
 _CHUNK = 1 << 20
+_PACKED = 1 << 16
+_UNPACKED = 1 << 18
+_DAMAGED = cast(type[Exception], isal_zlib.error)
+_GZIP = 16 + isal_zlib.MAX_WBITS
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
-
-
-class _Readable(Protocol):
-    def read1(self, size: int, /) -> bytes: ...
 
 
 class BrokenOff(Exception):
@@ -21,7 +20,7 @@ class BrokenOff(Exception):
 
 
 def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
-    """The lines of a file without their line feed, by the megabyte; None stands for one longer than ``limit``.
+    """The lines of a file without their line feed, a good many at a time; None stands for one longer than ``limit``.
 
     gzip is known by its first bytes, not by the name; members that follow one another are one file, and a byte
     order mark is left out. Raises BrokenOff, and OSError if the file cannot be read.
@@ -29,18 +28,39 @@ def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
     with path.open("rb") as file:
         compressed = file.read(2) == _GZIP_MAGIC
         file.seek(0)
-        readable: _Readable = igzip.open(file) if compressed else file  # type: ignore[no-untyped-call]
-        yield from _split(_chunks(readable), limit)
+        yield from _split(_unpacked(file) if compressed else _plain(file), limit)
 
 
-def _chunks(file: _Readable) -> Iterator[bytes]:
-    try:
-        while chunk := file.read1(_CHUNK):
-            yield chunk
-    except EOFError:
-        raise BrokenOff("the compressed file ends before its end was written: it was cut off") from None
-    except _DAMAGED:
-        raise BrokenOff("the compressed file is damaged") from None
+def _plain(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK):
+        yield chunk
+
+
+def _unpacked(file: BinaryIO) -> Iterator[bytes]:
+    """The content of gzip members, in small pieces: whatever came before a missing end is given."""
+    packed = file.read(_PACKED)
+    while packed:
+        member = isal_zlib.decompressobj(wbits=_GZIP)
+        while not member.eof:
+            packed = member.unconsumed_tail or packed or file.read(_PACKED)
+            try:
+                piece = member.decompress(packed, _UNPACKED)
+            except _DAMAGED:
+                raise BrokenOff("the compressed file is damaged") from None
+            if piece:
+                yield piece
+            elif not packed:
+                raise BrokenOff("the compressed file ends before its end was written: it was cut off")
+            packed = b""
+        packed = _next_member(member.unused_data, file)
+
+
+def _next_member(rest: bytes, file: BinaryIO) -> bytes:
+    """What follows a member, without the zeros that tapes and block devices leave."""
+    while not (rest := rest.lstrip(b"\0")):
+        if not (rest := file.read(_PACKED)):
+            break
+    return rest
 
 
 def _split(chunks: Iterator[bytes], limit: int) -> Iterator[list[bytes | None]]:

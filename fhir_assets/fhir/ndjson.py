@@ -93,7 +93,7 @@ class NdjsonSource:
         """Nothing: files do not say how much they hold."""
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
-        """The resources of the interval. A line that cannot be placed in time is Rejected in any interval.
+        """The resources of the interval. A line that cannot be used counts from when its file was written.
 
         Raises ConfigurationError if a file is missing or cannot be read.
         """
@@ -103,13 +103,13 @@ class NdjsonSource:
             if file.types and file.types.isdisjoint(wanted):
                 continue
             for item in self._read(file, list(wanted)):
-                if isinstance(item, Rejected) or item.as_of in interval:
+                if _moment(item) in interval:
                     yield item
 
     def _extent(self, resource_types: Sequence[str]) -> Interval | None:
         first = last = None
         for item in self.fetch(resource_types, _ALWAYS):
-            moment = item.as_of if isinstance(item, Record) else item.arrived
+            moment = _moment(item)
             if first is None or moment < first:
                 first = moment
             if last is None or moment > last:
@@ -208,7 +208,7 @@ class _Reader:
     def _is_asked_for(self, header: Header) -> bool:
         """Raises Malformed if the file's name promises another type."""
         name = header.resourceType
-        if self._file.types and name not in self._file.types and name not in self._file.path.name:
+        if self._file.types and name not in self._file.types and (name in BY_NAME or name not in self._file.path.name):
             raise Malformed("a resource of another type than the file's name says", "structure")
         if name in self._wanted:
             return True
@@ -231,6 +231,10 @@ def _describe(path: Path, root: Path) -> _File:
     stat = path.stat()
     types = frozenset(_TYPE_IN_NAME.findall(path.name))
     return _File(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, types)
+
+
+def _moment(item: Record | Rejected) -> datetime:
+    return item.as_of if isinstance(item, Record) else item.arrived
 
 
 def _time(file: _File) -> datetime:

@@ -123,13 +123,12 @@ def read_header(body: bytes) -> Header:
 
 
 def read_record(body: bytes, header: Header, arrived: datetime) -> Record:
-    """The Record of a resource on one line whose header was read. Raises Malformed if it has no id."""
-    if not header.id:
-        raise Malformed("not a FHIR resource that can be kept: it has no id", "structure")
+    """The Record of a resource on one line whose header was read; its id is empty if it has none."""
     meta = header.meta
+    identity = header.id or ""
     if meta is None:
-        return Record(header.resourceType, header.id, None, None, arrived, body)
-    return Record(header.resourceType, header.id, meta.versionId, read_instant(meta.lastUpdated), arrived, body)
+        return Record(header.resourceType, identity, None, None, arrived, body)
+    return Record(header.resourceType, identity, meta.versionId, read_instant(meta.lastUpdated), arrived, body)
 
 
 def read_instant(text: str | None) -> datetime | None:

@@ -254,6 +254,8 @@ class _Harvest:
                 if header.resourceType == "OperationOutcome" and entry.mode is None:
                     return None
                 raise Malformed(f"a resource of another type than {self._type} among the matches", "structure")
+            if not header.id:
+                raise Malformed("a resource without an id: no server can have stored it", "structure")
             return read_record(body, header, self._now())
         except Malformed as error:
             return self._rejected(error.rule, place, str(error), body, resource_id)
