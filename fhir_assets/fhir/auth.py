@@ -1,7 +1,9 @@
 """How a client shows who it is. The client sends credentials to the origin of its base URL only."""
 
+from base64 import b64encode
+
 from requests import PreparedRequest
-from requests.auth import AuthBase, _basic_auth_str
+from requests.auth import AuthBase
 
 
 class Credentials(AuthBase):
@@ -28,7 +30,7 @@ class Basic(Credentials):
     remedy = "it refuses the user name or the password: check FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
 
     def __init__(self, username: str, password: str) -> None:
-        self._header = _basic_auth_str(username.encode(), password.encode())
+        self._header = "Basic " + b64encode(f"{username}:{password}".encode()).decode()
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Sign a request."""

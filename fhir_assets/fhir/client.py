@@ -3,6 +3,7 @@
 Nothing here knows searches or bulk exports; they build on it.
 """
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -73,8 +74,8 @@ class Answer:
 class FhirClient:
     """A FHIR server behind its base URL. Connections are kept and shared: one client serves several threads.
 
-    ``timeout`` bounds connecting and each wait for data, in seconds. Raises ConfigurationError for a URL that
-    is none, or that holds credentials.
+    ``timeout``, in seconds, bounds the wait for an answer to begin and each wait for more of it; a whole answer may
+    take ten times that. Raises ConfigurationError for a URL that is none, or that holds credentials.
     """
 
     def __init__(
@@ -201,25 +202,25 @@ class FhirClient:
         url = path if "://" in path else f"{self.base_url}/{path}"
         renewable = True
         for _ in range(_MAX_REDIRECTS):
-            response = self._request(method, url, params, body, headers)
+            response, content = self._request(method, url, params, body, headers)
             status = response.status_code
             if status == 401 and renewable and self._credentials.renew():
                 renewable = False
             elif response.is_redirect:
                 url, params = self._redirected(response), ()
             elif status in expect:
-                return Answer(response.url, status, response.headers, response.content)
+                return Answer(response.url, status, response.headers, content)
             else:
                 self._raise_for(response, method, path)
         raise NotFhir(f"{self._name(method, path)}: redirected in a circle; is FHIR_BASE_URL right?")
 
     def _request(
         self, method: str, url: str, params: Params, body: bytes | None, headers: Mapping[str, str] | None
-    ) -> requests.Response:
+    ) -> tuple[requests.Response, bytes]:
         if origin(url) != self._origin:
             raise ValueError("the client talks to the origin of its base URL only")
         try:
-            return self._session.request(
+            with self._session.request(
                 method,
                 url,
                 params=list(params),
@@ -228,13 +229,26 @@ class FhirClient:
                 auth=self._credentials,
                 timeout=self._timeout,
                 allow_redirects=False,
-            )
+                stream=True,
+            ) as response:
+                return response, self._content(response)
         except (InvalidURL, InvalidSchema):
             raise ConfigurationError("FHIR_BASE_URL is not an address that can be called: correct it") from None
         except (ChunkedEncodingError, ContentDecodingError):
             raise PassingFailure("the answer broke off in its middle") from None
         except RequestException as error:
             raise PassingFailure(f"cannot reach {self.base_url} : {_cause(error)}", advice=_CHECK_URL) from None
+
+    def _content(self, response: requests.Response) -> bytes:
+        """The body, read under a deadline: a server that drips would otherwise hold the run for ever."""
+        seconds = 10 * self._timeout[1]
+        deadline = time.monotonic() + seconds
+        chunks = []
+        for chunk in response.iter_content(1 << 18):
+            chunks.append(chunk)
+            if time.monotonic() > deadline:
+                raise PassingFailure(f"the answer was not whole after {seconds:.0f} s (FHIR_TIMEOUT_SECONDS)")
+        return b"".join(chunks)
 
     def _redirected(self, response: requests.Response) -> str:
         target = urljoin(response.url, response.headers["Location"])

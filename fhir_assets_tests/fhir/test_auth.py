@@ -1,0 +1,28 @@
+"""Credentials as they stand in a request."""
+
+import pytest
+import requests
+
+from fhir_assets.fhir.auth import Credentials, credentials
+
+
+def header_of(auth: Credentials) -> str | None:
+    return requests.Request("GET", "http://fhir.example/", auth=auth).prepare().headers.get("Authorization")
+
+
+def test_basic_is_utf_8() -> None:
+    assert header_of(credentials("änne", "pässwort:1")) == "Basic w6RubmU6cMOkc3N3b3J0OjE="
+
+
+def test_a_token_goes_before_a_user_name() -> None:
+    assert header_of(credentials("anna", "secret", "t0ken")) == "Bearer t0ken"
+
+
+def test_no_settings_make_no_header() -> None:
+    assert header_of(credentials()) is None
+
+
+@pytest.mark.parametrize("auth", [credentials(), credentials("anna", "secret"), credentials(token="secret")])
+def test_fixed_credentials_cannot_be_renewed_and_do_not_show_themselves(auth: Credentials) -> None:
+    assert not auth.renew()
+    assert "secret" not in repr(auth)

@@ -1,0 +1,380 @@
+"""One request to a FHIR server: what is tried again, what is not, and what the errors say."""
+
+import gzip
+import json
+import socket
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
+from fhir_assets.fhir.auth import Bearer, Credentials, credentials
+from fhir_assets.fhir.client import Answer, FhirClient, Refusal, json_failure
+from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets_tests.fhir.scripted_server import Reply, ScriptedServer, reply
+
+SECRET = "Mustermann"
+STATEMENT = {
+    "resourceType": "CapabilityStatement",
+    "fhirVersion": "4.0.1",
+    "rest": [
+        {
+            "mode": "server",
+            "resource": [
+                {"type": "Patient", "interaction": [{"code": "read"}, {"code": "search-type"}]},
+                {"type": "Binary", "interaction": [{"code": "read"}]},
+                {"type": "Observation"},
+            ],
+        },
+        {"mode": "client", "resource": [{"type": "Goal"}]},
+    ],
+}
+
+
+class Clock:
+    """Time that passes only in sleep."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+def client_of(url: str, clock: Clock | None = None, *, auth: Credentials | None = None, **policy: float) -> FhirClient:
+    clock = clock or Clock()
+    retry = RetryPolicy(**policy)  # type: ignore[arg-type]
+    return FhirClient(
+        url, credentials=auth, timeout=5, retrier=Retrier(retry, clock.sleep, lambda: clock.now, lambda: 1)
+    )
+
+
+def body_of(answer: Answer) -> bytes:
+    return answer.body
+
+
+def whole_json(answer: Answer) -> object:
+    try:
+        return json.loads(answer.body)
+    except ValueError:
+        raise json_failure(answer) from None
+
+
+def test_waits_grow_from_failure_to_failure_and_stop_growing_at_the_longest() -> None:
+    clock = Clock()
+    with ScriptedServer([Reply(status=503)] * 4 + [Reply(b"there")]) as server:
+        assert client_of(server.url, clock, first_wait=1, max_wait=4).get("Patient", body_of) == b"there"
+    assert clock.waits == [1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("jitter", [0, 0.5, 1])
+def test_jitter_takes_at_most_half_of_a_wait(jitter: float) -> None:
+    assert 4 <= RetryPolicy(first_wait=2, max_wait=60).wait(3, None, jitter) <= 8
+
+
+def test_retry_after_in_seconds_is_waited_for() -> None:
+    clock = Clock()
+    with ScriptedServer([reply({}, 429, Retry_After="7"), Reply(b"there")]) as server:
+        client_of(server.url, clock).get("Patient", body_of)
+    assert 7 <= clock.waits[0] < 8
+
+
+def test_retry_after_as_a_date_is_waited_for() -> None:
+    clock = Clock()
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=200), usegmt=True)
+    with ScriptedServer([reply({}, 503, Retry_After=date), Reply(b"there")]) as server:
+        client_of(server.url, clock).get("Patient", body_of)
+    assert 150 < clock.waits[0] <= 220
+
+
+def test_a_huge_retry_after_is_cut_down() -> None:
+    clock = Clock()
+    with ScriptedServer([reply({}, 429, Retry_After="864000"), Reply(b"there")]) as server:
+        client_of(server.url, clock, max_retry_after=100).get("Patient", body_of)
+    assert clock.waits == [pytest.approx(110)]
+
+
+@pytest.mark.parametrize("value", ["soon", "", "Fri, 99 Nov 2026", "1.5.2"])
+def test_an_unreadable_retry_after_is_as_none(value: str) -> None:
+    clock = Clock()
+    with ScriptedServer([reply({}, 429, Retry_After=value), Reply(b"there")]) as server:
+        client_of(server.url, clock, first_wait=3).get("Patient", body_of)
+    assert clock.waits == [3]
+
+
+def test_what_is_used_up_says_how_often_and_how_long_it_was_tried() -> None:
+    with ScriptedServer([Reply(status=502)] * 9) as server:
+        with pytest.raises(ServerUnavailable, match=r"Patient: the server answered 502 \(tried 3 times over 6 s\)"):
+            client_of(server.url, attempts=3, first_wait=2).get("Patient", body_of)
+        assert len(server.asked) == 3
+
+
+def test_no_wait_goes_beyond_the_budget() -> None:
+    clock = Clock()
+    with ScriptedServer([Reply(status=503)] * 99) as server:
+        with pytest.raises(ServerUnavailable):
+            client_of(server.url, clock, attempts=99, first_wait=10, max_wait=10, budget=35).get("Patient", body_of)
+    assert clock.now == 30
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Reply(b'{"resourceType": "Bundle"}', cut=9),
+        Reply(b'{"resourceType": "Bu'),
+        Reply(reset=True),
+        Reply(b"<!DOCTYPE html><html>try later</html>", headers={"Content-Type": "text/html"}),
+        Reply(b""),
+        Reply(gzip.compress(b'{"resourceType": "Bundle"}')[:-14], headers={"Content-Encoding": "gzip"}),
+        Reply(b"no gzip at all", headers={"Content-Encoding": "gzip"}),
+        Reply(status=500),
+        Reply(status=408),
+    ],
+)
+def test_what_breaks_in_passing_is_read_whole_at_the_next_attempt(fault: Reply) -> None:
+    whole = {"resourceType": "Bundle"}
+    with ScriptedServer([fault, reply(whole)]) as server:
+        assert client_of(server.url).get("Patient", whole_json) == whole
+        assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 412, 422, 501])
+def test_a_refusal_is_final_and_keeps_its_status(status: int) -> None:
+    with ScriptedServer([reply({"text": SECRET}, status)]) as server:
+        with pytest.raises(Refusal) as caught:
+            client_of(server.url).get("Patient", body_of)
+        assert caught.value.status == status
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 500])
+def test_errors_hold_no_body_no_query_and_no_id(status: int) -> None:
+    with ScriptedServer([reply({"text": SECRET}, status)] * 2) as server:
+        client = client_of(server.url, attempts=1)
+        for path, params in (
+            ("Patient", [("name", SECRET)]),
+            (f"Patient/{SECRET}", []),
+            (f"{server.url}?x={SECRET}", []),
+        ):
+            with pytest.raises((ServerRefused, ServerUnavailable)) as caught:
+                client.get(path, body_of, params=params)
+            assert SECRET not in str(caught.value)
+            assert server.url in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("auth", "setting"),
+    [
+        (credentials(), "set FHIR_AUTH_TOKEN"),
+        (credentials("anna", SECRET), "check FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"),
+        (credentials(token=SECRET), "check FHIR_AUTH_TOKEN"),
+    ],
+)
+def test_401_names_the_setting_to_look_at(auth: Credentials, setting: str) -> None:
+    with ScriptedServer([Reply(status=401)]) as server:
+        with pytest.raises(ServerRefused, match=setting) as caught:
+            client_of(server.url, auth=auth).get("Patient", body_of)
+        assert SECRET not in str(caught.value)
+
+
+def test_credentials_that_can_be_renewed_are_renewed_once() -> None:
+    class Renewable(Bearer):
+        def renew(self) -> bool:
+            self._header = "Bearer second"
+            return True
+
+    with ScriptedServer([Reply(status=401), Reply(b"there"), *[Reply(status=401)] * 9]) as server:
+        client = client_of(server.url, auth=Renewable("first"))
+        assert client.get("Patient", body_of) == b"there"
+        assert [asked.headers["Authorization"] for asked in server.asked] == ["Bearer first", "Bearer second"]
+        with pytest.raises(ServerRefused):
+            client.get("Patient", body_of)
+        assert len(server.asked) == 4
+
+
+def test_credentials_come_from_the_settings_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login anna password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with ScriptedServer([Reply(b"there")]) as server:
+        client_of(server.url).get("Patient", body_of)
+        assert "Authorization" not in server.asked[0].headers
+
+
+def test_a_redirect_within_the_origin_is_followed_with_credentials() -> None:
+    with ScriptedServer([reply({}, 302, Location="/fhir/r4/Patient?_count=1"), Reply(b"there")]) as server:
+        client = client_of(server.url, auth=Bearer("t"))
+        assert client.get("Patient", body_of, params=[("_count", "1")]) == b"there"
+        assert server.asked[1].path == "/fhir/r4/Patient"
+        assert server.asked[1].query == [("_count", "1")]
+        assert server.asked[1].headers["Authorization"] == "Bearer t"
+
+
+def test_nothing_is_sent_to_another_origin() -> None:
+    with ScriptedServer([Reply(b"stolen")] * 3) as other:
+        with ScriptedServer([reply({}, 302, Location=f"{other.url}/Patient?session={SECRET}")]) as server:
+            client = client_of(server.url, auth=Bearer("t"))
+            with pytest.raises(NotFhir, match="set FHIR_BASE_URL") as caught:
+                client.get("Patient", body_of)
+            with pytest.raises(NotFhir, match="set FHIR_BASE_URL"):
+                client.resolve(f"{other.url}?_page=2", server.url)
+            with pytest.raises(ValueError, match="origin"):
+                client.get(f"{other.url}/Patient", body_of)
+        assert SECRET not in str(caught.value)
+        assert other.asked == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "https://fhir.example/r4?_page=2",
+        "http://fhir.example:8080/r4?_page=2",
+        "//evil.example/",
+        "http://fhir.example.org/r4",
+    ],
+)
+def test_scheme_host_and_port_make_an_origin(link: str) -> None:
+    client = client_of("http://fhir.example/r4")
+    with pytest.raises(NotFhir):
+        client.resolve(link, "http://fhir.example/r4/Patient")
+    assert client.resolve("http://FHIR.example:80/r4?_page=2", "http://fhir.example/r4/Patient")
+
+
+def test_a_circle_of_redirects_ends() -> None:
+    with ScriptedServer(lambda asked: reply({}, 302, Location=asked.path)) as server:
+        with pytest.raises(NotFhir, match="circle"):
+            client_of(server.url).get("Patient", body_of)
+
+
+def test_one_connection_serves_many_requests() -> None:
+    with ScriptedServer([Reply(b"there")] * 5) as server:
+        client = client_of(server.url)
+        for _ in range(5):
+            client.get("Patient", body_of)
+        assert len({asked.connection for asked in server.asked}) == 1
+
+
+def test_compressed_answers_are_asked_for_and_unpacked() -> None:
+    packed = Reply(gzip.compress(b"there"), headers={"Content-Encoding": "gzip"})
+    with ScriptedServer([packed]) as server:
+        assert client_of(server.url).get("Patient", body_of) == b"there"
+        assert "gzip" in server.asked[0].headers["Accept-Encoding"]
+
+
+def test_what_is_sent_arrives_and_is_sent_again_after_a_failure() -> None:
+    with ScriptedServer([Reply(status=503), reply({"id": "a"}, 201), reply({}, 412)]) as server:
+        client = client_of(server.url)
+        answer = client.send("PUT", "Patient/a", b'{"resourceType":"Patient"}', headers={"If-Match": 'W/"1"'})
+        assert (answer.status, answer.body) == (201, b'{"id": "a"}')
+        assert {asked.body for asked in server.asked} == {b'{"resourceType":"Patient"}'}
+        assert server.asked[1].headers["Content-Type"] == "application/fhir+json"
+        assert client.send("PUT", "Patient/a", b"{}", expect={412}).status == 412
+
+
+def test_a_refused_connection_says_what_to_look_at() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    with pytest.raises(ServerUnavailable, match=f"cannot reach {url} : connection refused") as caught:
+        client_of(url).capabilities()
+    assert "is FHIR_BASE_URL right and the server up?" in str(caught.value)
+
+
+def test_an_unknown_host_says_so() -> None:
+    with pytest.raises(ServerUnavailable, match="its name cannot be resolved"):
+        client_of("http://fhir.invalid/r4").capabilities()
+
+
+def test_a_server_that_does_not_answer_is_unavailable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = FhirClient(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.05, retrier=Retrier(RetryPolicy(attempts=1))
+        )
+        with pytest.raises(ServerUnavailable, match="no answer in time"):
+            client.get("Patient", body_of)
+
+
+def test_a_server_that_drips_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ended = threading.Event()
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                try:
+                    while not ended.wait(0.02):
+                        connection.sendall(b"1\r\n \r\n")
+                except OSError:
+                    pass
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        client = FhirClient(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.1, retrier=Retrier(RetryPolicy(attempts=1))
+        )
+        with pytest.raises(ServerUnavailable, match="not whole after"):
+            client.get("Patient", body_of)
+        ended.set()
+        thread.join()
+
+
+def test_capabilities_tell_the_types_by_interaction() -> None:
+    with ScriptedServer([reply(STATEMENT)]) as server:
+        told = client_of(server.url).capabilities()
+        assert server.asked[0].path == "/fhir/metadata"
+    assert told.fhir_version == "4.0.1"
+    assert told.offers("search-type") == frozenset({"Patient", "Observation"})
+    assert told.offers("read") == frozenset({"Patient", "Binary", "Observation"})
+
+
+def test_a_server_that_names_no_types_cannot_say() -> None:
+    with ScriptedServer([reply({"resourceType": "CapabilityStatement"})]) as server:
+        assert client_of(server.url).capabilities().offers("read") is None
+
+
+def _raises(kind: type[Exception], match: str, told: Reply) -> Callable[[], None]:
+    def check() -> None:
+        with ScriptedServer([told] * 9) as server:
+            with pytest.raises(kind, match=match):
+                client_of(server.url).capabilities()
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        _raises(ServerUnavailable, "no /metadata .404.; is FHIR_BASE_URL right", Reply(status=404)),
+        _raises(NotFhir, "HTML, not FHIR", Reply(b"<html><body>Welcome</body></html>")),
+        _raises(NotFhir, "XML, not FHIR", Reply(b'<CapabilityStatement xmlns="http://hl7.org/fhir"/>')),
+        _raises(NotFhir, "not FHIR in JSON", Reply(b"hello")),
+        _raises(NotFhir, "no CapabilityStatement", reply({"status": "up"})),
+        _raises(NotFhir, "no CapabilityStatement", reply({"resourceType": "CapabilityStatement", "rest": 7})),
+        _raises(NotFhir, "another resource", reply({"resourceType": "Patient"})),
+        _raises(NotFhir, "another version", reply({**STATEMENT, "fhirVersion": "5.0.0"})),
+        _raises(NotFhir, "another version", reply({**STATEMENT, "fhirVersion": "3.0.2"})),
+    ],
+)
+def test_what_is_no_fhir_r4_server_is_told_apart(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize("url", ["", "fhir.example/r4", "ftp://fhir.example", "http://", "file:///etc"])
+def test_a_base_url_must_be_one(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
+        FhirClient(url)
+
+
+def test_credentials_in_the_base_url_are_refused_without_showing_them() -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_AUTH_PASSWORD") as caught:
+        FhirClient(f"https://anna:{SECRET}@fhir.example/r4")
+    assert SECRET not in str(caught.value)

@@ -1,0 +1,410 @@
+"""The source `search`, against a server scripted to the byte."""
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from fhir_assets.errors import NotFhir, ServerRefused, ServerUnavailable
+from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets.fhir.search import SearchSource
+from fhir_assets.windows import Interval
+from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
+
+DAY = Interval(datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 2, tzinfo=UTC))
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+SECRET = "Mustermann"
+
+
+def patient(n: int, *, version: str | None = "1", at: datetime | None = None, **more: object) -> dict[str, Any]:
+    """A Patient that was updated n minutes into the day."""
+    moment = at or datetime(2024, 1, 1, tzinfo=UTC) + timedelta(minutes=n)
+    meta = {"lastUpdated": moment.isoformat()} | ({"versionId": version} if version else {})
+    return {"resourceType": "Patient", "id": f"p{n}", "meta": meta, **more}
+
+
+def bundle(resources: Iterable[object], following: str | None = None, **more: object) -> dict[str, Any]:
+    links = [{"relation": "self", "url": "x"}] + ([{"relation": "next", "url": following}] if following else [])
+    entries = [{"resource": each, "search": {"mode": "match"}} for each in resources]
+    return {"resourceType": "Bundle", "type": "searchset", "link": links, "entry": entries, **more}
+
+
+def source_of(server: ScriptedServer, *, page_size: int = 500) -> SearchSource:
+    retrier = Retrier(RetryPolicy(attempts=3), sleep=lambda seconds: None)
+    return SearchSource(FhirClient(server.url, timeout=10, retrier=retrier), page_size=page_size, now=lambda: NOW)
+
+
+def ids(items: Iterable[Record | Rejected]) -> list[str]:
+    return [item.id if isinstance(item, Record) else f"rejected {item.resource_id}" for item in items]
+
+
+def fetched(script: list[Reply], interval: Interval = DAY) -> list[Record | Rejected]:
+    with ScriptedServer(script) as server:
+        return list(source_of(server).fetch(["Patient"], interval))
+
+
+def records(script: list[Reply], interval: Interval = DAY) -> list[Record]:
+    items = fetched(script, interval)
+    assert all(isinstance(item, Record) for item in items)
+    return [item for item in items if isinstance(item, Record)]
+
+
+class Paged:
+    """A server with patients on pages, that sorts as it is told and may forget its next links."""
+
+    def __init__(
+        self,
+        patients: list[dict[str, Any]],
+        size: int,
+        *,
+        sorts: bool = True,
+        forgets: Callable[[int], bool] = lambda pages: False,
+        status: int = 410,
+    ) -> None:
+        self._patients = patients
+        self._size = size
+        self._sorts = sorts
+        self._forgets = forgets
+        self._status = status
+        self._pages = 0
+        self._found: list[dict[str, Any]] = []
+
+    def __call__(self, asked: Asked) -> Reply:
+        at = 0
+        if offset := asked.all("_page"):
+            self._pages += 1
+            if self._forgets(self._pages):
+                return reply({"resourceType": "OperationOutcome"}, self._status)
+            at = int(offset[0])
+        else:
+            bounds = {value[:2]: datetime.fromisoformat(value[2:]) for value in asked.all("_lastUpdated")}
+            self._found = [p for p in self._patients if bounds["ge"] <= self._time(p) < bounds["lt"]]
+            if self._sorts:
+                self._found.sort(key=self._time)
+        end = at + self._size
+        following = f"/fhir?_page={end}" if end < len(self._found) else None
+        return reply(bundle(self._found[at:end], following))
+
+    @staticmethod
+    def _time(resource: dict[str, Any]) -> datetime:
+        return datetime.fromisoformat(resource["meta"]["lastUpdated"])
+
+
+def test_an_interval_is_asked_for_half_open_sorted_and_by_the_page() -> None:
+    with ScriptedServer([reply(bundle([]))] * 2) as server:
+        source = source_of(server, page_size=250)
+        list(source.fetch(["Patient"], DAY))
+        list(source.fetch(["Patient"], Interval(None, DAY.end)))
+        assert server.asked[0].path == "/fhir/Patient"
+        assert server.asked[0].query == [
+            ("_lastUpdated", "ge2024-01-01T00:00:00.000Z"),
+            ("_lastUpdated", "lt2024-01-02T00:00:00.000Z"),
+            ("_sort", "_lastUpdated"),
+            ("_count", "250"),
+        ]
+        assert server.asked[1].all("_lastUpdated") == ["lt2024-01-02T00:00:00.000Z"]
+
+
+def test_neighbouring_intervals_share_their_bound_to_the_millisecond() -> None:
+    moment = datetime(2024, 1, 1, 12, 0, 0, 123_999, tzinfo=UTC)
+    with ScriptedServer([reply(bundle([]))] * 2) as server:
+        list(source_of(server).fetch(["Patient"], Interval(None, moment)))
+        list(source_of(server).fetch(["Patient"], Interval(moment, DAY.end)))
+        assert server.asked[0].all("_lastUpdated")[-1][2:] == server.asked[1].all("_lastUpdated")[0][2:]
+
+
+def test_a_resource_keeps_its_bytes_on_one_line() -> None:
+    text = (
+        '{ "resourceType":"Patient",\r\n "id":"a", "x":1.10,'
+        '"meta":{"lastUpdated":"2024-01-01T01:00:00.5+01:00"},"ü":"\\u00fc"}'
+    )
+    body = b'{"entry":[{"resource":' + text.encode() + b'}],"resourceType":"Bundle","type":"searchset"}'
+    (record,) = records([Reply(body)])
+    assert record.body == text.replace("\r\n", "  ").encode()
+    assert record.last_updated == datetime(2024, 1, 1, 0, 0, 0, 500_000, tzinfo=UTC)
+    assert (record.resource_type, record.id, record.version_id, record.arrived) == ("Patient", "a", None, NOW)
+
+
+def test_pages_are_followed_by_absolute_and_relative_links_and_through_an_empty_one() -> None:
+    told: dict[str, dict[str, Any]] = {}
+
+    def script(asked: Asked) -> Reply:
+        return reply(told["".join(asked.all("page"))])
+
+    with ScriptedServer(script) as server:
+        told[""] = bundle([patient(1)], f"{server.url}?page=2")
+        told["2"] = bundle([patient(2)], "?page=3")
+        told["3"] = {"resourceType": "Bundle", "type": "searchset", "link": bundle([], "/fhir/Patient?page=4")["link"]}
+        told["4"] = bundle([patient(4)])
+        assert ids(source_of(server).fetch(["Patient"], DAY)) == ["p1", "p2", "p4"]
+        assert [asked.path for asked in server.asked] == ["/fhir/Patient", "/fhir", "/fhir", "/fhir/Patient"]
+
+
+def test_a_link_to_another_origin_is_an_error_that_names_the_setting() -> None:
+    script = [reply(bundle([patient(1)], f"http://internal.example:8080/fhir?name={SECRET}"))]
+    with pytest.raises(NotFhir, match=r"http://internal.example:8080.*FHIR_BASE_URL") as caught:
+        fetched(script)
+    assert SECRET not in str(caught.value)
+
+
+def test_pages_in_a_circle_are_an_error() -> None:
+    script = [reply(bundle([patient(n)], f"?page={n % 2}")) for n in range(9)]
+    with pytest.raises(NotFhir, match="circle"):
+        fetched(script)
+
+
+def test_pages_without_end_are_an_error() -> None:
+    def script(asked: Asked) -> Reply:
+        page = int((asked.all("page") or ["0"])[0])
+        return reply(bundle([patient(1)], f"?page={page + 1}"))
+
+    with ScriptedServer(script) as server:
+        with pytest.raises(NotFhir, match="no end"):
+            list(source_of(server).fetch(["Patient"], DAY))
+
+
+def test_a_version_comes_once_however_often_the_pages_repeat_it() -> None:
+    script = [
+        reply(bundle([patient(1), patient(2), patient(1)], "?page=2")),
+        reply(bundle([patient(2), patient(2, version="2"), patient(3)], "?page=3")),
+        reply(bundle([patient(1), patient(3), patient(4, version=None), patient(4, version=None)])),
+    ]
+    assert [(r.id, r.version_id) for r in records(script)] == [
+        ("p1", "1"),
+        ("p2", "1"),
+        ("p2", "2"),
+        ("p3", "1"),
+        ("p4", None),
+    ]
+
+
+def test_outcomes_and_includes_are_no_matches() -> None:
+    page = bundle([patient(1)])
+    page["entry"] += [
+        {"resource": {"resourceType": "OperationOutcome", "issue": []}, "search": {"mode": "outcome"}},
+        {"resource": {"resourceType": "OperationOutcome", "issue": []}},
+        {"resource": {"resourceType": "Practitioner", "id": "x"}, "search": {"mode": "include"}},
+        {"resource": patient(2)},
+    ]
+    with ScriptedServer([reply(page)]) as server:
+        source = source_of(server)
+        assert ids(source.fetch(["Patient"], DAY)) == ["p1", "p2"]
+        assert source.included == {"Practitioner": 1}
+
+
+@pytest.mark.parametrize(
+    ("entry", "rule", "resource_id"),
+    [
+        ({"search": {"mode": "match"}}, "structure", None),
+        ({"resource": None}, "structure", None),
+        ({"resource": [SECRET]}, "structure", None),
+        ({"resource": SECRET}, "structure", None),
+        ({"resource": {}}, "structure", None),
+        ({"resource": {"resourceType": "Patient", "name": SECRET}}, "structure", None),
+        ({"resource": {"resourceType": "Patient", "id": ""}}, "structure", ""),
+        ({"resource": {"resourceType": "Patient", "id": 5}}, "structure", None),
+        ({"resource": {"resourceType": "Patient", "id": "a", "meta": [SECRET]}}, "structure", None),
+        ({"resource": {"resourceType": SECRET, "id": "a"}}, "structure", "a"),
+        (SECRET, "structure", None),
+        (None, "structure", None),
+        ({"resource": patient(1), "search": SECRET}, "structure", None),
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_rejected_and_the_page_goes_on(
+    entry: object, rule: str, resource_id: str | None
+) -> None:
+    page = bundle([patient(1), patient(2)])
+    page["entry"].insert(1, entry)
+    items = fetched([reply(page)])
+    assert [type(item) for item in items] == [Record, Rejected, Record]
+    item = items[1]
+    assert isinstance(item, Rejected)
+    assert (item.resource_type, item.rule, item.resource_id) == ("Patient", rule, resource_id)
+    assert item.path == "Patient search, page 1, entry 2"
+    assert SECRET not in item.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"resourceType": "OperationOutcome", "issue": [{"diagnostics": SECRET}]},
+        {"resourceType": "Bundle", "type": "history", "entry": []},
+        {"resourceType": "Bundle", "entry": []},
+        {"resourceType": "Patient", "id": SECRET},
+        {"resourceType": "Bundle", "type": "searchset", "entry": {"resource": SECRET}},
+        {"resourceType": "Bundle", "type": "searchset", "total": SECRET},
+        {"status": "ok"},
+        [SECRET],
+        SECRET,
+        None,
+    ],
+)
+def test_anything_else_than_a_searchset_is_an_error_and_no_empty_page(body: object) -> None:
+    with pytest.raises(NotFhir) as caught:
+        fetched([reply(body)] * 3)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_body_that_is_cut_off_again_and_again_is_an_error() -> None:
+    cut = json.dumps(bundle([patient(1)])).encode()[:-5]
+    with pytest.raises(NotFhir, match=r"not whole JSON \(tried 3 times"):
+        fetched([Reply(cut)] * 3)
+
+
+def test_what_was_given_before_an_error_stays_given() -> None:
+    with ScriptedServer([reply(bundle([patient(1)], "?page=2")), *[Reply(status=500)] * 3]) as server:
+        items = source_of(server).fetch(["Patient"], DAY)
+        assert ids([next(items)]) == ["p1"]
+        with pytest.raises(ServerUnavailable):
+            next(items)
+
+
+def test_the_next_page_is_on_its_way_while_one_is_worked_on() -> None:
+    second = threading.Event()
+
+    def script(asked: Asked) -> Reply:
+        if asked.all("page"):
+            second.set()
+            return reply(bundle([patient(2)]))
+        return reply(bundle([patient(1)], "?page=2"))
+
+    with ScriptedServer(script) as server:
+        items = source_of(server).fetch(["Patient"], DAY)
+        first = next(items)
+        assert second.wait(10)
+        assert ids([first, *items]) == ["p1", "p2"]
+
+
+@pytest.mark.parametrize("status", [410, 404])
+@pytest.mark.parametrize("sorts", [True, False])
+def test_an_expired_page_restarts_the_search_and_nothing_is_lost_or_doubled(status: int, sorts: bool) -> None:
+    patients = [patient(n * 7 % 200) for n in range(200)]
+    script = Paged(patients, 15, sorts=sorts, forgets=lambda pages: pages in (4, 15), status=status)
+    with ScriptedServer(script) as server:
+        came = ids(source_of(server).fetch(["Patient"], DAY))
+        starts = [a.all("_lastUpdated")[0] for a in server.asked if a.all("_lastUpdated")]
+    assert len(came) == 200
+    assert set(came) == {p["id"] for p in patients}
+    assert len(starts) > 1
+    assert (starts == sorted(set(starts))) is sorts
+
+
+def test_pages_that_are_never_there_are_an_error() -> None:
+    at = datetime(2024, 1, 1, 5, tzinfo=UTC)
+    script = Paged([patient(n, at=at) for n in range(20)], 5, forgets=lambda pages: True)
+    with ScriptedServer(script) as server:
+        with pytest.raises(ServerUnavailable, match="FHIR_PAGE_SIZE"):
+            list(source_of(server).fetch(["Patient"], DAY))
+
+
+def test_a_refused_first_page_is_no_expired_one() -> None:
+    with pytest.raises(ServerRefused, match="410"):
+        fetched([Reply(status=410)])
+    with pytest.raises(ServerRefused, match="400"):
+        fetched([reply(bundle([patient(1)], "?page=2")), Reply(status=400)])
+
+
+@pytest.mark.parametrize("moment", [datetime(2023, 12, 31, 12, tzinfo=UTC), datetime(2024, 1, 3, tzinfo=UTC)])
+def test_a_server_that_ignores_last_updated_is_found_out(moment: datetime) -> None:
+    with pytest.raises(NotFhir, match="_lastUpdated"):
+        fetched([reply(bundle([patient(1, at=moment)]), Date="Sat, 01 Jun 2024 00:00:00 GMT")])
+
+
+@pytest.mark.parametrize(
+    ("headers", "began"),
+    [({}, NOW), ({"Date": "Fri, 01 Mar 2024 00:00:00 GMT"}, datetime(2024, 3, 1, tzinfo=UTC))],
+)
+def test_a_resource_updated_while_the_search_runs_is_left_to_the_next_one(
+    headers: dict[str, str], began: datetime
+) -> None:
+    page = bundle([patient(1), patient(2, at=began + timedelta(seconds=3)), patient(3)])
+    assert ids(records([Reply(json.dumps(page).encode(), headers=headers)])) == ["p1", "p3"]
+
+
+def test_a_resource_without_last_updated_is_kept() -> None:
+    (record,) = records([reply(bundle([{"resourceType": "Patient", "id": "a"}]))])
+    assert (record.last_updated, record.as_of) == (None, NOW)
+
+
+def test_count_is_the_servers_own_total() -> None:
+    with ScriptedServer([reply(bundle([], total=42)), reply(bundle([]))]) as server:
+        source = source_of(server)
+        assert source.count("Patient", DAY) == 42
+        assert source.count("Patient", DAY) is None
+        assert server.asked[0].all("_summary") == ["count"]
+        assert len(server.asked[0].all("_lastUpdated")) == 2
+
+
+def test_offered_types_are_asked_for_once() -> None:
+    statement = {
+        "resourceType": "CapabilityStatement",
+        "rest": [{"mode": "server", "resource": [{"type": "Patient", "interaction": [{"code": "search-type"}]}]}],
+    }
+    with ScriptedServer([reply(statement)]) as server:
+        source = source_of(server)
+        assert source.offered() == source.offered() == frozenset({"Patient"})
+
+
+def test_ids_are_asked_for_by_the_batch_and_only_such_as_can_be() -> None:
+    def script(asked: Asked) -> Reply:
+        (wanted,) = asked.all("_id")
+        return reply(bundle(patient(int(each[1:])) for each in wanted.split(",") if int(each[1:]) % 2))
+
+    with ScriptedServer(script) as server:
+        wanted = [*(f"p{n}" for n in range(120)), "p1", "a,b", "ä", "", "x" * 65]
+        came = ids(source_of(server).fetch_ids("Patient", wanted))
+        assert came == [f"p{n}" for n in range(1, 120, 2)]
+        assert [len(asked.all("_id")[0].split(",")) for asked in server.asked] == [50, 50, 20]
+
+
+def test_a_server_that_ignores_ids_is_found_out() -> None:
+    with ScriptedServer([reply(bundle([patient(1), patient(2)]))]) as server:
+        with pytest.raises(NotFhir, match="_id"):
+            list(source_of(server).fetch_ids("Patient", ["p1"]))
+
+
+def _extent(script: Callable[[Asked], Reply]) -> Interval | None:
+    with ScriptedServer(script) as server:
+        return source_of(server).extent(["Patient"])
+
+
+def _sorting(patients: list[dict[str, Any]], *, sorts: bool = True) -> Callable[[Asked], Reply]:
+    def script(asked: Asked) -> Reply:
+        found = patients
+        for value in asked.all("_lastUpdated"):
+            bound = datetime.fromisoformat(value[2:])
+            low = value.startswith("ge")
+            found = [p for p in found if (_time(p) >= bound if low else _time(p) < bound)]
+        if sorts and (order := asked.all("_sort")):
+            found = sorted(found, key=_time, reverse=order[0].startswith("-"))
+        return reply(bundle([] if asked.all("_summary") else found[:1], total=len(found)))
+
+    return script
+
+
+def _time(resource: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(resource["meta"]["lastUpdated"])
+
+
+def test_extent_goes_from_the_oldest_to_the_newest() -> None:
+    extent = _extent(_sorting([patient(5), patient(1), patient(9)]))
+    assert extent is not None
+    assert extent.start == datetime(2024, 1, 1, 0, 1, tzinfo=UTC)
+    assert datetime(2024, 1, 1, 0, 9, tzinfo=UTC) < extent.end <= datetime(2024, 1, 1, 0, 9, 1, tzinfo=UTC)
+
+
+def test_extent_is_open_where_the_server_does_not_sort() -> None:
+    assert _extent(_sorting([patient(5), patient(1), patient(9)], sorts=False)) == Interval(None, NOW)
+    refuses = Reply(status=400)
+    assert _extent(lambda asked: refuses) == Interval(None, NOW)
+
+
+def test_extent_of_an_empty_server_is_none_and_of_the_future_ends_now() -> None:
+    assert _extent(_sorting([])) is None
+    extent = _extent(_sorting([patient(1), patient(2, at=NOW + timedelta(days=9000))]))
+    assert extent == Interval(datetime(2024, 1, 1, 0, 1, tzinfo=UTC), NOW)
