@@ -57,9 +57,10 @@ class Ingestion:
                 return windows_due(
                     conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
                 )
-        extent = source.extent(self._settings.fhir_resource_types) if first is None else None
+        extent = source.extent(self._settings.fhir_resource_types) if first is None or last is None else None
         first = first or (extent.start if extent and extent.start else now)
-        return chunks(list(scheme.between(first, min(last or now, now))))
+        last = last or (extent.end if extent and source.state() is not None else now)
+        return chunks(list(scheme.between(first, min(last, now))))
 
     def steps(self) -> int:
         """How many steps one run has."""
