@@ -21,34 +21,37 @@ SAME: Types = frozenset({"same as the input"})
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """``least`` and ``most`` count the arguments; ``many`` says that the result is a collection."""
+    """``least`` and ``most`` count the arguments; ``many`` says that the result is a collection; ``takes`` is the kind
+    of its input, if it takes only one.
+    """
 
     template: Template
     types: Types
     least: int = 0
     most: int = 0
     many: bool = False
+    takes: str | None = None
 
 
 SCALARS: dict[str, Function] = {
-    "indexOf": Function("{0}.find({1})", _INTEGER, 1, 1),
-    "substring": Function(scalars.substring, _STRING, 1, 2),
-    "startsWith": Function("{0}.startswith({1})", _BOOLEAN, 1, 1),
-    "endsWith": Function("{0}.endswith({1})", _BOOLEAN, 1, 1),
-    "contains": Function("{1} in {0}", _BOOLEAN, 1, 1),
-    "upper": Function("{0}.upper()", _STRING),
-    "lower": Function("{0}.lower()", _STRING),
-    "trim": Function("{0}.strip()", _STRING),
-    "replace": Function("{0}.replace({1}, {2})", _STRING, 2, 2),
-    "matches": Function(scalars.matches, _BOOLEAN, 1, 1),
-    "matchesFull": Function(scalars.matches_full, _BOOLEAN, 1, 1),
-    "replaceMatches": Function(scalars.replace_matches, _STRING, 2, 2),
-    "length": Function("len({0})", _INTEGER),
-    "toChars": Function("list({0})", _STRING, many=True),
-    "split": Function("{0}.split({1})", _STRING, 1, 1, many=True),
-    "encode": Function(scalars.encode, _STRING, 1, 1),
-    "decode": Function(scalars.decode, _STRING, 1, 1),
-    "escape": Function(scalars.escape, _STRING, 1, 1),
+    "indexOf": Function("{0}.find({1})", _INTEGER, 1, 1, takes="text"),
+    "substring": Function(scalars.substring, _STRING, 1, 2, takes="text"),
+    "startsWith": Function("{0}.startswith({1})", _BOOLEAN, 1, 1, takes="text"),
+    "endsWith": Function("{0}.endswith({1})", _BOOLEAN, 1, 1, takes="text"),
+    "contains": Function("{1} in {0}", _BOOLEAN, 1, 1, takes="text"),
+    "upper": Function("{0}.upper()", _STRING, takes="text"),
+    "lower": Function("{0}.lower()", _STRING, takes="text"),
+    "trim": Function("{0}.strip()", _STRING, takes="text"),
+    "replace": Function("{0}.replace({1}, {2})", _STRING, 2, 2, takes="text"),
+    "matches": Function(scalars.matches, _BOOLEAN, 1, 1, takes="text"),
+    "matchesFull": Function(scalars.matches_full, _BOOLEAN, 1, 1, takes="text"),
+    "replaceMatches": Function(scalars.replace_matches, _STRING, 2, 2, takes="text"),
+    "length": Function("len({0})", _INTEGER, takes="text"),
+    "toChars": Function("list({0})", _STRING, many=True, takes="text"),
+    "split": Function("{0}.split({1})", _STRING, 1, 1, many=True, takes="text"),
+    "encode": Function(scalars.encode, _STRING, 1, 1, takes="text"),
+    "decode": Function(scalars.decode, _STRING, 1, 1, takes="text"),
+    "escape": Function(scalars.escape, _STRING, 1, 1, takes="text"),
     "toString": Function(scalars.to_string, _STRING),
     "toInteger": Function(scalars.to_integer, _INTEGER),
     "toDecimal": Function(scalars.to_decimal, _DECIMAL),
@@ -56,16 +59,16 @@ SCALARS: dict[str, Function] = {
     "toDate": Function(scalars.to_date, frozenset({"date"})),
     "toDateTime": Function(scalars.to_date_time, frozenset({"dateTime"})),
     "toTime": Function(scalars.to_time, frozenset({"time"})),
-    "abs": Function(scalars.absolute, SAME),
-    "ceiling": Function(scalars.ceiling, _INTEGER),
-    "floor": Function(scalars.floor, _INTEGER),
-    "truncate": Function(scalars.truncate, _INTEGER),
-    "round": Function(scalars.round_, _DECIMAL, 0, 1),
-    "sqrt": Function(scalars.sqrt, _DECIMAL),
-    "exp": Function(scalars.exp, _DECIMAL),
-    "ln": Function(scalars.ln, _DECIMAL),
-    "log": Function(scalars.log, _DECIMAL, 1, 1),
-    "power": Function(scalars.power, SAME, 1, 1),
+    "abs": Function(scalars.absolute, SAME, takes="number"),
+    "ceiling": Function(scalars.ceiling, _INTEGER, takes="number"),
+    "floor": Function(scalars.floor, _INTEGER, takes="number"),
+    "truncate": Function(scalars.truncate, _INTEGER, takes="number"),
+    "round": Function(scalars.round_, _DECIMAL, 0, 1, takes="number"),
+    "sqrt": Function(scalars.sqrt, _DECIMAL, takes="number"),
+    "exp": Function(scalars.exp, _DECIMAL, takes="number"),
+    "ln": Function(scalars.ln, _DECIMAL, takes="number"),
+    "log": Function(scalars.log, _DECIMAL, 1, 1, takes="number"),
+    "power": Function(scalars.power, SAME, 1, 1, takes="number"),
     "comparable": Function(scalars.comparable, _BOOLEAN, 1, 1),
     "getResourceKey": Function(runtime.resource_key, _STRING),
     "getValue": Function("{0}", SAME),

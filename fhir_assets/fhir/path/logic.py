@@ -158,6 +158,8 @@ class HasValue(Logic):
         self.base = base
 
     def logic(self, out: Emitter) -> Conditions:
+        if isinstance(self.base, Constant):
+            return "True", "False"
         value = self.base.value(out)
         primitive = self.base.types is not None and all(r4().is_primitive(type_) for type_ in self.base.types)
         if self.base.many:

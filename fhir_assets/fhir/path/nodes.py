@@ -182,6 +182,9 @@ class Constant(Expr):
     def exists(self, out: Emitter) -> str:
         return "True"
 
+    def logic(self, out: Emitter) -> tuple[str, str]:
+        return str(self.constant is not False), str(self.constant is False)
+
 
 @dataclass(frozen=True)
 class Key:
@@ -203,8 +206,8 @@ class Navigation(Expr):
         self.base = base
         self.keys = keys
         self.types = frozenset(key.type for key in keys)
-        self.array = keys[0].many
-        self.many = base.many or self.array
+        self.is_array = keys[0].many
+        self.many = base.many or self.is_array
         self.holey = any(key.primitive for key in keys)
 
     def _parent(self, out: Emitter) -> str:
@@ -230,6 +233,12 @@ class Navigation(Expr):
             return super().value(out)
         return out.let(self._read(out, self._parent(out)))
 
+    def array(self, out: Emitter) -> str | None:
+        """The name of the array as it stands in JSON, if its items are just those: no holes, no other arrays."""
+        if self.base.many or not self.is_array or self.holey:
+            return None
+        return out.let(self._read(out, self._parent(out)))
+
     def each(self, out: Emitter, body: Body, *, holes: bool = False) -> None:
         if self.base.many:
             self.base.each(out, lambda parent: self._each_in(out, parent, body, holes))
@@ -238,7 +247,7 @@ class Navigation(Expr):
 
     def _each_in(self, out: Emitter, parent: str, body: Body, holes: bool) -> None:
         read = out.let(self._read(out, parent))
-        if not self.array:
+        if not self.is_array:
             extra = f" or {self._extra(out, parent)}" if holes and self.holey else ""
             with out.block(f"if {read} is not None{extra}:"):
                 body(read)
@@ -261,10 +270,10 @@ class Navigation(Expr):
             return super().exists(out)
         parent = self._parent(out)
         read = out.let(self._read(out, parent))
-        present = f"{read}" if self.array else f"{read} is not None"
+        present = f"{read}" if self.is_array else f"{read} is not None"
         if self.holey:
             return out.let(f"True if {present} else {self._extra(out, parent)}")
-        return out.let(f"bool({read})") if self.array else f"({present})"
+        return out.let(f"bool({read})") if self.is_array else f"({present})"
 
     def narrow(self, wanted: str) -> Expr:
         model = r4()
@@ -280,7 +289,7 @@ class Navigation(Expr):
 
     def sibling(self) -> Expr:
         beside = Navigation(self.base, tuple(Key(f"_{key.name}", "Element", key.many) for key in self.keys))
-        beside.holey = self.array
+        beside.holey = self.is_array
         return beside
 
 

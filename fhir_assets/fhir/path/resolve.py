@@ -241,6 +241,8 @@ def _call(call: syntax.Call, scope: Scope) -> Expr:
     for table, build in ((SCALARS, _scalar), (COLLECTIONS, _collection)):
         if function := table.get(name):
             _arguments(call, function.least, function.most)
+            if function.takes and logic.kind(base.types) not in (function.takes, None):
+                raise FhirPathError(f"{name}() takes a {function.takes}, not a {logic.kind(base.types)}")
             return build(function, base, arguments)
     if function := VALUES.get(name):
         return steps.Scalar(function.template, types=function.types)
@@ -326,8 +328,10 @@ def _other(call: syntax.Call, base: Expr, arguments: list[Expr]) -> Expr:
             return steps.Count(base)
         case "hasValue":
             return logic.HasValue(base)
-        case "first" | "last":
-            return steps.At(base, nodes.Constant(0 if name == "first" else -1, _INTEGER))
+        case "first":
+            return steps.At(base, nodes.Constant(0, _INTEGER))
+        case "last":
+            return steps.At(base, None)
         case "tail":
             return steps.Slice(base, "[1:]", nodes.Constant(1, _INTEGER))
         case "skip":

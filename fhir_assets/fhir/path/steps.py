@@ -20,30 +20,27 @@ def apply(out: Emitter, function: Template, values: Sequence[str]) -> str:
 
 
 class At(Expr):
-    """``base[n]``, ``first()``, ``last()`` (n = -1)."""
+    """``base[index]`` and ``first()``; ``last()`` without an index."""
 
-    def __init__(self, base: Expr, index: Expr) -> None:
+    def __init__(self, base: Expr, index: Expr | None) -> None:
         self.base = base
         self.index = index
         self.types = base.types
 
     def value(self, out: Emitter) -> str:
-        index = self.index.single(out)
+        index = self.index.single(out) if self.index else "-1"
+        direct = index == "0" or self.index is None
         if not self.base.many:
             value = self.base.value(out)
-            return value if index in ("0", "-1") else out.let(f"{value} if {index} == 0 else None")
-        if isinstance(self.base, Navigation) and not self.base.base.many and not self.base.holey:
-            items = out.let(self.base._read(out, self.base._parent(out)))
-        else:
-            items = self.base.collect(out, holes=True)
-        if index in ("0", "-1"):
+            return value if direct else out.let(f"{value} if {index} == 0 else None")
+        items = self.base.array(out) if isinstance(self.base, Navigation) else None
+        items = items or self.base.collect(out, holes=True)
+        if direct:
             return out.let(f"{items}[{index}] if {items} else None")
         return out.let(f"{out.bind(runtime.at)}({items}, {index})")
 
     def narrow(self, wanted: str) -> Expr:
-        if isinstance(self.base, Navigation) and not self.base.array and not self.base.many:
-            return At(self.base.narrow(wanted), self.index)
-        return super().narrow(wanted)
+        return super().narrow(wanted) if self.base.many else At(self.base.narrow(wanted), self.index)
 
     def sibling(self) -> Expr:
         if isinstance(self.base, Navigation) and not self.base.base.many:

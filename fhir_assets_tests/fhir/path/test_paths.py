@@ -33,6 +33,7 @@ ON_PATIENT: list[tuple[str, list[Any]]] = [
     ("name.last().use", ["maiden"]),
     ("name[1].given", ["Annie"]),
     ("name[7]", []),
+    ("name[-1]", []),
     ("name[multipleBirth.ofType(integer) - 1].use", ["usual"]),
     ("name.given.first()", ["Ann"]),
     ("name.given[2]", ["Bo"]),
@@ -246,6 +247,9 @@ ALONE: list[tuple[str, list[Any]]] = [
     ("1 is Integer", [True]),
     ("'a' is System.String", [True]),
     ("1.0 is integer", [False]),
+    ("'a' and true", [True]),
+    ("1.hasValue()", [True]),
+    ("{}.hasValue()", [False]),
 ]
 
 
