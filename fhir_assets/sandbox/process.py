@@ -1,5 +1,6 @@
 """Running the sandbox server: in this process, in a thread for tests, or in a process of its own."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self, Unpack, cast
 
 import requests
@@ -197,13 +198,15 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, and with ``end_with_stdin`` no longer than standard input stays open.
 
-    ``data`` is a folder of NDJSON files, or None for an empty server; ``ready`` is told the URL (by default it
+    Only for the main thread. ``data`` is a folder of NDJSON files, or None for an empty server; ``ready`` is told
+    the URL (by default it
     is written to standard output). Raises ConfigurationError for unusable data or a port that is taken.
     """
     with suppress(KeyboardInterrupt), _listen(port) as listener:
         store = Store()
         fill(store, data)
         server = _uvicorn(create_app(store, faults, **options))
+        _end_with_signals(server)
         if end_with_stdin:
             threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
         (ready or _tell)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")
@@ -213,6 +216,16 @@ def serve(
 def _tell(url: str) -> None:
     sys.stdout.write(f"{_READY}{url}\n")
     sys.stdout.flush()
+
+
+def _end_with_signals(server: uvicorn.Server) -> None:
+    """From now on, not only from when uvicorn takes over: an interrupt while its loop starts would get lost."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def _end_with_stdin(server: uvicorn.Server) -> None:
