@@ -199,7 +199,8 @@ def serve(
     """Serve until Ctrl-C or SIGTERM, and with ``end_with_stdin`` no longer than standard input stays open.
 
     Only for the main thread. ``data`` is a folder of NDJSON files, or None for an empty server; ``ready`` is told
-    the URL (by default it is written to standard output). Raises ConfigurationError for unusable data or a port that is taken.
+    the URL (by default it is written to standard output). Raises ConfigurationError for unusable data or a port
+    that is taken.
     """
     with suppress(KeyboardInterrupt), _listen(port) as listener:
         store = Store()
