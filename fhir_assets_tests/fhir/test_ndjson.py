@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,17 @@ def test_a_line_that_cannot_be_used_counts_from_when_its_file_was_written(tmp_pa
     extent = NdjsonSource(str(tmp_path)).extent(["Patient"])
     assert extent is not None
     assert WRITTEN in extent
+
+
+def test_consecutive_intervals_give_everything_once(tmp_path: Path) -> None:
+    dated = [line(resource_id=f"{n}", updated=f"2024-01-0{1 + n % 4}T00:00:00Z") for n in range(12)]
+    write(tmp_path / "Patient.ndjson", [*dated, b"?", line(resource_id="undated", updated=None)])
+    days = [datetime(2024, 1, 2, tzinfo=UTC), datetime(2024, 1, 4, tzinfo=UTC), datetime(2025, 1, 1, tzinfo=UTC)]
+    intervals = [Interval(None, days[0]), *(Interval(start, end) for start, end in pairwise(days))]
+    parts = [item for interval in intervals for item in read(tmp_path, interval=interval)]
+    whole = read(tmp_path)
+    assert len(parts) == len(whole) == 14
+    assert {item.body for item in parts} == {item.body for item in whole}
 
 
 def test_a_missing_id_is_left_to_validation(tmp_path: Path) -> None:
