@@ -11,9 +11,10 @@ from decimal import Decimal
 import msgspec
 
 from fhir_assets.fhir.views import View
-from fhir_assets.warehouse.layout import Kind, kind_of
+from fhir_assets.warehouse.layout import PARTIAL, Kind, kind_of
 
 Cell = Callable[[object], str]
+"""A value that is not None as the text of its cell, or of its two: that of a partial date and its precision."""
 
 NULL = r"\N"
 LONGEST_INDEXED = 2600
@@ -36,11 +37,15 @@ def row_encoder(view: View) -> Callable[[Sequence[object]], str]:
 
     It raises Refused, with the index of the column as second argument.
     """
-    cells = [_cell(kind_of(column), indexed="index" in column.tags) for column in view.columns]
+    kinds = [kind_of(column) for column in view.columns]
+    cells = [_cell(kind, indexed="index" in column.tags) for kind, column in zip(kinds, view.columns, strict=True)]
+    nulls = [f"{NULL}\t{NULL}" if kind in PARTIAL else NULL for kind in kinds]
 
     def encode(row: Sequence[object]) -> str:
         try:
-            return "\t".join([cell(value) for cell, value in zip(cells, row, strict=True)])
+            return "\t".join(
+                [null if value is None else cell(value) for value, null, cell in zip(row, nulls, cells, strict=True)]
+            )
         except (Refused, ValueError, TypeError, OverflowError):
             raise _located(cells, row) from None
 
@@ -50,7 +55,8 @@ def row_encoder(view: View) -> Callable[[Sequence[object]], str]:
 def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
     for place, (cell, value) in enumerate(zip(cells, row, strict=False)):
         try:
-            cell(value)
+            if value is not None:
+                cell(value)
         except Refused as refused:
             return Refused(str(refused), place)
         except (ValueError, TypeError, OverflowError):
@@ -112,8 +118,6 @@ def _cell(kind: Kind, *, indexed: bool) -> Cell:
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return NULL
     if value.__class__ is not str:
         value = _json(value).decode()
     return plain_text(value)
@@ -127,8 +131,6 @@ def _indexed_text(value: object) -> str:
 
 
 def _boolean(value: object) -> str:
-    if value is None:
-        return NULL
     if value is True:
         return "t"
     if value is False:
@@ -137,8 +139,6 @@ def _boolean(value: object) -> str:
 
 
 def _integer(value: object) -> str:
-    if value is None:
-        return NULL
     if value.__class__ is not int:
         raise Refused("not an integer")
     if -0x80000000 <= value <= 0x7FFFFFFF:
@@ -147,8 +147,6 @@ def _integer(value: object) -> str:
 
 
 def _bigint(value: object) -> str:
-    if value is None:
-        return NULL
     if value.__class__ is str:
         value = int(value)
     if value.__class__ is not int:
@@ -159,8 +157,6 @@ def _bigint(value: object) -> str:
 
 
 def _numeric(value: object) -> str:
-    if value is None:
-        return NULL
     if value.__class__ is Decimal:
         text = str(value)
         if len(text) < 1000 and "E" not in text:
@@ -181,8 +177,6 @@ def _numeric(value: object) -> str:
 
 
 def _date(value: object) -> str:
-    if value is None:
-        return "\\N\t\\N"
     if value.__class__ is not str or not _DATE(value):
         raise Refused("not a date of the form YYYY, YYYY-MM or YYYY-MM-DD")
     return _whole_date(value)
@@ -203,8 +197,6 @@ def _whole_date(text: str) -> str:
 
 
 def _datetime(value: object) -> str:
-    if value is None:
-        return "\\N\t\\N"
     if value.__class__ is not str:
         raise Refused("not a dateTime")
     if len(value) <= 10:
@@ -213,8 +205,6 @@ def _datetime(value: object) -> str:
 
 
 def _instant(value: object) -> str:
-    if value is None:
-        return NULL
     if value.__class__ is not str or not _DATETIME(value):
         raise Refused("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
     text: str = value
@@ -237,8 +227,6 @@ def _is_moment(text: str) -> bool:
 
 
 def _time(value: object) -> str:
-    if value is None:
-        return NULL
     if value.__class__ is not str or not _TIME(value):
         raise Refused("not a time of the form hh:mm:ss")
     text: str = value
@@ -248,8 +236,6 @@ def _time(value: object) -> str:
 
 
 def _as_json(value: object) -> str:
-    if value is None:
-        return NULL
     encoded = _json(value)
     if b"\\u" in encoded:
         check_escapes(encoded)
@@ -257,8 +243,6 @@ def _as_json(value: object) -> str:
 
 
 def _texts(value: object) -> str:
-    if value is None:
-        return NULL
     if not isinstance(value, list | tuple):
         raise Refused("not a collection")
     return plain_text("{" + ",".join([_element(each) for each in value]) + "}")

@@ -6,10 +6,13 @@ end as if one had come after the other, whatever their order.
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Self
 
 import psycopg
 from psycopg import sql
@@ -24,6 +27,7 @@ from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
 
 CHUNK_RESOURCES = 20_000
 CHUNK_BYTES = 32 * 2**20
+_SWITCH_SECONDS = 0.0002
 
 ViewRows = Sequence[Sequence[Sequence[object]]]
 """Per view its rows, each with its values as JSON has them, in the order of the view's columns."""
@@ -72,12 +76,26 @@ class _Pending:
         return len(self.head) + sum(map(len, self.lines))
 
 
+@dataclass(slots=True)
+class _Outcome:
+    """What came of one chunk."""
+
+    inserted: int = 0
+    updated: int = 0
+    superseded: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
+    refused: list[Unloadable] = field(default_factory=list)
+
+
 class Loader:
     """Loads resources of one type and their rows of ``views``. The caller opens and commits the transaction:
     everything that one Loader writes is seen together or not at all.
 
     A second load of a resource, or of an older version of it, changes nothing. Of versions of the same time the one
     with the greater numeric ``versionId`` is newer, and of equals the one that came last.
+
+    Used as a context manager it writes one chunk in a thread while it takes the next. The connection is its own
+    then, from the first ``add`` on; the caller may use it after ``wait`` or ``finish``, until the next ``add``.
     """
 
     def __init__(self, conn: Connection, resource_type: str, views: Sequence[View], *, run_id: str) -> None:
@@ -92,6 +110,22 @@ class Loader:
         self._unloadable: list[Unloadable] = []
         self._statements = _Statements(resource_type, views)
         self._staged = False
+        self._interval = sys.getswitchinterval()
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[_Outcome] | None = None
+
+    def __enter__(self) -> Self:
+        # At each filled socket buffer the writer asks for the interpreter again, and would wait 5 ms for its turn.
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._interval, _SWITCH_SECONDS))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._thread is not None
+        self._thread.shutdown()
+        self._thread = None
+        sys.setswitchinterval(self._interval)
 
     def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[Unloadable]:
         """Take resources of one partition. Returns those found unloadable since the last call (the partition of
@@ -101,16 +135,23 @@ class Loader:
             try:
                 pending = self._encode(record, partition_key, rows)
             except _Unfit as unfit:
-                self._refuse(record, partition_key, unfit.view, unfit.column, str(unfit))
+                self._refused(Unloadable(record, partition_key, unfit.view, unfit.column, str(unfit)))
                 continue
             self._take(pending)
             if len(self._chunk) >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
                 self._flush()
         return self._drain()
 
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises DatabaseUnavailable if the last chunk could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._account(writing.result())
+
     def finish(self) -> LoadCounts:
-        """Write what is held. ``unloadable`` resources that only now turn up are in ``late``."""
+        """Write what is held, all of it. Unloadable resources that only now turned up are in ``late``."""
         self._flush()
+        self.wait()
         return self._counts
 
     def late(self) -> list[Unloadable]:
@@ -121,8 +162,8 @@ class Loader:
         found, self._unloadable = self._unloadable, []
         return found
 
-    def _refuse(self, record: Record, partition_key: str, view: str | None, column: str | None, why: str) -> None:
-        self._unloadable.append(Unloadable(record, partition_key, view, column, why))
+    def _refused(self, unloadable: Unloadable) -> None:
+        self._unloadable.append(unloadable)
         self._counts.unloadable += 1
 
     def _take(self, pending: _Pending) -> None:
@@ -164,16 +205,32 @@ class Loader:
         )
 
     def _flush(self) -> None:
+        self.wait()
         if not self._chunk:
             return
         # In the order of ids, so that two loads do not wait for each other crosswise.
         chunk = [self._chunk[key] for key in sorted(self._chunk)]
         self._chunk, self._bytes = {}, 0
+        if self._thread is not None:
+            self._writing = self._thread.submit(self._write, chunk)
+        else:
+            self._account(self._write(chunk))
+
+    def _account(self, outcome: _Outcome) -> None:
+        self._counts.inserted += outcome.inserted
+        self._counts.updated += outcome.updated
+        self._counts.superseded += outcome.superseded
+        self._counts.rows.update(outcome.rows)
+        for unloadable in outcome.refused:
+            self._refused(unloadable)
+
+    def _write(self, chunk: list[_Pending]) -> _Outcome:
+        outcome = _Outcome()
         try:
             if not self._staged:
                 self._conn.execute(self._statements.stage)
                 self._staged = True
-            self._write(chunk)
+            self._write_or_halve(chunk, outcome)
         except psycopg.errors.DeadlockDetected:
             raise DatabaseUnavailable(
                 "Two loads of the same resources crossed, and Postgres gave one of them up: run it again"
@@ -184,8 +241,9 @@ class Loader:
             raise DatabaseUnavailable(
                 f"Postgres went away during the load ({type(error).__name__}): nothing of it is kept; run it again"
             ) from None
+        return outcome
 
-    def _write(self, chunk: list[_Pending]) -> None:
+    def _write_or_halve(self, chunk: list[_Pending], outcome: _Outcome) -> None:
         """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
         try:
             with self._conn.transaction():
@@ -193,17 +251,17 @@ class Loader:
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
             if len(chunk) > 1:
                 middle = len(chunk) // 2
-                self._write(chunk[:middle])
-                self._write(chunk[middle:])
+                self._write_or_halve(chunk[:middle], outcome)
+                self._write_or_halve(chunk[middle:], outcome)
                 return
             view, column = self._place(error)
-            self._refuse(chunk[0].record, chunk[0].partition_key, view, column, _said(error))
+            outcome.refused.append(Unloadable(chunk[0].record, chunk[0].partition_key, view, column, _said(error)))
             return
-        self._counts.updated += updated
-        self._counts.inserted += len(winners) - updated
-        self._counts.superseded += len(chunk) - len(winners)
+        outcome.updated += updated
+        outcome.inserted += len(winners) - updated
+        outcome.superseded += len(chunk) - len(winners)
         for place, view in enumerate(self._views):
-            self._counts.rows[view] += sum([pending.counts[place] for pending in winners])
+            outcome.rows[view] += sum([pending.counts[place] for pending in winners])
 
     def _merge(self, chunk: list[_Pending]) -> tuple[int, list[_Pending]]:
         """How many resources were there before, and those that won."""

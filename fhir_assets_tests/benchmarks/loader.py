@@ -3,6 +3,7 @@
 ``python -m fhir_assets_tests.benchmarks.loader [resources]`` prints a table.
 """
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from fhir_assets.warehouse.encode import row_encoder
 from fhir_assets.warehouse.loader import Loader, ViewRows
 from fhir_assets.warehouse.tables import ensure_tables
 
+CATEGORIES = "http://terminology.hl7.org/CodeSystem/observation-category"
 BATCH = 1000
 START = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -36,9 +38,7 @@ def observation(number: int) -> Record:
         "id": f"{(number * 2654435761) % 2**32:08x}-{number}",
         "meta": {"versionId": "1", "lastUpdated": moment.isoformat()},
         "status": "final",
-        "category": [
-            {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/observation-category", "code": "vital-signs"}]}
-        ],
+        "category": [{"coding": [{"system": CATEGORIES, "code": "vital-signs"}]}],
         "code": {"coding": [{"system": "http://loinc.org", "code": "85354-9", "display": "Blood pressure panel"}]},
         "subject": {"reference": f"Patient/{number % 1000}"},
         "encounter": {"reference": f"Encounter/{number % 20000}"},
@@ -64,7 +64,8 @@ def main(total: int) -> None:
     compiled = TypeViews(views)
     parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
     records = [observation(number) for number in range(total)]
-    items = [(record, compiled.rows(parse(record.body))) for record in records]
+    items: list[tuple[Record, ViewRows]] = [(record, compiled.rows(parse(record.body))) for record in records]
+    gc.freeze()
     rows = sum(len(view_rows) for _, each in items for view_rows in each)
     size = sum(len(record.body) for record in records)
     print(f"{total:,} Observations of {size // total} bytes, {rows:,} rows in {len(views)} views")
@@ -93,10 +94,10 @@ def _load(url: str, views: list[View], items: list[tuple[Record, ViewRows]]) -> 
     with connect(url) as conn:
         ensure_tables(conn, views)
         conn.commit()
-        loader = Loader(conn, "Observation", views, run_id="benchmark")
-        for first in range(0, len(items), BATCH):
-            loader.add(items[first : first + BATCH], "2024-01-01")
-        loader.finish()
+        with Loader(conn, "Observation", views, run_id="benchmark") as loader:
+            for first in range(0, len(items), BATCH):
+                loader.add(items[first : first + BATCH], "2024-01-01")
+            loader.finish()
 
 
 def _line(title: str, count: int, unit: str, work: Callable[[], None]) -> None:

@@ -1,0 +1,83 @@
+"""Small views and resources for the warehouse's tests."""
+
+import json
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from fhir_assets.fhir.record import Record, read_instant
+from fhir_assets.fhir.views import TypeViews, View, parse_view
+from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.loader import LoadCounts, Loader, Unloadable, ViewRows
+from fhir_assets.warehouse.tables import ensure_tables
+
+_parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
+
+
+def column(name: str, path: str, kind: str, **more: Any) -> dict[str, Any]:
+    """A column of a ViewDefinition; ``index`` gives it an index."""
+    tags = [{"name": "index", "value": "btree"}] if more.pop("index", False) else []
+    return {"name": name, "path": path, "type": kind, "tag": tags, **more}
+
+
+def view(name: str, resource_type: str, *columns: dict[str, Any], **select: Any) -> View:
+    """A view of one select."""
+    return parse_view(
+        {
+            "resourceType": "ViewDefinition",
+            "name": name,
+            "status": "active",
+            "resource": resource_type,
+            "description": f"The table {name}",
+            "select": [{"column": list(columns), **select}],
+        }
+    )
+
+
+PATIENT = view(
+    "patient",
+    "Patient",
+    column("gender", "gender", "code", description="Administrative gender", index=True),
+    column("born", "birthDate", "date", index=True),
+    column("died", "deceased.ofType(dateTime)", "dateTime"),
+    column("active", "active", "boolean"),
+    column("birth_order", "multipleBirth.ofType(integer)", "integer"),
+    column("updated", "meta.lastUpdated", "instant"),
+    column("given", "name.given", "string", collection=True),
+)
+PATIENT_NAME = view("patient_name", "Patient", column("family", "family", "string", index=True), forEach="name")
+PATIENTS = (PATIENT, PATIENT_NAME)
+
+
+def patient(key: str, updated: str | None = "2024-01-01T00:00:00Z", version: str | None = "1", **more: Any) -> Record:
+    """A Patient as received."""
+    meta = {name: value for name, value in (("versionId", version), ("lastUpdated", updated)) if value}
+    body = json.dumps({"resourceType": "Patient", "id": key, "meta": meta, **more}).encode()
+    arrived = read_instant("2024-01-01T00:00:00+00:00")
+    assert isinstance(arrived, datetime)
+    return Record("Patient", key, version, read_instant(updated), arrived, body)
+
+
+def rows_of(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:
+    """What a Loader takes."""
+    return record, TypeViews(views).rows(_parse(record.body))
+
+
+def load(
+    conn: Connection, *records: Record, views: tuple[View, ...] = PATIENTS, run_id: str = "run", key: str = "2024-01-01"
+) -> tuple[LoadCounts, list[Unloadable]]:
+    """Load and commit."""
+    ensure_tables(conn, views)
+    compiled = TypeViews(views)
+    with conn.transaction():
+        loader = Loader(conn, records[0].resource_type, views, run_id=run_id)
+        bad = loader.add([(record, compiled.rows(_parse(record.body))) for record in records], key)
+        counts = loader.finish()
+    return counts, bad + loader.late()
+
+
+def select(conn: Connection, query: str) -> list[tuple[Any, ...]]:
+    """All rows of a query."""
+    return conn.execute(query.encode()).fetchall()
