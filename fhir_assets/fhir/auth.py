@@ -1,9 +1,15 @@
 """How a client shows who it is. The client sends credentials to the origin of its base URL only."""
 
+import re
 from base64 import b64encode
 
 from requests import PreparedRequest
 from requests.auth import AuthBase
+
+from fhir_assets.errors import ConfigurationError
+
+_SCHEME = re.compile(r"^\s*Bearer\s+", re.IGNORECASE)
+_TOKEN = re.compile(r"[!-~]+")
 
 
 class Credentials(AuthBase):
@@ -25,11 +31,15 @@ class Credentials(AuthBase):
 
 
 class Basic(Credentials):
-    """User name and password, UTF-8 (https://www.rfc-editor.org/rfc/rfc7617)."""
+    """User name and password, UTF-8 (https://www.rfc-editor.org/rfc/rfc7617). Raises ConfigurationError for a colon
+    in the name: a server would take what follows for the password.
+    """
 
     remedy = "it refuses the user name or the password: check FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
 
     def __init__(self, username: str, password: str) -> None:
+        if ":" in username:
+            raise ConfigurationError("FHIR_AUTH_USERNAME has a colon, which Basic authentication cannot send")
         self._header = "Basic " + b64encode(f"{username}:{password}".encode()).decode()
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
@@ -39,12 +49,18 @@ class Basic(Credentials):
 
 
 class Bearer(Credentials):
-    """A fixed token (https://www.rfc-editor.org/rfc/rfc6750)."""
+    """A fixed token (https://www.rfc-editor.org/rfc/rfc6750), with or without the word Bearer before it.
+
+    Raises ConfigurationError for characters that cannot stand in a header.
+    """
 
     remedy = "it refuses the token: check FHIR_AUTH_TOKEN, it may have expired"
 
     def __init__(self, token: str) -> None:
-        self._header = f"Bearer {token}"
+        bare = _SCHEME.sub("", token).strip()
+        if not _TOKEN.fullmatch(bare):
+            raise ConfigurationError("FHIR_AUTH_TOKEN is not a token: it is empty, or has blanks or odd characters")
+        self._header = f"Bearer {bare}"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Sign a request."""

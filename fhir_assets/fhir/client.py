@@ -15,16 +15,14 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from requests.exceptions import (
-    ChunkedEncodingError,
     ConnectionError,
-    ContentDecodingError,
     InvalidSchema,
     InvalidURL,
     RequestException,
     SSLError,
     Timeout,
 )
-from urllib3.exceptions import MaxRetryError, NameResolutionError
+from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, NameResolutionError, ReadTimeoutError
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.auth import Credentials
@@ -35,12 +33,13 @@ T = TypeVar("T")
 Params = Sequence[tuple[str, str]]
 
 FHIR_JSON = "application/fhir+json"
-FIRST_CONTACT = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=10, budget=60)
-"""A server that does not even answer ``/metadata`` is more likely a wrong setting: say so soon."""
+FIRST_CONTACT = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=60, budget=240)
+"""A server that does not even answer ``/metadata``, or never answered, is more likely a wrong setting: say so soon."""
 
 _CHECK_URL = "is FHIR_BASE_URL right and the server up?"
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
 _MAX_REDIRECTS = 5
+_CHUNK = 1 << 18
 _DEFAULT_PORT = {"http": 80, "https": 443}
 
 
@@ -87,8 +86,11 @@ class FhirClient:
         retrier: Retrier | None = None,
         connections: int = 4,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in _DEFAULT_PORT or not parts.hostname:
+        try:
+            parts = urlsplit(base_url)
+        except ValueError:
+            parts = urlsplit("")
+        if parts.scheme not in _DEFAULT_PORT or not parts.hostname or parts.query or parts.fragment:
             raise ConfigurationError("FHIR_BASE_URL must be an address that begins with http:// or https://")
         if parts.username is not None or parts.password is not None:
             raise ConfigurationError(
@@ -96,6 +98,7 @@ class FhirClient:
             )
         self.base_url = base_url.rstrip("/")
         self._origin = origin(base_url)
+        self._answered = False
         self._credentials = credentials or Credentials()
         self._timeout = (min(10.0, timeout), timeout)
         self._retrier = retrier or Retrier()
@@ -119,7 +122,10 @@ class FhirClient:
 
     def resolve(self, link: str, page: str) -> str:
         """The absolute URL of a link that stands on ``page``. Raises NotFhir if it leads to another origin."""
-        url = urljoin(page, link)
+        try:
+            url = urljoin(page, link)
+        except ValueError:
+            raise NotFhir(f"{self.base_url} gives a link that is no URL: the server's paging is broken") from None
         if origin(url) != self._origin:
             raise NotFhir(
                 f"{self.base_url} gives links that lead to {shown_origin(url)}, where they are not followed: set "
@@ -231,27 +237,38 @@ class FhirClient:
                 allow_redirects=False,
                 stream=True,
             ) as response:
+                self._answered = True
                 return response, self._content(response)
-        except (InvalidURL, InvalidSchema):
+        except (InvalidURL, InvalidSchema, LocationParseError):
             raise ConfigurationError("FHIR_BASE_URL is not an address that can be called: correct it") from None
-        except (ChunkedEncodingError, ContentDecodingError):
-            raise PassingFailure("the answer broke off in its middle") from None
         except RequestException as error:
-            raise PassingFailure(f"cannot reach {self.base_url} : {_cause(error)}", advice=_CHECK_URL) from None
+            raise PassingFailure(
+                f"cannot reach {self.base_url} : {_cause(error)}",
+                advice=_CHECK_URL,
+                attempts=None if self._answered else FIRST_CONTACT.attempts,
+            ) from None
 
     def _content(self, response: requests.Response) -> bytes:
         """The body, read under a deadline: a server that drips would otherwise hold the run for ever."""
         seconds = 10 * self._timeout[1]
         deadline = time.monotonic() + seconds
         chunks = []
-        for chunk in response.iter_content(1 << 18):
-            chunks.append(chunk)
-            if time.monotonic() > deadline:
-                raise PassingFailure(f"the answer was not whole after {seconds:.0f} s (FHIR_TIMEOUT_SECONDS)")
+        try:
+            while chunk := response.raw.read1(_CHUNK, decode_content=True):
+                chunks.append(chunk)
+                if time.monotonic() > deadline:
+                    raise PassingFailure(f"the answer was not whole after {seconds:.0f} s (FHIR_TIMEOUT_SECONDS)")
+        except ReadTimeoutError:
+            raise PassingFailure("the answer stopped in its middle (FHIR_TIMEOUT_SECONDS)") from None
+        except HTTPError:
+            raise PassingFailure("the answer broke off in its middle") from None
         return b"".join(chunks)
 
     def _redirected(self, response: requests.Response) -> str:
-        target = urljoin(response.url, response.headers["Location"])
+        try:
+            target = urljoin(response.url, response.headers["Location"])
+        except ValueError:
+            raise NotFhir(f"{self.base_url} redirects to what is no URL: is FHIR_BASE_URL right?") from None
         if origin(target) != self._origin or response.request.method not in ("GET", "HEAD"):
             raise NotFhir(
                 f"{self.base_url} redirects to {shown_origin(target)}: set FHIR_BASE_URL to the FHIR server's own "

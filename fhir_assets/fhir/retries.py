@@ -37,7 +37,8 @@ class PassingFailure(Exception):
     """One attempt failed in a way that the next may not.
 
     ``reason`` says what happened, as the middle of a sentence; ``advice`` what to do if it never works;
-    ``final`` is the error that is raised then.
+    ``final`` is the error that is raised then. ``attempts`` gives up earlier than the policy, where more are of
+    little use.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class PassingFailure(Exception):
         *,
         advice: str = "",
         retry_after: float | None = None,
+        attempts: int | None = None,
         final: type[FhirAssetsError] = ServerUnavailable,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.advice = advice
         self.retry_after = retry_after
+        self.attempts = attempts
         self.final = final
 
 
@@ -79,7 +82,8 @@ class Retrier:
                 tried += 1
                 wait = policy.wait(tried, failure.retry_after, self.jitter())
                 elapsed = self.clock() - started
-                if tried >= policy.attempts or elapsed + wait > policy.budget:
+                attempts = min(policy.attempts, failure.attempts or policy.attempts)
+                if tried >= attempts or elapsed + wait > policy.budget:
                     times = "once" if tried == 1 else f"{tried} times over {elapsed:.0f} s"
                     advice = f"; {failure.advice}" if failure.advice else ""
                     raise failure.final(f"{what}: {failure.reason} (tried {times}){advice}") from None
@@ -94,6 +98,8 @@ def read_retry_after(value: str | None, now: datetime | None = None) -> float | 
         return None
     try:
         return max(0.0, float(int(value)))
+    except OverflowError:
+        return float("inf")
     except ValueError:
         pass
     try:

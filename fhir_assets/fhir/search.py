@@ -27,6 +27,8 @@ _TOLERANCE = timedelta(seconds=1)
 _CLOCK_SKEW = timedelta(minutes=5)
 _TRUSTED_STEPS = 10
 """So many times in ascending order are not chance: the server sorts."""
+_UNSUPPORTED = frozenset({400, 422, 501})
+"""How servers refuse a parameter that they do not know."""
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 
 
@@ -67,8 +69,12 @@ class SearchSource:
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
         """The server's own total (``_summary=count``); None if it does not give one."""
-        params = [*_last_updated(interval), ("_summary", "count")]
-        return self._client.get(resource_type, read_page, params=params).total
+        try:
+            return self._total(resource_type, _last_updated(interval))
+        except Refusal as refusal:
+            if refusal.status not in _UNSUPPORTED:
+                raise
+            return None
 
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
         """From the first resource to the last, by two sorted searches a type.
@@ -106,11 +112,11 @@ class SearchSource:
         try:
             first, last = self._end(resource_type, "_lastUpdated"), self._end(resource_type, "-_lastUpdated")
         except Refusal as refusal:
-            if refusal.status in (400, 422, 501):
-                return unknown
-            raise
+            if refusal.status not in _UNSUPPORTED:
+                raise
+            return unknown
         if first is None and last is None:
-            return None
+            return unknown if self._total(resource_type) else None
         if isinstance(first, Record) and isinstance(last, Record) and first.last_updated and last.last_updated:
             found = Interval(first.last_updated, last.last_updated + _TOLERANCE)
             if self._total(resource_type) == self.count(resource_type, found):
@@ -124,8 +130,8 @@ class SearchSource:
         harvest = _Harvest(self._client, resource_type, 1, self._now, Counter())
         return next((found for entry in page.entries if (found := harvest.judge(entry, "entry"))), None)
 
-    def _total(self, resource_type: str) -> int | None:
-        return self._client.get(resource_type, read_page, params=[("_summary", "count")]).total
+    def _total(self, resource_type: str, params: Params = ()) -> int | None:
+        return self._client.get(resource_type, read_page, params=[*params, ("_summary", "count")]).total
 
 
 class _Harvest:
@@ -202,7 +208,7 @@ class _Harvest:
                 if isinstance(item, Rejected):
                     if self._seen.add((item.resource_id, item.body)):
                         yield item
-                elif take(item) and self._seen.add((item.id, item.version_id or item.last_updated)):
+                elif take(item) and self._seen.add((item.id, item.version_id, item.last_updated)):
                     self._order.note(item.last_updated)
                     yield item
             stale = 0 if len(self._seen) > before else stale + 1

@@ -3,6 +3,7 @@
 import pytest
 import requests
 
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.auth import Credentials, credentials
 
 
@@ -16,6 +17,23 @@ def test_basic_is_utf_8() -> None:
 
 def test_a_token_goes_before_a_user_name() -> None:
     assert header_of(credentials("anna", "secret", "t0ken")) == "Bearer t0ken"
+
+
+@pytest.mark.parametrize("token", ["t0ken", "Bearer t0ken", " bearer  t0ken\n"])
+def test_a_token_may_come_with_its_scheme_and_a_line_end(token: str) -> None:
+    assert header_of(credentials(token=token)) == "Bearer t0ken"
+
+
+@pytest.mark.parametrize("token", ["sec ret", "secret\r\nX-Other: 1", "secrét", "secret\u2603", " "])
+def test_what_is_no_token_is_a_bad_setting_and_not_shown(token: str) -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_AUTH_TOKEN") as caught:
+        credentials(token=token)
+    assert "sec" not in str(caught.value)
+
+
+def test_a_user_name_with_a_colon_cannot_be_sent() -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_AUTH_USERNAME"):
+        credentials("anna:x", "secret")
 
 
 def test_no_settings_make_no_header() -> None:

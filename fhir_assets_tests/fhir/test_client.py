@@ -93,9 +93,10 @@ def test_retry_after_as_a_date_is_waited_for() -> None:
     assert 150 < clock.waits[0] <= 220
 
 
-def test_a_huge_retry_after_is_cut_down() -> None:
+@pytest.mark.parametrize("seconds", ["864000", "9" * 400])
+def test_a_huge_retry_after_is_cut_down(seconds: str) -> None:
     clock = Clock()
-    with ScriptedServer([reply({}, 429, Retry_After="864000"), Reply(b"there")]) as server:
+    with ScriptedServer([reply({}, 429, Retry_After=seconds), Reply(b"there")]) as server:
         client_of(server.url, clock, max_retry_after=100).get("Patient", body_of)
     assert clock.waits == [pytest.approx(110)]
 
@@ -287,6 +288,24 @@ def test_a_refused_connection_says_what_to_look_at() -> None:
     assert "is FHIR_BASE_URL right and the server up?" in str(caught.value)
 
 
+def test_a_server_that_never_answered_is_tried_a_few_times_only() -> None:
+    clock = Clock()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    with pytest.raises(ServerUnavailable, match="tried 4 times"):
+        client_of(url, clock, attempts=20).get("Patient", body_of)
+    assert sum(clock.waits) < 10
+
+
+def test_a_server_that_answered_before_is_waited_for() -> None:
+    clock = Clock()
+    with ScriptedServer([Reply(b"there"), *[Reply(reset=True)] * 8, Reply(b"again")]) as server:
+        client = client_of(server.url, clock, attempts=9)
+        assert [client.get("Patient", body_of) for _ in range(2)] == [b"there", b"again"]
+    assert len(clock.waits) == 8
+
+
 def test_an_unknown_host_says_so() -> None:
     with pytest.raises(ServerUnavailable, match="its name cannot be resolved"):
         client_of("http://fhir.invalid/r4").capabilities()
@@ -301,7 +320,10 @@ def test_a_server_that_does_not_answer_is_unavailable() -> None:
             client.get("Patient", body_of)
 
 
-def test_a_server_that_drips_is_given_up() -> None:
+@pytest.mark.parametrize(
+    ("header", "drop"), [(b"Transfer-Encoding: chunked", b"1\r\n \r\n"), (b"Content-Length: 1000000", b" ")]
+)
+def test_a_server_that_drips_is_given_up(header: bytes, drop: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ended = threading.Event()
 
@@ -309,10 +331,10 @@ def test_a_server_that_drips_is_given_up() -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + header + b"\r\n\r\n")
                 try:
                     while not ended.wait(0.02):
-                        connection.sendall(b"1\r\n \r\n")
+                        connection.sendall(drop)
                 except OSError:
                     pass
 
@@ -368,10 +390,28 @@ def test_what_is_no_fhir_r4_server_is_told_apart(check: Callable[[], None]) -> N
     check()
 
 
-@pytest.mark.parametrize("url", ["", "fhir.example/r4", "ftp://fhir.example", "http://", "file:///etc"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "fhir.example/r4",
+        "ftp://fhir.example",
+        "http://",
+        "file:///etc",
+        "http://[::1",
+        "http://fhir.example/r4?key=1",
+        "http://fhir.example/r4#top",
+    ],
+)
 def test_a_base_url_must_be_one(url: str) -> None:
     with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
         FhirClient(url)
+
+
+@pytest.mark.parametrize("host", ["a b", "x" * 64 + ".example", "fhir.example:99999", ".example"])
+def test_a_host_that_cannot_be_called_is_a_bad_setting(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
+        client_of(f"http://{host}/r4").get("Patient", body_of)
 
 
 def test_credentials_in_the_base_url_are_refused_without_showing_them() -> None:

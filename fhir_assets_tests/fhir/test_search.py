@@ -152,6 +152,11 @@ def test_a_link_to_another_origin_is_an_error_that_names_the_setting() -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_a_link_that_is_no_url_is_an_error() -> None:
+    with pytest.raises(NotFhir, match="no URL"):
+        fetched([reply(bundle([patient(1)], "http://[broken"))])
+
+
 def test_pages_in_a_circle_are_an_error() -> None:
     script = [reply(bundle([patient(n)], f"?page={n % 2}")) for n in range(9)]
     with pytest.raises(NotFhir, match="circle"):
@@ -340,6 +345,17 @@ def test_count_is_the_servers_own_total() -> None:
         assert len(server.asked[0].all("_lastUpdated")) == 2
 
 
+@pytest.mark.parametrize("status", [400, 422, 501])
+def test_a_server_that_cannot_count_leaves_the_total_open(status: int) -> None:
+    with ScriptedServer([reply({}, status)]) as server:
+        assert source_of(server).count("Patient", DAY) is None
+
+
+def test_a_server_that_refuses_its_user_does_not_count_as_unable() -> None:
+    with ScriptedServer([reply({}, 403)]) as server, pytest.raises(ServerRefused):
+        source_of(server).count("Patient", DAY)
+
+
 def test_offered_types_are_asked_for_once() -> None:
     statement = {
         "resourceType": "CapabilityStatement",
@@ -408,3 +424,11 @@ def test_extent_of_an_empty_server_is_none_and_of_the_future_ends_now() -> None:
     assert _extent(_sorting([])) is None
     extent = _extent(_sorting([patient(1), patient(2, at=NOW + timedelta(days=9000))]))
     assert extent == Interval(datetime(2024, 1, 1, 0, 1, tzinfo=UTC), NOW)
+
+
+def test_extent_is_open_where_the_first_pages_are_empty_but_the_total_is_not() -> None:
+    def script(asked: Asked) -> Reply:
+        return reply(bundle([], None if asked.all("_summary") else "Patient?page=2", total=7))
+
+    with ScriptedServer(script) as server:
+        assert source_of(server).extent(["Patient"]) == Interval(None, NOW)
