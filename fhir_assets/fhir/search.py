@@ -25,6 +25,7 @@ _PAGES_WITHOUT_NEWS = 1000
 _TOLERANCE = timedelta(seconds=1)
 """Some servers show ``lastUpdated`` less precisely than they compare it."""
 _CLOCK_SKEW = timedelta(minutes=5)
+_CAPABILITIES_LAST = timedelta(minutes=10)
 _TRUSTED_STEPS = 10
 """So many times in ascending order are not chance: the server sorts."""
 _UNSUPPORTED = frozenset({400, 422, 501})
@@ -56,12 +57,15 @@ class SearchSource:
         self._page_size = page_size
         self._now = now
         self._offered: frozenset[str] | None = None
+        self._offered_until: datetime | None = None
         self.included: Counter[str] = Counter()
 
     def offered(self) -> frozenset[str] | None:
-        """The types that can be searched, as the CapabilityStatement says; asked once."""
-        if self._offered is None:
+        """The types that can be searched, as the CapabilityStatement says; asked at most every ten minutes."""
+        now = self._now()
+        if self._offered_until is None or now >= self._offered_until:
             self._offered = self._client.capabilities().offers("search-type")
+            self._offered_until = now + _CAPABILITIES_LAST
         return self._offered
 
     def state(self) -> None:

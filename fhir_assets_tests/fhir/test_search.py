@@ -356,14 +356,25 @@ def test_a_server_that_refuses_its_user_does_not_count_as_unable() -> None:
         source_of(server).count("Patient", DAY)
 
 
-def test_offered_types_are_asked_for_once() -> None:
-    statement = {
-        "resourceType": "CapabilityStatement",
-        "rest": [{"mode": "server", "resource": [{"type": "Patient", "interaction": [{"code": "search-type"}]}]}],
-    }
-    with ScriptedServer([reply(statement)]) as server:
-        source = source_of(server)
+def statement_of(*types: str) -> dict[str, Any]:
+    resources = [{"type": name, "interaction": [{"code": "search-type"}]} for name in types]
+    return {"resourceType": "CapabilityStatement", "rest": [{"mode": "server", "resource": resources}]}
+
+
+def test_offered_types_are_asked_for_again_only_after_a_while() -> None:
+    moment = NOW
+    with ScriptedServer([reply(statement_of("Patient")), reply(statement_of("Goal"))]) as server:
+        source = SearchSource(FhirClient(server.url, timeout=10), now=lambda: moment)
         assert source.offered() == source.offered() == frozenset({"Patient"})
+        moment += timedelta(minutes=11)
+        assert source.offered() == frozenset({"Goal"})
+
+
+def test_a_server_that_does_not_name_its_types_is_not_asked_again_and_again() -> None:
+    with ScriptedServer([reply(statement_of())]) as server:
+        source = source_of(server)
+        assert source.offered() is None
+        assert source.offered() is None
 
 
 def test_ids_are_asked_for_by_the_batch_and_only_such_as_can_be() -> None:

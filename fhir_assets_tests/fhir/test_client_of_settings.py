@@ -1,0 +1,61 @@
+"""The source that the settings describe, on a real server or real files."""
+
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.errors import ConfigurationError, ServerUnavailable
+from fhir_assets.fhir.record import Source
+from fhir_assets.resources.source import open_source
+from fhir_assets.settings import Settings, SourceKind
+from fhir_assets.windows import Interval
+from fhir_assets_tests.fhir.scripted_server import Reply, ScriptedServer, reply
+from fhir_assets_tests.fhir.test_search import DAY, bundle, patient
+
+
+def settings(**values: object) -> Settings:
+    return Settings(_env_file=None, **values)  # type: ignore[call-arg,arg-type]
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_server_is_asked_as_the_settings_say() -> None:
+    with ScriptedServer([reply(bundle([patient(1)]))]) as server:
+        source = open_source(settings(fhir_base_url=server.url, fhir_page_size=7, fhir_auth_token="t0ken"))
+        assert source.name == "search"
+        assert len(list(source.fetch(["Patient"], DAY))) == 1
+        (asked,) = server.asked
+    assert asked.all("_count") == ["7"]
+    assert asked.headers["Authorization"] == "Bearer t0ken"
+
+
+def test_a_user_name_and_its_password_are_sent() -> None:
+    with ScriptedServer([reply(bundle([]))]) as server:
+        source = open_source(settings(fhir_base_url=server.url, fhir_auth_username="anna", fhir_auth_password="secret"))
+        assert list(source.fetch(["Patient"], DAY)) == []
+        assert server.asked[0].headers["Authorization"] == "Basic YW5uYTpzZWNyZXQ="
+
+
+def test_calls_are_tried_as_often_as_the_settings_say() -> None:
+    with ScriptedServer([Reply(status=503)] * 9) as server:
+        source = open_source(settings(fhir_base_url=server.url, fhir_max_attempts=1))
+        with pytest.raises(ServerUnavailable, match="tried once"):
+            list(source.fetch(["Patient"], DAY))
+        assert len(server.asked) == 1
+
+
+def test_files_are_read_where_the_settings_say(tmp_path: Path) -> None:
+    (tmp_path / "Patient.ndjson").write_bytes(b'{"resourceType":"Patient","id":"a"}')
+    source: Source = open_source(settings(fhir_base_url=str(tmp_path), fhir_source=SourceKind.NDJSON))
+    assert source.name == "ndjson"
+    assert len(list(source.fetch(["Patient"], Interval(None, DAY.end.replace(year=9000))))) == 1
+
+
+@pytest.mark.parametrize("kind", list(SourceKind))
+def test_a_missing_location_is_a_bad_setting(kind: SourceKind) -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
+        open_source(settings(fhir_source=kind))
