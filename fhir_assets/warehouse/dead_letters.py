@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import islice
@@ -192,7 +192,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             _storable(letter.partition_key),
             1,
         ]
-    with conn.transaction(), conn.cursor() as cursor:
+    with conn.transaction() if conn.autocommit else nullcontext(), conn.cursor() as cursor:
         cursor.execute(_STAGE)
         with cursor.copy("COPY pg_temp.stage_dead_letters FROM STDIN (FORMAT binary)") as copy:
             copy.set_types(_STAGE_TYPES)

@@ -213,8 +213,8 @@ def _instant(value: object) -> str:
     except ValueError:
         if text[16:19] != ":60" or not _is_moment(f"{text[:17]}59{text[19:]}"):
             raise Refused("a time that the calendar or the clock does not have") from None
-    if text[-6] in "+-" and text[-5:] > "15:59":
-        raise Refused("a time zone beyond 15:59 hours")
+    if text[-6] in "+-" and (text[-5:-3] > "15" or text[-2:] > "59"):
+        raise Refused("a time zone that does not exist")
     return text
 
 

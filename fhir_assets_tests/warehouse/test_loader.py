@@ -153,10 +153,14 @@ def test_a_caller_that_fails_beside_a_write_rolls_back_cleanly(
     ensure_tables(conn, PATIENTS)
     conn.commit()
     items = [rows_of(PATIENTS, named(f"p{n}", "A")) for n in range(600)]
-    with pytest.raises(ZeroDivisionError):
+
+    def fail_beside_a_write() -> None:
         with conn.transaction(), Loader(conn, "Patient", PATIENTS, run_id="run") as loader:
             loader.add(items, "w")
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_beside_a_write()
     assert select(conn, "SELECT count(*) FROM fhir.resource") == [(0,)]
 
 

@@ -1,0 +1,57 @@
+"""Checkpoints never go back and never over a gap."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from fhir_assets.warehouse import checkpoints
+from fhir_assets.warehouse.database import Connection
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    rows: int
+
+
+def until(conn: Connection) -> datetime:
+    return checkpoints.get(conn, ["Patient"])["Patient"].loaded_until
+
+
+def test_a_type_has_no_checkpoint_before_it_begins(conn: Connection) -> None:
+    assert checkpoints.get(conn, ["Patient"]) == {}
+    assert not checkpoints.advance(conn, "Patient", START, START + DAY, "run")
+    checkpoints.begin(conn, ["Patient", "Claim"], START, source_state="files 1")
+    assert checkpoints.get(conn, ["Patient", "Goal"]) == {"Patient": checkpoints.Checkpoint(START, "files 1")}
+
+
+def test_windows_in_order_move_it_and_others_do_not(conn: Connection) -> None:
+    checkpoints.begin(conn, ["Patient"], START, source_state=None)
+    assert checkpoints.advance(conn, "Patient", START, START + DAY, "run")
+    assert not checkpoints.advance(conn, "Patient", START + 2 * DAY, START + 3 * DAY, "run")
+    assert not checkpoints.advance(conn, "Patient", START - DAY, START, "run")
+    assert until(conn) == START + DAY
+    assert checkpoints.advance(conn, "Patient", None, START + 2 * DAY, "run")
+    assert until(conn) == START + 2 * DAY
+
+
+def test_only_a_new_beginning_takes_it_back(conn: Connection) -> None:
+    checkpoints.begin(conn, ["Patient"], START + DAY, source_state="files 1")
+    checkpoints.begin(conn, ["Patient"], START, source_state="files 2")
+    assert checkpoints.get(conn, ["Patient"])["Patient"] == checkpoints.Checkpoint(START, "files 2")
+
+
+def test_the_parts_of_a_partition_are_those_last_remembered(conn: Connection) -> None:
+    checkpoints.remember_parts(conn, "one", "Patient", {"w": [Part("a", 1), Part("b", 2)], "v": [Part("c", 3)]})
+    checkpoints.remember_parts(conn, "two", "Patient", {"w": [Part("b", 2), Part("d", 4)]})
+    assert checkpoints.loaded_parts(conn, "Patient", ["v", "w", "x"]) == {
+        "w": frozenset({"b", "d"}),
+        "v": frozenset({"c"}),
+    }
+    checkpoints.remember_parts(conn, "two", "Patient", {"w": []})
+    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
+    checkpoints.remember_parts(conn, "two", "Patient", {})
+    checkpoints.forget_parts(conn, "Patient")
+    assert checkpoints.loaded_parts(conn, "Patient", ["v"]) == {}

@@ -1,0 +1,93 @@
+"""The account of runs."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from fhir_assets.warehouse import checkpoints, runs
+from fhir_assets.warehouse.database import Connection
+from fhir_assets_tests.warehouse.views import select
+
+NOW = datetime(2024, 3, 1, tzinfo=UTC)
+KEYS = [f"2024-01-{day:02}" for day in range(1, 31)]
+TYPES = ["Patient", "Observation"]
+STATUS = "SELECT DISTINCT resource_type, status FROM ops.ingestion_runs ORDER BY 1, 2"
+
+
+def start(conn: Connection, run_id: str = "one", at: datetime = NOW) -> None:
+    runs.start(conn, run_id, TYPES, KEYS, triggered_by="schedule", at=at)
+
+
+def test_a_run_goes_from_running_to_success_or_failed_by_type(conn: Connection) -> None:
+    start(conn)
+    assert select(conn, "SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'") == [(60,)]
+    runs.finish(conn, "one", ["Patient"], KEYS)
+    runs.fail(conn, "one", ["Observation"], KEYS, error="the disk\0is full")
+    runs.finish(conn, "one", ["Observation"], KEYS)
+    assert select(conn, STATUS) == [("Observation", "FAILED"), ("Patient", "SUCCESS")]
+    assert runs.errors(conn, "one") == {"the disk�is full": ["Observation"]}
+
+
+def test_a_step_that_is_tried_again_is_running_again(conn: Connection) -> None:
+    start(conn)
+    runs.fail(conn, "one", TYPES, KEYS, error="down")
+    start(conn, at=NOW + timedelta(hours=1))
+    assert select(conn, "SELECT DISTINCT status, error, finished_at, started_at FROM ops.ingestion_runs") == [
+        ("RUNNING", None, None, NOW)
+    ]
+
+
+def test_counts_come_layer_by_layer_and_are_summed_in_load_order(conn: Connection) -> None:
+    start(conn)
+    runs.count(conn, "one", "Patient", {key: {"server_total": None, "fetched": 10} for key in KEYS})
+    runs.count(conn, "one", "Patient", {KEYS[0]: {"valid": 9, "dead": 1}, KEYS[1]: {"valid": 10, "dead": 0}})
+    runs.count(conn, "one", "Patient", {KEYS[0]: {"loaded": 9}})
+    runs.count(conn, "one", "Observation", {KEYS[0]: {"fetched": 5, "loaded": 4}})
+    runs.finish(conn, "one", TYPES, KEYS)
+    rows = runs.summary(conn, ["one"])
+    assert [(row["type"], row["fetched"], row["valid"], row["dead"], row["loaded"]) for row in rows] == [
+        ("Patient", 300, 19, 1, 9),
+        ("Observation", 5, None, None, 4),
+        ("total", 305, 19, 1, 13),
+    ]
+    assert select(conn, "SELECT server_total FROM ops.ingestion_runs WHERE fetched = 10 LIMIT 1") == [(None,)]
+    with pytest.raises(ValueError, match="felled"):
+        runs.count(conn, "one", "Patient", {KEYS[0]: {"felled": 1}})
+
+
+def test_a_run_that_did_nothing_has_no_summary(conn: Connection) -> None:
+    start(conn)
+    runs.finish(conn, "one", TYPES, KEYS)
+    assert runs.summary(conn, ["one"]) == []
+
+
+def test_totals_take_the_last_success_of_each_window(conn: Connection) -> None:
+    for run_id, hours, loaded in (("one", 0, 5), ("two", 1, 7), ("three", 2, 9)):
+        start(conn, run_id, NOW + timedelta(hours=hours))
+        runs.count(conn, run_id, "Patient", {key: {"loaded": loaded} for key in KEYS})
+        if run_id != "three":
+            runs.finish(conn, run_id, TYPES, KEYS)
+    assert [(row["type"], row["loaded"]) for row in runs.totals(conn)] == [("Patient", 210), ("total", 210)]
+
+
+def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection) -> None:
+    for run_id in ("dead", "living", "done"):
+        start(conn, run_id)
+    runs.finish(conn, "done", TYPES, KEYS)
+    assert runs.abandon_all_but(conn, ["living"]) == 60
+    assert select(conn, "SELECT DISTINCT run_id, status FROM ops.ingestion_runs ORDER BY 1") == [
+        ("dead", "FAILED"),
+        ("done", "SUCCESS"),
+        ("living", "RUNNING"),
+    ]
+    assert runs.abandon(conn, "living", error="killed") == 60
+    assert runs.abandon_all_but(conn, []) == 0
+
+
+def test_a_run_notes_the_checkpoint_before_and_after(conn: Connection) -> None:
+    checkpoints.begin(conn, ["Patient"], NOW, source_state=None)
+    start(conn)
+    checkpoints.advance(conn, "Patient", NOW, NOW + timedelta(days=1), "one")
+    runs.finish(conn, "one", TYPES, KEYS)
+    query = "SELECT DISTINCT resource_type, checkpoint_before, checkpoint_after FROM ops.ingestion_runs ORDER BY 1"
+    assert select(conn, query) == [("Observation", None, None), ("Patient", NOW, NOW + timedelta(days=1))]
