@@ -124,6 +124,7 @@ def upgrade() -> None:
         );
         CREATE INDEX ON ops.dead_letters (resource_type, stage, partition_key);
         CREATE INDEX ON ops.dead_letters (resource_type, id);
+        CREATE INDEX ON ops.dead_letters (resource_type, status, rule, id);
         CREATE INDEX ON ops.dead_letters (run_id, id);
         CREATE INDEX ON ops.dead_letters (status, id);
         CREATE INDEX ON ops.dead_letters (stage, id);
