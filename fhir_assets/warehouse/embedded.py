@@ -127,6 +127,9 @@ class _Server:
             if only_if_unused and self._others():
                 return False
             self._run("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", "-t", str(_START_SECONDS))
+            if self.socket_folder != self.data:
+                with suppress(OSError):
+                    self.socket_folder.rmdir()
             return True
 
     @cached_property

@@ -90,8 +90,11 @@ def test_a_folder_too_long_for_a_socket_with_blanks_and_quotes_works(home: Path)
     try:
         with connect(embedded.ensure(long)) as conn:
             assert conn.execute("SELECT 1").fetchone() == (1,)
+            sockets = Path(conn.info.host)
+        assert len(str(sockets)) < 100
     finally:
         embedded.stop(long)
+    assert not sockets.exists()
 
 
 def test_a_broken_off_first_start_is_begun_anew(home: Path) -> None:
