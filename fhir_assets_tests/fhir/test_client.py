@@ -14,7 +14,7 @@ import pytest
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.auth import Bearer, Credentials, credentials
 from fhir_assets.fhir.client import Answer, FhirClient, Refusal, json_failure
-from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets.fhir.retries import Retrier, RetryPolicy, read_retry_after
 from fhir_assets_tests.fhir.scripted_server import Reply, ScriptedServer, reply
 
 SECRET = "Mustermann"
@@ -91,6 +91,20 @@ def test_retry_after_as_a_date_is_waited_for() -> None:
     with ScriptedServer([reply({}, 503, Retry_After=date), Reply(b"there")]) as server:
         client_of(server.url, clock).get("Patient", body_of)
     assert 150 < clock.waits[0] <= 220
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "Sun, 06 Nov 1994 08:49:37 GMT",
+        "Sunday, 06-Nov-94 08:49:37 GMT",
+        "Sun Nov  6 08:49:37 1994",
+        "Sun, 06 Nov 1994 09:49:37 +0100",
+    ],
+)
+def test_retry_after_is_read_in_every_form_of_an_http_date(date: str) -> None:
+    assert read_retry_after(date, datetime(1994, 11, 6, 8, 49, 7, tzinfo=UTC)) == 30
+    assert read_retry_after(date, datetime(1995, 1, 1, tzinfo=UTC)) == 0
 
 
 @pytest.mark.parametrize("seconds", ["864000", "9" * 400])

@@ -2,7 +2,9 @@
 
 import gzip
 import random
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,6 +76,12 @@ def test_a_wrong_checksum_is_damage(tmp_path: Path) -> None:
     assert "damaged" in lines_of(tmp_path / "x", packed[:-8] + b"\1\2\3\4" + packed[-4:])[1]
 
 
-def test_a_line_of_millions_of_bytes_is_not_held(tmp_path: Path) -> None:
-    packed = gzip.compress(b"a\n" + b"x" * 30_000_000 + b"\nb\n" + b"y" * LIMIT + b"\n" + b"z" * (LIMIT + 1))
-    assert lines_of(tmp_path / "x", packed) == ([b"a", None, b"b", b"y" * LIMIT, None], "")
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_line_of_millions_of_bytes_is_not_held(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    packed = pack(b"a\n" + b"x" * 30_000_000 + b"\nb\n" + b"y" * LIMIT + b"\n" + b"z" * (LIMIT + 1))
+    tracemalloc.start()
+    try:
+        assert lines_of(tmp_path / "x", packed) == ([b"a", None, b"b", b"y" * LIMIT, None], "")
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
