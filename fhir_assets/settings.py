@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -67,6 +67,20 @@ class Settings(BaseSettings):
     validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
     dead_letter_warn_rate: float = Field(0.01, ge=0, le=1, description="Share of dead letters that warns")
     dead_letter_error_rate: float = Field(0.10, ge=0, le=1, description="Share of dead letters that is an error")
+
+    connector_mapping: Path | None = Field(None, description="Rows to resources, in place of connector/mapping.json")
+    connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
+    connector_poll_seconds: float = Field(5, gt=0, description="How often the outbox is looked at unasked")
+    connector_first_wait_seconds: float = Field(0.5, gt=0, description="Wait after a first failure in passing")
+    connector_max_wait_seconds: float = Field(300, gt=0, description="Longest wait between attempts")
+    connector_max_attempts: int = Field(
+        20, ge=1, description="Attempts that the server answers with 5xx before a change becomes a dead letter"
+    )
+    connector_keep_days: float = Field(7, gt=0, description="How long processed events are kept")
+    connector_max_lag_seconds: float = Field(300, gt=0, description="Lag of the outbox that turns its check red")
+    metrics_host: str = Field("127.0.0.1", description="Where Prometheus metrics are served")
+    metrics_port: int = Field(9464, ge=0, le=65535, description="Port of the Prometheus metrics; 0: none")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
 
     @field_validator("fhir_resource_types", "validation_warn_rules", mode="before")
     @classmethod

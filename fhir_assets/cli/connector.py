@@ -1,0 +1,133 @@
+"""`fhir-assets connector`: changes of the tables in schema health, delivered to a FHIR server."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fhir_assets import logs
+from fhir_assets.cli.output import console, print_json, print_table
+from fhir_assets.connector import dead_letters, outbox
+from fhir_assets.connector.setup import connector_of, sources_of
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.metrics.exposition import served
+from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.database import Connection
+
+app = typer.Typer(help="Deliver changes of the tables in schema health to a FHIR server.", no_args_is_help=True)
+dlq = typer.Typer(help="Changes that the FHIR server did not take, each with its reason.", no_args_is_help=True)
+app.add_typer(dlq, name="dlq")
+
+_LISTED = ("id", "source", "record_id", "reason", "message", "attempts", "failed_at", "status")
+
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
+Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID…]", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="All that are open")]
+Reason = Annotated[str | None, typer.Option(help="Such as no-identifier, several-matches, refused, invalid")]
+
+
+@app.command()
+def install(
+    existing: Annotated[bool, typer.Option("--existing", help="Also deliver the rows that are there already")] = False,
+) -> None:
+    """Install the outbox: tables and triggers of schema health. Doing it again changes nothing."""
+    settings = load_settings()
+    with Warehouse(settings).connect() as conn:
+        outbox.install(conn)
+        console.print("The outbox is installed: changes of health.patient are recorded from now on.")
+        if existing:
+            for source in sources_of(settings).values():
+                console.print(f"{outbox.enqueue_existing(conn, source):,} rows of {source.table} wait for delivery.")
+
+
+@app.command()
+def run(
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="In place of CONNECTOR_WORKERS")] = None,
+    until_empty: Annotated[bool, typer.Option("--until-empty", help="End when nothing waits")] = False,
+) -> None:
+    """Deliver until SIGTERM or Ctrl-C; what is under way then is brought to its end. Several can run at once."""
+    settings = load_settings()
+    logs.configure("connector", settings.log_level)
+    warehouse = Warehouse(settings)
+    with _installed(warehouse):
+        pass
+    with closing(connector_of(settings, warehouse.connect, workers=workers)) as connector:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: connector.stop())
+        with observe_database(settings, warehouse.connect), served(settings.metrics_host, settings.metrics_port):
+            connector.run(until_empty=until_empty)
+
+
+@app.command()
+def status(json: Json = False) -> None:
+    """How many changes wait, how long the oldest has, and what is dead. Exit code 1 if the lag is too long."""
+    settings = load_settings()
+    with _installed(Warehouse(settings)) as conn:
+        found = outbox.status(conn)
+    if json:
+        print_json(asdict(found))
+    else:
+        print_table("Outbox", [asdict(found)], asdict(found))
+    if found.lag_seconds > settings.connector_max_lag_seconds:
+        raise typer.Exit(1)
+
+
+@dlq.command("list")
+def list_dead(
+    reason: Reason = None,
+    status: Annotated[str, typer.Option(help="open, replayed, superseded, discarded; or all")] = "open",
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 50,
+    json: Json = False,
+) -> None:
+    """The newest changes that did not go out."""
+    if status not in ("open", "replayed", "superseded", "discarded", "all"):
+        raise ConfigurationError("--status is one of open, replayed, superseded, discarded, all")
+    with _installed(Warehouse(load_settings())) as conn:
+        wanted: dead_letters.Status | None = None if status == "all" else status  # type: ignore[assignment]
+        found = [asdict(each) for each in dead_letters.find(conn, status=wanted, reason=reason, limit=limit)]
+    if json:
+        print_json(found)
+    else:
+        print_table("Not delivered", found, _LISTED)
+
+
+@dlq.command()
+def replay(ids: Ids = None, everything: All = False, reason: Reason = None) -> None:
+    """Send changes again, as the tables are now."""
+    _require_choice(ids, everything, reason)
+    with _installed(Warehouse(load_settings())) as conn:
+        count = dead_letters.replay(conn, ids or None, reason=reason)
+    _report(ids, count, "back in the outbox")
+
+
+@dlq.command()
+def discard(ids: Ids = None, everything: All = False, reason: Reason = None) -> None:
+    """Give changes up; they stay in the table as discarded."""
+    _require_choice(ids, everything, reason)
+    with _installed(Warehouse(load_settings())) as conn:
+        count = dead_letters.discard(conn, ids or None, reason=reason)
+    _report(ids, count, "discarded")
+
+
+@contextmanager
+def _installed(warehouse: Warehouse) -> Iterator[Connection]:
+    with warehouse.connect() as conn:
+        if not outbox.is_installed(conn):
+            raise ConfigurationError("the outbox is not installed: run `fhir-assets connector install` first")
+        yield conn
+
+
+def _require_choice(ids: list[int] | None, everything: bool, reason: str | None) -> None:
+    if not ids and not everything and not reason:
+        raise ConfigurationError("say which: ids as `connector dlq list` shows them, --reason, or --all")
+
+
+def _report(ids: list[int] | None, count: int, what: str) -> None:
+    console.print(f"{count:,} {what}.")
+    if ids and count < len(set(ids)):
+        raise ConfigurationError(f"{len(set(ids)) - count} of the ids are not open dead letters of the connector")

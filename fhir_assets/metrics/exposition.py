@@ -1,0 +1,37 @@
+"""The registry of the process's metrics, and the endpoint that Prometheus scrapes."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+REGISTRY = CollectorRegistry()
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def served(host: str, port: int) -> Iterator[int | None]:
+    """Serve the registry at ``http://host:port/metrics``; yields the port, None if it is 0 or taken.
+
+    A taken port is only warned of: a second connector on a machine does its work all the same.
+    """
+    if port == 0:
+        yield None
+        return
+    try:
+        server, thread = start_http_server(port, host, registry=REGISTRY)
+    except OSError as error:
+        _log.warning(
+            "no metrics from this process: METRICS_PORT cannot be listened on",
+            extra={"port": port, "reason": error.strerror or ""},
+        )
+        yield None
+        return
+    try:
+        yield port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

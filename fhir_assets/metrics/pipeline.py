@@ -1,0 +1,193 @@
+"""What the database knows, as metrics: the outbox, runs, windows behind, resources, dead letters, check results.
+
+Read when Prometheus asks, at most once in ``MAX_AGE`` seconds however many ask. A table that is not there yet gives no
+series; a database that cannot be reached gives ``fhir_database_up 0`` and nothing stale.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from threading import Lock
+from typing import Any, LiteralString
+
+import psycopg
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fhir_assets.errors import FhirAssetsError
+from fhir_assets.metrics.exposition import REGISTRY
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse import database, embedded
+from fhir_assets.warehouse.database import Connection
+from fhir_assets.windows import WindowScheme
+
+MAX_AGE = 5.0
+
+_NOT_THERE = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName)
+
+Rows = list[tuple[Any, ...]]
+
+_GAUGES: tuple[tuple[str, str, tuple[str, ...], LiteralString], ...] = (
+    (
+        "fhir_outbox_unprocessed_count", "Changes in the outbox that wait", (),
+        "SELECT count(*) FROM health.fhir_outbox WHERE processed_at IS NULL",
+    ),
+    (
+        "fhir_outbox_retrying_count", "Changes in the outbox that wait after a failure", (),
+        "SELECT count(*) FROM health.fhir_outbox WHERE processed_at IS NULL AND claimed_by IS NULL AND attempts > 0",
+    ),
+    (
+        "fhir_outbox_lag_seconds", "Age of the oldest change in the outbox that waits", (),
+        "SELECT greatest(0, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0))"
+        " FROM health.fhir_outbox WHERE processed_at IS NULL",
+    ),
+    (
+        "fhir_dlq_total", "Open dead letters of the connector", (),
+        "SELECT count(*) FROM health.fhir_dlq WHERE status = 'open'",
+    ),
+    (
+        "fhir_dlq_by_reason", "Open dead letters of the connector by reason", ("reason",),
+        "SELECT reason, count(*) FROM health.fhir_dlq WHERE status = 'open' GROUP BY 1",
+    ),
+    (
+        "fhir_runs", "Ingestion runs by status", ("status",),
+        "SELECT status, count(DISTINCT run_id) FROM ops.ingestion_runs GROUP BY 1",
+    ),
+    (
+        "fhir_last_success_timestamp_seconds", "When a load of the type last succeeded", ("type",),
+        "SELECT resource_type, extract(epoch FROM max(finished_at)) FROM ops.ingestion_runs"
+        " WHERE status = 'SUCCESS' GROUP BY 1",
+    ),
+    (
+        "fhir_dead_letters", "Open dead letters of the pipeline by stage and rule", ("stage", "rule"),
+        "SELECT stage, rule, count(*) FROM ops.dead_letters WHERE status = 'open' GROUP BY 1, 2",
+    ),
+    (
+        "fhir_unaccounted_resources", "Fetched, but neither loaded nor dead nor withheld, in the windows' latest runs",
+        ("type",),
+        "SELECT resource_type, sum(abs(fetched - coalesce(loaded, valid, 0) - coalesce(dead, 0)"
+        " - coalesce(withheld, 0))) FROM (SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
+        " WHERE status = 'SUCCESS' ORDER BY resource_type, partition_key, started_at DESC) latest"
+        " WHERE fetched IS NOT NULL GROUP BY 1",
+    ),
+)  # fmt: skip
+
+_RESOURCES: LiteralString = (
+    "SELECT layer, resource_type, sum(n) FROM ops.ingestion_runs, LATERAL"
+    " (VALUES ('raw', fetched), ('validated', valid), ('normalized', loaded)) AS l (layer, n)"
+    " WHERE n IS NOT NULL GROUP BY 1, 2"
+)
+_CHECKS: LiteralString = (
+    "SELECT check_name, execution_status, count(*) FROM (SELECT DISTINCT ON (asset_key, check_name, partition) *"
+    " FROM asset_check_executions ORDER BY asset_key, check_name, partition, id DESC) latest"
+    " WHERE execution_status IN ('SUCCEEDED', 'FAILED') GROUP BY 1, 2"
+)
+
+
+class DatabaseCollector(Collector):
+    """The metrics of one deployment's database; ``connect_dagster`` opens Dagster's own, for the check results."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        connect_dagster: Callable[[], Connection] | None,
+        scheme: WindowScheme,
+    ) -> None:
+        self._connect = connect
+        self._connect_dagster = connect_dagster
+        self._scheme = scheme
+        self._lock = Lock()
+        self._read_at = float("-inf")
+        self._metrics: list[Metric] = []
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the registry must not ask the database when it is told of this collector."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics, as fresh as MAX_AGE says."""
+        with self._lock:
+            if time.monotonic() - self._read_at >= MAX_AGE:
+                self._metrics = self._read()
+                self._read_at = time.monotonic()
+            return self._metrics
+
+    def _read(self) -> list[Metric]:
+        up = GaugeMetricFamily("fhir_database_up", "1 if the database answered")
+        try:
+            with closing(self._connect()) as conn:
+                conn.autocommit = True
+                found = [*self._from_tables(conn)]
+        except (psycopg.Error, FhirAssetsError):
+            up.add_metric([], 0)
+            return [up]
+        up.add_metric([], 1)
+        return [up, *found, *self._check_results()]
+
+    def _from_tables(self, conn: Connection) -> Iterator[Metric]:
+        for name, text, labels, query in _GAUGES:
+            if (rows := _rows(conn, query)) is not None:
+                yield _filled(GaugeMetricFamily(name, text, labels=labels), rows)
+        if (rows := _rows(conn, _RESOURCES)) is not None:
+            resources = CounterMetricFamily(
+                "fhir_resources", "Resources that came through a layer, over all runs", labels=["layer", "type"]
+            )
+            yield _filled(resources, rows)
+        if (rows := _rows(conn, "SELECT resource_type, loaded_until FROM ops.checkpoints")) is not None:
+            behind = GaugeMetricFamily(
+                "fhir_windows_behind", "Windows between a type's checkpoint and now, the open one too", labels=["type"]
+            )
+            now = datetime.now(UTC)
+            yield _filled(
+                behind, [(name, len(list(self._scheme.between(min(until, now), now)))) for name, until in rows]
+            )
+
+    def _check_results(self) -> Iterator[Metric]:
+        if self._connect_dagster is None:
+            return
+        try:
+            with closing(self._connect_dagster()) as conn:
+                rows = _rows(conn, _CHECKS)
+        except (psycopg.Error, FhirAssetsError):
+            return
+        if rows is not None:
+            results = GaugeMetricFamily(
+                "fhir_check_results",
+                "Latest evaluations of asset checks over all partitions",
+                labels=["check", "status"],
+            )
+            yield _filled(results, [(check, status.lower(), count) for check, status, count in rows])
+
+
+@contextmanager
+def observe_database(settings: Settings, connect: Callable[[], Connection]) -> Iterator[None]:
+    """Add the database's metrics to the process's registry while the block runs."""
+    collector = DatabaseCollector(connect, lambda: database.connect(_dagster_url(settings)), settings.window_scheme)
+    REGISTRY.register(collector)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(collector)
+
+
+def _dagster_url(settings: Settings) -> str:
+    if url := os.environ.get("DAGSTER_POSTGRES_URL"):
+        return database.normalise_url(url)
+    if settings.db_url is None:
+        return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
+    return database.with_database(settings.db_url.get_secret_value(), embedded.DAGSTER_DATABASE)
+
+
+def _rows(conn: Connection, query: LiteralString) -> Rows | None:
+    try:
+        return conn.execute(query).fetchall()
+    except _NOT_THERE:
+        return None
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, rows: Rows) -> Metric:
+    for *labels, value in rows:
+        family.add_metric([str(label) for label in labels], float(value))
+    return family
