@@ -422,7 +422,7 @@ def test_a_base_url_must_be_one(url: str) -> None:
         FhirClient(url)
 
 
-@pytest.mark.parametrize("host", ["a b", "x" * 64 + ".example", "fhir.example:99999", ".example"])
+@pytest.mark.parametrize("host", ["x" * 64 + ".example", "fhir.example:99999", ".example"])
 def test_a_host_that_cannot_be_called_is_a_bad_setting(host: str) -> None:
     with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
         client_of(f"http://{host}/r4").get("Patient", body_of)
