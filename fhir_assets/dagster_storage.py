@@ -20,14 +20,14 @@ class PooledPostgresStorage(DagsterPostgresStorage):
     """Configured as ``storage: custom:`` in dagster.yaml; everything but the pool is dagster-postgres' own."""
 
     @classmethod
-    def from_config_value(
+    def from_config_value(  # type: ignore[override]  # as dagster-postgres has it
         cls, inst_data: ConfigurableClassData | None, config_value: PostgresStorageConfig
     ) -> Self:
         """What Dagster calls with the ``config`` of dagster.yaml."""
         storage = cls(
             inst_data=inst_data,
             postgres_url=pg_url_from_config(config_value),
-            should_autocreate_tables=config_value.get("should_autocreate_tables", True),
+            should_autocreate_tables=bool(config_value.get("should_autocreate_tables", True)),
             token_provider=get_token_provider_from_config(config_value),
         )
         for part in (storage.run_storage, storage.event_log_storage, storage.schedule_storage):

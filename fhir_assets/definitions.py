@@ -53,7 +53,7 @@ def _build(
     source = source or cache(lambda: open_source(settings))
     partitions = partitions_definition(settings.window_scheme)
     store = open_store(settings.store_url)
-    job = incremental_load(partitions)
+    job = incremental_load()
 
     @dg.resource
     def source_resource() -> Source:

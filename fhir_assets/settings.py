@@ -162,8 +162,9 @@ def load_settings(**overrides: object) -> Settings:
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
         reasons = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']).upper() or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors(include_url=False, include_input=False, include_context=False)
+            f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in found
         )
         raise ConfigurationError(f"Bad settings. {reasons}") from None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from time import perf_counter
 
 import dagster as dg
 
@@ -43,7 +44,7 @@ class RunFacts:
         tags = context.run.tags
         named = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
         return cls(
-            context.run_id,
+            context.run.run_id,
             WindowRange([scheme.window(key) for key in context.partition_keys]),
             Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
             tags.get(TRIGGER_TAG) or next(named, None) or tags.get("user") or "manual",
@@ -63,6 +64,7 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
         runs.start(
             conn, facts.run_id, resource_types, facts.partition_keys, triggered_by=facts.triggered_by, at=facts.now
         )
+    started = perf_counter()
     try:
         yield
     except BaseException as error:
@@ -73,4 +75,5 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
             raise dg.Failure(said, allow_retries=False) from None
         raise
     with warehouse.connect() as conn:
-        runs.finish(conn, facts.run_id, resource_types, facts.partition_keys)
+        seconds = (perf_counter() - started) / len(resource_types)
+        runs.finish(conn, facts.run_id, resource_types, facts.partition_keys, seconds=seconds)

@@ -9,12 +9,11 @@ from fhir_assets.pipeline.plan import Refresh
 LAYERS = ("raw", "validated", "normalized")
 
 
-def incremental_load(partitions: dg.PartitionsDefinition[str]) -> UnresolvedAssetJobDefinition:
+def incremental_load() -> UnresolvedAssetJobDefinition:
     """All layers of a window, or of a range of windows, in one run and one process: what is there is left alone."""
     return dg.define_asset_job(
         "incremental_load",
         selection=dg.AssetSelection.key_prefixes(*([layer] for layer in LAYERS)),
-        partitions_def=partitions,
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Fetch, validate and load what the windows lack.",

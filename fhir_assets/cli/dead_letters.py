@@ -61,14 +61,17 @@ def show(
         stored = dead_letters.get(conn, letter)
         body = dead_letters.resource(conn, letter) if stored and resource else None
     if stored is None:
-        raise ConfigurationError(f"there is no dead letter {letter}: `fhir-assets dead-letters list` shows those there are")
-    found = asdict(stored)
+        raise ConfigurationError(
+            f"there is no dead letter {letter}: `fhir-assets dead-letters list` shows what there is"
+        )
+    facts, issues = stored
+    found: dict[str, object] = asdict(facts)
     if body is not None:
         found["resource"] = body.decode("utf-8", "backslashreplace")
     if json:
-        print_json(found)
+        print_json({**found, "issues": issues})
         return
     for name, value in found.items():
-        if name != "issues":
-            console.print(f"{name.replace('_', ' '):>16}  {value}", markup=False, soft_wrap=True)
-    print_table("Issues", found["issues"], ("severity", "rule", "path", "message"))
+        console.print(f"{name.replace('_', ' '):>16}  {value}", markup=False, soft_wrap=True)
+    if issues:
+        print_table("Issues", issues, ("severity", "rule", "path", "message"))

@@ -13,7 +13,7 @@ from fhir_assets.warehouse import run_history
 app = typer.Typer(help="What ran, and what came of it.", no_args_is_help=True)
 
 _LISTED = ("run_id", "started_at", "triggered_by", "status", "windows", "fetched", "valid", "dead", "loaded", "seconds")
-_SHOWN = ("type", "status", "windows", "fetched", "valid", "dead", "withheld", "loaded", "seconds", "error")
+_SHOWN = ("resource_type", "status", "windows", "fetched", "valid", "dead", "withheld", "loaded", "seconds", "error")
 
 
 @app.command("list")

@@ -13,6 +13,9 @@ from fhir_assets.store.writer import PartWriter
 from fhir_assets.warehouse.dead_letters import DeadLetter
 from fhir_assets.windows import Interval, WindowRange
 
+_ROUNDING = timedelta(seconds=1)
+"""A source may round the start of an interval down, and give what lies just before it."""
+
 _Version = tuple[str, str | None, datetime | None]
 
 
@@ -129,7 +132,7 @@ class Fetcher:
         """The versions that the partition has already from the overlap, which the source will give again."""
         if planned.base is None or planned.interval.start is None:
             return set()
-        again = [p for p in planned.base.parts if p.last is None or p.last >= planned.interval.start]
+        again = [p for p in planned.base.parts if p.last is None or p.last >= planned.interval.start - _ROUNDING]
         seen = set()
         for batch in self._store.batches(again):
             for line in batch:

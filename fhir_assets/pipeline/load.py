@@ -116,20 +116,22 @@ class Loading:
 
     def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: Loaded) -> None:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id)
         dead: Counter[str] = Counter()
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id)
 
         def bury(letters: Sequence[DeadLetter]) -> None:
             if letters:
+                loader.wait()
                 dead_letters.record(conn, self._run_id, letters)
                 total.dead.update(letter.rule for letter in letters)
                 dead.update(letter.partition_key for letter in letters)
 
-        for task in group:
-            for batch in self._store.batches(task.parts):
-                bury(self._load_batch(loader, task, batch))
-                total.resources += len(batch)
-        counts = loader.finish()
+        with loader:
+            for task in group:
+                for batch in self._store.batches(task.parts):
+                    bury(self._load_batch(loader, task, batch))
+                    total.resources += len(batch)
+            counts = loader.finish()
         bury([_unloadable(item) for item in loader.late()])
         anew = [task.window.key for task in group if task.anew]
         for stage in ("transform", "load"):

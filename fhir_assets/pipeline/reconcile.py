@@ -121,7 +121,7 @@ def _missing(
     with conn.cursor().copy("COPY expected FROM STDIN") as copy:
         for row in _expected(store, validated):
             copy.write_row(row)
-    in_view = sql.SQL("")
+    in_view: sql.Composable = sql.SQL("")
     if main_view:
         in_view = sql.SQL(" OR NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)").format(
             sql.Identifier(main_view)
@@ -135,7 +135,7 @@ def _missing(
         " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
         " GROUP BY e.partition_key"
     ).format(in_view)
-    found = dict(conn.execute(query, {"type": resource_type}).fetchall())
+    found: dict[str, int] = dict(conn.execute(query, {"type": resource_type}).fetchall())
     conn.execute("DROP TABLE expected")
     return found
 

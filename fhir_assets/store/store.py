@@ -1,11 +1,12 @@
 """Partitions of NDJSON: ``<layer>/<type>/<partition key>/manifest.json`` and the parts it names."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import msgspec
-from isal import igzip
+from isal import igzip, isal_zlib
 
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, StoreError
@@ -15,6 +16,8 @@ from fhir_assets.store.manifest import Manifest, Part
 BATCH_BYTES = 1 << 20
 """How much is read at once: a batch of lines is the unit of work of validation and loading."""
 
+_unpack = cast(Callable[..., BinaryIO], igzip.IGzipFile)
+_DAMAGED = cast(type[Exception], isal_zlib.error)
 _decoder = msgspec.json.Decoder(Manifest)
 
 
@@ -72,11 +75,11 @@ class Store:
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""
-        with self.blobs.open(part.name) as raw, igzip.open(raw, "rb") as file:
+        with self.blobs.open(part.name) as raw, _unpack(fileobj=raw, mode="rb") as file:
             while True:
                 try:
                     chunk = file.read(BATCH_BYTES)
-                except (OSError, EOFError, igzip.isal_zlib.error):
+                except (OSError, EOFError, _DAMAGED):
                     raise self._damaged(part) from None
                 if not chunk:
                     break

@@ -148,6 +148,14 @@ def find(conn: Connection, selection: Selection, *, before: int | None = None, l
         return cursor.execute(query, {**params, "before": before, "limit": limit}).fetchall()
 
 
+def get(conn: Connection, letter_id: int) -> tuple[StoredLetter, list[dict[str, str]]] | None:
+    """A letter with all of its issues; None for an unknown id."""
+    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)])
+    query = sql.SQL("SELECT {}, issues FROM ops.dead_letters WHERE id = %s").format(columns)
+    row = conn.execute(query, [letter_id]).fetchone()
+    return None if row is None else (StoredLetter(*row[:-1]), row[-1])
+
+
 def resource(conn: Connection, letter_id: int) -> bytes | None:
     """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id."""
     row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()

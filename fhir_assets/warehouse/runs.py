@@ -63,26 +63,35 @@ def count(conn: Connection, run_id: str, resource_type: str, counts: Mapping[str
     )
 
 
-def finish(conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str]) -> None:
-    """What was RUNNING is SUCCESS."""
-    _end(conn, run_id, resource_types, partition_keys, "SUCCESS", None)
+def finish(
+    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, seconds: float = 0
+) -> None:
+    """What was RUNNING is SUCCESS, after ``seconds`` more of work."""
+    _end(conn, run_id, resource_types, partition_keys, "SUCCESS", None, seconds)
 
 
 def fail(
     conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
 ) -> None:
     """What was RUNNING is FAILED. ``error`` holds no patient data."""
-    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error))
+    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), 0)
 
 
 def _end(
-    conn: Connection, run_id: str, types: Sequence[str], keys: Sequence[str], status: str, error: str | None
+    conn: Connection,
+    run_id: str,
+    types: Sequence[str],
+    keys: Sequence[str],
+    status: str,
+    error: str | None,
+    seconds: float,
 ) -> None:
     conn.execute(
-        "UPDATE ops.ingestion_runs r SET status = %s, error = %s, finished_at = clock_timestamp(), checkpoint_after ="
+        "UPDATE ops.ingestion_runs r SET status = %s, error = %s, finished_at = clock_timestamp(),"
+        " seconds = seconds + %s, checkpoint_after ="
         " (SELECT loaded_until FROM ops.checkpoints c WHERE c.resource_type = r.resource_type)"
         " WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status = 'RUNNING'",
-        [status, error, run_id, list(types), list(keys)],
+        [status, error, seconds, run_id, list(types), list(keys)],
     )
 
 
@@ -122,10 +131,9 @@ def errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
 _SUMS = sql.SQL(
     "SELECT resource_type AS type, sum(fetched)::bigint AS fetched, sum(valid)::bigint AS valid,"
     " sum(dead)::bigint AS dead, sum(withheld)::bigint AS withheld, sum(loaded)::bigint AS loaded,"
-    " min(started_at) AS began, max(coalesce(finished_at, clock_timestamp())) AS ended"
-    " FROM ({}) AS r GROUP BY 1"
+    " sum(seconds) AS seconds FROM ({}) AS r GROUP BY 1"
 )
-_OF_RUNS = sql.SQL("SELECT * FROM ops.ingestion_runs WHERE run_id = ANY(%s)")
+_OF_RUNS = sql.SQL("SELECT * FROM ops.run_types WHERE run_id = ANY(%s)")
 _LATEST = sql.SQL(
     "SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
     " WHERE status = 'SUCCESS' ORDER BY resource_type, partition_key, started_at DESC"
@@ -133,37 +141,35 @@ _LATEST = sql.SQL(
 
 
 def summary(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
-    """By type, in load order, what some runs did together: counts, seconds and resources_per_second (loaded).
+    """By type, in load order, what some runs did together: counts, seconds of work, resources_per_second (loaded).
 
     The last row, of type ``total``, is their sum. Types without anything are left out.
     """
     cursor = conn.cursor(row_factory=dict_row).execute(_SUMS.format(_OF_RUNS), [list(run_ids)])
-    return _with_total(cursor.fetchall())
+    rows = _with_total(cursor.fetchall())
+    for row in rows:
+        seconds = row["seconds"]
+        row["resources_per_second"] = round(row["loaded"] / seconds) if row["loaded"] and seconds else None
+    return rows
 
 
 def totals(conn: Connection) -> list[dict[str, object]]:
     """As ``summary``, over the last successful run of every type and partition there is; without speeds."""
     rows = _with_total(conn.cursor(row_factory=dict_row).execute(_SUMS.format(_LATEST)).fetchall())
     for row in rows:
-        del row["seconds"], row["resources_per_second"]
+        del row["seconds"]
     return rows
 
 
-def _with_total(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
+def _with_total(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [row for row in rows if any(row[name] for name in _SUMMED)]
     if not rows:
         return []
     rows.sort(key=lambda row: _order(row["type"]))
     total: dict[str, Any] = {"type": "total"}
-    for name in _SUMMED:
+    for name in (*_SUMMED, "seconds"):
         known = [row[name] for row in rows if row[name] is not None]
         total[name] = sum(known) if known else None
-    total["began"] = min(row["began"] for row in rows)
-    total["ended"] = max(row["ended"] for row in rows)
-    for row in (*rows, total):
-        seconds = (row.pop("ended") - row.pop("began")).total_seconds()
-        row["seconds"] = seconds
-        row["resources_per_second"] = round(row["loaded"] / seconds) if row["loaded"] and seconds > 0 else None
     return [*rows, total]
 
 

@@ -1,5 +1,6 @@
 """A deployment of its own for a test: store, database, Dagster instance, all real and thrown away afterwards."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,11 +12,12 @@ import pytest
 from psycopg import sql
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment import dagster_yaml
 from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.store.store import Store, open_store
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.database import connect, normalise_url
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -58,7 +60,7 @@ class Deployment:
 
     def query(self, statement: str, *params: object) -> list[Row]:
         with connect(self.url) as conn:
-            return conn.execute(statement, params).fetchall()  # type: ignore[call-overload]
+            return conn.execute(statement, params).fetchall()
 
     def tables(self) -> dict[str, list[str]]:
         """Every row of schema fhir as text, sorted, without the bookkeeping."""
@@ -117,14 +119,20 @@ Deploy = Callable[..., Deployment]
 
 
 @pytest.fixture
-def deploy(database: str, tmp_path: Path) -> Iterator[Deploy]:
-    """Makes deployments on the test's database; settings by name. ``home`` tells several of one test apart."""
+def deploy(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploy]:
+    """Makes deployments on the test's database; settings by name. ``home`` tells several of one test apart.
+
+    Dagster's storage is the project's own, in the same database.
+    """
     instances = []
+    monkeypatch.setenv("DAGSTER_EVENT_BATCH_SIZE", "100")
 
     def make(*, home: str = "home", url: str | None = None, **settings: object) -> Deployment:
         folder = tmp_path / home
         (folder / "dagster").mkdir(parents=True, exist_ok=True)
-        instance = dg.DagsterInstance.local_temp(str(folder / "dagster"))
+        shutil.copyfile(dagster_yaml(), folder / "dagster" / "dagster.yaml")
+        monkeypatch.setenv("DAGSTER_POSTGRES_URL", normalise_url(url or database, "psycopg2"))
+        instance = dg.DagsterInstance.from_config(str(folder / "dagster"))
         instances.append(instance)
         values = {"db_url": url or database, "fhir_assets_home": folder, "fhir_overlap_seconds": 0, **settings}
         return Deployment(load_settings(**values), instance)

@@ -58,9 +58,9 @@ def test_nothing_is_visible_before_the_commit(store: Store) -> None:
 
 
 def test_a_writer_that_is_left_early_leaves_no_files_behind(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), PartWriter(store, "raw", buffer_bytes=1) as writer:
+    with PartWriter(store, "raw", buffer_bytes=1) as writer:
         writer.add("Patient", "k", b"{}", None)
-        raise RuntimeError
+        assert list(tmp_path.rglob("*.gz"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, 
 def test_a_damaged_manifest_says_which_folder_to_remove(store: Store, tmp_path: Path) -> None:
     write(store, "k", lines(1))
     (tmp_path / "store/raw/patient/k/manifest.json").write_text("{")
-    with pytest.raises(StoreError, match="raw/patient/k/manifest.json is damaged: remove"):
+    with pytest.raises(StoreError, match=r"raw/patient/k/manifest\.json is damaged: remove"):
         store.manifest("raw", "Patient", "k")
 
 
