@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from fhir_assets.assets.normalized import normalized_assets
+from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
 from fhir_assets.automation.jobs import incremental_load
@@ -64,6 +64,7 @@ def _build(
             *raw_assets(settings, partitions, one_pass=settings.fhir_source is SourceKind.NDJSON),
             *validated_assets(settings, partitions),
             *normalized_assets(settings, partitions, views.views),
+            *(broken_view(broken) for broken in views.broken),
         ],
         jobs=[job],
         schedules=[incremental_load_schedule(settings, job, source, warehouse)],

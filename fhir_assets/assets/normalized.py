@@ -1,5 +1,6 @@
 """``normalized/<view>``: a table a ViewDefinition, and ``fhir.resource`` with the whole JSON beside them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 
@@ -8,7 +9,7 @@ import dagster as dg
 from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks import reconciles_spec, reconciliation
-from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.io_managers.postgres import LoadedView
 from fhir_assets.pipeline.load import Loaded, Loading
 from fhir_assets.pipeline.reconcile import reconcile
@@ -80,6 +81,17 @@ def _normalized(
     return normalized
 
 
+def broken_view(broken: BrokenView) -> dg.AssetSpec:
+    """A file that is no valid ViewDefinition, shown in the UI with what is wrong; nothing can be materialized of it."""
+    return dg.AssetSpec(
+        ["broken_views", re.sub(r"\W", "_", broken.path.stem)],
+        group_name="broken_views",
+        description=f"Not loaded: {broken.message}",
+        metadata={"view_file": dg.MetadataValue.path(str(broken.path))},
+        kinds={"fhir"},
+    )
+
+
 def _metadata(loaded: Loaded, seconds: float) -> dict[str, dg.MetadataValue]:
     return {
         "resources": dg.IntMetadataValue(loaded.resources),
@@ -112,5 +124,6 @@ def _output(view: View, resource_type: ResourceType) -> dg.AssetOut:
             "view_url": view.url or "",
             "view_version": view.version or "",
             "view_file": dg.MetadataValue.path(str(view.path or "")),
+            "paths_not_compiled": len(view.fallbacks),
         },
     )

@@ -54,7 +54,7 @@ def demo(
                 serve_ui(load_settings(), port)
     finally:
         if started:
-            embedded.stop(home, only_if_unused=True)
+            embedded.stop(home)
 
 
 def _population(folder: Path, patients: int) -> Windows:
@@ -108,7 +108,6 @@ def _load() -> None:
         report_failure(settings, outcome)
     if failed(outcomes):
         raise typer.Exit(1)
-    console.print(
-        "Dead letters: [bold]fhir-assets dead-letters list[/bold]; tables: schema fhir in "
-        f"{'DB_URL' if settings.db_url else 'the embedded Postgres (fhir-assets sql prints how to reach it)'}"
-    )
+    where = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"
+    console.print(f"Tables: schema fhir, {where}", markup=False, soft_wrap=True)
+    console.print("Dead letters: fhir-assets dead-letters list", markup=False)

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -19,6 +18,9 @@ from fhir_assets.warehouse import embedded
 
 DEFAULT_PORT = 3000
 
+_SUPERSEDED = "ignore:Function `dev_command`"
+"""`dagster dev` recommends `dg dev`, a package that would do nothing for a user here."""
+
 
 def dev(
     port: Annotated[int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; a free one if taken")] = None,
@@ -30,20 +32,20 @@ def dev(
         serve_ui(settings, port)
     finally:
         if started:
-            embedded.stop(settings.home, only_if_unused=True)
+            embedded.stop(settings.home)
 
 
-def serve_ui(settings: Settings, port: int | None, extra: Mapping[str, str] | None = None) -> None:
+def serve_ui(settings: Settings, port: int | None) -> None:
     """Run ``dagster dev`` until it ends or is interrupted; then nothing of it is left running.
 
     Raises ConfigurationError if it ends by itself.
     """
     Warehouse(settings).url()
-    environment = {**deployment.environment(settings), **(extra or {})}
+    environment = {**deployment.environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
     port = free_port(port or DEFAULT_PORT)
     console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
     command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--module-name", "fhir_assets.definitions", "--log-level", "warning"]
+    command += ["--module-name", "fhir_assets.definitions", "--log-level", "error"]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:

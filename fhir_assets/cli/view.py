@@ -9,7 +9,7 @@ import typer
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.definitions import views_of
 from fhir_assets.errors import ViewError
-from fhir_assets.fhir.views import RowError, TypeViews, read_view
+from fhir_assets.fhir.views import RowError, check_view, read_definition, read_view
 from fhir_assets.fhir.views.try_out import Format, write
 from fhir_assets.fhir.views.try_out import run as rows_of
 from fhir_assets.settings import load_settings
@@ -45,18 +45,27 @@ def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON"
 
 @app.command()
 def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files", metavar="VIEW.json…")]) -> None:
-    """Say what is wrong with a ViewDefinition, and where; exit code 1 if anything is."""
-    wrong = 0
+    """Say all that is wrong with ViewDefinitions, and where; exit code 1 if one of them is not valid."""
+    invalid = 0
     for path in view:
         try:
-            found = read_view(path)
-            TypeViews([found])
+            problems = check_view(read_definition(path))
         except ViewError as error:
-            wrong += 1
+            invalid += 1
             errors.print(str(error), markup=False, soft_wrap=True)
             continue
+        for problem in problems:
+            errors.print(
+                f"{path}: {problem.place}: {problem.severity}: {problem.message}", markup=False, soft_wrap=True
+            )
+        if any(problem.severity == "error" for problem in problems):
+            invalid += 1
+            continue
+        found = read_view(path)
         console.print(f"{path}: {found.name}: {len(found.columns)} columns of {found.resource_type}", markup=False)
-    if wrong:
+        for expression in found.fallbacks:
+            console.print(f"  not compiled, evaluated slowly: {expression}", markup=False, soft_wrap=True)
+    if invalid:
         raise typer.Exit(1)
 
 

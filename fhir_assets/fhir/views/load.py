@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -26,15 +27,22 @@ class ViewSet:
     broken: tuple[BrokenView, ...]
 
 
-def read_view(path: Path) -> View:
-    """The ViewDefinition of a file. Raises ViewError."""
+def read_definition(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises ViewError."""
     try:
         definition = orjson.loads(path.read_bytes())
     except OSError as error:
         raise ViewError(f"{path}: cannot be read: {error.strerror}") from None
     except orjson.JSONDecodeError as error:
         raise ViewError(f"{path}: is not JSON: {error}") from None
-    return parse_view(definition, path)
+    if not isinstance(definition, dict):
+        raise ViewError(f"{path}: is not a JSON object: a ViewDefinition is one")
+    return definition
+
+
+def read_view(path: Path) -> View:
+    """The ViewDefinition of a file. Raises ViewError."""
+    return parse_view(read_definition(path), path)
 
 
 def load_views(folders: Sequence[Path]) -> ViewSet:

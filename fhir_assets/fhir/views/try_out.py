@@ -28,13 +28,15 @@ def run(
     data: Iterable[Path],
     *,
     refused: Callable[[str, RowError], None] | None = None,
+    empty_join: bool = False,
 ) -> Iterator[Row]:
     """The rows of a view over files, folders or Bundles, streamed; resources of other types are passed over.
 
     A resource that the view cannot make rows of goes to ``refused`` with its place (``Patient.ndjson:17``) and is
-    passed over; without ``refused`` its RowError is raised. Raises NotFhir for a file that holds no resources.
+    passed over; without ``refused`` its RowError is raised. ``empty_join``: see
+    TypeViews; False is what the tables hold. Raises NotFhir for a file that holds no resources.
     """
-    views = TypeViews([view])
+    views = TypeViews([view], empty_join=empty_join)
     for place, resource in read_resources(data):
         if resource["resourceType"] != view.resource_type:
             continue
