@@ -17,9 +17,6 @@ from fhir_assets.settings import Settings
 from fhir_assets.warehouse import runs
 from fhir_assets.windows import WindowRange
 
-QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-"""Run config: the terminal shows a summary, not Dagster's events; they are in the UI."""
-
 Listener = Callable[[dg.EventLogEntry], None]
 
 
@@ -77,7 +74,6 @@ class Ingestion:
             self._instance.add_event_listener(run_id, listener)
         result = self._job().execute_in_process(
             instance=self._instance,
-            run_config=QUIET,
             raise_on_error=False,
             partition_key=windows.windows[0].key if single else None,
             tags=tags if single else {**tags, **range_tags(windows)},

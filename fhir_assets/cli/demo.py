@@ -103,7 +103,10 @@ def _load() -> None:
     outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
         everything = runs.totals(conn)
-    print_table("Loaded now" if outcomes else "Loaded earlier", summary(settings, outcomes) or everything, SUMMARY)
+    if loaded := summary(settings, outcomes):
+        print_table("Loaded now", loaded, SUMMARY)
+    else:
+        print_table("Loaded earlier", everything, SUMMARY[:-1])
     for outcome in failed(outcomes):
         report_failure(settings, outcome)
     if failed(outcomes):
