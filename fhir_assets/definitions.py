@@ -69,8 +69,6 @@ def _build(
         jobs=[job],
         schedules=[incremental_load_schedule(settings, job, source, warehouse)],
         sensors=[record_failed_runs(warehouse)],
-        # Events are in the UI; on stderr they would reach whatever collects it, stack traces and all.
-        loggers={"console": dg.colored_console_logger.configured({"log_level": "CRITICAL"})},
         resources={
             "ndjson": NdjsonIOManager(store),
             "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),

@@ -59,6 +59,11 @@ class Ingestion:
         last = last or (extent.end if extent and source.state() is not None else now)
         return chunks(list(scheme.between(first, min(last, now))))
 
+    def not_offered(self) -> list[str]:
+        """The types that are asked for but that the source does not offer; they are skipped."""
+        offered = open_source(self._settings).offered()
+        return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
+
     def steps(self) -> int:
         """How many steps one run has."""
         return len(self._job().all_node_defs)

@@ -68,6 +68,8 @@ def load_due(
     due = ingestion.due(first=first, last=last, all_windows=full_refresh)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
+    if due and not quiet and (missing := ingestion.not_offered()):
+        console.print(f"Not offered by the source, skipped: {', '.join(missing)}")
     steps = ingestion.steps()
     outcomes = []
     with Progress(

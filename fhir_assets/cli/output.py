@@ -10,7 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-console = Console(highlight=False)
+_WIDTH_ELSEWHERE = 160
+"""Columns of a table where there is no terminal to ask."""
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_ELSEWHERE)
 errors = Console(stderr=True, highlight=False)
 
 

@@ -12,7 +12,7 @@ from fhir_assets.warehouse import run_history
 
 app = typer.Typer(help="What ran, and what came of it.", no_args_is_help=True)
 
-_LISTED = ("run_id", "started_at", "triggered_by", "status", "windows", "fetched", "valid", "dead", "loaded", "seconds")
+_LISTED = ("run", "started_at", "triggered_by", "status", "windows", "fetched", "valid", "dead", "loaded", "seconds")
 _SHOWN = ("resource_type", "status", "windows", "fetched", "valid", "dead", "withheld", "loaded", "seconds", "error")
 
 
@@ -29,7 +29,7 @@ def list_runs(
     if json:
         print_json(found)
     else:
-        print_table("Runs", found, _LISTED)
+        print_table("Runs", [{**run, "run": run["run_id"][:8]} for run in found], _LISTED)
 
 
 @app.command()
