@@ -17,7 +17,7 @@ from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.manifest import Manifest
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse.tables import column_type
+from fhir_assets.warehouse.tables import column_type, row_count
 
 
 def normalized_assets(
@@ -70,8 +70,10 @@ def _normalized(
                 )
                 loaded = loading.load(name, facts.windows.windows, validated)
                 metadata = _metadata(loaded, perf_counter() - started)
+                with warehouse.connect() as conn:
+                    rows = {view.name: row_count(conn, view) for view in wanted}
                 for view in wanted:
-                    table = LoadedView(view.name, loaded.rows[view.name])
+                    table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
         if context.selected_asset_check_keys:
             with warehouse.connect() as conn:

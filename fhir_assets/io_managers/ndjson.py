@@ -31,7 +31,7 @@ class NdjsonIOManager(dg.IOManager):
         context.add_output_metadata(
             {
                 "partitions_written": len(obj.manifests),
-                "dagster/row_count": sum(manifest.rows for manifest in obj.manifests),
+                "rows": sum(manifest.rows for manifest in obj.manifests),
                 "bytes": sum(manifest.bytes for manifest in obj.manifests),
                 "stored_bytes": sum(manifest.stored_bytes for manifest in obj.manifests),
             }

@@ -12,9 +12,10 @@ from fhir_assets.resources.warehouse import Warehouse
 
 @dataclass(frozen=True, slots=True)
 class LoadedView:
-    """What a load did to one table: the rows it wrote for each partition, already committed."""
+    """What a load did to one table, already committed: ``written`` rows; the table has ``rows`` now."""
 
     table: str
+    written: int
     rows: int
 
 
@@ -49,7 +50,13 @@ class PostgresIOManager(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: LoadedView) -> None:
         """Describe the table."""
-        context.add_output_metadata({"dagster/row_count": obj.rows, "dagster/relation_identifier": f"fhir.{obj.table}"})
+        context.add_output_metadata(
+            {
+                "rows_written": obj.written,
+                "dagster/row_count": obj.rows,
+                "dagster/relation_identifier": f"fhir.{obj.table}",
+            }
+        )
 
     def load_input(self, context: dg.InputContext) -> TableSlice:
         """The table, restricted to the partitions of the run."""

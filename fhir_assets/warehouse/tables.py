@@ -13,9 +13,10 @@ from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.layout import KEY_COLUMN, TableColumn, TableLayout, column_type, layout_of
 from fhir_assets.warehouse.migrate import lock_schema
 
-__all__ = ["KEY_COLUMN", "Drift", "apply_changes", "column_type", "drift", "ensure_tables", "layout_of"]
+__all__ = ["KEY_COLUMN", "Drift", "apply_changes", "column_type", "drift", "ensure_tables", "layout_of", "row_count"]
 
 SCHEMA = "fhir"
+_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,16 @@ def apply_changes(conn: Connection, views: Iterable[View]) -> list[Drift]:
     Returns what was different. The rows fill again as the windows are loaded again.
     """
     return _bring_up(conn, [layout_of(view) for view in views], destroy=True)
+
+
+def row_count(conn: Connection, view: View) -> int:
+    """How many rows the table of a view has: exact up to a million, beyond that as Postgres last estimated."""
+    table = sql.Identifier(SCHEMA, view.name)
+    estimate = conn.execute("SELECT reltuples::bigint FROM pg_class WHERE oid = %s::regclass", [table.as_string(conn)])
+    found = estimate.fetchone()
+    if found is None or found[0] <= _COUNTED:
+        found = conn.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
+    return int(found[0]) if found else 0
 
 
 def drift(conn: Connection, view: View) -> list[Drift]:
