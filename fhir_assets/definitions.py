@@ -1,7 +1,7 @@
 """Everything Dagster loads. Importing this touches no network and no database."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +59,11 @@ def _build(
     def source_resource() -> Source:
         return source()
 
+    @dg.resource
+    def warehouse_resource(context: dg.InitResourceContext) -> Iterator[Warehouse]:
+        with warehouse.held_for(context.run_id or "") as held:
+            yield held
+
     return dg.Definitions(
         assets=[
             *raw_assets(settings, partitions, one_pass=settings.fhir_source is SourceKind.NDJSON),
@@ -74,7 +79,7 @@ def _build(
             "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),
             "source": source_resource,
             "store": store,
-            "warehouse": warehouse,
+            "warehouse": warehouse_resource,
             "validator": Validator(
                 warn_rules=settings.validation_warn_rules,
                 max_bytes=settings.validation_max_bytes,

@@ -8,13 +8,13 @@ from uuid import uuid4
 import dagster as dg
 
 from fhir_assets.assets.run import REFRESH_TAG, TRIGGER_TAG
-from fhir_assets.automation.requests import UNFINISHED, range_tags
+from fhir_assets.automation.dead_runs import give_up_dead_runs
+from fhir_assets.automation.requests import range_tags
 from fhir_assets.pipeline.due import chunks, windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.source import open_source
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import runs
 from fhir_assets.windows import WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
@@ -47,10 +47,9 @@ class Ingestion:
         now = datetime.now(UTC)
         scheme = self._settings.window_scheme
         source = open_source(self._settings)
-        if first is None and last is None and not all_windows:
-            with self._warehouse.connect() as conn:
-                alive = [run.run_id for run in self._instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))]
-                runs.abandon_all_but(conn, alive)
+        with self._warehouse.connect() as conn:
+            give_up_dead_runs(self._instance, conn)
+            if first is None and last is None and not all_windows:
                 return windows_due(
                     conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
                 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
+from fhir_assets.automation.dead_runs import give_up_dead_runs
 from fhir_assets.automation.requests import UNFINISHED, run_request
 from fhir_assets.fhir.record import Source
 from fhir_assets.pipeline.due import windows_due
@@ -28,6 +29,8 @@ def incremental_load_schedule(
         default_status=dg.DefaultScheduleStatus.RUNNING if settings.fhir_base_url else dg.DefaultScheduleStatus.STOPPED,
     )
     def incremental_load(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        with warehouse.connect() as conn:
+            give_up_dead_runs(context.instance, conn)
         unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED))
         if unfinished:
             yield dg.SkipReason(f"{unfinished} runs of {job.name} are not finished yet")

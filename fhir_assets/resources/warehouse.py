@@ -1,12 +1,14 @@
 """The database of a deployment: DB_URL's, or the embedded one, migrated before its first use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
 import psycopg
 
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import database, embedded, migrate
+from fhir_assets.warehouse import database, embedded, migrate, runs
 
 DATABASE = "fhir_assets"
 
@@ -32,3 +34,10 @@ class Warehouse:
     def connect(self) -> psycopg.Connection:
         """A new connection, not in autocommit. Raises DatabaseUnavailable."""
         return database.connect(self.url())
+
+    @contextmanager
+    def held_for(self, run_id: str) -> Iterator["Warehouse"]:
+        """The warehouse, for a run that counts as living meanwhile. Raises DatabaseUnavailable."""
+        with database.connect(self.url(), autocommit=True) as conn:
+            runs.hold(conn, run_id)
+            yield self

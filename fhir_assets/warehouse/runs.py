@@ -12,6 +12,14 @@ from fhir_assets.warehouse.database import Connection
 
 COUNTS = ("server_total", "fetched", "valid", "dead", "withheld", "loaded")
 _SUMMED = COUNTS[1:]
+_LIVING = 0x6668726E
+"""First key of the advisory locks that living runs hold ("fhrn")."""
+_HELD = (
+    "SELECT run_id FROM unnest(%(runs)s::text[]) run_id"
+    " WHERE EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    " AND classid::bigint = %(key)s AND objid::bigint = hashtext(run_id)::bigint & 4294967295)"
+)
 
 
 def start(
@@ -104,15 +112,24 @@ def abandon(conn: Connection, run_id: str, *, error: str) -> int:
     ).rowcount
 
 
-def abandon_all_but(
-    conn: Connection, alive: Sequence[str], *, error: str = "the run ended without saying so: killed, or crashed"
-) -> int:
-    """What runs other than those alive left RUNNING is FAILED. Returns how many rows."""
-    return conn.execute(
-        "UPDATE ops.ingestion_runs SET status = 'FAILED', finished_at = clock_timestamp(), error = %s"
-        " WHERE status = 'RUNNING' AND run_id <> ALL(%s::text[])",
-        [error, list(alive)],
-    ).rowcount
+def hold(conn: Connection, run_id: str) -> None:
+    """From now on the run counts as living, as long as a connection that holds it is open: Postgres notices at once
+    when a process dies, however it dies.
+    """
+    conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [_LIVING, run_id])
+
+
+def living(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
+    """Those of the runs that a living process holds."""
+    rows = conn.execute(_HELD, {"key": _LIVING, "runs": list(run_ids)})
+    return frozenset(run_id for (run_id,) in rows)
+
+
+def abandon_dead(conn: Connection, *, error: str = "the run ended without saying so: killed, or crashed") -> int:
+    """What runs that no process holds left RUNNING is FAILED. Returns how many rows."""
+    started = conn.execute("SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchall()
+    dead = {run_id for (run_id,) in started}.difference(living(conn, [run_id for (run_id,) in started]))
+    return sum(abandon(conn, run_id, error=error) for run_id in sorted(dead))
 
 
 def errors(conn: Connection, run_id: str) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 1, 3, tzinfo=UTC)
+FEW = "Patient,Encounter,Observation"
 
 
 def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
@@ -29,6 +30,7 @@ def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
         "FHIR_LAST_UPDATED_GTE": "2024-01-01",
         "FHIR_ASSETS_HOME": str(settings.home),
         "FHIR_PAGE_SIZE": "50",
+        "FHIR_RESOURCE_TYPES": ",".join(settings.fhir_resource_types),
         "DB_URL": deployment.url,
         "DAGSTER_POSTGRES_URL": normalise_url(deployment.url, "psycopg2"),
     }
@@ -58,15 +60,15 @@ def finish(deployment: Deployment) -> None:
     subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=300)
 
 
-def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patients: int) -> None:
+def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patients: int, **settings: str) -> None:
     write_population(folder, Population(patients, 3, 0.02, end=END, start=START))
     with SandboxServer(folder) as server:
-        clean = deploy(home="clean", fhir_base_url=server.url)
+        clean = deploy(home="clean", fhir_base_url=server.url, **settings)
         begun = time.monotonic()
         finish(clean)
         whole = time.monotonic() - begun
-        killed = deploy(home="killed", url=other_database, fhir_base_url=server.url)
-        at_work = [run_and_kill(killed, random.Random(n).uniform(0.3, 1.0) * whole) for n in range(kills)]
+        killed = deploy(home="killed", url=other_database, fhir_base_url=server.url, **settings)
+        at_work = [run_and_kill(killed, random.Random(n).uniform(0.4, 1.0) * whole) for n in range(kills)]
         assert any(at_work)
         finish(killed)
     assert killed.tables() == clean.tables()
@@ -78,7 +80,7 @@ def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patient
 def test_a_load_killed_three_times_ends_in_the_tables_of_a_clean_one(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
-    story(deploy, tmp_path / "population", empty_database, kills=3, patients=2)
+    story(deploy, tmp_path / "population", empty_database, kills=3, patients=10, fhir_resource_types=FEW)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fhir_assets.warehouse import checkpoints, runs
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.database import Connection, connect
 from fhir_assets_tests.warehouse.views import select
 
 NOW = datetime(2024, 3, 1, tzinfo=UTC)
@@ -70,18 +70,23 @@ def test_totals_take_the_last_success_of_each_window(conn: Connection) -> None:
     assert [(row["type"], row["loaded"]) for row in runs.totals(conn)] == [("Patient", 210), ("total", 210)]
 
 
-def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection) -> None:
+def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection, database: str) -> None:
     for run_id in ("dead", "living", "done"):
         start(conn, run_id)
     runs.finish(conn, "done", TYPES, KEYS)
-    assert runs.abandon_all_but(conn, ["living"]) == 60
+    with connect(database, autocommit=True) as process, connect(database, autocommit=True) as another_step:
+        runs.hold(process, "living")
+        runs.hold(another_step, "living")
+        process.close()
+        assert runs.living(conn, ["dead", "living", "done"]) == {"living"}
+        assert runs.abandon_dead(conn) == 60
     assert select(conn, "SELECT DISTINCT run_id, status FROM ops.ingestion_runs ORDER BY 1") == [
         ("dead", "FAILED"),
         ("done", "SUCCESS"),
         ("living", "RUNNING"),
     ]
     assert runs.abandon(conn, "living", error="killed") == 60
-    assert runs.abandon_all_but(conn, []) == 0
+    assert runs.abandon_dead(conn) == 0
 
 
 def test_a_run_notes_the_checkpoint_before_and_after(conn: Connection) -> None:
