@@ -94,8 +94,10 @@ class WindowScheme:
 class WindowRange:
     """Consecutive windows that are worked on together, in one pass. Never empty."""
 
-    def __init__(self, windows: list[Window]) -> None:
+    def __init__(self, windows: list[Window], *, from_first: bool = False) -> None:
+        """``from_first``: the range begins with the first window there is."""
         self.windows = windows
+        self.from_first = from_first
         self.interval = Interval(windows[0].start, windows[-1].end)
         self._ends = [window.end for window in windows]
 

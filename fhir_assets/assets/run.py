@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from time import perf_counter
+from traceback import extract_tb
 
 import dagster as dg
+import psycopg
 
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.pipeline.plan import Refresh
@@ -43,9 +46,10 @@ class RunFacts:
         """Read them from the context: one partition or a range alike."""
         tags = context.run.tags
         named = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
+        windows = [scheme.window(key) for key in context.partition_keys]
         return cls(
             context.run.run_id,
-            WindowRange([scheme.window(key) for key in context.partition_keys]),
+            WindowRange(windows, from_first=windows[0] == scheme.window_at(scheme.start)),
             Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
             tags.get(TRIGGER_TAG) or next(named, None) or tags.get("user") or "manual",
             datetime.now(UTC),
@@ -56,9 +60,9 @@ class RunFacts:
 def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -> Iterator[None]:
     """Keep ``ops.ingestion_runs`` true while a step works: RUNNING, then SUCCESS or FAILED with the reason.
 
-    A step yields its outputs inside, so that what the IO manager does counts too. An error of the project becomes
-    a dagster.Failure that says its sentence; of any other only the type is kept, for its message may quote what
-    it choked on.
+    A step yields its outputs inside, so that what the IO manager does counts too. Every error becomes a
+    dagster.Failure with one sentence: an error of the project its own, any other its type and place only, for its
+    message may quote what it choked on.
     """
     with warehouse.connect() as conn:
         runs.start(
@@ -68,12 +72,22 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
     try:
         yield
     except BaseException as error:
-        said = str(error) if isinstance(error, FhirAssetsError) else f"stopped by {type(error).__name__}"
+        said = _reason(error)
         with warehouse.connect() as conn:
             runs.fail(conn, facts.run_id, resource_types, facts.partition_keys, error=said)
-        if isinstance(error, FhirAssetsError):
+        if isinstance(error, Exception):
             raise dg.Failure(said, allow_retries=False) from None
         raise
     with warehouse.connect() as conn:
         seconds = (perf_counter() - started) / len(resource_types)
         runs.finish(conn, facts.run_id, resource_types, facts.partition_keys, seconds=seconds)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FhirAssetsError):
+        return str(error)
+    if isinstance(error, GeneratorExit):
+        return "the step's output could not be stored: the run's page in the UI says why"
+    place = extract_tb(error.__traceback__)[-1]
+    state = f", SQLSTATE {error.sqlstate}" if isinstance(error, psycopg.Error) else ""
+    return f"unexpected {type(error).__name__}{state} in {Path(place.filename).name}, line {place.lineno}"

@@ -76,7 +76,7 @@ class Fetcher:
         outside = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         with PartWriter(self._store, "raw") as writer:
-            for request in self._requests(plans):
+            for request in self._requests(plans, windows):
                 for item in self._source.fetch(request.names, request.interval):
                     self._place(item, windows, plans, outside, writer)
                 for name in request.names:
@@ -98,12 +98,15 @@ class Fetcher:
             for name, plan in plans.items()
         ]
 
-    def _requests(self, plans: Mapping[str, Mapping[str, _Progress]]) -> Iterator["_Request"]:
+    def _requests(self, plans: Mapping[str, Mapping[str, _Progress]], windows: WindowRange) -> Iterator["_Request"]:
         """What to ask the source for: everything at once, or a type and an unbroken stretch at a time."""
         if self._source.one_pass:
             wanted = [name for name, plan in plans.items() if plan]
             if wanted:
                 whole = hull(p.planned for name in wanted for p in plans[name].values())
+                if windows.from_first:
+                    # What bears no lastUpdated and is older than all windows belongs into the first.
+                    whole = Interval(None, whole.end)
                 yield _Request(wanted, whole, None, None)
             return
         for name, plan in plans.items():

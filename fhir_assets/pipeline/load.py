@@ -111,7 +111,7 @@ class Loading:
                 manifest,
                 new if only_new else manifest.parts,
                 not only_new,
-                fetched.until if fetched else None,
+                fetched.until if raw and fetched and _covers(manifest, raw) else None,
             )
 
     def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: Loaded) -> None:
@@ -208,6 +208,11 @@ def _letter(
         resource=line,
         partition_key=partition_key,
     )
+
+
+def _covers(validated: Manifest, raw: Manifest) -> bool:
+    """Whether all that was fetched of the window has been validated: only then may the checkpoint move on."""
+    return validated.validated is not None and {part.name for part in raw.parts} == set(validated.validated.inputs)
 
 
 _NO_ID = "the resource has no id, so no row could be told from another: give it one at the source or by `edit`"

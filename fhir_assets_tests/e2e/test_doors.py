@@ -116,3 +116,15 @@ def test_the_published_examples_of_the_30_types_all_load(deploy: Deploy, tmp_pat
     with gzip.open(file) as lines:
         kinds = Counter(orjson.loads(line)["resourceType"] for line in lines)
     assert deployment.loaded() == {kind: count for kind, count in kinds.items() if kind in BY_NAME}
+
+
+def test_an_old_file_without_last_updated_belongs_to_the_first_window(deploy: Deploy, tmp_path: Path) -> None:
+    file = tmp_path / "Patient.ndjson"
+    dated = b'{"resourceType":"Patient","id":"dated","meta":{"lastUpdated":"2023-12-31T23:59:59Z"}}'
+    file.write_bytes(b'{"resourceType":"Patient","id":"undated"}\n' + dated + b"\n")
+    os.utime(file, (0, 0))
+    deployment = deploy(fhir_source="ndjson", fhir_base_url=str(file), fhir_last_updated_gte=START)
+    outcomes = deployment.ingest()
+    assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
+    found = deployment.query("SELECT id, partition_key FROM fhir.resource")
+    assert found == [("undated", "2024-01-01")]
