@@ -61,7 +61,7 @@ def _build(
 
     @dg.resource
     def warehouse_resource(context: dg.InitResourceContext) -> Iterator[Warehouse]:
-        with warehouse.held_for(context.run_id or "") as held:
+        with warehouse.held_for(context.run.run_id if context.run else "") as held:
             yield held
 
     return dg.Definitions(

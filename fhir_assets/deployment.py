@@ -33,7 +33,7 @@ def environment(settings: Settings) -> dict[str, str]:
         shutil.copyfile(dagster_yaml(), home / "dagster.yaml")
         found["DAGSTER_HOME"] = str(home)
     if "DAGSTER_POSTGRES_URL" not in found:
-        found["DAGSTER_POSTGRES_URL"] = database.normalise_url(_storage_url(settings), "psycopg2")
+        found["DAGSTER_POSTGRES_URL"] = database.normalise_url(ensure_dagster_database(settings), "psycopg2")
     found.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
     return found
 
@@ -44,7 +44,8 @@ def instance(settings: Settings) -> dg.DagsterInstance:
     return dg.DagsterInstance.get()
 
 
-def _storage_url(settings: Settings) -> str:
+def ensure_dagster_database(settings: Settings) -> str:
+    """The URL of the database ``dagster`` beside the project's, created if it is not there. Raises DatabaseUnavailable."""
     if settings.db_url is None:
         return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
     url = settings.db_url.get_secret_value()

@@ -17,9 +17,9 @@ def migrate(
         bool, typer.Option(help="Also apply changed types and removed columns of ViewDefinitions; drops their data")
     ] = False,
 ) -> None:
-    """Create or upgrade the schemas, and a table for every ViewDefinition."""
+    """Create or upgrade the schemas, a table for every ViewDefinition, and Dagster's database."""
     settings = load_settings()
-    deployment.environment(settings)
+    deployment.ensure_dagster_database(settings)
     views = views_of(settings)
     with Warehouse(settings).connect() as conn:
         if apply_view_changes:

@@ -42,10 +42,15 @@ def windows_due(
         return []
     last = now
     if state is not None:
-        if extent is None or min(c.loaded_until for c in known.values()) >= extent.end:
+        if extent is None:
             return []
-        last = min(extent.end, now)
-    first = min(checkpoint.loaded_until for checkpoint in known.values()) - overlap
+        # What is older than all windows belongs into the first.
+        end = max(extent.end, scheme.start + timedelta(microseconds=1))
+        if min(checkpoint.loaded_until for checkpoint in known.values()) >= end:
+            return []
+        last = min(end, now)
+    # A checkpoint that has only begun has nothing before it that could come late.
+    first = min(each.loaded_until - (timedelta(0) if name in begin else overlap) for name, each in known.items())
     return chunks(list(scheme.between(min(first, last), last)))
 
 
