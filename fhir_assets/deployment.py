@@ -45,7 +45,7 @@ def instance(settings: Settings) -> dg.DagsterInstance:
 
 
 def ensure_dagster_database(settings: Settings) -> str:
-    """The URL of the database ``dagster`` beside the project's, created if it is not there. Raises DatabaseUnavailable."""
+    """The URL of the database ``dagster`` beside the project's, created if need be. Raises DatabaseUnavailable."""
     if settings.db_url is None:
         return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
     url = settings.db_url.get_secret_value()
