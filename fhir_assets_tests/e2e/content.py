@@ -1,0 +1,74 @@
+"""Small content for a sandbox server, and what it was asked."""
+
+import json
+from datetime import datetime
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import dagster as dg
+
+from fhir_assets.assets.run import REFRESH_TAG
+from fhir_assets.automation.requests import range_tags
+from fhir_assets.definitions import build_definitions
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.windows import WindowRange
+from fhir_assets_tests.e2e.conftest import Deployment
+
+
+def instant(moment: datetime) -> str:
+    """FHIR's instant, to the millisecond."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def patient(identity: str, moment: datetime, *, version: str = "1", **fields: Any) -> bytes:
+    """A valid Patient."""
+    meta = {"versionId": version, "lastUpdated": instant(moment)}
+    return json.dumps({"resourceType": "Patient", "id": identity, "meta": meta, **fields}).encode()
+
+
+def add(server: SandboxServer, *bodies: bytes) -> None:
+    """Put resources on the server under the time they bring, as late commits come."""
+    for body in bodies:
+        server.store.seed(body, 0)
+
+
+def asked(server: SandboxServer, resource_type: str = "Patient") -> list[tuple[str, str]]:
+    """The intervals of ``_lastUpdated`` whose resources the server was asked for, counts and further pages left out."""
+    intervals = []
+    for line in server.stats()["recent"]:
+        url = urlsplit(line.split(" ", 1)[1])
+        query = parse_qs(url.query)
+        if url.path.endswith(f"/{resource_type}") and "_lastUpdated" in query and "_summary" not in query:
+            low, high = (value.removeprefix("ge").removeprefix("lt") for value in query["_lastUpdated"])
+            intervals.append((low, high))
+    return intervals
+
+
+def materialize(
+    deployment: Deployment,
+    *keys: str,
+    windows: list[str],
+    refresh: Refresh = Refresh.WINDOW,
+) -> dg.ExecuteInProcessResult:
+    """What *Materialize selected* does in the UI: assets such as ``normalized/patient``, one partition or a range.
+
+    Without keys the check ``reconciles`` of Patient is executed alone.
+    """
+    job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
+    if keys:
+        job = job.get_subset(asset_selection={dg.AssetKey(key.split("/")) for key in keys}, asset_check_selection=set())
+    else:
+        check = dg.AssetCheckKey(dg.AssetKey(["normalized", "patient"]), "reconciles")
+        job = job.get_subset(asset_selection=set(), asset_check_selection={check})
+    tags = {REFRESH_TAG: refresh.value}
+    single = len(windows) == 1
+    if not single:
+        scheme = deployment.settings.window_scheme
+        tags |= range_tags(WindowRange([scheme.window(key) for key in windows]))
+    return job.execute_in_process(
+        instance=deployment.instance,
+        partition_key=windows[0] if single else None,
+        tags=tags,
+        raise_on_error=False,
+    )

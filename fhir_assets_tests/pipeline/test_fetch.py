@@ -1,0 +1,197 @@
+"""Windows fetched from a real server, hour by hour: the clock is the test's, HTTP and store are real."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.record import read_header
+from fhir_assets.fhir.search import SearchSource
+from fhir_assets.pipeline.fetch import Fetcher, RawUpdate
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.windows import Granularity, WindowRange, WindowScheme
+from fhir_assets_tests.e2e.content import add, asked, patient
+
+SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
+OVERLAP = timedelta(minutes=2)
+DAYS = [SCHEME.window(f"2024-01-0{day}") for day in (5, 6, 7)]
+
+
+def at(clock: str, day: int = 5) -> datetime:
+    return datetime.fromisoformat(f"2024-01-{day:02}T{clock}").replace(tzinfo=UTC)
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    with SandboxServer([patient("a", at("10:00:00"))]) as server:
+        yield server
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def fetch(
+    server: SandboxServer,
+    store: Store,
+    now: datetime,
+    *,
+    refresh: Refresh = Refresh.MISSING,
+    days: int = 1,
+    letters: list[DeadLetter] | None = None,
+) -> RawUpdate:
+    """One load's fetching at ``now``, committed."""
+    source = SearchSource(FhirClient(server.url), page_size=2)
+    fetcher = Fetcher(
+        source,
+        store,
+        run_id="run",
+        now=now,
+        overlap=OVERLAP,
+        refresh=refresh,
+        reject=(letters if letters is not None else []).extend,
+    )
+    (update,) = fetcher.fetch(["Patient"], WindowRange(DAYS[:days]))
+    store.commit(update.manifests)
+    return update
+
+
+def ids(store: Store, key: str = "2024-01-05") -> list[str | None]:
+    manifest = store.manifest("raw", "Patient", key)
+    assert manifest
+    return [read_header(line).id for batch in store.batches(manifest.parts) for line in batch]
+
+
+def test_the_open_window_is_asked_for_from_its_checkpoint_less_the_overlap(server: SandboxServer, store: Store) -> None:
+    fetch(server, store, at("11:00:00"))
+    add(server, patient("b", at("11:30:00")))
+    fetch(server, store, at("12:00:00"))
+    fetch(server, store, at("13:00:00"))
+    assert asked(server) == [
+        ("2024-01-05T00:00:00.000Z", "2024-01-05T11:00:00.000Z"),
+        ("2024-01-05T10:58:00.000Z", "2024-01-05T12:00:00.000Z"),
+        ("2024-01-05T11:58:00.000Z", "2024-01-05T13:00:00.000Z"),
+    ]
+    assert ids(store) == ["a", "b"]
+
+
+def test_a_resource_committed_late_within_the_overlap_is_found_and_its_neighbours_are_not_kept_twice(
+    server: SandboxServer, store: Store
+) -> None:
+    add(server, patient("b", at("10:59:00")))
+    fetch(server, store, at("11:00:00"))
+    add(server, patient("late", at("10:58:30")))
+    update = fetch(server, store, at("12:00:00"))
+    assert ids(store) == ["a", "b", "late"]
+    (made,) = update.fetches.values()
+    assert (made.server_total, made.matched, made.repeated) == (2, 2, 1)
+
+
+def test_a_resource_updated_within_the_overlap_is_kept_in_both_versions(server: SandboxServer, store: Store) -> None:
+    add(server, patient("b", at("10:59:00")))
+    fetch(server, store, at("11:00:00"))
+    add(server, patient("b", at("10:59:30"), version="2"))
+    fetch(server, store, at("12:00:00"))
+    assert ids(store) == ["a", "b", "b"]
+
+
+def test_a_full_refresh_fetches_the_open_window_anew(server: SandboxServer, store: Store) -> None:
+    fetch(server, store, at("11:00:00"))
+    before = store.manifest("raw", "Patient", "2024-01-05")
+    update = fetch(server, store, at("12:00:00"), refresh=Refresh.FULL)
+    after = store.manifest("raw", "Patient", "2024-01-05")
+    assert asked(server)[-1] == ("2024-01-05T00:00:00.000Z", "2024-01-05T12:00:00.000Z")
+    assert ids(store) == ["a"]
+    assert update.anew == ("2024-01-05",)
+    assert before
+    assert after
+    assert not set(before.parts) & set(after.parts)
+
+
+def test_a_complete_window_is_not_asked_for_again_unless_it_is_materialized(
+    server: SandboxServer, store: Store
+) -> None:
+    fetch(server, store, at("01:00:00", day=6))
+    assert fetch(server, store, at("02:00:00", day=6)).manifests == ()
+    assert len(asked(server)) == 1
+    fetch(server, store, at("02:00:00", day=6), refresh=Refresh.WINDOW)
+    assert asked(server) == [("2024-01-05T00:00:00.000Z", "2024-01-06T00:00:00.000Z")] * 2
+
+
+def test_a_range_is_one_search_split_into_its_windows(server: SandboxServer, store: Store) -> None:
+    add(server, patient("b", at("00:00:00", day=6)), patient("c", at("23:59:59", day=7)))
+    fetch(server, store, at("12:00:00", day=9), days=3)
+    assert asked(server) == [("2024-01-05T00:00:00.000Z", "2024-01-08T00:00:00.000Z")]
+    assert [ids(store, window.key) for window in DAYS] == [["a"], ["b"], ["c"]]
+
+
+def test_a_lost_page_shows_in_the_counts_of_its_window_only(server: SandboxServer, store: Store) -> None:
+    add(server, *(patient(f"b{n}", at(f"10:0{n}:00", day=6)) for n in range(5)))
+    server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, on=frozenset({RequestKind.PAGE}), times=1))
+    update = fetch(server, store, at("12:00:00", day=9), days=2)
+    counts = {key: (made.server_total, made.matched) for key, made in update.fetches.items()}
+    assert counts == {"2024-01-05": (1, 1), "2024-01-06": (5, 3)}
+
+
+def test_a_wrong_total_shows_in_the_counts(server: SandboxServer, store: Store) -> None:
+    server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=3))
+    (made,) = fetch(server, store, at("11:00:00")).fetches.values()
+    assert (made.server_total, made.matched) == (4, 1)
+
+
+def test_an_update_while_the_window_is_read_is_no_fault(server: SandboxServer, store: Store) -> None:
+    class Busy(SearchSource):
+        def count(self, resource_type: str, interval: object) -> int | None:
+            total = super().count(resource_type, interval)  # type: ignore[arg-type]
+            add(server, patient("a", at("10:00:00", day=7), version="2"))
+            return total
+
+    fetcher = Fetcher(
+        Busy(FhirClient(server.url)),
+        store,
+        run_id="run",
+        now=at("12:00:00", day=6),
+        overlap=OVERLAP,
+        refresh=Refresh.MISSING,
+        reject=lambda letters: None,
+    )
+    (update,) = fetcher.fetch(["Patient"], WindowRange(DAYS[:1]))
+    (made,) = update.fetches.values()
+    assert (made.server_total, made.matched) == (0, 0)
+
+
+def test_a_fetch_that_fails_leaves_the_partition_as_it_was(server: SandboxServer, store: Store) -> None:
+    fetch(server, store, at("11:00:00"))
+    before = store.manifest("raw", "Patient", "2024-01-05")
+    add(server, *(patient(f"b{n}", at(f"11:0{n}:00")) for n in range(5)))
+    server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.PAGE}), status=403))
+    with pytest.raises(Exception, match="403"):
+        fetch(server, store, at("12:00:00"))
+    assert store.manifest("raw", "Patient", "2024-01-05") == before
+    assert ids(store) == ["a"]
+    server.set_faults()
+    fetch(server, store, at("12:00:00"))
+    assert ids(store) == ["a", *(f"b{n}" for n in range(5))]
+
+
+def test_a_resource_without_an_id_becomes_a_dead_letter_of_its_window_and_is_counted(
+    server: SandboxServer, store: Store, tmp_path: Path
+) -> None:
+    body = json.loads(patient("nameless", at("10:30:00")))
+    letters: list[DeadLetter] = []
+    server.store.seed(json.dumps(body).encode(), 0)
+    version = server.store.shelf("Patient").latest["nameless"]
+    del body["id"]
+    version.body = json.dumps(body).encode()
+    update = fetch(server, store, at("11:00:00"), letters=letters)
+    (made,) = update.fetches.values()
+    assert (made.server_total, made.matched, made.rejected) == (2, 2, 1)
+    assert [(letter.stage, letter.partition_key) for letter in letters] == [("fetch", "2024-01-05")]
