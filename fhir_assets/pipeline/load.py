@@ -40,12 +40,15 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """The parts of one window that are to be loaded; ``anew`` if they are all of it."""
+    """The parts of one window that are to be loaded; ``anew`` if they are all of it, ``again`` if it was
+    loaded before.
+    """
 
     window: Window
     manifest: Manifest
     parts: Sequence[Part]
     anew: bool
+    again: bool
     until: datetime | None
 
     @property
@@ -102,22 +105,21 @@ class Loading:
             fetched = raw.fetched if raw else None
             before = loaded.get(manifest.partition_key, frozenset())
             new = [part for part in manifest.parts if part.name not in before]
-            only_new = before.issubset(part.name for part in manifest.parts) and (
-                self._refresh is Refresh.MISSING
-                or (self._refresh is Refresh.WINDOW and fetched is not None and not fetched.complete)
-            )
+            only_new = self._refresh is Refresh.MISSING and before.issubset(part.name for part in manifest.parts)
             yield _Task(
                 by_key[manifest.partition_key],
                 manifest,
                 new if only_new else manifest.parts,
                 not only_new,
+                bool(before) and not only_new,
                 fetched.until if raw and fetched and _covers(manifest, raw) else None,
             )
 
     def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: Loaded) -> None:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
         dead: Counter[str] = Counter()
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id)
+        again = any(task.again for task in group)
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again)
 
         def bury(letters: Sequence[DeadLetter]) -> None:
             if letters:

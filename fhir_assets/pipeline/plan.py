@@ -16,7 +16,9 @@ class Refresh(StrEnum):
     """Only what is not there yet: a complete window is left alone, an open one extended. Scheduled loads."""
 
     WINDOW = "window"
-    """A complete window is done anew, an open one extended. What ``materialize`` means."""
+    """A complete window is fetched anew, an open one extended; either is validated and loaded anew. What
+    ``materialize`` means.
+    """
 
     FULL = "full"
     """Everything anew."""

@@ -67,15 +67,12 @@ class ResourceValidation:
 
     def _extended(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:
         """The validated partition that only lacks new raw parts; None where all has to be judged."""
-        if existing is None or existing.validated is None or self._refresh is Refresh.FULL:
+        if existing is None or existing.validated is None or self._refresh is not Refresh.MISSING:
             return None
         if existing.validated.rules_version != self._validator.rules_version:
             return None
         names = {part.name for part in raw.parts}
-        if not names.issuperset(existing.validated.inputs):
-            return None
-        closed = raw.fetched is not None and raw.fetched.complete
-        return None if closed and self._refresh is Refresh.WINDOW else existing
+        return existing if names.issuperset(existing.validated.inputs) else None
 
     def _judge(self, raw: Manifest, todo: Sequence[Part], writer: PartWriter) -> "_Tally":
         tally = _Tally()

@@ -96,11 +96,16 @@ class Loader:
 
     Used as a context manager it writes one chunk in a thread while it takes the next. The connection is its own
     then, from the first ``add`` on; the caller may use it after ``wait`` or ``finish``, until the next ``add``.
+
+    With ``mend`` rows are replaced even of resources that ``fhir.resource`` lacks, as after a deletion by hand.
     """
 
-    def __init__(self, conn: Connection, resource_type: str, views: Sequence[View], *, run_id: str) -> None:
+    def __init__(
+        self, conn: Connection, resource_type: str, views: Sequence[View], *, run_id: str, mend: bool = False
+    ) -> None:
         self._conn = conn
         self._run_id = run_id
+        self._mend = mend
         self._views = [view.name for view in views]
         self._columns = [[column.name for column in view.columns] for view in views]
         self._encoders = [row_encoder(view) for view in views]
@@ -273,9 +278,10 @@ class Loader:
             cursor.execute(statements.clear_stage)
             winners = [pending for pending in chunk if pending.record.id in inserted]
             updated = [key for key, new in inserted.items() if not new]
+            stale = list(inserted) if self._mend else updated
             for place, (delete, copy_rows) in enumerate(statements.views):
-                if updated:
-                    cursor.execute(delete, [updated])
+                if stale:
+                    cursor.execute(delete, [stale])
                 lines = b"".join([pending.lines[place] for pending in winners])
                 if lines:
                     with cursor.copy(copy_rows) as copy:
