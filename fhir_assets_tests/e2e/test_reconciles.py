@@ -1,0 +1,172 @@
+"""`reconciles` turns red when a resource is unaccounted for, says how many, and green again once it is done as told."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+import pytest
+
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.store.manifest import Manifest
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import materialize, patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+KEY = "2024-01-05"
+NEXT = "2024-01-06"
+LAYERS = ("raw/patient", "validated/patient", "normalized/patient")
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    bodies = [patient(f"p{n}", DAY + timedelta(hours=n), gender="male", name=[{"family": "N"}]) for n in range(30)]
+    with SandboxServer(bodies) as server:
+        yield server
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
+    return deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_page_size=5,
+        fhir_max_attempts=1,
+    )
+
+
+def evaluations(deployment: Deployment, run_id: str) -> dict[str | None, dg.AssetCheckEvaluation]:
+    """The run's evaluations by partition; that of a whole range is under None."""
+    return {each.partition: each for each in deployment.checks(run_id)}
+
+
+def number(evaluation: dg.AssetCheckEvaluation, name: str) -> object:
+    return evaluation.metadata[name].value
+
+
+def run_check(deployment: Deployment, *windows: str) -> dg.AssetCheckEvaluation:
+    """The check alone."""
+    result = materialize(deployment, windows=list(windows or [KEY]))
+    assert result.success
+    (evaluation,) = deployment.checks(result.run_id)
+    return evaluation
+
+
+def execute(deployment: Deployment, statement: str) -> None:
+    with connect(deployment.url) as conn:
+        assert conn.execute(statement).rowcount > 0
+
+
+def manifest(deployment: Deployment, layer: str) -> Manifest:
+    found = deployment.store.manifest(layer, "Patient", KEY)
+    assert found
+    return found
+
+
+def test_a_page_that_the_server_leaves_out_is_missed(server: SandboxServer, deployment: Deployment) -> None:
+    server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, on=frozenset({RequestKind.PAGE}), times=1))
+    (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
+    assert outcome.success
+    found = evaluations(deployment, outcome.run_id)
+    assert set(found) == {None, KEY, NEXT}
+    assert [found[key].passed for key in (None, KEY, NEXT)] == [False, False, True]
+    assert (number(found[KEY], "server_total"), number(found[KEY], "matched")) == (24, 19)
+    assert "the server counts 24 but gave 19" in (found[KEY].description or "")
+    assert "materialize raw, validated and normalized of 2024-01-05 again" in (found[None].description or "")
+    assert number(found[None], "unreconciled_windows") == 1
+
+    again = materialize(deployment, *LAYERS, windows=[KEY])
+    assert again.success
+    assert run_check(deployment).passed
+    assert deployment.loaded() == {"Patient": 30}
+
+
+def test_a_page_that_is_lost_from_the_open_window_stays_missed_until_it_is_fetched_anew(
+    deploy: Deploy,
+) -> None:
+    now = datetime.now(UTC)
+    with SandboxServer([patient(f"p{n}", now - timedelta(seconds=n)) for n in range(5, 15)]) as server:
+        deployment = deploy(
+            fhir_base_url=server.url, fhir_resource_types="Patient", fhir_page_size=5, fhir_partition="monthly"
+        )
+        server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, on=frozenset({RequestKind.PAGE})))
+        (outcome,) = deployment.ingest()
+        assert len(deployment.unreconciled(outcome)) == 1
+        server.set_faults()
+        (later,) = deployment.ingest()
+        assert len(deployment.unreconciled(later)) == 1
+        key = later.windows.windows[0].key
+        whole = materialize(deployment, *LAYERS, windows=[key], refresh=Refresh.FULL)
+        assert whole.success
+        assert run_check(deployment, key).passed
+    assert deployment.loaded() == {"Patient": 10}
+
+
+def test_a_total_that_differs_from_what_is_given_is_told(server: SandboxServer, deployment: Deployment) -> None:
+    server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=2))
+    (outcome,) = deployment.ingest(first=DAY, last=DAY)
+    (said,) = deployment.unreconciled(outcome)
+    assert "1 of 1 windows do not reconcile: the server counts 26 but gave 24" in said
+    assert deployment.loaded() == {"Patient": 24}
+
+
+@pytest.mark.parametrize("table", ["patient", "resource"])
+def test_a_row_deleted_behind_the_projects_back_is_missed_and_comes_back(deployment: Deployment, table: str) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    assert run_check(deployment).passed
+    execute(deployment, f"DELETE FROM fhir.{table} WHERE id IN ('p3', 'p4')")
+    red = run_check(deployment)
+    assert not red.passed
+    assert (number(red, "valid"), number(red, "loaded"), number(red, "missing")) == (24, 22, 2)
+    assert "2 valid resources are not in the tables: materialize normalized again" in (red.description or "")
+    assert materialize(deployment, "normalized/patient", "normalized/patient_name", windows=[KEY]).success
+    assert run_check(deployment).passed
+    assert deployment.query("SELECT count(*) FROM fhir.patient") == [(24,)]
+    assert deployment.query("SELECT count(*) FROM fhir.patient_name") == [(24,)]
+
+
+def test_a_row_deleted_from_the_open_window_comes_back_too(deploy: Deploy) -> None:
+    with SandboxServer([patient("a", datetime.now(UTC) - timedelta(seconds=5))]) as server:
+        deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_partition="monthly")
+        (outcome,) = deployment.ingest()
+        key = outcome.windows.windows[0].key
+        execute(deployment, "DELETE FROM fhir.patient")
+        assert not run_check(deployment, key).passed
+        assert materialize(deployment, "normalized/patient", windows=[key]).success
+        assert run_check(deployment, key).passed
+
+
+def test_a_newer_version_in_the_tables_accounts_for_an_older_one(server: SandboxServer, deployment: Deployment) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    server.store.seed(patient("p3", DAY + timedelta(days=1, hours=12), version="2", gender="female"), 0)
+    deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=1))
+    assert run_check(deployment).passed
+    assert run_check(deployment, NEXT).passed
+
+
+@pytest.mark.parametrize("layer", ["raw", "validated"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_part_is_a_clear_error_and_the_tables_stay(deployment: Deployment, layer: str, damage: str) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    tables = deployment.tables()
+    (part,) = manifest(deployment, layer).parts
+    path = deployment.settings.home / "store" / part.name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:100] + bytes([content[100] ^ 0xFF]) + content[101:])
+    below = "validated/patient" if layer == "raw" else "normalized/patient"
+    result = materialize(deployment, below, windows=[KEY])
+    assert not result.success
+    ((error,),) = deployment.query("SELECT error FROM ops.ingestion_runs WHERE run_id = %s", result.run_id)
+    assert part.name in error
+    assert "again" in error
+    assert deployment.tables() == tables
+    assert materialize(deployment, *LAYERS, windows=[KEY]).success
+    assert run_check(deployment).passed
