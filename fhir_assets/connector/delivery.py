@@ -10,8 +10,9 @@ from typing import Any
 import orjson
 
 from fhir_assets.connector.mapping import Identifier, Source
-from fhir_assets.connector.outbox import Acknowledged, Change, Delivered
+from fhir_assets.connector.outbox import Change, Delivered
 from fhir_assets.connector.server import FhirServer, Lasting, Passing, Reply
+from fhir_assets.connector.settle import Acknowledged
 from fhir_assets.fhir.validation import Validator
 
 _ABSENT = frozenset({404, 410})

@@ -17,11 +17,12 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg
 
-from fhir_assets.connector import outbox
+from fhir_assets.connector import outbox, settle
 from fhir_assets.connector.delivery import Delivery
 from fhir_assets.connector.mapping import Source
-from fhir_assets.connector.outbox import Acknowledged, Change, Claim, Connect, Refused
+from fhir_assets.connector.outbox import Change, Claim, Connect
 from fhir_assets.connector.server import Lasting, Passing
+from fhir_assets.connector.settle import Acknowledged, Refused
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
 from fhir_assets.fhir.retries import RetryPolicy
 from fhir_assets.metrics import connector as metrics
@@ -197,7 +198,7 @@ class _Session:
                 _log.warning("took over from a connector that is gone", extra={"records": orphans})
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_SECONDS
-            outbox.prune(self._conn, self._pace.keep)
+            settle.prune(self._conn, self._pace.keep)
 
     def _claim(self) -> None:
         room = self._pace.workers * _JOBS_A_WORKER - self._under_way
@@ -240,9 +241,9 @@ class _Session:
                 continue
             self._unlock(held)
         if collided:
-            outbox.defer(self._conn, collided, _DEFERRED)
+            settle.defer(self._conn, collided, _DEFERRED)
         if contested:
-            outbox.defer(self._conn, contested, _CONTESTED)
+            settle.defer(self._conn, contested, _CONTESTED)
 
     def _collect(self) -> list[_Result]:
         """The results that are there, waiting for the first; a moment longer where more are sure to follow."""
@@ -276,13 +277,13 @@ class _Session:
         failed = [r for r in results if isinstance(r, _Failed)]
         with self._conn.transaction():
             if done:
-                outbox.acknowledge(self._conn, done)
+                settle.acknowledge(self._conn, done)
             if refused:
-                outbox.bury(self._conn, refused)
+                settle.bury(self._conn, refused)
             if stopped := [f.change.claim for f in failed if f.failure.code == "stopped"]:
-                outbox.defer(self._conn, stopped, timedelta(0))
+                settle.defer(self._conn, stopped, timedelta(0))
             if waits := [(f.change, self._wait(f)) for f in failed if f.failure.code != "stopped"]:
-                outbox.retry(self._conn, waits)
+                settle.retry(self._conn, waits)
         for result in results:
             self._unlock(result.change.locks)
         self.settled += len(done)

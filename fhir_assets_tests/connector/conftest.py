@@ -35,7 +35,7 @@ class Hospital:
 
     def execute(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
         with self.connect() as conn:
-            cursor = conn.execute(statement, params)  # type: ignore[call-overload]
+            cursor = conn.execute(statement, params)
             return cursor.fetchall() if cursor.description else []
 
     def admit(self, mrn: str | None, family: str = "Test", **columns: object) -> int:
@@ -102,7 +102,7 @@ class Hospital:
         return int(self.execute("SELECT count(*) FROM health.fhir_outbox WHERE processed_at IS NULL")[0][0])
 
     def dead(self) -> list[tuple[str, str]]:
-        return self.execute("SELECT record_id, reason FROM health.fhir_dlq WHERE status = 'open' ORDER BY id")  # type: ignore[return-value]
+        return self.execute("SELECT record_id, reason FROM health.fhir_dlq WHERE status = 'open' ORDER BY id")
 
 
 Open = Callable[..., Hospital]

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import requests
 
-from fhir_assets.connector import outbox
+from fhir_assets.connector import outbox, settle
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.connector.conftest import Hospital
@@ -175,7 +175,7 @@ def test_old_events_are_forgotten_and_waiting_ones_are_not(hospital: Hospital) -
     hospital.admit("2")
     hospital.execute("UPDATE health.fhir_outbox SET processed_at = processed_at - interval '8 days'")
     with hospital.connect() as conn:
-        assert outbox.prune(conn, timedelta(days=7)) == 1
+        assert settle.prune(conn, timedelta(days=7)) == 1
     assert hospital.waiting() == 1
 
 
