@@ -39,8 +39,9 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def instance(settings: Settings) -> dg.DagsterInstance:
-    """The Dagster instance, for this process."""
+    """The Dagster instance, for this process. Raises DatabaseUnavailable if its storage cannot be reached."""
     os.environ.update(environment(settings))
+    database.connect(os.environ["DAGSTER_POSTGRES_URL"]).close()
     return dg.DagsterInstance.get()
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._utils.schedules import is_valid_cron_string
 
 from fhir_assets.automation.dead_runs import give_up_dead_runs
 from fhir_assets.automation.requests import UNFINISHED, run_request
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Source
 from fhir_assets.pipeline.due import windows_due
 from fhir_assets.resources.warehouse import Warehouse
@@ -19,7 +21,12 @@ def incremental_load_schedule(
     """Asks for every window from the checkpoints to now, so that it catches up by itself after any downtime.
 
     Nothing is asked for while an earlier request is still being worked on: no window is asked for twice.
+    Raises ConfigurationError if FHIR_SCHEDULE is no cron expression.
     """
+    if not is_valid_cron_string(settings.fhir_schedule):
+        raise ConfigurationError(
+            f"FHIR_SCHEDULE is no cron expression: {settings.fhir_schedule!r}; give five fields, such as */15 * * * *"
+        )
 
     @dg.schedule(
         job=job,
