@@ -1,0 +1,211 @@
+"""`fhir-assets ingest` when something outside is wrong: one clear sentence, exit code 1, nothing half-loaded."""
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.gate import Credentials
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse.database import normalise_url
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+SECRET = "Wintergarten"
+"""A patient's name, which no terminal may show."""
+
+FAMILY = [{"family": SECRET}]
+
+
+class Website(BaseHTTPRequestHandler):
+    """A server that is no FHIR server."""
+
+    def do_GET(self) -> None:
+        body = b"<!DOCTYPE html><html><body>It works!</body></html>"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def website() -> Iterator[str]:
+    """Serves it, gives its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Website) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/fhir"
+        server.shutdown()
+
+
+def closed_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    with SandboxServer([patient(f"p{n}", DAY + timedelta(hours=n), name=FAMILY) for n in range(20)]) as server:
+        yield server
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
+    """With a first day loaded, so that there is something to be left as it was."""
+    made = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
+    assert all(outcome.success for outcome in made.ingest(first=DAY, last=DAY))
+    server.store.seed(patient("new", DAY + timedelta(days=1, hours=1), name=FAMILY), 0)
+    return made
+
+
+def ingest(
+    deployment: Deployment, *arguments: str, prepare: Callable[[], None] | None = None, **changed: str | None
+) -> subprocess.CompletedProcess[str]:
+    """`fhir-assets ingest` of the day after in a process of its own, with other settings by name."""
+    settings = deployment.settings
+    environment: dict[str, str | None] = {
+        **os.environ,
+        "FHIR_BASE_URL": settings.fhir_base_url,
+        "FHIR_RESOURCE_TYPES": "Patient",
+        "FHIR_LAST_UPDATED_GTE": "2024-01-01",
+        "FHIR_ASSETS_HOME": str(settings.home),
+        "FHIR_MAX_ATTEMPTS": "2",
+        "DB_URL": deployment.url,
+        "DAGSTER_POSTGRES_URL": normalise_url(deployment.url, "psycopg2"),
+        **changed,
+    }
+    environment["DAGSTER_HOME"] = None
+    return subprocess.run(
+        [sys.executable, "-c", "from fhir_assets.cli import main; main()", "ingest", *arguments],
+        env={name: value for name, value in environment.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=prepare,
+    )
+
+
+NEXT_DAY = ("--from", "2024-01-05", "--to", "2024-01-06")
+
+
+def refused(process: subprocess.CompletedProcess[str], *said: str) -> bool:
+    """Whether it ended as it should: exit code 1, and on stderr those words, few lines, and nothing of the inside."""
+    shown = process.stdout + process.stderr
+    print(shown)
+    assert process.returncode == 1
+    assert SECRET not in shown
+    for inside in ("Traceback", 'File "', "dagster._core", "DagsterExecution", "psycopg."):
+        assert inside not in shown
+    assert all(word in process.stderr for word in said), process.stderr
+    assert len(process.stderr.splitlines()) <= 3
+    return True
+
+
+def test_a_server_that_cannot_be_reached(deployment: Deployment) -> None:
+    before = deployment.tables()
+    url = f"http://127.0.0.1:{closed_port()}/fhir"
+    assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), url.removesuffix("/fhir"))
+    assert deployment.tables() == before
+
+
+def test_a_server_that_is_no_fhir_server(deployment: Deployment) -> None:
+    before = deployment.tables()
+    with website() as url:
+        assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), "FHIR")
+    assert deployment.tables() == before
+
+
+def test_wrong_credentials(deployment: Deployment) -> None:
+    before = deployment.tables()
+    with SandboxServer([patient("x", DAY)], credentials=Credentials("anna", "right")) as guarded:
+        url = guarded.url
+        wrong = ingest(
+            deployment,
+            *NEXT_DAY,
+            FHIR_BASE_URL=url,
+            FHIR_AUTH_USERNAME="anna",
+            FHIR_AUTH_PASSWORD="mistyped",
+        )
+        assert refused(wrong, "401", "FHIR_AUTH")
+        assert "mistyped" not in wrong.stderr
+        assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), "401", "FHIR_AUTH")
+    assert deployment.tables() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"FHIR_RESOURCE_TYPES": "Patient,Pacient"}, "Pacient"),
+        ({"FHIR_SOURCE": "ndjson", "FHIR_BASE_URL": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"FHIR_STORE_URL": "gs://bucket"}, "FHIR_STORE_URL"),
+        ({"FHIR_SCHEDULE": "every now and then"}, "FHIR_SCHEDULE"),
+    ],
+)
+def test_a_bad_setting_is_named(deployment: Deployment, changed: dict[str, str | None], said: str) -> None:
+    assert refused(ingest(deployment, *NEXT_DAY, prepare=None, **changed), said)
+
+
+def test_a_database_that_is_down(deployment: Deployment) -> None:
+    url = f"postgresql://anna:geheim@127.0.0.1:{closed_port()}/clinic"
+    for dagster_storage in (normalise_url(url, "psycopg2"), normalise_url(deployment.url, "psycopg2"), None):
+        process = ingest(deployment, DB_URL=url, DAGSTER_POSTGRES_URL=dagster_storage)
+        assert refused(process, "127.0.0.1")
+        assert "geheim" not in process.stderr
+
+
+def test_a_server_that_breaks_off_in_the_middle(server: SandboxServer, deployment: Deployment) -> None:
+    before = deployment.tables()
+    server.set_faults(Fault(kind=FaultKind.TRUNCATE, on=frozenset({RequestKind.SEARCH})))
+    assert refused(ingest(deployment, *NEXT_DAY), "Patient:")
+    assert deployment.tables() == before
+    assert deployment.store.manifest("raw", "Patient", "2024-01-06") is None
+    server.set_faults()
+    assert ingest(deployment, *NEXT_DAY).returncode == 0
+    assert deployment.loaded() == {"Patient": 21}
+
+
+def test_a_store_that_is_a_file(deployment: Deployment, tmp_path: Path) -> None:
+    before = deployment.tables()
+    (tmp_path / "store").write_bytes(b"")
+    assert refused(ingest(deployment, *NEXT_DAY, FHIR_STORE_URL=str(tmp_path / "store")), str(tmp_path / "store"))
+    assert deployment.tables() == before
+
+
+def test_a_disk_that_is_full(server: SandboxServer, deployment: Deployment) -> None:
+    before = deployment.tables()
+    manifests = [deployment.store.manifest(layer, "Patient", "2024-01-05") for layer in ("raw", "validated")]
+    for n in range(2000):
+        server.store.seed(patient(f"big{n}", DAY + timedelta(hours=20), name=FAMILY, language=os.urandom(40).hex()), 0)
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = ingest(deployment, *NEXT_DAY, prepare=full)
+    assert refused(process, "cannot write", "store")
+    assert deployment.tables() == before
+    assert [deployment.store.manifest(layer, "Patient", "2024-01-05") for layer in ("raw", "validated")] == manifests
+    assert list((deployment.settings.home / "store" / ".spool").iterdir()) == []
+
+
+def test_the_failed_run_says_why_in_the_account_of_runs(server: SandboxServer, deployment: Deployment) -> None:
+    server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH}), status=403))
+    assert refused(ingest(deployment, *NEXT_DAY), "Patient:", "403")
+    found = deployment.query("SELECT DISTINCT status, error LIKE '%%403%%' FROM ops.ingestion_runs WHERE error <> ''")
+    assert found == [("FAILED", True)]
