@@ -110,7 +110,7 @@ class Loading:
                 by_key[manifest.partition_key],
                 manifest,
                 new if only_new else manifest.parts,
-                not only_new,
+                not (only_new and before),
                 bool(before) and not only_new,
                 fetched.until if raw and fetched and _covers(manifest, raw) else None,
             )

@@ -1,0 +1,200 @@
+"""A file dropped into FHIR_VIEWS is an asset and a table; a changed one changes them; a broken one is seen."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from fhir_assets.definitions import build_definitions
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.warehouse.database import normalise_url
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+KEY = dg.AssetKey(["normalized", "patient_birth"])
+TYPES = (
+    "SELECT column_name, data_type FROM information_schema.columns"
+    " WHERE table_schema = 'fhir' AND table_name = 'patient_birth' AND column_name NOT LIKE '\\_%%' ORDER BY 1"
+)
+
+Column = dict[str, str]
+ID: Column = {"name": "id", "path": "getResourceKey()", "type": "string", "description": "Key of the patient"}
+BORN: Column = {"name": "born", "path": "birthDate", "type": "date", "description": "Day of birth"}
+TWIN: Column = {"name": "twin", "path": "multipleBirth.ofType(boolean)", "type": "boolean"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """FHIR_VIEWS."""
+    made = tmp_path / "views"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, tmp_path: Path, folder: Path) -> Deployment:
+    data = tmp_path / "data"
+    data.mkdir()
+    bodies = [patient("a", DAY, birthDate="1980-02-03", multipleBirthBoolean=True), patient("b", DAY)]
+    (data / "Patient.ndjson").write_bytes(b"\n".join(bodies) + b"\n")
+    return deploy(
+        fhir_source="ndjson",
+        fhir_base_url=str(data),
+        fhir_resource_types="Patient",
+        fhir_views=folder,
+        fhir_last_updated_gte="2024-01-01",
+    )
+
+
+def drop(folder: Path, *columns: Column, name: str = "patient_birth", **changed: Any) -> None:
+    """Write a view of Patient into the folder."""
+    definition = {
+        "resourceType": "ViewDefinition",
+        "name": name,
+        "status": "active",
+        "resource": "Patient",
+        "description": "Births.",
+        "select": [{"column": columns}],
+        **changed,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(definition))
+
+
+def load(deployment: Deployment) -> tuple[bool, str]:
+    """Load the window anew; whether that went well, or else why not."""
+    (outcome,) = deployment.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
+    reasons = deployment.query("SELECT DISTINCT error FROM ops.ingestion_runs WHERE run_id = %s", outcome.run_id)
+    return outcome.success, " ".join(str(reason) for (reason,) in reasons if reason)
+
+
+def spec(deployment: Deployment) -> dg.AssetSpec:
+    """The view's asset, as a reload finds it."""
+    specs = build_definitions(deployment.settings).resolve_all_asset_specs()
+    (found,) = [each for each in specs if each.key == KEY]
+    return found
+
+
+def migrate(deployment: Deployment, *options: str) -> subprocess.CompletedProcess[str]:
+    """`fhir-assets migrate`."""
+    settings = deployment.settings
+    environment = {
+        **os.environ,
+        "FHIR_ASSETS_HOME": str(settings.home),
+        "FHIR_VIEWS": str(settings.fhir_views),
+        "DB_URL": deployment.url,
+        "DAGSTER_POSTGRES_URL": normalise_url(deployment.url, "psycopg2"),
+    }
+    command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "migrate", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_comments(
+    deployment: Deployment, folder: Path
+) -> None:
+    drop(folder, ID, BORN, url="https://example.org/births", version="7")
+    found = spec(deployment)
+    assert found.description == "Births."
+    columns = {c.name: (c.type, c.description) for c in found.metadata["dagster/column_schema"].columns}
+    assert columns == {"id": ("text", "Key of the patient"), "born": ("date", "Day of birth")}
+    assert (found.metadata["view_url"], found.metadata["view_version"]) == ("https://example.org/births", "7")
+    assert load(deployment) == (True, "")
+    assert deployment.query("SELECT id, born::text, born_precision FROM fhir.patient_birth ORDER BY 1") == [
+        ("a", "1980-02-03", "day"),
+        ("b", None, None),
+    ]
+    comments = deployment.query(
+        "SELECT obj_description(attrelid), col_description(attrelid, attnum) FROM pg_attribute"
+        " WHERE attrelid = 'fhir.patient_birth'::regclass AND attname = 'born'"
+    )
+    assert comments == [("Births.", "Day of birth")]
+
+
+def test_a_new_column_is_added_and_filled_and_the_asset_counts_as_changed(deployment: Deployment, folder: Path) -> None:
+    drop(folder, ID, BORN)
+    before = spec(deployment).code_version
+    assert load(deployment) == (True, "")
+    drop(folder, ID, BORN, TWIN)
+    assert spec(deployment).code_version != before
+    assert load(deployment) == (True, "")
+    assert deployment.query("SELECT id, twin FROM fhir.patient_birth ORDER BY 1") == [("a", True), ("b", None)]
+    assert deployment.query("SELECT count(*) FROM fhir.patient") == [(2,)]
+
+
+def test_words_that_change_no_row_do_not_make_an_asset_stale(deployment: Deployment, folder: Path) -> None:
+    drop(folder, ID, BORN)
+    before = spec(deployment).code_version
+    drop(folder, ID, BORN | {"description": "Said otherwise"}, description="Said otherwise")
+    assert spec(deployment).code_version == before
+
+
+@pytest.mark.parametrize(
+    ("columns", "said", "types"),
+    [
+        ((ID,), "column born is in the table but not in the view", [("id", "text")]),
+        (
+            (ID, BORN | {"path": "birthDate.toString()", "type": "string"}),
+            "column born is date in the table but text in the view",
+            [("born", "text"), ("id", "text")],
+        ),
+    ],
+)
+def test_what_would_lose_data_is_refused_until_it_is_asked_for(
+    deployment: Deployment, folder: Path, columns: tuple[Column, ...], said: str, types: list[tuple[str, str]]
+) -> None:
+    drop(folder, ID, BORN)
+    assert load(deployment) == (True, "")
+    rows = deployment.query("SELECT * FROM fhir.patient_birth")
+    drop(folder, *columns)
+    success, reason = load(deployment)
+    assert not success
+    assert said in reason
+    assert "fhir-assets migrate --apply-view-changes" in reason
+    assert deployment.query("SELECT * FROM fhir.patient_birth") == rows
+    plain = migrate(deployment)
+    assert plain.returncode == 1
+    assert said in plain.stderr
+    assert "Traceback" not in plain.stderr
+    applied = migrate(deployment, "--apply-view-changes")
+    assert applied.returncode == 0, applied.stderr
+    assert deployment.query(TYPES) == types
+    assert load(deployment) == (True, "")
+    assert deployment.query("SELECT id FROM fhir.patient_birth ORDER BY 1") == [("a",), ("b",)]
+
+
+def test_a_broken_view_stands_in_the_ui_and_stops_no_other(deployment: Deployment, folder: Path) -> None:
+    drop(folder, ID, BORN)
+    drop(folder, ID, {"name": "x", "path": "birthDay", "type": "date"}, name="misspelt")
+    (folder / "torn.json").write_text('{"resourceType": ')
+    specs = build_definitions(deployment.settings).resolve_all_asset_specs()
+    broken = {each.key.path[-1]: each.description or "" for each in specs if each.group_name == "broken_views"}
+    assert set(broken) == {"misspelt", "torn"}
+    assert "birthDate" in broken["misspelt"]
+    assert load(deployment) == (True, "")
+    assert deployment.query("SELECT count(*) FROM fhir.patient_birth") == [(2,)]
+    told = migrate(deployment)
+    assert told.returncode == 0
+    assert "misspelt.json" in told.stdout.replace("\n", "")
+
+
+def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_view_is_mended(
+    deployment: Deployment, folder: Path, tmp_path: Path
+) -> None:
+    two = patient("c", DAY, name=[{"family": "A"}, {"family": "B"}])
+    (tmp_path / "data" / "More.Patient.ndjson").write_bytes(two + b"\n")
+    drop(folder, ID, {"name": "family", "path": "name.family", "type": "string"}, name="patient_family")
+    assert load(deployment) == (True, "")
+    letters = "SELECT resource_id, stage, path, status FROM ops.dead_letters"
+    assert deployment.query(letters) == [("c", "transform", "patient_family.family", "open")]
+    assert deployment.loaded() == {"Patient": 2}
+    drop(folder, ID, {"name": "family", "path": "name.family.first()", "type": "string"}, name="patient_family")
+    (outcome,) = deployment.ingest(first=DAY, last=DAY, refresh=Refresh.MISSING)
+    assert outcome.success
+    assert deployment.query(letters) == [("c", "transform", "patient_family.family", "resolved")]
+    assert deployment.loaded() == {"Patient": 3}
