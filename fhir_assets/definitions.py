@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
@@ -64,7 +65,7 @@ def _build(
         with warehouse.held_for(context.run.run_id if context.run else "") as held:
             yield held
 
-    return dg.Definitions(
+    loading = dg.Definitions(
         assets=[
             *raw_assets(settings, partitions, one_pass=settings.fhir_source is SourceKind.NDJSON),
             *validated_assets(settings, partitions),
@@ -87,6 +88,7 @@ def _build(
             ),
         },
     )
+    return dg.Definitions.merge(loading, health_patient_assets(settings, warehouse))
 
 
 @dg.definitions

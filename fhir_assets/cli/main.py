@@ -5,7 +5,7 @@ import sys
 import typer
 from rich.console import Console
 
-from fhir_assets.cli import dead_letters, demo, dev, ingest, migrate, runs, sandbox, validate, view
+from fhir_assets.cli import connector, dead_letters, demo, dev, ingest, migrate, runs, sandbox, validate, view
 from fhir_assets.errors import FhirAssetsError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")
+app.add_typer(connector.app, name="connector")
 app.command("sandbox")(sandbox.sandbox)
 app.command("generate")(sandbox.generate)
 
