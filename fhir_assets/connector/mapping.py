@@ -68,8 +68,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"r
     def to_resource(self, row: Row, children: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
         """The FHIR resource, without an id, that a row and its children make."""
         made, _ = _fill(self.resource, row, children)
-        assert isinstance(made, dict)
-        return {"resourceType": self.resource_type, **made}
+        return {"resourceType": self.resource_type, **(made or {})}
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
