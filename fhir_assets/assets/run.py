@@ -1,7 +1,7 @@
 """What an asset needs to know of the Dagster run it is part of."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from traceback import extract_tb
 import dagster as dg
 import psycopg
 
-from fhir_assets.errors import FhirAssetsError
+from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.warehouse import runs
@@ -73,7 +73,8 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
         yield
     except BaseException as error:
         said = _reason(error)
-        with warehouse.connect() as conn:
+        # Without a database nothing can be noted: the next load finds the dead run by its lock.
+        with suppress(DatabaseUnavailable), warehouse.connect() as conn:
             runs.fail(conn, facts.run_id, resource_types, facts.partition_keys, error=said)
         if isinstance(error, Exception):
             raise dg.Failure(said, allow_retries=False) from None

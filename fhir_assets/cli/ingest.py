@@ -6,13 +6,17 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import dagster as dg
+import psycopg
+import sqlalchemy.exc
 import typer
+from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fhir_assets import deployment
-from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion, Outcome, failed
+from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
@@ -92,9 +96,26 @@ def load_due(
         for windows in due:
             if not quiet:
                 console.print(f"Windows {_named(windows)}")
-            outcomes.append(ingestion.load(windows, refresh=refresh, triggered_by=triggered_by, listener=listen))
+            with only_our_words():
+                outcome = _load(ingestion, windows, refresh, triggered_by, listen)
+            if outcome is None:
+                raise DatabaseUnavailable(
+                    f"The database went away while the windows {_named(windows)} were loaded: what was not finished is "
+                    "not kept. See that Postgres runs, then run the same command again"
+                )
+            outcomes.append(outcome)
         progress.update(task, description="Loaded", completed=max(1, len(due)) * steps)
     return outcomes
+
+
+def _load(
+    ingestion: Ingestion, windows: WindowRange, refresh: Refresh, triggered_by: str, listener: Listener
+) -> Outcome | None:
+    """One run; None if it could not be brought to an end, since Dagster's storage or the tables went away."""
+    try:
+        return ingestion.load(windows, refresh=refresh, triggered_by=triggered_by, listener=listener)
+    except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException):
+        return None
 
 
 def summary(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, object]]:

@@ -1,7 +1,9 @@
 """How commands print: tables for people, JSON for programs."""
 
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from datetime import date, datetime
 from decimal import Decimal
 
@@ -15,6 +17,16 @@ _WIDTH_ELSEWHERE = 160
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_ELSEWHERE)
 errors = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def only_our_words() -> Iterator[None]:
+    """Meanwhile nothing but ``errors`` writes to stderr: what libraries say there are stack traces, which may quote
+    a resource.
+    """
+    errors.file = sys.stderr
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def print_json(value: object) -> None:

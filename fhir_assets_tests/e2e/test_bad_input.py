@@ -6,18 +6,21 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from psycopg import sql
 
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.database import normalise_url
+from fhir_assets.warehouse.database import connect, normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 
@@ -168,6 +171,35 @@ def test_a_database_that_is_down(deployment: Deployment) -> None:
         process = ingest(deployment, DB_URL=url, DAGSTER_POSTGRES_URL=dagster_storage)
         assert refused(process, "127.0.0.1")
         assert "geheim" not in process.stderr
+
+
+@pytest.mark.slow
+def test_a_database_that_goes_away_in_the_middle(server: SandboxServer, deployment: Deployment, postgres: str) -> None:
+    before = deployment.tables()
+    name = urlsplit(deployment.url).path.removeprefix("/")
+    server.reset_stats()
+    server.set_faults(Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.SEARCH}), seconds=3))
+
+    def admit(anyone: bool) -> None:
+        with connect(postgres, autocommit=True) as conn:
+            conn.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}").format(sql.Identifier(name), anyone))
+            conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+
+    def cut() -> None:
+        while not server.stats()["requests"].get(RequestKind.SEARCH):
+            time.sleep(0.05)
+        admit(False)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    process = ingest(deployment, *NEXT_DAY)
+    cutter.join()
+    admit(True)
+    assert refused(process, "database")
+    assert deployment.tables() == before
+    server.set_faults()
+    assert ingest(deployment, *NEXT_DAY).returncode == 0
+    assert deployment.loaded() == {"Patient": 21}
 
 
 def test_a_server_that_breaks_off_in_the_middle(server: SandboxServer, deployment: Deployment) -> None:
