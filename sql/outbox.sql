@@ -64,12 +64,12 @@ COMMENT ON COLUMN health.fhir_outbox.claimed_by IS 'The connector that works on 
 
 CREATE INDEX IF NOT EXISTS fhir_outbox_due ON health.fhir_outbox (next_retry_at, id)
     WHERE processed_at IS NULL AND claimed_by IS NULL;
-CREATE INDEX IF NOT EXISTS fhir_outbox_record ON health.fhir_outbox (source, record_id, id) WHERE processed_at IS NULL;
+CREATE INDEX IF NOT EXISTS fhir_outbox_record ON health.fhir_outbox (record_id, source, id) WHERE processed_at IS NULL;
 CREATE INDEX IF NOT EXISTS fhir_outbox_former ON health.fhir_outbox (former_system, former_value)
     WHERE processed_at IS NULL AND former_value IS NOT NULL;
 CREATE INDEX IF NOT EXISTS fhir_outbox_processed ON health.fhir_outbox (processed_at) WHERE processed_at IS NOT NULL;
 -- However many connectors there are, one at a time works on a record.
-CREATE UNIQUE INDEX IF NOT EXISTS fhir_outbox_one_claim ON health.fhir_outbox (source, record_id)
+CREATE UNIQUE INDEX IF NOT EXISTS fhir_outbox_one_claim ON health.fhir_outbox (record_id, source)
     WHERE processed_at IS NULL AND claimed_by IS NOT NULL;
 
 CREATE SEQUENCE IF NOT EXISTS health.fhir_connector_number AS integer CYCLE;
@@ -81,7 +81,7 @@ CREATE TABLE IF NOT EXISTS health.fhir_processed_event (
     outcome text NOT NULL CHECK (outcome IN ('created', 'updated', 'deleted', 'found', 'nothing')),
     attempts integer NOT NULL,
     processed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (source, record_id, txid)
+    PRIMARY KEY (record_id, source, txid)
 );
 CREATE INDEX IF NOT EXISTS fhir_processed_event_time ON health.fhir_processed_event (processed_at);
 COMMENT ON TABLE health.fhir_processed_event IS
@@ -96,8 +96,8 @@ CREATE TABLE IF NOT EXISTS health.fhir_delivered (
     identifier_system text NOT NULL,
     identifier_value text NOT NULL,
     delivered_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (source, record_id),
-    UNIQUE (source, resource_id)
+    PRIMARY KEY (record_id, source),
+    UNIQUE (resource_id, source)
 );
 COMMENT ON TABLE health.fhir_delivered IS 'Where each record is on the FHIR server, so that it can change its identifier';
 
@@ -116,7 +116,7 @@ CREATE TABLE IF NOT EXISTS health.fhir_dlq (
     status text NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'replayed', 'superseded', 'discarded')),
     settled_at timestamptz
 );
-CREATE INDEX IF NOT EXISTS fhir_dlq_open ON health.fhir_dlq (source, record_id) WHERE status = 'open';
+CREATE INDEX IF NOT EXISTS fhir_dlq_open ON health.fhir_dlq (record_id, source) WHERE status = 'open';
 COMMENT ON TABLE health.fhir_dlq IS 'Changes that the FHIR server will not take as they are, each with its reason';
 COMMENT ON COLUMN health.fhir_dlq.status IS 'superseded: a later change of the same record was delivered';
 

@@ -28,8 +28,8 @@ from fhir_assets.fhir.retries import RetryPolicy
 from fhir_assets.metrics import connector as metrics
 from fhir_assets.warehouse.database import Connection
 
-_JOBS_A_WORKER = 8
-_SETTLE_SECONDS = 0.004
+_JOBS_A_WORKER = 16
+_SETTLE_SECONDS = 0.02
 _DEFERRED = timedelta(milliseconds=25)
 _CONTESTED = timedelta(milliseconds=250)
 _LONGEST_PAUSE = 5.0
@@ -239,7 +239,7 @@ class _Session:
                 self._under_way += 1
                 self._connector._jobs.put(replace(change, locks=held))
                 continue
-            self._unlock(held)
+            self._unlock(list(held))
         if collided:
             settle.defer(self._conn, collided, _DEFERRED)
         if contested:
@@ -275,7 +275,7 @@ class _Session:
         done = [r for r in results if isinstance(r, Acknowledged)]
         refused = [r for r in results if isinstance(r, Refused)]
         failed = [r for r in results if isinstance(r, _Failed)]
-        with self._conn.transaction():
+        with self._conn.pipeline(), self._conn.transaction():
             if done:
                 settle.acknowledge(self._conn, done)
             if refused:
@@ -284,18 +284,14 @@ class _Session:
                 settle.defer(self._conn, stopped, timedelta(0))
             if waits := [(f.change, self._wait(f)) for f in failed if f.failure.code != "stopped"]:
                 settle.retry(self._conn, waits)
-        for result in results:
-            self._unlock(result.change.locks)
+        self._unlock([lock for result in results for lock in result.change.locks])
         self.settled += len(done)
         self._more = True
         self._throttle(done, failed)
         self._report(done, refused, failed)
 
-    def _unlock(self, locks: frozenset[int]) -> None:
-        self._locked.subtract(locks)
-        for lock in locks:
-            if not self._locked[lock]:
-                del self._locked[lock]
+    def _unlock(self, locks: Sequence[int]) -> None:
+        self._locked -= Counter(locks)
         outbox.unlock(self._conn, locks)
 
     def _wait(self, failed: _Failed) -> float:

@@ -61,9 +61,14 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
     sources, records = _columns([(a.change.claim.source, a.change.claim.record_id) for a in done], 2)
     places = _columns([(a.now.resource_id if a.now else None,) for a in done], 1)[0]
     conn.execute(
-        "DELETE FROM health.fhir_delivered d USING unnest(%s::text[], %s::text[], %s::text[]) AS new (s, r, id)"
-        " WHERE d.source = s AND (d.record_id = r OR d.resource_id = id)",
-        [sources, records, places],
+        "DELETE FROM health.fhir_delivered d USING unnest(%s::text[], %s::text[]) AS gone (s, r)"
+        " WHERE d.source = s AND d.record_id = r",
+        [sources, records],
+    )
+    conn.execute(
+        "DELETE FROM health.fhir_delivered d USING unnest(%s::text[], %s::text[]) AS taken (s, id)"
+        " WHERE d.source = s AND d.resource_id = id",
+        [sources, places],
     )
     held = [
         (a.change.claim.source, a.change.claim.record_id, a.now.resource_id, *_pair(a.now.identifier))
