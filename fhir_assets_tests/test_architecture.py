@@ -17,10 +17,26 @@ MAY_IMPORT = {
     "warehouse": PLAIN | {"fhir", "store", "warehouse"},
     "sandbox": PLAIN | {"fhir", "sandbox"},
     "settings": PLAIN,
+    "logs": {"errors", "logs"},
+    "metrics": PLAIN | {"settings", "warehouse", "metrics"},
+    "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "connector"},
     "pipeline": PLAIN | {"fhir", "store", "warehouse", "pipeline"},
     "resources": PLAIN | {"fhir", "store", "warehouse", "settings", "resources"},
 }
-WITHOUT_DAGSTER = {"errors", "windows", "catalog", "settings", "fhir", "store", "warehouse", "pipeline", "sandbox"}
+WITHOUT_DAGSTER = {
+    "errors",
+    "windows",
+    "catalog",
+    "settings",
+    "fhir",
+    "store",
+    "warehouse",
+    "pipeline",
+    "sandbox",
+    "connector",
+    "metrics",
+    "logs",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -47,13 +47,14 @@ def serve_ui(settings: Settings, port: int | None) -> None:
     command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--module-name", "fhir_assets.definitions", "--log-level", "error"]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
     except KeyboardInterrupt:
         code = 0
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
         _stop(process)
     if code:
         raise ConfigurationError(f"dagster dev ended with exit code {code}: its own message is above")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected, Source, read_header, read_instant
+from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.letters import LetterBuffer, Reject
 from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
 from fhir_assets.store.manifest import Fetch, Fetched, Manifest, Part
@@ -66,6 +67,7 @@ class Fetcher:
         self._refresh = refresh
         self._letters = LetterBuffer(reject)
 
+    @seldom_collected()
     def fetch(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
         """Read what the windows lack and write it as parts; the caller commits the manifests.
 

@@ -11,6 +11,7 @@ import msgspec
 
 from fhir_assets.fhir.record import Record, read_instant
 from fhir_assets.fhir.views import RowError, TypeViews, View
+from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
@@ -80,6 +81,7 @@ class Loading:
         self._run_id = run_id
         self._refresh = refresh
 
+    @seldom_collected()
     def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> Loaded:
         """Load what of the windows is not loaded yet, or all of it.
 

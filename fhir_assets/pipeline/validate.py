@@ -7,6 +7,7 @@ from datetime import datetime
 
 from fhir_assets.fhir.record import Malformed, read_header
 from fhir_assets.fhir.validation import Issue, Validator, Verdict
+from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.letters import LetterBuffer, Reject
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.store.manifest import Manifest, Part, Validated
@@ -39,6 +40,7 @@ class ResourceValidation:
         self._refresh = refresh
         self._letters = LetterBuffer(reject)
 
+    @seldom_collected()
     def validate(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
         """Judge what of the raw partitions is not judged yet, or all of it; the caller commits the manifests.
 

@@ -10,7 +10,7 @@ def upgrade() -> None:
     """Partitions of fhir.resource are not here: the catalog says which there are, see warehouse/migrate.py."""
     op.execute("""
         CREATE SCHEMA fhir;
-        CREATE SCHEMA health;
+        CREATE SCHEMA IF NOT EXISTS health;
         COMMENT ON SCHEMA fhir IS
             'FHIR resources: one table a ViewDefinition, and fhir.resource with the whole JSON';
         COMMENT ON SCHEMA ops IS 'What the pipeline did: runs, dead letters, checkpoints';
