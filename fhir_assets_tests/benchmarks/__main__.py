@@ -1,0 +1,32 @@
+"""Every benchmark in turn: ``python -m fhir_assets_tests.benchmarks``, some minutes. Each also runs by itself."""
+
+import subprocess
+import sys
+
+PARTS = (
+    ("machine", "The machine"),
+    ("definitions", "Definitions, in processes of their own"),
+    ("end_to_end", "NDJSON to loaded tables through a Dagster run, beside dlt"),
+    ("memory", "Peak memory of one window"),
+    ("validation", "Validation, beside fhir.resources"),
+    ("views", "Views, beside sqlonfhir"),
+    ("loader", "The loader alone"),
+    ("generator", "The sandbox: generating and serving"),
+)
+
+
+def main() -> int:
+    """Print every part's table; 1 if one of them failed or kept no limit."""
+    failed = []
+    for name, title in PARTS:
+        print(f"\n## {title}\n", flush=True)
+        # A process each, so that no part finds the memory and the caches of another.
+        if subprocess.run([sys.executable, "-m", f"fhir_assets_tests.benchmarks.{name}"]).returncode:
+            failed.append(name)
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A deployment to measure: embedded Postgres, migrated, Dagster's storage in it as in ``fhir-assets ingest``."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from fhir_assets import deployment
+from fhir_assets.definitions import build_definitions
+from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.settings import SourceKind, load_settings
+from fhir_assets.warehouse import embedded, migrate
+from fhir_assets.warehouse.database import connect
+from fhir_assets.windows import Granularity
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One load: resources that are in the tables at its end, seconds in all, and seconds by part."""
+
+    resources: int
+    seconds: float
+    parts: Mapping[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Resources a second."""
+        return self.resources / self.seconds
+
+
+def load(home: Path, source: Path, **settings: object) -> Load:
+    """Everything in ``source`` through Dagster runs of ``incremental_load``, in this process."""
+    for name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
+        os.environ.pop(name, None)
+    chosen = load_settings(
+        fhir_base_url=str(source),
+        fhir_source=SourceKind.NDJSON,
+        fhir_partition=Granularity.MONTHLY,
+        fhir_assets_home=home,
+        db_url=None,
+        **settings,
+    )
+    url = embedded.ensure(chosen.home)
+    migrate.upgrade(url)
+    instance = deployment.instance(chosen)
+    ingestion = Ingestion(chosen, build_definitions(chosen), instance)
+    ingestion.steps()
+    parts: defaultdict[str, float] = defaultdict(float)
+    started = perf_counter()
+    due = ingestion.due()
+    parts["what is due"] = perf_counter() - started
+    outcomes = [ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark") for windows in due]
+    seconds = perf_counter() - started
+    if failed(outcomes):
+        raise SystemExit("the load failed: the figures would say nothing")
+    for outcome in outcomes:
+        for step in instance.get_run_step_stats(outcome.run_id):
+            if step.start_time and step.end_time:
+                parts[step.step_key.split("__")[0]] += step.end_time - step.start_time
+    parts["Dagster between the steps"] = seconds - sum(parts.values())
+    with connect(url) as conn:
+        (count,) = conn.execute("SELECT count(*) FROM fhir.resource").fetchone() or (0,)
+    instance.dispose()
+    return Load(count, seconds, parts)
