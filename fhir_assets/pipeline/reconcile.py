@@ -121,6 +121,8 @@ def _missing(
     with conn.cursor().copy("COPY expected FROM STDIN") as copy:
         for row in _expected(store, validated):
             copy.write_row(row)
+    # Without statistics Postgres would take a million ids for a few, and look each up by itself.
+    conn.execute("ANALYZE expected")
     in_view: sql.Composable = sql.SQL("")
     if main_view:
         in_view = sql.SQL(" OR NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)").format(
