@@ -76,13 +76,14 @@ class Ingestion:
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
-        result = self._job().execute_in_process(
-            instance=self._instance,
-            raise_on_error=False,
-            partition_key=windows.windows[0].key if single else None,
-            tags=tags if single else {**tags, **range_tags(windows)},
-            run_id=run_id,
-        )
+        with self._warehouse.held_for(run_id):
+            result = self._job().execute_in_process(
+                instance=self._instance,
+                raise_on_error=False,
+                partition_key=windows.windows[0].key if single else None,
+                tags=tags if single else {**tags, **range_tags(windows)},
+                run_id=run_id,
+            )
         return Outcome(result.run_id, windows, result.success)
 
     def _job(self) -> dg.JobDefinition:

@@ -7,6 +7,8 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 
+from fhir_assets.assets.raw import POOL
+from fhir_assets.assets.run import TRIGGER_TAG
 from fhir_assets.automation import dead_runs
 from fhir_assets.automation.requests import RANGE_END, RANGE_START
 from fhir_assets.definitions import build_definitions
@@ -44,10 +46,14 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dead_runs, "_GRACE", timedelta(0))
 
 
-def started(deployment: Deployment) -> str:
+def started(
+    deployment: Deployment,
+    run_status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED,
+    tags: dict[str, str] | None = None,
+) -> str:
     """A run that Dagster believes to be at work."""
     job = build_definitions(deployment.settings).resolve_job_def("incremental_load")
-    run = deployment.instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    run = deployment.instance.create_run_for_job(job, status=run_status, tags=tags)
     with connect(deployment.url) as conn:
         runs.start(conn, run.run_id, ["Patient"], ["2024-03-03"], triggered_by="test", at=NOW)
     return run.run_id
@@ -94,6 +100,19 @@ def test_nothing_is_asked_for_while_a_living_run_is_at_work(deployment: Deployme
 def test_a_run_whose_process_is_gone_is_given_up_and_does_not_stop_the_schedule(deployment: Deployment) -> None:
     run_id = started(deployment)
     assert tick(deployment).run_requests
+    assert status(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")
+
+
+@pytest.mark.parametrize("run_status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
+def test_a_killed_ingest_is_given_up_at_once_and_its_place_at_the_fhir_server_is_free_again(
+    deployment: Deployment, run_status: dg.DagsterRunStatus
+) -> None:
+    run_id = started(deployment, run_status, {TRIGGER_TAG: "cli"})
+    storage = deployment.instance.event_log_storage
+    storage.set_concurrency_slots(POOL, 1)
+    assert storage.claim_concurrency_slot(POOL, run_id, "raw__patient").is_claimed
+    (outcome,) = deployment.ingest(first=NOW, last=NOW)
+    assert outcome.success
     assert status(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")
 
 
