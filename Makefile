@@ -37,8 +37,10 @@ lint: $(VENV)/.installed-lint
 types: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
+# The longer stories; STORIES picks some of them.
+STORIES ?= fhir_assets_tests
 slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(STORIES)
 
 # The public SQL-on-FHIR suite: make sql-on-fhir SUITE=path/to/checkout/tests
 SUITE ?= ../shared/sql-on-fhir/tests
