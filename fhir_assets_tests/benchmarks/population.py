@@ -2,7 +2,9 @@
 
 import gzip
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from isal import igzip
@@ -14,6 +16,18 @@ from fhir_assets_tests.benchmarks.machine import SYNTHEA
 _BLOCK = 1000
 _HEAD_OF_UUID = re.compile(rb"([0-9a-f]{4})(?=[0-9a-f]{4}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 _RESOURCES_A_PATIENT = 30
+_SAMPLE_PATIENTS = 300
+
+
+@contextmanager
+def sample() -> Iterator[Path]:
+    """A folder of ``<Type>.ndjson.gz`` to measure on: the shared Synthea population, or else the sandbox's own."""
+    if SYNTHEA.is_dir():
+        yield SYNTHEA
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_population(Path(folder), Population(_SAMPLE_PATIENTS))
+        yield Path(folder)
 
 
 def write(folder: Path, resources: int) -> int:
