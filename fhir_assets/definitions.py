@@ -53,7 +53,7 @@ def _build(
 ) -> dg.Definitions:
     source = source or cache(lambda: open_source(settings))
     partitions = partitions_definition(settings.window_scheme)
-    store = open_store(settings.store_url)
+    store = open_store(settings.store_url, settings.store_sealing)
     job = incremental_load()
 
     @dg.resource

@@ -11,6 +11,7 @@
         ├── ServerRefused         a FHIR server answered 4xx: credentials, rights, an unknown search
         ├── NotFhir               an answer or a file that is not what FHIR promises
         ├── StoreError            the store cannot be read or written (disk full, rights, damaged part)
+        ├── SealingError          patient data that is sealed with a key that is missing, or was altered
         ├── FhirPathError         an expression that cannot be parsed, resolved or evaluated
         └── ViewError             a ViewDefinition that is invalid, or a table that it no longer fits
 
@@ -53,6 +54,10 @@ class NotFhir(PermanentError):
 
 class StoreError(PermanentError):
     """The store cannot be read or written: disk full, missing rights, a damaged part."""
+
+
+class SealingError(PermanentError):
+    """Patient data is sealed with a key that is missing, or was altered."""
 
 
 class FhirPathError(PermanentError):

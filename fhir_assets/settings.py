@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.privacy.keys import parse_keys
+from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.windows import Granularity, WindowScheme
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -68,6 +70,13 @@ class Settings(BaseSettings):
     dead_letter_warn_rate: float = Field(0.01, ge=0, le=1, description="Share of dead letters that warns")
     dead_letter_error_rate: float = Field(0.10, ge=0, le=1, description="Share of dead letters that is an error")
 
+    phi_encryption_keys: SecretStr | None = Field(
+        None, description="Fernet keys, comma-separated, newest first: `fhir-assets keys new`. Unset: data in the clear"
+    )
+    phi_encryption_keys_file: Path | None = Field(None, description="A file with the keys instead, one a line")
+    phi_required: bool = Field(False, description="Refuse to start without keys")
+    phi_encrypt_store: bool = Field(True, description="With keys: encrypt the parts in the store too")
+
     connector_mapping: Path | None = Field(None, description="Rows to resources, in place of connector/mapping.json")
     connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
     connector_poll_seconds: float = Field(5, gt=0, description="How often the outbox is looked at unasked")
@@ -114,6 +123,14 @@ class Settings(BaseSettings):
             raise ValueError("FHIR_LAST_UPDATED_GTE lies in the future")
         if bool(self.fhir_auth_username) != bool(self.fhir_auth_password):
             raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD go together: one of them is missing")
+        if self.phi_encryption_keys and self.phi_encryption_keys_file:
+            raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE exclude each other: unset one")
+        if not self.sealing.on and self.phi_required:
+            raise ValueError(
+                "PHI_REQUIRED is set, but there are no keys: set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one)"
+            )
+        if not self.sealing.on and (self.phi_encryption_keys or self.phi_encryption_keys_file):
+            raise ValueError("PHI_ENCRYPTION_KEYS holds no key: unset it, or give one (`fhir-assets keys new`)")
         if self.fhir_auth_username and self.fhir_auth_token:
             raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
         if self.fhir_source is SourceKind.SEARCH and self.fhir_base_url:
@@ -121,6 +138,30 @@ class Settings(BaseSettings):
             if url.scheme not in ("http", "https") or not url.netloc:
                 raise ValueError("FHIR_BASE_URL must begin with http:// or https:// when FHIR_SOURCE is search")
         return self
+
+    @cached_property
+    def sealing(self) -> Sealing:
+        """What seals patient data: the keys of PHI_ENCRYPTION_KEYS, or of its file. Raises ConfigurationError."""
+        return Sealing(parse_keys(self._key_texts()))
+
+    @property
+    def store_sealing(self) -> Sealing:
+        """What seals the parts in the store. With PHI_ENCRYPT_STORE=0 it opens sealed ones, and writes in the clear."""
+        return self.sealing if self.phi_encrypt_store else self.sealing.reading_only()
+
+    def _key_texts(self) -> list[str]:
+        if self.phi_encryption_keys:
+            text = self.phi_encryption_keys.get_secret_value()
+        elif self.phi_encryption_keys_file:
+            try:
+                text = self.phi_encryption_keys_file.expanduser().read_text("ascii")
+            except (OSError, UnicodeDecodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else "it is no text"
+                raise ConfigurationError(f"PHI_ENCRYPTION_KEYS_FILE cannot be read: {why}") from None
+        else:
+            return []
+        lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        return [part.strip() for line in lines for part in line.split(",") if part.strip()]
 
     @cached_property
     def home(self) -> Path:

@@ -17,7 +17,7 @@ from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.manifest import Manifest
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse.tables import column_type, row_count
+from fhir_assets.warehouse.tables import KEY_COLUMN, layout_of, row_count
 
 
 def normalized_assets(
@@ -42,7 +42,7 @@ def _normalized(
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
-        outs={view.name: _output(view, resource_type) for view in views},
+        outs={view.name: _output(view, resource_type, sealed=settings.sealing.on) for view in views},
         check_specs=[check] if main else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(100),
@@ -106,7 +106,7 @@ def _metadata(loaded: Loaded, seconds: float) -> dict[str, dg.MetadataValue]:
     }
 
 
-def _output(view: View, resource_type: ResourceType) -> dg.AssetOut:
+def _output(view: View, resource_type: ResourceType, *, sealed: bool) -> dg.AssetOut:
     return dg.AssetOut(
         key=["normalized", view.name],
         group_name=resource_type.group,
@@ -118,8 +118,9 @@ def _output(view: View, resource_type: ResourceType) -> dg.AssetOut:
         metadata={
             "dagster/column_schema": dg.TableSchema(
                 [
-                    dg.TableColumn(column.name, column_type(column), description=column.description)
-                    for column in view.columns
+                    dg.TableColumn(column.name, column.type, description=column.description)
+                    for column in layout_of(view, sealed=sealed).columns
+                    if column.name != KEY_COLUMN
                 ]
             ),
             "dagster/relation_identifier": f"fhir.{view.name}",

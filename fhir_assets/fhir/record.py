@@ -14,7 +14,8 @@ from fhir_assets.windows import Interval
 @dataclass(frozen=True, slots=True)
 class Record:
     """A resource as it was received: ``body`` is its JSON on one line, without the line feed, digits and key
-    order untouched. ``arrived`` places a resource without ``meta.lastUpdated`` into a window.
+    order untouched. ``arrived`` places a resource without ``meta.lastUpdated`` into a window. ``patients`` are the
+    ids of those whose compartment it belongs to, None where nobody looked yet.
     """
 
     resource_type: str
@@ -23,6 +24,7 @@ class Record:
     last_updated: datetime | None
     arrived: datetime
     body: bytes
+    patients: tuple[str, ...] | None = None
 
     @property
     def as_of(self) -> datetime:

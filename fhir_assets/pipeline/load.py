@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.record import Record, read_instant
 from fhir_assets.fhir.views import RowError, TypeViews, View
 from fhir_assets.pipeline.collector import seldom_collected
@@ -235,6 +236,7 @@ def _record(resource: dict[str, Any], line: bytes, window: Window) -> Record | N
         read_instant(meta.get("lastUpdated")),
         window.start or window.end,
         line,
+        patients_of(resource),
     )
 
 

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-import psycopg
-
+from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import database, embedded, migrate, runs
+from fhir_assets.warehouse import database, embedded, migrate, runs, vault
 
 DATABASE = "fhir_assets"
 
@@ -19,21 +18,31 @@ class Warehouse:
     def __init__(self, settings: Settings) -> None:
         self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
         self._home: Path = settings.home
+        self._sealing = settings.sealing
         self._url: str | None = None
         self._lock = Lock()
 
     def url(self) -> str:
-        """The URL of the running, migrated database. Raises DatabaseUnavailable."""
+        """The URL of the running, migrated database. Raises DatabaseUnavailable; ConfigurationError if it is sealed
+        with a key that is missing.
+        """
         with self._lock:
             if self._url is None:
                 url = self._db_url or embedded.ensure(self._home)
                 migrate.upgrade(url)
+                with database.connect(url) as conn:
+                    self._sealing = vault.unlock(conn, self._sealing)
                 self._url = url
             return self._url
 
-    def connect(self) -> psycopg.Connection:
-        """A new connection, not in autocommit. Raises DatabaseUnavailable."""
-        return database.connect(self.url())
+    def sealing(self) -> Sealing:
+        """What seals the patient data in this database. Raises as ``url`` does."""
+        self.url()
+        return self._sealing
+
+    def connect(self) -> database.Connection:
+        """A new connection, not in autocommit, that carries the keys. Raises as ``url`` does."""
+        return database.connect(self.url(), sealing=self.sealing())
 
     @contextmanager
     def held_for(self, run_id: str) -> Iterator["Warehouse"]:

@@ -10,8 +10,10 @@ from isal import igzip, isal_zlib
 
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.privacy.sealing import CLEAR, Sealing
 from fhir_assets.store.blobs import Blobs, LocalBlobs
 from fhir_assets.store.manifest import Manifest, Part
+from fhir_assets.store.sealed import opened
 
 BATCH_BYTES = 1 << 20
 """How much is read at once: a batch of lines is the unit of work of validation and loading."""
@@ -27,10 +29,11 @@ def folder(layer: str, resource_type: str, partition_key: str) -> str:
 
 
 class Store:
-    """Reads and commits partitions. Writing their parts is PartWriter's."""
+    """Reads and commits partitions. Writing their parts is PartWriter's. ``sealing`` opens and seals the parts."""
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: Blobs, sealing: Sealing = CLEAR) -> None:
         self.blobs = blobs
+        self.sealing = sealing
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
         """The committed state of a partition, None if it was never written. Raises StoreError."""
@@ -75,7 +78,7 @@ class Store:
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""
-        with self.blobs.open(part.name) as raw, _unpack(fileobj=raw, mode="rb") as file:
+        with self.blobs.open(part.name) as raw, _unpack(fileobj=opened(raw, self.sealing), mode="rb") as file:
             while True:
                 try:
                     chunk = file.read(BATCH_BYTES)
@@ -97,8 +100,11 @@ class Store:
         )
 
 
-def open_store(url: str) -> Store:
-    """The store at ``url``: a folder. Raises ConfigurationError for a scheme that is not served."""
+def open_store(url: str, sealing: Sealing = CLEAR) -> Store:
+    """The store at ``url``: a folder; its parts are sealed if there are keys.
+
+    Raises ConfigurationError for a scheme that is not served.
+    """
     if "://" in url and not url.startswith("file://"):
         raise ConfigurationError(f"FHIR_STORE_URL: {url.split('://')[0]}:// is not served; give a folder")
-    return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()))
+    return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()), sealing)

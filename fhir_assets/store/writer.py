@@ -11,7 +11,9 @@ from types import TracebackType
 from isal import igzip
 
 from fhir_assets.errors import StoreError
+from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.manifest import Part
+from fhir_assets.store.sealed import MARK, SUFFIX, frames
 from fhir_assets.store.store import Store, folder
 
 BUFFER_BYTES = 16 << 20
@@ -25,6 +27,7 @@ PART_BYTES = 128 << 20
 class _OpenPart:
     path: Path
     name: str
+    sealing: Sealing
     lines: list[bytes] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
@@ -33,16 +36,23 @@ class _OpenPart:
     last: datetime | None = None
 
     def flush(self) -> None:
-        """Append what is buffered as one gzip member: members in a row are again a gzip file."""
+        """Append what is buffered as one gzip member: members in a row are again a gzip file. With keys nothing of
+        it is ever on the disk in the clear.
+        """
         if not self.lines:
             return
         content = b"\n".join(self.lines) + b"\n"
         packed = igzip.compress(content, 1)
         with self.path.open("ab") as file:
-            file.write(packed)
+            if not self.sealing.on:
+                file.write(packed)
+            else:
+                if not self.rows:
+                    file.write(MARK)
+                file.writelines(frames(packed, self.sealing))
+            self.stored_bytes = file.tell()
         self.rows += len(self.lines)
         self.bytes += len(content)
-        self.stored_bytes += len(packed)
         self.lines = []
 
 
@@ -98,8 +108,9 @@ class PartWriter:
 
     def _begin(self, key: tuple[str, str]) -> _OpenPart:
         self._number += 1
-        file = f"part-{self._generation}-{self._number:05}.ndjson.gz"
-        part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}")
+        sealing = self._store.sealing
+        file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if sealing.on else ''}"
+        part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}", sealing)
         self._open[key] = part
         return part
 

@@ -8,10 +8,12 @@ import psycopg
 from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+from fhir_assets.privacy.sealing import CLEAR, Sealing
 
 OLDEST_SERVER = 15
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+"""A connection to the warehouse. It carries the keys for what is read and written through it: ``sealing_of``."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _HINTS = (
@@ -20,6 +22,10 @@ _HINTS = (
     ("no pg_hba.conf entry", "the server does not admit this user from here (pg_hba.conf)"),
     ('" does not exist', "the database or the user in DB_URL does not exist there: create it first"),
 )
+
+
+class _Sealed(psycopg.Connection[tuple[Any, ...]]):
+    sealing: Sealing = CLEAR
 
 
 def normalise_url(url: str, driver: str | None = None) -> str:
@@ -38,14 +44,14 @@ def with_database(url: str, database: str) -> str:
     return urlunsplit(parts._replace(path=f"/{quote(database, safe='')}"))
 
 
-def connect(url: str, *, autocommit: bool = False, timeout: int = 10) -> Connection:
-    """An open connection that speaks UTC.
+def connect(url: str, *, autocommit: bool = False, timeout: int = 10, sealing: Sealing = CLEAR) -> Connection:
+    """An open connection that speaks UTC; patient data goes through ``sealing`` on its way in and out.
 
     Raises DatabaseUnavailable if the server cannot be reached, ConfigurationError if it refuses us (password, rights,
     a database that is not there) or is too old. Neither message holds the password.
     """
     try:
-        connection: Connection = psycopg.connect(
+        connection = _Sealed.connect(
             normalise_url(url),
             autocommit=autocommit,
             connect_timeout=timeout,
@@ -60,7 +66,13 @@ def connect(url: str, *, autocommit: bool = False, timeout: int = 10) -> Connect
         version = connection.info.server_version // 10_000
         connection.close()
         raise ConfigurationError(f"Postgres {version} at {_place(url)} is too old: {OLDEST_SERVER} or newer is needed")
+    connection.sealing = sealing
     return connection
+
+
+def sealing_of(conn: psycopg.Connection[Any]) -> Sealing:
+    """What seals the patient data that goes through a connection."""
+    return conn.sealing if isinstance(conn, _Sealed) else CLEAR
 
 
 def ensure_database(url: str, name: str) -> None:

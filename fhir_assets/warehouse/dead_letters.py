@@ -1,6 +1,5 @@
 """Dead letters: what could not go on, each with its reason and its bytes, to be listed, settled and replayed."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,8 @@ from psycopg import sql
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.privacy.sealing import CLEAR, Sealing
+from fhir_assets.warehouse.database import Connection, sealing_of
 
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
 Status = Literal["open", "replaying", "resolved", "discarded"]
@@ -38,14 +38,13 @@ class DeadLetter:
     partition_key: str
     issues: list[dict[str, str]] = field(default_factory=list)
 
-    @property
-    def fingerprint(self) -> bytes:
-        """The same for the same content that fails in the same stage, type and partition."""
+    def fingerprint(self, sealing: Sealing = CLEAR) -> bytes:
+        """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
         content = self.resource
         if content is None:
             content = "\0".join((self.resource_id or "", self.rule, self.path, self.message)).encode(*_UTF8)
         scope = "\0".join((self.stage, self.resource_type, self.partition_key)).encode(*_UTF8)
-        return hashlib.blake2b(scope + b"\0\0" + content, digest_size=16).digest()
+        return sealing.fingerprint(scope + b"\0\0" + content)
 
 
 _UTF8 = ("utf-8", "backslashreplace")
@@ -157,11 +156,11 @@ def get(conn: Connection, letter_id: int) -> tuple[StoredLetter, list[dict[str, 
 
 
 def resource(conn: Connection, letter_id: int) -> bytes | None:
-    """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id."""
+    """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id, SealingError."""
     row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
     if row is None:
         raise KeyError(letter_id)
-    return None if row[0] is None else bytes(row[0])
+    return None if row[0] is None else sealing_of(conn).open(bytes(row[0]))
 
 
 def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
@@ -181,9 +180,10 @@ def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
 
 
 def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> None:
+    sealing = sealing_of(conn)
     unique: dict[bytes, list[Any]] = {}
     for letter in letters:
-        fingerprint = letter.fingerprint
+        fingerprint = letter.fingerprint(sealing)
         if fingerprint in unique:
             unique[fingerprint][-1] += 1
             continue
@@ -196,7 +196,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             _storable(letter.path),
             _storable(letter.message),
             Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in letter.issues]),
-            letter.resource,
+            None if letter.resource is None else sealing.seal(letter.resource),
             _storable(letter.partition_key),
             1,
         ]
@@ -207,7 +207,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             # In one order everywhere, so that two runs do not wait for each other crosswise.
             for fingerprint in sorted(unique):
                 copy.write_row(unique[fingerprint])
-        cursor.execute(_UPSERT, [run_id, run_id])
+        cursor.execute(_UPSERT, [run_id, run_id, sealing.key_id])
         cursor.execute("TRUNCATE pg_temp.stage_dead_letters")
 
 
@@ -221,15 +221,17 @@ _STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "int8"]
 _UPSERT = """
     INSERT INTO ops.dead_letters AS known (
         fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
-        occurrences, run_id, first_run_id
+        occurrences, run_id, first_run_id, sealed_by
     )
-    SELECT *, %s, %s FROM pg_temp.stage_dead_letters
+    SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
     ON CONFLICT (fingerprint) DO UPDATE SET
         resource_id = excluded.resource_id,
         rule = excluded.rule,
         path = excluded.path,
         message = excluded.message,
         issues = excluded.issues,
+        resource = excluded.resource,
+        sealed_by = excluded.sealed_by,
         run_id = excluded.run_id,
         status = CASE known.status WHEN 'discarded' THEN 'discarded' ELSE 'open' END,
         occurrences = excluded.occurrences + CASE WHEN known.run_id = excluded.run_id THEN known.occurrences ELSE 0 END,

@@ -10,8 +10,9 @@ from decimal import Decimal
 
 import msgspec
 
-from fhir_assets.fhir.views import View
-from fhir_assets.warehouse.layout import PARTIAL, Kind, kind_of
+from fhir_assets.fhir.views import Column, View
+from fhir_assets.privacy.sealing import CLEAR, Sealing, as_json
+from fhir_assets.warehouse.layout import PARTIAL, Kind, Phi, has_blind_index, kind_of, phi_of
 
 Cell = Callable[[object], str]
 """A value that is not None as the text of its cell, or of its two: that of a partial date and its precision."""
@@ -32,14 +33,15 @@ class Refused(ValueError):
     """A value that does not fit its column; says why, without the value."""
 
 
-def row_encoder(view: View) -> Callable[[Sequence[object]], str]:
-    """The function from a row of the view to its COPY line, without the key column and the line feed.
+def row_encoder(view: View, sealing: Sealing = CLEAR) -> Callable[[Sequence[object]], str]:
+    """The function from a row of the view to its COPY line, without the key column and the line feed. What the view
+    tags as patient data goes through ``sealing``.
 
     It raises Refused, with the index of the column as second argument.
     """
-    kinds = [kind_of(column) for column in view.columns]
-    cells = [_cell(kind, indexed="index" in column.tags) for kind, column in zip(kinds, view.columns, strict=True)]
-    nulls = [f"{NULL}\t{NULL}" if kind in PARTIAL else NULL for kind in kinds]
+    made = [_column(column, sealing) for column in view.columns]
+    cells = [cell for cell, _ in made]
+    nulls = [null for _, null in made]
 
     def encode(row: Sequence[object]) -> str:
         try:
@@ -64,8 +66,12 @@ def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
     return Refused("a row with another number of columns than the view", 0)
 
 
-def body_line(body: bytes) -> bytes:
-    """A resource's JSON as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
+def body_line(body: bytes, sealing: Sealing = CLEAR) -> bytes:
+    """A resource's JSON, sealed, as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
+    if sealing.on:
+        if b"\\u" in body:
+            check_escapes(body)
+        return as_json(sealing.seal(body))
     if b"\\" in body:
         if b"\\u" in body:
             check_escapes(body)
@@ -109,6 +115,43 @@ def plain_text(value: str) -> str:
 
 _NUL = "text with the NUL character (\\u0000), which Postgres does not store: remove it at the source"
 _HALF = "text with half a surrogate pair, which is no character: correct it at the source"
+
+
+def texts(values: Sequence[str]) -> str:
+    """An array of texts as COPY reads it. Raises Refused."""
+    return _texts(values)
+
+
+_TWO_NULLS = f"{NULL}\t{NULL}"
+
+
+def _column(column: Column, sealing: Sealing) -> tuple[Cell, str]:
+    """How a column's value is written, and its null."""
+    kind = kind_of(column)
+    match phi_of(column, sealed=sealing.on):
+        case Phi.ENCRYPT if has_blind_index(column):
+            return lambda value: f"{sealing.token(text := _sealable(value))}\t{sealing.index(text)}", _TWO_NULLS
+        case Phi.ENCRYPT:
+            return lambda value: sealing.token(_sealable(value)), NULL
+        case Phi.HASH:
+            return lambda value: sealing.index(_sealable(value)), NULL
+        case Phi.DROP:
+            null = _TWO_NULLS if kind in PARTIAL else NULL
+            return lambda value: null, null
+        case phi:
+            cell = _cell(kind, indexed="index" in column.tags)
+            null = _TWO_NULLS if kind in PARTIAL else NULL
+            return (lambda value: cell(str(value)[:4])) if phi is Phi.YEAR else cell, null
+
+
+def _sealable(value: object) -> str:
+    """A value as the text that is encrypted or hashed; refused where it would be in the clear."""
+    text: str = value if value.__class__ is str else _json(value).decode()
+    if "\0" in text:
+        raise Refused(_NUL)
+    if not text.isascii() and _SURROGATE(text):
+        raise Refused(_HALF)
+    return text
 
 
 def _cell(kind: Kind, *, indexed: bool) -> Cell:

@@ -10,6 +10,7 @@ from fhir_assets.fhir.views import Column, View
 KEY_COLUMN = "_resource_key"
 _LONGEST_NAME = 63
 _RESERVED = "resource"
+_INDEX_SUFFIX = "_index"
 _METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
 
@@ -71,9 +72,52 @@ def kind_of(column: Column) -> Kind:
     return Kind.TEXT if column.type in _TEXTUAL else Kind.JSON
 
 
-def column_type(column: Column) -> str:
+class Phi(StrEnum):
+    """What becomes of a column's values where there are keys: the column's tag ``phi``."""
+
+    NONE = "none"
+    """In the clear."""
+
+    ENCRYPT = "encrypt"
+    """A Fernet token of the value's text; beside it ``<column>_index``, a hash to search by, if tagged so."""
+
+    HASH = "hash"
+    """The value's blind index, in its place: it joins and counts, and cannot be read back."""
+
+    YEAR = "year"
+    """The year of a date, as the first of January."""
+
+    DROP = "drop"
+    """Null."""
+
+
+def phi_of(column: Column, *, sealed: bool) -> Phi:
+    """The treatment of a column; all is in the clear unless ``sealed``. Raises ViewError for an unknown tag."""
+    tag = column.tags.get("phi", "none")
+    try:
+        treatment = Phi(tag)
+    except ValueError:
+        raise ViewError(f"column {column.name}: tag phi is {tag}, but must be one of {', '.join(Phi)}") from None
+    return treatment if sealed else Phi.NONE
+
+
+def has_blind_index(column: Column) -> bool:
+    """Whether an encrypted column is searched by equality: it is tagged ``phi-index``, or ``index``."""
+    return "phi-index" in column.tags or "index" in column.tags
+
+
+def column_type(column: Column, *, sealed: bool = False) -> str:
     """The Postgres type of a view's column."""
-    return _POSTGRES[kind_of(column)]
+    return "text" if phi_of(column, sealed=sealed) in _AS_TEXT else _POSTGRES[kind_of(column)]
+
+
+_AS_TEXT = frozenset({Phi.ENCRYPT, Phi.HASH})
+_SAID = {
+    Phi.ENCRYPT: "encrypted: a Fernet token",
+    Phi.HASH: "a keyed hash of the value",
+    Phi.YEAR: "cut to the year",
+    Phi.DROP: "left out",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +149,24 @@ class TableLayout:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def layout_of(view: View) -> TableLayout:
-    """The table of a view. Raises ViewError if a name cannot be a table's or a column's."""
+def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
+    """The table of a view, ``sealed`` where there are keys. Raises ViewError if a name cannot be a table's or a
+    column's.
+    """
     if view.name == _RESERVED or view.name.startswith(f"{_RESERVED}_"):
         raise ViewError(f"view {view.name}: this name belongs to fhir.{_RESERVED}; give the view another one")
     _check_length(view.name, f"view {view.name}")
     columns = [TableColumn(KEY_COLUMN, "text", "Logical id of the resource that the row is made of", "btree", True)]
     for column in view.columns:
         kind = kind_of(column)
-        columns.append(TableColumn(column.name, _POSTGRES[kind], column.description, _index(view, column, kind)))
-        if kind in PARTIAL:
+        phi = phi_of(column, sealed=sealed)
+        kind_here = Kind.TEXT if phi in _AS_TEXT else kind
+        index = None if phi in (Phi.ENCRYPT, Phi.DROP) else _index(view, column, kind_here)
+        columns.append(TableColumn(column.name, _POSTGRES[kind_here], _described(column, phi), index))
+        if phi is Phi.ENCRYPT and has_blind_index(column):
+            said = f"Blind index of {column.name}: the same for equal values"
+            columns.append(TableColumn(f"{column.name}{_INDEX_SUFFIX}", "text", said, "btree"))
+        if kind_here in PARTIAL:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
             columns.append(TableColumn(f"{column.name}_precision", "text", f"What {column.name} is known to: {grain}"))
     seen: set[str] = set()
@@ -123,7 +175,19 @@ def layout_of(view: View) -> TableLayout:
         if each.name in seen:
             raise ViewError(f"view {view.name}: two columns of its table would be named {each.name}; rename one")
         seen.add(each.name)
-    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), view.fingerprint)
+    meaning = f"{view.fingerprint}/{_treatments(view)}" if sealed else view.fingerprint
+    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), meaning)
+
+
+def _described(column: Column, phi: Phi) -> str | None:
+    if phi is Phi.NONE:
+        return column.description
+    return f"{column.description or column.name} ({_SAID[phi]})"
+
+
+def _treatments(view: View) -> str:
+    text = repr([(column.name, phi_of(column, sealed=True).value) for column in view.columns])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _index(view: View, column: Column, kind: Kind) -> str | None:

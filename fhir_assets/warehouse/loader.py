@@ -21,8 +21,8 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.warehouse.database import Connection
-from fhir_assets.warehouse.encode import LONGEST_INDEXED, NULL, Refused, body_line, plain_text, row_encoder
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.encode import LONGEST_INDEXED, NULL, Refused, body_line, plain_text, row_encoder, texts
 from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
 
 CHUNK_RESOURCES = 20_000
@@ -108,12 +108,13 @@ class Loader:
         self._mend = mend
         self._views = [view.name for view in views]
         self._columns = [[column.name for column in view.columns] for view in views]
-        self._encoders = [row_encoder(view) for view in views]
+        self._sealing = sealing_of(conn)
+        self._encoders = [row_encoder(view, self._sealing) for view in views]
         self._chunk: dict[str, _Pending] = {}
         self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
-        self._statements = _Statements(resource_type, views)
+        self._statements = _Statements(resource_type, views, sealed=self._sealing.on)
         self._staged = False
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
@@ -185,7 +186,8 @@ class Loader:
         try:
             key = plain_text(record.id)
             version = NULL if record.version_id is None else plain_text(record.version_id)
-            body = body_line(record.body)
+            body = body_line(record.body, self._sealing)
+            patients = NULL if record.patients is None else texts(record.patients)
         except Refused as refused:
             raise _Unfit(None, None, str(refused)) from None
         if len(key) > LONGEST_INDEXED // 4:
@@ -196,7 +198,7 @@ class Loader:
         head = (
             f"{key}\t{version}\t{NULL if number is None else number}\t"
             f"{NULL if updated is None else updated.isoformat()}\t{as_of.isoformat()}\t"
-            f"{plain_text(partition_key)}\t"
+            f"{plain_text(partition_key)}\t{patients}\t"
         ).encode() + body
         lines = []
         for place, encoder in enumerate(self._encoders):
@@ -274,7 +276,9 @@ class Loader:
         with self._conn.cursor() as cursor:
             with cursor.copy(statements.copy_stage) as copy:
                 copy.write(b"\n".join([pending.head for pending in chunk]))
-            inserted: dict[str, bool] = dict(cursor.execute(statements.upsert, [self._run_id]).fetchall())
+            inserted: dict[str, bool] = dict(
+                cursor.execute(statements.upsert, [self._run_id, self._sealing.key_id]).fetchall()
+            )
             cursor.execute(statements.clear_stage)
             winners = [pending for pending in chunk if pending.record.id in inserted]
             updated = [key for key, new in inserted.items() if not new]
@@ -318,35 +322,37 @@ def _number(version_id: str | None) -> int | None:
 class _Statements:
     """The statements of one resource type, which talk to its own partition of ``fhir.resource``."""
 
-    def __init__(self, resource_type: str, views: Sequence[View]) -> None:
+    def __init__(self, resource_type: str, views: Sequence[View], *, sealed: bool) -> None:
         known = BY_NAME.get(resource_type)
         table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
         stage = sql.Identifier("pg_temp", f"stage_{known.key if known else 'other'}")
         self.stage = sql.SQL(
             "CREATE TEMPORARY TABLE IF NOT EXISTS {} (id text, version_id text, version_number bigint,"
-            " last_updated timestamptz, as_of timestamptz, partition_key text, resource jsonb) ON COMMIT DROP"
+            " last_updated timestamptz, as_of timestamptz, partition_key text, patients text[],"
+            " resource jsonb) ON COMMIT DROP"
         ).format(stage)
         self.copy_stage = sql.SQL("COPY {} FROM STDIN").format(stage)
         self.clear_stage = sql.SQL("TRUNCATE {}").format(stage)
         self.upsert = sql.SQL(
             "INSERT INTO {table} AS stored (resource_type, id, version_id, version_number, last_updated, as_of,"
-            " partition_key, run_id, loaded_at, resource)"
+            " partition_key, run_id, loaded_at, sealed_by, patients, resource)"
             " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %s,"
-            " clock_timestamp(), resource FROM {stage}"
+            " clock_timestamp(), %s, patients, resource FROM {stage}"
             " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
             " version_number = excluded.version_number, last_updated = excluded.last_updated,"
             " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
-            " loaded_at = excluded.loaded_at, resource = excluded.resource"
+            " loaded_at = excluded.loaded_at, sealed_by = excluded.sealed_by, patients = excluded.patients,"
+            " resource = excluded.resource"
             " WHERE (excluded.as_of, coalesce(excluded.version_number, 0))"
             " >= (stored.as_of, coalesce(stored.version_number, 0))"
             " RETURNING id, xmax = 0"
         ).format(table=table, type=sql.Literal(resource_type), stage=stage)
-        self.views = [_view_statements(view) for view in views]
+        self.views = [_view_statements(view, sealed=sealed) for view in views]
 
 
-def _view_statements(view: View) -> tuple[sql.Composed, sql.Composed]:
+def _view_statements(view: View, *, sealed: bool) -> tuple[sql.Composed, sql.Composed]:
     table = sql.Identifier("fhir", view.name)
-    columns = sql.SQL(", ").join([sql.Identifier(column.name) for column in layout_of(view).columns])
+    columns = sql.SQL(", ").join([sql.Identifier(column.name) for column in layout_of(view, sealed=sealed).columns])
     return (
         sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(table, sql.Identifier(KEY_COLUMN)),
         sql.SQL("COPY {} ({}) FROM STDIN").format(table, columns),

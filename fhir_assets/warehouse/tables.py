@@ -9,7 +9,7 @@ from psycopg import sql
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.checkpoints import forget_parts
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.layout import KEY_COLUMN, TableColumn, TableLayout, column_type, layout_of
 from fhir_assets.warehouse.migrate import lock_schema
 
@@ -51,7 +51,7 @@ def ensure_tables(conn: Connection, views: Iterable[View]) -> None:
     Committed at once if ``conn`` is outside of a transaction; several processes may do so together.
     Raises ViewError if a column's type changed or a column is gone from the view; nothing is changed then.
     """
-    _bring_up(conn, [layout_of(view) for view in views], destroy=False)
+    _bring_up(conn, _layouts(conn, views), destroy=False)
 
 
 def apply_changes(conn: Connection, views: Iterable[View]) -> list[Drift]:
@@ -59,7 +59,7 @@ def apply_changes(conn: Connection, views: Iterable[View]) -> list[Drift]:
 
     Returns what was different. The rows fill again as the windows are loaded again.
     """
-    return _bring_up(conn, [layout_of(view) for view in views], destroy=True)
+    return _bring_up(conn, _layouts(conn, views), destroy=True)
 
 
 def row_count(conn: Connection, view: View) -> int:
@@ -74,7 +74,11 @@ def row_count(conn: Connection, view: View) -> int:
 
 def drift(conn: Connection, view: View) -> list[Drift]:
     """How the table differs from its view; empty if it fits."""
-    return _drift(conn, layout_of(view))
+    return _drift(conn, *_layouts(conn, [view]))
+
+
+def _layouts(conn: Connection, views: Iterable[View]) -> list[TableLayout]:
+    return [layout_of(view, sealed=sealing_of(conn).on) for view in views]
 
 
 def _bring_up(conn: Connection, layouts: Sequence[TableLayout], *, destroy: bool) -> list[Drift]:
@@ -91,7 +95,11 @@ def _bring_up(conn: Connection, layouts: Sequence[TableLayout], *, destroy: bool
                 raise ViewError(
                     f"table {SCHEMA}.{layout.name} no longer fits its view: {'; '.join(map(str, lossy))}. "
                     "Run `fhir-assets migrate --apply-view-changes` (drops the data of these columns), "
-                    "then load the windows again"
+                    + (
+                        "then `fhir-assets keys rotate`, which fills them from fhir.resource"
+                        if sealing_of(conn).on
+                        else "then load the windows again"
+                    )
                 )
             _apply(conn, layout, differences)
         for resource_type in sorted({layout.resource_type for layout in unfit}):

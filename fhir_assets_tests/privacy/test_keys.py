@@ -1,0 +1,74 @@
+"""Keys: what is taken, what is refused and how it is said."""
+
+import base64
+import os
+
+import pytest
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.settings import load_settings
+
+
+def encoded(secret: bytes) -> str:
+    return base64.urlsafe_b64encode(secret).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "secret",
+        "",
+        encoded(os.urandom(16)),
+        encoded(os.urandom(33)),
+        new_key()[:-1],
+        "é" * 44,
+        encoded(bytes(32)),
+        encoded(b"0123456789abcdef" * 2),
+        encoded(bytes(range(32))),
+        encoded(b"this is my very secret password!"),
+        encoded(b"\x01\xfe" * 16),
+    ],
+)
+def test_a_malformed_or_weak_key_is_refused_without_being_shown(text: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        parse_keys([new_key(), text])
+    assert "key 2 of PHI_ENCRYPTION_KEYS" in str(refused.value)
+    assert not text or text not in str(refused.value)
+
+
+def test_every_new_key_is_taken() -> None:
+    keys = parse_keys([new_key() for _ in range(200)])
+    assert len({key.id for key in keys}) == 200
+    assert all(len(key.id) == 8 for key in keys)
+
+
+def test_the_same_key_twice_is_refused() -> None:
+    key = new_key()
+    with pytest.raises(ConfigurationError, match="twice"):
+        parse_keys([key, key])
+
+
+def test_keys_come_from_the_environment_or_from_a_file(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = new_key(), new_key()
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{first},{second}")
+    from_environment = load_settings()
+    monkeypatch.delenv("PHI_ENCRYPTION_KEYS")
+    file = f"{tmp_path}/keys"
+    with open(file, "w") as out:
+        out.write(f"# newest first\n{first}\n{second}\n")
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS_FILE", file)
+    assert load_settings().sealing.keys == from_environment.sealing.keys == parse_keys([first, second])
+    assert first not in repr(from_environment)
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", first)
+    with pytest.raises(ConfigurationError, match="exclude each other"):
+        load_settings()
+
+
+def test_required_keys_that_are_missing_stop_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI_REQUIRED", "1")
+    with pytest.raises(ConfigurationError, match="PHI_REQUIRED"):
+        load_settings()
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS_FILE", "/nowhere/keys")
+    with pytest.raises(ConfigurationError, match="PHI_ENCRYPTION_KEYS_FILE cannot be read"):
+        load_settings()

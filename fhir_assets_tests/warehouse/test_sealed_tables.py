@@ -1,0 +1,137 @@
+"""Tables of a deployment with keys: what is tagged is sealed, what is not joins as before."""
+
+from collections.abc import Iterator
+
+import pytest
+from cryptography.fernet import Fernet, MultiFernet
+
+from fhir_assets.errors import ConfigurationError, ViewError
+from fhir_assets.fhir.views import View, parse_view
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import CLEAR, Sealing
+from fhir_assets.warehouse import dead_letters, resources, vault
+from fhir_assets.warehouse.database import Connection, connect, sealing_of
+from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.warehouse.tables import apply_changes, ensure_tables
+from fhir_assets_tests.warehouse.views import column, load, patient, select, view
+
+KEY = new_key()
+
+
+def tagged(name: str, path: str, kind: str, **tags: str) -> dict[str, object]:
+    return {**column(name, path, kind), "tag": [{"name": k.replace("_", "-"), "value": v} for k, v in tags.items()]}
+
+
+SECRETS = view(
+    "patient",
+    "Patient",
+    column("gender", "gender", "code"),
+    tagged("family", "name.first().family", "string", phi="encrypt"),
+    tagged("mrn", "identifier.first().value", "string", phi="encrypt", phi_index="hmac", index="btree"),
+    tagged("ssn", "identifier.skip(1).first().value", "string", phi="hash", index="btree"),
+    tagged("born", "birthDate", "date", phi="year", index="btree"),
+    tagged("died", "deceased.ofType(dateTime)", "dateTime", phi="year"),
+    tagged("multiple", "multipleBirth.ofType(integer)", "integer", phi="encrypt"),
+    tagged("note", "text.div", "xhtml", phi="drop"),
+    column("weight", "extension.first().value.ofType(decimal)", "decimal"),
+)
+PERSON = patient(
+    "a",
+    gender="female",
+    name=[{"family": "O'Hara\t\\N"}],
+    identifier=[{"value": "MRN-1"}, {"value": "078-05-1120"}],
+    birthDate="1980-02-29",
+    deceasedDateTime="2020-05-01T23:30:00-02:00",
+    multipleBirthInteger=2,
+    text={"status": "generated", "div": "<div xmlns='http://www.w3.org/1999/xhtml'>O'Hara</div>"},
+)
+
+
+@pytest.fixture
+def sealed(database: str) -> Iterator[Connection]:
+    with connect(database) as conn:
+        sealing = vault.unlock(conn, Sealing(parse_keys([KEY])))
+    with connect(database, sealing=sealing) as conn:
+        yield conn
+
+
+def test_every_tag_does_what_it_says(sealed: Connection) -> None:
+    load(sealed, PERSON, views=(SECRETS,))
+    sealing = sealing_of(sealed)
+    [(family, mrn, mrn_index, ssn, born, precision, died, multiple, note, gender)] = select(
+        sealed,
+        "SELECT family, mrn, mrn_index, ssn, born::text, born_precision, died::text, multiple, note, gender"
+        " FROM fhir.patient",
+    )
+    fernet = MultiFernet([Fernet(KEY)])
+    assert [fernet.decrypt(token).decode() for token in (family, mrn, multiple)] == ["O'Hara\t\\N", "MRN-1", "2"]
+    assert mrn_index == sealing.index("MRN-1")
+    assert ssn == sealing.index("078-05-1120")
+    assert (born, precision, died) == ("1980-01-01", "year", "2020-01-01 00:00:00+00")
+    assert (note, gender) == (None, "female")
+
+
+def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Connection) -> None:
+    load(sealed, PERSON, views=(SECRETS,))
+    [(kind, text, sealed_by)] = select(
+        sealed, "SELECT jsonb_typeof(resource), resource::text, sealed_by FROM fhir.resource"
+    )
+    assert (kind, sealed_by) == ("string", sealing_of(sealed).key_id)
+    assert "MRN" not in text
+    found = resources.read(sealed, "Patient", "a")
+    assert found is not None
+    assert found.body == PERSON.body
+    assert resources.read(sealed, "Patient", "b") is None
+    assert [each.body for each in resources.of_type(sealed, "Patient")] == [PERSON.body]
+
+
+def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(sealed: Connection) -> None:
+    letter = DeadLetter("Patient", "a", "validate", "structure", "Patient", "wrong", PERSON.body, "2024-01-01")
+    for run in ("one", "two"):
+        dead_letters.record(sealed, run, [letter])
+    [(number, attempts, stored)] = select(sealed, "SELECT id, attempts, resource FROM ops.dead_letters")
+    assert attempts == 2
+    assert b"MRN" not in stored
+    assert letter.fingerprint(sealing_of(sealed)) != letter.fingerprint()
+    assert dead_letters.resource(sealed, number) == PERSON.body
+
+
+def test_without_keys_all_is_in_the_clear_as_before(conn: Connection) -> None:
+    load(conn, PERSON, views=(SECRETS,))
+    assert select(conn, "SELECT mrn, ssn, born::text, multiple FROM fhir.patient") == [
+        ("MRN-1", "078-05-1120", "1980-02-29", 2)
+    ]
+
+
+def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> None:
+    with connect(database) as conn:
+        load(conn, PERSON, views=(SECRETS,))
+        sealing = vault.unlock(conn, Sealing(parse_keys([KEY])))
+    with connect(database, sealing=sealing) as conn:
+        with pytest.raises(ViewError, match=r"multiple is integer .* but text .*keys rotate"):
+            ensure_tables(conn, [SECRETS])
+        conn.rollback()
+        apply_changes(conn, [SECRETS])
+        load(conn, PERSON, views=(SECRETS,))
+        assert select(conn, "SELECT mrn_index FROM fhir.patient") == [(sealing.index("MRN-1"),)]
+
+
+def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
+    sealing = Sealing(parse_keys([KEY]))
+    with connect(database) as conn:
+        vault.unlock(conn, sealing)
+        with pytest.raises(ConfigurationError, match="PHI_ENCRYPTION_KEYS is not set"):
+            vault.unlock(conn, CLEAR)
+        with pytest.raises(ConfigurationError, match=f"sealed with key {sealing.key_id}, which PHI_ENCRYPTION_KEYS"):
+            vault.unlock(conn, Sealing(parse_keys([new_key()])))
+        both = Sealing(parse_keys([new_key(), KEY]))
+        assert vault.unlock(conn, both).index("x") == vault.unlock(conn, sealing).index("x")
+        assert vault.reseal(conn, both)
+        assert not vault.reseal(conn, both)
+        assert vault.unlock(conn, Sealing(both.keys[:1])).index("x") == vault.unlock(conn, both).index("x")
+
+
+def test_an_unknown_tag_is_refused(sealed: Connection) -> None:
+    wrong: View = parse_view(view("w", "Patient", tagged("x", "gender", "code", phi="hide")).definition)
+    with pytest.raises(ViewError, match="tag phi is hide"):
+        ensure_tables(sealed, [wrong])
