@@ -11,9 +11,10 @@ from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
-from fhir_assets.automation.jobs import incremental_load
-from fhir_assets.automation.schedules import incremental_load_schedule
+from fhir_assets.automation.jobs import check_tables, incremental_load
+from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
 from fhir_assets.automation.sensors import record_failed_runs
+from fhir_assets.checks.table import table_checks
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import ViewSet, load_views
@@ -54,7 +55,9 @@ def _build(
     source = source or cache(lambda: open_source(settings))
     partitions = partitions_definition(settings.window_scheme)
     store = open_store(settings.store_url, settings.store_sealing)
-    job = incremental_load()
+    checks = table_checks(settings, views.views, source, warehouse)
+    job = incremental_load(checks)
+    daily = check_tables(checks)
 
     @dg.resource
     def source_resource() -> Source:
@@ -72,8 +75,12 @@ def _build(
             *normalized_assets(settings, partitions, views.views),
             *(broken_view(broken) for broken in views.broken),
         ],
-        jobs=[job],
-        schedules=[incremental_load_schedule(settings, job, source, warehouse)],
+        asset_checks=checks,
+        jobs=[job, daily],
+        schedules=[
+            incremental_load_schedule(settings, job, source, warehouse),
+            check_tables_schedule(settings, daily),
+        ],
         sensors=[record_failed_runs(warehouse)],
         resources={
             "ndjson": NdjsonIOManager(store),

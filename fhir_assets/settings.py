@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
     dead_letter_warn_rate: float = Field(0.01, ge=0, le=1, description="Share of dead letters that warns")
     dead_letter_error_rate: float = Field(0.10, ge=0, le=1, description="Share of dead letters that is an error")
+    volume_windows: int = Field(14, ge=1, description="How many windows the check `volume` looks back")
+    checks_schedule: str = Field("30 5 * * *", description="Cron of the schedule `check_tables`, UTC")
+    replay_after_upgrade: bool = Field(
+        False, description="Replay by itself what new rules or a changed view could heal; unset: say so only"
+    )
 
     phi_encryption_keys: SecretStr | None = Field(
         None, description="Fernet keys, comma-separated, newest first: `fhir-assets keys new`. Unset: data in the clear"

@@ -74,6 +74,11 @@ class WindowScheme:
         start = datetime.strptime(key, self.granularity.key_format).replace(tzinfo=UTC)
         return self._window(start)
 
+    def before(self, window: Window) -> Window:
+        """The window before one that is not the first."""
+        assert window.start is not None
+        return self._window(self.granularity.floor(window.start - timedelta(microseconds=1)))
+
     def between(self, first: datetime, last: datetime) -> Iterator[Window]:
         """Every window from the one that holds ``first`` to the one that holds ``last``."""
         window = self.window_at(first)

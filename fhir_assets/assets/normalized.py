@@ -8,7 +8,7 @@ import dagster as dg
 
 from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_NAME, ResourceType
-from fhir_assets.checks import reconciles_spec, reconciliation
+from fhir_assets.checks.window import WindowChecks, window_check_specs
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.io_managers.postgres import LoadedView
 from fhir_assets.pipeline.load import Loaded, Loading
@@ -35,7 +35,6 @@ def _normalized(
     settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
 ) -> dg.AssetsDefinition:
     name = resource_type.name
-    check = reconciles_spec(resource_type, partitions)
     main = next((view for view in views if view.name == resource_type.key), None)
     main_view = main.name if main and not main.definition.get("where") else None
 
@@ -43,7 +42,7 @@ def _normalized(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
         outs={view.name: _output(view, resource_type, sealed=settings.sealing.on) for view in views},
-        check_specs=[check] if main else [],
+        check_specs=window_check_specs(resource_type, partitions) if main else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(100),
         can_subset=True,
@@ -78,7 +77,9 @@ def _normalized(
         if context.selected_asset_check_keys:
             with warehouse.connect() as conn:
                 balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
-            yield reconciliation(context, check, balances)
+                checks = WindowChecks(resource_type, settings, facts.now)
+                names = sorted(key.name for key in context.selected_asset_check_keys)
+                yield from checks.results(context, conn, balances, names)
 
     return normalized
 

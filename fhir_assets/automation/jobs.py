@@ -1,5 +1,7 @@
 """Jobs."""
 
+from collections.abc import Sequence
+
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
@@ -7,15 +9,37 @@ from fhir_assets.assets.run import REFRESH_TAG
 from fhir_assets.pipeline.plan import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"
+CHECK_TABLES = "check_tables"
 LAYERS = ("raw", "validated", "normalized")
 
 
-def incremental_load() -> UnresolvedAssetJobDefinition:
-    """All layers of a window, or of a range of windows, in one run and one process: what is there is left alone."""
+def incremental_load(table_checks: Sequence[dg.AssetChecksDefinition]) -> UnresolvedAssetJobDefinition:
+    """All layers of a window, or of a range of windows, in one run and one process: what is there is left alone.
+
+    ``table_checks`` are those that a load does not evaluate.
+    """
     return dg.define_asset_job(
         INCREMENTAL_LOAD,
-        selection=dg.AssetSelection.key_prefixes(*([layer] for layer in LAYERS)),
+        selection=_layers(LAYERS, table_checks),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Fetch, validate and load what the windows lack.",
     )
+
+
+def check_tables(table_checks: Sequence[dg.AssetChecksDefinition]) -> UnresolvedAssetJobDefinition:
+    """The checks of whole tables, in one run and one process."""
+    return dg.define_asset_job(
+        CHECK_TABLES,
+        selection=_checks(table_checks),
+        executor_def=dg.in_process_executor,
+        description="Are the tables fresh, as their views ask, without duplicates, and do their references resolve?",
+    )
+
+
+def _layers(layers: Sequence[str], table_checks: Sequence[dg.AssetChecksDefinition]) -> dg.AssetSelection:
+    return dg.AssetSelection.key_prefixes(*([layer] for layer in layers)) - _checks(table_checks)
+
+
+def _checks(definitions: Sequence[dg.AssetChecksDefinition]) -> dg.AssetSelection:
+    return dg.AssetSelection.checks(*(key for each in definitions for key in each.check_keys))

@@ -1,4 +1,4 @@
-"""The schedule that keeps the tables up to date."""
+"""The schedules: what keeps the tables up to date, and what looks after them once a day."""
 
 from collections.abc import Callable, Iterator
 
@@ -23,10 +23,7 @@ def incremental_load_schedule(
     Nothing is asked for while an earlier request is still being worked on: no window is asked for twice.
     Raises ConfigurationError if FHIR_SCHEDULE is no cron expression.
     """
-    if not is_valid_cron_string(settings.fhir_schedule):
-        raise ConfigurationError(
-            f"FHIR_SCHEDULE is no cron expression: {settings.fhir_schedule!r}; give five fields, such as */15 * * * *"
-        )
+    _require_cron("FHIR_SCHEDULE", settings.fhir_schedule)
 
     @dg.schedule(
         job=job,
@@ -59,3 +56,22 @@ def incremental_load_schedule(
             yield run_request(windows, run_key=f"{now:%Y-%m-%dT%H:%M}/{first}..{last}", tags={})
 
     return incremental_load
+
+
+def check_tables_schedule(settings: Settings, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """Runs the checks of whole tables, once a day unless set. Raises ConfigurationError if CHECKS_SCHEDULE is no cron
+    expression.
+    """
+    _require_cron("CHECKS_SCHEDULE", settings.checks_schedule)
+    return dg.ScheduleDefinition(
+        name="check_tables",
+        job=job,
+        cron_schedule=settings.checks_schedule,
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING if settings.fhir_base_url else dg.DefaultScheduleStatus.STOPPED,
+    )
+
+
+def _require_cron(variable: str, value: str) -> None:
+    if not is_valid_cron_string(value):
+        raise ConfigurationError(f"{variable} is no cron expression: {value!r}; give five fields, such as */15 * * * *")

@@ -98,14 +98,15 @@ class Deployment:
             self.query("SELECT rule, sum(occurrences)::bigint FROM ops.dead_letters WHERE status = 'open' GROUP BY 1")
         )
 
-    def checks(self, run_id: str) -> list[dg.AssetCheckEvaluation]:
-        """Every evaluation of a check in a run."""
+    def checks(self, run_id: str, name: str = "reconciles") -> list[dg.AssetCheckEvaluation]:
+        """Every evaluation of one check in a run."""
         records = self.instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION).records
         return [
             event.event_specific_data
             for record in records
             if (event := record.event_log_entry.dagster_event)
             and isinstance(event.event_specific_data, dg.AssetCheckEvaluation)
+            and event.event_specific_data.check_name == name
         ]
 
     def unreconciled(self, outcome: Outcome) -> list[str]:

@@ -1,0 +1,211 @@
+"""Checks of a whole table: a query over all of it, so they run once a day (job and schedule ``check_tables``) or when
+somebody asks, and not with every load, where they would cost more than an empty window does.
+
+They are computed in the database; nothing is loaded into memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from dagster._utils.schedules import reverse_cron_string_iterator
+
+from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.checks.tables import rows_table
+from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.views import View
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse import checkpoints, quality, tables
+from fhir_assets.warehouse.database import Connection
+
+FRESH = "fresh"
+SCHEMA_MATCHES = "schema_matches"
+NO_DUPLICATES = "no_duplicates"
+REFERENCES_RESOLVE = "references_resolve"
+
+_GRACE = timedelta(minutes=15)
+"""How long a load that the schedule asked for may take until its type counts as late."""
+
+_DESCRIBED = {
+    FRESH: "The table is loaded up to the schedule's last but one tick.",
+    SCHEMA_MATCHES: "The tables of the type have the columns and indexes that their ViewDefinitions ask for.",
+    NO_DUPLICATES: "The main table has one row a resource.",
+    REFERENCES_RESOLVE: "What the type's tables refer to is loaded, by target type.",
+}
+
+
+def table_checks(
+    settings: Settings, views: Sequence[View], source: Callable[[], Source], warehouse: Warehouse
+) -> list[dg.AssetChecksDefinition]:
+    """The checks of each type's main table, a step a type."""
+    by_type = {name: [view for view in views if view.resource_type == name] for name in settings.fhir_resource_types}
+    return [
+        _of_type(settings, BY_NAME[name], of_type, source, warehouse)
+        for name, of_type in by_type.items()
+        if any(view.name == BY_NAME[name].key for view in of_type)
+    ]
+
+
+def _of_type(
+    settings: Settings,
+    resource_type: ResourceType,
+    views: Sequence[View],
+    source: Callable[[], Source],
+    warehouse: Warehouse,
+) -> dg.AssetChecksDefinition:
+    asset = dg.AssetKey(["normalized", resource_type.key])
+
+    @dg.multi_asset_check(
+        name=f"check__{resource_type.key}",
+        specs=[dg.AssetCheckSpec(name, asset=asset, description=text) for name, text in _DESCRIBED.items()],
+        can_subset=True,
+    )
+    def check(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        judge = _Judge(settings, resource_type, views, source)
+        wanted = {key.name for key in context.selected_asset_check_keys}
+        with warehouse.connect() as conn:
+            there = quality.existing_tables(conn, views)
+            for name in (name for name in _DESCRIBED if name in wanted):
+                yield judge.result(conn, there, name)
+
+    return check
+
+
+class _Judge:
+    def __init__(
+        self, settings: Settings, resource_type: ResourceType, views: Sequence[View], source: Callable[[], Source]
+    ) -> None:
+        self._settings = settings
+        self._type = resource_type
+        self._views = views
+        self._source = source
+
+    def result(self, conn: Connection, there: frozenset[str], name: str) -> dg.AssetCheckResult:
+        """What one check says, of the tables that are there."""
+        if name == FRESH:
+            return self._fresh(conn)
+        if self._type.key not in there:
+            return self._said(name, True, "not loaded yet")
+        present = [view for view in self._views if view.name in there]
+        if name == SCHEMA_MATCHES:
+            return self._schema_matches(conn, present)
+        if name == NO_DUPLICATES:
+            return self._no_duplicates(conn)
+        return self._references_resolve(conn, present)
+
+    def _fresh(self, conn: Connection) -> dg.AssetCheckResult:
+        if not self._settings.fhir_base_url:
+            return self._said(FRESH, True, "no source is set")
+        source = self._source()
+        offered = source.offered()
+        if offered is not None and self._type.name not in offered:
+            return self._said(FRESH, True, "the source does not offer this type")
+        checkpoint = checkpoints.get(conn, [self._type.name]).get(self._type.name)
+        load = "`fhir-assets ingest` loads what is missing; `fhir-assets runs list` says what ran"
+        if checkpoint is None:
+            return self._said(FRESH, False, f"never loaded from the beginning on: {load}")
+        now = datetime.now(UTC)
+        until = checkpoint.loaded_until
+        metadata = {
+            "loaded_until": dg.MetadataValue.timestamp(until),
+            "lag_seconds": max(0.0, (now - until).total_seconds()),
+        }
+        state = source.state()
+        if state is not None:
+            passed = state == checkpoint.source_state
+            said = "the files are loaded" if passed else f"the files changed since they were loaded: {load}"
+            return self._said(FRESH, passed, said, metadata)
+        ticks = reverse_cron_string_iterator((now - _GRACE).timestamp(), self._settings.fhir_schedule, "UTC")
+        next(ticks)
+        # A load reads up to the moment it begins, and the schedule waits for the load before.
+        expected = next(ticks)
+        passed = until >= expected
+        said = f"loaded up to {until:%Y-%m-%d %H:%M} UTC"
+        if not passed:
+            said += (
+                f", but {expected:%Y-%m-%d %H:%M} was due: see that the schedule incremental_load is on, and whether "
+                f"its runs fail. {load}"
+            )
+        return self._said(FRESH, passed, said, metadata)
+
+    def _schema_matches(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
+        found = [each for view in present for each in tables.drift(conn, view)]
+        said = f"{len(present)} tables fit their views"
+        if found:
+            said = (
+                f"{len(found)} differences between tables and views. `fhir-assets migrate --apply-view-changes` brings "
+                "the tables in line (it drops the columns that a view lacks); then load the windows again"
+            )
+        table = rows_table(("table", "difference"), [(each.view, str(each)) for each in found[:100]])
+        return self._said(SCHEMA_MATCHES, not found, said, {"differences": table})
+
+    def _no_duplicates(self, conn: Connection) -> dg.AssetCheckResult:
+        main = next(view for view in self._views if view.name == self._type.key)
+        if _repeats(main):
+            return self._said(NO_DUPLICATES, True, "the view makes several rows of a resource on purpose")
+        twice = quality.duplicates(conn, main)
+        said = "one row a resource"
+        if twice:
+            said = (
+                f"{twice} resources have more than one row in fhir.{main.name}: something else wrote to it. "
+                f"Materialize normalized/{main.name} of all windows again"
+            )
+        return self._said(NO_DUPLICATES, not twice, said, {"duplicates": twice})
+
+    def _references_resolve(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
+        columns = [column for view in present for column in quality.reference_columns(view)]
+        found = quality.unresolved(conn, columns, self._settings.fhir_resource_types)
+        references, missing = sum(each.references for each in found), sum(each.missing for each in found)
+        share = missing / references if references else 0.0
+        said = f"all of {references} references lead to a loaded resource"
+        if missing:
+            said = (
+                f"{missing} of {references} references ({share:.2%}) lead to resources that are not loaded, most of "
+                f"them to {found[0].target}. `fhir-assets missing-references fetch` asks the server for them; those "
+                "that are dead letters are listed by `fhir-assets dead-letters list`"
+            )
+        table = rows_table(
+            ("target", "references:int", "missing:int", "share"),
+            [(e.target, e.references, e.missing, f"{e.missing / e.references:.2%}") for e in found],
+        )
+        return self._said(
+            REFERENCES_RESOLVE,
+            not missing,
+            said,
+            {"references": references, "missing": missing, "by_target": table},
+            severity=dg.AssetCheckSeverity.WARN,
+        )
+
+    def _said(
+        self,
+        name: str,
+        passed: bool,
+        description: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+    ) -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(
+            passed=passed,
+            asset_key=dg.AssetKey(["normalized", self._type.key]),
+            check_name=name,
+            description=description,
+            metadata=metadata or {},
+            severity=severity,
+        )
+
+
+def _repeats(view: View) -> bool:
+    """Whether a view may make several rows of a resource."""
+    selects = list(view.definition.get("select", ()))
+    while selects:
+        each = selects.pop()
+        if "forEach" in each or "repeat" in each:
+            return True
+        over = each.get("forEachOrNull")
+        if over is not None and not over.endswith("first()"):
+            return True
+        selects += [*each.get("select", ()), *each.get("unionAll", ())]
+    return False

@@ -1,0 +1,258 @@
+"""Checks of a window, evaluated by the step that loads it: the numbers are fresh then, and each window has its own
+evaluation whether the run has one partition or a range.
+
+What only makes sense of a whole table is in ``checks/table.py``: it would be asked anew for every window.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import dagster as dg
+
+from fhir_assets.catalog import ResourceType
+from fhir_assets.checks.tables import rows_table
+from fhir_assets.pipeline.reconcile import Balance
+from fhir_assets.pipeline.volume import Volume, compare
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse import quality
+from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.quality import LeadingRule
+from fhir_assets.windows import Window, WindowScheme
+
+RECONCILES = "reconciles"
+DEAD_LETTER_RATE = "dead_letter_rate"
+VOLUME = "volume"
+
+SAMPLE = 20
+"""How many windows a check's table shows at most; it says how many there are."""
+
+_COLUMNS = ("server_total", "matched", "rejected", "raw", "valid", "dead", "withheld", "undone", "loaded", "missing")
+
+
+def window_check_specs(
+    resource_type: ResourceType, partitions: dg.PartitionsDefinition[str]
+) -> list[dg.AssetCheckSpec]:
+    """The checks that the load of a type evaluates, on its main table."""
+    described = {
+        RECONCILES: "Every resource of the window stands in the tables, in the dead letters or is withheld: server "
+        "count = raw; raw = valid + dead + withheld; valid = loaded.",
+        DEAD_LETTER_RATE: "The share of the window's resources that are unsettled dead letters, with the rules and "
+        "paths that lead. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE say how many are too many.",
+        VOLUME: "The window brought about as many resources as the windows before it.",
+    }
+    asset = dg.AssetKey(["normalized", resource_type.key])
+    return [
+        dg.AssetCheckSpec(name, asset=asset, description=text, partitions_def=partitions)
+        for name, text in described.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowChecks:
+    """Judges the windows of a run from their balances."""
+
+    resource_type: ResourceType
+    settings: Settings
+    now: datetime
+
+    def results(
+        self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[Balance], names: Sequence[str]
+    ) -> Iterator[dg.AssetCheckResult]:
+        """The results of the named checks for the run; in a range run each window's evaluation is logged as well."""
+        keys = [balance.partition_key for balance in balances]
+        is_range = context.has_partition_key_range and len(context.partition_keys) > 1
+        for name in names:
+            if name == RECONCILES:
+                each = [_reconciliation([balance]) for balance in balances]
+                whole = _reconciliation(balances)
+            elif name == DEAD_LETTER_RATE:
+                leading = quality.unsettled(conn, self.resource_type.name, keys)
+                each = [self._rate([balance], leading) for balance in balances]
+                whole = self._rate(balances, leading)
+            else:
+                volumes = self._volumes(conn, balances)
+                each = [_volume([volume]) for volume in volumes]
+                whole = _volume(volumes)
+            if is_range:
+                for balance, found in zip(balances, each, strict=True):
+                    # A window without anything has no rate and no volume: an event for each would be the most of a run.
+                    if name == RECONCILES or balance.judged or balance.rejected or not found.passed:
+                        context.log_event(found.evaluation(self._asset, name, balance.partition_key))
+                yield whole.result(self._asset, name)
+            else:
+                yield (each[0] if len(each) == 1 else whole).result(self._asset, name)
+
+    @property
+    def _asset(self) -> dg.AssetKey:
+        return dg.AssetKey(["normalized", self.resource_type.key])
+
+    def _rate(self, balances: Sequence[Balance], leading: dict[str, list[LeadingRule]]) -> "_Found":
+        total = sum(balance.judged + balance.rejected for balance in balances)
+        letters = _summed([rule for balance in balances for rule in leading.get(balance.partition_key, [])])
+        dead = sum(rule.letters for rule in letters)
+        rate = dead / total if total else float(bool(dead))
+        settings = self.settings
+        passed = not dead or rate < min(settings.dead_letter_warn_rate, settings.dead_letter_error_rate)
+        scope = f"--type {self.resource_type.name}"
+        if len(balances) == 1:
+            scope += f" --window {balances[0].partition_key}"
+        said = f"{dead} of {total} resources ({rate:.2%}) are dead letters"
+        if not passed:
+            said += (
+                f", most of them {_named(letters[0])}. See them: `fhir-assets dead-letters list {scope}`. "
+                "Mend the cause at the source and load again, or correct them by `fhir-assets dead-letters edit ID`; "
+                f"then: `fhir-assets dead-letters replay {scope}`"
+            )
+        windows = sorted(
+            ((sum(r.letters for r in leading[b.partition_key]), b) for b in balances if b.partition_key in leading),
+            key=lambda item: -item[0],
+        )
+        return _Found(
+            passed,
+            said,
+            {
+                "resources": total,
+                "dead_letters": dead,
+                "rate": round(rate, 6),
+                "by_rule": rows_table(
+                    ("stage", "rule", "path", "letters:int", "share", "see_them"),
+                    [
+                        (r.stage, r.rule, r.path, r.letters, f"{r.letters / dead:.1%}", _list_command(r, scope))
+                        for r in letters[: quality.LEADING]
+                    ],
+                ),
+                **(
+                    {
+                        "by_window": rows_table(
+                            ("window", "letters:int", "resources:int"),
+                            [(b.partition_key, count, b.judged + b.rejected) for count, b in windows[:SAMPLE]],
+                        )
+                    }
+                    if len(balances) > 1
+                    else {}
+                ),
+            },
+            warns=rate < settings.dead_letter_error_rate,
+        )
+
+    def _volumes(self, conn: Connection, balances: Sequence[Balance]) -> list[Volume]:
+        if not balances:
+            return []
+        scheme = self.settings.window_scheme
+        windows = [scheme.window(balance.partition_key) for balance in balances]
+        earlier = _before(scheme, windows[0], self.settings.volume_windows)
+        first = (earlier or windows)[0].key
+        counted = quality.volumes(conn, self.resource_type.name, first, windows[-1].key)
+        return compare([*earlier, *windows], windows, counted, now=self.now, span=self.settings.volume_windows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    passed: bool
+    description: str
+    metadata: dict[str, dg.MetadataValue | int | float]
+    warns: bool = False
+
+    def result(self, asset: dg.AssetKey, name: str) -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(
+            passed=self.passed,
+            asset_key=asset,
+            check_name=name,
+            description=self.description,
+            metadata=self.metadata,
+            severity=self._severity,
+        )
+
+    def evaluation(self, asset: dg.AssetKey, name: str, partition_key: str) -> dg.AssetCheckEvaluation:
+        normalized = dg.AssetCheckResult(passed=self.passed, metadata=self.metadata)
+        return dg.AssetCheckEvaluation(
+            asset_key=asset,
+            check_name=name,
+            passed=self.passed,
+            description=self.description,
+            metadata=normalized.metadata,
+            severity=self._severity,
+            partition=partition_key,
+        )
+
+    @property
+    def _severity(self) -> dg.AssetCheckSeverity:
+        return dg.AssetCheckSeverity.WARN if self.warns else dg.AssetCheckSeverity.ERROR
+
+
+def _reconciliation(balances: Sequence[Balance]) -> _Found:
+    faulty = [balance for balance in balances if balance.faults]
+    shown = faulty or balances
+    said = f"{len(faulty)} of {len(balances)} windows do not reconcile" if faulty else "every resource is accounted for"
+    faults = "; ".join(fault for balance in faulty[:3] for fault in balance.faults)
+    return _Found(
+        not faulty,
+        f"{said}: {faults}" if faults else said,
+        {
+            "windows": len(balances),
+            "unreconciled_windows": len(faulty),
+            **{name: sum(getattr(balance, name) or 0 for balance in balances) for name in _COLUMNS},
+            "by_window": rows_table(
+                ("window", *(f"{name}:int" for name in _COLUMNS), "what_to_do"),
+                [
+                    (b.partition_key, *(_shown(getattr(b, name)) for name in _COLUMNS), "; ".join(b.faults))
+                    for b in shown[:SAMPLE]
+                ],
+            ),
+        },
+    )
+
+
+def _volume(volumes: Sequence[Volume]) -> _Found:
+    unusual = [volume for volume in volumes if volume.unusual]
+    if unusual:
+        said = "; ".join(f"{volume.partition_key} brought {volume.said}" for volume in unusual[:3])
+        said += ". See whether the source was complete then; if not, materialize raw, validated and normalized again"
+    else:
+        said = "no window stands out" if len(volumes) != 1 else f"{volumes[0].rows} resources: {volumes[0].said}"
+    shown = unusual or volumes
+    return _Found(
+        not unusual,
+        said,
+        {
+            "windows": len(volumes),
+            "unusual_windows": len(unusual),
+            "by_window": rows_table(
+                ("window", "resources:int", "least_before:int", "most_before:int"),
+                [(v.partition_key, v.rows, _shown(v.least), _shown(v.most)) for v in shown[:SAMPLE]],
+            ),
+        },
+        warns=True,
+    )
+
+
+def _before(scheme: WindowScheme, window: Window, count: int) -> list[Window]:
+    """The ``count`` windows before one, as far as there are so many."""
+    found: list[Window] = []
+    while window.start is not None and window.start > scheme.start and len(found) < count:
+        window = scheme.before(window)
+        found.append(window)
+    return found[::-1]
+
+
+def _summed(rules: Sequence[LeadingRule]) -> list[LeadingRule]:
+    letters: dict[tuple[str, str, str], int] = {}
+    for rule in rules:
+        key = (rule.stage, rule.rule, rule.path)
+        letters[key] = letters.get(key, 0) + rule.letters
+    return sorted((LeadingRule(*key, count) for key, count in letters.items()), key=lambda rule: -rule.letters)
+
+
+def _named(rule: LeadingRule) -> str:
+    return f"{rule.rule} at {rule.path}" if rule.path else rule.rule
+
+
+def _list_command(rule: LeadingRule, scope: str) -> str:
+    if not rule.stage:
+        return f"fhir-assets dead-letters list {scope}"
+    return f"fhir-assets dead-letters list {scope} --rule {rule.rule}"
+
+
+def _shown(value: int | None) -> int | str:
+    return "not said" if value is None else value

@@ -1,0 +1,73 @@
+"""Does a window bring about as much as the ones before it?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from fhir_assets.windows import Window
+
+FEWEST_WINDOWS = 5
+"""With fewer windows to compare with nothing is unusual."""
+
+FEWEST_ROWS = 20
+"""What stays within so many resources is chance."""
+
+FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What a window brought, and the least and the most that a window before it did; None if nothing is judged."""
+
+    partition_key: str
+    rows: int
+    least: int | None
+    most: int | None
+    is_open: bool
+
+    @property
+    def unusual(self) -> bool:
+        """Less than half of the least or more than twice the most; an open window may still become as full."""
+        if self.least is None or self.most is None:
+            return False
+        too_few = not self.is_open and self.rows < self.least / FACTOR and self.least >= FEWEST_ROWS
+        return too_few or (self.rows > self.most * FACTOR and self.rows >= FEWEST_ROWS)
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        if self.least is None:
+            return "too few windows before it to compare with"
+        words = f"where the windows before it brought {self.least} to {self.most}"
+        return f"{self.rows} resources, {words}" if self.unusual else f"usual, {words}"
+
+
+def compare(
+    windows: Sequence[Window],
+    judged: Sequence[Window],
+    counted: Mapping[str, int],
+    *,
+    now: datetime,
+    span: int,
+) -> list[Volume]:
+    """The volume of each of the ``judged`` among the ``windows``, which are in order, held against up to ``span``
+    windows before it. History begins with the first window that brought anything.
+    """
+    rows = [counted.get(window.key, 0) for window in windows]
+    begin = next((place for place, count in enumerate(rows) if count), len(rows))
+    places = {window.key: place for place, window in enumerate(windows)}
+    found = []
+    for window in judged:
+        place = places[window.key]
+        before = rows[max(begin, place - span) : place]
+        enough = len(before) >= FEWEST_WINDOWS
+        found.append(
+            Volume(
+                window.key,
+                rows[place],
+                min(before) if enough else None,
+                max(before) if enough else None,
+                window.end > now,
+            )
+        )
+    return found

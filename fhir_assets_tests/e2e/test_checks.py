@@ -1,0 +1,171 @@
+"""The checks beside `reconciles`: what turns each red, what it says then, and that it says so by window."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from fhir_assets.definitions import build_definitions
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse import checkpoints
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import add, instant, patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+SECRET = "Wintergarten"
+
+
+def encounter(identity: str, moment: datetime, subject: str, **fields: Any) -> bytes:
+    resource = {
+        "resourceType": "Encounter",
+        "id": identity,
+        "meta": {"lastUpdated": instant(moment)},
+        "status": "finished",
+        "class": {"code": "AMB"},
+        "subject": {"reference": subject},
+        **fields,
+    }
+    return json.dumps(resource).encode()
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    """Three days: 10 patients and an encounter each day; on the second 2 patients of a gender that is none."""
+    with SandboxServer([]) as server:
+        for day in range(3):
+            moment = DAY + timedelta(days=day)
+            for n in range(10):
+                gender = SECRET if day == 1 and n < 2 else "male"
+                add(server, patient(f"p{day}-{n}", moment + timedelta(hours=n), gender=gender))
+            add(server, encounter(f"e{day}", moment, f"Patient/p{day}-0"))
+        yield server
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
+    return deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient,Encounter",
+        fhir_last_updated_gte="2024-01-01",
+        dead_letter_warn_rate=0.05,
+        dead_letter_error_rate=0.15,
+    )
+
+
+def by_window(deployment: Deployment, run_id: str, name: str) -> dict[str | None, dg.AssetCheckEvaluation]:
+    found = [each for each in deployment.checks(run_id, name) if each.asset_key.path[-1] == "patient"]
+    return {each.partition: each for each in found}
+
+
+def table_checks(deployment: Deployment) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
+    """What the job check_tables says, by table and check."""
+    job = build_definitions(deployment.settings).resolve_job_def("check_tables")
+    result = job.execute_in_process(instance=deployment.instance)
+    assert result.success
+    return {(each.asset_key.path[-1], each.check_name): each for each in result.get_asset_check_evaluations()}
+
+
+def rows(evaluation: dg.AssetCheckEvaluation, name: str) -> list[dict[str, Any]]:
+    value = evaluation.metadata[name]
+    assert isinstance(value, dg.TableMetadataValue)
+    return [dict(record.data) for record in value.records]
+
+
+def test_dead_letters_are_judged_by_window_in_a_range_and_alone(deployment: Deployment) -> None:
+    (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
+    found = by_window(deployment, outcome.run_id, "dead_letter_rate")
+    assert {key: each.passed for key, each in found.items()} == {
+        None: False,
+        "2024-01-05": True,
+        "2024-01-06": False,
+        "2024-01-07": True,
+    }
+    assert found[None].severity is dg.AssetCheckSeverity.WARN
+    red = found["2024-01-06"]
+    assert red.severity is dg.AssetCheckSeverity.ERROR
+    (rule,) = rows(red, "by_rule")
+    assert (rule["rule"], rule["path"], rule["letters"]) == ("required-binding", "Patient.gender", 2)
+    said = red.description or ""
+    assert "2 of 10 resources (20.00%)" in said
+    assert "`fhir-assets dead-letters replay --type Patient --window 2024-01-06`" in said
+    assert SECRET not in repr(found)
+
+    (alone,) = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=1))
+    assert not by_window(deployment, alone.run_id, "dead_letter_rate")["2024-01-06"].passed
+
+
+def test_a_window_unlike_the_ones_before_it_is_told(server: SandboxServer, deployment: Deployment) -> None:
+    for day in range(3, 8):
+        moment = DAY + timedelta(days=day)
+        add(server, *(patient(f"p{day}-{n}", moment, gender="male") for n in range(90 if day == 7 else 10)))
+    (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=7))
+    found = by_window(deployment, outcome.run_id, "volume")
+    assert [key for key, each in found.items() if not each.passed] == ["2024-01-12", None]
+    assert found["2024-01-12"].severity is dg.AssetCheckSeverity.WARN
+    assert "2024-01-12 brought 90 resources, where the windows before it brought 8 to 10" in (
+        found["2024-01-12"].description or ""
+    )
+
+
+def test_the_checks_of_whole_tables(server: SandboxServer, deployment: Deployment) -> None:
+    assert {key: each.passed for key, each in table_checks(deployment).items()} == {
+        (table, name): name != "fresh"
+        for table in ("patient", "encounter")
+        for name in ("fresh", "schema_matches", "no_duplicates", "references_resolve")
+    }
+    deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
+    found = table_checks(deployment)
+    assert {key for key, each in found.items() if not each.passed} == {
+        ("patient", "fresh"),
+        ("encounter", "fresh"),
+        ("encounter", "references_resolve"),
+    }
+    with connect(deployment.url) as conn:
+        checkpoints.begin(conn, ["Patient"], DAY, source_state=None)
+        checkpoints.begin(conn, ["Encounter"], datetime.now(UTC), source_state=None)
+    missing = found["encounter", "references_resolve"]
+    assert missing.severity is dg.AssetCheckSeverity.WARN
+    assert rows(missing, "by_target") == [{"target": "Patient", "references": 3, "missing": 1, "share": "33.33%"}]
+
+    with connect(deployment.url) as conn:
+        conn.execute("INSERT INTO fhir.patient SELECT * FROM fhir.patient WHERE id = 'p0-1'")
+        conn.execute("ALTER TABLE fhir.patient_name DROP COLUMN family")
+    found = table_checks(deployment)
+    assert {key for key, each in found.items() if not each.passed} == {
+        ("patient", "fresh"),
+        ("patient", "schema_matches"),
+        ("patient", "no_duplicates"),
+        ("encounter", "references_resolve"),
+    }
+    assert "was due" in (found["patient", "fresh"].description or "")
+    assert "migrate --apply-view-changes" in (found["patient", "schema_matches"].description or "")
+
+
+def test_a_load_evaluates_the_checks_of_its_windows_only(deployment: Deployment) -> None:
+    (outcome,) = deployment.ingest(first=DAY, last=DAY)
+    assert deployment.checks(outcome.run_id, "reconciles")
+    assert deployment.checks(outcome.run_id, "volume")
+    assert not deployment.checks(outcome.run_id, "no_duplicates")
+
+
+def test_a_table_has_fewer_than_ten_checks(deployment: Deployment) -> None:
+    graph = build_definitions(deployment.settings).resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        assert len(graph.get_check_keys_for_assets({key})) < 10
+
+
+def test_all_assets_of_a_range_can_be_materialized_at_once_with_every_check(deployment: Deployment) -> None:
+    job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
+    tags = {"dagster/asset_partition_range_start": "2024-01-05", "dagster/asset_partition_range_end": "2024-01-07"}
+    keys = {key for key in job.asset_layer.executable_asset_keys if key.path[0] in ("raw", "validated", "normalized")}
+    checks = {key for key in job.asset_layer.asset_graph.asset_check_keys if key.asset_key in keys}
+    result = job.get_subset(asset_selection=keys, asset_check_selection=checks).execute_in_process(
+        instance=deployment.instance, tags=tags, raise_on_error=False
+    )
+    assert result.success
+    assert deployment.checks(result.run_id, "no_duplicates")
+    assert len(by_window(deployment, result.run_id, "reconciles")) == 4
