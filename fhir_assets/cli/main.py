@@ -5,7 +5,20 @@ import sys
 import typer
 from rich.console import Console
 
-from fhir_assets.cli import connector, dead_letters, demo, dev, ingest, migrate, runs, sandbox, validate, view
+from fhir_assets.cli import (
+    audit,
+    connector,
+    dead_letters,
+    demo,
+    dev,
+    ingest,
+    migrate,
+    patient,
+    runs,
+    sandbox,
+    validate,
+    view,
+)
 from fhir_assets.errors import FhirAssetsError
 
 app = typer.Typer(
@@ -21,6 +34,8 @@ app.command("migrate")(migrate.migrate)
 app.command("ingest")(ingest.ingest)
 app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(patient.app, name="patient")
+app.add_typer(audit.app, name="audit")
 app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")
 app.add_typer(connector.app, name="connector")

@@ -14,9 +14,10 @@ from fhir_assets.fhir.record import Record, read_instant
 from fhir_assets.fhir.views import RowError, TypeViews, View
 from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse import checkpoints, dead_letters, runs, tables
+from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, runs, tables
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.loader import Loader, Unloadable
@@ -24,6 +25,8 @@ from fhir_assets.windows import Window
 
 TRANSACTION_ROWS = 50_000
 """Small windows share a transaction until it holds this many resources; a larger window has one of its own."""
+
+_ACTOR = "pipeline"
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
@@ -148,6 +151,12 @@ class Loading:
             self._run_id,
             resource_type,
             {task.window.key: {"loaded": task.rows - dead[task.window.key]} for task in group},
+        )
+        windows = {"windows": len(group)}
+        audit_log.record(
+            conn,
+            Deed("create", _ACTOR, resource_type, count=counts.inserted, run_id=self._run_id, detail={**windows}),
+            Deed("update", _ACTOR, resource_type, count=counts.updated, run_id=self._run_id, detail={**windows}),
         )
         total.inserted += counts.inserted
         total.updated += counts.updated

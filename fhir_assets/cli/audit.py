@@ -1,0 +1,57 @@
+"""`fhir-assets audit`: who did what to whose data, and whether the log is whole."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse import audit_log
+
+app = typer.Typer(help="Who did what to whose data, and whether the log is whole.", no_args_is_help=True)
+
+_LISTED = ("seq", "at", "actor", "action", "resource_type", "subject", "count", "run_id")
+
+
+@app.command()
+def verify(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
+    """Find the first record that was altered, is missing or was inserted; exit code 1 if there is one.
+
+    Note the last number and link elsewhere: then not even the end of the log can be cut off unseen.
+    """
+    with Warehouse(load_settings()).connect() as conn:
+        fault = audit_log.first_fault(conn)
+        seq, link = audit_log.head(conn)
+    if json:
+        print_json({"records": seq, "link": link, "fault": asdict(fault) if fault else None})
+    elif fault:
+        errors.print(f"The audit log is not whole: {fault}.", markup=False)
+    else:
+        console.print(f"The audit log is whole: {seq} records, the last link is {link}.", markup=False, soft_wrap=True)
+    if fault:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_records(
+    about: Annotated[str | None, typer.Option(help="Of this resource, such as Patient/123")] = None,
+    action: Annotated[str | None, typer.Option(help="read, create, update, decrypt, export, …")] = None,
+    run: Annotated[str | None, typer.Option(help="Of this run")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 50,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
+) -> None:
+    """The newest records first."""
+    resource_type, _, resource_id = (about or "").partition("/")
+    if about and not resource_id:
+        raise ConfigurationError("--about takes a type and an id, such as Patient/123")
+    with Warehouse(load_settings()).connect() as conn:
+        subject = audit_log.subject(conn, resource_type, resource_id) if about else None
+        found = audit_log.latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
+    rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.deed)} for entry in found]
+    if json:
+        print_json(rows)
+    else:
+        print_table("Audit log", rows, _LISTED)

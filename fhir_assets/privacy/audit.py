@@ -1,0 +1,107 @@
+"""Records of deeds, each linked to the one before: an altered, a missing or an inserted record breaks the chain.
+
+Where there are keys a link is an HMAC, so that nobody without them can mend a chain that he broke.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from fhir_assets.privacy.sealing import CLEAR, Sealing
+
+Action = Literal[
+    "read",
+    "create",
+    "update",
+    "delete",
+    "export",
+    "decrypt",
+    "replay",
+    "edit",
+    "withhold",
+    "release",
+    "consent decision",
+    "key rotation",
+]
+
+START = bytes(32)
+"""What the first record is linked to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """Who did what, to which resource, how often, as part of what. Holds no patient data: a resource is named by its
+    keyed hash (``Sealing.subject``), a bulk deed by its ``count`` alone. ``detail`` holds short words and numbers.
+    """
+
+    action: Action
+    actor: str
+    resource_type: str | None = None
+    subject: str | None = None
+    count: int = 1
+    run_id: str | None = None
+    request_id: str | None = None
+    detail: dict[str, str | int | bool | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A deed as it is recorded. ``keyed`` says that the link was made with the keys."""
+
+    seq: int
+    at: datetime
+    deed: Deed
+    keyed: bool
+    link: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The first record that is not as it was written."""
+
+    seq: int
+    what: Literal["altered", "missing", "inserted"]
+
+    def __str__(self) -> str:
+        return f"record {self.seq} of ops.audit_log is {self.what}"
+
+
+def link(seq: int, at: datetime, deed: Deed, previous: bytes, sealing: Sealing) -> bytes:
+    """The link of a record to the one before."""
+    content = [
+        seq,
+        at.astimezone(UTC).isoformat(timespec="microseconds"),
+        deed.action,
+        deed.actor,
+        deed.resource_type,
+        deed.subject,
+        deed.count,
+        deed.run_id,
+        deed.request_id,
+        deed.detail,
+    ]
+    return sealing.chained(previous + json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def verify(entries: Iterable[Entry], head: tuple[int, bytes], sealing: Sealing) -> Fault | None:
+    """The first fault of a log, None if it is whole. ``entries`` come in the order of ``seq``; ``head`` is the number
+    and the link that the log says it ends with.
+    """
+    seq, previous, keyed = 0, START, False
+    for entry in entries:
+        if entry.seq > seq + 1:
+            return Fault(seq + 1, "missing")
+        if entry.seq <= seq or entry.seq > head[0]:
+            return Fault(entry.seq, "inserted")
+        if keyed and not entry.keyed:
+            return Fault(entry.seq, "altered")
+        keyed = entry.keyed
+        expected = link(entry.seq, entry.at, entry.deed, previous, sealing if keyed else CLEAR)
+        if expected != entry.link:
+            return Fault(entry.seq, "altered")
+        seq, previous = entry.seq, entry.link
+    if seq < head[0]:
+        return Fault(seq + 1, "missing")
+    return None if previous == head[1] else Fault(seq, "altered")

@@ -1,0 +1,149 @@
+"""The audit log: append-only, in one chain, and on record together with the deed or not at all."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from fhir_assets.privacy.audit import Deed, Fault
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import CLEAR, Sealing, new_secret
+from fhir_assets.warehouse import audit_log
+from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.warehouse.patients import read_patient
+from fhir_assets_tests.warehouse.views import load, patient, select
+
+SEALING = Sealing(parse_keys([new_key()]), new_secret())
+
+
+@pytest.fixture(params=[CLEAR, SEALING], ids=["without keys", "with keys"])
+def log(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
+    with connect(database, autocommit=True, sealing=request.param) as conn:
+        for number in range(10):
+            audit_log.record(conn, Deed("read", "test", "Patient", audit_log.subject(conn, "Patient", str(number))))
+        yield conn
+
+
+def tamper(conn: Connection, statement: str) -> None:
+    """What only the owner of the tables can do."""
+    conn.execute("ALTER TABLE ops.audit_log DISABLE TRIGGER USER")
+    conn.execute(sql.SQL(statement))
+    conn.execute("ALTER TABLE ops.audit_log ENABLE TRIGGER USER")
+
+
+def test_a_log_that_nobody_touched_is_whole(log: Connection) -> None:
+    assert audit_log.first_fault(log) is None
+    assert audit_log.head(log)[0] == 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "actor = 'another'",
+        "at = at + interval '1 microsecond'",
+        "count = 2",
+        "subject = NULL",
+        "detail = '{\"a\": 1}'",
+        "link = decode(repeat('00', 32), 'hex')",
+    ],
+)
+def test_an_altered_record_is_found(log: Connection, change: str) -> None:
+    tamper(log, f"UPDATE ops.audit_log SET {change} WHERE seq = 4")
+    assert audit_log.first_fault(log) == Fault(4, "altered")
+
+
+@pytest.mark.parametrize("seq", [1, 5, 10])
+def test_a_deleted_record_is_found_also_the_last_one(log: Connection, seq: int) -> None:
+    tamper(log, f"DELETE FROM ops.audit_log WHERE seq = {seq}")
+    assert audit_log.first_fault(log) == Fault(seq, "missing")
+
+
+def test_an_inserted_record_is_found(log: Connection) -> None:
+    copied = "action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
+    tamper(
+        log, f"INSERT INTO ops.audit_log (seq, at, {copied}) SELECT 11, at, {copied} FROM ops.audit_log WHERE seq = 3"
+    )
+    assert audit_log.first_fault(log) == Fault(11, "inserted")
+
+
+def test_a_record_pushed_in_between_is_found(log: Connection) -> None:
+    copied = "action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
+    tamper(
+        log,
+        "UPDATE ops.audit_log SET seq = -seq WHERE seq > 5;"
+        "UPDATE ops.audit_log SET seq = -seq + 1 WHERE seq < 0;"
+        f"INSERT INTO ops.audit_log (seq, at, {copied}) SELECT 6, at, {copied} FROM ops.audit_log WHERE seq = 3",
+    )
+    assert audit_log.first_fault(log) == Fault(6, "altered")
+
+
+def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
+    with connect(database, autocommit=True, sealing=SEALING) as conn:
+        audit_log.record(conn, Deed("read", "test"), Deed("export", "thief", count=1000))
+    with connect(database, autocommit=True) as conn:
+        tamper(conn, "DELETE FROM ops.audit_log WHERE seq = 2")
+        conn.execute("UPDATE ops.audit_head h SET seq = 1, link = l.link FROM ops.audit_log l WHERE l.seq = 1")
+        audit_log.record(conn, Deed("read", "nobody"))
+    with connect(database, autocommit=True, sealing=SEALING) as conn:
+        assert audit_log.first_fault(conn) == Fault(2, "altered")
+
+
+def test_records_from_before_the_first_key_stay_true(database: str) -> None:
+    with connect(database, autocommit=True) as conn:
+        audit_log.record(conn, Deed("read", "test"))
+    with connect(database, autocommit=True, sealing=SEALING) as conn:
+        audit_log.record(conn, Deed("read", "test"))
+        assert audit_log.first_fault(conn) is None
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE ops.audit_log SET actor = 'x'",
+        "DELETE FROM ops.audit_log",
+        "TRUNCATE ops.audit_log",
+        "DELETE FROM ops.audit_head",
+        "TRUNCATE ops.audit_head",
+    ],
+)
+def test_the_log_can_only_be_appended_to(log: Connection, statement: str) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
+        log.execute(statement.encode())
+
+
+def test_a_deed_that_was_undone_is_not_on_record(conn: Connection) -> None:
+    audit_log.record(conn, Deed("delete", "test"))
+    conn.rollback()
+    assert audit_log.head(conn)[0] == 0
+
+
+def test_many_at_once_make_one_chain(database: str) -> None:
+    def work(number: int) -> None:
+        with connect(database) as conn:
+            for _ in range(20):
+                audit_log.record(conn, Deed("read", f"worker {number}"), Deed("update", "nothing", count=0))
+                conn.commit()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    with connect(database) as conn:
+        assert audit_log.first_fault(conn) is None
+        assert audit_log.head(conn)[0] == 80
+
+
+def test_reading_a_patient_is_on_record_before_it_is_given(database: str) -> None:
+    with connect(database, sealing=SEALING) as conn:
+        record = patient("a", gender="female")
+        load(conn, record)
+        conn.commit()
+        [found] = read_patient(conn, "a", actor="nurse", request_id="r-1")
+        assert found.body == record.body
+        assert read_patient(conn, "unknown", actor="nurse") == []
+        conn.rollback()
+        one, other = reversed(audit_log.latest(conn, limit=10))
+        assert (one.deed.action, one.deed.actor, one.deed.request_id) == ("decrypt", "nurse", "r-1")
+        assert one.deed.subject == SEALING.subject("Patient", "a") != other.deed.subject
+        assert [one.deed.detail, other.deed.detail] == [{"found": 1}, {"found": 0}]
+        assert "Patient/a" not in str(select(conn, "SELECT l::text FROM ops.audit_log l"))
