@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from psycopg import sql
 
 from fhir_assets.warehouse import embedded, migrate
 from fhir_assets.warehouse.database import Connection, connect, with_database
+
+# What lands is decided on the same examples each time; everywhere else they are new ones at every run.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 _HOME = "FHIR_ASSETS_TEST_HOME"
 _TEMPLATE = "fhir_assets_template"

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from psycopg.errors import InvalidSchemaName, UndefinedTable
 
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
@@ -41,17 +42,28 @@ def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
 
 
 def run_and_kill(deployment: Deployment, seconds: float) -> bool:
-    """Start a load and kill it after so long; whether it was still at work."""
+    """Start a load and kill it so long after its first step began; whether it was still at work."""
     arguments, environment = command(deployment)
+    before = begun_runs(deployment)
     process = subprocess.Popen(
         arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
+    while process.poll() is None and begun_runs(deployment) == before:
+        time.sleep(0.02)
     time.sleep(seconds)
     at_work = process.poll() is None
     if at_work:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return at_work
+
+
+def begun_runs(deployment: Deployment) -> int:
+    """How many runs have begun; the first one makes the tables."""
+    try:
+        return int(deployment.query("SELECT count(DISTINCT run_id) FROM ops.ingestion_runs")[0][0])
+    except (UndefinedTable, InvalidSchemaName):
+        return 0
 
 
 def finish(deployment: Deployment) -> None:
@@ -64,11 +76,11 @@ def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patient
     write_population(folder, Population(patients, 3, 0.02, end=END, start=START))
     with SandboxServer(folder) as server:
         clean = deploy(home="clean", fhir_base_url=server.url, **settings)
-        begun = time.monotonic()
         finish(clean)
-        whole = time.monotonic() - begun
+        work = clean.query("SELECT extract(epoch FROM max(finished_at) - min(started_at)) FROM ops.ingestion_runs")
+        whole = float(work[0][0])
         killed = deploy(home="killed", url=other_database, fhir_base_url=server.url, **settings)
-        at_work = [run_and_kill(killed, random.Random(n).uniform(0.4, 1.0) * whole) for n in range(kills)]
+        at_work = [run_and_kill(killed, random.Random(n).uniform(0, 0.9) * whole) for n in range(kills)]
         assert any(at_work)
         finish(killed)
     assert killed.tables() == clean.tables()

@@ -83,8 +83,9 @@ class CompiledPath:
     give several values; ``fallback`` whether it runs in fhirpathpy instead of compiled code.
     """
 
-    def __init__(self, expression: str, expr: Expr) -> None:
+    def __init__(self, expression: str, expr: Expr, *, empty_join: bool = True) -> None:
         self.expression = expression
+        self._empty_join = empty_join
         self.types = expr.types
         self.many = expr.many
         self.fallback = isinstance(expr, Fallback)
@@ -117,17 +118,22 @@ class CompiledPath:
         """The compiled function of (focus, %resource, %rootResource), giving a list. May raise any error on data that
         is not FHIR.
         """
-        out = Emitter("focus", "resource", "root")
+        out = self._emitter()
         out.line(f"return list({self._expr.items(out)})")
         return out.function("path", "focus, resource, root")
 
     @cached_property
     def predicate(self) -> Function:
         """The compiled function of (focus, %resource, %rootResource), giving True, False or None."""
-        out = Emitter("focus", "resource", "root")
+        out = self._emitter()
         true, false = self._expr.logic(out)
         out.line(f"return True if {true} else False if {false} else None")
         return out.function("predicate", "focus, resource, root")
+
+    def _emitter(self) -> Emitter:
+        out = Emitter("focus", "resource", "root")
+        out.empty_join = self._empty_join
+        return out
 
 
 def compile_path(
@@ -137,12 +143,14 @@ def compile_path(
     resource_type: str | None = None,
     constants: Mapping[str, object] | None = None,
     hooks: Mapping[str, Callable[..., object]] | None = None,
+    empty_join: bool = True,
 ) -> CompiledPath:
     """Compile an expression for a focus of ``root_type`` (a resource, a datatype, ``Patient.contact``; None: any).
 
     ``resource_type`` is the type of ``%resource``, if the focus is no resource itself. ``constants`` are strings,
     numbers and booleans by name, or Constant for another FHIR type. ``hooks`` are functions that the caller brings,
     as ``htmlChecks`` and ``memberOf``: they get the value and the arguments, and give True, False or None.
+    ``empty_join``: see TypeViews.
 
     Raises FhirPathError: the expression cannot be read, or it names an element, a function, a type or a constant that
     R4 does not know; the message then has the nearest right name.
@@ -158,7 +166,7 @@ def compile_path(
         constants={name: as_constant(value) for name, value in (constants or {}).items()},
         hooks=hooks,
     )
-    return CompiledPath(expression, expr)
+    return CompiledPath(expression, expr, empty_join=empty_join)
 
 
 def as_constant(value: object) -> Constant:
