@@ -82,6 +82,14 @@ class Settings(BaseSettings):
     phi_required: bool = Field(False, description="Refuse to start without keys")
     phi_encrypt_store: bool = Field(True, description="With keys: encrypt the parts in the store too")
 
+    batch_size: int = Field(100, ge=1, le=10_000, description="Resources in one Bundle of `upload` and of delivered/*")
+    fhir_delivery_url: str = Field(
+        "", description="The FHIR server that what was loaded is delivered to (assets delivered/*); unset: none"
+    )
+    fhir_delivery_username: str | None = Field(None, description="Basic authentication there")
+    fhir_delivery_password: SecretStr | None = Field(None, description="Basic authentication there")
+    fhir_delivery_token: SecretStr | None = Field(None, description="Bearer token there")
+
     connector_mapping: Path | None = Field(None, description="Rows to resources, in place of connector/mapping.json")
     connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
     connector_poll_seconds: float = Field(5, gt=0, description="How often the outbox is looked at unasked")
@@ -138,6 +146,10 @@ class Settings(BaseSettings):
             raise ValueError("PHI_ENCRYPTION_KEYS holds no key: unset it, or give one (`fhir-assets keys new`)")
         if self.fhir_auth_username and self.fhir_auth_token:
             raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
+        if bool(self.fhir_delivery_username) != bool(self.fhir_delivery_password):
+            raise ValueError("FHIR_DELIVERY_USERNAME and FHIR_DELIVERY_PASSWORD go together: one of them is missing")
+        if self.fhir_delivery_url and self.fhir_delivery_url.rstrip("/") == self.fhir_base_url.rstrip("/"):
+            raise ValueError("FHIR_DELIVERY_URL is FHIR_BASE_URL: what came from a server would be written back to it")
         if self.fhir_source is SourceKind.SEARCH and self.fhir_base_url:
             url = urlsplit(self.fhir_base_url)
             if url.scheme not in ("http", "https") or not url.netloc:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "logs": {"errors", "logs"},
     "metrics": PLAIN | {"settings", "warehouse", "metrics"},
     "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "connector"},
+    "upload": PLAIN | {"fhir", "upload"},
     "pipeline": PLAIN | {"fhir", "privacy", "store", "warehouse", "pipeline"},
     "resources": PLAIN | {"fhir", "privacy", "store", "warehouse", "settings", "resources"},
 }
@@ -36,6 +37,7 @@ WITHOUT_DAGSTER = {
     "pipeline",
     "sandbox",
     "connector",
+    "upload",
     "metrics",
     "logs",
 }

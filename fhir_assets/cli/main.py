@@ -16,6 +16,7 @@ from fhir_assets.cli import (
     patient,
     runs,
     sandbox,
+    upload,
     validate,
     view,
 )
@@ -38,6 +39,7 @@ app.add_typer(patient.app, name="patient")
 app.add_typer(audit.app, name="audit")
 app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")
+app.command("upload")(upload.upload)
 app.add_typer(connector.app, name="connector")
 app.command("sandbox")(sandbox.sandbox)
 app.command("generate")(sandbox.generate)

@@ -153,6 +153,17 @@ class FhirClient:
 
         return self._retrier.run(self._name("GET", path), attempt, policy)
 
+    def post(self, path: str, body: bytes, read: Callable[[Answer], T], *, expect: Collection[int]) -> T:
+        """POST what does no harm when done twice, and ``read`` the answer as ``get`` does.
+
+        Statuses of ``expect`` are answers, all others errors: Refusal, ServerUnavailable or NotFhir.
+        """
+
+        def attempt() -> T:
+            return read(self._exchange("POST", path, (), body, {"Content-Type": FHIR_JSON}, expect))
+
+        return self._retrier.run(self._name("POST", path), attempt)
+
     def send(
         self,
         method: str,

@@ -1,0 +1,58 @@
+"""The FHIR servers that are written to."""
+
+from threading import Event
+
+from pydantic import SecretStr
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.auth import credentials
+from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets.settings import Settings
+
+
+def upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
+    """A client of the server at FHIR_BASE_URL, as the target of `fhir-assets upload`; ``stop`` ends its waits."""
+    if not settings.fhir_base_url:
+        raise ConfigurationError("nowhere to upload to: give --url or set FHIR_BASE_URL to the FHIR server's base URL")
+    return _client(
+        settings,
+        settings.fhir_base_url,
+        (settings.fhir_auth_username, settings.fhir_auth_password, settings.fhir_auth_token),
+        workers,
+        stop,
+    )
+
+
+def delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
+    """A client of the server at FHIR_DELIVERY_URL. It never gets the credentials of the source."""
+    return _client(
+        settings,
+        settings.fhir_delivery_url,
+        (settings.fhir_delivery_username, settings.fhir_delivery_password, settings.fhir_delivery_token),
+        workers,
+        stop,
+    )
+
+
+def _client(
+    settings: Settings,
+    url: str,
+    account: tuple[str | None, SecretStr | None, SecretStr | None],
+    workers: int,
+    stop: Event,
+) -> FhirClient:
+    username, password, token = account
+
+    def sleep(seconds: float) -> None:
+        stop.wait(seconds)
+
+    return FhirClient(
+        url,
+        credentials=credentials(
+            username, password.get_secret_value() if password else None, token.get_secret_value() if token else None
+        ),
+        timeout=settings.fhir_timeout_seconds,
+        retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts), sleep=sleep),
+        connections=workers,
+    )

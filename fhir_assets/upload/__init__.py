@@ -1,0 +1,1 @@
+"""Resources to a FHIR server, in batches. Knows neither Dagster nor Postgres."""

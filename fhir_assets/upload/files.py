@@ -1,0 +1,100 @@
+"""What an upload sends: files of NDJSON, counted first, then read again type by type."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.bundles import Entry
+from fhir_assets.fhir.lines import BrokenOff, read_lines
+from fhir_assets.fhir.record import Malformed, one_line, read_header
+
+MAX_LINE_BYTES = 64 * 2**20
+
+_SUFFIX = re.compile(r"\.(?:ndjson|jsonl)(?:\.gz)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A line that cannot be sent; ``message`` holds nothing of it."""
+
+    resource_type: str
+    place: str
+    message: str
+    body: bytes
+
+
+class Folder:
+    """The NDJSON files of a folder and below it, or one file. Raises ConfigurationError if there are none."""
+
+    def __init__(self, location: Path) -> None:
+        root = location.expanduser()
+        if root.is_file():
+            self._root, found = root.parent, [root]
+        else:
+            self._root = root
+            found = [path for path in root.rglob("*") if path.is_file() and _SUFFIX.search(path.name)]
+        if not found:
+            raise ConfigurationError(f"--input {location}: there is no .ndjson or .ndjson.gz file")
+        self._paths = {path.relative_to(self._root).as_posix(): path for path in sorted(found)}
+
+    @property
+    def names(self) -> list[str]:
+        """The files, in the order in which they are read."""
+        return list(self._paths)
+
+    def state(self) -> str:
+        """A digest of the files' names, sizes and times."""
+        digest = hashlib.sha256()
+        for name, path in self._paths.items():
+            stat = path.stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        return digest.hexdigest()[:32]
+
+    def count(self, name: str, refuse: Callable[[Unusable], None]) -> dict[str, int]:
+        """How many resources of each type a file holds; its lines say so, not its name."""
+        counts: dict[str, int] = {}
+        for item in self._items(name):
+            if isinstance(item, Entry):
+                counts[item.resource_type] = counts.get(item.resource_type, 0) + 1
+            else:
+                refuse(item)
+        return counts
+
+    def entries(self, name: str, resource_type: str) -> Iterator[Entry]:
+        """A file's resources of one type."""
+        for item in self._items(name):
+            if isinstance(item, Entry) and item.resource_type == resource_type:
+                yield item
+
+    def _items(self, name: str) -> Iterator[Entry | Unusable]:
+        number = 0
+        try:
+            for lines in read_lines(self._paths[name], MAX_LINE_BYTES):
+                for line in lines:
+                    number += 1
+                    if line is None:
+                        yield Unusable("", f"{name}:{number}", "a line longer than a resource may be", b"")
+                    elif body := one_line(line):
+                        yield read_entry(body, f"{name}:{number}")
+        except BrokenOff as error:
+            yield Unusable("", f"{name}:{number + 1}", f"{error}; {number} lines were read", b"")
+        except OSError as error:
+            raise ConfigurationError(f"--input: {name} cannot be read: {error.strerror}") from None
+
+
+def read_entry(body: bytes, place: str) -> Entry | Unusable:
+    """One line as what can be sent, or why not."""
+    try:
+        header = read_header(body)
+    except Malformed as error:
+        return Unusable("", place, str(error), body)
+    if not header.id:
+        return Unusable(header.resourceType, place, "a resource without id: there is nowhere to put it", body)
+    return Entry(header.resourceType, header.id, body, place)
+
+
+Counts = Mapping[str, Mapping[str, int]]
+"""By file, how many resources it holds of each type."""
