@@ -33,6 +33,7 @@ from fhir_assets.warehouse.dead_letters import DeadLetter
 Steps = dict[str, dict[str, int]]
 """By type, in order: how many resources each file has of it."""
 
+_UNKNOWN = "unknown"
 _COLUMNS = ("type", "created", "updated", "unchanged", "failed")
 
 
@@ -101,7 +102,7 @@ def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
 
 def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:
     """What is to be sent in which order, counted; or as it was when the upload began that goes on now."""
-    state = folder.state()
+    state, run_id = folder.state(), str(uuid.uuid4())
     facts = journal.facts()
     if resume and facts:
         if facts["state"] != state:
@@ -110,7 +111,7 @@ def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resu
             raise ConfigurationError(
                 f"that upload was begun with --batch-size {facts['size']} --workers {facts['workers']}: give the same"
             )
-        journal.resume()
+        journal.resume({"run_id": run_id})
         steps: Steps = orjson.loads(facts["steps"])
         return steps
     unusable: list[Unusable] = []
@@ -120,7 +121,6 @@ def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resu
         resource_type: {name: of_file[resource_type] for name, of_file in counts.items() if resource_type in of_file}
         for resource_type in types
     }
-    run_id = str(uuid.uuid4())
     journal.begin({"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(steps).decode()}, unusable)
     return steps
 
@@ -163,7 +163,7 @@ def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Ste
         with Warehouse(settings).connect() as conn:
             run_id = journal.facts()["run_id"]
             dead_letters.record(conn, run_id, (_letter(each, partition) for each in journal.failures()))
-            for name in steps:
+            for name in (*steps, _UNKNOWN):
                 dead_letters.settle(conn, run_id, name, "deliver", [partition])
     except (DatabaseUnavailable, psycopg.Error):
         errors.print(f"The database is not there: the failures are in {path} only, not in ops.dead_letters.")
@@ -173,7 +173,7 @@ def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Ste
 def _letter(failure: Failure, partition: str) -> DeadLetter:
     rule = f"http-{failure.status}" if failure.status else ("no-answer" if failure.id else "unusable")
     return DeadLetter(
-        failure.resource_type or "unknown",
+        failure.resource_type or _UNKNOWN,
         failure.id,
         "deliver",
         rule,

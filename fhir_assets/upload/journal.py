@@ -96,6 +96,8 @@ class Journal:
             path.touch(mode=0o600)
         self.path = path
         self._db = sqlite3.connect("" if path is None else path, isolation_level=None)
+        # One write and one fsync a commit.
+        self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.create_function("reason", 3, _reason, deterministic=True)
         self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
@@ -129,10 +131,11 @@ class Journal:
             )
         self._any_held = False
 
-    def resume(self) -> None:
-        """Let what failed be tried again, beside what is not done yet."""
+    def resume(self, facts: dict[str, str]) -> None:
+        """Go on: note what has changed of the upload as a whole, and let what failed be tried again."""
         with self._db:
             self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
             self._db.execute(
                 "INSERT OR IGNORE INTO held (resource_type, id, place, body, status, outcome, own_type, first_pass)"
                 " SELECT resource_type, id, place, body, status, outcome, 0, 0 FROM failures WHERE id IS NOT NULL"
@@ -184,10 +187,10 @@ class Journal:
             ),
         )  # fmt: skip
 
-    def next_round(self, resource_type: str) -> int:
-        """A number for a batch of entries that are tried again."""
-        query = "SELECT coalesce(max(number) + 1, 0) FROM batches WHERE resource_type = ? AND file = ''"
-        return int(self._db.execute(query, (resource_type,)).fetchone()[0])
+    def next_number(self) -> int:
+        """The first number that is free for batches of entries that are tried again; they are of no file."""
+        query = "SELECT coalesce(max(number) + 1, 0) FROM batches WHERE file = ''"
+        return int(self._db.execute(query).fetchone()[0])
 
     def held_count(self, *, own_type_of: str | None = None) -> int:
         """How many entries wait for another try; of one type only those that refer to their own type."""

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from typing import Protocol, TypeVar
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
@@ -72,6 +72,7 @@ class Uploader:
     def upload(self, steps: Mapping[str, Mapping[str, int]], read: Read) -> None:
         """Send all. ``steps`` holds by type, in order, how many resources each file has of it."""
         self._types = frozenset(steps)
+        self._numbers = count(self.journal.next_number())
         with ExitStack() as stack:
             self._lanes = [stack.enter_context(ThreadPoolExecutor(1, f"upload-{n}")) for n in range(self.workers)]
             self._under_way: dict[Future[Done], tuple[BatchKey, int]] = {}
@@ -104,7 +105,7 @@ class Uploader:
             if self.journal.is_done(key):
                 self.listener.batch(key, Done(), len(batch))
             else:
-                self._submit(lane, key, batch)
+                self._submit(key, len(batch), partial(self._deliver, batch))
 
         for entry in entries:
             lane = zlib.crc32(entry.id.encode()) % len(self._lanes)
@@ -117,11 +118,10 @@ class Uploader:
             if rest:
                 send(lane)
 
-    def _submit(self, lane: int, key: BatchKey, batch: Sequence[Entry]) -> None:
+    def _submit(self, key: BatchKey, size: int, deliver: Callable[[], Done]) -> None:
         while len(self._under_way) >= 2 * self.workers:
             self._note(wait(self._under_way, return_when=FIRST_COMPLETED).done)
-        future = self._lanes[lane].submit(self._deliver, batch)
-        self._under_way[future] = key, len(batch)
+        self._under_way[self._lanes[key.lane].submit(deliver)] = key, size
 
     def _await_all(self) -> None:
         while self._under_way:
@@ -144,18 +144,24 @@ class Uploader:
 
     def _retry(self, own_type_of: str | None = None) -> None:
         """Try what is held again, until a round settles nothing. Between types only those that wait for their own."""
-        while count := self.journal.held_count(own_type_of=own_type_of):
-            self.listener.again(own_type_of or "all types", count)
-            for name, held in _chunks_of_a_type(self.journal.held(own_type_of=own_type_of), self.batch_size):
-                key = BatchKey(name, "", 0, self.journal.next_round(name))
-                done = self._deliver([each.entry for each in held], held=True)
-                created = {each.entry.url for each in held if each.first_pass == 201}
-                again = sum(entry.url in created for entry in done.settled)
-                done.created, done.updated = done.created + again, done.updated - again
-                self.journal.commit(key, done)
-                self.listener.batch(key, done, len(held))
-            if self.journal.held_count(own_type_of=own_type_of) == count:
+        while waiting := self.journal.held_count(own_type_of=own_type_of):
+            self.listener.again(own_type_of or "all types", waiting)
+            chunks = _chunks_of_a_type(self.journal.held(own_type_of=own_type_of), self.batch_size)
+            for name, held in chunks:
+                number = next(self._numbers)
+                key = BatchKey(name, "", number % self.workers, number)
+                self._submit(key, len(held), partial(self._deliver_held, held))
+            self._await_all()
+            if self.journal.held_count(own_type_of=own_type_of) == waiting:
                 return
+
+    def _deliver_held(self, held: Sequence[Held]) -> Done:
+        """As ``_deliver``; what was created without its references counts as created when it is whole."""
+        done = self._deliver([each.entry for each in held], held=True)
+        begun = {each.entry.url for each in held if each.first_pass == 201}
+        created = sum(entry.url in begun for entry in done.settled)
+        done.created, done.updated = done.created + created, done.updated - created
+        return done
 
     def _first_pass(self) -> None:
         """Put the entries of circles without what they wait for."""
@@ -232,17 +238,17 @@ class Uploader:
         half = len(entries) // 2
         return self._results(entries[:half]) + self._results(entries[half:])
 
-    def _post(self, body: bytes, count: int) -> tuple[Result, list[tuple[Result, bytes]] | None]:
+    def _post(self, body: bytes, size: int) -> tuple[Result, list[tuple[Result, bytes]] | None]:
         """The answers to the entries of a Bundle; None if the server refused it as a whole, which the Result says."""
         refused = _WHOLE_REFUSED | {404} if self.transaction else _WHOLE_REFUSED
-        return self.client.post(self.client.base_url, body, partial(_read, count), expect={200} | refused)
+        return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused)
 
 
-def _read(count: int, answer: Answer) -> tuple[Result, list[tuple[Result, bytes]] | None]:
+def _read(size: int, answer: Answer) -> tuple[Result, list[tuple[Result, bytes]] | None]:
     if answer.status != 200:
         return Result(answer.status, answer.body if answer.body.lstrip()[:1] == b"{" else b""), None
     try:
-        return Result(200), bundles.read_answer(answer.body, count)
+        return Result(200), bundles.read_answer(answer.body, size)
     except ValueError as error:
         if answer.body.lstrip()[:1] == b"{" and "as many" in str(error):
             raise PassingFailure("the answer is " + str(error), final=NotFhir) from None

@@ -1,0 +1,116 @@
+"""Bundles that write, and the reading of their answers."""
+
+import json
+from typing import Any
+
+import pytest
+
+from fhir_assets.fhir.bundles import (
+    Entry,
+    Result,
+    in_order,
+    read_answer,
+    references,
+    same_content,
+    without_references,
+    write_bundle,
+)
+
+
+def text(**members: Any) -> bytes:
+    return json.dumps(members).encode()
+
+
+def test_the_bytes_of_a_resource_stay_as_they_are() -> None:
+    body = b'{ "resourceType" : "Observation", "id":"o", "valueQuantity":{"value": 1.50}}'
+    bundle = write_bundle("transaction", "http://s/fhir", [Entry("Observation", "o", body)])
+    assert body in bundle
+    [entry] = json.loads(bundle)["entry"]
+    assert json.loads(bundle)["type"] == "transaction"
+    assert entry["request"] == {"method": "PUT", "url": "Observation/o"}
+    assert entry["fullUrl"] == "http://s/fhir/Observation/o"
+
+
+def test_an_answer_is_read_by_entry() -> None:
+    outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "invalid"}]}
+    answers = read_answer(
+        text(
+            resourceType="Bundle",
+            entry=[
+                {"response": {"status": "201 Created"}},
+                {"response": {"status": "422", "outcome": outcome}},
+                {},
+            ],
+        ),
+        3,
+    )
+    assert [result.status for result, _ in answers] == [201, 422, 0]
+    assert json.loads(answers[1][0].outcome) == outcome
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'{"resourceType":"OperationOutcome"}', b'{"resourceType":"Bundle","entry":[]}'],
+)
+def test_an_answer_that_does_not_speak_of_every_entry_is_none(body: bytes) -> None:
+    with pytest.raises(ValueError, match="not a Bundle"):
+        read_answer(body, 1)
+
+
+def test_a_reason_names_codes_and_places_and_never_the_texts() -> None:
+    issue = {"code": "value", "expression": ["Patient.name"], "diagnostics": "Ada", "details": {"text": "Ada"}}
+    reason = Result(422, text(issue=[issue])).reason
+    assert reason == "the server answered 422: value at Patient.name"
+    assert Result(500, b"not json").reason == "the server answered 500"
+
+
+def test_what_may_pass_and_what_will_not() -> None:
+    assert all(Result(status).passing for status in (0, 408, 409, 412, 429, 500, 502, 503, 504))
+    assert not any(Result(status).passing for status in (200, 400, 401, 404, 422, 501))
+
+
+def test_references_to_the_same_server_are_found_wherever_they_stand() -> None:
+    body = text(
+        resourceType="Encounter",
+        subject={"reference": "Patient/p"},
+        contained=[{"resourceType": "Provenance", "target": [{"reference": "Organization/o/_history/2"}]}],
+        participant=[{"individual": {"reference": "#inside"}}, {"individual": {"reference": "urn:uuid:1"}}],
+        partOf={"reference": "https://elsewhere.example.org/fhir/Encounter/e"},
+        serviceProvider={"identifier": {"value": "Patient/no"}},
+    )
+    assert references(body) == {("Patient", "p"), ("Organization", "o")}
+
+
+def test_references_are_taken_out_and_the_rest_stays() -> None:
+    body = text(id="e", subject={"reference": "Patient/p", "display": "d"}, partOf={"reference": "Encounter/x"})
+    reduced = json.loads(without_references(body, {("Encounter", "x")}))
+    assert reduced == {
+        "id": "e",
+        "subject": {"reference": "Patient/p", "display": "d"},
+        "partOf": {"type": "Encounter"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("stored", "same"),
+    [
+        (b'{"b":[1],"a":1.0,"meta":{"versionId":"7","lastUpdated":"x","source":"#s"}}', True),
+        (b'{"a":1.0,"b":[1]}', True),
+        (b'{"a":1.00,"b":[1]}', False),
+        (b'{"a":1.0,"b":[1],"c":null}', False),
+        (b'{"a":1.0,"b":[1],"meta":{"tag":[{"code":"t"}]}}', False),
+        (b"[", False),
+    ],
+)
+def test_same_content_is_the_same_to_the_digit(stored: bytes, same: bool) -> None:
+    assert same_content(b'{"a":1.0,"b":[1],"meta":{"versionId":"1"}}', stored) is same
+
+
+def test_types_follow_the_catalog_and_strangers_come_last() -> None:
+    assert in_order({"Observation", "Group", "Patient", "Basic", "Encounter"}) == [
+        "Patient",
+        "Encounter",
+        "Observation",
+        "Basic",
+        "Group",
+    ]
