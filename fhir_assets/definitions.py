@@ -11,7 +11,8 @@ from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
-from fhir_assets.automation.jobs import check_tables, incremental_load
+from fhir_assets.automation.jobs import check_tables, incremental_load, load_received
+from fhir_assets.automation.received import load_received_sensor
 from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
 from fhir_assets.automation.sensors import record_failed_runs
 from fhir_assets.checks.table import table_checks
@@ -56,7 +57,7 @@ def _build(
     partitions = partitions_definition(settings.window_scheme)
     store = open_store(settings.store_url, settings.store_sealing)
     checks = table_checks(settings, views.views, source, warehouse)
-    job = incremental_load(checks)
+    job, receiving = incremental_load(checks), load_received(checks)
     daily = check_tables(checks)
 
     @dg.resource
@@ -76,14 +77,17 @@ def _build(
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,
-        jobs=[job, daily],
+        jobs=[job, receiving, daily],
         schedules=[
             incremental_load_schedule(settings, job, source, warehouse),
             check_tables_schedule(settings, daily),
         ],
-        sensors=[record_failed_runs(warehouse)],
+        sensors=[
+            record_failed_runs(warehouse),
+            load_received_sensor(settings, receiving, warehouse),
+        ],
         resources={
-            "ndjson": NdjsonIOManager(store),
+            "ndjson": NdjsonIOManager(store, warehouse),
             "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),
             "source": source_resource,
             "store": store,

@@ -6,7 +6,8 @@
     ├── ConfigurationError        a setting is missing, malformed or contradicts another
     ├── TransientError            the same call may succeed later
     │   ├── ServerUnavailable     a FHIR server that is down, overloaded or drops connections
-    │   └── DatabaseUnavailable   Postgres cannot be reached
+    │   ├── DatabaseUnavailable   Postgres cannot be reached
+    │   └── Overtaken             another run changed the same partition meanwhile
     └── PermanentError            the same call will fail again
         ├── ServerRefused         a FHIR server answered 4xx: credentials, rights, an unknown search
         ├── NotFhir               an answer or a file that is not what FHIR promises
@@ -42,6 +43,10 @@ class ServerUnavailable(TransientError):
 
 class DatabaseUnavailable(TransientError):
     """Postgres cannot be reached."""
+
+
+class Overtaken(TransientError):
+    """Another run changed the same partition meanwhile, so that what this one made of it no longer fits."""
 
 
 class ServerRefused(PermanentError):

@@ -9,12 +9,15 @@ import dagster as dg
 
 from fhir_assets.assets.run import REFRESH_TAG, TRIGGER_TAG
 from fhir_assets.automation.dead_runs import give_up_dead_runs
+from fhir_assets.automation.jobs import INCREMENTAL_LOAD, LOAD_RECEIVED
+from fhir_assets.automation.received import ReceivedWindows, assets_of, group
 from fhir_assets.automation.requests import range_tags
 from fhir_assets.pipeline.due import chunks, windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.source import open_source
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
+from fhir_assets.warehouse import received
 from fhir_assets.windows import WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
@@ -65,29 +68,53 @@ class Ingestion:
 
     def steps(self) -> int:
         """How many steps one run has."""
-        return len(self._job().all_node_defs)
+        return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
 
     def load(
         self, windows: WindowRange, *, refresh: Refresh, triggered_by: str, listener: Listener | None = None
     ) -> Outcome:
         """Load the windows in one run of ``incremental_load``; ``listener`` hears its events."""
+        return self._run(INCREMENTAL_LOAD, windows, refresh, triggered_by, listener)
+
+    def received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
+        """What was received, by ``origin`` or at all, and is not in the tables yet."""
+        with self._warehouse.connect() as conn:
+            give_up_dead_runs(self._instance, conn)
+            return group(self._settings.window_scheme, received.pending(conn, origin=origin))
+
+    def load_received(
+        self, waiting: ReceivedWindows, *, triggered_by: str, listener: Listener | None = None
+    ) -> Outcome:
+        """Load what was received into the windows in one run of ``load_received``."""
+        with self._warehouse.connect() as conn:
+            received.ask(conn, waiting.pending, now=datetime.now(UTC))
+        assets = assets_of(self._definitions.resolve_asset_graph(), waiting.resource_types)
+        return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
+
+    def _run(
+        self,
+        job: str,
+        windows: WindowRange,
+        refresh: Refresh,
+        triggered_by: str,
+        listener: Listener | None,
+        assets: list[dg.AssetKey] | None = None,
+    ) -> Outcome:
         tags = {REFRESH_TAG: refresh.value, TRIGGER_TAG: triggered_by}
         single = len(windows.windows) == 1
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
         with self._warehouse.held_for(run_id):
-            result = self._job().execute_in_process(
+            result = self._definitions.resolve_job_def(job).execute_in_process(
                 instance=self._instance,
                 raise_on_error=False,
                 partition_key=windows.windows[0].key if single else None,
                 tags=tags if single else {**tags, **range_tags(windows)},
                 run_id=run_id,
+                asset_selection=assets,
             )
         return Outcome(result.run_id, windows, result.success)
-
-    def _job(self) -> dg.JobDefinition:
-        return self._definitions.resolve_job_def("incremental_load")
 
 
 def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 
 from fhir_assets.assets.run import TRIGGER_TAG
-from fhir_assets.automation.jobs import INCREMENTAL_LOAD
+from fhir_assets.automation.jobs import LOADS
 from fhir_assets.automation.requests import UNFINISHED
 from fhir_assets.warehouse import runs
 from fhir_assets.warehouse.database import Connection
@@ -21,7 +21,8 @@ def give_up_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
     runs.abandon_dead(conn)
     doubtful = [
         record.dagster_run
-        for record in instance.get_run_records(dg.RunsFilter(job_name=INCREMENTAL_LOAD, statuses=UNFINISHED))
+        for job in LOADS
+        for record in instance.get_run_records(dg.RunsFilter(job_name=job, statuses=UNFINISHED))
         if _should_hold_its_lock(record)
     ]
     living = runs.living(conn, [run.run_id for run in doubtful])

@@ -10,6 +10,10 @@ from fhir_assets.pipeline.plan import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"
 CHECK_TABLES = "check_tables"
+LOAD_RECEIVED = "load_received"
+LOADS = (INCREMENTAL_LOAD, LOAD_RECEIVED)
+"""The jobs whose runs `fhir-assets` may also start in its own process."""
+
 LAYERS = ("raw", "validated", "normalized")
 
 
@@ -24,6 +28,17 @@ def incremental_load(table_checks: Sequence[dg.AssetChecksDefinition]) -> Unreso
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Fetch, validate and load what the windows lack.",
+    )
+
+
+def load_received(table_checks: Sequence[dg.AssetChecksDefinition]) -> UnresolvedAssetJobDefinition:
+    """What was received into the windows by another door than the source: validated and loaded, nothing fetched."""
+    return dg.define_asset_job(
+        LOAD_RECEIVED,
+        selection=_layers(("validated", "normalized"), table_checks),
+        executor_def=dg.in_process_executor,
+        tags={REFRESH_TAG: Refresh.MISSING.value},
+        description="Validate and load what was received by other doors than the source: landing files, intake.",
     )
 
 

@@ -1,6 +1,6 @@
 """Asking Dagster for runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
@@ -23,8 +23,18 @@ def range_tags(windows: WindowRange) -> dict[str, str]:
     return {RANGE_START: windows.windows[0].key, RANGE_END: windows.windows[-1].key}
 
 
-def run_request(windows: WindowRange, *, run_key: str, tags: Mapping[str, str]) -> dg.RunRequest:
-    """One run for the windows: by partition key for a single one, by range tags for several."""
+def run_request(
+    windows: WindowRange,
+    *,
+    run_key: str,
+    tags: Mapping[str, str],
+    assets: Sequence[dg.AssetKey] | None = None,
+) -> dg.RunRequest:
+    """One run for the windows: by partition key for a single one, by range tags for several. ``assets`` of the job
+    alone, with their checks, if given.
+    """
     if len(windows.windows) == 1:
-        return dg.RunRequest(run_key=run_key, partition_key=windows.windows[0].key, tags=dict(tags))
-    return dg.RunRequest(run_key=run_key, tags={**tags, **range_tags(windows)})
+        return dg.RunRequest(
+            run_key=run_key, partition_key=windows.windows[0].key, tags=dict(tags), asset_selection=assets
+        )
+    return dg.RunRequest(run_key=run_key, tags={**tags, **range_tags(windows)}, asset_selection=assets)

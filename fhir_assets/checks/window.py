@@ -27,7 +27,7 @@ VOLUME = "volume"
 SAMPLE = 20
 """How many windows a check's table shows at most; it says how many there are."""
 
-_COLUMNS = ("server_total", "matched", "rejected", "raw", "valid", "dead", "withheld", "undone", "loaded", "missing")
+_COLUMNS = ("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "undone", "loaded", "missing")
 
 
 def window_check_specs(
@@ -36,7 +36,7 @@ def window_check_specs(
     """The checks that the load of a type evaluates, on its main table."""
     described = {
         RECONCILES: "Every resource of the window stands in the tables, in the dead letters or is withheld: server "
-        "count = raw; raw = valid + dead + withheld; valid = loaded.",
+        "count + received = raw; raw = valid + dead + withheld; valid = loaded.",
         DEAD_LETTER_RATE: "The share of the window's resources that are unsettled dead letters, with the rules and "
         "paths that lead. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE say how many are too many.",
         VOLUME: "The window brought about as many resources as the windows before it.",

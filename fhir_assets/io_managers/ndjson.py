@@ -1,39 +1,31 @@
 """Partitions of NDJSON as Dagster sees them: commits what an asset wrote, opens what the next one reads."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import dagster as dg
 
+from fhir_assets.pipeline.commit import Update, commit
+from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.store.manifest import Manifest
 from fhir_assets.store.store import Store
-
-
-class Update(Protocol):
-    """New partitions of one type, written but not yet visible."""
-
-    @property
-    def resource_type(self) -> str: ...
-
-    @property
-    def manifests(self) -> tuple[Manifest, ...]: ...
 
 
 class NdjsonIOManager(dg.IOManager):
     """An output is an Update, made visible here; an input is the manifests of the run's partitions, in order."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, warehouse: Warehouse) -> None:
         self._store = store
+        self._warehouse = warehouse
 
     def handle_output(self, context: dg.OutputContext, obj: Update) -> None:
-        """Commit the manifests, each in one step."""
-        self._store.commit(obj.manifests)
+        """Commit the manifests, each in one step, beside what other runs committed meanwhile."""
+        manifests = commit(self._warehouse.connect, self._store, obj)
         context.add_output_metadata(
             {
-                "partitions_written": len(obj.manifests),
-                "rows": sum(manifest.rows for manifest in obj.manifests),
-                "bytes": sum(manifest.bytes for manifest in obj.manifests),
-                "stored_bytes": sum(manifest.stored_bytes for manifest in obj.manifests),
+                "partitions_written": len(manifests),
+                "rows": sum(manifest.rows for manifest in manifests),
+                "bytes": sum(manifest.bytes for manifest in manifests),
+                "stored_bytes": sum(manifest.stored_bytes for manifest in manifests),
             }
         )
 

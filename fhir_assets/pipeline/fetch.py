@@ -41,6 +41,8 @@ class RawUpdate:
     """By partition key; a window that needed nothing has none."""
     anew: tuple[str, ...] = ()
     """The keys of the windows that were read from their start, so that earlier dead letters can be settled."""
+    bases: Mapping[str, Manifest | None] = field(default_factory=dict)
+    """By partition key, what each manifest was made from: see pipeline.commit."""
     outside: int = 0
     """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
 
@@ -95,6 +97,7 @@ class Fetcher:
                 ),
                 fetches[name],
                 tuple(key for key, progress in plan.items() if progress.planned.base is None),
+                {key: progress.planned.base for key, progress in plan.items()},
                 outside[name],
             )
             for name, plan in plans.items()
@@ -137,7 +140,9 @@ class Fetcher:
         """The versions that the partition has already from the overlap, which the source will give again."""
         if planned.base is None or planned.interval.start is None:
             return set()
-        again = [p for p in planned.base.parts if p.last is None or p.last >= planned.interval.start - _ROUNDING]
+        since = planned.interval.start - _ROUNDING
+        fetched = (part for part in planned.base.parts if part.origin is None)
+        again = [part for part in fetched if part.last is None or part.last >= since]
         seen = set()
         for batch in self._store.batches(again):
             for line in batch:
@@ -218,6 +223,7 @@ class Fetcher:
             self._now,
             (base.parts if base else ()) + parts,
             fetched=Fetched(planned.interval.end, complete, (*earlier, fetch), state),
+            receipts=base.receipts if base else (),
         )
 
 

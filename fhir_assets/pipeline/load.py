@@ -17,7 +17,7 @@ from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, runs, tables
+from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, received, runs, tables
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.loader import Loader, Unloadable
@@ -168,6 +168,8 @@ class Loading:
         checkpoints.remember_parts(
             conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
         )
+        inputs = {task.window.key: task.manifest.validated.inputs for task in group if task.manifest.validated}
+        received.loaded(conn, self._run_id, resource_type, inputs)
         for task in group:
             if task.until is not None:
                 checkpoints.advance(conn, resource_type, task.window.start, task.until, self._run_id)

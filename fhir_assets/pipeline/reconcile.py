@@ -16,7 +16,8 @@ class Balance:
     """The counts of one window of one type.
 
     ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
-    ``matched`` what it gave; ``raw`` what is in the store, ``valid`` and ``dead`` what validation made of it;
+    ``matched`` what it gave; ``received`` what came by other doors; ``raw`` what is in the store, ``valid`` and
+    ``dead`` what validation made of it;
     ``undone`` the dead letters of transform and load; ``missing`` the valid resources that are neither in the
     tables, in this version or a newer one, nor among those.
     """
@@ -33,6 +34,7 @@ class Balance:
     undone: int
     missing: int
     withheld: int = 0
+    received: int = 0
 
     @property
     def loaded(self) -> int:
@@ -46,8 +48,8 @@ class Balance:
         again = f"materialize raw, validated and normalized of {self.partition_key} again"
         if self.server_total is not None and self.server_total != self.matched:
             faults.append(f"the server counts {self.server_total} but gave {self.matched}: {again}")
-        if self.raw != self.matched - self.repeated - self.rejected:
-            came = self.matched - self.repeated - self.rejected
+        came = self.matched + self.received - self.repeated - self.rejected
+        if self.raw != came:
             faults.append(f"{came} were received but raw holds {self.raw}: {again}")
         if self.raw != self.judged:
             faults.append(f"raw holds {self.raw} but {self.judged} were validated: materialize validated again")
@@ -69,8 +71,8 @@ def reconcile(
     *,
     main_view: str | None,
 ) -> list[Balance]:
-    """The balance of each window that was fetched. Holds the ids of validated partitions against the tables, in
-    the database: ``fhir.resource``, and ``main_view`` where every resource has a row there.
+    """The balance of each window that was fetched or received something. Holds the ids of validated partitions
+    against the tables, in the database: ``fhir.resource``, and ``main_view`` where every resource has a row there.
     """
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
@@ -89,13 +91,14 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: in
         sum(known) if known and len(known) == len(totals) else None,
         sum(fetch.matched for fetch in fetches),
         sum(fetch.repeated for fetch in fetches),
-        sum(fetch.rejected for fetch in fetches),
+        sum(fetch.rejected for fetch in fetches) + sum(receipt.rejected for receipt in raw.receipts),
         raw.rows,
         state.rows_in if state else 0,
         validated.rows if validated else 0,
         sum(state.dead.values()) if state else 0,
         undone,
         missing,
+        received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
     )
 
 

@@ -1,7 +1,7 @@
 """raw -> validated: every resource is either kept, as its received bytes, or becomes a dead letter."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,6 +25,8 @@ class ValidatedUpdate:
     resource_type: str
     manifests: tuple[Manifest, ...]
     judged: tuple[str, ...]
+    bases: Mapping[str, Manifest | None]
+    """By partition key, the validated partition that was there before: see pipeline.commit."""
 
 
 class ResourceValidation:
@@ -47,6 +49,7 @@ class ResourceValidation:
         Raises StoreError; the partitions are then as before.
         """
         states: list[tuple[Manifest, Manifest | None, _Tally]] = []
+        bases: dict[str, Manifest | None] = {}
         with PartWriter(self._store, "validated") as writer:
             for manifest in raw:
                 existing = self._store.manifest("validated", resource_type, manifest.partition_key)
@@ -55,6 +58,7 @@ class ResourceValidation:
                 todo = [part for part in manifest.parts if part.name not in done]
                 if base is existing and base is not None and not todo:
                     continue
+                bases[manifest.partition_key] = existing
                 states.append((manifest, base, self._judge(manifest, todo, writer)))
             self._letters.flush()
             parts = writer.finish()
@@ -65,6 +69,7 @@ class ResourceValidation:
                 for manifest, base, tally in states
             ),
             tuple(manifest.partition_key for manifest, base, _ in states if base is None),
+            bases,
         )
 
     def _extended(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:

@@ -10,7 +10,8 @@ import msgspec
 
 class Part(msgspec.Struct, frozen=True):
     """One gzip file of NDJSON. ``bytes`` counts the lines with their line feeds, ``stored_bytes`` the file;
-    ``first`` and ``last`` bound the ``lastUpdated`` of its resources.
+    ``first`` and ``last`` bound the ``lastUpdated`` of its resources. ``origin`` says by what it was received
+    (``landing:<hash>``), None for what was fetched from the configured source.
     """
 
     name: str
@@ -19,6 +20,18 @@ class Part(msgspec.Struct, frozen=True):
     stored_bytes: int
     first: datetime | None = None
     last: datetime | None = None
+    origin: str | None = None
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What came into a raw partition by another door than the source: ``rows`` resources, and ``rejected`` that
+    became dead letters at once.
+    """
+
+    origin: str
+    at: datetime
+    rows: int
+    rejected: int
 
 
 class Fetch(msgspec.Struct, frozen=True):
@@ -67,6 +80,7 @@ class Manifest(msgspec.Struct, frozen=True):
     parts: tuple[Part, ...]
     fetched: Fetched | None = None
     validated: Validated | None = None
+    receipts: tuple[Receipt, ...] = ()
 
     @property
     def rows(self) -> int:

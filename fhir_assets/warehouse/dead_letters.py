@@ -26,6 +26,7 @@ class DeadLetter:
     """A resource (its bytes as received, whatever they are) that a stage refused.
 
     ``path``, ``message`` and ``issues`` hold no patient data; ``rule`` and ``path`` are of the issue that leads.
+    ``origin`` says by what it was received, None if it was fetched from the configured source.
     """
 
     resource_type: str
@@ -37,6 +38,7 @@ class DeadLetter:
     resource: bytes | None
     partition_key: str
     issues: list[dict[str, str]] = field(default_factory=list)
+    origin: str | None = None
 
     def fingerprint(self, sealing: Sealing = CLEAR) -> bytes:
         """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
@@ -66,14 +68,15 @@ def record_now(connect: Callable[[], Connection], run_id: str, letters: Sequence
 
 
 def settle(conn: Connection, run_id: str, resource_type: str, stage: str, partition_keys: Sequence[str]) -> int:
-    """Letters of partitions that this run passed through whole and that did not fail again are resolved.
+    """Letters of partitions that this run passed through whole and that did not fail again are resolved. Returns
+    how many.
 
-    Returns how many.
+    Reading the source again says nothing about what was received by another door: its letters of stage ``fetch`` stay.
     """
     return conn.execute(
         "UPDATE ops.dead_letters SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s"
         " WHERE resource_type = %(type)s AND stage = %(stage)s AND partition_key = ANY(%(keys)s)"
-        " AND status IN ('open', 'replaying') AND run_id <> %(run)s",
+        " AND status IN ('open', 'replaying') AND run_id <> %(run)s AND (stage <> 'fetch' OR origin IS NULL)",
         {"run": run_id, "type": resource_type, "stage": stage, "keys": list(partition_keys)},
     ).rowcount
 
@@ -198,6 +201,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in letter.issues]),
             None if letter.resource is None else sealing.seal(letter.resource),
             _storable(letter.partition_key),
+            letter.origin,
             1,
         ]
     with conn.transaction() if conn.autocommit else nullcontext(), conn.cursor() as cursor:
@@ -214,14 +218,14 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
 _STAGE = """
     CREATE TEMPORARY TABLE IF NOT EXISTS stage_dead_letters (
         fingerprint bytea, resource_type text, resource_id text, stage text, rule text, path text, message text,
-        issues jsonb, resource bytea, partition_key text, occurrences bigint
+        issues jsonb, resource bytea, partition_key text, origin text, occurrences bigint
     ) ON COMMIT DROP
 """
-_STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "int8"]
+_STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "text", "int8"]
 _UPSERT = """
     INSERT INTO ops.dead_letters AS known (
         fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
-        occurrences, run_id, first_run_id, sealed_by
+        origin, occurrences, run_id, first_run_id, sealed_by
     )
     SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
     ON CONFLICT (fingerprint) DO UPDATE SET
@@ -232,6 +236,7 @@ _UPSERT = """
         issues = excluded.issues,
         resource = excluded.resource,
         sealed_by = excluded.sealed_by,
+        origin = excluded.origin,
         run_id = excluded.run_id,
         status = CASE known.status WHEN 'discarded' THEN 'discarded' ELSE 'open' END,
         occurrences = excluded.occurrences + CASE WHEN known.run_id = excluded.run_id THEN known.occurrences ELSE 0 END,

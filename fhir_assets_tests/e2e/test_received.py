@@ -1,0 +1,88 @@
+"""What was received by another door, through Dagster into the tables."""
+
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+
+from fhir_assets.automation.received import materializations
+from fhir_assets.definitions import build_definitions
+from fhir_assets.fhir.record import Record, read_header, read_record
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+
+
+def record(body: bytes) -> Record:
+    return read_record(body, read_header(body), datetime.now(UTC))
+
+
+def receiver(deployment: Deployment) -> Receiver:
+    settings = deployment.settings
+    return Receiver(deployment.store, Warehouse(settings).connect, settings.window_scheme, settings.fhir_resource_types)
+
+
+def load(deployment: Deployment) -> list[bool]:
+    ingestion = deployment.ingestion()
+    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.received()]
+    assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
+    return [outcome.success for outcome in outcomes]
+
+
+def sensed(deployment: Deployment) -> list[dg.RunRequest]:
+    definitions = build_definitions(deployment.settings)
+    context = dg.build_sensor_context(instance=deployment.instance, repository_def=definitions.get_repository_def())
+    data = definitions.get_repository_def().get_sensor_def("load_received").evaluate_tick(context)
+    return list(data.run_requests or [])
+
+
+def test_received_resources_are_loaded_without_a_source_and_without_moving_a_checkpoint(deploy: Deploy) -> None:
+    deployment = deploy(fhir_resource_types=("Patient", "Encounter"))
+    receiver(deployment).receive([record(patient("a", DAY)), record(patient("b", DAY + timedelta(days=1)))], "api:1")
+    assert load(deployment) == [True]
+    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.query("SELECT * FROM ops.checkpoints") == []
+    assert deployment.ingestion().received() == []
+
+
+def test_a_fetch_of_a_window_keeps_what_was_received_in_it_and_both_add_up(deploy: Deploy) -> None:
+    with SandboxServer([patient("a", DAY)]) as server:
+        deployment = deploy(fhir_base_url=server.url, fhir_resource_types=("Patient",))
+        receiver(deployment).receive([record(patient("b", DAY))], "api:1")
+        for refresh in (Refresh.WINDOW, Refresh.FULL):
+            outcomes = deployment.ingest(first=DAY, last=DAY, refresh=refresh)
+            assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
+        assert deployment.loaded() == {"Patient": 2}
+        assert deployment.ingestion().received() == []
+        receiver(deployment).receive([record(patient("c", DAY))], "api:2")
+        assert load(deployment) == [True]
+        assert deployment.loaded() == {"Patient": 3}
+
+
+def test_the_sensor_asks_for_the_types_and_windows_that_wait_and_for_nothing_twice(deploy: Deploy) -> None:
+    deployment = deploy(fhir_resource_types=("Patient", "Encounter"))
+    days = (0, 1, 5)
+    receiver(deployment).receive([record(patient(f"p{n}", DAY + timedelta(days=n))) for n in days], "api:1")
+    first, second = sensed(deployment)
+    assert first.tags["dagster/asset_partition_range_start"] == "2024-01-05"
+    assert first.tags["dagster/asset_partition_range_end"] == "2024-01-06"
+    assert second.partition_key == "2024-01-10"
+    keys = {key.to_user_string() for key in second.asset_selection or ()}
+    assert {"validated/patient", "normalized/patient"} <= keys
+    assert not any("encounter" in key for key in keys)
+    assert sensed(deployment) == []
+    assert load(deployment) == [True, True]
+    assert deployment.loaded() == {"Patient": 3}
+
+
+def test_what_was_received_is_a_materialization_of_raw(deploy: Deploy) -> None:
+    deployment = deploy(fhir_resource_types=("Patient",))
+    brought = receiver(deployment).receive([record(patient("a", DAY))], "api:1")
+    for event in materializations(brought):
+        deployment.instance.report_runless_asset_event(event)
+    keys = deployment.instance.get_materialized_partitions(dg.AssetKey(["raw", "patient"]))
+    assert keys == {"2024-01-05"}

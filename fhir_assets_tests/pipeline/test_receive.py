@@ -1,0 +1,234 @@
+"""What comes by other doors than the source: real store, real Postgres, real threads."""
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.errors import Overtaken
+from fhir_assets.fhir.record import Record, Rejected, read_header, read_record
+from fhir_assets.pipeline.commit import commit, merged
+from fhir_assets.pipeline.fetch import RawUpdate
+from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.store.manifest import Fetch, Fetched, Manifest, Part, Validated
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.warehouse import dead_letters, received
+from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.windows import Granularity, WindowScheme
+
+SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=True)
+NOW = datetime(2024, 1, 9, 12, tzinfo=UTC)
+KEY = "2024-01-05"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+@pytest.fixture
+def receiver(store: Store, database: str) -> Receiver:
+    return Receiver(store, lambda: connect(database), SCHEME, ["Patient", "Encounter"], now=lambda: NOW)
+
+
+def record(identity: str, updated: str | None = f"{KEY}T10:00:00Z", *, kind: str = "Patient") -> Record:
+    meta = {"meta": {"lastUpdated": updated}} if updated else {}
+    body = json.dumps({"resourceType": kind, "id": identity, **meta}).encode()
+    return read_record(body, read_header(body), NOW)
+
+
+def ids(store: Store, key: str = KEY) -> list[str | None]:
+    manifest = store.manifest("raw", "Patient", key)
+    assert manifest
+    return [read_header(line).id for batch in store.batches(manifest.parts) for line in batch]
+
+
+def fetched(store: Store, name: str, *, base: Manifest | None = None, until: datetime = NOW) -> Manifest:
+    """A manifest of a fetch that got one part of one row."""
+    part = Part(f"raw/patient/{KEY}/{name}", 1, 10, 10)
+    earlier = base.fetched.fetches if base and base.fetched else ()
+    fetch = Fetch(earlier[-1].end if earlier else None, until, until, 1, 1, 0, 0)
+    parts = (*(base.parts if base else ()), part)
+    receipts = base.receipts if base else ()
+    return Manifest(
+        "raw", "Patient", KEY, name, until, parts, Fetched(until, False, (*earlier, fetch)), receipts=receipts
+    )
+
+
+def test_what_is_received_goes_into_the_windows_of_its_last_updated_or_else_of_its_arrival(
+    store: Store, receiver: Receiver
+) -> None:
+    brought = receiver.receive(
+        [
+            record("a"),
+            record("old", "1999-01-01T00:00:00Z"),
+            record("undated", None),
+            record("future", "2024-02-01T00:00:00Z"),
+            record("other", kind="Medication"),
+        ],
+        "landing:x",
+    )
+    assert (ids(store), ids(store, "2024-01-01"), ids(store, "2024-01-09")) == (["a"], ["old"], ["undated", "future"])
+    assert brought.rows == 4
+    assert brought.skipped == {"Medication": 1}
+
+
+def test_an_origin_is_received_once_and_its_records_are_not_even_read_again(store: Store, receiver: Receiver) -> None:
+    first = receiver.receive([record("a")], "landing:x")
+    again = receiver.receive((pytest.fail("was read") for _ in "x"), "landing:x")
+    assert (again.items, again.again) == (first.items, True)
+    assert ids(store) == ["a"]
+    receiver.receive([record("b")], "landing:y")
+    assert ids(store) == ["a", "b"]
+
+
+def test_an_origin_that_broke_off_counts_as_not_received_and_comes_again_whole(
+    store: Store, receiver: Receiver, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Iterator[Record]:
+        yield record("a")
+        raise OSError("the connection broke")
+
+    with pytest.raises(OSError, match="broke"):
+        receiver.receive(broken(), "landing:x")
+    assert store.manifest("raw", "Patient", KEY) is None
+    # Even where raw was committed already: killed just before it was noted.
+    with monkeypatch.context() as patched:
+        patched.setattr(received, "note", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            receiver.receive([record("a"), record("b")], "landing:x")
+    assert ids(store) == ["a", "b"]
+    assert received.pending(conn) == []
+    receiver.receive([record("a"), record("b")], "landing:x")
+    assert ids(store) == ["a", "b"]
+    assert [each.partition_key for each in received.pending(conn)] == [KEY]
+
+
+def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_settle(
+    receiver: Receiver, conn: Connection
+) -> None:
+    bad = Rejected("Patient", None, "json", "file:3", "not JSON", NOW - timedelta(days=4), b"{")
+    brought = receiver.receive([bad], "landing:x")
+    assert brought.rejected == 1
+    assert received.pending(conn) == []
+    dead_letters.settle(conn, "run", "Patient", "fetch", [KEY])
+    letters = conn.execute("SELECT stage, status, origin, partition_key FROM ops.dead_letters").fetchall()
+    assert letters == [("fetch", "open", "landing:x", KEY)]
+
+
+def test_origins_received_at_once_into_one_window_are_all_kept(store: Store, receiver: Receiver) -> None:
+    def receive(number: int) -> None:
+        receiver.receive([record(f"p{number}")], f"api:{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(receive, range(40)))
+    assert sorted(map(str, ids(store))) == sorted(f"p{n}" for n in range(40))
+
+
+def test_one_origin_received_by_many_at_once_is_there_once(store: Store, receiver: Receiver) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: receiver.receive([record("a")], "api:1"), range(8)))
+    assert ids(store) == ["a"]
+    assert sorted(result.again for result in results) == [False] + [True] * 7
+
+
+def test_a_window_that_is_fetched_anew_keeps_what_was_received(store: Store, receiver: Receiver, database: str) -> None:
+    def commit_fetch(mine: Manifest, base: Manifest | None) -> None:
+        commit(lambda: connect(database), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base}))
+
+    receiver.receive([record("a")], "landing:x")
+    commit_fetch(fetched(store, "one"), None)
+    receiver.receive([record("b")], "landing:y")
+    commit_fetch(fetched(store, "two"), None)
+    manifest = store.manifest("raw", "Patient", KEY)
+    assert manifest
+    assert [part.origin for part in manifest.parts] == [None, "landing:x", "landing:y"]
+    assert [receipt.origin for receipt in manifest.receipts] == ["landing:x", "landing:y"]
+    assert manifest.fetched
+    assert len(manifest.fetched.fetches) == 1
+
+
+def names(parts: Iterable[Part]) -> list[str]:
+    return [part.name.rsplit("/")[-1] for part in parts]
+
+
+def test_two_extensions_of_a_window_at_once_are_both_kept_and_add_up(store: Store) -> None:
+    base = fetched(store, "base", until=NOW - timedelta(hours=2))
+    theirs = fetched(store, "theirs", base=base)
+    mine = fetched(store, "mine", base=base, until=NOW - timedelta(hours=1))
+    result = merged(mine, base, theirs)
+    assert names(result.parts) == ["base", "theirs", "mine"]
+    assert result.fetched
+    assert result.fetched.until == NOW
+    assert sum(fetch.matched for fetch in result.fetched.fetches) == result.rows
+
+
+def judged(name: str, *inputs: str, base: Manifest | None = None, rules: str = "r4") -> Manifest:
+    before = base.validated if base else None
+    return Manifest(
+        "validated",
+        "Patient",
+        KEY,
+        name,
+        NOW,
+        (*(base.parts if base else ()), Part(name, 1, 1, 1)),
+        validated=Validated(
+            (*(before.inputs if before else ()), *inputs),
+            rules,
+            (before.rows_in if before else 0) + 2,
+            {"json": (before.dead["json"] if before else 0) + 1},
+            {},
+        ),
+    )
+
+
+def test_validations_of_different_parts_at_once_are_joined() -> None:
+    base = judged("base", "r0")
+    result = merged(judged("mine", "r2", base=base), base, judged("theirs", "r1", base=base))
+    assert names(result.parts) == ["base", "theirs", "mine"]
+    assert result.validated
+    assert result.validated.inputs == ("r0", "r1", "r2")
+    assert (result.validated.rows_in, result.validated.dead) == (6, {"json": 3})
+
+
+def test_of_validations_of_the_same_parts_one_is_kept() -> None:
+    base = judged("base", "r0")
+    mine, theirs = judged("mine", "r1", base=base), judged("theirs", "r1", base=base)
+    assert merged(mine, base, theirs) is theirs
+    more = judged("more", "r1", "r2", base=base)
+    assert merged(more, base, theirs) is more
+    assert merged(mine, base, more) is more
+    assert merged(mine, None, None) is mine
+
+
+def test_validations_that_cannot_be_joined_are_refused_and_not_overwritten() -> None:
+    base = judged("base", "r0")
+    mine = judged("mine", "r1", "r2", base=base)
+    for theirs in (judged("theirs", "r2", "r3", base=base), judged("anew", "r9")):
+        with pytest.raises(Overtaken, match="another run validated Patient of 2024-01-05"):
+            merged(mine, base, theirs)
+
+
+def test_a_window_that_was_asked_for_is_asked_for_again_after_a_wait_that_doubles(
+    receiver: Receiver, conn: Connection
+) -> None:
+    receiver.receive([record("a")], "landing:x")
+    for wait in (60, 120, 240):
+        (waiting,) = received.pending(conn, now=NOW)
+        received.ask(conn, [waiting], now=NOW)
+        assert received.pending(conn, now=NOW + timedelta(seconds=wait)) == []
+        assert received.pending(conn, now=NOW + timedelta(seconds=wait + 1)) != []
+        conn.execute("UPDATE ops.received SET asked_at = asked_at - interval '1 day'")
+
+
+def test_a_window_is_loaded_when_all_parts_of_an_origin_are(receiver: Receiver, conn: Connection) -> None:
+    first = receiver.receive([record("a")], "landing:x")
+    receiver.receive([record("b")], "landing:y")
+    received.loaded(conn, "run", "Patient", {KEY: first.items[0].parts})
+    assert conn.execute("SELECT origin, loaded_run_id FROM ops.received ORDER BY 1").fetchall() == [
+        ("landing:x", "run"),
+        ("landing:y", None),
+    ]
