@@ -27,7 +27,19 @@ VOLUME = "volume"
 SAMPLE = 20
 """How many windows a check's table shows at most; it says how many there are."""
 
-_COLUMNS = ("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "undone", "loaded", "missing")
+_COLUMNS = (
+    "server_total",
+    "matched",
+    "received",
+    "rejected",
+    "raw",
+    "valid",
+    "dead",
+    "withheld",
+    "undone",
+    "loaded",
+    "missing",
+)
 
 
 def window_check_specs(
