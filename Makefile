@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test install lint types benchmark slow sql-on-fhir clean
+.PHONY: demo test install lint types benchmark slow sql-on-fhir second-server clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fhir-assets demo
@@ -46,6 +46,12 @@ slow: $(VENV)/.installed-test
 SUITE ?= ../shared/sql-on-fhir/tests
 sql-on-fhir: $(VENV)/.installed-test
 	$(BIN)/python -m fhir_assets_tests.fhir.views.public_suite $(SUITE) --report test_report.json
+
+# Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
+SECOND := fhir_assets_tests/e2e/second_server
+second-server: $(VENV)/.installed-test
+	npm install --prefix $(SECOND) --no-package-lock --no-audit --no-fund --silent
+	$(BIN)/python -m pytest -m slow fhir_assets_tests/e2e/test_second_server.py
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[benchmark]'

@@ -1,0 +1,81 @@
+"""A server that is not ours takes what we send: Medplum's FHIR router, in a process of node (`make second-server`)."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets_tests.connector.conftest import MRN, Hospital, hospital
+from fhir_assets_tests.upload.conftest import Upload, lines_of, patient, upload_of, write
+
+__all__ = ["hospital", "upload_of"]
+
+HERE = Path(__file__).parent / "second_server"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def medplum() -> Iterator[str]:
+    """The base URL of a fresh server."""
+    node = shutil.which("node")
+    if node is None or not (HERE / "node_modules").exists():
+        pytest.skip("the second server is not installed: make second-server")
+    process = subprocess.Popen(
+        [node, str(HERE / "server.mjs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate()
+
+
+def content(resource: dict[str, Any]) -> dict[str, Any]:
+    """A resource without what a server sets. JavaScript does not keep the zeros of 1.50: numbers are numbers here."""
+    meta = {name: value for name, value in resource.get("meta", {}).items() if name not in ("versionId", "lastUpdated")}
+    return {**{name: value for name, value in resource.items() if name != "meta"}, **({"meta": meta} if meta else {})}
+
+
+def test_a_population_is_uploaded_whole(upload_of: Upload, medplum: str) -> None:
+    write_population(upload_of.input, Population(2, 1))
+    sent = {name: json.loads(body) for name, body in lines_of(upload_of.input).items()}
+    summary = upload_of(url=medplum)
+    assert summary["totals"]["failed"] == 0
+    for name, resource in sent.items():
+        held = requests.get(f"{medplum}/{name}", timeout=10).json()
+        assert content(held) == content(resource), name
+    again = upload_of("--skip-unchanged", url=medplum)["totals"]
+    assert again["unchanged"] + again["updated"] == len(sent)
+    assert again["unchanged"] > len(sent) / 2
+
+
+def test_transactions_are_taken_as_well(upload_of: Upload, medplum: str) -> None:
+    write(upload_of.input / "p.ndjson", [patient(f"transacted-{n}") for n in range(25)])
+    assert upload_of("--transaction", "--batch-size", "10", url=medplum)["totals"]["failed"] == 0
+    for n in range(25):
+        assert requests.get(f"{medplum}/Patient/transacted-{n}", timeout=10).status_code == 200
+
+
+def test_the_connectors_conditional_updates_and_deletes_arrive(hospital: Hospital, medplum: str) -> None:
+    def held() -> list[dict[str, Any]]:
+        bundle = requests.get(f"{medplum}/Patient", params={"_count": "1000"}, timeout=10).json()
+        found = [entry["resource"] for entry in bundle.get("entry", [])]
+        return [r for r in found if any(i.get("system") == MRN for i in r.get("identifier", []))]
+
+    stays = hospital.admit("1", "First")
+    goes = hospital.admit("2", "Second")
+    hospital.deliver(fhir_base_url=medplum)
+    assert sorted(r["name"][0]["family"] for r in held()) == ["First", "Second"]
+    hospital.execute("UPDATE health.patient SET name_family = 'Changed' WHERE id = %s", stays)
+    hospital.execute("DELETE FROM health.patient WHERE id = %s", goes)
+    hospital.deliver(fhir_base_url=medplum)
+    [left] = held()
+    assert left["name"][0]["family"] == "Changed"
+    assert hospital.waiting() == 0
+    assert hospital.dead() == []
