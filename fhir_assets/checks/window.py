@@ -28,17 +28,8 @@ SAMPLE = 20
 """How many windows a check's table shows at most; it says how many there are."""
 
 _COLUMNS = (
-    "server_total",
-    "matched",
-    "received",
-    "rejected",
-    "raw",
-    "valid",
-    "dead",
-    "withheld",
-    "undone",
-    "loaded",
-    "missing",
+    *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "undone"),
+    *("deleted", "loaded", "missing"),
 )
 
 

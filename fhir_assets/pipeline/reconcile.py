@@ -18,8 +18,8 @@ class Balance:
     ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
     ``matched`` what it gave; ``received`` what came by other doors; ``raw`` what is in the store, ``valid`` and
     ``dead`` what validation made of it;
-    ``undone`` the dead letters of transform and load; ``missing`` the valid resources that are neither in the
-    tables, in this version or a newer one, nor among those.
+    ``undone`` the dead letters of transform and load; ``deleted`` the valid resources that the source
+    deleted since; ``missing`` those that are neither in the tables, in this version or a newer one, nor among those.
     """
 
     partition_key: str
@@ -35,11 +35,12 @@ class Balance:
     missing: int
     withheld: int = 0
     received: int = 0
+    deleted: int = 0
 
     @property
     def loaded(self) -> int:
         """The valid resources that are in the tables."""
-        return self.valid - self.undone - self.missing
+        return self.valid - self.undone - self.missing - self.deleted
 
     @property
     def faults(self) -> list[str]:
@@ -77,11 +78,11 @@ def reconcile(
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
     undone = _undone(conn, resource_type, partition_keys)
-    missing = _missing(conn, store, resource_type, list(validated.values()), main_view)
-    return [_balance(m, validated.get(key), undone.get(key, 0), missing.get(key, 0)) for key, m in raw.items()]
+    absent = _absent(conn, store, resource_type, list(validated.values()), main_view)
+    return [_balance(m, validated.get(key), undone.get(key, 0), *absent.get(key, (0, 0))) for key, m in raw.items()]
 
 
-def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: int) -> Balance:
+def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: int, deleted: int) -> Balance:
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
@@ -99,6 +100,7 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: in
         undone,
         missing,
         received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
+        deleted=deleted,
     )
 
 
@@ -112,10 +114,12 @@ def _undone(conn: psycopg.Connection, resource_type: str, partition_keys: Sequen
     return dict(found.fetchall())
 
 
-def _missing(
+def _absent(
     conn: psycopg.Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
-) -> dict[str, int]:
-    """By partition key, the validated resources that the tables lack, less those that are dead letters."""
+) -> dict[str, tuple[int, int]]:
+    """By partition key, how many validated resources the tables lack, less those that are dead letters, and how many
+    the source deleted since.
+    """
     if not any(manifest.parts for manifest in validated):
         return {}
     conn.execute(
@@ -128,19 +132,20 @@ def _missing(
     conn.execute("ANALYZE expected")
     in_view: sql.Composable = sql.SQL("")
     if main_view:
-        in_view = sql.SQL(" OR NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)").format(
-            sql.Identifier(main_view)
-        )
+        in_view = sql.SQL(
+            " OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)"
+        ).format(sql.Identifier(main_view))
     query = sql.SQL(
-        "SELECT e.partition_key, count(*) FROM expected e"
+        "SELECT e.partition_key, count(*) FILTER (WHERE r.id IS NULL OR r.as_of < e.last_updated{in_view}),"
+        " count(*) FILTER (WHERE r.deleted_at IS NOT NULL AND (r.as_of < e.last_updated) IS NOT TRUE) FROM expected e"
         " LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id"
-        " WHERE (r.id IS NULL OR r.as_of < e.last_updated{})"
+        " WHERE (r.id IS NULL OR r.as_of < e.last_updated OR r.deleted_at IS NOT NULL{in_view})"
         " AND NOT EXISTS (SELECT FROM ops.dead_letters d WHERE d.resource_type = %(type)s"
         " AND d.stage IN ('transform', 'load') AND d.status IN ('open', 'replaying', 'discarded')"
         " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
         " GROUP BY e.partition_key"
-    ).format(in_view)
-    found: dict[str, int] = dict(conn.execute(query, {"type": resource_type}).fetchall())
+    ).format(in_view=in_view)
+    found = {key: (missing, deleted) for key, missing, deleted in conn.execute(query, {"type": resource_type})}
     conn.execute("DROP TABLE expected")
     return found
 

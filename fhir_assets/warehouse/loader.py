@@ -192,7 +192,7 @@ class Loader:
             raise _Unfit(None, None, str(refused)) from None
         if len(key) > LONGEST_INDEXED // 4:
             raise _Unfit(None, "id", "an id that is too long to be a key")
-        number = _number(record.version_id)
+        number = version_number(record.version_id)
         as_of = record.as_of
         updated = record.last_updated
         head = (
@@ -312,7 +312,8 @@ def _said(error: psycopg.Error) -> str:
     return f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
 
 
-def _number(version_id: str | None) -> int | None:
+def version_number(version_id: str | None) -> int | None:
+    """``meta.versionId`` where it is a number that Postgres can hold."""
     if version_id is None or not version_id.isascii() or not version_id.isdigit() or len(version_id) > 19:
         return None
     number = int(version_id)
@@ -342,9 +343,11 @@ class _Statements:
             " version_number = excluded.version_number, last_updated = excluded.last_updated,"
             " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
             " loaded_at = excluded.loaded_at, sealed_by = excluded.sealed_by, patients = excluded.patients,"
-            " resource = excluded.resource"
+            " deleted_at = NULL, resource = excluded.resource"
             " WHERE (excluded.as_of, coalesce(excluded.version_number, 0))"
             " >= (stored.as_of, coalesce(stored.version_number, 0))"
+            " AND (stored.deleted_at IS NULL OR excluded.as_of > stored.as_of"
+            " OR excluded.version_number > stored.version_number)"
             " RETURNING id, xmax = 0"
         ).format(table=table, type=sql.Literal(resource_type), stage=stage)
         self.views = [_view_statements(view, sealed=sealed) for view in views]
