@@ -11,6 +11,7 @@ from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
+from fhir_assets.automation.alerts import alerts_sensor
 from fhir_assets.automation.jobs import check_tables, incremental_load, load_received
 from fhir_assets.automation.received import load_received_sensor
 from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
@@ -84,6 +85,7 @@ def _build(
         ],
         sensors=[
             record_failed_runs(warehouse),
+            alerts_sensor(settings, warehouse),
             load_received_sensor(settings, receiving, warehouse),
         ],
         resources={

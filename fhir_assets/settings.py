@@ -100,6 +100,11 @@ class Settings(BaseSettings):
     )
     connector_keep_days: float = Field(7, gt=0, description="How long processed events are kept")
     connector_max_lag_seconds: float = Field(300, gt=0, description="Lag of the outbox that turns its check red")
+    alert_webhook_url: SecretStr | None = Field(
+        None, description="Where failures are told to, once an incident: a webhook of Slack, of Teams, or of your own"
+    )
+    alert_behind_minutes: float = Field(60, gt=0, description="How old a type's checkpoint may be before it alarms")
+    dagster_ui_url: str = Field("http://127.0.0.1:3000", description="The Dagster UI, as messages link to it")
     metrics_host: str = Field("127.0.0.1", description="Where Prometheus metrics are served")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Port of the Prometheus metrics; 0: none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")

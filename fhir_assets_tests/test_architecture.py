@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "privacy": PLAIN | {"privacy"},
     "store": PLAIN | {"privacy", "store"},
     "warehouse": PLAIN | {"fhir", "privacy", "store", "warehouse"},
+    "alerts": {"warehouse"},
     "sandbox": PLAIN | {"fhir", "sandbox"},
     "settings": PLAIN | {"privacy"},
     "logs": {"errors", "logs"},
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "resources": PLAIN | {"fhir", "privacy", "store", "warehouse", "settings", "resources"},
 }
 WITHOUT_DAGSTER = {
+    "alerts",
     "errors",
     "windows",
     "catalog",
