@@ -23,6 +23,7 @@ from fhir_assets.fhir.views import ViewSet, load_views
 from fhir_assets.io_managers.ndjson import NdjsonIOManager
 from fhir_assets.io_managers.postgres import PostgresIOManager
 from fhir_assets.partitions import partitions_definition
+from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.source import open_source
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, SourceKind, load_settings
@@ -94,6 +95,7 @@ def _build(
             "source": source_resource,
             "store": store,
             "warehouse": warehouse_resource,
+            "workers": Workers(settings.workers),
             "validator": Validator(
                 warn_rules=settings.validation_warn_rules,
                 max_bytes=settings.validation_max_bytes,

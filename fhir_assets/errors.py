@@ -7,7 +7,8 @@
     ├── TransientError            the same call may succeed later
     │   ├── ServerUnavailable     a FHIR server that is down, overloaded or drops connections
     │   ├── DatabaseUnavailable   Postgres cannot be reached
-    │   └── Overtaken             another run changed the same partition meanwhile
+    │   ├── Overtaken             another run changed the same partition meanwhile
+    │   └── WorkerLost            a worker process of the load was killed
     └── PermanentError            the same call will fail again
         ├── ServerRefused         a FHIR server answered 4xx: credentials, rights, an unknown search
         ├── NotFhir               an answer or a file that is not what FHIR promises
@@ -47,6 +48,10 @@ class DatabaseUnavailable(TransientError):
 
 class Overtaken(TransientError):
     """Another run changed the same partition meanwhile, so that what this one made of it no longer fits."""
+
+
+class WorkerLost(TransientError):
+    """A worker process of the load was killed, or crashed."""
 
 
 class ServerRefused(PermanentError):

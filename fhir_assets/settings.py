@@ -3,6 +3,7 @@
 ``.env`` of the working folder is read too; the environment wins over it.
 """
 
+import os
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
@@ -55,6 +56,9 @@ class Settings(BaseSettings):
     fhir_timeout_seconds: float = Field(60, gt=0, description="How long one call to the FHIR server may take")
     fhir_max_attempts: int = Field(8, ge=1, description="How often a call that failed in passing is tried")
     fhir_max_connections: int = Field(4, ge=1, description="Calls to the FHIR server at once, over all runs")
+    fhir_workers: int | None = Field(
+        None, ge=1, description="Processes of one run that validate and make rows; unset: a core each, 1: none besides"
+    )
     fhir_auth_username: str | None = Field(None, description="Basic authentication")
     fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication")
     fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
@@ -206,6 +210,11 @@ class Settings(BaseSettings):
         )
 
     @cached_property
+    def workers(self) -> int:
+        """How many processes of one run validate and make rows."""
+        return self.fhir_workers or _cores()
+
+    @cached_property
     def overlap(self) -> timedelta:
         """How far an extension of the open window reads back."""
         return timedelta(seconds=self.fhir_overlap_seconds)
@@ -231,3 +240,8 @@ def load_settings(**overrides: object) -> Settings:
             for e in found
         )
         raise ConfigurationError(f"Bad settings. {reasons}") from None
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

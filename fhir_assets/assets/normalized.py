@@ -13,6 +13,7 @@ from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.io_managers.postgres import LoadedView
 from fhir_assets.pipeline.load import Loaded, Loading
 from fhir_assets.pipeline.reconcile import reconcile
+from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.manifest import Manifest
@@ -52,6 +53,7 @@ def _normalized(
         validated: Sequence[Manifest],
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
+        workers: dg.ResourceParam[Workers],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
         facts = RunFacts.of(context, settings.window_scheme)
         selected = context.op_execution_context.selected_output_names
@@ -66,6 +68,7 @@ def _normalized(
                     whole=len(wanted) == len(views),
                     run_id=facts.run_id,
                     refresh=facts.refresh,
+                    workers=workers,
                 )
                 loaded = loading.load(name, facts.windows.windows, validated)
                 metadata = _metadata(loaded, perf_counter() - started)

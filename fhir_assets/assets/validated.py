@@ -10,6 +10,7 @@ from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.validate import ResourceValidation, ValidatedUpdate
+from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.manifest import Manifest
@@ -44,6 +45,7 @@ def _validated(
         store: dg.ResourceParam[Store],
         validator: dg.ResourceParam[Validator],
         warehouse: dg.ResourceParam[Warehouse],
+        workers: dg.ResourceParam[Workers],
     ) -> Iterator[dg.Output[ValidatedUpdate]]:
         facts = RunFacts.of(context, settings.window_scheme)
         started = perf_counter()
@@ -55,6 +57,7 @@ def _validated(
                 now=facts.now,
                 refresh=facts.refresh,
                 reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
+                workers=workers,
             )
             update = validation.validate(name, raw)
             with warehouse.connect() as conn:

@@ -4,22 +4,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from decimal import Decimal
-from typing import Any
 
-import msgspec
-
-from fhir_assets.fhir.compartment import patients_of
-from fhir_assets.fhir.record import Record, read_instant
-from fhir_assets.fhir.views import RowError, TypeViews, View
+from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.rows import Batch, MakeRows, Rows, place_of
+from fhir_assets.pipeline.workers import Workers
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
 from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, received, runs, tables
-from fhir_assets.warehouse.database import Connection
-from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.dead_letters import DeadLetter
 from fhir_assets.warehouse.loader import Loader, Unloadable
 from fhir_assets.windows import Window
 
@@ -28,7 +24,8 @@ TRANSACTION_ROWS = 50_000
 
 _ACTOR = "pipeline"
 
-_parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
+_ROWS_PER_SECOND = 8000
+"""About how many resources one process makes rows of."""
 
 
 @dataclass(slots=True)
@@ -76,11 +73,13 @@ class Loading:
         whole: bool,
         run_id: str,
         refresh: Refresh,
+        workers: Workers,
     ) -> None:
         self._store = store
         self._connect = connect
         self._views = views
-        self._compiled = TypeViews(views, empty_join=False)
+        self._make_rows: MakeRows | None = None
+        self._workers = workers
         self._whole = whole
         self._run_id = run_id
         self._refresh = refresh
@@ -135,12 +134,13 @@ class Loading:
                 dead.update(letter.partition_key for letter in letters)
 
         with loader:
-            for task in group:
-                for batch in self._store.batches(task.parts):
-                    bury(self._load_batch(loader, task, batch))
-                    total.resources += len(batch)
+            for _, batch, rows in self._rows(conn, group):
+                found = loader.take([(each, batch.lines[place]) for place, each in rows.prepared], batch.partition_key)
+                bury([undone.letter(resource_type, batch) for undone in rows.undone])
+                bury([_unloadable(resource_type, item) for item in found])
+                total.resources += len(batch.lines)
             counts = loader.finish()
-        bury([_unloadable(item) for item in loader.late()])
+        bury([_unloadable(resource_type, item) for item in loader.late()])
         anew = [task.window.key for task in group if task.anew]
         for stage in ("transform", "load"):
             dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
@@ -163,6 +163,22 @@ class Loading:
         total.superseded += counts.superseded
         total.rows.update(counts.rows)
 
+    def _rows(self, conn: Connection, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, Rows]]:
+        """What the views make of the windows' resources, in order, while earlier ones are written."""
+        if not any(task.rows for task in group):
+            return iter(())
+        self._make_rows = self._make_rows or MakeRows(self._views, sealing_of(conn))
+        return self._workers.map(
+            self._make_rows,
+            (
+                (None, Batch(lines, task.window.key, task.window.start or task.window.end))
+                for task in group
+                for lines in self._store.batches(task.parts)
+            ),
+            weigh=lambda batch: batch.size,
+            seconds=sum(task.rows for task in group) / _ROWS_PER_SECOND,
+        )
+
     def _remember(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
         """Note the parts as loaded and move the checkpoint, in the transaction of their rows."""
         checkpoints.remember_parts(
@@ -174,81 +190,23 @@ class Loading:
             if task.until is not None:
                 checkpoints.advance(conn, resource_type, task.window.start, task.until, self._run_id)
 
-    def _load_batch(self, loader: Loader, task: _Task, batch: list[bytes]) -> list[DeadLetter]:
-        """Give a batch to the loader; the letters are those of the resources that no row can be made of."""
-        key = task.window.key
-        letters = []
-        items = []
-        for line in batch:
-            resource = _parse(line)
-            record = _record(resource, line, task.window)
-            if record is None:
-                letters.append(_letter(task.manifest.resource_type, None, key, line, "transform", "id", "id", _NO_ID))
-                continue
-            try:
-                items.append((record, self._compiled.rows(resource)))
-            except RowError as error:
-                place = f"{error.view}.{error.column}"
-                letters.append(
-                    _letter(record.resource_type, record.id, key, line, "transform", "view", place, error.message)
-                )
-        letters += [_unloadable(item) for item in loader.add(items, key)]
-        return letters
 
-
-def _unloadable(item: Unloadable) -> DeadLetter:
-    place = f"{item.view}.{item.column}" if item.view else "resource"
-    record = item.record
-    return _letter(
-        record.resource_type, record.id, item.partition_key, record.body, "load", "unloadable", place, item.message
-    )
-
-
-def _letter(
-    resource_type: str,
-    resource_id: str | None,
-    partition_key: str,
-    line: bytes,
-    stage: Stage,
-    rule: str,
-    path: str,
-    message: str,
-) -> DeadLetter:
+def _unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
     return DeadLetter(
         resource_type=resource_type,
-        resource_id=resource_id,
-        stage=stage,
-        rule=rule,
-        path=path,
-        message=message,
-        resource=line,
-        partition_key=partition_key,
+        resource_id=item.resource_id,
+        stage="load",
+        rule="unloadable",
+        path=place_of(item.view, item.column),
+        message=item.message,
+        resource=item.body,
+        partition_key=item.partition_key,
     )
 
 
 def _covers(validated: Manifest, raw: Manifest) -> bool:
     """Whether all that was fetched of the window has been validated: only then may the checkpoint move on."""
     return validated.validated is not None and {part.name for part in raw.parts} == set(validated.validated.inputs)
-
-
-_NO_ID = "the resource has no id, so no row could be told from another: give it one at the source or by `edit`"
-
-
-def _record(resource: dict[str, Any], line: bytes, window: Window) -> Record | None:
-    """The record of a validated line; None if it has no id. Without lastUpdated it counts from its window's start."""
-    identity = resource.get("id")
-    if identity is None:
-        return None
-    meta = resource.get("meta") or {}
-    return Record(
-        resource["resourceType"],
-        identity,
-        meta.get("versionId"),
-        read_instant(meta.get("lastUpdated")),
-        window.start or window.end,
-        line,
-        patients_of(resource),
-    )
 
 
 def _transactions(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:

@@ -1,7 +1,7 @@
 """raw -> validated: every resource is either kept, as its received bytes, or becomes a dead letter."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,6 +10,7 @@ from fhir_assets.fhir.validation import Issue, Validator, Verdict
 from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.letters import LetterBuffer, Reject
 from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.workers import Workers
 from fhir_assets.store.manifest import Manifest, Part, Validated
 from fhir_assets.store.store import Store
 from fhir_assets.store.writer import PartWriter
@@ -29,14 +30,40 @@ class ValidatedUpdate:
     """By partition key, the validated partition that was there before: see pipeline.commit."""
 
 
+_BYTES_PER_SECOND = 50e6
+
+Found = list[tuple[int, tuple[Issue, ...]]]
+"""The lines of a batch that have issues, each with its place in it."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The job of a worker: a batch of lines in, what is wrong with them out."""
+
+    validator: Validator
+
+    def __call__(self, lines: list[bytes]) -> Found:
+        check = self.validator.check
+        return [(place, verdict.issues) for place, line in enumerate(lines) if (verdict := check(line)).issues]
+
+
 class ResourceValidation:
     """Judges raw partitions of one type after the other."""
 
     def __init__(
-        self, store: Store, validator: Validator, *, run_id: str, now: datetime, refresh: Refresh, reject: Reject
+        self,
+        store: Store,
+        validator: Validator,
+        *,
+        run_id: str,
+        now: datetime,
+        refresh: Refresh,
+        reject: Reject,
+        workers: Workers,
     ) -> None:
         self._store = store
         self._validator = validator
+        self._workers = workers
         self._run_id = run_id
         self._now = now
         self._refresh = refresh
@@ -48,29 +75,34 @@ class ResourceValidation:
 
         Raises StoreError; the partitions are then as before.
         """
-        states: list[tuple[Manifest, Manifest | None, _Tally]] = []
-        bases: dict[str, Manifest | None] = {}
+        states = list(self._states(resource_type, raw))
+        judged = self._workers.map(
+            Judge(self._validator),
+            ((state, lines) for state in states for lines in self._store.batches(state.todo)),
+            weigh=lambda lines: sum(map(len, lines)),
+            seconds=sum(part.bytes for state in states for part in state.todo) / _BYTES_PER_SECOND,
+        )
         with PartWriter(self._store, "validated") as writer:
-            for manifest in raw:
-                existing = self._store.manifest("validated", resource_type, manifest.partition_key)
-                base = self._extended(manifest, existing)
-                done = base.validated.inputs if base and base.validated else ()
-                todo = [part for part in manifest.parts if part.name not in done]
-                if base is existing and base is not None and not todo:
-                    continue
-                bases[manifest.partition_key] = existing
-                states.append((manifest, base, self._judge(manifest, todo, writer)))
+            for state, lines, found in judged:
+                self._sort(state, lines, found, writer)
             self._letters.flush()
             parts = writer.finish()
         return ValidatedUpdate(
             resource_type,
-            tuple(
-                self._manifest(manifest, base, tally, parts.get((resource_type, manifest.partition_key), ()))
-                for manifest, base, tally in states
-            ),
-            tuple(manifest.partition_key for manifest, base, _ in states if base is None),
-            bases,
+            tuple(self._manifest(state, parts.get((resource_type, state.raw.partition_key), ())) for state in states),
+            tuple(state.raw.partition_key for state in states if state.base is None),
+            {state.raw.partition_key: state.existing for state in states},
         )
+
+    def _states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_State"]:
+        """The partitions that have something to judge, or were never written."""
+        for manifest in raw:
+            existing = self._store.manifest("validated", resource_type, manifest.partition_key)
+            base = self._extended(manifest, existing)
+            done = base.validated.inputs if base and base.validated else ()
+            todo = [part for part in manifest.parts if part.name not in done]
+            if base is None or todo:
+                yield _State(manifest, existing, base, todo)
 
     def _extended(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:
         """The validated partition that only lacks new raw parts; None where all has to be judged."""
@@ -81,29 +113,27 @@ class ResourceValidation:
         names = {part.name for part in raw.parts}
         return existing if names.issuperset(existing.validated.inputs) else None
 
-    def _judge(self, raw: Manifest, todo: Sequence[Part], writer: PartWriter) -> "_Tally":
-        tally = _Tally()
-        check = self._validator.check
-        name, key = raw.resource_type, raw.partition_key
-        for batch in self._store.batches(todo):
-            tally.rows += len(batch)
-            for line in batch:
-                verdict = check(line)
-                if verdict.valid:
-                    writer.add(name, key, line, None)
-                else:
-                    letter = dead_letter(name, key, line, verdict)
-                    tally.dead[letter.rule] += 1
-                    self._letters.add(letter)
-                for issue in verdict.issues:
-                    if issue.severity == "warning":
-                        tally.warnings[issue.rule] += 1
-        return tally
+    def _sort(self, state: "_State", lines: list[bytes], found: Found, writer: PartWriter) -> None:
+        """Keep the valid lines of a batch, byte for byte; make dead letters of the others."""
+        state.rows += len(lines)
+        name, key = state.raw.resource_type, state.raw.partition_key
+        refused = set()
+        for place, issues in found:
+            verdict = Verdict(lines[place], issues)
+            if not verdict.valid:
+                refused.add(place)
+                letter = dead_letter(name, key, lines[place], verdict)
+                state.dead[letter.rule] += 1
+                self._letters.add(letter)
+            state.warnings.update(issue.rule for issue in issues if issue.severity == "warning")
+        for place, line in enumerate(lines):
+            if place not in refused:
+                writer.add(name, key, line, None)
 
-    def _manifest(self, raw: Manifest, base: Manifest | None, tally: "_Tally", parts: tuple[Part, ...]) -> Manifest:
+    def _manifest(self, state: "_State", parts: tuple[Part, ...]) -> Manifest:
+        raw, base = state.raw, state.base
         if base and base.validated:
-            before = base.validated
-            tally.add(before)
+            state.add(base.validated)
         return Manifest(
             "validated",
             raw.resource_type,
@@ -114,17 +144,23 @@ class ResourceValidation:
             validated=Validated(
                 tuple(part.name for part in raw.parts),
                 self._validator.rules_version,
-                tally.rows,
-                dict(tally.dead),
-                dict(tally.warnings),
+                state.rows,
+                dict(state.dead),
+                dict(state.warnings),
             ),
         )
 
 
-class _Tally:
-    """What judging a partition came to."""
+class _State:
+    """A raw partition, the validated one that is there and the one that it extends, the parts to judge, and what
+    judging them came to.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, raw: Manifest, existing: Manifest | None, base: Manifest | None, todo: Sequence[Part]) -> None:
+        self.raw = raw
+        self.existing = existing
+        self.base = base
+        self.todo = todo
         self.rows = 0
         self.dead: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()

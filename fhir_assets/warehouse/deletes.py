@@ -17,7 +17,7 @@ from fhir_assets.warehouse import audit_log
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.encode import LONGEST_INDEXED
 from fhir_assets.warehouse.layout import KEY_COLUMN
-from fhir_assets.warehouse.loader import version_number
+from fhir_assets.warehouse.prepared import version_number
 
 _CHUNK = 5000
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Self
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import psycopg
 from psycopg import sql
@@ -22,17 +22,13 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.database import Connection, sealing_of
-from fhir_assets.warehouse.encode import LONGEST_INDEXED, NULL, Refused, body_line, plain_text, row_encoder, texts
 from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
+from fhir_assets.warehouse.prepared import Preparation, Prepared, Unfit, ViewRows
 
 CHUNK_RESOURCES = 20_000
 CHUNK_BYTES = 32 * 2**20
 _SWITCH_SECONDS = 0.0002
 
-ViewRows = Sequence[Sequence[Sequence[object]]]
-"""Per view its rows, each with its values as JSON has them, in the order of the view's columns."""
-
-_LARGEST_NUMBER = 2**63 - 1
 _COLUMN = re.compile(r', column "?([^":]+)"?')
 
 
@@ -40,8 +36,9 @@ _COLUMN = re.compile(r', column "?([^":]+)"?')
 class Unloadable:
     """A resource that Postgres cannot hold; ``view`` and ``column`` are None if the fault is in its JSON as such."""
 
-    record: Record
+    resource_id: str
     partition_key: str
+    body: bytes
     view: str | None
     column: str | None
     message: str
@@ -60,20 +57,12 @@ class LoadCounts:
     rows: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A resource ready to be copied: ``lines`` are its rows per view, as COPY text; ``counts`` how many."""
+class _Held(NamedTuple):
+    """A resource of the chunk, and what a dead letter would need."""
 
-    record: Record
+    prepared: Prepared
     partition_key: str
-    order: tuple[datetime, int]
-    head: bytes
-    lines: list[bytes]
-    counts: list[int]
-
-    @property
-    def size(self) -> int:
-        return len(self.head) + sum(map(len, self.lines))
+    body: bytes
 
 
 @dataclass(slots=True)
@@ -106,11 +95,10 @@ class Loader:
         self._conn = conn
         self._run_id = run_id
         self._mend = mend
+        self._definitions = views
         self._views = [view.name for view in views]
-        self._columns = [[column.name for column in view.columns] for view in views]
         self._sealing = sealing_of(conn)
-        self._encoders = [row_encoder(view, self._sealing) for view in views]
-        self._chunk: dict[str, _Pending] = {}
+        self._chunk: dict[str, _Held] = {}
         self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
@@ -134,18 +122,24 @@ class Loader:
         sys.setswitchinterval(self._interval)
 
     def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[Unloadable]:
-        """Take resources of one partition. Returns those found unloadable since the last call (the partition of
-        each is in it). Raises DatabaseUnavailable; the transaction is then lost.
+        """Prepare and take resources of one partition. Returns those found unloadable since the last call (the
+        partition of each is in it). Raises DatabaseUnavailable; the transaction is then lost.
         """
         for record, rows in items:
             try:
-                pending = self._encode(record, partition_key, rows)
-            except _Unfit as unfit:
-                self._refused(Unloadable(record, partition_key, unfit.view, unfit.column, str(unfit)))
+                prepared = self._preparation.prepare(record, partition_key, rows)
+            except Unfit as unfit:
+                self._refused(
+                    Unloadable(record.id, partition_key, record.body, unfit.view, unfit.column, unfit.message)
+                )
                 continue
-            self._take(pending)
-            if len(self._chunk) >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
-                self._flush()
+            self._hold(_Held(prepared, partition_key, record.body))
+        return self._drain()
+
+    def take(self, items: Iterable[tuple[Prepared, bytes]], partition_key: str) -> list[Unloadable]:
+        """As ``add``, of resources that were prepared elsewhere; each comes with its body, as it was received."""
+        for prepared, body in items:
+            self._hold(_Held(prepared, partition_key, body))
         return self._drain()
 
     def wait(self) -> None:
@@ -164,6 +158,10 @@ class Loader:
         """The unloadable resources that ``finish`` found."""
         return self._drain()
 
+    @cached_property
+    def _preparation(self) -> Preparation:
+        return Preparation(self._definitions, self._sealing)
+
     def _drain(self) -> list[Unloadable]:
         found, self._unloadable = self._unloadable, []
         return found
@@ -172,44 +170,18 @@ class Loader:
         self._unloadable.append(unloadable)
         self._counts.unloadable += 1
 
-    def _take(self, pending: _Pending) -> None:
-        earlier = self._chunk.get(pending.record.id)
+    def _hold(self, held: _Held) -> None:
+        prepared = held.prepared
+        earlier = self._chunk.get(prepared.id)
         if earlier is not None:
             self._counts.superseded += 1
-            if pending.order < earlier.order:
+            if prepared.order < earlier.prepared.order:
                 return
-            self._bytes -= earlier.size
-        self._chunk[pending.record.id] = pending
-        self._bytes += pending.size
-
-    def _encode(self, record: Record, partition_key: str, rows: ViewRows) -> _Pending:
-        try:
-            key = plain_text(record.id)
-            version = NULL if record.version_id is None else plain_text(record.version_id)
-            body = body_line(record.body, self._sealing)
-            patients = NULL if record.patients is None else texts(record.patients)
-        except Refused as refused:
-            raise _Unfit(None, None, str(refused)) from None
-        if len(key) > LONGEST_INDEXED // 4:
-            raise _Unfit(None, "id", "an id that is too long to be a key")
-        number = version_number(record.version_id)
-        as_of = record.as_of
-        updated = record.last_updated
-        head = (
-            f"{key}\t{version}\t{NULL if number is None else number}\t"
-            f"{NULL if updated is None else updated.isoformat()}\t{as_of.isoformat()}\t"
-            f"{plain_text(partition_key)}\t{patients}\t"
-        ).encode() + body
-        lines = []
-        for place, encoder in enumerate(self._encoders):
-            try:
-                text = "".join([f"{key}\t{encoder(row)}\n" for row in rows[place]])
-            except Refused as refused:
-                raise _Unfit(self._views[place], self._columns[place][refused.args[1]], str(refused.args[0])) from None
-            lines.append(text.encode())
-        return _Pending(
-            record, partition_key, (as_of, number or 0), head, lines, [len(view_rows) for view_rows in rows]
-        )
+            self._bytes -= earlier.prepared.size
+        self._chunk[prepared.id] = held
+        self._bytes += prepared.size
+        if len(self._chunk) >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
         self.wait()
@@ -231,7 +203,7 @@ class Loader:
         for unloadable in outcome.refused:
             self._refused(unloadable)
 
-    def _write(self, chunk: list[_Pending]) -> _Outcome:
+    def _write(self, chunk: list[_Held]) -> _Outcome:
         outcome = _Outcome()
         try:
             if not self._staged:
@@ -250,7 +222,7 @@ class Loader:
             ) from None
         return outcome
 
-    def _write_or_halve(self, chunk: list[_Pending], outcome: _Outcome) -> None:
+    def _write_or_halve(self, chunk: list[_Held], outcome: _Outcome) -> None:
         """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
         try:
             with self._conn.transaction():
@@ -262,31 +234,32 @@ class Loader:
                 self._write_or_halve(chunk[middle:], outcome)
                 return
             view, column = self._place(error)
-            outcome.refused.append(Unloadable(chunk[0].record, chunk[0].partition_key, view, column, _said(error)))
+            (prepared, partition_key, body) = chunk[0]
+            outcome.refused.append(Unloadable(prepared.id, partition_key, body, view, column, _said(error)))
             return
         outcome.updated += updated
         outcome.inserted += len(winners) - updated
         outcome.superseded += len(chunk) - len(winners)
         for place, view in enumerate(self._views):
-            outcome.rows[view] += sum([pending.counts[place] for pending in winners])
+            outcome.rows[view] += sum([held.prepared.counts[place] for held in winners])
 
-    def _merge(self, chunk: list[_Pending]) -> tuple[int, list[_Pending]]:
+    def _merge(self, chunk: list[_Held]) -> tuple[int, list[_Held]]:
         """How many resources were there before, and those that won."""
         statements = self._statements
         with self._conn.cursor() as cursor:
             with cursor.copy(statements.copy_stage) as copy:
-                copy.write(b"\n".join([pending.head for pending in chunk]))
+                copy.write(b"\n".join([held.prepared.head for held in chunk]))
             inserted: dict[str, bool] = dict(
                 cursor.execute(statements.upsert, [self._run_id, self._sealing.key_id]).fetchall()
             )
             cursor.execute(statements.clear_stage)
-            winners = [pending for pending in chunk if pending.record.id in inserted]
+            winners = [held for held in chunk if held.prepared.id in inserted]
             updated = [key for key, new in inserted.items() if not new]
             stale = list(inserted) if self._mend else updated
             for place, (delete, copy_rows) in enumerate(statements.views):
                 if stale:
                     cursor.execute(delete, [stale])
-                lines = b"".join([pending.lines[place] for pending in winners])
+                lines = b"".join([held.prepared.lines[place] for held in winners])
                 if lines:
                     with cursor.copy(copy_rows) as copy:
                         copy.write(lines)
@@ -301,23 +274,8 @@ class Loader:
         return (table if table in self._views else None), (named[1] if named else error.diag.column_name)
 
 
-class _Unfit(Exception):
-    def __init__(self, view: str | None, column: str | None, message: str) -> None:
-        super().__init__(message)
-        self.view = view
-        self.column = column
-
-
 def _said(error: psycopg.Error) -> str:
     return f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
-
-
-def version_number(version_id: str | None) -> int | None:
-    """``meta.versionId`` where it is a number that Postgres can hold."""
-    if version_id is None or not version_id.isascii() or not version_id.isdigit() or len(version_id) > 19:
-        return None
-    number = int(version_id)
-    return number if number <= _LARGEST_NUMBER else None
 
 
 class _Statements:

@@ -21,7 +21,8 @@ from fhir_assets.fhir.views import TypeViews, View, load_views
 from fhir_assets.warehouse import embedded, migrate
 from fhir_assets.warehouse.database import connect
 from fhir_assets.warehouse.encode import row_encoder
-from fhir_assets.warehouse.loader import Loader, ViewRows
+from fhir_assets.warehouse.loader import Loader
+from fhir_assets.warehouse.prepared import ViewRows
 from fhir_assets.warehouse.tables import ensure_tables
 
 CATEGORIES = "http://terminology.hl7.org/CodeSystem/observation-category"

@@ -140,7 +140,7 @@ def test_writing_beside_the_callers_work_ends_in_the_same_tables(
         assert conn.execute("SELECT count(*) > 0 FROM fhir.resource").fetchone() == (True,)
         counts = loader.finish()
         bad += loader.late()
-    assert [each.record.id for each in bad] == ["bad"]
+    assert [each.resource_id for each in bad] == ["bad"]
     assert (counts.inserted, counts.unloadable) == (70, 1)
     assert select(conn, "SELECT count(*), count(DISTINCT _resource_key) FROM fhir.patient_name") == [(70, 70)]
     assert select(conn, "SELECT min(version_number), max(version_number) FROM fhir.resource") == [(130, 199)]
@@ -191,7 +191,7 @@ def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Co
         found = loader.add([*good[:5], (bad, rows), *good[5:]], "w")
         counts = loader.finish()
         found += loader.late()
-    assert [(each.record.id, each.partition_key) for each in found] == [("bad", "w")]
+    assert [(each.resource_id, each.partition_key) for each in found] == [("bad", "w")]
     assert (counts.inserted, counts.unloadable) == (9, 1)
     assert len(select(conn, NAMES)) == 9
     value = next(iter(more.values()))
@@ -213,7 +213,7 @@ def test_what_only_postgres_refuses_is_found_in_the_midst_of_thousands(conn: Con
         body = each.body.replace(b": 0", b": 1e200000")
         records[n] = Record(each.resource_type, each.id, each.version_id, each.last_updated, each.arrived, body)
     counts, bad = load(conn, *records)
-    assert {each.record.id for each in bad} == {"p0000", "p0511", "p0999"}
+    assert {each.resource_id for each in bad} == {"p0000", "p0511", "p0999"}
     assert counts.inserted == 997
     assert all("1e200000" not in each.message for each in bad)
 

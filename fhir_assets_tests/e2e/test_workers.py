@@ -1,0 +1,76 @@
+"""Worker processes in a load: the same tables, and a killed one fails its run without leaving half a window."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fhir_assets.pipeline import workers
+from fhir_assets.pipeline.rows import Batch
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.store import store
+from fhir_assets.warehouse import runs
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.e2e.conftest import Deploy
+from fhir_assets_tests.e2e.test_crash import END, FEW, START
+
+
+@pytest.fixture
+def population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of resources, some of them bad; even so little work goes to the workers."""
+    monkeypatch.setattr(workers, "WORTH_A_START", 0)
+    monkeypatch.setattr(workers, "WORTH_A_TRIP", 0)
+    monkeypatch.setattr(workers, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(store, "BATCH_BYTES", 20_000)
+    write_population(tmp_path / "population", Population(20, 3, 0.05, end=END, start=START))
+    return str(tmp_path / "population")
+
+
+def test_with_workers_the_tables_and_the_dead_letters_are_those_of_one_process(
+    deploy: Deploy, population: str, empty_database: str
+) -> None:
+    settings = {"fhir_source": "ndjson", "fhir_base_url": population, "fhir_resource_types": FEW}
+    one = deploy(home="one", fhir_workers=1, **settings)
+    three = deploy(home="three", url=empty_database, fhir_workers=3, **settings)
+    for deployment in (one, three):
+        assert all(outcome.success for outcome in deployment.ingest())
+    assert three.dead() == one.dead()
+    assert sum(one.dead().values())
+    assert three.tables() == one.tables()
+
+
+def test_a_worker_killed_in_mid_load_fails_the_run_with_one_sentence_and_the_next_run_completes(
+    deploy: Deploy, population: str, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "fhir_source": "ndjson",
+        "fhir_base_url": population,
+        "fhir_resource_types": "Observation",
+        "fhir_last_updated_gte": "2024-01-01",
+        "fhir_partition": "monthly",
+    }
+    clean = deploy(home="clean", fhir_workers=1, **settings)
+    assert all(outcome.success for outcome in clean.ingest())
+    killed = deploy(home="killed", url=empty_database, fhir_workers=2, **settings)
+    ask = workers._Worker.ask
+    batches = 0
+
+    def killed_in_the_third(self: workers._Worker, job: bytes, items: list[Any]) -> Any:
+        nonlocal batches
+        batches += isinstance(items[0], Batch)
+        if batches == 3:
+            self._process.kill()
+        return ask(self, job, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers._Worker, "ask", killed_in_the_third)
+        outcomes = killed.ingest()
+    failed = [outcome for outcome in outcomes if not outcome.success]
+    assert len(failed) == 1
+    with connect(killed.url) as conn:
+        (reason,) = runs.errors(conn, failed[0].run_id)
+    assert "a worker process ended in mid-work (killed by signal 9)" in reason
+    assert killed.loaded() == {}
+    assert all(outcome.success for outcome in killed.ingest())
+    assert killed.tables() == clean.tables()
+    assert killed.dead() == clean.dead()
