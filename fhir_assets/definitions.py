@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from fhir_assets.assets.delivered import delivered_assets
 from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
@@ -59,7 +60,9 @@ def _build(
     partitions = partitions_definition(settings.window_scheme)
     store = open_store(settings.store_url, settings.store_sealing)
     checks = table_checks(settings, views.views, source, warehouse)
-    job, receiving = incremental_load(checks), load_received(checks)
+    delivered = delivered_assets(settings, partitions, views.views)
+    delivered_keys = [key for each in delivered for key in each.keys]
+    job, receiving = incremental_load(checks, delivered_keys), load_received(checks, delivered_keys)
     daily = check_tables(checks)
 
     @dg.resource
@@ -76,6 +79,7 @@ def _build(
             *raw_assets(settings, partitions, one_pass=settings.fhir_source is SourceKind.NDJSON),
             *validated_assets(settings, partitions),
             *normalized_assets(settings, partitions, views.views),
+            *delivered,
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,

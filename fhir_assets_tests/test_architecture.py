@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "logs": {"errors", "logs"},
     "metrics": PLAIN | {"settings", "warehouse", "metrics"},
     "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "connector"},
-    "upload": PLAIN | {"fhir", "upload"},
-    "pipeline": PLAIN | {"fhir", "privacy", "store", "warehouse", "pipeline"},
+    "upload": PLAIN | {"fhir", "privacy", "upload"},
+    "pipeline": PLAIN | {"fhir", "privacy", "store", "upload", "warehouse", "pipeline"},
     "resources": PLAIN | {"fhir", "privacy", "store", "warehouse", "settings", "resources"},
 }
 WITHOUT_DAGSTER = {

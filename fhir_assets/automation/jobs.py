@@ -17,25 +17,29 @@ LOADS = (INCREMENTAL_LOAD, LOAD_RECEIVED)
 LAYERS = ("raw", "validated", "normalized")
 
 
-def incremental_load(table_checks: Sequence[dg.AssetChecksDefinition]) -> UnresolvedAssetJobDefinition:
+def incremental_load(
+    table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
+) -> UnresolvedAssetJobDefinition:
     """All layers of a window, or of a range of windows, in one run and one process: what is there is left alone.
 
-    ``table_checks`` are those that a load does not evaluate.
+    ``table_checks`` are those that a load does not evaluate; ``delivered`` assets follow the layers.
     """
     return dg.define_asset_job(
         INCREMENTAL_LOAD,
-        selection=_layers(LAYERS, table_checks),
+        selection=_layers(LAYERS, table_checks, delivered),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Fetch, validate and load what the windows lack.",
     )
 
 
-def load_received(table_checks: Sequence[dg.AssetChecksDefinition]) -> UnresolvedAssetJobDefinition:
+def load_received(
+    table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
+) -> UnresolvedAssetJobDefinition:
     """What was received into the windows by another door than the source: validated and loaded, nothing fetched."""
     return dg.define_asset_job(
         LOAD_RECEIVED,
-        selection=_layers(("validated", "normalized"), table_checks),
+        selection=_layers(("validated", "normalized"), table_checks, delivered),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Validate and load what was received by other doors than the source: landing files, intake.",
@@ -52,8 +56,11 @@ def check_tables(table_checks: Sequence[dg.AssetChecksDefinition]) -> Unresolved
     )
 
 
-def _layers(layers: Sequence[str], table_checks: Sequence[dg.AssetChecksDefinition]) -> dg.AssetSelection:
-    return dg.AssetSelection.key_prefixes(*([layer] for layer in layers)) - _checks(table_checks)
+def _layers(
+    layers: Sequence[str], table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey]
+) -> dg.AssetSelection:
+    loaded = dg.AssetSelection.key_prefixes(*([layer] for layer in layers)) - _checks(table_checks)
+    return loaded | dg.AssetSelection.assets(*delivered) if delivered else loaded
 
 
 def _checks(definitions: Sequence[dg.AssetChecksDefinition]) -> dg.AssetSelection:

@@ -65,13 +65,13 @@ def group(scheme: WindowScheme, pending: Sequence[Pending]) -> list[ReceivedWind
 
 
 def assets_of(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
-    """The assets of ``load_received`` for some types: validated, and all tables that are made of it."""
+    """The assets of ``load_received`` for some types: validated, all tables that are made of it, and delivered."""
     found = []
     for name in resource_types:
         validated = dg.AssetKey(["validated", BY_NAME[name].key])
         if graph.has(validated):
-            tables = sorted(key for key in graph.get(validated).child_keys if key.path[0] == "normalized")
-            found += [validated, *tables]
+            made = sorted(k for k in graph.get(validated).child_keys if k.path[0] in ("normalized", "delivered"))
+            found += [validated, *made]
     return found
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
 from typing import Annotated
@@ -17,18 +17,18 @@ import typer
 
 from fhir_assets import logs
 from fhir_assets.cli.output import console, errors, print_json, print_table
-from fhir_assets.cli.upload_progress import Progress, Silence
+from fhir_assets.cli.upload_progress import Progress
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.client import FhirClient
+from fhir_assets.pipeline.deliver import letter
 from fhir_assets.resources.target import upload_client
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.upload.files import Folder, Unusable
-from fhir_assets.upload.journal import Failure, Journal
-from fhir_assets.upload.uploader import Uploader
+from fhir_assets.upload.journal import Journal
+from fhir_assets.upload.uploader import Silent, Uploader
 from fhir_assets.warehouse import dead_letters
-from fhir_assets.warehouse.dead_letters import DeadLetter
 
 Steps = dict[str, dict[str, int]]
 """By type, in order: how many resources each file has of it."""
@@ -75,7 +75,7 @@ def upload(
         steps = _planned(folder, journal, shape, resume=resume)
         if not json:
             _show(steps)
-        with Silence() if json else Progress(steps) as listener, _interruptible(stop, client):
+        with nullcontext(Silent()) if json else Progress(steps) as listener, _interruptible(stop):
             Uploader(
                 client,
                 journal,
@@ -97,7 +97,7 @@ def upload(
 def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
     """Where this upload is noted: a file for this input and this server."""
     digest = hashlib.sha256(f"{source.expanduser().resolve()}\0{client.base_url}".encode()).hexdigest()[:16]
-    return Journal(settings.home / "uploads" / f"{digest}.sqlite")
+    return Journal(settings.home / "uploads" / f"{digest}.sqlite", sealing=settings.sealing)
 
 
 def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:
@@ -126,7 +126,7 @@ def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resu
 
 
 @contextmanager
-def _interruptible(stop: Event, client: FhirClient) -> Iterator[None]:
+def _interruptible(stop: Event) -> Iterator[None]:
     """What ends an upload early says that it can be resumed. SIGTERM ends it as Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
@@ -162,26 +162,14 @@ def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Ste
     try:
         with Warehouse(settings).connect() as conn:
             run_id = journal.facts()["run_id"]
-            dead_letters.record(conn, run_id, (_letter(each, partition) for each in journal.failures()))
+            dead_letters.record(
+                conn, run_id, (letter(each, partition, unknown_type=_UNKNOWN) for each in journal.failures())
+            )
             for name in (*steps, _UNKNOWN):
                 dead_letters.settle(conn, run_id, name, "deliver", [partition])
     except (DatabaseUnavailable, psycopg.Error):
         errors.print(f"The database is not there: the failures are in {path} only, not in ops.dead_letters.")
     return count
-
-
-def _letter(failure: Failure, partition: str) -> DeadLetter:
-    rule = f"http-{failure.status}" if failure.status else ("no-answer" if failure.id else "unusable")
-    return DeadLetter(
-        failure.resource_type or _UNKNOWN,
-        failure.id,
-        "deliver",
-        rule,
-        failure.place,
-        failure.message,
-        failure.body,
-        partition,
-    )
 
 
 def _say(what: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""How an upload shows itself: a bar a file on a terminal, plain lines elsewhere, nothing beside JSON."""
+"""How an upload shows itself: a bar a file on a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -9,26 +9,7 @@ from fhir_assets.cli.output import console
 from fhir_assets.upload.journal import BatchKey, Done
 
 
-class Silence:
-    """Shows nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def step(self, resource_type: str, files: Mapping[str, int]) -> None:
-        """A type's turn."""
-
-    def batch(self, key: BatchKey, done: Done, size: int) -> None:
-        """A batch's results."""
-
-    def again(self, what: str, count: int) -> None:
-        """Entries tried again."""
-
-
-class Progress(Silence):
+class Progress:
     """A line a batch, and on a terminal a bar for each file of the type whose turn it is."""
 
     def __init__(self, steps: Mapping[str, Mapping[str, int]]) -> None:

@@ -69,6 +69,13 @@ class Validated(msgspec.Struct, frozen=True):
     warnings: dict[str, int]
 
 
+class Delivered(msgspec.Struct, frozen=True):
+    """What was delivered: which validated parts, to which FHIR server."""
+
+    destination: str
+    inputs: tuple[str, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """One partition of one type in one layer."""
 
@@ -80,6 +87,7 @@ class Manifest(msgspec.Struct, frozen=True):
     parts: tuple[Part, ...]
     fetched: Fetched | None = None
     validated: Validated | None = None
+    delivered: Delivered | None = None
     receipts: tuple[Receipt, ...] = ()
 
     @property

@@ -1,6 +1,7 @@
 """What an upload has done, in a SQLite file: it survives a kill, and its size in memory does not grow.
 
 A commit is on disk when it returns. What was under way at a kill is sent again: putting a resource twice does no harm.
+Resources and outcomes are sealed there where there are keys.
 """
 
 import sqlite3
@@ -13,6 +14,7 @@ from typing import Self
 import orjson
 
 from fhir_assets.fhir.bundles import Entry, Result, Target, references
+from fhir_assets.privacy.sealing import CLEAR, Sealing
 from fhir_assets.upload.files import Unusable
 
 _SCHEMA = """
@@ -90,7 +92,8 @@ class Failure:
 class Journal:
     """The state of one upload; used by one thread. ``path`` None keeps it in a temporary file."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, sealing: Sealing = CLEAR) -> None:
+        self._sealing = sealing
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
@@ -99,7 +102,7 @@ class Journal:
         # One write and one fsync a commit.
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
-        self._db.create_function("reason", 3, _reason, deterministic=True)
+        self._db.create_function("reason", 3, self._reason, deterministic=True)
         self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
         self._any_held = self.held_count() > 0
 
@@ -127,7 +130,7 @@ class Journal:
             self._db.executemany(
                 "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
                 " VALUES (?, NULL, ?, ?, 0, x'', ?)",
-                ((each.resource_type, each.place, each.body, each.message) for each in unusable),
+                ((each.resource_type, each.place, self._sealing.seal(each.body), each.message) for each in unusable),
             )
         self._any_held = False
 
@@ -157,7 +160,7 @@ class Journal:
             self._db.executemany(
                 "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                ((e.resource_type, e.id, e.place, e.body, r.status, r.outcome, r.reason) for e, r in done.failed),
+                ((*self._row(entry, result), result.reason) for entry, result in done.failed),
             )
             if self._any_held:
                 # A newer line of the same resource has come through: the older one must not follow it.
@@ -180,7 +183,7 @@ class Journal:
             " status = excluded.status, outcome = excluded.outcome",
             (
                 (
-                    entry.resource_type, entry.id, entry.place, entry.body, result.status, result.outcome,
+                    *self._row(entry, result),
                     any(name == entry.resource_type for name, _ in references(entry.body)),
                 )
                 for entry, result in held
@@ -210,7 +213,12 @@ class Journal:
         while rows := self._db.execute(query, {"after": after, "type": own_type_of, "limit": _AT_ONCE}).fetchall():
             for n, name, identity, place, body, status, outcome, first_pass in rows:
                 after = n
-                yield Held(n, Entry(name, identity, body, place), Result(status, outcome), first_pass)
+                yield Held(
+                    n,
+                    Entry(name, identity, self._sealing.open(body), place),
+                    Result(status, self._sealing.open(outcome)),
+                    first_pass,
+                )
 
     def note_first_pass(self, done: Iterable[tuple[Held, Result]]) -> None:
         """Entries whose reduced form the server has taken."""
@@ -266,7 +274,20 @@ class Journal:
         query = "SELECT resource_type, id, place, body, status, outcome, message FROM failures ORDER BY n"
         with closing(self._db.execute(query)) as rows:
             for row in rows:
-                yield Failure(*row)
+                name, identity, place, body, status, outcome, message = row
+                yield Failure(
+                    name, identity, place, self._sealing.open(body), status, self._sealing.open(outcome), message
+                )
+
+    def _row(self, entry: Entry, result: Result) -> tuple[str, str, str, bytes, int, bytes]:
+        seal = self._sealing.seal
+        return entry.resource_type, entry.id, entry.place, seal(entry.body), result.status, seal(result.outcome)
+
+    def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
+        reason = Result(status, self._sealing.open(outcome)).reason
+        return (
+            f"{reason}; it stands on the server without its references to others that failed" if first_pass else reason
+        )
 
     def totals(self) -> dict[str, dict[str, int]]:
         """By type: created, updated, unchanged, failed."""
@@ -277,11 +298,6 @@ class Journal:
             " UNION ALL SELECT resource_type, 0, 0, 0, 1 FROM failures) GROUP BY 1"
         )
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in self._db.execute(query)}
-
-
-def _reason(status: int, outcome: bytes, first_pass: int) -> str:
-    reason = Result(status, outcome).reason
-    return f"{reason}; it stands on the server without its references to others that failed" if first_pass else reason
 
 
 def _is_json(body: bytes) -> bool:

@@ -51,6 +51,19 @@ class Listener(Protocol):
         ...
 
 
+class Silent:
+    """Hears, and says nothing."""
+
+    def step(self, resource_type: str, files: Mapping[str, int]) -> None:
+        """A type's turn."""
+
+    def batch(self, key: BatchKey, done: Done, size: int) -> None:
+        """A batch's results."""
+
+    def again(self, what: str, count: int) -> None:
+        """Entries tried again."""
+
+
 @dataclass
 class Uploader:
     """Sends to one server. ``workers`` batches of a type are under way at once; the order between types holds.
@@ -62,7 +75,7 @@ class Uploader:
 
     client: FhirClient
     journal: Journal
-    listener: Listener
+    listener: Listener = field(default_factory=Silent)
     batch_size: int = 100
     workers: int = 4
     transaction: bool = False

@@ -56,6 +56,24 @@ def read(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) ->
     return None if row is None else opened(row, sealing_of(conn))
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Which version of a resource the tables have: its time, and its window."""
+
+    as_of: datetime
+    partition_key: str
+
+
+def standing(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, Standing]:
+    """The resources among ``ids`` that the tables have."""
+    rows = conn.execute(
+        "SELECT id, as_of, partition_key FROM fhir.resource"
+        " WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL",
+        [resource_type, list(ids)],
+    )
+    return {identity: Standing(as_of, key) for identity, as_of, key in rows}
+
+
 def of_patient(conn: Connection, patient_id: str) -> Iterator[StoredResource]:
     """Every resource of a patient's compartment, the patient first, streamed. Raises SealingError."""
     query = sql.SQL(
