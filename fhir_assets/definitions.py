@@ -26,9 +26,9 @@ from fhir_assets.io_managers.postgres import PostgresIOManager
 from fhir_assets.partitions import partitions_definition
 from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.source import open_source
+from fhir_assets.resources.store import store_of
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, SourceKind, load_settings
-from fhir_assets.store.store import open_store
 from fhir_assets.warehouse.migrate import sql_folder
 
 
@@ -58,7 +58,7 @@ def _build(
 ) -> dg.Definitions:
     source = source or cache(lambda: open_source(settings))
     partitions = partitions_definition(settings.window_scheme)
-    store = open_store(settings.store_url, settings.store_sealing)
+    store = store_of(settings)
     checks = table_checks(settings, views.views, source, warehouse)
     delivered = delivered_assets(settings, partitions, views.views)
     delivered_keys = [key for each in delivered for key in each.keys]

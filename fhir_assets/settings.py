@@ -62,7 +62,13 @@ class Settings(BaseSettings):
     fhir_auth_username: str | None = Field(None, description="Basic authentication")
     fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication")
     fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
-    fhir_store_url: str = Field("", description="Where raw and validated live; unset: FHIR_ASSETS_HOME/store")
+    fhir_store_url: str = Field(
+        "", description="Where raw and validated live: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
+    )
+    fhir_s3_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = Field(
+        None, description="Server-side encryption that S3 is asked for; unset: what the bucket does by itself"
+    )
+    fhir_s3_kms_key_id: str | None = Field(None, description="The KMS key of `aws:kms`; unset: the account's")
     fhir_views: Path | None = Field(None, description="A folder of further ViewDefinitions")
     db_url: SecretStr | None = Field(None, description="Postgres 15 or newer; unset: the embedded one")
     fhir_assets_home: Path = Field(Path(".fhir_assets"), description="State of the embedded parts")
@@ -196,7 +202,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def store_url(self) -> str:
-        """Where the partitions of raw and validated live: a folder."""
+        """Where the partitions of raw and validated live: a folder, or a bucket."""
         return self.fhir_store_url or str(self.home / "store")
 
     @cached_property

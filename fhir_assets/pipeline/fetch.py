@@ -122,11 +122,12 @@ class Fetcher:
 
     def _plan(self, name: str, windows: WindowRange, state: str | None) -> dict[str, _Progress]:
         plan = {}
+        keys = [window.key for window in windows.windows]
+        existing = {each.partition_key: each for each in self._store.manifests("raw", name, keys)}
         for window in windows.windows:
-            existing = self._store.manifest("raw", name, window.key)
             planned = plan_window(
                 window,
-                existing,
+                existing.get(window.key),
                 now=self._now,
                 overlap=self._overlap,
                 refresh=self._refresh,

@@ -105,8 +105,10 @@ class Loading:
         by_key = {window.key: window for window in windows}
         loaded = checkpoints.loaded_parts(conn, resource_type, list(by_key))
         conn.commit()
+        keys = [manifest.partition_key for manifest in validated]
+        sources = {each.partition_key: each for each in self._store.manifests("raw", resource_type, keys)}
         for manifest in validated:
-            raw = self._store.manifest("raw", resource_type, manifest.partition_key)
+            raw = sources.get(manifest.partition_key)
             fetched = raw.fetched if raw else None
             before = loaded.get(manifest.partition_key, frozenset())
             new = [part for part in manifest.parts if part.name not in before]

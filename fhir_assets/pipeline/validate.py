@@ -96,8 +96,10 @@ class ResourceValidation:
 
     def _states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_State"]:
         """The partitions that have something to judge, or were never written."""
+        keys = [manifest.partition_key for manifest in raw]
+        there = {each.partition_key: each for each in self._store.manifests("validated", resource_type, keys)}
         for manifest in raw:
-            existing = self._store.manifest("validated", resource_type, manifest.partition_key)
+            existing = there.get(manifest.partition_key)
             base = self._extended(manifest, existing)
             done = base.validated.inputs if base and base.validated else ()
             todo = [part for part in manifest.parts if part.name not in done]

@@ -13,10 +13,14 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.sealing import CLEAR, Sealing
 from fhir_assets.store.blobs import Blobs, LocalBlobs
 from fhir_assets.store.manifest import Manifest, Part
+from fhir_assets.store.s3 import Bucket, S3Blobs
 from fhir_assets.store.sealed import opened
 
 BATCH_BYTES = 1 << 20
 """How much is read at once: a batch of lines is the unit of work of validation and loading."""
+
+_CALLS_AT_ONCE = 8
+"""How many manifests are read or written at once: a bucket takes its time for each."""
 
 _unpack = cast(Callable[..., BinaryIO], igzip.IGzipFile)
 _DAMAGED = cast(type[Exception], isal_zlib.error)
@@ -50,12 +54,13 @@ class Store:
 
     def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
         """The manifests of those partitions that have one, in the order of the keys."""
-        found = (self.manifest(layer, resource_type, key) for key in partition_keys)
-        return [manifest for manifest in found if manifest is not None]
+        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+            found = pool.map(lambda key: self.manifest(layer, resource_type, key), partition_keys)
+            return [manifest for manifest in found if manifest is not None]
 
     def commit(self, manifests: Iterable[Manifest]) -> None:
         """Make the partitions visible, each in one step. Their parts must have been put before."""
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
             list(pool.map(self._commit_one, manifests))
 
     def _commit_one(self, manifest: Manifest) -> None:
@@ -100,11 +105,16 @@ class Store:
         )
 
 
-def open_store(url: str, sealing: Sealing = CLEAR) -> Store:
-    """The store at ``url``: a folder; its parts are sealed if there are keys.
+def open_store(url: str, sealing: Sealing = CLEAR, *, bucket: Callable[[str], Bucket] | None = None) -> Store:
+    """The store at ``url``: a folder, or ``s3://bucket/prefix`` where ``bucket`` opens one; its parts are sealed if
+    there are keys.
 
     Raises ConfigurationError for a scheme that is not served.
     """
+    if url.startswith("s3://") and bucket is not None:
+        return Store(S3Blobs(bucket(url)), sealing)
     if "://" in url and not url.startswith("file://"):
-        raise ConfigurationError(f"FHIR_STORE_URL: {url.split('://')[0]}:// is not served; give a folder")
+        raise ConfigurationError(
+            f"FHIR_STORE_URL: {url.split('://')[0]}:// is not served; give a folder or s3://bucket/prefix"
+        )
     return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()), sealing)

@@ -15,8 +15,9 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment import dagster_yaml
 from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.resources.store import store_of
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.store.store import Store, open_store
+from fhir_assets.store.store import Store
 from fhir_assets.warehouse.database import connect, normalise_url
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -41,7 +42,7 @@ class Deployment:
 
     @property
     def store(self) -> Store:
-        return open_store(self.settings.store_url)
+        return store_of(self.settings)
 
     def ingestion(self) -> Ingestion:
         return Ingestion(self.settings, build_definitions(self.settings), self.instance)

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.resources.store import bucket_of
+from fhir_assets.settings import load_settings
 from fhir_assets.store.manifest import Fetch, Fetched, Manifest
 from fhir_assets.store.store import Store, open_store
 from fhir_assets.store.writer import PartWriter, lines_of
@@ -11,9 +13,18 @@ from fhir_assets.store.writer import PartWriter, lines_of
 NOW = datetime(2024, 1, 2, tzinfo=UTC)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    url = request.getfixturevalue("s3_url")
+    return open_store(url, bucket=lambda url: bucket_of(load_settings(), url))
+
+
+def files(store: Store) -> list[str]:
+    """Everything that the store holds, and what still grows on the way there."""
+    growing = [path.name for path in store.blobs.spool().iterdir()]
+    return sorted({*store.blobs.names(""), *growing})
 
 
 def lines(count: int, size: int = 40) -> list[bytes]:
@@ -57,11 +68,27 @@ def test_nothing_is_visible_before_the_commit(store: Store) -> None:
     assert store.manifest("raw", "Patient", "k") == before
 
 
-def test_a_writer_that_is_left_early_leaves_no_files_behind(store: Store, tmp_path: Path) -> None:
+def test_a_writer_that_is_left_early_leaves_no_files_behind(store: Store) -> None:
     with PartWriter(store, "raw", buffer_bytes=1) as writer:
         writer.add("Patient", "k", b"{}", None)
-        assert list(tmp_path.rglob("*.gz"))
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        assert files(store)
+    assert files(store) == []
+
+
+def test_names_are_listed_below_their_folder_and_deleted_by_name(store: Store) -> None:
+    write(store, "k", lines(1))
+    write(store, "kk", lines(1))
+    (part,) = [name for name in store.blobs.names("raw/patient/k") if name.endswith(".gz")]
+    store.blobs.delete(part)
+    assert list(store.blobs.names("raw/patient/k")) == ["raw/patient/k/manifest.json"]
+    store.blobs.delete(part)
+
+
+def test_manifests_of_many_partitions_come_in_the_order_of_their_keys(store: Store) -> None:
+    for n in range(20):
+        write(store, f"k{n:02}", lines(n))
+    keys = [f"k{n:02}" for n in range(30)]
+    assert [manifest.rows for manifest in store.manifests("raw", "Patient", keys)] == list(range(20))
 
 
 def test_a_manifest_keeps_every_fact(store: Store) -> None:
@@ -73,26 +100,27 @@ def test_a_manifest_keeps_every_fact(store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "short", "noise"])
-def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, damage: str) -> None:
     manifest = write(store, "k", lines(5000))
-    path = tmp_path / "store" / manifest.parts[0].name
-    content = path.read_bytes()
+    name = manifest.parts[0].name
+    content = store.blobs.get(name)
+    assert content
     if damage == "gone":
-        path.unlink()
+        store.blobs.delete(name)
     elif damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
+        store.blobs.put(name, content[: len(content) // 2])
     elif damage == "noise":
-        path.write_bytes(content[:100] + bytes(200) + content[300:])
+        store.blobs.put(name, content[:100] + bytes(200) + content[300:])
     else:
         other = write(store, "other", lines(4999))
-        path.write_bytes((tmp_path / "store" / other.parts[0].name).read_bytes())
+        store.blobs.put(name, store.blobs.get(other.parts[0].name) or b"")
     with pytest.raises(StoreError):
         list(store.batches(manifest.parts))
 
 
-def test_a_damaged_manifest_says_which_folder_to_remove(store: Store, tmp_path: Path) -> None:
+def test_a_damaged_manifest_says_which_folder_to_remove(store: Store) -> None:
     write(store, "k", lines(1))
-    (tmp_path / "store/raw/patient/k/manifest.json").write_text("{")
+    store.blobs.put("raw/patient/k/manifest.json", b"{")
     with pytest.raises(StoreError, match=r"raw/patient/k/manifest\.json is damaged: remove"):
         store.manifest("raw", "Patient", "k")
 
