@@ -9,6 +9,7 @@ import dagster as dg
 
 from fhir_assets.assets.delivered import delivered_assets
 from fhir_assets.assets.delivered_health import health_patient_assets
+from fhir_assets.assets.exports import export_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
@@ -80,6 +81,7 @@ def _build(
             *validated_assets(settings, partitions),
             *normalized_assets(settings, partitions, views.views),
             *delivered,
+            *export_assets(settings, partitions, views.views),
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,

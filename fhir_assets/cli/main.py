@@ -11,6 +11,7 @@ from fhir_assets.cli import (
     dead_letters,
     demo,
     dev,
+    export,
     ingest,
     migrate,
     patient,
@@ -37,6 +38,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(patient.app, name="patient")
 app.add_typer(audit.app, name="audit")
+app.command("export")(export.export)
 app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")
 app.command("upload")(upload.upload)

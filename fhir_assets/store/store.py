@@ -68,6 +68,11 @@ class Store:
         content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         self.blobs.put(f"{where}/manifest.json", content)
 
+    def partition_keys(self, layer: str, resource_type: str) -> list[str]:
+        """The keys of every partition of a type that was ever written, in order. Lists the store."""
+        names = self.blobs.names(f"{layer}/{snake_case(resource_type)}")
+        return sorted(name.split("/")[-2] for name in names if name.endswith("/manifest.json"))
+
     def batches(self, parts: Iterable[Part]) -> Iterator[list[bytes]]:
         """The lines of the parts, without line feeds, about 1 MiB at a time.
 

@@ -1,6 +1,6 @@
 """Dead letters: what could not go on, each with its reason and its bytes, to be listed, settled and replayed."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -18,6 +18,7 @@ Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
 Status = Literal["open", "replaying", "resolved", "discarded"]
 
 _CHUNK = 5000
+_STREAMED = 500
 _LONGEST_ID = 256
 
 
@@ -164,6 +165,18 @@ def resource(conn: Connection, letter_id: int) -> bytes | None:
     if row is None:
         raise KeyError(letter_id)
     return None if row[0] is None else sealing_of(conn).open(bytes(row[0]))
+
+
+def stream(conn: Connection, selection: Selection) -> Iterator[tuple[StoredLetter, bytes | None]]:
+    """The letters of a selection with their resources, the oldest first, streamed. Raises SealingError."""
+    where, params = selection.where()
+    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)])
+    query = sql.SQL("SELECT {}, resource FROM ops.dead_letters WHERE {} ORDER BY id").format(columns, where)
+    sealing = sealing_of(conn)
+    with conn.transaction(), conn.cursor(name="dead_letters") as cursor:
+        cursor.itersize = _STREAMED
+        for row in cursor.execute(query, params):
+            yield StoredLetter(*row[:-1]), None if row[-1] is None else sealing.open(bytes(row[-1]))
 
 
 def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:

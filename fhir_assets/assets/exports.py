@@ -1,0 +1,66 @@
+"""``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL: valid resources, and the tables as Parquet."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from fhir_assets.assets.run import RunFacts
+from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.fhir.views import View
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.warehouse import tables
+from fhir_assets.warehouse.exports import Export, folder_of_run
+
+
+def export_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
+) -> list[dg.AssetsDefinition]:
+    """An asset a type; none unless FHIR_EXPORT_URL is set."""
+    if not settings.fhir_export_url:
+        return []
+    return [
+        _export(settings, partitions, BY_NAME[name], [view for view in views if view.resource_type == name])
+        for name in settings.fhir_resource_types
+    ]
+
+
+def _export(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
+) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=resource_type.key,
+        key_prefix="exports",
+        group_name="exports",
+        deps=[dg.AssetKey(["normalized", view.name]) for view in views],
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        description=f"{resource_type.name}: the windows of a run as NDJSON and Parquet files in FHIR_EXPORT_URL.",
+        kinds={"fhir", "parquet"},
+    )
+    def exports(
+        context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
+    ) -> dg.MaterializeResult[None]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        with warehouse.connect() as conn:
+            tables.ensure_tables(conn, views)
+            conn.commit()
+            started = context.instance.get_run_stats(facts.run_id).start_time
+            folder = folder_of_run(facts.run_id, datetime.fromtimestamp(started or facts.now.timestamp(), UTC))
+            target = open_store(settings.fhir_export_url).blobs
+            export = Export(conn, store, target, folder, run_id=facts.run_id, actor=facts.triggered_by)
+            of_type = export.of(resource_type.name, facts.partition_keys)
+            files = [of_type.valid(), *(of_type.table(view, "parquet") for view in views)]
+            place = export.finish(f"{resource_type.name}.manifest.json")
+        return dg.MaterializeResult(
+            metadata={
+                "folder": dg.MetadataValue.path(place),
+                "rows": sum(file.rows for file in files),
+                "bytes": sum(file.bytes for file in files),
+                "files": len(files),
+            }
+        )
+
+    return exports
