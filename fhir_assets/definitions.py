@@ -14,7 +14,7 @@ from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
 from fhir_assets.automation.alerts import alerts_sensor
-from fhir_assets.automation.jobs import check_tables, incremental_load, load_received
+from fhir_assets.automation.jobs import check_tables, incremental_load, load_received, replay_dead_letters
 from fhir_assets.automation.received import load_received_sensor
 from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
 from fhir_assets.automation.sensors import record_failed_runs
@@ -64,6 +64,7 @@ def _build(
     delivered = delivered_assets(settings, partitions, views.views)
     delivered_keys = [key for each in delivered for key in each.keys]
     job, receiving = incremental_load(checks, delivered_keys), load_received(checks, delivered_keys)
+    replay = replay_dead_letters(checks, delivered_keys)
     daily = check_tables(checks)
 
     @dg.resource
@@ -85,7 +86,7 @@ def _build(
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,
-        jobs=[job, receiving, daily],
+        jobs=[job, receiving, replay, daily],
         schedules=[
             incremental_load_schedule(settings, job, source, warehouse),
             check_tables_schedule(settings, daily),

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from traceback import extract_tb
+from typing import Literal
 
 import dagster as dg
 import psycopg
@@ -23,18 +24,25 @@ REFRESH_TAG = "fhir_assets/refresh"
 TRIGGER_TAG = "fhir_assets/triggered_by"
 """Run tag: who asked for the run, where Dagster's own tags do not say."""
 
+REPLAY_TAG = "fhir_assets/replay"
+"""Run tag of a replay of dead letters: ``marked`` (what was asked for) or ``open`` (all open ones of the windows)."""
+
+_REPLAYS: dict[str, Literal["marked", "open"]] = {"marked": "marked", "open": "open"}
 _TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """The run's id, its windows, how much it does again, who asked for it, and the time it counts as now."""
+    """The run's id, its windows, how much it does again, who asked for it, the time it counts as now, and which dead
+    letters it replays: None if it is no replay.
+    """
 
     run_id: str
     windows: WindowRange
     refresh: Refresh
     triggered_by: str
     now: datetime
+    replay: Literal["marked", "open"] | None = None
 
     @property
     def partition_keys(self) -> list[str]:
@@ -53,6 +61,7 @@ class RunFacts:
             Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
             tags.get(TRIGGER_TAG) or next(named, None) or tags.get("user") or "manual",
             datetime.now(UTC),
+            _REPLAYS.get(tags.get(REPLAY_TAG, "")),
         )
 
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-from fhir_assets.assets.run import REFRESH_TAG
+from fhir_assets.assets.run import REFRESH_TAG, REPLAY_TAG
 from fhir_assets.pipeline.plan import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"
+REPLAY_DEAD_LETTERS = "replay_dead_letters"
 CHECK_TABLES = "check_tables"
 LOAD_RECEIVED = "load_received"
 LOADS = (INCREMENTAL_LOAD, LOAD_RECEIVED)
@@ -43,6 +44,21 @@ def load_received(
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Validate and load what was received by other doors than the source: landing files, intake.",
+    )
+
+
+def replay_dead_letters(
+    table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
+) -> UnresolvedAssetJobDefinition:
+    """Dead letters of some windows judged and loaded again, in one run and one process. Launched by hand it takes the
+    open ones of the windows; the sensor and the command line ask for those that were marked.
+    """
+    return dg.define_asset_job(
+        REPLAY_DEAD_LETTERS,
+        selection=_layers(LAYERS[1:], table_checks, delivered),
+        executor_def=dg.in_process_executor,
+        tags={REFRESH_TAG: Refresh.MISSING.value, REPLAY_TAG: "open"},
+        description="Judge the dead letters of the windows again, and load what healed.",
     )
 
 

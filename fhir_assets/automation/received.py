@@ -11,13 +11,13 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from fhir_assets.automation.dead_runs import give_up_dead_runs
 from fhir_assets.automation.requests import UNFINISHED, run_request
 from fhir_assets.catalog import BY_NAME, LOAD_ORDER
-from fhir_assets.pipeline.due import chunks
+from fhir_assets.pipeline.due import consecutive
 from fhir_assets.pipeline.receive import Received
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse import received
 from fhir_assets.warehouse.received import Pending
-from fhir_assets.windows import Window, WindowRange, WindowScheme
+from fhir_assets.windows import WindowRange, WindowScheme
 
 RUNS_AT_ONCE = 10
 """How many runs one tick asks for at most."""
@@ -50,17 +50,9 @@ def group(scheme: WindowScheme, pending: Sequence[Pending]) -> list[ReceivedWind
     by_key: dict[str, list[Pending]] = {}
     for each in pending:
         by_key.setdefault(each.partition_key, []).append(each)
-    windows = sorted((scheme.window(key) for key in by_key), key=lambda window: window.end)
-    runs: list[list[Window]] = []
-    for window in windows:
-        if runs and runs[-1][-1].end == window.start:
-            runs[-1].append(window)
-        else:
-            runs.append([window])
     return [
         ReceivedWindows(part, tuple(each for window in part.windows for each in by_key[window.key]))
-        for run in runs
-        for part in chunks(run)
+        for part in consecutive(scheme, by_key)
     ]
 
 

@@ -1,6 +1,6 @@
 """Which windows have to be loaded now."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
 
@@ -52,6 +52,17 @@ def windows_due(
     # A checkpoint that has only begun has nothing before it that could come late.
     first = min(each.loaded_until - (timedelta(0) if name in begin else overlap) for name, each in known.items())
     return chunks(list(scheme.between(min(first, last), last)))
+
+
+def consecutive(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
+    """The windows of some partition keys in ranges that follow one another, of at most WINDOWS_AT_ONCE."""
+    stretches: list[list[Window]] = []
+    for window in sorted((scheme.window(key) for key in set(partition_keys)), key=lambda window: window.end):
+        if stretches and stretches[-1][-1].end == window.start:
+            stretches[-1].append(window)
+        else:
+            stretches.append([window])
+    return [part for stretch in stretches for part in chunks(stretch)]
 
 
 def chunks(windows: list[Window]) -> list[WindowRange]:

@@ -13,7 +13,7 @@ from fhir_assets.pipeline.workers import Workers
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, received, runs, tables
+from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, received, replays, runs, tables
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import DeadLetter
 from fhir_assets.warehouse.loader import Loader, Unloadable
@@ -146,8 +146,10 @@ class Loading:
         anew = [task.window.key for task in group if task.anew]
         for stage in ("transform", "load"):
             dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
+        replays.supersede(conn, self._run_id, resource_type, [task.window.key for task in group])
         if self._whole:
             self._remember(conn, resource_type, group)
+            self._heal(conn, resource_type, group)
         runs.count(
             conn,
             self._run_id,
@@ -192,6 +194,13 @@ class Loading:
             if task.until is not None:
                 checkpoints.advance(conn, resource_type, task.window.start, task.until, self._run_id)
 
+    def _heal(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
+        """The dead letters that replays brought into these windows are resolved, in the transaction of their rows."""
+        healed_by = {
+            task.window.key: state.replays for task in group if (state := task.manifest.validated) and state.replays
+        }
+        replays.healed(conn, self._run_id, resource_type, ["validate"], healed_by)
+
 
 def _unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
     return DeadLetter(
@@ -208,7 +217,7 @@ def _unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
 
 def _covers(validated: Manifest, raw: Manifest) -> bool:
     """Whether all that was fetched of the window has been validated: only then may the checkpoint move on."""
-    return validated.validated is not None and {part.name for part in raw.parts} == set(validated.validated.inputs)
+    return validated.validated is not None and {part.name for part in raw.parts} == validated.validated.raw_parts
 
 
 def _transactions(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:

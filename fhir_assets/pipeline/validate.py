@@ -1,19 +1,22 @@
 """raw -> validated: every resource is either kept, as its received bytes, or becomes a dead letter."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.fhir.record import Malformed, read_header
 from fhir_assets.fhir.validation import Issue, Validator, Verdict
 from fhir_assets.pipeline.collector import seldom_collected
-from fhir_assets.pipeline.letters import LetterBuffer, Reject
+from fhir_assets.pipeline.letters import LetterBuffer
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.pipeline.workers import Workers
-from fhir_assets.store.manifest import Manifest, Part, Validated
+from fhir_assets.store.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.store.store import Store
 from fhir_assets.store.writer import PartWriter
+from fhir_assets.warehouse import dead_letters
+from fhir_assets.warehouse.corrections import Corrections
+from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.dead_letters import DeadLetter
 
 
@@ -54,20 +57,21 @@ class ResourceValidation:
         self,
         store: Store,
         validator: Validator,
+        connect: Callable[[], Connection],
         *,
         run_id: str,
         now: datetime,
         refresh: Refresh,
-        reject: Reject,
         workers: Workers,
     ) -> None:
         self._store = store
+        self._connect = connect
         self._validator = validator
         self._workers = workers
         self._run_id = run_id
         self._now = now
         self._refresh = refresh
-        self._letters = LetterBuffer(reject)
+        self._letters = LetterBuffer(lambda letters: dead_letters.record_now(connect, run_id, letters))
 
     @seldom_collected()
     def validate(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
@@ -76,6 +80,9 @@ class ResourceValidation:
         Raises StoreError; the partitions are then as before.
         """
         states = list(self._states(resource_type, raw))
+        corrections = Corrections(
+            self._connect, resource_type, ["validate"], [state.raw.partition_key for state in states]
+        )
         judged = self._workers.map(
             Judge(self._validator),
             ((state, lines) for state in states for lines in self._store.batches(state.todo)),
@@ -84,7 +91,7 @@ class ResourceValidation:
         )
         with PartWriter(self._store, "validated") as writer:
             for state, lines, found in judged:
-                self._sort(state, lines, found, writer)
+                self._sort(state, lines, found, corrections, writer)
             self._letters.flush()
             parts = writer.finish()
         return ValidatedUpdate(
@@ -113,10 +120,14 @@ class ResourceValidation:
         if existing.validated.rules_version != self._validator.rules_version:
             return None
         names = {part.name for part in raw.parts}
-        return existing if names.issuperset(existing.validated.inputs) else None
+        return existing if names.issuperset(existing.validated.raw_parts) else None
 
-    def _sort(self, state: "_State", lines: list[bytes], found: Found, writer: PartWriter) -> None:
-        """Keep the valid lines of a batch, byte for byte; make dead letters of the others."""
+    def _sort(
+        self, state: "_State", lines: list[bytes], found: Found, corrections: Corrections, writer: PartWriter
+    ) -> None:
+        """Keep the valid lines of a batch, byte for byte; make dead letters of the others, unless they were corrected
+        by hand before.
+        """
         state.rows += len(lines)
         name, key = state.raw.resource_type, state.raw.partition_key
         refused = set()
@@ -124,9 +135,13 @@ class ResourceValidation:
             verdict = Verdict(lines[place], issues)
             if not verdict.valid:
                 refused.add(place)
-                letter = dead_letter(name, key, lines[place], verdict)
-                state.dead[letter.rule] += 1
-                self._letters.add(letter)
+                letter = dead_letter(name, key, lines[place], verdict, judged_by=self._validator.judgement)
+                corrected = corrections.find(letter)
+                if corrected is not None and self._validator.check(corrected).valid:
+                    writer.add(name, key, corrected, None)
+                else:
+                    state.dead[letter.rule] += 1
+                    self._letters.add(letter)
             state.warnings.update(issue.rule for issue in issues if issue.severity == "warning")
         for place, line in enumerate(lines):
             if place not in refused:
@@ -134,8 +149,10 @@ class ResourceValidation:
 
     def _manifest(self, state: "_State", parts: tuple[Part, ...]) -> Manifest:
         raw, base = state.raw, state.base
+        replays: list[str] = []
         if base and base.validated:
             state.add(base.validated)
+            replays = [REPLAY + run for run in base.validated.replays]
         return Manifest(
             "validated",
             raw.resource_type,
@@ -144,7 +161,7 @@ class ResourceValidation:
             self._now,
             (base.parts if base else ()) + parts,
             validated=Validated(
-                tuple(part.name for part in raw.parts),
+                (*(part.name for part in raw.parts), *replays),
                 self._validator.rules_version,
                 state.rows,
                 dict(state.dead),
@@ -173,7 +190,7 @@ class _State:
         self.warnings.update(earlier.warnings)
 
 
-def dead_letter(resource_type: str, partition_key: str, line: bytes, verdict: Verdict) -> DeadLetter:
+def dead_letter(resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, judged_by: str) -> DeadLetter:
     """The dead letter of a resource that was refused: its first error leads, all issues come with it."""
     first = next(issue for issue in verdict.issues if issue.severity == "error")
     return DeadLetter(
@@ -186,6 +203,7 @@ def dead_letter(resource_type: str, partition_key: str, line: bytes, verdict: Ve
         resource=line,
         partition_key=partition_key,
         issues=[_as_json(issue) for issue in verdict.issues],
+        judged_by=judged_by,
     )
 
 

@@ -59,14 +59,29 @@ class Fetched(msgspec.Struct, frozen=True):
     source_state: str | None = None
 
 
+REPLAY = "replay:"
+
+
 class Validated(msgspec.Struct, frozen=True):
-    """How a validated partition came about: from which raw parts, under which rules."""
+    """How a validated partition came about: from which raw parts, under which rules. ``inputs`` names besides the
+    parts, as ``replay:<run>``, the replays whose healed dead letters are in the partition too.
+    """
 
     inputs: tuple[str, ...]
     rules_version: str
     rows_in: int
     dead: dict[str, int]
     warnings: dict[str, int]
+
+    @property
+    def raw_parts(self) -> frozenset[str]:
+        """The names of the raw parts that were judged."""
+        return frozenset(name for name in self.inputs if not name.startswith(REPLAY))
+
+    @property
+    def replays(self) -> list[str]:
+        """The runs whose healed letters are in the partition."""
+        return [name.removeprefix(REPLAY) for name in self.inputs if name.startswith(REPLAY)]
 
 
 class Delivered(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import islice
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
+from fhir_assets.fhir.record import Malformed, read_header, read_instant
 from fhir_assets.privacy.sealing import CLEAR, Sealing
 from fhir_assets.warehouse.database import Connection, sealing_of
 
@@ -28,6 +29,7 @@ class DeadLetter:
 
     ``path``, ``message`` and ``issues`` hold no patient data; ``rule`` and ``path`` are of the issue that leads.
     ``origin`` says by what it was received, None if it was fetched from the configured source.
+    ``judged_by`` names the rules or views that refused it: others may not.
     """
 
     resource_type: str
@@ -40,6 +42,7 @@ class DeadLetter:
     partition_key: str
     issues: list[dict[str, str]] = field(default_factory=list)
     origin: str | None = None
+    judged_by: str = ""
 
     def fingerprint(self, sealing: Sealing = CLEAR) -> bytes:
         """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
@@ -75,7 +78,9 @@ def settle(conn: Connection, run_id: str, resource_type: str, stage: str, partit
     Reading the source again says nothing about what was received by another door: its letters of stage ``fetch`` stay.
     """
     return conn.execute(
-        "UPDATE ops.dead_letters SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s"
+        "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
+        " resolution = CASE WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint)"
+        " THEN 'corrected' ELSE 'did not fail again' END, claimed_by = NULL, marked_at = NULL"
         " WHERE resource_type = %(type)s AND stage = %(stage)s AND partition_key = ANY(%(keys)s)"
         " AND status IN ('open', 'replaying') AND run_id <> %(run)s AND (stage <> 'fetch' OR origin IS NULL)",
         {"run": run_id, "type": resource_type, "stage": stage, "keys": list(partition_keys)},
@@ -103,12 +108,16 @@ class StoredLetter:
     last_failure: datetime
     resolved_at: datetime | None
     resolved_run_id: str | None
+    resolution: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which letters: every field that is given must match. ``since`` and ``until`` bound the last failure."""
+    """Which letters: every field that is given must match. ``run_id`` is the run in which they failed first or last;
+    ``since`` and ``until`` bound the last failure.
+    """
 
+    ids: Sequence[int] | None = None
     run_id: str | None = None
     resource_type: str | None = None
     stage: str | None = None
@@ -120,11 +129,17 @@ class Selection:
 
     def where(self) -> tuple[sql.Composed, dict[str, object]]:
         """The condition, and its parameters."""
-        equal = {name: getattr(self, name) for name in ("run_id", "resource_type", "stage", "rule", "status")}
+        equal = {name: getattr(self, name) for name in ("resource_type", "stage", "rule", "status")}
         params: dict[str, object] = {name: value for name, value in equal.items() if value is not None}
         terms: list[sql.Composable] = [
             sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in params
         ]
+        if self.ids is not None:
+            terms.append(sql.SQL("id = ANY(%(ids)s)"))
+            params["ids"] = list(self.ids)
+        if self.run_id is not None:
+            terms.append(sql.SQL("(run_id = %(run_id)s OR first_run_id = %(run_id)s)"))
+            params["run_id"] = self.run_id
         if self.partition_keys is not None:
             terms.append(sql.SQL("partition_key = ANY(%(partition_keys)s)"))
             params["partition_keys"] = list(self.partition_keys)
@@ -138,17 +153,31 @@ class Selection:
 
 
 def find(conn: Connection, selection: Selection, *, before: int | None = None, limit: int = 100) -> list[StoredLetter]:
-    """The newest letters of a selection first; ``before`` is the last id of the page before."""
-    where, params = selection.where()
-    query = sql.SQL(
-        "SELECT {columns} FROM ops.dead_letters WHERE {where} {page} ORDER BY id DESC LIMIT %(limit)s"
-    ).format(
-        columns=sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)]),
-        where=where,
-        page=sql.SQL("AND id < %(before)s" if before is not None else ""),
+    """The letters of a selection, those that failed last first; ``before`` is the last id of the page before."""
+    if selection.run_id is not None:
+        # Of two indexes one page each: an OR would have Postgres sort all letters of the run.
+        either = replace(selection, run_id=None).where()[0]
+        places = [
+            sql.SQL("{} = %(run_id)s AND {}").format(sql.Identifier(name), either)
+            for name in ("run_id", "first_run_id")
+        ]
+    else:
+        places = [selection.where()[0]]
+    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)])
+    page = sql.SQL(
+        "AND (last_failure, id) < (SELECT last_failure, id FROM ops.dead_letters WHERE id = %(before)s)"
+        if before is not None
+        else ""
     )
+    order = sql.SQL("ORDER BY last_failure DESC, id DESC LIMIT %(limit)s")
+    parts = [
+        sql.SQL("(SELECT {} FROM ops.dead_letters WHERE {} {} {})").format(columns, where, page, order)
+        for where in places
+    ]
+    query = sql.SQL("SELECT * FROM ({}) found {}").format(sql.SQL(" UNION ").join(parts), order)
+    params = {**selection.where()[1], "before": before, "limit": limit}
     with conn.cursor(row_factory=class_row(StoredLetter)) as cursor:
-        return cursor.execute(query, {**params, "before": before, "limit": limit}).fetchall()
+        return cursor.execute(query, params).fetchall()
 
 
 def get(conn: Connection, letter_id: int) -> tuple[StoredLetter, list[dict[str, str]]] | None:
@@ -215,6 +244,8 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             None if letter.resource is None else sealing.seal(letter.resource),
             _storable(letter.partition_key),
             letter.origin,
+            _last_updated(letter.resource),
+            letter.judged_by,
             1,
         ]
     with conn.transaction() if conn.autocommit else nullcontext(), conn.cursor() as cursor:
@@ -231,14 +262,15 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
 _STAGE = """
     CREATE TEMPORARY TABLE IF NOT EXISTS stage_dead_letters (
         fingerprint bytea, resource_type text, resource_id text, stage text, rule text, path text, message text,
-        issues jsonb, resource bytea, partition_key text, origin text, occurrences bigint
+        issues jsonb, resource bytea, partition_key text, origin text, last_updated timestamptz, judged_by text,
+        occurrences bigint
     ) ON COMMIT DROP
 """
-_STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "text", "int8"]
-_UPSERT = """
+_STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "text", "timestamptz", "text", "int8"]
+_UPSERT = sql.SQL("""
     INSERT INTO ops.dead_letters AS known (
         fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
-        origin, occurrences, run_id, first_run_id, sealed_by
+        origin, last_updated, judged_by, occurrences, run_id, first_run_id, sealed_by
     )
     SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
     ON CONFLICT (fingerprint) DO UPDATE SET
@@ -250,14 +282,31 @@ _UPSERT = """
         resource = excluded.resource,
         sealed_by = excluded.sealed_by,
         origin = excluded.origin,
+        judged_by = excluded.judged_by,
         run_id = excluded.run_id,
-        status = CASE known.status WHEN 'discarded' THEN 'discarded' ELSE 'open' END,
+        status = CASE WHEN {stays} THEN known.status ELSE 'open' END,
         occurrences = excluded.occurrences + CASE WHEN known.run_id = excluded.run_id THEN known.occurrences ELSE 0 END,
         attempts = known.attempts + (known.run_id <> excluded.run_id)::integer,
         last_failure = now(),
-        resolved_at = NULL,
-        resolved_run_id = NULL
-"""
+        resolved_at = CASE WHEN {stays} THEN known.resolved_at END,
+        resolved_run_id = CASE WHEN {stays} THEN known.resolved_run_id END,
+        resolution = CASE WHEN {stays} THEN known.resolution END,
+        claimed_by = NULL,
+        marked_at = NULL
+""").format(
+    # What was corrected at the door has come in corrected: that it is refused again when its window is read is known.
+    stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'")
+)
+
+
+def _last_updated(resource: bytes | None) -> datetime | None:
+    if resource is None:
+        return None
+    try:
+        meta = read_header(resource).meta
+    except Malformed:
+        return None
+    return read_instant(meta.lastUpdated) if meta else None
 
 
 def _storable(text: str) -> str:

@@ -1,5 +1,6 @@
 """The validator: bytes in, a verdict out, whatever the bytes."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -74,6 +75,12 @@ class Validator:
         """Changes whenever the rules do."""
         rules = load_rules()
         return f"{rules.fhir_version}-{rules.digest}"
+
+    @property
+    def judgement(self) -> str:
+        """Changes whenever a verdict may: with the rules, and with the settings."""
+        settings = repr((self.warn_rules, self.max_bytes, self.max_depth)).encode()
+        return f"{self.rules_version}-{hashlib.sha256(settings).hexdigest()[:8]}"
 
     def check(self, body: bytes) -> Verdict:
         """The verdict on one resource as JSON. Never raises, whatever the bytes."""

@@ -33,8 +33,6 @@ def upgrade() -> None:
         CREATE INDEX ON ops.dead_letters (first_run_id, last_failure DESC, id DESC);
         CREATE INDEX ON ops.dead_letters (resource_type, resource_id) WHERE status IN ('open', 'replaying');
         CREATE INDEX ON ops.dead_letters (stage, resource_type, judged_by) WHERE status = 'open';
-        CREATE INDEX ON ops.dead_letters (marked_at) WHERE status = 'replaying';
-        CREATE INDEX ON ops.dead_letters (claimed_by) WHERE status = 'replaying';
         DROP INDEX ops.dead_letters_resource_type_id_idx, ops.dead_letters_resource_type_status_rule_id_idx,
             ops.dead_letters_run_id_id_idx, ops.dead_letters_status_id_idx, ops.dead_letters_stage_id_idx,
             ops.dead_letters_rule_id_idx, ops.dead_letters_last_failure_id_idx;
@@ -47,6 +45,7 @@ def upgrade() -> None:
             partition_key text NOT NULL,
             original bytea,
             resource bytea NOT NULL,
+            sealed_by text,
             corrected_by text NOT NULL,
             corrected_at timestamptz NOT NULL DEFAULT now()
         );
