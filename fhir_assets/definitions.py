@@ -16,6 +16,7 @@ from fhir_assets.assets.validated import validated_assets
 from fhir_assets.automation.alerts import alerts_sensor
 from fhir_assets.automation.jobs import check_tables, incremental_load, load_received, replay_dead_letters
 from fhir_assets.automation.received import load_received_sensor
+from fhir_assets.automation.replays import replay_dead_letters_sensor
 from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
 from fhir_assets.automation.sensors import record_failed_runs
 from fhir_assets.checks.table import table_checks
@@ -25,6 +26,7 @@ from fhir_assets.fhir.views import ViewSet, load_views
 from fhir_assets.io_managers.ndjson import NdjsonIOManager
 from fhir_assets.io_managers.postgres import PostgresIOManager
 from fhir_assets.partitions import partitions_definition
+from fhir_assets.pipeline.load import judgement
 from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.source import open_source
 from fhir_assets.resources.store import store_of
@@ -37,6 +39,25 @@ def views_of(settings: Settings) -> ViewSet:
     """The ViewDefinitions of ``sql/views`` and of FHIR_VIEWS."""
     folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
     return load_views([Path(folder) for folder in folders])
+
+
+def validator_of(settings: Settings) -> Validator:
+    """The validator of the settings."""
+    return Validator(
+        warn_rules=settings.validation_warn_rules,
+        max_bytes=settings.validation_max_bytes,
+        max_depth=settings.validation_max_depth,
+    )
+
+
+def judges_of(settings: Settings, views: ViewSet) -> list[tuple[str, str, str]]:
+    """What judges resources at present: resource type, stage, and what dead letters have as ``judged_by``."""
+    found = []
+    rules = validator_of(settings).judgement
+    for name in settings.fhir_resource_types:
+        tables = judgement([view for view in views.views if view.resource_type == name])
+        found += [(name, "validate", rules), (name, "transform", tables), (name, "load", tables)]
+    return found
 
 
 def build_definitions(
@@ -67,6 +88,8 @@ def _build(
     replay = replay_dead_letters(checks, delivered_keys)
     daily = check_tables(checks)
 
+    validator = validator_of(settings)
+
     @dg.resource
     def source_resource() -> Source:
         return source()
@@ -92,6 +115,7 @@ def _build(
             check_tables_schedule(settings, daily),
         ],
         sensors=[
+            replay_dead_letters_sensor(settings, replay, warehouse, judges_of(settings, views)),
             record_failed_runs(warehouse),
             alerts_sensor(settings, warehouse),
             load_received_sensor(settings, receiving, warehouse),
@@ -103,11 +127,7 @@ def _build(
             "store": store,
             "warehouse": warehouse_resource,
             "workers": Workers(settings.workers),
-            "validator": Validator(
-                warn_rules=settings.validation_warn_rules,
-                max_bytes=settings.validation_max_bytes,
-                max_depth=settings.validation_max_depth,
-            ),
+            "validator": validator,
         },
     )
     return dg.Definitions.merge(loading, health_patient_assets(settings, warehouse))

@@ -15,6 +15,7 @@
         ├── StoreError            the store cannot be read or written (disk full, rights, damaged part)
         ├── SealingError          patient data that is sealed with a key that is missing, or was altered
         ├── FhirPathError         an expression that cannot be parsed, resolved or evaluated
+        ├── CorrectionRefused     an edit of a dead letter that is no correction
         └── ViewError             a ViewDefinition that is invalid, or a table that it no longer fits
 
 A message says what happened, where, and what to do next. It never holds a patient's data: no resource, no
@@ -76,3 +77,7 @@ class FhirPathError(PermanentError):
 
 class ViewError(PermanentError):
     """A ViewDefinition is invalid, or a table no longer fits it."""
+
+
+class CorrectionRefused(PermanentError):
+    """An edit of a dead letter is no correction: it does not fit the resource, or what it gives is refused again."""

@@ -1,23 +1,25 @@
 """Loading without the UI: the job in this process, a range of windows a run."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import uuid4
 
 import dagster as dg
 
-from fhir_assets.assets.run import REFRESH_TAG, TRIGGER_TAG
+from fhir_assets.assets.run import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.automation.dead_runs import give_up_dead_runs
-from fhir_assets.automation.jobs import INCREMENTAL_LOAD, LOAD_RECEIVED
+from fhir_assets.automation.jobs import INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS
 from fhir_assets.automation.received import ReceivedWindows, assets_of, group
 from fhir_assets.automation.requests import range_tags
-from fhir_assets.pipeline.due import chunks, windows_due
+from fhir_assets.pipeline.due import chunks, consecutive, windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.source import open_source
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import received
+from fhir_assets.warehouse import received, replays
+from fhir_assets.warehouse.dead_letters import Selection
 from fhir_assets.windows import WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
@@ -91,6 +93,47 @@ class Ingestion:
         assets = assets_of(self._definitions.resolve_asset_graph(), waiting.resource_types)
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
+    def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
+        """Replay the open dead letters of a selection, in a run of ``replay_dead_letters`` a stretch of windows."""
+        with self._warehouse.connect() as conn:
+            give_up_dead_runs(self._instance, conn)
+            scope = replays.scope(conn, selection)
+        by_key: dict[str, set[str]] = {}
+        for each in scope:
+            by_key.setdefault(each.partition_key, set()).add(each.resource_type)
+        graph = self._definitions.resolve_asset_graph()
+        outcomes = []
+        for windows in consecutive(self._settings.window_scheme, by_key):
+            keys = [window.key for window in windows.windows]
+            types = sorted(set().union(*(by_key[key] for key in keys)))
+            chosen = replace(selection, partition_keys=keys)
+            outcomes.append(
+                self._run(
+                    REPLAY_DEAD_LETTERS,
+                    windows,
+                    Refresh.MISSING,
+                    triggered_by,
+                    None,
+                    assets_of(graph, types),
+                    claim=chosen,
+                )
+            )
+        return outcomes
+
+    @contextmanager
+    def _claimed(self, run_id: str, selection: Selection | None) -> Iterator[None]:
+        """The letters of a selection are the run's meanwhile; those it did not come to are open again afterwards."""
+        if selection is None:
+            yield
+            return
+        with self._warehouse.connect() as conn:
+            replays.mark(conn, selection, claimed_by=run_id)
+        try:
+            yield
+        finally:
+            with self._warehouse.connect() as conn:
+                replays.release_own(conn, run_id)
+
     def _run(
         self,
         job: str,
@@ -99,13 +142,17 @@ class Ingestion:
         triggered_by: str,
         listener: Listener | None,
         assets: list[dg.AssetKey] | None = None,
+        *,
+        claim: Selection | None = None,
     ) -> Outcome:
         tags = {REFRESH_TAG: refresh.value, TRIGGER_TAG: triggered_by}
+        if claim is not None:
+            tags[REPLAY_TAG] = "marked"
         single = len(windows.windows) == 1
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
-        with self._warehouse.held_for(run_id):
+        with self._warehouse.held_for(run_id), self._claimed(run_id, claim):
             result = self._definitions.resolve_job_def(job).execute_in_process(
                 instance=self._instance,
                 raise_on_error=False,

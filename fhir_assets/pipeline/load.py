@@ -1,8 +1,9 @@
 """validated -> tables: all views of a type in one pass, whole windows a transaction."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from fhir_assets.fhir.views import View
@@ -80,6 +81,7 @@ class Loading:
         self._views = views
         self._make_rows: MakeRows | None = None
         self._workers = workers
+        self._judgement = judgement(views)
         self._whole = whole
         self._run_id = run_id
         self._refresh = refresh
@@ -131,7 +133,9 @@ class Loading:
         def bury(letters: Sequence[DeadLetter]) -> None:
             if letters:
                 loader.wait()
-                dead_letters.record(conn, self._run_id, letters)
+                dead_letters.record(
+                    conn, self._run_id, (replace(letter, judged_by=self._judgement) for letter in letters)
+                )
                 total.dead.update(letter.rule for letter in letters)
                 dead.update(letter.partition_key for letter in letters)
 
@@ -200,6 +204,12 @@ class Loading:
             task.window.key: state.replays for task in group if (state := task.manifest.validated) and state.replays
         }
         replays.healed(conn, self._run_id, resource_type, ["validate"], healed_by)
+
+
+def judgement(views: Sequence[View]) -> str:
+    """Changes whenever other resources may be refused by ``views``: with the meaning of any of them."""
+    text = "\0".join(sorted(f"{view.name} {view.fingerprint}" for view in views))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _unloadable(resource_type: str, item: Unloadable) -> DeadLetter:

@@ -254,6 +254,34 @@ def supersede(conn: Connection, run_id: str, resource_type: str, partition_keys:
     )
 
 
+def corrected_at_the_door(conn: Connection, letter_id: int) -> None:
+    """A letter of stage ``fetch`` whose correction was received: resolved, also when its window is read again."""
+    conn.execute(
+        "UPDATE ops.dead_letters SET status = 'resolved', resolution = 'corrected', resolved_at = now() WHERE id = %s",
+        [letter_id],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of the letters that some runs replayed."""
+
+    healed: int
+    failed: int
+
+
+def outcome(conn: Connection, run_ids: Sequence[str]) -> Outcome:
+    """What came of the letters in the windows of some runs."""
+    row = conn.execute(
+        "SELECT count(*) FILTER (WHERE d.status = 'resolved' AND d.resolved_run_id = r.run_id),"
+        " count(*) FILTER (WHERE d.status = 'open' AND d.run_id = r.run_id)"
+        " FROM ops.ingestion_runs r JOIN ops.dead_letters d USING (resource_type, partition_key)"
+        " WHERE r.run_id = ANY(%s) AND d.stage = ANY(%s)",
+        [list(run_ids), list(REPLAYED)],
+    ).fetchone()
+    return Outcome(*(row or (0, 0)))
+
+
 def discard(conn: Connection, selection: Selection, *, reason: str, by: str) -> int:
     """These are not going to be mended: they count no more, and stay discarded when they fail again."""
     where, params = replace(selection, status=None).where()

@@ -132,6 +132,14 @@ def abandon_dead(conn: Connection, *, error: str = "the run ended without saying
     return sum(abandon(conn, run_id, error=error) for run_id in sorted(dead))
 
 
+def beginning_with(conn: Connection, prefix: str) -> list[str]:
+    """The ids of the runs that begin with ``prefix``, two at most."""
+    rows = conn.execute(
+        "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
+    ).fetchall()
+    return [run_id for (run_id,) in rows]
+
+
 def errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
     """Why a run failed: each reason with the types it stopped, in load order."""
     rows = conn.execute(

@@ -1,0 +1,330 @@
+"""Dead letters corrected and replayed: healed ones are in the tables, the windows reconcile, nothing is done twice."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from typer.testing import CliRunner
+
+from fhir_assets.assets.run import REPLAY_TAG
+from fhir_assets.cli.main import app
+from fhir_assets.definitions import build_definitions
+from fhir_assets.errors import CorrectionRefused
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse import corrections, dead_letters, replays, runs
+from fhir_assets.warehouse.database import connect, normalise_url
+from fhir_assets.warehouse.dead_letters import Selection, StoredLetter
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import add, materialize, patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+KEY = "2024-01-05"
+LAYERS = ("raw/patient", "validated/patient", "normalized/patient")
+MEND = [{"op": "replace", "path": "/gender", "value": "female"}]
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    """Two days of ten patients each, three of whom have a gender that is none."""
+    bodies = [
+        patient(f"p{day}-{n}", DAY + timedelta(days=day, hours=n), gender="wrong" if n < 3 else "male")
+        for day in range(2)
+        for n in range(10)
+    ]
+    with SandboxServer(bodies) as server:
+        yield server
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> Deployment:
+    made = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
+    for name, value in {
+        "DB_URL": made.url,
+        "FHIR_ASSETS_HOME": str(made.settings.home),
+        "FHIR_BASE_URL": server.url,
+        "FHIR_RESOURCE_TYPES": "Patient",
+        "FHIR_LAST_UPDATED_GTE": "2024-01-01",
+        "FHIR_OVERLAP_SECONDS": "0",
+        "DAGSTER_HOME": str(made.settings.home / "dagster"),
+        "DAGSTER_POSTGRES_URL": normalise_url(made.url, "psycopg2"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    (outcome,) = made.ingest(first=DAY, last=DAY + timedelta(days=1))
+    assert outcome.success
+    return made
+
+
+def fhir_assets(*arguments: str) -> Any:
+    """What `fhir-assets dead-letters … --json` prints."""
+    result = CliRunner().invoke(app, ["dead-letters", *arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def letters(deployment: Deployment, **chosen: Any) -> list[StoredLetter]:
+    with connect(deployment.url) as conn:
+        return dead_letters.find(conn, Selection(**chosen))
+
+
+def letter_of(deployment: Deployment, patient_id: str) -> StoredLetter:
+    (found,) = [each for each in letters(deployment) if each.resource_id == patient_id]
+    return found
+
+
+def edit(tmp_path: Path, letter: StoredLetter, patch: object = MEND) -> None:
+    path = tmp_path / "patch.json"
+    path.write_text(json.dumps(patch))
+    fhir_assets("edit", str(letter.id), "--patch", str(path), "--by", "anna")
+
+
+def reconciled(deployment: Deployment, *windows: str) -> bool:
+    result = materialize(deployment, windows=list(windows))
+    return result.success and all(each.passed for each in deployment.checks(result.run_id))
+
+
+def genders(deployment: Deployment) -> dict[str, int]:
+    return dict(deployment.query("SELECT gender, count(*) FROM fhir.patient GROUP BY 1"))
+
+
+def tick(deployment: Deployment, cursor: str | None = None) -> tuple[list[dg.RunRequest], str | None, str]:
+    """What the sensor asks for, its cursor, and what else it says."""
+    repository = build_definitions(deployment.settings).get_repository_def()
+    context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
+    data = repository.get_sensor_def("replay_dead_letters").evaluate_tick(context)
+    return list(data.run_requests or []), data.cursor, data.skip_message or ""
+
+
+def run(deployment: Deployment, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
+    """A requested run, as the daemon would launch it."""
+    return (
+        build_definitions(deployment.settings)
+        .resolve_job_def("replay_dead_letters")
+        .execute_in_process(
+            instance=deployment.instance,
+            partition_key=request.partition_key,
+            tags=dict(request.tags),
+            asset_selection=list(request.asset_selection or []),
+            raise_on_error=False,
+        )
+    )
+
+
+def test_a_corrected_resource_heals_in_its_own_window_and_one_that_fails_again_is_open_again(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    first = letters(deployment)[0].run_id
+    edit(tmp_path, letter_of(deployment, "p0-0"))
+    said = fhir_assets("replay", "--run", first)
+    assert (said["letters"], said["healed"], said["failed"], said["success"]) == (6, 1, 5, True)
+    assert genders(deployment) == {"male": 14, "female": 1}
+    assert deployment.query("SELECT partition_key FROM fhir.resource WHERE id = 'p0-0'") == [(KEY,)]
+    assert reconciled(deployment, KEY, "2024-01-06")
+    healed = letter_of(deployment, "p0-0")
+    (replay,) = said["runs"]
+    assert (healed.status, healed.resolution, healed.resolved_run_id) == ("resolved", "corrected", replay)
+    again = letters(deployment, status="open")
+    assert {(each.attempts, each.run_id, each.first_run_id) for each in again} == {(2, replay, first)}
+    assert [each.id for each in letters(deployment, run_id=first)] == [each.id for each in letters(deployment)]
+    rows = deployment.query(
+        "SELECT partition_key, replay_of_run_id, valid, dead, loaded FROM ops.ingestion_runs WHERE run_id = %s"
+        " ORDER BY 1",
+        replay,
+    )
+    assert rows == [(KEY, first, 1, 2, 1), ("2024-01-06", first, 0, 3, 0)]
+    shown = fhir_assets("show", str(healed.id))
+    assert shown["corrected_by"] == "anna"
+    assert "wrong" not in json.dumps(shown)
+    assert "wrong" in fhir_assets("show", str(healed.id), "--resource")["resource"]
+
+
+def test_a_window_that_is_materialized_anew_keeps_the_correction(deployment: Deployment, tmp_path: Path) -> None:
+    edit(tmp_path, letter_of(deployment, "p0-0"))
+    assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
+    assert genders(deployment) == {"male": 14, "female": 1}
+    assert letter_of(deployment, "p0-0").resolution == "corrected"
+    fhir_assets("replay", "--all")
+    assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
+    assert genders(deployment) == {"male": 14, "female": 1}
+    assert letter_of(deployment, "p0-0").status == "resolved"
+    assert reconciled(deployment, KEY)
+
+
+def test_what_is_mended_at_the_source_settles_its_letter_when_it_is_loaded(
+    server: SandboxServer, deployment: Deployment
+) -> None:
+    add(server, patient("p0-1", DAY + timedelta(days=2), version="2", gender="other"))
+    deployment.ingest(first=DAY + timedelta(days=2), last=DAY + timedelta(days=2))
+    assert letter_of(deployment, "p0-1").resolution == "superseded by a newer version"
+    materialize(deployment, "validated/patient", "normalized/patient", windows=[KEY])
+    assert letter_of(deployment, "p0-1").status == "resolved"
+    assert reconciled(deployment, KEY, "2024-01-06", "2024-01-07")
+
+
+def test_equal_lines_heal_together(deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    line = patient("twin", DAY, gender="wrong") + b"\n"
+    (folder / "Patient.ndjson").write_bytes(line * 3)
+    deployment = deploy(
+        fhir_source="ndjson",
+        fhir_base_url=str(folder),
+        fhir_resource_types="Patient",
+        fhir_last_updated_gte="2024-01-01",
+    )
+    deployment.ingest()
+    (letter,) = letters(deployment)
+    assert letter.occurrences == 3
+    with connect(deployment.url) as conn:
+        body = dead_letters.resource(conn, letter.id)
+        assert body
+        corrections.keep(conn, letter.id, body.replace(b"wrong", b"male"), by="anna")
+    (outcome,) = deployment.ingestion().replay(Selection(), triggered_by="test")
+    assert outcome.success
+    assert reconciled(deployment, KEY)
+    assert genders(deployment) == {"male": 1}
+
+
+def test_an_edit_that_does_not_heal_is_refused_and_nothing_is_kept(deployment: Deployment, tmp_path: Path) -> None:
+    letter = letter_of(deployment, "p0-0")
+    for patch, said in (
+        ([{"op": "replace", "path": "/gender", "value": "secret"}], "required-binding at Patient.gender"),
+        ([{"op": "replace", "path": "/nothing/there", "value": 1}], "operation 1 of the patch (replace)"),
+        ([{"op": "replace", "path": "/id", "value": "other"}], "id"),
+        ([{"op": "replace", "path": "/resourceType", "value": "Group"}], "Patient"),
+        ({"no": "array"}, "array"),
+    ):
+        path = tmp_path / "patch.json"
+        path.write_text(json.dumps(patch))
+        with pytest.raises(CorrectionRefused) as refused:
+            fhir_assets("edit", str(letter.id), "--patch", str(path))
+        assert said in str(refused.value)
+        assert "secret" not in str(refused.value)
+    assert deployment.query("SELECT count(*) FROM ops.corrections") == [(0,)]
+
+
+def test_discarded_letters_count_no_more_and_come_back_by_id(deployment: Deployment, tmp_path: Path) -> None:
+    assert fhir_assets("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
+    assert "test data" in (letter_of(deployment, "p0-2").resolution or "")
+    assert fhir_assets("replay", "--window", KEY)["letters"] == 0
+    assert materialize(deployment, *LAYERS, windows=[KEY]).success
+    assert {each.status for each in letters(deployment, partition_keys=[KEY])} == {"discarded"}
+    letter = letter_of(deployment, "p0-2")
+    edit(tmp_path, letter)
+    assert fhir_assets("replay", str(letter.id))["healed"] == 1
+    assert reconciled(deployment, KEY)
+
+
+def test_the_sensor_replays_what_was_marked_and_asks_for_it_once(deployment: Deployment, tmp_path: Path) -> None:
+    assert tick(deployment)[2] == "nothing is marked for a replay"
+    edit(tmp_path, letter_of(deployment, "p1-0"))
+    said = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
+    assert (said["letters"], said["marked"], said["runs"]) == (3, True, [])
+    (request,), cursor, _ = tick(deployment)
+    assert request.partition_key == "2024-01-06"
+    assert (request.run_key or "").endswith("/attempt 1")
+    assert request.tags[REPLAY_TAG] == "marked"
+    assert run(deployment, request).success
+    assert {each.status for each in letters(deployment, partition_keys=["2024-01-06"])} == {"resolved", "open"}
+    assert letter_of(deployment, "p1-0").status == "resolved"
+    assert tick(deployment, cursor) == ([], "{}", "nothing is marked for a replay")
+    assert reconciled(deployment, "2024-01-06")
+
+
+def test_a_replay_that_fails_is_asked_for_again_and_then_given_up(deployment: Deployment) -> None:
+    fhir_assets("replay", "--window", KEY, "--no-wait")
+    keys = []
+    cursor = None
+    for _ in range(3):
+        (request,), cursor, _ = tick(deployment, cursor)
+        keys.append(request.run_key)
+    assert [str(key)[-1] for key in keys] == ["1", "2", "3"]
+    requests, cursor, said = tick(deployment, cursor)
+    assert (requests, cursor) == ([], "{}")
+    assert "3 replays of 2024-01-05 to 2024-01-05 are given up" in said
+    assert {each.status for each in letters(deployment)} == {"open"}
+
+
+def test_no_letter_is_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
+    with connect(deployment.url, autocommit=True) as process, connect(deployment.url, autocommit=True) as other:
+        runs.hold(process, "first")
+        assert replays.mark(process, Selection(partition_keys=[KEY]), claimed_by="first") == 3
+        assert replays.marked(other) == []
+        assert replays.claim(other, "second", "Patient", ["validate"], {KEY: []}, also_open=True) == 0
+    with connect(deployment.url, autocommit=True) as conn:
+        assert [(each.partition_key, each.letters) for each in replays.marked(conn)] == [(KEY, 3)]
+        assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False) == 3
+
+
+def test_a_replay_that_died_after_its_commit_is_not_done_twice(deployment: Deployment, tmp_path: Path) -> None:
+    """As if it had died between the commit of the validated partition and the load."""
+    edit(tmp_path, letter_of(deployment, "p0-0"))
+    with connect(deployment.url, autocommit=True) as process:
+        runs.hold(process, "dead")
+        replays.mark(process, Selection(partition_keys=[KEY]), claimed_by="dead")
+    job = build_definitions(deployment.settings).resolve_job_def("replay_dead_letters")
+    only_validated = job.execute_in_process(
+        instance=deployment.instance,
+        partition_key=KEY,
+        tags={REPLAY_TAG: "marked"},
+        asset_selection=[dg.AssetKey(["validated", "patient"])],
+        raise_on_error=False,
+    )
+    assert only_validated.success
+    before = deployment.store.manifest("validated", "Patient", KEY)
+    assert before
+    assert before.rows == 8
+    assert letter_of(deployment, "p0-0").status == "replaying"
+    (request,), _, _ = tick(deployment)
+    assert run(deployment, request).success
+    after = deployment.store.manifest("validated", "Patient", KEY)
+    assert after
+    assert after.rows == 8
+    assert letter_of(deployment, "p0-0").status == "resolved"
+    assert genders(deployment) == {"male": 14, "female": 1}
+    assert reconciled(deployment, KEY)
+
+
+def test_after_an_upgrade_the_sensor_offers_what_it_could_heal_and_replays_it_if_told(
+    deploy: Deploy, deployment: Deployment
+) -> None:
+    assert tick(deployment)[2] == "nothing is marked for a replay"
+    milder = deploy(
+        fhir_base_url=deployment.settings.fhir_base_url,
+        fhir_resource_types="Patient",
+        fhir_last_updated_gte="2024-01-01",
+        validation_warn_rules="required-binding:Patient.gender",
+    )
+    requests, _, said = tick(milder)
+    assert requests == []
+    assert said.startswith("6 open dead letters failed under earlier rules or views")
+    willing = deploy(
+        fhir_base_url=deployment.settings.fhir_base_url,
+        fhir_resource_types="Patient",
+        fhir_last_updated_gte="2024-01-01",
+        validation_warn_rules="required-binding:Patient.gender",
+        replay_after_upgrade=True,
+    )
+    (request,), _, _ = tick(willing)
+    assert run(willing, request).success
+    assert {each.resolution for each in letters(deployment)} == {"replayed"}
+    assert deployment.loaded() == {"Patient": 20}
+    assert reconciled(deployment, KEY, "2024-01-06")
+
+
+def test_the_job_launched_by_hand_replays_the_open_letters_of_its_windows(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    for name in ("p0-0", "p1-0"):
+        edit(tmp_path, letter_of(deployment, name))
+    result = (
+        build_definitions(deployment.settings)
+        .resolve_job_def("replay_dead_letters")
+        .execute_in_process(instance=deployment.instance, partition_key=KEY, raise_on_error=False)
+    )
+    assert result.success
+    assert [letter_of(deployment, name).status for name in ("p0-0", "p1-0")] == ["resolved", "open"]
