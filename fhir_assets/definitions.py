@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from fhir_assets import logs
 from fhir_assets.assets.delivered import delivered_assets
 from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.exports import export_assets
@@ -136,4 +137,6 @@ def _build(
 @dg.definitions
 def defs() -> dg.Definitions:
     """What the code location serves: the settings of the environment."""
-    return build_definitions(load_settings())
+    settings = load_settings()
+    logs.configure("dagster", settings.log_level, libraries=False)
+    return build_definitions(settings)

@@ -46,14 +46,21 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None) -> None:
-    """Make this process log as all others do; what libraries log, from warnings on, in the same lines."""
+def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None, libraries: bool = True) -> None:
+    """Make this process log as all others do; what libraries log, from warnings on, in the same lines.
+
+    Without ``libraries`` these log as they did: Dagster's processes have formats of their own (``--log-format json``).
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(service))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("fhir_assets").setLevel(level)
+    ours = logging.getLogger("fhir_assets")
+    ours.setLevel(level)
+    ours.propagate = libraries
+    ours.handlers[:] = [] if libraries else [handler]
+    if libraries:
+        root = logging.getLogger()
+        root.handlers[:] = [handler]
+        root.setLevel(logging.WARNING)
 
 
 def described(error: BaseException) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What an asset needs to know of the Dagster run it is part of."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ REFRESH_TAG = "fhir_assets/refresh"
 
 TRIGGER_TAG = "fhir_assets/triggered_by"
 """Run tag: who asked for the run, where Dagster's own tags do not say."""
+
+_log = logging.getLogger(__name__)
 
 REPLAY_TAG = "fhir_assets/replay"
 """Run tag of a replay of dead letters: ``marked`` (what was asked for) or ``open`` (all open ones of the windows)."""
@@ -78,10 +81,17 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
             conn, facts.run_id, resource_types, facts.partition_keys, triggered_by=facts.triggered_by, at=facts.now
         )
     started = perf_counter()
+    about = {
+        "run": facts.run_id,
+        "types": resource_types,
+        "window": facts.partition_keys[0],
+        "windows": len(facts.partition_keys),
+    }
     try:
         yield
     except BaseException as error:
         said = _reason(error)
+        _log.error("a step failed", extra={**about, "reason": said})
         # Without a database nothing can be noted: the next load finds the dead run by its lock.
         with suppress(DatabaseUnavailable), warehouse.connect() as conn:
             runs.fail(conn, facts.run_id, resource_types, facts.partition_keys, error=said)
@@ -91,6 +101,7 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
     with warehouse.connect() as conn:
         seconds = (perf_counter() - started) / len(resource_types)
         runs.finish(conn, facts.run_id, resource_types, facts.partition_keys, seconds=seconds)
+    _log.info("a step is done", extra={**about, "seconds": round(perf_counter() - started, 3)})
 
 
 def _reason(error: BaseException) -> str:

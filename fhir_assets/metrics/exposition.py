@@ -4,11 +4,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 REGISTRY = CollectorRegistry()
 
 _log = logging.getLogger(__name__)
+
+
+def exposition() -> tuple[bytes, str]:
+    """The registry in Prometheus' text format, and its content type: for a process that serves HTTP already."""
+    return generate_latest(REGISTRY), CONTENT_TYPE_PLAIN_0_0_4
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 
 from fhir_assets import logs
 from fhir_assets.errors import ServerUnavailable
-from fhir_assets.metrics.exposition import REGISTRY, served
+from fhir_assets.metrics.exposition import REGISTRY, exposition, served
 from fhir_assets.metrics.pipeline import observe_database
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets_tests.connector.conftest import Hospital
@@ -253,3 +253,28 @@ def has_data(port: int, query: str) -> bool:
     except requests.ConnectionError:
         return False
     return any(sample["value"][1] != "NaN" for sample in found)
+
+
+def test_a_process_that_serves_http_can_show_the_same_metrics(busy: Hospital) -> None:
+    body, content_type = exposition()
+    assert body.decode() == exposed()
+    assert content_type.startswith("text/plain")
+
+
+def test_compose_serves_what_prometheus_and_grafana_are_told_of() -> None:
+    compose = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())
+    services = compose["services"]
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            there = DEPLOY.parent.joinpath(source).exists() if source.startswith(".") else source in compose["volumes"]
+            assert there, source
+        assert set(service.get("depends_on", [])) <= set(services)
+    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    assert targets["connector"] == [f"connector:{services['connector']['environment']['METRICS_PORT']}"]
+    [source] = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    [provider] = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/fhir_assets.yml").read_text())["providers"]
+    mounted = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert provider["options"]["path"] in mounted

@@ -1,0 +1,53 @@
+"""What the pipeline logs: the same lines of JSON as all processes, with run, types and window, and no patient data."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from fhir_assets import logs
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.e2e.conftest import Deploy
+from fhir_assets_tests.e2e.content import patient
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    """Where the project's loggers write, as in Dagster's processes."""
+    ours = logging.getLogger("fhir_assets")
+    before = ours.handlers[:], ours.propagate, ours.level
+    stream = io.StringIO()
+    logs.configure("dagster", "INFO", stream=stream, libraries=False)
+    yield stream
+    ours.handlers[:], ours.propagate = before[:2]
+    ours.setLevel(before[2])
+
+
+def test_every_step_leaves_a_line_and_a_failed_one_its_reason(deploy: Deploy, stream: io.StringIO) -> None:
+    bodies = [patient(f"p{n}", DAY, name=[{"family": "Canary"}], gender="male") for n in range(3)]
+    with SandboxServer(bodies) as server:
+        deployment = deploy(
+            fhir_base_url=server.url,
+            fhir_resource_types="Patient",
+            fhir_last_updated_gte="2024-01-01",
+            fhir_max_attempts=1,
+        )
+        [good] = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
+        server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH})))
+        [bad] = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=2))
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    done = [line for line in lines if line.get("run") == good.run_id]
+    assert len(done) == 3
+    assert {(line["level"], line["window"]) for line in done} == {("INFO", "2024-01-05")}
+    assert {line["service"] for line in lines} == {"dagster"}
+    assert all(line["types"] == ["Patient"] and line["seconds"] >= 0 for line in done)
+    [failed] = [line for line in lines if line.get("run") == bad.run_id]
+    assert failed["level"] == "ERROR"
+    assert "500" in failed["reason"]
+    assert "Canary" not in stream.getvalue()
