@@ -16,6 +16,7 @@ from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
 from fhir_assets.automation.alerts import alerts_sensor
 from fhir_assets.automation.jobs import check_tables, incremental_load, load_received, replay_dead_letters
+from fhir_assets.automation.missing import fetch_missing_references
 from fhir_assets.automation.received import load_received_sensor
 from fhir_assets.automation.replays import replay_dead_letters_sensor
 from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
@@ -110,7 +111,7 @@ def _build(
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,
-        jobs=[job, receiving, replay, daily],
+        jobs=[job, receiving, replay, daily, fetch_missing_references(settings, views.views)],
         schedules=[
             incremental_load_schedule(settings, job, source, warehouse),
             check_tables_schedule(settings, daily),

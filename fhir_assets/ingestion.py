@@ -10,7 +10,7 @@ import dagster as dg
 
 from fhir_assets.assets.run import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.automation.dead_runs import give_up_dead_runs
-from fhir_assets.automation.jobs import INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS
+from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS
 from fhir_assets.automation.received import ReceivedWindows, assets_of, group
 from fhir_assets.automation.requests import range_tags
 from fhir_assets.pipeline.due import chunks, consecutive, windows_due
@@ -92,6 +92,19 @@ class Ingestion:
             received.ask(conn, waiting.pending, now=datetime.now(UTC))
         assets = assets_of(self._definitions.resolve_asset_graph(), waiting.resource_types)
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
+
+    def fetch_missing_references(self, *, triggered_by: str) -> bool:
+        """Ask the source for what loaded resources refer to, in one run. Returns whether it went well; what came waits
+        in ``received``.
+        """
+        with self._warehouse.connect() as conn:
+            give_up_dead_runs(self._instance, conn)
+        run_id = str(uuid4())
+        with self._warehouse.held_for(run_id):
+            result = self._definitions.resolve_job_def(FETCH_MISSING_REFERENCES).execute_in_process(
+                instance=self._instance, raise_on_error=False, tags={TRIGGER_TAG: triggered_by}, run_id=run_id
+            )
+        return result.success
 
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
         """Replay the open dead letters of a selection, in a run of ``replay_dead_letters`` a stretch of windows."""

@@ -12,7 +12,8 @@ INCREMENTAL_LOAD = "incremental_load"
 REPLAY_DEAD_LETTERS = "replay_dead_letters"
 CHECK_TABLES = "check_tables"
 LOAD_RECEIVED = "load_received"
-LOADS = (INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS)
+FETCH_MISSING_REFERENCES = "fetch_missing_references"
+LOADS = (INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS, FETCH_MISSING_REFERENCES)
 """The jobs whose runs `fhir-assets` may also start in its own process."""
 
 LAYERS = ("raw", "validated", "normalized")

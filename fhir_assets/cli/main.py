@@ -14,6 +14,7 @@ from fhir_assets.cli import (
     export,
     ingest,
     migrate,
+    missing,
     patient,
     runs,
     sandbox,
@@ -36,6 +37,7 @@ app.command("migrate")(migrate.migrate)
 app.command("ingest")(ingest.ingest)
 app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(missing.app, name="missing-references")
 app.add_typer(patient.app, name="patient")
 app.add_typer(audit.app, name="audit")
 app.command("export")(export.export)

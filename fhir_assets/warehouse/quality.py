@@ -135,6 +135,24 @@ def missing_ids(
     return list(found.items())[:limit]
 
 
+def asked_for(conn: Connection, run_id: str, resource_type: str, ids: Sequence[str]) -> None:
+    """Remember that these were asked for: ``missing_ids`` leaves them out for a day, or until they are loaded."""
+    conn.execute(
+        "INSERT INTO ops.missing_references (resource_type, resource_id, run_id) SELECT %s, id, %s FROM"
+        " unnest(%s::text[]) id ON CONFLICT (resource_type, resource_id)"
+        " DO UPDATE SET asked_at = now(), run_id = excluded.run_id",
+        [resource_type, run_id, list(ids)],
+    )
+
+
+def forget_found(conn: Connection) -> None:
+    """What was asked for and is loaded by now needs no remembering, nor what was asked for long ago."""
+    conn.execute(
+        "DELETE FROM ops.missing_references m WHERE asked_at < now() - interval '1 day' OR EXISTS"
+        " (SELECT FROM fhir.resource r WHERE r.resource_type = m.resource_type AND r.id = m.resource_id)"
+    )
+
+
 def _references(column: ReferenceColumn) -> sql.Composed:
     """The distinct references of a column: target, id, and how often it is referred to."""
     target: sql.Composable = sql.Literal(column.target)

@@ -44,6 +44,22 @@ class Deployment:
     def store(self) -> Store:
         return store_of(self.settings)
 
+    def environment(self) -> dict[str, str]:
+        """What its commands and processes find in their environment."""
+        settings = self.settings
+        return {
+            "DAGSTER_HOME": str(settings.home / "dagster"),
+            "DAGSTER_POSTGRES_URL": normalise_url(self.url, "psycopg2"),
+            "DB_URL": self.url,
+            "FHIR_ASSETS_HOME": str(settings.home),
+            "FHIR_BASE_URL": settings.fhir_base_url,
+            "FHIR_SOURCE": settings.fhir_source.value,
+            "FHIR_RESOURCE_TYPES": ",".join(settings.fhir_resource_types),
+            "FHIR_LAST_UPDATED_GTE": settings.window_scheme.start.isoformat(),
+            "FHIR_PARTITION": settings.fhir_partition.value,
+            "FHIR_OVERLAP_SECONDS": "0",
+        }
+
     def ingestion(self) -> Ingestion:
         return Ingestion(self.settings, build_definitions(self.settings), self.instance)
 

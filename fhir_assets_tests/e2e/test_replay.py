@@ -17,7 +17,7 @@ from fhir_assets.errors import CorrectionRefused
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse import corrections, dead_letters, replays, runs
-from fhir_assets.warehouse.database import connect, normalise_url
+from fhir_assets.warehouse.database import connect
 from fhir_assets.warehouse.dead_letters import Selection, StoredLetter
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, materialize, patient
@@ -43,16 +43,7 @@ def server() -> Iterator[SandboxServer]:
 @pytest.fixture
 def deployment(deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> Deployment:
     made = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
-    for name, value in {
-        "DB_URL": made.url,
-        "FHIR_ASSETS_HOME": str(made.settings.home),
-        "FHIR_BASE_URL": server.url,
-        "FHIR_RESOURCE_TYPES": "Patient",
-        "FHIR_LAST_UPDATED_GTE": "2024-01-01",
-        "FHIR_OVERLAP_SECONDS": "0",
-        "DAGSTER_HOME": str(made.settings.home / "dagster"),
-        "DAGSTER_POSTGRES_URL": normalise_url(made.url, "psycopg2"),
-    }.items():
+    for name, value in made.environment().items():
         monkeypatch.setenv(name, value)
     (outcome,) = made.ingest(first=DAY, last=DAY + timedelta(days=1))
     assert outcome.success

@@ -62,5 +62,5 @@ def upgrade() -> None:
             PRIMARY KEY (resource_type, resource_id)
         );
         COMMENT ON TABLE ops.missing_references IS
-            'What loaded resources refer to and the server does not have: not asked for again for a day';
+            'What loaded resources refer to, was asked for by id and is not loaded: not asked for again for a day';
     """)

@@ -1,0 +1,56 @@
+"""``fetch_missing_references``: what loaded resources refer to and the tables lack is asked for by id."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import dagster as dg
+
+from fhir_assets.assets.raw import POOL
+from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES
+from fhir_assets.automation.received import materializations
+from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.missing import AskedById, MissingReferences
+from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.store.store import Store
+
+
+def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.JobDefinition:
+    """Patients first, in batches. What comes is received into raw, whence the sensor ``load_received`` loads it."""
+
+    @dg.op(
+        name=FETCH_MISSING_REFERENCES,
+        pool=POOL,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys={"source", "store", "warehouse"},
+    )
+    def fetch(context: dg.OpExecutionContext) -> Iterator[dg.AssetMaterialization | dg.Output[None]]:
+        source: Source = context.resources.source
+        store: Store = context.resources.store
+        warehouse: Warehouse = context.resources.warehouse
+        if not isinstance(source, AskedById):
+            yield dg.Output(None, metadata={"nothing": f"the source {source.name} gives no single resources"})
+            return
+        offered = source.offered()
+        types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
+        receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+        missing = MissingReferences(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
+        asked: Counter[str] = Counter()
+        found: Counter[str] = Counter()
+        for batch in missing.fetch():
+            asked[batch.resource_type] += batch.asked
+            found[batch.resource_type] += batch.found
+            yield from materializations(batch.received)
+        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found)})
+
+    @dg.job(
+        name=FETCH_MISSING_REFERENCES,
+        executor_def=dg.in_process_executor,
+        description="Ask the server by id for what loaded resources refer to and the tables lack, Patients first.",
+    )
+    def job() -> None:
+        fetch()
+
+    return job

@@ -1,0 +1,115 @@
+"""What loaded resources refer to and the tables lack is asked for by id, and what the server lacks is left alone."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from typer.testing import CliRunner
+
+from fhir_assets.cli.main import app
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.e2e.test_checks import encounter
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    """Encounters of the 5th: of a patient of the 3rd, of one of before all windows, and of one that is nowhere."""
+    bodies = [
+        patient("near", DAY - timedelta(days=2)),
+        patient("old", DAY - timedelta(days=900)),
+        *(encounter(f"e{n}", DAY, f"Patient/{name}") for n, name in enumerate(("near", "near", "old", "nowhere"))),
+    ]
+    with SandboxServer(bodies) as server:
+        yield server
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
+    return deploy(fhir_base_url=server.url, fhir_resource_types="Patient,Encounter", fhir_last_updated_gte="2024-01-01")
+
+
+def asked_by_id(server: SandboxServer) -> list[set[str]]:
+    urls = [urlsplit(line.split(" ", 1)[1]) for line in server.stats()["recent"]]
+    return [set(parse_qs(url.query)["_id"][0].split(",")) for url in urls if "_id" in parse_qs(url.query)]
+
+
+def fetch(deployment: Deployment) -> None:
+    ingestion = deployment.ingestion()
+    assert ingestion.fetch_missing_references(triggered_by="test")
+    for waiting in ingestion.received():
+        outcome = ingestion.load_received(waiting, triggered_by="test")
+        assert outcome.success
+        assert deployment.unreconciled(outcome) == []
+
+
+def patients_of_encounters(deployment: Deployment) -> list[tuple[str, bool]]:
+    rows = deployment.query(
+        "SELECT e.patient_key, p.id IS NOT NULL FROM fhir.encounter e LEFT JOIN fhir.patient p"
+        " ON p.id = e.patient_key ORDER BY e.id"
+    )
+    return [(key, there) for key, there in rows]
+
+
+def test_missing_patients_are_fetched_once_and_those_that_are_nowhere_are_not_asked_for_again(
+    server: SandboxServer, deployment: Deployment
+) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    assert {there for _, there in patients_of_encounters(deployment)} == {False}
+    server.reset_stats()
+    fetch(deployment)
+    assert asked_by_id(server) == [{"near", "old", "nowhere"}]
+    assert patients_of_encounters(deployment) == [("near", True), ("near", True), ("old", True), ("nowhere", False)]
+
+    server.reset_stats()
+    fetch(deployment)
+    assert asked_by_id(server) == []
+    assert deployment.query("SELECT resource_id FROM ops.missing_references") == [("nowhere",)]
+
+    with connect(deployment.url) as conn:
+        conn.execute("UPDATE ops.missing_references SET asked_at = now() - interval '25 hours'")
+    fetch(deployment)
+    assert asked_by_id(server) == [{"nowhere"}]
+
+
+def test_a_window_that_is_fetched_later_keeps_what_was_received_in_it(
+    server: SandboxServer, deployment: Deployment
+) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    fetch(deployment)
+    for outcome in deployment.ingest(first=DAY - timedelta(days=4), last=DAY):
+        assert outcome.success
+        assert deployment.unreconciled(outcome) == []
+    assert deployment.loaded() == {"Patient": 2, "Encounter": 4}
+
+
+def test_a_source_of_files_is_not_asked(deploy: Deploy, server: SandboxServer, deployment: Deployment) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    files = deploy(
+        fhir_source="ndjson",
+        fhir_base_url=str(deployment.settings.home),
+        fhir_resource_types="Patient,Encounter",
+        fhir_last_updated_gte="2024-01-01",
+    )
+    fetch(files)
+    assert deployment.query("SELECT count(*) FROM ops.missing_references") == [(0,)]
+
+
+def test_the_command_fetches_and_says_what_came(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, server: SandboxServer
+) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    for name, value in deployment.environment().items():
+        monkeypatch.setenv(name, value)
+    assert json.loads(CliRunner().invoke(app, ["missing-references", "list", "--json"]).stdout) == [
+        {"target": "Patient", "references": 4, "missing": 4}
+    ]
+    said = json.loads(CliRunner().invoke(app, ["missing-references", "fetch", "--json"]).stdout)
+    assert said["success"]
+    assert {row["type"]: row["loaded"] for row in said["types"]} == {"Patient": 2, "total": 2}
