@@ -8,9 +8,10 @@ import dagster as dg
 from fhir_assets.assets.run import RunFacts
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.fhir.views import View
+from fhir_assets.resources.store import blobs_at
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.store.store import Store, open_store
+from fhir_assets.store.store import Store
 from fhir_assets.warehouse import tables
 from fhir_assets.warehouse.exports import Export, folder_of_run
 
@@ -49,7 +50,7 @@ def _export(
             conn.commit()
             started = context.instance.get_run_stats(facts.run_id).start_time
             folder = folder_of_run(facts.run_id, datetime.fromtimestamp(started or facts.now.timestamp(), UTC))
-            target = open_store(settings.fhir_export_url).blobs
+            target = blobs_at(settings, settings.fhir_export_url)
             export = Export(conn, store, target, folder, run_id=facts.run_id, actor=facts.triggered_by)
             of_type = export.of(resource_type.name, facts.partition_keys)
             files = [of_type.valid(), *(of_type.table(view, "parquet") for view in views)]

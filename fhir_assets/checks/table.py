@@ -17,21 +17,27 @@ from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import checkpoints, quality, tables
+from fhir_assets.warehouse import checkpoints, quality, run_history, tables
 from fhir_assets.warehouse.database import Connection
+from fhir_assets.windows import WindowScheme
 
 FRESH = "fresh"
 SCHEMA_MATCHES = "schema_matches"
 NO_DUPLICATES = "no_duplicates"
 REFERENCES_RESOLVE = "references_resolve"
+NO_FAILED_PARTITIONS = "no_failed_partitions"
 
 _GRACE = timedelta(minutes=15)
 """How long a load that the schedule asked for may take until its type counts as late."""
+
+_SAMPLE = 3
+_SHOWN = 20
 
 _DESCRIBED = {
     FRESH: "The table is loaded up to the schedule's last but one tick.",
     SCHEMA_MATCHES: "The tables of the type have the columns and indexes that their ViewDefinitions ask for.",
     NO_DUPLICATES: "The main table has one row a resource.",
+    NO_FAILED_PARTITIONS: "The last run of every window succeeded, so that none is left behind by a backfill.",
     REFERENCES_RESOLVE: "What the type's tables refer to is loaded, by target type.",
 }
 
@@ -86,6 +92,8 @@ class _Judge:
         """What one check says, of the tables that are there."""
         if name == FRESH:
             return self._fresh(conn)
+        if name == NO_FAILED_PARTITIONS:
+            return self._no_failed_partitions(conn)
         if self._type.key not in there:
             return self._said(name, True, "not loaded yet")
         present = [view for view in self._views if view.name in there]
@@ -129,6 +137,25 @@ class _Judge:
                 f"its runs fail. {load}"
             )
         return self._said(FRESH, passed, said, metadata)
+
+    def _no_failed_partitions(self, conn: Connection) -> dg.AssetCheckResult:
+        left = run_history.failed_windows(conn, self._type.name)
+        said = "the last run of every window succeeded"
+        if left:
+            keys = [each.partition_key for each in left]
+            commands = [
+                f"`fhir-assets ingest --types {self._type.name} --from {first[:10]} --to {last[:10]}`"
+                for first, last in stretches(self._settings.window_scheme, keys)
+            ]
+            more = f" and {len(commands) - _SAMPLE} more stretches" if len(commands) > _SAMPLE else ""
+            said = (
+                f"the last run of {len(left)} windows failed. Mend what the errors say, then run just those again: "
+                f"{', '.join(commands[:_SAMPLE])}{more}"
+            )
+        table = rows_table(
+            ("window", "run", "error"), [(e.partition_key, e.run_id, e.error or "") for e in left[:_SHOWN]]
+        )
+        return self._said(NO_FAILED_PARTITIONS, not left, said, {"failed_partitions": len(left), "sample": table})
 
     def _schema_matches(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
         found = [each for view in present for each in tables.drift(conn, view)]
@@ -195,6 +222,20 @@ class _Judge:
             metadata=metadata or {},
             severity=severity,
         )
+
+
+def stretches(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """First and last key of each unbroken row of windows."""
+    found: list[tuple[str, str]] = []
+    follows: datetime | None = None
+    for window in sorted((scheme.window(key) for key in keys), key=lambda window: window.end):
+        begins = found[-1][0] if found and window.start == follows else window.key
+        if begins == window.key:
+            found.append((window.key, window.key))
+        else:
+            found[-1] = (begins, window.key)
+        follows = window.end
+    return found
 
 
 def _repeats(view: View) -> bool:

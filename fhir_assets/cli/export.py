@@ -10,9 +10,9 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.definitions import views_of
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.resources.store import blobs_at, store_of
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.store.store import open_store
 from fhir_assets.warehouse import tables
 from fhir_assets.warehouse.exports import Export, ExportedFile, Format, folder_of_run, windows_of_run
 
@@ -39,8 +39,8 @@ def export(
         valid = normalized = True
     views = views_of(settings).views
     warehouse = Warehouse(settings)
-    store = open_store(settings.store_url, settings.store_sealing)
-    target = open_store(output).blobs
+    store = store_of(settings)
+    target = blobs_at(settings, output)
     found: list[ExportedFile] = []
     with warehouse.connect() as conn:
         by_type: dict[str, list[str]] = {}

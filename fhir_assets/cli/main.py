@@ -16,6 +16,7 @@ from fhir_assets.cli import (
     migrate,
     missing,
     patient,
+    prune,
     runs,
     sandbox,
     upload,
@@ -45,6 +46,7 @@ app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")
 app.command("upload")(upload.upload)
 app.add_typer(connector.app, name="connector")
+app.command("prune")(prune.prune)
 app.command("sandbox")(sandbox.sandbox)
 app.command("generate")(sandbox.generate)
 

@@ -5,6 +5,7 @@ from functools import partial
 from dagster_aws.s3 import S3Resource
 
 from fhir_assets.settings import Settings
+from fhir_assets.store.blobs import Blobs
 from fhir_assets.store.s3 import Bucket, S3Client
 from fhir_assets.store.store import Store, open_store
 
@@ -14,6 +15,11 @@ _ATTEMPTS = 8
 def store_of(settings: Settings) -> Store:
     """The store at FHIR_STORE_URL. Raises ConfigurationError; calls nothing yet."""
     return open_store(settings.store_url, settings.store_sealing, bucket=partial(bucket_of, settings))
+
+
+def blobs_at(settings: Settings, url: str) -> Blobs:
+    """A folder, or ``s3://bucket/prefix``, for files that are not partitions. Raises ConfigurationError."""
+    return open_store(url, bucket=partial(bucket_of, settings)).blobs
 
 
 def bucket_of(settings: Settings, url: str) -> Bucket:

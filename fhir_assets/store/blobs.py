@@ -3,11 +3,22 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fhir_assets.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A name, how many bytes are under it, and since when."""
+
+    name: str
+    bytes: int
+    modified: datetime
 
 
 class Blobs(Protocol):
@@ -37,6 +48,10 @@ class Blobs(Protocol):
 
     def names(self, prefix: str) -> Iterator[str]:
         """Every name that begins with the folder ``prefix``."""
+        ...
+
+    def listing(self, prefix: str) -> Iterator[Listed]:
+        """As ``names``, with sizes and ages."""
         ...
 
     def delete(self, name: str) -> None:
@@ -97,6 +112,12 @@ class LocalBlobs:
         for folder, _, files in os.walk(self.root / prefix):
             for file in sorted(files):
                 yield (Path(folder) / file).relative_to(self.root).as_posix()
+
+    def listing(self, prefix: str) -> Iterator[Listed]:
+        for name in self.names(prefix):
+            with suppress(FileNotFoundError):
+                found = (self.root / name).stat()
+                yield Listed(name, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any, BinaryIO, cast
 
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.store.blobs import Listed
 
 S3Client = Any
 """boto3's client; it has no types of its own."""
@@ -175,6 +176,10 @@ class S3Blobs:
     def names(self, prefix: str) -> Iterator[str]:
         for found in self.bucket.listing(f"{prefix.rstrip('/')}/"):
             yield found["Name"]
+
+    def listing(self, prefix: str) -> Iterator[Listed]:
+        for found in self.bucket.listing(f"{prefix.rstrip('/')}/"):
+            yield Listed(found["Name"], found["Size"], found["LastModified"])
 
     def delete(self, name: str) -> None:
         self.bucket.delete(name)

@@ -115,7 +115,7 @@ def test_the_checks_of_whole_tables(server: SandboxServer, deployment: Deploymen
     assert {key: each.passed for key, each in table_checks(deployment).items()} == {
         (table, name): name != "fresh"
         for table in ("patient", "encounter")
-        for name in ("fresh", "schema_matches", "no_duplicates", "references_resolve")
+        for name in ("fresh", "schema_matches", "no_duplicates", "references_resolve", "no_failed_partitions")
     }
     deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
     found = table_checks(deployment)
