@@ -14,7 +14,7 @@ from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_KEY, BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.deliver import Delivering
-from fhir_assets.resources.target import delivery_client
+from fhir_assets.resources.target import delivering, delivery_client
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.store import Store
@@ -60,8 +60,8 @@ def delivered_assets(
         wanted = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
         client = delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
-        with recorded(facts, warehouse, list(wanted)), client:
-            delivering = Delivering(
+        with recorded(facts, warehouse, list(wanted)), delivering(), client:
+            delivery = Delivering(
                 store,
                 warehouse.connect,
                 client,
@@ -70,7 +70,7 @@ def delivered_assets(
                 batch_size=settings.batch_size,
                 workers=settings.fhir_max_connections,
             )
-            counts = delivering.deliver(list(wanted), facts.partition_keys)
+            counts = delivery.deliver(list(wanted), facts.partition_keys)
             seconds = round(perf_counter() - started, 3)
             for name, key in wanted.items():
                 of_type = counts[name]

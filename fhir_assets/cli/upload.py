@@ -5,7 +5,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
@@ -112,16 +112,21 @@ def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resu
                 f"that upload was begun with --batch-size {facts['size']} --workers {facts['workers']}: give the same"
             )
         journal.resume({"run_id": run_id})
-        steps: Steps = orjson.loads(facts["steps"])
-        return steps
-    unusable: list[Unusable] = []
-    counts = {name: folder.count(name, unusable.append) for name in folder.names}
-    types = bundles.in_order({resource_type for of_file in counts.values() for resource_type in of_file})
-    steps = {
-        resource_type: {name: of_file[resource_type] for name, of_file in counts.items() if resource_type in of_file}
-        for resource_type in types
-    }
-    journal.begin({"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(steps).decode()}, unusable)
+        begun: Steps = orjson.loads(facts["steps"])
+        return begun
+    if resume:
+        errors.print("There is no upload of this input to this server to resume: it begins anew.")
+    elif facts:
+        errors.print("An earlier upload of this input did not end well; this one begins anew. --resume would go on.")
+    steps: Steps = {}
+
+    def count(refuse: Callable[[Unusable], None]) -> dict[str, str]:
+        counts = {name: folder.count(name, refuse) for name in folder.names}
+        for name in bundles.in_order({name for of_file in counts.values() for name in of_file}):
+            steps[name] = {file: of_file[name] for file, of_file in counts.items() if name in of_file}
+        return {"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(steps).decode()}
+
+    journal.begin(count)
     return steps
 
 

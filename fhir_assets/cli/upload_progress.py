@@ -8,6 +8,9 @@ from rich import progress
 from fhir_assets.cli.output import console
 from fhir_assets.upload.journal import BatchKey, Done
 
+_BARS = 10
+"""So many bars of finished files stay on the screen."""
+
 
 class Progress:
     """A line a batch, and on a terminal a bar for each file of the type whose turn it is."""
@@ -39,14 +42,14 @@ class Progress:
         """Name the step, and begin a bar for each of its files."""
         for task in self._tasks.values():
             self._bars.stop_task(task)
+        for old in self._bars.task_ids[: -_BARS or None]:
+            self._bars.remove_task(old)
         place = f"{self._steps.index(resource_type) + 1}/{len(self._steps)}"
         console.print(f"Step {place}: {resource_type}, {sum(files.values()):,} resources", markup=False)
         self._files = files
         self._failed = dict.fromkeys(files, 0)
         self._sent = dict.fromkeys(files, 0)
-        self._tasks = {
-            name: self._bars.add_task(f"{resource_type} {name}", total=count, failed=0) for name, count in files.items()
-        }
+        self._tasks = {name: self._bars.add_task(name, total=count, failed=0) for name, count in files.items()}
 
     def batch(self, key: BatchKey, done: Done, size: int) -> None:
         """A line for the batch, and its file's bar moves on."""

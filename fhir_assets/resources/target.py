@@ -1,14 +1,18 @@
 """The FHIR servers that are written to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event
 
 from pydantic import SecretStr
 
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.auth import credentials
 from fhir_assets.fhir.client import FhirClient
 from fhir_assets.fhir.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings
+
+_OF_A_SERVER = (ServerUnavailable, ServerRefused, NotFhir, ConfigurationError)
 
 
 def upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
@@ -33,6 +37,17 @@ def delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirCli
         workers,
         stop,
     )
+
+
+@contextmanager
+def delivering() -> Iterator[None]:
+    """Errors of the server at FHIR_DELIVERY_URL name its own settings."""
+    try:
+        yield
+    except _OF_A_SERVER as error:
+        kind = next(kind for kind in _OF_A_SERVER if isinstance(error, kind))
+        text = str(error).replace("FHIR_BASE_URL", "FHIR_DELIVERY_URL").replace("FHIR_AUTH_", "FHIR_DELIVERY_")
+        raise kind(text) from None
 
 
 def _client(

@@ -5,7 +5,7 @@ Resources and outcomes are sealed there where there are keys.
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Self
 
 import orjson
 
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.bundles import Entry, Result, Target, references
 from fhir_assets.privacy.sealing import CLEAR, Sealing
 from fhir_assets.upload.files import Unusable
@@ -98,9 +99,16 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
         self.path = path
-        self._db = sqlite3.connect("" if path is None else path, isolation_level=None)
-        # One write and one fsync a commit.
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db = sqlite3.connect("" if path is None else path, isolation_level=None, timeout=0)
+        # Ours alone, and one write and one fsync a commit.
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            self._db.close()
+            raise ConfigurationError(
+                "another upload of this input to this server is at work: wait for it, or end it"
+            ) from None
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.create_function("reason", 3, self._reason, deterministic=True)
         self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
@@ -120,19 +128,23 @@ class Journal:
         """What was noted of the upload as a whole."""
         return dict(self._db.execute("SELECT name, value FROM facts"))
 
-    def begin(self, facts: dict[str, str], unusable: Iterable[Unusable]) -> None:
-        """A new upload: forget what was, note what it is, and the lines that cannot be sent."""
+    def begin(self, count: Callable[[Callable[[Unusable], None]], dict[str, str]]) -> None:
+        """A new upload: forget what was. ``count`` looks through the input, hands on each line that cannot be sent,
+        and returns what is to be noted of the upload as a whole.
+        """
         with self._db:
             self._db.execute("BEGIN")
             for table in ("facts", "batches", "held", "failures"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608
-            self._db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-            self._db.executemany(
-                "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
-                " VALUES (?, NULL, ?, ?, 0, x'', ?)",
-                ((each.resource_type, each.place, self._sealing.seal(each.body), each.message) for each in unusable),
-            )
+            self._db.executemany("INSERT INTO facts VALUES (?, ?)", count(self._refuse).items())
         self._any_held = False
+
+    def _refuse(self, line: Unusable) -> None:
+        self._db.execute(
+            "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
+            " VALUES (?, NULL, ?, ?, 0, x'', ?)",
+            (line.resource_type, line.place, self._sealing.seal(line.body), line.message),
+        )
 
     def resume(self, facts: dict[str, str]) -> None:
         """Go on: note what has changed of the upload as a whole, and let what failed be tried again."""

@@ -110,6 +110,7 @@ def test_what_the_server_refuses_is_a_dead_letter_and_turns_the_check_red_until_
     add(source, encounter("lost", "nobody"))
     [run] = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
     assert run.success
+    assert deployment.unreconciled(run) == []
     assert letters(deployment) == [("lost", "open")]
     assert "Encounter/lost" not in held(target)
 
@@ -138,6 +139,7 @@ def test_a_target_that_is_down_fails_the_run_after_the_tables_are_loaded(deploy:
     assert deployment.loaded() == {"Patient": 30}
     [(error,)] = deployment.query("SELECT DISTINCT error FROM ops.ingestion_runs WHERE status = 'FAILED'")
     assert "127.0.0.1:9" in str(error)
+    assert "is FHIR_DELIVERY_URL right" in str(error)
     with SandboxServer() as target:
         repaired = deploy(
             home="again", fhir_delivery_url=target.url, fhir_store_url=deployment.settings.store_url, **settings

@@ -35,7 +35,6 @@ class Upload:
     """`fhir-assets upload` on a folder of the test's own."""
 
     home: Path
-    url: str = ""
     last: Result | None = field(default=None, init=False)
 
     @property
@@ -50,7 +49,7 @@ class Upload:
         """Run it; what it says with ``--json``. Errors of the project are raised."""
         app = typer.Typer()
         app.command()(upload)
-        arguments = ["--input", str(self.input), "--url", url or self.url, "--json", *options]
+        arguments = ["--input", str(self.input), *(["--url", url] if url else []), "--json", *options]
         self.last = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert self.last.exit_code == exit_code, self.last.output
         summary: dict[str, Any] = json.loads(self.last.stdout)

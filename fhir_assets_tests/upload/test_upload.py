@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import requests
+from cryptography.fernet import Fernet
 
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.database import connect
@@ -272,6 +274,47 @@ def test_a_resumed_upload_must_be_of_the_same_files_in_the_same_shape(upload_of:
         with pytest.raises(ConfigurationError, match="files have changed"):
             upload_of("--resume", url=server.url)
         assert upload_of(url=server.url)["totals"]["created"] == 2
+
+
+def test_an_upload_that_is_at_work_is_not_begun_a_second_time(upload_of: Upload) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+
+    def judge(identity: str, time: int) -> int:
+        if identity == "5":
+            with pytest.raises(ConfigurationError, match="another upload"):
+                Upload(upload_of.home)(url=server.url)
+        return 201
+
+    with ScriptedServer(Batches(judge)) as server:
+        assert upload_of(url=server.url)["totals"]["created"] == 10
+
+
+def test_server_credentials_and_batch_size_come_from_the_environment(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+    with SandboxServer(credentials=Credentials(token="secret")) as server:
+        monkeypatch.setenv("FHIR_AUTH_TOKEN", "secret")
+        monkeypatch.setenv("FHIR_BASE_URL", server.url)
+        monkeypatch.setenv("BATCH_SIZE", "2")
+        assert upload_of("--workers", "1")["totals"]["created"] == 10
+        assert server.stats()["requests"]["batch"] == 5
+        monkeypatch.setenv("FHIR_AUTH_TOKEN", "wrong")
+        with pytest.raises(ServerRefused, match="FHIR_AUTH_TOKEN"):
+            upload_of()
+
+
+def test_where_there_are_keys_no_resource_lies_open_in_the_journal(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
+    write(upload_of.input / "p.ndjson", [patient("a bad id", name=[{"family": "Canary"}])])
+    with SandboxServer() as server:
+        upload_of(url=server.url, exit_code=1)
+        [journal] = (upload_of.home / "uploads").glob("*.sqlite")
+        assert b"Canary" not in journal.read_bytes()
+        assert upload_of("--resume", url=server.url, exit_code=1)["totals"]["failed"] == 1
+    assert upload_of.refused()[0]["resource"]["name"] == [{"family": "Canary"}]
 
 
 def test_an_input_without_files_is_said_so(upload_of: Upload) -> None:
