@@ -8,17 +8,21 @@ import dagster as dg
 
 from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_NAME, ResourceType
-from fhir_assets.checks.window import WindowChecks, window_check_specs
+from fhir_assets.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.io_managers.postgres import LoadedView
 from fhir_assets.pipeline.load import Loaded, Loading
 from fhir_assets.pipeline.reconcile import reconcile
+from fhir_assets.pipeline.replay import ReplayLoading
 from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.manifest import Manifest
 from fhir_assets.store.store import Store
 from fhir_assets.warehouse.tables import KEY_COLUMN, layout_of, row_count
+
+OTHER_WINDOWS = 100
+"""Of how many windows beside its own a load says that newer versions settled their dead letters."""
 
 
 def normalized_assets(
@@ -59,6 +63,7 @@ def _normalized(
         selected = context.op_execution_context.selected_output_names
         wanted = [view for view in views if view.name in selected]
         started = perf_counter()
+        settled: list[str] = []
         if wanted:
             with recorded(facts, warehouse, [name]):
                 loading = Loading(
@@ -71,6 +76,12 @@ def _normalized(
                     workers=workers,
                 )
                 loaded = loading.load(name, facts.windows.windows, validated)
+                if facts.replay and len(wanted) == len(views):
+                    replay = ReplayLoading(
+                        warehouse.connect, wanted, run_id=facts.run_id, also_open=facts.replay == "open"
+                    )
+                    replay.load(name, facts.windows.windows)
+                settled = sorted(loaded.settled.difference(facts.partition_keys))[:OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:
                     rows = {view.name: row_count(conn, view) for view in wanted}
@@ -83,6 +94,9 @@ def _normalized(
                 checks = WindowChecks(resource_type, settings, facts.now)
                 names = sorted(key.name for key in context.selected_asset_check_keys)
                 yield from checks.results(context, conn, balances, names)
+                if settled and DEAD_LETTER_RATE in names:
+                    others = reconcile(conn, store, name, settled, main_view=main_view)
+                    checks.tell_of(context, conn, others, DEAD_LETTER_RATE)
 
     return normalized
 

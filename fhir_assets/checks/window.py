@@ -63,20 +63,9 @@ class WindowChecks:
         self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[Balance], names: Sequence[str]
     ) -> Iterator[dg.AssetCheckResult]:
         """The results of the named checks for the run; in a range run each window's evaluation is logged as well."""
-        keys = [balance.partition_key for balance in balances]
         is_range = context.has_partition_key_range and len(context.partition_keys) > 1
         for name in names:
-            if name == RECONCILES:
-                each = [_reconciliation([balance]) for balance in balances]
-                whole = _reconciliation(balances)
-            elif name == DEAD_LETTER_RATE:
-                leading = quality.unsettled(conn, self.resource_type.name, keys)
-                each = [self._rate([balance], leading) for balance in balances]
-                whole = self._rate(balances, leading)
-            else:
-                volumes = self._volumes(conn, balances)
-                each = [_volume([volume]) for volume in volumes]
-                whole = _volume(volumes)
+            each, whole = self._judge(conn, balances, name)
             if is_range:
                 for balance, found in zip(balances, each, strict=True):
                     # A window without anything has no rate and no volume: an event for each would be the most of a run.
@@ -85,6 +74,24 @@ class WindowChecks:
                 yield whole.result(self._asset, name)
             else:
                 yield (each[0] if len(each) == 1 else whole).result(self._asset, name)
+
+    def tell_of(
+        self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[Balance], name: str
+    ) -> None:
+        """Log what a check now says of windows that are not the run's, but that the run changed."""
+        for balance, found in zip(balances, self._judge(conn, balances, name)[0], strict=True):
+            context.log_event(found.evaluation(self._asset, name, balance.partition_key))
+
+    def _judge(self, conn: Connection, balances: Sequence[Balance], name: str) -> tuple[list["_Found"], "_Found"]:
+        """What a check says of each window, and of all together."""
+        if name == RECONCILES:
+            return [_reconciliation([balance]) for balance in balances], _reconciliation(balances)
+        if name == DEAD_LETTER_RATE:
+            keys = [balance.partition_key for balance in balances]
+            leading = quality.unsettled(conn, self.resource_type.name, keys)
+            return [self._rate([balance], leading) for balance in balances], self._rate(balances, leading)
+        volumes = self._volumes(conn, balances)
+        return [_volume([volume]) for volume in volumes], _volume(volumes)
 
     @property
     def _asset(self) -> dg.AssetKey:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -15,15 +15,20 @@ from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
 from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, received, replays, runs, tables
+from fhir_assets.warehouse.corrections import Corrections
 from fhir_assets.warehouse.database import Connection, sealing_of
-from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.loader import Loader, Unloadable
+from fhir_assets.warehouse.prepared import Prepared
 from fhir_assets.windows import Window
 
 TRANSACTION_ROWS = 50_000
 """Small windows share a transaction until it holds this many resources; a larger window has one of its own."""
 
 _ACTOR = "pipeline"
+
+STAGES: tuple[Stage, ...] = ("transform", "load")
+"""The stages whose dead letters a load makes."""
 
 _ROWS_PER_SECOND = 8000
 """About how many resources one process makes rows of."""
@@ -39,6 +44,8 @@ class Loaded:
     superseded: int = 0
     rows: Counter[str] = field(default_factory=Counter)
     dead: Counter[str] = field(default_factory=Counter)
+    settled: set[str] = field(default_factory=set)
+    """Keys of windows, of this load or not, whose dead letters newer versions settled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,20 @@ class Loading:
         again = any(task.again for task in group)
         loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again)
 
-        def bury(letters: Sequence[DeadLetter]) -> None:
+        corrections = Corrections(self._connect, resource_type, STAGES, [task.window.key for task in group])
+        arrived = {task.window.key: task.window.start or task.window.end for task in group}
+
+        def bury(found: Sequence[DeadLetter]) -> None:
+            """Keep dead letters, of those only that nobody corrected: the corrected resource is loaded in its place."""
+            letters = []
+            for letter in found:
+                corrected = corrections.find(letter)
+                rows = self._rows_of(conn, corrected, letter.partition_key, arrived) if corrected else None
+                if corrected is None or rows is None:
+                    letters.append(letter)
+                else:
+                    refused = loader.take([(rows, corrected)], letter.partition_key)
+                    bury([_unloadable(resource_type, item) for item in refused])
             if letters:
                 loader.wait()
                 dead_letters.record(
@@ -146,11 +166,14 @@ class Loading:
                 bury([_unloadable(resource_type, item) for item in found])
                 total.resources += len(batch.lines)
             counts = loader.finish()
-        bury([_unloadable(resource_type, item) for item in loader.late()])
+            while late := loader.late():
+                bury([_unloadable(resource_type, item) for item in late])
+                counts = loader.finish()
         anew = [task.window.key for task in group if task.anew]
-        for stage in ("transform", "load"):
+        for stage in STAGES:
             dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
-        replays.supersede(conn, self._run_id, resource_type, [task.window.key for task in group])
+        keys = [task.window.key for task in group]
+        total.settled |= replays.supersede(conn, self._run_id, resource_type, keys)
         if self._whole:
             self._remember(conn, resource_type, group)
             self._heal(conn, resource_type, group)
@@ -186,6 +209,14 @@ class Loading:
             weigh=lambda batch: batch.size,
             seconds=sum(task.rows for task in group) / _ROWS_PER_SECOND,
         )
+
+    def _rows_of(
+        self, conn: Connection, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
+    ) -> Prepared | None:
+        """What the views make of a corrected resource; None if it is refused as well."""
+        self._make_rows = self._make_rows or MakeRows(self._views, sealing_of(conn))
+        made = self._make_rows(Batch([line], partition_key, arrived[partition_key]))
+        return made.prepared[0][1] if made.prepared else None
 
     def _remember(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
         """Note the parts as loaded and move the checkpoint, in the transaction of their rows."""

@@ -1,14 +1,19 @@
 """Does every resource of a window stand somewhere? The counts of each layer, held against each other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import psycopg
 from psycopg import sql
 
 from fhir_assets.fhir.record import read_header, read_instant
+from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.manifest import Manifest
 from fhir_assets.store.store import Store
+from fhir_assets.warehouse import corrections
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.dead_letters import DeadLetter
+
+STAGES = ("transform", "load")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Balance:
 
 
 def reconcile(
-    conn: psycopg.Connection,
+    conn: Connection,
     store: Store,
     resource_type: str,
     partition_keys: Sequence[str],
@@ -104,7 +109,7 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: in
     )
 
 
-def _undone(conn: psycopg.Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
+def _undone(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
     found = conn.execute(
         "SELECT partition_key, sum(occurrences)::bigint FROM ops.dead_letters WHERE resource_type = %s"
         " AND stage IN ('transform', 'load') AND status IN ('open', 'replaying', 'discarded')"
@@ -115,7 +120,7 @@ def _undone(conn: psycopg.Connection, resource_type: str, partition_keys: Sequen
 
 
 def _absent(
-    conn: psycopg.Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
+    conn: Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
 ) -> dict[str, tuple[int, int]]:
     """By partition key, how many validated resources the tables lack, less those that are dead letters, and how many
     the source deleted since.
@@ -125,8 +130,11 @@ def _absent(
     conn.execute(
         "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
     )
+    keys = [manifest.partition_key for manifest in validated]
+    corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
+    rows = _expected(store, validated, corrected, sealing_of(conn))
     with conn.cursor().copy("COPY expected FROM STDIN") as copy:
-        for row in _expected(store, validated):
+        for row in rows:
             copy.write_row(row)
     # Without statistics Postgres would take a million ids for a few, and look each up by itself.
     conn.execute("ANALYZE expected")
@@ -150,10 +158,22 @@ def _absent(
     return found
 
 
-def _expected(store: Store, validated: Sequence[Manifest]) -> Iterator[tuple[str, str | None, object]]:
+def _expected(
+    store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], sealing: Sealing
+) -> Iterator[tuple[str, str | None, object]]:
+    """What the tables should hold: of resources that were corrected on their way into them the correction."""
     for manifest in validated:
+        instead = corrected.get(manifest.partition_key, {})
         for batch in store.batches(manifest.parts):
             for line in batch:
+                if instead:
+                    places = (_fingerprint(manifest, stage, line, sealing) for stage in STAGES)
+                    line = next((instead[place] for place in places if place in instead), line)
                 header = read_header(line)
                 moment = read_instant(header.meta.lastUpdated) if header.meta else None
                 yield manifest.partition_key, header.id, moment
+
+
+def _fingerprint(manifest: Manifest, stage: str, line: bytes, sealing: Sealing) -> bytes:
+    letter = DeadLetter(manifest.resource_type, None, stage, "", "", "", line, manifest.partition_key)
+    return letter.fingerprint(sealing)

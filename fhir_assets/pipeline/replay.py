@@ -6,20 +6,26 @@ commit is not done twice: a letter that is still held by a run which the manifes
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.fhir.validation import Validator
+from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.collector import seldom_collected
+from fhir_assets.pipeline.load import STAGES as LOAD_STAGES
+from fhir_assets.pipeline.load import judgement
+from fhir_assets.pipeline.rows import Batch, MakeRows, place_of
 from fhir_assets.pipeline.validate import ValidatedUpdate, dead_letter
 from fhir_assets.store.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.store.store import Store
 from fhir_assets.store.writer import PartWriter
-from fhir_assets.warehouse import replays
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse import replays, tables
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.loader import Loader
 from fhir_assets.warehouse.replays import Claimed, Failed
+from fhir_assets.windows import Window
 
 STAGE = "validate"
 
@@ -137,6 +143,71 @@ class ReplayValidation:
                 dict(tally.warnings),
             ),
         )
+
+
+class ReplayLoading:
+    """Loads the letters of stages ``transform`` and ``load`` that a run claims, into all tables of their type."""
+
+    def __init__(
+        self, connect: Callable[[], Connection], views: Sequence[View], *, run_id: str, also_open: bool
+    ) -> None:
+        self._connect = connect
+        self._views = views
+        self._run_id = run_id
+        self._also_open = also_open
+
+    def load(self, resource_type: str, windows: Sequence[Window]) -> int:
+        """Load the letters of some windows, a few hundred a transaction; what fails again is open again. Returns how
+        many healed. Raises DatabaseUnavailable, ViewError or SealingError.
+        """
+        arrived = {window.key: window.start or window.end for window in windows}
+        with closing(self._connect()) as conn:
+            healed_by: dict[str, list[str]] = {key: [] for key in arrived}
+            claimed = replays.claim(
+                conn, self._run_id, resource_type, LOAD_STAGES, healed_by, also_open=self._also_open
+            )
+            replays.note_origin(conn, self._run_id, resource_type, list(arrived))
+            conn.commit()
+            if not claimed:
+                return 0
+            tables.ensure_tables(conn, self._views)
+            conn.commit()
+        healed = 0
+        with closing(self._connect()) as reading, closing(self._connect()) as writing:
+            make = MakeRows(self._views, sealing_of(writing))
+            for letters in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
+                with writing.transaction():
+                    healed += self._load(writing, make, resource_type, letters, arrived)
+        return healed
+
+    def _load(
+        self,
+        conn: Connection,
+        make: MakeRows,
+        resource_type: str,
+        letters: Sequence[Claimed],
+        arrived: Mapping[str, datetime],
+    ) -> int:
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True)
+        failed: dict[int, Failed] = {}
+        by_place = {(letter.partition_key, letter.body): letter for letter in letters}
+        refused = []
+        for letter in letters:
+            made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
+            for undone in made.undone:
+                failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
+            refused += loader.take([(each, letter.body) for _, each in made.prepared], letter.partition_key)
+        loader.finish()
+        for item in [*refused, *loader.late()]:
+            letter = by_place[item.partition_key, item.body]
+            failed[letter.id] = self._failed(letter, "unloadable", place_of(item.view, item.column), item.message)
+        replays.failed(conn, self._run_id, list(failed.values()))
+        healed = [letter.id for letter in letters if letter.id not in failed]
+        replays.healed_letters(conn, self._run_id, healed)
+        return len(healed)
+
+    def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:
+        return Failed(letter.id, rule, path, message, [], judgement(self._views))
 
 
 class _Tally:

@@ -47,6 +47,21 @@ def of_letter(conn: Connection, letter_id: int) -> Correction | None:
     return None if row is None else Correction(sealing_of(conn).open(bytes(row[0])), row[1], row[2])
 
 
+def by_fingerprint(
+    conn: Connection, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
+) -> dict[str, dict[bytes, bytes]]:
+    """By partition key, what takes whose place. Raises SealingError."""
+    found: dict[str, dict[bytes, bytes]] = {}
+    rows = conn.execute(
+        "SELECT partition_key, fingerprint, resource FROM ops.corrections"
+        " WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)",
+        [resource_type, list(stages), list(partition_keys)],
+    )
+    for key, fingerprint, resource in rows:
+        found.setdefault(key, {})[bytes(fingerprint)] = sealing_of(conn).open(bytes(resource))
+    return found
+
+
 class Corrections:
     """The corrections of some partitions of one type in some stages. Their fingerprints are held, asked for when the
     first resource is refused; the resources are read one by one.

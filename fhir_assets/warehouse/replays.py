@@ -224,33 +224,40 @@ def healed(
     return total
 
 
-def supersede(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> int:
+def supersede(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
     """Letters whose resource the tables have in a newer version are resolved: those of these windows, and those of
-    whatever window whose newer version came with these. Returns how many.
+    whatever window whose newer version came with these. Returns the windows of the letters.
     """
-    statement = sql.SQL(
-        "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
-        " resolution = 'superseded by a newer version', marked_at = NULL, claimed_by = NULL"
-        " FROM fhir.resource r WHERE d.resource_type = %(type)s AND d.status IN ('open', 'replaying')"
-        " AND d.stage = ANY(%(stages)s) AND r.resource_type = %(type)s AND r.id = d.resource_id"
-        " AND r.as_of > d.last_updated AND {} = ANY(%(keys)s)"
-    )
-    params = {
-        "run": run_id,
-        "type": resource_type,
-        "keys": list(partition_keys),
-        "stages": ["fetch", *REPLAYED],
-    }
     there = conn.execute(
         "SELECT EXISTS (SELECT FROM ops.dead_letters WHERE resource_type = %s AND status IN ('open', 'replaying')"
         " AND resource_id IS NOT NULL)",
         [resource_type],
     ).fetchone()
     if not (there and there[0]):
-        return 0
-    return sum(
-        conn.execute(statement.format(column), params).rowcount
+        return set()
+    statement = sql.SQL(
+        "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
+        " resolution = 'superseded by a newer version', marked_at = NULL, claimed_by = NULL"
+        " FROM fhir.resource r WHERE d.resource_type = %(type)s AND d.status IN ('open', 'replaying')"
+        " AND d.stage = ANY(%(stages)s) AND r.resource_type = %(type)s AND r.id = d.resource_id"
+        " AND r.as_of > d.last_updated AND {} = ANY(%(keys)s) RETURNING d.partition_key"
+    )
+    params = {"run": run_id, "type": resource_type, "keys": list(partition_keys), "stages": ["fetch", *REPLAYED]}
+    return {
+        key
         for column in (sql.SQL("r.partition_key"), sql.SQL("d.partition_key"))
+        for (key,) in conn.execute(statement.format(column), params).fetchall()
+    }
+
+
+def healed_letters(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
+    """These letters of the run are in the tables now: resolved."""
+    conn.execute(
+        "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
+        " marked_at = NULL, claimed_by = NULL, resolution ="
+        " CASE WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint)"
+        " THEN 'corrected' ELSE 'replayed' END WHERE id = ANY(%(ids)s) AND claimed_by = %(run)s",
+        {"run": run_id, "ids": list(ids)},
     )
 
 
