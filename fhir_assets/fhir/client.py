@@ -153,7 +153,15 @@ class FhirClient:
 
         return self._retrier.run(self._name("GET", path), attempt, policy)
 
-    def post(self, path: str, body: bytes, read: Callable[[Answer], T], *, expect: Collection[int]) -> T:
+    def post(
+        self,
+        path: str,
+        body: bytes,
+        read: Callable[[Answer], T],
+        *,
+        expect: Collection[int],
+        policy: RetryPolicy | None = None,
+    ) -> T:
         """POST what does no harm when done twice, and ``read`` the answer as ``get`` does.
 
         Statuses of ``expect`` are answers, all others errors: Refusal, ServerUnavailable or NotFhir.
@@ -162,7 +170,7 @@ class FhirClient:
         def attempt() -> T:
             return read(self._exchange("POST", path, (), body, {"Content-Type": FHIR_JSON}, expect))
 
-        return self._retrier.run(self._name("POST", path), attempt)
+        return self._retrier.run(self._name("POST", path), attempt, policy)
 
     def send(
         self,

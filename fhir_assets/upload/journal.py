@@ -32,6 +32,7 @@ _SCHEMA = """
         n INTEGER PRIMARY KEY, resource_type TEXT, id TEXT, place TEXT, body BLOB, status INTEGER, outcome BLOB,
         message TEXT
     );
+    CREATE INDEX IF NOT EXISTS failures_by_id ON failures (resource_type, id);
     CREATE TEMP TABLE edges (source INTEGER, target INTEGER, PRIMARY KEY (source, target)) WITHOUT ROWID;
 """
 _AT_ONCE = 100
@@ -112,7 +113,7 @@ class Journal:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.create_function("reason", 3, self._reason, deterministic=True)
         self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
-        self._any_held = self.held_count() > 0
+        self._any_open = self.held_count() + self.failed_count() > 0
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +138,7 @@ class Journal:
             for table in ("facts", "batches", "held", "failures"):
                 self._db.execute(f"DELETE FROM {table}")  # noqa: S608
             self._db.executemany("INSERT INTO facts VALUES (?, ?)", count(self._refuse).items())
-        self._any_held = False
+        self._any_open = self.failed_count() > 0
 
     def _refuse(self, line: Unusable) -> None:
         self._db.execute(
@@ -156,7 +157,7 @@ class Journal:
                 " SELECT resource_type, id, place, body, status, outcome, 0, 0 FROM failures WHERE id IS NOT NULL"
             )
             self._db.execute("DELETE FROM failures WHERE id IS NOT NULL")
-        self._any_held = self.held_count() > 0
+        self._any_open = self.held_count() + self.failed_count() > 0
 
     def is_done(self, key: BatchKey) -> bool:
         """Whether a batch was sent and its results are noted."""
@@ -174,13 +175,12 @@ class Journal:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 ((*self._row(entry, result), result.reason) for entry, result in done.failed),
             )
-            if self._any_held:
-                # A newer line of the same resource has come through: the older one must not follow it.
-                self._db.executemany(
-                    "DELETE FROM held WHERE resource_type = ? AND id = ?",
-                    ((e.resource_type, e.id) for e in (*done.settled, *(e for e, _ in done.failed))),
-                )
-        self._any_held = self._any_held or bool(done.held)
+            if self._any_open:
+                # What has come through now is the newer line of a resource: an older one must not follow it.
+                names = [(entry.resource_type, entry.id) for entry in done.settled]
+                self._db.executemany("DELETE FROM held WHERE resource_type = ? AND id = ?", names)
+                self._db.executemany("DELETE FROM failures WHERE resource_type = ? AND id = ?", names)
+        self._any_open = self._any_open or bool(done.held or done.failed)
 
     def _count(self, key: BatchKey, done: Done) -> None:
         self._db.execute(
@@ -275,7 +275,6 @@ class Journal:
                 " FROM held ORDER BY n"
             )
             self._db.execute("DELETE FROM held")
-        self._any_held = False
 
     def failed_count(self) -> int:
         """How many resources were not delivered."""

@@ -28,7 +28,10 @@ T = TypeVar("T")
 ENTRY_RETRIES = RetryPolicy(attempts=4, first_wait=0.25, max_wait=8)
 """For entries that fail in passing while their batch as a whole is answered; what is left then is held."""
 
-_CONFLICT = frozenset({409, 412})
+HALF_RETRIES = RetryPolicy(attempts=2, first_wait=0.5)
+"""For halves of a batch that the server failed at, though it is up."""
+
+_FEWER_ATTEMPTS = {0: 1, 409: 2, 412: 2}
 _WHOLE_REFUSED = frozenset({400, 409, 410, 412, 413, 422})
 
 Read = Callable[[str, str], Iterable[Entry]]
@@ -203,7 +206,7 @@ class Uploader:
                     done.created += result.status == 201
                     done.updated += result.status != 201
                     done.settled.append(entry)
-                elif result.passing and tried < (2 if result.status in _CONFLICT else ENTRY_RETRIES.attempts):
+                elif result.passing and tried < _FEWER_ATTEMPTS.get(result.status, ENTRY_RETRIES.attempts):
                     again.append(entry)
                 elif held or result.passing or self._may_wait_for_others(entry):
                     done.held.append((entry, result))
@@ -235,26 +238,28 @@ class Uploader:
                 changed.append(entry)
         return changed
 
-    def _results(self, entries: Sequence[Entry]) -> list[Result]:
+    def _results(self, entries: Sequence[Entry], policy: RetryPolicy | None = None) -> list[Result]:
         """What the server says of each entry. A batch that it refuses, or fails at, as a whole goes in halves."""
-        kind: bundles.BundleType = "transaction" if self.transaction else "batch"
+        bundle = bundles.write_bundle("transaction" if self.transaction else "batch", self.client.base_url, entries)
         try:
-            whole, answers = self._post(bundles.write_bundle(kind, self.client.base_url, entries), len(entries))
+            whole, answers = self._post(bundle, len(entries), policy)
         except ServerUnavailable:
             # Either the server is down, which this finds out, or it fails at one of these entries.
             self.client.capabilities()
-            whole, answers = Result(0), None
+            whole, answers, policy = Result(0), None, HALF_RETRIES
         if answers is not None:
             return [result for result, _ in answers]
         if len(entries) == 1:
             return [whole]
         half = len(entries) // 2
-        return self._results(entries[:half]) + self._results(entries[half:])
+        return self._results(entries[:half], policy) + self._results(entries[half:], policy)
 
-    def _post(self, body: bytes, size: int) -> tuple[Result, list[tuple[Result, bytes]] | None]:
+    def _post(
+        self, body: bytes, size: int, policy: RetryPolicy | None = None
+    ) -> tuple[Result, list[tuple[Result, bytes]] | None]:
         """The answers to the entries of a Bundle; None if the server refused it as a whole, which the Result says."""
         refused = _WHOLE_REFUSED | {404} if self.transaction else _WHOLE_REFUSED
-        return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused)
+        return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 
 
 def _read(size: int, answer: Answer) -> tuple[Result, list[tuple[Result, bytes]] | None]:

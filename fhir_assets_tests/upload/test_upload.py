@@ -213,6 +213,30 @@ def test_an_entry_the_server_always_fails_at_is_given_up_and_the_others_are_sent
     assert {identity for identity, times in batches.times.items() if times > 1} == {"7"}
 
 
+def test_an_older_line_that_was_refused_does_not_come_back_over_a_newer_one(upload_of: Upload) -> None:
+    lines = [patient("p", gender="male"), patient("q"), patient("p", gender="female")]
+    write(upload_of.input / "p.ndjson", lines)
+    batches = Batches(lambda identity, time: 422 if (identity, time) == ("p", 1) or identity == "q" else 200)
+    with ScriptedServer(batches) as server:
+        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+        assert summary["totals"]["failed"] == 1
+        upload_of("--workers", "1", "--resume", url=server.url, exit_code=1)
+    assert batches.times["p"] == 2
+
+
+def test_an_entry_at_which_the_server_breaks_does_not_hold_the_others_up(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHIR_MAX_ATTEMPTS", "2")
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(4)])
+    with ScriptedServer(Batches(lambda *_: 201, lambda ids: 500 if "2" in ids else 200)) as server:
+        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+    assert summary["totals"] == {"created": 3, "updated": 0, "unchanged": 0, "failed": 1}
+    [refused] = upload_of.refused()
+    assert refused["resource"]["id"] == "2"
+    assert "no answer" in refused["reason"]
+
+
 @pytest.mark.parametrize("status", [413, 400, 422])
 def test_a_batch_that_is_refused_as_a_whole_goes_in_halves(upload_of: Upload, status: int) -> None:
     write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
