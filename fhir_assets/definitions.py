@@ -11,6 +11,7 @@ from fhir_assets import logs
 from fhir_assets.assets.delivered import delivered_assets
 from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.exports import export_assets
+from fhir_assets.assets.landing import landing_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
@@ -132,7 +133,9 @@ def _build(
             "validator": validator,
         },
     )
-    return dg.Definitions.merge(loading, health_patient_assets(settings, warehouse))
+    return dg.Definitions.merge(
+        loading, landing_assets(settings, warehouse), health_patient_assets(settings, warehouse)
+    )
 
 
 @dg.definitions

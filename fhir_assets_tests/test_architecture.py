@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "connector"},
     "upload": PLAIN | {"fhir", "privacy", "upload"},
     "pipeline": PLAIN | {"fhir", "privacy", "store", "upload", "warehouse", "pipeline"},
-    "resources": PLAIN | {"fhir", "privacy", "store", "warehouse", "settings", "resources"},
+    "resources": PLAIN | {"fhir", "pipeline", "privacy", "store", "warehouse", "settings", "resources"},
 }
 WITHOUT_DAGSTER = {
     "alerts",

@@ -1,6 +1,6 @@
 """The lines of a text file, compressed or not, in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -26,19 +26,26 @@ def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
     order mark is left out. Raises BrokenOff, and OSError if the file cannot be read.
     """
     with path.open("rb") as file:
-        compressed = file.read(2) == _GZIP_MAGIC
-        file.seek(0)
-        yield from _split(_unpacked(file) if compressed else _plain(file), limit)
+        yield from split_lines(unpacked(file), limit)
 
 
-def _plain(file: BinaryIO) -> Iterator[bytes]:
+def unpacked(file: BinaryIO) -> Iterator[bytes]:
+    """The content of a stream, which need not be seekable, in pieces; gzip is known by its first bytes.
+
+    Raises BrokenOff.
+    """
+    head = file.read(len(_GZIP_MAGIC))
+    if head == _GZIP_MAGIC:
+        yield from _unpacked(head + file.read(_PACKED), file)
+        return
+    if head:
+        yield head + file.read(_CHUNK)
     while chunk := file.read(_CHUNK):
         yield chunk
 
 
-def _unpacked(file: BinaryIO) -> Iterator[bytes]:
+def _unpacked(packed: bytes, file: BinaryIO) -> Iterator[bytes]:
     """The content of gzip members, in small pieces: whatever came before a missing end is given."""
-    packed = file.read(_PACKED)
     while packed:
         member = isal_zlib.decompressobj(wbits=_GZIP)
         while not member.eof:
@@ -63,7 +70,8 @@ def _next_member(rest: bytes, file: BinaryIO) -> bytes:
     return rest
 
 
-def _split(chunks: Iterator[bytes], limit: int) -> Iterator[list[bytes | None]]:
+def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes | None]]:
+    """The lines of a content without their line feed; None stands for one longer than ``limit``."""
     held: list[bytes] = []
     length = 0
     first = True

@@ -48,6 +48,16 @@ class Rejected:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """A resource that the source deleted at ``at``; ``version_id`` is that of the deletion, where one is known."""
+
+    resource_type: str
+    id: str
+    at: datetime
+    version_id: str | None = None
+
+
 class Source(Protocol):
     """Where resources come from."""
 

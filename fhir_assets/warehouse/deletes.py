@@ -7,11 +7,11 @@ bring the resource back, whenever it arrives, and one that is newer does.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import islice
 
 from psycopg import sql
 
+from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.warehouse import audit_log
 from fhir_assets.warehouse.database import Connection
@@ -20,16 +20,6 @@ from fhir_assets.warehouse.layout import KEY_COLUMN
 from fhir_assets.warehouse.prepared import version_number
 
 _CHUNK = 5000
-
-
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """A resource that the source deleted at ``at``; ``version_id`` is that of the deletion, where one is known."""
-
-    resource_type: str
-    id: str
-    at: datetime
-    version_id: str | None = None
 
 
 @dataclass(slots=True)

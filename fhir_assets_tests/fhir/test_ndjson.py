@@ -303,7 +303,7 @@ def test_state_changes_with_the_files(tmp_path: Path) -> None:
 def test_lines_are_split_alike_however_the_chunks_fall(parts: list[bytes], size: int, limit: int) -> None:
     whole = b"\n".join(part.replace(b"\xef", b"") for part in parts)
     chunks = [whole[at : at + size] for at in range(0, len(whole), size)]
-    split = [each for batch in lines._split(iter(chunks), limit) for each in batch]
+    split = [each for batch in lines.split_lines(iter(chunks), limit) for each in batch]
     expected = whole.split(b"\n")
     if not expected[-1]:
         expected.pop()

@@ -1,0 +1,65 @@
+"""A landing zone in a folder or a bucket, and what Dagster does with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import dagster as dg
+
+from fhir_assets.assets.landing import JOB
+from fhir_assets.definitions import build_definitions
+from fhir_assets_tests.e2e.conftest import Deployment
+
+
+@dataclass
+class LandingZone:
+    """Where a test puts files down, as somebody else's process would."""
+
+    url: str
+
+    def put(self, name: str, content: bytes) -> None:
+        if self.url.startswith("s3://"):
+            bucket, prefix = self.url.removeprefix("s3://").split("/", 1)
+            boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
+        else:
+            path = Path(self.url) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def names(self) -> list[str]:
+        if self.url.startswith("s3://"):
+            bucket, prefix = self.url.removeprefix("s3://").split("/", 1)
+            found = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+            return sorted(each["Key"].removeprefix(f"{prefix}/") for each in found)
+        root = Path(self.url)
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def tick(deployment: Deployment, sensor: str = JOB, cursor: str | None = None) -> dg.SensorResult:
+    """One look of a sensor, as the daemon does it."""
+    repository = build_definitions(deployment.settings).get_repository_def()
+    context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
+    data = repository.get_sensor_def(sensor).evaluate_tick(context)
+    return dg.SensorResult(run_requests=data.run_requests, cursor=data.cursor, asset_events=list(data.asset_events))
+
+
+def receive(deployment: Deployment) -> dg.ExecuteInProcessResult:
+    """The run that the sensor asks for."""
+    job = build_definitions(deployment.settings).resolve_job_def(JOB)
+    return job.execute_in_process(instance=deployment.instance, raise_on_error=False)
+
+
+def land(deployment: Deployment) -> list[str]:
+    """Two looks, the run, and the loads that follow; returns what does not reconcile."""
+    tick(deployment)
+    assert tick(deployment).run_requests
+    assert receive(deployment).success
+    return load_received(deployment)
+
+
+def load_received(deployment: Deployment) -> list[str]:
+    """Load what was received; returns what does not reconcile."""
+    ingestion = deployment.ingestion()
+    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.received()]
+    assert all(outcome.success for outcome in outcomes)
+    return [said for outcome in outcomes for said in deployment.unreconciled(outcome)]

@@ -1,0 +1,211 @@
+"""Files that are put down in a landing zone: found, taken once, split, and their faults shown."""
+
+import gzip
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from fhir_assets.warehouse import landing_files, received
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.e2e.landing import LandingZone, land, load_received, receive, tick
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+ENCOUNTER = {
+    "resourceType": "Encounter",
+    "id": "e",
+    "meta": {"lastUpdated": "2024-01-05T10:00:00Z"},
+    "status": "finished",
+    "class": {"code": "AMB"},
+}
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
+def zone(request: pytest.FixtureRequest, tmp_path: Path) -> LandingZone:
+    if request.param == "s3":
+        return LandingZone(request.getfixturevalue("s3_url"))
+    (tmp_path / "landing").mkdir()
+    return LandingZone(str(tmp_path / "landing"))
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, zone: LandingZone) -> Deployment:
+    return deploy(fhir_landing_url=zone.url, fhir_resource_types=("Patient", "Encounter"))
+
+
+def check(result: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
+    (found,) = result.get_asset_check_evaluations()
+    return found
+
+
+def files(deployment: Deployment) -> dict[str, str]:
+    return dict(deployment.query("SELECT name, status FROM ops.landing_files"))
+
+
+def test_files_of_several_types_and_kinds_are_split_loaded_and_left_where_they_are(
+    deployment: Deployment, zone: LandingZone
+) -> None:
+    zone.put("a.ndjson", patient("a", DAY) + b"\n" + json.dumps(ENCOUNTER).encode() + b"\n")
+    bundle = {"resourceType": "Bundle", "type": "collection", "entry": [{"resource": json.loads(patient("b", DAY))}]}
+    zone.put("deep/down/b.json.gz", gzip.compress(json.dumps(bundle, indent=1).encode()))
+    zone.put("c.json", patient("c", DAY))
+    for name in ("readme.txt", "x.ndjson.part", ".hidden.ndjson"):
+        zone.put(name, b"not ours")
+    before = zone.names()
+    assert land(deployment) == []
+    assert deployment.loaded() == {"Patient": 3, "Encounter": 1}
+    assert zone.names() == before
+    assert tick(deployment).run_requests == []
+    assert receive(deployment).success
+    assert load_received(deployment) == []
+
+
+def test_the_same_content_is_loaded_once_whatever_its_name(deployment: Deployment, zone: LandingZone) -> None:
+    zone.put("a.ndjson", patient("a", DAY))
+    assert land(deployment) == []
+    zone.put("again/b.ndjson", patient("a", DAY))
+    zone.put("a.ndjson", patient("a", DAY))
+    tick(deployment)
+    tick(deployment)
+    receive(deployment)
+    assert deployment.ingestion().received() == []
+    known = deployment.query("SELECT status, known_before FROM ops.landing_files WHERE name = 'again/b.ndjson'")
+    assert known == [("loaded", True)]
+    assert deployment.query("SELECT sum(rows) FROM ops.received") == [(1,)]
+
+
+def test_a_file_with_new_content_under_its_old_name_is_loaded(deployment: Deployment, zone: LandingZone) -> None:
+    zone.put("a.ndjson", patient("a", DAY))
+    assert land(deployment) == []
+    zone.put("a.ndjson", patient("b", DAY) + b"\n")
+    assert land(deployment) == []
+    assert deployment.loaded() == {"Patient": 2}
+
+
+def test_a_bad_file_is_dead_letters_and_a_red_check_until_they_are_settled_and_stops_nothing(
+    deployment: Deployment, zone: LandingZone
+) -> None:
+    zone.put("bad.ndjson", patient("a", DAY) + b'\n{"resourceType": "Patient", "id": \n')
+    zone.put("cut.ndjson.gz", gzip.compress(patient("b", DAY) * 99)[:-20])
+    zone.put("good.ndjson", patient("c", DAY))
+    tick(deployment)
+    looked = tick(deployment)
+    result = receive(deployment)
+    assert result.success
+    assert not check(result).passed
+    assert "2 landed files are bad" in (check(result).description or "")
+    assert load_received(deployment) == []
+    assert {"a", "c"} <= {identity for (identity,) in deployment.query("SELECT id FROM fhir.resource")}
+    assert set(files(deployment).values()) == {"loaded"}
+    letters = deployment.query("SELECT id, stage, rule, origin IS NOT NULL FROM ops.dead_letters WHERE status = 'open'")
+    assert [(stage, rule, known) for _, stage, rule, known in letters] == [("fetch", "json", True)] * len(letters)
+    red = tick(deployment, cursor=looked.cursor)
+    with connect(deployment.url) as conn:
+        conn.execute("UPDATE ops.dead_letters SET status = 'discarded'")
+    (event,) = tick(deployment, cursor=red.cursor).asset_events
+    assert isinstance(event, dg.AssetCheckEvaluation)
+    assert event.passed
+
+
+def test_names_of_files_which_may_be_patients_stay_out_of_events_and_letters(
+    deployment: Deployment, zone: LandingZone
+) -> None:
+    zone.put("Peter_Chalmers_1974.ndjson", b"{")
+    zone.put("Peter_Chalmers_1975.ndjson", patient("a", DAY))
+    assert land(deployment) == []
+    events = deployment.query("SELECT event FROM event_logs")
+    letters = deployment.query("SELECT path, message, issues::text FROM ops.dead_letters")
+    assert events
+    assert letters
+    assert "Chalmers" not in str(events) + str(letters)
+
+
+def test_deletes_that_land_take_the_rows_and_an_older_file_does_not_bring_them_back(
+    deployment: Deployment, zone: LandingZone
+) -> None:
+    zone.put("a.ndjson", patient("a", DAY) + b"\n" + patient("b", DAY))
+    assert land(deployment) == []
+    entry = {
+        "request": {"method": "DELETE", "url": "Patient/a"},
+        "response": {"status": "204", "lastModified": "2024-02-01T00:00:00Z"},
+    }
+    zone.put("deleted.ndjson", json.dumps({"resourceType": "Bundle", "type": "transaction", "entry": [entry]}).encode())
+    assert land(deployment) == []
+    zone.put("old.ndjson", patient("a", DAY, version="0") + b"\n")
+    assert land(deployment) == []
+    assert deployment.query("SELECT id FROM fhir.patient") == [("b",)]
+    assert deployment.query("SELECT id, deleted_at::date::text FROM fhir.resource WHERE resource IS NULL") == [
+        ("a", "2024-02-01")
+    ]
+    outcomes = [
+        deployment.ingestion().load_received(waiting, triggered_by="test")
+        for waiting in deployment.ingestion().received()
+    ]
+    assert outcomes == []
+
+
+def test_a_folder_file_is_taken_when_it_stopped_growing_or_has_its_done_beside(deploy: Deploy, tmp_path: Path) -> None:
+    zone = LandingZone(str(tmp_path / "landing"))
+    zone.put("growing.ndjson", patient("a", DAY))
+    zone.put("marked.ndjson", patient("b", DAY))
+    zone.put("marked.ndjson.done", b"")
+    deployment = deploy(fhir_landing_url=zone.url, fhir_resource_types=("Patient",))
+    assert tick(deployment).run_requests
+    assert files(deployment) == {"growing.ndjson": "arriving", "marked.ndjson": "ready"}
+    zone.put("growing.ndjson", patient("a", DAY) + b"\n" + patient("c", DAY))
+    tick(deployment)
+    assert files(deployment)["growing.ndjson"] == "arriving"
+    tick(deployment)
+    assert files(deployment)["growing.ndjson"] == "ready"
+    receive(deployment)
+    assert load_received(deployment) == []
+    assert deployment.loaded() == {"Patient": 3}
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone = LandingZone(str(tmp_path / "landing"))
+    zone.put("a.ndjson", patient("a", DAY))
+    zone.put("gone.ndjson", patient("b", DAY))
+    deployment = deploy(fhir_landing_url=zone.url, fhir_resource_types=("Patient",))
+    tick(deployment)
+    tick(deployment)
+    (tmp_path / "landing" / "gone.ndjson").unlink()
+    result = receive(deployment)
+    assert result.success
+    assert not check(result).passed
+    assert files(deployment) == {"a.ndjson": "loaded", "gone.ndjson": "failed"}
+    tick(deployment)
+    assert files(deployment) == {"a.ndjson": "loaded"}
+
+
+def test_a_zone_that_is_not_there_is_one_sentence(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy(fhir_landing_url=str(tmp_path / "none"), fhir_resource_types=("Patient",))
+    with pytest.raises(Exception, match="there is no folder"):
+        tick(deployment)
+
+
+def test_a_load_that_dies_between_raw_and_its_note_is_done_again_and_nothing_is_double(
+    deployment: Deployment, zone: LandingZone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone.put("a.ndjson", patient("a", DAY))
+    tick(deployment)
+    tick(deployment)
+    for room, name in ((received, "note"), (landing_files, "loaded")):
+        with monkeypatch.context() as patched:
+
+            def dies(*_: object, **__: object) -> None:
+                raise RuntimeError("killed")
+
+            patched.setattr(room, name, dies)
+            assert not receive(deployment).success
+        assert tick(deployment).run_requests
+    assert receive(deployment).success
+    assert load_received(deployment) == []
+    assert deployment.query("SELECT sum(rows) FROM ops.received") == [(1,)]
+    assert deployment.loaded() == {"Patient": 1}

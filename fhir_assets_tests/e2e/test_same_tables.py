@@ -1,0 +1,86 @@
+"""The same 8,421 resources through every door give identical tables. A new door is one more function in DOORS."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
+from fhir_assets_tests.e2e.landing import LandingZone, land
+
+SYNTHEA = SHARED / "synthea"
+
+Through = Callable[[Deploy, Path, pytest.FixtureRequest], Deployment]
+"""Brings all of Synthea into a deployment with the given settings; what does not reconcile fails the test."""
+
+
+@contextmanager
+def serving() -> Iterator[SandboxServer]:
+    with SandboxServer(SYNTHEA) as server:
+        yield server
+
+
+def ingested(deployment: Deployment) -> Deployment:
+    outcomes = deployment.ingest()
+    assert all(outcome.success for outcome in outcomes)
+    assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
+    return deployment
+
+
+def through_files(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    return ingested(deploy(home="files", fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly"))
+
+
+def through_search(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    with serving() as server:
+        return ingested(deploy(home="search", fhir_base_url=server.url, fhir_partition="monthly"))
+
+
+def landed(deployment: Deployment, zone: LandingZone) -> Deployment:
+    for path in sorted(SYNTHEA.glob("*.ndjson.gz")):
+        zone.put(path.name, path.read_bytes())
+    assert land(deployment) == []
+    return deployment
+
+
+def through_landing_folder(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    zone = LandingZone(str(folder / "landing"))
+    return landed(deploy(home="landing", fhir_landing_url=zone.url, fhir_partition="monthly"), zone)
+
+
+def through_landing_bucket(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    """The store lies in the bucket as well."""
+    url = request.getfixturevalue("s3_url")
+    zone = LandingZone(f"{url}/landing")
+    deployment = deploy(
+        home="bucket", fhir_landing_url=zone.url, fhir_store_url=f"{url}/store", fhir_partition="monthly"
+    )
+    return landed(deployment, zone)
+
+
+DOORS: dict[str, Through] = {
+    "search": through_search,
+    "landing folder": through_landing_folder,
+    "landing bucket": through_landing_bucket,
+}
+"""Each is held against the tables that the files give, read directly."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not beside this checkout")
+@pytest.mark.parametrize("door", DOORS)
+def test_all_of_synthea_gives_the_same_tables_through_every_door(
+    deploy: Deploy, empty_database: str, tmp_path: Path, request: pytest.FixtureRequest, door: str
+) -> None:
+    expected = through_files(deploy, tmp_path, request)
+
+    def elsewhere(**settings: object) -> Deployment:
+        return deploy(url=empty_database, **settings)
+
+    found = DOORS[door](elsewhere, tmp_path, request)
+    tables = expected.tables()
+    assert sum(found.loaded().values()) == 8421
+    assert found.tables() == tables
+    assert found.dead() == expected.dead() == {}

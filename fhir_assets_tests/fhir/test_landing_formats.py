@@ -1,0 +1,147 @@
+"""Files of every kind, whole and broken: each piece is a record, a deletion, or a rejection that says where."""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fhir_assets.fhir import landing_formats
+from fhir_assets.fhir.elements import Unbalanced, elements
+from fhir_assets.fhir.landing_formats import Item, LandedContent
+from fhir_assets.fhir.lines import unpacked
+from fhir_assets.fhir.record import Deletion, Record, Rejected
+
+NOW = datetime(2024, 1, 5, tzinfo=UTC)
+A = {"resourceType": "Patient", "id": "a", "meta": {"lastUpdated": "2024-01-01T00:00:00Z"}}
+B = {"resourceType": "Encounter", "id": "b", "text": 'line \\ " ] } [ {'}
+
+
+def read(name: str, content: bytes, *, limit: int = 1000) -> list[Item]:
+    landed = LandedContent("file", unpacked(io.BytesIO(content)), NOW, limit)
+    return list(landing_formats.read(name, landed))
+
+
+def said(items: list[Item]) -> list[object]:
+    """Records by id, deletions by target, rejected pieces by where they stand."""
+    return [
+        item.id if isinstance(item, Record) else ("-", item.id) if isinstance(item, Deletion) else item.path
+        for item in items
+    ]
+
+
+def bundle(*entries: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"resourceType": "Bundle", "type": "transaction", **more, "entry": list(entries)}
+
+
+def delete(url: str, **more: Any) -> dict[str, Any]:
+    return {"request": {"method": "DELETE", "url": url}, **more}
+
+
+NDJSON = "\n".join(json.dumps(each) for each in (A, B)).encode()
+BUNDLE = bundle({"fullUrl": "x", "resource": A}, {"resource": B, "request": {"method": "PUT", "url": "Encounter/b"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.ndjson", NDJSON),
+        ("x.jsonl", NDJSON + b"\n\n"),
+        ("x.json", NDJSON),
+        ("x.json", json.dumps([A, B]).encode()),
+        ("x.json", json.dumps([A, B], indent=2).encode()),
+        ("x.json", json.dumps(BUNDLE).encode()),
+        ("x.JSON", b"\xef\xbb\xbf" + json.dumps(BUNDLE, indent=2).encode()),
+        ("x.ndjson", json.dumps(BUNDLE).encode()),
+        ("x.json", json.dumps(A, indent=2).encode() + json.dumps(B, indent=2).encode()),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_kind_of_file_gives_its_resources_byte_for_byte(name: str, content: bytes, packed: bool) -> None:
+    items = read(f"{name}.gz" if packed else name, gzip.compress(content) if packed else content)
+    assert said(items) == ["a", "b"]
+    assert [json.loads(item.body) for item in items if isinstance(item, Record)] == [A, B]
+
+
+def test_deletes_of_a_bundle_are_deletions_at_the_time_of_the_entry_or_of_the_file() -> None:
+    at = "2024-01-02T00:00:00Z"
+    entries = (delete("Patient/a", response={"status": "204", "lastModified": at}), delete("Patient/b"))
+    for name in ("x.json", "x.ndjson"):
+        items = read(name, json.dumps(bundle(*entries, {"resource": A})).encode())
+        assert items[:2] == [Deletion("Patient", "a", datetime(2024, 1, 2, tzinfo=UTC)), Deletion("Patient", "b", NOW)]
+        assert said(items[2:]) == ["a"]
+
+
+@pytest.mark.parametrize("url", ["Patient", "Patient?identifier=x", "", "Patient/a/_history/1"])
+def test_a_delete_of_no_single_resource_is_rejected(url: str) -> None:
+    assert said(read("x.json", json.dumps(bundle(delete(url), {"resource": A})).encode())) == ["file:entry[0]", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.ndjson", b"{\n" + NDJSON, ["file:1", "a", "b"]),
+        ("x.ndjson", NDJSON[:-5], ["a", "file:2"]),
+        ("x.json", json.dumps(BUNDLE).encode()[:-1], ["a", "b", "file:document"]),
+        ("x.json", json.dumps(BUNDLE).encode()[:220], ["a", "file:document"]),
+        ("x.json", b"hello", ["file:document"]),
+        ("x.json", b'{"resourceType":"Bundle","entry":[{"resource":{"id":nope}}]}', ["file:entry[0]"]),
+        ("x.json", b'[{"id":"x"}]', ["file:[0]"]),
+        ("x.json", b'[1, {"id":"x"}]', ["file:document"]),
+        ("x.json", json.dumps({**A, "pad": "x" * 2000}).encode(), ["file:document"]),
+        ("x.ndjson", json.dumps({**A, "pad": "x" * 2000}).encode(), ["file:1"]),
+        (
+            "x.json",
+            json.dumps({"resourceType": "List", "id": "l", "entry": [{"item": {}}]}).encode(),
+            ["file:document"],
+        ),
+        ("x.ndjson.gz", gzip.compress(NDJSON)[:-10], ["a", "file:document"]),
+        ("x.ndjson.gz", b"\x1f\x8bnoise" * 9, ["file:document"]),
+        ("x.json", b"", []),
+    ],
+)
+def test_what_is_broken_is_rejected_where_it_stands_and_the_rest_is_given(
+    name: str, content: bytes, expected: list[object]
+) -> None:
+    items = read(name, content)
+    assert said(items) == expected
+    assert all(item.message and "line" not in item.message for item in items if isinstance(item, Rejected))
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_at_all_are_an_error(content: bytes) -> None:
+    for name in ("x.json", "x.ndjson"):
+        read(name, content)
+
+
+values = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("entry"), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+objects = st.dictionaries(st.text(max_size=4), values, max_size=3)
+
+
+@given(st.lists(objects, min_size=1, max_size=4), objects, st.integers(1, 9), st.booleans())
+def test_elements_are_split_alike_however_the_chunks_fall(
+    entries: list[Any], around: dict[str, Any], size: int, indent: bool
+) -> None:
+    document = {**{key: value for key, value in around.items() if key != "entry"}, "entry": entries, "z": 1}
+    text = json.dumps(document, indent=1 if indent else None).encode()
+
+    def chunks() -> Iterator[bytes]:
+        for at in range(0, len(text), size):
+            yield text[at : at + size]
+
+    found = list(elements(chunks(), 10_000))
+    assert [json.loads(body) for name, body in found if name == b"entry"] == entries
+    assert [json.loads(body) for name, body in found if name is None] == [{**document, "entry": []}]
+    with pytest.raises(Unbalanced):
+        list(elements([text[:-1]], 10_000))
