@@ -1,5 +1,6 @@
 """Fixtures of every room: a real Postgres for the session, and an own, migrated database for a test."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -92,6 +93,7 @@ def s3_server() -> Iterator[str]:
     """The endpoint of a real S3 HTTP server, moto's."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -60,6 +60,10 @@ def through_landing_bucket(deploy: Deploy, folder: Path, request: pytest.Fixture
     return landed(deployment, zone)
 
 
+def filled(deployment: Deployment) -> dict[str, list[str]]:
+    return {name: rows for name, rows in deployment.tables().items() if rows}
+
+
 DOORS: dict[str, Through] = {
     "search": through_search,
     "landing folder": through_landing_folder,
@@ -80,7 +84,7 @@ def test_all_of_synthea_gives_the_same_tables_through_every_door(
         return deploy(url=empty_database, **settings)
 
     found = DOORS[door](elsewhere, tmp_path, request)
-    tables = expected.tables()
     assert sum(found.loaded().values()) == 8421
-    assert found.tables() == tables
+    # What is received makes the tables of its types only; those of the others would be empty.
+    assert filled(found) == filled(expected)
     assert found.dead() == expected.dead() == {}
