@@ -21,7 +21,7 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
     """Patients first, in batches. What comes is received into raw, whence the sensor ``load_received`` loads it."""
 
     @dg.op(
-        name=FETCH_MISSING_REFERENCES,
+        name="ask_for_missing_references",
         pool=POOL,
         out=dg.Out(dg.Nothing),
         required_resource_keys={"source", "store", "warehouse"},

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
+from fhir_assets.definitions import build_definitions
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.database import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
@@ -113,3 +114,7 @@ def test_the_command_fetches_and_says_what_came(
     said = json.loads(CliRunner().invoke(app, ["missing-references", "fetch", "--json"]).stdout)
     assert said["success"]
     assert {row["type"]: row["loaded"] for row in said["types"]} == {"Patient": 2, "total": 2}
+
+
+def test_the_definitions_load_whole_as_a_code_server_loads_them(deployment: Deployment) -> None:
+    build_definitions(deployment.settings).get_repository_def().load_all_definitions()
