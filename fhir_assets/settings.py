@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     fhir_store_url: str = Field(
         "", description="Where raw and validated live: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
     )
+    fhir_deletes: Literal["off", "history"] = Field(
+        "off", description="`history`: each load also asks `_history` for what the server deleted"
+    )
     fhir_landing_url: str = Field("", description="A folder or s3://bucket/prefix where files land; unset: none")
     fhir_s3_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = Field(
         None, description="Server-side encryption that S3 is asked for; unset: what the bucket does by itself"

@@ -8,7 +8,9 @@ import dagster as dg
 from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.fhir.record import Source
+from fhir_assets.pipeline.deletions import follow
 from fhir_assets.pipeline.fetch import Fetcher, RawUpdate
+from fhir_assets.resources.source import open_history
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.store import Store
@@ -74,6 +76,12 @@ def _raw(
                 reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
             )
             updates = {update.resource_type: update for update in fetcher.fetch(here, facts.windows)}
+            history = open_history(settings)
+            deleted = (
+                follow(warehouse.connect, history, here, run_id=facts.run_id, now=facts.now, overlap=settings.overlap)
+                if history
+                else {}
+            )
             seconds = perf_counter() - started
             for name in wanted:
                 update = updates.get(name) or RawUpdate(name, (), {})
@@ -86,7 +94,8 @@ def _raw(
                 yield dg.Output(
                     update,
                     output_name=BY_NAME[name].key,
-                    metadata=_metadata(update, seconds, skipped=name not in here),
+                    metadata=_metadata(update, seconds, skipped=name not in here)
+                    | ({"deleted": deleted[name]} if name in deleted else {}),
                 )
                 with warehouse.connect() as conn:
                     dead_letters.settle(conn, facts.run_id, name, "fetch", update.anew)

@@ -13,6 +13,7 @@ from fhir_assets.cli import (
     dev,
     export,
     ingest,
+    landing,
     migrate,
     missing,
     patient,
@@ -36,6 +37,7 @@ app.command("demo")(demo.demo)
 app.command("dev")(dev.dev)
 app.command("migrate")(migrate.migrate)
 app.command("ingest")(ingest.ingest)
+app.add_typer(landing.app, name="landing")
 app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(missing.app, name="missing-references")

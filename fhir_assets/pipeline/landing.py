@@ -146,8 +146,7 @@ class Landing:
 
     def _bury(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:
-            with closing(self._connect()) as conn, conn.transaction():
-                deletes.apply(conn, deletions, run_id=origin, actor=DOOR)
+            deletes.bury(self._connect, deletions, run_id=origin, actor=DOOR)
         return len(deletions)
 
 

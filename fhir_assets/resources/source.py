@@ -2,6 +2,7 @@
 
 from fhir_assets.fhir.auth import credentials
 from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.history import DeletionHistory
 from fhir_assets.fhir.ndjson import NdjsonSource
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.retries import Retrier, RetryPolicy
@@ -15,6 +16,13 @@ def open_source(settings: Settings) -> Source:
     if settings.fhir_source is SourceKind.NDJSON:
         return NdjsonSource(location)
     return SearchSource(open_client(settings), page_size=settings.fhir_page_size)
+
+
+def open_history(settings: Settings) -> DeletionHistory | None:
+    """Where the source's deletions are read; None if FHIR_DELETES is off, or the source is no server."""
+    if settings.fhir_deletes == "off" or settings.fhir_source is SourceKind.NDJSON:
+        return None
+    return DeletionHistory(open_client(settings), page_size=settings.fhir_page_size)
 
 
 def open_client(settings: Settings) -> FhirClient:

@@ -5,12 +5,16 @@ bring the resource back, whenever it arrives, and one that is newer does.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 
+import psycopg
 from psycopg import sql
 
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.warehouse import audit_log
@@ -20,6 +24,7 @@ from fhir_assets.warehouse.layout import KEY_COLUMN
 from fhir_assets.warehouse.prepared import version_number
 
 _CHUNK = 5000
+_CROSSINGS = 5
 
 
 @dataclass(slots=True)
@@ -48,6 +53,47 @@ def apply(
         conn, *(Deed("delete", actor, name, count=count, run_id=run_id) for name, count in sorted(total.gone.items()))
     )
     return total
+
+
+def bury(
+    connect: Callable[[], Connection], deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
+) -> Deleted:
+    """Apply some thousands of deletions in a transaction of their own, again where it crossed a load.
+
+    Raises DatabaseUnavailable.
+    """
+    for _ in range(_CROSSINGS):
+        try:
+            with closing(connect()) as conn, conn.transaction():
+                return apply(conn, deletions, run_id=run_id, actor=actor)
+        except psycopg.errors.DeadlockDetected:
+            continue
+        except psycopg.OperationalError as error:
+            raise DatabaseUnavailable(
+                f"Postgres went away while deletions were applied ({type(error).__name__}): run it again"
+            ) from None
+    raise DatabaseUnavailable("Loads of the same resources crossed the deletions again and again: run it again")
+
+
+def applied_until(conn: Connection, resource_type: str) -> datetime | None:
+    """Up to where the source's history was followed; else since when the type is loaded; None if it never was."""
+    row = conn.execute(
+        "SELECT coalesce((SELECT applied_until FROM ops.deletion_checkpoints WHERE resource_type = %(type)s),"
+        " (SELECT min(started_at) FROM ops.ingestion_runs WHERE resource_type = %(type)s))",
+        {"type": resource_type},
+    ).fetchone()
+    return row[0] if row else None
+
+
+def advance(conn: Connection, resource_type: str, until: datetime, run_id: str) -> None:
+    """The history was followed up to ``until``; never back."""
+    conn.execute(
+        "INSERT INTO ops.deletion_checkpoints (resource_type, applied_until, run_id) VALUES (%s, %s, %s)"
+        " ON CONFLICT (resource_type) DO UPDATE SET applied_until ="
+        " greatest(ops.deletion_checkpoints.applied_until, excluded.applied_until),"
+        " run_id = excluded.run_id, updated_at = now()",
+        [resource_type, until, run_id],
+    )
 
 
 def _apply(conn: Connection, deletions: Sequence[Deletion], run_id: str, partition_key: str, total: Deleted) -> None:

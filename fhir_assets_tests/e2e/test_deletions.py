@@ -1,0 +1,124 @@
+"""What a server deletes leaves the tables, and stays away."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from fhir_assets.fhir.client import FhirClient
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.sandbox.faults import Fault, FaultKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+
+TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+IDS = [f"p{n}" for n in range(12)]
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    with SandboxServer([patient(each, TODAY - timedelta(days=1)) for each in IDS]) as server:
+        yield server
+
+
+def deployed(deploy: Deploy, server: SandboxServer, **settings: object) -> Deployment:
+    values = {"fhir_deletes": "history", "fhir_resource_types": ("Patient",), "fhir_page_size": 5, **settings}
+    return deploy(fhir_base_url=server.url, fhir_last_updated_gte=TODAY - timedelta(days=2), **values)
+
+
+def ingest(deployment: Deployment, **options: object) -> None:
+    outcomes = deployment.ingest(**options)  # type: ignore[arg-type]
+    assert outcomes
+    assert all(outcome.success for outcome in outcomes)
+    assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
+
+
+def delete(server: SandboxServer, *ids: str) -> None:
+    with FhirClient(server.url) as client:
+        for each in ids:
+            client.send("DELETE", f"Patient/{each}")
+
+
+def present(deployment: Deployment) -> set[str]:
+    rows = {identity for (identity,) in deployment.query("SELECT id FROM fhir.patient")}
+    assert rows == {
+        identity for (identity,) in deployment.query("SELECT id FROM fhir.resource WHERE deleted_at IS NULL")
+    }
+    return rows
+
+
+def test_the_next_load_takes_what_the_server_deleted_out_of_the_tables(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deployed(deploy, server)
+    ingest(deployment)
+    assert present(deployment) == set(IDS)
+    delete(server, *IDS[:7])
+    ingest(deployment)
+    assert present(deployment) == set(IDS[7:])
+    ingest(deployment)
+    assert present(deployment) == set(IDS[7:])
+
+
+def test_reading_an_old_window_anew_or_loading_it_again_brings_nothing_back(
+    deploy: Deploy, server: SandboxServer
+) -> None:
+    deployment = deployed(deploy, server)
+    ingest(deployment)
+    delete(server, "p0")
+    ingest(deployment)
+    day = TODAY - timedelta(days=1)
+    for refresh in (Refresh.WINDOW, Refresh.FULL):
+        ingest(deployment, first=day, last=day, refresh=refresh)
+    assert present(deployment) == set(IDS[1:])
+
+
+def test_a_resource_that_is_made_again_is_back(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deployed(deploy, server)
+    ingest(deployment)
+    delete(server, "p0")
+    ingest(deployment)
+    with FhirClient(server.url) as client:
+        client.send("PUT", "Patient/p0", b'{"resourceType":"Patient","id":"p0"}')
+    ingest(deployment)
+    assert present(deployment) == set(IDS)
+
+
+def test_off_leaves_the_history_alone_and_history_then_finds_all_since_the_first_load(
+    deploy: Deploy, server: SandboxServer
+) -> None:
+    deployment = deployed(deploy, server, fhir_deletes="off")
+    ingest(deployment)
+    delete(server, "p0")
+    ingest(deployment)
+    assert present(deployment) == set(IDS)
+    assert not any("_history" in line for line in server.stats()["recent"])
+    later = deployed(deploy, server)
+    ingest(later)
+    assert present(later) == set(IDS[1:])
+
+
+def test_a_server_on_a_bad_day_loses_no_deletion(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deployed(deploy, server, fhir_max_attempts=12)
+    ingest(deployment)
+    delete(server, *IDS[:11])
+    server.set_faults(
+        Fault(kind=FaultKind.ERROR, every=3, status=503),
+        Fault(kind=FaultKind.TRUNCATE, every=4),
+        Fault(kind=FaultKind.EXPIRE, every=3, times=2),
+    )
+    ingest(deployment)
+    assert present(deployment) == {"p11"}
+
+
+def test_a_history_that_stays_broken_fails_the_load_and_keeps_the_place(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deployed(deploy, server)
+    ingest(deployment)
+    before = deployment.query("SELECT applied_until FROM ops.deletion_checkpoints")
+    delete(server, *IDS[:11])
+    server.set_faults(Fault(kind=FaultKind.EXPIRE))
+    (outcome,) = deployment.ingest()
+    assert not outcome.success
+    assert deployment.query("SELECT applied_until FROM ops.deletion_checkpoints") == before
+    server.set_faults()
+    ingest(deployment)
+    assert present(deployment) == {"p11"}
