@@ -56,10 +56,8 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
             break
     instance = deployment.instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
-    outcomes = []
     with only_our_words():
-        for waiting in ingestion.received():
-            outcomes.append(ingestion.load_received(waiting, triggered_by="cli"))
+        outcomes = [ingestion.load_received(waiting, triggered_by="cli") for waiting in ingestion.received()]
     rows = summary(settings, outcomes)
     if json:
         print_json({**totals, "runs": [o.run_id for o in outcomes], "success": not failed(outcomes), "types": rows})
