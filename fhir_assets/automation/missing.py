@@ -39,11 +39,13 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
         missing = MissingReferences(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
         asked: Counter[str] = Counter()
         found: Counter[str] = Counter()
+        deleted: Counter[str] = Counter()
         for batch in missing.fetch():
             asked[batch.resource_type] += batch.asked
             found[batch.resource_type] += batch.found
+            deleted[batch.resource_type] += batch.deleted
             yield from materializations(batch.received)
-        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found)})
+        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found), "deleted": dict(deleted)})
 
     @dg.job(
         name=FETCH_MISSING_REFERENCES,

@@ -12,7 +12,7 @@ import msgspec
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.client import Answer, FhirClient, Params, Refusal
-from fhir_assets.fhir.record import Malformed, Record, Rejected, one_line, read_header, read_record
+from fhir_assets.fhir.record import Deletion, Malformed, Record, Rejected, one_line, read_header, read_record
 from fhir_assets.fhir.searchset import Entry, Page, read_page
 from fhir_assets.fhir.versions import SeenVersions
 from fhir_assets.windows import Interval
@@ -110,6 +110,17 @@ class SearchSource:
         for at in range(0, len(askable), IDS_AT_ONCE):
             batch = askable[at : at + IDS_AT_ONCE]
             yield from _Harvest(self._client, resource_type, self._page_size, self._now, self.included).by_id(batch)
+
+    def gone(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
+        """Those of the ids that the server once had and deleted: it answers a read of them with 410."""
+        for each in filter(_ID.fullmatch, dict.fromkeys(ids)):
+            try:
+                self._client.get(f"{resource_type}/{each}", lambda answer: None)
+            except Refusal as refusal:
+                if refusal.status == 410:
+                    yield Deletion(resource_type, each, self._now())
+                elif refusal.status != 404:
+                    raise
 
     def _extent(self, resource_type: str, now: datetime) -> Interval | None:
         unknown = Interval(None, now)

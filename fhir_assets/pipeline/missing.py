@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.record import Deletion, Record, Rejected
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.receive import Received, Receiver
-from fhir_assets.warehouse import quality, tables
+from fhir_assets.warehouse import deletes, quality, tables
 from fhir_assets.warehouse.database import Connection
 
 IDS_AT_ONCE = 5000
 """How many ids are looked up in the tables at once."""
+
+READS_AT_ONCE = 500
+"""Of how many ids that a search did not give the server is asked whether it deleted them: each is a request."""
 
 FIRST = "Patient"
 
@@ -25,15 +28,22 @@ class AskedById(Protocol):
         """The resources of those ids that the source has."""
         ...
 
+    def gone(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
+        """Those of the ids that the source says it deleted."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What came of the asking for one type: ids asked for, ids that the source had, and what was received of them."""
+    """What came of the asking for one type: ids asked for, ids that the source had, and what was received of them;
+    ``deleted`` are those that it once had: they are tombstones now, and are not asked for again.
+    """
 
     resource_type: str
     asked: int
     found: int
     received: Received
+    deleted: int = 0
 
 
 class MissingReferences:
@@ -77,9 +87,12 @@ class MissingReferences:
                 yield item
 
         received = self._receiver.receive(given(), f"missing:{self._run_id}/{name}/{number}")
+        lacking = [identity for identity in ids if identity not in found][:READS_AT_ONCE]
+        gone = list(self._source.gone(name, lacking))
+        deletes.bury(self._connect, gone, run_id=self._run_id)
         with self._connect() as conn:
             quality.asked_for(conn, self._run_id, name, ids)
-        return Fetched(name, len(ids), len(found), received)
+        return Fetched(name, len(ids), len(found), received, len(gone))
 
     def _missing(self, columns: Sequence[quality.ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:

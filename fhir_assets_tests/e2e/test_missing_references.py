@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
+from fhir_assets.fhir.client import FhirClient
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.database import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
@@ -118,3 +119,13 @@ def test_the_command_fetches_and_says_what_came(
 
 def test_the_definitions_load_whole_as_a_code_server_loads_them(deployment: Deployment) -> None:
     build_definitions(deployment.settings).get_repository_def().load_all_definitions()
+
+
+def test_what_the_server_deleted_becomes_a_tombstone_and_what_it_never_had_does_not(
+    server: SandboxServer, deployment: Deployment
+) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    with FhirClient(server.url) as client:
+        client.send("DELETE", "Patient/old")
+    fetch(deployment)
+    assert deployment.query("SELECT id FROM fhir.resource WHERE deleted_at IS NOT NULL") == [("old",)]

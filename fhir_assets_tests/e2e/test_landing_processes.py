@@ -1,0 +1,124 @@
+"""The landing zone with real processes: Dagster's daemon, the command line, and `kill -9`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from psycopg.errors import InvalidSchemaName, UndefinedTable
+
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.warehouse.database import normalise_url
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.e2e.landing import LandingZone
+from fhir_assets_tests.e2e.test_backfill import NEVER, daemon, until
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+END = datetime(2024, 3, 1, tzinfo=UTC)
+FEW = ("Patient", "Encounter", "Observation")
+
+
+def start(deployment: Deployment, *arguments: str) -> "subprocess.Popen[bytes]":
+    """`fhir-assets landing …` as a process of its own."""
+    settings = deployment.settings
+    environment = {
+        **os.environ,
+        "FHIR_LANDING_URL": settings.fhir_landing_url,
+        "FHIR_LAST_UPDATED_GTE": "2024-01-01",
+        "FHIR_PARTITION": settings.fhir_partition.value,
+        "FHIR_ASSETS_HOME": str(settings.home),
+        "FHIR_RESOURCE_TYPES": ",".join(settings.fhir_resource_types),
+        "DB_URL": deployment.url,
+        "DAGSTER_POSTGRES_URL": normalise_url(deployment.url, "psycopg2"),
+    }
+    environment.pop("DAGSTER_HOME", None)
+    return subprocess.Popen(
+        [sys.executable, "-c", "from fhir_assets.cli import main; main()", "landing", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def run(deployment: Deployment, *arguments: str) -> tuple[int, str, str]:
+    process = start(deployment, *arguments)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output.decode(), errors.decode()
+
+
+@pytest.mark.slow
+def test_the_daemon_finds_receives_and_loads_files_by_itself(deploy: Deploy, tmp_path: Path) -> None:
+    zone = LandingZone(str(tmp_path / "landing"))
+    zone.put("first.ndjson", patient("a", START) + b"\n" + patient("b", END))
+    deployment = deploy(
+        fhir_landing_url=zone.url, fhir_resource_types=("Patient",), fhir_last_updated_gte=START, fhir_source="ndjson"
+    )
+
+    def loaded(count: int) -> bool:
+        try:
+            return deployment.loaded() == {"Patient": count}
+        except (UndefinedTable, InvalidSchemaName):
+            return False
+
+    with daemon(deployment, tmp_path / "log", FHIR_LANDING_URL=zone.url, FHIR_SCHEDULE=NEVER):
+        until(lambda: loaded(2), seconds=240)
+        zone.put("second.ndjson", b"{\n" + patient("c", START))
+        until(lambda: loaded(3), seconds=240)
+    assert deployment.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
+    assert deployment.dead() == {"json": 1}
+
+
+def test_the_command_loads_what_lies_there_and_says_which_file_is_bad(deploy: Deploy, tmp_path: Path) -> None:
+    zone = LandingZone(str(tmp_path / "landing"))
+    zone.put("good.ndjson", patient("a", START))
+    zone.put("bad.ndjson", b"{\n" + patient("b", START))
+    deployment = deploy(fhir_landing_url=zone.url, fhir_resource_types=("Patient",), fhir_last_updated_gte=START)
+    code, output, errors = run(deployment, "load", "--json")
+    assert code == 0, errors
+    found = json.loads(output)
+    assert (found["files"], found["rows"], found["rejected"], found["success"]) == (2, 2, 1, True)
+    code, output, errors = run(deployment, "list", "--status", "bad", "--json")
+    assert code == 0, errors
+    assert [each["name"] for each in json.loads(output)] == ["bad.ndjson"]
+    assert deployment.loaded() == {"Patient": 2}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
+    deploy: Deploy, tmp_path: Path, empty_database: str
+) -> None:
+    write_population(tmp_path / "landing", Population(6, 3, 0.02, end=END, start=START))
+    common = {
+        "fhir_landing_url": str(tmp_path / "landing"),
+        "fhir_resource_types": FEW,
+        "fhir_last_updated_gte": START,
+        "fhir_partition": "monthly",
+    }
+    clean = deploy(home="clean", **common)
+    begun = time.monotonic()
+    assert run(clean, "load")[0] == 0
+    whole = time.monotonic() - begun
+    killed = deploy(home="killed", url=empty_database, **common)
+    at_work = 0
+    for number in range(5):
+        process = start(killed, "load")
+        time.sleep(random.Random(number).uniform(0.3, 1) * whole)
+        at_work += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert at_work
+    code, _, errors = run(killed, "load")
+    assert code == 0, errors
+    assert killed.tables() == clean.tables()
+    assert killed.dead() == clean.dead()
+    assert killed.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
+    rows = "SELECT sum(rows), sum(rejected) FROM ops.received"
+    assert killed.query(rows) == clean.query(rows)
