@@ -11,6 +11,7 @@ from fhir_assets import logs
 from fhir_assets.assets.delivered import delivered_assets
 from fhir_assets.assets.delivered_health import health_patient_assets
 from fhir_assets.assets.exports import export_assets
+from fhir_assets.assets.lake import lake_assets
 from fhir_assets.assets.landing import landing_assets
 from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
@@ -109,6 +110,7 @@ def _build(
             *normalized_assets(settings, partitions, views.views),
             *delivered,
             *export_assets(settings, partitions, views.views),
+            *lake_assets(settings, partitions, views.views),
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,

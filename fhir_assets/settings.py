@@ -114,6 +114,7 @@ class Settings(BaseSettings):
     )
     connector_keep_days: float = Field(7, gt=0, description="How long processed events are kept")
     connector_max_lag_seconds: float = Field(300, gt=0, description="Lag of the outbox that turns its check red")
+    fhir_lake_url: str = Field("", description="Where assets lake/<view> write Parquet; unset: there are none")
     fhir_export_url: str = Field("", description="Where assets `exports/<type>` write; unset: there are none")
     alert_webhook_url: SecretStr | None = Field(
         None, description="Where failures are told to, once an incident: a webhook of Slack, of Teams, or of your own"

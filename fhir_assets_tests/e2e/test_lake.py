@@ -1,0 +1,171 @@
+"""The lake holds what the tables hold, row by row, as DuckDB reads it."""
+
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+import duckdb
+import orjson
+import pyarrow.parquet
+import pytest
+
+from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.fhir.views import View
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.warehouse import lake
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.test_crash import END, FEW, START
+
+DAY = "2024-01-01"
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, tmp_path: Path) -> Deployment:
+    """Three types of a small hospital, loaded."""
+    write_population(tmp_path / "population", Population(10, 3, 0.05, end=END, start=START))
+    made = deploy(
+        fhir_source="ndjson",
+        fhir_base_url=str(tmp_path / "population"),
+        fhir_resource_types=FEW,
+        fhir_last_updated_gte=DAY,
+        fhir_lake_url=str(tmp_path / "lake"),
+    )
+    assert all(outcome.success for outcome in made.ingest())
+    return made
+
+
+def views(deployment: Deployment) -> list[View]:
+    return [view for view in views_of(deployment.settings).views if view.resource_type in FEW.split(",")]
+
+
+def materialize(deployment: Deployment, *names: str, key: str = DAY) -> dict[str, dict[str, object]]:
+    """Materialize lake assets of one window; what each said it did."""
+    job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
+    keys = [dg.AssetKey(["lake", name]) for name in names]
+    result = job.execute_in_process(instance=deployment.instance, partition_key=key, asset_selection=keys)
+    assert result.success
+    return {
+        event.asset_key.path[-1]: {name: value.value for name, value in event.materialization.metadata.items()}
+        for event in result.get_asset_materialization_events()
+        if event.asset_key
+    }
+
+
+def in_lake(deployment: Deployment, view: str) -> list[list[object]]:
+    """The rows as DuckDB reads them from all windows together, but for the window's name."""
+    files = f"{deployment.settings.fhir_lake_url}/{view}/*/*.parquet"
+    with duckdb.connect() as conn:
+        conn.execute("SET TimeZone = 'UTC'")
+        found = conn.execute("SELECT * EXCLUDE partition_key FROM read_parquet(?, hive_partitioning = true)", [files])
+        return [list(map(plain, row)) for row in found.fetchall()]
+
+
+def in_table(deployment: Deployment, view: str) -> list[list[object]]:
+    """The rows as Postgres gives them; JSON as text and numeric as double, as Parquet has them."""
+    columns = deployment.query(
+        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = 'fhir'"
+        " AND table_name = %s ORDER BY ordinal_position",
+        view,
+    )
+    kinds = {"jsonb": "::text", "numeric": "::double precision"}
+    chosen = ", ".join(f'"{name}"{kinds.get(kind, "")}' for name, kind in columns)
+    return [list(map(plain, row)) for row in deployment.query(f"SELECT {chosen} FROM fhir.{view}")]
+
+
+def plain(value: object) -> object:
+    """A value without what the two clients do differently: time zones, the blanks of JSON."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        with suppress(orjson.JSONDecodeError):
+            return orjson.dumps(orjson.loads(value), option=orjson.OPT_SORT_KEYS)
+    return value
+
+
+def same(deployment: Deployment, view: str) -> bool:
+    return sorted(map(repr, in_lake(deployment, view))) == sorted(map(repr, in_table(deployment, view)))
+
+
+def test_duckdb_reads_the_rows_of_every_table(deployment: Deployment) -> None:
+    names = [view.name for view in views(deployment)]
+    materialize(deployment, *names)
+    filled = [name for name in names if in_table(deployment, name)]
+    assert len(filled) > 10
+    assert [name for name in filled if not same(deployment, name)] == []
+    assert [
+        name for name in names if name not in filled and list(Path(deployment.settings.fhir_lake_url, name).rglob("*"))
+    ] == []
+
+
+def test_columns_are_typed_and_described(deployment: Deployment) -> None:
+    materialize(deployment, "observation")
+    (file, *_) = Path(deployment.settings.fhir_lake_url, "observation").rglob("*.parquet")
+    schema = pyarrow.parquet.read_schema(file)
+    (view,) = [view for view in views(deployment) if view.name == "observation"]
+    described = {column.name: column.description for column in view.columns if column.description}
+    assert described
+    for name, text in described.items():
+        assert schema.field(name).metadata[b"comment"].decode() == text
+    assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_a_second_run_writes_its_window_and_leaves_the_others(deployment: Deployment) -> None:
+    first = materialize(deployment, "patient")["patient"]
+    second = materialize(deployment, "patient")["patient"]
+    windows = deployment.query(
+        "SELECT count(DISTINCT partition_key) FROM fhir.resource WHERE resource_type = 'Patient'"
+    )
+    assert [(first["windows_written"],)] == windows
+    assert second["windows_written"] == 1
+
+
+def test_rows_that_moved_or_went_leave_their_window_whichever_one_is_materialized(deployment: Deployment) -> None:
+    materialize(deployment, "patient")
+    with_rows = deployment.query(
+        "SELECT r.id, r.partition_key FROM fhir.patient v JOIN fhir.resource r ON r.id = v._resource_key"
+        " AND r.resource_type = 'Patient' ORDER BY r.partition_key DESC, r.id"
+    )
+    (moved, _), (gone, _) = with_rows[:2]
+    with connect(deployment.url) as conn:
+        conn.execute(
+            "UPDATE fhir.resource SET partition_key = %s, loaded_at = now()"
+            " WHERE resource_type = 'Patient' AND id = %s",
+            [DAY, moved],
+        )
+        conn.execute("DELETE FROM fhir.patient WHERE _resource_key = %s", [gone])
+        conn.commit()
+    materialize(deployment, "patient", key=DAY)
+    assert same(deployment, "patient")
+
+
+def test_a_lake_in_the_middle_of_its_update_is_whole_after_the_next(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = lake._Lake._write
+    written: list[str] = []
+
+    def fails_in_the_second(self: lake._Lake, key: str) -> int:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(key)
+        return write(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake._Lake, "_write", fails_in_the_second)
+        job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
+        result = job.execute_in_process(
+            instance=deployment.instance,
+            partition_key=DAY,
+            asset_selection=[dg.AssetKey(["lake", "observation"])],
+            raise_on_error=False,
+        )
+        assert not result.success
+    materialize(deployment, "observation")
+    assert same(deployment, "observation")
+
+
+def test_without_a_url_there_are_no_assets_of_the_lake(deploy: Deploy) -> None:
+    keys = build_definitions(deploy().settings).resolve_all_asset_keys()
+    assert not [key for key in keys if key.path[0] == "lake"]
