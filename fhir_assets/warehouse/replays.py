@@ -304,11 +304,16 @@ def discard(conn: Connection, selection: Selection, *, reason: str, by: str) -> 
 def outdated(conn: Connection, judges: Sequence[tuple[str, str, str]], *, limit: int) -> list[int]:
     """Ids of open letters that failed under other rules or views than the present ones: type, stage, judged_by."""
     types, stages, present = zip(*judges, strict=True) if judges else ((), (), ())
+    one_side = (
+        "(SELECT id FROM ops.dead_letters d WHERE d.status = 'open' AND d.stage = judge.stage"
+        " AND d.resource_type = judge.resource_type AND d.judged_by {} judge.present LIMIT %(limit)s)"
+    )
     rows = conn.execute(
-        "SELECT d.id FROM unnest(%s::text[], %s::text[], %s::text[]) AS judge (resource_type, stage, present)"
-        " JOIN ops.dead_letters d USING (resource_type, stage)"
-        " WHERE d.status = 'open' AND (d.judged_by < judge.present OR d.judged_by > judge.present) LIMIT %s",
-        [list(types), list(stages), list(present), limit],
+        sql.SQL(
+            "SELECT found.id FROM unnest(%(types)s::text[], %(stages)s::text[], %(present)s::text[])"
+            " AS judge (resource_type, stage, present), LATERAL ({less} UNION ALL {more}) found LIMIT %(limit)s"
+        ).format(less=sql.SQL(one_side).format(sql.SQL("<")), more=sql.SQL(one_side).format(sql.SQL(">"))),
+        {"types": list(types), "stages": list(stages), "present": list(present), "limit": limit},
     )
     return [identity for (identity,) in rows]
 

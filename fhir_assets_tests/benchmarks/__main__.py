@@ -11,6 +11,7 @@ PARTS = (
     ("validation", "Validation, beside fhir.resources"),
     ("views", "Views, beside sqlonfhir"),
     ("loader", "The loader alone"),
+    ("dead_letters", "Dead letters: listed by the million, replayed"),
     ("upload", "Upload to a FHIR server"),
     ("generator", "The sandbox: generating and serving"),
 )
