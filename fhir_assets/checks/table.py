@@ -13,18 +13,21 @@ from dagster._utils.schedules import reverse_cron_string_iterator
 
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks.tables import rows_table
+from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.volume import compare
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse import checkpoints, quality, run_history, tables
 from fhir_assets.warehouse.database import Connection
-from fhir_assets.windows import WindowScheme
+from fhir_assets.windows import Window, WindowScheme
 
 FRESH = "fresh"
 SCHEMA_MATCHES = "schema_matches"
 NO_DUPLICATES = "no_duplicates"
 REFERENCES_RESOLVE = "references_resolve"
+VOLUME = "volume"
 NO_FAILED_PARTITIONS = "no_failed_partitions"
 
 _GRACE = timedelta(minutes=15)
@@ -39,6 +42,7 @@ _DESCRIBED = {
     NO_DUPLICATES: "The main table has one row a resource.",
     NO_FAILED_PARTITIONS: "The last run of every window succeeded, so that none is left behind by a backfill.",
     REFERENCES_RESOLVE: "What the type's tables refer to is loaded, by target type.",
+    VOLUME: "Each of the last windows that ended brought about as many resources as the windows before it.",
 }
 
 
@@ -94,6 +98,8 @@ class _Judge:
             return self._fresh(conn)
         if name == NO_FAILED_PARTITIONS:
             return self._no_failed_partitions(conn)
+        if name == VOLUME:
+            return self._volume(conn)
         if self._type.key not in there:
             return self._said(name, True, "not loaded yet")
         present = [view for view in self._views if view.name in there]
@@ -107,7 +113,10 @@ class _Judge:
         if not self._settings.fhir_base_url:
             return self._said(FRESH, True, "no source is set")
         source = self._source()
-        offered = source.offered()
+        try:
+            offered, state = source.offered(), source.state()
+        except FhirAssetsError as error:
+            return self._said(FRESH, False, f"the source cannot be asked: {error}")
         if offered is not None and self._type.name not in offered:
             return self._said(FRESH, True, "the source does not offer this type")
         checkpoint = checkpoints.get(conn, [self._type.name]).get(self._type.name)
@@ -120,7 +129,6 @@ class _Judge:
             "loaded_until": dg.MetadataValue.timestamp(until),
             "lag_seconds": max(0.0, (now - until).total_seconds()),
         }
-        state = source.state()
         if state is not None:
             passed = state == checkpoint.source_state
             said = "the files are loaded" if passed else f"the files changed since they were loaded: {load}"
@@ -205,6 +213,26 @@ class _Judge:
             severity=dg.AssetCheckSeverity.WARN,
         )
 
+    def _volume(self, conn: Connection) -> dg.AssetCheckResult:
+        settings = self._settings
+        windows = _ended(settings.window_scheme, datetime.now(UTC), 2 * settings.volume_windows)
+        judged = windows[-settings.volume_windows :]
+        counted = quality.volumes(conn, self._type.name, windows[0].key, windows[-1].key) if windows else {}
+        volumes = compare(windows, judged, counted, span=settings.volume_windows)
+        unusual = [each for each in volumes if each.unusual]
+        said = "no window stands out"
+        if unusual:
+            said = "; ".join(f"{each.partition_key} brought {each.said}" for each in unusual[:3])
+            said += (
+                ". See whether the source was complete then; if not, materialize raw, validated and normalized again"
+            )
+        table = rows_table(
+            ("window", "resources:int", "least_before:int", "most_before:int"),
+            [(each.partition_key, each.rows, each.least, each.most) for each in unusual or volumes],
+        )
+        found = {"unusual_windows": len(unusual), "by_window": table}
+        return self._said(VOLUME, not unusual, said, found, severity=dg.AssetCheckSeverity.WARN)
+
     def _said(
         self,
         name: str,
@@ -250,3 +278,13 @@ def _repeats(view: View) -> bool:
             return True
         selects += [*each.get("select", ()), *each.get("unionAll", ())]
     return False
+
+
+def _ended(scheme: WindowScheme, now: datetime, count: int) -> list[Window]:
+    """The last ``count`` windows that ended, as far as there are so many, in their order."""
+    found: list[Window] = []
+    window = scheme.window_at(now)
+    while window.start is not None and window.start > scheme.start and len(found) < count:
+        window = scheme.before(window)
+        found.append(window)
+    return found[::-1]

@@ -15,16 +15,13 @@ from dagster._core.events import DagsterEvent, DagsterEventBatchMetadata, Dagste
 from fhir_assets.catalog import ResourceType
 from fhir_assets.checks.tables import rows_table
 from fhir_assets.pipeline.reconcile import Balance
-from fhir_assets.pipeline.volume import Volume, compare
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse import quality
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.quality import LeadingRule
-from fhir_assets.windows import Window, WindowScheme
 
 RECONCILES = "reconciles"
 DEAD_LETTER_RATE = "dead_letter_rate"
-VOLUME = "volume"
 
 SAMPLE = 20
 """How many windows a check's table shows at most; it says how many there are."""
@@ -44,7 +41,6 @@ def window_check_specs(
         "count + received = raw; raw = valid + dead + withheld; valid = loaded.",
         DEAD_LETTER_RATE: "The share of the window's resources that are unsettled dead letters, with the rules and "
         "paths that lead. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE say how many are too many.",
-        VOLUME: "The window brought about as many resources as the windows before it.",
     }
     asset = dg.AssetKey(["normalized", resource_type.key])
     return [
@@ -69,13 +65,14 @@ class WindowChecks:
         for name in names:
             each, whole = self._judge(conn, balances, name)
             if is_range:
-                # A window without anything has no rate and no volume: an event for each would be the most of a run.
-                evaluations = [
-                    found.evaluation(self._asset, name, balance.partition_key)
-                    for balance, found in zip(balances, each, strict=True)
-                    if name == RECONCILES or balance.judged or balance.rejected or not found.passed
-                ]
-                log_evaluations(context, evaluations)
+                # Windows without anything too: one that was planned and not evaluated makes the check "skipped" in the UI.
+                log_evaluations(
+                    context,
+                    [
+                        found.evaluation(self._asset, name, balance.partition_key)
+                        for balance, found in zip(balances, each, strict=True)
+                    ],
+                )
                 yield whole.result(self._asset, name)
             else:
                 yield (each[0] if len(each) == 1 else whole).result(self._asset, name)
@@ -84,19 +81,16 @@ class WindowChecks:
         self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[Balance], name: str
     ) -> None:
         """Log what a check now says of windows that are not the run's, but that the run changed."""
-        for balance, found in zip(balances, self._judge(conn, balances, name)[0], strict=True):
-            context.log_event(found.evaluation(self._asset, name, balance.partition_key))
+        each = zip(balances, self._judge(conn, balances, name)[0], strict=True)
+        log_evaluations(context, [found.evaluation(self._asset, name, b.partition_key) for b, found in each])
 
     def _judge(self, conn: Connection, balances: Sequence[Balance], name: str) -> tuple[list["_Found"], "_Found"]:
         """What a check says of each window, and of all together."""
         if name == RECONCILES:
             return [_reconciliation([balance]) for balance in balances], _reconciliation(balances)
-        if name == DEAD_LETTER_RATE:
-            keys = [balance.partition_key for balance in balances]
-            leading = quality.unsettled(conn, self.resource_type.name, keys)
-            return [self._rate([balance], leading) for balance in balances], self._rate(balances, leading)
-        volumes = self._volumes(conn, balances)
-        return [_volume([volume]) for volume in volumes], _volume(volumes)
+        keys = [balance.partition_key for balance in balances]
+        leading = quality.unsettled(conn, self.resource_type.name, keys)
+        return [self._rate([balance], leading) for balance in balances], self._rate(balances, leading)
 
     @property
     def _asset(self) -> dg.AssetKey:
@@ -150,16 +144,6 @@ class WindowChecks:
             },
             warns=rate < settings.dead_letter_error_rate,
         )
-
-    def _volumes(self, conn: Connection, balances: Sequence[Balance]) -> list[Volume]:
-        if not balances:
-            return []
-        scheme = self.settings.window_scheme
-        windows = [scheme.window(balance.partition_key) for balance in balances]
-        earlier = _before(scheme, windows[0], self.settings.volume_windows)
-        first = (earlier or windows)[0].key
-        counted = quality.volumes(conn, self.resource_type.name, first, windows[-1].key)
-        return compare([*earlier, *windows], windows, counted, now=self.now, span=self.settings.volume_windows)
 
 
 def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.AssetCheckEvaluation]) -> None:
@@ -230,38 +214,6 @@ def _reconciliation(balances: Sequence[Balance]) -> _Found:
             ),
         },
     )
-
-
-def _volume(volumes: Sequence[Volume]) -> _Found:
-    unusual = [volume for volume in volumes if volume.unusual]
-    if unusual:
-        said = "; ".join(f"{volume.partition_key} brought {volume.said}" for volume in unusual[:3])
-        said += ". See whether the source was complete then; if not, materialize raw, validated and normalized again"
-    else:
-        said = "no window stands out" if len(volumes) != 1 else f"{volumes[0].rows} resources: {volumes[0].said}"
-    shown = unusual or volumes
-    return _Found(
-        not unusual,
-        said,
-        {
-            "windows": len(volumes),
-            "unusual_windows": len(unusual),
-            "by_window": rows_table(
-                ("window", "resources:int", "least_before:int", "most_before:int"),
-                [(v.partition_key, v.rows, _shown(v.least), _shown(v.most)) for v in shown[:SAMPLE]],
-            ),
-        },
-        warns=True,
-    )
-
-
-def _before(scheme: WindowScheme, window: Window, count: int) -> list[Window]:
-    """The ``count`` windows before one, as far as there are so many."""
-    found: list[Window] = []
-    while window.start is not None and window.start > scheme.start and len(found) < count:
-        window = scheme.before(window)
-        found.append(window)
-    return found[::-1]
 
 
 def _summed(rules: Sequence[LeadingRule]) -> list[LeadingRule]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from fhir_assets.windows import Window
 
@@ -23,14 +22,13 @@ class Volume:
     rows: int
     least: int | None
     most: int | None
-    is_open: bool
 
     @property
     def unusual(self) -> bool:
-        """Less than half of the least or more than twice the most; an open window may still become as full."""
+        """Less than half of the least or more than twice the most."""
         if self.least is None or self.most is None:
             return False
-        too_few = not self.is_open and self.rows < self.least / FACTOR and self.least >= FEWEST_ROWS
+        too_few = self.rows < self.least / FACTOR and self.least >= FEWEST_ROWS
         return too_few or (self.rows > self.most * FACTOR and self.rows >= FEWEST_ROWS)
 
     @property
@@ -47,7 +45,6 @@ def compare(
     judged: Sequence[Window],
     counted: Mapping[str, int],
     *,
-    now: datetime,
     span: int,
 ) -> list[Volume]:
     """The volume of each of the ``judged`` among the ``windows``, which are in order, held against up to ``span``
@@ -67,7 +64,6 @@ def compare(
                 rows[place],
                 min(before) if enough else None,
                 max(before) if enough else None,
-                window.end > now,
             )
         )
     return found

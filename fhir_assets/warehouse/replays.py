@@ -128,21 +128,20 @@ def claim(
     healed_by: Mapping[str, Sequence[str]],
     *,
     also_open: bool,
-) -> int:
+) -> bool:
     """Take the marked letters of some partitions that no living run has, and with ``also_open`` the open ones.
 
     ``healed_by`` names, by partition key, the runs whose healed letters are in the validated partition already: what
-    they hold is not judged again. Returns how many letters the run has now.
+    they hold is not judged again. Returns whether the run has any letters there now.
     """
     dead = _dead_claimers(conn)
-    total = 0
     for key in sorted(healed_by):
         free = [claimer for claimer in dead if claimer not in healed_by[key]]
-        total += conn.execute(
+        conn.execute(
             "UPDATE ops.dead_letters SET status = 'replaying', claimed_by = %(run)s,"
             " marked_at = coalesce(marked_at, now())"
             " WHERE resource_type = %(type)s AND stage = ANY(%(stages)s) AND partition_key = %(key)s AND"
-            " ((status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%(free)s) OR claimed_by = %(run)s))"
+            " ((status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%(free)s)))"
             "  OR (%(open)s AND status = 'open'))",
             {
                 "run": run_id,
@@ -152,8 +151,13 @@ def claim(
                 "free": free,
                 "open": also_open,
             },
-        ).rowcount
-    return total
+        )
+    found = conn.execute(
+        "SELECT EXISTS (SELECT FROM ops.dead_letters WHERE resource_type = %s AND stage = ANY(%s)"
+        " AND partition_key = ANY(%s) AND status = 'replaying' AND claimed_by = %s)",
+        [resource_type, list(stages), list(healed_by), run_id],
+    ).fetchone()
+    return bool(found and found[0])
 
 
 def claimed(
