@@ -65,7 +65,7 @@ class WindowChecks:
         for name in names:
             each, whole = self._judge(conn, balances, name)
             if is_range:
-                # Windows without anything too: one that was planned and not evaluated makes the check "skipped" in the UI.
+                # Windows without anything too: one that goes without makes the whole check "skipped" in the UI.
                 log_evaluations(
                     context,
                     [
