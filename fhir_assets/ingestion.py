@@ -82,7 +82,7 @@ class Ingestion:
         """What was received, by ``origin`` or at all, and is not in the tables yet."""
         with self._warehouse.connect() as conn:
             give_up_dead_runs(self._instance, conn)
-            return group(self._settings.window_scheme, received.pending(conn, origin=origin))
+            return group(self._settings, received.pending(conn, origin=origin))
 
     def load_received(
         self, waiting: ReceivedWindows, *, triggered_by: str, listener: Listener | None = None

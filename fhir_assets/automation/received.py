@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
@@ -45,15 +45,27 @@ class ReceivedWindows:
         return f"{first}..{last}/attempt {max(each.asked for each in self.pending) + 1}"
 
 
-def group(scheme: WindowScheme, pending: Sequence[Pending]) -> list[ReceivedWindows]:
-    """Windows that follow one another, for one run each."""
+def group(settings: Settings, pending: Sequence[Pending]) -> list[ReceivedWindows]:
+    """Windows that follow one another, for one run each. What was received under other settings, of a type or in a
+    window that there is none of now, waits until there is again.
+    """
+    scheme = settings.window_scheme
     by_key: dict[str, list[Pending]] = {}
     for each in pending:
-        by_key.setdefault(each.partition_key, []).append(each)
+        if each.resource_type in settings.fhir_resource_types and _has(scheme, each.partition_key):
+            by_key.setdefault(each.partition_key, []).append(each)
     return [
         ReceivedWindows(part, tuple(each for window in part.windows for each in by_key[window.key]))
         for part in consecutive(scheme, by_key)
     ]
+
+
+def _has(scheme: WindowScheme, key: str) -> bool:
+    try:
+        window = scheme.window(key)
+    except ValueError:
+        return False
+    return scheme.window_at(window.end - timedelta(microseconds=1)) == window
 
 
 def assets_of(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
@@ -103,7 +115,7 @@ def load_received_sensor(
             return
         now = datetime.now(UTC)
         with warehouse.connect() as conn:
-            waiting = group(settings.window_scheme, received.pending(conn, now=now))[:RUNS_AT_ONCE]
+            waiting = group(settings, received.pending(conn, now=now))[:RUNS_AT_ONCE]
             received.ask(conn, [each for part in waiting for each in part.pending], now=now)
         if not waiting:
             yield dg.SkipReason("all that was received is loaded")

@@ -86,3 +86,20 @@ def test_what_was_received_is_a_materialization_of_raw(deploy: Deploy) -> None:
         deployment.instance.report_runless_asset_event(event)
     keys = deployment.instance.get_materialized_partitions(dg.AssetKey(["raw", "patient"]))
     assert keys == {"2024-01-05"}
+
+
+def test_what_was_received_under_other_settings_waits_and_stops_nothing(deploy: Deploy) -> None:
+    before = deploy(fhir_resource_types=("Patient", "Encounter"), fhir_partition="hourly")
+    receiver(before).receive([record(patient("a", DAY))], "api:1")
+    deployment = deploy(fhir_resource_types=("Patient",), fhir_last_updated_gte=DAY)
+    receiver(deployment).receive([record(patient("b", DAY))], "api:2")
+    encounters = b'{"resourceType":"Encounter","id":"e","meta":{"lastUpdated":"2024-01-05T00:00:00Z"}}'
+    receiver(before).receive([record(encounters)], "api:3")
+    (request,) = sensed(deployment)
+    assert request.partition_key == "2024-01-05"
+    assert load(deployment) == [True]
+    assert deployment.query("SELECT origin FROM ops.received WHERE loaded_at IS NULL ORDER BY 1") == [
+        ("api:1",),
+        ("api:3",),
+    ]
+    assert deployment.ingestion().received() == []
