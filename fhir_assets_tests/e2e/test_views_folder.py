@@ -102,7 +102,12 @@ def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_commen
     found = spec(deployment)
     assert found.description == "Births."
     columns = {c.name: (c.type, c.description) for c in found.metadata["dagster/column_schema"].columns}
-    assert columns == {"id": ("text", "Key of the patient"), "born": ("date", "Day of birth")}
+    said = "What born is known to: year, month or day"
+    assert columns == {
+        "id": ("text", "Key of the patient"),
+        "born": ("date", "Day of birth"),
+        "born_precision": ("text", said),
+    }
     assert (found.metadata["view_url"], found.metadata["view_version"]) == ("https://example.org/births", "7")
     assert load(deployment) == (True, "")
     assert deployment.query("SELECT id, born::text, born_precision FROM fhir.patient_birth ORDER BY 1") == [
