@@ -7,6 +7,7 @@
     ├── TransientError            the same call may succeed later
     │   ├── ServerUnavailable     a FHIR server that is down, overloaded or drops connections
     │   ├── DatabaseUnavailable   Postgres cannot be reached
+    │   ├── DagsterUnavailable    Dagster's webserver cannot be reached, or did not start a run
     │   ├── Overtaken             another run changed the same partition meanwhile
     │   └── WorkerLost            a worker process of the load was killed
     └── PermanentError            the same call will fail again
@@ -45,6 +46,10 @@ class ServerUnavailable(TransientError):
 
 class DatabaseUnavailable(TransientError):
     """Postgres cannot be reached."""
+
+
+class DagsterUnavailable(TransientError):
+    """Dagster's webserver cannot be reached, or did not start a run."""
 
 
 class Overtaken(TransientError):

@@ -121,6 +121,18 @@ class Settings(BaseSettings):
     )
     alert_behind_minutes: float = Field(60, gt=0, description="How old a type's checkpoint may be before it alarms")
     dagster_ui_url: str = Field("http://127.0.0.1:3000", description="The Dagster UI, as messages link to it")
+    dagster_webserver_url: str = Field(
+        "", description="Where Dagster's GraphQL is reached by the API; unset: DAGSTER_UI_URL"
+    )
+    api_tokens: SecretStr | None = Field(
+        None, description="name:role:sha256, comma-separated: `fhir-assets api token NAME ROLE`. Unset: nobody gets in"
+    )
+    api_host: str = Field("127.0.0.1", description="Where the HTTP API is served")
+    api_port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API")
+    api_docs: bool = Field(True, description="Serve /docs and /openapi.json, to those with a token")
+    api_rate_limit: float = Field(100, gt=0, description="Requests a second of one token, over all workers")
+    api_max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Size limit of one request")
+    api_max_records: int = Field(10_000, ge=1, description="How many records one request may bring")
     metrics_host: str = Field("127.0.0.1", description="Where Prometheus metrics are served")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Port of the Prometheus metrics; 0: none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")

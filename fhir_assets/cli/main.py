@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from fhir_assets.cli import (
+    api,
     audit,
     connector,
     dead_letters,
@@ -49,6 +50,7 @@ app.add_typer(view.app, name="view")
 app.command("upload")(upload.upload)
 app.add_typer(connector.app, name="connector")
 app.command("prune")(prune.prune)
+app.add_typer(api.app, name="api")
 app.command("sandbox")(sandbox.sandbox)
 app.command("generate")(sandbox.generate)
 

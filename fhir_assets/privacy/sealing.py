@@ -143,6 +143,12 @@ class Sealing:
         """The hash that names a resource where its id must not stand: HMAC-SHA256, 32 hexadecimal digits."""
         return hmac.digest(self._subject_key, f"{resource_type}/{resource_id}".encode(), "sha256").hex()[:32]
 
+    def identity(self, resource_type: str, number: str) -> str:
+        """The id of a resource that is known by a number (an MRN): the same always, and with keys nobody can find the
+        number by trying all. 32 hexadecimal digits.
+        """
+        return hmac.digest(self._identity_key, f"{resource_type}/{number}".encode(), "sha256").hex()[:32]
+
     def chained(self, content: bytes) -> bytes:
         """The link of a chain of records: HMAC-SHA256, which only those who hold the keys can forge."""
         return hmac.digest(self._chain_key, content, "sha256")
@@ -158,6 +164,10 @@ class Sealing:
     @cached_property
     def _subject_key(self) -> bytes:
         return self._hash_key("subject")
+
+    @cached_property
+    def _identity_key(self) -> bytes:
+        return self._hash_key("identity")
 
     @cached_property
     def _chain_key(self) -> bytes:

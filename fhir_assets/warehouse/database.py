@@ -6,6 +6,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
+from psycopg_pool import ConnectionPool
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
 from fhir_assets.privacy.sealing import CLEAR, Sealing
@@ -68,6 +69,30 @@ def connect(url: str, *, autocommit: bool = False, timeout: int = 10, sealing: S
         raise ConfigurationError(f"Postgres {version} at {_place(url)} is too old: {OLDEST_SERVER} or newer is needed")
     connection.sealing = sealing
     return connection
+
+
+def connection_pool(url: str, *, sealing: Sealing = CLEAR, size: int = 8) -> ConnectionPool[_Sealed]:
+    """Up to ``size`` connections for a process that serves many short requests; closed until it is opened."""
+
+    def carry_keys(connection: _Sealed) -> None:
+        connection.sealing = sealing
+
+    return ConnectionPool(
+        normalise_url(url),
+        connection_class=_Sealed,
+        kwargs={
+            "connect_timeout": 10,
+            "application_name": "fhir_assets",
+            "options": "-c TimeZone=UTC -c DateStyle=ISO",
+        },
+        min_size=1,
+        max_size=size,
+        timeout=10,
+        max_idle=60,
+        configure=carry_keys,
+        check=ConnectionPool.check_connection,
+        open=False,
+    )
 
 
 def sealing_of(conn: psycopg.Connection[Any]) -> Sealing:

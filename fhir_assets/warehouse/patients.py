@@ -68,3 +68,12 @@ def _record(
             detail={"found": found},
         ),
     )
+
+
+def is_withheld(conn: Connection, patient_id: str) -> bool:
+    """Whether consent keeps a patient out of the tables."""
+    there = conn.execute("SELECT to_regclass('ops.withheld') IS NOT NULL").fetchone()
+    if not there or not there[0]:
+        return False
+    found = conn.execute("SELECT 1 FROM ops.withheld WHERE resource_type = 'Patient' AND id = %s", [patient_id])
+    return found.fetchone() is not None

@@ -1,0 +1,115 @@
+"""What the routes work with, opened once a process: the database, the doors into raw, Dagster."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import Annotated, Any, cast
+
+import psycopg
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+from fastapi import Depends, Request
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from fhir_assets.api.access import Token
+from fhir_assets.api.dagster import DagsterClient
+from fhir_assets.definitions import build_definitions, validator_of
+from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.fhir.validation import Validator
+from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.resources.landing import receiver_of
+from fhir_assets.resources.store import store_of
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import Settings
+from fhir_assets.store.store import Store
+from fhir_assets.warehouse.database import Connection, connection_pool
+from fhir_assets.warehouse.directory import Directory
+
+POOL_SIZE = 8
+_DOWN = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
+
+
+class Parts:
+    """Made without touching anything: what is asked for first is opened first."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.warehouse = Warehouse(settings)
+        self.directory = Directory(self.warehouse.connect)
+        self._pool: ConnectionPool[Any] | None = None
+        self._lock = Lock()
+
+    @cached_property
+    def store(self) -> Store:
+        return store_of(self.settings)
+
+    @cached_property
+    def validator(self) -> Validator:
+        return validator_of(self.settings)
+
+    @cached_property
+    def receiver(self) -> Receiver:
+        return receiver_of(self.settings, self.warehouse)
+
+    @cached_property
+    def dagster(self) -> DagsterClient:
+        return DagsterClient(self.settings.dagster_webserver_url or self.settings.dagster_ui_url)
+
+    @cached_property
+    def asset_graph(self) -> AssetGraph:
+        return build_definitions(self.settings).resolve_asset_graph()
+
+    def identify(self, resource_type: str, number: str) -> str:
+        """The id of the resource that is known by a number. Raises DatabaseUnavailable: the key is in the database."""
+        return self.warehouse.sealing().identity(resource_type, number)
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A pooled connection; what was done is committed unless it raises. Raises DatabaseUnavailable."""
+        try:
+            with self._opened().connection() as conn:
+                yield conn
+        except (PoolTimeout, psycopg.OperationalError):
+            raise DatabaseUnavailable(_DOWN) from None
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def _opened(self) -> ConnectionPool[Any]:
+        with self._lock:
+            if self._pool is None:
+                pool = connection_pool(self.warehouse.url(), sealing=self.warehouse.sealing(), size=POOL_SIZE)
+                pool.open()
+                self._pool = pool
+            return self._pool
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, and which of its requests this is."""
+
+    token: Token
+    request_id: str
+
+    @property
+    def actor(self) -> str:
+        return self.token.actor
+
+
+def _parts(request: Request) -> Parts:
+    return cast(Parts, request.app.state.parts)
+
+
+def _caller(request: Request) -> Caller:
+    return Caller(request.scope["fhir_assets.token"], request.scope["fhir_assets.request_id"])
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+PartsOf = Annotated[Parts, Depends(_parts)]
+CallerOf = Annotated[Caller, Depends(_caller)]
+Body = Annotated[bytes, Depends(_body)]

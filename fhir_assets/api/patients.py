@@ -1,0 +1,181 @@
+"""Look-ups of patients: decrypted for those who may read, consent-gated, every one on record."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Path, Query, Response
+from pydantic import BaseModel, Field
+
+from fhir_assets.api.parts import CallerOf, PartsOf
+from fhir_assets.api.problems import Problem, answers
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.warehouse import audit_log, directory, patients
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.directory import Search
+
+router = APIRouter(tags=["patients"])
+
+PatientId = Annotated[str, Path(pattern=r"^[A-Za-z0-9\-.]{1,64}$", examples=["example"])]
+Known = Annotated[str | None, Query(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
+
+
+class Person(BaseModel):
+    """Who somebody is."""
+
+    first_name: str | None = None
+    last_name: str | None = None
+    birth_date: str | None = Field(None, examples=["1970-01-31"])
+    gender: str | None = None
+    deceased: bool | None = None
+
+
+class Visit(BaseModel):
+    """One encounter."""
+
+    id: str
+    visit_account_number: str | None = None
+    visit_date: str | None = None
+    status: str | None = None
+    reason: str | None = None
+
+
+class Patient(BaseModel):
+    """A patient with all visits, the latest first."""
+
+    id: str
+    mrn: str | None = None
+    person: Person
+    visits: list[Visit]
+
+
+class PatientPage(BaseModel):
+    """One page, in the order of ids."""
+
+    total: int = Field(description="How many there are; may be half a minute old where nothing is searched for")
+    page: int
+    page_size: int
+    patients: list[Patient]
+
+
+@router.get("/patients", response_model=PatientPage, responses=answers(), summary="Look patients up")
+def list_patients(
+    parts: PartsOf,
+    caller: CallerOf,
+    page: Annotated[int, Query(ge=1, le=10_000_000)] = 1,
+    page_size: Annotated[int, Query(ge=1, le=200)] = 20,
+    mrn: Known = None,
+    first_name: Known = None,
+    last_name: Known = None,
+) -> Response:
+    """All patients, or those who are known by what is given, letter by letter: the first page and the last are as
+    fast as each other. Whom consent withholds is not listed.
+    """
+    search = Search(mrn=mrn, given=first_name, family=last_name)
+    with parts.connection() as conn:
+        if search:
+            found = parts.directory.find(conn, search, page, page_size)
+        else:
+            found = parts.directory.page(conn, page, page_size)
+        content = {"total": found.total, "page": page, "page_size": page_size, "patients": _patients(conn, found.ids)}
+        audit_log.record(
+            conn,
+            Deed(
+                "decrypt" if sealing_of(conn).on else "read",
+                caller.actor,
+                "Patient",
+                audit_log.subject(conn, "Patient", found.ids[0]) if len(found.ids) == 1 else None,
+                count=max(1, len(found.ids)),
+                request_id=caller.request_id,
+                detail={"found": len(found.ids), "page": page},
+            ),
+        )
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+@router.get(
+    "/patients/{patient_id}", response_model=Patient, responses=answers(403, 404), summary="One patient with visits"
+)
+def one_patient(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
+    """403 if consent withholds the patient."""
+    return _one(parts, caller, patient_id)
+
+
+@router.get(
+    "/api/v1/patients/{patient_id}",
+    response_model=Patient,
+    responses=answers(403, 404),
+    summary="One patient with visits",
+)
+def one_patient_v1(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
+    """The same as `/patients/{patient_id}`."""
+    return _one(parts, caller, patient_id)
+
+
+def _one(parts: PartsOf, caller: CallerOf, patient_id: str) -> Response:
+    with parts.connection() as conn:
+        found = patients.read_patient(conn, patient_id, actor=caller.actor, request_id=caller.request_id)
+        if not found:
+            if patients.is_withheld(conn, patient_id):
+                raise Problem(
+                    403,
+                    "the patient's consent does not allow this: nothing of this patient is in the tables",
+                    more={"reason": "consent"},
+                )
+            raise Problem(404, "there is no such patient")
+        content = _patients(conn, [patient_id])[0]
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def _patients(conn: Connection, ids: Sequence[str]) -> list[dict[str, Any]]:
+    people = {each.id: orjson.loads(each.body) for each in directory.of_patients(conn, "Patient", ids)}
+    visits: dict[str, list[dict[str, Any]]] = {}
+    for each in directory.of_patients(conn, "Encounter", ids):
+        encounter = orjson.loads(each.body)
+        whose = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
+        visits.setdefault(whose, []).append(_visit(encounter))
+    return [
+        {
+            "id": identity,
+            "mrn": _number(people[identity], "MR"),
+            "person": _person(people[identity]),
+            "visits": sorted(visits.get(identity, []), key=lambda v: (v["visit_date"] or "", v["id"]), reverse=True),
+        }
+        for identity in ids
+        if identity in people
+    ]
+
+
+def _person(patient: dict[str, Any]) -> dict[str, Any]:
+    names = patient.get("name") or [{}]
+    name = next((each for each in names if each.get("use") in ("official", "usual", None)), names[0])
+    deceased = patient.get("deceasedBoolean")
+    return {
+        "first_name": " ".join(each for each in name.get("given") or [] if each) or None,
+        "last_name": name.get("family"),
+        "birth_date": patient.get("birthDate"),
+        "gender": patient.get("gender"),
+        "deceased": True if "deceasedDateTime" in patient else deceased,
+    }
+
+
+def _visit(encounter: dict[str, Any]) -> dict[str, Any]:
+    reason = (encounter.get("reasonCode") or [{}])[0]
+    coded = next((each.get("display") for each in reason.get("coding") or [] if each.get("display")), None)
+    return {
+        "id": encounter["id"],
+        "visit_account_number": _number(encounter, "AN"),
+        "visit_date": (encounter.get("period") or {}).get("start"),
+        "status": encounter.get("status"),
+        "reason": reason.get("text") or coded,
+    }
+
+
+def _number(resource: dict[str, Any], kind: str) -> str | None:
+    """The first identifier of a type of v2-0203."""
+    for identifier in resource.get("identifier") or []:
+        codes = {each.get("code") for each in (identifier.get("type") or {}).get("coding") or []}
+        if kind in codes:
+            value = identifier.get("value")
+            return value if isinstance(value, str) else None
+    return None

@@ -1,0 +1,239 @@
+"""Runs: started through Dagster, and what became of them as the tables of ops know it."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Path, Query, Response
+from pydantic import BaseModel, Field
+
+from fhir_assets.api.parts import Caller, CallerOf, Parts, PartsOf
+from fhir_assets.api.problems import Problem, answers
+from fhir_assets.assets.run import REFRESH_TAG, TRIGGER_TAG
+from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
+from fhir_assets.automation.received import assets_of
+from fhir_assets.automation.requests import range_tags
+from fhir_assets.catalog import BY_KEY, BY_NAME, CATALOG
+from fhir_assets.definitions import views_of
+from fhir_assets.pipeline.due import windows_due
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.resources.source import open_source
+from fhir_assets.resources.store import blobs_at
+from fhir_assets.warehouse import audit_log, dead_letters, replays, run_history, runs, tables
+from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.dead_letters import Selection
+from fhir_assets.warehouse.exports import Export, folder_of_run, windows_of_run
+
+router = APIRouter(tags=["runs"])
+
+LONGEST_WAIT = 300
+
+TypeName = Annotated[
+    str,
+    Path(
+        description="A resource type: `Observation`, `observation`, or its plural `observations`",
+        examples=["observations"],
+        max_length=64,
+    ),
+]
+RunId = Annotated[str, Path(description="A run's id; its first characters do", pattern=r"^[A-Za-z0-9\-]{1,64}$")]
+Wait = Annotated[float | None, Query(ge=0, le=LONGEST_WAIT, description="Wait so many seconds for the run to end")]
+
+
+class StartedRun(BaseModel):
+    """A run that was started; ``status`` is Dagster's."""
+
+    run_id: str
+    status: str | None = Field(None, examples=["QUEUED", "SUCCESS", "FAILURE"])
+    summary: str = Field(description="Where its summary is", examples=["/runs/2f8c0e4e-…"])
+    dagster: str = Field(description="Its page in the Dagster UI")
+    counts: list[dict[str, Any]] | None = Field(None, description="With `wait`, once the run has ended")
+
+
+class Started(BaseModel):
+    """What was started: `run_id` is the first of `runs`; a range of more than 100 windows is several runs."""
+
+    run_id: str | None
+    runs: list[StartedRun]
+
+
+@router.post(
+    "/ingest/{resource_type}", status_code=202, response_model=Started, responses=answers(409), summary="Load a type"
+)
+def ingest_type(parts: PartsOf, caller: CallerOf, resource_type: TypeName, wait: Wait = None) -> Response:
+    """Load what the windows from the type's checkpoint to now lack, in runs of the job `incremental_load`."""
+    return _started(parts, _load(parts, caller, _type(parts, resource_type)), wait)
+
+
+@router.post(
+    "/ingest/{resource_type}/backfill",
+    status_code=202,
+    response_model=Started,
+    responses=answers(409),
+    summary="Load what a type refers to, Patients first, then the type",
+)
+def backfill(parts: PartsOf, caller: CallerOf, resource_type: TypeName, wait: Wait = None) -> Response:
+    """First a run of `fetch_missing_references`: what loaded resources refer to and the tables lack, Patients first.
+    Then the runs that load the type.
+    """
+    name = _type(parts, resource_type)
+    first = parts.dagster.launch(FETCH_MISSING_REFERENCES, tags={TRIGGER_TAG: caller.actor})
+    return _started(parts, [first, *_load(parts, caller, name)], wait)
+
+
+@router.get("/runs", responses=answers(), summary="The latest runs")
+def list_runs(
+    parts: PartsOf,
+    resource_type: Annotated[str | None, Query(max_length=64)] = None,
+    status: Annotated[Literal["RUNNING", "SUCCESS", "FAILED"] | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> Response:
+    """The newest first."""
+    name = _type(parts, resource_type) if resource_type else None
+    with parts.connection() as conn:
+        found = run_history.latest(conn, limit=limit, status=status, resource_type=name)
+    return _json({"runs": found})
+
+
+@router.get("/runs/{run_id}", responses=answers(404), summary="A run by resource type")
+def one_run(parts: PartsOf, run_id: RunId) -> Response:
+    """What it fetched, validated and loaded, and its dead letters by stage."""
+    with parts.connection() as conn:
+        whole = _whole_run(conn, run_id)
+        return _json({"run_id": whole, "dagster": parts.dagster.link(whole), "types": run_history.by_type(conn, whole)})
+
+
+@router.get("/runs/{run_id}/deadletters", responses=answers(404), summary="What could not go on in a run")
+def run_letters(
+    parts: PartsOf,
+    run_id: RunId,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    before: Annotated[int | None, Query(ge=1, le=2**62, description="The last id of the page before")] = None,
+) -> Response:
+    """Those that failed last first, each with its reason. The resources themselves are not given here."""
+    with parts.connection() as conn:
+        chosen = Selection(run_id=_whole_run(conn, run_id))
+        found = [asdict(each) for each in dead_letters.find(conn, chosen, before=before, limit=limit)]
+    return _json({"dead_letters": found})
+
+
+@router.post("/runs/{run_id}/replay", status_code=202, responses=answers(404), summary="Replay a run's dead letters")
+def replay_run(
+    parts: PartsOf,
+    caller: CallerOf,
+    run_id: RunId,
+    stage: Annotated[Literal["validate", "transform", "load"] | None, Query()] = None,
+) -> Response:
+    """They are marked; the sensor `replay_dead_letters` starts the runs that judge them again."""
+    with parts.connection() as conn:
+        whole = _whole_run(conn, run_id)
+        count = replays.mark(conn, Selection(run_id=whole, stage=stage))
+        deed = Deed("replay", caller.actor, None, None, count, whole, caller.request_id, {"stage": stage})
+        audit_log.record(conn, deed)
+    return _json({"run_id": whole, "marked": count, "sensor": "replay_dead_letters"}, 202)
+
+
+@router.post("/export/{resource_type}", responses=answers(404, 409), summary="Write files of a type")
+def export_type(
+    parts: PartsOf,
+    caller: CallerOf,
+    resource_type: TypeName,
+    run_id: Annotated[
+        str | None, Query(pattern=r"^[A-Za-z0-9\-]{1,64}$", description="Only that run's windows")
+    ] = None,
+    include_raw: Annotated[bool, Query(description="Resources as received")] = False,
+    include_normalized: Annotated[bool, Query(description="The tables, as Parquet")] = True,
+) -> Response:
+    """Into FHIR_EXPORT_URL: the valid resources, and what else is asked for. Whom consent withholds is not in them."""
+    name = _type(parts, resource_type)
+    if not parts.settings.fhir_export_url:
+        raise Problem(409, "FHIR_EXPORT_URL is not set: give a folder or s3://bucket/prefix where exports go")
+    views = [view for view in views_of(parts.settings).views if view.resource_type == name]
+    target = blobs_at(parts.settings, parts.settings.fhir_export_url)
+    with parts.connection() as conn:
+        keys: list[str] | None = None
+        whole = ""
+        folder = f"exports/{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        if run_id:
+            whole, by_type = windows_of_run(conn, _whole_run(conn, run_id))
+            keys, folder = by_type.get(name, []), folder_of_run(whole, datetime.now(UTC))
+        tables.ensure_tables(conn, views)
+        conn.commit()
+        export = Export(conn, parts.store, target, folder, run_id=whole, actor=caller.actor)
+        of_type = export.of(name, keys)
+        files = [of_type.valid()]
+        if include_raw:
+            files.append(of_type.raw())
+        if include_normalized:
+            files += [of_type.table(view, "parquet") for view in views]
+        place = export.finish(f"{name}.manifest.json")
+    return _json({"folder": place, "files": [asdict(file) for file in files]})
+
+
+def _load(parts: Parts, caller: Caller, name: str) -> list[str]:
+    settings = parts.settings
+    with parts.connection() as conn:
+        due = windows_due(
+            conn, open_source(settings), [name], settings.window_scheme, now=datetime.now(UTC), overlap=settings.overlap
+        )
+    assets = [["raw", BY_NAME[name].key], *(list(key.path) for key in assets_of(parts.asset_graph, [name]))]
+    started = []
+    for windows in due:
+        keys = [window.key for window in windows.windows]
+        place = {"dagster/partition": keys[0]} if len(keys) == 1 else range_tags(windows)
+        tags = {REFRESH_TAG: Refresh.MISSING.value, TRIGGER_TAG: caller.actor, **place}
+        started.append(parts.dagster.launch(INCREMENTAL_LOAD, assets=assets, tags=tags))
+    return started
+
+
+def _started(parts: Parts, run_ids: list[str], wait: float | None) -> Response:
+    found = []
+    for run_id in run_ids:
+        status = parts.dagster.wait(run_id, wait) if wait else None
+        counts = None
+        if status in ("SUCCESS", "FAILURE", "CANCELED"):
+            with parts.connection() as conn:
+                counts = run_history.by_type(conn, run_id)
+        found.append(
+            {
+                "run_id": run_id,
+                "status": status,
+                "summary": f"/runs/{run_id}",
+                "dagster": parts.dagster.link(run_id),
+                "counts": counts,
+            }
+        )
+    return _json({"run_id": run_ids[0] if run_ids else None, "runs": found}, 202)
+
+
+def _type(parts: Parts, given: str) -> str:
+    """The resource type that a path names. Raises Problem."""
+    plurals = {_plural(each.key): each.name for each in CATALOG}
+    names = {each.lower(): each for each in BY_NAME}
+    key = given.lower().replace("-", "_")
+    name = names.get(given.lower()) or plurals.get(key) or (BY_KEY[key].name if key in BY_KEY else None)
+    name = name or {_plural(lower): name for lower, name in names.items()}.get(key)
+    if name is None or name not in parts.settings.fhir_resource_types:
+        raise Problem(
+            404, "this resource type is not loaded here", more={"types": list(parts.settings.fhir_resource_types)}
+        )
+    return name
+
+
+def _plural(key: str) -> str:
+    if key.endswith("y"):
+        return f"{key[:-1]}ies"
+    return f"{key}es" if key.endswith("s") else f"{key}s"
+
+
+def _whole_run(conn: Connection, prefix: str) -> str:
+    found = runs.beginning_with(conn, prefix)
+    if len(found) != 1:
+        raise Problem(404, "several runs begin so: give more of the id" if found else "there is no such run")
+    return found[0]
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(content, default=str), status, media_type="application/json")

@@ -1,0 +1,128 @@
+"""Intake records as FHIR resources. Ids are derived, so that the same person is the same Patient whichever way it
+comes; how, the caller says: with keys nobody can read a number from an id.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+from fhir_assets.fhir.intake.schemas import SchemaError, errors
+
+Identify = Callable[[str, str], str]
+"""From a resource type and a number to an id."""
+
+PURPOSES: Mapping[str, str] = {"data_sharing": "data-sharing", "research": "research"}
+PURPOSE_SYSTEM = "https://fhir-assets.dev/CodeSystem/consent-purpose"
+CONSENT_POLICY = "https://fhir-assets.dev/policy/intake"
+MRN_SYSTEM = "https://fhir-assets.dev/NamingSystem/mrn"
+ACCOUNT_SYSTEM = "https://fhir-assets.dev/NamingSystem/visit-account-number"
+_V2_0203 = "http://terminology.hl7.org/CodeSystem/v2-0203"
+
+
+def is_patient_record(record: object) -> bool:
+    """Whether this is a patient as intake takes it, not a FHIR Patient: it has an MRN of its own, or a name as text."""
+    return (
+        isinstance(record, dict)
+        and record.get("resourceType") == "Patient"
+        and ("mrn" in record or "ssn" in record or "consent" in record or isinstance(record.get("name"), str | dict))
+    )
+
+
+def patient_record(record: Mapping[str, Any], identify: Identify, *, now: str) -> list[dict[str, Any]]:
+    """The Patient of a valid patient record, and where consent is given its Consent. ``now`` is an instant."""
+    mrn = record["mrn"]
+    identifiers = [_identifier("MR", MRN_SYSTEM, mrn)]
+    if "ssn" in record:
+        digits = record["ssn"].replace("-", "")
+        ssn = f"{digits[:3]}-{digits[3:5]}-{digits[5:]}"
+        identifiers.append(_identifier("SS", "http://hl7.org/fhir/sid/us-ssn", ssn))
+    patient: dict[str, Any] = {
+        "resourceType": "Patient",
+        "id": identify("Patient", mrn),
+        "identifier": identifiers,
+    }
+    if "name" in record:
+        patient["name"] = [_name(record["name"])]
+    for name in ("gender", "birthDate"):
+        if name in record:
+            patient[name] = record[name]
+    found = [patient]
+    if "consent" in record:
+        found.append(_consent(record["consent"], patient["id"], identify("Consent", mrn), now))
+    return found
+
+
+def visit(row: Mapping[str, str], identify: Identify) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The Patient and the Encounter of a valid visit."""
+    patient = {
+        "resourceType": "Patient",
+        "id": identify("Patient", row["mrn"]),
+        "identifier": [_identifier("MR", MRN_SYSTEM, row["mrn"])],
+        "name": [{"use": "official", "family": row["last_name"], "given": [row["first_name"]]}],
+        "birthDate": row["birth_date"],
+    }
+    encounter = {
+        "resourceType": "Encounter",
+        "id": identify("Encounter", row["visit_account_number"]),
+        "identifier": [_identifier("AN", ACCOUNT_SYSTEM, row["visit_account_number"])],
+        "status": "finished",
+        "class": {"system": "http://terminology.hl7.org/CodeSystem/v3-ActCode", "code": "AMB", "display": "ambulatory"},
+        "subject": {"reference": f"Patient/{patient['id']}"},
+        "period": {"start": row["visit_date"]},
+    }
+    if row.get("reason", "").strip():
+        encounter["reasonCode"] = [{"text": row["reason"].strip()}]
+    return patient, encounter
+
+
+def visit_errors(row: object) -> list[SchemaError]:
+    """All that is wrong with a visit."""
+    return errors("visit", row)
+
+
+def encoded(resource: Mapping[str, Any]) -> bytes:
+    """A resource as JSON on one line."""
+    return orjson.dumps(resource)
+
+
+def _identifier(kind: str, system: str, value: str) -> dict[str, Any]:
+    return {"type": {"coding": [{"system": _V2_0203, "code": kind}]}, "system": system, "value": value}
+
+
+def _name(name: str | Mapping[str, str]) -> dict[str, Any]:
+    if isinstance(name, str):
+        *given, family = name.split()
+        return {"use": "official", "text": name, "family": family, **({"given": given} if given else {})}
+    found: dict[str, Any] = {"use": "official"}
+    if "last" in name:
+        found["family"] = name["last"].strip()
+    if "first" in name:
+        found["given"] = name["first"].split()
+    return found
+
+
+def _consent(consent: Mapping[str, bool], patient_id: str, consent_id: str, now: str) -> dict[str, Any]:
+    return {
+        "resourceType": "Consent",
+        "id": consent_id,
+        "status": "active",
+        "scope": {
+            "coding": [
+                {"system": "http://terminology.hl7.org/CodeSystem/consentscope", "code": "patient-privacy"},
+            ]
+        },
+        "category": [{"coding": [{"system": "http://loinc.org", "code": "59284-0", "display": "Consent Document"}]}],
+        "patient": {"reference": f"Patient/{patient_id}"},
+        "dateTime": now,
+        "policy": [{"uri": CONSENT_POLICY}],
+        "provision": {
+            "provision": [
+                {
+                    "type": "permit" if allowed else "deny",
+                    "purpose": [{"system": PURPOSE_SYSTEM, "code": PURPOSES[name]}],
+                }
+                for name, allowed in sorted(consent.items())
+            ]
+        },
+    }

@@ -1,0 +1,75 @@
+"""The JSON Schemas of what intake takes, and what is wrong with a record: every error, each with its path."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import orjson
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+SchemaName = Literal["visit", "patient_record"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaError:
+    """One thing that is wrong: ``path`` is a JSON Pointer into the record, ``message`` what is expected there."""
+
+    path: str
+    message: str
+
+
+@cache
+def schema(name: SchemaName) -> Mapping[str, Any]:
+    """The schema, as it stands in its file."""
+    content: dict[str, Any] = orjson.loads(files(__package__).joinpath(f"{name}.schema.json").read_bytes())
+    return content
+
+
+def errors(name: SchemaName, record: object) -> list[SchemaError]:
+    """All that is wrong with a record, in the order of paths; no message holds a value of the record."""
+    found = {
+        SchemaError("".join(f"/{part}" for part in error.absolute_path), said)
+        for error in _validator(name).iter_errors(record)
+        for said in _said(error)
+    }
+    return sorted(found, key=lambda each: (each.path, each.message))
+
+
+@cache
+def _validator(name: SchemaName) -> Draft202012Validator:
+    return Draft202012Validator(schema(name), format_checker=Draft202012Validator.FORMAT_CHECKER)
+
+
+def _said(error: ValidationError) -> Iterator[str]:
+    """What is expected, of the schema's words alone."""
+    rule: str = str(error.validator)
+    expected: Any = error.validator_value
+    instance: Any = error.instance
+    within: Any = error.schema
+    if rule == "required":
+        yield from (f"{name} is required" for name in expected if name not in instance)
+    elif rule == "additionalProperties":
+        yield f"only these fields are known: {', '.join(within['properties'])}"
+    elif rule == "type":
+        yield f"must be of type {expected}"
+    elif rule == "format":
+        yield f"must be a {expected}, such as 2024-02-29"
+    elif rule == "enum":
+        yield f"must be one of {', '.join(expected)}"
+    elif rule == "const":
+        yield f"must be {expected}"
+    elif rule == "minLength":
+        yield "must not be empty" if expected == 1 else f"must have {expected} characters at least"
+    elif rule == "maxLength":
+        yield f"must have {expected} characters at most"
+    elif rule == "minProperties":
+        yield "must not be empty"
+    elif rule == "anyOf":
+        yield "must be a text, or an object with first and last"
+    elif rule == "pattern":
+        yield f"must match {expected}"
+    else:
+        yield f"breaks the rule {rule}"

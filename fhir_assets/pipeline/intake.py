@@ -1,0 +1,196 @@
+"""Records that somebody posts: judged at once, one by one, and what is accepted made ready for ``receive``."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import msgspec
+import orjson
+
+from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.fhir.intake import resources, schemas
+from fhir_assets.fhir.intake.resources import Identify
+from fhir_assets.fhir.record import Malformed, Record, one_line, read_header, read_record
+from fhir_assets.fhir.validation import Validator
+from fhir_assets.fhir.validation.issues import STRUCTURE, Issue
+
+SCHEMA = "schema"
+"""Rule of an issue that the JSON Schema of an intake record found."""
+
+_T = TypeVar("_T")
+_URN = re.compile(rb'"(urn:uuid:[0-9a-fA-F-]{36})"')
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What became of one posted record. ``records`` are its resources, none if it was rejected."""
+
+    resource_type: str | None
+    id: str | None
+    issues: tuple[Issue, ...]
+    records: tuple[Record, ...] = field(default=(), repr=False)
+
+    @property
+    def accepted(self) -> bool:
+        return bool(self.records)
+
+
+class Judge:
+    """Judges what one request brings. ``origin`` names the request: an id that has to be given follows from it, so
+    that the same request gives the same ids again.
+    """
+
+    def __init__(
+        self, validator: Validator, identify: Identify, resource_types: Sequence[str], origin: str, now: datetime
+    ) -> None:
+        self._validator = validator
+        self._identify = identify
+        self._types = frozenset(resource_types)
+        self._origin = origin
+        self._now = now
+
+    def judge(self, bodies: Iterable[bytes]) -> list[Judged]:
+        """Each of them: a FHIR resource, or a patient record."""
+        return [self._one(place, one_line(body)) for place, body in enumerate(bodies)]
+
+    def judge_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[Judged]:
+        """As ``judge``, of the entries of a Bundle: a full URL and a resource each. References to full URLs that are
+        ``urn:uuid:…`` become those to the ids that the resources have here.
+        """
+        known = {}
+        for place, (url, body) in enumerate(entries):
+            if url and url.startswith("urn:uuid:"):
+                try:
+                    header = read_header(body)
+                except Malformed:
+                    continue
+                known[url.encode()] = f'"{header.resourceType}/{header.id or self._id(place)}"'.encode()
+
+        def resolved(found: re.Match[bytes]) -> bytes:
+            return known.get(found[1], found[0])
+
+        return self.judge(_URN.sub(resolved, body) if known else body for _, body in entries)
+
+    def _one(self, place: int, body: bytes) -> Judged:
+        try:
+            header = read_header(body)
+        except Malformed as error:
+            return Judged(None, None, (Issue(error.rule, "error", "Resource", str(error)),))
+        name = header.resourceType
+        if name == "Patient" and resources.is_patient_record(value := _parsed(body)):
+            return self._patient_record(value)
+        if name not in LOAD_ORDER or name not in self._types:
+            told = name if name in LOAD_ORDER else None
+            return Judged(told, None, (Issue(STRUCTURE, "error", "Resource", self._not_loaded()),))
+        if header.id is None and body[:1] == b"{":
+            header.id = self._id(place)
+            body = b'{"id":"' + header.id.encode() + b'",' + body[1:].lstrip()
+        verdict = self._validator.check(body)
+        if not verdict.valid:
+            return Judged(name, header.id, verdict.issues)
+        return Judged(name, header.id, verdict.issues, (read_record(body, header, self._now),))
+
+    def _patient_record(self, record: dict[str, Any]) -> Judged:
+        if wrong := schemas.errors("patient_record", record):
+            issues = (Issue(SCHEMA, "error", f"Patient{each.path.replace('/', '.')}", each.message) for each in wrong)
+            return Judged("Patient", None, tuple(issues))
+        made = resources.patient_record(record, self._identify, now=self._now.isoformat(timespec="milliseconds"))
+        if len(made) > 1 and "Consent" not in self._types:
+            # Without it the person's will would be lost.
+            return Judged("Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._not_loaded()),))
+        found: list[Record] = []
+        for resource in made:
+            body = resources.encoded(resource)
+            verdict = self._validator.check(body)
+            if not verdict.valid:
+                return Judged("Patient", None, verdict.issues)
+            found.append(read_record(body, read_header(body), self._now))
+        return Judged("Patient", found[0].id, (), tuple(found))
+
+    def _id(self, place: int) -> str:
+        return hashlib.sha256(f"{self._origin}#{place}".encode()).hexdigest()[:32]
+
+    def _not_loaded(self) -> str:
+        return f"a type that is not loaded here; those that are: {', '.join(sorted(self._types))}"
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+
+
+class _Submission(msgspec.Struct, forbid_unknown_fields=True):
+    records: list[msgspec.Raw]
+
+
+class _Entry(msgspec.Struct):
+    fullUrl: str | None = None  # noqa: N815
+    resource: msgspec.Raw = msgspec.Raw(b"null")
+    request: dict[str, Any] | None = None
+
+
+class _Bundle(msgspec.Struct):
+    resourceType: str  # noqa: N815
+    type: str = ""
+    entry: list[_Entry] = []
+
+
+class Unreadable(ValueError):
+    """A body that is not of the shape that is asked for; says why, without its content."""
+
+
+def read_submission(body: bytes) -> list[bytes]:
+    """The records of ``{"records": […]}``. Raises Unreadable."""
+    return [bytes(each) for each in _decoded(body, _SUBMISSION).records]
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """What was posted to a FHIR endpoint: entries with full URL and body. ``whole``: all of them, or none."""
+
+    entries: tuple[tuple[str | None, bytes], ...]
+    whole: bool
+    bundle: bool
+
+
+def read_posted(body: bytes) -> Posted:
+    """A resource, or the entries of a Bundle. Raises Unreadable."""
+    try:
+        header = read_header(body)
+    except Malformed as error:
+        raise Unreadable(str(error)) from None
+    if header.resourceType != "Bundle":
+        return Posted(((None, body),), whole=True, bundle=False)
+    bundle = _decoded(body, _BUNDLE)
+    if bundle.type not in ("batch", "transaction", "collection"):
+        raise Unreadable("a Bundle that is taken is of type batch, transaction or collection")
+    entries = []
+    for each in bundle.entry:
+        if bytes(each.resource) == b"null" or str((each.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
+            raise Unreadable("every entry brings a resource, and asks for PUT or POST if for anything")
+        entries.append((each.fullUrl, bytes(each.resource)))
+    return Posted(tuple(entries), whole=bundle.type == "transaction", bundle=True)
+
+
+_SUBMISSION = msgspec.json.Decoder(_Submission)
+_BUNDLE = msgspec.json.Decoder(_Bundle)
+
+
+def _decoded(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise Unreadable(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        why = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
+        raise Unreadable(f"not JSON: {why}") from None
+
+
+def request_time() -> datetime:
+    """The time that a request counts as now."""
+    return datetime.now(UTC)

@@ -1,0 +1,104 @@
+"""Who may call what: held over the route table itself, so that a new endpoint cannot escape."""
+
+import re
+
+import pytest
+
+from fhir_assets.api import app as application
+from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, Role, new_token, parse_tokens
+from fhir_assets.api.app import create_app, routes_of
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.settings import load_settings
+from fhir_assets_tests.api.conftest import ROLES, TOKENS, Serve
+
+PROBLEM = "application/problem+json"
+
+
+def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(serve: Serve) -> None:
+    api = serve()
+    routes = routes_of(create_app(api.settings))
+    asked = 0
+    for route in routes:
+        path = re.sub(r"\{[^}]+\}", "x", route.path)
+        for method in route.methods or ():
+            if route.path in OPEN:
+                continue
+            allowed = ACCESS[method, route.path]
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic d3Jvbmc6d3Jvbmc="}):
+                answer = api.call(method, path, role=None, headers=headers, data=b"{")
+                assert (answer.status_code, answer.headers["Content-Type"]) == (401, PROBLEM), (method, path)
+                assert "WWW-Authenticate" in answer.headers
+            for role in ROLES:
+                if Role(role) not in allowed:
+                    answer = api.call(method, path, role=role, data=b"{")
+                    assert (answer.status_code, answer.headers["Content-Type"]) == (403, PROBLEM), (method, path, role)
+                    asked += 1
+    assert asked > len(ACCESS)
+    assert api.get("/nowhere", role=None).status_code == 401
+    assert api.get("/nowhere").status_code == 404
+
+
+def test_the_table_names_no_route_that_is_not_there_and_the_admin_may_call_all() -> None:
+    app = create_app(load_settings(api_tokens=TOKENS))
+    there = {(method, route.path) for route in routes_of(app) for method in route.methods or ()}
+    assert set(ACCESS) == {each for each in there if each[1] not in OPEN}
+    assert all(Role.ADMIN in allowed for allowed in ACCESS.values())
+
+
+def test_a_route_that_nobody_decided_on_stops_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "ACCESS", {k: v for k, v in ACCESS.items() if k[1] != "/patients"})
+    with pytest.raises(AssertionError, match="GET /patients"):
+        create_app(load_settings(api_tokens=TOKENS))
+
+
+def test_docs_can_be_switched_off_and_need_a_token_where_they_are_served() -> None:
+    served = create_app(load_settings(api_tokens=TOKENS))
+    bare = create_app(load_settings(api_tokens=TOKENS, api_docs=False))
+    assert {r.path for r in routes_of(served)} - {r.path for r in routes_of(bare)} == {"/docs", "/openapi.json"}
+
+
+def test_a_token_is_kept_as_its_hash_only() -> None:
+    secret, entry = new_token("lab", Role.INGESTER)
+    assert secret not in entry
+    (token,) = parse_tokens(entry)
+    keeper = Gatekeeper([token], rate=1)
+    assert keeper.recognize(f"Bearer {secret}") == token
+    assert keeper.recognize(f"bearer {secret}x") is None
+    assert keeper.recognize(secret) is None
+
+
+@pytest.mark.parametrize("text", ["lab", "lab:boss:" + "0" * 64, "lab:reader:xyz", "a b:reader:" + "0" * 64])
+def test_a_malformed_token_is_named_by_its_place_only(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="token 1 of API_TOKENS") as raised:
+        parse_tokens(text)
+    assert "0000" not in str(raised.value)
+
+
+def test_a_token_that_calls_too_often_waits_and_another_does_not() -> None:
+    now = 0.0
+    one, other = parse_tokens(f"one:reader:{'0' * 64},other:reader:{'1' * 64}")
+    keeper = Gatekeeper([one, other], rate=10, burst=2, now=lambda: now)
+    assert [keeper.wait(one) for _ in range(2)] == [0.0, 0.0]
+    assert keeper.wait(one) == pytest.approx(0.1)
+    assert keeper.wait(other) == 0.0
+    now = 0.1
+    assert keeper.wait(one) == 0.0
+
+
+def test_too_many_calls_are_answered_429_with_the_time_to_wait(serve: Serve) -> None:
+    api = serve(api_rate_limit=0.5)
+    answers = [api.get("/runs") for _ in range(3)]
+    refused = [each for each in answers if each.status_code == 429]
+    assert refused
+    assert int(refused[0].headers["Retry-After"]) >= 1
+
+
+def test_every_answer_bears_the_headers_and_a_request_id(serve: Serve) -> None:
+    api = serve()
+    for answer in (api.get("/runs"), api.get("/runs", role=None), api.get("/health/live")):
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert "access-control-allow-origin" not in answer.headers
+        assert "server" not in answer.headers
+    assert api.get("/runs", headers={"X-Request-ID": "mine-1"}).headers["X-Request-ID"] == "mine-1"

@@ -1,0 +1,179 @@
+"""Records and resources that are posted."""
+
+import orjson
+import pytest
+
+from fhir_assets.resources.store import store_of
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.api.conftest import Api, Serve
+
+ADA = {
+    "resourceType": "Patient",
+    "mrn": "SECRET-MRN-1",
+    "name": {"first": "Ada", "last": "Lovelace"},
+    "birthDate": "1815-12-10",
+    "gender": "female",
+    "ssn": "123456789",
+    "consent": {"data_sharing": True, "research": False},
+}
+
+
+def received(api: Api) -> dict[str, int]:
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value()) as conn:
+        return dict(conn.execute("SELECT resource_type, sum(rows)::int FROM ops.received GROUP BY 1").fetchall())
+
+
+def raw(api: Api, resource_type: str) -> list[bytes]:
+    store = store_of(api.settings)
+    manifests = store.manifests("raw", resource_type, store.partition_keys("raw", resource_type))
+    return [line for each in manifests for batch in store.batches(each.parts) for line in batch]
+
+
+@pytest.fixture
+def api(serve: Serve) -> Api:
+    return serve()
+
+
+def test_records_and_resources_in_one_list_are_answered_one_by_one(api: Api) -> None:
+    heart_rate = {
+        "resourceType": "Observation",
+        "id": "o1",
+        "status": "final",
+        "code": {"text": "Heart rate"},
+    }
+    wrong = {**heart_rate, "id": "o2", "status": "finale", "value": 1}
+    answer = api.post("/api/v1/ingest", json={"records": [ADA, heart_rate, wrong, {"resourceType": "Claim"}]})
+    assert answer.status_code == 202
+    content = answer.json()
+    assert [each["status"] for each in content["results"]] == ["accepted", "accepted", "rejected", "rejected"]
+    assert (content["accepted"], content["rejected"]) == (2, 2)
+    ada, good, bad, claim = content["results"]
+    assert good["id"] == "o1"
+    assert {issue["rule"] for issue in bad["issues"]} >= {"required-binding", "structure"}
+    assert "finale" not in answer.text
+    assert claim["issues"]
+    assert "SECRET" not in ada["id"]
+    assert received(api) == {"Patient": 1, "Consent": 1, "Observation": 1}
+
+
+def test_all_errors_of_a_record_are_told_each_with_its_path_and_without_its_value(api: Api) -> None:
+    wrong = {
+        "resourceType": "Patient",
+        "mrn": "",
+        "birthDate": "1815-13-10",
+        "gender": "lady",
+        "ssn": "12",
+        "consent": {"data_sharing": "yes"},
+        "nickname": "Countess",
+    }
+    answer = api.post("/api/v1/ingest", json={"records": [wrong]})
+    (result,) = answer.json()["results"]
+    assert {issue["path"] for issue in result["issues"]} == {
+        "Patient",
+        "Patient.mrn",
+        "Patient.birthDate",
+        "Patient.gender",
+        "Patient.ssn",
+        "Patient.consent.data_sharing",
+    }
+    assert not any(word in answer.text for word in ("lady", "1815", "yes", "Countess"))
+    assert received(api) == {}
+
+
+def test_the_same_person_has_the_same_id_and_a_new_version_each_time(api: Api) -> None:
+    ids = {
+        api.post("/api/v1/ingest", json={"records": [{**ADA, "name": name}]}).json()["results"][0]["id"]
+        for name in ("Ada Byron", "Ada Lovelace")
+    }
+    assert len(ids) == 1
+    assert received(api)["Patient"] == 2
+
+
+def test_a_request_that_comes_again_with_its_key_is_answered_as_before_and_done_once(api: Api) -> None:
+    body = {"records": [ADA, {"resourceType": "Patient", "gender": "female", "active": True}]}
+    answers = [api.post("/api/v1/ingest", json=body, headers={"Idempotency-Key": "k1"}) for _ in range(2)]
+    assert answers[0].content == answers[1].content
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
+    assert received(api)["Patient"] == 2
+    another = api.post("/api/v1/ingest", json={"records": []}, headers={"Idempotency-Key": "k1"})
+    assert another.status_code == 422
+    others = api.post("/api/v1/ingest", json={"records": []}, headers={"Idempotency-Key": "k1"}, role="ingester")
+    assert others.status_code == 202
+
+
+def test_a_batch_takes_what_is_valid_and_a_transaction_all_or_nothing(api: Api) -> None:
+    good = {"resourceType": "Patient", "id": "p1", "gender": "female"}
+    bad = {"resourceType": "Patient", "id": "p2", "gender": "lady"}
+    for kind, status, rows in (("transaction", 422, {}), ("batch", 200, {"Patient": 1})):
+        bundle = {"resourceType": "Bundle", "type": kind, "entry": [{"resource": good}, {"resource": bad}]}
+        answer = api.post("/fhir", json=bundle)
+        assert answer.status_code == status
+        assert answer.headers["Content-Type"] == "application/fhir+json"
+        outcome = answer.json()
+        assert outcome["resourceType"] == "OperationOutcome"
+        assert [issue["expression"] for issue in outcome["issue"]] == [["Bundle.entry[1].resource.gender"]]
+        assert received(api) == rows
+
+
+def test_references_to_entries_of_a_bundle_follow_the_ids_that_were_given(api: Api) -> None:
+    urn = "urn:uuid:8f2c1c6e-2f4b-4f0e-9a57-2d3c8b1a9f10"
+    entries = [
+        {"fullUrl": urn, "resource": {"resourceType": "Patient", "gender": "other"}},
+        {
+            "resource": {
+                "resourceType": "Observation",
+                "status": "final",
+                "code": {"text": "x"},
+                "subject": {"reference": urn},
+            }
+        },
+    ]
+    answer = api.post("/fhir", json={"resourceType": "Bundle", "type": "transaction", "entry": entries})
+    assert answer.status_code == 200, answer.text
+    (patient,), (observation,) = (
+        [orjson.loads(line) for line in raw(api, name)] for name in ("Patient", "Observation")
+    )
+    assert observation["subject"]["reference"] == f"Patient/{patient['id']}"
+
+
+def test_a_posted_resource_keeps_its_digits(api: Api) -> None:
+    body = (
+        b'{"resourceType":"Observation","id":"d","status":"final","code":{"text":"x"},"valueQuantity":{"value":1.10}}'
+    )
+    answer = api.post("/fhir", data=body, headers={"Content-Type": "application/fhir+json"})
+    assert answer.status_code == 200, answer.text
+    assert b"1.10" in raw(api, "Observation")[0]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"records": {}}', b'{"records": [], "x": 1}', b"\xff", b"[" * 9999]
+)
+def test_what_is_no_submission_is_a_problem_and_no_fault(api: Api, body: bytes) -> None:
+    answer = api.post("/api/v1/ingest", data=body)
+    assert answer.status_code == 400
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert api.post("/fhir", data=body).status_code == 400
+
+
+def test_bodies_over_the_limit_are_refused_whether_they_say_their_size_or_stream(serve: Serve) -> None:
+    api = serve(api_max_body_bytes=2048, api_max_records=2)
+    body = b'{"records": [' + b" " * 4096 + b"]}"
+    for data in (body, iter([body[:1000], body[1000:]])):
+        answer = api.post("/api/v1/ingest", data=data)
+        assert (answer.status_code, answer.json()["max_bytes"]) == (413, 2048)
+    answer = api.post("/api/v1/ingest", json={"records": [{}, {}, {}]})
+    assert (answer.status_code, answer.json()["max_records"]) == (413, 2)
+
+
+def test_intake_is_on_record_with_the_name_of_its_token_and_logs_name_no_patient(api: Api) -> None:
+    api.post("/api/v1/ingest", json={"records": [ADA]}, role="ingester")
+    api.get("/patients?mrn=SECRET-MRN-1&last_name=Lovelace")
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value()) as conn:
+        deeds = conn.execute("SELECT action, actor, resource_type FROM ops.audit_log ORDER BY seq").fetchall()
+    assert ("create", "api:ingester", "Patient") in deeds
+    assert ("read", "api:admin", "Patient") in deeds
+    log = api.log.read_text()
+    assert '"/patients"' in log
+    assert not any(word in log for word in ("SECRET", "Lovelace", "the-secret-of"))
