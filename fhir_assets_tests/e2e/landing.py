@@ -1,6 +1,7 @@
 """A landing zone in a folder or a bucket, and what Dagster does with it."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import boto3
@@ -8,6 +9,8 @@ import dagster as dg
 
 from fhir_assets.assets.landing import JOB
 from fhir_assets.definitions import build_definitions
+from fhir_assets.ingestion import Ingestion
+from fhir_assets.settings import Settings
 from fhir_assets_tests.e2e.conftest import Deployment
 
 
@@ -35,9 +38,15 @@ class LandingZone:
         return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
+@cache
+def definitions(settings: Settings) -> dg.Definitions:
+    """Those of the settings, made once: most of a tick would be the making."""
+    return build_definitions(settings)
+
+
 def tick(deployment: Deployment, sensor: str = JOB, cursor: str | None = None) -> dg.SensorResult:
     """One look of a sensor, as the daemon does it."""
-    repository = build_definitions(deployment.settings).get_repository_def()
+    repository = definitions(deployment.settings).get_repository_def()
     context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
     data = repository.get_sensor_def(sensor).evaluate_tick(context)
     return dg.SensorResult(run_requests=data.run_requests, cursor=data.cursor, asset_events=list(data.asset_events))
@@ -45,7 +54,7 @@ def tick(deployment: Deployment, sensor: str = JOB, cursor: str | None = None) -
 
 def receive(deployment: Deployment) -> dg.ExecuteInProcessResult:
     """The run that the sensor asks for."""
-    job = build_definitions(deployment.settings).resolve_job_def(JOB)
+    job = definitions(deployment.settings).resolve_job_def(JOB)
     return job.execute_in_process(instance=deployment.instance, raise_on_error=False)
 
 
@@ -59,7 +68,7 @@ def land(deployment: Deployment) -> list[str]:
 
 def load_received(deployment: Deployment) -> list[str]:
     """Load what was received; returns what does not reconcile."""
-    ingestion = deployment.ingestion()
+    ingestion = Ingestion(deployment.settings, definitions(deployment.settings), deployment.instance)
     outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.received()]
     assert all(outcome.success for outcome in outcomes)
     return [said for outcome in outcomes for said in deployment.unreconciled(outcome)]
