@@ -23,6 +23,9 @@ class RequestKind(StrEnum):
     UPDATE = "update"
     DELETE = "delete"
     BATCH = "batch"
+    KICK_OFF = "kick_off"
+    POLL = "poll"
+    FILE = "file"
 
 
 class FaultKind(StrEnum):
@@ -43,22 +46,22 @@ class FaultKind(StrEnum):
     SLOW = "slow"
     """the answer comes ``seconds`` late"""
     EXPIRE = "expire"
-    """a next link is gone: 410, or another ``status`` such as 404; it stays gone"""
+    """a next link, or a file of an export, is gone: 410, or another ``status`` such as 404; a link stays gone"""
     DUPLICATE = "duplicate"
     """a page begins with the last resource of the page before"""
     LOSE_PAGE = "lose_page"
     """a page is left out, and the total still counts it: a server that lies"""
     WRONG_TOTAL = "wrong_total"
-    """the total is off ``by`` so many"""
+    """the total, or the count of an export's first file, is off ``by`` so many"""
 
 
 _ALL = frozenset(RequestKind)
 _PAGED = frozenset({RequestKind.SEARCH, RequestKind.PAGE})
 _STRIKES = {
-    FaultKind.EXPIRE: frozenset({RequestKind.PAGE}),
+    FaultKind.EXPIRE: frozenset({RequestKind.PAGE, RequestKind.FILE}),
     FaultKind.DUPLICATE: frozenset({RequestKind.PAGE}),
     FaultKind.LOSE_PAGE: _PAGED,
-    FaultKind.WRONG_TOTAL: _PAGED | {RequestKind.COUNT},
+    FaultKind.WRONG_TOTAL: _PAGED | {RequestKind.COUNT, RequestKind.POLL},
 }
 _STATUS = {FaultKind.THROTTLE: 429, FaultKind.ERROR: 500, FaultKind.EXPIRE: 410}
 

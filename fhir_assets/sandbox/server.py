@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from fhir_assets.sandbox.bulk import bulk_routes
 from fhir_assets.sandbox.faults import FaultDraw, FaultPlan
 from fhir_assets.sandbox.gate import Control, Credentials, Gate, Stats
 from fhir_assets.sandbox.interactions import Interactions
@@ -15,6 +16,7 @@ from fhir_assets.sandbox.memory import Store
 from fhir_assets.sandbox.outcomes import Refusal
 from fhir_assets.sandbox.routes import FHIR_JSON, fhir_routes
 from fhir_assets.sandbox.search import Pages
+from fhir_assets.sandbox.smart import Smart, smart_routes
 
 BASE = "/fhir"
 
@@ -30,6 +32,12 @@ class Options(TypedDict, total=False):
     """Refuse a write whose ``Type/id`` references point to nothing."""
     page_lifetime: float
     """How long a next link is good, in seconds; 600 if left out."""
+    export_polls: int
+    """After how many polls an export is ready; 2 if left out."""
+    export_file_resources: int
+    """How many resources a file of an export holds; 10,000 if left out."""
+    smart: Smart | None
+    """Tokens of SMART Backend Services, in place of ``credentials``."""
 
 
 def create_app(
@@ -46,9 +54,26 @@ def create_app(
         referential_integrity=options.get("referential_integrity", False),
     )
     pages = Pages(time.monotonic, options.get("page_lifetime", 600))
+    smart = options.get("smart")
+    if smart is not None:
+        app.include_router(smart_routes(smart, BASE))
+    exports = bulk_routes(
+        interactions,
+        control,
+        polls=options.get("export_polls", 2),
+        file_resources=options.get("export_file_resources", 10_000),
+        needs_token=smart is not None or options.get("credentials") is not None,
+    )
+    app.include_router(exports, prefix=BASE)
     app.include_router(fhir_routes(interactions, pages), prefix=BASE)
     app.include_router(_control_routes(control, store), prefix="/_sandbox")
-    app.add_middleware(Gate, base=BASE, credentials=options.get("credentials"), control=control)
+    app.add_middleware(
+        Gate,
+        base=BASE,
+        credentials=options.get("credentials"),
+        control=control,
+        admits=smart.admits if smart is not None else None,
+    )
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:

@@ -1,0 +1,227 @@
+"""Bulk Data Access (https://hl7.org/fhir/uv/bulkdata/STU2/): ``$export`` at all three levels, asynchronous.
+
+An export is a snapshot of the moment it is asked for. It is ready after a few polls, so that a client has to wait.
+"""
+
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from urllib.parse import parse_qsl, unquote
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from fhir_assets.catalog import BY_NAME
+from fhir_assets.sandbox.dates import parse_date
+from fhir_assets.sandbox.faults import Fault, FaultKind
+from fhir_assets.sandbox.gate import Control
+from fhir_assets.sandbox.interactions import Interactions
+from fhir_assets.sandbox.memory import Version
+from fhir_assets.sandbox.outcomes import Refusal, operation_outcome
+from fhir_assets.sandbox.search import matches, parse
+
+EXPORT = "_export"
+"""Below the FHIR base: where the status and the files of exports are."""
+
+_NDJSON = "application/fhir+ndjson"
+
+
+@dataclass(slots=True)
+class _File:
+    resource_type: str
+    lines: Sequence[bytes]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(line + b"\n" for line in self.lines)
+
+
+@dataclass(slots=True)
+class _Export:
+    request: str
+    at: datetime
+    polls: int
+    output: list[_File] = field(default_factory=list)
+    deleted: list[_File] = field(default_factory=list)
+    errors: list[_File] = field(default_factory=list)
+
+    def files(self) -> dict[str, _File]:
+        """Every file by the name that its URL ends with."""
+        kinds = {"output": self.output, "deleted": self.deleted, "error": self.errors}
+        return {f"{kind}-{n}.ndjson": file for kind, files in kinds.items() for n, file in enumerate(files)}
+
+
+def bulk_routes(
+    interactions: Interactions, control: Control, *, polls: int, file_resources: int, needs_token: bool
+) -> APIRouter:
+    """The routes of ``$export``. An export is ready after ``polls`` polls; its files hold ``file_resources`` each."""
+    routes = APIRouter()
+    store = interactions.store
+    exports: dict[str, _Export] = {}
+
+    def kick_off(request: Request, level: str, patients: frozenset[str] | None) -> Response:
+        if "respond-async" not in request.headers.get("prefer", ""):
+            raise Refusal(400, "invalid", "An export is asked for with Prefer: respond-async")
+        query = dict(parse_qsl(request.url.query, keep_blank_values=True))
+        if len(query) != len(parse_qsl(request.url.query, keep_blank_values=True)):
+            raise Refusal(400, "invalid", "A parameter is given twice: join its values with commas")
+        since = _since(query.get("_since"))
+        asked = query["_type"].split(",") if query.get("_type") else interactions.types()
+        types = [name for name in asked if interactions.offers(name)]
+        now = datetime.now(UTC)
+        export = _Export(str(request.url), now, polls)
+        filters = _filters(query.get("_typeFilter", ""))
+        for name in types:
+            if level != "system" and not (name == "Patient" or (name in BY_NAME and BY_NAME[name].patient)):
+                continue
+            found = _of_type(name, since, patients, filters.get(name, []))
+            export.output += [_File(name, chunk) for chunk in _chunks([v.body for v in found], file_resources)]
+            gone = [v for v in store.shelf(name).latest.values() if since is not None and v.deleted and v.when >= since]
+            if gone:
+                export.deleted.append(_File("Bundle", [_deletion(version) for version in gone]))
+        if unknown := [name for name in asked if name not in types]:
+            outcome = operation_outcome("error", "not-supported", f"No such types here: {', '.join(unknown)}")
+            export.errors.append(_File("OperationOutcome", [orjson.dumps(outcome)]))
+        token = secrets.token_hex(8)
+        exports[token] = export
+        control.stats.kick_offs += 1
+        return Response(status_code=202, headers={"Content-Location": f"{_base(request)}/{EXPORT}/{token}"})
+
+    def _of_type(
+        name: str, since: int | None, patients: frozenset[str] | None, filters: Sequence[str]
+    ) -> Iterable[Version]:
+        if filters:
+            found: dict[str, Version] = {}
+            for each in filters:
+                query = parse_qsl(each, keep_blank_values=True)
+                found |= {v.id: v for v in matches(store, name, parse(name, query, strict=False))}
+            versions: Iterable[Version] = found.values()
+        else:
+            versions = store.shelf(name).latest.values()
+        for version in versions:
+            fresh = since is None or version.when >= since
+            if version.body and fresh and (patients is None or _belongs(version, patients)):
+                yield version
+
+    def at(token: str) -> _Export:
+        if token not in exports:
+            raise Refusal(404, "not-found", "There is no such export")
+        return exports[token]
+
+    @routes.get("/$export")
+    async def system(request: Request) -> Response:
+        return kick_off(request, "system", None)
+
+    @routes.get("/Patient/$export")
+    async def patients(request: Request) -> Response:
+        return kick_off(request, "patient", None)
+
+    @routes.get("/Group/{group_id}/$export")
+    async def group(request: Request, group_id: str) -> Response:
+        version = store.latest("Group", group_id)
+        if version is None or version.deleted:
+            raise Refusal(404, "not-found", "There is no such Group")
+        members = orjson.loads(version.body).get("member", [])
+        return kick_off(request, "group", frozenset(m["entity"]["reference"].rpartition("/")[2] for m in members))
+
+    @routes.get(f"/{EXPORT}/{{token}}")
+    async def status(request: Request, token: str) -> Response:
+        export = at(token)
+        if export.polls > 0:
+            export.polls -= 1
+            progress = f"{100 * (polls - export.polls) // (polls + 1)} % done"
+            return Response(status_code=202, headers={"X-Progress": progress, "Retry-After": "0"})
+        faults: dict[FaultKind, Fault] = request.state.faults
+        off = faults[FaultKind.WRONG_TOTAL].by if FaultKind.WRONG_TOTAL in faults else 0
+
+        def listed(kind: str, files: Sequence[_File]) -> list[dict[str, object]]:
+            where = f"{_base(request)}/{EXPORT}/{token}/{kind}"
+            return [
+                {"type": f.resource_type, "url": f"{where}-{n}.ndjson", "count": len(f.lines) + (off if n == 0 else 0)}
+                for n, f in enumerate(files)
+            ]
+
+        manifest = {
+            "transactionTime": export.at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "request": export.request,
+            "requiresAccessToken": needs_token,
+            "output": listed("output", export.output),
+            "deleted": listed("deleted", export.deleted),
+            "error": listed("error", export.errors),
+        }
+        return Response(orjson.dumps(manifest), media_type="application/json")
+
+    @routes.delete(f"/{EXPORT}/{{token}}")
+    async def forget(token: str) -> Response:
+        at(token)
+        del exports[token]
+        return Response(status_code=202)
+
+    @routes.get(f"/{EXPORT}/{{token}}/{{name}}")
+    async def file(request: Request, token: str, name: str) -> Response:
+        faults: dict[FaultKind, Fault] = request.state.faults
+        found = at(token).files().get(name)
+        if found is None or FaultKind.EXPIRE in faults:
+            raise Refusal(404 if found is None else faults[FaultKind.EXPIRE].answer_status, "not-found", "No such file")
+        return Response(found.body, media_type=_NDJSON)
+
+    return routes
+
+
+def _base(request: Request) -> str:
+    return f"{request.url.scheme}://{request.url.netloc}/fhir"
+
+
+def _since(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_date(text).start
+    except ValueError:
+        raise Refusal(400, "invalid", "_since is not a FHIR instant") from None
+
+
+def _filters(text: str) -> dict[str, list[str]]:
+    """The searches of ``_typeFilter`` by type; commas inside them come as %2C."""
+    found: dict[str, list[str]] = {}
+    for each in filter(None, text.split(",")):
+        name, _, query = unquote(each).partition("?")
+        found.setdefault(name, []).append(query)
+    return found
+
+
+def _belongs(version: Version, patients: frozenset[str]) -> bool:
+    """Whether a resource is a patient's of ``patients``."""
+    if version.resource_type == "Patient":
+        return version.id in patients
+    resource = orjson.loads(version.body)
+    for path in BY_NAME[version.resource_type].patient:
+        for reference in _references(resource, path.split(".")):
+            kind, _, resource_id = reference.rpartition("/")
+            if kind.endswith("Patient") and resource_id in patients:
+                return True
+    return False
+
+
+def _references(node: object, path: Sequence[str]) -> Iterator[str]:
+    if isinstance(node, list):
+        for each in node:
+            yield from _references(each, path)
+    elif isinstance(node, dict):
+        if path:
+            yield from _references(node.get(path[0]), path[1:])
+        elif isinstance(reference := node.get("reference"), str):
+            yield reference
+
+
+def _deletion(version: Version) -> bytes:
+    entry = {"request": {"method": "DELETE", "url": f"{version.resource_type}/{version.id}"}}
+    when = datetime.fromtimestamp(version.when / 1e6, UTC).isoformat()
+    meta = {"lastUpdated": when}
+    return orjson.dumps({"resourceType": "Bundle", "type": "transaction", "meta": meta, "entry": [entry]})
+
+
+def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+    for start in range(0, len(lines), size):
+        yield lines[start : start + size]

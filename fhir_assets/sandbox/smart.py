@@ -1,0 +1,93 @@
+"""SMART Backend Services for the sandbox: discovery, a token endpoint that verifies what a client signs, and tokens
+that end (https://hl7.org/fhir/smart-app-launch/backend-services.html).
+"""
+
+import base64
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import import_key
+
+ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+TOKEN_PATH = "/_sandbox/token"
+_ALGORITHMS = ["RS384", "ES384"]
+
+
+@dataclass(slots=True)
+class Smart:
+    """Who gets a token, and for how long. ``clients`` hold a public JWK or a secret by client id."""
+
+    clients: Mapping[str, Mapping[str, Any] | str]
+    lifetime: float = 300
+    issued: int = 0
+    _tokens: dict[str, float] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    def admits(self, header: str) -> bool:
+        """Whether an Authorization header holds a token that is good still."""
+        return self._tokens.get(header.removeprefix("Bearer "), 0.0) > time.monotonic()
+
+    def issue(self) -> dict[str, object]:
+        """A new token."""
+        token = secrets.token_urlsafe(24)
+        self._tokens[token] = time.monotonic() + self.lifetime
+        self.issued += 1
+        return {"access_token": token, "token_type": "bearer", "expires_in": self.lifetime, "scope": "system/*.read"}
+
+    def verified(self, form: Mapping[str, str], basic: str, audience: str) -> bool:
+        """Whether a request for a token comes from a client that we know."""
+        if form.get("grant_type") != "client_credentials":
+            return False
+        if form.get("client_assertion_type") == ASSERTION:
+            return self._signed(form.get("client_assertion", ""), audience)
+        client, _, secret = base64.b64decode(basic.removeprefix("Basic ") or b"").decode().partition(":")
+        return bool(secret) and self.clients.get(client) == secret
+
+    def _signed(self, assertion: str, audience: str) -> bool:
+        try:
+            payload = orjson.loads(base64.urlsafe_b64decode(assertion.split(".")[1] + "=="))
+            known = self.clients.get(payload["iss"])
+            if not isinstance(known, Mapping):
+                return False
+            claims = jwt.decode(assertion, import_key(dict(known)), algorithms=_ALGORITHMS).claims
+        except (JoseError, ValueError, LookupError):
+            return False
+        fresh = time.time() < claims["exp"] <= time.time() + 300 and claims["jti"] not in self._seen
+        self._seen.add(claims["jti"])
+        return fresh and claims["aud"] == audience and claims["sub"] == claims["iss"]
+
+
+def smart_routes(smart: Smart, base: str) -> APIRouter:
+    """Discovery and the token endpoint."""
+    routes = APIRouter()
+
+    @routes.get(f"{base}/.well-known/smart-configuration")
+    async def configuration(request: Request) -> Response:
+        document = {
+            "token_endpoint": _token_url(request),
+            "token_endpoint_auth_methods_supported": ["private_key_jwt", "client_secret_basic"],
+            "token_endpoint_auth_signing_alg_values_supported": _ALGORITHMS,
+            "scopes_supported": ["system/*.read"],
+        }
+        return Response(orjson.dumps(document), media_type="application/json")
+
+    @routes.post(TOKEN_PATH)
+    async def token(request: Request) -> Response:
+        form = dict(parse_qsl((await request.body()).decode()))
+        if not smart.verified(form, request.headers.get("authorization", ""), _token_url(request)):
+            return Response(orjson.dumps({"error": "invalid_client"}), 401, media_type="application/json")
+        return Response(orjson.dumps(smart.issue()), media_type="application/json")
+
+    return routes
+
+
+def _token_url(request: Request) -> str:
+    return f"{request.url.scheme}://{request.url.netloc}{TOKEN_PATH}"
