@@ -82,7 +82,7 @@ def build_definitions(
 def _build(
     settings: Settings, views: ViewSet, warehouse: Warehouse, source: Callable[[], Source] | None
 ) -> dg.Definitions:
-    source = source or cache(lambda: open_source(settings))
+    source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse))
     partitions = partitions_definition(settings.window_scheme)
     store = store_of(settings)
     checks = table_checks(settings, views.views, source, warehouse)
@@ -105,7 +105,7 @@ def _build(
 
     loading = dg.Definitions(
         assets=[
-            *raw_assets(settings, partitions, one_pass=settings.fhir_source is SourceKind.NDJSON),
+            *raw_assets(settings, partitions, one_pass=settings.fhir_source is not SourceKind.SEARCH),
             *validated_assets(settings, partitions),
             *normalized_assets(settings, partitions, views.views),
             *delivered,

@@ -51,7 +51,7 @@ class Ingestion:
         """
         now = datetime.now(UTC)
         scheme = self._settings.window_scheme
-        source = open_source(self._settings)
+        source = open_source(self._settings, warehouse=self._warehouse)
         with self._warehouse.connect() as conn:
             give_up_dead_runs(self._instance, conn)
             if first is None and last is None and not all_windows:
@@ -65,7 +65,7 @@ class Ingestion:
 
     def not_offered(self) -> list[str]:
         """The types that are asked for but that the source does not offer; they are skipped."""
-        offered = open_source(self._settings).offered()
+        offered = open_source(self._settings, warehouse=self._warehouse).offered()
         return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
 
     def steps(self) -> int:

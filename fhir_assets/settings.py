@@ -29,6 +29,7 @@ class SourceKind(StrEnum):
 
     SEARCH = "search"
     NDJSON = "ndjson"
+    BULK = "bulk"
 
 
 class Settings(BaseSettings):
@@ -39,7 +40,7 @@ class Settings(BaseSettings):
     )
 
     fhir_base_url: str = Field("", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob")
-    fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search` or `ndjson`")
+    fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search`, `bulk` or `ndjson`")
     fhir_page_size: int = Field(500, ge=1, le=10_000, description="`_count` of a search")
     fhir_last_updated_gte: datetime | None = Field(
         None,
@@ -59,9 +60,20 @@ class Settings(BaseSettings):
     fhir_workers: int | None = Field(
         None, ge=1, description="Processes of one run that validate and make rows; unset: a core each, 1: none besides"
     )
+    fhir_bulk_level: str = Field("system", description="What is exported: `system`, `patient` or `group/<id>`")
+    fhir_bulk_type_filter: str = Field("", description="`_typeFilter` of an export: searches, with commas between them")
+    fhir_bulk_days: float = Field(30, gt=0, description="How long the server may take for an export")
+    fhir_bulk_fresh_minutes: float = Field(10, ge=0, description="How long an export serves further runs")
     fhir_auth_username: str | None = Field(None, description="Basic authentication")
     fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication")
     fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
+    fhir_auth_client_id: str | None = Field(None, description="SMART Backend Services: the registered client")
+    fhir_auth_client_secret: SecretStr | None = Field(None, description="… its secret, or else")
+    fhir_auth_private_key: SecretStr | None = Field(None, description="… its private key: PEM or JWK, RSA or P-384")
+    fhir_auth_private_key_file: Path | None = Field(None, description="… or the file that holds it")
+    fhir_auth_key_id: str | None = Field(None, description="… the key's `kid`, where its JWK does not say")
+    fhir_auth_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered at the server")
+    fhir_auth_scope: str = Field("system/*.read", description="… what the token is for")
     fhir_store_url: str = Field(
         "", description="Where raw and validated live: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
     )
@@ -183,10 +195,10 @@ class Settings(BaseSettings):
             raise ValueError("FHIR_DELIVERY_USERNAME and FHIR_DELIVERY_PASSWORD go together: one of them is missing")
         if self.fhir_delivery_url and self.fhir_delivery_url.rstrip("/") == self.fhir_base_url.rstrip("/"):
             raise ValueError("FHIR_DELIVERY_URL is FHIR_BASE_URL: what came from a server would be written back to it")
-        if self.fhir_source is SourceKind.SEARCH and self.fhir_base_url:
+        if self.fhir_source is not SourceKind.NDJSON and self.fhir_base_url:
             url = urlsplit(self.fhir_base_url)
             if url.scheme not in ("http", "https") or not url.netloc:
-                raise ValueError("FHIR_BASE_URL must begin with http:// or https:// when FHIR_SOURCE is search")
+                raise ValueError("FHIR_BASE_URL must begin with http:// or https:// when FHIR_SOURCE is search or bulk")
         return self
 
     @cached_property

@@ -24,10 +24,7 @@ MAY_IMPORT = {
     "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "connector"},
     "upload": PLAIN | {"fhir", "privacy", "upload"},
     "pipeline": PLAIN | {"fhir", "privacy", "store", "upload", "warehouse", "pipeline"},
-    "api": PLAIN
-    | {"fhir", "privacy", "store", "warehouse", "pipeline", "resources", "settings", "logs"}
-    | {"assets", "automation", "definitions", "api"},
-    "resources": PLAIN | {"fhir", "pipeline", "privacy", "store", "warehouse", "settings", "resources"},
+    "resources": PLAIN | {"fhir", "privacy", "store", "warehouse", "settings", "pipeline", "resources", "api", "assets", "automation", "definitions", "logs"},
 }
 WITHOUT_DAGSTER = {
     "alerts",

@@ -4,7 +4,7 @@ Nothing here knows searches or bulk exports; they build on it.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -192,6 +192,68 @@ class FhirClient:
             return self._exchange(method, path, params, body, headers, expect)
 
         return self._retrier.run(self._name(method, path), attempt)
+
+    def stream_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
+        """The lines of a file of any size, blank ones left out, some at a time, in bounded memory.
+
+        A connection that breaks, and a file that ends before its ``expected`` lines, is opened again, and what was
+        given already is passed over. A file on another origin gets the credentials only if ``authorized``, and over
+        https. Raises Refusal, ServerUnavailable or NotFhir.
+        """
+        given = failures = 0
+        while True:
+            try:
+                for lines in self._lines_from(url, authorized, given):
+                    given += len(lines)
+                    failures = 0
+                    yield lines
+                if expected is None or given >= expected:
+                    return
+                raise PassingFailure(
+                    f"the file ends after {given} of {expected} resources",
+                    advice="the server's manifest and its files differ: run again to ask for a new export",
+                    final=NotFhir,
+                )
+            except PassingFailure as failure:
+                failures += 1
+                self._retrier.wait_or_raise(self._name("GET", "an exported file"), failures, failure)
+
+    def _lines_from(self, url: str, authorized: bool, skip: int) -> Iterator[list[bytes]]:
+        """One attempt at a file, without its first ``skip`` lines."""
+        own = origin(url) == self._origin
+        if not own and authorized and urlsplit(url).scheme != "https":
+            raise NotFhir(f"{self.base_url} wants its token sent to {shown_origin(url)} without TLS: this is not done")
+        try:
+            with self._session.get(
+                url,
+                headers={"Accept": "application/fhir+ndjson"},
+                auth=self._credentials if own or authorized else Credentials(),
+                timeout=self._timeout,
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                if response.status_code == 401 and self._credentials.renew():
+                    raise PassingFailure("the token ended")
+                if response.status_code != 200:
+                    self._raise_for(response, "GET", "an exported file")
+                rest = b""
+                while chunk := response.raw.read1(_CHUNK, decode_content=True):
+                    head, *lines = chunk.split(b"\n")
+                    rest += head
+                    if lines:
+                        whole = [line for line in (rest, *lines[:-1]) if line.strip()]
+                        rest = lines[-1]
+                        if skip >= len(whole):
+                            skip -= len(whole)
+                        else:
+                            yield whole[skip:]
+                            skip = 0
+                if rest.strip() and not rest.rstrip().endswith(b"}"):
+                    raise PassingFailure("a file ends in the middle of a line", final=NotFhir)
+                if rest.strip() and not skip:
+                    yield [rest]
+        except (HTTPError, RequestException) as error:
+            raise PassingFailure(f"a file broke off ({type(error).__name__})") from None
 
     def capabilities(self) -> Capabilities:
         """What the server says of itself (``/metadata``). Raises ServerUnavailable if there is no server, NotFhir

@@ -89,6 +89,9 @@ class NdjsonSource:
             self._extents[key] = self._extent(resource_types)
         return self._extents[key]
 
+    def until(self, resource_types: Sequence[str], interval: Interval) -> None:
+        """Nothing: what it gives reaches to now."""
+
     def count(self, resource_type: str, interval: Interval) -> None:
         """Nothing: files do not say how much they hold."""
 

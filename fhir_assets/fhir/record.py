@@ -77,6 +77,10 @@ class Source(Protocol):
         """From the oldest ``as_of`` that the source holds to just after the newest; None if it holds nothing."""
         ...
 
+    def until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
+        """For sources that give the past only (a bulk export): up to when. None for those that give all until now."""
+        ...
+
     def count(self, resource_type: str, interval: Interval) -> int | None:
         """How many resources the source says it has in ``interval``; None if it cannot say."""
         ...

@@ -89,6 +89,13 @@ class Retrier:
                     raise failure.final(f"{what}: {failure.reason} (tried {times}){advice}") from None
             self.sleep(wait)
 
+    def wait_or_raise(self, what: str, failures: int, failure: PassingFailure) -> None:
+        """For a caller with a loop of its own: wait after so many failures in a row, or raise the final error."""
+        if failures >= min(self.policy.attempts, failure.attempts or self.policy.attempts):
+            advice = f"; {failure.advice}" if failure.advice else ""
+            raise failure.final(f"{what}: {failure.reason} (tried {failures} times){advice}") from None
+        self.sleep(self.policy.wait(failures, failure.retry_after, self.jitter()))
+
 
 def read_retry_after(value: str | None, now: datetime | None = None) -> float | None:
     """The seconds that a Retry-After header asks for, given as a number or as an HTTP date; None without one

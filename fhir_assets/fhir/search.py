@@ -71,6 +71,9 @@ class SearchSource:
     def state(self) -> None:
         """Nothing: a server is asked by interval."""
 
+    def until(self, resource_types: Sequence[str], interval: Interval) -> None:
+        """Nothing: what it gives reaches to now."""
+
     def count(self, resource_type: str, interval: Interval) -> int | None:
         """The server's own total (``_summary=count``); None if it does not give one."""
         try:

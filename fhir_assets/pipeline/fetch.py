@@ -77,6 +77,12 @@ class Fetcher:
         """
         state = self._source.state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
+        planned = [progress.planned for plan in plans.values() for progress in plan.values()]
+        until = self._source.until(resource_types, hull(planned)) if planned else None
+        if until is not None and until < self._now:
+            # What the source cannot know of yet is not fetched, and stays due.
+            self._now = until
+            plans = {name: self._plan(name, windows, state) for name in resource_types}
         outside = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         with PartWriter(self._store, "raw") as writer:

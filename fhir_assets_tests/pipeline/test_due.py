@@ -35,6 +35,9 @@ class Holding:
     def state(self) -> str | None:
         return self._state
 
+    def until(self, resource_types: Sequence[str], interval: Interval) -> None:
+        pass
+
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
         self.measured.append(tuple(resource_types))
         return self._extent
