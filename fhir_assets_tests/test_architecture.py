@@ -24,7 +24,21 @@ MAY_IMPORT = {
     "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "connector"},
     "upload": PLAIN | {"fhir", "privacy", "upload"},
     "pipeline": PLAIN | {"fhir", "privacy", "store", "upload", "warehouse", "pipeline"},
-    "resources": PLAIN | {"fhir", "privacy", "store", "warehouse", "settings", "pipeline", "resources", "api", "assets", "automation", "definitions", "logs"},
+    "resources": PLAIN
+    | {
+        "fhir",
+        "privacy",
+        "store",
+        "warehouse",
+        "settings",
+        "pipeline",
+        "resources",
+        "api",
+        "assets",
+        "automation",
+        "definitions",
+        "logs",
+    },
 }
 WITHOUT_DAGSTER = {
     "alerts",

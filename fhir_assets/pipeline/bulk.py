@@ -137,13 +137,16 @@ class BulkSource:
             recent = bulk_exports.find(conn, self._base_url, request, ["done"])
             if recent and self._now() - recent.requested_at < self._fresh:
                 return recent
-            pending = bulk_exports.find(conn, self._base_url, request, ["waiting", "downloading"])
-            if pending:
+            export = bulk_exports.find(conn, self._base_url, request, ["waiting", "downloading"])
+            for last in (False, False, True):
                 try:
-                    return self._finished(conn, pending)
+                    return self._finished(conn, export or self._asked_for(conn, request))
                 except Vanished as error:
-                    self.say(f"export {pending.id}: {error}")
-            return self._finished(conn, self._asked_for(conn, request))
+                    if last:
+                        raise
+                    self.say(f"export: {error}")
+                    export = None
+            raise AssertionError("the last try returns or raises")
 
     def _asked_for(self, conn: Connection, request: ExportRequest) -> BulkExport:
         at = self._now()
