@@ -35,7 +35,7 @@ from fhir_assets.pipeline.workers import Workers
 from fhir_assets.resources.source import open_source
 from fhir_assets.resources.store import store_of
 from fhir_assets.resources.warehouse import Warehouse
-from fhir_assets.settings import Settings, SourceKind, load_settings
+from fhir_assets.settings import Executor, Settings, SourceKind, load_settings
 from fhir_assets.warehouse.migrate import sql_folder
 
 
@@ -114,6 +114,9 @@ def _build(
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,
+        executor=dg.multiprocess_executor
+        if settings.fhir_executor is Executor.MULTIPROCESS
+        else dg.in_process_executor,
         jobs=[job, receiving, replay, daily, fetch_missing_references(settings, views.views)],
         schedules=[
             incremental_load_schedule(settings, job, source, warehouse),

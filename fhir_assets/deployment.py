@@ -1,14 +1,25 @@
 """The Dagster instance of a deployment: DAGSTER_HOME, its storage, its processes' environment."""
 
 import os
-import shutil
 from pathlib import Path
 
 import dagster as dg
 
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.settings import Settings
+from fhir_assets.settings import Executor, Settings
 from fhir_assets.warehouse import database, embedded
+
+_CELERY = """
+run_launcher:
+  module: fhir_assets.celery_launcher
+  class: Launcher
+  config:
+    default_queue: dagster
+    broker:
+      env: CELERY_BROKER_URL
+    backend:
+      env: CELERY_BROKER_URL
+"""
 
 
 def dagster_yaml() -> Path:
@@ -18,6 +29,11 @@ def dagster_yaml() -> Path:
         if candidate.exists():
             return candidate
     raise ConfigurationError("dagster.yaml is missing from the installation: install fhir-assets again")
+
+
+def instance_yaml(settings: Settings) -> str:
+    """The ``dagster.yaml`` of a deployment: the project's, with the launcher of its FHIR_EXECUTOR."""
+    return dagster_yaml().read_text() + (_CELERY if settings.fhir_executor is Executor.CELERY else "")
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -30,10 +46,12 @@ def environment(settings: Settings) -> dict[str, str]:
     if "DAGSTER_HOME" not in found:
         home = settings.home / "dagster"
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(dagster_yaml(), home / "dagster.yaml")
+        (home / "dagster.yaml").write_text(instance_yaml(settings))
         found["DAGSTER_HOME"] = str(home)
     if "DAGSTER_POSTGRES_URL" not in found:
         found["DAGSTER_POSTGRES_URL"] = database.normalise_url(ensure_dagster_database(settings), "psycopg2")
+    if settings.fhir_executor is Executor.CELERY:
+        found["CELERY_BROKER_URL"] = settings.require_broker()
     found.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
     return found
 

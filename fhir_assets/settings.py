@@ -32,6 +32,17 @@ class SourceKind(StrEnum):
     BULK = "bulk"
 
 
+class Executor(StrEnum):
+    """Where runs work that the Dagster UI, its schedule or a backfill started."""
+
+    IN_PROCESS = "in_process"
+    """Beside the code location, a process a run."""
+    MULTIPROCESS = "multiprocess"
+    """The same; runs of chosen assets have a process a step."""
+    CELERY = "celery"
+    """On workers: `fhir-assets worker`, on any machine."""
+
+
 class Settings(BaseSettings):
     """The settings of one deployment. ``load_settings`` makes one with readable errors."""
 
@@ -57,6 +68,10 @@ class Settings(BaseSettings):
     fhir_timeout_seconds: float = Field(60, gt=0, description="How long one call to the FHIR server may take")
     fhir_max_attempts: int = Field(8, ge=1, description="How often a call that failed in passing is tried")
     fhir_max_connections: int = Field(4, ge=1, description="Calls to the FHIR server at once, over all runs")
+    fhir_executor: Executor = Field(
+        Executor.MULTIPROCESS, description="Where runs work: `in_process`, `multiprocess` or `celery`"
+    )
+    celery_broker_url: SecretStr | None = Field(None, description="Redis of the workers: redis://host:6379/0")
     fhir_workers: int | None = Field(
         None, ge=1, description="Processes of one run that validate and make rows; unset: a core each, 1: none besides"
     )
@@ -254,6 +269,12 @@ class Settings(BaseSettings):
     def overlap(self) -> timedelta:
         """How far an extension of the open window reads back."""
         return timedelta(seconds=self.fhir_overlap_seconds)
+
+    def require_broker(self) -> str:
+        """CELERY_BROKER_URL. Raises ConfigurationError if it is unset."""
+        if self.celery_broker_url is None:
+            raise ConfigurationError("CELERY_BROKER_URL is not set: give the workers' Redis, redis://host:6379/0")
+        return self.celery_broker_url.get_secret_value()
 
     def require_source(self) -> str:
         """FHIR_BASE_URL. Raises ConfigurationError if it is unset."""

@@ -24,6 +24,7 @@ from fhir_assets.cli import (
     upload,
     validate,
     view,
+    worker,
 )
 from fhir_assets.errors import FhirAssetsError
 
@@ -49,6 +50,7 @@ app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")
 app.command("upload")(upload.upload)
 app.add_typer(connector.app, name="connector")
+app.command("worker")(worker.worker)
 app.command("prune")(prune.prune)
 app.add_typer(api.app, name="api")
 app.command("sandbox")(sandbox.sandbox)
