@@ -26,11 +26,11 @@ Job = Callable[[Item], Result]
 UNIT_BYTES = 1 << 20
 """Smaller items travel together."""
 
-WORTH_A_START = 2.0
-"""Seconds of work for which processes are started."""
+WORTH_A_START = 1.0
+"""Seconds of work, all that was asked for so far, for which processes are started."""
 
 WORTH_A_TRIP = 0.1
-"""Seconds of work that processes which run already share."""
+"""Seconds of work that is shared at all."""
 
 _IN_FLIGHT = 2
 """Units a worker that are given out at most before the first of them is taken back."""
@@ -41,6 +41,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._asked = 0.0
         self._idle: deque[_Worker] = deque()
         self._threads: ThreadPoolExecutor | None = None
         self._finalizer = finalize(self, _close, self._idle)
@@ -58,7 +59,8 @@ class Workers:
 
         Raises what the job raises, or WorkerLost if a process died.
         """
-        if self.count < 2 or seconds < (WORTH_A_TRIP if self._idle else WORTH_A_START):
+        self._asked += seconds
+        if self.count < 2 or seconds < WORTH_A_TRIP or self._asked < WORTH_A_START:
             for context, item in items:
                 yield context, item, job(item)
             return
