@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.privacy.consent import Gate, Policy, Purpose
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.windows import Granularity, WindowScheme
@@ -131,6 +132,14 @@ class Settings(BaseSettings):
     fhir_delivery_password: SecretStr | None = Field(None, description="Basic authentication there")
     fhir_delivery_token: SecretStr | None = Field(None, description="Bearer token there")
 
+    consent_policy: Policy = Field(
+        Policy.OFF,
+        description="`opt-out`: a patient's data is withheld if a Consent denies; `opt-in`: unless one permits; `off`",
+    )
+    consent_purpose: Purpose = Field(
+        Purpose.DATA_SHARING, description="What the tables serve: `data-sharing` or `research`"
+    )
+
     connector_mapping: Path | None = Field(None, description="Rows to resources, in place of connector/mapping.json")
     connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
     connector_poll_seconds: float = Field(5, gt=0, description="How often the outbox is looked at unasked")
@@ -204,6 +213,10 @@ class Settings(BaseSettings):
             )
         if not self.sealing.on and (self.phi_encryption_keys or self.phi_encryption_keys_file):
             raise ValueError("PHI_ENCRYPTION_KEYS holds no key: unset it, or give one (`fhir-assets keys new`)")
+        if self.consent_policy is not Policy.OFF and "Consent" not in self.fhir_resource_types:
+            raise ValueError(
+                "CONSENT_POLICY needs Consent among FHIR_RESOURCE_TYPES: add it, or set CONSENT_POLICY=off"
+            )
         if self.fhir_auth_username and self.fhir_auth_token:
             raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
         if bool(self.fhir_delivery_username) != bool(self.fhir_delivery_password):
@@ -220,6 +233,11 @@ class Settings(BaseSettings):
     def sealing(self) -> Sealing:
         """What seals patient data: the keys of PHI_ENCRYPTION_KEYS, or of its file. Raises ConfigurationError."""
         return Sealing(parse_keys(self._key_texts()))
+
+    @property
+    def gate(self) -> Gate:
+        """Whose data is withheld from the tables."""
+        return Gate(self.consent_policy, self.consent_purpose)
 
     @property
     def store_sealing(self) -> Sealing:

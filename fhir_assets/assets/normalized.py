@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from time import perf_counter
 
 import dagster as dg
@@ -11,6 +12,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.io_managers.postgres import LoadedView
+from fhir_assets.pipeline.consent import ConsentSweep
 from fhir_assets.pipeline.load import Loaded, Loading
 from fhir_assets.pipeline.reconcile import reconcile
 from fhir_assets.pipeline.replay import ReplayLoading
@@ -30,14 +32,18 @@ def normalized_assets(
 ) -> list[dg.AssetsDefinition]:
     """The normalized layer: a step a type, which makes all of its views in one pass."""
     return [
-        _normalized(settings, partitions, BY_NAME[name], of_type)
+        _normalized(settings, partitions, BY_NAME[name], of_type, views)
         for name in settings.fhir_resource_types
         if (of_type := [view for view in views if view.resource_type == name])
     ]
 
 
 def _normalized(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
+    settings: Settings,
+    partitions: dg.PartitionsDefinition[str],
+    resource_type: ResourceType,
+    views: Sequence[View],
+    all_views: Sequence[View],
 ) -> dg.AssetsDefinition:
     name = resource_type.name
     main = next((view for view in views if view.name == resource_type.key), None)
@@ -74,8 +80,15 @@ def _normalized(
                     run_id=facts.run_id,
                     refresh=facts.refresh,
                     workers=workers,
+                    gate=settings.gate,
                 )
+                sweep = ConsentSweep(
+                    warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
+                )
+                sweep.sweep(datetime.now(UTC))
                 loaded = loading.load(name, facts.windows.windows, validated)
+                if name == "Consent":
+                    sweep.sweep(datetime.now(UTC))
                 if facts.replay and len(wanted) == len(views):
                     replay = ReplayLoading(
                         warehouse.connect, wanted, run_id=facts.run_id, also_open=facts.replay == "open"
@@ -118,6 +131,7 @@ def _metadata(loaded: Loaded, seconds: float) -> dict[str, dg.MetadataValue]:
         "inserted": dg.IntMetadataValue(loaded.inserted),
         "updated": dg.IntMetadataValue(loaded.updated),
         "superseded": dg.IntMetadataValue(loaded.superseded),
+        "withheld": dg.IntMetadataValue(loaded.withheld),
         "dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead.most_common())),
         "seconds": dg.FloatMetadataValue(round(seconds, 3)),
         "resources_per_second": dg.IntMetadataValue(round(loaded.resources / seconds) if seconds else 0),

@@ -12,13 +12,14 @@ from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.pipeline.rows import Batch, MakeRows, Rows, place_of
 from fhir_assets.pipeline.workers import Workers
 from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.consent import Gate
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse import audit_log, checkpoints, dead_letters, received, replays, runs, tables
+from fhir_assets.warehouse import audit_log, checkpoints, consents, dead_letters, received, replays, runs, tables
 from fhir_assets.warehouse.corrections import Corrections
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.loader import Loader, Unloadable
+from fhir_assets.warehouse.loader import OPEN, Loader, Unloadable
 from fhir_assets.warehouse.prepared import Prepared
 from fhir_assets.windows import Window
 
@@ -42,6 +43,7 @@ class Loaded:
     inserted: int = 0
     updated: int = 0
     superseded: int = 0
+    withheld: int = 0
     rows: Counter[str] = field(default_factory=Counter)
     dead: Counter[str] = field(default_factory=Counter)
     settled: set[str] = field(default_factory=set)
@@ -82,6 +84,7 @@ class Loading:
         run_id: str,
         refresh: Refresh,
         workers: Workers,
+        gate: Gate = OPEN,
     ) -> None:
         self._store = store
         self._connect = connect
@@ -92,6 +95,7 @@ class Loading:
         self._whole = whole
         self._run_id = run_id
         self._refresh = refresh
+        self._gate = gate
 
     @seldom_collected()
     def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> Loaded:
@@ -135,7 +139,7 @@ class Loading:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
         dead: Counter[str] = Counter()
         again = any(task.again for task in group)
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again)
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again, gate=self._gate)
 
         corrections = Corrections(self._connect, resource_type, STAGES, [task.window.key for task in group])
         arrived = {task.window.key: task.window.start or task.window.end for task in group}
@@ -150,7 +154,7 @@ class Loading:
                     letters.append(letter)
                 else:
                     refused = loader.take([(rows, corrected)], letter.partition_key)
-                    bury([_unloadable(resource_type, item) for item in refused])
+                    bury([unloadable(resource_type, item) for item in refused])
             if letters:
                 loader.wait()
                 dead_letters.record(
@@ -163,11 +167,11 @@ class Loading:
             for _, batch, rows in self._rows(conn, group):
                 found = loader.take([(each, batch.lines[place]) for place, each in rows.prepared], batch.partition_key)
                 bury([undone.letter(resource_type, batch) for undone in rows.undone])
-                bury([_unloadable(resource_type, item) for item in found])
+                bury([unloadable(resource_type, item) for item in found])
                 total.resources += len(batch.lines)
             counts = loader.finish()
             while late := loader.late():
-                bury([_unloadable(resource_type, item) for item in late])
+                bury([unloadable(resource_type, item) for item in late])
                 counts = loader.finish()
         anew = [task.window.key for task in group if task.anew]
         for stage in STAGES:
@@ -177,21 +181,38 @@ class Loading:
         if self._whole:
             self._remember(conn, resource_type, group)
             self._heal(conn, resource_type, group)
+        held = consents.counts(conn, resource_type, [task.window.key for task in group])
         runs.count(
             conn,
             self._run_id,
             resource_type,
-            {task.window.key: {"loaded": task.rows - dead[task.window.key]} for task in group},
+            {
+                task.window.key: {
+                    "loaded": task.rows - dead[task.window.key] - counts.withheld[task.window.key],
+                    "valid": task.manifest.rows - held.get(task.window.key, 0),
+                    "withheld": held.get(task.window.key, 0),
+                }
+                for task in group
+            },
         )
         windows = {"windows": len(group)}
         audit_log.record(
             conn,
             Deed("create", _ACTOR, resource_type, count=counts.inserted, run_id=self._run_id, detail={**windows}),
             Deed("update", _ACTOR, resource_type, count=counts.updated, run_id=self._run_id, detail={**windows}),
+            Deed(
+                "withhold",
+                _ACTOR,
+                resource_type,
+                count=counts.withheld.total(),
+                run_id=self._run_id,
+                detail={**windows},
+            ),
         )
         total.inserted += counts.inserted
         total.updated += counts.updated
         total.superseded += counts.superseded
+        total.withheld += counts.withheld.total()
         total.rows.update(counts.rows)
 
     def _rows(self, conn: Connection, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, Rows]]:
@@ -243,7 +264,8 @@ def judgement(views: Sequence[View]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
+def unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
+    """The dead letter of a resource that Postgres cannot hold."""
     return DeadLetter(
         resource_type=resource_type,
         resource_id=item.resource_id,

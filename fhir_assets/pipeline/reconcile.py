@@ -22,9 +22,9 @@ class Balance:
 
     ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
     ``matched`` what it gave; ``received`` what came by other doors; ``raw`` what is in the store, ``valid`` and
-    ``dead`` what validation made of it;
-    ``undone`` the dead letters of transform and load; ``deleted`` the valid resources that the source
-    deleted since; ``missing`` those that are neither in the tables, in this version or a newer one, nor among those.
+    ``dead`` what validation made of it; ``undone`` the dead letters of transform and load; ``deleted`` the valid
+    resources that the source deleted since; ``withheld`` those that keep every rule but that consent keeps out of the
+    tables; ``missing`` those that are neither in the tables, in this version or a newer one, nor among those.
     """
 
     partition_key: str
@@ -84,10 +84,10 @@ def reconcile(
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
     undone = _undone(conn, resource_type, partition_keys)
     absent = _absent(conn, store, resource_type, list(validated.values()), main_view)
-    return [_balance(m, validated.get(key), undone.get(key, 0), *absent.get(key, (0, 0))) for key, m in raw.items()]
+    return [_balance(m, validated.get(key), undone.get(key, 0), absent.get(key, Absent())) for key, m in raw.items()]
 
 
-def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: int, deleted: int) -> Balance:
+def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: "Absent") -> Balance:
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
@@ -100,12 +100,13 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, missing: in
         sum(fetch.rejected for fetch in fetches) + sum(receipt.rejected for receipt in raw.receipts),
         raw.rows,
         state.rows_in if state else 0,
-        validated.rows if validated else 0,
+        (validated.rows if validated else 0) - absent.withheld,
         sum(state.dead.values()) if state else 0,
         undone,
-        missing,
+        absent.missing,
+        withheld=absent.withheld,
         received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
-        deleted=deleted,
+        deleted=absent.deleted,
     )
 
 
@@ -119,11 +120,19 @@ def _undone(conn: Connection, resource_type: str, partition_keys: Sequence[str])
     return dict(found.fetchall())
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Validated resources of a window that are not in the tables, by why."""
+
+    missing: int = 0
+    deleted: int = 0
+    withheld: int = 0
+
+
 def _absent(
     conn: Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
-) -> dict[str, tuple[int, int]]:
-    """By partition key, how many validated resources the tables lack, less those that are dead letters, and how many
-    the source deleted since.
+) -> dict[str, Absent]:
+    """By partition key, how many validated resources the tables lack, less those that are dead letters.
     """
     if not any(manifest.parts for manifest in validated):
         return {}
@@ -144,16 +153,20 @@ def _absent(
             " OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)"
         ).format(sql.Identifier(main_view))
     query = sql.SQL(
-        "SELECT e.partition_key, count(*) FILTER (WHERE r.id IS NULL OR r.as_of < e.last_updated{in_view}),"
-        " count(*) FILTER (WHERE r.deleted_at IS NOT NULL AND (r.as_of < e.last_updated) IS NOT TRUE) FROM expected e"
-        " LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id"
+        "SELECT e.partition_key,"
+        " count(*) FILTER (WHERE w.id IS NULL AND (r.id IS NULL OR r.as_of < e.last_updated{in_view})),"
+        " count(*) FILTER (WHERE w.id IS NULL AND r.deleted_at IS NOT NULL"
+        " AND (r.as_of < e.last_updated) IS NOT TRUE), count(w.id)"
+        " FROM expected e LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id"
+        " LEFT JOIN ops.withheld w ON w.resource_type = %(type)s AND w.id = e.id"
+        " AND w.as_of >= coalesce(e.last_updated, w.as_of)"
         " WHERE (r.id IS NULL OR r.as_of < e.last_updated OR r.deleted_at IS NOT NULL{in_view})"
         " AND NOT EXISTS (SELECT FROM ops.dead_letters d WHERE d.resource_type = %(type)s"
         " AND d.stage IN ('transform', 'load') AND d.status IN ('open', 'replaying', 'discarded')"
         " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
         " GROUP BY e.partition_key"
     ).format(in_view=in_view)
-    found = {key: (missing, deleted) for key, missing, deleted in conn.execute(query, {"type": resource_type})}
+    found = {key: Absent(*counts) for key, *counts in conn.execute(query, {"type": resource_type})}
     conn.execute("DROP TABLE expected")
     return found
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import psycopg
@@ -12,6 +13,7 @@ from fhir_assets.privacy.audit import Action, Deed, Entry, Fault, link, verify
 from fhir_assets.warehouse.database import Connection, sealing_of
 
 _COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
+_LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
 
 
 def record(conn: psycopg.Connection[Any], *deeds: Deed) -> None:
@@ -58,13 +60,16 @@ def subject(conn: psycopg.Connection[Any], resource_type: str, resource_id: str)
 
 def first_fault(conn: Connection) -> Fault | None:
     """The first record that was altered, is missing or was inserted; None if the log is whole."""
-    with conn.transaction():
-        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        head = conn.execute("SELECT seq, link FROM ops.audit_head").fetchone()
-        with conn.cursor(name="audit") as cursor:
-            cursor.itersize = 5000
-            cursor.execute(f"SELECT {_COLUMNS} FROM ops.audit_log ORDER BY seq")  # noqa: S608
-            return verify(map(_entry, cursor), (head[0], bytes(head[1])) if head else (0, b""), sealing_of(conn))
+    query = f"SELECT h.seq, h.link, l.* FROM ops.audit_head h LEFT JOIN ({_LOG}) l ON true ORDER BY l.seq"  # noqa: S608
+    with conn.transaction(), conn.cursor(name="audit") as cursor:
+        cursor.itersize = 5000
+        # The end and the records in one statement, so that what is written meanwhile is in neither.
+        rows = iter(cursor.execute(query))
+        first = next(rows, None)
+        if first is None:
+            return Fault(1, "missing")
+        entries = (_entry(row[2:]) for row in chain([first], rows) if row[2] is not None)
+        return verify(entries, (first[0], bytes(first[1])), sealing_of(conn))
 
 
 def head(conn: Connection) -> tuple[int, str]:
@@ -84,7 +89,7 @@ def latest(
 ) -> list[Entry]:
     """The newest records first; ``about`` is a resource's hash."""
     rows = conn.execute(
-        f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
+        f"{_LOG}"
         " WHERE (%(action)s::text IS NULL OR action = %(action)s) AND (%(about)s::text IS NULL OR subject = %(about)s)"
         " AND (%(run)s::text IS NULL OR run_id = %(run)s) AND (%(since)s::timestamptz IS NULL OR at >= %(since)s)"
         " ORDER BY seq DESC LIMIT %(limit)s",

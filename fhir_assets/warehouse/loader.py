@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import psycopg
 from psycopg import sql
@@ -21,12 +21,17 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
+from fhir_assets.privacy.consent import Gate, Policy
+from fhir_assets.warehouse import consents
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
 from fhir_assets.warehouse.prepared import Preparation, Prepared, Unfit, ViewRows
 
 CHUNK_RESOURCES = 20_000
 CHUNK_BYTES = 32 * 2**20
+OPEN = Gate()
+"""Nothing is withheld."""
+
 _SWITCH_SECONDS = 0.0002
 
 _COLUMN = re.compile(r', column "?([^":]+)"?')
@@ -47,7 +52,7 @@ class Unloadable:
 @dataclass(slots=True)
 class LoadCounts:
     """What a load did. ``superseded`` resources lost to a newer version, stored or in the same load; ``rows`` are
-    those written, by view.
+    those written, by view; ``withheld`` those that consent keeps out, by partition key.
     """
 
     inserted: int = 0
@@ -55,6 +60,7 @@ class LoadCounts:
     superseded: int = 0
     unloadable: int = 0
     rows: Counter[str] = field(default_factory=Counter)
+    withheld: Counter[str] = field(default_factory=Counter)
 
 
 class _Held(NamedTuple):
@@ -73,6 +79,7 @@ class _Outcome:
     updated: int = 0
     superseded: int = 0
     rows: Counter[str] = field(default_factory=Counter)
+    withheld: Counter[str] = field(default_factory=Counter)
     refused: list[Unloadable] = field(default_factory=list)
 
 
@@ -87,10 +94,18 @@ class Loader:
     then, from the first ``add`` on; the caller may use it after ``wait`` or ``finish``, until the next ``add``.
 
     With ``mend`` rows are replaced even of resources that ``fhir.resource`` lacks, as after a deletion by hand.
+    What ``gate`` withholds goes into ``ops.withheld`` instead.
     """
 
     def __init__(
-        self, conn: Connection, resource_type: str, views: Sequence[View], *, run_id: str, mend: bool = False
+        self,
+        conn: Connection,
+        resource_type: str,
+        views: Sequence[View],
+        *,
+        run_id: str,
+        mend: bool = False,
+        gate: Gate = OPEN,
     ) -> None:
         self._conn = conn
         self._run_id = run_id
@@ -102,7 +117,7 @@ class Loader:
         self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
-        self._statements = _Statements(resource_type, views, sealed=self._sealing.on)
+        self._statements = _Statements(resource_type, views, sealed=self._sealing.on, gate=gate)
         self._staged = False
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
@@ -200,6 +215,7 @@ class Loader:
         self._counts.updated += outcome.updated
         self._counts.superseded += outcome.superseded
         self._counts.rows.update(outcome.rows)
+        self._counts.withheld.update(outcome.withheld)
         for unloadable in outcome.refused:
             self._refused(unloadable)
 
@@ -208,6 +224,8 @@ class Loader:
         try:
             if not self._staged:
                 self._conn.execute(self._statements.stage)
+                if self._statements.gate:
+                    consents.keep_decisions(self._conn)
                 self._staged = True
             self._write_or_halve(chunk, outcome)
         except psycopg.errors.DeadlockDetected:
@@ -226,7 +244,7 @@ class Loader:
         """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
         try:
             with self._conn.transaction():
-                updated, winners = self._merge(chunk)
+                updated, winners, withheld = self._merge(chunk)
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
             if len(chunk) > 1:
                 middle = len(chunk) // 2
@@ -239,23 +257,25 @@ class Loader:
             return
         outcome.updated += updated
         outcome.inserted += len(winners) - updated
-        outcome.superseded += len(chunk) - len(winners)
+        outcome.superseded += len(chunk) - len(winners) - len(withheld)
+        outcome.withheld.update(pending.partition_key for pending in withheld)
         for place, view in enumerate(self._views):
             outcome.rows[view] += sum([held.prepared.counts[place] for held in winners])
 
-    def _merge(self, chunk: list[_Held]) -> tuple[int, list[_Held]]:
-        """How many resources were there before, and those that won."""
+    def _merge(self, chunk: list[_Held]) -> tuple[int, list[_Held], list[_Held]]:
+        """How many resources were there before, those that won, and those that are withheld."""
         statements = self._statements
         with self._conn.cursor() as cursor:
             with cursor.copy(statements.copy_stage) as copy:
                 copy.write(b"\n".join([held.prepared.head for held in chunk]))
+            gone, taken_back = self._withhold(cursor)
             inserted: dict[str, bool] = dict(
                 cursor.execute(statements.upsert, [self._run_id, self._sealing.key_id]).fetchall()
             )
             cursor.execute(statements.clear_stage)
             winners = [held for held in chunk if held.prepared.id in inserted]
             updated = [key for key, new in inserted.items() if not new]
-            stale = list(inserted) if self._mend else updated
+            stale = (list(inserted) if self._mend else updated) + taken_back
             for place, (delete, copy_rows) in enumerate(statements.views):
                 if stale:
                     cursor.execute(delete, [stale])
@@ -263,7 +283,24 @@ class Loader:
                 if lines:
                     with cursor.copy(copy_rows) as copy:
                         copy.write(lines)
-        return len(updated), winners
+        return len(updated), winners, [held for held in chunk if held.prepared.id in gone]
+
+    def _withhold(self, cursor: psycopg.Cursor[Any]) -> tuple[frozenset[str], list[str]]:
+        """Note what Consents say; then the ids in the stage that are withheld, and those of them that had rows."""
+        params = {"run": self._run_id, "sealed_by": self._sealing.key_id}
+        for statement in self._statements.consents:
+            cursor.execute(statement, params)
+        gate = self._statements.gate
+        if gate is None:
+            return frozenset(), []
+        gone = [key for (key,) in cursor.execute(gate.withhold, params)]
+        cursor.execute(gate.superseded)
+        cursor.execute(gate.released)
+        taken_back: list[str] = []
+        if gone:
+            taken_back = [key for (key,) in cursor.execute(gate.taken_back, {"ids": gone})]
+            cursor.execute(gate.outdated, {"ids": gone})
+        return frozenset(gone), taken_back
 
     def _place(self, error: psycopg.Error) -> tuple[str | None, str | None]:
         """View and column that Postgres names; its message is not passed on, since it quotes values."""
@@ -281,7 +318,7 @@ def _said(error: psycopg.Error) -> str:
 class _Statements:
     """The statements of one resource type, which talk to its own partition of ``fhir.resource``."""
 
-    def __init__(self, resource_type: str, views: Sequence[View], *, sealed: bool) -> None:
+    def __init__(self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: Gate) -> None:
         known = BY_NAME.get(resource_type)
         table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
         stage = sql.Identifier("pg_temp", f"stage_{known.key if known else 'other'}")
@@ -308,6 +345,11 @@ class _Statements:
             " OR excluded.version_number > stored.version_number)"
             " RETURNING id, xmax = 0"
         ).format(table=table, type=sql.Literal(resource_type), stage=stage)
+        self.consents: tuple[sql.Composed, ...] = ()
+        if resource_type == "Consent":
+            self.consents = consents.record_statements(stage, sql.Placeholder("sealed_by"))
+        closed = gate.policy is not Policy.OFF
+        self.gate = consents.gate_statements(gate, resource_type, table, stage) if closed else None
         self.views = [_view_statements(view, sealed=sealed) for view in views]
 
 

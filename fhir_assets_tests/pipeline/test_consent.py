@@ -1,0 +1,350 @@
+"""Consent carried out in real tables, held against a naive model of what must be there."""
+
+import json
+import random
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fhir_assets.fhir.compartment import patients_of
+from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.views import TypeViews
+from fhir_assets.pipeline.consent import ConsentSweep, Swept
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.consent import Gate, Policy, Purpose
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.warehouse import audit_log, consents, vault
+from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.warehouse.loader import LoadCounts, Loader
+from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets_tests.warehouse.views import column, view
+
+DAY = timedelta(days=1)
+START = datetime(2024, 1, 1, tzinfo=UTC)
+VIEWS = (
+    view("patient", "Patient", column("gender", "gender", "code")),
+    view("patient_name", "Patient", column("family", "family", "string"), forEach="name"),
+    view("observation", "Observation", column("status", "status", "code")),
+    view("consent", "Consent", column("status", "status", "code")),
+    view("organization", "Organization", column("name", "name", "string")),
+)
+
+
+class Tables:
+    """The tables under a policy, driven as a run drives them."""
+
+    def __init__(self, url: str, gate: Gate, sealing: Sealing | None = None) -> None:
+        self.url = url
+        self.gate = gate
+        with connect(url) as conn:
+            self.sealing = vault.unlock(conn, sealing or Sealing())
+        with self.connect() as conn:
+            ensure_tables(conn, VIEWS)
+
+    def connect(self) -> Connection:
+        return connect(self.url, sealing=self.sealing)
+
+    def load(self, *resources: dict[str, Any]) -> LoadCounts:
+        total = LoadCounts()
+        by_type: dict[str, list[dict[str, Any]]] = {}
+        for resource in resources:
+            by_type.setdefault(resource["resourceType"], []).append(resource)
+        for name, some in by_type.items():
+            views = [each for each in VIEWS if each.resource_type == name]
+            rows = TypeViews(views)
+            with self.connect() as conn, conn.transaction():
+                loader = Loader(conn, name, views, run_id="run", gate=self.gate)
+                assert not loader.add([(record(each), rows.rows(each)) for each in some], "2024-01-01")
+                counts = loader.finish()
+                assert not loader.late()
+            total.inserted += counts.inserted
+            total.updated += counts.updated
+            total.superseded += counts.superseded
+            total.withheld += counts.withheld
+        return total
+
+    def sweep(self, now: datetime = START) -> Swept:
+        return ConsentSweep(self.connect, VIEWS, self.gate, run_id="sweep", actor="test").sweep(now)
+
+    def all(self, query: str) -> set[Any]:
+        with self.connect() as conn:
+            return {row[0] if len(row) == 1 else row for row in conn.execute(query.encode()).fetchall()}
+
+    def shown(self) -> set[str]:
+        """``Type/id`` of what is in fhir.resource; every view must show the same."""
+        shown = self.all("SELECT resource_type || '/' || id FROM fhir.resource")
+        for name in ("patient", "observation", "consent", "organization"):
+            of_type = {each for each in shown if each.lower().startswith(f"{name}/")}
+            assert {key.split("/")[1] for key in of_type} == self.all(f"SELECT _resource_key FROM fhir.{name}")
+        assert self.all("SELECT _resource_key FROM fhir.patient_name") <= self.all(
+            "SELECT _resource_key FROM fhir.patient"
+        )
+        return shown
+
+    def held(self) -> set[str]:
+        return self.all("SELECT resource_type || '/' || id FROM ops.withheld")
+
+
+def record(resource: dict[str, Any]) -> Record:
+    version = resource.get("meta", {}).get("versionId", "1")
+    moment = START + int(version) * timedelta(minutes=1)
+    body = json.dumps(resource).encode()
+    return Record(resource["resourceType"], resource["id"], version, moment, moment, body, patients_of(resource))
+
+
+def patient(key: str, **more: Any) -> dict[str, Any]:
+    return {"resourceType": "Patient", "id": key, "name": [{"family": f"F{key}"}], **more}
+
+
+def observation(key: str, *patients: str, version: int = 1) -> dict[str, Any]:
+    about = {"subject": {"reference": f"Patient/{patients[0]}"}} if patients else {}
+    others = {"performer": [{"reference": f"Patient/{each}"} for each in patients[1:]]} if patients[1:] else {}
+    meta = {"meta": {"versionId": str(version)}}
+    return {"resourceType": "Observation", "id": key, "status": "final", **meta, **about, **others}
+
+
+def consent(
+    key: str, about: str, provision: dict[str, Any], version: int = 1, status: str = "active"
+) -> dict[str, Any]:
+    return {
+        "resourceType": "Consent",
+        "id": key,
+        "meta": {"versionId": str(version)},
+        "status": status,
+        "scope": {"coding": [{"code": "patient-privacy"}]},
+        "patient": {"reference": f"Patient/{about}"},
+        "provision": provision,
+    }
+
+
+ORGANIZATION = {"resourceType": "Organization", "id": "o", "name": "Clinic"}
+EVERYTHING = (patient("a"), observation("x", "a"), patient("b"), observation("y", "b"), ORGANIZATION)
+OF_A = {"Patient/a", "Observation/x"}
+OF_B = {"Patient/b", "Observation/y"}
+NOBODYS = {"Organization/o"}
+OPT_IN, OPT_OUT = Gate(Policy.OPT_IN), Gate(Policy.OPT_OUT)
+
+
+@pytest.fixture(params=["clear", "sealed"])
+def sealing(request: pytest.FixtureRequest) -> Sealing:
+    return Sealing(parse_keys([new_key()])) if request.param == "sealed" else Sealing()
+
+
+def test_opt_in_withholds_until_a_permit_comes_and_again_when_it_is_revoked(database: str, sealing: Sealing) -> None:
+    tables = Tables(database, OPT_IN, sealing)
+    tables.sweep()
+    assert tables.load(*EVERYTHING).withheld.total() == 4
+    assert (tables.shown(), tables.held()) == (NOBODYS, OF_A | OF_B)
+    tables.load(consent("c", "a", {"type": "permit"}))
+    swept = tables.sweep()
+    assert (swept.decisions, swept.released, swept.withheld) == (2, 3, 0)
+    assert (tables.shown(), tables.held()) == (NOBODYS | OF_A | {"Consent/c"}, OF_B)
+    assert tables.all("SELECT family FROM fhir.patient_name") == {"Fa"}
+    assert tables.all("SELECT decision, consent_id, source FROM ops.consents") == {("permit", "c", "Consent.provision")}
+    tables.load(consent("c", "a", {"type": "permit"}, version=2, status="inactive"))
+    tables.sweep()
+    assert tables.shown() == NOBODYS
+    assert tables.held() == OF_A | OF_B | {"Consent/c"}
+    assert tables.all("SELECT * FROM fhir.patient_name") == set()
+
+
+def test_opt_out_shows_until_a_deny_comes_and_again_when_it_is_withdrawn(database: str, sealing: Sealing) -> None:
+    tables = Tables(database, OPT_OUT, sealing)
+    tables.sweep()
+    tables.load(*EVERYTHING)
+    assert tables.shown() == OF_A | OF_B | NOBODYS
+    tables.load(consent("c", "a", {"type": "deny"}))
+    tables.sweep()
+    assert tables.shown() == OF_B | NOBODYS
+    tables.load(observation("z", "a"), observation("x", "a", version=2))
+    assert tables.held() == OF_A | {"Observation/z", "Consent/c"}
+    tables.load(consent("c", "a", {"type": "deny"}, version=2, status="rejected"))
+    tables.sweep()
+    assert tables.shown() == OF_A | OF_B | NOBODYS | {"Observation/z", "Consent/c"}
+    assert tables.held() == set()
+
+
+def test_a_period_that_ends_takes_effect_by_itself(database: str) -> None:
+    tables = Tables(database, OPT_IN)
+    tables.load(
+        *EVERYTHING, consent("c", "a", {"type": "permit", "period": {"start": "2024-01-05", "end": "2024-01-10"}})
+    )
+    shown = []
+    for day in range(12):
+        tables.sweep(START + day * DAY)
+        shown.append("Patient/a" in tables.shown())
+    assert shown == [4 <= day < 10 for day in range(12)]
+
+
+def test_what_belongs_to_several_patients_is_withheld_with_any_of_them(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(*EVERYTHING, observation("both", "a", "b"), consent("c", "b", {"type": "deny"}))
+    tables.sweep()
+    assert tables.shown() == OF_A | NOBODYS
+
+
+def test_a_patient_known_by_no_id_is_withheld_under_opt_in_only(database: str) -> None:
+    contained = {
+        **observation("x"),
+        "contained": [{"resourceType": "Patient", "id": "p"}],
+        "subject": {"reference": "#p"},
+    }
+    for gate, shown in ((OPT_OUT, {"Observation/x"}), (OPT_IN, set())):
+        tables = Tables(database, gate)
+        tables.load(contained)
+        tables.sweep()
+        assert tables.shown() == shown
+
+
+def test_the_newest_version_wins_whether_withheld_or_shown(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(consent("c", "b", {"type": "deny"}))
+    tables.sweep()
+    tables.load(observation("x", "a", version=1))
+    tables.load(observation("x", "b", version=3))
+    assert (tables.shown(), tables.held()) == (set(), {"Observation/x", "Consent/c"})
+    tables.load(observation("x", "a", version=2))
+    assert (tables.shown(), tables.held()) == (set(), {"Observation/x", "Consent/c"})
+    tables.load(observation("x", "a", version=4))
+    assert (tables.shown(), tables.held()) == ({"Observation/x"}, {"Consent/c"})
+    tables.load(observation("x", "b", version=2))
+    assert (tables.shown(), tables.held()) == ({"Observation/x"}, {"Consent/c"})
+
+
+def test_a_consent_that_now_is_about_someone_else_frees_the_former(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(*EVERYTHING, consent("c", "a", {"type": "deny"}))
+    tables.sweep()
+    tables.load(consent("c", "b", {"type": "deny"}, version=2))
+    tables.sweep()
+    assert tables.shown() == OF_A | NOBODYS
+
+
+def test_a_deleted_consent_no_longer_holds(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(*EVERYTHING, consent("c", "a", {"type": "deny"}))
+    tables.sweep()
+    with tables.connect() as conn:
+        consents.forget(conn, "Consent", ["c"])
+    tables.sweep()
+    assert tables.shown() == OF_A | OF_B | NOBODYS
+
+
+def test_a_policy_that_is_switched_goes_over_all_that_is_there(database: str, sealing: Sealing) -> None:
+    Tables(database, Gate(), sealing).load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
+    tables = Tables(database, OPT_IN, sealing)
+    with tables.connect() as conn:  # as rows from before the first policy, or from before this version
+        conn.execute("UPDATE fhir.resource SET patients = NULL")
+        conn.execute("DELETE FROM ops.consent_records")
+        conn.execute("DELETE FROM ops.consent_changes")
+    tables.sweep()
+    assert tables.shown() == OF_A | NOBODYS | {"Consent/c"}
+    off = Tables(database, Gate(), tables.sealing)
+    off.sweep()
+    assert off.shown() == OF_A | OF_B | NOBODYS | {"Consent/c"}
+    assert off.held() == set()
+
+
+def test_what_consent_did_is_on_record(database: str) -> None:
+    tables = Tables(database, OPT_IN)
+    tables.load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
+    tables.sweep()
+    with tables.connect() as conn:
+        deeds = [entry.deed for entry in audit_log.latest(conn, limit=50)]
+        assert Deed("consent decision", "test", "Consent", count=2, run_id="sweep") in deeds
+        assert Deed("release", "test", "Observation", count=1, run_id="sweep") in deeds
+        assert audit_log.first_fault(conn) is None
+
+
+# The naive model: it knows nothing of sweeps, versions or periods' ends, and looks at everything anew each time.
+
+_CODES = {"data-sharing": {"TREAT", "HOPERAT"}, "research": {"HRESCH", "CLINTRCH"}}
+
+
+def naive(gate: Gate, histories: dict[str, dict[str, list[dict[str, Any]]]], day: str) -> set[str]:
+    """The patients who must be shown on a day."""
+    shown = set()
+    for who, by_consent in histories.items():
+        verdicts = set()
+        for versions in by_consent.values():
+            newest = max(versions, key=lambda each: int(each["meta"]["versionId"]))
+            if newest["status"] == "active":
+                verdicts.add(naive_rule(newest["provision"], gate.purpose.value, day))
+        denied, permitted = "deny" in verdicts, "permit" in verdicts and "deny" not in verdicts
+        if permitted if gate.policy is Policy.OPT_IN else not denied:
+            shown.add(who)
+    return shown
+
+
+def naive_rule(rule: dict[str, Any], purpose: str, day: str) -> str | None:
+    codes = {each["code"] for each in rule.get("purpose", [])}
+    period = rule.get("period", {})
+    applies = not codes or codes & _CODES[purpose]
+    if not applies or not period.get("start", "0") <= day <= period.get("end", "9"):
+        return None
+    inner = {naive_rule(each, purpose, day) for each in rule.get("provision", [])} - {None}
+    if inner:
+        return "deny" if "deny" in inner else "permit"
+    return str(rule["type"])
+
+
+def random_rule(random: random.Random, depth: int = 0) -> dict[str, Any]:
+    rule: dict[str, Any] = {"type": random.choice(["permit", "deny"])}
+    if random.random() < 0.4:
+        rule["purpose"] = [{"code": random.choice(["TREAT", "HRESCH", "CLINTRCH", "HOPERAT", "HMARKT"])}]
+    if random.random() < 0.4:
+        first = START + random.randrange(-5, 20) * DAY
+        rule["period"] = {
+            "start": first.date().isoformat(),
+            "end": (first + random.randrange(12) * DAY).date().isoformat(),
+        }
+    if depth < 2 and random.random() < 0.35:
+        rule["provision"] = [random_rule(random, depth + 1) for _ in range(random.randint(1, 2))]
+    return rule
+
+
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    seed=st.integers(0, 2**32),
+    policy=st.sampled_from([Policy.OPT_IN, Policy.OPT_OUT]),
+    purpose=st.sampled_from(Purpose),
+)
+def test_the_tables_show_what_a_naive_model_says_for_a_thousand_patients(
+    database: str, seed: int, policy: Policy, purpose: Purpose
+) -> None:
+    chance = random.Random(seed)
+    gate = Gate(policy, purpose)
+    people = [f"p{number}" for number in range(1000)]
+    with connect(database) as conn:
+        for table in ("consents", "consent_records", "consent_changes", "consent_policy", "withheld"):
+            conn.execute(f"DELETE FROM ops.{table}".encode())
+        ensure_tables(conn, VIEWS)
+        for table in ("resource", *(each.name for each in VIEWS)):
+            conn.execute(f"DELETE FROM fhir.{table}".encode())
+    tables = Tables(database, gate)
+    tables.sweep()
+    tables.load(*(patient(key) for key in people), *(observation(f"o{key}", key) for key in people))
+    histories: dict[str, dict[str, list[dict[str, Any]]]] = {key: {} for key in people}
+    for step in range(4):
+        now = START + step * 4 * DAY + DAY / 2
+        said = []
+        for key in chance.sample(people, 500):
+            name = f"c{key}-{chance.randrange(2)}"
+            versions = histories[key].setdefault(name, [])
+            status = chance.choice(["active", "active", "active", "inactive", "rejected"])
+            versions.append(consent(name, key, random_rule(chance), len(versions) + 1, status))
+            said.append(versions[-1])
+        tables.load(*said)
+        tables.sweep(now)
+        expected = naive(gate, histories, now.date().isoformat())
+        shown = tables.shown()
+        assert {each.split("/")[1] for each in shown if each.startswith("Patient/")} == expected
+        assert {each.split("/o")[1] for each in shown if each.startswith("Observation/")} == expected
+        assert {each.split("/")[1].split("-")[0][1:] for each in shown if each.startswith("Consent/")} <= expected
+        assert len(shown) + len(tables.held()) == 2000 + sum(map(len, histories.values()))

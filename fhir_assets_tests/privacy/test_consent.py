@@ -1,0 +1,119 @@
+"""What Consents say: each rule of privacy/consent.py by itself."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fhir_assets.privacy.consent import Consent, Purpose, decide, next_change, read_consent
+
+NOW = datetime(2024, 6, 15, 12, tzinfo=UTC)
+SHARING, RESEARCH = Purpose
+
+
+def consent(provision: dict[str, Any] | None = None, *, scope: str = "patient-privacy", **more: Any) -> Consent | None:
+    resource = {
+        "resourceType": "Consent",
+        "id": more.pop("id", "c"),
+        "status": "active",
+        "scope": {"coding": [{"code": scope}]},
+        **({"provision": provision} if provision is not None else {}),
+        **more,
+    }
+    return read_consent(resource, "p")
+
+
+def says(*consents: Consent | None) -> tuple[str | None, str | None]:
+    """The verdicts for sharing and for research."""
+    known = [each for each in consents if each]
+    found = [decide(known, purpose, NOW) for purpose in Purpose]
+    return (found[0].verdict if found[0] else None), (found[1].verdict if found[1] else None)
+
+
+def purpose(*codes: str) -> dict[str, Any]:
+    return {"purpose": [{"code": code} for code in codes]}
+
+
+PERMIT: dict[str, Any] = {"type": "permit"}
+DENY: dict[str, Any] = {"type": "deny"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (consent(PERMIT), ("permit", "permit")),
+        (consent(DENY), ("deny", "deny")),
+        (consent(PERMIT, scope="research"), (None, "permit")),
+        (consent(PERMIT, scope="treatment"), (None, None)),
+        (consent(PERMIT, scope="adr"), (None, None)),
+        (consent(PERMIT, status="proposed"), (None, None)),
+        (consent(PERMIT, status="rejected"), (None, None)),
+        (consent(DENY, status="inactive"), (None, None)),
+        (consent(DENY, status="entered-in-error"), (None, None)),
+        (consent({**PERMIT, **purpose("HRESCH")}), (None, "permit")),
+        (consent({**DENY, **purpose("TREAT", "HPAYMT")}), ("deny", None)),
+        (consent({**DENY, **purpose("HMARKT")}), (None, None)),
+        (consent({**PERMIT, "provision": [{**DENY, **purpose("HRESCH")}]}), ("permit", "deny")),
+        (consent({**DENY, "provision": [{**PERMIT, **purpose("HRESCH")}]}), ("deny", "permit")),
+        (consent({**DENY, "provision": [{**PERMIT, "provision": [DENY]}]}), ("deny", "deny")),
+        (consent({**DENY, "provision": [PERMIT, {**DENY, **purpose("HRESCH")}]}), ("permit", "deny")),
+        (consent({"provision": [{**PERMIT, **purpose("HRESCH")}]}), (None, "permit")),
+        (consent(policyRule={"coding": [{"code": "OPTIN"}]}), ("permit", "permit")),
+        (
+            consent({"provision": [{**PERMIT, **purpose("HRESCH")}]}, policyRule={"coding": [{"code": "OPTOUT"}]}),
+            ("deny", "permit"),
+        ),
+        (consent(), (None, None)),
+        (consent({**PERMIT, "actor": [{"role": {}}]}), (None, None)),
+        (consent({**DENY, "class": [{"code": "Observation"}]}), ("deny", "deny")),
+        (consent({**PERMIT, "provision": [{**DENY, "code": [{}]}]}), ("deny", "deny")),
+        (consent({**PERMIT, "period": {"end": "2024-06-15"}}), ("permit", "permit")),
+        (consent({**PERMIT, "period": {"end": "2024-06-14"}}), (None, None)),
+        (consent({**PERMIT, "period": {"end": "2024-06"}}), ("permit", "permit")),
+        (consent({**PERMIT, "period": {"start": "2024-06-16"}}), (None, None)),
+        (consent({**PERMIT, "period": {"start": "2024"}}), ("permit", "permit")),
+        (consent({**PERMIT, "period": {"end": "2024-06-15T11:59:59Z"}}), (None, None)),
+        (consent({**PERMIT, "period": {"end": "2024-06-15T11:59:59-02:00"}}), ("permit", "permit")),
+    ],
+)
+def test_one_consent(given: Consent | None, expected: tuple[str | None, str | None]) -> None:
+    assert says(given) == expected
+
+
+def test_of_contradicting_consents_the_deny_holds_whatever_their_order() -> None:
+    permit, deny = consent(PERMIT, id="a"), consent(DENY, id="b")
+    assert says(permit, deny) == says(deny, permit) == ("deny", "deny")
+    assert permit
+    assert deny
+    found = decide([permit, deny], SHARING, NOW)
+    assert found is not None
+    assert (found.consent, found.path) == ("b", "Consent.provision")
+
+
+def test_the_source_is_the_provision_that_decided() -> None:
+    given = consent({**DENY, "provision": [{**PERMIT, **purpose("HRESCH")}]})
+    assert given
+    found = decide([given], RESEARCH, NOW)
+    assert found is not None
+    assert found.path == "Consent.provision.provision[0]"
+
+
+def test_the_next_change_is_the_nearest_end_or_beginning_of_any_period() -> None:
+    given = consent(
+        {
+            **PERMIT,
+            "period": {"start": "2024-01-01", "end": "2025-01-31"},
+            "provision": [{**DENY, "period": {"start": "2024-07-01", "end": "2024-07-31"}}],
+        }
+    )
+    assert given
+    moments = []
+    found = next_change([given], NOW)
+    while found:
+        moments.append(found.date().isoformat())
+        found = next_change([given], found)
+    assert moments == ["2024-07-01", "2024-08-01", "2025-02-01"]
+
+
+def test_a_consent_about_nobody_says_nothing() -> None:
+    assert read_consent({"resourceType": "Consent", "id": "c", "status": "active", "provision": PERMIT}, None) is None
