@@ -17,6 +17,7 @@ from fhir_assets.assets.normalized import broken_view, normalized_assets
 from fhir_assets.assets.raw import raw_assets
 from fhir_assets.assets.validated import validated_assets
 from fhir_assets.automation.alerts import alerts_sensor
+from fhir_assets.automation.consent import apply_consent, consent_sensor
 from fhir_assets.automation.jobs import check_tables, incremental_load, load_received, replay_dead_letters
 from fhir_assets.automation.missing import fetch_missing_references
 from fhir_assets.automation.received import load_received_sensor
@@ -90,7 +91,7 @@ def _build(
     delivered_keys = [key for each in delivered for key in each.keys]
     job, receiving = incremental_load(checks, delivered_keys), load_received(checks, delivered_keys)
     replay = replay_dead_letters(checks, delivered_keys)
-    daily = check_tables(checks)
+    daily, consent = check_tables(checks), apply_consent(settings, views)
 
     validator = validator_of(settings)
 
@@ -117,7 +118,7 @@ def _build(
         executor=dg.multiprocess_executor
         if settings.fhir_executor is Executor.MULTIPROCESS
         else dg.in_process_executor,
-        jobs=[job, receiving, replay, daily, fetch_missing_references(settings, views.views)],
+        jobs=[job, receiving, replay, daily, consent, fetch_missing_references(settings, views.views)],
         schedules=[
             incremental_load_schedule(settings, job, source, warehouse),
             check_tables_schedule(settings, daily),
@@ -127,6 +128,7 @@ def _build(
             record_failed_runs(warehouse),
             alerts_sensor(settings, warehouse),
             load_received_sensor(settings, receiving, warehouse),
+            *([consent_sensor(settings, consent, warehouse)] if settings.gate.closed else ()),
         ],
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),

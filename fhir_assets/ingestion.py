@@ -13,6 +13,8 @@ from fhir_assets.automation.dead_runs import give_up_dead_runs
 from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS
 from fhir_assets.automation.received import ReceivedWindows, assets_of, group
 from fhir_assets.automation.requests import range_tags
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.consent import ConsentSweep
 from fhir_assets.pipeline.due import chunks, consecutive, windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.source import open_source
@@ -146,6 +148,11 @@ class Ingestion:
         finally:
             with self._warehouse.connect() as conn:
                 replays.release_own(conn, run_id)
+
+    def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
+        """Bring the tables to what consent says now, where no run does so."""
+        sweep = ConsentSweep(self._warehouse.connect, views, self._settings.gate, run_id=actor, actor=actor)
+        sweep.sweep(datetime.now(UTC))
 
     def _run(
         self,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fhir_assets import deployment
 from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
-from fhir_assets.definitions import build_definitions
+from fhir_assets.definitions import build_definitions, views_of
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
 from fhir_assets.pipeline.plan import Refresh
@@ -74,6 +74,8 @@ def load_due(
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
     if due and not quiet and (missing := ingestion.not_offered()):
         console.print(f"Not offered by the source, skipped: {', '.join(missing)}")
+    if not due:
+        ingestion.apply_consent(views_of(settings).views, actor=triggered_by)
     steps = ingestion.steps()
     outcomes = []
     with Progress(

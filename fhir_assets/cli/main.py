@@ -9,6 +9,7 @@ from fhir_assets.cli import (
     api,
     audit,
     connector,
+    consents,
     dead_letters,
     demo,
     dev,
@@ -44,6 +45,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(missing.app, name="missing-references")
 app.add_typer(patient.app, name="patient")
+app.add_typer(consents.app, name="consents")
 app.add_typer(audit.app, name="audit")
 app.command("export")(export.export)
 app.command("validate")(validate.validate)

@@ -15,7 +15,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load import unloadable
 from fhir_assets.pipeline.rows import Batch, MakeRows
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.consent import Gate, Policy
+from fhir_assets.privacy.consent import Gate
 from fhir_assets.warehouse import audit_log, consents, dead_letters, tables
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.loader import Loader
@@ -60,11 +60,11 @@ class ConsentSweep:
         swept = Swept()
         with self._connect() as conn:
             followed = consents.followed(conn)
-            if followed.policy is self._gate.policy is Policy.OFF:
+            if not followed.closed and not self._gate.closed:
                 return swept
             if followed != self._gate:
                 tables.ensure_tables(conn, self._views)
-                if followed.policy is Policy.OFF:
+                if not followed.closed:
                     self._take_stock(conn)
             while patients := consents.due(conn, now, _PATIENTS_AT_ONCE):
                 if not swept.patients:

@@ -43,6 +43,11 @@ class Gate:
     policy: Policy = Policy.OFF
     purpose: Purpose = Purpose.DATA_SHARING
 
+    @property
+    def closed(self) -> bool:
+        """Whether anything may be withheld."""
+        return self.policy is not Policy.OFF
+
 
 _CODES: Mapping[Purpose, frozenset[str]] = {
     Purpose.RESEARCH: frozenset(

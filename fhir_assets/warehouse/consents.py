@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 from psycopg import sql
+from psycopg.rows import dict_row
 
 from fhir_assets.fhir.compartment import UNKNOWN_PATIENT
 from fhir_assets.privacy.consent import Consent, Decision, Gate, Policy, Purpose, decide, next_change, read_consent
@@ -235,6 +236,20 @@ def _consents(conn: Connection, patients: Sequence[str]) -> Mapping[str, list[tu
         if consent:
             found.setdefault(patient, []).append((consent, version))
     return found
+
+
+def decisions(conn: Connection, *, patient: str | None, limit: int) -> list[dict[str, Any]]:
+    """The decisions in force, with when they may change."""
+    return (
+        conn.cursor(row_factory=dict_row)
+        .execute(
+            "SELECT c.*, CASE WHEN isfinite(n.at) THEN n.at END AS changes_at FROM ops.consents c"
+            " LEFT JOIN ops.consent_changes n USING (patient_id) WHERE %(patient)s::text IS NULL"
+            " OR c.patient_id = %(patient)s ORDER BY c.patient_id, c.purpose LIMIT %(limit)s",
+            {"patient": patient, "limit": limit},
+        )
+        .fetchall()
+    )
 
 
 def followed(conn: Connection) -> Gate:

@@ -21,7 +21,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.consent import Gate, Policy
+from fhir_assets.privacy.consent import Gate
 from fhir_assets.warehouse import consents
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
@@ -348,8 +348,7 @@ class _Statements:
         self.consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent":
             self.consents = consents.record_statements(stage, sql.Placeholder("sealed_by"))
-        closed = gate.policy is not Policy.OFF
-        self.gate = consents.gate_statements(gate, resource_type, table, stage) if closed else None
+        self.gate = consents.gate_statements(gate, resource_type, table, stage) if gate.closed else None
         self.views = [_view_statements(view, sealed=sealed) for view in views]
 
 

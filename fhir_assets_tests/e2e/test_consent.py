@@ -1,0 +1,92 @@
+"""Consent through whole runs: withheld, counted, released and taken back, with all windows reconciled throughout."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fhir_assets.ingestion import Outcome
+from fhir_assets.privacy.keys import new_key
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import add, instant
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+
+
+def resource(kind: str, identity: str, moment: datetime, *, version: str = "1", **fields: Any) -> bytes:
+    meta = {"versionId": version, "lastUpdated": instant(moment)}
+    return json.dumps({"resourceType": kind, "id": identity, "meta": meta, **fields}).encode()
+
+
+def observation(identity: str, about: str) -> bytes:
+    subject = {"reference": f"Patient/{about}"}
+    return resource("Observation", identity, DAY, status="final", code={"text": "x"}, subject=subject)
+
+
+def consent(verdict: str, moment: datetime, *, version: str = "1", status: str = "active") -> bytes:
+    return resource(
+        "Consent",
+        "c",
+        moment,
+        version=version,
+        status=status,
+        scope={"coding": [{"system": "http://terminology.hl7.org/CodeSystem/consentscope", "code": "patient-privacy"}]},
+        category=[{"coding": [{"code": "59284-0"}]}],
+        policyRule={"coding": [{"code": "OPTIN"}]},
+        patient={"reference": "Patient/a"},
+        provision={"type": verdict},
+    )
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    people = [resource("Patient", key, DAY, name=[{"family": key}]) for key in "ab"]
+    with SandboxServer([*people, *(observation(f"o{key}{n}", key) for key in "ab" for n in range(3))]) as server:
+        yield server
+
+
+@pytest.fixture(params=["opt-in", "opt-out"])
+def deployment(request: pytest.FixtureRequest, deploy: Deploy, server: SandboxServer) -> Deployment:
+    return deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient,Observation,Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy=request.param,
+        phi_encryption_keys=new_key() if request.param == "opt-in" else None,
+    )
+
+
+def shown(deployment: Deployment) -> tuple[set[str], set[str]]:
+    patients = {key for (key,) in deployment.query("SELECT _resource_key FROM fhir.patient_name")}
+    about = {key for (key,) in deployment.query("SELECT patient_key FROM fhir.observation")}
+    return patients, about
+
+
+def ingest(deployment: Deployment) -> Outcome:
+    [outcome] = deployment.ingest()
+    assert outcome.success
+    assert deployment.unreconciled(outcome) == []
+    return outcome
+
+
+def test_consent_comes_and_goes(deployment: Deployment, server: SandboxServer) -> None:
+    closed = deployment.settings.consent_policy.value == "opt-in"
+    others = set() if closed else {"b"}
+    first = ingest(deployment)
+    assert shown(deployment) == ((set(), set()) if closed else ({"a", "b"}, {"a", "b"}))
+    counted = deployment.query(
+        "SELECT sum(valid)::int, sum(withheld)::int, sum(loaded)::int FROM ops.ingestion_runs WHERE run_id = %s",
+        first.run_id,
+    )
+    assert counted == ([(0, 8, 0)] if closed else [(8, 0, 8)])
+    add(server, consent("permit" if closed else "deny", datetime.now(UTC)))
+    ingest(deployment)
+    assert shown(deployment) == (({"a"}, {"a"}) if closed else ({"b"}, {"b"}))
+    add(server, consent("permit", datetime.now(UTC), version="2", status="inactive"))
+    ingest(deployment)
+    assert shown(deployment) == (others | (set() if closed else {"a"}),) * 2
+    assert deployment.query("SELECT count(*) FROM ops.consents") == [(0,)]
