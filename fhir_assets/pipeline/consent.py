@@ -189,4 +189,3 @@ class ConsentSweep:
             ):
                 conn.execute(statement)
         conn.commit()
-

@@ -132,8 +132,7 @@ class Absent:
 def _absent(
     conn: Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
 ) -> dict[str, Absent]:
-    """By partition key, how many validated resources the tables lack, less those that are dead letters.
-    """
+    """By partition key, how many validated resources the tables lack, less those that are dead letters."""
     if not any(manifest.parts for manifest in validated):
         return {}
     conn.execute(

@@ -77,6 +77,8 @@ def record_statements(source: sql.Composable, sealed_by: sql.Composable) -> tupl
             " (consent_id, patient_id, version_id, version_number, as_of, resource, sealed_by)"
             " SELECT s.id, s.patients[1], s.version_id, s.version_number, s.as_of, s.resource,"
             " {sealed_by} FROM {source} s WHERE {about} AND s.resource IS NOT NULL"
+            " AND NOT EXISTS (SELECT FROM fhir.resource_consent r WHERE r.id = s.id AND r.deleted_at IS NOT NULL"
+            " AND r.as_of >= s.as_of)"
             " ON CONFLICT (consent_id) DO UPDATE SET patient_id = excluded.patient_id,"
             " version_id = excluded.version_id, version_number = excluded.version_number, as_of = excluded.as_of,"
             " resource = excluded.resource, sealed_by = excluded.sealed_by WHERE {newer}"

@@ -17,8 +17,9 @@ from fhir_assets.privacy.audit import Deed
 from fhir_assets.privacy.consent import Gate, Policy, Purpose
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.privacy.sealing import Sealing
-from fhir_assets.warehouse import audit_log, consents, vault
+from fhir_assets.warehouse import audit_log, deletes, vault
 from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.warehouse.deletes import Deletion
 from fhir_assets.warehouse.loader import LoadCounts, Loader
 from fhir_assets.warehouse.tables import ensure_tables
 from fhir_assets_tests.warehouse.views import column, view
@@ -76,7 +77,7 @@ class Tables:
 
     def shown(self) -> set[str]:
         """``Type/id`` of what is in fhir.resource; every view must show the same."""
-        shown = self.all("SELECT resource_type || '/' || id FROM fhir.resource")
+        shown = self.all("SELECT resource_type || '/' || id FROM fhir.resource WHERE deleted_at IS NULL")
         for name in ("patient", "observation", "consent", "organization"):
             of_type = {each for each in shown if each.lower().startswith(f"{name}/")}
             assert {key.split("/")[1] for key in of_type} == self.all(f"SELECT _resource_key FROM fhir.{name}")
@@ -224,12 +225,17 @@ def test_a_consent_that_now_is_about_someone_else_frees_the_former(database: str
     assert tables.shown() == OF_A | NOBODYS
 
 
-def test_a_deleted_consent_no_longer_holds(database: str) -> None:
+def test_a_deleted_consent_no_longer_holds_and_what_was_deleted_does_not_come_back(database: str) -> None:
     tables = Tables(database, OPT_OUT)
-    tables.load(*EVERYTHING, consent("c", "a", {"type": "deny"}))
+    tables.load(*EVERYTHING, observation("z", "a"), consent("c", "a", {"type": "deny"}))
     tables.sweep()
     with tables.connect() as conn:
-        consents.forget(conn, "Consent", ["c"])
+        gone = [Deletion("Consent", "c", START + DAY), Deletion("Observation", "z", START + DAY)]
+        deletes.apply(conn, gone, run_id="run")
+    assert tables.held() == OF_A
+    tables.sweep()
+    assert tables.shown() == OF_A | OF_B | NOBODYS
+    tables.load(observation("z", "a"), consent("c", "a", {"type": "deny"}))
     tables.sweep()
     assert tables.shown() == OF_A | OF_B | NOBODYS
 
