@@ -189,7 +189,8 @@ class Loading:
             {
                 task.window.key: {
                     "loaded": task.rows - dead[task.window.key] - counts.withheld[task.window.key],
-                    "valid": task.manifest.rows - held.get(task.window.key, 0),
+                    # As validation counted it, less what consent withholds.
+                    "valid": task.manifest.rows - held[task.window.key] if task.window.key in held else None,
                     "withheld": held.get(task.window.key, 0),
                 }
                 for task in group

@@ -86,7 +86,11 @@ def run(workers: Workers, job: Callable[[str], object], items: list[str], *, sec
 def test_results_come_in_order_from_several_processes(workers: Workers) -> None:
     items = [f"line {n}" for n in range(50)]
     assert run(workers, shouted, items) == [item.upper() for item in items]
-    processes = set(run(workers, process_of, items))
+    processes: set[object] = set()
+    deadline = time.monotonic() + 60
+    # A busy machine may let the first process do everything before the second one has started.
+    while len(processes) < 2 and time.monotonic() < deadline:
+        processes |= set(run(workers, process_of, items))
     assert len(processes) == 2
     assert os.getpid() not in processes
 
