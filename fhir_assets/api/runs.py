@@ -161,7 +161,10 @@ def export_type(
             keys, folder = by_type.get(name, []), folder_of_run(whole, datetime.now(UTC))
         tables.ensure_tables(conn, views)
         conn.commit()
-        export = Export(conn, parts.store, target, folder, run_id=whole, actor=caller.actor)
+        withholding = parts.settings.gate.closed
+        if include_raw and withholding:
+            raise Problem(409, "CONSENT_POLICY is on, and raw holds what consent withholds too: leave include_raw out")
+        export = Export(conn, parts.store, target, folder, run_id=whole, actor=caller.actor, withholding=withholding)
         of_type = export.of(name, keys)
         files = [of_type.valid()]
         if include_raw:

@@ -51,7 +51,15 @@ def _export(
             started = context.instance.get_run_stats(facts.run_id).start_time
             folder = folder_of_run(facts.run_id, datetime.fromtimestamp(started or facts.now.timestamp(), UTC))
             target = blobs_at(settings, settings.fhir_export_url)
-            export = Export(conn, store, target, folder, run_id=facts.run_id, actor=facts.triggered_by)
+            export = Export(
+                conn,
+                store,
+                target,
+                folder,
+                run_id=facts.run_id,
+                actor=facts.triggered_by,
+                withholding=settings.gate.closed,
+            )
             of_type = export.of(resource_type.name, facts.partition_keys)
             files = [of_type.valid(), *(of_type.table(view, "parquet") for view in views)]
             place = export.finish(f"{resource_type.name}.manifest.json")

@@ -57,7 +57,7 @@ def export(
         tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
-        writer = Export(conn, store, target, folder, run_id=run_id, actor=actor)
+        writer = Export(conn, store, target, folder, run_id=run_id, actor=actor, withholding=settings.gate.closed)
         for name in types:
             of_type = writer.of(name, by_type[name] if run else keys)
             if raw:

@@ -15,6 +15,7 @@ from fhir_assets.cli import (
     dev,
     export,
     ingest,
+    keys,
     landing,
     migrate,
     missing,
@@ -47,6 +48,7 @@ app.add_typer(missing.app, name="missing-references")
 app.add_typer(patient.app, name="patient")
 app.add_typer(consents.app, name="consents")
 app.add_typer(audit.app, name="audit")
+app.add_typer(keys.app, name="keys")
 app.command("export")(export.export)
 app.command("validate")(validate.validate)
 app.add_typer(view.app, name="view")

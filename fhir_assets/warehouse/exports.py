@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal
 import orjson
 from psycopg import sql
 
-from fhir_assets.errors import StoreError
+from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import Deed
@@ -40,11 +40,24 @@ class ExportedFile:
 
 
 class Export:
-    """Writes files into one folder of ``target``; ``finish`` adds ``manifest.json``, last."""
+    """Writes files into one folder of ``target``; ``finish`` adds ``manifest.json``, last.
+
+    ``withholding`` says that a consent policy is in force: raw and dead letters, which hold what it withholds, are
+    refused then.
+    """
 
     def __init__(
-        self, conn: Connection, store: Store, target: Blobs, folder: str, *, run_id: str | None = None, actor: str
+        self,
+        conn: Connection,
+        store: Store,
+        target: Blobs,
+        folder: str,
+        *,
+        actor: str,
+        withholding: bool,
+        run_id: str | None = None,
     ) -> None:
+        self.withholding = withholding
         self.conn = conn
         self.store = store
         self.run_id = run_id
@@ -92,10 +105,8 @@ class Export:
 
 
 class TypeExport:
-    """The files of one type.
-
-    What has left the tables, because it was deleted at the source or consent withholds it, does not leave here either:
-    raw and dead letters, which hold it still, are for the caller to refuse under a consent policy.
+    """The files of one type. What has left the tables, because it was deleted at the source or because consent
+    withholds it, is in none of valid resources and tables; raw and dead letters are as they came.
     """
 
     def __init__(self, export: Export, resource_type: str, partition_keys: Sequence[str] | None) -> None:
@@ -106,7 +117,8 @@ class TypeExport:
         self._keys = partition_keys
 
     def raw(self) -> ExportedFile:
-        """``<Type>.raw.ndjson``: every line as it was received."""
+        """``<Type>.raw.ndjson``: every line as it was received. Raises ConfigurationError where consent withholds."""
+        self._refuse_what_consent_withholds("raw")
         return self._lines("raw", self._stored("raw"))
 
     def valid(self) -> ExportedFile:
@@ -115,8 +127,9 @@ class TypeExport:
 
     def dead_letters(self) -> ExportedFile:
         """``<Type>.deadletters.ndjson``: each letter with its reason; ``resource`` is the JSON as it came, or text
-        where it is none. Of a run: those that failed in it.
+        where it is none. Of a run: those that failed in it. Raises ConfigurationError where consent withholds.
         """
+        self._refuse_what_consent_withholds("dead letters")
         run_id = self._export.run_id
         chosen = Selection(
             run_id=run_id, resource_type=self._type, partition_keys=None if run_id is not None else self._keys
@@ -140,6 +153,13 @@ class TypeExport:
                 return _write_lines(file, (_object(names, row) for row in rows))
 
         return self._export.write(f"{view.name}.{form}", self._type, write)
+
+    def _refuse_what_consent_withholds(self, what: str) -> None:
+        if self._export.withholding:
+            raise ConfigurationError(
+                f"CONSENT_POLICY is on, and {what} hold resources that consent withholds too: export the valid "
+                "resources and the tables instead"
+            )
 
     def _stored(self, layer: str) -> Iterator[bytes]:
         keys = self._keys if self._keys is not None else self._store.partition_keys(layer, self._type)

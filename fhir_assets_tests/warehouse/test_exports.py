@@ -12,7 +12,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
-from fhir_assets.errors import StoreError
+from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.store.store import open_store
 from fhir_assets.warehouse.database import connect
@@ -108,6 +108,17 @@ def test_a_deleted_patient_does_not_leave(loaded: Deployment, tmp_path: Path) ->
     assert "p3" not in {each["_resource_key"] for each in lines(tmp_path / "out" / "patient.ndjson")}
 
 
+def test_raw_and_dead_letters_stay_where_consent_withholds(
+    loaded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSENT_POLICY", "opt-out")
+    for kind in ("--raw", "--dead-letters"):
+        with pytest.raises(ConfigurationError, match="CONSENT_POLICY"):
+            CliRunner().invoke(app, ["export", "Patient", "-o", str(tmp_path / "out"), kind], catch_exceptions=False)
+    assert not list((tmp_path / "out").rglob("*.ndjson"))
+    export("Patient", "-o", str(tmp_path / "out"), "--valid")
+
+
 def test_an_export_is_on_record(loaded: Deployment, tmp_path: Path) -> None:
     export("Patient", "-o", str(tmp_path / "out"), "--valid")
     assert loaded.query("SELECT action, resource_type, count FROM ops.audit_log WHERE action = 'export'") == [
@@ -122,5 +133,5 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(loaded: Deployment, t
 
     target = open_store(str(tmp_path / "out")).blobs
     with connect(loaded.url) as conn, pytest.raises(StoreError, match="No space left"):
-        Export(conn, loaded.store, target, "", actor="test").write("x.ndjson", "Patient", breaks)
+        Export(conn, loaded.store, target, "", actor="test", withholding=False).write("x.ndjson", "Patient", breaks)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
