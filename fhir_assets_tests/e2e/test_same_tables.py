@@ -9,6 +9,7 @@ import pytest
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
 from fhir_assets_tests.e2e.landing import LandingZone, land
+from fhir_assets_tests.e2e.test_doors import ALL_FAULTS
 
 SYNTHEA = SHARED / "synthea"
 
@@ -36,6 +37,27 @@ def through_files(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) 
 def through_search(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
     with serving() as server:
         return ingested(deploy(home="search", fhir_base_url=server.url, fhir_partition="monthly"))
+
+
+def through_search_on_a_bad_day(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    """Every fault that an honest server makes, each seen to have struck."""
+    with SandboxServer(SYNTHEA, faults=ALL_FAULTS) as server:
+        deployment = deploy(
+            home="bad", fhir_base_url=server.url, fhir_partition="monthly", fhir_page_size=50, fhir_max_attempts=12
+        )
+        ingested(deployment)
+        struck = server.stats()["struck"]
+    assert {kind for kind, times in struck.items() if times} == {fault.kind for fault in ALL_FAULTS}
+    return deployment
+
+
+def through_bulk(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    with serving() as server:
+        deployment = ingested(
+            deploy(home="bulk", fhir_source="bulk", fhir_base_url=server.url, fhir_partition="monthly")
+        )
+        assert server.stats()["kick_offs"] == 1
+    return deployment
 
 
 def landed(deployment: Deployment, zone: LandingZone) -> Deployment:
@@ -66,6 +88,8 @@ def filled(deployment: Deployment) -> dict[str, list[str]]:
 
 DOORS: dict[str, Through] = {
     "search": through_search,
+    "search on a bad day": through_search_on_a_bad_day,
+    "bulk": through_bulk,
     "landing folder": through_landing_folder,
     "landing bucket": through_landing_bucket,
 }
