@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--end-with-stdin", action="store_true")
     parser.add_argument("--token", help="a bearer token that every request must show")
     parser.add_argument("--types-in-use", action="store_true", help="offer no other types of the catalog")
+    parser.add_argument("--export-file-resources", type=int, default=10_000, help="how many a file of an export holds")
     parser.add_argument("--referential-integrity", action="store_true")
     given = parser.parse_args()
     try:
@@ -31,6 +32,7 @@ def main() -> int:
             credentials=Credentials(token=given.token) if given.token else None,
             end_with_stdin=given.end_with_stdin,
             all_types=not given.types_in_use,
+            export_file_resources=given.export_file_resources,
             referential_integrity=given.referential_integrity,
         )
     except FhirAssetsError as error:

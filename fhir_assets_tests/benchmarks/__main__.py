@@ -13,6 +13,8 @@ PARTS = (
     ("views", "Views, beside sqlonfhir"),
     ("loader", "The loader alone"),
     ("dead_letters", "Dead letters: listed by the million, replayed"),
+    ("exports", "Exports: peak memory"),
+    ("bulk", "Bulk export: speed, peak memory, small files"),
     ("upload", "Upload to a FHIR server"),
     ("generator", "The sandbox: generating and serving"),
 )
