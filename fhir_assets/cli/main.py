@@ -1,5 +1,6 @@
 """Puts the commands together and turns the project's errors into one sentence and an exit code."""
 
+import logging
 import sys
 
 import typer
@@ -63,6 +64,8 @@ app.command("generate")(sandbox.generate)
 
 def main() -> None:
     """Run the command line; an error of the project is one sentence on stderr and exit code 1."""
+    # A line of log that cannot be written any more must not become a stack trace on the terminal.
+    logging.raiseExceptions = False
     try:
         app()
     except FhirAssetsError as error:
