@@ -2,8 +2,6 @@
 
 from functools import partial
 
-from dagster_aws.s3 import S3Resource
-
 from fhir_assets.settings import Settings
 from fhir_assets.store.blobs import Blobs
 from fhir_assets.store.s3 import Bucket, S3Client
@@ -32,4 +30,7 @@ def bucket_of(settings: Settings, url: str) -> Bucket:
 
 
 def _client() -> S3Client:
+    # Only here: it brings boto3, which takes longer to import than all of ours.
+    from dagster_aws.s3 import S3Resource
+
     return S3Resource(max_attempts=_ATTEMPTS).get_client()
