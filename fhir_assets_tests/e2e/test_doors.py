@@ -71,6 +71,7 @@ def test_loading_the_same_files_again_changes_nothing(deploy: Deploy, population
     assert deployment.dead() == dead
 
 
+@pytest.mark.slow
 def test_a_search_with_every_fault_on_gives_the_tables_that_the_files_give(
     deploy: Deploy, population: Path, empty_database: str
 ) -> None:
