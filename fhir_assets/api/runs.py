@@ -164,14 +164,23 @@ def export_type(
         withholding = parts.settings.gate.closed
         if include_raw and withholding:
             raise Problem(409, "CONSENT_POLICY is on, and raw holds what consent withholds too: leave include_raw out")
-        export = Export(conn, parts.store, target, folder, run_id=whole, actor=caller.actor, withholding=withholding)
+        export = Export(
+            conn,
+            parts.store,
+            target,
+            folder,
+            run_id=whole,
+            actor=caller.actor,
+            withholding=withholding,
+            manifest=f"{name}.manifest.json",
+        )
         of_type = export.of(name, keys)
         files = [of_type.valid()]
         if include_raw:
             files.append(of_type.raw())
         if include_normalized:
             files += [of_type.table(view, "parquet") for view in views]
-        place = export.finish(f"{name}.manifest.json")
+        place = export.finish()
     return _json({"folder": place, "files": [asdict(file) for file in files]})
 
 

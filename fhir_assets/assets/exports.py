@@ -59,10 +59,11 @@ def _export(
                 run_id=facts.run_id,
                 actor=facts.triggered_by,
                 withholding=settings.gate.closed,
+                manifest=f"{resource_type.name}.manifest.json",
             )
             of_type = export.of(resource_type.name, facts.partition_keys)
             files = [of_type.valid(), *(of_type.table(view, "parquet") for view in views)]
-            place = export.finish(f"{resource_type.name}.manifest.json")
+            place = export.finish()
         return dg.MaterializeResult(
             metadata={
                 "folder": dg.MetadataValue.path(place),

@@ -40,7 +40,8 @@ class ExportedFile:
 
 
 class Export:
-    """Writes files into one folder of ``target``; ``finish`` adds ``manifest.json``, last.
+    """Writes files into one folder of ``target``; ``finish`` adds ``manifest``, last. One that an earlier export left
+    there goes first: it would vouch for files that are about to be replaced.
 
     ``withholding`` says that a consent policy is in force: raw and dead letters, which hold what it withholds, are
     refused then.
@@ -56,6 +57,7 @@ class Export:
         actor: str,
         withholding: bool,
         run_id: str | None = None,
+        manifest: str = "manifest.json",
     ) -> None:
         self.withholding = withholding
         self.conn = conn
@@ -64,7 +66,9 @@ class Export:
         self._target = target
         self._folder = folder
         self._actor = actor
+        self._manifest = manifest
         self._files: list[ExportedFile] = []
+        target.delete(self._path(manifest))
 
     def of(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
         """The files of a type, of some windows or (None) of all there are."""
@@ -90,14 +94,14 @@ class Export:
         self._files.append(file)
         return file
 
-    def finish(self, manifest: str = "manifest.json") -> str:
+    def finish(self) -> str:
         """Write the manifest. Returns where the export is."""
         content = {
             "exported_at": datetime.now(UTC).isoformat(),
             "run_id": self.run_id,
             "files": [asdict(file) for file in self._files],
         }
-        self._target.put(self._path(manifest), orjson.dumps(content, option=orjson.OPT_INDENT_2))
+        self._target.put(self._path(self._manifest), orjson.dumps(content, option=orjson.OPT_INDENT_2))
         return f"{self._target.url}/{self._folder}" if self._folder else self._target.url
 
     def _path(self, name: str) -> str:

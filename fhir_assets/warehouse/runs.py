@@ -161,7 +161,7 @@ _SUMS = sql.SQL(
 _OF_RUNS = sql.SQL("SELECT * FROM ops.run_types WHERE run_id = ANY(%s)")
 _LATEST = sql.SQL(
     "SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
-    " WHERE status = 'SUCCESS' ORDER BY resource_type, partition_key, started_at DESC"
+    " WHERE status = 'SUCCESS' AND fetched IS NOT NULL ORDER BY resource_type, partition_key, started_at DESC"
 )
 
 
@@ -179,7 +179,10 @@ def summary(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]
 
 
 def totals(conn: Connection) -> list[dict[str, object]]:
-    """As ``summary``, over the last successful run of every type and partition there is; without speeds."""
+    """As ``summary``, over the last run of every type and partition that fetched and succeeded; without speeds.
+
+    Replays, and loads of tables alone, count a part of a window only.
+    """
     rows = _with_total(conn.cursor(row_factory=dict_row).execute(_SUMS.format(_LATEST)).fetchall())
     for row in rows:
         del row["seconds"]

@@ -132,6 +132,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(loaded: Deployment, t
         raise OSError(28, "No space left on device")
 
     target = open_store(str(tmp_path / "out")).blobs
+    target.put("manifest.json", b"of an earlier export")
     with connect(loaded.url) as conn, pytest.raises(StoreError, match="No space left"):
         Export(conn, loaded.store, target, "", actor="test", withholding=False).write("x.ndjson", "Patient", breaks)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

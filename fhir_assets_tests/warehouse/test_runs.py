@@ -61,12 +61,15 @@ def test_a_run_that_did_nothing_has_no_summary(conn: Connection) -> None:
     assert runs.summary(conn, ["one"]) == []
 
 
-def test_totals_take_the_last_success_of_each_window(conn: Connection) -> None:
-    for run_id, hours, loaded in (("one", 0, 5), ("two", 1, 7), ("three", 2, 9)):
+def test_totals_take_the_last_fetch_of_each_window_that_succeeded(conn: Connection) -> None:
+    for run_id, hours, loaded in (("one", 0, 5), ("two", 1, 7), ("broken", 2, 9)):
         start(conn, run_id, NOW + timedelta(hours=hours))
-        runs.count(conn, run_id, "Patient", {key: {"loaded": loaded} for key in KEYS})
-        if run_id != "three":
+        runs.count(conn, run_id, "Patient", {key: {"fetched": loaded, "loaded": loaded} for key in KEYS})
+        if run_id != "broken":
             runs.finish(conn, run_id, TYPES, KEYS)
+    start(conn, "replay", NOW + timedelta(hours=3))
+    runs.count(conn, "replay", "Patient", {key: {"loaded": 1} for key in KEYS})
+    runs.finish(conn, "replay", TYPES, KEYS)
     assert [(row["type"], row["loaded"]) for row in runs.totals(conn)] == [("Patient", 210), ("total", 210)]
 
 
