@@ -59,17 +59,22 @@ class Failed:
     judged_by: str
 
 
-def _replayable(selection: Selection) -> tuple[sql.Composed, dict[str, object]]:
-    """Letters that can be marked: open ones, and by id those discarded too."""
+def _replayable(selection: Selection, left_by: Sequence[str] = ()) -> tuple[sql.Composed, dict[str, object]]:
+    """Letters that can be marked: open ones, by id those discarded too, and what ``left_by``, runs that died, held."""
     statuses = ["open", "discarded"] if selection.ids is not None else ["open"]
     where, params = replace(selection, status=None).where()
-    condition = sql.SQL("{} AND status = ANY(%(statuses)s) AND stage = ANY(%(replayed)s)").format(where)
-    return condition, {**params, "statuses": statuses, "replayed": list(REPLAYED)}
+    condition = sql.SQL(
+        "{} AND stage = ANY(%(replayed)s)"
+        " AND (status = ANY(%(statuses)s) OR status = 'replaying' AND claimed_by = ANY(%(left_by)s))"
+    ).format(where)
+    return condition, {**params, "statuses": statuses, "replayed": list(REPLAYED), "left_by": list(left_by)}
 
 
 def scope(conn: Connection, selection: Selection) -> list[Marked]:
-    """The types and windows of the letters of a selection that can be replayed."""
-    where, params = _replayable(selection)
+    """The types and windows of the letters of a selection that can be replayed; those that a run held when it died
+    are among them, and the next run over their windows takes them.
+    """
+    where, params = _replayable(selection, _dead_claimers(conn))
     rows = conn.execute(
         sql.SQL(
             "SELECT resource_type, partition_key, count(*), now() FROM ops.dead_letters WHERE {}"

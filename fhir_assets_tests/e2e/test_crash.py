@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,19 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.database import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 1, 3, tzinfo=UTC)
 FEW = "Patient,Encounter,Observation"
 
 
-def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
-    """`fhir-assets ingest` as a process of its own on the deployment; its Dagster storage is in the test's database."""
+LOAD = ("ingest", "--from", "2024-01-01", "--to", "2024-01-02")
+REPLAY = ("dead-letters", "replay", "--all")
+
+
+def command(deployment: Deployment, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """`fhir-assets …` as a process of its own on the deployment; its Dagster storage is in the test's database."""
     settings = deployment.settings
     environment = {
         **os.environ,
@@ -34,19 +41,19 @@ def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
         "FHIR_RESOURCE_TYPES": ",".join(settings.fhir_resource_types),
         "DB_URL": deployment.url,
         "DAGSTER_POSTGRES_URL": normalise_url(deployment.url, "psycopg2"),
+        "VALIDATION_WARN_RULES": ",".join(settings.validation_warn_rules),
     }
     environment.pop("DAGSTER_HOME", None)
     code = "from fhir_assets.cli import main; main()"
-    arguments = ["ingest", "--from", "2024-01-01", "--to", "2024-01-02"]
     return [sys.executable, "-c", code, *arguments], environment
 
 
-def run_and_kill(deployment: Deployment, seconds: float) -> bool:
-    """Start a load and kill it so long after its first step began; whether it was still at work."""
-    arguments, environment = command(deployment)
+def run_and_kill(deployment: Deployment, seconds: float, arguments: Sequence[str] = LOAD) -> bool:
+    """Start a command and kill it so long after its first step began; whether it was still at work."""
+    line, environment = command(deployment, arguments)
     before = begun_runs(deployment)
     process = subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     while process.poll() is None and begun_runs(deployment) == before:
         time.sleep(0.02)
@@ -66,10 +73,10 @@ def begun_runs(deployment: Deployment) -> int:
         return 0
 
 
-def finish(deployment: Deployment) -> None:
-    """Load to the end."""
-    arguments, environment = command(deployment)
-    subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=300)
+def finish(deployment: Deployment, arguments: Sequence[str] = LOAD) -> None:
+    """Run a command to the end."""
+    line, environment = command(deployment, arguments)
+    subprocess.run(line, env=environment, check=True, capture_output=True, timeout=300)
 
 
 def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patients: int, **settings: str) -> None:
@@ -100,3 +107,28 @@ def test_a_load_killed_twenty_times_ends_in_the_tables_of_a_clean_one(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
     story(deploy, tmp_path / "population", empty_database, kills=20, patients=20)
+
+
+@pytest.mark.slow
+def test_a_replay_killed_ten_times_ends_in_the_tables_of_a_load_that_needed_none(
+    deploy: Deploy, empty_database: str
+) -> None:
+    bodies = [
+        patient(f"p{n}", START + timedelta(seconds=8 * n), gender="wrong" if n % 2 else "male") for n in range(20_000)
+    ]
+    mended = ("required-binding:Patient.gender",)
+    with SandboxServer(bodies) as server:
+        at = {"fhir_base_url": server.url, "fhir_resource_types": "Patient"}
+        clean = deploy(home="clean", validation_warn_rules=mended, **at)
+        finish(clean)
+        strict = deploy(home="killed", url=empty_database, **at)
+        finish(strict)
+        assert strict.dead() == {"required-binding": 10_000}
+        killed = replace(strict, settings=strict.settings.model_copy(update={"validation_warn_rules": mended}))
+        at_work = [run_and_kill(killed, n * 0.25, REPLAY) for n in range(10)]
+        assert any(at_work)
+        finish(killed, REPLAY)
+    assert killed.dead() == {}
+    assert killed.tables() == clean.tables()
+    assert killed.query("SELECT count(*) FROM ops.dead_letters WHERE status <> 'resolved'") == [(0,)]
+    assert killed.query("SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'") == [(0,)]
