@@ -107,6 +107,10 @@ class Sealing:
         except InvalidTag:
             raise SealingError(_DAMAGED) from None
 
+    def reseal(self, content: bytes) -> bytes:
+        """What another key sealed, or none, sealed by the newest. Raises SealingError."""
+        return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.seal(content)
+
     # Values of columns
 
     def token(self, value: str) -> str:

@@ -5,7 +5,10 @@ from datetime import datetime
 from itertools import groupby
 
 from fhir_assets.store.blobs import Listed
+from fhir_assets.store.sealed import SUFFIX
 from fhir_assets.store.store import Store
+
+_PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}")
 
 
 def unnamed_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Listed]:
@@ -16,7 +19,7 @@ def unnamed_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Lis
     """
     listing = sorted(store.blobs.listing(layer), key=lambda found: found.name)
     for folder, files in groupby(listing, key=lambda found: found.name.rpartition("/")[0]):
-        old = [file for file in files if file.modified < before and file.name.endswith(".ndjson.gz")]
+        old = [file for file in files if file.modified < before and file.name.endswith(_PARTS)]
         if not old:
             continue
         _, resource_type, partition_key = folder.rsplit("/", 2)

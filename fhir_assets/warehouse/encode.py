@@ -12,7 +12,7 @@ import msgspec
 
 from fhir_assets.fhir.views import Column, View
 from fhir_assets.privacy.sealing import CLEAR, Sealing, as_json
-from fhir_assets.warehouse.layout import PARTIAL, Kind, Phi, has_blind_index, kind_of, phi_of
+from fhir_assets.warehouse.layout import PARTIAL, Kind, Phi, has_blind_index, holds_phi, kind_of, phi_of
 
 Cell = Callable[[object], str]
 """A value that is not None as the text of its cell, or of its two: that of a partial date and its precision."""
@@ -42,11 +42,18 @@ def row_encoder(view: View, sealing: Sealing = CLEAR) -> Callable[[Sequence[obje
     made = [_column(column, sealing) for column in view.columns]
     cells = [cell for cell, _ in made]
     nulls = [null for _, null in made]
+    sealed_by = f"\t{sealing.key_id}" if sealing.on and holds_phi(view) else ""
 
     def encode(row: Sequence[object]) -> str:
         try:
-            return "\t".join(
-                [null if value is None else cell(value) for value, null, cell in zip(row, nulls, cells, strict=True)]
+            return (
+                "\t".join(
+                    [
+                        null if value is None else cell(value)
+                        for value, null, cell in zip(row, nulls, cells, strict=True)
+                    ]
+                )
+                + sealed_by
             )
         except (Refused, ValueError, TypeError, OverflowError):
             raise _located(cells, row) from None

@@ -8,6 +8,9 @@ from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import Column, View
 
 KEY_COLUMN = "_resource_key"
+SEALED_BY = "_sealed_by"
+"""In tables that hold patient data, where there are keys: which of them sealed the row."""
+
 _LONGEST_NAME = 63
 _RESERVED = "resource"
 _INDEX_SUFFIX = "_index"
@@ -106,6 +109,11 @@ def has_blind_index(column: Column) -> bool:
     return "phi-index" in column.tags or "index" in column.tags
 
 
+def holds_phi(view: View) -> bool:
+    """Whether keys change anything about a view's table."""
+    return any(phi_of(column, sealed=True) is not Phi.NONE for column in view.columns)
+
+
 def column_type(column: Column, *, sealed: bool = False) -> str:
     """The Postgres type of a view's column."""
     return "text" if phi_of(column, sealed=sealed) in _AS_TEXT else _POSTGRES[kind_of(column)]
@@ -169,6 +177,8 @@ def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
         if kind_here in PARTIAL:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
             columns.append(TableColumn(f"{column.name}_precision", "text", f"What {column.name} is known to: {grain}"))
+    if sealed and holds_phi(view):
+        columns.append(TableColumn(SEALED_BY, "text", "Id of the key that sealed the row; null: not sealed yet"))
     seen: set[str] = set()
     for each in columns:
         _check_length(each.name, f"view {view.name}, column {each.name}")

@@ -94,7 +94,8 @@ class Loader:
     then, from the first ``add`` on; the caller may use it after ``wait`` or ``finish``, until the next ``add``.
 
     With ``mend`` rows are replaced even of resources that ``fhir.resource`` lacks, as after a deletion by hand.
-    What ``gate`` withholds goes into ``ops.withheld`` instead.
+    What ``gate`` withholds goes into ``ops.withheld`` instead. With ``reseal`` the resources are those that are stored,
+    of which the caller holds the row locks: they and their rows are written anew, and nothing else of them changes.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class Loader:
         run_id: str,
         mend: bool = False,
         gate: Gate = OPEN,
+        reseal: bool = False,
     ) -> None:
         self._conn = conn
-        self._run_id = run_id
+        self._params = {"run": run_id, "sealed_by": sealing_of(conn).key_id}
         self._mend = mend
         self._definitions = views
         self._views = [view.name for view in views]
@@ -117,7 +119,7 @@ class Loader:
         self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
-        self._statements = _Statements(resource_type, views, sealed=self._sealing.on, gate=gate)
+        self._statements = _Statements(resource_type, views, sealed=self._sealing.on, gate=gate, reseal=reseal)
         self._staged = False
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
@@ -269,9 +271,7 @@ class Loader:
             with cursor.copy(statements.copy_stage) as copy:
                 copy.write(b"\n".join([held.prepared.head for held in chunk]))
             gone, taken_back = self._withhold(cursor)
-            inserted: dict[str, bool] = dict(
-                cursor.execute(statements.upsert, [self._run_id, self._sealing.key_id]).fetchall()
-            )
+            inserted: dict[str, bool] = dict(cursor.execute(statements.upsert, self._params).fetchall())
             cursor.execute(statements.clear_stage)
             winners = [held for held in chunk if held.prepared.id in inserted]
             updated = [key for key, new in inserted.items() if not new]
@@ -287,13 +287,12 @@ class Loader:
 
     def _withhold(self, cursor: psycopg.Cursor[Any]) -> tuple[frozenset[str], list[str]]:
         """Note what Consents say; then the ids in the stage that are withheld, and those of them that had rows."""
-        params = {"run": self._run_id, "sealed_by": self._sealing.key_id}
         for statement in self._statements.consents:
-            cursor.execute(statement, params)
+            cursor.execute(statement, self._params)
         gate = self._statements.gate
         if gate is None:
             return frozenset(), []
-        gone = [key for (key,) in cursor.execute(gate.withhold, params)]
+        gone = [key for (key,) in cursor.execute(gate.withhold, self._params)]
         cursor.execute(gate.superseded)
         cursor.execute(gate.released)
         taken_back: list[str] = []
@@ -318,7 +317,9 @@ def _said(error: psycopg.Error) -> str:
 class _Statements:
     """The statements of one resource type, which talk to its own partition of ``fhir.resource``."""
 
-    def __init__(self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: Gate) -> None:
+    def __init__(
+        self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: Gate, reseal: bool = False
+    ) -> None:
         known = BY_NAME.get(resource_type)
         table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
         stage = sql.Identifier("pg_temp", f"stage_{known.key if known else 'other'}")
@@ -332,8 +333,8 @@ class _Statements:
         self.upsert = sql.SQL(
             "INSERT INTO {table} AS stored (resource_type, id, version_id, version_number, last_updated, as_of,"
             " partition_key, run_id, loaded_at, sealed_by, patients, resource)"
-            " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %s,"
-            " clock_timestamp(), %s, patients, resource FROM {stage}"
+            " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %(run)s,"
+            " clock_timestamp(), %(sealed_by)s, patients, resource FROM {stage}"
             " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
             " version_number = excluded.version_number, last_updated = excluded.last_updated,"
             " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
@@ -345,8 +346,14 @@ class _Statements:
             " OR excluded.version_number > stored.version_number)"
             " RETURNING id, xmax = 0"
         ).format(table=table, type=sql.Literal(resource_type), stage=stage)
+        if reseal:
+            self.upsert = sql.SQL(
+                "UPDATE {table} stored SET resource = s.resource, sealed_by = %(sealed_by)s FROM {stage} s"
+                " WHERE stored.resource_type = {type} AND stored.id = s.id AND stored.resource IS NOT NULL"
+                " RETURNING stored.id, false"
+            ).format(table=table, type=sql.Literal(resource_type), stage=stage)
         self.consents: tuple[sql.Composed, ...] = ()
-        if resource_type == "Consent":
+        if resource_type == "Consent" and not reseal:
             self.consents = consents.record_statements(stage, sql.Placeholder("sealed_by"))
         self.gate = consents.gate_statements(gate, resource_type, table, stage) if gate.closed else None
         self.views = [_view_statements(view, sealed=sealed) for view in views]

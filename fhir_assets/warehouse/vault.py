@@ -4,8 +4,6 @@ It is the canary too: who cannot open it holds the wrong keys, or has lost the r
 anything is read or written.
 """
 
-from psycopg import sql
-
 from fhir_assets.errors import ConfigurationError, SealingError
 from fhir_assets.privacy.sealing import Sealing, new_secret
 from fhir_assets.warehouse.database import Connection
@@ -56,14 +54,10 @@ def reseal(conn: Connection, sealing: Sealing) -> bool:
         return True
 
 
-def sealed_rows(conn: Connection) -> dict[str | None, dict[str, int]]:
-    """How many ``resources`` and ``dead_letters`` each key seals, by its id; None: those in the clear."""
-    found: dict[str | None, dict[str, int]] = {}
-    for what, table in (("resources", "fhir.resource"), ("dead_letters", "ops.dead_letters")):
-        query = sql.SQL("SELECT sealed_by, count(*) FROM {} GROUP BY 1").format(sql.Identifier(*table.split(".")))
-        for key_id, count in conn.execute(query):
-            found.setdefault(key_id, {"resources": 0, "dead_letters": 0})[what] = count
-    return found
+def key_of_secret(conn: Connection) -> str | None:
+    """The id of the key that seals the secret; None before keys are first used."""
+    sealed = _sealed_secret(conn)
+    return sealed[0] if sealed else None
 
 
 def _sealed_secret(conn: Connection, *, lock: bool = False) -> tuple[str, bytes] | None:

@@ -1,4 +1,4 @@
-"""`fhir-assets keys`: a new key serves, and the status says what seals what."""
+"""`fhir-assets keys`: a new key serves, the status says what seals what, a rotation makes an older key dispensable."""
 
 import json
 from pathlib import Path
@@ -8,33 +8,103 @@ import pytest
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
+from fhir_assets.fhir.views import ViewSet
+from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.pipeline.rotating import VIEWS, load_people, lose, opened
+
+OLD, NEW = new_key(), new_key()
+OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
 
 
-def keys(*arguments: str) -> str:
+@pytest.fixture
+def deployed(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DB_URL", database)
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
+    monkeypatch.setattr("fhir_assets.cli.keys.views_of", lambda settings: ViewSet(VIEWS, ()))
+    return database
+
+
+def keys(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["keys", *arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result.output
 
 
 def status() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(keys("status", "--json"))
+    found: list[dict[str, Any]] = json.loads(keys("status", "--json"))["keys"]
     return found
 
 
+def fill(url: str, *of_keys: str) -> None:
+    with opened(url, *of_keys) as conn:
+        load_people(conn, range(20))
+
+
 def test_the_status_says_what_is_in_the_clear_and_what_a_new_key_is_to_seal(
-    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deployed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DB_URL", database)
-    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
-    with connect(database) as conn:
+    with connect(deployed) as conn:
         conn.execute(
             "INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, resource)"
             " VALUES ('Patient', 'p', now(), '2024-01-01', 'r', '{}')"
         )
+        conn.execute(
+            "INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, deleted_at)"
+            " VALUES ('Patient', 'gone', now(), '2024-01-01', 'r', now())"
+        )
     assert [(row["key"], row["resources"]) for row in status()] == [("in the clear", 1)]
-    assert "in the clear" in keys("status")
+    assert "Patient data is stored in the clear" in keys("status")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", keys("new").strip())
     newest, clear = status()
     assert (newest["set"], newest["newest"], newest["resources"]) == (True, True, 0)
     assert (clear["key"], clear["newest"], clear["resources"]) == ("in the clear", False, 1)
+    assert "In the clear: 1 resources. `fhir-assets keys rotate` seals them." in keys("status")
+
+
+def test_a_rotation_makes_the_older_key_dispensable_and_says_so(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(deployed, OLD)
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
+    assert f"Key {OLD_ID} is still needed: `fhir-assets keys rotate`" in keys("status")
+    said = keys("rotate")
+    assert f"Sealed with key {NEW_ID}: 20 resources." in said
+    assert f"Key {OLD_ID} is no longer needed: take it out of PHI_ENCRYPTION_KEYS." in said
+    assert said.splitlines()[-1] in keys("status")
+    newest, older = status()
+    assert (newest["needed"], older["needed"]) == (True, False)
+    assert f"Last rotation: to key {NEW_ID}, 21 of 21 (100%), ended" in keys("status")
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
+    [only] = status()
+    assert (only["resources"], only["secret"]) == (20, 1)
+    assert "no longer" not in keys("status")
+
+
+def test_a_rotation_from_the_clear_says_what_was(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(deployed)
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
+    assert "Of these were in the clear before: 20 resources." in keys("rotate")
+    assert "In the clear" not in keys("status")
+
+
+def test_a_lost_key_is_named_with_what_it_seals_and_what_to_do(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(deployed, OLD)
+    with opened(deployed, OLD) as conn:
+        lose(conn, 3, "0badc0de")
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
+    expected = "Key 0badc0de is missing: it seals 3 resources. Add it to PHI_ENCRYPTION_KEYS as the last one, then "
+    assert expected in keys("status")
+    assert expected in keys("rotate", code=1)
+
+
+def test_a_wrong_key_is_refused_before_anything_is_read(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(deployed, OLD)
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
+    for command in ("status", "rotate"):
+        refused = CliRunner().invoke(app, ["keys", command])
+        assert f"sealed with key {OLD_ID}, which PHI_ENCRYPTION_KEYS lacks" in str(refused.exception)
+        assert NEW not in str(refused.exception)
+
+
+def test_without_keys_a_rotation_says_how_to_make_one(deployed: str) -> None:
+    refused = CliRunner().invoke(app, ["keys", "rotate"])
+    assert "keys new" in str(refused.exception)

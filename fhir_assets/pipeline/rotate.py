@@ -1,0 +1,291 @@
+"""Everything sealed anew with the newest key, while loads go on: the tables, what waits in ``ops``, and the store.
+
+Resources are read, opened and sealed, and the rows of their views are made of them anew: that serves what another key
+sealed, what was stored before there were keys, and columns that keys gave another type. What is done shows in the
+data, so a rotation that was stopped, however, goes on where it was. Each batch is a transaction of its own.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
+from time import monotonic, sleep
+
+import psycopg
+
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, SealingError
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.rows import Batch, MakeRows
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.store import reseal
+from fhir_assets.store.store import Store
+from fhir_assets.warehouse import audit_log, rotation, rotations, tables, vault
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.loader import Loader
+from fhir_assets.warehouse.resources import open_text
+
+LOCK_TIMEOUT_MS = 500
+"""Less than Postgres's deadlock_timeout: in a deadlock it is always the rotation that gives way."""
+
+PATIENCE_SECONDS = 60.0
+"""How long rows that a load holds are waited for, without any progress."""
+
+PARTS = "parts"
+SECRET = "secret"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is sealed by which key, counted: by place, then by the key's id; None: in the clear.
+
+    Places: ``resources`` (fhir.resource), ``rows`` (of the views), ``withheld``, ``consents``, ``dead_letters``,
+    ``corrections``, ``answers`` (ops.idempotency), ``parts`` (of the store), ``secret`` (of the hashes).
+    """
+
+    found: Mapping[str, Counter[str | None]]
+
+    @property
+    def keys(self) -> list[str | None]:
+        """Every key that seals anything."""
+        return list(dict.fromkeys(key for counts in self.found.values() for key, count in counts.items() if count))
+
+    def of(self, key: str | None) -> dict[str, int]:
+        """How many a key seals in each place."""
+        return {place: counts[key] for place, counts in self.found.items()}
+
+    def needs(self, key: str | None) -> bool:
+        """Whether anything is sealed by a key."""
+        return any(self.of(key).values())
+
+
+@dataclass(slots=True)
+class Rotated:
+    """What a rotation did: ``sealed`` by place, ``from_clear`` those of them that nothing sealed before; ``refused``
+    says why something could not be, and how often; ``busy`` counts what loads held to the last, by type or place;
+    ``survey`` is what there is afterwards, of which ``left_over`` are not sealed by the newest key.
+    """
+
+    sealed: Counter[str] = field(default_factory=Counter)
+    from_clear: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    busy: Counter[str] = field(default_factory=Counter)
+    survey: Survey = field(default_factory=lambda: Survey({}))
+    left_over: int = 0
+
+
+def survey(conn: Connection, store: Store, views: Sequence[View]) -> Survey:
+    """Look through the whole database and the whole store. Raises StoreError."""
+    found = rotation.counts(conn, views)
+    found[PARTS] = Counter(key for _, key in reseal.sealed_parts(store))
+    found[SECRET] = Counter(filter(None, [vault.key_of_secret(conn)]))
+    return Survey(found)
+
+
+class Rotator:
+    """Rotates to the newest key of the connection. ``views`` are all there are; ``tell`` hears of each batch."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        store: Store,
+        views: Sequence[View],
+        *,
+        actor: str,
+        tell: Callable[[rotations.Rotation], None] = lambda progress: None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._connect = connect
+        self._store = store
+        self._views = views
+        self._of_type = defaultdict[str, list[View]](list)
+        for view in views:
+            self._of_type[view.resource_type].append(view)
+        self._actor = actor
+        self._tell = tell
+        self._patience = patience
+        self._rotation = 0
+        self.done = Rotated()
+        """What it did so far."""
+
+    def rotate(self) -> Rotated:
+        """Seal everything with the newest key; what cannot be stays as it is, and is told.
+
+        Raises ConfigurationError without keys, TransientError if a rotation is under way already, ViewError if a
+        table does not fit its view, DatabaseUnavailable, or StoreError.
+        """
+        with closing(self._connect()) as conn, closing(self._connect()) as guard:
+            sealing = sealing_of(conn)
+            if not sealing.on:
+                raise ConfigurationError(
+                    "There are no keys to rotate to: make one with `fhir-assets keys new` and set PHI_ENCRYPTION_KEYS"
+                )
+            guard.autocommit = True
+            with rotations.alone(guard):
+                tables.ensure_tables(conn, self._views)
+                before = survey(conn, self._store, self._views)
+                self._rotation = rotations.begin(conn, self._actor, self._to_do(before, sealing))
+                conn.commit()
+                self._all(conn, sealing)
+                self._end(conn, sealing)
+        return self.done
+
+    def _all(self, conn: Connection, sealing: Sealing) -> None:
+        older = [key.id for key in sealing.keys[1:]]
+        newest = sealing.keys[0].id
+        for place in rotation.PLACES:
+            self._sweep(
+                conn,
+                place.name,
+                None,
+                partial(rotation.next_of, conn, place, older),
+                partial(rotation.seal, conn, place, older),
+            )
+        for resource_type in rotation.resource_types(conn):
+            views = self._of_type[resource_type]
+            there = rotation.tables_with_phi(conn, views)
+            # Rows last: those of resources that are sealed already, by a load of some of the views.
+            sources = [
+                partial(rotation.next_resources, conn, resource_type, older),
+                *(partial(rotation.next_with_rows, conn, v.name, newest) for v in views if there.get(v.name)),
+            ]
+            remake = partial(self._remake, conn, resource_type, MakeRows(views, sealing))
+            for source in sources:
+                self._sweep(conn, "resources", resource_type, source, remake)
+        self._parts(conn, sealing)
+
+    def _sweep(
+        self,
+        conn: Connection,
+        place: str,
+        resource_type: str | None,
+        following: Callable[[rotation.Key | None], list[rotation.Key]],
+        seal: Callable[[list[rotation.Key]], rotation.Batch],
+    ) -> None:
+        """Batch after batch, from the first to the last; again while loads hold some of them."""
+        progressed = monotonic()
+        while True:
+            after: rotation.Key | None = None
+            held = 0
+            refused = Counter[str]()
+            while keys := following(after):
+                conn.commit()
+                batch = self._one(conn, place, resource_type, partial(seal, keys))
+                after = keys[-1]
+                held += batch.passed_over if batch else len(keys)
+                if batch and batch.sealed:
+                    progressed = monotonic()
+                if batch:
+                    refused += batch.refused
+            conn.commit()
+            if held and monotonic() - progressed < self._patience:
+                sleep(min(1.0, self._patience / 10))
+                continue
+            # A resource that is refused comes once more with each of its tables.
+            self.done.refused |= Counter({f"{resource_type or place}: {why}": n for why, n in refused.items()})
+            self.done.busy |= Counter({resource_type or place: held})
+            return
+
+    def _one(
+        self, conn: Connection, place: str, resource_type: str | None, seal: Callable[[], rotation.Batch]
+    ) -> rotation.Batch | None:
+        """One batch and its record; None if somebody else held a lock that it needs."""
+        try:
+            with conn.transaction():
+                conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+                batch = seal()
+                self._note(conn, place, batch.sealed, batch.from_clear, resource_type)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
+            return None
+        except DatabaseUnavailable:
+            if conn.broken:
+                raise
+            return None
+        except psycopg.OperationalError as error:
+            raise DatabaseUnavailable(
+                f"Postgres went away during the rotation ({type(error).__name__}): run `fhir-assets keys rotate` "
+                "again, it goes on where it was"
+            ) from None
+        self.done.sealed[place] += batch.sealed
+        self.done.from_clear[place] += batch.from_clear
+        self._report(conn)
+        return batch
+
+    def _remake(
+        self, conn: Connection, resource_type: str, make: MakeRows, keys: Sequence[rotation.Key]
+    ) -> rotation.Batch:
+        """Seal resources, and make the rows of all of their views anew."""
+        sealing = sealing_of(conn)
+        rows, passed_over = rotation.lock_resources(conn, resource_type, keys)
+        done = rotation.Batch(0, 0, passed_over, Counter())
+        bodies = []
+        clear = set()
+        for resource_id, sealed_by, text in rows:
+            try:
+                bodies.append(open_text(text, sealed_by, sealing))
+            except SealingError as error:
+                done.refused[str(error)] += 1
+                continue
+            if sealed_by is None:
+                clear.add(resource_id)
+        made = make(Batch(bodies, "", _EPOCH))
+        loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reseal=True)
+        refused = loader.take([(prepared, bodies[place]) for place, prepared in made.prepared], "")
+        done.sealed = loader.finish().updated
+        for undone in made.undone:
+            done.refused[f"{undone.path}: {undone.message}"] += 1
+        for bad in [*refused, *loader.late()]:
+            done.refused[f"{bad.view or 'resource'}: {bad.message}"] += 1
+        done.from_clear = min(len(clear), done.sealed)
+        return done
+
+    def _parts(self, conn: Connection, sealing: Sealing) -> None:
+        openable = {key.id for key in sealing.keys[1:]} | ({None} if self._store.sealing.on else set())
+        to_do = (part for part in reseal.sealed_parts(self._store) if part[1] in openable)
+        results = reseal.reseal(self._store, to_do, sealing)
+        while group := list(islice(results, reseal.AT_ONCE)):
+            good = [key for _, key, error in group if error is None]
+            clear = good.count(None)
+            with conn.transaction():
+                self._note(conn, PARTS, len(good), clear, None)
+            self.done.sealed[PARTS] += len(good)
+            self.done.from_clear[PARTS] += clear
+            self.done.refused.update(str(error) for _, _, error in group if error is not None)
+            self._report(conn)
+
+    def _note(self, conn: Connection, place: str, sealed: int, from_clear: int, resource_type: str | None) -> None:
+        rotations.advance(conn, self._rotation, resource_type or place, sealed)
+        detail = {"place": place, "key": sealing_of(conn).key_id, "from_clear": from_clear, "rotation": self._rotation}
+        audit_log.record(conn, Deed("key rotation", self._actor, resource_type, count=sealed, detail=detail))
+
+    def _report(self, conn: Connection) -> None:
+        progress = rotations.latest(conn)
+        conn.commit()
+        if progress:
+            self._tell(progress)
+
+    def _end(self, conn: Connection, sealing: Sealing) -> None:
+        """Count what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
+        found = survey(conn, self._store, self._views)
+        needed = [key.id for key in sealing.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
+        if not needed and vault.reseal(conn, sealing):
+            self._note(conn, SECRET, 1, 0, None)
+            found = Survey({**found.found, SECRET: Counter({sealing.key_id: 1})})
+        left_over = self._to_do(found, sealing, rows=True)
+        rotations.end(conn, self._rotation, left_over)
+        conn.commit()
+        self.done.survey = found
+        self.done.left_over = left_over
+
+    def _to_do(self, found: Survey, sealing: Sealing, *, rows: bool = False) -> int:
+        """How many the newest key is to seal still. Rows go with their resources, and are counted only if asked for."""
+        left = 0
+        for place, counts in found.found.items():
+            clear_is_meant = place == PARTS and not self._store.sealing.on
+            if place != "rows" or rows:
+                left += sum(n for key, n in counts.items() if key != sealing.key_id and (key or not clear_is_meant))
+        return left

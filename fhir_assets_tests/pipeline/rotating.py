@@ -1,0 +1,160 @@
+"""A deployment in small for the tests of rotation: every place that holds sealed patient data, filled."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.rotate import Rotator
+from fhir_assets.privacy.keys import parse_keys
+from fhir_assets.privacy.sealing import Sealing, as_json
+from fhir_assets.store.manifest import Manifest
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.store.writer import PartWriter
+from fhir_assets.warehouse import corrections, dead_letters, idempotency, vault
+from fhir_assets.warehouse.database import Connection, connect, sealing_of
+from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets_tests.warehouse.views import column, load, patient, view
+
+DAY = "2024-01-01"
+TOOK = datetime(2024, 1, 2, tzinfo=UTC)
+
+
+def encrypted(name: str, path: str, **tags: str) -> dict[str, object]:
+    named = [{"name": key, "value": value} for key, value in {"phi": "encrypt", **tags}.items()]
+    return {**column(name, path, "string"), "tag": named}
+
+
+PATIENT = view(
+    "patient",
+    "Patient",
+    column("gender", "gender", "code"),
+    encrypted("mrn", "identifier.first().value", index="btree"),
+)
+NAME = view("patient_name", "Patient", encrypted("family", "family"), forEach="name")
+VIEWS = (PATIENT, NAME)
+
+
+def keyring(url: str, *keys: str) -> Sealing:
+    """The keys, with the secret of the database."""
+    with connect(url) as conn:
+        return vault.unlock(conn, Sealing(parse_keys(keys)))
+
+
+def opened(url: str, *keys: str) -> Connection:
+    """A connection with some keys, or none."""
+    return connect(url, sealing=keyring(url, *keys)) if keys else connect(url)
+
+
+def store_at(folder: Path, sealing: Sealing) -> Store:
+    return open_store(str(folder), sealing)
+
+
+def person(number: int, version: str = "1", family: str | None = None, updated: str = "2024-01-01T00:00:00Z") -> Record:
+    names = [{"family": family or f"Family{number}-{each}"} for each in range(2)]
+    return patient(f"p{number:05}", updated, version, identifier=[{"value": f"MRN-{number}"}], name=names)
+
+
+def load_people(conn: Connection, numbers: Sequence[int], views: Sequence[View] = VIEWS, **options: str) -> None:
+    load(conn, *(person(number, **options) for number in numbers), views=tuple(views))
+    conn.commit()
+
+
+LETTER = DeadLetter("Patient", "bad", "validate", "structure", "Patient", "wrong", b'{"id": "bad-Smith"}', DAY)
+CORRECTED = b'{"id": "bad", "name": [{"family": "Smith"}]}'
+
+
+def fill(conn: Connection, store: Store, people: int = 30) -> None:
+    """Something in every place."""
+    load_people(conn, range(people))
+    seal = sealing_of(conn)
+    body = as_json(seal.seal(b'{"id": "held-Smith"}')).decode() if seal.on else '{"id": "held-Smith"}'
+    for number in range(3):
+        conn.execute(
+            "INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, sealed_by, patients, resource)"
+            " VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)",
+            [f"w{number}", DAY, seal.key_id, body],
+        )
+    conn.execute(
+        "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, sealed_by)"
+        " VALUES ('c', 'p', now(), %s::jsonb, %s)",
+        [body, seal.key_id],
+    )
+    dead_letters.record(conn, "run", [LETTER])
+    [(letter,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
+    corrections.keep(conn, letter, CORRECTED, by="somebody")
+    idempotency.end(conn, idempotency.Request.of(conn, "me", "/visits", "key", b"body"), 200, b"the answer: Smith")
+    conn.commit()
+    write_part(store, b'{"id": "raw-Smith"}')
+
+
+def write_part(store: Store, line: bytes, layer: str = "raw", lines: int = 5) -> str:
+    """A partition of one part; gives the part's name."""
+    with PartWriter(store, layer) as writer:
+        for _ in range(lines):
+            writer.add("Patient", DAY, line, None)
+        parts = writer.finish()["Patient", DAY]
+    store.commit([Manifest(layer, "Patient", DAY, "run", TOOK, parts)])
+    return parts[0].name
+
+
+def everything(conn: Connection, store: Store) -> dict[str, object]:
+    """What the keys of the connection open, of every place: the same before and after a rotation."""
+    sealing = sealing_of(conn)
+
+    def text(query: str) -> list[object]:
+        found = []
+        for sealed_by, value in conn.execute(query.encode()).fetchall():
+            found.append((value.encode() if sealed_by is None else sealing.open(_bytes(value))).replace(b" ", b""))
+        return found
+
+    def binary(query: str) -> list[object]:
+        return [sealing.open(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
+
+    shown = "sealed_by, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END"
+    tokens = conn.execute("SELECT _resource_key, mrn FROM fhir.patient ORDER BY 1").fetchall()
+    names = conn.execute("SELECT _resource_key, family FROM fhir.patient_name").fetchall()
+    parts = store.manifest("raw", "Patient", DAY)
+    assert parts
+    return {
+        "resources": text(f"SELECT {shown} FROM fhir.resource ORDER BY id"),
+        "facts": conn.execute(
+            "SELECT id, run_id, loaded_at, as_of, partition_key FROM fhir.resource ORDER BY 1"
+        ).fetchall(),
+        "mrn": [(key, sealing.read_token(mrn)) for key, mrn in tokens],
+        "names": sorted((key, sealing.read_token(family)) for key, family in names),
+        "withheld": text(f"SELECT {shown} FROM ops.withheld ORDER BY id"),
+        "consents": text(f"SELECT {shown} FROM ops.consent_records"),
+        "letters": binary("SELECT resource FROM ops.dead_letters ORDER BY id"),
+        "corrected": binary("SELECT resource FROM ops.corrections"),
+        "original": binary("SELECT original FROM ops.corrections"),
+        "answers": binary("SELECT answer FROM ops.idempotency"),
+        "lines": [line for batch in store.batches(parts.parts) for line in batch],
+    }
+
+
+def _bytes(value: str) -> bytes:
+    from fhir_assets.privacy.sealing import from_json
+
+    return from_json(value)
+
+
+def rotator(url: str, store: Store, *keys: str, views: Sequence[View] = VIEWS, patience: float = 5.0) -> Rotator:
+    sealing = keyring(url, *keys)
+    return Rotator(lambda: connect(url, sealing=sealing), store, views, actor="test", patience=patience)
+
+
+def lose(conn: Connection, count: int, key_id: str) -> None:
+    """Pretend that a key which nobody has sealed some resources: the id in their bytes is another one."""
+    conn.execute(
+        "UPDATE fhir.resource SET sealed_by = %(key)s, resource = to_jsonb(encode('FS1'::bytea"
+        " || decode(%(key)s, 'hex') || substring(decode(resource #>> '{}', 'base64') FROM 8), 'base64'))"
+        " WHERE id IN (SELECT id FROM fhir.resource ORDER BY id LIMIT %(count)s)",
+        {"key": key_id, "count": count},
+    )
+    conn.commit()
+
+
+def rows(conn: Connection, query: str) -> list[tuple[object, ...]]:
+    return conn.execute(query.encode()).fetchall()

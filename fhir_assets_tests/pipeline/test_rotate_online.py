@@ -1,0 +1,159 @@
+"""Keys rotated while loads go on, and after a kill: nothing newer is overwritten, and what is left is finished."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from fhir_assets.pipeline.rotate import Rotator, survey
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.warehouse import audit_log, rotations
+from fhir_assets.warehouse.database import connect, sealing_of
+from fhir_assets.warehouse.loader import Loader
+from fhir_assets_tests.pipeline.rotating import (
+    VIEWS,
+    everything,
+    fill,
+    keyring,
+    load_people,
+    opened,
+    person,
+    rotator,
+    rows,
+    store_at,
+)
+from fhir_assets_tests.warehouse.views import rows_of
+
+OLD, NEW = new_key(), new_key()
+OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
+NEWER = {"version": "2", "updated": "2024-02-01T00:00:00Z"}
+
+
+def wait_until(url: str, query: str) -> None:
+    with connect(url, autocommit=True) as conn:
+        while not rows(conn, query):
+            time.sleep(0.02)
+
+
+def families(url: str) -> list[tuple[str, str]]:
+    with opened(url, NEW) as conn:
+        tokens = rows(conn, "SELECT _resource_key, family FROM fhir.patient_name")
+        return sorted((str(key), sealing_of(conn).read_token(str(token))) for key, token in tokens)
+
+
+def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database: str, tmp_path: Path) -> None:
+    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    with opened(database, OLD) as conn:
+        load_people(conn, range(20))
+    with opened(database, NEW, OLD) as conn:
+        loader = Loader(conn, "Patient", VIEWS, run_id="newer")
+        loader.add([rows_of(VIEWS, person(n, family="Newer", **NEWER)) for n in range(5)], "2024-02-01")
+        loader.finish()
+        rotating = threading.Thread(target=(rotation := rotator(database, store, NEW, OLD, patience=600)).rotate)
+        rotating.start()
+        wait_until(database, "SELECT FROM ops.key_rotations WHERE done >= 15")
+        assert rotating.is_alive()
+        conn.commit()
+        rotating.join()
+    assert rotation.done.left_over == 0
+    assert rotation.done.sealed["resources"] == 15
+    newer = [(f"p{n:05}", "Newer") for n in range(5) for _ in range(2)]
+    assert families(database) == newer + [(f"p{n:05}", f"Family{n}-{k}") for n in range(5, 20) for k in range(2)]
+    with opened(database, NEW) as conn:
+        assert rows(conn, "SELECT count(*) FROM fhir.resource WHERE run_id = 'newer'") == [(5,)]
+
+
+def test_rows_that_a_load_holds_for_good_are_left_to_the_next_rotation(database: str, tmp_path: Path) -> None:
+    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    with opened(database, OLD) as conn:
+        load_people(conn, range(5))
+        conn.execute("SELECT FROM fhir.resource WHERE id = 'p00002' FOR UPDATE")
+        rotated = rotator(database, store, NEW, OLD, patience=0.2).rotate()
+        assert (rotated.sealed["resources"], rotated.busy["Patient"]) == (4, 1)
+        assert rotated.survey.needs(OLD_ID)
+    assert rotator(database, store, NEW, OLD).rotate().left_over == 0
+
+
+def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(database: str, tmp_path: Path) -> None:
+    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    with opened(database, OLD) as conn:
+        load_people(conn, range(600))
+    ended = threading.Event()
+    versions = 1
+
+    def keep_loading() -> None:
+        nonlocal versions
+        with opened(database, NEW, OLD) as conn:
+            while not ended.is_set():
+                versions += 1
+                load_people(
+                    conn, range(0, 600, 3), version=str(versions), family=f"V{versions}", updated="2024-02-01T00:00:00Z"
+                )
+
+    loading = threading.Thread(target=keep_loading)
+    loading.start()
+    try:
+        rotated = rotator(database, store, NEW, OLD, patience=600).rotate()
+    finally:
+        ended.set()
+        loading.join()
+    assert rotated.left_over == 0
+    assert families(database) == [
+        (f"p{n:05}", f"V{versions}" if n % 3 == 0 else f"Family{n}-{k}") for n in range(600) for k in range(2)
+    ]
+    with opened(database, NEW) as conn:
+        assert survey(conn, store, VIEWS).keys == [NEW_ID]
+        assert audit_log.first_fault(conn) is None
+
+
+def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str, tmp_path: Path) -> None:
+    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    with opened(database, OLD) as stale:
+        load_people(stale, range(3))
+        sealing = keyring(database, NEW, OLD)
+
+        def write_again(_: rotations.Rotation) -> None:
+            load_people(stale, range(3, 5))
+
+        rotated = Rotator(
+            lambda: connect(database, sealing=sealing), store, VIEWS, actor="test", tell=write_again
+        ).rotate()
+        assert rotated.survey.of(OLD_ID)["resources"] == 2
+        assert rotated.left_over > 0
+    with opened(database, NEW, OLD):
+        assert rotator(database, store, NEW, OLD).rotate().left_over == 0
+
+
+def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -> None:
+    with opened(database, OLD) as conn:
+        fill(conn, store_at(tmp_path, Sealing(parse_keys([OLD]))), people=4000)
+        before = everything(conn, store_at(tmp_path, Sealing(parse_keys([OLD]))))
+    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    environment = {**os.environ, "KEYS": f"{NEW},{OLD}"}
+    process = subprocess.Popen([sys.executable, "-m", __name__, database, str(tmp_path)], env=environment)
+    wait_until(database, "SELECT FROM ops.key_rotations WHERE doing = 'Patient'")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with opened(database, NEW, OLD) as conn:
+        stopped = rotations.latest(conn)
+        halfway = survey(conn, store, VIEWS)
+    assert stopped is not None
+    assert (stopped.at_work, stopped.ended_at) == (False, None)
+    assert 0 < halfway.of(NEW_ID)["resources"] < 4000
+    assert halfway.of(NEW_ID)["rows"] == 3 * halfway.of(NEW_ID)["resources"]
+    rotated = rotator(database, store, NEW, OLD).rotate()
+    assert rotated.left_over == 0
+    assert rotated.sealed["resources"] == 4000 - halfway.of(NEW_ID)["resources"]
+    with opened(database, NEW) as conn:
+        assert survey(conn, store, VIEWS).keys == [NEW_ID]
+        assert everything(conn, store_at(tmp_path, Sealing(parse_keys([NEW])))) == before
+        assert audit_log.first_fault(conn) is None
+
+
+if __name__ == "__main__":
+    both = os.environ["KEYS"].split(",")
+    rotator(sys.argv[1], store_at(Path(sys.argv[2]), Sealing(parse_keys(both))), *both).rotate()
