@@ -41,8 +41,8 @@ class Warehouse:
         return self._sealing
 
     def connect(self) -> database.Connection:
-        """A new connection, not in autocommit, that carries the keys. Raises as ``url`` does."""
-        return database.connect(self.url(), sealing=self.sealing())
+        """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
+        return database.borrow(self.url(), sealing=self.sealing())
 
     @contextmanager
     def held_for(self, run_id: str) -> Iterator["Warehouse"]:

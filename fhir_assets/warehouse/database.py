@@ -10,6 +10,7 @@ from psycopg_pool import ConnectionPool
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
 from fhir_assets.privacy.sealing import CLEAR, Sealing
+from fhir_assets.warehouse.idle import IDLE
 
 OLDEST_SERVER = 15
 
@@ -27,6 +28,14 @@ _HINTS = (
 
 class _Sealed(psycopg.Connection[tuple[Any, ...]]):
     sealing: Sealing = CLEAR
+    kept_as: str | None = None
+    """Where it waits for the next use when it is closed; None if it is closed then."""
+
+    def close(self) -> None:
+        """Give the connection back, or end it."""
+        key, self.kept_as = self.kept_as, None
+        if key is None or not IDLE.keep(key, self):
+            super().close()
 
 
 def normalise_url(url: str, driver: str | None = None) -> str:
@@ -68,6 +77,17 @@ def connect(url: str, *, autocommit: bool = False, timeout: int = 10, sealing: S
         connection.close()
         raise ConfigurationError(f"Postgres {version} at {_place(url)} is too old: {OLDEST_SERVER} or newer is needed")
     connection.sealing = sealing
+    return connection
+
+
+def borrow(url: str, *, sealing: Sealing = CLEAR) -> Connection:
+    """As ``connect``: a connection of this process that was given back by ``close``, as good as new, or a new one."""
+    connection = IDLE.take(url) or connect(url)
+    assert isinstance(connection, _Sealed)
+    connection.sealing = sealing
+    connection.kept_as = url
+    # Prepared statements do not outlive the caller, who seldom says the same thing six times.
+    connection.prepare_threshold = None
     return connection
 
 

@@ -86,7 +86,7 @@ class Hospital:
     def patients(self) -> dict[str, dict[str, Any]]:
         """The server's patients by MRN; fails if two have the same."""
         found: dict[str, dict[str, Any]] = {}
-        for version in self.server.store.shelf("Patient").latest.values():
+        for version in list(self.server.store.shelf("Patient").latest.values()):
             if not version.deleted:
                 resource = requests.get(f"{self.server.url}/Patient/{version.id}", timeout=10).json()
                 mrn = next(i["value"] for i in resource["identifier"] if i["system"] == MRN)
