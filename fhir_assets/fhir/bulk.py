@@ -2,20 +2,28 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 import orjson
 
-from fhir_assets.errors import ConfigurationError, NotFhir, ServerUnavailable
+from fhir_assets.errors import ConfigurationError, NotFhir, PermanentError, ServerUnavailable
 from fhir_assets.fhir.client import Answer, FhirClient, Refusal, json_failure
+from fhir_assets.fhir.downloads import Downloads
 from fhir_assets.fhir.record import read_instant
-from fhir_assets.fhir.retries import read_retry_after
+from fhir_assets.fhir.retries import RetryPolicy, read_retry_after
 
 FIRST_POLL = 1.0
 LONGEST_POLL = 60.0
+_GOODBYE = RetryPolicy(attempts=3, max_wait=2, max_retry_after=5, budget=30)
+"""That an export is done with is good to know for the server, but nobody waits for it."""
+_PASSING_CODES = frozenset(
+    {"transient", "lock-error", "no-store", "exception", "timeout", "incomplete", "throttled", "rate-limit"}
+)
+"""Codes of an OperationOutcome (code system issue-type, below ``transient``) that say nothing about the export."""
 _LEVEL = re.compile(r"system|patient|group/[A-Za-z0-9\-.]{1,64}")
 _PATHS = {"system": "$export", "patient": "Patient/$export"}
 
@@ -76,6 +84,10 @@ class Vanished(NotFhir):
     """The server knows the export no more."""
 
 
+class ExportFailed(PermanentError):
+    """The server says that the export failed, or refuses to say how it is doing: only a new one can help."""
+
+
 def checked_level(level: str) -> str:
     """``level`` if it is one. Raises ConfigurationError."""
     if not _LEVEL.fullmatch(level):
@@ -92,7 +104,7 @@ class BulkClient:
     def kick_off(self, request: ExportRequest) -> str:
         """Ask for an export. Returns the URL of its status, to be kept before anything else is done."""
         path = _PATHS.get(request.level) or f"Group/{request.level.removeprefix('group/')}/$export"
-        # Not tried again where nobody knows whether it was heard: an export is dear.
+        # A kick-off whose answer got lost is sent again: at worst the server makes an export that nobody fetches.
         answer = self._client.send(
             "GET",
             f"{path}?{request.query()}",
@@ -105,32 +117,67 @@ class BulkClient:
         return self._client.resolve(place, answer.url)
 
     def poll(self, status_url: str, tried: int) -> Waiting | ExportManifest:
-        """How an export is doing, asked for the ``tried``-th time. Raises Vanished, ServerUnavailable, NotFhir."""
-        try:
-            answer = self._client.send("GET", status_url, headers={"Accept": "application/json"}, expect={200, 202})
-        except Refusal as refusal:
-            if refusal.status in (404, 410):
-                raise Vanished("the server knows the export no more: it is asked for anew") from None
-            raise
-        if answer.status == 202:
+        """How an export is doing, asked for the ``tried``-th time.
+
+        Raises Vanished, ExportFailed, NotFhir where the export is lost; ServerUnavailable and Refusal where it can be
+        asked again later.
+        """
+
+        def read(answer: Answer) -> Waiting | ExportManifest:
+            if answer.status == 200:
+                return self._manifest(answer)
+            if answer.status >= 500:
+                self._check_failed(answer)
             asked = read_retry_after(answer.headers.get("Retry-After"))
             own = min(LONGEST_POLL, FIRST_POLL * 1.5**tried)
             seconds = own if asked is None else min(max(asked, 0.1), 10 * LONGEST_POLL)
             return Waiting(seconds, answer.headers.get("X-Progress", "")[:100])
-        return self._manifest(answer)
+
+        try:
+            # 429 is no failure of a poll: it says when to come again, as 202 does.
+            return self._client.get(
+                status_url,
+                read,
+                headers={"Accept": "application/json, application/fhir+json;q=0.9"},
+                expect={200, 202, 429, 500},
+            )
+        except Refusal as refusal:
+            if refusal.status in (404, 410):
+                raise Vanished("the server knows the export no more: it is asked for anew") from None
+            if refusal.status in (401, 403):
+                raise
+            raise ExportFailed(
+                f"the server answered {refusal.status} to how the export is doing: run again to ask for a new one"
+            ) from None
+
+    def _check_failed(self, answer: Answer) -> None:
+        """Raise what an answer of 500 means: with an OperationOutcome of no passing code, the export failed."""
+        codes: list[str] = []
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            codes = [str(issue["code"])[:40] for issue in orjson.loads(answer.body)["issue"]]
+        if codes and not _PASSING_CODES.intersection(codes):
+            raise ExportFailed(
+                f"the server says that the export failed ({', '.join(codes[:5])}): run again to ask for a new one, and "
+                "ask its administrator if that one fails too"
+            )
+        self._client.raise_for(answer.status, answer.headers, "GET", answer.url)
 
     def forget(self, status_url: str) -> None:
         """Tell the server that the export is done with, or not wanted any more; that it forgot already is fine."""
-        self._client.send("DELETE", status_url, expect={200, 202, 204, 404, 410})
+        self._client.send("DELETE", status_url, expect={200, 202, 204, 404, 410}, policy=_GOODBYE)
 
-    def lines(self, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
+    def downloads(self) -> Downloads:
+        """What ``lines`` downloads with, for a ``with`` block."""
+        return Downloads(self._client)
+
+    def lines(self, downloads: Downloads, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
         """The lines of a file, without blank ones, some at a time. A connection that breaks is taken up where it was.
 
         Raises Vanished if the server has the file no more, NotFhir if it holds another number of lines than said.
         """
         count = 0
         try:
-            for lines in self._client.stream_lines(file.url, authorized=needs_token, expected=file.count):
+            for lines in downloads.lines(file.url, authorized=needs_token, expected=file.count):
                 count += len(lines)
                 yield lines
         except Refusal as refusal:
@@ -147,7 +194,9 @@ class BulkClient:
         try:
             found = orjson.loads(answer.body)
         except orjson.JSONDecodeError:
-            raise ServerUnavailable(f"the export's manifest: {json_failure(answer).reason}; run again") from None
+            failure = json_failure(answer)
+            failure.final = ServerUnavailable  # the export is still there, whatever stood before it
+            raise failure from None
         try:
             moment = read_instant(found["transactionTime"])
             if moment is None:
@@ -155,13 +204,22 @@ class BulkClient:
             return ExportManifest(
                 moment,
                 found.get("requiresAccessToken") is not False,
-                *(self._files(found, name, answer.url) for name in ("output", "deleted", "error")),
+                self._files(found["output"], answer.url),
+                *(self._files(found.get(name) or [], answer.url) for name in ("deleted", "error")),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise NotFhir("the server's answer to the export is no manifest of Bulk Data Access") from None
+            raise NotFhir(
+                "the server's answer to the export is no manifest of Bulk Data Access: run again to ask for a new "
+                "export, and show its administrator if that one has none either"
+            ) from None
 
-    def _files(self, found: dict[str, Any], name: str, page: str) -> tuple[ExportFile, ...]:
-        return tuple(ExportFile(file["type"], file["url"], file.get("count")) for file in found.get(name) or ())
+    def _files(self, files: list[dict[str, Any]], page: str) -> tuple[ExportFile, ...]:
+        found = tuple(ExportFile(file["type"], urljoin(page, file["url"]), file.get("count")) for file in files)
+        for file in found:
+            named = isinstance(file.resource_type, str) and urlsplit(file.url).scheme in ("http", "https")
+            if not named or type(file.count) not in (int, type(None)):
+                raise ValueError
+        return found
 
 
 def manifest_json(manifest: ExportManifest) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Nothing here knows searches or bulk exports; they build on it.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -97,16 +97,16 @@ class FhirClient:
                 "FHIR_BASE_URL holds a user name or a password: move them to FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
             )
         self.base_url = base_url.rstrip("/")
-        self._origin = origin(base_url)
+        self.origin = origin(base_url)
         self._answered = False
-        self._credentials = credentials or Credentials()
-        self._timeout = (min(10.0, timeout), timeout)
-        self._retrier = retrier or Retrier()
-        self._session = requests.Session()
-        self._session.headers.update({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
+        self.credentials = credentials or Credentials()
+        self.timeout = (min(10.0, timeout), timeout)
+        self.retrier = retrier or Retrier()
+        self.session = requests.Session()
+        self.session.headers.update({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections, pool_block=True)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self.session.mount("http://", adapter)
+        self.session.mount("https://", adapter)
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +118,7 @@ class FhirClient:
 
     def close(self) -> None:
         """Let the connections go."""
-        self._session.close()
+        self.session.close()
 
     def resolve(self, link: str, page: str) -> str:
         """The absolute URL of a link that stands on ``page``. Raises NotFhir if it leads to another origin."""
@@ -126,7 +126,7 @@ class FhirClient:
             url = urljoin(page, link)
         except ValueError:
             raise NotFhir(f"{self.base_url} gives a link that is no URL: the server's paging is broken") from None
-        if origin(url) != self._origin:
+        if origin(url) != self.origin:
             raise NotFhir(
                 f"{self.base_url} gives links that lead to {shown_origin(url)}, where they are not followed: set "
                 "FHIR_BASE_URL to the address that the server knows itself by, or correct the server's own base URL"
@@ -140,18 +140,19 @@ class FhirClient:
         *,
         params: Params = (),
         headers: Mapping[str, str] | None = None,
+        expect: Collection[int] = frozenset({200}),
         policy: RetryPolicy | None = None,
     ) -> T:
         """GET a path below the base, or a URL on its origin, and ``read`` the answer.
 
         ``read`` raises PassingFailure (as ``json_failure`` makes it) for a body that another attempt may bring
-        whole. Raises Refusal, ServerUnavailable or NotFhir.
+        whole. Statuses of ``expect`` are answers, all others errors: Refusal, ServerUnavailable or NotFhir.
         """
 
         def attempt() -> T:
-            return read(self._exchange("GET", path, params, None, headers, frozenset({200})))
+            return read(self._exchange("GET", path, params, None, headers, expect))
 
-        return self._retrier.run(self._name("GET", path), attempt, policy)
+        return self.retrier.run(self._name("GET", path), attempt, policy)
 
     def post(
         self,
@@ -170,7 +171,7 @@ class FhirClient:
         def attempt() -> T:
             return read(self._exchange("POST", path, (), body, {"Content-Type": FHIR_JSON}, expect))
 
-        return self._retrier.run(self._name("POST", path), attempt, policy)
+        return self.retrier.run(self._name("POST", path), attempt, policy)
 
     def send(
         self,
@@ -181,6 +182,7 @@ class FhirClient:
         params: Params = (),
         headers: Mapping[str, str] | None = None,
         expect: Collection[int] = frozenset({200, 201, 202, 204}),
+        policy: RetryPolicy | None = None,
     ) -> Answer:
         """Any other request, tried again like a GET: it must be one that does no harm when done twice.
 
@@ -191,69 +193,7 @@ class FhirClient:
         def attempt() -> Answer:
             return self._exchange(method, path, params, body, headers, expect)
 
-        return self._retrier.run(self._name(method, path), attempt)
-
-    def stream_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
-        """The lines of a file of any size, blank ones left out, some at a time, in bounded memory.
-
-        A connection that breaks, and a file that ends before its ``expected`` lines, is opened again, and what was
-        given already is passed over. A file on another origin gets the credentials only if ``authorized``, and over
-        https. Raises Refusal, ServerUnavailable or NotFhir.
-        """
-        given = failures = 0
-        while True:
-            try:
-                for lines in self._lines_from(url, authorized, given):
-                    given += len(lines)
-                    failures = 0
-                    yield lines
-                if expected is None or given >= expected:
-                    return
-                raise PassingFailure(
-                    f"the file ends after {given} of {expected} resources",
-                    advice="the server's manifest and its files differ: run again to ask for a new export",
-                    final=NotFhir,
-                )
-            except PassingFailure as failure:
-                failures += 1
-                self._retrier.wait_or_raise(self._name("GET", "an exported file"), failures, failure)
-
-    def _lines_from(self, url: str, authorized: bool, skip: int) -> Iterator[list[bytes]]:
-        """One attempt at a file, without its first ``skip`` lines."""
-        own = origin(url) == self._origin
-        if not own and authorized and urlsplit(url).scheme != "https":
-            raise NotFhir(f"{self.base_url} wants its token sent to {shown_origin(url)} without TLS: this is not done")
-        try:
-            with self._session.get(
-                url,
-                headers={"Accept": "application/fhir+ndjson"},
-                auth=self._credentials if own or authorized else Credentials(),
-                timeout=self._timeout,
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                if response.status_code == 401 and self._credentials.renew():
-                    raise PassingFailure("the token ended")
-                if response.status_code != 200:
-                    self._raise_for(response, "GET", "an exported file")
-                rest = b""
-                while chunk := response.raw.read1(_CHUNK, decode_content=True):
-                    head, *lines = chunk.split(b"\n")
-                    rest += head
-                    if lines:
-                        whole = [line for line in (rest, *lines[:-1]) if line.strip()]
-                        rest = lines[-1]
-                        if skip >= len(whole):
-                            skip -= len(whole)
-                        else:
-                            yield whole[skip:]
-                            skip = 0
-                if rest.strip() and not rest.rstrip().endswith(b"}"):
-                    raise PassingFailure("a file ends in the middle of a line", final=NotFhir)
-                if rest.strip() and not skip:
-                    yield [rest]
-        except (HTTPError, RequestException) as error:
-            raise PassingFailure(f"a file broke off ({type(error).__name__})") from None
+        return self.retrier.run(self._name(method, path), attempt, policy)
 
     def capabilities(self) -> Capabilities:
         """What the server says of itself (``/metadata``). Raises ServerUnavailable if there is no server, NotFhir
@@ -291,30 +231,30 @@ class FhirClient:
         for _ in range(_MAX_REDIRECTS):
             response, content = self._request(method, url, params, body, headers)
             status = response.status_code
-            if status == 401 and renewable and self._credentials.renew():
+            if status == 401 and renewable and self.credentials.renew():
                 renewable = False
             elif response.is_redirect:
                 url, params = self._redirected(response), ()
             elif status in expect:
                 return Answer(response.url, status, response.headers, content)
             else:
-                self._raise_for(response, method, path)
+                self.raise_for(status, response.headers, method, path)
         raise NotFhir(f"{self._name(method, path)}: redirected in a circle; is FHIR_BASE_URL right?")
 
     def _request(
         self, method: str, url: str, params: Params, body: bytes | None, headers: Mapping[str, str] | None
     ) -> tuple[requests.Response, bytes]:
-        if origin(url) != self._origin:
+        if origin(url) != self.origin:
             raise ValueError("the client talks to the origin of its base URL only")
         try:
-            with self._session.request(
+            with self.session.request(
                 method,
                 url,
                 params=list(params),
                 data=body,
                 headers=headers,
-                auth=self._credentials,
-                timeout=self._timeout,
+                auth=self.credentials,
+                timeout=self.timeout,
                 allow_redirects=False,
                 stream=True,
             ) as response:
@@ -331,7 +271,7 @@ class FhirClient:
 
     def _content(self, response: requests.Response) -> bytes:
         """The body, read under a deadline: a server that drips would otherwise hold the run for ever."""
-        seconds = 10 * self._timeout[1]
+        seconds = 10 * self.timeout[1]
         deadline = time.monotonic() + seconds
         chunks = []
         try:
@@ -350,24 +290,24 @@ class FhirClient:
             target = urljoin(response.url, response.headers["Location"])
         except ValueError:
             raise NotFhir(f"{self.base_url} redirects to what is no URL: is FHIR_BASE_URL right?") from None
-        if origin(target) != self._origin or response.request.method not in ("GET", "HEAD"):
+        if origin(target) != self.origin or response.request.method not in ("GET", "HEAD"):
             raise NotFhir(
                 f"{self.base_url} redirects to {shown_origin(target)}: set FHIR_BASE_URL to the FHIR server's own "
                 "address, or ask for a way around the login page or the proxy that stands before it"
             )
         return target
 
-    def _raise_for(self, response: requests.Response, method: str, path: str) -> NoReturn:
-        status = response.status_code
+    def raise_for(self, status: int, headers: Mapping[str, str], method: str, path: str) -> NoReturn:
+        """Raise what an answer of this status is: PassingFailure or Refusal."""
         if status in _PASSING_STATUS:
             raise PassingFailure(
                 f"the server answered {status}",
                 advice="it is overloaded or down: the next run takes up where this one ended",
-                retry_after=read_retry_after(response.headers.get("Retry-After")),
+                retry_after=read_retry_after(headers.get("Retry-After")),
             )
         name = self._name(method, path)
         if status == 401:
-            raise Refusal(f"{name}: the server answered 401: {self._credentials.remedy}", status)
+            raise Refusal(f"{name}: the server answered 401: {self.credentials.remedy}", status)
         if status == 403:
             raise Refusal(
                 f"{name}: the server answered 403: the account of FHIR_AUTH_USERNAME or FHIR_AUTH_TOKEN lacks the "

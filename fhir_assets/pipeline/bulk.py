@@ -7,19 +7,28 @@ files that are stored are not fetched again. Only who cancels a run cancels the 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from threading import Lock
+from threading import Event, Lock
 from uuid import uuid4
 
 import orjson
 
 from fhir_assets.errors import FhirAssetsError, NotFhir, ServerUnavailable
-from fhir_assets.fhir.bulk import BulkClient, ExportFile, ExportManifest, ExportRequest, Vanished, Waiting
+from fhir_assets.fhir.bulk import (
+    BulkClient,
+    ExportFailed,
+    ExportFile,
+    ExportManifest,
+    ExportRequest,
+    Vanished,
+    Waiting,
+)
 from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.downloads import Downloads
 from fhir_assets.fhir.record import Malformed, Record, Rejected, read_header, read_instant, read_record
 from fhir_assets.store.manifest import Part
 from fhir_assets.store.store import Store
@@ -35,6 +44,9 @@ LAYER = "bulk"
 GROUP_RESOURCES = 200_000
 GROUP_FILES = 2_000
 """Files are stored in groups of about so many resources or files: at most one group is fetched again after a kill."""
+
+_SAY_EVERY = 5.0
+"""Seconds between two lines about a download."""
 
 _KEPT = timedelta(days=1)
 """How long an export stays in the store, for runs that read it."""
@@ -161,8 +173,11 @@ class BulkSource:
             manifest = export.manifest or self._awaited(conn, export)
             self._download(conn, export, manifest)
             self._apply(conn, export, manifest)
-        except (Vanished, NotFhir) as error:
+        except (ExportFailed, NotFhir) as error:
+            conn.rollback()
             bulk_exports.end(conn, export.id, "failed", error=str(error))
+            if not isinstance(error, Vanished):
+                self._forget(export)
             raise
         except Exception:
             raise  # the next run takes it up
@@ -175,65 +190,76 @@ class BulkSource:
         bulk_exports.end(conn, export.id, "done")
         self._forget(export)
         self._clear(conn)
-        self.say(f"export {export.id}: downloaded, {len(manifest.output)} files")
         return replace(export, status="done", manifest=manifest, transaction_time=manifest.transaction_time)
 
     def _awaited(self, conn: Connection, export: BulkExport) -> ExportManifest:
         tried = 0
         said = ""
         while True:
-            found = self._client.poll(export.status_url, tried)
+            try:
+                found = self._client.poll(export.status_url, tried)
+            except ServerUnavailable:
+                self._check_limit(export)
+                raise
             if not isinstance(found, Waiting):
                 bulk_exports.ready(conn, export.id, found)
                 return found
             if found.progress and found.progress != said:
                 said = found.progress
                 self.say(f"export {export.id}: {said}")
-            if self._now() - export.requested_at > self._limit:
-                raise ServerUnavailable(
-                    f"the export has not been ready for {self._limit.days} days (FHIR_BULK_DAYS): ask the server's "
-                    "administrator what became of it"
-                )
+            self._check_limit(export)
             tried += 1
             self._sleep(found.seconds)
 
+    def _check_limit(self, export: BulkExport) -> None:
+        if self._now() - export.requested_at > self._limit:
+            raise ExportFailed(
+                f"the server has not had the export ready for {self._limit / timedelta(days=1):g} days "
+                "(FHIR_BULK_DAYS), so it is given up: ask its administrator what became of it, and run again to ask "
+                "for a new one"
+            )
+
     def _download(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
-        arrived = _arrived(manifest.transaction_time)
         todo = [(n, file) for n, file in enumerate(manifest.output) if n not in export.files_done]
-        with ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool:
+        progress = _Progress(
+            lambda text: self.say(f"export {export.id}: {text}"), len(manifest.output), len(export.files_done)
+        )
+        with (
+            self._client.downloads() as downloads,
+            ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
+        ):
             for group in _groups(todo):
                 with PartWriter(self._store, LAYER) as writer:
-                    lock = Lock()
-
-                    def fetch(file: ExportFile, writer: PartWriter = writer, lock: Lock = lock) -> None:
-                        for lines in self._client.lines(file, needs_token=manifest.needs_token):
-                            dated = [(line, _moment(line) or arrived) for line in lines]
-                            with lock:
-                                for line, moment in dated:
-                                    writer.add(file.resource_type, export.id, line, moment)
-
+                    fetch = _Fetch(self._client, downloads, writer, progress, export.id, manifest)
                     jobs = [pool.submit(fetch, file) for _, file in group]
                     try:
-                        for job in jobs:
-                            job.result()
+                        wait(jobs, return_when=FIRST_EXCEPTION)
                     finally:
-                        for job in jobs:
-                            job.cancel()
+                        # Whether one failed or somebody cancels the run: the writer is given up, nobody writes on.
+                        if not all(job.done() for job in jobs):
+                            fetch.stop.set()
+                            for job in jobs:
+                                job.cancel()
+                            wait(jobs)
+                    for job in jobs:
+                        if not job.cancelled():
+                            job.result()
                     stored = {name: parts for (name, _), parts in writer.finish().items()}
                 bulk_exports.store_parts(conn, export.id, stored, [n for n, _ in group])
+        progress.end()
 
     def _apply(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
         """What the export says besides: deletions, and the server's own errors."""
-        with conn.transaction():
+        with conn.transaction(), self._client.downloads() as downloads:
             for file in manifest.deleted:
-                lines = self._all_lines(file, manifest)
+                lines = self._all_lines(downloads, file, manifest)
                 deletes.apply(conn, _deletions(lines, manifest.transaction_time), run_id=export.id, actor="bulk export")
             for file in manifest.errors:
-                lines = self._all_lines(file, manifest)
+                lines = self._all_lines(downloads, file, manifest)
                 dead_letters.record(conn, export.id, (_letter(line, export.id) for line in lines))
 
-    def _all_lines(self, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
-        for lines in self._client.lines(file, needs_token=manifest.needs_token):
+    def _all_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
+        for lines in self._client.lines(downloads, file, needs_token=manifest.needs_token):
             yield from lines
 
     def _forget(self, export: BulkExport) -> None:
@@ -246,6 +272,62 @@ class BulkSource:
             for _, part in bulk_exports.parts(conn, export_id):
                 self._store.blobs.delete(part.name)
             bulk_exports.forget_parts(conn, export_id)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Says how far a download is, every few seconds and at its end. Several threads tell it what came."""
+
+    say: Callable[[str], None]
+    files: int
+    done: int
+    resources: int = 0
+    size: int = 0
+    lock: Lock = field(default_factory=Lock)
+    said: float = field(default_factory=time.monotonic)
+
+    def came(self, lines: Sequence[bytes], *, files: int = 0) -> None:
+        """So many lines, and so many files that are whole now."""
+        with self.lock:
+            self.resources += len(lines)
+            self.size += sum(map(len, lines)) + len(lines)
+            self.done += files
+            due = time.monotonic() - self.said >= _SAY_EVERY
+            if due:
+                self.said = time.monotonic()
+        if due:
+            self.end()
+
+    def end(self) -> None:
+        """Say where it stands."""
+        mib = self.size / 2**20
+        self.say(f"downloaded {self.done:,} of {self.files:,} files, {self.resources:,} resources, {mib:,.1f} MiB")
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """Writes files of an export into the store, several at once, until it is told to stop."""
+
+    client: BulkClient
+    downloads: Downloads
+    writer: PartWriter
+    progress: _Progress
+    export_id: str
+    manifest: ExportManifest
+    lock: Lock = field(default_factory=Lock)
+    stop: Event = field(default_factory=Event)
+
+    def __call__(self, file: ExportFile) -> None:
+        arrived = _arrived(self.manifest.transaction_time)
+        for lines in self.client.lines(self.downloads, file, needs_token=self.manifest.needs_token):
+            dated = [(line, _moment(line) or arrived) for line in lines]
+            with self.lock:
+                if self.stop.is_set():
+                    return
+                for line, moment in dated:
+                    self.writer.add(file.resource_type, self.export_id, line, moment)
+            self.progress.came(lines)
+        self.progress.came((), files=1)
 
 
 def _arrived(transaction_time: datetime | None) -> datetime:

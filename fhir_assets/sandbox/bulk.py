@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, unquote
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.sandbox.dates import parse_date
@@ -46,19 +47,66 @@ class _Export:
     deleted: list[_File] = field(default_factory=list)
     errors: list[_File] = field(default_factory=list)
 
-    def files(self) -> dict[str, _File]:
-        """Every file by the name that its URL ends with."""
-        kinds = {"output": self.output, "deleted": self.deleted, "error": self.errors}
-        return {f"{kind}-{n}.ndjson": file for kind, files in kinds.items() for n, file in enumerate(files)}
+    def file(self, name: str) -> _File | None:
+        """The file whose URL ends with ``name``: ``output-17.ndjson``."""
+        kind, _, number = name.removesuffix(".ndjson").partition("-")
+        files = {"output": self.output, "deleted": self.deleted, "error": self.errors}.get(kind, [])
+        return files[int(number)] if number.isdigit() and int(number) < len(files) else None
+
+
+class Exports:
+    """The exports of a server, by the token in their URLs."""
+
+    def __init__(self) -> None:
+        self.by_token: dict[str, _Export] = {}
+
+    def at(self, token: str) -> _Export:
+        """The export of a token. Raises Refusal."""
+        if token not in self.by_token:
+            raise Refusal(404, "not-found", "There is no such export")
+        return self.by_token[token]
+
+
+class ExportFiles:
+    """ASGI middleware that answers for files which are there, past the framework: small ones are asked for by the
+    thousand, and a client's cost for them cannot be measured at a server that costs more.
+    """
+
+    def __init__(self, app: ASGIApp, *, base: str, exports: Exports) -> None:
+        self._app = app
+        self._prefix = f"{base}/{EXPORT}/"
+        self._exports = exports
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        path = str(scope.get("path", ""))
+        if scope["type"] == "http" and path.startswith(self._prefix) and scope["method"] == "GET":
+            token, _, name = path[len(self._prefix) :].partition("/")
+            export = self._exports.by_token.get(token)
+            file = export.file(name) if export else None
+            if file is not None and FaultKind.EXPIRE not in scope["state"]["faults"]:
+                body = file.body
+                headers = [(b"content-length", str(len(body)).encode()), (b"content-type", _NDJSON.encode())]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+                return
+        await self._app(scope, receive, send)
 
 
 def bulk_routes(
-    interactions: Interactions, control: Control, *, polls: int, file_resources: int, needs_token: bool
+    interactions: Interactions,
+    control: Control,
+    exports: Exports,
+    *,
+    polls: int,
+    file_resources: int,
+    needs_token: bool,
 ) -> APIRouter:
-    """The routes of ``$export``. An export is ready after ``polls`` polls; its files hold ``file_resources`` each."""
+    """The routes of ``$export``. An export is ready after ``polls`` polls; its files hold ``file_resources`` each,
+    and are served by ExportFiles.
+    """
     routes = APIRouter()
     store = interactions.store
-    exports: dict[str, _Export] = {}
 
     def kick_off(request: Request, level: str, patients: frozenset[str] | None) -> Response:
         if "respond-async" not in request.headers.get("prefer", ""):
@@ -84,7 +132,7 @@ def bulk_routes(
             outcome = operation_outcome("error", "not-supported", f"No such types here: {', '.join(unknown)}")
             export.errors.append(_File("OperationOutcome", [orjson.dumps(outcome)]))
         token = secrets.token_hex(8)
-        exports[token] = export
+        exports.by_token[token] = export
         control.stats.kick_offs += 1
         return Response(status_code=202, headers={"Content-Location": f"{_base(request)}/{EXPORT}/{token}"})
 
@@ -104,11 +152,6 @@ def bulk_routes(
             if version.body and fresh and (patients is None or _belongs(version, patients)):
                 yield version
 
-    def at(token: str) -> _Export:
-        if token not in exports:
-            raise Refusal(404, "not-found", "There is no such export")
-        return exports[token]
-
     @routes.get("/$export")
     async def system(request: Request) -> Response:
         return kick_off(request, "system", None)
@@ -127,12 +170,15 @@ def bulk_routes(
 
     @routes.get(f"/{EXPORT}/{{token}}")
     async def status(request: Request, token: str) -> Response:
-        export = at(token)
+        export = exports.at(token)
+        faults: dict[FaultKind, Fault] = request.state.faults
+        if FaultKind.EXPIRE in faults:
+            del exports.by_token[token]
+            raise Refusal(faults[FaultKind.EXPIRE].answer_status, "not-found", "The export is gone")
         if export.polls > 0:
             export.polls -= 1
             progress = f"{100 * (polls - export.polls) // (polls + 1)} % done"
             return Response(status_code=202, headers={"X-Progress": progress, "Retry-After": "0"})
-        faults: dict[FaultKind, Fault] = request.state.faults
         off = faults[FaultKind.WRONG_TOTAL].by if FaultKind.WRONG_TOTAL in faults else 0
 
         def listed(kind: str, files: Sequence[_File]) -> list[dict[str, object]]:
@@ -150,21 +196,22 @@ def bulk_routes(
             "deleted": listed("deleted", export.deleted),
             "error": listed("error", export.errors),
         }
+        if FaultKind.MALFORMED in faults:
+            del manifest["transactionTime"]
         return Response(orjson.dumps(manifest), media_type="application/json")
 
     @routes.delete(f"/{EXPORT}/{{token}}")
     async def forget(token: str) -> Response:
-        at(token)
-        del exports[token]
+        exports.at(token)
+        del exports.by_token[token]
         return Response(status_code=202)
 
     @routes.get(f"/{EXPORT}/{{token}}/{{name}}")
-    async def file(request: Request, token: str, name: str) -> Response:
+    async def no_file(request: Request, token: str, name: str) -> Response:
+        exports.at(token)
         faults: dict[FaultKind, Fault] = request.state.faults
-        found = at(token).files().get(name)
-        if found is None or FaultKind.EXPIRE in faults:
-            raise Refusal(404 if found is None else faults[FaultKind.EXPIRE].answer_status, "not-found", "No such file")
-        return Response(found.body, media_type=_NDJSON)
+        status = faults[FaultKind.EXPIRE].answer_status if FaultKind.EXPIRE in faults else 404
+        raise Refusal(status, "not-found", "No such file")
 
     return routes
 

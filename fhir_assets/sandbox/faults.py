@@ -46,19 +46,23 @@ class FaultKind(StrEnum):
     SLOW = "slow"
     """the answer comes ``seconds`` late"""
     EXPIRE = "expire"
-    """a next link, or a file of an export, is gone: 410, or another ``status`` such as 404; a link stays gone"""
+    """a next link, an export or a file of one is gone: 410, or another ``status`` such as 404; a link stays gone, and
+    an export too"""
     DUPLICATE = "duplicate"
     """a page begins with the last resource of the page before"""
     LOSE_PAGE = "lose_page"
     """a page is left out, and the total still counts it: a server that lies"""
     WRONG_TOTAL = "wrong_total"
     """the total, or the count of an export's first file, is off ``by`` so many"""
+    MALFORMED = "malformed"
+    """the manifest of an export lacks what it must have"""
 
 
 _ALL = frozenset(RequestKind)
 _PAGED = frozenset({RequestKind.SEARCH, RequestKind.PAGE})
 _STRIKES = {
-    FaultKind.EXPIRE: frozenset({RequestKind.PAGE, RequestKind.FILE}),
+    FaultKind.EXPIRE: frozenset({RequestKind.PAGE, RequestKind.POLL, RequestKind.FILE}),
+    FaultKind.MALFORMED: frozenset({RequestKind.POLL}),
     FaultKind.DUPLICATE: frozenset({RequestKind.PAGE}),
     FaultKind.LOSE_PAGE: _PAGED,
     FaultKind.WRONG_TOTAL: _PAGED | {RequestKind.COUNT, RequestKind.POLL},

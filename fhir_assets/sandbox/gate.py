@@ -21,7 +21,9 @@ from fhir_assets.sandbox.outcomes import Refusal
 CLOSE_SOCKET = "sandbox.close"
 """The ASGI extension that closes the connection at once (``process.py`` puts it there)."""
 
-_PASSING = frozenset({FaultKind.DUPLICATE, FaultKind.LOSE_PAGE, FaultKind.WRONG_TOTAL, FaultKind.SLOW})
+_PASSING = frozenset(
+    {FaultKind.DUPLICATE, FaultKind.LOSE_PAGE, FaultKind.WRONG_TOTAL, FaultKind.SLOW, FaultKind.MALFORMED}
+)
 _HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please sign in.</body></html>"
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from fhir_assets.sandbox.bulk import bulk_routes
+from fhir_assets.sandbox.bulk import ExportFiles, Exports, bulk_routes
 from fhir_assets.sandbox.faults import FaultDraw, FaultPlan
 from fhir_assets.sandbox.gate import Control, Credentials, Gate, Stats
 from fhir_assets.sandbox.interactions import Interactions
@@ -57,16 +57,19 @@ def create_app(
     smart = options.get("smart")
     if smart is not None:
         app.include_router(smart_routes(smart, BASE))
-    exports = bulk_routes(
+    exports = Exports()
+    bulk = bulk_routes(
         interactions,
         control,
+        exports,
         polls=options.get("export_polls", 2),
         file_resources=options.get("export_file_resources", 10_000),
         needs_token=smart is not None or options.get("credentials") is not None,
     )
-    app.include_router(exports, prefix=BASE)
+    app.include_router(bulk, prefix=BASE)
     app.include_router(fhir_routes(interactions, pages), prefix=BASE)
     app.include_router(_control_routes(control, store), prefix="/_sandbox")
+    app.add_middleware(ExportFiles, base=BASE, exports=exports)
     app.add_middleware(
         Gate,
         base=BASE,
