@@ -104,17 +104,25 @@ class BulkClient:
     def kick_off(self, request: ExportRequest) -> str:
         """Ask for an export. Returns the URL of its status, to be kept before anything else is done."""
         path = _PATHS.get(request.level) or f"Group/{request.level.removeprefix('group/')}/$export"
+
+        def read(answer: Answer) -> str:
+            if answer.status == 200:
+                failure = json_failure(answer)
+                failure.reason = "the server answers the export with 200, not 202"
+                failure.advice = "does it have Bulk Data, is FHIR_BASE_URL right, is there a login page before it?"
+                raise failure
+            place = answer.headers.get("Content-Location")
+            if not place:
+                raise NotFhir("the server takes the export but does not say where its status is (Content-Location)")
+            return self._client.resolve(place, answer.url)
+
         # A kick-off whose answer got lost is sent again: at worst the server makes an export that nobody fetches.
-        answer = self._client.send(
-            "GET",
+        return self._client.get(
             f"{path}?{request.query()}",
+            read,
             headers={"Accept": "application/fhir+json", "Prefer": "respond-async"},
-            expect={202},
+            expect={200, 202},
         )
-        place = answer.headers.get("Content-Location")
-        if not place:
-            raise NotFhir("the server takes the export but does not say where its status is (Content-Location)")
-        return self._client.resolve(place, answer.url)
 
     def poll(self, status_url: str, tried: int) -> Waiting | ExportManifest:
         """How an export is doing, asked for the ``tried``-th time.

@@ -15,7 +15,7 @@ from os.path import isdir
 from threading import Lock
 from types import TracebackType
 from typing import Self
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import orjson
 import urllib3
@@ -42,8 +42,30 @@ _WHAT = "an exported file"
 
 
 @dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a file is, taken apart once. Raises NotFhir if it is no URL."""
+
+    url: str
+    origin: Origin
+    path: str
+
+    @classmethod
+    def of(cls, url: str) -> Self:
+        """The target of a URL."""
+        quoted = requote_uri(url) if _TO_QUOTE.search(url) else url
+        scheme, _, rest = quoted.partition("://")
+        host, slash, path = rest.partition("/")
+        found = cls(url, origin(f"{scheme}://{host}"), f"{slash}{path}" or "/")
+        if found.origin[0] not in ("http", "https") or not found.origin[1]:
+            raise NotFhir("the manifest of an export names a file that is no URL: run again to ask for a new export")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class _Reply:
-    """An answer whose body is read by ``read`` (at most so many bytes, decompressed; none at the end)."""
+    """An answer whose body is read by ``read`` (at most so many bytes, decompressed; none at the end). ``headers``
+    are those of an answer that is no file.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -137,20 +159,22 @@ class Downloads:
     @contextmanager
     def _opened(self, url: str, authorized: bool) -> Iterator[_Reply]:
         """The answer that holds the file, after redirects. Raises Refusal, NotFhir, PassingFailure."""
-        trusted = {origin(url), self._client.origin} if authorized else {self._client.origin}
+        target = _Target.of(url)
+        own = self._client.origin
+        trusted = {target.origin, own} if authorized else {own}
         renewable = True
         for _ in range(_MAX_REDIRECTS):
-            known = origin(url) in trusted
-            if known and origin(url) != self._client.origin and urlsplit(url).scheme != "https":
+            known = target.origin in trusted
+            if known and target.origin != own and target.origin[0] != "https":
                 raise NotFhir(
                     f"{self._client.base_url} wants its token sent to {shown_origin(url)} without TLS: this is not done"
                 )
-            with self._get(url, self._client.credentials if known else Credentials()) as reply:
+            with self._get(target, self._client.credentials if known else Credentials()) as reply:
                 if reply.status == 200:
                     yield reply
                     return
                 if reply.status in _REDIRECTS:
-                    url = _redirected(url, reply)
+                    target = _redirected(target, reply)
                 elif reply.status == 401 and known and renewable and self._client.credentials.renew():
                     renewable = False
                 else:
@@ -158,13 +182,10 @@ class Downloads:
         raise Refusal(f"GET {shown_origin(url)}, {_WHAT}: redirected in a circle", 310)
 
     @contextmanager
-    def _get(self, url: str, credentials: Credentials) -> Iterator[_Reply]:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise NotFhir(f"{self._client.base_url}: the manifest of an export names a file that is no URL")
-        if self._has_proxy(url):
+    def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Reply]:
+        if self._has_proxy(target):
             with self._client.session.get(
-                url,
+                target.url,
                 headers=_HEADERS,
                 auth=credentials,
                 timeout=self._client.timeout,
@@ -174,56 +195,54 @@ class Downloads:
                 raw = response.raw
                 yield _Reply(response.status_code, response.headers, lambda size: raw.read1(size, decode_content=True))
             return
-        connection, answer = self._asked(url, credentials)
+        connection, answer = self._asked(target, credentials)
         try:
-            yield _Reply(answer.status, CaseInsensitiveDict(answer.headers.items()), _reader(answer))
+            headers = {} if answer.status == 200 else CaseInsensitiveDict(answer.headers.items())
+            yield _Reply(answer.status, headers, _reader(answer))
         except BaseException:
             connection.close()
             raise
         if answer.isclosed():
             with self._lock:
-                self._kept[origin(url)].append(connection)
+                self._kept[target.origin].append(connection)
         else:
             connection.close()
 
-    def _asked(self, url: str, credentials: Credentials) -> tuple[HTTPConnection, HTTPResponse]:
+    def _asked(self, target: _Target, credentials: Credentials) -> tuple[HTTPConnection, HTTPResponse]:
         """The connection and its answer. One that was kept may be closed by now: then there is another."""
         request = PreparedRequest()
-        request.headers = CaseInsensitiveDict(_HEADERS)
+        request.headers = CaseInsensitiveDict()
         credentials(request)
-        target = requote_uri(url) if _TO_QUOTE.search(url) else url
-        parts = urlsplit(target)
-        path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+        headers = {**_HEADERS, **request.headers}
         while True:
             with self._lock:
-                kept = self._kept[origin(url)].pop() if self._kept[origin(url)] else None
-            connection = kept or self._connection(url)
+                kept = self._kept[target.origin].pop() if self._kept[target.origin] else None
+            connection = kept or self._connection(target)
             try:
-                connection.request("GET", path, headers=request.headers)
+                connection.request("GET", target.path, headers=headers)
                 return connection, connection.getresponse()
             except BaseException as error:
                 connection.close()
                 if kept is None or not isinstance(error, OSError | HTTPException):
                     raise
 
-    def _connection(self, url: str) -> HTTPConnection:
-        scheme, host, port = origin(url)
+    def _connection(self, target: _Target) -> HTTPConnection:
+        scheme, host, port = target.origin
         timeout = self._client.timeout[1]
         if scheme == "http":
             return HTTPConnection(host, port, timeout=timeout)
         with self._lock:
             if self._tls is None:
-                named = self._client.session.merge_environment_settings(url, {}, None, None, None)["verify"]
+                named = self._client.session.merge_environment_settings(target.url, {}, None, None, None)["verify"]
                 trusted = named if isinstance(named, str) else DEFAULT_CA_BUNDLE_PATH
                 self._tls = ssl.create_default_context()
                 self._tls.load_verify_locations(**{"capath" if isdir(trusted) else "cafile": trusted})
         return HTTPSConnection(host, port, timeout=timeout, context=self._tls)
 
-    def _has_proxy(self, url: str) -> bool:
-        where = origin(url)
-        if where not in self._proxied:
-            self._proxied[where] = select_proxy(url, get_environ_proxies(url)) is not None
-        return self._proxied[where]
+    def _has_proxy(self, target: _Target) -> bool:
+        if target.origin not in self._proxied:
+            self._proxied[target.origin] = select_proxy(target.url, get_environ_proxies(target.url)) is not None
+        return self._proxied[target.origin]
 
 
 def _reader(answer: HTTPResponse) -> Callable[[int], bytes]:
@@ -240,11 +259,13 @@ def _reader(answer: HTTPResponse) -> Callable[[int], bytes]:
     return read
 
 
-def _redirected(url: str, reply: _Reply) -> str:
-    target = urljoin(url, reply.headers.get("Location") or "")
-    if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
-        raise NotFhir(f"{shown_origin(url)} redirects an exported file to an address without TLS: this is not done")
-    return target
+def _redirected(target: _Target, reply: _Reply) -> _Target:
+    found = _Target.of(urljoin(target.url, reply.headers.get("Location") or ""))
+    if target.origin[0] == "https" and found.origin[0] != "https":
+        raise NotFhir(
+            f"{shown_origin(target.url)} redirects an exported file to an address without TLS: this is not done"
+        )
+    return found
 
 
 def _is_json(line: bytes) -> bool:

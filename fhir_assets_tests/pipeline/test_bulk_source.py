@@ -1,0 +1,248 @@
+"""Every fault that the sandbox has for an export: it ends complete or with a clear sentence, and never for good."""
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fhir_assets.errors import FhirAssetsError, NotFhir
+from fhir_assets.fhir.bulk import ExportFailed, Vanished
+from fhir_assets.fhir.client import FhirClient, Refusal
+from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets.pipeline.bulk import BulkSource
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.windows import Interval
+from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+WHOLE = Interval(None, datetime(2024, 2, 1, tzinfo=UTC))
+COUNT = 45
+OF_AN_EXPORT = (RequestKind.KICK_OFF, RequestKind.POLL, RequestKind.FILE, RequestKind.DELETE)
+OF_PAGES_ONLY = {FaultKind.DUPLICATE, FaultKind.LOSE_PAGE}
+
+_QUICK = Retrier(RetryPolicy(attempts=4, first_wait=0.001, max_wait=0.002, max_retry_after=0.001))
+
+
+def _can_strike(kind: FaultKind, on: RequestKind) -> bool:
+    try:
+        Fault(kind=kind, on=frozenset({on}))
+    except ValidationError:
+        return False
+    return True
+
+
+CASES = [(kind, on) for kind in FaultKind for on in OF_AN_EXPORT if _can_strike(kind, on)]
+"""Made of the sandbox's own list: a new fault is a new case."""
+
+
+def test_every_fault_of_the_sandbox_is_a_case_or_one_of_pages() -> None:
+    assert {kind for kind, _ in CASES} == set(FaultKind) - OF_PAGES_ONLY
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def server() -> Iterator[SandboxServer]:
+    with SandboxServer([patient(f"p{n}", START) for n in range(COUNT)], export_file_resources=10) as server:
+        yield server
+
+
+def source(url: str, store: Store, database: str, **options: Any) -> BulkSource:
+    def pause(seconds: float) -> None:
+        pass
+
+    client = FhirClient(url, retrier=_QUICK, timeout=5)
+    return BulkSource(client, store, lambda: connect(database), **{"sleep": pause, **options})
+
+
+def ids(source: BulkSource) -> list[str]:
+    found = []
+    for item in source.fetch(["Patient"], WHOLE):
+        assert isinstance(item, Record), item
+        found.append(item.id)
+    return sorted(found)
+
+
+ALL = sorted(f"p{n}" for n in range(COUNT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "on"), CASES, ids=[f"{kind}-{on}" for kind, on in CASES])
+def test_a_fault_ends_complete_or_in_a_clear_sentence_and_when_it_is_over_nothing_is_missing(
+    server: SandboxServer, store: Store, database: str, kind: FaultKind, on: RequestKind
+) -> None:
+    fault = Fault(kind=kind, on=frozenset({on}), retry_after=0, seconds=0.01)
+    server.set_faults(fault)
+    given_up = timedelta(seconds=0.3)
+    sentence = ""
+    try:
+        found = ids(source(server.url, store, database, limit=given_up))
+    except FhirAssetsError as error:
+        sentence = str(error)
+    assert found == ALL if not sentence else re.search(r"[a-z ]{20}", sentence)
+    assert server.stats()["struck"][kind]
+    server.set_faults(fault.model_copy(update={"times": 2, "every": 2}))
+    for _ in range(3):  # what a fault made of one export the next run has to get over
+        try:
+            found = ids(source(server.url, store, database, fresh=timedelta(0)))
+        except NotFhir:
+            continue
+        assert found == ALL
+    server.set_faults()
+    assert ids(source(server.url, store, database, fresh=timedelta(0))) == ALL
+
+
+def test_all_faults_together_end_complete(server: SandboxServer, store: Store, database: str) -> None:
+    server.set_faults(
+        *(
+            Fault(kind=kind, on=frozenset({on}), probability=0.12, retry_after=0, seconds=0.01, times=4)
+            for kind, on in CASES
+        ),
+        seed=3,
+    )
+    sentences = []
+    for _ in range(40):
+        try:
+            found = ids(source(server.url, store, database))
+        except FhirAssetsError as error:
+            sentences.append(str(error))
+        else:
+            assert found == ALL
+            break
+    else:
+        pytest.fail("; ".join(sentences))
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_an_export_that_the_server_forgot_is_asked_for_anew(
+    server: SandboxServer, store: Store, database: str, status: int
+) -> None:
+    server.set_faults(Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.POLL}), times=1, after=1, status=status))
+    assert ids(source(server.url, store, database)) == ALL
+    assert server.stats()["kick_offs"] == 2
+
+
+def test_a_server_that_forgets_every_export_is_an_error(server: SandboxServer, store: Store, database: str) -> None:
+    server.set_faults(Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.POLL})))
+    with pytest.raises(Vanished, match="knows the export no more"):
+        ids(source(server.url, store, database))
+    assert server.stats()["kick_offs"] == 3
+
+
+def test_an_export_that_is_never_ready_is_given_up_and_the_next_run_asks_for_a_new_one(
+    store: Store, database: str, conn: Connection
+) -> None:
+    clock = [START]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += timedelta(hours=10)
+
+    with SandboxServer([patient("p0", START)], export_polls=30) as server:
+        slow = source(server.url, store, database, now=lambda: clock[0], sleep=sleep, limit=timedelta(days=2))
+        with pytest.raises(ExportFailed, match=r"not had the export ready for 2 days \(FHIR_BULK_DAYS\)"):
+            ids(slow)
+        assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
+        assert server.stats()["requests"]["delete"] == 1
+    with SandboxServer([patient("p0", START)]) as server:
+        assert ids(source(server.url, store, database)) == ["p0"]
+
+
+def test_retry_after_may_be_a_date_with_202_and_with_429(server: SandboxServer, store: Store, database: str) -> None:
+    waits: list[float] = []
+    on_poll = frozenset({RequestKind.POLL})
+    server.set_faults(Fault(kind=FaultKind.THROTTLE, on=on_poll, times=2, retry_after=120, retry_after_date=True))
+    assert ids(source(server.url, store, database, sleep=waits.append)) == ALL
+    assert [round(wait, -1) for wait in waits[:2]] == [120, 120]
+    assert waits[2:] == [0.1, 0.1], "what a server that says 0 seconds gets"
+
+
+MANIFEST: dict[str, Any] = {
+    "transactionTime": "2024-03-01T00:00:00Z",
+    "requiresAccessToken": False,
+    "output": [],
+    "error": [],
+}
+
+
+def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None = None) -> ScriptedServer:
+    """A server of one export."""
+
+    def answer(asked: Asked) -> Reply:
+        if asked.path.endswith("$export"):
+            return Reply(status=202, headers={"Content-Location": "/fhir/status"})
+        if asked.path == "/fhir/status":
+            return poll or reply(manifest)
+        return file or Reply(status=404)
+
+    return ScriptedServer(answer)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"transactionTime": "yesterday"},
+        {"output": None},
+        {"output": [{"type": "Patient"}]},
+        {"output": [{"type": "Patient", "url": "file:///etc/passwd"}]},
+        {"output": [{"type": "Patient", "url": "/fhir/1", "count": "two"}]},
+        {"deleted": {"url": "/fhir/1"}},
+    ],
+    ids=["time", "no-output", "no-url", "no-http", "no-count", "no-list"],
+)
+def test_a_manifest_that_is_none_is_an_error_and_the_next_run_asks_anew(
+    store: Store, database: str, conn: Connection, wrong: dict[str, Any]
+) -> None:
+    with scripted({**MANIFEST, **wrong}) as server, pytest.raises(NotFhir, match="no manifest of Bulk Data Access"):
+        ids(source(server.url, store, database))
+    assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
+
+
+def test_a_server_that_says_the_export_failed_is_asked_for_a_new_one(
+    store: Store, database: str, conn: Connection
+) -> None:
+    outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "too-costly"}]}
+    with (
+        scripted(MANIFEST, poll=reply(outcome, 500)) as server,
+        pytest.raises(ExportFailed, match=r"failed \(too-costly\)"),
+    ):
+        ids(source(server.url, store, database))
+    assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
+
+
+def test_a_poll_that_is_refused_for_want_of_rights_keeps_the_export(
+    store: Store, database: str, conn: Connection
+) -> None:
+    with scripted(MANIFEST, poll=Reply(status=403)) as server, pytest.raises(Refusal, match="403"):
+        ids(source(server.url, store, database))
+    assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("waiting",)]
+
+
+def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
+    server: SandboxServer, store: Store, database: str
+) -> None:
+    said: list[str] = []
+    ids(source(server.url, store, database, say=said.append))
+    texts = [line.partition(": ")[2] for line in said]
+    assert texts[0] == "the server has taken it"
+    assert texts[1:3] == ["33 % done", "66 % done"]
+    assert texts[-1].startswith(f"downloaded 5 of 5 files, {COUNT} resources, 0.0 MiB")
+
+
+def test_many_small_files_become_one_part(store: Store, database: str, conn: Connection) -> None:
+    bodies = [patient(f"p{n}", START) for n in range(600)]
+    with SandboxServer(bodies, export_file_resources=2) as server:
+        assert len(ids(source(server.url, store, database))) == 600
+        assert server.stats()["requests"]["file"] == 300
+    assert conn.execute("SELECT count(*), sum(rows) FROM ops.bulk_parts").fetchone() == (1, 600)
