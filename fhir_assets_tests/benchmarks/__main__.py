@@ -15,6 +15,7 @@ PARTS = (
     ("dead_letters", "Dead letters: listed by the million, replayed"),
     ("exports", "Exports: peak memory"),
     ("bulk", "Bulk export: speed, peak memory, small files"),
+    ("rotation", "Keys rotated: speed, peak memory"),
     ("upload", "Upload to a FHIR server"),
     ("generator", "The sandbox: generating and serving"),
 )
