@@ -9,7 +9,7 @@ from fhir_assets.cli.output import console
 from fhir_assets.definitions import views_of
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import tables
+from fhir_assets.warehouse import roles, tables
 
 
 def migrate(
@@ -26,6 +26,15 @@ def migrate(
             tables.apply_changes(conn, views.views)
         else:
             tables.ensure_tables(conn, views.views)
+        roles.grant(conn)
+        absent = roles.missing(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
+    if absent:
+        console.print(
+            f"The user of DB_URL may not create the roles {', '.join(absent)}: nobody but it has rights here. Have an "
+            f"administrator run `{'; '.join(f'CREATE ROLE {name} NOLOGIN' for name in absent)}`, then this again.",
+            markup=False,
+            soft_wrap=True,
+        )
     for broken in views.broken:
         console.print(f"Left out: {broken.path}: {broken.message}", markup=False)

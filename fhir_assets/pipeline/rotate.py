@@ -127,11 +127,13 @@ class Rotator:
             guard.autocommit = True
             with rotations.alone(guard):
                 tables.ensure_tables(conn, self._views)
-                before = survey(conn, self._store, self._views)
+                before = survey(guard, self._store, self._views)
                 self._rotation = rotations.begin(conn, self._actor, self._to_do(before, sealing))
                 conn.commit()
+                # A batch is a small stretch of an index. Tables that were not analyzed yet do not show it.
+                conn.execute("SET enable_seqscan = off")
                 self._all(conn, sealing)
-                self._end(conn, sealing)
+                self._end(conn, survey(guard, self._store, self._views), sealing)
         return self.done
 
     def _all(self, conn: Connection, sealing: Sealing) -> None:
@@ -268,9 +270,8 @@ class Rotator:
         if progress:
             self._tell(progress)
 
-    def _end(self, conn: Connection, sealing: Sealing) -> None:
-        """Count what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
-        found = survey(conn, self._store, self._views)
+    def _end(self, conn: Connection, found: Survey, sealing: Sealing) -> None:
+        """Say what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
         needed = [key.id for key in sealing.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
         if not needed and vault.reseal(conn, sealing):
             self._note(conn, SECRET, 1, 0, None)

@@ -13,6 +13,7 @@ from sqlalchemy.pool import NullPool
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.warehouse import roles
 from fhir_assets.warehouse.database import Connection, connect, normalise_url
 
 _LOCK = 0x66686972
@@ -29,11 +30,13 @@ def sql_folder() -> Path:
 
 
 def upgrade(url: str) -> None:
-    """Bring the database to the newest schema, in one transaction. Several processes may do so at once.
+    """Bring the database to the newest schema, in one transaction. Several processes may do so at once; where there
+    is nothing to do, those may too that have no rights to.
 
     Raises DatabaseUnavailable, or ConfigurationError if the user lacks a right or the schema is newer than this code.
     """
-    connect(url).close()
+    if is_current(url):
+        return
     engine = sqlalchemy.create_engine(normalise_url(url, "psycopg"), poolclass=NullPool)
     try:
         with engine.begin() as connection:
@@ -52,11 +55,12 @@ def upgrade(url: str) -> None:
             driver = connection.connection.driver_connection
             assert isinstance(driver, psycopg.Connection)
             _create_partitions(driver)
+            roles.grant(driver)
     except sqlalchemy.exc.ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise ConfigurationError(
-                "The database user may not create schemas and tables: "
-                "grant CREATE on the database to the user of DB_URL"
+                "The database user may not create schemas and tables: grant CREATE on the database to the user of "
+                "DB_URL, or run `fhir-assets migrate` as the user that owns them"
             ) from None
         raise
     finally:
@@ -70,9 +74,14 @@ def current(url: str) -> str | None:
 
 
 def is_current(url: str) -> bool:
-    """Whether ``upgrade`` has nothing to do."""
+    """Whether ``upgrade`` has nothing to do. Raises ConfigurationError if the user may not even look."""
     with connect(url) as conn:
-        return _revision(conn) == _scripts().get_current_head() and not _missing_partitions(conn)
+        try:
+            return _revision(conn) == _scripts().get_current_head() and not _missing_partitions(conn)
+        except psycopg.errors.InsufficientPrivilege:
+            raise ConfigurationError(
+                "The user of DB_URL has no rights to schema ops: grant it the role fhir_loader, or fhir_operator"
+            ) from None
 
 
 def lock_schema(conn: Connection) -> None:

@@ -118,9 +118,9 @@ def next_resources(conn: Connection, resource_type: str, older: Sequence[str], a
     """The ids of some resources, after that one, that are in the clear or sealed by one of the ``older`` keys."""
     rows = conn.execute(
         "SELECT id, pg_column_size(resource) FROM fhir.resource WHERE resource_type = %(type)s"  # noqa: S608
-        f" AND (%(after)s::text IS NULL OR id > %(after)s) AND resource IS NOT NULL AND {_RESEALED}"
+        f" AND id > %(after)s AND resource IS NOT NULL AND {_RESEALED}"
         " ORDER BY id LIMIT %(limit)s",
-        {"type": resource_type, "after": after[0] if after else None, "older": list(older), "limit": BATCH_ROWS},
+        {"type": resource_type, "after": after[0] if after else "", "older": list(older), "limit": BATCH_ROWS},
     )
     return _some(rows)
 
@@ -128,11 +128,11 @@ def next_resources(conn: Connection, resource_type: str, older: Sequence[str], a
 def next_with_rows(conn: Connection, table: str, newest: str, after: Key | None) -> list[Key]:
     """The ids of some resources, after that one, that have rows in a table which another key sealed, or none."""
     query = sql.SQL(
-        "SELECT DISTINCT {key} FROM {table} WHERE (%(after)s::text IS NULL OR {key} > %(after)s)"
+        "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s"
         " AND {sealed_by} IS DISTINCT FROM %(newest)s ORDER BY 1 LIMIT %(limit)s"
     ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), sealed_by=sql.Identifier(SEALED_BY))
     limit = BATCH_ROWS // 10
-    return list(conn.execute(query, {"after": after[0] if after else None, "newest": newest, "limit": limit}))
+    return list(conn.execute(query, {"after": after[0] if after else "", "newest": newest, "limit": limit}))
 
 
 def next_of(conn: Connection, place: Place, older: Sequence[str], after: Key | None) -> list[Key]:

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import psycopg
 from psycopg import sql
 
-from fhir_assets.errors import ViewError
+from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
+from fhir_assets.warehouse import roles
 from fhir_assets.warehouse.checkpoints import forget_parts
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.layout import KEY_COLUMN, TableColumn, TableLayout, column_type, layout_of
@@ -101,7 +103,13 @@ def _bring_up(conn: Connection, layouts: Sequence[TableLayout], *, destroy: bool
                         else "then load the windows again"
                     )
                 )
-            _apply(conn, layout, differences)
+            try:
+                _apply(conn, layout, differences)
+            except psycopg.errors.InsufficientPrivilege:
+                raise ConfigurationError(
+                    f"The user of DB_URL may not make or change table {SCHEMA}.{layout.name}: "
+                    "run `fhir-assets migrate` as the user that owns the schema, or grant it fhir_loader"
+                ) from None
         for resource_type in sorted({layout.resource_type for layout in unfit}):
             forget_parts(conn, resource_type)
     return changes
@@ -169,6 +177,7 @@ def _apply(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> N
         conn.execute(
             sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(", ").join(map(_definition, layout.columns)))
         )
+        roles.cover(conn, [layout.name])
     for change in changes:
         if change.what != "column":
             continue

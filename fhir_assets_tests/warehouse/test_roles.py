@@ -1,0 +1,244 @@
+"""The group roles, each tried by a user that has it: what it may do, and what it is refused."""
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from typer.testing import CliRunner
+
+from fhir_assets.cli.main import app
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.views import ViewSet
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.warehouse import audit_log, dead_letters, deletes, embedded, migrate, replays, roles, tables, vault
+from fhir_assets.warehouse.database import Connection, connect, with_database
+from fhir_assets.warehouse.dead_letters import DeadLetter, Selection
+from fhir_assets_tests.pipeline.rotating import LETTER, PATIENT, VIEWS, fill, load_people, store_at
+from fhir_assets_tests.warehouse.views import column, load, patient, view
+
+KEY = new_key()
+User = Callable[[str], str]
+
+
+@pytest.fixture
+def user(database: str) -> Iterator[User]:
+    """The URL of the database for a fresh user that has a role."""
+    made = []
+
+    def make(role: str) -> str:
+        name = f"user_{uuid.uuid4().hex}"
+        with connect(database, autocommit=True) as conn:
+            conn.execute(sql.SQL("CREATE ROLE {} LOGIN IN ROLE {}").format(sql.Identifier(name), sql.Identifier(role)))
+        made.append(name)
+        return database.replace("postgres@", f"{name}@")
+
+    yield make
+    with connect(database, autocommit=True) as conn:
+        for name in made:
+            conn.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(name)))
+            conn.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def filled(database: str, tmp_path: Path) -> str:
+    """Something in every table, the views' made by the owner."""
+    sealing = keyring(database)
+    with connect(database, sealing=sealing) as conn:
+        fill(conn, store_at(tmp_path, sealing), people=3)
+        audit_log.record(conn, Deed("read", "test"))
+    return database
+
+
+def keyring(url: str) -> Sealing:
+    with connect(url) as conn:
+        return vault.unlock(conn, Sealing(parse_keys([KEY])))
+
+
+def refused(url: str, statement: str) -> bool:
+    with closing(connect(url)) as conn:
+        try:
+            conn.execute(statement.encode())
+        except psycopg.errors.InsufficientPrivilege:
+            return True
+    return False
+
+
+def ops_tables(conn: Connection) -> list[str]:
+    rows = conn.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'ops'::regnamespace AND relkind IN ('r', 'v')"
+    )
+    return [name for (name,) in rows]
+
+
+def test_a_reader_reads_the_tables_of_the_views_and_nothing_else(filled: str, user: User) -> None:
+    url = user(roles.READER)
+    with connect(url) as conn:
+        [(family,)] = conn.execute("SELECT DISTINCT left(family, 6) FROM fhir.patient_name").fetchall()
+        assert family == "gAAAAA"
+    for statement in (
+        "SELECT FROM fhir.resource",
+        "SELECT FROM fhir.resource_patient",
+        "SELECT FROM ops.dead_letters",
+        "SELECT FROM ops.encryption",
+        "DELETE FROM fhir.patient",
+        "UPDATE fhir.patient SET gender = ''",
+        "TRUNCATE fhir.patient",
+        "CREATE TABLE fhir.mine (x int)",
+    ):
+        assert refused(url, statement), statement
+
+
+def test_an_operator_sees_and_settles_what_failed_but_no_patient(filled: str, user: User) -> None:
+    url = user(roles.OPERATOR)
+    with connect(url, sealing=keyring(filled)) as conn:
+        assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
+        assert [letter.rule for letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
+        replays.mark(conn, Selection())
+        audit_log.record(conn, Deed("replay", "an operator"))
+    for statement in (
+        "SELECT FROM fhir.patient",
+        "SELECT FROM fhir.resource",
+        "SELECT FROM ops.withheld",
+        "SELECT FROM ops.consent_records",
+        "SELECT FROM ops.idempotency",
+        "UPDATE ops.encryption SET key_id = ''",
+        "DELETE FROM ops.dead_letters",
+        "DELETE FROM ops.ingestion_runs",
+        "UPDATE ops.checkpoints SET loaded_until = now()",
+    ):
+        assert refused(url, statement), statement
+
+
+def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: User) -> None:
+    url = user(roles.LOADER)
+    sealing = keyring(url)
+    with connect(url, sealing=sealing) as conn:
+        load_people(conn, range(2, 6), version="2", updated="2024-02-01T00:00:00Z")
+        load(conn, patient("other"), views=(view("patient_more", "Patient", column("gender", "gender", "code")),))
+        dead_letters.record(conn, "run", [DeadLetter("Patient", "x", "load", "r", "", "", b"x", "2024-01-01")])
+        gone = deletes.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
+        assert deletes.apply(conn, [gone], run_id="run").gone == {"Patient": 1}
+        conn.commit()
+        assert audit_log.first_fault(conn) is None
+    for statement in (
+        "CREATE TABLE ops.mine (x int)",
+        "DELETE FROM ops.encryption",
+        "UPDATE ops.encryption SET key_id = ''",
+        "UPDATE ops.alembic_version SET version_num = '0001'",
+        "DROP TABLE fhir.resource_patient",
+        "TRUNCATE fhir.resource",
+    ):
+        assert refused(url, statement), statement
+
+
+@pytest.mark.parametrize("role", [roles.LOADER, roles.OPERATOR])
+def test_nobody_but_the_owner_can_even_try_to_change_the_audit_log(filled: str, user: User, role: str) -> None:
+    url = user(role)
+    for statement in (
+        "UPDATE ops.audit_log SET actor = 'nobody'",
+        "DELETE FROM ops.audit_log",
+        "TRUNCATE ops.audit_log",
+        "DELETE FROM ops.audit_head",
+        "TRUNCATE ops.audit_head",
+        "ALTER TABLE ops.audit_log DISABLE TRIGGER ALL",
+        "DROP TABLE ops.audit_log",
+    ):
+        assert refused(url, statement), statement
+
+
+def test_a_table_that_a_loader_makes_is_there_for_readers_and_for_other_loaders(database: str, user: User) -> None:
+    with connect(user(roles.LOADER)) as conn:
+        load(conn, patient("a", gender="male"), views=(PATIENT,))
+    wider = view(
+        "patient", "Patient", *PATIENT.definition["select"][0]["column"], column("active", "active", "boolean")
+    )
+    with connect(user(roles.LOADER)) as conn:
+        tables.ensure_tables(conn, [wider])
+    with connect(user(roles.READER)) as conn:
+        assert conn.execute("SELECT gender, active FROM fhir.patient").fetchall() == [("male", None)]
+
+
+def test_a_loader_needs_no_rights_to_migrate_where_nothing_is_to_migrate(database: str, user: User) -> None:
+    migrate.upgrade(user(roles.LOADER))
+    with connect(database) as conn:
+        conn.execute("DROP TABLE fhir.resource_claim")
+    with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns them"):
+        migrate.upgrade(user(roles.LOADER))
+
+
+def test_a_reader_who_tries_our_commands_is_told_which_role_they_need(database: str, user: User) -> None:
+    with pytest.raises(ConfigurationError, match="grant it the role fhir_loader"):
+        migrate.upgrade(user(roles.READER))
+
+
+def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(conn: Connection, user: User) -> None:
+    tables.ensure_tables(conn, VIEWS)
+    conn.execute("ALTER TABLE fhir.patient OWNER TO postgres")
+    conn.commit()
+    wider = view("patient", "Patient", column("active", "active", "boolean"))
+    with connect(user(roles.LOADER)) as loader:
+        with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns"):
+            tables.apply_changes(loader, [wider])
+
+
+def test_every_table_of_ops_is_covered_whoever_adds_it(conn: Connection) -> None:
+    conn.execute("CREATE TABLE ops.a_new_one (x int)")
+    roles.grant(conn)
+    for role in (roles.LOADER, roles.OPERATOR):
+        for name in ops_tables(conn):
+            row = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, f"ops.{name}"]).fetchone()
+            hidden = role == roles.OPERATOR and name in ("withheld", "consent_records", "idempotency")
+            assert row == (not hidden,), (role, name)
+
+
+def test_what_was_granted_too_much_by_hand_is_taken_back(conn: Connection) -> None:
+    conn.execute("GRANT UPDATE ON ops.audit_log TO fhir_loader")
+    roles.grant(conn)
+    assert conn.execute("SELECT has_table_privilege('fhir_loader', 'ops.audit_log', 'UPDATE')").fetchone() == (False,)
+
+
+@pytest.mark.slow
+def test_a_migration_by_a_user_who_may_not_make_roles_goes_on_and_says_so(
+    own_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = with_database(own_server, "clinic").replace("postgres@", "plain@")
+    monkeypatch.setenv("DB_URL", plain)
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
+    monkeypatch.setattr("fhir_assets.cli.migrate.views_of", lambda settings: ViewSet(VIEWS, ()))
+    monkeypatch.setattr("fhir_assets.deployment.ensure_dagster_database", lambda settings: plain)
+    said = CliRunner().invoke(app, ["migrate"], catch_exceptions=False)
+    assert said.exit_code == 0
+    assert "CREATE ROLE fhir_reader NOLOGIN; CREATE ROLE fhir_operator NOLOGIN" in said.output
+    with connect(own_server, autocommit=True) as conn:
+        for role in roles.ROLES:
+            conn.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
+    assert "CREATE ROLE" not in CliRunner().invoke(app, ["migrate"], catch_exceptions=False).output
+    with connect(plain) as conn:
+        load_people(conn, range(2))
+        for role, table in ((roles.READER, "fhir.patient_name"), (roles.OPERATOR, "ops.dead_letters")):
+            allowed = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, table]).fetchone()
+            assert allowed == (True,)
+
+
+@pytest.fixture
+def own_server() -> Iterator[str]:
+    """The URL of a Postgres without our roles, with a database of a user who may make none."""
+    home = Path(tempfile.mkdtemp(prefix="fhir_assets_test_roles_"))
+    home.chmod(0o711)
+    try:
+        url = embedded.ensure(home)
+        with connect(url, autocommit=True) as conn:
+            conn.execute("CREATE ROLE plain LOGIN")
+            conn.execute("CREATE DATABASE clinic OWNER plain")
+        yield url
+    finally:
+        embedded.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
