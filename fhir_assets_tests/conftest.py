@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def conn(database: str) -> Iterator[Connection]:
 
 
 def _fresh(url: str, template: str) -> Iterator[str]:
+    with fresh_database(url, template) as made:
+        yield made
+
+
+@contextmanager
+def fresh_database(url: str, template: str = _TEMPLATE) -> Iterator[str]:
+    """The URL of a database made from a template of the server at ``url``, migrated unless told otherwise."""
     name = f"test_{uuid.uuid4().hex}"
     with connect(url, autocommit=True) as conn:
         conn.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))

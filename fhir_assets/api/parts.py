@@ -1,6 +1,6 @@
 """What the routes work with, opened once a process: the database, the doors into raw, Dagster."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +18,16 @@ from fhir_assets.definitions import build_definitions, validator_of
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.privacy.audit import Deed
 from fhir_assets.resources.landing import receiver_of
 from fhir_assets.resources.store import store_of
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.store import Store
+from fhir_assets.warehouse import audit_log
 from fhir_assets.warehouse.database import Connection, connection_pool
 from fhir_assets.warehouse.directory import Directory
+from fhir_assets.warehouse.together import Together
 
 POOL_SIZE = 8
 _DOWN = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
@@ -37,6 +40,7 @@ class Parts:
         self.settings = settings
         self.warehouse = Warehouse(settings)
         self.directory = Directory(self.warehouse.connect)
+        self._record = Together(self._note)
         self._pool: ConnectionPool[Any] | None = None
         self._lock = Lock()
 
@@ -72,6 +76,16 @@ class Parts:
                 yield conn
         except (PoolTimeout, psycopg.OperationalError):
             raise DatabaseUnavailable(_DOWN) from None
+
+    def note(self, *deeds: Deed) -> None:
+        """Deeds on record, before anybody hears of them. Raises DatabaseUnavailable."""
+        self._record.do(deeds)
+
+    def _note(self, asked: Sequence[Sequence[Deed]]) -> list[None]:
+        # Each commit of the log keeps all others waiting: those who read at the same time share one.
+        with self.connection() as conn:
+            audit_log.record(conn, *(deed for deeds in asked for deed in deeds))
+        return [None] * len(asked)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -2,21 +2,26 @@
 
 from collections.abc import Sequence
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import orjson
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.parts import CallerOf, PartsOf
+from fhir_assets.api.parts import Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.problems import Problem, answers
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import Action, Deed
 from fhir_assets.warehouse import audit_log, directory, patients
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.directory import Search
+from fhir_assets.warehouse.patients import Absence
 
 router = APIRouter(tags=["patients"])
 
-PatientId = Annotated[str, Path(pattern=r"^[A-Za-z0-9\-.]{1,64}$", examples=["example"])]
+ID = r"^[A-Za-z0-9\-.]{1,64}$"
+LAST_PAGE = 10_000_000
+
+PatientId = Annotated[str, Path(pattern=ID, examples=["example"])]
 Known = Annotated[str | None, Query(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 
 
@@ -56,55 +61,77 @@ class PatientPage(BaseModel):
     page: int
     page_size: int
     patients: list[Patient]
+    next: str | None = Field(
+        description="Where the next page is; following it meets every patient once, whoever comes or goes meanwhile",
+        examples=["/patients?page=2&page_size=20&after=example"],
+    )
 
 
 @router.get("/patients", response_model=PatientPage, responses=answers(), summary="Look patients up")
 def list_patients(
     parts: PartsOf,
     caller: CallerOf,
-    page: Annotated[int, Query(ge=1, le=10_000_000)] = 1,
+    page: Annotated[int, Query(ge=1, le=LAST_PAGE)] = 1,
     page_size: Annotated[int, Query(ge=1, le=200)] = 20,
-    mrn: Known = None,
-    first_name: Known = None,
-    last_name: Known = None,
+    mrn: Annotated[Known, Query(description="Medical record number, as it is written")] = None,
+    first_name: Annotated[
+        Known, Query(description="The first given name, or all of them; capitals do not matter")
+    ] = None,
+    last_name: Annotated[Known, Query(description="Family name; capitals do not matter")] = None,
+    after: Annotated[
+        str | None, Query(pattern=ID, description="Begin after this id, whatever `page` says: `next` does so")
+    ] = None,
 ) -> Response:
-    """All patients, or those who are known by what is given, letter by letter: the first page and the last are as
-    fast as each other. Whom consent withholds is not listed.
+    """All patients, or those who are known by what is given, by whole words, since what is encrypted is found by
+    equality alone. The first page and the last are as fast as each other. Whom consent withholds is not listed.
     """
     search = Search(mrn=mrn, given=first_name, family=last_name)
     with parts.connection() as conn:
         if search:
-            found = parts.directory.find(conn, search, page, page_size)
+            found = parts.directory.find(conn, search, page, page_size, after=after)
         else:
-            found = parts.directory.page(conn, page, page_size)
-        content = {"total": found.total, "page": page, "page_size": page_size, "patients": _patients(conn, found.ids)}
-        audit_log.record(
-            conn,
-            Deed(
-                "decrypt" if sealing_of(conn).on else "read",
-                caller.actor,
-                "Patient",
-                audit_log.subject(conn, "Patient", found.ids[0]) if len(found.ids) == 1 else None,
-                count=max(1, len(found.ids)),
-                request_id=caller.request_id,
-                detail={"found": len(found.ids), "page": page},
-            ),
+            found = parts.directory.page(conn, page, page_size, after=after)
+        withheld = patients.refused(conn, parts.settings.gate, found.ids)
+        people = _patients(conn, [each for each in found.ids if each not in withheld])
+        deeds = [_deed(conn, caller, person["id"], page=page) for person in people]
+        nobody = Deed(_action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0})
+    parts.note(*(deeds or [nobody]))
+    following = None
+    if len(found.ids) == page_size:
+        given = {"mrn": mrn, "first_name": first_name, "last_name": last_name}
+        following = "/patients?" + urlencode(
+            {
+                "page": min(page + 1, LAST_PAGE),
+                "page_size": page_size,
+                **{name: value for name, value in given.items() if value is not None},
+                "after": found.ids[-1],
+            }
         )
+    content = {
+        "total": found.total,
+        "page": page,
+        "page_size": page_size,
+        "patients": people,
+        "next": following,
+    }
     return Response(orjson.dumps(content), media_type="application/json")
 
 
 @router.get(
-    "/patients/{patient_id}", response_model=Patient, responses=answers(403, 404), summary="One patient with visits"
+    "/patients/{patient_id}",
+    response_model=Patient,
+    responses=answers(403, 404, 410),
+    summary="One patient with visits",
 )
 def one_patient(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
-    """403 if consent withholds the patient."""
+    """403 if consent withholds the patient, 410 if the source deleted it."""
     return _one(parts, caller, patient_id)
 
 
 @router.get(
     "/api/v1/patients/{patient_id}",
     response_model=Patient,
-    responses=answers(403, 404),
+    responses=answers(403, 404, 410),
     summary="One patient with visits",
 )
 def one_patient_v1(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
@@ -112,19 +139,42 @@ def one_patient_v1(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> R
     return _one(parts, caller, patient_id)
 
 
-def _one(parts: PartsOf, caller: CallerOf, patient_id: str) -> Response:
+def _one(parts: Parts, caller: Caller, patient_id: str) -> Response:
+    gate = parts.settings.gate
     with parts.connection() as conn:
-        found = patients.read_patient(conn, patient_id, actor=caller.actor, request_id=caller.request_id)
-        if not found:
-            if patients.is_withheld(conn, patient_id):
-                raise Problem(
-                    403,
-                    "the patient's consent does not allow this: nothing of this patient is in the tables",
-                    more={"reason": "consent"},
-                )
-            raise Problem(404, "there is no such patient")
-        content = _patients(conn, [patient_id])[0]
-    return Response(orjson.dumps(content), media_type="application/json")
+        withheld = patients.refused(conn, gate, [patient_id])
+        found = [] if withheld else _patients(conn, [patient_id])
+        absence = Absence() if found else patients.why_absent(conn, patient_id)
+        # Under a gate that is closed for strangers, only whoever is known is said to be withheld.
+        refused = absence.withheld or bool(withheld and directory.of_patients(conn, "Patient", [patient_id]))
+        deed = _deed(conn, caller, patient_id, found=len(found), refused=refused)
+    parts.note(deed)
+    if refused:
+        raise Problem(
+            403,
+            f"the patient's consent does not allow this (CONSENT_POLICY is {gate.policy}, for {gate.purpose})",
+            more={"reason": "consent"},
+        )
+    if absence.deleted:
+        raise Problem(410, "the source deleted this patient")
+    if not found:
+        raise Problem(404, "there is no such patient")
+    return Response(orjson.dumps(found[0]), media_type="application/json")
+
+
+def _action(conn: Connection) -> Action:
+    return "decrypt" if sealing_of(conn).on else "read"
+
+
+def _deed(conn: Connection, caller: Caller, patient_id: str, **detail: int | bool) -> Deed:
+    return Deed(
+        _action(conn),
+        caller.actor,
+        "Patient",
+        audit_log.subject(conn, "Patient", patient_id),
+        request_id=caller.request_id,
+        detail=dict(detail),
+    )
 
 
 def _patients(conn: Connection, ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -30,11 +30,11 @@ def record(conn: psycopg.Connection[Any], *deeds: Deed) -> None:
         if head is None:
             raise AssertionError("ops.audit_head is empty: the audit log was tampered with")
         seq, previous, at = head[0], bytes(head[1]), head[2]
+        rows = []
         for deed in told:
             seq += 1
             previous = link(seq, at, deed, previous, sealing)
-            conn.execute(
-                f"INSERT INTO ops.audit_log ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",  # noqa: S608
+            rows.append(
                 [
                     seq,
                     at,
@@ -48,7 +48,12 @@ def record(conn: psycopg.Connection[Any], *deeds: Deed) -> None:
                     Jsonb(deed.detail),
                     sealing.on,
                     previous,
-                ],
+                ]
+            )
+        with conn.cursor() as cursor:
+            cursor.executemany(
+                f"INSERT INTO ops.audit_log ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",  # noqa: S608
+                rows,
             )
         conn.execute("UPDATE ops.audit_head SET seq = %s, link = %s", [seq, previous])
 

@@ -12,6 +12,7 @@ from time import monotonic
 import psycopg
 from psycopg import sql
 
+from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.warehouse import resources
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.resources import StoredResource
@@ -26,7 +27,9 @@ _MISSING = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a patient is known by; every field that is given must be equal, letter by letter."""
+    """What a patient is known by; every field that is given must be equal. A name is so in capitals and small letters
+    alike, and the first given name, or all of them together.
+    """
 
     mrn: str | None = None
     given: str | None = None
@@ -61,40 +64,35 @@ class Directory:
         self._lock = Lock()
         self._reading = False
 
-    def page(self, conn: Connection, number: int, size: int) -> Page:
-        """The page ``number`` (from 1) of all patients, in the order of ids."""
+    def page(self, conn: Connection, number: int, size: int, *, after: str | None = None) -> Page:
+        """The page ``number`` (from 1) of all patients, in the order of ids; or the one that begins after an id: a
+        walk from id to id meets everybody once, whoever comes or goes meanwhile.
+        """
         marks = self._current(conn)
         skip = (number - 1) * size
+        if after is not None:
+            return Page(marks.total, _following(conn, sql.SQL("id > %s"), [after], size, 0))
         if skip >= marks.total:
             return Page(marks.total, ())
         begin = marks.ids[skip // STRIDE]
-        rows = conn.execute(
-            "SELECT id FROM fhir.patient WHERE id >= %s ORDER BY id LIMIT %s OFFSET %s", [begin, size, skip % STRIDE]
-        ).fetchall()
-        return Page(marks.total, tuple(row[0] for row in rows))
+        return Page(marks.total, _following(conn, sql.SQL("id >= %s"), [begin], size, skip % STRIDE))
 
-    def find(self, conn: Connection, search: Search, number: int, size: int) -> Page:
-        """The page ``number`` (from 1) of those known by ``search``: found by index, also where it is sealed."""
-        sealing = sealing_of(conn)
-        terms, params = [], []
-        for each in fields(search):
-            value = getattr(search, each.name)
-            if value is not None:
-                name, known = (f"{each.name}_index", sealing.index(value)) if sealing.on else (each.name, value)
-                terms.append(sql.SQL("{} = %s").format(sql.Identifier(name)))
-                params.append(known)
-        where = sql.SQL(" AND ").join(terms)
-        query = sql.SQL("SELECT id, count(*) OVER () FROM fhir.patient WHERE {} ORDER BY id LIMIT %s OFFSET %s")
-        skip = (number - 1) * size
-        try:
-            rows = conn.execute(query.format(where), [*params, size, skip]).fetchall()
-            if rows or not skip:
-                return Page(rows[0][1] if rows else 0, tuple(row[0] for row in rows))
-            count = conn.execute(sql.SQL("SELECT count(*) FROM fhir.patient WHERE {}").format(where), params).fetchone()
-            return Page(count[0] if count else 0, ())
-        except _MISSING:
-            conn.rollback()
-            return Page(0, ())
+    def find(self, conn: Connection, search: Search, number: int, size: int, *, after: str | None = None) -> Page:
+        """The page ``number`` (from 1), or the one after an id, of those known by ``search``: found by index, also
+        where it is sealed.
+        """
+        for folded in (True, False):
+            where, params = _condition(search, sealing_of(conn), folded=folded)
+            try:
+                with conn.transaction():
+                    count = conn.execute(sql.SQL("SELECT count(*) FROM fhir.patient WHERE {}").format(where), params)
+                    (total,) = count.fetchone() or (0,)
+                    if after is not None:
+                        where, params, number = where + sql.SQL(" AND id > %s"), [*params, after], 1
+                    return Page(total, _following(conn, where, params, size, (number - 1) * size) if total else ())
+            except _MISSING:
+                continue
+        return Page(0, ())
 
     def _current(self, conn: Connection) -> _Marks:
         marks = self._marks
@@ -119,15 +117,42 @@ class Directory:
             self._reading = False
 
 
+def _following(
+    conn: Connection, where: sql.Composable, params: Sequence[object], size: int, skip: int
+) -> tuple[str, ...]:
+    query = sql.SQL("SELECT id FROM fhir.patient WHERE {} ORDER BY id LIMIT %s OFFSET %s").format(where)
+    return tuple(row[0] for row in conn.execute(query, [*params, size, skip]).fetchall())
+
+
+def _condition(search: Search, sealing: Sealing, *, folded: bool) -> tuple[sql.Composed, list[object]]:
+    """The condition of a search. ``folded``: names in small letters too, which older tables lack."""
+    terms: list[sql.Composable] = []
+    params: list[object] = []
+    for each in fields(search):
+        value = getattr(search, each.name)
+        if value is None:
+            continue
+        ways = [(f"{each.name}_index" if sealing.on else each.name, value)]
+        if folded and each.name in ("given", "family"):
+            ways.append((f"{each.name}_search", value.strip().lower()))
+        terms.append(
+            sql.SQL("({})").format(
+                sql.SQL(" OR ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name, _ in ways)
+            )
+        )
+        params += [sealing.index(known) if sealing.on else known for _, known in ways]
+    return sql.SQL(" AND ").join(terms), params
+
+
 def _read(conn: Connection) -> _Marks:
     try:
-        rows = conn.execute(
-            "SELECT n, id FROM (SELECT id, row_number() OVER (ORDER BY id) AS n, count(*) OVER () AS total"
-            " FROM fhir.patient) numbered WHERE n %% %s = 1 OR n = total ORDER BY n",
-            [STRIDE],
-        ).fetchall()
+        with conn.transaction():
+            rows = conn.execute(
+                "SELECT n, id FROM (SELECT id, row_number() OVER (ORDER BY id) AS n, count(*) OVER () AS total"
+                " FROM fhir.patient) numbered WHERE n %% %s = 1 OR n = total ORDER BY n",
+                [STRIDE],
+            ).fetchall()
     except _MISSING:
-        conn.rollback()
         rows = []
     total = rows[-1][0] if rows else 0
     return _Marks(monotonic(), total, tuple(identity for n, identity in rows if n % STRIDE == 1))

@@ -1,15 +1,18 @@
 """A patient's resources, decrypted for those who hold the keys, with a record in the audit log."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psycopg
+from psycopg import sql
 
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import audit_log, resources
+from fhir_assets.privacy.consent import Gate
+from fhir_assets.warehouse import audit_log, consents, resources
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.resources import StoredResource
 
-__all__ = ["find_patients", "read_patient", "read_resource"]
+__all__ = ["Absence", "find_patients", "read_patient", "read_resource", "refused", "why_absent"]
 
 
 def read_patient(
@@ -47,7 +50,7 @@ def find_patients(conn: Connection, identifier: str) -> Sequence[str]:
     column, value = ("value_index", sealing.index(identifier)) if sealing.on else ("value", identifier)
     query = "SELECT DISTINCT _resource_key FROM fhir.patient_identifier WHERE {} = %s ORDER BY 1"
     try:
-        rows = conn.execute(psycopg.sql.SQL(query).format(psycopg.sql.Identifier(column)), [value]).fetchall()
+        rows = conn.execute(sql.SQL(query).format(sql.Identifier(column)), [value]).fetchall()
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
         conn.rollback()
         return []
@@ -70,10 +73,30 @@ def _record(
     )
 
 
-def is_withheld(conn: Connection, patient_id: str) -> bool:
-    """Whether consent keeps a patient out of the tables."""
-    there = conn.execute("SELECT to_regclass('ops.withheld') IS NOT NULL").fetchone()
-    if not there or not there[0]:
-        return False
-    found = conn.execute("SELECT 1 FROM ops.withheld WHERE resource_type = 'Patient' AND id = %s", [patient_id])
-    return found.fetchone() is not None
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Why a patient is not given: ``withheld`` by consent, ``deleted`` at the source, or neither: not known."""
+
+    withheld: bool = False
+    deleted: bool = False
+
+
+def why_absent(conn: Connection, patient_id: str) -> Absence:
+    """What is known of a patient whom the tables do not have."""
+    row = conn.execute(
+        "SELECT EXISTS (SELECT FROM ops.withheld WHERE resource_type = 'Patient' AND id = %(id)s),"
+        " EXISTS (SELECT FROM fhir.resource WHERE resource_type = 'Patient' AND id = %(id)s"
+        " AND deleted_at IS NOT NULL)",
+        {"id": patient_id},
+    ).fetchone()
+    return Absence(*row) if row else Absence()
+
+
+def refused(conn: Connection, gate: Gate, ids: Sequence[str]) -> frozenset[str]:
+    """Those whom consent withholds as it stands now, whether or not that is carried out in the tables yet."""
+    if not gate.closed or not ids:
+        return frozenset()
+    query = sql.SQL(
+        "SELECT p.id FROM (SELECT id, ARRAY[id] AS patients FROM unnest(%s::text[]) AS id) AS p WHERE {}"
+    ).format(consents.withheld(gate, "p"))
+    return frozenset(row[0] for row in conn.execute(query, [list(ids)]).fetchall())

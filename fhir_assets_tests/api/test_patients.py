@@ -1,0 +1,264 @@
+"""Patients who came by the intake, through Dagster into the tables, and are looked up: sealed and in the clear."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment import dagster_yaml
+from fhir_assets.fhir.record import Deletion
+from fhir_assets.ingestion import Ingestion
+from fhir_assets.privacy.audit import Entry
+from fhir_assets.privacy.keys import new_key
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse import audit_log, deletes
+from fhir_assets.warehouse.database import normalise_url
+from fhir_assets.warehouse.directory import Directory, Search
+from fhir_assets_tests.api.conftest import TOKENS, Api
+from fhir_assets_tests.api.here import served
+from fhir_assets_tests.conftest import fresh_database
+
+CROWD = 23
+V2_0203 = "http://terminology.hl7.org/CodeSystem/v2-0203"
+
+
+def person(mrn: str, first: str, last: str, **more: Any) -> dict[str, Any]:
+    return {"resourceType": "Patient", "mrn": mrn, "name": {"first": first, "last": last}, **more}
+
+
+def visit(number: str, patient_id: str, day: str) -> dict[str, Any]:
+    return {
+        "resourceType": "Encounter",
+        "id": f"visit-{number}",
+        "identifier": [{"type": {"coding": [{"system": V2_0203, "code": "AN"}]}, "value": number}],
+        "status": "finished",
+        "class": {"system": "http://terminology.hl7.org/CodeSystem/v3-ActCode", "code": "AMB"},
+        "subject": {"reference": f"Patient/{patient_id}"},
+        "period": {"start": day},
+        "reasonCode": [{"text": f"Reason of {number}"}],
+    }
+
+
+@dataclass
+class Clinic:
+    """A running API over tables that hold people, by name: their ids."""
+
+    api: Api
+    warehouse: Warehouse
+    ids: dict[str, str]
+
+    def listed(self, query: str = "") -> dict[str, Any]:
+        answer = self.api.get(f"/patients{query}", role="reader")
+        assert answer.status_code == 200, answer.text
+        content: dict[str, Any] = answer.json()
+        return content
+
+    def found(self, query: str) -> list[str]:
+        return [each["id"] for each in self.listed(query)["patients"]]
+
+    def walk(self, path: str) -> list[str]:
+        """Every id that following `next` meets."""
+        met = []
+        while path:
+            content = self.api.get(path).json()
+            met += [each["id"] for each in content["patients"]]
+            path = content["next"]
+        return met
+
+    def deeds(self) -> list[Entry]:
+        with self.warehouse.connect() as conn:
+            return audit_log.latest(conn, limit=500)
+
+
+@pytest.fixture(scope="module", params=["sealed", "clear"])
+def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
+    home = tmp_path_factory.mktemp(request.param)
+    with fresh_database(postgres) as database, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAGSTER_POSTGRES_URL", normalise_url(database, "psycopg2"))
+        patch.setenv("DAGSTER_EVENT_BATCH_SIZE", "100")
+        settings = load_settings(
+            db_url=database,
+            fhir_assets_home=home,
+            fhir_resource_types="Patient,Encounter,Consent",
+            api_tokens=TOKENS,
+            api_rate_limit=10_000,
+            consent_policy="opt-out",
+            phi_encryption_keys=new_key() if request.param == "sealed" else None,
+        )
+        (home / "dagster").mkdir()
+        shutil.copyfile(dagster_yaml(), home / "dagster" / "dagster.yaml")
+        with served(settings) as api, dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+            yield _filled(api, instance)
+
+
+def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
+    people = {
+        "ada": person("MRN-1", "Ada Augusta", "Lovelace", birthDate="1815-12-10", gender="female"),
+        "byron": person("MRN-2", "George", "Byron"),
+        "silent": person("MRN-3", "Emily", "Silent", consent={"data_sharing": False}),
+        "gone": person("MRN-4", "Percy", "Gone"),
+        **{f"crowd {n}": person(f"C-{n}", f"Crowd{n}", "Müller") for n in range(CROWD)},
+    }
+    answer = api.post("/api/v1/ingest", json={"records": list(people.values())}).json()
+    assert answer["rejected"] == 0
+    ids = {name: result["id"] for name, result in zip(people, answer["results"], strict=True)}
+    visits = [visit("V1", ids["ada"], "2024-01-05"), visit("V2", ids["ada"], "2024-03-01T08:00:00Z")]
+    visits.append(visit("V3", ids["silent"], "2024-03-01"))
+    assert api.post("/api/v1/ingest", json={"records": visits}).json()["rejected"] == 0
+    ingestion = Ingestion(api.settings, build_definitions(api.settings), instance)
+    while waiting := ingestion.received():
+        for each in waiting:
+            assert ingestion.load_received(each, triggered_by="test").success
+    warehouse = Warehouse(api.settings)
+    deletes.bury(warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test")
+    return Clinic(api, warehouse, ids)
+
+
+def test_a_patient_is_given_with_the_person_and_all_visits_the_latest_first(clinic: Clinic) -> None:
+    ada = clinic.ids["ada"]
+    for path in (f"/patients/{ada}", f"/api/v1/patients/{ada}"):
+        answer = clinic.api.get(path, role="reader")
+        assert answer.json() == {
+            "id": ada,
+            "mrn": "MRN-1",
+            "person": {
+                "first_name": "Ada Augusta",
+                "last_name": "Lovelace",
+                "birth_date": "1815-12-10",
+                "gender": "female",
+                "deceased": None,
+            },
+            "visits": [
+                {
+                    "id": f"visit-{number}",
+                    "visit_account_number": number,
+                    "visit_date": day,
+                    "status": "finished",
+                    "reason": f"Reason of {number}",
+                }
+                for number, day in (("V2", "2024-03-01T08:00:00Z"), ("V1", "2024-01-05"))
+            ],
+        }
+
+
+def test_patients_are_found_by_number_and_by_names_whatever_their_capitals(clinic: Clinic) -> None:
+    ada, byron = clinic.ids["ada"], clinic.ids["byron"]
+    assert clinic.listed("?mrn=MRN-1")["total"] == 1
+    for query in (
+        "?mrn=MRN-1",
+        "?last_name=Lovelace",
+        "?last_name=LOVELACE",
+        "?first_name=ada",
+        "?first_name=Ada Augusta",
+        "?first_name=Ada&last_name=lovelace&mrn=MRN-1",
+    ):
+        assert clinic.found(query) == [ada], query
+    assert clinic.found("?first_name=george") == [byron]
+    for query in ("?mrn=mrn-1", "?mrn=MRN", "?first_name=Ada&last_name=Byron", "?last_name=Love%25", "?last_name='"):
+        assert clinic.listed(query) == {"total": 0, "page": 1, "page_size": 20, "patients": [], "next": None}, query
+
+
+def test_pages_and_the_walk_along_next_meet_everybody_once_in_the_same_order(clinic: Clinic) -> None:
+    everybody = sorted(identity for name, identity in clinic.ids.items() if name not in ("silent", "gone"))
+    pages = [clinic.listed(f"?page={number}&page_size=7") for number in range(1, 6)]
+    assert [each["id"] for page in pages for each in page["patients"]] == everybody
+    assert {page["total"] for page in pages} == {len(everybody)}
+    assert [page["page"] for page in pages] == [1, 2, 3, 4, 5]
+    assert clinic.walk("/patients?page_size=5") == everybody
+    crowd = sorted(identity for name, identity in clinic.ids.items() if name.startswith("crowd"))
+    assert clinic.walk("/patients?page_size=4&last_name=m%C3%BCller") == crowd
+    third = clinic.listed("?page=3&page_size=5&last_name=M%C3%9CLLER")
+    assert (third["total"], [each["id"] for each in third["patients"]]) == (CROWD, crowd[10:15])
+    assert clinic.listed("?page=100&last_name=M%C3%9CLLER")["total"] == CROWD
+
+
+def test_a_page_begins_at_a_remembered_id_wherever_it_lies(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhir_assets.warehouse.directory.STRIDE", 4)
+    everybody = clinic.walk("/patients?page_size=200")
+    with clinic.warehouse.connect() as conn:
+        pages = Directory(clinic.warehouse.connect)
+        for size in (1, 3, 4, 5, 9):
+            for number in range(1, len(everybody) // size + 3):
+                page = pages.page(conn, number, size)
+                assert list(page.ids) == everybody[(number - 1) * size : number * size]
+                assert page.total == len(everybody)
+
+
+def test_whom_consent_withholds_is_refused_with_the_reason_and_never_listed(clinic: Clinic) -> None:
+    answer = clinic.api.get(f"/patients/{clinic.ids['silent']}", role="reader")
+    assert (answer.status_code, answer.json()["reason"]) == (403, "consent")
+    assert clinic.found("?mrn=MRN-3") == clinic.found("?last_name=Silent") == []
+
+
+def test_a_denial_holds_before_it_is_carried_out_in_the_tables(clinic: Clinic) -> None:
+    byron = clinic.ids["byron"]
+    denial = (
+        "INSERT INTO ops.consents (patient_id, purpose, decision, consent_id, source)"
+        " VALUES (%s, 'data-sharing', 'deny', 'c', 'Consent.provision')"
+    )
+    with clinic.warehouse.connect() as conn:
+        conn.execute(denial, [byron])
+    try:
+        assert clinic.api.get(f"/patients/{byron}").status_code == 403
+        assert clinic.found("?mrn=MRN-2") == []
+    finally:
+        with clinic.warehouse.connect() as conn:
+            conn.execute("DELETE FROM ops.consents WHERE patient_id = %s", [byron])
+    assert clinic.api.get(f"/patients/{byron}").status_code == 200
+
+
+def test_who_is_not_known_is_404_and_whom_the_source_deleted_is_410(clinic: Clinic) -> None:
+    assert clinic.api.get("/patients/nobody", role="reader").status_code == 404
+    answer = clinic.api.get(f"/patients/{clinic.ids['gone']}", role="reader")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (410, "application/problem+json")
+    assert clinic.found("?mrn=MRN-4") == []
+
+
+def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clinic: Clinic) -> None:
+    warehouse = clinic.warehouse
+    ada, silent = clinic.ids["ada"], clinic.ids["silent"]
+    with warehouse.connect() as conn:
+        seq, _ = audit_log.head(conn)
+        subjects = {name: audit_log.subject(conn, "Patient", identity) for name, identity in clinic.ids.items()}
+    request = clinic.api.get(f"/patients/{ada}", role="reader").headers["X-Request-ID"]
+    clinic.api.get(f"/patients/{silent}", role="reader")
+    clinic.listed("?last_name=m%C3%BCller&page_size=200")
+    clinic.listed("?mrn=none")
+    deeds = [each.deed for each in reversed(clinic.deeds()) if each.seq > seq]
+    assert {deed.actor for deed in deeds} == {"api:reader"}
+    assert {deed.action for deed in deeds} == {"decrypt" if warehouse.sealing().on else "read"}
+    assert deeds[0].subject == subjects["ada"]
+    assert deeds[0].request_id == request
+    assert (deeds[1].subject, deeds[1].detail) == (subjects["silent"], {"found": 0, "refused": True})
+    crowd = {subject for name, subject in subjects.items() if name.startswith("crowd")}
+    assert {deed.subject for deed in deeds[2:-1]} == crowd
+    assert (deeds[-1].subject, deeds[-1].detail) == (None, {"found": 0})
+    with warehouse.connect() as conn:
+        assert audit_log.first_fault(conn) is None
+
+
+def test_nobody_hears_of_a_patient_when_it_cannot_be_put_on_record(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Lovelace")
+
+    monkeypatch.setattr(audit_log, "record", refuse)
+    for path in (f"/patients/{clinic.ids['ada']}", "/patients?mrn=MRN-1"):
+        answer = clinic.api.get(path)
+        assert answer.status_code == 500
+        assert "Lovelace" not in answer.text
+
+
+def test_names_are_found_by_all_their_letters_in_tables_from_before_small_letters_were_kept(clinic: Clinic) -> None:
+    with clinic.warehouse.connect() as conn, conn.transaction(force_rollback=True):
+        conn.execute("ALTER TABLE fhir.patient DROP COLUMN given_search, DROP COLUMN family_search")
+        directory = Directory(clinic.warehouse.connect)
+        assert directory.find(conn, Search(family="Lovelace"), 1, 20).ids == (clinic.ids["ada"],)
+        assert directory.find(conn, Search(family="lovelace"), 1, 20).ids == ()
