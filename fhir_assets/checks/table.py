@@ -19,7 +19,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.volume import compare
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import checkpoints, quality, run_history, tables
+from fhir_assets.warehouse import checkpoints, plaintext, quality, run_history, tables
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.windows import Window, WindowScheme
 
@@ -29,6 +29,7 @@ NO_DUPLICATES = "no_duplicates"
 REFERENCES_RESOLVE = "references_resolve"
 VOLUME = "volume"
 NO_FAILED_PARTITIONS = "no_failed_partitions"
+NO_PLAINTEXT_PHI = "no_plaintext_phi"
 
 _GRACE = timedelta(minutes=15)
 """How long a load that the schedule asked for may take until its type counts as late."""
@@ -42,6 +43,7 @@ _DESCRIBED = {
     NO_DUPLICATES: "The main table has one row a resource.",
     NO_FAILED_PARTITIONS: "The last run of every window succeeded, so that none is left behind by a backfill.",
     REFERENCES_RESOLVE: "What the type's tables refer to is loaded, by target type.",
+    NO_PLAINTEXT_PHI: "With keys: what is tagged as patient data, and the whole resources, are sealed (a sample).",
     VOLUME: "Each of the last windows that ended brought about as many resources as the windows before it.",
 }
 
@@ -103,6 +105,8 @@ class _Judge:
         if self._type.key not in there:
             return self._said(name, True, "not loaded yet")
         present = [view for view in self._views if view.name in there]
+        if name == NO_PLAINTEXT_PHI:
+            return self._no_plaintext_phi(conn, present)
         if name == SCHEMA_MATCHES:
             return self._schema_matches(conn, present)
         if name == NO_DUPLICATES:
@@ -188,6 +192,31 @@ class _Judge:
                 f"Materialize normalized/{main.name} of all windows again"
             )
         return self._said(NO_DUPLICATES, not twice, said, {"duplicates": twice})
+
+    def _no_plaintext_phi(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
+        if not self._settings.sealing.on:
+            return self._said(NO_PLAINTEXT_PHI, True, "there are no keys: everything is in the clear")
+        misfits = [view.name for view in present if tables.drift(conn, view)]
+        if misfits:
+            said = f"not judged while tables do not fit their views ({', '.join(misfits)}): see schema_matches"
+            return self._said(NO_PLAINTEXT_PHI, False, said)
+        found = [each for view in present for each in plaintext.in_view(conn, view)]
+        found += plaintext.in_resources(conn, self._type.name)
+        values, plain = sum(each.values for each in found), sum(each.plain for each in found)
+        said = f"all of {values} sampled values are sealed"
+        if plain:
+            said = (
+                f"{plain} of {values} sampled values are not sealed: they were stored before there were keys, or "
+                "something else wrote them. `fhir-assets keys rotate` seals what was stored before; what is plain "
+                "after that, materialize again"
+            )
+        table = rows_table(
+            ("table", "column", "values:int", "in_the_clear:int"),
+            [(each.table, each.column, each.values, each.plain) for each in found if each.plain],
+        )
+        return self._said(
+            NO_PLAINTEXT_PHI, not plain, said, {"sampled": values, "in_the_clear": plain, "by_column": table}
+        )
 
     def _references_resolve(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
         columns = [column for view in present for column in quality.reference_columns(view)]

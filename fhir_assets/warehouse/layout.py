@@ -13,7 +13,7 @@ SEALED_BY = "_sealed_by"
 
 _LONGEST_NAME = 63
 _RESERVED = "resource"
-_INDEX_SUFFIX = "_index"
+INDEX_SUFFIX = "_index"
 _METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
 
@@ -173,7 +173,7 @@ def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
         columns.append(TableColumn(column.name, _POSTGRES[kind_here], _described(column, phi), index))
         if phi is Phi.ENCRYPT and has_blind_index(column):
             said = f"Blind index of {column.name}: the same for equal values"
-            columns.append(TableColumn(f"{column.name}{_INDEX_SUFFIX}", "text", said, "btree"))
+            columns.append(TableColumn(f"{column.name}{INDEX_SUFFIX}", "text", said, "btree"))
         if kind_here in PARTIAL:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
             columns.append(TableColumn(f"{column.name}_precision", "text", f"What {column.name} is known to: {grain}"))

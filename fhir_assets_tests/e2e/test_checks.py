@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse import checkpoints
 from fhir_assets.warehouse.database import connect
@@ -121,7 +122,10 @@ def test_the_checks_of_whole_tables(server: SandboxServer, deployment: Deploymen
     assert {key: each.passed for key, each in table_checks(deployment).items()} == {
         (table, name): name != "fresh"
         for table in ("patient", "encounter")
-        for name in ("fresh", "schema_matches", "no_duplicates", "references_resolve", "no_failed_partitions", "volume")
+        for name in (
+            *("fresh", "schema_matches", "no_duplicates", "references_resolve"),
+            *("no_failed_partitions", "no_plaintext_phi", "volume"),
+        )
     }
     deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
     found = table_checks(deployment)
@@ -175,3 +179,25 @@ def test_all_assets_of_a_range_can_be_materialized_at_once_with_every_check(depl
     assert result.success
     assert deployment.checks(result.run_id, "no_duplicates")
     assert len(by_window(deployment, result.run_id, "reconciles")) == 4
+
+
+def test_a_name_in_the_clear_where_there_are_keys_turns_the_table_red(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient",
+        fhir_last_updated_gte="2024-01-05",
+        phi_encryption_keys=new_key(),
+    )
+    deployment.ingest(first=DAY, last=DAY)
+    passed = table_checks(deployment)["patient", "no_plaintext_phi"]
+    assert passed.passed
+    assert passed.metadata["sampled"] == dg.IntMetadataValue(10)
+    with connect(deployment.url) as conn:
+        conn.execute("UPDATE fhir.patient SET family = %s WHERE _resource_key = 'p0-3'", [SECRET])
+    failed = table_checks(deployment)["patient", "no_plaintext_phi"]
+    assert not failed.passed
+    assert rows(failed, "by_column") == [
+        {"table": "patient", "column": "family", "values": 1, "in_the_clear": 1},
+    ]
+    assert "keys rotate" in str(failed.description)
+    assert SECRET not in str(failed)
