@@ -1,17 +1,27 @@
 """Runs on other machines: Dagster's Celery launcher, and the Celery app that `fhir-assets worker` serves.
 
-A worker takes one run after the other and holds no state: what it has done is in the store and in Postgres, so a run
-whose worker was killed is started again by Dagster's daemon, on any other.
+A worker takes one run after the other and holds no state: what it has done is in the store and in Postgres. It gives
+the broker its receipt when it has finished a run, so one that dies before a run has begun gives it back; a run that had
+begun is started again by Dagster's daemon, on any worker.
+
+Whole runs are handed out, not steps as by dagster-celery's executor: that needs a process a run besides the workers,
+and a message and a new execution plan for each of a window's 90 steps, many of which take milliseconds.
 """
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import dagster as dg
 from celery import Celery
+from dagster._cli.api import _execute_run_command_body
+from dagster._core.execution.run_cancellation_thread import start_run_cancellation_thread
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._grpc.types import ExecuteRunArgs
+from dagster._serdes import unpack_value
+from dagster._utils.interrupts import capture_interrupts
+from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.make_app import make_app
-from dagster_celery.tasks import create_execute_job_task, create_resume_job_task
 
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
@@ -19,12 +29,20 @@ from fhir_assets.warehouse import runs
 
 QUEUE = "dagster"
 
+GIVEN_BACK_SECONDS = 600
+"""So long after a worker took a run, and without its receipt, the broker gives the run to another. One that is at work
+already is left alone then.
+"""
+
 _GRACE = timedelta(minutes=1)
 """How long a run may take from its start until it holds its lock."""
 
 
 class Launcher(CeleryRunLauncher):
     """dagster-celery's, which also sees that a worker was killed: the run no longer holds its lock in Postgres."""
+
+    supports_resume_run = False
+    """A run is not resumed step by step: a new one loads what is missing."""
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """What Dagster's daemon asks of every run that is at work."""
@@ -42,19 +60,40 @@ class Launcher(CeleryRunLauncher):
 
 
 def app(settings: Settings) -> Celery:
-    """The Celery app of the workers. It reserves one message at a time, lest a killed worker holds up other runs."""
+    """The Celery app of the workers, which take one message at a time, lest others wait behind a long run."""
     made = make_app(  # type: ignore[no-untyped-call]
         {
             "broker": settings.require_broker(),
             "backend": settings.require_broker(),
             "config_source": {
                 "worker_prefetch_multiplier": 1,
+                "task_acks_late": True,
+                "broker_transport_options": {"visibility_timeout": GIVEN_BACK_SECONDS},
                 "worker_hijack_root_logger": False,
                 "broker_connection_retry_on_startup": True,
             },
             "task_default_queue": QUEUE,
         }
     )
-    create_execute_job_task(made)
-    create_resume_job_task(made)
+    made.task(_work, name=TASK_EXECUTE_JOB_NAME, track_started=True)
     return made
+
+
+def _work(execute_job_args_packed: Any) -> int:
+    """What a worker does with a message of the launcher: the run, until it has ended or somebody cancels it."""
+    run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
+    with dg.DagsterInstance.get() as instance:
+        run = instance.get_run_by_id(run_id)
+        if run is None or run.status is dg.DagsterRunStatus.STARTED or run.is_finished:
+            return 0
+        with capture_interrupts():
+            watch, over = start_run_cancellation_thread(instance, run_id)
+            try:
+                return _execute_run_command_body(run_id, instance, _nothing, set_exit_code_on_failure=True)
+            finally:
+                over.set()
+                watch.join()
+
+
+def _nothing(event: dg.DagsterEvent) -> None:
+    """Events are in Dagster's storage."""

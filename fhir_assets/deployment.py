@@ -2,24 +2,29 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import yaml
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Executor, Settings
 from fhir_assets.warehouse import database, embedded
 
-_CELERY = """
-run_launcher:
-  module: fhir_assets.celery_launcher
-  class: Launcher
-  config:
-    default_queue: dagster
-    broker:
-      env: CELERY_BROKER_URL
-    backend:
-      env: CELERY_BROKER_URL
-"""
+_CELERY: dict[str, Any] = {
+    "run_launcher": {
+        "module": "fhir_assets.celery_launcher",
+        "class": "Launcher",
+        "config": {
+            "default_queue": "dagster",
+            "broker": {"env": "CELERY_BROKER_URL"},
+            "backend": {"env": "CELERY_BROKER_URL"},
+        },
+    },
+    # A run waits in the broker until a worker is free, and a worker that dies as it begins gives it back.
+    "run_monitoring": {"start_timeout_seconds": 30 * 24 * 3600},
+}
+_LAUNCHERS: dict[Executor, dict[str, Any]] = {Executor.CELERY: _CELERY}
 
 
 def dagster_yaml() -> Path:
@@ -33,7 +38,14 @@ def dagster_yaml() -> Path:
 
 def instance_yaml(settings: Settings) -> str:
     """The ``dagster.yaml`` of a deployment: the project's, with the launcher of its FHIR_EXECUTOR."""
-    return dagster_yaml().read_text() + (_CELERY if settings.fhir_executor is Executor.CELERY else "")
+    text = dagster_yaml().read_text()
+    changes = _LAUNCHERS.get(settings.fhir_executor)
+    if changes is None:
+        return text
+    config = yaml.safe_load(text)
+    for section, values in changes.items():
+        config[section] = {**config.get(section, {}), **values}
+    return str(yaml.safe_dump(config, sort_keys=False))
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -63,7 +63,7 @@ class Ingestion:
         extent = source.extent(self._settings.fhir_resource_types) if first is None or last is None else None
         first = first or (extent.start if extent and extent.start else now)
         last = last or (extent.end if extent and source.state() is not None else now)
-        return chunks(list(scheme.between(first, min(last, now))))
+        return chunks(scheme, scheme.between(first, min(last, now)))
 
     def not_offered(self) -> list[str]:
         """The types that are asked for but that the source does not offer; they are skipped."""

@@ -42,6 +42,8 @@ class Executor(StrEnum):
     """The same; runs of chosen assets have a process a step."""
     CELERY = "celery"
     """On workers: `fhir-assets worker`, on any machine."""
+    K8S = "k8s"
+    """A Kubernetes Job a run; runs of chosen assets have a Job a step."""
 
 
 class Settings(BaseSettings):
@@ -68,9 +70,19 @@ class Settings(BaseSettings):
     fhir_schedule: str = Field("*/15 * * * *", description="Cron of the schedule `incremental_load`, UTC")
     fhir_timeout_seconds: float = Field(60, gt=0, description="How long one call to the FHIR server may take")
     fhir_max_attempts: int = Field(8, ge=1, description="How often a call that failed in passing is tried")
-    fhir_max_connections: int = Field(4, ge=1, description="Calls to the FHIR server at once, over all runs")
+    fhir_max_connections: int = Field(
+        4, ge=1, description="Calls to the FHIR server at once, over all runs on all machines"
+    )
+    fhir_max_loaders: int = Field(4, ge=1, description="Loads into the tables at once, over all runs on all machines")
+    fhir_max_runs: int = Field(4, ge=1, description="Runs that Dagster's daemon has at work at once")
+    fhir_windows_per_run: int = Field(
+        100,
+        ge=1,
+        le=1000,
+        description="Windows of one run of a backfill or a catch-up; several workers want it smaller",
+    )
     fhir_executor: Executor = Field(
-        Executor.MULTIPROCESS, description="Where runs work: `in_process`, `multiprocess` or `celery`"
+        Executor.MULTIPROCESS, description="Where runs work: `in_process`, `multiprocess`, `celery` or `k8s`"
     )
     celery_broker_url: SecretStr | None = Field(None, description="Redis of the workers: redis://host:6379/0")
     fhir_workers: int | None = Field(
@@ -276,6 +288,7 @@ class Settings(BaseSettings):
             self.fhir_partition,
             self.fhir_partition.floor(start or EARLIEST_WINDOW),
             open_start=start is None,
+            per_run=self.fhir_windows_per_run,
         )
 
     @cached_property

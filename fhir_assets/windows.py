@@ -57,12 +57,13 @@ class Window(Interval):
 @dataclass(frozen=True, slots=True)
 class WindowScheme:
     """All windows there are: consecutive, from ``start`` on. With ``open_start`` the first window also takes all
-    that is older, so that a server's history is never cut off unseen.
+    that is older, so that a server's history is never cut off unseen. One run takes ``per_run`` of them at most.
     """
 
     granularity: Granularity
     start: datetime
     open_start: bool
+    per_run: int = 100
 
     def window_at(self, moment: datetime) -> Window:
         """The window that holds ``moment``; the first one for anything older."""

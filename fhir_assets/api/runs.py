@@ -188,7 +188,12 @@ def _load(parts: Parts, caller: Caller, name: str) -> list[str]:
     settings = parts.settings
     with parts.connection() as conn:
         due = windows_due(
-            conn, open_source(settings), [name], settings.window_scheme, now=datetime.now(UTC), overlap=settings.overlap
+            conn,
+            open_source(settings, warehouse=parts.warehouse),
+            [name],
+            settings.window_scheme,
+            now=datetime.now(UTC),
+            overlap=settings.overlap,
         )
     assets = [["raw", BY_NAME[name].key], *(list(key.path) for key in assets_of(parts.asset_graph, [name]))]
     started = []

@@ -50,7 +50,7 @@ def delivered_assets(
             dg.AssetCheckSpec(CHECK, asset=[LAYER, key], description="The server took every resource it was sent.")
             for key in keys
         ],
-        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
     )
     def delivered(

@@ -37,7 +37,7 @@ def _export(
         group_name="exports",
         deps=[dg.AssetKey(["normalized", view.name]) for view in views],
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         description=f"{resource_type.name}: the windows of a run as NDJSON and Parquet files in FHIR_EXPORT_URL.",
         kinds={"fhir", "parquet"},
     )

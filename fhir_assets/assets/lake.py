@@ -32,7 +32,7 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
         group_name="lake",
         deps=[dg.AssetKey(["normalized", view.name])],
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         # A run of any window brings all of the view's folder up to date, so the newest one is enough.
         automation_condition=dg.AutomationCondition.eager(),
         description=f"{view.description or view.title or view.name}: Parquet, a folder a window.",

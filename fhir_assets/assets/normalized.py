@@ -55,7 +55,7 @@ def _normalized(
         outs={view.name: _output(view, resource_type, sealed=settings.sealing.on) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if main else [],
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
     )
     def normalized(
@@ -86,14 +86,16 @@ def _normalized(
                     warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
                 )
                 sweep.sweep(datetime.now(UTC))
-                loaded = loading.load(name, facts.windows.windows, validated)
+                with warehouse.loaders.one():
+                    loaded = loading.load(name, facts.windows.windows, validated)
                 if name == "Consent":
                     sweep.sweep(datetime.now(UTC))
                 if facts.replay and len(wanted) == len(views):
                     replay = ReplayLoading(
                         warehouse.connect, wanted, run_id=facts.run_id, also_open=facts.replay == "open"
                     )
-                    replay.load(name, facts.windows.windows)
+                    with warehouse.loaders.one():
+                        replay.load(name, facts.windows.windows)
                 settled = sorted(loaded.settled.difference(facts.partition_keys))[:OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:

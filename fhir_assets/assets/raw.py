@@ -17,7 +17,7 @@ from fhir_assets.store.store import Store
 from fhir_assets.warehouse import dead_letters, runs
 
 POOL = "fhir_server"
-"""Dagster's pool of all steps that call the FHIR server; its limit is FHIR_MAX_CONNECTIONS."""
+"""Dagster's pool of all steps that call the FHIR server, for operators: FHIR_MAX_CONNECTIONS holds without it."""
 
 
 def raw_assets(
@@ -46,7 +46,7 @@ def _raw(
             for t in types
         },
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
         pool=POOL,
     )
@@ -76,7 +76,7 @@ def _raw(
                 reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
             )
             updates = {update.resource_type: update for update in fetcher.fetch(here, facts.windows)}
-            history = open_history(settings)
+            history = open_history(settings, warehouse)
             deleted = (
                 follow(warehouse.connect, history, here, run_id=facts.run_id, now=facts.now, overlap=settings.overlap)
                 if history

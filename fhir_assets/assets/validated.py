@@ -36,7 +36,7 @@ def _validated(
         ins={"raw": dg.AssetIn(key=["raw", resource_type.key], input_manager_key="ndjson")},
         io_manager_key="ndjson",
         partitions_def=partitions,
-        backfill_policy=dg.BackfillPolicy.multi_run(100),
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         description=f"{name} resources that keep every rule of R4; the others are in ops.dead_letters.",
         kinds={"fhir", "json"},
     )

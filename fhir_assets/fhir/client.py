@@ -5,6 +5,7 @@ Nothing here knows searches or bulk exports; they build on it.
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -74,7 +75,8 @@ class FhirClient:
     """A FHIR server behind its base URL. Connections are kept and shared: one client serves several threads.
 
     ``timeout``, in seconds, bounds the wait for an answer to begin and each wait for more of it; a whole answer may
-    take ten times that. Raises ConfigurationError for a URL that is none, or that holds credentials.
+    take ten times that. Each call is made within a ``turn``, which may have it wait. Raises ConfigurationError for a
+    URL that is none, or that holds credentials.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class FhirClient:
         timeout: float = 60,
         retrier: Retrier | None = None,
         connections: int = 4,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         try:
             parts = urlsplit(base_url)
@@ -99,6 +102,7 @@ class FhirClient:
         self.base_url = base_url.rstrip("/")
         self.origin = origin(base_url)
         self._answered = False
+        self.turn = turn
         self.credentials = credentials or Credentials()
         self.timeout = (min(10.0, timeout), timeout)
         self.retrier = retrier or Retrier()
@@ -247,17 +251,20 @@ class FhirClient:
         if origin(url) != self.origin:
             raise ValueError("the client talks to the origin of its base URL only")
         try:
-            with self.session.request(
-                method,
-                url,
-                params=list(params),
-                data=body,
-                headers=headers,
-                auth=self.credentials,
-                timeout=self.timeout,
-                allow_redirects=False,
-                stream=True,
-            ) as response:
+            with (
+                self.turn(),
+                self.session.request(
+                    method,
+                    url,
+                    params=list(params),
+                    data=body,
+                    headers=headers,
+                    auth=self.credentials,
+                    timeout=self.timeout,
+                    allow_redirects=False,
+                    stream=True,
+                ) as response,
+            ):
                 self._answered = True
                 return response, self._content(response)
         except (InvalidURL, InvalidSchema, LocationParseError):

@@ -169,7 +169,8 @@ class Downloads:
                 raise NotFhir(
                     f"{self._client.base_url} wants its token sent to {shown_origin(url)} without TLS: this is not done"
                 )
-            with self._get(target, self._client.credentials if known else Credentials()) as reply:
+            credentials = self._client.credentials if known else Credentials()
+            with self._client.turn(), self._get(target, credentials) as reply:
                 if reply.status == 200:
                     yield reply
                     return

@@ -10,9 +10,6 @@ from fhir_assets.fhir.record import Source
 from fhir_assets.warehouse import checkpoints
 from fhir_assets.windows import Window, WindowRange, WindowScheme
 
-WINDOWS_AT_ONCE = 100
-"""How many windows one run takes: large enough to share a search, small enough to start again."""
-
 
 def windows_due(
     conn: psycopg.Connection,
@@ -51,21 +48,21 @@ def windows_due(
         last = min(end, now)
     # A checkpoint that has only begun has nothing before it that could come late.
     first = min(each.loaded_until - (timedelta(0) if name in begin else overlap) for name, each in known.items())
-    return chunks(list(scheme.between(min(first, last), last)))
+    return chunks(scheme, scheme.between(min(first, last), last))
 
 
 def consecutive(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
-    """The windows of some partition keys in ranges that follow one another, of at most WINDOWS_AT_ONCE."""
+    """The windows of some partition keys in ranges that follow one another, for one run each."""
     stretches: list[list[Window]] = []
     for window in sorted((scheme.window(key) for key in set(partition_keys)), key=lambda window: window.end):
         if stretches and stretches[-1][-1].end == window.start:
             stretches[-1].append(window)
         else:
             stretches.append([window])
-    return [part for stretch in stretches for part in chunks(stretch)]
+    return [part for stretch in stretches for part in chunks(scheme, stretch)]
 
 
-def chunks(windows: list[Window]) -> list[WindowRange]:
-    """Windows in ranges of at most WINDOWS_AT_ONCE."""
+def chunks(scheme: WindowScheme, windows: Iterable[Window]) -> list[WindowRange]:
+    """Windows in ranges for one run each."""
     rest = iter(windows)
-    return [WindowRange(part) for part in iter(lambda: list(islice(rest, WINDOWS_AT_ONCE)), [])]
+    return [WindowRange(part) for part in iter(lambda: list(islice(rest, scheme.per_run)), [])]

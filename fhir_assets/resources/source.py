@@ -23,15 +23,15 @@ from fhir_assets.store.store import Store
 def open_source(settings: Settings, *, store: Store | None = None, warehouse: Warehouse | None = None) -> Source:
     """The Source of the settings. Raises ConfigurationError; calls nothing yet.
 
-    An export is kept in ``store`` and noted in ``warehouse``; unset, those of the settings.
+    An export is kept in ``store``; it is noted, and calls take their turns, in ``warehouse``. Unset: the settings' own.
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:
         return NdjsonSource(location)
-    client = open_client(settings)
+    warehouse = warehouse or Warehouse(settings)
+    client = open_client(settings, warehouse)
     if settings.fhir_source is SourceKind.SEARCH:
         return SearchSource(client, page_size=settings.fhir_page_size)
-    warehouse = warehouse or Warehouse(settings)
     return BulkSource(
         client,
         store or store_of(settings),
@@ -44,21 +44,24 @@ def open_source(settings: Settings, *, store: Store | None = None, warehouse: Wa
     )
 
 
-def open_history(settings: Settings) -> DeletionHistory | None:
+def open_history(settings: Settings, warehouse: Warehouse) -> DeletionHistory | None:
     """Where the source's deletions are read; None if FHIR_DELETES is off, or the source is no server."""
     if settings.fhir_deletes == "off" or settings.fhir_source is SourceKind.NDJSON:
         return None
-    return DeletionHistory(open_client(settings), page_size=settings.fhir_page_size)
+    return DeletionHistory(open_client(settings, warehouse), page_size=settings.fhir_page_size)
 
 
-def open_client(settings: Settings) -> FhirClient:
-    """A client of the FHIR server at FHIR_BASE_URL. Raises ConfigurationError; calls nothing yet."""
+def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
+    """A client of the FHIR server at FHIR_BASE_URL, which is called FHIR_MAX_CONNECTIONS times at once at most, by all
+    processes that share the warehouse. Raises ConfigurationError; calls nothing yet.
+    """
     return FhirClient(
         settings.require_source(),
         credentials=credentials_of(settings),
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),
         connections=settings.fhir_max_connections,
+        turn=warehouse.calls.one,
     )
 
 

@@ -8,12 +8,16 @@ from threading import Lock
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse import database, embedded, migrate, runs, vault
+from fhir_assets.warehouse.places import Kind, Places
 
 DATABASE = "fhir_assets"
 
 
 class Warehouse:
-    """Opens connections. Making one touches nothing; the first connection starts and migrates what is needed."""
+    """Opens connections. Making one touches nothing; the first connection starts and migrates what is needed.
+
+    ``calls`` of the FHIR server and ``loaders`` have so many places over all processes as the settings say.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
@@ -21,6 +25,8 @@ class Warehouse:
         self._sealing = settings.sealing
         self._url: str | None = None
         self._lock = Lock()
+        self.calls = Places(self._connect_places, Kind.CALLS, settings.fhir_max_connections)
+        self.loaders = Places(self._connect_places, Kind.LOADERS, settings.fhir_max_loaders)
 
     def url(self) -> str:
         """The URL of the running, migrated database. Raises DatabaseUnavailable; ConfigurationError if it is sealed
@@ -43,6 +49,9 @@ class Warehouse:
     def connect(self) -> database.Connection:
         """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
         return database.borrow(self.url(), sealing=self.sealing())
+
+    def _connect_places(self) -> database.Connection:
+        return database.connect(self.url(), autocommit=True)
 
     @contextmanager
     def held_for(self, run_id: str) -> Iterator["Warehouse"]:

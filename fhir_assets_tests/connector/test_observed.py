@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 import requests
-import yaml  # type: ignore[import-untyped]
+import yaml
 from prometheus_client import generate_latest
 
 from fhir_assets import logs

@@ -1,43 +1,89 @@
-"""Runs on Celery workers: Redis, two `fhir-assets worker` processes, and one of them killed in the middle."""
+"""Runs on Celery workers: Redis, an S3 server, two `fhir-assets worker` processes, and one of them killed half way."""
 
-import json
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import boto3
 import dagster as dg
 import pytest
+import requests
 
-from fhir_assets.automation.requests import RANGE_END, RANGE_START, UNFINISHED
+from fhir_assets.automation.requests import UNFINISHED
+from fhir_assets.catalog import CATALOG
 from fhir_assets.deployment import instance_yaml
+from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
-from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets.sandbox.process import SandboxProcess
+from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
 from fhir_assets_tests.e2e.test_backfill import END, NEVER, START, daemon, environment, until
 
 pytestmark = pytest.mark.slow
 
-TYPES = "Patient,Encounter,Observation"
-STRETCHES = [(n, n + 9) for n in range(0, 90, 10)]
-ALLOWED = 4
-RANGE = (RANGE_START, RANGE_END)
+WINDOWS = 90
+ALLOWED = 1
+"""Two workers would call the server twice at once."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
     """The URL of a Redis of the test's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         yield f"redis://127.0.0.1:{port}/0"
         process.terminate()
+
+
+@pytest.fixture
+def bucket() -> Iterator[tuple[str, dict[str, str]]]:
+    """``s3://…`` at an S3 server in a process of its own, and what boto3 has to find in the environment."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        found = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        until(lambda: answers(found["AWS_ENDPOINT_URL"]), seconds=60)
+        client = boto3.client(
+            "s3",
+            endpoint_url=found["AWS_ENDPOINT_URL"],
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket="store")
+        yield "s3://store/fhir", found
+        process.terminate()
+
+
+def answers(url: str) -> bool:
+    with suppress(requests.ConnectionError):
+        return requests.get(url, timeout=10).ok
+    return False
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """8,421 resources of Synthea in 90 days where the shared ones are, else a small hospital's."""
+    if (SHARED / "synthea").exists():
+        return SHARED / "synthea"
+    write_population(tmp_path / "population", Population(30, 11, 0.02, start=START, end=END.replace(day=30)))
+    return tmp_path / "population"
 
 
 @contextmanager
@@ -56,43 +102,62 @@ def worker(deployment: Deployment, log: Path, env: dict[str, str]) -> Iterator[s
 
 
 def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clean_run(
-    deploy: Deploy, tmp_path: Path, empty_database: str, redis: str
+    deploy: Deploy, tmp_path: Path, empty_database: str, redis: str, bucket: tuple[str, dict[str, str]], data: Path
 ) -> None:
-    write_population(tmp_path / "population", Population(10, 11, 0.02, start=START, end=END))
-    with SandboxServer(tmp_path / "population") as server:
-        settings = {"fhir_base_url": server.url, "fhir_resource_types": TYPES, "fhir_last_updated_gte": "2024-01-01"}
+    with SandboxProcess(data) as server:
+        settings = {"fhir_base_url": server.url, "fhir_last_updated_gte": "2024-01-01"}
         clean = deploy(home="clean", url=empty_database, **settings)
         assert all(outcome.success for outcome in clean.ingest(first=START, last=END.replace(day=30)))
+        wanted = sum(clean.loaded().values())
+        assert wanted > 5000
+
+        server.reset_stats()
+        server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.02))
         spread = deploy(fhir_executor="celery", celery_broker_url=redis, **settings)
         home = spread.settings.home / "dagster" / "dagster.yaml"
         home.write_text(instance_yaml(spread.settings).replace("poll_interval_seconds: 30", "poll_interval_seconds: 5"))
+        url, of_bucket = bucket
         changed = {
+            **of_bucket,
             "FHIR_EXECUTOR": "celery",
             "CELERY_BROKER_URL": redis,
+            "FHIR_STORE_URL": url,
             "FHIR_SCHEDULE": NEVER,
             "FHIR_MAX_CONNECTIONS": str(ALLOWED),
+            "FHIR_WINDOWS_PER_RUN": "10",
         }
         env = environment(spread, **changed)
+        backfill = [sys.executable, "-m", "dagster", "job", "backfill", "--module-name", "fhir_assets.definitions"]
+        backfill += ["--job", "incremental_load", "--from", "2024-01-01", "--to", "2024-03-30", "--noprompt"]
+        subprocess.run(backfill, env=env, cwd=spread.settings.home, check=True, capture_output=True)
         with (
             daemon(spread, tmp_path / "daemon.log", **changed),
             worker(spread, tmp_path / "one.log", env) as one,
             worker(spread, tmp_path / "two.log", env),
         ):
-            for first, last in STRETCHES:
-                days = [f"{START + timedelta(days=n):%Y-%m-%d}" for n in (first, last)]
-                command = [sys.executable, "-m", "dagster", "job", "launch", "-m", "fhir_assets.definitions"]
-                command += ["--job", "incremental_load", "--tags", json.dumps(dict(zip(RANGE, days, strict=True)))]
-                subprocess.run(command, env=env, cwd=spread.settings.home, check=True, capture_output=True)
-            done = "SELECT count(DISTINCT partition_key) FROM ops.ingestion_runs WHERE status = 'SUCCESS'"
-            begun = "SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'"
-            until(lambda: spread.query(done)[0][0] >= 30 and spread.query(begun)[0][0] > 0, seconds=300)
+            both = "SELECT count(DISTINCT run_id) FROM ops.ingestion_runs WHERE status = 'RUNNING'"
+            half = "SELECT count(*) FROM fhir.resource"
+            until(lambda: spread.query(half)[0][0] >= wanted // 2, seconds=300)
+            while spread.query(both)[0][0] < 2:
+                time.sleep(0.02)
             one.send_signal(signal.SIGKILL)
-            unfinished = dg.RunsFilter(statuses=UNFINISHED)
-
-            def complete() -> bool:
-                return spread.query(done)[0][0] >= 90 and spread.instance.get_runs_count(unfinished) == 0
-
-            until(complete, seconds=900)
-        assert 0 < server.stats()["max_in_flight"] <= ALLOWED
+            assert spread.query(half)[0][0] < wanted
+            until(lambda: finished(spread), seconds=300)
+        stats = server.stats()
+    assert stats["max_in_flight"] == ALLOWED
     assert spread.tables() == clean.tables()
     assert spread.dead() == clean.dead()
+    ended = [run.status for run in spread.instance.get_runs()]
+    assert ended.count(dg.DagsterRunStatus.SUCCESS) == 9
+    assert ended.count(dg.DagsterRunStatus.FAILURE) == 1 == len(ended) - 9
+    assert not list((spread.settings.home / "store").rglob("*.gz"))
+
+
+def finished(deployment: Deployment) -> bool:
+    """Every window of every type is loaded, and no run is left."""
+    done = deployment.query(
+        "SELECT count(DISTINCT (resource_type, partition_key)) FROM ops.ingestion_runs"
+        " WHERE status = 'SUCCESS' AND loaded IS NOT NULL"
+    )
+    unfinished = deployment.instance.get_runs_count(dg.RunsFilter(statuses=UNFINISHED))
+    return done[0][0] >= WINDOWS * len(CATALOG) and unfinished == 0

@@ -23,9 +23,11 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_a_server_is_asked_as_the_settings_say() -> None:
+def test_a_server_is_asked_as_the_settings_say(database: str) -> None:
     with ScriptedServer([reply(bundle([patient(1)]))]) as server:
-        source = open_source(settings(fhir_base_url=server.url, fhir_page_size=7, fhir_auth_token="t0ken"))
+        source = open_source(
+            settings(db_url=database, fhir_base_url=server.url, fhir_page_size=7, fhir_auth_token="t0ken")
+        )
         assert source.name == "search"
         assert len(list(source.fetch(["Patient"], DAY))) == 1
         (asked,) = server.asked
@@ -33,16 +35,18 @@ def test_a_server_is_asked_as_the_settings_say() -> None:
     assert asked.headers["Authorization"] == "Bearer t0ken"
 
 
-def test_a_user_name_and_its_password_are_sent() -> None:
+def test_a_user_name_and_its_password_are_sent(database: str) -> None:
     with ScriptedServer([reply(bundle([]))]) as server:
-        source = open_source(settings(fhir_base_url=server.url, fhir_auth_username="anna", fhir_auth_password="secret"))
+        source = open_source(
+            settings(db_url=database, fhir_base_url=server.url, fhir_auth_username="anna", fhir_auth_password="secret")
+        )
         assert list(source.fetch(["Patient"], DAY)) == []
         assert server.asked[0].headers["Authorization"] == "Basic YW5uYTpzZWNyZXQ="
 
 
-def test_calls_are_tried_as_often_as_the_settings_say() -> None:
+def test_calls_are_tried_as_often_as_the_settings_say(database: str) -> None:
     with ScriptedServer([Reply(status=503)] * 9) as server:
-        source = open_source(settings(fhir_base_url=server.url, fhir_max_attempts=1))
+        source = open_source(settings(db_url=database, fhir_base_url=server.url, fhir_max_attempts=1))
         with pytest.raises(ServerUnavailable, match="tried once"):
             list(source.fetch(["Patient"], DAY))
         assert len(server.asked) == 1

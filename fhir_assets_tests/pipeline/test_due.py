@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected
-from fhir_assets.pipeline.due import WINDOWS_AT_ONCE, windows_due
+from fhir_assets.pipeline.due import windows_due
 from fhir_assets.warehouse import checkpoints
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.windows import Granularity, Interval, WindowScheme
@@ -123,6 +123,6 @@ def test_a_long_history_is_asked_for_in_ranges_without_gap_or_overlap(conn: Conn
     checkpoints.begin(conn, TYPES, START, source_state=None)
     now = START + timedelta(days=249, hours=5)
     ranges = windows_due(conn, Holding(), TYPES, SCHEME, now=now, overlap=OVERLAP)
-    assert [len(windows.windows) for windows in ranges] == [WINDOWS_AT_ONCE, WINDOWS_AT_ONCE, 50]
+    assert [len(windows.windows) for windows in ranges] == [SCHEME.per_run, SCHEME.per_run, 50]
     keys = [window.key for windows in ranges for window in windows.windows]
     assert keys == [f"{START + timedelta(days=n):%Y-%m-%d}" for n in range(250)]
