@@ -25,6 +25,7 @@ from fhir_assets.automation.replays import replay_dead_letters_sensor
 from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
 from fhir_assets.automation.sensors import record_failed_runs
 from fhir_assets.checks.table import table_checks
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import ViewSet, load_views
@@ -63,6 +64,23 @@ def judges_of(settings: Settings, views: ViewSet) -> list[tuple[str, str, str]]:
         tables = judgement([view for view in views.views if view.resource_type == name])
         found += [(name, "validate", rules), (name, "transform", tables), (name, "load", tables)]
     return found
+
+
+def executor_of(settings: Settings) -> dg.ExecutorDefinition:
+    """What runs of chosen assets work with; those of the jobs work in one process. Raises ConfigurationError."""
+    match settings.fhir_executor:
+        case Executor.MULTIPROCESS:
+            return dg.multiprocess_executor
+        case Executor.K8S:
+            try:
+                from dagster_k8s import k8s_job_executor
+            except ImportError:
+                raise ConfigurationError(
+                    "FHIR_EXECUTOR=k8s needs dagster-k8s: pip install 'fhir-assets[k8s]'"
+                ) from None
+            return k8s_job_executor
+        case _:
+            return dg.in_process_executor
 
 
 def build_definitions(
@@ -115,9 +133,7 @@ def _build(
             *(broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,
-        executor=dg.multiprocess_executor
-        if settings.fhir_executor is Executor.MULTIPROCESS
-        else dg.in_process_executor,
+        executor=executor_of(settings),
         jobs=[job, receiving, replay, daily, consent, fetch_missing_references(settings, views.views)],
         schedules=[
             incremental_load_schedule(settings, job, source, warehouse),

@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import boto3
 import dagster as dg
 import pytest
 import requests
+from dagster._core.execution.backfill import PartitionBackfill
 
+from fhir_assets.automation.jobs import LAYERS
 from fhir_assets.automation.requests import UNFINISHED
-from fhir_assets.catalog import CATALOG
+from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment import instance_yaml
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
@@ -105,7 +108,13 @@ def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clea
     deploy: Deploy, tmp_path: Path, empty_database: str, redis: str, bucket: tuple[str, dict[str, str]], data: Path
 ) -> None:
     with SandboxProcess(data) as server:
-        settings = {"fhir_base_url": server.url, "fhir_last_updated_gte": "2024-01-01"}
+        types = sorted(server.stats()["resources"])
+        settings = {
+            "fhir_base_url": server.url,
+            "fhir_last_updated_gte": "2024-01-01",
+            "fhir_resource_types": ",".join(types),
+            "fhir_windows_per_run": 10,
+        }
         clean = deploy(home="clean", url=empty_database, **settings)
         assert all(outcome.success for outcome in clean.ingest(first=START, last=END.replace(day=30)))
         wanted = sum(clean.loaded().values())
@@ -127,9 +136,7 @@ def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clea
             "FHIR_WINDOWS_PER_RUN": "10",
         }
         env = environment(spread, **changed)
-        backfill = [sys.executable, "-m", "dagster", "job", "backfill", "--module-name", "fhir_assets.definitions"]
-        backfill += ["--job", "incremental_load", "--from", "2024-01-01", "--to", "2024-03-30", "--noprompt"]
-        subprocess.run(backfill, env=env, cwd=spread.settings.home, check=True, capture_output=True)
+        ask_for_a_backfill(spread)
         with (
             daemon(spread, tmp_path / "daemon.log", **changed),
             worker(spread, tmp_path / "one.log", env) as one,
@@ -137,12 +144,12 @@ def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clea
         ):
             both = "SELECT count(DISTINCT run_id) FROM ops.ingestion_runs WHERE status = 'RUNNING'"
             half = "SELECT count(*) FROM fhir.resource"
-            until(lambda: spread.query(half)[0][0] >= wanted // 2, seconds=300)
+            until(lambda: spread.query(half)[0][0] >= wanted // 2, seconds=900)
             while spread.query(both)[0][0] < 2:
                 time.sleep(0.02)
             one.send_signal(signal.SIGKILL)
             assert spread.query(half)[0][0] < wanted
-            until(lambda: finished(spread), seconds=300)
+            until(lambda: finished(spread, len(types)), seconds=900)
         stats = server.stats()
     assert stats["max_in_flight"] == ALLOWED
     assert spread.tables() == clean.tables()
@@ -153,11 +160,31 @@ def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clea
     assert not list((spread.settings.home / "store").rglob("*.gz"))
 
 
-def finished(deployment: Deployment) -> bool:
+def ask_for_a_backfill(deployment: Deployment) -> None:
+    """What the UI does for *Materialize all* of the three layers and 90 of their partitions."""
+    graph = build_definitions(deployment.settings).resolve_asset_graph()
+    keys = [key for key in graph.materializable_asset_keys if key.path[0] in LAYERS]
+    backfill = PartitionBackfill.from_asset_partitions(
+        backfill_id="story",
+        asset_graph=graph,
+        partition_names=[f"{START + timedelta(days=n):%Y-%m-%d}" for n in range(WINDOWS)],
+        asset_selection=keys,
+        backfill_timestamp=time.time(),
+        tags={},
+        dynamic_partitions_store=deployment.instance,
+        all_partitions=False,
+        title=None,
+        description=None,
+        run_config=None,
+    )
+    deployment.instance.add_backfill(backfill)
+
+
+def finished(deployment: Deployment, types: int) -> bool:
     """Every window of every type is loaded, and no run is left."""
     done = deployment.query(
         "SELECT count(DISTINCT (resource_type, partition_key)) FROM ops.ingestion_runs"
         " WHERE status = 'SUCCESS' AND loaded IS NOT NULL"
     )
     unfinished = deployment.instance.get_runs_count(dg.RunsFilter(statuses=UNFINISHED))
-    return done[0][0] >= WINDOWS * len(CATALOG) and unfinished == 0
+    return done[0][0] >= WINDOWS * types and unfinished == 0

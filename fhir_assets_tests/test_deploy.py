@@ -1,0 +1,150 @@
+"""The deployments shipped beside the code name settings, commands and configuration that exist."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from dagster._config import process_config
+from dagster_k8s import K8sRunLauncher, k8s_job_executor
+from typer.main import get_command
+
+from fhir_assets.automation.jobs import INCREMENTAL_LOAD
+from fhir_assets.cli.main import app
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment import instance_yaml
+from fhir_assets.settings import Executor, Settings, load_settings
+
+ROOT = Path(__file__).parent.parent
+FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|CELERY)_[A-Z_]+")
+"""Variables of what is deployed beside us; FHIR_DAGSTER_HOME is compose's own."""
+
+
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return found
+
+
+def values() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "k8s" / "values.yaml").read_text())
+    return found
+
+
+def snake(value: Any) -> Any:
+    """Names as the chart gives them to dagster.yaml, below which everything is Kubernetes' own."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", value).lower()
+
+
+def known(name: str) -> bool:
+    return name.lower() in Settings.model_fields or bool(FOREIGN.fullmatch(name)) or name == "FHIR_DAGSTER_HOME"
+
+
+def commands(text: str | list[str]) -> Iterator[list[str]]:
+    words = shlex.split(text) if isinstance(text, str) else text
+    for n, word in enumerate(words):
+        if word == "fhir-assets":
+            yield words[n + 1 :]
+        elif "fhir-assets " in word:
+            for part in re.split(r"&&|;", word):
+                yield from commands(part)
+
+
+def exists(command: list[str]) -> bool:
+    group: Any = get_command(app)
+    for word in command:
+        if not hasattr(group, "commands"):
+            break
+        if word not in group.commands:
+            return False
+        group = group.commands[word]
+    return True
+
+
+def test_compose_names_settings_and_commands_that_exist() -> None:
+    services = compose()["services"]
+    names = {name for service in services.values() for name in service.get("environment", {})}
+    text = (ROOT / "docker-compose.yml").read_text()
+    names |= set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"\b(FHIR_[A-Z_]+)=", text))
+    assert [name for name in sorted(names) if not known(name)] == []
+    ours = [each for service in services.values() for each in commands(service.get("command", ""))]
+    assert ["worker"] in ours
+    assert [each for each in ours if not exists(each)] == []
+
+
+def test_compose_starts_redis_and_two_workers_in_profile_celery() -> None:
+    celery = {name: each for name, each in compose()["services"].items() if each.get("profiles") == ["celery"]}
+    assert sorted(celery) == ["redis", "worker"]
+    assert celery["worker"]["deploy"]["replicas"] == 2
+
+
+def test_every_variable_of_the_example_file_is_a_setting() -> None:
+    names = re.findall(r"^#?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert "FHIR_MAX_LOADERS" in names
+    assert [name for name in names if not known(name)] == []
+
+
+def test_the_values_of_the_chart_name_settings_that_load() -> None:
+    (code,) = values()["dagster-user-deployments"]["deployments"]
+    assert [name for name in code["env"] if not known(name)] == []
+    chosen = {name.lower(): value for name, value in code["env"].items() if name.lower() in Settings.model_fields}
+    loaded = load_settings(**{**chosen, "phi_required": False})
+    assert loaded.fhir_executor is Executor.K8S
+    named = re.findall(r"\b[A-Z]+_[A-Z_]+\b", (ROOT / "deploy" / "k8s" / "values.yaml").read_text())
+    assert [name for name in named if not known(name)] == []
+
+
+def test_the_job_that_migrates_is_a_command_that_exists() -> None:
+    job = yaml.safe_load((ROOT / "deploy" / "k8s" / "migrate.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert [exists(each) for each in commands(container["command"])] == [True]
+
+
+def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
+    given = values()["runLauncher"]["config"]["k8sRunLauncher"]
+    config = {snake(name): value for name, value in given.items()}
+    job = config["run_k8s_config"]
+    config["run_k8s_config"] = {snake(name): value for name, value in job.items()}
+    # What the chart adds by itself.
+    config |= {
+        "service_account_name": "dagster",
+        "job_namespace": "default",
+        "dagster_home": "/opt/dagster/dagster_home",
+        "instance_config_map": "dagster-instance",
+        "postgres_password_secret": values()["global"]["postgresqlSecretName"],
+    }
+    schema = K8sRunLauncher.config_type()  # type: ignore[no-untyped-call]
+    result = process_config(schema, config)
+    assert result.success, [error.message for error in result.errors or []]
+    assert not process_config(schema, {**config, "no_such_thing": 1}).success
+
+
+def test_with_kubernetes_chosen_assets_have_a_job_a_step_and_loads_work_in_one() -> None:
+    settings = load_settings(fhir_executor="k8s", fhir_base_url="https://fhir.example.org/fhir")
+    definitions = build_definitions(settings)
+    assert definitions.executor is k8s_job_executor
+    definitions.get_repository_def().load_all_definitions()
+    assert definitions.resolve_job_def(INCREMENTAL_LOAD).executor_def is dg.in_process_executor
+    config = {"config": {"job_image": "registry.example.org/fhir_assets:0.1.0", "max_concurrent": 4}}
+    job = definitions.resolve_implicit_global_asset_job_def()
+    assert dg.validate_run_config(job, {"execution": config})["execution"]
+
+
+@pytest.mark.parametrize("executor", [Executor.MULTIPROCESS, Executor.CELERY])
+def test_the_instance_of_every_executor_is_one_that_dagster_takes(
+    executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:6379/0")
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", database.replace("postgresql://", "postgresql+psycopg2://"))
+    monkeypatch.setenv("FHIR_MAX_RUNS", "7")
+    (tmp_path / "dagster.yaml").write_text(instance_yaml(load_settings(fhir_executor=executor)))
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        queue = instance.get_concurrency_config().run_queue_config
+        assert queue
+        assert queue.max_concurrent_runs == 7
+        celery = executor is Executor.CELERY
+        assert (type(instance.run_launcher).__module__ == "fhir_assets.celery_launcher") == celery
+        assert (instance.run_monitoring_start_timeout_seconds > 86_400) == celery
