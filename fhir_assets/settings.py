@@ -101,7 +101,9 @@ class Settings(BaseSettings):
     fhir_auth_private_key_file: Path | None = Field(None, description="… or the file that holds it")
     fhir_auth_key_id: str | None = Field(None, description="… the key's `kid`, where its JWK does not say")
     fhir_auth_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered at the server")
-    fhir_auth_scope: str = Field("system/*.read", description="… what the token is for")
+    fhir_auth_scope: str | None = Field(
+        None, description="… what the token is for; unset: system/*.read, to write system/*.write too"
+    )
     fhir_store_url: str = Field(
         "", description="Where raw and validated live: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
     )
@@ -143,6 +145,13 @@ class Settings(BaseSettings):
     fhir_delivery_username: str | None = Field(None, description="Basic authentication there")
     fhir_delivery_password: SecretStr | None = Field(None, description="Basic authentication there")
     fhir_delivery_token: SecretStr | None = Field(None, description="Bearer token there")
+    fhir_delivery_client_id: str | None = Field(None, description="SMART Backend Services there, as FHIR_AUTH_…")
+    fhir_delivery_client_secret: SecretStr | None = Field(None, description="… its secret, or else")
+    fhir_delivery_private_key: SecretStr | None = Field(None, description="… its private key: PEM or JWK")
+    fhir_delivery_private_key_file: Path | None = Field(None, description="… or the file that holds it")
+    fhir_delivery_key_id: str | None = Field(None, description="… the key's `kid`, where its JWK does not say")
+    fhir_delivery_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered there")
+    fhir_delivery_scope: str | None = Field(None, description="… unset: system/*.read system/*.write")
 
     consent_policy: Policy = Field(
         Policy.OFF,
@@ -231,6 +240,8 @@ class Settings(BaseSettings):
             )
         if self.fhir_auth_username and self.fhir_auth_token:
             raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
+        if self.fhir_delivery_username and self.fhir_delivery_token:
+            raise ValueError("FHIR_DELIVERY_TOKEN and FHIR_DELIVERY_USERNAME exclude each other: unset one")
         if bool(self.fhir_delivery_username) != bool(self.fhir_delivery_password):
             raise ValueError("FHIR_DELIVERY_USERNAME and FHIR_DELIVERY_PASSWORD go together: one of them is missing")
         if self.fhir_delivery_url and self.fhir_delivery_url.rstrip("/") == self.fhir_base_url.rstrip("/"):

@@ -14,7 +14,7 @@ import urllib3
 from requests import PreparedRequest
 from requests.structures import CaseInsensitiveDict
 
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, TransientError
 from fhir_assets.fhir.auth import Credentials
 from fhir_assets.fhir.retries import read_retry_after
 from fhir_assets.metrics import connector as metrics
@@ -93,6 +93,9 @@ class FhirServer:
             code = _code(error)
             metrics.CALL_ERRORS.labels(method=method, code=code).inc()
             raise Passing(code, f"the FHIR server cannot be reached ({code})", everyone=True) from None
+        except (TransientError, ServerRefused, NotFhir) as error:
+            metrics.CALL_ERRORS.labels(method=method, code="token").inc()
+            raise Passing("token", f"no token: {error}", everyone=True) from None
         finally:
             metrics.CALL_LATENCY.labels(method=method).observe(time.perf_counter() - started)
         return self._judge(method, response, absent)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
+from fhir_assets.accounts import Scope, credentials_of
 from fhir_assets.connector.delivery import Delivery
 from fhir_assets.connector.mapping import BUILT_IN, Source, load_mapping
 from fhir_assets.connector.outbox import Connect
 from fhir_assets.connector.runner import Connector, Pace
 from fhir_assets.connector.server import FhirServer
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.auth import credentials
 from fhir_assets.fhir.retries import RetryPolicy
 from fhir_assets.settings import Settings
 
@@ -44,11 +44,9 @@ def connector_of(settings: Settings, connect: Connect, *, workers: int | None = 
     if not settings.fhir_base_url:
         raise ConfigurationError("FHIR_BASE_URL is not set: give the base URL of the FHIR server to deliver to")
     count = workers or settings.connector_workers
-    secret = settings.fhir_auth_password, settings.fhir_auth_token
-    password, token = (each.get_secret_value() if each else None for each in secret)
     server = FhirServer(
         settings.fhir_base_url,
-        credentials(settings.fhir_auth_username, password, token),
+        credentials_of(settings, settings.fhir_base_url, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
         connections=count,
     )

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
 
-from pydantic import SecretStr
-
+from fhir_assets.accounts import Account, Scope, credentials_of
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
-from fhir_assets.fhir.auth import credentials
 from fhir_assets.fhir.client import FhirClient
 from fhir_assets.fhir.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings
@@ -19,24 +17,12 @@ def upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClien
     """A client of the server at FHIR_BASE_URL, as the target of `fhir-assets upload`; ``stop`` ends its waits."""
     if not settings.fhir_base_url:
         raise ConfigurationError("nowhere to upload to: give --url or set FHIR_BASE_URL to the FHIR server's base URL")
-    return _client(
-        settings,
-        settings.fhir_base_url,
-        (settings.fhir_auth_username, settings.fhir_auth_password, settings.fhir_auth_token),
-        workers,
-        stop,
-    )
+    return _client(settings, settings.fhir_base_url, Account.SOURCE, workers, stop)
 
 
 def delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
     """A client of the server at FHIR_DELIVERY_URL. It never gets the credentials of the source."""
-    return _client(
-        settings,
-        settings.fhir_delivery_url,
-        (settings.fhir_delivery_username, settings.fhir_delivery_password, settings.fhir_delivery_token),
-        workers,
-        stop,
-    )
+    return _client(settings, settings.fhir_delivery_url, Account.DELIVERY, workers, stop)
 
 
 @contextmanager
@@ -50,23 +36,13 @@ def delivering() -> Iterator[None]:
         raise kind(text) from None
 
 
-def _client(
-    settings: Settings,
-    url: str,
-    account: tuple[str | None, SecretStr | None, SecretStr | None],
-    workers: int,
-    stop: Event,
-) -> FhirClient:
-    username, password, token = account
-
+def _client(settings: Settings, url: str, account: Account, workers: int, stop: Event) -> FhirClient:
     def sleep(seconds: float) -> None:
         stop.wait(seconds)
 
     return FhirClient(
         url,
-        credentials=credentials(
-            username, password.get_secret_value() if password else None, token.get_secret_value() if token else None
-        ),
+        credentials=credentials_of(settings, url, account=account, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts), sleep=sleep),
         connections=workers,

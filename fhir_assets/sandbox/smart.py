@@ -28,6 +28,8 @@ class Smart:
     clients: Mapping[str, Mapping[str, Any] | str]
     lifetime: float = 300
     issued: int = 0
+    scopes: set[str] = field(default_factory=set)
+    """What tokens were asked for."""
     _tokens: dict[str, float] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
 
@@ -35,12 +37,13 @@ class Smart:
         """Whether an Authorization header holds a token that is good still."""
         return self._tokens.get(header.removeprefix("Bearer "), 0.0) > time.monotonic()
 
-    def issue(self) -> dict[str, object]:
-        """A new token."""
+    def issue(self, scope: str) -> dict[str, object]:
+        """A new token for what was asked."""
         token = secrets.token_urlsafe(24)
         self._tokens[token] = time.monotonic() + self.lifetime
         self.issued += 1
-        return {"access_token": token, "token_type": "bearer", "expires_in": self.lifetime, "scope": "system/*.read"}
+        self.scopes.add(scope)
+        return {"access_token": token, "token_type": "bearer", "expires_in": self.lifetime, "scope": scope}
 
     def verified(self, form: Mapping[str, str], basic: str, audience: str) -> bool:
         """Whether a request for a token comes from a client that we know."""
@@ -75,7 +78,7 @@ def smart_routes(smart: Smart, base: str) -> APIRouter:
             "token_endpoint": _token_url(request),
             "token_endpoint_auth_methods_supported": ["private_key_jwt", "client_secret_basic"],
             "token_endpoint_auth_signing_alg_values_supported": _ALGORITHMS,
-            "scopes_supported": ["system/*.read"],
+            "scopes_supported": ["system/*.read", "system/*.write"],
         }
         return Response(orjson.dumps(document), media_type="application/json")
 
@@ -84,7 +87,7 @@ def smart_routes(smart: Smart, base: str) -> APIRouter:
         form = dict(parse_qsl((await request.body()).decode()))
         if not smart.verified(form, request.headers.get("authorization", ""), _token_url(request)):
             return Response(orjson.dumps({"error": "invalid_client"}), 401, media_type="application/json")
-        return Response(orjson.dumps(smart.issue()), media_type="application/json")
+        return Response(orjson.dumps(smart.issue(form.get("scope", ""))), media_type="application/json")
 
     return routes
 

@@ -1,0 +1,116 @@
+"""Tokens of SMART Backend Services wherever a FHIR server is written to, also when they end in the middle of it."""
+
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from joserfc.jwk import ECKey
+from requests import PreparedRequest
+
+from fhir_assets.connector import outbox
+from fhir_assets.connector.server import FhirServer, Passing
+from fhir_assets.connector.setup import connector_of
+from fhir_assets.errors import ServerUnavailable
+from fhir_assets.fhir.auth import Credentials
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.sandbox.smart import Smart
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.connector.conftest import MRN
+from fhir_assets_tests.e2e.conftest import Deploy
+from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.upload.conftest import Upload, upload_of, write  # noqa: F401
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+SLOW = Fault(
+    kind=FaultKind.SLOW, on=frozenset({RequestKind.BATCH, RequestKind.UPDATE, RequestKind.CREATE}), seconds=0.1
+)
+WRITE = "system/*.read system/*.write"
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> tuple[Path, dict[str, object]]:
+    """A file with a private key, and its public JWK."""
+    made = ECKey.generate_key("P-384")
+    file = tmp_path / "key.pem"
+    file.write_bytes(made.as_pem(private=True))
+    return file, dict(made.as_dict(private=False))
+
+
+def test_an_upload_outlives_its_token(
+    upload_of: Upload,  # noqa: F811
+    key: tuple[Path, dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    smart = Smart({"client": key[1]}, lifetime=0.3)
+    write(upload_of.input / "Patient.ndjson", [patient(f"p{n}", DAY) for n in range(60)])
+    monkeypatch.setenv("FHIR_AUTH_CLIENT_ID", "client")
+    monkeypatch.setenv("FHIR_AUTH_PRIVATE_KEY_FILE", str(key[0]))
+    with SandboxServer(smart=smart, faults=(SLOW,)) as server:
+        summary = upload_of("--batch-size", "5", "--workers", "2", url=server.url)
+        assert summary["success"]
+        assert server.stats()["resources"] == {"Patient": 60}
+    assert smart.issued > 2
+    assert smart.scopes == {WRITE}
+
+
+def test_the_delivery_has_an_account_of_its_own(deploy: Deploy, key: tuple[Path, dict[str, object]]) -> None:
+    smart = Smart({"research": key[1]}, lifetime=0.2)
+    with (
+        SandboxServer([patient(f"p{n}", DAY) for n in range(40)]) as source,
+        SandboxServer(smart=smart, faults=(SLOW,)) as target,
+    ):
+        deployment = deploy(
+            fhir_base_url=source.url,
+            fhir_delivery_url=target.url,
+            fhir_delivery_client_id="research",
+            fhir_delivery_private_key_file=key[0],
+            fhir_resource_types="Patient",
+            fhir_partition="monthly",
+            batch_size=2,
+        )
+        assert all(outcome.success for outcome in deployment.ingest())
+        assert target.stats()["resources"] == {"Patient": 40}
+        assert not [line for line in source.stats()["recent"] if "smart-configuration" in line]
+    assert smart.issued > 1
+    assert smart.scopes == {WRITE}
+
+
+def test_the_connector_outlives_its_token(database: str, tmp_path: Path) -> None:
+    smart = Smart({"client": "s3cret"}, lifetime=0.3)
+    with connect(database) as conn:
+        outbox.install(conn)
+        for n in range(30):
+            conn.execute(
+                "INSERT INTO health.patient (identifier_system, identifier_value, name_family) VALUES (%s, %s, 'Test')",
+                [MRN, f"m{n}"],
+            )
+    with SandboxServer(smart=smart, faults=(SLOW,)) as server:
+        settings = load_settings(
+            db_url=database,
+            fhir_base_url=server.url,
+            fhir_assets_home=tmp_path,
+            fhir_auth_client_id="client",
+            fhir_auth_client_secret="s3cret",
+        )
+        with closing(connector_of(settings, lambda: connect(database), workers=2)) as connector:
+            connector.run(until_empty=True)
+        assert server.stats()["resources"] == {"Patient": 30}
+    assert smart.issued > 1
+    with connect(database) as conn:
+        assert conn.execute("SELECT count(*) FROM health.fhir_dlq").fetchone() == (0,)
+
+
+def test_a_change_for_which_there_is_no_token_waits_and_is_nobodys_defect() -> None:
+    class NoToken(Credentials):
+        def __call__(self, request: PreparedRequest) -> PreparedRequest:
+            raise ServerUnavailable("the server that gives the tokens does not answer")
+
+    with (
+        closing(FhirServer("http://127.0.0.1:9/fhir", NoToken(), timeout=1, connections=1)) as server,
+        pytest.raises(Passing, match="no token: the server that gives") as failure,
+    ):
+        server.call("GET", "Patient")
+    assert failure.value.everyone
