@@ -36,6 +36,8 @@ _INTAKE = frozenset({Role.INGESTER, Role.ADMIN})
 _ALL = frozenset(Role)
 
 ACCESS: Mapping[tuple[str, str], frozenset[Role]] = {
+    ("POST", "/ingest"): _INTAKE,
+    ("GET", "/ingest/tasks/{task_id}"): _INTAKE | _OPERATE,
     ("POST", "/api/v1/ingest"): _INTAKE,
     ("POST", "/fhir"): _INTAKE,
     ("GET", "/patients"): _READ,

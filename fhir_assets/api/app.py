@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 
 from fhir_assets import logs
-from fhir_assets.api import WORKERS, health, intake, patients, problems, runs
+from fhir_assets.api import WORKERS, health, intake, patients, problems, runs, visits
 from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, parse_tokens
 from fhir_assets.api.middleware import Guard
 from fhir_assets.api.parts import Parts
@@ -43,7 +43,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.parts = parts
-    for module in (intake, patients, runs, health):
+    for module in (visits, intake, patients, runs, health):
         app.include_router(module.router)
     if settings.api_docs:
         _serve_docs(app)

@@ -154,7 +154,7 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
             bodies = read_submission(body)
         except Unreadable as error:
             raise Problem(400, str(error)) from None
-        _require_few(parts, len(bodies))
+        require_few(parts, len(bodies))
         judged = _judge(parts, origin).judge(bodies)
         _receive(parts, caller, origin, judged)
         results = [
@@ -178,7 +178,7 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
         }
         return Response(orjson.dumps(content), 202, media_type="application/json")
 
-    return _once(parts, caller, "/api/v1/ingest", key, body, work)
+    return once(parts, caller, "/api/v1/ingest", key, body, work)
 
 
 @router.post(
@@ -202,7 +202,7 @@ def ingest_fhir(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -
             posted = read_posted(body)
         except Unreadable as error:
             return _outcome(400, [Issue("json", "error", "Resource", str(error))])
-        _require_few(parts, len(posted.entries))
+        require_few(parts, len(posted.entries))
         judged = _judge(parts, origin).judge_entries(posted.entries)
         issues = [
             replace(issue, path=f"Bundle.entry[{place}].resource" + issue.path[len(issue.path.split(".")[0]) :])
@@ -216,7 +216,7 @@ def ingest_fhir(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -
         _receive(parts, caller, origin, judged)
         return _outcome(200, issues)
 
-    return _once(parts, caller, "/fhir", key, body, work)
+    return once(parts, caller, "/fhir", key, body, work)
 
 
 def _outcome(status: int, issues: Sequence[Issue]) -> Response:
@@ -242,13 +242,13 @@ def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged]
         )
 
 
-def _require_few(parts: Parts, count: int) -> None:
+def require_few(parts: Parts, count: int) -> None:
     limit = parts.settings.api_max_records
     if count > limit:
         raise Problem(413, f"more than {limit:,} records in one request (API_MAX_RECORDS)", more={"max_records": limit})
 
 
-def _once(
+def once(
     parts: Parts, caller: Caller, path: str, key: str | None, body: bytes, work: Callable[[str], Response]
 ) -> Response:
     """Do the work of a request once. ``work`` gets the origin that names it: what comes again has the same."""

@@ -19,11 +19,12 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.receive import Receiver
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.resources.landing import receiver_of
+from fhir_assets.resources.landing import receiver_of, zone_of
 from fhir_assets.resources.store import store_of
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.store import Store
+from fhir_assets.store.zone import Zone
 from fhir_assets.warehouse import audit_log
 from fhir_assets.warehouse.database import Connection, connection_pool
 from fhir_assets.warehouse.directory import Directory
@@ -55,6 +56,11 @@ class Parts:
     @cached_property
     def receiver(self) -> Receiver:
         return receiver_of(self.settings, self.warehouse)
+
+    @cached_property
+    def zone(self) -> Zone:
+        """The landing zone. Raises ConfigurationError if there is none."""
+        return zone_of(self.settings)
 
     @cached_property
     def dagster(self) -> DagsterClient:

@@ -13,6 +13,8 @@ from typing import Protocol
 import msgspec
 
 from fhir_assets.fhir.elements import TooLong, Unbalanced, elements
+from fhir_assets.fhir.intake import visits_csv
+from fhir_assets.fhir.intake.visits_csv import BadRow, Visit
 from fhir_assets.fhir.lines import BrokenOff, split_lines
 from fhir_assets.fhir.record import (
     Deletion,
@@ -26,7 +28,7 @@ from fhir_assets.fhir.record import (
     read_record,
 )
 
-Item = Record | Rejected | Deletion
+Item = Record | Rejected | Deletion | Visit
 
 UNKNOWN_TYPE = "Resource"
 """The type under which something is rejected whose type cannot be told: FHIR's abstract one."""
@@ -136,7 +138,25 @@ class Document:
             yield content.rejected("json", "document", f"{_TOO_LONG}, after {number} elements")
 
 
-FORMATS: tuple[Format, ...] = (Ndjson(), Document())
+class VisitsCsv:
+    """Visits, a row each (``fhir/intake/visit.schema.json``)."""
+
+    name = "visits"
+    suffixes: tuple[str, ...] = (".csv",)
+
+    def fits(self, name: str, head: bytes) -> bool:
+        return True
+
+    def read(self, content: LandedContent) -> Iterator[Item]:
+        for row in visits_csv.read(content.chunks):
+            place = f"{content.place}:{row.line}"
+            if isinstance(row, BadRow):
+                yield _bad_row(content, row, place)
+            else:
+                yield Visit(row.values, place, content.arrived)
+
+
+FORMATS: tuple[Format, ...] = (Ndjson(), Document(), VisitsCsv())
 """In the order in which they are asked."""
 
 SUFFIXES = tuple({suffix: None for each in FORMATS for suffix in (*each.suffixes, *(f"{s}.gz" for s in each.suffixes))})
@@ -242,6 +262,15 @@ def deletion(
         return content.rejected("structure", where, "a DELETE that names no single resource as <type>/<id>", body)
     said = read_instant(entry.response.lastModified) if entry.response else None
     return Deletion(resource_type, identity, said or bundle_time or content.arrived)
+
+
+def _bad_row(content: LandedContent, row: BadRow, place: str) -> Rejected:
+    said = [f"{column}: {what}" if column else what for column, what in row.problems]
+    issues = tuple(
+        {"rule": row.rule, "severity": "error", "path": f"{place} {column}".strip(), "message": what}
+        for column, what in row.problems
+    )
+    return Rejected("Encounter", None, row.rule, place, "; ".join(said), content.arrived, row.body, issues)
 
 
 def _is_bundle(element: bytes) -> bool:

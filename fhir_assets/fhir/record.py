@@ -1,6 +1,6 @@
 """What flows through the pipeline: one resource as its received bytes, with the few facts that route it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -36,7 +36,8 @@ class Record:
 class Rejected:
     """Something received that cannot become a Record: the seed of a dead letter of stage ``fetch``.
 
-    ``path`` says where it was found (``Patient.ndjson.gz:17``); ``message`` holds no patient data.
+    ``path`` says where it was found (``Patient.ndjson.gz:17``); ``message`` holds no patient data. ``issues`` are all
+    that is wrong with it where that is more than one thing, as dead letters keep them.
     """
 
     resource_type: str
@@ -46,6 +47,7 @@ class Rejected:
     message: str
     arrived: datetime
     body: bytes
+    issues: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

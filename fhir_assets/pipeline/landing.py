@@ -9,11 +9,13 @@ from typing import BinaryIO
 
 from fhir_assets.errors import FhirAssetsError, TransientError
 from fhir_assets.fhir import landing_formats
+from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.landing_formats import LandedContent
 from fhir_assets.fhir.lines import unpacked
 from fhir_assets.fhir.record import Deletion, Record, Rejected
+from fhir_assets.pipeline import visits
 from fhir_assets.pipeline.receive import Received, Receiver
-from fhir_assets.store.zone import FoundFile, Zone
+from fhir_assets.store.zone import DONE, FoundFile, Zone
 from fhir_assets.warehouse import deletes, landing_files
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.landing_files import ReadyFile
@@ -22,7 +24,6 @@ DOOR = "landing"
 FILES_AT_ONCE = 1000
 """How many files one run takes."""
 
-_DONE = ".done"
 _CHUNK = 1 << 20
 _DELETIONS = 5000
 
@@ -95,7 +96,7 @@ class Landing:
 
     def _files(self, complete: bool) -> Iterator[tuple[FoundFile, bool]]:
         found = list(self._zone.files())
-        done = {file.name for file in found if file.name.endswith(_DONE)}
+        done = {file.name for file in found if file.name.endswith(DONE)}
         for file in found:
             if file.name.lower().endswith(landing_formats.SUFFIXES):
                 yield file, complete or self._zone.whole or _is_done(file.name, done)
@@ -105,7 +106,7 @@ class Landing:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
         buried = 0
 
-        def resources() -> Iterator[Record | Rejected]:
+        def content_of() -> Iterator[Record | Rejected | Visit]:
             nonlocal buried
             deletions: list[Deletion] = []
             with self._zone.open(file.name) as stream:
@@ -125,7 +126,9 @@ class Landing:
             buried += self._bury(deletions, origin)
 
         origin = f"{DOOR}:{sha256}"
-        received = self._receiver.receive(resources(), origin)
+        received = self._receiver.receive_within(
+            lambda conn: visits.resources_of(conn, content_of(), origin, self._receiver.resource_types), origin
+        )
         with closing(self._connect()) as conn, conn.transaction():
             landing_files.loaded(
                 conn,
@@ -173,7 +176,7 @@ def _is_done(name: str, done: set[str]) -> bool:
     """``x.ndjson.done`` or ``x.done`` beside ``x.ndjson``."""
     stem = name
     while True:
-        if stem + _DONE in done:
+        if stem + DONE in done:
             return True
         shorter = stem.rpartition(".")[0]
         if not shorter or "/" in stem[len(shorter) :]:

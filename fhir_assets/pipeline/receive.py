@@ -63,7 +63,8 @@ class Receiver:
         self._store = store
         self._connect = connect
         self._scheme = scheme
-        self._types = frozenset(resource_types)
+        self.resource_types = frozenset(resource_types)
+        """Those that are loaded here; resources of others are counted, and go no further."""
         self._now = now
 
     def receive(self, records: Iterable[Record | Rejected], origin: str) -> Received:
@@ -76,15 +77,21 @@ class Receiver:
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and what ``records`` raises.
         """
+        return self.receive_within(lambda _: records, origin)
+
+    def receive_within(self, bring: Callable[[Connection], Iterable[Record | Rejected]], origin: str) -> Received:
+        """As ``receive``, of what ``bring`` makes: what it writes through the connection that it is given is committed
+        together with the note that the origin was received, or not at all.
+        """
         with closing(self._connect()) as conn:
             received.hold(conn, origin)
             if before := received.of_origin(conn, origin):
                 return Received(origin, tuple(before), again=True)
-            return self._receive(conn, records, origin)
+            return self._receive(conn, bring(conn), origin)
 
     def _receive(self, conn: Connection, records: Iterable[Record | Rejected], origin: str) -> Received:
         now = self._now()
-        intake = _Intake(self._scheme, self._types, origin, now)
+        intake = _Intake(self._scheme, self.resource_types, origin, now)
         letters = LetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
         with PartWriter(self._store, "raw") as writer:
             for item in records:
@@ -162,8 +169,9 @@ class _Intake:
             rule=item.rule,
             path=item.path,
             message=item.message,
-            resource=item.body,
+            resource=item.body or None,
             partition_key=partition_key,
+            issues=[dict(issue) for issue in item.issues],
             origin=self._origin,
         )
 

@@ -1,4 +1,4 @@
-"""A place where others put files: a folder, or a bucket. Nothing in it is ours: nothing is moved or deleted."""
+"""A place where files are put: a folder, or a bucket. What is in it is never moved or deleted."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +9,9 @@ from typing import BinaryIO, Protocol
 
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.store.s3 import Bucket
+
+DONE = ".done"
+"""What a file's name bears in addition where the empty file beside it says that it is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,10 @@ class Zone(Protocol):
 
     def open(self, name: str) -> BinaryIO:
         """A file as a stream. Raises StoreError."""
+        ...
+
+    def put(self, name: str, content: bytes) -> None:
+        """Put a file down, which appears whole and counts as complete at once. Raises StoreError."""
         ...
 
 
@@ -67,6 +74,20 @@ class FolderZone:
         except OSError as error:
             raise StoreError(f"a landed file cannot be read: {error.strerror or type(error).__name__}") from None
 
+    def put(self, name: str, content: bytes) -> None:
+        path = self.root / name
+        hidden = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with hidden.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            path.with_name(path.name + DONE).touch()
+            hidden.replace(path)
+        except OSError as error:
+            raise StoreError(f"the landing zone cannot take a file: {error.strerror or type(error).__name__}") from None
+
 
 class BucketZone:
     """A bucket below a prefix. An object appears in it whole."""
@@ -86,6 +107,9 @@ class BucketZone:
 
     def open(self, name: str) -> BinaryIO:
         return self.bucket.open(name)
+
+    def put(self, name: str, content: bytes) -> None:
+        self.bucket.put(name, content)
 
 
 def open_zone(url: str, *, bucket: Callable[[str], Bucket]) -> Zone:

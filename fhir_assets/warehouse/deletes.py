@@ -17,7 +17,7 @@ from psycopg import sql
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import audit_log, consents
+from fhir_assets.warehouse import audit_log, consents, visits
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.encode import LONGEST_INDEXED
 from fhir_assets.warehouse.layout import KEY_COLUMN
@@ -122,6 +122,7 @@ def _apply(conn: Connection, deletions: Sequence[Deletion], run_id: str, partiti
         total.stale[resource_type] += count - len(by_type[resource_type])
     for resource_type, keys in by_type.items():
         consents.forget(conn, resource_type, keys)
+        visits.forget(conn, resource_type, keys)
         for table in _tables(conn, resource_type):
             conn.execute(
                 sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(

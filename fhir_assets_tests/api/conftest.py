@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import requests
+import uvicorn
 
+from fhir_assets.api.app import create_app
 from fhir_assets.settings import Settings, load_settings
 
 ROLES = ("reader", "operator", "ingester", "admin")
@@ -65,6 +68,44 @@ def environment(settings: dict[str, object]) -> dict[str, str]:
     return {**kept, **{name.upper(): str(value) for name, value in settings.items()}}
 
 
+def values(database: str, folder: Path, more: dict[str, object]) -> dict[str, object]:
+    """The settings of a test's API."""
+    return {
+        "db_url": database,
+        "fhir_assets_home": folder / "home",
+        "fhir_landing_url": str(folder / "landing"),
+        "fhir_resource_types": "Patient,Encounter,Observation,Consent",
+        "api_tokens": TOKENS,
+        "api_rate_limit": 10_000,
+        "dagster_webserver_url": f"http://127.0.0.1:{free_port()}",
+        **more,
+    }
+
+
+@pytest.fixture
+def serve_here(database: str, tmp_path: Path) -> Iterator[Serve]:
+    """As ``serve``, in threads of this process: real HTTP too, and up at once."""
+    servers = []
+
+    def start(**more: object) -> Api:
+        (tmp_path / "landing").mkdir(exist_ok=True)
+        settings = load_settings(**values(database, tmp_path, more))
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None))
+        thread = Thread(target=server.run)
+        thread.start()
+        servers.append((server, thread))
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return Api(f"http://127.0.0.1:{port}", settings, tmp_path / "none.log")
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(30)
+
+
 @pytest.fixture
 def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
     """Starts `fhir-assets api`; settings by name."""
@@ -73,16 +114,7 @@ def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
     def start(*, workers: int = 1, **more: object) -> Api:
         port = free_port()
         (tmp_path / "landing").mkdir(exist_ok=True)
-        values: dict[str, object] = {
-            "db_url": database,
-            "fhir_assets_home": tmp_path / "home",
-            "fhir_landing_url": str(tmp_path / "landing"),
-            "fhir_resource_types": "Patient,Encounter,Observation,Consent",
-            "api_tokens": TOKENS,
-            "api_rate_limit": 10_000,
-            "dagster_webserver_url": f"http://127.0.0.1:{free_port()}",
-            **more,
-        }
+        given = values(database, tmp_path, more)
         log = tmp_path / f"api-{port}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -94,13 +126,13 @@ def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
                     "--workers",
                     str(workers),
                 ],
-                env=environment(values),
+                env=environment(given),
                 stdout=output,
                 stderr=output,
                 cwd=tmp_path,
             )
         processes.append(process)
-        api = Api(f"http://127.0.0.1:{port}", load_settings(**values), log)
+        api = Api(f"http://127.0.0.1:{port}", load_settings(**given), log)
         for _ in range(600):
             try:
                 if requests.get(f"{api.url}/health/live", timeout=5).ok:

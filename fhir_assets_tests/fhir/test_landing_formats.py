@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fhir_assets.fhir import landing_formats
 from fhir_assets.fhir.elements import Unbalanced, elements
+from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.landing_formats import Item, LandedContent
 from fhir_assets.fhir.lines import unpacked
 from fhir_assets.fhir.record import Deletion, Record, Rejected
@@ -32,6 +33,7 @@ def said(items: list[Item]) -> list[object]:
     return [
         item.id if isinstance(item, Record) else ("-", item.id) if isinstance(item, Deletion) else item.path
         for item in items
+        if not isinstance(item, Visit)
     ]
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import orjson
 
-from fhir_assets.fhir.intake.schemas import SchemaError, errors
-
 Identify = Callable[[str, str], str]
 """From a resource type and a number to an id."""
 
@@ -53,32 +51,33 @@ def patient_record(record: Mapping[str, Any], identify: Identify, *, now: str) -
     return found
 
 
-def visit(row: Mapping[str, str], identify: Identify) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The Patient and the Encounter of a valid visit."""
-    patient = {
+def visit_patient(row: Mapping[str, str], identity: str, *, version: int, updated: str) -> dict[str, Any]:
+    """The Patient of a valid visit, as its ``version`` of the instant ``updated``."""
+    return {
         "resourceType": "Patient",
-        "id": identify("Patient", row["mrn"]),
+        "id": identity,
+        "meta": {"versionId": str(version), "lastUpdated": updated},
         "identifier": [_identifier("MR", MRN_SYSTEM, row["mrn"])],
         "name": [{"use": "official", "family": row["last_name"], "given": [row["first_name"]]}],
         "birthDate": row["birth_date"],
     }
+
+
+def visit_encounter(row: Mapping[str, str], identity: str, patient_id: str, *, updated: str) -> dict[str, Any]:
+    """The Encounter of a valid visit, of the instant ``updated``."""
     encounter = {
         "resourceType": "Encounter",
-        "id": identify("Encounter", row["visit_account_number"]),
+        "id": identity,
+        "meta": {"versionId": "1", "lastUpdated": updated},
         "identifier": [_identifier("AN", ACCOUNT_SYSTEM, row["visit_account_number"])],
         "status": "finished",
         "class": {"system": "http://terminology.hl7.org/CodeSystem/v3-ActCode", "code": "AMB", "display": "ambulatory"},
-        "subject": {"reference": f"Patient/{patient['id']}"},
+        "subject": {"reference": f"Patient/{patient_id}"},
         "period": {"start": row["visit_date"]},
     }
-    if row.get("reason", "").strip():
-        encounter["reasonCode"] = [{"text": row["reason"].strip()}]
-    return patient, encounter
-
-
-def visit_errors(row: object) -> list[SchemaError]:
-    """All that is wrong with a visit."""
-    return errors("visit", row)
+    if reason := row.get("reason", "").strip():
+        encounter["reasonCode"] = [{"text": reason}]
+    return encounter
 
 
 def encoded(resource: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,160 @@
+"""Visits on their way into raw: one Patient an MRN, one Encounter a visit account number.
+
+The ledger (warehouse/visits.py) knows by hashes what was said before, so that only news is received: a person that is
+new or was changed, a visit that is new. It is written in the transaction that notes the file as received: after a
+crash the file comes again, and finds the ledger as it was.
+
+Of what files say of a person the newest written is right, in whatever order they come; in one file the last row.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from fhir_assets.fhir.intake import resources
+from fhir_assets.fhir.intake.visits_csv import Visit
+from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.warehouse import visits
+from fhir_assets.warehouse.database import Connection, sealing_of
+from fhir_assets.warehouse.visits import Brought, KnownVisit, Person
+
+CONFLICT = "visit-conflict"
+"""Rule of the dead letter of a visit whose account number is known with other content."""
+
+_AT_ONCE = 2000
+_CONFLICT_SAID = (
+    "this visit account number is known with another person, date or reason, and a visit is never changed: "
+    "correct the number, or discard this"
+)
+
+
+def resources_of(
+    conn: Connection, items: Iterable[Record | Rejected | Visit], origin: str, resource_types: Collection[str]
+) -> Iterator[Record | Rejected]:
+    """What a file holds, with its visits as the resources that are news. Writes the ledger through ``conn``, in the
+    caller's transaction: of the types that the deployment loads, so that those it does not are news when it does.
+    """
+    counts = Brought()
+    waiting: list[Visit] = []
+    began = False
+    for item in items:
+        if not isinstance(item, Visit):
+            yield item
+            continue
+        if not began:
+            visits.hold(conn)
+            began = True
+        waiting.append(item)
+        if len(waiting) >= _AT_ONCE:
+            yield from _entered(conn, waiting, origin, resource_types, counts)
+            waiting = []
+    if began:
+        yield from _entered(conn, waiting, origin, resource_types, counts)
+        visits.brought(conn, origin, counts)
+
+
+def _entered(
+    conn: Connection, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
+) -> Iterator[Record | Rejected]:
+    rows = [_hashed(visit, sealing_of(conn)) for visit in batch]
+    people = visits.persons(conn, [row.person.id for row in rows])
+    known = visits.visits(conn, [row.visit.id for row in rows])
+    said: dict[str, Person] = {}
+    added: list[KnownVisit] = []
+    for row in rows:
+        if known.setdefault(row.visit.id, row.visit) != row.visit:
+            counts.conflicts += 1
+            yield _conflict(row)
+            continue
+        before = people.get(row.person.id)
+        person, is_news = _said_now(before, row.person, counts)
+        people[person.id] = said[person.id] = person
+        if is_news:
+            yield _patient(row, person)
+        if known[row.visit.id] is row.visit:
+            counts.visits += 1
+            added.append(row.visit)
+            yield _encounter(row)
+        else:
+            counts.repeats += 1
+    visits.note(
+        conn,
+        origin,
+        list(said.values()) if "Patient" in resource_types else [],
+        added if "Encounter" in resource_types else [],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A visit with what the ledger would have of it; ``person`` as of its first version."""
+
+    of: Visit
+    person: Person
+    visit: KnownVisit
+
+
+def _hashed(visit: Visit, sealing: Sealing) -> _Row:
+    row = visit.row
+    person = "\0".join((row["first_name"], row["last_name"], row["birth_date"]))
+    what = "\0".join((row["visit_date"], row.get("reason", "").strip()))
+    patient_id = sealing.identity("Patient", row["mrn"])
+    return _Row(
+        visit,
+        Person(patient_id, 1, sealing.fingerprint(person.encode()), visit.arrived),
+        KnownVisit(
+            sealing.identity("Encounter", row["visit_account_number"]),
+            patient_id,
+            sealing.fingerprint(what.encode()),
+        ),
+    )
+
+
+def _said_now(before: Person | None, now: Person, counts: Brought) -> tuple[Person, bool]:
+    """The person as the ledger has it now, and whether that is news."""
+    if before is None:
+        counts.patients += 1
+        return now, True
+    if before.content == now.content:
+        return replace(before, as_of=max(before.as_of, now.as_of)), False
+    if now.as_of < before.as_of:
+        counts.outdated += 1
+        return before, False
+    counts.updates += 1
+    return replace(now, version=before.version + 1), True
+
+
+def _patient(row: _Row, person: Person) -> Record:
+    resource = resources.visit_patient(row.of.row, person.id, version=person.version, updated=_instant(row.of.arrived))
+    return _record(row, resource, str(person.version))
+
+
+def _encounter(row: _Row) -> Record:
+    resource = resources.visit_encounter(row.of.row, row.visit.id, row.person.id, updated=_instant(row.of.arrived))
+    return _record(row, resource, "1")
+
+
+def _record(row: _Row, resource: Mapping[str, Any], version: str) -> Record:
+    arrived = row.of.arrived
+    return Record(resource["resourceType"], resource["id"], version, arrived, arrived, resources.encoded(resource))
+
+
+def _instant(moment: datetime) -> str:
+    return moment.isoformat(timespec="microseconds")
+
+
+def _conflict(row: _Row) -> Rejected:
+    return Rejected(
+        "Encounter",
+        row.visit.id,
+        CONFLICT,
+        row.of.place,
+        "this visit account number is known with another person, date or reason, and a visit is never changed: "
+        "give it its own number, or discard this",
+        row.of.arrived,
+        orjson.dumps(dict(row.of.row)),
+    )

@@ -1,0 +1,158 @@
+"""Visits that are posted: the file that they become, the answer, and the task."""
+
+import csv
+import os
+from pathlib import Path
+
+import boto3
+import pytest
+from psycopg import sql
+
+from fhir_assets.resources.landing import landing_of
+from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.api.conftest import Api, Serve
+from fhir_assets_tests.pipeline.test_visits import visit
+
+
+def files(api: Api) -> list[Path]:
+    return sorted(Path(api.settings.fhir_landing_url).glob("*.csv"))
+
+
+def receive(api: Api) -> None:
+    landing = landing_of(api.settings, Warehouse(api.settings))
+    assert landing.look() == len(files(api))
+    landing.receive("run")
+
+
+@pytest.fixture
+def api(serve_here: Serve) -> Api:
+    return serve_here()
+
+
+def test_a_list_becomes_a_csv_file_that_is_complete_at_once(api: Api) -> None:
+    rows = [visit("1", "V1", '=cmd|"x"'), visit("2", "V2", reason="two\nlines")]
+    answer = api.post("/ingest", json=rows, role="ingester")
+    assert answer.status_code == 202, answer.text
+    content = answer.json()
+    assert (content["records_received"], content["records_rejected"], content["rejected"]) == (2, 0, [])
+    (path,) = files(api)
+    assert path.name == content["csv_filename"]
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert found[0]["last_name"] == '\'=cmd|"x"'
+    assert found[1] == rows[1]
+    assert not list(path.parent.glob(".*"))
+    task = f"/ingest/tasks/{content['task_id']}"
+    assert api.get(task, role="ingester").json()["status"] == "waiting"
+    receive(api)
+    state = api.get(task, role="operator").json()
+    assert (state["status"], state["dead_letters"], state["run_id"], state["error"]) == ("received", 0, "run", None)
+    assert state["counts"] == {
+        "patients": 2, "updates": 0, "outdated": 0, "visits": 2, "repeats": 0, "conflicts": 0
+    }  # fmt: skip
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value()) as conn:
+        conn.execute("UPDATE ops.received SET loaded_at = now()")
+    assert api.get(task).json()["status"] == "loaded"
+    assert api.get("/ingest/tasks/other").status_code == 404
+    assert api.get(task, role="reader").status_code == 403
+
+
+def test_records_that_are_no_visits_are_told_with_all_their_errors_and_the_others_are_taken(api: Api) -> None:
+    wrong = {**visit("", "V1", " Lovelace"), "birth_date": "1815-13-10", "shoe_size": 7}
+    answer = api.post("/ingest", json=[visit("1", "V1"), wrong, "text", {"mrn": 5}])
+    assert answer.status_code == 202
+    content = answer.json()
+    assert (content["records_received"], content["records_rejected"]) == (4, 3)
+    first, text, other = content["rejected"]
+    assert [each["index"] for each in content["rejected"]] == [1, 2, 3]
+    assert {e["path"] for e in first["errors"]} == {"", "/mrn", "/last_name", "/birth_date"}
+    assert text["errors"] == [{"path": "", "message": "must be of type object"}]
+    assert len(other["errors"]) == 6
+    assert not any(word in answer.text for word in ("Lovelace", "1815", "shoe"))
+    receive(api)
+    assert api.get(f"/ingest/tasks/{content['task_id']}").json()["counts"]["visits"] == 1
+
+
+def test_a_list_of_no_visit_at_all_is_a_problem_and_no_file(api: Api) -> None:
+    answer = api.post("/ingest", json=[{"mrn": ""}, 1])
+    assert answer.status_code == 422
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert {error["path"] for error in answer.json()["errors"]} == {"/0", "/0/mrn", "/1"}
+    for body in (b"", b"{", b"[]", b"{}", b"null", b"\xff", b"[" * 9999):
+        assert api.post("/ingest", data=body).status_code == 400
+    assert files(api) == []
+
+
+def test_the_same_list_again_brings_nothing_and_its_task_says_so(api: Api) -> None:
+    rows = [visit("1", "V1")]
+    tasks = [api.post("/ingest", json=rows).json()["task_id"] for _ in range(2)]
+    receive(api)
+    first, second = (api.get(f"/ingest/tasks/{task}").json() for task in tasks)
+    assert (first["known_before"], first["counts"]["visits"]) == (False, 1)
+    assert (second["known_before"], second["counts"]["visits"]) == (True, 0)
+
+
+def test_a_post_that_comes_again_with_its_key_is_one_file(api: Api) -> None:
+    answers = [api.post("/ingest", json=[visit("1", "V1")], headers={"Idempotency-Key": "k"}) for _ in range(2)]
+    assert answers[0].content == answers[1].content
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
+    assert len(files(api)) == 1
+
+
+def test_more_than_the_limits_is_413(serve_here: Serve) -> None:
+    api = serve_here(api_max_records=2, api_max_body_bytes=2048)
+    assert api.post("/ingest", json=[visit("1", f"V{n}") for n in range(3)]).json()["max_records"] == 2
+    assert api.post("/ingest", data=b" " * 4096).json()["max_bytes"] == 2048
+    assert files(api) == []
+
+
+def test_without_a_landing_zone_it_says_what_to_set(serve_here: Serve) -> None:
+    for settings, said in (
+        ({"fhir_landing_url": ""}, "FHIR_LANDING_URL"),
+        ({"fhir_resource_types": "Patient"}, "FHIR_RESOURCE_TYPES lacks Encounter"),
+    ):
+        answer = serve_here(**settings).post("/ingest", json=[visit("1", "V1")])
+        assert answer.status_code == 503
+        assert said in answer.json()["detail"]
+
+
+def test_a_zone_that_takes_nothing_is_503_and_leaves_no_task(serve_here: Serve, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    api = serve_here(fhir_landing_url=str(tmp_path / "file" / "zone"))
+    answer = api.post("/ingest", json=[visit("1", "V1")])
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value()) as conn:
+        assert conn.execute("SELECT FROM ops.visit_posts").fetchall() == []
+
+
+def test_a_bucket_as_landing_zone_takes_the_file_too(serve_here: Serve, s3_url: str) -> None:
+    api = serve_here(fhir_landing_url=s3_url)
+    name = api.post("/ingest", json=[visit("1", "V1")]).json()["csv_filename"]
+    bucket, prefix = s3_url.removeprefix("s3://").split("/", 1)
+    content = boto3.client("s3").get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
+    assert content.startswith(b"mrn,first_name,")
+    landing = landing_of(api.settings, Warehouse(api.settings))
+    assert landing.look() == 1
+    assert landing.receive("run").rows == 2
+
+
+def test_a_post_is_on_record_and_neither_log_nor_ledger_nor_name_holds_a_patient(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    api.post("/ingest", json=[visit("SECRET-1", "SECRET-2", "Secretname")], role="ingester")
+    receive(api)
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value()) as conn:
+        deeds = conn.execute("SELECT action, actor, resource_type, count FROM ops.audit_log").fetchall()
+        tables = conn.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'ops'").fetchall()
+        rows = [conn.execute(sql.SQL("SELECT t::text FROM ops.{} t").format(sql.Identifier(t))).fetchall()
+                for (t,) in tables]  # fmt: skip
+    assert ("create", "api:ingester", "Encounter", 1) in deeds
+    said = str(rows) + caplog.text + str(os.listdir(api.settings.fhir_landing_url))
+    assert "a request was answered" in said
+    assert "SECRET" not in said
+    assert "Secret" not in said
