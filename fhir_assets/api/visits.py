@@ -16,7 +16,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import audit_log, visits
+from fhir_assets.warehouse import visits
 from fhir_assets.warehouse.visits import FileState, Post
 
 router = APIRouter(tags=["visits"])
@@ -178,7 +178,7 @@ def _put(parts: Parts, caller: Caller, good: list[dict[str, str]], count: int) -
             parts.zone.put(post.csv_filename, visits_csv.write(good))
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
-        audit_log.record(conn, deed)
+    parts.note(deed)
     return post
 
 
