@@ -12,7 +12,7 @@ import typer
 
 from fhir_assets.cli.dev import serve_ui
 from fhir_assets.cli.ingest import SUMMARY, load_due, report_failure, summary
-from fhir_assets.cli.output import console, print_table
+from fhir_assets.cli.output import console, print_table, warn_of_clear_data
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import failed
 from fhir_assets.resources.warehouse import Warehouse
@@ -43,10 +43,13 @@ def demo(
 
     All state is in FHIR_ASSETS_HOME (.fhir_assets/ if unset); a second demo finds its data.
     """
-    home = load_settings().home
+    settings = load_settings()
+    if not settings.sealing.on:
+        warn_of_clear_data()
+    home = settings.home
     folder = home / "sandbox"
     windows = _population(folder, patients)
-    started = load_settings().db_url is None and not embedded.is_running(home)
+    started = settings.db_url is None and not embedded.is_running(home)
     try:
         with SandboxProcess(folder / "population") as sandbox, _pointed_at(sandbox.url, windows):
             _load()

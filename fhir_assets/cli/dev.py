@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets import deployment
-from fhir_assets.cli.output import console
+from fhir_assets.cli.output import console, warn_of_clear_data
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
@@ -27,6 +27,8 @@ def dev(
 ) -> None:
     """Serve the Dagster UI on 127.0.0.1 and run its daemon until Ctrl-C."""
     settings = load_settings()
+    if not settings.sealing.on:
+        warn_of_clear_data()
     started = settings.db_url is None and not embedded.is_running(settings.home)
     try:
         serve_ui(settings, port)

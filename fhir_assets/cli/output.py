@@ -29,6 +29,16 @@ def only_our_words() -> Iterator[None]:
         yield
 
 
+def warn_of_clear_data() -> None:
+    """Say, loudly and once, that patient data is stored in the clear."""
+    errors.print(
+        "[bold yellow]WARNING: patient data is stored in the clear, since there are no keys.[/bold yellow] "
+        "For data of real people set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one); "
+        "PHI_REQUIRED=1 refuses to run without.",
+        soft_wrap=True,
+    )
+
+
 def print_json(value: object) -> None:
     """``value`` as one line of JSON on stdout."""
     sys.stdout.write(orjson.dumps(value, default=_plain).decode() + "\n")

@@ -1,0 +1,52 @@
+"""Without keys `demo` and `dev` say loudly that data is stored in the clear, and PHI_REQUIRED=1 refuses everything."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fhir_assets.cli.main import app
+from fhir_assets.definitions import defs
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.privacy.keys import new_key
+
+LOUD = "WARNING: patient data is stored in the clear, since there are no keys."
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
+    monkeypatch.setattr("fhir_assets.cli.dev.serve_ui", lambda settings, port: None)
+    monkeypatch.setattr("fhir_assets.cli.demo.load_due", lambda settings, triggered_by: [])
+
+
+@pytest.mark.parametrize("command", [["dev"], ["demo", "--no-ui", "--patients", "1"]])
+def test_what_is_stored_in_the_clear_is_said_once_and_not_where_there_are_keys(
+    command: list[str], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_URL", database)
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert (result.exit_code, result.output.count(LOUD)) == (0, 1)
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", new_key())
+    assert LOUD not in CliRunner().invoke(app, command, catch_exceptions=False).output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["dev"], ["demo", "--no-ui"], ["ingest"], ["migrate"], ["worker"], ["api"], ["export", "all", "--output", "x"]],
+    ids=lambda command: command[0],
+)
+def test_required_keys_that_are_missing_refuse_every_command(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_REQUIRED", "1")
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ConfigurationError), result.output
+    assert "PHI_REQUIRED is set, but there are no keys" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_required_keys_that_are_missing_refuse_the_code_location(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI_REQUIRED", "1")
+    with pytest.raises(ConfigurationError, match="PHI_REQUIRED is set, but there are no keys"):
+        defs()
