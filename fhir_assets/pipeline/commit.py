@@ -7,7 +7,6 @@ where it cannot be, the commit raises Overtaken and changes nothing.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Protocol
 
@@ -15,7 +14,7 @@ import msgspec
 
 from fhir_assets.errors import Overtaken
 from fhir_assets.store.manifest import Manifest, Part
-from fhir_assets.store.store import Store, folder
+from fhir_assets.store.store import Store, at_once, folder
 from fhir_assets.warehouse.database import Connection
 
 _LOCK = 0x66686D66
@@ -59,11 +58,11 @@ def rewrite(
     def one(mine: Manifest) -> Manifest:
         return merge(mine, store.manifest(mine.layer, mine.resource_type, mine.partition_key))
 
-    with closing(connect()) as conn, ThreadPoolExecutor(8) as pool:
+    with closing(connect()) as conn:
         for start in range(0, len(manifests), _AT_ONCE):
             group = manifests[start : start + _AT_ONCE]
             with _locked(conn, group):
-                results = list(pool.map(one, group))
+                results = at_once(one, group)
                 store.commit(results)
             written += results
     return written

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 import msgspec
 from isal import igzip, isal_zlib
@@ -16,15 +16,27 @@ from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.s3 import Bucket, S3Blobs
 from fhir_assets.store.sealed import opened
 
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
 BATCH_BYTES = 1 << 20
 """How much is read at once: a batch of lines is the unit of work of validation and loading."""
 
 _CALLS_AT_ONCE = 8
-"""How many manifests are read or written at once: a bucket takes its time for each."""
+"""How many manifests are read or written at once: a bucket, or a disk that is to be sure, takes its time for each."""
 
 _unpack = cast(Callable[..., BinaryIO], igzip.IGzipFile)
 _DAMAGED = cast(type[Exception], isal_zlib.error)
 _decoder = msgspec.json.Decoder(Manifest)
+
+
+def at_once(do: Callable[[Given], Made], items: Iterable[Given]) -> list[Made]:
+    """What ``do`` makes of each item, in their order, with several calls under way; a single one needs no thread."""
+    some = list(items)
+    if len(some) < 2:
+        return [do(item) for item in some]
+    with ThreadPoolExecutor(min(len(some), _CALLS_AT_ONCE)) as pool:
+        return list(pool.map(do, some))
 
 
 def folder(layer: str, resource_type: str, partition_key: str) -> str:
@@ -54,14 +66,12 @@ class Store:
 
     def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
         """The manifests of those partitions that have one, in the order of the keys."""
-        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-            found = pool.map(lambda key: self.manifest(layer, resource_type, key), partition_keys)
-            return [manifest for manifest in found if manifest is not None]
+        found = at_once(lambda key: self.manifest(layer, resource_type, key), partition_keys)
+        return [manifest for manifest in found if manifest is not None]
 
     def commit(self, manifests: Iterable[Manifest]) -> None:
         """Make the partitions visible, each in one step. Their parts must have been put before."""
-        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-            list(pool.map(self._commit_one, manifests))
+        at_once(self._commit_one, manifests)
 
     def _commit_one(self, manifest: Manifest) -> None:
         where = folder(manifest.layer, manifest.resource_type, manifest.partition_key)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from fhir_assets.errors import StoreError
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.manifest import Part
 from fhir_assets.store.sealed import MARK, SUFFIX, frames
-from fhir_assets.store.store import Store, folder
+from fhir_assets.store.store import Store, at_once, folder
 
 BUFFER_BYTES = 16 << 20
 """How much all open parts together may hold before it goes to disk."""
@@ -100,9 +99,8 @@ class PartWriter:
     def finish(self) -> dict[tuple[str, str], tuple[Part, ...]]:
         """Put every part in its place; by (resource type, partition key). Raises StoreError."""
         self._flush()
-        with ThreadPoolExecutor(8) as pool:
-            for key, part in pool.map(self._put, list(self._open)):
-                self._done.setdefault(key, []).append(part)
+        for key, part in at_once(self._put, self._open):
+            self._done.setdefault(key, []).append(part)
         self._open.clear()
         return {key: tuple(parts) for key, parts in self._done.items()}
 
