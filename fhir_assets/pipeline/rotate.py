@@ -34,6 +34,8 @@ LOCK_TIMEOUT_MS = 500
 PATIENCE_SECONDS = 60.0
 """How long rows that a load holds are waited for, without any progress."""
 
+RESOURCES = "resources"
+ROWS = "rows"
 PARTS = "parts"
 SECRET = "secret"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -143,7 +145,7 @@ class Rotator:
             self._sweep(
                 conn,
                 place.name,
-                None,
+                place.name,
                 partial(rotation.next_of, conn, place, older),
                 partial(rotation.seal, conn, place, older),
             )
@@ -157,14 +159,19 @@ class Rotator:
             ]
             remake = partial(self._remake, conn, resource_type, MakeRows(views, sealing))
             for source in sources:
-                self._sweep(conn, "resources", resource_type, source, remake)
+                self._sweep(conn, RESOURCES, resource_type, source, remake)
+        # What has no resource that it could be made of, or no view any more.
+        for table, has_column in rotation.tables_with_phi(conn, ()).items():
+            if has_column:
+                left_over = partial(rotation.next_left_over, conn, table, older)
+                self._sweep(conn, ROWS, table, left_over, partial(rotation.seal_rows, conn, table, older))
         self._parts(conn, sealing)
 
     def _sweep(
         self,
         conn: Connection,
         place: str,
-        resource_type: str | None,
+        label: str,
         following: Callable[[rotation.Key | None], list[rotation.Key]],
         seal: Callable[[list[rotation.Key]], rotation.Batch],
     ) -> None:
@@ -176,7 +183,7 @@ class Rotator:
             refused = Counter[str]()
             while keys := following(after):
                 conn.commit()
-                batch = self._one(conn, place, resource_type, partial(seal, keys))
+                batch = self._one(conn, place, label, partial(seal, keys))
                 after = keys[-1]
                 held += batch.passed_over if batch else len(keys)
                 if batch and batch.sealed:
@@ -188,19 +195,19 @@ class Rotator:
                 sleep(min(1.0, self._patience / 10))
                 continue
             # A resource that is refused comes once more with each of its tables.
-            self.done.refused |= Counter({f"{resource_type or place}: {why}": n for why, n in refused.items()})
-            self.done.busy |= Counter({resource_type or place: held})
+            self.done.refused |= Counter({f"{label}: {why}": n for why, n in refused.items()})
+            self.done.busy |= Counter({label: held})
             return
 
     def _one(
-        self, conn: Connection, place: str, resource_type: str | None, seal: Callable[[], rotation.Batch]
+        self, conn: Connection, place: str, label: str, seal: Callable[[], rotation.Batch]
     ) -> rotation.Batch | None:
         """One batch and its record; None if somebody else held a lock that it needs."""
         try:
             with conn.transaction():
                 conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
                 batch = seal()
-                self._note(conn, place, batch.sealed, batch.from_clear, resource_type)
+                self._note(conn, place, batch.sealed, batch.from_clear, label)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
             return None
         except DatabaseUnavailable:
@@ -220,29 +227,34 @@ class Rotator:
     def _remake(
         self, conn: Connection, resource_type: str, make: MakeRows, keys: Sequence[rotation.Key]
     ) -> rotation.Batch:
-        """Seal resources, and make the rows of all of their views anew."""
+        """Seal resources, and make the rows of all of their views anew; where that fails, the resources alone."""
         sealing = sealing_of(conn)
         rows, passed_over = rotation.lock_resources(conn, resource_type, keys)
         done = rotation.Batch(0, 0, passed_over, Counter())
         bodies = []
-        clear = set()
+        sealed_with = {}
         for resource_id, sealed_by, text in rows:
             try:
                 bodies.append(open_text(text, sealed_by, sealing))
             except SealingError as error:
                 done.refused[str(error)] += 1
                 continue
-            if sealed_by is None:
-                clear.add(resource_id)
+            sealed_with[resource_id] = sealed_by
         made = make(Batch(bodies, "", _EPOCH))
         loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reseal=True)
-        refused = loader.take([(prepared, bodies[place]) for place, prepared in made.prepared], "")
+        unloadable = loader.take([(prepared, bodies[place]) for place, prepared in made.prepared], "")
         done.sealed = loader.finish().updated
-        for undone in made.undone:
-            done.refused[f"{undone.path}: {undone.message}"] += 1
-        for bad in [*refused, *loader.late()]:
-            done.refused[f"{bad.view or 'resource'}: {bad.message}"] += 1
-        done.from_clear = min(len(clear), done.sealed)
+        unloadable += loader.late()
+        ids = list(sealed_with)
+        without_rows = {ids[each.place]: f"{each.path}: {each.message}" for each in made.undone}
+        without_rows |= {each.resource_id: f"{each.view or 'resource'}: {each.message}" for each in unloadable}
+        done.refused.update(why for key, why in without_rows.items() if sealed_with[key] is None)
+        newest = sealing.key_id
+        alone = [
+            (k, body) for k, body in zip(ids, bodies, strict=True) if k in without_rows and sealed_with[k] != newest
+        ]
+        done.sealed += rotation.seal_resources(conn, resource_type, alone)
+        done.from_clear = min(list(sealed_with.values()).count(None), done.sealed)
         return done
 
     def _parts(self, conn: Connection, sealing: Sealing) -> None:
@@ -253,15 +265,16 @@ class Rotator:
             good = [key for _, key, error in group if error is None]
             clear = good.count(None)
             with conn.transaction():
-                self._note(conn, PARTS, len(good), clear, None)
+                self._note(conn, PARTS, len(good), clear, PARTS)
             self.done.sealed[PARTS] += len(good)
             self.done.from_clear[PARTS] += clear
             self.done.refused.update(str(error) for _, _, error in group if error is not None)
             self._report(conn)
 
-    def _note(self, conn: Connection, place: str, sealed: int, from_clear: int, resource_type: str | None) -> None:
-        rotations.advance(conn, self._rotation, resource_type or place, sealed)
+    def _note(self, conn: Connection, place: str, sealed: int, from_clear: int, label: str) -> None:
+        rotations.advance(conn, self._rotation, label, sealed)
         detail = {"place": place, "key": sealing_of(conn).key_id, "from_clear": from_clear, "rotation": self._rotation}
+        resource_type = label if place == RESOURCES else None
         audit_log.record(conn, Deed("key rotation", self._actor, resource_type, count=sealed, detail=detail))
 
     def _report(self, conn: Connection) -> None:
@@ -274,7 +287,7 @@ class Rotator:
         """Say what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
         needed = [key.id for key in sealing.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
         if not needed and vault.reseal(conn, sealing):
-            self._note(conn, SECRET, 1, 0, None)
+            self._note(conn, SECRET, 1, 0, SECRET)
             found = Survey({**found.found, SECRET: Counter({sealing.key_id: 1})})
         left_over = self._to_do(found, sealing, rows=True)
         rotations.end(conn, self._rotation, left_over)
@@ -287,6 +300,6 @@ class Rotator:
         left = 0
         for place, counts in found.found.items():
             clear_is_meant = place == PARTS and not self._store.sealing.on
-            if place != "rows" or rows:
+            if place != ROWS or rows:
                 left += sum(n for key, n in counts.items() if key != sealing.key_id and (key or not clear_is_meant))
         return left

@@ -131,6 +131,10 @@ class Sealing:
                 "add the key that is missing as the last one"
             ) from None
 
+    def retoken(self, value: str) -> str:
+        """A token made by another key as one of the newest; what is no token stays as it is. Raises SealingError."""
+        return self.token(self.read_token(value)) if is_token(value) else value
+
     # Hashes
 
     def index(self, value: str) -> str:

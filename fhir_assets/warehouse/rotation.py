@@ -135,6 +135,16 @@ def next_with_rows(conn: Connection, table: str, newest: str, after: Key | None)
     return list(conn.execute(query, {"after": after[0] if after else "", "newest": newest, "limit": limit}))
 
 
+def next_left_over(conn: Connection, table: str, older: Sequence[str], after: Key | None) -> list[Key]:
+    """As ``next_with_rows``, of rows that one of the ``older`` keys sealed."""
+    query = sql.SQL(
+        "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s AND {sealed_by} = ANY(%(older)s)"
+        " ORDER BY 1 LIMIT %(limit)s"
+    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), sealed_by=sql.Identifier(SEALED_BY))
+    limit = BATCH_ROWS // 10
+    return list(conn.execute(query, {"after": after[0] if after else "", "older": list(older), "limit": limit}))
+
+
 def next_of(conn: Connection, place: Place, older: Sequence[str], after: Key | None) -> list[Key]:
     """The keys of some rows of a place, after that one, that are in the clear or sealed by ``older`` keys."""
     sizes = sql.SQL(" + ").join(
@@ -183,6 +193,60 @@ def lock_resources(
         return rows, 0
     found = conn.execute(f"SELECT count(*) {there}", which).fetchone()
     return rows, max(0, found[0] - len(rows)) if found else 0
+
+
+def seal_resources(conn: Connection, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
+    """Seal resources, by their ids, with the newest key, and leave their rows as they are. Returns how many."""
+    sealing = sealing_of(conn)
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            "UPDATE fhir.resource SET resource = %s::jsonb, sealed_by = %s WHERE resource_type = %s AND id = %s",
+            [(as_json(sealing.seal(body)).decode(), sealing.key_id, resource_type, key) for key, body in resources],
+        )
+        return max(0, cursor.rowcount)
+
+
+def seal_rows(conn: Connection, table: str, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+    """Seal with the newest key, token by token, rows that cannot be made anew: their resource cannot be opened, is not
+    there, or their view is gone. ``keys`` are of their resources.
+    """
+    sealing = sealing_of(conn)
+    target = sql.Identifier("fhir", table)
+    names = [
+        sql.Identifier(name)
+        for (name,) in conn.execute(
+            "SELECT attname FROM pg_attribute WHERE attrelid = format('fhir.%%I', %s::text)::regclass AND attnum > 0"
+            " AND NOT attisdropped AND atttypid = 'text'::regtype AND attname <> ALL(%s) ORDER BY attnum",
+            [table, [KEY_COLUMN, SEALED_BY]],
+        )
+    ]
+    rows = conn.execute(
+        sql.SQL(
+            "SELECT ctid, {columns} FROM {table} WHERE {key} = ANY(%s) AND {sealed_by} = ANY(%s) FOR UPDATE SKIP LOCKED"
+        ).format(
+            columns=sql.SQL(", ").join(names),
+            table=target,
+            key=sql.Identifier(KEY_COLUMN),
+            sealed_by=sql.Identifier(SEALED_BY),
+        ),
+        [[key for (key,) in keys], list(older)],
+    ).fetchall()
+    batch = Batch(0, 0, 0 if rows else len(keys), Counter())
+    updates = []
+    for place, *values in rows:
+        try:
+            updates.append([*(sealing.retoken(each) if each else each for each in values), sealing.key_id, place])
+            batch.sealed += 1
+        except SealingError as error:
+            batch.refused[str(error)] += 1
+    update = sql.SQL("UPDATE {} SET {}, {} = %s WHERE ctid = %s").format(
+        target,
+        sql.SQL(", ").join([sql.SQL("{} = %s").format(name) for name in names]),
+        sql.Identifier(SEALED_BY),
+    )
+    with conn.cursor() as cursor:
+        cursor.executemany(update, updates)
+    return batch
 
 
 def seal(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:

@@ -19,6 +19,7 @@ from fhir_assets_tests.pipeline.rotating import (
     LETTER,
     NAME,
     VIEWS,
+    encrypted,
     everything,
     fill,
     keyring,
@@ -173,11 +174,14 @@ def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place
         before = rows(conn, "SELECT resource FROM fhir.resource WHERE sealed_by = '0badc0de'")
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
     assert rotated.sealed["resources"] == 26
-    assert rotated.left_over == 4 + 4 * 3 + 1
+    assert rotated.left_over == 4
+    assert rotated.sealed["rows"] == 4 * 3
     assert rotated.survey.of("0badc0de")["resources"] == 4
-    with opened(place.url, NEW, OLD) as conn:
+    with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT resource FROM fhir.resource WHERE sealed_by = '0badc0de'") == before
-        assert survey(conn, place.store(NEW, OLD), VIEWS).of(OLD_ID)["resources"] == 0
+        assert not survey(conn, place.store(NEW), VIEWS).needs(OLD_ID)
+        names = rows(conn, "SELECT family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
+        assert {sealing_of(conn).read_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
 
 
 def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Place) -> None:
@@ -255,13 +259,30 @@ def test_two_rotations_at_once_are_refused(place: Place) -> None:
             rotator(place.url, place.store(NEW), NEW).rotate()
 
 
-def test_rows_of_a_view_that_is_gone_keep_the_older_key_needed(place: Place) -> None:
+def test_rows_of_a_view_that_is_gone_and_rows_without_a_resource_are_sealed_token_by_token(place: Place) -> None:
     with opened(place.url, OLD) as conn:
         load_people(conn, range(5))
+        conn.execute("DELETE FROM fhir.resource WHERE id = 'p00000'")
+        before = rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1")
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0]]).rotate()
-    assert rotated.survey.of(OLD_ID)["rows"] == 10
-    assert rotated.survey.needs(OLD_ID)
-    assert rotated.left_over == 10 + 1
+    assert (rotated.sealed["resources"], rotated.sealed["rows"], rotated.left_over) == (4, 1 + 10, 0)
+    with opened(place.url, NEW) as conn:
+        assert rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1") == before
+        tokens = rows(conn, "SELECT family FROM fhir.patient_name UNION ALL SELECT mrn FROM fhir.patient")
+        opened_tokens = {sealing_of(conn).read_token(str(token)) for (token,) in tokens}
+        assert opened_tokens == {f"Family{n}-{k}" for n in range(5) for k in range(2)} | {f"MRN-{n}" for n in range(5)}
+
+
+def test_a_resource_that_its_views_refuse_by_now_is_sealed_and_keeps_its_rows(place: Place) -> None:
+    with opened(place.url, OLD) as conn:
+        load_people(conn, range(5))
+    stricter = view("patient_name", "Patient", encrypted("family", "name.family"))
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0], stricter]).rotate()
+    assert (rotated.left_over, rotated.sealed["resources"], rotated.sealed["rows"]) == (0, 5, 15)
+    assert not rotated.refused
+    with opened(place.url, NEW) as conn:
+        assert survey(conn, place.store(NEW), VIEWS).keys == [NEW_ID]
+        assert rows(conn, "SELECT count(*) FROM fhir.patient_name") == [(10,)]
 
 
 def test_progress_is_kept_where_others_see_it(place: Place) -> None:
