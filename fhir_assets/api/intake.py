@@ -16,7 +16,7 @@ from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
 from fhir_assets.pipeline.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import audit_log, idempotency
+from fhir_assets.warehouse import idempotency
 
 router = APIRouter(tags=["intake"])
 
@@ -231,15 +231,12 @@ def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged]
     records = [record for each in judged for record in each.records]
     if not records:
         return
-    parts.receiver.receive(records, origin)
-    with parts.connection() as conn:
-        audit_log.record(
-            conn,
-            *(
-                Deed("create", caller.actor, name, count=count, request_id=caller.request_id)
-                for name, count in sorted(Counter(record.resource_type for record in records).items())
-            ),
-        )
+    by_type = Counter(record.resource_type for record in records)
+    deeds = [
+        Deed("create", caller.actor, name, count=count, request_id=caller.request_id)
+        for name, count in sorted(by_type.items())
+    ]
+    parts.receiver.receive(records, origin, deeds=lambda _: deeds)
 
 
 def require_few(parts: Parts, count: int) -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from fhir_assets.assets.run import RunFacts
+from fhir_assets.assets.run import RunFacts, in_our_words
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.fhir.views import View
 from fhir_assets.resources.store import blobs_at
@@ -45,7 +45,7 @@ def _export(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult[None]:
         facts = RunFacts.of(context, settings.window_scheme)
-        with warehouse.connect() as conn:
+        with in_our_words(), warehouse.connect() as conn:
             tables.ensure_tables(conn, views)
             conn.commit()
             started = context.instance.get_run_stats(facts.run_id).start_time

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from fhir_assets.assets.run import RunFacts
+from fhir_assets.assets.run import RunFacts, in_our_words
 from fhir_assets.fhir.views import View
 from fhir_assets.resources.store import blobs_at
 from fhir_assets.resources.warehouse import Warehouse
@@ -49,7 +49,7 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult[None]:
         facts = RunFacts.of(context, settings.window_scheme)
-        with warehouse.connect() as conn:
+        with in_our_words(), warehouse.connect() as conn:
             tables.ensure_tables(conn, [view])
             conn.commit()
             target = blobs_at(settings, settings.fhir_lake_url)

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import dagster as dg
 
+from fhir_assets.assets.run import in_our_words
 from fhir_assets.automation.received import materializations
 from fhir_assets.automation.requests import UNFINISHED
 from fhir_assets.pipeline.landing import Landed
@@ -51,8 +52,9 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
                 context.log_event(event)
 
         started = perf_counter()
-        landed = landing_of(settings, warehouse).receive(context.run.run_id, listen=report)
-        with warehouse.connect() as conn:
+        with in_our_words():
+            landed = landing_of(settings, warehouse).receive(context.run.run_id, listen=report)
+        with in_our_words(), warehouse.connect() as conn:
             found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
         yield dg.MaterializeResult(metadata=_metadata(landed, perf_counter() - started), check_results=[checked(found)])
 
@@ -71,8 +73,9 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         description="Looks for new files in the landing zone.",
     )
     def load_landing(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        waiting = landing_of(settings, warehouse).look()
-        with warehouse.connect() as conn:
+        with in_our_words():
+            waiting = landing_of(settings, warehouse).look()
+        with in_our_words(), warehouse.connect() as conn:
             found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
         # A letter that was settled meanwhile turns the check green without a run.
         said = f"{found.bad} bad files"

@@ -7,7 +7,7 @@ from time import perf_counter
 
 import dagster as dg
 
-from fhir_assets.assets.run import RunFacts, recorded
+from fhir_assets.assets.run import RunFacts, in_our_words, recorded
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.fhir.views import BrokenView, View
@@ -92,7 +92,11 @@ def _normalized(
                     sweep.sweep(datetime.now(UTC))
                 if facts.replay and len(wanted) == len(views):
                     replay = ReplayLoading(
-                        warehouse.connect, wanted, run_id=facts.run_id, also_open=facts.replay == "open"
+                        warehouse.connect,
+                        wanted,
+                        run_id=facts.run_id,
+                        also_open=facts.replay == "open",
+                        gate=settings.gate,
                     )
                     with warehouse.loaders.one():
                         replay.load(name, facts.windows.windows)
@@ -104,7 +108,7 @@ def _normalized(
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
         if context.selected_asset_check_keys:
-            with warehouse.connect() as conn:
+            with in_our_words(), warehouse.connect() as conn:
                 balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
                 checks = WindowChecks(resource_type, settings, facts.now)
                 names = sorted(key.name for key in context.selected_asset_check_keys)

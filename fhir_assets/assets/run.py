@@ -104,6 +104,19 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
     _log.info("a step is done", extra={**about, "seconds": round(perf_counter() - started, 3)})
 
 
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Every error of a step or a sensor that keeps no account of runs becomes one sentence, as in ``recorded``: what
+    Dagster keeps of an error, its message and those of its causes, may quote what it choked on.
+    """
+    try:
+        yield
+    except dg.Failure:
+        raise
+    except Exception as error:
+        raise dg.Failure(_reason(error), allow_retries=False) from None
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, FhirAssetsError):
         return str(error)

@@ -8,6 +8,7 @@ import dagster as dg
 from dagster._core.event_api import RunStatusChangeEventType, RunStatusChangeRecordsFilter
 
 from fhir_assets.alerts import Webhook
+from fhir_assets.assets.run import in_our_words
 from fhir_assets.automation.requests import RANGE_END, RANGE_START
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
@@ -44,7 +45,7 @@ def alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDefiniti
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         seen = json.loads(context.cursor) if context.cursor else {"runs": 0, "checks": 0}
-        with warehouse.connect() as conn:
+        with in_our_words(), warehouse.connect() as conn:
             with conn.transaction():
                 for _ in range(_PAGES):
                     before = dict(seen)

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from fhir_assets.assets.run import in_our_words
 from fhir_assets.automation.requests import UNFINISHED
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.pipeline.consent import ConsentSweep
@@ -23,7 +24,8 @@ def apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
         sweep = ConsentSweep(
             warehouse.connect, views.views, settings.gate, run_id=context.run_id, actor=f"job:{APPLY_CONSENT}"
         )
-        swept = sweep.sweep(datetime.now(UTC))
+        with in_our_words():
+            swept = sweep.sweep(datetime.now(UTC))
         context.add_output_metadata(
             {
                 "patients": swept.patients,
@@ -51,7 +53,7 @@ def consent_sensor(settings: Settings, job: dg.JobDefinition, warehouse: Warehou
         description="Asks for the job apply_consent when a decision is due.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        with warehouse.connect() as conn:
+        with in_our_words(), warehouse.connect() as conn:
             followed = consents.followed(conn)
             waiting = consents.due(conn, datetime.now(UTC), 1) if followed.closed else []
         if followed == settings.gate and not waiting:

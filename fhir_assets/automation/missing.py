@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from fhir_assets.assets.raw import POOL
+from fhir_assets.assets.run import in_our_words
 from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES
 from fhir_assets.automation.received import materializations
 from fhir_assets.fhir.record import Source
@@ -40,11 +41,12 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
         asked: Counter[str] = Counter()
         found: Counter[str] = Counter()
         deleted: Counter[str] = Counter()
-        for batch in missing.fetch():
-            asked[batch.resource_type] += batch.asked
-            found[batch.resource_type] += batch.found
-            deleted[batch.resource_type] += batch.deleted
-            yield from materializations(batch.received)
+        with in_our_words():
+            for batch in missing.fetch():
+                asked[batch.resource_type] += batch.asked
+                found[batch.resource_type] += batch.found
+                deleted[batch.resource_type] += batch.deleted
+                yield from materializations(batch.received)
         yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found), "deleted": dict(deleted)})
 
     @dg.job(

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 from dagster._utils.schedules import reverse_cron_string_iterator
 
+from fhir_assets.assets.run import in_our_words
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks.tables import rows_table
 from fhir_assets.errors import FhirAssetsError
@@ -77,7 +78,7 @@ def _of_type(
     def check(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         judge = _Judge(settings, resource_type, views, source)
         wanted = {key.name for key in context.selected_asset_check_keys}
-        with warehouse.connect() as conn:
+        with in_our_words(), warehouse.connect() as conn:
             there = quality.existing_tables(conn, views)
             for name in (name for name in _DESCRIBED if name in wanted):
                 yield judge.result(conn, there, name)

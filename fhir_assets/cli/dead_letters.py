@@ -17,11 +17,12 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, failed
 from fhir_assets.pipeline.correct import Correcting, Edit
 from fhir_assets.pipeline.receive import Receiver
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import Action, Deed
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.store.store import open_store
 from fhir_assets.warehouse import audit_log, corrections, dead_letters, replays, runs
+from fhir_assets.warehouse.database import sealing_of
 from fhir_assets.warehouse.dead_letters import Selection
 
 app = typer.Typer(help="Resources that could not go on, each with its reason.", no_args_is_help=True)
@@ -92,7 +93,8 @@ def show(
             if correction:
                 found["corrected_resource"] = _text(correction.resource)
             subject = audit_log.subject(conn, facts.resource_type, facts.resource_id or "")
-            deed = Deed("read", getpass.getuser(), facts.resource_type, subject, detail={"letter": letter})
+            action: Action = "decrypt" if sealing_of(conn).on else "read"
+            deed = Deed(action, f"cli:{getpass.getuser()}", facts.resource_type, subject, detail={"letter": letter})
             audit_log.record(conn, deed)
     if json:
         print_json({**found, "issues": issues})
@@ -179,7 +181,7 @@ def replay(
         letters = sum(each.letters for each in replays.scope(conn, chosen))
         if not wait:
             replays.mark(conn, chosen)
-        deed = Deed("replay", getpass.getuser(), chosen.resource_type, count=letters, detail={"waited": wait})
+        deed = Deed("replay", f"cli:{getpass.getuser()}", chosen.resource_type, count=letters, detail={"waited": wait})
         audit_log.record(conn, deed)
     outcomes = _replay(settings, chosen) if wait and letters else []
     with warehouse.connect() as conn:
@@ -226,6 +228,7 @@ def discard(
     chosen = _whole_run(warehouse, chosen)
     with warehouse.connect() as conn:
         count = replays.discard(conn, chosen, reason=reason, by=by or getpass.getuser())
+        audit_log.record(conn, Deed("discard", f"cli:{by or getpass.getuser()}", chosen.resource_type, count=count))
     if json:
         print_json({"discarded": count})
     else:

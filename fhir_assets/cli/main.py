@@ -30,6 +30,7 @@ from fhir_assets.cli import (
     worker,
 )
 from fhir_assets.errors import FhirAssetsError
+from fhir_assets.logs import described
 
 app = typer.Typer(
     name="fhir-assets",
@@ -73,3 +74,12 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        # A driver's message may quote a row, so no stack trace: its type, and the places it came through.
+        found = described(error)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"fhir-assets: unexpected {found['type']} at {found['at']}: this is a defect, please report it with these "
+            "words",
+            markup=False,
+        )
+        sys.exit(1)

@@ -16,6 +16,7 @@ from requests.structures import CaseInsensitiveDict
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, TransientError
 from fhir_assets.fhir.auth import Credentials
+from fhir_assets.fhir.outcome import issues
 from fhir_assets.fhir.retries import read_retry_after
 from fhir_assets.metrics import connector as metrics
 
@@ -131,20 +132,8 @@ class FhirServer:
             )
         if status == 412:
             raise Lasting("several-matches", "the FHIR server has several resources with this identifier", status)
-        raise Lasting("refused", f"the FHIR server answered {status}{_issues(response.data)}", status)
-
-
-def _issues(body: bytes) -> str:
-    """What an OperationOutcome finds, and where: codes and paths, never its texts, which may quote the resource."""
-    try:
-        issues = orjson.loads(body)["issue"]
-        found = [
-            " at ".join([str(i["code"])[:40], *(str(place)[:80] for place in i.get("expression", [])[:1])])
-            for i in issues[:3]
-        ]
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return ""
-    return f": {', '.join(found)}" if found else ""
+        found = ", ".join(issues(response.data))
+        raise Lasting("refused", f"the FHIR server answered {status}{f': {found}' if found else ''}", status)
 
 
 def _code(error: urllib3.exceptions.HTTPError) -> str:

@@ -3,7 +3,7 @@
 See https://hl7.org/fhir/R4/http.html#transaction. Pure: no HTTP here.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import msgspec
 import orjson
 
 from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.fhir.outcome import issues
 
 BundleType = Literal["batch", "transaction"]
 Target = tuple[str, str]
@@ -58,7 +59,7 @@ class Result:
     def reason(self) -> str:
         """Why it was refused, without patient data: status, and codes and places of the issues, never their texts."""
         said = f"the server answered {self.status}" if self.status else "the server gave no answer for it"
-        found = _issues(self.outcome)
+        found = issues(self.outcome)
         return f"{said}: {', '.join(found)}" if found else said
 
 
@@ -187,16 +188,6 @@ def _each_reference(value: Any, visit: Callable[[dict[str, Any], Target], None])
 def _status(text: str) -> int:
     digits = text.strip()[:3]
     return int(digits) if digits.isdecimal() else 0
-
-
-def _issues(outcome: bytes) -> Sequence[str]:
-    try:
-        return [
-            " at ".join([str(issue["code"])[:40], *(str(place)[:80] for place in issue.get("expression", [])[:1])])
-            for issue in orjson.loads(outcome)["issue"][:3]
-        ]
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return []
 
 
 def _digits(text: str) -> tuple[str]:

@@ -16,6 +16,7 @@ from fhir_assets.fhir.elements import TooLong, Unbalanced, elements
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.visits_csv import BadRow, Visit
 from fhir_assets.fhir.lines import BrokenOff, split_lines
+from fhir_assets.fhir.model import UNKNOWN_TYPE, told_type
 from fhir_assets.fhir.record import (
     Deletion,
     Header,
@@ -29,9 +30,6 @@ from fhir_assets.fhir.record import (
 )
 
 Item = Record | Rejected | Deletion | Visit
-
-UNKNOWN_TYPE = "Resource"
-"""The type under which something is rejected whose type cannot be told: FHIR's abstract one."""
 
 HEAD_BYTES = 1 << 16
 
@@ -52,7 +50,7 @@ class LandedContent:
         self, rule: str, where: str, message: str, body: bytes = b"", header: Header | None = None
     ) -> Rejected:
         """A piece that cannot be used; ``where`` it stands in the file."""
-        resource_type = header.resourceType if header else UNKNOWN_TYPE
+        resource_type = told_type(header.resourceType) if header else UNKNOWN_TYPE
         identity = header.id if header else None
         return Rejected(resource_type, identity, rule, f"{self.place}:{where}", message, self.arrived, body)
 

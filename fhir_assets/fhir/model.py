@@ -83,6 +83,16 @@ class Model:
         return type_.elements.get(element) if type_ else None
 
 
+UNKNOWN_TYPE = "Resource"
+"""What a resource counts as whose type R4 does not have: FHIR's abstract one."""
+
+
+def told_type(name: str) -> str:
+    """A resourceType as it may be told and counted by: one of R4, else UNKNOWN_TYPE, since it may be anything."""
+    type_ = r4().types.get(name)
+    return name if type_ is not None and type_.kind == "resource" else UNKNOWN_TYPE
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean "birthDate"?`` for a misspelt name, or nothing if none of the known ones is near."""
     folded = {each.lower(): each for each in known}

@@ -17,6 +17,7 @@ from pathlib import Path
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.lines import BrokenOff, read_lines
+from fhir_assets.fhir.model import told_type
 from fhir_assets.fhir.record import Header, Malformed, Record, Rejected, one_line, read_header, read_record
 from fhir_assets.windows import Interval
 
@@ -216,7 +217,7 @@ class _Reader:
         if name in self._wanted:
             return True
         if name not in BY_NAME:
-            self._skipped[name] += 1
+            self._skipped[told_type(name)] += 1
         return False
 
     def _type_of(self, body: bytes) -> str | None:

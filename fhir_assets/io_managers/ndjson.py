@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from fhir_assets.assets.run import in_our_words
 from fhir_assets.pipeline.commit import Update, commit
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.store.manifest import Manifest
@@ -19,7 +20,8 @@ class NdjsonIOManager(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: Update) -> None:
         """Commit the manifests, each in one step, beside what other runs committed meanwhile."""
-        manifests = commit(self._warehouse.connect, self._store, obj)
+        with in_our_words():
+            manifests = commit(self._warehouse.connect, self._store, obj)
         context.add_output_metadata(
             {
                 "partitions_written": len(manifests),

@@ -16,6 +16,7 @@ from fhir_assets.fhir.intake.resources import Identify
 from fhir_assets.fhir.record import Malformed, Record, one_line, read_header, read_record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.validation.issues import STRUCTURE, Issue
+from fhir_assets.fhir.validation.primitives import is_id
 
 SCHEMA = "schema"
 """Rule of an issue that the JSON Schema of an intake record found."""
@@ -90,7 +91,7 @@ class Judge:
             body = b'{"id":"' + header.id.encode() + b'",' + body[1:].lstrip()
         verdict = self._validator.check(body)
         if not verdict.valid:
-            return Judged(name, header.id, verdict.issues)
+            return Judged(name, header.id if is_id(header.id or "") else None, verdict.issues)
         return Judged(name, header.id, verdict.issues, (read_record(body, header, self._now),))
 
     def _patient_record(self, record: dict[str, Any]) -> Judged:
@@ -185,7 +186,10 @@ def _decoded(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise Unreadable(str(error)) from None
+        # It names what it does not know.
+        raise Unreadable(
+            "a member beside those that are known" if "unknown field" in str(error) else str(error)
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         why = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
         raise Unreadable(f"not JSON: {why}") from None

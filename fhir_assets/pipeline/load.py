@@ -11,7 +11,7 @@ from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.pipeline.rows import Batch, MakeRows, Rows, place_of
 from fhir_assets.pipeline.workers import Workers
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import Action, Deed
 from fhir_assets.privacy.consent import Gate
 from fhir_assets.store.manifest import Manifest, Part
 from fhir_assets.store.store import Store
@@ -19,7 +19,7 @@ from fhir_assets.warehouse import audit_log, checkpoints, consents, dead_letters
 from fhir_assets.warehouse.corrections import Corrections
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.loader import OPEN, Loader, Unloadable
+from fhir_assets.warehouse.loader import OPEN, LoadCounts, Loader, Unloadable
 from fhir_assets.warehouse.prepared import Prepared
 from fhir_assets.windows import Window
 
@@ -196,20 +196,7 @@ class Loading:
                 for task in group
             },
         )
-        windows = {"windows": len(group)}
-        audit_log.record(
-            conn,
-            Deed("create", _ACTOR, resource_type, count=counts.inserted, run_id=self._run_id, detail={**windows}),
-            Deed("update", _ACTOR, resource_type, count=counts.updated, run_id=self._run_id, detail={**windows}),
-            Deed(
-                "withhold",
-                _ACTOR,
-                resource_type,
-                count=counts.withheld.total(),
-                run_id=self._run_id,
-                detail={**windows},
-            ),
-        )
+        audit_log.record(conn, *load_deeds(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)}))
         total.inserted += counts.inserted
         total.updated += counts.updated
         total.superseded += counts.superseded
@@ -257,6 +244,19 @@ class Loading:
             task.window.key: state.replays for task in group if (state := task.manifest.validated) and state.replays
         }
         replays.healed(conn, self._run_id, resource_type, ["validate"], healed_by)
+
+
+def load_deeds(
+    resource_type: str, counts: LoadCounts, *, run_id: str, detail: dict[str, str | int | bool | None]
+) -> Iterator[Deed]:
+    """What a load did to the tables, for the audit log."""
+    done: dict[Action, int] = {
+        "create": counts.inserted,
+        "update": counts.updated,
+        "withhold": counts.withheld.total(),
+    }
+    for action, count in done.items():
+        yield Deed(action, _ACTOR, resource_type, count=count, run_id=run_id, detail=detail)
 
 
 def judgement(views: Sequence[View]) -> str:

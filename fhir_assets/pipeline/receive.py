@@ -12,13 +12,15 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from fhir_assets.fhir.model import told_type
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.pipeline.commit import rewrite
 from fhir_assets.pipeline.letters import LetterBuffer
+from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part, Receipt
 from fhir_assets.store.store import Store
 from fhir_assets.store.writer import PartWriter
-from fhir_assets.warehouse import dead_letters, received
+from fhir_assets.warehouse import audit_log, dead_letters, received
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.dead_letters import DeadLetter
 from fhir_assets.warehouse.received import Receiving
@@ -67,7 +69,13 @@ class Receiver:
         """Those that are loaded here; resources of others are counted, and go no further."""
         self._now = now
 
-    def receive(self, records: Iterable[Record | Rejected], origin: str) -> Received:
+    def receive(
+        self,
+        records: Iterable[Record | Rejected],
+        origin: str,
+        *,
+        deeds: Callable[[Received], Iterable[Deed]] = lambda _: (),
+    ) -> Received:
         """Take everything that ``origin`` brings, streamed: all of it is in raw and in the dead letters afterwards, or
         nothing counts as received and the origin may come again.
 
@@ -75,11 +83,19 @@ class Receiver:
         the second time nothing is done, and records are not read. Resources go into the window of their
         ``lastUpdated``, or of their arrival where they have none or one in the future.
 
+        ``deeds`` go on record in the transaction that notes it as received.
+
         Raises StoreError, DatabaseUnavailable, Overtaken, and what ``records`` raises.
         """
-        return self.receive_within(lambda _: records, origin)
+        return self.receive_within(lambda _: records, origin, deeds=deeds)
 
-    def receive_within(self, bring: Callable[[Connection], Iterable[Record | Rejected]], origin: str) -> Received:
+    def receive_within(
+        self,
+        bring: Callable[[Connection], Iterable[Record | Rejected]],
+        origin: str,
+        *,
+        deeds: Callable[[Received], Iterable[Deed]] = lambda _: (),
+    ) -> Received:
         """As ``receive``, of what ``bring`` makes: what it writes through the connection that it is given is committed
         together with the note that the origin was received, or not at all.
         """
@@ -87,9 +103,15 @@ class Receiver:
             received.hold(conn, origin)
             if before := received.of_origin(conn, origin):
                 return Received(origin, tuple(before), again=True)
-            return self._receive(conn, bring(conn), origin)
+            return self._receive(conn, bring(conn), origin, deeds)
 
-    def _receive(self, conn: Connection, records: Iterable[Record | Rejected], origin: str) -> Received:
+    def _receive(
+        self,
+        conn: Connection,
+        records: Iterable[Record | Rejected],
+        origin: str,
+        deeds: Callable[[Received], Iterable[Deed]],
+    ) -> Received:
         now = self._now()
         intake = _Intake(self._scheme, self.resource_types, origin, now)
         letters = LetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
@@ -100,9 +122,11 @@ class Receiver:
             parts = writer.finish()
         items = intake.items(parts)
         rewrite(self._connect, self._store, intake.manifests(parts, items), _joined)
+        brought = Received(origin, tuple(items), intake.skipped)
         received.note(conn, origin, items)
+        audit_log.record(conn, *deeds(brought))
         conn.commit()
-        return Received(origin, tuple(items), intake.skipped)
+        return brought
 
 
 class _Intake:
@@ -122,7 +146,7 @@ class _Intake:
             self._rejected[item.resource_type, key] += 1
             letters.add(self._letter(item, key))
         elif item.resource_type not in self._types:
-            self.skipped[item.resource_type] += 1
+            self.skipped[told_type(item.resource_type)] += 1
         else:
             moment = item.as_of if item.as_of < self._now else item.arrived
             writer.add(item.resource_type, self._window(moment).key, item.body, item.last_updated)

@@ -15,15 +15,16 @@ from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.load import STAGES as LOAD_STAGES
-from fhir_assets.pipeline.load import judgement
+from fhir_assets.pipeline.load import judgement, load_deeds
 from fhir_assets.pipeline.rows import Batch, MakeRows, place_of
 from fhir_assets.pipeline.validate import ValidatedUpdate, dead_letter
+from fhir_assets.privacy.consent import Gate
 from fhir_assets.store.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.store.store import Store
 from fhir_assets.store.writer import PartWriter
-from fhir_assets.warehouse import replays, tables
+from fhir_assets.warehouse import audit_log, replays, tables
 from fhir_assets.warehouse.database import Connection, sealing_of
-from fhir_assets.warehouse.loader import Loader
+from fhir_assets.warehouse.loader import OPEN, Loader
 from fhir_assets.warehouse.replays import Claimed, Failed
 from fhir_assets.windows import Window
 
@@ -149,10 +150,17 @@ class ReplayLoading:
     """Loads the letters of stages ``transform`` and ``load`` that a run claims, into all tables of their type."""
 
     def __init__(
-        self, connect: Callable[[], Connection], views: Sequence[View], *, run_id: str, also_open: bool
+        self,
+        connect: Callable[[], Connection],
+        views: Sequence[View],
+        *,
+        run_id: str,
+        also_open: bool,
+        gate: Gate = OPEN,
     ) -> None:
         self._connect = connect
         self._views = views
+        self._gate = gate
         self._run_id = run_id
         self._also_open = also_open
 
@@ -188,7 +196,7 @@ class ReplayLoading:
         letters: Sequence[Claimed],
         arrived: Mapping[str, datetime],
     ) -> int:
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True)
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True, gate=self._gate)
         failed: dict[int, Failed] = {}
         by_place = {(letter.partition_key, letter.body): letter for letter in letters}
         refused = []
@@ -197,13 +205,14 @@ class ReplayLoading:
             for undone in made.undone:
                 failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
             refused += loader.take([(each, letter.body) for _, each in made.prepared], letter.partition_key)
-        loader.finish()
+        counts = loader.finish()
         for item in [*refused, *loader.late()]:
             letter = by_place[item.partition_key, item.body]
             failed[letter.id] = self._failed(letter, "unloadable", place_of(item.view, item.column), item.message)
         replays.failed(conn, self._run_id, list(failed.values()))
         healed = [letter.id for letter in letters if letter.id not in failed]
         replays.healed_letters(conn, self._run_id, healed)
+        audit_log.record(conn, *load_deeds(resource_type, counts, run_id=self._run_id, detail={"replay": True}))
         return len(healed)
 
     def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:

@@ -20,6 +20,7 @@ Action = Literal[
     "decrypt",
     "replay",
     "edit",
+    "discard",
     "withhold",
     "release",
     "consent decision",

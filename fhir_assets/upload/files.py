@@ -9,6 +9,7 @@ from pathlib import Path
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.bundles import Entry
 from fhir_assets.fhir.lines import BrokenOff, read_lines
+from fhir_assets.fhir.model import told_type
 from fhir_assets.fhir.record import Malformed, one_line, read_header
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -91,6 +92,8 @@ def read_entry(body: bytes, place: str) -> Entry | Unusable:
         header = read_header(body)
     except Malformed as error:
         return Unusable("", place, str(error), body)
+    if told_type(header.resourceType) != header.resourceType:
+        return Unusable("", place, "a resourceType that is not one of FHIR R4", body)
     if not header.id:
         return Unusable(header.resourceType, place, "a resource without id: there is nowhere to put it", body)
     return Entry(header.resourceType, header.id, body, place)

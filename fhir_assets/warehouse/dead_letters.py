@@ -1,5 +1,6 @@
 """Dead letters: what could not go on, each with its reason and its bytes, to be listed, settled and replayed."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,8 @@ Status = Literal["open", "replaying", "resolved", "discarded"]
 
 _CHUNK = 5000
 _STREAMED = 500
-_LONGEST_ID = 256
+_IS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
+"""What else stands in the place of an id may be anything, a patient's name too, and stays in the resource alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
         unique[fingerprint] = [
             fingerprint,
             _storable(letter.resource_type),
-            None if letter.resource_id is None else _storable(letter.resource_id)[:_LONGEST_ID],
+            letter.resource_id if letter.resource_id and _IS_ID(letter.resource_id) else None,
             letter.stage,
             _storable(letter.rule),
             _storable(letter.path),

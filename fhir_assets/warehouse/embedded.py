@@ -59,7 +59,9 @@ _SETTINGS = {
     "jit": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
-    # A failed statement, its parameters and its context can hold patient data.
+    # An error can quote a value that was to be stored; whoever caused it is told, the log is not. A failed statement,
+    # its parameters and its context can hold patient data too.
+    "log_min_messages": "log",
     "log_min_error_statement": "panic",
     "log_error_verbosity": "terse",
 }

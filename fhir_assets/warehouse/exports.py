@@ -88,9 +88,16 @@ class Export:
             ) from None
         finally:
             path.unlink(missing_ok=True)
-        with self.conn.transaction():
-            deed = Deed("export", self._actor, resource_type, count=rows, run_id=self.run_id, detail={"file": name})
-            audit_log.record(self.conn, deed)
+        # What was read is over; others wait for their turn in the log until this transaction ends.
+        self.conn.commit()
+        try:
+            with self.conn.transaction():
+                deed = Deed("export", self._actor, resource_type, count=rows, run_id=self.run_id, detail={"file": name})
+                audit_log.record(self.conn, deed)
+        except BaseException:
+            # What cannot be put on record does not leave.
+            self._target.delete(self._path(name))
+            raise
         self._files.append(file)
         return file
 

@@ -60,9 +60,14 @@ def update(conn: Connection, target: Blobs, view: View, wanted: Collection[str],
     try:
         with conn.transaction():
             conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            written = _Lake(conn, target, view).update(wanted)
+            lake = _Lake(conn, target, view)
+            written = lake.update(wanted)
+        # Not in the same transaction: its snapshot is older than the last record of the log. But before the files count
+        # as written, so that those which are not on record are written again.
+        with conn.transaction():
             deed = Deed("export", actor, view.resource_type, count=written.rows, run_id=run_id, detail={"file": "lake"})
             audit_log.record(conn, deed)
+        lake.remember(written)
     finally:
         conn.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [lock])
         conn.commit()
@@ -77,6 +82,7 @@ class _Lake:
         self._target = target
         self._view = view
         self._layout: TableLayout = layout_of(view, sealed=sealing_of(conn).on)
+        self._now: dict[str, _Window] = {}
 
     def update(self, wanted: Collection[str]) -> Written:
         before = _decoder.decode(self._target.get(f"{self._view.name}/{_STATE}") or b"{}")
@@ -86,9 +92,13 @@ class _Lake:
         size = sum(self._write(key) for key in sorted(stale))
         for key in gone:
             self._target.delete(self._name(key))
-        if stale or gone:
-            self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(now))
+        self._now = now
         return Written(len(stale), len(gone), sum(now[key].rows for key in stale), size)
+
+    def remember(self, written: Written) -> None:
+        """What was written holds."""
+        if written.windows or written.removed:
+            self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(self._now))
 
     def _windows(self) -> dict[str, _Window]:
         query = sql.SQL(

@@ -1,0 +1,369 @@
+"""Every deed is on record, in the transaction of the deed: who, what, on whose data, as part of what."""
+
+import getpass
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from typer.testing import CliRunner
+
+from fhir_assets.api.access import Role, Token
+from fhir_assets.api.intake import ingest_fhir, ingest_records
+from fhir_assets.api.parts import Caller, Parts
+from fhir_assets.api.patients import list_patients, one_patient
+from fhir_assets.api.runs import replay_run
+from fhir_assets.cli import dead_letters as letters_command
+from fhir_assets.cli import patient as patient_command
+from fhir_assets.fhir.record import Deletion, read_header, read_record
+from fhir_assets.fhir.validation import Validator
+from fhir_assets.fhir.views import TypeViews
+from fhir_assets.pipeline.commit import commit
+from fhir_assets.pipeline.consent import ConsentSweep
+from fhir_assets.pipeline.load import Loading
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.pipeline.replay import ReplayLoading
+from fhir_assets.pipeline.validate import ResourceValidation
+from fhir_assets.pipeline.workers import Workers
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.consent import Gate, Policy
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.settings import Settings, load_settings
+from fhir_assets.store.blobs import LocalBlobs
+from fhir_assets.store.store import open_store
+from fhir_assets.warehouse import audit_log, dead_letters, deletes, lake, runs, vault
+from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.warehouse.exports import Export
+from fhir_assets.warehouse.loader import Loader
+from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets_tests.pipeline.test_consent import VIEWS, consent, patient, record
+from fhir_assets_tests.warehouse.views import column, view
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+KEY = "2024-01-05"
+CALLER = Caller(Token("anna", Role.ADMIN, b""), "request-1")
+PATIENTS = (view("patient", "Patient", column("id", "id", "id"), column("gender", "gender", "code")), VIEWS[1])
+CONSENT = VIEWS[3]
+ALL = (*PATIENTS, CONSENT)
+
+
+class Hospital:
+    """A deployment with a patient ``a`` and dead letters of ``b``, and what a test does there."""
+
+    def __init__(self, url: str, folder: Path, key: str | None) -> None:
+        self.folder = folder
+        values: dict[str, object] = {"phi_encryption_keys": key} if key else {}
+        self.settings: Settings = load_settings(
+            db_url=url,
+            fhir_assets_home=folder / "home",
+            fhir_resource_types="Patient,Observation,Consent",
+            fhir_last_updated_gte="2024-01-01",
+            **values,
+        )
+        with connect(url) as conn:
+            self.sealing = vault.unlock(conn, Sealing(parse_keys([key] if key else [])))
+        self.environment = {
+            "DB_URL": url,
+            "FHIR_ASSETS_HOME": str(folder / "home"),
+            "FHIR_RESOURCE_TYPES": "Patient,Observation,Consent",
+            "FHIR_LAST_UPDATED_GTE": "2024-01-01",
+            "PHI_ENCRYPTION_KEYS": key or "",
+        }
+        self.store = open_store(self.settings.store_url, self.settings.store_sealing)
+        self.parts = Parts(self.settings)
+        self.target = LocalBlobs(folder / "exports")
+        self.url = url
+
+    def connect(self) -> Connection:
+        return connect(self.url, sealing=self.sealing)
+
+    def receive(self, *resources: dict[str, Any], origin: str = "test:1") -> None:
+        """Patients have come into raw."""
+        bodies = [json.dumps({**each, "meta": {"lastUpdated": f"{KEY}T10:00:00Z"}}).encode() for each in resources]
+        records = [read_record(body, read_header(body), DAY) for body in bodies]
+        types = self.settings.fhir_resource_types
+        Receiver(self.store, self.connect, self.settings.window_scheme, types).receive(records, origin)
+
+    def load(self, run_id: str, *, gate: Gate | None = None) -> None:
+        """What is new in raw is judged and loaded."""
+        facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": Workers(1)}
+        validation = ResourceValidation(self.store, Validator(), self.connect, now=DAY, **facts)
+        raw = self.store.manifests("raw", "Patient", [KEY])
+        commit(self.connect, self.store, validation.validate("Patient", raw))
+        validated = self.store.manifests("validated", "Patient", [KEY])
+        window = self.settings.window_scheme.window(KEY)
+        loading = Loading(self.store, self.connect, PATIENTS, whole=True, gate=gate or Gate(), **facts)
+        loading.load("Patient", [window], validated)
+
+    def lose(self, stage: str, identity: str = "b") -> int:
+        """A dead letter of a run; returns its id."""
+        body = json.dumps(patient(identity)).encode()
+        letter = DeadLetter("Patient", identity, stage, "rule", "Patient", "why", body, KEY)
+        with self.connect() as conn:
+            runs.start(conn, "failed-run", ["Patient"], [KEY], triggered_by="test", at=DAY)
+            dead_letters.record(conn, "failed-run", [letter])
+            row = conn.execute("SELECT max(id) FROM ops.dead_letters").fetchone()
+            assert row
+            return int(row[0])
+
+    def command(self, app: Any, *arguments: str) -> None:
+        found = CliRunner().invoke(app, arguments, env=self.environment)
+        if found.exception and not isinstance(found.exception, SystemExit):
+            raise found.exception
+        assert found.exit_code == 0, found.output
+
+    def records(self) -> list[Deed]:
+        """Who and what; the user of this machine is nobody in particular."""
+        with self.connect() as conn:
+            assert audit_log.first_fault(conn) is None
+            return [entry.deed for entry in reversed(audit_log.latest(conn, limit=50))]
+
+    def state(self) -> dict[str, list[str]]:
+        """What deeds change: the tables, what waits and is kept, and files that left."""
+        # A file of the lake counts when its view's _windows.json names it.
+        found = {"files": sorted(path.name for path in self.folder.rglob("exports/**/*json"))}
+        with self.connect() as conn:
+            for table in STATE:
+                rows = conn.execute(f"SELECT ({STATE[table]})::text FROM {table} ORDER BY 1".encode()).fetchall()
+                found[table] = [row for (row,) in rows]
+        return found
+
+
+STATE = {
+    "fhir.resource": "resource_type, id, run_id, resource",
+    "fhir.patient_name": "_resource_key, family",
+    "ops.received": "origin, resource_type",
+    "ops.corrections": "fingerprint, resource",
+    "ops.dead_letters": "id, status IN ('resolved', 'discarded'), marked_at IS NOT NULL AND claimed_by IS NULL",
+    "ops.consents": "patient_id, decision",
+    "ops.withheld": "resource_type, id",
+}
+
+
+def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
+    """The policy is followed, and a Consent of ``a`` has come that nobody decided on yet."""
+    sweep(hospital, policy)
+    resource = consent("c", "a", {"type": verdict})
+    with hospital.connect() as conn:
+        ensure_tables(conn, ALL)
+        loader = Loader(conn, "Consent", [CONSENT], run_id="run", gate=Gate(policy))
+        loader.add([(record(resource), TypeViews([CONSENT]).rows(resource))], KEY)
+        loader.finish()
+
+
+def sweep(hospital: Hospital, policy: Policy) -> None:
+    ConsentSweep(hospital.connect, ALL, Gate(policy), run_id="run", actor="pipeline").sweep(DAY)
+
+
+def export(hospital: Hospital) -> None:
+    with closing(hospital.connect()) as conn:
+        writer = Export(
+            conn, hospital.store, hospital.target, "", actor="cli:anna", withholding=False, run_id="exported"
+        )
+        writer.of("Patient", None).valid()
+
+
+def into_the_lake(hospital: Hospital) -> None:
+    with closing(hospital.connect()) as conn:
+        target = LocalBlobs(hospital.folder / "exports" / "lake")
+        lake.update(conn, target, PATIENTS[0], [KEY], run_id="run", actor="schedule")
+
+
+def delete(hospital: Hospital) -> None:
+    with hospital.connect() as conn:
+        deletes.apply(conn, [Deletion("Patient", "a", datetime.now(UTC))], run_id="run")
+
+
+def heal(hospital: Hospital) -> None:
+    ReplayLoading(hospital.connect, PATIENTS, run_id="healing", also_open=True).load(
+        "Patient", [hospital.settings.window_scheme.window(KEY)]
+    )
+
+
+def edit(hospital: Hospital) -> None:
+    whole = hospital.folder / "whole.json"
+    whole.write_text(json.dumps({**patient("b"), "gender": "female"}))
+    hospital.command(letters_command.app, "edit", "1", "--resource", str(whole), "--by", "anna")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A deed, what must have been before it, and its records; ``None`` for the subject of a bulk deed."""
+
+    do: Callable[[Hospital], object]
+    records: tuple[Deed, ...]
+    before: Callable[[Hospital], object] = lambda _: None
+    about: str | None = None
+    keys: bool = True
+
+
+ANNA = "api:anna"
+ME = "cli:<user>"
+CASES = {
+    "create": Case(
+        lambda hospital: hospital.load("load"),
+        (Deed("create", "pipeline", "Patient", run_id="load", detail={"windows": 1}),
+         Deed("update", "pipeline", "Patient", run_id="load", detail={"windows": 1})),
+        before=lambda hospital: hospital.receive(patient("new"), patient("a", active=True), origin="test:2"),
+    ),
+    "withhold at the load": Case(
+        lambda hospital: hospital.load("load", gate=Gate(Policy.OPT_IN)),
+        (Deed("withhold", "pipeline", "Patient", run_id="load", detail={"windows": 1}),),
+        before=lambda hospital: hospital.receive(patient("new"), origin="test:2"),
+    ),
+    "delete": Case(delete, (Deed("delete", "pipeline", "Patient", run_id="run"),)),
+    "decrypt by the command line": Case(
+        lambda hospital: hospital.command(patient_command.app, "show", "a"),
+        (Deed("decrypt", ME, "Patient", detail={"found": 1}),),
+        about="Patient/a",
+    ),
+    "decrypt by the API": Case(
+        lambda hospital: one_patient(hospital.parts, CALLER, "a"),
+        (Deed("decrypt", ANNA, "Patient", request_id="request-1", detail={"found": 1, "refused": False}),),
+        about="Patient/a",
+    ),
+    "read without keys": Case(
+        lambda hospital: one_patient(hospital.parts, CALLER, "a"),
+        (Deed("read", ANNA, "Patient", request_id="request-1", detail={"found": 1, "refused": False}),),
+        about="Patient/a",
+        keys=False,
+    ),
+    "look patients up": Case(
+        lambda hospital: list_patients(hospital.parts, CALLER),
+        (Deed("decrypt", ANNA, "Patient", request_id="request-1", detail={"page": 1}),),
+        about="Patient/a",
+    ),
+    "create by the API": Case(
+        lambda hospital: ingest_fhir(hospital.parts, CALLER, json.dumps(patient("posted")).encode()),
+        (Deed("create", ANNA, "Patient", request_id="request-1"),),
+    ),
+    "create patient records by the API": Case(
+        lambda hospital: ingest_records(
+            hospital.parts,
+            CALLER,
+            b'{"records": [{"resourceType": "Patient", "mrn": "1", "consent": {"research": true}}]}',
+            "a key",
+        ),
+        (Deed("create", ANNA, "Consent", request_id="request-1"),
+         Deed("create", ANNA, "Patient", request_id="request-1")),
+    ),
+    "export": Case(
+        export,
+        (Deed("export", "cli:anna", "Patient", run_id="exported", detail={"file": "Patient.valid.ndjson"}),),
+    ),
+    "export into the lake": Case(
+        into_the_lake, (Deed("export", "schedule", "Patient", run_id="run", detail={"file": "lake"}),)
+    ),
+    "replay by the command line": Case(
+        lambda hospital: hospital.command(letters_command.app, "replay", "1", "--no-wait"),
+        (Deed("replay", ME, None, detail={"waited": False}),),
+        before=lambda hospital: hospital.lose("validate"),
+    ),
+    "replay by the API": Case(
+        lambda hospital: replay_run(hospital.parts, CALLER, "failed-run"),
+        (Deed("replay", ANNA, None, run_id="failed-run", request_id="request-1", detail={"stage": None}),),
+        before=lambda hospital: hospital.lose("validate"),
+    ),
+    "what a replay loads": Case(
+        heal,
+        (Deed("create", "pipeline", "Patient", run_id="healing", detail={"replay": True}),),
+        before=lambda hospital: hospital.lose("load"),
+    ),
+    "edit": Case(
+        edit,
+        (Deed("edit", "anna", "Patient", detail={"letter": 1}),),
+        before=lambda hospital: hospital.lose("validate"),
+        about="Patient/b",
+    ),
+    "discard": Case(
+        lambda hospital: hospital.command(letters_command.app, "discard", "1", "--reason", "no", "--by", "anna"),
+        (Deed("discard", "cli:anna"),),
+        before=lambda hospital: hospital.lose("validate"),
+    ),
+    "decrypt a dead letter": Case(
+        lambda hospital: hospital.command(letters_command.app, "show", "1", "--resource"),
+        (Deed("decrypt", ME, "Patient", detail={"letter": 1}),),
+        before=lambda hospital: hospital.lose("validate"),
+        about="Patient/b",
+    ),
+    "decide, and withhold": Case(
+        lambda hospital: sweep(hospital, Policy.OPT_OUT),
+        (Deed("consent decision", "pipeline", "Consent", count=2, run_id="run"),
+         Deed("withhold", "pipeline", "Consent", run_id="run"),
+         Deed("withhold", "pipeline", "Patient", run_id="run")),
+        before=lambda hospital: a_consent(hospital, "deny", Policy.OPT_OUT),
+    ),
+    "decide, and release": Case(
+        lambda hospital: sweep(hospital, Policy.OPT_IN),
+        (Deed("consent decision", "pipeline", "Consent", count=2, run_id="run"),
+         Deed("release", "pipeline", "Consent", run_id="run"),
+         Deed("release", "pipeline", "Patient", run_id="run")),
+        before=lambda hospital: a_consent(hospital, "permit", Policy.OPT_IN),
+    ),
+}  # fmt: skip
+"""Key rotation has its own tests, beside it."""
+
+REFUSE_COMMITS = """
+    CREATE FUNCTION public.refuse_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        RAISE EXCEPTION 'this transaction is not going to be committed' USING ERRCODE = 'check_violation';
+    END $$;
+    CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON ops.audit_log DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION public.refuse_commit()
+"""
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_deed_and_its_record_are_committed_together_or_not_at_all(case: Case, database: str, tmp_path: Path) -> None:
+    hospital = Hospital(database, tmp_path, new_key() if case.keys else None)
+    hospital.receive(patient("a"))
+    hospital.load("first")
+    case.before(hospital)
+    before, known = hospital.state(), hospital.records()
+
+    with connect(database) as conn:
+        conn.execute(REFUSE_COMMITS.encode())
+    with pytest.raises(psycopg.errors.CheckViolation):
+        case.do(hospital)
+    assert hospital.records() == known
+    assert hospital.state() == before
+    with connect(database) as conn:
+        conn.execute("DROP FUNCTION public.refuse_commit CASCADE")
+
+    case.do(hospital)
+    found = sorted((_of_nobody(deed) for deed in hospital.records()[len(known) :]), key=_order)
+    subject = hospital.sealing.subject(*case.about.split("/")) if case.about else None
+    assert found == [replace(deed, subject=subject) for deed in case.records]
+    assert subject is None or subject not in ("Patient/a", "a")
+    hospital.parts.close()
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+
+
+def _order(deed: Deed) -> tuple[str, str]:
+    return deed.action, deed.resource_type or ""
+
+
+def _of_nobody(deed: Deed) -> Deed:
+
+    return (
+        replace(deed, actor=deed.actor.replace(getpass.getuser(), "<user>")) if deed.actor.startswith("cli:") else deed
+    )
+
+
+def test_what_no_deed_did_is_not_on_record(database: str, tmp_path: Path) -> None:
+    hospital = Hospital(database, tmp_path, new_key())
+    hospital.receive(patient("a"))
+    hospital.load("first")
+    known = hospital.records()
+    sweep(hospital, Policy.OFF)
+    hospital.load("nothing")
+    heal(hospital)
+    assert hospital.records() == known
