@@ -8,8 +8,10 @@ import dagster as dg
 from fhir_assets.assets.run import RunFacts, recorded
 from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.fhir.record import Source
+from fhir_assets.pipeline.bulk import BulkSource
 from fhir_assets.pipeline.deletions import follow
 from fhir_assets.pipeline.fetch import Fetcher, RawUpdate
+from fhir_assets.pipeline.tombstones import Tombstones
 from fhir_assets.resources.source import open_history
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
@@ -60,6 +62,8 @@ def _raw(
         wanted = [BY_KEY[name].name for name in sorted(context.op_execution_context.selected_output_names)]
         wanted = [t.name for t in types if t.name in wanted]
         started = perf_counter()
+        if isinstance(source, BulkSource):
+            source.say = context.log.info  # how far an export is, in the log of the step
         with recorded(facts, warehouse, wanted):
             offered = source.offered()
             for name in wanted:
@@ -78,7 +82,15 @@ def _raw(
             updates = {update.resource_type: update for update in fetcher.fetch(here, facts.windows)}
             history = open_history(settings, warehouse)
             deleted = (
-                follow(warehouse.connect, history, here, run_id=facts.run_id, now=facts.now, overlap=settings.overlap)
+                follow(
+                    warehouse.connect,
+                    Tombstones(store, warehouse.connect),
+                    history,
+                    here,
+                    run_id=facts.run_id,
+                    now=facts.now,
+                    overlap=settings.overlap,
+                )
                 if history
                 else {}
             )

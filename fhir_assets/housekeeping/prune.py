@@ -14,7 +14,7 @@ from fhir_assets.store.store import Store
 from fhir_assets.warehouse import pruning
 from fhir_assets.warehouse.database import Connection
 
-LAYERS = ("raw", "validated")
+LAYERS = ("raw", "validated", "deleted")
 _MARGIN = timedelta(hours=1)
 
 

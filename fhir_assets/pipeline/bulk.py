@@ -5,6 +5,7 @@ files that are stored are not fetched again. Only who cancels a run cancels the 
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -29,15 +30,15 @@ from fhir_assets.fhir.bulk import (
 )
 from fhir_assets.fhir.client import FhirClient
 from fhir_assets.fhir.downloads import Downloads
-from fhir_assets.fhir.record import Malformed, Record, Rejected, read_header, read_instant, read_record
+from fhir_assets.fhir.record import Deletion, Malformed, Record, Rejected, read_header, read_instant, read_record
+from fhir_assets.pipeline.tombstones import Tombstones
 from fhir_assets.store.manifest import Part
-from fhir_assets.store.store import Store
+from fhir_assets.store.store import Store, folder
 from fhir_assets.store.writer import PartWriter
-from fhir_assets.warehouse import bulk_exports, dead_letters, deletes
+from fhir_assets.warehouse import bulk_exports, dead_letters
 from fhir_assets.warehouse.bulk_exports import BulkExport
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.dead_letters import DeadLetter
-from fhir_assets.warehouse.deletes import Deletion
 from fhir_assets.windows import Interval
 
 LAYER = "bulk"
@@ -45,6 +46,7 @@ GROUP_RESOURCES = 200_000
 GROUP_FILES = 2_000
 """Files are stored in groups of about so many resources or files: at most one group is fetched again after a kill."""
 
+_DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
 _SAY_EVERY = 5.0
 """Seconds between two lines about a download."""
 
@@ -250,13 +252,14 @@ class BulkSource:
 
     def _apply(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
         """What the export says besides: deletions, and the server's own errors."""
-        with conn.transaction(), self._client.downloads() as downloads:
-            for file in manifest.deleted:
-                lines = self._all_lines(downloads, file, manifest)
-                deletes.apply(conn, _deletions(lines, manifest.transaction_time), run_id=export.id, actor="bulk export")
-            for file in manifest.errors:
-                lines = self._all_lines(downloads, file, manifest)
-                dead_letters.record(conn, export.id, (_letter(line, export.id) for line in lines))
+        with self._client.downloads() as downloads:
+            gone = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
+            tombstones = Tombstones(self._store, self._connect)
+            tombstones.bury(_deletions(gone, manifest.transaction_time), run_id=export.id, actor="bulk export")
+            with conn.transaction():
+                for file in manifest.errors:
+                    lines = self._all_lines(downloads, file, manifest)
+                    dead_letters.record(conn, export.id, (_letter(line, export.id) for line in lines))
 
     def _all_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
         for lines in self._client.lines(downloads, file, needs_token=manifest.needs_token):
@@ -269,8 +272,10 @@ class BulkSource:
     def _clear(self, conn: Connection) -> None:
         """Take away what nobody reads any more."""
         for export_id in bulk_exports.outdated(conn, self._base_url, self._now() - _KEPT):
-            for _, part in bulk_exports.parts(conn, export_id):
-                self._store.blobs.delete(part.name)
+            types = {resource_type for resource_type, _ in bulk_exports.parts(conn, export_id)}
+            for resource_type in types:  # with what a kill left there between a part and its being noted
+                for name in list(self._store.blobs.names(folder(LAYER, resource_type, export_id))):
+                    self._store.blobs.delete(name)
             bulk_exports.forget_parts(conn, export_id)
 
 
@@ -370,8 +375,10 @@ def _deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
             moment = read_instant((bundle.get("meta") or {}).get("lastUpdated")) or at
             for entry in bundle.get("entry", ()):
                 if entry["request"]["method"] == "DELETE":
-                    resource_type, _, resource_id = entry["request"]["url"].rpartition("/")
-                    yield Deletion(resource_type.rpartition("/")[2], resource_id, moment)
+                    found = _DELETED.search(entry["request"]["url"])
+                    if found is None:
+                        raise ValueError
+                    yield Deletion(found["type"], found["id"], moment)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise NotFhir("a file of deletions in the export is not of Bundles as Bulk Data Access has them") from None
 

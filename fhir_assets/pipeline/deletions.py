@@ -3,17 +3,16 @@
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import datetime, timedelta
-from itertools import islice
 
 from fhir_assets.fhir.history import DeletionHistory
+from fhir_assets.pipeline.tombstones import Tombstones
 from fhir_assets.warehouse import deletes
 from fhir_assets.warehouse.database import Connection
-
-_AT_ONCE = 5000
 
 
 def follow(
     connect: Callable[[], Connection],
+    tombstones: Tombstones,
     history: DeletionHistory,
     resource_types: Sequence[str],
     *,
@@ -25,7 +24,7 @@ def follow(
 
     The first time, since the first load of the type: what was deleted before it was never loaded. Types whose history
     the server does not offer are left out. Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable;
-    what was applied by then stays, and is applied again the next time, which changes nothing.
+    types that were done by then stay done.
     """
     offered = history.offered()
     gone = {}
@@ -35,10 +34,8 @@ def follow(
         with closing(connect()) as conn:
             begin = deletes.applied_until(conn, name) or now
             conn.commit()
-        rest = history.since(name, begin - overlap)
-        gone[name] = 0
-        while chunk := list(islice(rest, _AT_ONCE)):
-            gone[name] += deletes.bury(connect, chunk, run_id=run_id).gone[name]
+        found = history.since(name, begin - overlap)
+        gone[name] = tombstones.bury(found, run_id=run_id).gone[name]
         with closing(connect()) as conn, conn.transaction():
             # A server whose clock is behind ours dates what it deletes now before our now.
             deletes.advance(conn, name, min(now, history.asked_at or now), run_id)

@@ -16,7 +16,7 @@ from fhir_assets.fhir.record import Deletion, Record, Rejected
 from fhir_assets.pipeline import visits
 from fhir_assets.pipeline.receive import Received, Receiver
 from fhir_assets.store.zone import DONE, FoundFile, Zone
-from fhir_assets.warehouse import deletes, landing_files
+from fhir_assets.warehouse import landing_files
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.landing_files import ReadyFile
 
@@ -149,7 +149,7 @@ class Landing:
 
     def _bury(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:
-            deletes.bury(self._connect, deletions, run_id=origin, actor=DOOR)
+            self._receiver.tombstones.bury(deletions, run_id=origin, actor=DOOR)
         return len(deletions)
 
 

@@ -10,6 +10,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.collector import seldom_collected
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.pipeline.rows import Batch, MakeRows, Rows, place_of
+from fhir_assets.pipeline.tombstones import Tombstones
 from fhir_assets.pipeline.workers import Workers
 from fhir_assets.privacy.audit import Action, Deed
 from fhir_assets.privacy.consent import Gate
@@ -107,6 +108,7 @@ class Loading:
         with self._connect() as conn:
             tables.ensure_tables(conn, self._views)
             conn.commit()
+            Tombstones(self._store, self._connect).restore(conn, resource_type, run_id=self._run_id)
             for group in _transactions(self._tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
                     self._load_group(conn, resource_type, group, total)

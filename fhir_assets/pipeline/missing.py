@@ -8,7 +8,7 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir.record import Deletion, Record, Rejected
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.receive import Received, Receiver
-from fhir_assets.warehouse import deletes, quality, tables
+from fhir_assets.warehouse import quality, tables
 from fhir_assets.warehouse.database import Connection
 
 IDS_AT_ONCE = 5000
@@ -89,7 +89,7 @@ class MissingReferences:
         received = self._receiver.receive(given(), f"missing:{self._run_id}/{name}/{number}")
         lacking = [identity for identity in ids if identity not in found][:READS_AT_ONCE]
         gone = list(self._source.gone(name, lacking))
-        deletes.bury(self._connect, gone, run_id=self._run_id)
+        self._receiver.tombstones.bury(gone, run_id=self._run_id)
         with self._connect() as conn:
             quality.asked_for(conn, self._run_id, name, ids)
         return Fetched(name, len(ids), len(found), received, len(gone))

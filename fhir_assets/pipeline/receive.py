@@ -16,6 +16,7 @@ from fhir_assets.fhir.model import told_type
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.pipeline.commit import rewrite
 from fhir_assets.pipeline.letters import LetterBuffer
+from fhir_assets.pipeline.tombstones import Tombstones
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.manifest import Manifest, Part, Receipt
 from fhir_assets.store.store import Store
@@ -68,6 +69,8 @@ class Receiver:
         self.resource_types = frozenset(resource_types)
         """Those that are loaded here; resources of others are counted, and go no further."""
         self._now = now
+        self.tombstones = Tombstones(store, connect, now=now)
+        """What the same doors bring of deletions."""
 
     def receive(
         self,

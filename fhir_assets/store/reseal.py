@@ -10,7 +10,7 @@ from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.sealed import FRAME_BYTES, MARK, frames, key_of, opened
 from fhir_assets.store.store import Store
 
-LAYERS = ("raw", "validated", "bulk")
+LAYERS = ("raw", "validated", "bulk", "deleted")
 AT_ONCE = 64
 """Parts whose outcome is told together."""
 

@@ -37,6 +37,12 @@ class Deleted:
     unseen: Counter[str] = field(default_factory=Counter)
     stale: Counter[str] = field(default_factory=Counter)
 
+    def update(self, other: "Deleted") -> None:
+        """Add what another application did."""
+        self.gone.update(other.gone)
+        self.unseen.update(other.unseen)
+        self.stale.update(other.stale)
+
 
 def apply(
     conn: Connection, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", partition_key: str = ""
@@ -94,6 +100,21 @@ def advance(conn: Connection, resource_type: str, until: datetime, run_id: str) 
         " run_id = excluded.run_id, updated_at = now()",
         [resource_type, until, run_id],
     )
+
+
+def unknown_parts(conn: Connection, names: Sequence[str]) -> list[str]:
+    """Those parts of the store whose deletions this database has not applied yet."""
+    rows = conn.execute(
+        "SELECT name FROM unnest(%s::text[]) AS p (name) WHERE NOT EXISTS"
+        " (SELECT FROM ops.deletion_parts d WHERE d.name = p.name)",
+        [list(names)],
+    ).fetchall()
+    return [name for (name,) in rows]
+
+
+def know_part(conn: Connection, name: str) -> None:
+    """All deletions of a part of the store are applied."""
+    conn.execute("INSERT INTO ops.deletion_parts (name) VALUES (%s) ON CONFLICT DO NOTHING", [name])
 
 
 def _apply(conn: Connection, deletions: Sequence[Deletion], run_id: str, partition_key: str, total: Deleted) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from fhir_assets.fhir.client import FhirClient
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.sandbox.faults import Fault, FaultKind
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
@@ -122,3 +122,23 @@ def test_a_history_that_stays_broken_fails_the_load_and_keeps_the_place(deploy: 
     server.set_faults()
     ingest(deployment)
     assert present(deployment) == {"p11"}
+
+
+def test_tables_built_anew_from_the_store_end_without_what_was_deleted(
+    deploy: Deploy, server: SandboxServer, empty_database: str
+) -> None:
+    ingest(before := deployed(deploy, server))
+    delete(server, *IDS[:3])
+    ingest(before)
+    assert present(before) == set(IDS[3:])
+    after = deployed(deploy, server, url=empty_database, fhir_deletes="off")
+    asked = frozenset({RequestKind.SEARCH, RequestKind.PAGE, RequestKind.HISTORY})
+    server.set_faults(Fault(kind=FaultKind.ERROR, status=403, on=asked))  # the store alone has to know
+    ingestion = after.ingestion()
+    yesterday = ingestion.due(first=TODAY - timedelta(days=1), last=TODAY - timedelta(days=1))
+    for windows in yesterday:
+        outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test")
+        assert outcome.success
+        assert after.unreconciled(outcome) == []
+    assert present(after) == set(IDS[3:])
+    assert after.query("SELECT count(*) FROM fhir.resource WHERE deleted_at IS NOT NULL") == [(3,)]

@@ -1,0 +1,85 @@
+"""Deletions in the store: kept before they are applied, joined when they are many, applied once a database."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography.fernet import Fernet
+
+from fhir_assets.errors import NotFhir
+from fhir_assets.fhir.record import Deletion
+from fhir_assets.pipeline import tombstones
+from fhir_assets.pipeline.tombstones import Tombstones
+from fhir_assets.privacy.keys import parse_keys
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.store.reseal import sealed_parts
+from fhir_assets.store.store import Store, open_store
+from fhir_assets.warehouse.database import Connection, connect
+
+AT = datetime(2024, 1, 5, 10, 30, 0, 123000, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"), Sealing(parse_keys([Fernet.generate_key().decode()])))
+
+
+def buried(url: str) -> dict[tuple[str, str], datetime]:
+    with connect(url) as conn:
+        rows = conn.execute("SELECT resource_type, id, deleted_at FROM fhir.resource").fetchall()
+    return {(resource_type, identity): at for resource_type, identity, at in rows}
+
+
+def test_another_database_learns_them_from_the_store_with_time_and_version(
+    store: Store, database: str, conn: Connection
+) -> None:
+    given = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
+    done = Tombstones(store, lambda: connect(database)).bury(iter(given), run_id="r")
+    assert dict(done.unseen) == {"Patient": 1, "Observation": 1}
+    expected = {("Patient", "p1"): AT, ("Observation", "o1"): AT + timedelta(days=1)}
+    assert buried(database) == expected
+    conn.execute("TRUNCATE fhir.resource, ops.deletion_parts")
+    conn.commit()
+    again = Tombstones(store, lambda: connect(database))
+    for name in ("Patient", "Observation", "Encounter"):
+        again.restore(conn, name, run_id="r2")
+    assert buried(database) == expected
+    assert conn.execute("SELECT version_id FROM fhir.resource WHERE id = 'p1'").fetchone() == ("3",)
+    assert not again.restore(conn, "Patient", run_id="r3").unseen, "a part is applied once"
+
+
+def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:
+    Tombstones(store, lambda: connect(database)).bury([Deletion("Patient", "p1", AT)], run_id="r")
+    assert [key is not None for _, key in sealed_parts(store)] == [True]
+
+
+def test_what_breaks_off_keeps_none(store: Store, database: str) -> None:
+    def broken() -> Iterator[Deletion]:
+        yield Deletion("Patient", "p1", AT)
+        raise NotFhir("broken")
+
+    with pytest.raises(NotFhir):
+        Tombstones(store, lambda: connect(database)).bury(broken(), run_id="r")
+    assert buried(database) == {}
+    assert store.manifest("deleted", "Patient", "all") is None
+
+
+def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str, tmp_path: Path) -> None:
+    Tombstones(store, lambda: connect(database)).bury([Deletion("../../Evil", "p1", AT)], run_id="r")
+    assert buried(database) == {}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_many_small_parts_are_joined_and_none_is_lost(
+    store: Store, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tombstones, "MANY_PARTS", 4)
+    mine = Tombstones(store, lambda: connect(database))
+    for n in range(10):
+        mine.bury([Deletion("Patient", f"p{n}", AT)], run_id="r")
+    manifest = store.manifest("deleted", "Patient", "all")
+    assert manifest is not None
+    assert len(manifest.parts) < 4
+    assert manifest.rows == 10
+    assert set(buried(database)) == {("Patient", f"p{n}") for n in range(10)}
