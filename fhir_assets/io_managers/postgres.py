@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
-from psycopg import sql
 from psycopg.rows import TupleRow
 
 from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.warehouse import slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,8 @@ class TableSlice:
 
     def rows(self) -> Iterator[TupleRow]:
         """The rows, streamed through a server-side cursor, in no particular order."""
-        query = sql.SQL(
-            "SELECT v.* FROM fhir.{} v JOIN fhir.resource r ON r.id = v._resource_key"
-            " AND r.resource_type = %s WHERE r.partition_key = ANY(%s)"
-        ).format(sql.Identifier(self.table))
-        with self.warehouse.connect() as conn, conn.cursor(name="slice") as cursor:
-            cursor.execute(query, (self.resource_type, list(self.partition_keys)))
-            yield from cursor
+        with self.warehouse.connect() as conn:
+            yield from slices.stream(conn, self.table, self.resource_type, partition_keys=self.partition_keys)
 
 
 class PostgresIOManager(dg.IOManager):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import orjson
-from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.record import read_header
@@ -19,7 +18,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.blobs import Blobs
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse import audit_log, dead_letters, parquet
+from fhir_assets.warehouse import audit_log, dead_letters, parquet, slices
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import Selection
 from fhir_assets.warehouse.layout import layout_of
@@ -153,7 +152,7 @@ class TypeExport:
         """``<view>.<format>``: the rows of a view; what is sealed in the table is sealed in the file."""
         layout = layout_of(view, sealed=sealing_of(self._conn).on)
         names = [column.name for column in layout.columns]
-        rows = self._rows(view, names)
+        rows = slices.stream(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
 
         def write(path: Path) -> int:
             if form == "parquet":
@@ -189,20 +188,6 @@ class TypeExport:
             )
             there = {resource_id for (resource_id,) in found}
             yield from (line for line, resource_id in zip(lines, ids, strict=True) if resource_id in there)
-
-    def _rows(self, view: View, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
-        query = sql.SQL(
-            "SELECT {} FROM fhir.{} v JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = v._resource_key"
-            " WHERE r.resource IS NOT NULL {}"
-        ).format(
-            sql.SQL(", ").join([sql.SQL("v.{}").format(sql.Identifier(column)) for column in columns]),
-            sql.Identifier(view.name),
-            sql.SQL("" if self._keys is None else "AND r.partition_key = ANY(%(keys)s)"),
-        )
-        keys = None if self._keys is None else list(self._keys)
-        with self._conn.transaction(), self._conn.cursor(name="export") as cursor:
-            cursor.itersize = _FETCHED
-            yield from cursor.execute(query, {"type": self._type, "keys": keys})
 
     def _lines(self, kind: str, lines: Iterable[bytes]) -> ExportedFile:
         def write(path: Path) -> int:

@@ -7,7 +7,6 @@ every window whose rows changed since its file was written is written anew, whic
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -17,22 +16,20 @@ from fhir_assets.errors import StoreError
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.store.blobs import Blobs
-from fhir_assets.warehouse import audit_log, parquet
+from fhir_assets.warehouse import audit_log, parquet, slices
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.layout import TableLayout, layout_of
 
 _STATE = "_windows.json"
 """Names that begin with an underscore are no data to Spark, Trino and Hive."""
 
-_FETCHED = 2000
-
 
 class _Window(msgspec.Struct, frozen=True):
-    """What a file holds: its rows, when the newest of them came, and the shape of the table then."""
+    """What a file holds: how many rows, the sum of the transactions that wrote them, the shape of the table then."""
 
     rows: int
-    loaded_at: datetime
-    shape: str
+    written_by: str | None = None
+    shape: str = ""
 
 
 _decoder = msgspec.json.Decoder(dict[str, _Window])
@@ -101,13 +98,12 @@ class _Lake:
             self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(self._now))
 
     def _windows(self) -> dict[str, _Window]:
-        query = sql.SQL(
-            "SELECT r.partition_key, count(*), max(r.loaded_at) FROM fhir.{} v"
-            " JOIN fhir.resource r ON r.resource_type = %s AND r.id = v._resource_key"
-            " WHERE r.resource IS NOT NULL GROUP BY 1"
-        ).format(sql.Identifier(self._view.name))
-        found = self._conn.execute(query, [self._view.resource_type]).fetchall()
-        return {key: _Window(rows, loaded_at, self._layout.shape) for key, rows, loaded_at in found}
+        # xmin is the transaction that wrote a row: whatever replaces rows (loads, deletions, other keys) changes it.
+        query = sql.SQL("SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text {} GROUP BY 1").format(
+            slices.joined(self._view.name)
+        )
+        found = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
+        return {key: _Window(rows, written_by, self._layout.shape) for key, rows, written_by in found}
 
     def _write(self, key: str) -> int:
         path = self._target.spool() / f"{os.urandom(8).hex()}.parquet"
@@ -125,14 +121,9 @@ class _Lake:
         return size
 
     def _rows(self, key: str) -> Iterator[Sequence[Any]]:
-        columns = [sql.SQL("v.{}").format(sql.Identifier(column.name)) for column in self._layout.columns]
-        query = sql.SQL(
-            "SELECT {} FROM fhir.{} v JOIN fhir.resource r ON r.resource_type = %s AND r.id = v._resource_key"
-            " WHERE r.resource IS NOT NULL AND r.partition_key = %s"
-        ).format(sql.SQL(", ").join(columns), sql.Identifier(self._view.name))
-        with self._conn.cursor(name="lake") as cursor:
-            cursor.itersize = _FETCHED
-            yield from cursor.execute(query, [self._view.resource_type, key])
+        columns = [column.name for column in self._layout.columns]
+        view = self._view
+        return slices.stream(self._conn, view.name, view.resource_type, columns=columns, partition_keys=[key])
 
     def _name(self, key: str) -> str:
         return f"{self._view.name}/partition_key={key}/rows.parquet"

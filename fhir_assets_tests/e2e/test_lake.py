@@ -1,22 +1,26 @@
 """The lake holds what the tables hold, row by row, as DuckDB reads it."""
 
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
 import duckdb
-import orjson
 import pyarrow.parquet
 import pytest
 
 from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.fhir.client import FhirClient
 from fhir_assets.fhir.views import View
 from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse import lake
 from fhir_assets.warehouse.database import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import add
+from fhir_assets_tests.e2e.test_consent import DAY as DAY_OF_ALL
+from fhir_assets_tests.e2e.test_consent import consent, observation, resource
 from fhir_assets_tests.e2e.test_crash import END, FEW, START
+from fhir_assets_tests.warehouse.lake_rows import in_lake, in_table
 
 DAY = "2024-01-01"
 
@@ -53,45 +57,15 @@ def materialize(deployment: Deployment, *names: str, key: str = DAY) -> dict[str
     }
 
 
-def in_lake(deployment: Deployment, view: str) -> list[list[object]]:
-    """The rows as DuckDB reads them from all windows together, but for the window's name."""
-    files = f"{deployment.settings.fhir_lake_url}/{view}/*/*.parquet"
-    with duckdb.connect() as conn:
-        conn.execute("SET TimeZone = 'UTC'")
-        found = conn.execute("SELECT * EXCLUDE partition_key FROM read_parquet(?, hive_partitioning = true)", [files])
-        return [list(map(plain, row)) for row in found.fetchall()]
-
-
-def in_table(deployment: Deployment, view: str) -> list[list[object]]:
-    """The rows as Postgres gives them; JSON as text and numeric as double, as Parquet has them."""
-    columns = deployment.query(
-        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = 'fhir'"
-        " AND table_name = %s ORDER BY ordinal_position",
-        view,
-    )
-    kinds = {"jsonb": "::text", "numeric": "::double precision"}
-    chosen = ", ".join(f'"{name}"{kinds.get(kind, "")}' for name, kind in columns)
-    return [list(map(plain, row)) for row in deployment.query(f"SELECT {chosen} FROM fhir.{view}")]
-
-
-def plain(value: object) -> object:
-    """A value without what the two clients do differently: time zones, the blanks of JSON."""
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat()
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        with suppress(orjson.JSONDecodeError):
-            return orjson.dumps(orjson.loads(value), option=orjson.OPT_SORT_KEYS)
-    return value
-
-
 def same(deployment: Deployment, view: str) -> bool:
-    return sorted(map(repr, in_lake(deployment, view))) == sorted(map(repr, in_table(deployment, view)))
+    with connect(deployment.url) as conn:
+        return in_lake(deployment.settings.fhir_lake_url, view) == in_table(conn, view)
 
 
 def test_duckdb_reads_the_rows_of_every_table(deployment: Deployment) -> None:
     names = [view.name for view in views(deployment)]
     materialize(deployment, *names)
-    filled = [name for name in names if in_table(deployment, name)]
+    filled = [name for name in names if deployment.query(f"SELECT FROM fhir.{name} LIMIT 1")]
     assert len(filled) > 10
     assert [name for name in filled if not same(deployment, name)] == []
     assert [
@@ -164,6 +138,46 @@ def test_a_lake_in_the_middle_of_its_update_is_whole_after_the_next(
         assert not result.success
     materialize(deployment, "observation")
     assert same(deployment, "observation")
+
+
+@pytest.mark.slow
+def test_what_consent_withholds_and_what_was_deleted_leaves_the_lake(deploy: Deploy, tmp_path: Path) -> None:
+    people = [resource("Patient", key, DAY_OF_ALL, name=[{"family": key}]) for key in "ab"]
+    with SandboxServer([*people, *(observation(f"o{key}", key) for key in "ab")]) as server:
+        made = deploy(
+            fhir_base_url=server.url,
+            fhir_resource_types="Patient,Observation,Consent",
+            fhir_last_updated_gte=DAY,
+            fhir_partition="monthly",
+            fhir_deletes="history",
+            fhir_lake_url=str(tmp_path / "lake"),
+            consent_policy="opt-out",
+        )
+
+        def people_of_the_lake() -> list[set[str]]:
+            assert all(outcome.success for outcome in made.ingest())
+            materialize(made, "patient", "observation")
+            assert same(made, "patient")
+            assert same(made, "observation")
+            columns = [("patient", "id"), ("observation", "patient_key")]
+            return [values(made, view, column) for view, column in columns]
+
+        assert people_of_the_lake() == [{"a", "b"}] * 2
+        add(server, consent("deny", datetime.now(UTC)))
+        assert people_of_the_lake() == [{"b"}] * 2
+        with FhirClient(server.url) as client:
+            client.send("DELETE", "Patient/b")
+            client.send("DELETE", "Observation/ob")
+        assert people_of_the_lake() == [set()] * 2
+        add(server, consent("permit", datetime.now(UTC), version="2"))
+        assert people_of_the_lake() == [{"a"}] * 2
+
+
+def values(deployment: Deployment, view: str, column: str) -> set[str]:
+    """What stands in a column of the lake."""
+    files = list(map(str, Path(deployment.settings.fhir_lake_url, view).rglob("*.parquet")))
+    found = duckdb.execute(f"SELECT {column} FROM read_parquet(?)", [files]).fetchall() if files else []
+    return {value for (value,) in found}
 
 
 def test_without_a_url_there_are_no_assets_of_the_lake(deploy: Deploy) -> None:

@@ -1,0 +1,50 @@
+"""What a lake's files and the tables hold, in one form, so that they can be held against each other."""
+
+import json
+from collections import Counter
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import orjson
+from psycopg import sql
+
+from fhir_assets.warehouse.database import Connection
+
+
+def in_lake(lake: str, view: str) -> Counter[str]:
+    """The rows of a view as DuckDB reads them from all windows together, but for the window's name; none if it has no
+    file.
+    """
+    with duckdb.connect() as conn:
+        conn.execute("SET TimeZone = 'UTC'")
+        if not list(Path(lake, view).glob("*/*.parquet")):
+            return Counter()
+        query = "SELECT * EXCLUDE partition_key FROM read_parquet(?, hive_partitioning = true)"
+        found = conn.execute(query, [f"{lake}/{view}/*/*.parquet"])
+        return Counter(repr(list(map(plain, row))) for row in found.fetchall())
+
+
+def in_table(conn: Connection, view: str) -> Counter[str]:
+    """The rows as Postgres gives them; JSON as text and numeric as double, as Parquet has them."""
+    columns = conn.execute(
+        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = 'fhir'"
+        " AND table_name = %s ORDER BY ordinal_position",
+        [view],
+    ).fetchall()
+    kinds = {"jsonb": "::text", "numeric": "::double precision"}
+    chosen = [sql.Identifier(name) + sql.SQL(kinds.get(kind, "")) for name, kind in columns]
+    query = sql.SQL("SELECT {} FROM fhir.{}").format(sql.SQL(", ").join(chosen), sql.Identifier(view))
+    return Counter(repr(list(map(plain, row))) for row in conn.execute(query).fetchall())
+
+
+def plain(value: Any) -> object:
+    """A value without what the two clients do differently: time zones, the blanks of JSON and its numbers."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        with suppress(ValueError):
+            return orjson.dumps(json.loads(value, parse_int=float), option=orjson.OPT_SORT_KEYS)
+    return value

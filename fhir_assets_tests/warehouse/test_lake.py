@@ -1,0 +1,159 @@
+"""The lake holds what the tables hold, row by row, as DuckDB reads it: every shipped view, with and without keys."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import orjson
+import pyarrow.fs
+import pyarrow.parquet
+import pytest
+
+from fhir_assets.catalog import CATALOG
+from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.views import View
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.privacy.sealing import Sealing
+from fhir_assets.resources.store import blobs_at
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse import lake, vault
+from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.warehouse.lake import Written
+from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
+from fhir_assets_tests.warehouse.lake_rows import in_lake, in_table
+from fhir_assets_tests.warehouse.test_sealed_tables import KEY, PERSON, SECRETS
+from fhir_assets_tests.warehouse.views import PATIENTS, load, patient
+
+DAYS = ("2024-01-01", "2024-01-02")
+_KEEPS_WRITING = """
+import sys
+from fhir_assets.definitions import views_of
+from fhir_assets.resources.store import blobs_at
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse import lake
+from fhir_assets.warehouse.database import connect
+settings = load_settings(fhir_lake_url=sys.argv[2])
+(view,) = [view for view in views_of(settings).views if view.name == "patient"]
+days = [f"2024-01-{day:02}" for day in range(1, 6)]
+with connect(sys.argv[1]) as conn:
+    while True:
+        lake.update(conn, blobs_at(settings, sys.argv[2]), view, days, run_id="r", actor="test")
+        print("written", flush=True)
+"""
+
+
+@pytest.fixture(params=["clear", "sealed"])
+def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
+    """A connection without keys, and one with."""
+    if request.param == "clear":
+        with connect(database) as conn:
+            yield conn
+    else:
+        with connect(database) as conn:
+            sealing = vault.unlock(conn, Sealing(parse_keys([new_key()])))
+        with connect(database, sealing=sealing) as conn:
+            yield conn
+
+
+def update(conn: Connection, url: str, view: View, *wanted: str) -> Written:
+    return lake.update(conn, blobs_at(load_settings(), url), view, wanted, run_id="run", actor="test")
+
+
+def saturated_records(resource_type: str) -> Iterator[Record]:
+    moment = datetime(2024, 1, 1, tzinfo=UTC)
+    for n, resource in enumerate(saturated_for_views(resource_type)):
+        made: dict[str, Any] = {**resource, "id": f"r{n}"}
+        yield Record(resource_type, f"r{n}", "1", moment, moment, orjson.dumps(made))
+
+
+@pytest.mark.slow
+def test_duckdb_reads_the_rows_of_every_shipped_view(either: Connection, tmp_path: Path) -> None:
+    different, filled = [], 0
+    for resource_type in (each.name for each in CATALOG):
+        views = tuple(of_type(resource_type))
+        records = list(saturated_records(resource_type))
+        for day, part in zip(DAYS, (records[::2], records[1::2]), strict=True):
+            load(either, *part, views=views, key=day)
+        for view in views:
+            update(either, str(tmp_path), view)
+            expected = in_table(either, view.name)
+            filled += bool(expected)
+            if in_lake(str(tmp_path), view.name) != expected:
+                different.append(view.name)
+    assert different == []
+    assert filled == sum(len(of_type(each.name)) for each in CATALOG)
+
+
+def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(database: str, tmp_path: Path) -> None:
+    with connect(database) as conn:
+        sealing = vault.unlock(conn, Sealing(parse_keys([KEY])))
+    with connect(database, sealing=sealing) as conn:
+        load(conn, PERSON, views=(SECRETS,))
+        update(conn, str(tmp_path), SECRETS)
+    files = list((tmp_path / "patient").rglob("*.parquet"))
+    row = duckdb.execute(
+        "SELECT family, mrn_index, ssn, born, note FROM read_parquet(?)", [[str(file) for file in files]]
+    ).fetchone()
+    assert row
+    family, mrn_index, ssn, born, note = row
+    assert family.startswith("gAAAA")
+    assert (mrn_index, ssn) == (sealing.index("MRN-1"), sealing.index("078-05-1120"))
+    assert (born, note) == (date(1980, 1, 1), None)
+    for file in (tmp_path / "patient").rglob("*"):
+        content = file.read_bytes() if file.is_file() else b""
+        assert [word for word in (b"O'Hara", b"MRN-1", b"078-05-1120") if word in content] == []
+
+
+def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Connection, tmp_path: Path) -> None:
+    for day in DAYS:
+        load(conn, patient(f"p{day}"), key=day)
+    assert update(conn, str(tmp_path), PATIENTS[0]).windows == 2
+    assert update(conn, str(tmp_path), PATIENTS[0]) == Written()
+    # As a rotation of keys does: the same resource, the same version, other values.
+    conn.execute("UPDATE fhir.patient SET gender = 'other' WHERE _resource_key = %s", [f"p{DAYS[1]}"])
+    conn.commit()
+    assert update(conn, str(tmp_path), PATIENTS[0]).windows == 1
+    assert in_lake(str(tmp_path), "patient") == in_table(conn, "patient")
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_any_moment_leaves_whole_files(database: str, conn: Connection, tmp_path: Path) -> None:
+    views = tuple(of_type("Patient"))
+    for day in range(1, 6):
+        people = [patient(f"p{day}-{n}", gender="other") for n in range(50)]
+        load(conn, *people, views=views, key=f"2024-01-{day:02}")
+    url = str(tmp_path / "lake")
+    expected = in_table(conn, "patient")
+    for n in range(4):
+        command = [sys.executable, "-c", _KEEPS_WRITING, database, url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            for _ in range(n + 1):
+                assert process.stdout.readline() == b"written\n"
+            process.send_signal(signal.SIGKILL)
+        # Its files were being replaced: each is the old one or the new one, and both hold the rows.
+        assert in_lake(url, "patient") == expected
+    (view,) = [view for view in views if view.name == "patient"]
+    update(conn, url, view, *[f"2024-01-{day:02}" for day in range(1, 6)])
+    assert in_lake(url, "patient") == expected
+
+
+def test_a_lake_in_a_bucket_is_one_table_too(conn: Connection, s3_server: str, s3_url: str) -> None:
+    for day in DAYS:
+        load(conn, *(patient(f"{day}-{n}", gender="female") for n in range(3)), key=day)
+    update(conn, s3_url, PATIENTS[0])
+    files = pyarrow.fs.S3FileSystem(
+        access_key="test", secret_key="test", region="us-east-1", scheme="http", endpoint_override=s3_server
+    )
+    found = pyarrow.parquet.read_table(f"{s3_url.removeprefix('s3://')}/patient", filesystem=files).to_pylist()
+    assert sorted(row["_resource_key"] for row in found) == sorted(f"{day}-{n}" for day in DAYS for n in range(3))
+    assert {str(row["partition_key"]) for row in found} == set(DAYS)
+    schema = pyarrow.parquet.read_schema(
+        f"{s3_url.removeprefix('s3://')}/patient/partition_key={DAYS[0]}/rows.parquet", filesystem=files
+    )
+    assert schema.field("gender").metadata[b"comment"] == b"Administrative gender"
