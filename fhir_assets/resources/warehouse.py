@@ -50,6 +50,17 @@ class Warehouse:
         """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
         return database.borrow(self.url(), sealing=self.sealing())
 
+    def look(self) -> database.Connection:
+        """A connection that needs no keys and can only read: for who looks after runs and dead letters.
+
+        Raises DatabaseUnavailable or ConfigurationError.
+        """
+        url = self._db_url or embedded.ensure(self._home)
+        migrate.upgrade(url)
+        conn = database.connect(url)
+        conn.read_only = True
+        return conn
+
     def _connect_places(self) -> database.Connection:
         return database.connect(self.url(), autocommit=True)
 

@@ -117,6 +117,16 @@ def test_an_operator_sees_and_settles_what_failed_but_no_patient(filled: str, us
         assert refused(url, statement), statement
 
 
+def test_an_operator_without_keys_lists_runs_and_dead_letters_and_is_refused_what_they_open(
+    filled: str, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_URL", user(roles.OPERATOR))
+    for command in (["runs", "list"], ["dead-letters", "list", "--run", "run"]):
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    shown = CliRunner().invoke(app, ["dead-letters", "show", "1"])
+    assert "PHI_ENCRYPTION_KEYS is not set" in str(shown.exception)
+
+
 def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: User) -> None:
     url = user(roles.LOADER)
     sealing = keyring(url)
