@@ -16,7 +16,7 @@ from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
 from fhir_assets.pipeline.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import idempotency
+from fhir_assets.warehouse import idempotency, visits
 
 router = APIRouter(tags=["intake"])
 
@@ -237,6 +237,9 @@ def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged]
         for name, count in sorted(by_type.items())
     ]
     parts.receiver.receive(records, origin, deeds=lambda _: deeds)
+    if people := [record for record in records if record.resource_type == "Patient"]:
+        with parts.connection() as conn:
+            visits.said_elsewhere(conn, [each.id for each in people], max(each.as_of for each in people))
 
 
 def require_few(parts: Parts, count: int) -> None:

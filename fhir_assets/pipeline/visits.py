@@ -61,30 +61,32 @@ def _entered(
     conn: Connection, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
 ) -> Iterator[Record | Rejected]:
     rows = [_hashed(visit, sealing_of(conn)) for visit in batch]
-    people = visits.persons(conn, [row.person.id for row in rows])
     known = visits.visits(conn, [row.visit.id for row in rows])
-    said: dict[str, Person] = {}
+    said: dict[str, list[_Row]] = {}
     added: list[KnownVisit] = []
     for row in rows:
         if known.setdefault(row.visit.id, row.visit) != row.visit:
             counts.conflicts += 1
             yield _conflict(row)
             continue
-        before = people.get(row.person.id)
-        person, is_news = _said_now(before, row.person, counts)
-        people[person.id] = said[person.id] = person
-        if is_news:
-            yield _patient(row, person)
+        said.setdefault(row.person.id, []).append(row)
         if known[row.visit.id] is row.visit:
             counts.visits += 1
             added.append(row.visit)
             yield _encounter(row)
         else:
             counts.repeats += 1
+    people = visits.persons(conn, list(said))
+    for identity, of_person in said.items():
+        for row, person in _news(people.get(identity), of_person, counts):
+            people[identity] = person
+            yield _patient(row, person)
+        newest = max(people[identity].as_of, of_person[-1].person.as_of)
+        people[identity] = replace(people[identity], as_of=newest)
     visits.note(
         conn,
         origin,
-        list(said.values()) if "Patient" in resource_types else [],
+        list(people.values()) if "Patient" in resource_types else [],
         added if "Encounter" in resource_types else [],
     )
 
@@ -114,18 +116,25 @@ def _hashed(visit: Visit, sealing: Sealing) -> _Row:
     )
 
 
-def _said_now(before: Person | None, now: Person, counts: Brought) -> tuple[Person, bool]:
-    """The person as the ledger has it now, and whether that is news."""
-    if before is None:
-        counts.patients += 1
-        return now, True
-    if before.content == now.content:
-        return replace(before, as_of=max(before.as_of, now.as_of)), False
-    if now.as_of < before.as_of:
-        counts.outdated += 1
-        return before, False
-    counts.updates += 1
-    return replace(now, version=before.version + 1), True
+def _news(before: Person | None, rows: Sequence[_Row], counts: Brought) -> Iterator[tuple[_Row, Person]]:
+    """The rows that say something new of a person, with the person as of then. The last is right: if it says what is
+    known, so that the file is one that came before, the others say nothing.
+    """
+    last = rows[-1].person
+    if before and (last.as_of < before.as_of or last.content == before.content):
+        counts.outdated += sum(row.person.content != before.content for row in rows)
+        return
+    person = before
+    for row in rows:
+        if person is None:
+            counts.patients += 1
+            person = row.person
+        elif row.person.content != person.content:
+            counts.updates += 1
+            person = replace(row.person, version=person.version + 1)
+        else:
+            continue
+        yield row, person
 
 
 def _patient(row: _Row, person: Person) -> Record:

@@ -103,7 +103,9 @@ class BucketZone:
             name = found["Name"]
             if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
                 continue
-            yield FoundFile(name, found["Size"], found["ETag"].strip('"'), found["LastModified"].astimezone(UTC))
+            # S3 tells whole seconds: what was put before the object in its second stays before it.
+            written = found["LastModified"].astimezone(UTC).replace(microsecond=999_999)
+            yield FoundFile(name, found["Size"], found["ETag"].strip('"'), written)
 
     def open(self, name: str) -> BinaryIO:
         return self.bucket.open(name)

@@ -52,9 +52,22 @@ def hold(conn: Connection) -> None:
 
 
 def persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
-    """Those of them that are known."""
-    rows = conn.execute("SELECT id, version, content, as_of FROM ops.visit_persons WHERE id = ANY(%s)", [list(ids)])
+    """Those of them that are known. Where another door spoke since, its time counts, and no content is the same."""
+    rows = conn.execute(
+        "SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)"
+        " FROM ops.visit_persons LEFT JOIN ops.visit_persons_elsewhere USING (id) WHERE id = ANY(%s)",
+        [list(ids)],
+    )
     return {identity: Person(identity, version, bytes(content), as_of) for identity, version, content, as_of in rows}
+
+
+def said_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
+    """Another door said what these Patients are."""
+    conn.execute(
+        "INSERT INTO ops.visit_persons_elsewhere AS known (id, at) SELECT id, %s FROM unnest(%s::text[]) AS id"
+        " ON CONFLICT (id) DO UPDATE SET at = greatest(known.at, excluded.at)",
+        [at, sorted(set(ids))],
+    )
 
 
 def visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
@@ -86,7 +99,7 @@ def note(conn: Connection, origin: str, people: Sequence[Person], added: Sequenc
 
 
 def forget(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
-    """What was deleted, or said by another door, is not known any more: the next row that says it is news."""
+    """What was deleted is not known any more: the next row that says it is news."""
     table = {"Patient": "visit_persons", "Encounter": "visits"}.get(resource_type)
     if table:
         conn.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(sql.Identifier("ops", table)), [list(ids)])

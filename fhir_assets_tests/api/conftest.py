@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -106,45 +107,41 @@ def serve_here(database: str, tmp_path: Path) -> Iterator[Serve]:
         thread.join(30)
 
 
-@pytest.fixture
-def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
-    """Starts `fhir-assets api`; settings by name."""
-    processes = []
-
-    def start(*, workers: int = 1, **more: object) -> Api:
-        port = free_port()
-        (tmp_path / "landing").mkdir(exist_ok=True)
-        given = values(database, tmp_path, more)
-        log = tmp_path / f"api-{port}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [
-                    str(Path(sys.executable).with_name("fhir-assets")),
-                    "api",
-                    "--port",
-                    str(port),
-                    "--workers",
-                    str(workers),
-                ],
-                env=environment(given),
-                stdout=output,
-                stderr=output,
-                cwd=tmp_path,
-            )
-        processes.append(process)
+@contextmanager
+def api_process(given: dict[str, object], folder: Path, *, workers: int = 1) -> Iterator[Api]:
+    """`fhir-assets api` as a process of its own, with settings by name."""
+    port = free_port()
+    log = folder / f"api-{port}.log"
+    command = [str(Path(sys.executable).with_name("fhir-assets")), "api", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--workers", str(workers)], env=environment(given), stdout=output, stderr=output, cwd=folder
+        )
+    try:
         api = Api(f"http://127.0.0.1:{port}", load_settings(**given), log)
         for _ in range(600):
             try:
                 if requests.get(f"{api.url}/health/live", timeout=5).ok:
-                    return api
+                    break
             except requests.ConnectionError:
                 pass
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        raise AssertionError(f"the API does not answer: {log.read_text()}")
-
-    yield start
-    for process in processes:
+        else:
+            raise AssertionError(f"the API does not answer: {log.read_text()}")
+        yield api
+    finally:
         process.terminate()
-    for process in processes:
         process.wait(30)
+
+
+@pytest.fixture
+def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
+    """Starts `fhir-assets api`; settings by name."""
+    with ExitStack() as running:
+
+        def start(*, workers: int = 1, **more: object) -> Api:
+            (tmp_path / "landing").mkdir(exist_ok=True)
+            return running.enter_context(api_process(values(database, tmp_path, more), tmp_path, workers=workers))
+
+        yield start

@@ -1,5 +1,6 @@
 """Visits and their ledger: real store, real Postgres, real threads; whatever the order, the model's end."""
 
+import gzip
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from fhir_assets.pipeline.landing import Landing
 from fhir_assets.pipeline.receive import Receiver
 from fhir_assets.store.store import Store, open_store
 from fhir_assets.store.zone import open_zone
-from fhir_assets.warehouse import deletes, received
+from fhir_assets.warehouse import deletes, received, visits
 from fhir_assets.warehouse.database import connect
 from fhir_assets.windows import Granularity, WindowScheme
 
@@ -106,15 +107,16 @@ def test_three_records_of_two_patients_are_two_patients_one_update_and_three_vis
 
 
 def test_the_same_again_in_whatever_file_brings_nothing(world: World) -> None:
-    rows = [visit("1", "V1"), visit("2", "V2")]
+    rows = [visit("1", "V1"), visit("2", "V2"), visit("1", "V3", "Byron")]
     world.put("a.csv", rows)
     world.receive()
     before = world.raw("Patient"), world.raw("Encounter")
     world.put("same.csv", rows, hours=1)
-    world.put("other.csv", [*reversed(rows)], hours=2)
+    world.put("packed.csv.gz", gzip.compress(visits_csv.write(rows)), hours=2)
+    world.put("other.csv", [rows[1], rows[0], rows[2]], hours=3)
     world.receive()
     assert (world.raw("Patient"), world.raw("Encounter")) == before
-    assert world.counts() == {"patients": 2, "visits": 2, "repeats": 2}
+    assert world.counts() == {"patients": 2, "updates": 1, "visits": 3, "repeats": 6, "outdated": 2}
 
 
 def test_a_visit_that_comes_with_other_content_is_a_dead_letter_and_changes_nobody(world: World) -> None:
@@ -208,6 +210,20 @@ def test_what_was_deleted_is_news_when_it_comes_again(world: World) -> None:
     world.put("b.csv", [visit("1", "V1"), visit("1", "V2")], hours=1)
     world.receive()
     assert world.counts() == {"patients": 2, "visits": 3}
+
+
+def test_what_another_door_said_of_a_person_is_not_taken_for_what_visits_said(world: World) -> None:
+    world.put("a.csv", [visit("1", "V1")])
+    world.receive()
+    (patient,) = world.raw("Patient")
+    with connect(world.url) as conn:
+        visits.said_elsewhere(conn, [patient["id"], "other"], NOW - timedelta(hours=46))
+    world.put("b.csv", [visit("1", "V2")], hours=1)
+    world.receive()
+    assert world.counts() == {"patients": 1, "outdated": 1, "visits": 2}
+    world.put("c.csv", [visit("1", "V3"), visit("1", "V4")], hours=3)
+    world.receive()
+    assert world.counts() == {"patients": 1, "outdated": 1, "updates": 1, "visits": 4}
 
 
 rows = st.builds(

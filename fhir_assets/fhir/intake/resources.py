@@ -38,6 +38,7 @@ def patient_record(record: Mapping[str, Any], identify: Identify, *, now: str) -
     patient: dict[str, Any] = {
         "resourceType": "Patient",
         "id": identify("Patient", mrn),
+        "meta": {"lastUpdated": now},
         "identifier": identifiers,
     }
     if "name" in record:
@@ -105,6 +106,7 @@ def _consent(consent: Mapping[str, bool], patient_id: str, consent_id: str, now:
     return {
         "resourceType": "Consent",
         "id": consent_id,
+        "meta": {"lastUpdated": now},
         "status": "active",
         "scope": {
             "coding": [

@@ -1,0 +1,19 @@
+"""Persons of visits of whom another door said something."""
+
+from alembic import op
+
+revision = "0017"
+down_revision = "0016"
+
+
+def upgrade() -> None:
+    """A table of its own, so that a post never waits for a file that is being received."""
+    op.execute("""
+        CREATE TABLE ops.visit_persons_elsewhere (
+            id text PRIMARY KEY,
+            at timestamptz NOT NULL
+        );
+        COMMENT ON TABLE ops.visit_persons_elsewhere IS
+            'When another door last said what a Patient is: a newer row of visits is news then, even if it says what '
+            'visits said before';
+    """)
