@@ -53,6 +53,10 @@ class Hospital:
         until(lambda: len(self.deployment.query(loaded)) == files, seconds=240)
         until(lambda: not self.deployment.query("SELECT FROM ops.received WHERE loaded_at IS NULL"), seconds=240)
 
+    def rows_of(self, mrn: str) -> list[str]:
+        tables = self.deployment.tables()
+        return sorted(row for rows in tables.values() for row in rows if self.ids[mrn] in row)
+
     def find(self, mrn: str) -> list[dict[str, Any]]:
         return list(self.api.get(f"/patients?mrn={mrn}", role="reader").json()["patients"])
 
@@ -141,18 +145,22 @@ def no_consent_nothing_stored(hospital: Hospital) -> None:
 
 
 def changed_and_repeated(hospital: Hospital, three: list[dict[str, str]]) -> None:
-    before = hospital.deployment.tables()
+    before = hospital.rows_of(CHANGING)
     again = hospital.post(three)
     hospital.zone.put("by-hand/again.csv.gz", gzip.compress(visits_csv.write(three)))
-    hospital.wait(again)
-    hospital.until_loaded(5)
-    assert hospital.task(again)["known_before"]
-    assert hospital.deployment.tables() == before
-
     married = hospital.post([visit(NEW, "V-7", "King"), visit(NEW, "V-1", "Wrong", reason="other")])
     hospital.zone.put("by-hand/next.csv", visits_csv.write([visit(OTHER, "V-8")]) + b"MRN-9,,,,,,\r\n")
-    hospital.wait(married)
+    hospital.wait(again, married)
     hospital.until_loaded(7)
+
+    assert before
+    assert hospital.rows_of(CHANGING) == before
+    assert hospital.task(again)["known_before"]
+    by_hand = "SELECT patients + updates + visits, repeats FROM ops.visit_files JOIN ops.landing_files"
+    assert hospital.deployment.query(f"{by_hand} ON origin = 'landing:' || sha256 WHERE name LIKE '%again%'") == [
+        (0, 3)
+    ]
+
     (patient,) = hospital.find(NEW)
     assert patient["person"]["last_name"] == "King"
     assert {each["visit_account_number"] for each in patient["visits"]} == {"V-1", "V-7"}
