@@ -236,10 +236,10 @@ def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged]
         Deed("create", caller.actor, name, count=count, request_id=caller.request_id)
         for name, count in sorted(by_type.items())
     ]
-    parts.receiver.receive(records, origin, deeds=lambda _: deeds)
     if people := [record for record in records if record.resource_type == "Patient"]:
         with parts.connection() as conn:
             visits.said_elsewhere(conn, [each.id for each in people], max(each.as_of for each in people))
+    parts.receiver.receive(records, origin, deeds=lambda _: deeds)
 
 
 def require_few(parts: Parts, count: int) -> None:

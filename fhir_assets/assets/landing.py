@@ -36,8 +36,8 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
     @dg.asset(
         key=KEY,
         group_name="landing",
-        description="NDJSON, JSON and Bundle files that were put into the landing zone, each content received once.",
-        kinds={"fhir", "json"},
+        description="NDJSON, JSON, Bundle and CSV files that were put into the landing zone, each content received once.",
+        kinds={"fhir", "json", "csv"},
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
