@@ -36,7 +36,7 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
     @dg.asset(
         key=KEY,
         group_name="landing",
-        description="NDJSON, JSON, Bundle and CSV files that were put into the landing zone, each content received once.",
+        description="NDJSON, JSON, Bundle and CSV files that were put into the landing zone, each content once.",
         kinds={"fhir", "json", "csv"},
         check_specs=[
             dg.AssetCheckSpec(

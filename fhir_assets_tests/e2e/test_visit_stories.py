@@ -156,10 +156,11 @@ def changed_and_repeated(hospital: Hospital, three: list[dict[str, str]]) -> Non
     assert before
     assert hospital.rows_of(CHANGING) == before
     assert hospital.task(again)["known_before"]
-    by_hand = "SELECT patients + updates + visits, repeats FROM ops.visit_files JOIN ops.landing_files"
-    assert hospital.deployment.query(f"{by_hand} ON origin = 'landing:' || sha256 WHERE name LIKE '%again%'") == [
-        (0, 3)
-    ]
+    by_hand = (
+        "SELECT patients + updates + visits, repeats FROM ops.visit_files"
+        " JOIN ops.landing_files ON origin = 'landing:' || sha256 WHERE starts_with(name, 'by-hand/again')"
+    )
+    assert hospital.deployment.query(by_hand) == [(0, 3)]
 
     (patient,) = hospital.find(NEW)
     assert patient["person"]["last_name"] == "King"
