@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from datetime import UTC, datetime
 from threading import RLock, local
 from time import monotonic
-from typing import Self
+from typing import NamedTuple, Self
 
 import dagster as dg
 import sqlalchemy
@@ -21,9 +21,8 @@ from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
 from dagster._core.storage.event_log.schema import (
     AssetCheckExecutionsTable,
     AssetKeyTable,
-    SqlEventLogStorageTable,
 )
-from dagster._serdes import ConfigurableClassData, serialize_value
+from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
@@ -57,6 +56,15 @@ _PLANNED_CHECK = DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED
 _CHECK = DagsterEventType.ASSET_CHECK_EVALUATION
 _TOGETHER = _ASSETS | {_PLANNED_CHECK, _CHECK}
 
+_INSERT = sqlalchemy.text(
+    "INSERT INTO event_logs (run_id, event, dagster_event_type, timestamp, step_key, asset_key, partition)"
+    " SELECT run_id, event, kind, at, step_key, asset_key, partition"
+    " FROM unnest(CAST(:run_id AS text[]), CAST(:event AS text[]), CAST(:dagster_event_type AS text[]),"
+    " CAST(:timestamp AS timestamp[]), CAST(:step_key AS text[]), CAST(:asset_key AS text[]),"
+    " CAST(:partition AS text[])) WITH ORDINALITY"
+    " AS n (run_id, event, kind, at, step_key, asset_key, partition, place) ORDER BY place RETURNING id"
+)
+
 _UPDATE_CHECKS = sqlalchemy.text(
     "UPDATE asset_check_executions c SET execution_status = n.status, evaluation_event = n.event,"
     " evaluation_event_timestamp = n.at, evaluation_event_storage_id = n.id,"
@@ -71,8 +79,6 @@ _UPDATE_CHECKS = sqlalchemy.text(
 
 _AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, DagsterPostgresException)
 """The database cannot be reached: what waits goes on waiting."""
-
-_Stored = tuple[dg.EventLogEntry, int]
 
 
 class BatchedEventLog(PostgresEventLogStorage):
@@ -177,78 +183,83 @@ class BatchedEventLog(PostgresEventLogStorage):
             raise first
 
     def _write_together(self, events: Sequence[dg.EventLogEntry]) -> None:
+        rows = [self._event_to_row(event) for event in events]
         with self._transaction() as conn:
-            inserted = conn.execute(self.prepare_insert_event_batch(events).returning(SqlEventLogStorageTable.c.id))
-            stored = list(zip(events, (int(row[0]) for row in inserted.fetchall()), strict=True))
-            of_assets = [(event, n) for event, n in stored if event.dagster_event_type in _ASSETS and _asset(event)]
+            ids = conn.execute(_INSERT, {name: [row[name] for row in rows] for name in rows[0]}).scalars()
+            stored = [_Stored(*each) for each in zip(events, sorted(ids), (row["event"] for row in rows), strict=True)]
+            of_assets = [each for each in stored if each.kind in _ASSETS and each.asset]
             if of_assets:
-                self._store_asset_event_tags(conn, [event for event, _ in of_assets], [n for _, n in of_assets])
-            self._store_assets(conn, of_assets)
-            planned = [(event, n) for event, n in stored if event.dagster_event_type is _PLANNED_CHECK]
-            self._store_planned_checks(conn, planned)
-            self._store_evaluations(conn, [(event, n) for event, n in stored if event.dagster_event_type is _CHECK])
+                self._store_asset_event_tags(conn, [each.event for each in of_assets], [each.id for each in of_assets])
+                self._store_assets(conn, of_assets)
+            if planned := [each for each in stored if each.kind is _PLANNED_CHECK]:
+                self._store_planned_checks(conn, planned)
+            if checks := [each for each in stored if each.kind is _CHECK]:
+                self._store_evaluations(conn, checks)
 
-    def _store_assets(self, conn: sqlalchemy.Connection, events: Sequence[_Stored]) -> None:
+    def _store_assets(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
         """Each asset's row says what its newest event of a kind says."""
         indexed = self.has_secondary_index(ASSET_KEY_INDEX_COLS)
-        for kind in sorted({event.dagster_event_type for event, _ in events if event.dagster_event_type}):
-            rows = {
-                asset.to_string(): self._get_asset_entry_values(event, number, indexed)
-                for event, number in events
-                if event.dagster_event_type is kind and (asset := _asset(event))
-            }
+        by_kind: dict[DagsterEventType | None, dict[str, _Stored]] = {}
+        for each in stored:
+            by_kind.setdefault(each.kind, {})[each.asset] = each
+        for newest in by_kind.values():
             # In one order everywhere, so that two runs do not wait for each other crosswise.
-            query = postgresql.insert(AssetKeyTable).values([{"asset_key": key, **rows[key]} for key in sorted(rows)])
-            changed = {name: query.excluded[name] for name in next(iter(rows.values()))}
+            rows = [
+                {"asset_key": key, **self._get_asset_entry_values(newest[key].event, newest[key].id, indexed)}
+                for key in sorted(newest)
+            ]
+            query = postgresql.insert(AssetKeyTable).values(rows)
+            changed = {name: query.excluded[name] for name in rows[0] if name != "asset_key"}
             conn.execute(
                 query.on_conflict_do_update(index_elements=[AssetKeyTable.c.asset_key], set_=changed)
                 if changed
                 else query.on_conflict_do_nothing()
             )
 
-    def _store_planned_checks(self, conn: sqlalchemy.Connection, events: Sequence[_Stored]) -> None:
+    def _store_planned_checks(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
         rows = [
             {
                 "asset_key": planned.asset_key.to_string(),
                 "check_name": planned.check_name,
                 "partition": partition,
-                "run_id": event.run_id,
+                "run_id": each.event.run_id,
                 "execution_status": AssetCheckExecutionRecordStatus.PLANNED.value,
-                "evaluation_event": serialize_value(event),
-                "evaluation_event_timestamp": _moment(event),
-                "evaluation_event_storage_id": number,
+                "evaluation_event": each.text,
+                "evaluation_event_timestamp": each.moment,
+                "evaluation_event_storage_id": each.id,
             }
-            for event, number in events
-            if isinstance(planned := event.get_dagster_event().event_specific_data, AssetCheckEvaluationPlanned)
+            for each in stored
+            if isinstance(planned := each.event.get_dagster_event().event_specific_data, AssetCheckEvaluationPlanned)
             for partition in (planned.partitions_subset.get_partition_keys() if planned.partitions_subset else [None])
         ]
-        if rows:
-            conn.execute(AssetCheckExecutionsTable.insert().values(rows))
+        conn.execute(AssetCheckExecutionsTable.insert(), rows)
 
-    def _store_evaluations(self, conn: sqlalchemy.Connection, evaluations: Sequence[_Stored]) -> None:
+    def _store_evaluations(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
         """Each takes the place of what was planned; one that was not is new, as dagster has it."""
-        rows = [(event, number, _evaluation(event)) for event, number in evaluations if event.run_id]
-        done = conn.execute(
-            _UPDATE_CHECKS,
+        rows = [
             {
-                "asset_key": [each.asset_key.to_string() for *_, each in rows],
-                "check_name": [each.check_name for *_, each in rows],
-                "run_id": [event.run_id for event, *_ in rows],
-                "partition": [each.partition for *_, each in rows],
-                "status": [_status(each).value for *_, each in rows],
-                "event": [serialize_value(event) for event, *_ in rows],
-                "at": [_moment(event) for event, *_ in rows],
-                "id": [number for _, number, _ in rows],
-                "target": [
-                    each.target_materialization_data.storage_id if each.target_materialization_data else None
-                    for *_, each in rows
-                ],
-            },
-        )
-        planned = {number for (number,) in done}
-        for event, number in evaluations:
-            if number not in planned:
-                self.store_asset_check_event(event, number)
+                "asset_key": evaluation.asset_key.to_string(),
+                "check_name": evaluation.check_name,
+                "run_id": each.event.run_id,
+                "partition": evaluation.partition,
+                "status": _status(evaluation).value,
+                "event": each.text,
+                "at": each.moment,
+                "id": each.id,
+                "target": target.storage_id if (target := evaluation.target_materialization_data) else None,
+            }
+            for each in stored
+            if each.event.run_id
+            and isinstance(evaluation := each.event.get_dagster_event().event_specific_data, dg.AssetCheckEvaluation)
+        ]
+        planned: set[int] = set()
+        if rows:
+            planned.update(
+                conn.execute(_UPDATE_CHECKS, {name: [row[name] for row in rows] for name in rows[0]}).scalars()
+            )
+        for each in stored:
+            if each.id not in planned:
+                self.store_asset_check_event(each.event, each.id)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlalchemy.Connection]:
@@ -276,18 +287,26 @@ class BatchedEventLog(PostgresEventLogStorage):
         return super()._connect()
 
 
-def _asset(event: dg.EventLogEntry) -> dg.AssetKey | None:
-    return event.get_dagster_event().asset_key
+class _Stored(NamedTuple):
+    """An event that has its row: the row's id, and the event as it is written there."""
 
+    event: dg.EventLogEntry
+    id: int
+    text: str
 
-def _moment(event: dg.EventLogEntry) -> datetime:
-    return datetime.fromtimestamp(event.timestamp, UTC).replace(tzinfo=None)
+    @property
+    def kind(self) -> DagsterEventType | None:
+        return self.event.dagster_event_type
 
+    @property
+    def asset(self) -> str:
+        """The key of the event's asset as Dagster's tables have it; empty if it has none."""
+        key = self.event.get_dagster_event().asset_key
+        return key.to_string() if key else ""
 
-def _evaluation(event: dg.EventLogEntry) -> dg.AssetCheckEvaluation:
-    evaluation = event.get_dagster_event().event_specific_data
-    assert isinstance(evaluation, dg.AssetCheckEvaluation)
-    return evaluation
+    @property
+    def moment(self) -> datetime:
+        return datetime.fromtimestamp(self.event.timestamp, UTC).replace(tzinfo=None)
 
 
 def _status(evaluation: dg.AssetCheckEvaluation) -> AssetCheckExecutionRecordStatus:
