@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,6 +43,20 @@ def peak_mib() -> float:
         return int(line.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def processor_seconds(home: Path) -> float:
+    """Seconds that processors worked: for this process, those it started, and the Postgres of a home."""
+    found = [psutil.Process()]
+    with suppress(OSError, psutil.Error):
+        found.append(psutil.Process(int((home / "postgres" / "postmaster.pid").read_text().split()[0])))
+    seconds = 0.0
+    for process in found:
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                times = each.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 def size() -> str:
