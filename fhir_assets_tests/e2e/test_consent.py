@@ -3,13 +3,20 @@
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.parquet import read_table
 
+from fhir_assets.definitions import views_of
 from fhir_assets.ingestion import Outcome
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.store.blobs import LocalBlobs
+from fhir_assets.warehouse import lake
+from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.exports import Export
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, instant
 
@@ -90,3 +97,39 @@ def test_consent_comes_and_goes(deployment: Deployment, server: SandboxServer) -
     ingest(deployment)
     assert shown(deployment) == (others | (set() if closed else {"a"}),) * 2
     assert deployment.query("SELECT count(*) FROM ops.consents") == [(0,)]
+
+
+def test_what_leaves_obeys_consent(deploy: Deploy, server: SandboxServer, tmp_path: Path) -> None:
+    deployment = deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient,Observation,Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy="opt-out",
+    )
+    views = [view for view in views_of(deployment.settings).views if view.name in ("patient", "observation")]
+    folder = LocalBlobs(tmp_path / "left")
+
+    def left() -> set[str]:
+        """Whose data is in exports and in the lake; all of them say the same."""
+        with connect(deployment.url) as conn:
+            export = Export(conn, deployment.store, folder, "export", actor="test", withholding=True)
+            for view in views:
+                export.of(view.resource_type, None).valid()
+                export.of(view.resource_type, None).table(view, "ndjson")
+                lake.update(conn, folder, view, [], run_id="run", actor="test")
+        resources = (folder.root / "export" / "Patient.valid.ndjson").read_bytes().splitlines()
+        of_export = [json.loads(line) for line in (folder.root / "export" / "observation.ndjson").open()]
+        of_lake = [row for path in folder.root.glob("patient/*/*.parquet") for row in read_table(path).to_pylist()]
+        assert {row["patient_key"] for row in of_export} == {row["_resource_key"] for row in of_lake}
+        assert {json.loads(line)["id"] for line in resources} == {row["_resource_key"] for row in of_lake}
+        return {row["_resource_key"] for row in of_lake}
+
+    ingest(deployment)
+    assert left() == {"a", "b"}
+    add(server, consent("deny", datetime.now(UTC)))
+    ingest(deployment)
+    assert left() == {"b"}
+    add(server, consent("deny", datetime.now(UTC), version="2", status="inactive"))
+    ingest(deployment)
+    assert left() == {"a", "b"}
