@@ -7,7 +7,7 @@ from time import perf_counter
 
 import dagster as dg
 
-from fhir_assets.assets.run import RunFacts, in_our_words, recorded
+from fhir_assets.assets.run import RunFacts, in_our_words, recorded, step_tags
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.fhir.views import BrokenView, View
@@ -57,6 +57,7 @@ def _normalized(
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
+        op_tags=step_tags([name]),
     )
     def normalized(
         context: dg.AssetExecutionContext,

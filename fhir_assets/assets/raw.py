@@ -5,7 +5,7 @@ from time import perf_counter
 
 import dagster as dg
 
-from fhir_assets.assets.run import RunFacts, recorded
+from fhir_assets.assets.run import RunFacts, recorded, step_tags
 from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.fhir.record import Source
 from fhir_assets.pipeline.bulk import BulkSource
@@ -51,6 +51,7 @@ def _raw(
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
         pool=POOL,
+        op_tags=step_tags([t.name for t in types]),
     )
     def raw(
         context: dg.AssetExecutionContext,

@@ -1,7 +1,7 @@
 """What an asset needs to know of the Dagster run it is part of."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 REPLAY_TAG = "fhir_assets/replay"
 """Run tag of a replay of dead letters: ``marked`` (what was asked for) or ``open`` (all open ones of the windows)."""
+
+PRIORITY_TAG = "dagster/priority"
 
 _REPLAYS: dict[str, Literal["marked", "open"]] = {"marked": "marked", "open": "open"}
 _TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")
@@ -102,6 +104,13 @@ def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -
         seconds = (perf_counter() - started) / len(resource_types)
         runs.finish(conn, facts.run_id, resource_types, facts.partition_keys, seconds=seconds)
     _log.info("a step is done", extra={**about, "seconds": round(perf_counter() - started, 3)})
+
+
+def step_tags(resource_types: Sequence[str]) -> dict[str, str]:
+    """Tags of a step. Consents come first of all types: then the others are loaded, or withheld, by what they say, and
+    do not have to be moved afterwards.
+    """
+    return {PRIORITY_TAG: "1"} if "Consent" in resource_types else {}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from time import perf_counter
 
 import dagster as dg
 
-from fhir_assets.assets.run import RunFacts, recorded
+from fhir_assets.assets.run import RunFacts, recorded, step_tags
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.replay import ReplayValidation
@@ -39,6 +39,7 @@ def _validated(
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         description=f"{name} resources that keep every rule of R4; the others are in ops.dead_letters.",
         kinds={"fhir", "json"},
+        op_tags=step_tags([name]),
     )
     def validated(
         context: dg.AssetExecutionContext,

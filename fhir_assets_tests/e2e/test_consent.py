@@ -99,6 +99,25 @@ def test_consent_comes_and_goes(deployment: Deployment, server: SandboxServer) -
     assert deployment.query("SELECT count(*) FROM ops.consents") == [(0,)]
 
 
+def test_who_denied_never_comes_into_the_tables_not_even_for_the_length_of_a_run(
+    deploy: Deploy, server: SandboxServer
+) -> None:
+    add(server, consent("deny", DAY))
+    deployment = deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient,Observation,Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy="opt-out",
+    )
+    ingest(deployment)
+    done = deployment.query(
+        "SELECT resource_type, action, count FROM ops.audit_log WHERE actor = 'pipeline' ORDER BY 1"
+    )
+    assert [deed for deed in done if deed[1] == "create"] == [("Observation", "create", 3), ("Patient", "create", 1)]
+    assert shown(deployment) == ({"b"}, {"b"})
+
+
 def test_what_leaves_obeys_consent(deploy: Deploy, server: SandboxServer, tmp_path: Path) -> None:
     deployment = deploy(
         fhir_base_url=server.url,
