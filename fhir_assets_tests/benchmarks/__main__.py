@@ -13,6 +13,7 @@ PARTS = (
     ("views", "Views, beside sqlonfhir"),
     ("loader", "The loader alone"),
     ("dead_letters", "Dead letters: listed by the million, replayed"),
+    ("privacy", "Encryption and consent, beside a plain load"),
     ("exports", "Exports: peak memory"),
     ("bulk", "Bulk export: speed, peak memory, small files"),
     ("rotation", "Keys rotated: speed, peak memory"),
