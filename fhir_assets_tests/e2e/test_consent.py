@@ -112,7 +112,9 @@ def test_who_denied_never_comes_into_the_tables_not_even_for_the_length_of_a_run
     )
     ingest(deployment)
     # But for the Consent itself, which is known only when it has come.
-    created = dict(deployment.query("SELECT resource_type, count FROM ops.audit_log WHERE action = 'create'"))
+    created: dict[str, int] = dict(
+        deployment.query("SELECT resource_type, count FROM ops.audit_log WHERE action = 'create'")
+    )
     assert created == {"Observation": 3, "Patient": 1, "Consent": 1}
     assert shown(deployment) == ({"b"}, {"b"})
 
