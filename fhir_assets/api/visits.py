@@ -1,6 +1,5 @@
 """Visits that are posted: a list becomes a CSV file of the landing zone, from where Dagster takes it on."""
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import uuid4
@@ -158,7 +157,7 @@ def visits_task(
         "status": _status(state),
         "records_received": post.records,
         "records_rejected": post.rejected,
-        "counts": asdict(state.brought),
+        "counts": {name: getattr(state.brought, name) for name in Counts.model_fields},
         "dead_letters": state.dead_letters,
         "known_before": state.known_before,
         "run_id": state.run_id,

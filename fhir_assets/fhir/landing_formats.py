@@ -161,6 +161,11 @@ SUFFIXES = tuple({suffix: None for each in FORMATS for suffix in (*each.suffixes
 """How the names of all files end that are looked at."""
 
 
+def is_visits(name: str) -> bool:
+    """Whether a file by its name is one of visits: those are received together."""
+    return name.lower().removesuffix(".gz").endswith(VisitsCsv.suffixes)
+
+
 def read(name: str, content: LandedContent) -> Iterator[Item]:
     """What a landed file holds; a file that breaks off gives what came before that, and a Rejected."""
     base = name.lower().removesuffix(".gz")

@@ -37,7 +37,8 @@ class Rejected:
     """Something received that cannot become a Record: the seed of a dead letter of stage ``fetch``.
 
     ``path`` says where it was found (``Patient.ndjson.gz:17``); ``message`` holds no patient data. ``issues`` are all
-    that is wrong with it where that is more than one thing, as dead letters keep them.
+    that is wrong with it where that is more than one thing, as dead letters keep them. ``origin`` is what it came by,
+    where that is part of what is received.
     """
 
     resource_type: str
@@ -48,6 +49,7 @@ class Rejected:
     arrived: datetime
     body: bytes
     issues: tuple[Mapping[str, str], ...] = ()
+    origin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,24 @@
 """The landing zone: files that others put down, each content received once, nothing of theirs touched."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import BinaryIO
+from uuid import uuid4
 
 from fhir_assets.errors import FhirAssetsError, TransientError
 from fhir_assets.fhir import landing_formats
 from fhir_assets.fhir.intake.visits_csv import Visit
-from fhir_assets.fhir.landing_formats import LandedContent
+from fhir_assets.fhir.landing_formats import Item, LandedContent
 from fhir_assets.fhir.lines import unpacked
 from fhir_assets.fhir.record import Deletion, Record, Rejected
 from fhir_assets.pipeline import visits
 from fhir_assets.pipeline.receive import Received, Receiver
 from fhir_assets.store.zone import DONE, FoundFile, Zone
 from fhir_assets.warehouse import landing_files
+from fhir_assets.warehouse import visits as ledger
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.landing_files import ReadyFile
 
@@ -26,6 +28,7 @@ FILES_AT_ONCE = 1000
 
 _CHUNK = 1 << 20
 _DELETIONS = 5000
+_BATCH_BYTES = 64 << 20
 
 
 class _Changed(FhirAssetsError):
@@ -72,27 +75,39 @@ class Landing:
             return len(landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
 
     def receive(self, run_id: str, *, listen: Callable[[Received], None] = lambda _: None) -> Landed:
-        """Receive the files that wait, the oldest first. One that cannot be read is noted, and the others go on.
+        """Receive the files that wait, the oldest first, those of visits together. One that cannot be read is noted,
+        and the others go on.
 
         Raises DatabaseUnavailable.
         """
         landed = Landed()
         with closing(self._connect()) as conn:
             waiting = landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
+        landed.files = len(waiting)
         for file in waiting:
-            landed.files += 1
-            try:
-                received = self._receive(file, run_id, landed)
-            except FhirAssetsError as error:
-                if isinstance(error, TransientError):
-                    raise
-                landed.failed += 1
-                with closing(self._connect()) as conn, conn.transaction():
-                    landing_files.failed(conn, self._zone.url, file, run_id=run_id, error=str(error))
-                continue
-            if not received.again:
-                listen(received)
+            if not landing_formats.is_visits(file.name):
+                with self._noting(file, run_id, landed):
+                    self._tell(self._receive(file, run_id, landed), listen)
+        for batch, files in self._batches([file for file in waiting if landing_formats.is_visits(file.name)]):
+            if received := self._receive_batch(batch, files, run_id, landed):
+                self._tell(received, listen)
         return landed
+
+    def _tell(self, received: Received, listen: Callable[[Received], None]) -> None:
+        if not received.again:
+            listen(received)
+
+    @contextmanager
+    def _noting(self, file: ReadyFile, run_id: str, landed: Landed) -> Iterator[None]:
+        """What goes wrong with a file is noted; what may go right the next time is raised."""
+        try:
+            yield
+        except TransientError:
+            raise
+        except FhirAssetsError as error:
+            landed.failed += 1
+            with closing(self._connect()) as conn, conn.transaction():
+                landing_files.failed(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
     def _files(self, complete: bool) -> Iterator[tuple[FoundFile, bool]]:
         found = list(self._zone.files())
@@ -102,33 +117,120 @@ class Landing:
                 yield file, complete or self._zone.whole or _is_done(file.name, done)
 
     def _receive(self, file: ReadyFile, run_id: str, landed: Landed) -> Received:
-        with self._zone.open(file.name) as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
         buried = 0
+        sha256 = self._sha256(file)
+        origin = f"{DOOR}:{sha256}"
 
-        def content_of() -> Iterator[Record | Rejected | Visit]:
+        def resources() -> Iterator[Record | Rejected]:
             nonlocal buried
             deletions: list[Deletion] = []
-            with self._zone.open(file.name) as stream:
-                hashed = _Hashed(stream)
-                arrived = min(file.written, self._now())
-                content = LandedContent(sha256[:12], unpacked(hashed), arrived, self._max_bytes)  # type: ignore[arg-type]
-                for item in landing_formats.read(file.name, content):
-                    if isinstance(item, Deletion):
-                        deletions.append(item)
-                        if len(deletions) >= _DELETIONS:
-                            buried += self._bury(deletions, origin)
-                            deletions = []
-                    else:
-                        yield item
-                if hashed.whole() != sha256:
-                    raise _Changed("the file changed while it was read: it is taken when it is complete")
+            for item in self._read(file, sha256):
+                if isinstance(item, Deletion):
+                    deletions.append(item)
+                    if len(deletions) >= _DELETIONS:
+                        buried += self._bury(deletions, origin)
+                        deletions = []
+                elif not isinstance(item, Visit):
+                    yield item
             buried += self._bury(deletions, origin)
 
-        origin = f"{DOOR}:{sha256}"
-        received = self._receiver.receive_within(
-            lambda conn: visits.resources_of(conn, content_of(), origin, self._receiver.resource_types), origin
-        )
+        received = self._receiver.receive(resources(), origin)
+        counts = {"rows": received.rows, "rejected": received.rejected, "deleted": buried}
+        self._settle(file, sha256, counts, received.again, run_id, landed, received.skipped)
+        return received
+
+    def _batches(self, files: Sequence[ReadyFile]) -> Iterator[tuple[str, list[ReadyFile]]]:
+        """Files of visits that are received together: those of a batch that broke off as that batch, others anew."""
+        broken_off: dict[str, list[ReadyFile]] = {}
+        fresh: list[list[ReadyFile]] = []
+        size = 0
+        for file in files:
+            if file.batch is not None:
+                broken_off.setdefault(file.batch, []).append(file)
+                continue
+            size += file.size
+            if not fresh or size > _BATCH_BYTES:
+                fresh.append([])
+                size = file.size
+            fresh[-1].append(file)
+        yield from broken_off.items()
+        for together in fresh:
+            batch = uuid4().hex
+            with closing(self._connect()) as conn, conn.transaction():
+                joined = landing_files.join(conn, self._zone.url, together, batch)
+            if joined:
+                yield batch, joined
+
+    def _receive_batch(self, batch: str, files: Sequence[ReadyFile], run_id: str, landed: Landed) -> Received | None:
+        """Many small files as one origin: a manifest is written once for all of them, not once for each."""
+        whole: dict[str, str] = {}
+        for file in files:
+            with self._noting(file, run_id, landed):
+                whole[file.name] = self._sha256(file)
+        rest = [file for file in files if file.name in whole]
+        received_as = f"{DOOR}:batch-{batch}"
+        at: ReadyFile | None = None
+
+        def resources(conn: Connection) -> Iterator[Record | Rejected]:
+            nonlocal at
+            for file in rest:
+                at = file
+                sha256 = whole[file.name]
+                items = self._read(file, sha256)
+                types = self._receiver.resource_types
+                yield from visits.resources_of(conn, items, f"{DOOR}:{sha256}", received_as, types)
+            at = None
+
+        received = None
+        while rest and received is None:
+            try:
+                received = self._receiver.receive_within(resources, received_as)
+            except FhirAssetsError as error:
+                if at is None or isinstance(error, TransientError):
+                    raise
+                # Of one that broke nothing is in raw, nor of the others: they come again without it.
+                rest = [file for file in rest if file is not at]
+                with self._noting(at, run_id, landed):
+                    raise
+        with closing(self._connect()) as conn:
+            known = ledger.files(conn, [f"{DOOR}:{whole[file.name]}" for file in rest])
+        taken = set[str]()
+        for file in rest:
+            with self._noting(file, run_id, landed):
+                sha256 = whole[file.name]
+                if f"{DOOR}:{sha256}" not in known:
+                    raise _Changed("it came into its batch when that was received already: it comes again by itself")
+                came_as, brought = known[f"{DOOR}:{sha256}"]
+                again = came_as != received_as or sha256 in taken
+                taken.add(sha256)
+                counts = {"rows": brought.rows, "rejected": brought.rejected, "deleted": 0}
+                self._settle(file, sha256, counts, again, run_id, landed, {})
+        return received
+
+    def _sha256(self, file: ReadyFile) -> str:
+        with self._zone.open(file.name) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def _read(self, file: ReadyFile, sha256: str) -> Iterator[Item]:
+        """What a file holds. Raises StoreError, and _Changed if it is not what its hash was made of."""
+        with self._zone.open(file.name) as stream:
+            hashed = _Hashed(stream)
+            arrived = min(file.written, self._now())
+            content = LandedContent(sha256[:12], unpacked(hashed), arrived, self._max_bytes)  # type: ignore[arg-type]
+            yield from landing_formats.read(file.name, content)
+            if hashed.whole() != sha256:
+                raise _Changed("the file changed while it was read: it is taken when it is complete")
+
+    def _settle(
+        self,
+        file: ReadyFile,
+        sha256: str,
+        counts: Mapping[str, int],
+        again: bool,
+        run_id: str,
+        landed: Landed,
+        skipped: Mapping[str, int],
+    ) -> None:
         with closing(self._connect()) as conn, conn.transaction():
             landing_files.loaded(
                 conn,
@@ -136,16 +238,15 @@ class Landing:
                 file,
                 run_id=run_id,
                 sha256=sha256,
-                counts={"rows": received.rows, "rejected": received.rejected, "deleted": buried},
-                skipped=received.skipped,
-                known_before=received.again,
+                counts=counts,
+                skipped=skipped,
+                known_before=again,
             )
-        landed.known_before += received.again
-        if not received.again:
-            landed.rows += received.rows
-            landed.rejected += received.rejected
-            landed.deleted += buried
-        return received
+        landed.known_before += again
+        if not again:
+            landed.rows += counts["rows"]
+            landed.rejected += counts["rejected"]
+            landed.deleted += counts["deleted"]
 
     def _bury(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:

@@ -199,7 +199,7 @@ class _Intake:
             resource=item.body or None,
             partition_key=partition_key,
             issues=[dict(issue) for issue in item.issues],
-            origin=self._origin,
+            origin=item.origin or self._origin,
         )
 
 

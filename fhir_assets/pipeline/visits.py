@@ -16,6 +16,7 @@ import orjson
 
 from fhir_assets.fhir.intake import resources
 from fhir_assets.fhir.intake.visits_csv import Visit
+from fhir_assets.fhir.landing_formats import Item
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.warehouse import visits
@@ -33,28 +34,41 @@ _CONFLICT_SAID = (
 
 
 def resources_of(
-    conn: Connection, items: Iterable[Record | Rejected | Visit], origin: str, resource_types: Collection[str]
+    conn: Connection, items: Iterable[Item], origin: str, received_as: str, resource_types: Collection[str]
 ) -> Iterator[Record | Rejected]:
-    """What a file holds, with its visits as the resources that are news. Writes the ledger through ``conn``, in the
-    caller's transaction: of the types that the deployment loads, so that those it does not are news when it does.
+    """What a file of visits holds, as the resources that are news; nothing if it was received before. Writes the ledger
+    through ``conn``, in the caller's transaction: of the types that the deployment loads, so that those it does not
+    are news when it does. ``received_as`` is the origin of all that the caller receives, this file among it.
     """
+    visits.hold(conn)
+    if visits.files(conn, [origin]):
+        return
     counts = Brought()
+    for found in _read(conn, items, origin, resource_types, counts):
+        if isinstance(found, Rejected):
+            counts.rejected += 1
+            yield replace(found, origin=origin)
+        else:
+            counts.rows += found.resource_type in resource_types
+            yield found
+    visits.brought(conn, origin, received_as, counts)
+
+
+def _read(
+    conn: Connection, items: Iterable[Item], origin: str, resource_types: Collection[str], counts: Brought
+) -> Iterator[Record | Rejected]:
     waiting: list[Visit] = []
-    began = False
     for item in items:
-        if not isinstance(item, Visit):
+        if isinstance(item, Rejected):
             yield item
             continue
-        if not began:
-            visits.hold(conn)
-            began = True
+        assert isinstance(item, Visit)
         waiting.append(item)
         if len(waiting) >= _AT_ONCE:
             yield from _entered(conn, waiting, origin, resource_types, counts)
             waiting = []
-    if began:
+    if waiting:
         yield from _entered(conn, waiting, origin, resource_types, counts)
-        visits.brought(conn, origin, counts)
 
 
 def _entered(

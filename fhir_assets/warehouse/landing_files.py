@@ -1,6 +1,6 @@
 """The files of a landing zone: when they came, whether they are complete, and what became of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -38,12 +38,13 @@ class Found(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReadyFile:
-    """A file that is complete and waits."""
+    """A file that is complete and waits; ``batch`` is the one that it belongs to, if it was put into one."""
 
     name: str
     size: int
     mark: str
     written: datetime
+    batch: str | None = None
 
 
 def see(conn: Connection, zone: str, files: Iterable[tuple[Found, bool]]) -> None:
@@ -73,7 +74,7 @@ def see(conn: Connection, zone: str, files: Iterable[tuple[Found, bool]]) -> Non
 def ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
     """The files that wait, the oldest first; one that failed when it has waited long enough."""
     rows = conn.execute(
-        "SELECT name, size, mark, written_at FROM ops.landing_files WHERE zone = %(zone)s"
+        "SELECT name, size, mark, written_at, batch FROM ops.landing_files WHERE zone = %(zone)s"
         " AND (status = 'ready' OR status = 'failed' AND tried_at < %(now)s"
         " - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second')"
         " ORDER BY written_at, name LIMIT %(limit)s",
@@ -86,6 +87,18 @@ def ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[Rea
         },
     )
     return [ReadyFile(*row) for row in rows]
+
+
+def join(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
+    """The files are received together from now on, also after a crash. Returns them, without those that somebody else
+    put into a batch meanwhile.
+    """
+    rows = conn.execute(
+        "UPDATE ops.landing_files SET batch = %s WHERE zone = %s AND name = ANY(%s) AND batch IS NULL RETURNING name",
+        [batch, zone, [file.name for file in files]],
+    ).fetchall()
+    joined = {name for (name,) in rows}
+    return [file for file in files if file.name in joined]
 
 
 def loaded(
@@ -118,7 +131,7 @@ def loaded(
 
 def failed(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
     """The file could not be received; it is tried again later. ``error`` holds no patient data."""
-    _settle(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error})
+    _settle(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
 
 
 def listed(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
@@ -185,6 +198,6 @@ _SEE = """
         found_at = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.found_at
             ELSE clock_timestamp() END,
         rows = NULL, rejected = NULL, deleted = NULL, skipped = '{}', sha256 = NULL, error = NULL,
-        known_before = false
+        known_before = false, batch = NULL
     WHERE f.status = 'arriving' OR (f.size, f.mark) <> (excluded.size, excluded.mark)
 """

@@ -35,7 +35,7 @@ class KnownVisit:
 @dataclass(slots=True)
 class Brought:
     """What a file brought: new persons, changes of known ones and such that a newer file contradicts; new visits,
-    known ones, and known ones with other content.
+    known ones, and known ones with other content. ``rows`` went into raw, ``rejected`` became dead letters.
     """
 
     patients: int = 0
@@ -44,6 +44,8 @@ class Brought:
     visits: int = 0
     repeats: int = 0
     conflicts: int = 0
+    rows: int = 0
+    rejected: int = 0
 
 
 def hold(conn: Connection) -> None:
@@ -105,15 +107,23 @@ def forget(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
         conn.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(sql.Identifier("ops", table)), [list(ids)])
 
 
-def brought(conn: Connection, origin: str, counts: Brought) -> None:
-    """A file was received, and brought so much."""
-    values = asdict(counts)
+def brought(conn: Connection, origin: str, received_as: str, counts: Brought) -> None:
+    """A file was received as part of an origin, and brought so much."""
+    values = {"origin": origin, "received_as": received_as, **asdict(counts)}
     conn.execute(
-        sql.SQL("INSERT INTO ops.visit_files (origin, {}) VALUES (%(origin)s, {}) ON CONFLICT DO NOTHING").format(
+        sql.SQL("INSERT INTO ops.visit_files ({}) VALUES ({})").format(
             sql.SQL(", ").join(map(sql.Identifier, values)), sql.SQL(", ").join(map(sql.Placeholder, values))
         ),
-        {"origin": origin, **values},
+        values,
     )
+
+
+def files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, Brought]]:
+    """Those of the files that were received: as part of which origin, and what they brought."""
+    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(Brought))
+    query = sql.SQL("SELECT origin, received_as, {} FROM ops.visit_files WHERE origin = ANY(%s)").format(columns)
+    rows = conn.execute(query, [list(origins)]).fetchall()
+    return {origin: (received_as, Brought(*counts)) for origin, received_as, *counts in rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +182,9 @@ def file_state(conn: Connection, zone: str, name: str) -> FileState:
     if row is None:
         return FileState(None, None, False, 0, None, 0, Brought())
     status, error, known_before, rejected, run_id, origin = row
+    received_as, counts = files(conn, [origin or ""]).get(origin or "", (origin, Brought()))
     (waiting,) = conn.execute(
-        "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [origin]
+        "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [received_as]
     ).fetchone() or (0,)
-    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(Brought))
-    with conn.cursor(row_factory=class_row(Brought)) as cursor:
-        query = sql.SQL("SELECT {} FROM ops.visit_files WHERE origin = %s").format(columns)
-        counts = cursor.execute(query, [origin]).fetchone()
     # The same content under another name had been received already: this file brought nothing.
-    mine = counts if counts and not known_before else Brought()
-    return FileState(status, error, known_before, rejected, run_id, waiting, mine)
+    return FileState(status, error, known_before, rejected, run_id, waiting, Brought() if known_before else counts)

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,13 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fhir_assets.errors import StoreError
+from fhir_assets.fhir import landing_formats
 from fhir_assets.fhir.intake import visits_csv
+from fhir_assets.fhir.landing_formats import Item, LandedContent
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.pipeline.landing import Landing
 from fhir_assets.pipeline.receive import Receiver
 from fhir_assets.store.store import Store, open_store
 from fhir_assets.store.zone import open_zone
-from fhir_assets.warehouse import deletes, received, visits
+from fhir_assets.warehouse import deletes, landing_files, received, visits
 from fhir_assets.warehouse.database import connect
 from fhir_assets.windows import Granularity, WindowScheme
 
@@ -176,6 +179,66 @@ def test_a_receiving_that_dies_before_its_note_is_done_again_and_nothing_is_doub
     world.receive()
     assert (len(world.raw("Patient")), len(world.raw("Encounter"))) == (3, 3)
     assert world.counts() == {"patients": 2, "updates": 1, "visits": 3}
+
+
+def test_many_small_files_are_received_as_one_and_each_is_told_by_itself(world: World) -> None:
+    files = {f"{n}.csv": [visit(f"{n}-{m}", f"V{n}-{m}") for m in range(n)] for n in range(1, 6)}
+    for n, (name, rows) in enumerate(files.items()):
+        world.put(name, visits_csv.write(rows) + b"bad\r\n" * (n == 3), hours=n)
+    world.put("6.csv", visits_csv.write(files["5.csv"]), hours=7)
+    world.receive()
+    manifest = world.store.manifest("raw", "Encounter", world.store.partition_keys("raw", "Encounter")[0])
+    assert manifest
+    assert len(manifest.receipts) == 1
+    told = world.query("SELECT name, status, rows, rejected, known_before FROM ops.landing_files ORDER BY 1")
+    assert told == [
+        *((f"{n}.csv", "loaded", 2 * n, int(n == 4), False) for n in range(1, 6)),
+        ("6.csv", "loaded", 10, 0, True),
+    ]
+    bad = world.query("SELECT name FROM ops.landing_files JOIN ops.dead_letters ON origin = 'landing:' || sha256")
+    assert bad == [("4.csv",)]
+
+
+def test_a_batch_that_died_comes_again_as_the_same_beside_what_came_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room, name in ((received, "note"), (landing_files, "loaded")):
+        world.put(f"{name}-a.csv", [visit(name, f"{name}-1")])
+        world.put(f"{name}-b.csv", [visit(name, f"{name}-2", "Byron")], hours=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(room, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                world.receive()
+        world.put(f"{name}-c.csv", [visit(name, f"{name}-3", "King")], hours=2)
+        world.receive()
+    assert (len(world.raw("Patient")), len(world.raw("Encounter"))) == (6, 6)
+    assert world.names() == {"note": "King", "loaded": "King"}
+    assert world.counts() == {"patients": 2, "updates": 4, "visits": 6}
+    assert world.query("SELECT DISTINCT status, known_before, rows FROM ops.landing_files") == [("loaded", False, 2)]
+
+
+def test_a_file_of_a_batch_that_cannot_be_read_is_named_and_the_others_go_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        world.put(f"{name}.csv", [visit(name, f"V{name}")])
+    world.landing.look(complete=True)
+    (world.folder / "a.csv").unlink()
+    read = landing_formats.read
+
+    def changed(name: str, content: LandedContent) -> Iterator[Item]:
+        yield from read(name, content)
+        if name == "b.csv":
+            raise StoreError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(landing_formats, "read", changed)
+        landed = world.landing.receive("run")
+    assert (landed.files, landed.failed, landed.rows) == (3, 2, 2)
+    assert world.query("SELECT name, status FROM ops.landing_files ORDER BY 1") == [
+        ("a.csv", "failed"), ("b.csv", "failed"), ("c.csv", "loaded")
+    ]  # fmt: skip
+    assert list(world.names()) == ["c"]
 
 
 def test_files_received_at_once_keep_one_patient_an_mrn_and_one_visit_a_number(tmp_path: Path, database: str) -> None:
