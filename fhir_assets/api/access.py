@@ -50,6 +50,7 @@ ACCESS: Mapping[tuple[str, str], frozenset[Role]] = {
     ("GET", "/runs/{run_id}/deadletters"): _OPERATE,
     ("POST", "/runs/{run_id}/replay"): _OPERATE,
     ("POST", "/export/{resource_type}"): _OPERATE,
+    ("GET", "/metrics"): _OPERATE,
     ("GET", "/docs"): _ALL,
     ("GET", "/openapi.json"): _ALL,
 }

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import orjson
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from fhir_assets.api.parts import PartsOf
+from fhir_assets.api.problems import answers
 from fhir_assets.errors import FhirAssetsError
 
 router = APIRouter(tags=["health"])
@@ -56,12 +58,28 @@ def ready(parts: PartsOf) -> Response:
     return _health(parts)
 
 
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={**answers(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    summary="Metrics for Prometheus",
+)
+def metrics(parts: PartsOf) -> Response:
+    """What the database knows of loads, dead letters, the outbox and checks; Prometheus presents a token of role
+    `operator` (`authorization` in its configuration).
+    """
+    content, content_type = parts.metrics()
+    return Response(content, media_type=content_type)
+
+
 def _health(parts: PartsOf) -> Response:
     def database() -> bool:
         with parts.connection() as conn:
             return conn.execute("SELECT 1").fetchone() is not None
 
     def store() -> bool:
+        # The folder in which parts are written is there, and what is kept can be read.
+        parts.store.blobs.spool()
         parts.store.blobs.get("health")
         return True
 

@@ -130,7 +130,18 @@ _OUTCOME = {
                 "type": "object",
                 "required": ["resourceType", "issue"],
                 "properties": {"resourceType": {"const": "OperationOutcome"}, "issue": {"type": "array"}},
-            }
+            },
+            "example": {
+                "resourceType": "OperationOutcome",
+                "issue": [
+                    {
+                        "severity": "error",
+                        "code": "code-invalid",
+                        "diagnostics": "not one of the codes that are allowed here",
+                        "expression": ["Bundle.entry[1].resource.gender"],
+                    }
+                ],
+            },
         }
     }
 }
@@ -140,7 +151,7 @@ _OUTCOME = {
     "/api/v1/ingest",
     status_code=202,
     response_model=IntakeResult,
-    responses=answers(409, 413),
+    responses=answers(400),
     openapi_extra=_RECORDS_BODY,
     summary="Post patient records and FHIR resources",
 )
@@ -184,9 +195,12 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
 @router.post(
     "/fhir",
     responses={
-        **answers(409, 413),
+        **answers(),
         200: {"description": "What is accepted, and what is not with the reasons", **_OUTCOME},
-        422: {"description": "Nothing was accepted", **_OUTCOME},
+        422: {
+            "description": "Nothing was accepted; a problem where the request itself does not fit",
+            "content": {**answers()[422]["content"], **_OUTCOME["content"]},
+        },
         400: {"description": "Not a resource, and not a Bundle that is taken", **_OUTCOME},
     },
     openapi_extra=_FHIR_BODY,

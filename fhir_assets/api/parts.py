@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Annotated, Any, cast
 
 import psycopg
@@ -17,6 +17,8 @@ from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.definitions import build_definitions, validator_of
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.validation import Validator
+from fhir_assets.metrics.exposition import exposition
+from fhir_assets.metrics.pipeline import DatabaseCollector, observer_of
 from fhir_assets.pipeline.receive import Receiver
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.resources.landing import receiver_of, zone_of
@@ -31,6 +33,11 @@ from fhir_assets.warehouse.directory import Directory
 from fhir_assets.warehouse.together import Together
 
 POOL_SIZE = 8
+PATIENCE_SECONDS = 5
+"""How long a request waits for a connection until the database counts as away."""
+
+WAITING = 8
+"""How many requests may wait for runs to end, of the 40 threads that answer requests."""
 _DOWN = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
 
 
@@ -41,8 +48,10 @@ class Parts:
         self.settings = settings
         self.warehouse = Warehouse(settings)
         self.directory = Directory(self.warehouse.connect)
+        self.waiting = BoundedSemaphore(WAITING)
         self._record = Together(self._note)
         self._pool: ConnectionPool[Any] | None = None
+        self._collector: DatabaseCollector | None = None
         self._lock = Lock()
 
     @cached_property
@@ -78,9 +87,9 @@ class Parts:
     def connection(self) -> Iterator[Connection]:
         """A pooled connection; what was done is committed unless it raises. Raises DatabaseUnavailable."""
         try:
-            with self._opened().connection() as conn:
+            with self._opened().connection(timeout=PATIENCE_SECONDS) as conn:
                 yield conn
-        except (PoolTimeout, psycopg.OperationalError):
+        except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError):
             raise DatabaseUnavailable(_DOWN) from None
 
     def note(self, *deeds: Deed) -> None:
@@ -93,7 +102,15 @@ class Parts:
             audit_log.record(conn, *(deed for deeds in asked for deed in deeds))
         return [None] * len(asked)
 
+    def metrics(self) -> tuple[bytes, str]:
+        """What Prometheus is told, and its content type."""
+        with self._lock:
+            if self._collector is None:
+                self._collector = observer_of(self.settings, self.warehouse.connect)
+        return exposition(self._collector)
+
     def close(self) -> None:
+        """End what was opened."""
         if self._pool is not None:
             self._pool.close()
 

@@ -120,7 +120,7 @@ def list_patients(
 @router.get(
     "/patients/{patient_id}",
     response_model=Patient,
-    responses=answers(403, 404, 410),
+    responses=answers(404, 410),
     summary="One patient with visits",
 )
 def one_patient(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
@@ -131,7 +131,7 @@ def one_patient(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Resp
 @router.get(
     "/api/v1/patients/{patient_id}",
     response_model=Patient,
-    responses=answers(403, 404, 410),
+    responses=answers(404, 410),
     summary="One patient with visits",
 )
 def one_patient_v1(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:

@@ -10,7 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from fhir_assets.errors import ConfigurationError, FhirAssetsError, TransientError
+from fhir_assets.errors import (
+    ConfigurationError,
+    FhirAssetsError,
+    NotFhir,
+    ServerRefused,
+    StoreError,
+    TransientError,
+)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -74,17 +81,49 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The problems that an operation documents, beside those that every one has."""
     return {
         status: {
-            "description": HTTPStatus(status).phrase,
-            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "description": _MEANS[status],
+            "content": {
+                MEDIA_TYPE: {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "example": {
+                        "type": "about:blank",
+                        "title": HTTPStatus(status).phrase,
+                        "status": status,
+                        "detail": _MEANS[status],
+                        "request_id": "4a9d0c3c1b6f1f7d11",
+                    },
+                }
+            },
         }
-        for status in sorted({400, 401, 403, 404, 405, 422, 429, 500, 503, *statuses})
+        for status in sorted({*_ALWAYS, *statuses})
     }
+
+
+_ALWAYS = (401, 403, 409, 413, 422, 429, 500, 503)
+_MEANS = {
+    400: "the request's form is not what this operation takes",
+    401: "a bearer token is needed",
+    403: "the token's role may not do this, or the patient's consent does not allow it: then `reason` is `consent`",
+    404: "there is no such thing",
+    409: "a setting that this needs is missing or contradicts it",
+    410: "the source deleted it",
+    413: "the body or the list is longer than API_MAX_BODY_BYTES or API_MAX_RECORDS allow",
+    422: "a parameter is not of the kind that is asked for; `errors` says which",
+    429: "the token calls more often than API_RATE_LIMIT allows: wait as Retry-After says",
+    500: "a fault of the service; its log has it under the request's id",
+    502: "the FHIR server refused, or answered what is no FHIR",
+    503: "the database, the store, Dagster or the FHIR server is not there: try again as Retry-After says",
+}
 
 
 def of_error(error: FhirAssetsError) -> Problem:
     """An error of the project: its message names no patient, and says what to do."""
     if isinstance(error, TransientError):
         return Problem(503, str(error), headers={"Retry-After": "5"})
+    if isinstance(error, ServerRefused | NotFhir):
+        return Problem(502, str(error))
+    if isinstance(error, StoreError):
+        return Problem(503, str(error), headers={"Retry-After": "60"})
     if isinstance(error, ConfigurationError):
         return Problem(409, str(error))
     return Problem(500, str(error))

@@ -1,21 +1,25 @@
 """Runs: started through Dagster, and what became of them as the tables of ops know it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from time import monotonic
+from typing import Annotated, Literal
 
 import orjson
 from fastapi import APIRouter, Path, Query, Response
-from pydantic import BaseModel, Field
 
+from fhir_assets.api.dagster import FINISHED
 from fhir_assets.api.parts import Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.problems import Problem, answers
-from fhir_assets.assets.run import REFRESH_TAG, TRIGGER_TAG
+from fhir_assets.api.run_models import Exported, Letters, Replay, Run, RunList, Started
+from fhir_assets.assets.run import REFRESH_TAG, USER_TAG
 from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
 from fhir_assets.automation.received import assets_of
 from fhir_assets.automation.requests import range_tags
 from fhir_assets.catalog import BY_KEY, BY_NAME, CATALOG
 from fhir_assets.definitions import views_of
+from fhir_assets.errors import DagsterUnavailable
 from fhir_assets.pipeline.due import windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.privacy.audit import Deed
@@ -39,28 +43,22 @@ TypeName = Annotated[
     ),
 ]
 RunId = Annotated[str, Path(description="A run's id; its first characters do", pattern=r"^[A-Za-z0-9\-]{1,64}$")]
-Wait = Annotated[float | None, Query(ge=0, le=LONGEST_WAIT, description="Wait so many seconds for the run to end")]
-
-
-class StartedRun(BaseModel):
-    """A run that was started; ``status`` is Dagster's."""
-
-    run_id: str
-    status: str | None = Field(None, examples=["QUEUED", "SUCCESS", "FAILURE"])
-    summary: str = Field(description="Where its summary is", examples=["/runs/2f8c0e4e-…"])
-    dagster: str = Field(description="Its page in the Dagster UI")
-    counts: list[dict[str, Any]] | None = Field(None, description="With `wait`, once the run has ended")
-
-
-class Started(BaseModel):
-    """What was started: `run_id` is the first of `runs`; a range of more than 100 windows is several runs."""
-
-    run_id: str | None
-    runs: list[StartedRun]
+Wait = Annotated[
+    float | None,
+    Query(
+        ge=0,
+        le=LONGEST_WAIT,
+        description="Wait so many seconds for the runs to end. Where many wait already, the answer comes at once",
+    ),
+]
 
 
 @router.post(
-    "/ingest/{resource_type}", status_code=202, response_model=Started, responses=answers(409), summary="Load a type"
+    "/ingest/{resource_type}",
+    status_code=202,
+    response_model=Started,
+    responses=answers(404, 502),
+    summary="Load a type",
 )
 def ingest_type(parts: PartsOf, caller: CallerOf, resource_type: TypeName, wait: Wait = None) -> Response:
     """Load what the windows from the type's checkpoint to now lack, in runs of the job `incremental_load`."""
@@ -71,7 +69,7 @@ def ingest_type(parts: PartsOf, caller: CallerOf, resource_type: TypeName, wait:
     "/ingest/{resource_type}/backfill",
     status_code=202,
     response_model=Started,
-    responses=answers(409),
+    responses=answers(404, 502),
     summary="Load what a type refers to, Patients first, then the type",
 )
 def backfill(parts: PartsOf, caller: CallerOf, resource_type: TypeName, wait: Wait = None) -> Response:
@@ -79,11 +77,12 @@ def backfill(parts: PartsOf, caller: CallerOf, resource_type: TypeName, wait: Wa
     Then the runs that load the type.
     """
     name = _type(parts, resource_type)
-    first = parts.dagster.launch(FETCH_MISSING_REFERENCES, tags={TRIGGER_TAG: caller.actor})
+    # Of runs that wait in Dagster's queue the one of greater priority begins first.
+    first = parts.dagster.launch(FETCH_MISSING_REFERENCES, tags={USER_TAG: caller.actor, "dagster/priority": "10"})
     return _started(parts, [first, *_load(parts, caller, name)], wait)
 
 
-@router.get("/runs", responses=answers(), summary="The latest runs")
+@router.get("/runs", response_model=RunList, responses=answers(404), summary="The latest runs")
 def list_runs(
     parts: PartsOf,
     resource_type: Annotated[str | None, Query(max_length=64)] = None,
@@ -97,15 +96,33 @@ def list_runs(
     return _json({"runs": found})
 
 
-@router.get("/runs/{run_id}", responses=answers(404), summary="A run by resource type")
+@router.get("/runs/{run_id}", response_model=Run, responses=answers(404), summary="A run by resource type")
 def one_run(parts: PartsOf, run_id: RunId) -> Response:
-    """What it fetched, validated and loaded, and its dead letters by stage."""
+    """What it fetched, validated and loaded, and its dead letters by stage. A run that waits in Dagster's queue is
+    known by its whole id.
+    """
     with parts.connection() as conn:
-        whole = _whole_run(conn, run_id)
-        return _json({"run_id": whole, "dagster": parts.dagster.link(whole), "types": run_history.by_type(conn, whole)})
+        begun = runs.beginning_with(conn, run_id)
+        types = run_history.by_type(conn, begun[0]) if len(begun) == 1 else []
+    whole = begun[0] if len(begun) == 1 else run_id
+    status = None
+    try:
+        status = None if len(begun) > 1 else parts.dagster.status(whole)
+    except DagsterUnavailable:
+        # What it did is in the tables all the same.
+        if not begun:
+            raise
+    if len(begun) > 1 or (not begun and status is None):
+        raise _unknown(begun)
+    return _json({"run_id": whole, "status": status, "dagster": parts.dagster.link(whole), "types": types})
 
 
-@router.get("/runs/{run_id}/deadletters", responses=answers(404), summary="What could not go on in a run")
+@router.get(
+    "/runs/{run_id}/deadletters",
+    response_model=Letters,
+    responses=answers(404),
+    summary="What could not go on in a run",
+)
 def run_letters(
     parts: PartsOf,
     run_id: RunId,
@@ -119,7 +136,13 @@ def run_letters(
     return _json({"dead_letters": found})
 
 
-@router.post("/runs/{run_id}/replay", status_code=202, responses=answers(404), summary="Replay a run's dead letters")
+@router.post(
+    "/runs/{run_id}/replay",
+    status_code=202,
+    response_model=Replay,
+    responses=answers(404),
+    summary="Replay a run's dead letters",
+)
 def replay_run(
     parts: PartsOf,
     caller: CallerOf,
@@ -135,7 +158,12 @@ def replay_run(
     return _json({"run_id": whole, "marked": count, "sensor": "replay_dead_letters"}, 202)
 
 
-@router.post("/export/{resource_type}", responses=answers(404, 409), summary="Write files of a type")
+@router.post(
+    "/export/{resource_type}",
+    response_model=Exported,
+    responses=answers(404),
+    summary="Write files of a type",
+)
 def export_type(
     parts: PartsOf,
     caller: CallerOf,
@@ -200,17 +228,25 @@ def _load(parts: Parts, caller: Caller, name: str) -> list[str]:
     for windows in due:
         keys = [window.key for window in windows.windows]
         place = {"dagster/partition": keys[0]} if len(keys) == 1 else range_tags(windows)
-        tags = {REFRESH_TAG: Refresh.MISSING.value, TRIGGER_TAG: caller.actor, **place}
+        tags = {REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **place}
         started.append(parts.dagster.launch(INCREMENTAL_LOAD, assets=assets, tags=tags))
     return started
 
 
 def _started(parts: Parts, run_ids: list[str], wait: float | None) -> Response:
+    until = monotonic() + (wait or 0)
+    statuses: dict[str, str | None] = {}
+    # Who waits keeps a thread, so only some may.
+    if wait and parts.waiting.acquire(blocking=False):
+        try:
+            statuses = {run_id: parts.dagster.wait(run_id, max(0.0, until - monotonic())) for run_id in run_ids}
+        finally:
+            parts.waiting.release()
     found = []
     for run_id in run_ids:
-        status = parts.dagster.wait(run_id, wait) if wait else None
+        status = statuses.get(run_id)
         counts = None
-        if status in ("SUCCESS", "FAILURE", "CANCELED"):
+        if status in FINISHED:
             with parts.connection() as conn:
                 counts = run_history.by_type(conn, run_id)
         found.append(
@@ -248,8 +284,12 @@ def _plural(key: str) -> str:
 def _whole_run(conn: Connection, prefix: str) -> str:
     found = runs.beginning_with(conn, prefix)
     if len(found) != 1:
-        raise Problem(404, "several runs begin so: give more of the id" if found else "there is no such run")
+        raise _unknown(found)
     return found[0]
+
+
+def _unknown(found: Sequence[str]) -> Problem:
+    return Problem(404, "several runs begin so: give more of the id" if found else "there is no such run")
 
 
 def _json(content: object, status: int = 200) -> Response:

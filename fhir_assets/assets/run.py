@@ -23,7 +23,10 @@ REFRESH_TAG = "fhir_assets/refresh"
 """Run tag: ``missing``, ``window`` (if unset) or ``full``. See pipeline.plan.Refresh."""
 
 TRIGGER_TAG = "fhir_assets/triggered_by"
-"""Run tag: who asked for the run, where Dagster's own tags do not say."""
+"""Run tag: who asked for a run in a process of ours, which holds the run's lock from the beginning."""
+
+USER_TAG = "user"
+"""Run tag: who had Dagster start a run, which is nobody's until its turn comes."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class RunFacts:
             context.run.run_id,
             WindowRange(windows, from_first=windows[0] == scheme.window_at(scheme.start)),
             Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
-            tags.get(TRIGGER_TAG) or next(named, None) or tags.get("user") or "manual",
+            tags.get(TRIGGER_TAG) or next(named, None) or tags.get(USER_TAG) or "manual",
             datetime.now(UTC),
             _REPLAYS.get(tags.get(REPLAY_TAG, "")),
         )

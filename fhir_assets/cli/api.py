@@ -9,6 +9,8 @@ from fhir_assets.api import WORKERS
 from fhir_assets.api.access import Role, new_token, parse_tokens
 from fhir_assets.cli.output import console, print_json
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.metrics.exposition import served
+from fhir_assets.metrics.pipeline import observe_database
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
 
@@ -32,21 +34,23 @@ def serve(
         raise ConfigurationError(
             "API_TOKENS is not set: nobody could call anything. `fhir-assets api token NAME ROLE` makes a token"
         )
-    Warehouse(settings).url()
+    warehouse = Warehouse(settings)
+    warehouse.url()
     os.environ[WORKERS] = str(workers)
-    uvicorn.run(
-        "fhir_assets.api.app:serve",
-        factory=True,
-        host=host or settings.api_host,
-        port=settings.api_port if port is None else port,
-        workers=workers,
-        # Its access log would hold what is searched for; the API writes its own.
-        access_log=False,
-        server_header=False,
-        date_header=True,
-        log_level="warning",
-        timeout_graceful_shutdown=30,
-    )
+    with observe_database(settings, warehouse.connect), served(settings.metrics_host, settings.metrics_port):
+        uvicorn.run(
+            "fhir_assets.api.app:serve",
+            factory=True,
+            host=host or settings.api_host,
+            port=settings.api_port if port is None else port,
+            workers=workers,
+            # Its access log would hold what is searched for; the API writes its own.
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            log_level="warning",
+            timeout_graceful_shutdown=30,
+        )
 
 
 @app.command()

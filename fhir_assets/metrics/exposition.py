@@ -6,15 +6,21 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 REGISTRY = CollectorRegistry()
 
 _log = logging.getLogger(__name__)
 
 
-def exposition() -> tuple[bytes, str]:
-    """The registry in Prometheus' text format, and its content type: for a process that serves HTTP already."""
-    return generate_latest(REGISTRY), CONTENT_TYPE_PLAIN_0_0_4
+def exposition(*more: Collector) -> tuple[bytes, str]:
+    """The registry, and ``more`` that is not in it, in Prometheus' text format, and its content type: for a process
+    that serves HTTP already.
+    """
+    added = CollectorRegistry()
+    for each in more:
+        added.register(each)
+    return generate_latest(REGISTRY) + generate_latest(added), CONTENT_TYPE_PLAIN_0_0_4
 
 
 @contextmanager

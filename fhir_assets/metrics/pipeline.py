@@ -161,10 +161,15 @@ class DatabaseCollector(Collector):
             yield _filled(results, [(check, status.lower(), count) for check, status, count in rows])
 
 
+def observer_of(settings: Settings, connect: Callable[[], Connection]) -> DatabaseCollector:
+    """The database's metrics, for whoever asks for them by himself."""
+    return DatabaseCollector(connect, lambda: database.connect(_dagster_url(settings)), settings.window_scheme)
+
+
 @contextmanager
 def observe_database(settings: Settings, connect: Callable[[], Connection]) -> Iterator[None]:
     """Add the database's metrics to the process's registry while the block runs."""
-    collector = DatabaseCollector(connect, lambda: database.connect(_dagster_url(settings)), settings.window_scheme)
+    collector = observer_of(settings, connect)
     REGISTRY.register(collector)
     try:
         yield

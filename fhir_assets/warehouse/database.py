@@ -109,6 +109,8 @@ def connection_pool(url: str, *, sealing: Sealing = CLEAR, size: int = 8) -> Con
         max_size=size,
         timeout=10,
         max_idle=60,
+        # Or it would wait, once the database is back, as long again as that was away.
+        reconnect_timeout=2,
         configure=carry_keys,
         check=ConnectionPool.check_connection,
         open=False,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import uvicorn
 
 from fhir_assets.api.app import create_app
 from fhir_assets.settings import Settings, load_settings
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.conftest import fresh_database
 
 ROLES = ("reader", "operator", "ingester", "admin")
 
@@ -78,33 +81,40 @@ def values(database: str, folder: Path, more: dict[str, object]) -> dict[str, ob
         "fhir_resource_types": "Patient,Encounter,Observation,Consent",
         "api_tokens": TOKENS,
         "api_rate_limit": 10_000,
+        "metrics_port": 0,
         "dagster_webserver_url": f"http://127.0.0.1:{free_port()}",
         **more,
     }
 
 
-@pytest.fixture
-def serve_here(database: str, tmp_path: Path) -> Iterator[Serve]:
-    """As ``serve``, in threads of this process: real HTTP too, and up at once."""
-    servers = []
-
-    def start(**more: object) -> Api:
-        (tmp_path / "landing").mkdir(exist_ok=True)
-        settings = load_settings(**values(database, tmp_path, more))
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None))
-        thread = Thread(target=server.run)
-        thread.start()
-        servers.append((server, thread))
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        return Api(f"http://127.0.0.1:{port}", settings, tmp_path / "none.log")
-
-    yield start
-    for server, thread in servers:
+@contextmanager
+def served(settings: Settings) -> Iterator[Api]:
+    """The API in threads of this process, over real HTTP: up at once."""
+    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None)
+    server = uvicorn.Server(config)
+    thread = Thread(target=server.run, name="api", daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Api(f"http://127.0.0.1:{port}", settings, settings.home / "none.log")
+    finally:
         server.should_exit = True
         thread.join(30)
+
+
+@pytest.fixture
+def serve_here(database: str, tmp_path: Path) -> Iterator[Serve]:
+    """As ``serve``, in threads of this process."""
+    with ExitStack() as running:
+
+        def start(**more: object) -> Api:
+            (tmp_path / "landing").mkdir(exist_ok=True)
+            return running.enter_context(served(load_settings(**values(database, tmp_path, more))))
+
+        yield start
 
 
 @contextmanager
@@ -113,7 +123,7 @@ def api_process(given: dict[str, object], folder: Path, *, workers: int = 1) -> 
     port = free_port()
     log = folder / f"api-{port}.log"
     command = [str(Path(sys.executable).with_name("fhir-assets")), "api", "--port", str(port)]
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, "--workers", str(workers)], env=environment(given), stdout=output, stderr=output, cwd=folder
         )
@@ -145,3 +155,23 @@ def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
             return running.enter_context(api_process(values(database, tmp_path, more), tmp_path, workers=workers))
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def shared_api(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """One process for the tests of a module: starting it takes longer than they do."""
+    folder = tmp_path_factory.mktemp("api")
+    (folder / "landing").mkdir()
+    with fresh_database(postgres) as database, api_process(values(database, folder, {}), folder) as api:
+        yield api
+
+
+@pytest.fixture
+def api(shared_api: Api) -> Api:
+    """The module's API, which has received nothing yet."""
+    assert shared_api.settings.db_url
+    with connect(shared_api.settings.db_url.get_secret_value()) as conn:
+        conn.execute("TRUNCATE ops.received, ops.idempotency")
+    shutil.rmtree(Path(shared_api.settings.store_url) / "raw", ignore_errors=True)
+    shared_api.log.write_bytes(b"")
+    return shared_api

@@ -9,13 +9,12 @@ from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, Role, new_token, pa
 from fhir_assets.api.app import create_app, routes_of
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import load_settings
-from fhir_assets_tests.api.conftest import ROLES, TOKENS, Serve
+from fhir_assets_tests.api.conftest import ROLES, TOKENS, Api, Serve
 
 PROBLEM = "application/problem+json"
 
 
-def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(serve: Serve) -> None:
-    api = serve()
+def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(api: Api) -> None:
     routes = routes_of(create_app(api.settings))
     asked = 0
     for route in routes:
@@ -93,8 +92,7 @@ def test_too_many_calls_are_answered_429_with_the_time_to_wait(serve: Serve) -> 
     assert int(refused[0].headers["Retry-After"]) >= 1
 
 
-def test_every_answer_bears_the_headers_and_a_request_id(serve: Serve) -> None:
-    api = serve()
+def test_every_answer_bears_the_headers_and_a_request_id(api: Api) -> None:
     for answer in (api.get("/runs"), api.get("/runs", role=None), api.get("/health/live")):
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Cache-Control"] == "no-store"

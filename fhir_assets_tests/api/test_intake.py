@@ -30,11 +30,6 @@ def raw(api: Api, resource_type: str) -> list[bytes]:
     return [line for each in manifests for batch in store.batches(each.parts) for line in batch]
 
 
-@pytest.fixture
-def api(serve: Serve) -> Api:
-    return serve()
-
-
 def test_records_and_resources_in_one_list_are_answered_one_by_one(api: Api) -> None:
     heart_rate = {
         "resourceType": "Observation",

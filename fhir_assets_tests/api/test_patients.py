@@ -20,8 +20,7 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse import audit_log, deletes
 from fhir_assets.warehouse.database import normalise_url
 from fhir_assets.warehouse.directory import Directory, Search
-from fhir_assets_tests.api.conftest import TOKENS, Api
-from fhir_assets_tests.api.here import served
+from fhir_assets_tests.api.conftest import TOKENS, Api, served
 from fhir_assets_tests.conftest import fresh_database
 
 CROWD = 23

@@ -1,0 +1,69 @@
+"""The OpenAPI document, and whether the API answers as it says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fhir_assets.api.app import create_app, document, routes_of
+from fhir_assets.settings import load_settings
+from fhir_assets_tests.api.conftest import TOKENS, free_port, served
+from fhir_assets_tests.api.fuzz import fuzz
+
+NEEDS_DAGSTER = frozenset(
+    {
+        "POST /ingest/{resource_type}",
+        "POST /ingest/{resource_type}/backfill",
+        "GET /runs/{run_id}",
+        "GET /health",
+        "GET /health/ready",
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def described() -> dict[str, Any]:
+    return document(create_app(load_settings(api_tokens=TOKENS)))
+
+
+def test_every_route_is_in_the_document_but_the_documents_own(described: dict[str, Any]) -> None:
+    app = create_app(load_settings(api_tokens=TOKENS))
+    there = {(m.lower(), r.path) for r in routes_of(app) for m in r.methods or ()}
+    told = {(method, path) for path, operations in described["paths"].items() for method in operations}
+    assert there - told == {("get", "/docs"), ("get", "/openapi.json")}
+
+
+def test_every_operation_tells_what_it_is_for_and_shows_its_problems(described: dict[str, Any]) -> None:
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["description"]
+            if "security" not in operation:
+                continue
+            for status in ("401", "403", "422", "429", "500", "503"):
+                content = operation["responses"][status]["content"]
+                assert all("example" in each for each in content.values()), (path, status)
+            if "requestBody" in operation:
+                assert all("example" in each for each in operation["requestBody"]["content"].values()), path
+
+
+def test_the_api_answers_as_its_document_says_and_never_with_a_fault(database: str, tmp_path: Path) -> None:
+    (tmp_path / "landing").mkdir()
+    settings = load_settings(
+        db_url=database,
+        fhir_assets_home=tmp_path / "home",
+        fhir_resource_types="Patient,Observation,Consent",
+        fhir_landing_url=str(tmp_path / "landing"),
+        fhir_export_url=str(tmp_path / "exports"),
+        fhir_source="ndjson",
+        fhir_base_url=str(tmp_path / "landing"),
+        api_tokens=TOKENS,
+        api_rate_limit=100_000,
+        dagster_webserver_url=f"http://127.0.0.1:{free_port()}",
+    )
+    with served(settings) as api:
+        known = {"resource_type": "observations", "patient_id": "nobody"}
+        seen = fuzz(api, examples=4, known=known, unavailable=NEEDS_DAGSTER)
+    assert 202 in seen["POST /api/v1/ingest"]
+    assert seen["POST /export/{resource_type}"] >= {200, 404}
+    assert len(seen) > 12

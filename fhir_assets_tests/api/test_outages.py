@@ -1,0 +1,98 @@
+"""What the API answers while something that it needs is away, and afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from psycopg import sql
+
+from fhir_assets.api import parts
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.database import connect
+from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
+
+RECORD = {"records": [{"resourceType": "Patient", "mrn": "SECRET-MRN", "name": "Ada SECRET"}]}
+
+
+@pytest.fixture
+def api(database: str, tmp_path: Path) -> Iterator[Api]:
+    settings = load_settings(
+        db_url=database,
+        fhir_assets_home=tmp_path / "home",
+        fhir_resource_types="Patient",
+        api_tokens=TOKENS,
+        dagster_webserver_url=f"http://127.0.0.1:{free_port()}",
+    )
+    with served(settings) as running:
+        yield running
+
+
+@contextmanager
+def database_away(postgres: str, database: str) -> Iterator[None]:
+    """Nobody gets into the database, and whoever was in it is out."""
+    name = urlsplit(database).path.lstrip("/")
+    admit = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    with connect(postgres, autocommit=True) as conn:
+        conn.execute(admit.format(sql.Identifier(name), sql.SQL("false")))
+        conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        try:
+            yield
+        finally:
+            conn.execute(admit.format(sql.Identifier(name), sql.SQL("true")))
+
+
+def test_while_the_database_is_away_answers_are_problems_without_data_and_traces_and_then_all_is_well_again(
+    api: Api, postgres: str, database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert api.get("/patients?mrn=SECRET-MRN").status_code == 200
+    assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
+    with database_away(postgres, database), monkeypatch.context() as impatient:
+        impatient.setattr(parts, "PATIENCE_SECONDS", 0.5)
+        answers = [
+            api.get("/patients?mrn=SECRET-MRN"),
+            api.get("/patients/SECRET-MRN"),
+            api.get("/runs"),
+            api.post("/api/v1/ingest", json=RECORD),
+        ]
+        for answer in answers:
+            assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+            assert int(answer.headers["Retry-After"]) > 0
+            assert set(answer.json()) == {"type", "title", "status", "detail", "request_id"}
+            assert not any(word in answer.text for word in ("SECRET", "Traceback", "psycopg", ".py", "SELECT"))
+        health = api.get("/health", role=None)
+        assert (health.status_code, health.json()["database"], health.json()["store"]) == (503, False, True)
+        assert api.get("/health/live", role=None).status_code == 200
+        assert b"fhir_database_up 0" in api.get("/metrics").content
+    assert api.get("/patients?mrn=SECRET-MRN").status_code == 200
+    assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
+    assert api.get("/health", role=None).json()["database"] is True
+    assert "SECRET" not in caplog.text
+
+
+def test_while_the_store_is_away_nothing_is_accepted(api: Api, tmp_path: Path) -> None:
+    assert api.get("/health", role=None).json() == {
+        "live": True,
+        "ready": False,
+        "database": True,
+        "store": True,
+        "dagster": False,
+    }
+    store = tmp_path / "home" / "store"
+    store.rename(tmp_path / "elsewhere")
+    store.write_text("no folder")
+    answer = api.post("/api/v1/ingest", json=RECORD)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+    assert "SECRET" not in answer.text
+    assert api.get("/health/ready", role=None).json()["store"] is False
+    store.unlink()
+    assert api.get("/health/ready", role=None).json()["store"] is True
+    assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
+
+
+def test_metrics_are_for_operators(api: Api) -> None:
+    answer = api.get("/metrics", role="operator")
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    assert b"fhir_database_up 1" in answer.content
+    assert api.get("/metrics", role="reader").status_code == 403

@@ -1,0 +1,178 @@
+"""Runs that are started over HTTP in a real Dagster: its webserver, its daemon, a FHIR server behind it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from fhir_assets.api.dagster import DagsterClient
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
+from fhir_assets_tests.api.fuzz import fuzz
+from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.e2e.content import instant, patient
+from fhir_assets_tests.e2e.test_backfill import NEVER, daemon, environment, until
+
+DAY = datetime(2024, 1, 5, tzinfo=UTC)
+TYPES = "Patient,Encounter,Observation"
+
+
+def observation(identity: str, subject: str, **fields: Any) -> bytes:
+    content = {
+        "resourceType": "Observation",
+        "id": identity,
+        "meta": {"versionId": "1", "lastUpdated": instant(DAY)},
+        "status": "final",
+        "code": {"text": "Heart rate"},
+        "subject": {"reference": f"Patient/{subject}"},
+    }
+    return json.dumps({**content, **fields}).encode()
+
+
+@contextmanager
+def webserver(deployment: Deployment, log: Path, **changed: str) -> Iterator[str]:
+    """Runs ``dagster-webserver``; its URL."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "dagster_webserver",
+        "--port",
+        str(port),
+        "--module-name",
+        "fhir_assets.definitions",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment(deployment, **changed),
+            cwd=deployment.settings.home,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            until(DagsterClient(url, timeout=5).is_ready, seconds=240)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def ended(api: Api, run_id: str) -> str:
+    """The status of a run as the API tells it, once it has ended."""
+    while (status := api.get(f"/runs/{run_id}").json()["status"]) not in ("SUCCESS", "FAILURE"):
+        time.sleep(1)
+    return str(status)
+
+
+@pytest.mark.slow
+def test_runs_are_started_waited_for_looked_at_replayed_and_exported(deploy: Deploy, tmp_path: Path) -> None:
+    # Patient b is outside of the windows that are asked for: only a backfill of references brings it.
+    bad = observation("o3", "a", status="finale")
+    content = [patient("a", DAY), patient("b", datetime(2023, 1, 1, tzinfo=UTC)), bad]
+    content += [observation("o1", "a"), observation("o2", "b")]
+    with SandboxServer(content) as server:
+        deployment = deploy(
+            fhir_base_url=server.url,
+            fhir_resource_types=TYPES,
+            fhir_last_updated_gte=DAY,
+            fhir_partition="monthly",
+            fhir_export_url=str(tmp_path / "exports"),
+            api_tokens=TOKENS,
+            api_rate_limit=100_000,
+        )
+        changed = {"FHIR_SCHEDULE": NEVER, "FHIR_EXPORT_URL": str(tmp_path / "exports")}
+        changed["FHIR_LAST_UPDATED_GTE"] = DAY.isoformat()
+        with webserver(deployment, tmp_path / "webserver.log", **changed) as url:
+            settings = deployment.settings.model_copy(update={"dagster_webserver_url": url})
+            with served(settings) as api:
+                _queued(api)
+                with daemon(deployment, tmp_path / "daemon.log", **changed):
+                    run_id = _loaded(api)
+                    _backfilled(api, deployment)
+                    _replayed(api, deployment, run_id)
+                    _exported(api, run_id, tmp_path / "exports")
+                known = {"run_id": run_id, "patient_id": "a", "resource_type": "observations"}
+                seen = fuzz(api, examples=20, known=known)
+                assert {label for label, statuses in seen.items() if not statuses & {200, 202}} == set()
+                assert api.get("/health").json()["dagster"] is True
+        with served(settings) as api:
+            _without_dagster(api, run_id)
+
+
+def _queued(api: Api) -> None:
+    """A run that nobody has begun yet has a summary all the same."""
+    answer = api.post("/ingest/encounters?wait=1", role="operator")
+    assert answer.status_code == 202, answer.text
+    (run,) = answer.json()["runs"]
+    assert run["counts"] is None
+    summary = api.get(run["summary"], role="operator").json()
+    assert (summary["run_id"], summary["types"]) == (run["run_id"], [])
+    assert summary["status"] in ("QUEUED", "STARTING")
+
+
+def _loaded(api: Api) -> str:
+    answer = api.post("/ingest/observations?wait=300", role="operator")
+    assert answer.status_code == 202, answer.text
+    (run,) = answer.json()["runs"]
+    assert run["status"] == "SUCCESS", answer.text
+    assert requests.get(run["dagster"], timeout=30).status_code == 200
+    (counts,) = run["counts"]
+    assert (counts["resource_type"], counts["fetched"], counts["valid"], counts["loaded"]) == ("Observation", 3, 2, 2)
+    assert counts["triggered_by"] == "api:operator"
+    whole = api.get(f"/runs/{run['run_id'][:8]}").json()
+    assert whole["run_id"] == run["run_id"]
+    assert whole["types"][0]["dead_letters"] == {"validate": 1}
+    (latest,) = api.get("/runs?resource_type=observation&limit=1").json()["runs"]
+    assert latest["run_id"] == run["run_id"]
+    assert api.post("/ingest/observations").json()["run_id"] is not None, "the open window is asked for again"
+    return str(run["run_id"])
+
+
+def _backfilled(api: Api, deployment: Deployment) -> None:
+    started = api.post("/ingest/observations/backfill?wait=300").json()["runs"]
+    assert [run["status"] for run in started] == ["SUCCESS"] * len(started)
+    assert len(started) >= 2
+    # The sensor of what was received brings both patients into the tables.
+    until(lambda: deployment.loaded().get("Patient") == 2, seconds=240)
+
+
+def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
+    (letter,) = api.get(f"/runs/{run_id}/deadletters?limit=5", role="operator").json()["dead_letters"]
+    assert (letter["resource_type"], letter["resource_id"], letter["status"]) == ("Observation", "o3", "open")
+    assert "finale" not in json.dumps(letter)
+    assert api.post(f"/runs/{run_id}/replay?stage=load").json()["marked"] == 0
+    assert api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()["marked"] == 1
+    query = "SELECT status FROM ops.dead_letters WHERE id = %s AND attempts > %s"
+    until(lambda: deployment.query(query, letter["id"], letter["attempts"]) == [("open",)], seconds=240)
+
+
+def _exported(api: Api, run_id: str, exports: Path) -> None:
+    answer = api.post(f"/export/observation?run_id={run_id}&include_raw=true", role="operator")
+    assert answer.status_code == 200, answer.text
+    names = {file["name"].rpartition("/")[2]: file["rows"] for file in answer.json()["files"]}
+    assert any(rows == 3 for name, rows in names.items() if "raw" in name), names
+    assert any(rows == 2 for name, rows in names.items() if name.endswith(".parquet")), names
+    assert list(exports.rglob("*.manifest.json"))
+
+
+def _without_dagster(api: Api, run_id: str) -> None:
+    """What ran is known without it; nothing can be started."""
+    assert api.get(f"/runs/{run_id}").json()["status"] is None
+    answer = api.post("/ingest/observations")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+    assert api.get("/runs/there-is-none").status_code == 503
+    health = api.get("/health/ready", role=None)
+    assert (health.status_code, health.json()["dagster"], health.json()["database"]) == (503, False, True)
