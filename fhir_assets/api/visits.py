@@ -100,7 +100,7 @@ _BODY: dict[str, Any] = {
     "/ingest",
     status_code=202,
     response_model=VisitsReceived,
-    responses=answers(409, 413),
+    responses=answers(400),
     openapi_extra=_BODY,
     summary="Post visits",
 )
@@ -139,7 +139,7 @@ def ingest_visits(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None)
 
 
 @router.get(
-    "/ingest/tasks/{task_id}", response_model=VisitsTask, responses=answers(), summary="How far a posted list is"
+    "/ingest/tasks/{task_id}", response_model=VisitsTask, responses=answers(404), summary="How far a posted list is"
 )
 def visits_task(
     parts: PartsOf,

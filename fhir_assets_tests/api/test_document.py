@@ -52,7 +52,7 @@ def test_the_api_answers_as_its_document_says_and_never_with_a_fault(database: s
     settings = load_settings(
         db_url=database,
         fhir_assets_home=tmp_path / "home",
-        fhir_resource_types="Patient,Observation,Consent",
+        fhir_resource_types="Patient,Encounter,Observation,Consent",
         fhir_landing_url=str(tmp_path / "landing"),
         fhir_export_url=str(tmp_path / "exports"),
         fhir_source="ndjson",

@@ -83,6 +83,7 @@ def test_runs_are_started_waited_for_looked_at_replayed_and_exported(deploy: Dep
     bad = observation("o3", "a", status="finale")
     content = [patient("a", DAY), patient("b", datetime(2023, 1, 1, tzinfo=UTC)), bad]
     content += [observation("o1", "a"), observation("o2", "b")]
+    (tmp_path / "landing").mkdir()
     with SandboxServer(content) as server:
         deployment = deploy(
             fhir_base_url=server.url,
@@ -90,6 +91,7 @@ def test_runs_are_started_waited_for_looked_at_replayed_and_exported(deploy: Dep
             fhir_last_updated_gte=DAY,
             fhir_partition="monthly",
             fhir_export_url=str(tmp_path / "exports"),
+            fhir_landing_url=str(tmp_path / "landing"),
             api_tokens=TOKENS,
             api_rate_limit=100_000,
         )
