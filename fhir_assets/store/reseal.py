@@ -8,9 +8,8 @@ from itertools import islice
 from fhir_assets.errors import FhirAssetsError, SealingError, StoreError
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.sealed import FRAME_BYTES, MARK, frames, key_of, opened
-from fhir_assets.store.store import Store
+from fhir_assets.store.store import LAYERS, Store
 
-LAYERS = ("raw", "validated", "bulk", "deleted")
 AT_ONCE = 64
 """Parts whose outcome is told together."""
 

@@ -19,6 +19,9 @@ from fhir_assets.store.sealed import opened
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
+LAYERS = ("raw", "validated", "bulk", "deleted")
+"""What parts are written to: a rotation of the keys goes through all of them."""
+
 BATCH_BYTES = 1 << 20
 """How much is read at once: a batch of lines is the unit of work of validation and loading."""
 

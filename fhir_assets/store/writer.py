@@ -13,7 +13,7 @@ from fhir_assets.errors import StoreError
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.manifest import Part
 from fhir_assets.store.sealed import MARK, SUFFIX, frames
-from fhir_assets.store.store import Store, at_once, folder
+from fhir_assets.store.store import LAYERS, Store, at_once, folder
 
 BUFFER_BYTES = 16 << 20
 """How much all open parts together may hold before it goes to disk."""
@@ -63,6 +63,8 @@ class PartWriter:
     """
 
     def __init__(self, store: Store, layer: str, *, buffer_bytes: int = BUFFER_BYTES) -> None:
+        if layer not in LAYERS:
+            raise ValueError(f"layer {layer} is none of store.LAYERS: a rotation of the keys would miss its parts")
         self._store = store
         self._layer = layer
         self._buffer_bytes = buffer_bytes

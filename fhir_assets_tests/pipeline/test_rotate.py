@@ -11,7 +11,8 @@ from fhir_assets.pipeline.rotate import Rotator, survey
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.privacy.sealing import CLEAR, Sealing
 from fhir_assets.store.store import Store
-from fhir_assets.warehouse import audit_log, corrections, dead_letters, rotations, tables
+from fhir_assets.store.writer import PartWriter
+from fhir_assets.warehouse import audit_log, corrections, dead_letters, rotation, rotations, tables
 from fhir_assets.warehouse.database import connect, sealing_of
 from fhir_assets_tests.pipeline.rotating import (
     CORRECTED,
@@ -283,6 +284,21 @@ def test_a_resource_that_its_views_refuse_by_now_is_sealed_and_keeps_its_rows(pl
     with opened(place.url, NEW) as conn:
         assert survey(conn, place.store(NEW), VIEWS).keys == [NEW_ID]
         assert rows(conn, "SELECT count(*) FROM fhir.patient_name") == [(10,)]
+
+
+def test_no_table_with_sealed_content_is_forgotten(place: Place) -> None:
+    with connect(place.url) as conn:
+        found = rows(
+            conn,
+            "SELECT relname FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid WHERE attname = 'sealed_by'"
+            " AND relnamespace = 'ops'::regnamespace AND relkind = 'r'",
+        )
+    assert {name for (name,) in found} == {each.table for each in rotation.PLACES}
+
+
+def test_no_layer_of_the_store_is_forgotten(place: Place) -> None:
+    with pytest.raises(ValueError, match="rotation of the keys"):
+        PartWriter(place.store(), "a_new_layer")
 
 
 def test_progress_is_kept_where_others_see_it(place: Place) -> None:
