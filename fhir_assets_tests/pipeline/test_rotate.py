@@ -221,6 +221,7 @@ def test_a_damaged_part_stays_as_it_is_and_is_named(place: Place, damage: str) -
     assert not list((place.folder / ".spool").iterdir())
 
 
+@pytest.mark.slow
 def test_the_store_is_sealed_in_a_bucket_too(place: Place, s3_url: str) -> None:
     from fhir_assets.resources.store import store_of
     from fhir_assets.settings import load_settings
