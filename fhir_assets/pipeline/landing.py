@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 from uuid import uuid4
 
-from fhir_assets.errors import FhirAssetsError, TransientError
+from fhir_assets.errors import FhirAssetsError, StoreError, TransientError
 from fhir_assets.fhir import landing_formats
 from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.landing_formats import Item, LandedContent
@@ -209,7 +209,10 @@ class Landing:
 
     def _sha256(self, file: ReadyFile) -> str:
         with self._zone.open(file.name) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            try:
+                return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            except EOFError:
+                raise StoreError("a sealed file of the landing zone was cut off: post its content again") from None
 
     def _read(self, file: ReadyFile, sha256: str) -> Iterator[Item]:
         """What a file holds. Raises StoreError, and _Changed if it is not what its hash was made of."""

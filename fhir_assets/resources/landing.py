@@ -8,7 +8,7 @@ from fhir_assets.pipeline.receive import Receiver
 from fhir_assets.resources.store import bucket_of, store_of
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.store.zone import Zone, open_zone
+from fhir_assets.store.zone import SealedZone, Zone, open_zone
 
 
 def receiver_of(settings: Settings, warehouse: Warehouse) -> Receiver:
@@ -23,7 +23,7 @@ def zone_of(settings: Settings) -> Zone:
             "FHIR_LANDING_URL is not set: give a folder or s3://bucket/prefix where files land, in the environment or "
             "in .env"
         )
-    return open_zone(settings.fhir_landing_url, bucket=partial(bucket_of, settings))
+    return SealedZone(open_zone(settings.fhir_landing_url, bucket=partial(bucket_of, settings)), settings.store_sealing)
 
 
 def landing_of(settings: Settings, warehouse: Warehouse) -> Landing:

@@ -51,6 +51,10 @@ class _Opened(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if not self._rest:
             self._rest = memoryview(self._next())
@@ -81,6 +85,10 @@ class _Joined(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         content = self._head or self._file.read(len(buffer))

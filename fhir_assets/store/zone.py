@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.store.s3 import Bucket
+from fhir_assets.store.sealed import MARK, frames, opened
 
 DONE = ".done"
 """What a file's name bears in addition where the empty file beside it says that it is complete."""
@@ -112,6 +114,26 @@ class BucketZone:
 
     def put(self, name: str, content: bytes) -> None:
         self.bucket.put(name, content)
+
+
+class SealedZone:
+    """A zone in which what is put from here is sealed. What others put there they put in the clear; both are read."""
+
+    def __init__(self, zone: Zone, sealing: Sealing) -> None:
+        self._zone = zone
+        self._sealing = sealing
+        self.url = zone.url
+        self.whole = zone.whole
+
+    def files(self) -> Iterator[FoundFile]:
+        return self._zone.files()
+
+    def open(self, name: str) -> BinaryIO:
+        return opened(self._zone.open(name), self._sealing)
+
+    def put(self, name: str, content: bytes) -> None:
+        sealed = b"".join([MARK, *frames(content, self._sealing)]) if self._sealing.on else content
+        self._zone.put(name, sealed)
 
 
 def open_zone(url: str, *, bucket: Callable[[str], Bucket]) -> Zone:

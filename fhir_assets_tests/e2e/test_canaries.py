@@ -372,6 +372,8 @@ def test_no_canary_turns_up_anywhere(
         zone.put("cut.json", b'{"resourceType":"Bundle","type":"batch","entry":[{"resource":' + whole[0])
         zone.put("cut.ndjson.gz", gzip.compress(b"\n".join(whole))[:-200])
         zone.put("no.json", whole[0][:100])
+        zone.put("visits.csv", visits_of(canaries))
+        zone.put("others.csv", f'{mark("a column")},mrn\n{mark("a cell")},"{mark("an mrn")}\n'.encode())
         zone.put("list.json", json.dumps({"entry": [mark("an entry")], "resourceType": mark("a type")}).encode())
         assert road.run("landing", "load") in (0, 1)
         road.run("landing", "list")
@@ -464,6 +466,18 @@ def connector_refused(road: Road, echo: Parrot, canaries: Canaries) -> None:
     road.run("connector", "dlq", "list", FHIR_BASE_URL=echo.url)
 
 
+COLUMNS = ("mrn", "first_name", "last_name", "birth_date", "visit_account_number", "visit_date", "reason")
+
+
+def visits_of(canaries: Canaries) -> bytes:
+    """Visits as CSV: some good, some without what they need."""
+    rows = [[canaries.text(f"{column} of a visit") for column in COLUMNS] for _ in range(4)]
+    for row in rows[:3]:
+        row[3], row[5] = canaries.day("birth_date of a visit"), "2024-01-05"
+    rows[2][0] = ""
+    return "\n".join(",".join(row) for row in [list(COLUMNS), *rows]).encode() + b"\n"
+
+
 def api_refuses(road: Road, serve: Serve, population: Population, canaries: Canaries) -> None:
     """Requests that are refused, and one that breaks the service."""
     mark = canaries.text
@@ -478,7 +492,13 @@ def api_refuses(road: Road, serve: Serve, population: Population, canaries: Cana
         "gender": mark("gender"),
         "ssn": mark("ssn"),
     }
+    head, *rows = [line.split(",") for line in visits_of(canaries).decode().splitlines()]
+    visits = [dict(zip(head, row, strict=True)) for row in rows]
     posts: list[tuple[str, Any, dict[str, str]]] = [
+        ("/ingest", json.dumps(visits[2:]), {}),
+        ("/ingest", json.dumps([{**visits[0], mark("a field"): mark("a value")}, mark("a record")]), {}),
+        ("/ingest", json.dumps(visits)[:-9], {}),
+        ("/ingest", json.dumps({mark("a member"): visits}), {}),
         ("/api/v1/ingest", json.dumps({"records": [record]}), {}),
         ("/api/v1/ingest", json.dumps({"records": [json.loads(b) for b in population.invalid("p0")]}), {}),
         ("/api/v1/ingest", json.dumps({"records": mark("records")}), {}),
@@ -492,7 +512,15 @@ def api_refuses(road: Road, serve: Serve, population: Population, canaries: Cana
         (f"/{mark('a path')}", b"", {}),
     ]
     answers = [api.post(path, data=body, headers=headers) for path, body, headers in posts]
+    before = {path.name for path in Path(api.settings.fhir_landing_url).iterdir()}
+    posted = api.post("/ingest", json=visits)
+    assert posted.status_code == 202
+    for path in Path(api.settings.fhir_landing_url).iterdir():
+        if path.name not in before:
+            road.site.answers += [path.name.encode(), path.read_bytes()]
     answers += [
+        api.get(f"/ingest/tasks/{mark('a task')}"),
+        api.get(f"/ingest/tasks/{posted.json()['task_id']}x"),
         api.get(f"/patients?last_name={mark('searched for')}&page={mark('page')}"),
         api.get(f"/patients?last_name={mark('searched for')}"),
         api.get(f"/patients/{mark('an id')}"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from fhir_assets.privacy.keys import new_key
+from fhir_assets.resources.landing import zone_of
 from fhir_assets.warehouse import landing_files, received
 from fhir_assets.warehouse.database import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
@@ -209,3 +211,32 @@ def test_a_load_that_dies_between_raw_and_its_note_is_done_again_and_nothing_is_
     assert load_received(deployment) == []
     assert deployment.query("SELECT sum(rows) FROM ops.received") == [(1,)]
     assert deployment.loaded() == {"Patient": 1}
+
+
+def test_with_keys_what_we_put_down_ourselves_is_sealed_and_still_known_by_its_content(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    (tmp_path / "landing").mkdir()
+    deployment = deploy(
+        fhir_landing_url=str(tmp_path / "landing"),
+        fhir_resource_types=("Patient", "Encounter"),
+        phi_encryption_keys=new_key(),
+    )
+    zone = zone_of(deployment.settings)
+    content = patient("a", DAY, name=[{"family": "Canary"}]) + b"\n"
+    zone.put("ours.ndjson", content)
+    (tmp_path / "landing" / "theirs.ndjson").write_bytes(patient("b", DAY) + b"\n")
+    assert land(deployment) == []
+    assert deployment.loaded() == {"Patient": 2}
+    assert b"Canary" not in (tmp_path / "landing" / "ours.ndjson").read_bytes()
+    zone.put("again.ndjson", content)
+    zone.put("cut.ndjson", content)
+    cut = tmp_path / "landing" / "cut.ndjson"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    tick(deployment)
+    assert tick(deployment).run_requests
+    assert not check(receive(deployment)).passed
+    found = deployment.query("SELECT name, status, known_before, error FROM ops.landing_files ORDER BY name")
+    assert found[0] == ("again.ndjson", "loaded", True, None)
+    assert found[1][:2] == ("cut.ndjson", "failed")
+    assert "cut off" in str(found[1][3])
