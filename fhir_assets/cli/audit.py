@@ -17,20 +17,33 @@ _LISTED = ("seq", "at", "actor", "action", "resource_type", "subject", "count", 
 
 
 @app.command()
-def verify(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
+def verify(
+    noted: Annotated[
+        str | None, typer.Option(help="Number and link of an earlier verification, as 1234:9f86…: it must stand there")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
+) -> None:
     """Find the first record that was altered, is missing or was inserted; exit code 1 if there is one.
 
-    Note the last number and link elsewhere: then not even the end of the log can be cut off unseen.
+    Note the last number and link elsewhere and give them as --noted the next time: then not even who holds the keys
+    can cut the end of the log off unseen, or write it anew.
     """
+    number, _, known = (noted or "").partition(":")
+    if noted and not (number.isdecimal() and known):
+        raise ConfigurationError(
+            "--noted takes a number and a link, as an earlier `audit verify` printed them: 1234:9f86…"
+        )
     with Warehouse(load_settings()).connect() as conn:
         fault = audit_log.first_fault(conn)
+        if fault is None and noted:
+            fault = audit_log.differs(conn, int(number), known)
         seq, link = audit_log.head(conn)
     if json:
         print_json({"records": seq, "link": link, "fault": asdict(fault) if fault else None})
     elif fault:
         errors.print(f"The audit log is not whole: {fault}.", markup=False)
     else:
-        console.print(f"The audit log is whole: {seq} records, the last link is {link}.", markup=False, soft_wrap=True)
+        console.print(f"The audit log is whole: {seq} records, the last is {seq}:{link}.", markup=False, soft_wrap=True)
     if fault:
         raise typer.Exit(1)
 

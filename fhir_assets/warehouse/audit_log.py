@@ -77,6 +77,14 @@ def first_fault(conn: Connection) -> Fault | None:
         return verify(entries, (first[0], bytes(first[1])), sealing_of(conn))
 
 
+def differs(conn: Connection, seq: int, link: str) -> Fault | None:
+    """Whether a record is another one than when its link was noted, or is gone; None if it is not."""
+    row = conn.execute("SELECT encode(link, 'hex') FROM ops.audit_log WHERE seq = %s", [seq]).fetchone()
+    if row is None:
+        return Fault(seq, "missing")
+    return None if row[0] == link else Fault(seq, "altered")
+
+
 def head(conn: Connection) -> tuple[int, str]:
     """The number and the link of the last record. Noted elsewhere, they show that nothing was cut off the end."""
     row = conn.execute("SELECT seq, encode(link, 'hex') FROM ops.audit_head").fetchone()

@@ -1,12 +1,16 @@
 """The audit log: append-only, in one chain, and on record together with the deed or not at all."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
+from typer.testing import CliRunner
 
+from fhir_assets.cli.audit import app
 from fhir_assets.privacy.audit import Deed, Fault
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.privacy.sealing import CLEAR, Sealing, new_secret
@@ -88,6 +92,35 @@ def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
         audit_log.record(conn, Deed("read", "nobody"))
     with connect(database, autocommit=True, sealing=SEALING) as conn:
         assert audit_log.first_fault(conn) == Fault(2, "altered")
+
+
+def verified(url: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and words of `fhir-assets audit verify`."""
+    found = CliRunner().invoke(app, ["verify", "--json", *arguments], env={"DB_URL": url})
+    return found.exit_code, json.loads(found.stdout)
+
+
+def test_the_command_finds_what_was_changed_and_what_was_cut_off_since_it_was_noted(database: str) -> None:
+    with connect(database, autocommit=True) as conn:
+        audit_log.record(conn, *(Deed("read", f"test {number}") for number in range(5)))
+        code, said = verified(database)
+        assert (code, said["records"], said["fault"]) == (0, 5, None)
+        noted = f"5:{said['link']}"
+        audit_log.record(conn, Deed("read", "later"))
+        assert verified(database, "--noted", noted)[0] == 0
+        # The end cut off, the head brought in line, and other records in its place: the chain is whole, and another.
+        tamper(conn, "DELETE FROM ops.audit_log WHERE seq > 3")
+        conn.execute("UPDATE ops.audit_head h SET seq = 3, link = l.link FROM ops.audit_log l WHERE l.seq = 3")
+        assert verified(database)[0] == 0
+        assert verified(database, "--noted", noted)[1]["fault"] == {"seq": 5, "what": "missing"}
+        audit_log.record(conn, Deed("read", "forged"), Deed("read", "forged"))
+        assert verified(database, "--noted", noted) == (
+            1,
+            {**verified(database)[1], "fault": {"seq": 5, "what": "altered"}},
+        )
+        tamper(conn, "UPDATE ops.audit_log SET actor = 'another' WHERE seq = 2")
+        assert verified(database)[0] == 1
+        assert verified(database)[1]["fault"] == {"seq": 2, "what": "altered"}
 
 
 def test_records_from_before_the_first_key_stay_true(database: str) -> None:
