@@ -3,7 +3,7 @@
 ``{"time", "level", "service", "logger", "message", …}`` with the facts given as ``extra``: run, window, txid, counts.
 Patient data must not get in, and mostly cannot: facts are numbers, booleans and short words, and of an error only
 the project's own message is written, of any other just its type and where it was raised: a driver's message may
-quote a row.
+quote a row. Of what libraries log the words are written, without what they fill in.
 """
 
 import logging
@@ -36,7 +36,8 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "service": self._service,
             "logger": record.name,
-            "message": record.getMessage(),
+            # What a library fills in may be a URL with somebody's number: of it only the words.
+            "message": record.getMessage() if _is_ours(record.name or "") else str(record.msg),
         }
         for name, value in record.__dict__.items():
             if name not in _STANDARD and name not in line:
@@ -72,6 +73,10 @@ def described(error: BaseException) -> dict[str, object]:
         -_FRAMES:
     ]
     return found
+
+
+def _is_ours(logger: str) -> bool:
+    return logger == "fhir_assets" or logger.startswith("fhir_assets.")
 
 
 def _fact(value: object) -> object:

@@ -51,3 +51,16 @@ def test_every_step_leaves_a_line_and_a_failed_one_its_reason(deploy: Deploy, st
     assert failed["level"] == "ERROR"
     assert "500" in failed["reason"]
     assert "Canary" not in stream.getvalue()
+
+
+def test_of_what_a_library_logs_only_the_words_are_written(stream: io.StringIO) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    logs.configure("connector", stream=stream)
+    url = "http://server/fhir/Patient?identifier=http%3A%2F%2Fhospital%7CCanary"
+    logging.getLogger("urllib3.connection").warning("Failed to parse headers (url=%s): %s", url, "Canary")
+    logging.getLogger("fhir_assets.somewhere").warning("so many: %s", 3)
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == ["Failed to parse headers (url=%s): %s", "so many: 3"]
