@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from psycopg.errors import InvalidSchemaName, UndefinedTable
 
+from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.warehouse.database import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.landing import LandingZone
 from fhir_assets_tests.e2e.test_backfill import NEVER, daemon, until
+from fhir_assets_tests.pipeline.test_visits import visit
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 3, 1, tzinfo=UTC)
@@ -123,3 +125,45 @@ def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
     assert killed.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
     rows = "SELECT sum(rows), sum(rejected) FROM ops.received"
     assert killed.query(rows) == clean.query(rows)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_visits_end_as_those_of_one_clean_run(
+    deploy: Deploy, tmp_path: Path, empty_database: str
+) -> None:
+    zone = LandingZone(str(tmp_path / "landing"))
+    for number in range(20):
+        accounts = range(number * 300, number * 300 + 400)
+        rows = [visit(f"M{n % 700}", f"V{n}", f"Name {n % 900}", reason=str(number)) for n in accounts]
+        zone.put(f"{number:02}.csv", visits_csv.write(rows) + b"bad\r\n")
+        os.utime(tmp_path / "landing" / f"{number:02}.csv", (END.timestamp() + number, END.timestamp() + number))
+    common = {
+        "fhir_landing_url": zone.url,
+        "fhir_resource_types": ("Patient", "Encounter"),
+        "fhir_last_updated_gte": START,
+        "fhir_partition": "monthly",
+    }
+    clean = deploy(home="clean", **common)
+    begun = time.monotonic()
+    assert run(clean, "load")[0] == 0
+    whole = time.monotonic() - begun
+    killed = deploy(home="killed", url=empty_database, **common)
+    at_work = 0
+    for number in range(5):
+        process = start(killed, "load")
+        time.sleep(random.Random(number).uniform(0.3, 0.9) * whole)
+        if process.poll() is None:
+            at_work += 1
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert at_work
+    code, _, errors = run(killed, "load")
+    assert code == 0, errors
+    assert killed.loaded() == {"Patient": 700, "Encounter": 6100}
+    assert killed.tables() == clean.tables()
+    letters = "SELECT rule, count(*) FROM ops.dead_letters GROUP BY 1 ORDER BY 1"
+    assert killed.query(letters) == clean.query(letters) == [("csv", 1), ("visit-conflict", 1900)]
+    counts = "SELECT sum(patients), sum(updates), sum(visits), sum(repeats), sum(rows), sum(rejected)"
+    counts += " FROM ops.visit_files"
+    assert killed.query(counts) == clean.query(counts)
+    assert killed.query("SELECT sum(rows) FROM ops.received") == clean.query("SELECT sum(rows) FROM ops.received")
