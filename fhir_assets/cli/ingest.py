@@ -1,7 +1,9 @@
 """`fhir-assets ingest`: load without the UI."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -17,6 +19,7 @@ from fhir_assets.cli.output import console, errors, only_our_words, print_json, 
 from fhir_assets.definitions import build_definitions, views_of
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
+from fhir_assets.pipeline import bulk
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
@@ -69,7 +72,8 @@ def load_due(
     """Load what is due, with a progress bar on a terminal."""
     instance = deployment.instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
-    due = ingestion.due(first=first, last=last, all_windows=full_refresh)
+    with _export_told():
+        due = ingestion.due(first=first, last=last, all_windows=full_refresh)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
     if due and not quiet and (missing := ingestion.not_offered()):
@@ -98,7 +102,7 @@ def load_due(
         for windows in due:
             if not quiet:
                 console.print(f"Windows {_named(windows)}")
-            with only_our_words():
+            with only_our_words(), _export_told():
                 outcome = _load(ingestion, windows, refresh, triggered_by, listen)
             if outcome is None:
                 raise DatabaseUnavailable(
@@ -108,6 +112,27 @@ def load_due(
             outcomes.append(outcome)
         progress.update(task, description="Loaded", completed=max(1, len(due)) * steps)
     return outcomes
+
+
+class _OnTerminal(logging.Handler):
+    """On stderr, where it is no part of the summary, and beside the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _export_told() -> Iterator[None]:
+    """Meanwhile one sees how far an export is."""
+    logger, handler = logging.getLogger(bulk.__name__), _OnTerminal()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _load(

@@ -8,11 +8,11 @@ import re
 import ssl
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from os.path import isdir
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
@@ -83,6 +83,7 @@ class Downloads:
         self._proxied: dict[Origin, bool] = {}
         self._tls: ssl.SSLContext | None = None
         self._lock = Lock()
+        self._mine = local()
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +96,19 @@ class Downloads:
                 for connection in connections:
                     connection.close()
             self._kept.clear()
+
+    @contextmanager
+    def one_turn(self) -> Iterator[None]:
+        """Files that this thread downloads meanwhile are one call: waiting for a turn costs as much as a small file."""
+        with self._client.turn():
+            self._mine.turn = True
+            try:
+                yield
+            finally:
+                self._mine.turn = False
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if getattr(self._mine, "turn", False) else self._client.turn()
 
     def lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
         """The lines of a file of any size, blank ones left out, some at a time, in bounded memory.
@@ -170,7 +184,7 @@ class Downloads:
                     f"{self._client.base_url} wants its token sent to {shown_origin(url)} without TLS: this is not done"
                 )
             credentials = self._client.credentials if known else Credentials()
-            with self._client.turn(), self._get(target, credentials) as reply:
+            with self._turn(), self._get(target, credentials) as reply:
                 if reply.status == 200:
                     yield reply
                     return

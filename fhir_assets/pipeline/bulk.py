@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -50,6 +50,9 @@ _DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$
 _SAY_EVERY = 5.0
 """Seconds between two lines about a download."""
 
+BATCH_RESOURCES = 500
+"""Small files are downloaded by one thread until they hold so many."""
+
 _KEPT = timedelta(days=1)
 """How long an export stays in the store, for runs that read it."""
 _log = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class BulkSource:
         limit: timedelta = timedelta(days=30),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], None] = time.sleep,
-        say: Callable[[str], None] = _log.info,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._base_url = client.base_url
         self._client = BulkClient(client)
@@ -93,6 +96,7 @@ class BulkSource:
         self._sleep = sleep
         self._chosen: BulkExport | None = None
         self.say = say
+        """Hears how far an export is, besides the log."""
 
     def offered(self) -> None:
         """Nothing: what an export lacks is not there."""
@@ -158,15 +162,19 @@ class BulkSource:
                 except Vanished as error:
                     if last:
                         raise
-                    self.say(f"export: {error}")
+                    self._tell(f"export: {error}")
                     export = None
             raise AssertionError("the last try returns or raises")
+
+    def _tell(self, text: str) -> None:
+        _log.info(text)
+        self.say(text)
 
     def _asked_for(self, conn: Connection, request: ExportRequest) -> BulkExport:
         at = self._now()
         status_url = self._client.kick_off(request)
         export = bulk_exports.begin(conn, uuid4().hex[:12], self._base_url, request, status_url, at)
-        self.say(f"export {export.id}: the server has taken it")
+        self._tell(f"export {export.id}: the server has taken it")
         return export
 
     def _finished(self, conn: Connection, export: BulkExport) -> BulkExport:
@@ -208,7 +216,7 @@ class BulkSource:
                 return found
             if found.progress and found.progress != said:
                 said = found.progress
-                self.say(f"export {export.id}: {said}")
+                self._tell(f"export {export.id}: {said}")
             self._check_limit(export)
             tried += 1
             self._sleep(found.seconds)
@@ -224,7 +232,7 @@ class BulkSource:
     def _download(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
         todo = [(n, file) for n, file in enumerate(manifest.output) if n not in export.files_done]
         progress = _Progress(
-            lambda text: self.say(f"export {export.id}: {text}"), len(manifest.output), len(export.files_done)
+            lambda text: self._tell(f"export {export.id}: {text}"), len(manifest.output), len(export.files_done)
         )
         with (
             self._client.downloads() as downloads,
@@ -233,9 +241,9 @@ class BulkSource:
             for group in _groups(todo):
                 with PartWriter(self._store, LAYER) as writer:
                     fetch = _Fetch(self._client, downloads, writer, progress, export.id, manifest)
-                    jobs = [pool.submit(fetch, file) for _, file in group]
+                    jobs = [pool.submit(fetch, files) for files in _batches([file for _, file in group])]
                     try:
-                        wait(jobs, return_when=FIRST_EXCEPTION)
+                        progress.wait(jobs)
                     finally:
                         # Whether one failed or somebody cancels the run: the writer is given up, nobody writes on.
                         if not all(job.done() for job in jobs):
@@ -248,7 +256,7 @@ class BulkSource:
                             job.result()
                     stored = {name: parts for (name, _), parts in writer.finish().items()}
                 bulk_exports.store_parts(conn, export.id, stored, [n for n, _ in group])
-        progress.end()
+        progress.tell()
 
     def _apply(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
         """What the export says besides: deletions, and the server's own errors."""
@@ -281,7 +289,7 @@ class BulkSource:
 
 @dataclass(slots=True)
 class _Progress:
-    """Says how far a download is, every few seconds and at its end. Several threads tell it what came."""
+    """How far a download is. Several threads tell it what came; the one that waits for them says it, now and then."""
 
     say: Callable[[str], None]
     files: int
@@ -297,14 +305,20 @@ class _Progress:
             self.resources += len(lines)
             self.size += sum(map(len, lines)) + len(lines)
             self.done += files
-            due = time.monotonic() - self.said >= _SAY_EVERY
-            if due:
-                self.said = time.monotonic()
-        if due:
-            self.end()
 
-    def end(self) -> None:
+    def wait(self, jobs: Sequence[Future[None]]) -> None:
+        """Wait until all are done, or one failed; meanwhile say every few seconds where it stands."""
+        rest = set(jobs)
+        while rest:
+            done, rest = wait(rest, timeout=_SAY_EVERY, return_when=FIRST_EXCEPTION)
+            if any(job.exception() for job in done):
+                return
+            if time.monotonic() - self.said >= _SAY_EVERY:
+                self.tell()
+
+    def tell(self) -> None:
         """Say where it stands."""
+        self.said = time.monotonic()
         mib = self.size / 2**20
         self.say(f"downloaded {self.done:,} of {self.files:,} files, {self.resources:,} resources, {mib:,.1f} MiB")
 
@@ -322,7 +336,12 @@ class _Fetch:
     lock: Lock = field(default_factory=Lock)
     stop: Event = field(default_factory=Event)
 
-    def __call__(self, file: ExportFile) -> None:
+    def __call__(self, files: Sequence[ExportFile]) -> None:
+        with self.downloads.one_turn():
+            for file in files:
+                self._fetch(file)
+
+    def _fetch(self, file: ExportFile) -> None:
         arrived = _arrived(self.manifest.transaction_time)
         for lines in self.client.lines(self.downloads, file, needs_token=self.manifest.needs_token):
             dated = [(line, _moment(line) or arrived) for line in lines]
@@ -352,6 +371,20 @@ def _groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int,
             group, resources = [], 0
     if group:
         yield group
+
+
+def _batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
+    """Files for one thread after the other: a large one, or some small ones."""
+    batch: list[ExportFile] = []
+    resources = 0
+    for file in files:
+        batch.append(file)
+        resources += file.count or BATCH_RESOURCES
+        if resources >= BATCH_RESOURCES:
+            yield batch
+            batch, resources = [], 0
+    if batch:
+        yield batch
 
 
 def _may_hold(part: Part, interval: Interval) -> bool:

@@ -11,11 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import orjson
 import pytest
 import requests
 from joserfc.jwk import ECKey, RSAKey
 
+from fhir_assets.cli.ingest import load_due
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
@@ -272,3 +274,21 @@ def _reached(deployment: Deployment, server: SandboxServer, moment: str) -> bool
             return False
     seen: int = server.stats()["requests"].get(moment, 0)
     return seen >= 2
+
+
+def test_how_far_an_export_is_shows_among_the_events_of_the_step_and_on_the_terminal(
+    deploy: Deploy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SandboxServer([patient("p0", START)]) as server:
+        deployment = bulk(deploy, server, fhir_last_updated_gte="2024-01-01")
+        monkeypatch.setenv("DAGSTER_HOME", str(deployment.settings.home / "dagster"))
+        (outcome,) = load_due(deployment.settings, first=START, last=START)
+    assert outcome.success
+    records = deployment.instance.get_records_for_run(
+        outcome.run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION
+    ).records
+    events = [str(record.event_log_entry.asset_observation) for record in records]
+    terminal = capsys.readouterr().err.splitlines()
+    for said in (events, terminal):
+        assert any("66 % done" in line for line in said)
+        assert any("downloaded 1 of 1 files, 1 resources" in line for line in said)

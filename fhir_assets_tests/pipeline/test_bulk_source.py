@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fhir_assets.fhir.bulk import ExportFailed, Vanished
 from fhir_assets.fhir.client import FhirClient, Refusal
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets.pipeline import bulk
 from fhir_assets.pipeline.bulk import BulkSource
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
@@ -238,6 +240,35 @@ def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
     assert texts[0] == "the server has taken it"
     assert texts[1:3] == ["33 % done", "66 % done"]
     assert texts[-1].startswith(f"downloaded 5 of 5 files, {COUNT} resources, 0.0 MiB")
+
+
+def test_a_long_download_is_told_of_now_and_then_and_not_file_by_file(
+    store: Store, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "_SAY_EVERY", 0.05)
+    said: list[str] = []
+    slow = Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.FILE}), seconds=0.02)
+    with SandboxServer([patient(f"p{n}", START) for n in range(60)], export_file_resources=1, faults=(slow,)) as server:
+        ids(source(server.url, store, database, say=said.append, connections=1))
+    told = [line for line in said if "downloaded" in line]
+    assert 2 <= len(told) < 40
+    assert " of 60 files" in told[0]
+    assert "downloaded 60 of 60 files, 60 resources" in told[-1]
+
+
+def test_small_files_share_a_turn(store: Store, database: str) -> None:
+    turns = []
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        turns.append(1)
+        yield
+
+    with SandboxServer([patient(f"p{n}", START) for n in range(100)], export_file_resources=1) as server:
+        client = FhirClient(server.url, turn=turn)
+        found = ids(BulkSource(client, store, lambda: connect(database), connections=1, sleep=lambda _: None))
+    assert len(found) == 100
+    assert len(turns) < 10
 
 
 def test_many_small_files_become_one_part(store: Store, database: str, conn: Connection) -> None:
