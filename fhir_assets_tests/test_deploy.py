@@ -58,6 +58,8 @@ def exists(command: list[str]) -> bool:
     for word in command:
         if not hasattr(group, "commands"):
             break
+        if word.startswith("-"):
+            break
         if word not in group.commands:
             return False
         group = group.commands[word]
