@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test install lint types benchmark slow sql-on-fhir second-server clean
+.PHONY: demo test install lint types benchmark scale slow sql-on-fhir second-server clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fhir-assets demo
@@ -56,6 +56,11 @@ second-server: $(VENV)/.installed-test
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[benchmark]'
 	$(BIN)/python -m fhir_assets_tests.benchmarks
+
+# The tables of docs/scale.md, measured again: make scale RESOURCES=1000000
+RESOURCES ?= 100000
+scale: $(VENV)/.installed-test
+	$(BIN)/python -m fhir_assets_tests.benchmarks.scale $(RESOURCES)
 
 clean:
 	rm -rf $(VENV) .fhir_assets build dist

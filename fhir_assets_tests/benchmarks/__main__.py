@@ -7,7 +7,7 @@ PARTS = (
     ("machine", "The machine"),
     ("definitions", "Definitions, in processes of their own"),
     ("end_to_end", "NDJSON to loaded tables through a Dagster run, beside dlt"),
-    ("scale", "One worker process and two, seconds and bytes for a million resources"),
+    ("scale", "What a million resources cost: seconds, CPU, memory, bytes, by layer"),
     ("memory", "Peak memory of one window"),
     ("validation", "Validation, beside fhir.resources"),
     ("views", "Views, beside sqlonfhir"),

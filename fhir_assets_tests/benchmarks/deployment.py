@@ -9,7 +9,7 @@ from time import perf_counter
 
 from fhir_assets import deployment
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.ingestion import Ingestion, Listener, failed
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.settings import SourceKind, load_settings
 from fhir_assets.warehouse import embedded, migrate
@@ -33,8 +33,8 @@ class Load:
         return self.resources / self.seconds
 
 
-def load(home: Path, source: Path, **settings: object) -> Load:
-    """Everything in ``source`` through Dagster runs of ``incremental_load``, in this process."""
+def load(home: Path, source: Path, *, listener: Listener | None = None, **settings: object) -> Load:
+    """Everything in ``source`` through Dagster runs of ``incremental_load``, in this process. ``listener`` hears."""
     for name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
         os.environ.pop(name, None)
     chosen = load_settings(
@@ -55,7 +55,9 @@ def load(home: Path, source: Path, **settings: object) -> Load:
     started = perf_counter()
     due = ingestion.due()
     parts["what is due"] = perf_counter() - started
-    outcomes = [ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark") for windows in due]
+    outcomes = [
+        ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark", listener=listener) for windows in due
+    ]
     seconds = perf_counter() - started
     processor = processor_seconds(home) - before
     if failed(outcomes):
