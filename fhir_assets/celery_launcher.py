@@ -8,17 +8,18 @@ Whole runs are handed out, not steps as by dagster-celery's executor: that needs
 and a message and a new execution plan for each of a window's 90 steps, many of which take milliseconds.
 """
 
+import ctypes
 from datetime import UTC, datetime, timedelta
+from threading import Thread
 from typing import Any
 
 import dagster as dg
 from celery import Celery
 from dagster._cli.api import _execute_run_command_body
-from dagster._core.execution.run_cancellation_thread import start_run_cancellation_thread
+from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import unpack_value
-from dagster._utils.interrupts import capture_interrupts
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.make_app import make_app
@@ -33,6 +34,9 @@ GIVEN_BACK_SECONDS = 600
 """So long after a worker took a run, and without its receipt, the broker gives the run to another. One that is at work
 already is left alone then.
 """
+
+_LOOK_SECONDS = 5.0
+"""How often a worker looks whether its run is to be cancelled."""
 
 _GRACE = timedelta(minutes=1)
 """How long a run may take from its start until it holds its lock."""
@@ -80,19 +84,36 @@ def app(settings: Settings) -> Celery:
 
 
 def _work(execute_job_args_packed: Any) -> int:
-    """What a worker does with a message of the launcher: the run, until it has ended or somebody cancels it."""
+    """What a worker does with a message of the launcher: the run, until it has ended or somebody cancels it.
+
+    The run has a thread of its own. In the main one Dagster would take SIGTERM for a cancellation; so it is Celery's,
+    which lets the run finish and then ends.
+    """
     run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
     with dg.DagsterInstance.get() as instance:
         run = instance.get_run_by_id(run_id)
         if run is None or run.status is dg.DagsterRunStatus.STARTED or run.is_finished:
             return 0
-        with capture_interrupts():
-            watch, over = start_run_cancellation_thread(instance, run_id)
-            try:
-                return _execute_run_command_body(run_id, instance, _nothing, set_exit_code_on_failure=True)
-            finally:
-                over.set()
-                watch.join()
+        done: list[int] = []
+
+        def execute() -> None:
+            done.append(_execute_run_command_body(run_id, instance, _nothing, set_exit_code_on_failure=True))
+
+        thread = Thread(target=execute, name="run")
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK_SECONDS)
+            run = instance.get_run_by_id(run_id)
+            if run is not None and run.status is dg.DagsterRunStatus.CANCELING:
+                _interrupt(thread)
+        return done[0] if done else 1
+
+
+def _interrupt(thread: Thread) -> None:
+    """Have a thread raise, at its next step of Python, what Dagster takes for a cancellation."""
+    if thread.ident is not None:
+        error = ctypes.py_object(DagsterExecutionInterruptedError)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), error)
 
 
 def _nothing(event: dg.DagsterEvent) -> None:

@@ -102,9 +102,10 @@ def _history(home: Path) -> float:
         (count,) = conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() or (1,)
     with connect(embedded.ensure(home, embedded.DAGSTER_DATABASE)) as conn:
         (size,) = conn.execute(
-            "SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+            "SELECT sum(pg_total_relation_size(oid)) FROM pg_class"
+            " WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
         ).fetchone() or (0,)
-    return float(size) / count
+    return float(size) / int(count)
 
 
 if __name__ == "__main__":

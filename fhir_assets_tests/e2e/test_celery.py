@@ -14,16 +14,19 @@ import boto3
 import dagster as dg
 import pytest
 import requests
+from dagster._core.definitions.reconstruct import ReconstructableRepository
 from dagster._core.execution.backfill import PartitionBackfill
+from dagster._core.launcher import LaunchRunContext
 
-from fhir_assets.automation.jobs import LAYERS
+from fhir_assets.automation.jobs import INCREMENTAL_LOAD, LAYERS
 from fhir_assets.automation.requests import UNFINISHED
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment import instance_yaml
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
-from fhir_assets.sandbox.process import SandboxProcess
+from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
 from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
+from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.test_backfill import END, NEVER, START, daemon, environment, until
 
 pytestmark = pytest.mark.slow
@@ -178,6 +181,78 @@ def ask_for_a_backfill(deployment: Deployment) -> None:
         run_config=None,
     )
     deployment.instance.add_backfill(backfill)
+
+
+def launch(deployment: Deployment, day: str) -> str:
+    """What the daemon does with a run whose turn has come. Returns its id."""
+    job = build_definitions(deployment.settings).resolve_job_def(INCREMENTAL_LOAD)
+    origin = ReconstructableRepository.for_module("fhir_assets.definitions", "defs")
+    run = deployment.instance.create_run_for_job(
+        job,
+        status=dg.DagsterRunStatus.STARTING,
+        tags={"dagster/partition": day},
+        job_code_origin=origin.get_reconstructable_job(INCREMENTAL_LOAD).get_python_origin(),
+    )
+    deployment.instance.run_launcher.launch_run(LaunchRunContext(run, workspace=None))
+    return run.run_id
+
+
+@pytest.fixture
+def slow_server(deploy: Deploy, redis: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+    """A deployment with workers, whose server takes its time."""
+    monkeypatch.setenv("CELERY_BROKER_URL", redis)
+    people = [patient(f"p{n}", START + timedelta(days=n)) for n in range(3)]
+    with SandboxServer(people, faults=(Fault(kind=FaultKind.SLOW, seconds=2),)) as server:
+        made = deploy(
+            fhir_executor="celery",
+            celery_broker_url=redis,
+            fhir_base_url=server.url,
+            fhir_resource_types="Patient,Encounter",
+            fhir_last_updated_gte="2024-01-01",
+        )
+        folder = made.settings.home / "dagster"
+        (folder / "dagster.yaml").write_text(instance_yaml(made.settings))
+        with dg.DagsterInstance.from_config(str(folder)) as instance:
+            yield Deployment(made.settings, instance)
+
+
+def at_work(deployment: Deployment, run_id: str) -> bool:
+    return deployment.query("SELECT FROM ops.ingestion_runs WHERE run_id = %s", run_id) != []
+
+
+def status(deployment: Deployment, run_id: str) -> dg.DagsterRunStatus:
+    run = deployment.instance.get_run_by_id(run_id)
+    assert run
+    return run.status
+
+
+def test_a_worker_that_is_told_to_end_finishes_its_run_and_leaves_the_next_to_others(
+    slow_server: Deployment, tmp_path: Path
+) -> None:
+    env = environment(slow_server, FHIR_EXECUTOR="celery")
+    first, second = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
+    with worker(slow_server, tmp_path / "one.log", env) as one:
+        until(lambda: at_work(slow_server, first), seconds=300)
+        one.terminate()
+        assert one.wait(300) == 0
+    assert status(slow_server, first) is dg.DagsterRunStatus.SUCCESS
+    assert status(slow_server, second) is dg.DagsterRunStatus.STARTING
+    with worker(slow_server, tmp_path / "two.log", env):
+        until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+    assert slow_server.loaded() == {"Patient": 2}
+
+
+def test_a_run_is_cancelled_at_its_worker_which_goes_on_with_the_next(slow_server: Deployment, tmp_path: Path) -> None:
+    env = environment(slow_server, FHIR_EXECUTOR="celery")
+    first, second = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
+    with worker(slow_server, tmp_path / "one.log", env):
+        until(lambda: at_work(slow_server, first), seconds=300)
+        run = slow_server.instance.get_run_by_id(first)
+        assert run
+        slow_server.instance.report_run_canceling(run)
+        until(lambda: status(slow_server, first) is dg.DagsterRunStatus.CANCELED, seconds=300)
+        until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+    assert slow_server.loaded() == {"Patient": 1}
 
 
 def finished(deployment: Deployment, types: int) -> bool:
