@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import orjson
 from isal import igzip
@@ -39,7 +40,7 @@ class Cost:
 
 def main(resources: int = RESOURCES, rounds: int = ROUNDS) -> int:
     """Print the table; 1 if a goal was missed."""
-    variants: dict[str, dict[str, object]] = {
+    variants: dict[str, dict[str, Any]] = {
         "plain": {},
         "encrypted": {"phi_encryption_keys": new_key()},
         "gated": {"consent_policy": "opt-in"},
@@ -71,7 +72,7 @@ def main(resources: int = RESOURCES, rounds: int = ROUNDS) -> int:
     return missed
 
 
-def _in_turn(variants: dict[str, dict[str, object]], number: int) -> Iterable[tuple[str, dict[str, object]]]:
+def _in_turn(variants: dict[str, dict[str, Any]], number: int) -> Iterable[tuple[str, dict[str, Any]]]:
     """Each round begins with another one."""
     found = list(variants.items())
     return found[number % len(found) :] + found[: number % len(found)]
@@ -99,7 +100,7 @@ def _permit_all(source: Path) -> int:
     return len(lines)
 
 
-def _cost(source: Path, written: int, settings: dict[str, object]) -> Cost:
+def _cost(source: Path, written: int, settings: dict[str, Any]) -> Cost:
     """A load into a deployment of its own."""
     gc.collect()
     with scratch() as home:

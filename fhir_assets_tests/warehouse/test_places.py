@@ -22,6 +22,8 @@ from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
 settings = load_settings()
 with open_client(settings, Warehouse(settings)) as client:
+    print("ready", flush=True)
+    sys.stdin.readline()
     for _ in range(10):
         client.get("Patient?_summary=count", lambda answer: answer.status)
 """
@@ -49,8 +51,20 @@ def test_processes_call_the_server_so_often_at_once_as_allowed_and_never_more(da
             "FHIR_MAX_CONNECTIONS": str(allowed),
             "PATH": "",
         }
-        processes = [subprocess.Popen([sys.executable, "-c", _CALLS], env=environment) for _ in range(3)]
-        assert [process.wait(60) for process in processes] == [0, 0, 0]
+        command = [sys.executable, "-c", _CALLS]
+        processes = [
+            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)
+        ]
+        for process in processes:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
+        for process in processes:
+            assert process.stdin
+            process.stdin.write(b"go\n")
+            process.stdin.flush()
+        for process in processes:
+            process.communicate(timeout=60)
+        assert [process.returncode for process in processes] == [0, 0, 0]
         stats = server.stats()
     assert stats["requests"]["count"] == 30
     assert stats["max_in_flight"] == allowed
