@@ -10,13 +10,13 @@ import orjson
 from fastapi import APIRouter, Header, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.parts import Body, Caller, CallerOf, Parts, PartsOf
+from fhir_assets.api.parts import Body, Caller, CallerOf, Parts, PartsOf, Posted
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
 from fhir_assets.pipeline.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import idempotency, visits
+from fhir_assets.warehouse import idempotency
 
 router = APIRouter(tags=["intake"])
 
@@ -167,7 +167,7 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
             raise Problem(400, str(error)) from None
         require_few(parts, len(bodies))
         judged = _judge(parts, origin).judge(bodies)
-        _receive(parts, caller, origin, judged)
+        _receive(parts, caller, origin, judged, key)
         results = [
             {
                 "index": index,
@@ -227,7 +227,7 @@ def ingest_fhir(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -
         ]
         if not all(each.accepted for each in judged) and (posted.whole or not any(each.accepted for each in judged)):
             return _outcome(422, issues)
-        _receive(parts, caller, origin, judged)
+        _receive(parts, caller, origin, judged, key)
         return _outcome(200, issues)
 
     return once(parts, caller, "/fhir", key, body, work)
@@ -241,7 +241,7 @@ def _judge(parts: Parts, origin: str) -> Judge:
     return Judge(parts.validator, parts.identify, parts.settings.fhir_resource_types, origin, request_time())
 
 
-def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged]) -> None:
+def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged], key: str | None) -> None:
     records = [record for each in judged for record in each.records]
     if not records:
         return
@@ -250,10 +250,12 @@ def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged]
         Deed("create", caller.actor, name, count=count, request_id=caller.request_id)
         for name, count in sorted(by_type.items())
     ]
-    if people := [record for record in records if record.resource_type == "Patient"]:
-        with parts.connection() as conn:
-            visits.said_elsewhere(conn, [each.id for each in people], max(each.as_of for each in people))
-    parts.receiver.receive(records, origin, deeds=lambda _: deeds)
+    posted = Posted(records, deeds)
+    if key is None:
+        parts.receive_together(posted)
+    else:
+        # It may come again, and is known by its origin then.
+        parts.receive([posted], origin)
 
 
 def require_few(parts: Parts, count: int) -> None:

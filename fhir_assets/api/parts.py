@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from threading import BoundedSemaphore, Lock
 from typing import Annotated, Any, cast
+from uuid import uuid4
 
 import psycopg
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
@@ -16,6 +17,7 @@ from fhir_assets.api.access import Token
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.definitions import build_definitions, validator_of
 from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.metrics.exposition import exposition
 from fhir_assets.metrics.pipeline import DatabaseCollector, observer_of
@@ -27,7 +29,7 @@ from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
 from fhir_assets.store.store import Store
 from fhir_assets.store.zone import Zone
-from fhir_assets.warehouse import audit_log
+from fhir_assets.warehouse import audit_log, visits
 from fhir_assets.warehouse.database import Connection, connection_pool
 from fhir_assets.warehouse.directory import Directory
 from fhir_assets.warehouse.together import Together
@@ -41,6 +43,14 @@ WAITING = 8
 _DOWN = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
 
 
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """What one request brings, and what is to be on record of it."""
+
+    records: Sequence[Record]
+    deeds: Sequence[Deed]
+
+
 class Parts:
     """Made without touching anything: what is asked for first is opened first."""
 
@@ -50,6 +60,7 @@ class Parts:
         self.directory = Directory(self.warehouse.connect)
         self.waiting = BoundedSemaphore(WAITING)
         self._record = Together(self._note)
+        self._received = Together(self._receive_all)
         self._pool: ConnectionPool[Any] | None = None
         self._collector: DatabaseCollector | None = None
         self._lock = Lock()
@@ -101,6 +112,22 @@ class Parts:
         with self.connection() as conn:
             audit_log.record(conn, *(deed for deeds in asked for deed in deeds))
         return [None] * len(asked)
+
+    def receive_together(self, posted: Posted) -> None:
+        """As ``receive``, together with what others post at the same time: one part, one commit for all of them."""
+        self._received.do(posted)
+
+    def _receive_all(self, posts: Sequence[Posted]) -> list[None]:
+        self.receive(posts, f"api:{uuid4().hex}")
+        return [None] * len(posts)
+
+    def receive(self, posts: Sequence[Posted], origin: str) -> None:
+        """Everything is in raw and on record when it returns, or nothing is. Raises StoreError, DatabaseUnavailable."""
+        records = [record for post in posts for record in post.records]
+        if people := [record for record in records if record.resource_type == "Patient"]:
+            with self.connection() as conn:
+                visits.said_elsewhere(conn, [each.id for each in people], max(each.as_of for each in people))
+        self.receiver.receive(records, origin, deeds=lambda _: (deed for post in posts for deed in post.deeds))
 
     def metrics(self) -> tuple[bytes, str]:
         """What Prometheus is told, and its content type."""

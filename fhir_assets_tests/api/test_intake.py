@@ -1,5 +1,7 @@
 """Records and resources that are posted."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import orjson
 import pytest
 
@@ -172,3 +174,25 @@ def test_intake_is_on_record_with_the_name_of_its_token_and_logs_name_no_patient
     log = api.log.read_text()
     assert '"/patients"' in log
     assert not any(word in log for word in ("SECRET", "Lovelace", "the-secret-of"))
+
+
+def test_posts_of_the_same_moment_are_all_in_raw_and_on_record_when_they_are_answered(api: Api) -> None:
+    def post(number: int) -> tuple[int, int]:
+        record = {"resourceType": "Patient", "mrn": f"together-{number}", "gender": "other"}
+        answer = api.post("/api/v1/ingest", json={"records": [record, {"resourceType": "Patient", "mrn": ""}]})
+        return answer.json()["accepted"], answer.json()["rejected"]
+
+    with ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(post, range(48))) == {(1, 1)}
+    lines = [line for line in raw(api, "Patient") if b"together-" in line]
+    assert len(set(lines)) == len(lines) == 48
+    assert received(api) == {"Patient": 48}
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value()) as conn:
+        (origins,) = conn.execute("SELECT count(DISTINCT origin) FROM ops.received").fetchone() or (0,)
+        (deeds,) = conn.execute(
+            "SELECT count(DISTINCT request_id) FROM ops.audit_log WHERE action = 'create'"
+            " AND seq > (SELECT max(seq) FROM ops.audit_log) - 48"
+        ).fetchone() or (0,)
+    assert 0 < origins < 48
+    assert deeds == 48
