@@ -28,6 +28,16 @@ BATCH_BYTES = 1 << 20
 _CALLS_AT_ONCE = 8
 """How many manifests are read or written at once: a bucket, or a disk that is to be sure, takes its time for each."""
 
+_MEND = {
+    "raw": "put it back from a backup. Without one move this one file away, keep the parts beside it, materialize the "
+    "partition with a full refresh, and land or send again what came for it by other doors: ops.received lists the "
+    "origins",
+    "deleted": "put it back from a backup. Without one move this one file away: the tables know these deletions, but "
+    "tables that are built anew will not",
+}
+_MEND_ANY = "move this one file away and materialize the partition again: it is made of the raw one"
+"""What to do about a damaged manifest, by layer. The folder itself holds what may be nowhere else."""
+
 _unpack = cast(Callable[..., BinaryIO], igzip.IGzipFile)
 _DAMAGED = cast(type[Exception], isal_zlib.error)
 _decoder = msgspec.json.Decoder(Manifest)
@@ -63,9 +73,7 @@ class Store:
         try:
             return _decoder.decode(content)
         except msgspec.DecodeError:
-            raise StoreError(
-                f"{self.blobs.url}/{name} is damaged: remove that folder and run the partition again"
-            ) from None
+            raise StoreError(f"{self.blobs.url}/{name} is damaged: {_MEND.get(layer, _MEND_ANY)}") from None
 
     def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
         """The manifests of those partitions that have one, in the order of the keys."""

@@ -118,11 +118,14 @@ def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, 
         list(store.batches(manifest.parts))
 
 
-def test_a_damaged_manifest_says_which_folder_to_remove(store: Store) -> None:
-    write(store, "k", lines(1))
-    store.blobs.put("raw/patient/k/manifest.json", b"{")
-    with pytest.raises(StoreError, match=r"raw/patient/k/manifest\.json is damaged: remove"):
-        store.manifest("raw", "Patient", "k")
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [("raw", "keep the parts beside it.* ops.received lists"), ("validated", "materialize the partition again")],
+)
+def test_a_damaged_manifest_says_what_to_do_without_the_loss_of_a_part(store: Store, layer: str, advice: str) -> None:
+    store.blobs.put(f"{layer}/patient/k/manifest.json", b"{")
+    with pytest.raises(StoreError, match=rf"{layer}/patient/k/manifest\.json is damaged: .*{advice}"):
+        store.manifest(layer, "Patient", "k")
 
 
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
