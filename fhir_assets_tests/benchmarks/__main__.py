@@ -18,6 +18,7 @@ PARTS = (
     ("bulk", "Bulk export: speed, peak memory, small files"),
     ("rotation", "Keys rotated: speed, peak memory"),
     ("upload", "Upload to a FHIR server"),
+    ("api", "The HTTP API: intake, and look-ups among a million encrypted patients"),
     ("generator", "The sandbox: generating and serving"),
 )
 
