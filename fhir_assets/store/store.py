@@ -43,12 +43,12 @@ _DAMAGED = cast(type[Exception], isal_zlib.error)
 _decoder = msgspec.json.Decoder(Manifest)
 
 
-def at_once(do: Callable[[Given], Made], items: Iterable[Given]) -> list[Made]:
+def at_once(do: Callable[[Given], Made], items: Iterable[Given], *, calls: int = _CALLS_AT_ONCE) -> list[Made]:
     """What ``do`` makes of each item, in their order, with several calls under way; a single one needs no thread."""
     some = list(items)
-    if len(some) < 2:
+    if min(len(some), calls) < 2:
         return [do(item) for item in some]
-    with ThreadPoolExecutor(min(len(some), _CALLS_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(min(len(some), calls)) as pool:
         return list(pool.map(do, some))
 
 
@@ -77,7 +77,9 @@ class Store:
 
     def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
         """The manifests of those partitions that have one, in the order of the keys."""
-        found = at_once(lambda key: self.manifest(layer, resource_type, key), partition_keys)
+        # A small file of this machine is read before a thread has begun.
+        calls = 1 if isinstance(self.blobs, LocalBlobs) else _CALLS_AT_ONCE
+        found = at_once(lambda key: self.manifest(layer, resource_type, key), partition_keys, calls=calls)
         return [manifest for manifest in found if manifest is not None]
 
     def commit(self, manifests: Iterable[Manifest]) -> None:
