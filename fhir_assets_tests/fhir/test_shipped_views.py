@@ -202,7 +202,8 @@ def test_keys_that_join_are_indexed_and_no_table_has_too_many_indexes() -> None:
         if view.name == BY_NAME[view.resource_type].key:
             keys |= {column.name for column in view.columns} & {"patient_key", "encounter_key"}
         assert keys <= indexed, view.name
-        assert len(indexed) <= 5, view.name
+        # Patients are looked up by each of their names, also in small letters.
+        assert len(indexed) <= (7 if view.name == "patient" else 5), view.name
 
 
 # What they give ---------------------------------------------------------------------------------------------------
