@@ -57,7 +57,7 @@ benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[benchmark]'
 	$(BIN)/python -m fhir_assets_tests.benchmarks
 
-# The tables of docs/scale.md, measured again: make scale RESOURCES=1000000
+# The tables of SCALE.md, measured again: make scale RESOURCES=1000000
 RESOURCES ?= 100000
 scale: $(VENV)/.installed-test
 	$(BIN)/python -m fhir_assets_tests.benchmarks.scale $(RESOURCES)
