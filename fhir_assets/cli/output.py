@@ -25,8 +25,11 @@ def only_our_words() -> Iterator[None]:
     a resource.
     """
     errors.file = sys.stderr
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
+    finally:
+        errors.file = None  # type: ignore[assignment]  # to rich: whatever sys.stderr is
 
 
 def warn_of_clear_data() -> None:

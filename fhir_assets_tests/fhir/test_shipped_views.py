@@ -303,6 +303,8 @@ def test_a_patient_as_an_analyst_reads_one() -> None:
         "last_updated": "2024-01-03T04:25:20.301Z",
         "family": "After",
         "given": "Ann B.",
+        "family_search": "after",
+        "given_search": "ann",
         "birth_date": "1970-05",
         "deceased_date_time": "2020",
         "mrn": "0042",
