@@ -7,7 +7,7 @@ wait for more than one batch, and never takes part in a deadlock.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, LiteralString
 
 from psycopg import sql
 
@@ -25,30 +25,38 @@ BATCH_BYTES = 4 << 20
 Key = tuple[Any, ...]
 
 
+_RESEALED = "(sealed_by IS NULL OR sealed_by = ANY(%(older)s))"
+_ORIGINAL = "CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex') END"
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A table of ``ops`` with sealed ``contents``, jsonb or bytea, and ``sealed_by``."""
+    """A table of ``ops`` with sealed ``contents``, jsonb or bytea, and ``sealed_by``; ``todo`` says which of its rows
+    are not sealed by the newest key.
+    """
 
     name: str
     table: str
     key: tuple[str, ...]
     contents: tuple[str, ...]
     json: bool = False
+    todo: LiteralString = _RESEALED
 
 
 PLACES = (
     Place("withheld", "withheld", ("resource_type", "id"), ("resource",), json=True),
     Place("consents", "consent_records", ("consent_id",), ("resource",), json=True),
     Place("dead_letters", "dead_letters", ("id",), ("resource",)),
-    Place("corrections", "corrections", ("fingerprint",), ("resource", "original")),
+    Place(
+        "corrections",
+        "corrections",
+        ("fingerprint",),
+        ("resource", "original"),
+        # The original of a correction is as its dead letter had it, maybe under another key.
+        todo=f"({_RESEALED} OR original IS NOT NULL AND coalesce({_ORIGINAL} = ANY(%(older)s), true))",
+    ),
     Place("answers", "idempotency", ("key",), ("answer",)),
 )
-_RESEALED = "(sealed_by IS NULL OR sealed_by = ANY(%(older)s))"
-_ORIGINAL = "CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex') END"
-_TODO = {
-    # The original of a correction is as its dead letter had it, maybe under another key.
-    "corrections": f"({_RESEALED} OR original IS NOT NULL AND coalesce({_ORIGINAL} = ANY(%(older)s), true))",
-}
 
 
 @dataclass(slots=True)
@@ -155,7 +163,7 @@ def next_of(conn: Connection, place: Place, older: Sequence[str], after: Key | N
         sizes=sizes,
         table=_table(place),
         after=_beyond(place, after),
-        todo=_todo(place),
+        todo=sql.SQL(place.todo),
         limit=sql.Literal(BATCH_ROWS),
     )
     return _some(conn.execute(query, {"older": list(older)}))
@@ -264,7 +272,7 @@ def seal(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Ke
         contents=sql.SQL(", ").join(contents),
         table=_table(place),
         keys=sql.SQL(", ").join([sql.SQL("({})").format(_literals(key)) for key in keys]),
-        todo=_todo(place),
+        todo=sql.SQL(place.todo),
     )
     rows = conn.execute(query, {"older": list(older)}).fetchall()
     batch = Batch(0, 0, max(0, len(keys) - len(rows)), Counter())
@@ -377,7 +385,3 @@ def _beyond(place: Place, after: Key | None) -> sql.Composable:
 
 def _literals(key: Key) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Literal, key))
-
-
-def _todo(place: Place) -> sql.SQL:
-    return sql.SQL(_TODO.get(place.name, _RESEALED))

@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from psycopg.errors import InvalidSchemaName, UndefinedTable
@@ -93,22 +94,15 @@ def test_the_command_loads_what_lies_there_and_says_which_file_is_bad(deploy: De
     assert deployment.loaded() == {"Patient": 2}
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
-    deploy: Deploy, tmp_path: Path, empty_database: str
-) -> None:
-    write_population(tmp_path / "landing", Population(6, 3, 0.02, end=END, start=START))
-    common = {
-        "fhir_landing_url": str(tmp_path / "landing"),
-        "fhir_resource_types": FEW,
-        "fhir_last_updated_gte": START,
-        "fhir_partition": "monthly",
-    }
-    clean = deploy(home="clean", **common)
+def loaded_once_and_killed_five_times(
+    deploy: Deploy, other_database: str, settings: dict[str, Any]
+) -> tuple[Deployment, Deployment]:
+    """A deployment that one load filled, and one whose load was killed again and again before it went through."""
+    clean = deploy(home="clean", **settings)
     begun = time.monotonic()
     assert run(clean, "load")[0] == 0
     whole = time.monotonic() - begun
-    killed = deploy(home="killed", url=empty_database, **common)
+    killed = deploy(home="killed", url=other_database, **settings)
     at_work = 0
     for number in range(5):
         process = start(killed, "load")
@@ -120,6 +114,21 @@ def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
     assert at_work
     code, _, errors = run(killed, "load")
     assert code == 0, errors
+    return clean, killed
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
+    deploy: Deploy, tmp_path: Path, empty_database: str
+) -> None:
+    write_population(tmp_path / "landing", Population(6, 3, 0.02, end=END, start=START))
+    common = {
+        "fhir_landing_url": str(tmp_path / "landing"),
+        "fhir_resource_types": FEW,
+        "fhir_last_updated_gte": START,
+        "fhir_partition": "monthly",
+    }
+    clean, killed = loaded_once_and_killed_five_times(deploy, empty_database, common)
     assert killed.tables() == clean.tables()
     assert killed.dead() == clean.dead()
     assert killed.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
@@ -143,22 +152,7 @@ def test_killed_at_any_moment_visits_end_as_those_of_one_clean_run(
         "fhir_last_updated_gte": START,
         "fhir_partition": "monthly",
     }
-    clean = deploy(home="clean", **common)
-    begun = time.monotonic()
-    assert run(clean, "load")[0] == 0
-    whole = time.monotonic() - begun
-    killed = deploy(home="killed", url=empty_database, **common)
-    at_work = 0
-    for number in range(5):
-        process = start(killed, "load")
-        time.sleep(random.Random(number).uniform(0.3, 0.9) * whole)
-        if process.poll() is None:
-            at_work += 1
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert at_work
-    code, _, errors = run(killed, "load")
-    assert code == 0, errors
+    clean, killed = loaded_once_and_killed_five_times(deploy, empty_database, common)
     assert killed.loaded() == {"Patient": 700, "Encounter": 6100}
     assert killed.tables() == clean.tables()
     letters = "SELECT rule, count(*) FROM ops.dead_letters GROUP BY 1 ORDER BY 1"
