@@ -1,6 +1,7 @@
 """Bulk Data export through to the tables: at every level, through faults and kills, deletions too."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import requests
 from joserfc.jwk import ECKey, RSAKey
 
 from fhir_assets.cli.ingest import load_due
+from fhir_assets.errors import FhirAssetsError
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
@@ -25,6 +27,7 @@ from fhir_assets.sandbox.smart import Smart
 from fhir_assets.warehouse.database import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, patient
+from fhir_assets_tests.pipeline.test_bulk_source import CASES
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 2, 1, tzinfo=UTC)
@@ -112,6 +115,29 @@ def test_what_fails_in_passing_ends_in_complete_tables(
         deployment = bulk(deploy, server, fhir_max_attempts=12)
         load(deployment)
         assert server.stats()["struck"][fault.kind]
+    assert deployment.tables() == clean.tables
+    assert deployment.dead() == clean.dead
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "on"), CASES, ids=[f"{kind}-{on}" for kind, on in CASES])
+def test_a_fault_of_the_sandbox_s_list_ends_in_complete_tables_or_a_sentence(
+    deploy: Deploy, population: Path, clean: Expected, kind: FaultKind, on: RequestKind
+) -> None:
+    fault = Fault(kind=kind, on=frozenset({on}), times=2, retry_after=0, seconds=0.01)
+    with SandboxServer(population, faults=(fault,), export_file_resources=40) as server:
+        deployment = bulk(deploy, server, fhir_max_attempts=3)
+        sentence = ""
+        try:
+            whole = all(outcome.success for outcome in deployment.ingest())
+        except FhirAssetsError as error:
+            whole, sentence = False, str(error)
+        assert server.stats()["struck"][kind]
+        assert not sentence or re.search(r"[a-z ]{20}", sentence)
+        if whole:
+            assert deployment.tables() == clean.tables
+        server.set_faults()
+        load(deployment)
     assert deployment.tables() == clean.tables
     assert deployment.dead() == clean.dead
 
