@@ -8,12 +8,10 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from threading import Event, Lock
 from uuid import uuid4
 
 import orjson
@@ -31,28 +29,17 @@ from fhir_assets.fhir.bulk import (
 from fhir_assets.fhir.client import FhirClient
 from fhir_assets.fhir.downloads import Downloads
 from fhir_assets.fhir.record import Deletion, Malformed, Record, Rejected, read_header, read_instant, read_record
+from fhir_assets.pipeline.bulk_download import LAYER, Download, arrival
 from fhir_assets.pipeline.tombstones import Tombstones
 from fhir_assets.store.manifest import Part
 from fhir_assets.store.store import Store, folder
-from fhir_assets.store.writer import PartWriter
 from fhir_assets.warehouse import bulk_exports, dead_letters
 from fhir_assets.warehouse.bulk_exports import BulkExport
 from fhir_assets.warehouse.database import Connection
 from fhir_assets.warehouse.dead_letters import DeadLetter
 from fhir_assets.windows import Interval
 
-LAYER = "bulk"
-GROUP_RESOURCES = 200_000
-GROUP_FILES = 2_000
-"""Files are stored in groups of about so many resources or files: at most one group is fetched again after a kill."""
-
 _DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
-_SAY_EVERY = 5.0
-"""Seconds between two lines about a download."""
-
-BATCH_RESOURCES = 500
-"""Small files are downloaded by one thread until they hold so many."""
-
 _KEPT = timedelta(days=1)
 """How long an export stays in the store, for runs that read it."""
 _log = logging.getLogger(__name__)
@@ -128,7 +115,7 @@ class BulkSource:
             stored = bulk_exports.parts(conn, export.id)
         for resource_type, part in stored:
             if resource_type in resource_types and _may_hold(part, interval):
-                for item in self._read(resource_type, part, _arrived(export.transaction_time)):
+                for item in self._read(resource_type, part, arrival(export.transaction_time)):
                     if (item.as_of if isinstance(item, Record) else item.arrived) in interval:
                         yield item
 
@@ -230,33 +217,16 @@ class BulkSource:
             )
 
     def _download(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
-        todo = [(n, file) for n, file in enumerate(manifest.output) if n not in export.files_done]
-        progress = _Progress(
-            lambda text: self._tell(f"export {export.id}: {text}"), len(manifest.output), len(export.files_done)
+        download = Download(
+            self._client,
+            self._store,
+            export.id,
+            manifest,
+            connections=self._connections,
+            say=lambda text: self._tell(f"export {export.id}: {text}"),
         )
-        with (
-            self._client.downloads() as downloads,
-            ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
-        ):
-            for group in _groups(todo):
-                with PartWriter(self._store, LAYER) as writer:
-                    fetch = _Fetch(self._client, downloads, writer, progress, export.id, manifest)
-                    jobs = [pool.submit(fetch, files) for files in _batches([file for _, file in group])]
-                    try:
-                        progress.wait(jobs)
-                    finally:
-                        # Whether one failed or somebody cancels the run: the writer is given up, nobody writes on.
-                        if not all(job.done() for job in jobs):
-                            fetch.stop.set()
-                            for job in jobs:
-                                job.cancel()
-                            wait(jobs)
-                    for job in jobs:
-                        if not job.cancelled():
-                            job.result()
-                    stored = {name: parts for (name, _), parts in writer.finish().items()}
-                bulk_exports.store_parts(conn, export.id, stored, [n for n, _ in group])
-        progress.tell()
+        for parts, files in download.groups(export.files_done):
+            bulk_exports.store_parts(conn, export.id, parts, files)
 
     def _apply(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
         """What the export says besides: deletions, and the server's own errors."""
@@ -287,117 +257,10 @@ class BulkSource:
             bulk_exports.forget_parts(conn, export_id)
 
 
-@dataclass(slots=True)
-class _Progress:
-    """How far a download is. Several threads tell it what came; the one that waits for them says it, now and then."""
-
-    say: Callable[[str], None]
-    files: int
-    done: int
-    resources: int = 0
-    size: int = 0
-    lock: Lock = field(default_factory=Lock)
-    said: float = field(default_factory=time.monotonic)
-
-    def came(self, lines: Sequence[bytes], *, files: int = 0) -> None:
-        """So many lines, and so many files that are whole now."""
-        with self.lock:
-            self.resources += len(lines)
-            self.size += sum(map(len, lines)) + len(lines)
-            self.done += files
-
-    def wait(self, jobs: Sequence[Future[None]]) -> None:
-        """Wait until all are done, or one failed; meanwhile say every few seconds where it stands."""
-        rest = set(jobs)
-        while rest:
-            done, rest = wait(rest, timeout=_SAY_EVERY, return_when=FIRST_EXCEPTION)
-            if any(job.exception() for job in done):
-                return
-            if time.monotonic() - self.said >= _SAY_EVERY:
-                self.tell()
-
-    def tell(self) -> None:
-        """Say where it stands."""
-        self.said = time.monotonic()
-        mib = self.size / 2**20
-        self.say(f"downloaded {self.done:,} of {self.files:,} files, {self.resources:,} resources, {mib:,.1f} MiB")
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """Writes files of an export into the store, several at once, until it is told to stop."""
-
-    client: BulkClient
-    downloads: Downloads
-    writer: PartWriter
-    progress: _Progress
-    export_id: str
-    manifest: ExportManifest
-    lock: Lock = field(default_factory=Lock)
-    stop: Event = field(default_factory=Event)
-
-    def __call__(self, files: Sequence[ExportFile]) -> None:
-        with self.downloads.one_turn():
-            for file in files:
-                self._fetch(file)
-
-    def _fetch(self, file: ExportFile) -> None:
-        arrived = _arrived(self.manifest.transaction_time)
-        for lines in self.client.lines(self.downloads, file, needs_token=self.manifest.needs_token):
-            dated = [(line, _moment(line) or arrived) for line in lines]
-            with self.lock:
-                if self.stop.is_set():
-                    return
-                for line, moment in dated:
-                    self.writer.add(file.resource_type, self.export_id, line, moment)
-            self.progress.came(lines)
-        self.progress.came((), files=1)
-
-
-def _arrived(transaction_time: datetime | None) -> datetime:
-    """When a resource without lastUpdated counts as updated: in the last moment that the export covers."""
-    assert transaction_time is not None
-    return transaction_time - timedelta(milliseconds=1)
-
-
-def _groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int, ExportFile]]]:
-    group: list[tuple[int, ExportFile]] = []
-    resources = 0
-    for n, file in files:
-        group.append((n, file))
-        resources += file.count or GROUP_RESOURCES // 10
-        if resources >= GROUP_RESOURCES or len(group) >= GROUP_FILES:
-            yield group
-            group, resources = [], 0
-    if group:
-        yield group
-
-
-def _batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
-    """Files for one thread after the other: a large one, or some small ones."""
-    batch: list[ExportFile] = []
-    resources = 0
-    for file in files:
-        batch.append(file)
-        resources += file.count or BATCH_RESOURCES
-        if resources >= BATCH_RESOURCES:
-            yield batch
-            batch, resources = [], 0
-    if batch:
-        yield batch
-
-
 def _may_hold(part: Part, interval: Interval) -> bool:
     if part.first is None or part.last is None:
         return True
     return part.first < interval.end and (interval.start is None or part.last >= interval.start)
-
-
-def _moment(line: bytes) -> datetime | None:
-    with suppress(Malformed):
-        meta = read_header(line).meta
-        return read_instant(meta.lastUpdated) if meta else None
-    return None
 
 
 def _deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:

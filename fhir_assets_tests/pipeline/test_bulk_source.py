@@ -15,7 +15,7 @@ from fhir_assets.fhir.bulk import ExportFailed, Vanished
 from fhir_assets.fhir.client import FhirClient, Refusal
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.retries import Retrier, RetryPolicy
-from fhir_assets.pipeline import bulk
+from fhir_assets.pipeline import bulk_download
 from fhir_assets.pipeline.bulk import BulkSource
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
@@ -245,7 +245,7 @@ def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
 def test_a_long_download_is_told_of_now_and_then_and_not_file_by_file(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "_SAY_EVERY", 0.05)
+    monkeypatch.setattr(bulk_download, "SAY_EVERY", 0.05)
     said: list[str] = []
     slow = Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.FILE}), seconds=0.02)
     with SandboxServer([patient(f"p{n}", START) for n in range(60)], export_file_resources=1, faults=(slow,)) as server:
