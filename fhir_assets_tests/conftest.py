@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from psycopg import sql
 
+from fhir_assets.logs import JsonFormatter
 from fhir_assets.warehouse import embedded, migrate
 from fhir_assets.warehouse.database import Connection, connect, with_database
 
@@ -31,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         home = tempfile.mkdtemp(prefix="fhir_assets_test_")
         Path(home).chmod(0o711)
         os.environ[_HOME] = home
+
+
+def pytest_runtest_teardown() -> None:
+    """What a test had configured logs to the streams that pytest gave it, which are closed after it."""
+    ours = logging.getLogger("fhir_assets")
+    for logger in (logging.getLogger(), ours):
+        logger.handlers[:] = [each for each in logger.handlers if not isinstance(each.formatter, JsonFormatter)]
+    ours.propagate = True
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
