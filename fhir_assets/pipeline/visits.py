@@ -27,10 +27,6 @@ CONFLICT = "visit-conflict"
 """Rule of the dead letter of a visit whose account number is known with other content."""
 
 _AT_ONCE = 2000
-_CONFLICT_SAID = (
-    "this visit account number is known with another person, date or reason, and a visit is never changed: "
-    "correct the number, or discard this"
-)
 
 
 def resources_of(
