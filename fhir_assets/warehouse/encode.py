@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import date, datetime
 from decimal import Decimal
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 
@@ -41,24 +43,33 @@ def row_encoder(view: View, sealing: Sealing = CLEAR) -> Callable[[Sequence[obje
     """
     made = [_column(column, sealing) for column in view.columns]
     cells = [cell for cell, _ in made]
-    nulls = [null for _, null in made]
-    sealed_by = f"\t{sealing.key_id}" if sealing.on and holds_phi(view) else ""
+    write = _writer(made, f"\t{sealing.key_id}" if sealing.on and holds_phi(view) else "")
 
     def encode(row: Sequence[object]) -> str:
         try:
-            return (
-                "\t".join(
-                    [
-                        null if value is None else cell(value)
-                        for value, null, cell in zip(row, nulls, cells, strict=True)
-                    ]
-                )
-                + sealed_by
-            )
+            return write(row)
         except (Refused, ValueError, TypeError, OverflowError):
             raise _located(cells, row) from None
 
     return encode
+
+
+def _writer(columns: Sequence[tuple[Cell, str]], end: str) -> Callable[[Sequence[object]], str]:
+    """The line of a row as one generated expression: most values of a wide row are null or plain text, and a loop over
+    them, or a call for each, costs more than what is done with them.
+    """
+    namespace: dict[str, Any] = {"end": end, "backslash": "\\"}
+    line = ""
+    for i, (cell, null) in enumerate(columns):
+        namespace |= {f"cell{i}": cell, f"null{i}": null}
+        plain = (
+            f"v{i} if v{i}.__class__ is str and {_IS_PLAIN} else ".replace("VALUE", f"v{i}") if cell in _TEXTS else ""
+        )
+        line += f"{{null{i} if v{i} is None else {plain}cell{i}(v{i})}}\t"
+    names = "".join(f"v{i}, " for i in range(len(columns)))
+    exec(f"def write(row):\n    {names} = row\n    return f'{line[:-1]}{{end}}'", namespace)
+    write: Callable[[Sequence[object]], str] = namespace["write"]
+    return write
 
 
 def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
@@ -105,6 +116,8 @@ def check_escapes(body: bytes) -> None:
 
 def plain_text(value: str) -> str:
     """Text as COPY reads it. Raises Refused for a NUL character or half a surrogate pair."""
+    if value.isprintable() and "\\" not in value:
+        return value
     if "\\" in value:
         value = value.replace("\\", "\\\\")
     if "\n" in value:
@@ -249,15 +262,20 @@ def _whole_date(text: str) -> str:
 def _datetime(value: object) -> str:
     if value.__class__ is not str:
         raise Refused("not a dateTime")
-    if len(value) <= 10:
-        return _date(value)
-    return f"{_instant(value)}\tinstant"
+    return _date(value) if len(value) <= 10 else f"{_moment(value)}\tinstant"
 
 
 def _instant(value: object) -> str:
-    if value.__class__ is not str or not _DATETIME(value):
+    if value.__class__ is not str:
+        raise Refused("not a dateTime")
+    return _moment(value)
+
+
+@lru_cache(8192)
+def _moment(text: str) -> str:
+    """A time that Postgres takes. Those of a resource and of its neighbours are often the same."""
+    if not _DATETIME(text):
         raise Refused("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
-    text: str = value
     try:
         datetime.fromisoformat(text)
     except ValueError:
@@ -305,6 +323,10 @@ def _element(value: object) -> str:
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{quoted}"'
 
+
+_TEXTS: tuple[Cell, ...] = (_text, _indexed_text)
+_IS_PLAIN = f"len(VALUE) < {LONGEST_INDEXED // 4} and VALUE.isprintable() and backslash not in VALUE"
+"""Of a string: that it stands in a line as it is."""
 
 _CELLS: dict[Kind, Cell] = {
     Kind.BOOLEAN: _boolean,

@@ -1,7 +1,7 @@
 """Resources and their rows as the text that COPY reads: all that can be done without the database, in any process."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from functools import lru_cache
 from typing import NamedTuple
 
 from fhir_assets.fhir.record import Record
@@ -21,7 +21,7 @@ class Prepared(NamedTuple):
     """
 
     id: str
-    order: tuple[datetime, int]
+    order: tuple[float, int]
     head: bytes
     lines: list[bytes]
     counts: list[int]
@@ -60,18 +60,17 @@ class Preparation:
             key = plain_text(record.id)
             version = NULL if record.version_id is None else plain_text(record.version_id)
             body = body_line(record.body, self.sealing)
-            patients = NULL if record.patients is None else texts(record.patients)
+            patients = NULL if record.patients is None else _texts(record.patients)
         except Refused as refused:
             raise Unfit(None, None, str(refused)) from None
         if len(key) > LONGEST_INDEXED // 4:
             raise Unfit(None, "id", "an id that is too long to be a key")
         number = version_number(record.version_id)
-        as_of = record.as_of
-        updated = record.last_updated
+        at = record.as_of.isoformat()
+        updated = at if record.last_updated is not None else NULL
         head = (
-            f"{key}\t{version}\t{NULL if number is None else number}\t"
-            f"{NULL if updated is None else updated.isoformat()}\t{as_of.isoformat()}\t"
-            f"{plain_text(partition_key)}\t{patients}\t"
+            f"{key}\t{version}\t{NULL if number is None else number}\t{updated}\t{at}\t"
+            f"{_text(partition_key)}\t{patients}\t"
         ).encode() + body
         lines = []
         for place, encoder in enumerate(self._encoders):
@@ -81,7 +80,13 @@ class Preparation:
                 column = self._columns[place][refused.args[1]]
                 raise Unfit(self.views[place].name, column, str(refused.args[0])) from None
             lines.append(text.encode())
-        return Prepared(record.id, (as_of, number or 0), head, lines, [len(view_rows) for view_rows in rows])
+        order = (record.as_of.timestamp(), number or 0)
+        return Prepared(record.id, order, head, lines, list(map(len, rows)))
+
+
+_text = lru_cache(16)(plain_text)
+_texts = lru_cache(4096)(texts)
+"""The patients of a resource are those of its neighbours."""
 
 
 def version_number(version_id: str | None) -> int | None:
