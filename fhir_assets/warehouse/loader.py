@@ -11,24 +11,24 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import psycopg
-from psycopg import sql
 
-from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import Gate
 from fhir_assets.warehouse import consents
 from fhir_assets.warehouse.database import Connection, sealing_of
-from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
+from fhir_assets.warehouse.encode import NULL, plain_text
+from fhir_assets.warehouse.load_statements import LoadStatements
 from fhir_assets.warehouse.prepared import Preparation, Prepared, Unfit, ViewRows
 
-CHUNK_RESOURCES = 20_000
-CHUNK_BYTES = 32 * 2**20
+CHUNK_RESOURCES = 2_000
+CHUNK_BYTES = 4 * 2**20
 OPEN = Gate()
 """Nothing is withheld."""
 
@@ -83,6 +83,10 @@ class _Outcome:
     refused: list[Unloadable] = field(default_factory=list)
 
 
+_Written = tuple[int, list[_Held], list[_Held]]
+"""Of a chunk: how many resources were there before, those that won, and those that are withheld."""
+
+
 class Loader:
     """Loads resources of one type and their rows of ``views``. The caller opens and commits the transaction:
     everything that one Loader writes is seen together or not at all.
@@ -110,6 +114,7 @@ class Loader:
         reseal: bool = False,
     ) -> None:
         self._conn = conn
+        self._resource_type, self._run_id = resource_type, plain_text(run_id)
         self._params = {"run": run_id, "sealed_by": sealing_of(conn).key_id}
         self._mend = mend
         self._definitions = views
@@ -119,8 +124,9 @@ class Loader:
         self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
-        self._statements = _Statements(resource_type, views, sealed=self._sealing.on, gate=gate, reseal=reseal)
-        self._staged = False
+        self._statements = LoadStatements(resource_type, views, sealed=self._sealing.on, gate=gate, reseal=reseal)
+        self._decided = False
+        self._now: datetime | None = None
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[_Outcome] | None = None
@@ -224,11 +230,11 @@ class Loader:
     def _write(self, chunk: list[_Held]) -> _Outcome:
         outcome = _Outcome()
         try:
-            if not self._staged:
-                self._conn.execute(self._statements.stage)
-                if self._statements.gate:
-                    consents.keep_decisions(self._conn)
-                self._staged = True
+            # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
+            (self._now,) = self._conn.execute("SELECT clock_timestamp()").fetchone() or (None,)
+            if self._statements.gate and not self._decided:
+                consents.keep_decisions(self._conn)
+                self._decided = True
             self._write_or_halve(chunk, outcome)
         except psycopg.errors.DeadlockDetected:
             raise DatabaseUnavailable(
@@ -246,7 +252,7 @@ class Loader:
         """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
         try:
             with self._conn.transaction():
-                updated, winners, withheld = self._merge(chunk)
+                updated, winners, withheld = self._insert(chunk) or self._merge(chunk)
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
             if len(chunk) > 1:
                 middle = len(chunk) // 2
@@ -264,10 +270,31 @@ class Loader:
         for place, view in enumerate(self._views):
             outcome.rows[view] += sum([held.prepared.counts[place] for held in winners])
 
-    def _merge(self, chunk: list[_Held]) -> tuple[int, list[_Held], list[_Held]]:
-        """How many resources were there before, those that won, and those that are withheld."""
+    def _insert(self, chunk: list[_Held]) -> _Written | None:
+        """Copy a chunk of new resources to where they belong; None, and nothing written, if one of them is there."""
+        statements = self._statements
+        if self._mend or not statements.may_insert:
+            return None
+        with self._conn.cursor() as cursor:
+            (known,) = cursor.execute(statements.known, [[held.prepared.id for held in chunk]]).fetchone() or (0,)
+            if known:
+                return None
+            facts = (self._resource_type, self._run_id, str(self._now), self._sealing.key_id or NULL, "")
+            start = "\t".join(facts).encode()
+            try:
+                with self._conn.transaction(), cursor.copy(statements.copy_new) as copy:
+                    copy.write(start + (b"\n" + start).join([held.prepared.head for held in chunk]))
+            except psycopg.errors.UniqueViolation:
+                # Another load brought one of them in this moment.
+                return None
+            self._copy_rows(cursor, chunk)
+        return 0, chunk, []
+
+    def _merge(self, chunk: list[_Held]) -> _Written:
+        """Put a chunk in by way of a table of its own, so that the newest versions win."""
         statements = self._statements
         with self._conn.cursor() as cursor:
+            cursor.execute(statements.stage)
             with cursor.copy(statements.copy_stage) as copy:
                 copy.write(b"\n".join([held.prepared.head for held in chunk]))
             gone, taken_back = self._withhold(cursor)
@@ -276,14 +303,18 @@ class Loader:
             winners = [held for held in chunk if held.prepared.id in inserted]
             updated = [key for key, new in inserted.items() if not new]
             stale = (list(inserted) if self._mend else updated) + taken_back
-            for place, (delete, copy_rows) in enumerate(statements.views):
-                if stale:
+            if stale:
+                for delete, _ in statements.views:
                     cursor.execute(delete, [stale])
-                lines = b"".join([held.prepared.lines[place] for held in winners])
-                if lines:
-                    with cursor.copy(copy_rows) as copy:
-                        copy.write(lines)
+            self._copy_rows(cursor, winners)
         return len(updated), winners, [held for held in chunk if held.prepared.id in gone]
+
+    def _copy_rows(self, cursor: psycopg.Cursor[Any], winners: list[_Held]) -> None:
+        for place, (_, copy_rows) in enumerate(self._statements.views):
+            lines = b"".join([held.prepared.lines[place] for held in winners])
+            if lines:
+                with cursor.copy(copy_rows) as copy:
+                    copy.write(lines)
 
     def _withhold(self, cursor: psycopg.Cursor[Any]) -> tuple[frozenset[str], list[str]]:
         """Note what Consents say; then the ids in the stage that are withheld, and those of them that had rows."""
@@ -312,57 +343,3 @@ class Loader:
 
 def _said(error: psycopg.Error) -> str:
     return f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
-
-
-class _Statements:
-    """The statements of one resource type, which talk to its own partition of ``fhir.resource``."""
-
-    def __init__(
-        self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: Gate, reseal: bool = False
-    ) -> None:
-        known = BY_NAME.get(resource_type)
-        table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
-        stage = sql.Identifier("pg_temp", f"stage_{known.key if known else 'other'}")
-        self.stage = sql.SQL(
-            "CREATE TEMPORARY TABLE IF NOT EXISTS {} (id text, version_id text, version_number bigint,"
-            " last_updated timestamptz, as_of timestamptz, partition_key text, patients text[],"
-            " resource jsonb) ON COMMIT DROP"
-        ).format(stage)
-        self.copy_stage = sql.SQL("COPY {} FROM STDIN").format(stage)
-        self.clear_stage = sql.SQL("TRUNCATE {}").format(stage)
-        self.upsert = sql.SQL(
-            "INSERT INTO {table} AS stored (resource_type, id, version_id, version_number, last_updated, as_of,"
-            " partition_key, run_id, loaded_at, sealed_by, patients, resource)"
-            " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %(run)s,"
-            " clock_timestamp(), %(sealed_by)s, patients, resource FROM {stage}"
-            " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
-            " version_number = excluded.version_number, last_updated = excluded.last_updated,"
-            " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
-            " loaded_at = excluded.loaded_at, sealed_by = excluded.sealed_by, patients = excluded.patients,"
-            " deleted_at = NULL, resource = excluded.resource"
-            " WHERE (excluded.as_of, coalesce(excluded.version_number, 0))"
-            " >= (stored.as_of, coalesce(stored.version_number, 0))"
-            " AND (stored.deleted_at IS NULL OR excluded.as_of > stored.as_of"
-            " OR excluded.version_number > stored.version_number)"
-            " RETURNING id, xmax = 0"
-        ).format(table=table, type=sql.Literal(resource_type), stage=stage)
-        if reseal:
-            self.upsert = sql.SQL(
-                "UPDATE {table} stored SET resource = s.resource, sealed_by = %(sealed_by)s FROM {stage} s"
-                " WHERE stored.resource_type = {type} AND stored.id = s.id AND stored.resource IS NOT NULL"
-                " RETURNING stored.id, false"
-            ).format(table=table, type=sql.Literal(resource_type), stage=stage)
-        self.consents: tuple[sql.Composed, ...] = ()
-        if resource_type == "Consent" and not reseal:
-            self.consents = consents.record_statements(stage, sql.Placeholder("sealed_by"))
-        self.gate = consents.gate_statements(gate, resource_type, table, stage) if gate.closed else None
-        self.views = [_view_statements(view, sealed=sealed) for view in views]
-
-
-def _view_statements(view: View, *, sealed: bool) -> tuple[sql.Composed, sql.Composed]:
-    table = sql.Identifier("fhir", view.name)
-    columns = sql.SQL(", ").join([sql.Identifier(column.name) for column in layout_of(view, sealed=sealed).columns])
-    return (
-        sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(table, sql.Identifier(KEY_COLUMN)),
-        sql.SQL("COPY {} ({}) FROM STDIN").format(table, columns),
-    )

@@ -1,5 +1,6 @@
 """Loading into real tables: the newest version wins, whole, however it comes."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -271,6 +272,25 @@ def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str
             (newest.replace("V", "W"), size),
         ]
         assert select(conn, "SELECT count(*), min(version_number) FROM fhir.resource") == [(size, 2 * rounds)]
+
+
+def test_a_resource_that_another_load_brings_in_this_moment_is_merged_with_it(database: str) -> None:
+    """The first load has not committed: the second does not see its rows, and has to wait for them."""
+    with connect(database) as first, connect(database) as second, connect(database, autocommit=True) as other:
+        ensure_tables(first, PATIENTS)
+        first.commit()
+        waiting = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = {second.info.backend_pid}"
+        with ThreadPoolExecutor(1) as pool:
+            with first.transaction():
+                load(first, named("b", "Old", version="1"), named("c", "New", version="9"))
+                records = named("a", "Only"), named("b", "Newer", version="2"), named("c", "Older", version="8")
+                ending = pool.submit(load, second, *records)
+                while select(other, waiting) == [(0,)]:
+                    assert not ending.done()
+                    time.sleep(0.01)
+            counts, _ = ending.result()
+        assert (counts.inserted, counts.updated, counts.superseded) == (1, 1, 1)
+        assert select(second, NAMES) == [("a", "Only"), ("b", "Newer"), ("c", "New")]
 
 
 def test_a_server_that_goes_away_is_a_transient_error_and_leaves_nothing(database: str) -> None:
