@@ -8,6 +8,7 @@ PARTS = (
     ("definitions", "Definitions, in processes of their own"),
     ("end_to_end", "NDJSON to loaded tables through a Dagster run, beside dlt"),
     ("scale", "What a million resources cost: seconds, CPU, memory, bytes, by layer"),
+    ("workers", "Worker processes: two beside one"),
     ("memory", "Peak memory of one window"),
     ("validation", "Validation, beside fhir.resources"),
     ("views", "Views, beside sqlonfhir"),
