@@ -9,6 +9,7 @@ PARTS = (
     ("end_to_end", "NDJSON to loaded tables through a Dagster run, beside dlt"),
     ("scale", "What a million resources cost: seconds, CPU, memory, bytes, by layer"),
     ("workers", "Worker processes: two beside one"),
+    ("windows", "A backfill of a thousand nearly empty windows, and an empty window"),
     ("memory", "Peak memory of one window"),
     ("validation", "Validation, beside fhir.resources"),
     ("views", "Views, beside sqlonfhir"),

@@ -30,9 +30,12 @@ class Cost:
 
 
 class Meter:
-    """Of this process, and of the Postgres that runs in ``home``. ``hear`` is a listener of a run's events."""
+    """Of this process, and of the Postgres that runs in ``home``. ``hear`` is a listener of a run's events. A child
+    process ``apart`` does not count.
+    """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, apart: int | None = None) -> None:
+        self._apart = apart
         pid = (home / "postgres").resolve() / "postmaster.pid"
         self._postgres = psutil.Process(int(pid.read_text().split()[0]))
         self._own = psutil.Process()
@@ -73,7 +76,7 @@ class Meter:
             self.peak_workers = max(self.peak_workers, sum(map(_resident, self._own.children(recursive=True))))
 
     def _now(self) -> Cost:
-        return Cost(time.perf_counter(), _cpu(self._own), _cpu(self._postgres))
+        return Cost(time.perf_counter(), _cpu(self._own, self._apart), _cpu(self._postgres))
 
 
 def _resident(process: psutil.Process) -> int:
@@ -82,11 +85,13 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _cpu(process: psutil.Process) -> float:
-    """Of a process, those of its children that have ended, and those that live."""
+def _cpu(process: psutil.Process, apart: int | None = None) -> float:
+    """Of a process, those of its children that have ended, and those that live; without one that is ``apart``."""
     times = process.cpu_times()
     found = times.user + times.system + times.children_user + times.children_system
     for child in process.children(recursive=True):
+        if child.pid == apart:
+            continue
         with suppress(psutil.Error):
             its = child.cpu_times()
             found += its.user + its.system
