@@ -27,6 +27,8 @@ from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
 
+from fhir_assets.dagster_texts import texts
+
 STATEMENT_TIMEOUT_MS = 600_000
 RECYCLE_SECONDS = 1800
 CONNECTIONS = 20
@@ -183,10 +185,11 @@ class BatchedEventLog(PostgresEventLogStorage):
             raise first
 
     def _write_together(self, events: Sequence[dg.EventLogEntry]) -> None:
-        rows = [self._event_to_row(event) for event in events]
+        written = texts(events)
+        rows = [self._row(*each) for each in zip(events, written, strict=True)]
         with self._transaction() as conn:
             ids = conn.execute(_INSERT, {name: [row[name] for row in rows] for name in rows[0]}).scalars()
-            stored = [_Stored(*each) for each in zip(events, sorted(ids), (row["event"] for row in rows), strict=True)]
+            stored = [_Stored(*each) for each in zip(events, sorted(ids), written, strict=True)]
             of_assets = [each for each in stored if each.kind in _ASSETS and each.asset]
             if of_assets:
                 self._store_asset_event_tags(conn, [each.event for each in of_assets], [each.id for each in of_assets])
@@ -195,6 +198,19 @@ class BatchedEventLog(PostgresEventLogStorage):
                 self._store_planned_checks(conn, planned)
             if checks := [each for each in stored if each.kind is _CHECK]:
                 self._store_evaluations(conn, checks)
+
+    def _row(self, event: dg.EventLogEntry, text: str) -> dict[str, object]:
+        """As ``_event_to_row``, of an event that was packed already."""
+        told = event.dagster_event
+        return {
+            "run_id": event.run_id,
+            "event": text,
+            "dagster_event_type": told.event_type_value if told else None,
+            "timestamp": self._event_insert_timestamp(event),  # type: ignore[no-untyped-call]
+            "step_key": told.step_key if told else event.step_key,
+            "asset_key": told.asset_key.to_string() if told and told.asset_key else None,
+            "partition": told.partition or None if told else None,
+        }
 
     def _store_assets(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
         """Each asset's row says what its newest event of a kind says."""

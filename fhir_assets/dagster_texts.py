@@ -1,0 +1,98 @@
+"""Dagster's events as the JSON that Dagster keeps, packed faster: what many events of a batch share is packed once.
+
+A range of windows tells the same of each window: of a hundred materializations all differ in partition and time, and
+hardly one in its step, its asset or its metadata. Dagster packs each event from the ground up, which was a third of the
+time of a run whose windows are empty.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from typing import Any
+
+import dagster as dg
+import orjson
+from dagster._core.definitions.metadata import MetadataFieldSerializer
+from dagster_shared.serdes import pack_value, serialize_value
+from dagster_shared.serdes.serdes import _WHITELIST_MAP, EMPTY_VALUES_TO_SKIP, ObjectSerializer
+
+_PLAIN = frozenset({str, int, bool, type(None)})
+
+
+def texts(events: Iterable[dg.EventLogEntry]) -> list[str]:
+    """As ``serialize_value`` of each: Dagster reads the same from it."""
+    pack = _Packing()
+    return [_text(event, pack) for event in events]
+
+
+def _text(event: dg.EventLogEntry, pack: "_Packing") -> str:
+    try:
+        return orjson.dumps(pack(event)).decode()
+    except (TypeError, ValueError):
+        # What JSON does not know but Python writes: NaN, keys that are no text, half a character.
+        return serialize_value(event)
+
+
+class _Packing:
+    """Makes of values what orjson takes. An object that comes by again is from then on a piece of text."""
+
+    def __init__(self) -> None:
+        # With each object, so that it lives on and no other gets its id.
+        self._known: dict[object, tuple[object, orjson.Fragment | None]] = {}
+
+    def __call__(self, value: Any) -> object:
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if kind is float:
+            if not isfinite(value):
+                raise ValueError(value)
+            return value
+        return self._once(id(value), value, self._packed)
+
+    def _once(self, key: object, value: object, pack: Callable[[Any], object]) -> object:
+        known = self._known.get(key)
+        if known is None:
+            self._known[key] = (value, None)
+            return pack(value)
+        _, fragment = known
+        if fragment is None:
+            fragment = orjson.Fragment(orjson.dumps(pack(value)))
+            self._known[key] = (value, fragment)
+        return fragment
+
+    def _packed(self, value: Any) -> object:
+        kind = type(value)
+        if kind is dict:
+            return {key: self(each) for key, each in value.items()}
+        if kind is list or kind is tuple:
+            return [self(each) for each in value]
+        serializer = _WHITELIST_MAP.object_serializers.get(kind.__name__)
+        if serializer is None or type(serializer).pack_items is not ObjectSerializer.pack_items:
+            return pack_value(value)
+        return self._object(value, serializer)
+
+    def _object(self, value: Any, serializer: ObjectSerializer[Any]) -> dict[str, object]:
+        """As ``ObjectSerializer.pack_items`` has it."""
+        packed: dict[str, object] = {"__class__": serializer.get_storage_name()}
+        fields: Mapping[str, Any] = serializer.object_as_mapping(serializer.before_pack(value))
+        for name, field in fields.items():
+            custom = serializer.field_serializers.get(name)
+            if isinstance(custom, MetadataFieldSerializer):
+                field = [self._entry(label, each) for label, each in field.items()]
+            elif custom is not None:
+                field = custom.pack(field, whitelist_map=_WHITELIST_MAP, descent_path=name)
+            if name in serializer.skip_when_none_fields and field is None:
+                continue
+            if name in serializer.skip_when_empty_fields and field in EMPTY_VALUES_TO_SKIP:
+                continue
+            packed[serializer.storage_field_names.get(name, name)] = field if custom is not None else self(field)
+        packed.update(serializer.old_fields)
+        return packed
+
+    def _entry(self, label: str, value: object) -> object:
+        """An entry of a metadata dict, as MetadataFieldSerializer has it."""
+
+        def pack(value: object) -> dict[str, object]:
+            return {"__class__": "EventMetadataEntry", "label": label, "entry_data": self(value), "description": None}
+
+        return self._once((label, id(value)), value, pack)
