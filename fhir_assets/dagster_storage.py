@@ -6,10 +6,9 @@ in up to a dozen round trips. A load of an empty window has a thousand of them: 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime
 from threading import RLock, local
 from time import monotonic
-from typing import NamedTuple, Self
+from typing import Self
 
 import dagster as dg
 import sqlalchemy
@@ -18,16 +17,13 @@ from dagster._core.events import DagsterEventType
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 from dagster._core.storage.config import PostgresStorageConfig
 from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
-from dagster._core.storage.event_log.schema import (
-    AssetCheckExecutionsTable,
-    AssetKeyTable,
-)
+from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetEventTagsTable, AssetKeyTable
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
 
-from fhir_assets.dagster_texts import texts
+from fhir_assets.dagster_rows import Row, key_text, rows_of
 
 STATEMENT_TIMEOUT_MS = 600_000
 RECYCLE_SECONDS = 1800
@@ -58,13 +54,20 @@ _PLANNED_CHECK = DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED
 _CHECK = DagsterEventType.ASSET_CHECK_EVALUATION
 _TOGETHER = _ASSETS | {_PLANNED_CHECK, _CHECK}
 
+_INSERTED = ("run_id", "text", "dagster_event_type", "timestamp", "step_key", "asset_key", "partition")
 _INSERT = sqlalchemy.text(
     "INSERT INTO event_logs (run_id, event, dagster_event_type, timestamp, step_key, asset_key, partition)"
     " SELECT run_id, event, kind, at, step_key, asset_key, partition"
-    " FROM unnest(CAST(:run_id AS text[]), CAST(:event AS text[]), CAST(:dagster_event_type AS text[]),"
+    " FROM unnest(CAST(:run_id AS text[]), CAST(:text AS text[]), CAST(:dagster_event_type AS text[]),"
     " CAST(:timestamp AS timestamp[]), CAST(:step_key AS text[]), CAST(:asset_key AS text[]),"
     " CAST(:partition AS text[])) WITH ORDINALITY"
     " AS n (run_id, event, kind, at, step_key, asset_key, partition, place) ORDER BY place RETURNING id"
+)
+
+_INSERT_TAGS = sqlalchemy.text(
+    "INSERT INTO asset_event_tags (event_id, asset_key, key, value, event_timestamp)"
+    " SELECT * FROM unnest(CAST(:event_id AS bigint[]), CAST(:asset_key AS text[]), CAST(:key AS text[]),"
+    " CAST(:value AS text[]), CAST(:at AS timestamp[]))"
 )
 
 _UPDATE_CHECKS = sqlalchemy.text(
@@ -185,97 +188,94 @@ class BatchedEventLog(PostgresEventLogStorage):
             raise first
 
     def _write_together(self, events: Sequence[dg.EventLogEntry]) -> None:
-        written = texts(events)
-        rows = [self._row(*each) for each in zip(events, written, strict=True)]
+        rows = rows_of(events)
         with self._transaction() as conn:
-            ids = conn.execute(_INSERT, {name: [row[name] for row in rows] for name in rows[0]}).scalars()
-            stored = [_Stored(*each) for each in zip(events, sorted(ids), written, strict=True)]
-            of_assets = [each for each in stored if each.kind in _ASSETS and each.asset]
-            if of_assets:
-                self._store_asset_event_tags(conn, [each.event for each in of_assets], [each.id for each in of_assets])
+            ids = conn.execute(_INSERT, {name: [getattr(row, name) for row in rows] for name in _INSERTED}).scalars()
+            for row, storage_id in zip(rows, sorted(ids), strict=True):
+                row.id = storage_id
+            if of_assets := [row for row in rows if row.kind in _ASSETS and row.asset_key]:
+                self._store_tags(conn, of_assets)
                 self._store_assets(conn, of_assets)
-            if planned := [each for each in stored if each.kind is _PLANNED_CHECK]:
+            if planned := [row for row in rows if row.kind is _PLANNED_CHECK]:
                 self._store_planned_checks(conn, planned)
-            if checks := [each for each in stored if each.kind is _CHECK]:
+            if checks := [row for row in rows if row.kind is _CHECK]:
                 self._store_evaluations(conn, checks)
 
-    def _row(self, event: dg.EventLogEntry, text: str) -> dict[str, object]:
-        """As ``_event_to_row``, of an event that was packed already."""
-        told = event.dagster_event
-        return {
-            "run_id": event.run_id,
-            "event": text,
-            "dagster_event_type": told.event_type_value if told else None,
-            "timestamp": self._event_insert_timestamp(event),  # type: ignore[no-untyped-call]
-            "step_key": told.step_key if told else event.step_key,
-            "asset_key": told.asset_key.to_string() if told and told.asset_key else None,
-            "partition": told.partition or None if told else None,
-        }
+    def _store_tags(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
+        """Of the events' tags those that Dagster looks assets up by."""
+        tagged = [
+            {"event_id": row.id, "asset_key": row.asset_key, "key": key, "value": tags[key], "at": row.timestamp}
+            for row in rows
+            if (tags := row.tags)
+            for key in self.get_asset_tags_to_index(set(tags))
+        ]
+        if tagged and self.has_table(AssetEventTagsTable.name):
+            conn.execute(_INSERT_TAGS, {name: [each[name] for each in tagged] for name in tagged[0]})
 
-    def _store_assets(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
+    def _store_assets(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
         """Each asset's row says what its newest event of a kind says."""
         indexed = self.has_secondary_index(ASSET_KEY_INDEX_COLS)
-        by_kind: dict[DagsterEventType | None, dict[str, _Stored]] = {}
-        for each in stored:
-            by_kind.setdefault(each.kind, {})[each.asset] = each
+        by_kind: dict[DagsterEventType | None, dict[str, Row]] = {}
+        for row in rows:
+            by_kind.setdefault(row.kind, {})[row.asset_key or ""] = row
         for newest in by_kind.values():
             # In one order everywhere, so that two runs do not wait for each other crosswise.
-            rows = [
+            values = [
                 {"asset_key": key, **self._get_asset_entry_values(newest[key].event, newest[key].id, indexed)}
                 for key in sorted(newest)
             ]
-            query = postgresql.insert(AssetKeyTable).values(rows)
-            changed = {name: query.excluded[name] for name in rows[0] if name != "asset_key"}
+            query = postgresql.insert(AssetKeyTable).values(values)
+            changed = {name: query.excluded[name] for name in values[0] if name != "asset_key"}
             conn.execute(
                 query.on_conflict_do_update(index_elements=[AssetKeyTable.c.asset_key], set_=changed)
                 if changed
                 else query.on_conflict_do_nothing()
             )
 
-    def _store_planned_checks(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
-        rows = [
+    def _store_planned_checks(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
+        values = [
             {
-                "asset_key": planned.asset_key.to_string(),
+                "asset_key": key_text(planned.asset_key),
                 "check_name": planned.check_name,
                 "partition": partition,
-                "run_id": each.event.run_id,
+                "run_id": row.event.run_id,
                 "execution_status": AssetCheckExecutionRecordStatus.PLANNED.value,
-                "evaluation_event": each.text,
-                "evaluation_event_timestamp": each.moment,
-                "evaluation_event_storage_id": each.id,
+                "evaluation_event": row.text,
+                "evaluation_event_timestamp": row.timestamp,
+                "evaluation_event_storage_id": row.id,
             }
-            for each in stored
-            if isinstance(planned := each.event.get_dagster_event().event_specific_data, AssetCheckEvaluationPlanned)
+            for row in rows
+            if isinstance(planned := row.event.get_dagster_event().event_specific_data, AssetCheckEvaluationPlanned)
             for partition in (planned.partitions_subset.get_partition_keys() if planned.partitions_subset else [None])
         ]
-        conn.execute(AssetCheckExecutionsTable.insert(), rows)
+        conn.execute(AssetCheckExecutionsTable.insert(), values)
 
-    def _store_evaluations(self, conn: sqlalchemy.Connection, stored: Sequence["_Stored"]) -> None:
+    def _store_evaluations(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
         """Each takes the place of what was planned; one that was not is new, as dagster has it."""
-        rows = [
+        values = [
             {
-                "asset_key": evaluation.asset_key.to_string(),
+                "asset_key": key_text(evaluation.asset_key),
                 "check_name": evaluation.check_name,
-                "run_id": each.event.run_id,
+                "run_id": row.event.run_id,
                 "partition": evaluation.partition,
                 "status": _status(evaluation).value,
-                "event": each.text,
-                "at": each.moment,
-                "id": each.id,
+                "event": row.text,
+                "at": row.timestamp,
+                "id": row.id,
                 "target": target.storage_id if (target := evaluation.target_materialization_data) else None,
             }
-            for each in stored
-            if each.event.run_id
-            and isinstance(evaluation := each.event.get_dagster_event().event_specific_data, dg.AssetCheckEvaluation)
+            for row in rows
+            if row.event.run_id
+            and isinstance(evaluation := row.event.get_dagster_event().event_specific_data, dg.AssetCheckEvaluation)
         ]
         planned: set[int] = set()
-        if rows:
+        if values:
             planned.update(
-                conn.execute(_UPDATE_CHECKS, {name: [row[name] for row in rows] for name in rows[0]}).scalars()
+                conn.execute(_UPDATE_CHECKS, {name: [each[name] for each in values] for name in values[0]}).scalars()
             )
-        for each in stored:
-            if each.id not in planned:
-                self.store_asset_check_event(each.event, each.id)
+        for row in rows:
+            if row.id not in planned:
+                self.store_asset_check_event(row.event, row.id)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlalchemy.Connection]:
@@ -301,28 +301,6 @@ class BatchedEventLog(PostgresEventLogStorage):
             return nullcontext(mine)
         self.flush()
         return super()._connect()
-
-
-class _Stored(NamedTuple):
-    """An event that has its row: the row's id, and the event as it is written there."""
-
-    event: dg.EventLogEntry
-    id: int
-    text: str
-
-    @property
-    def kind(self) -> DagsterEventType | None:
-        return self.event.dagster_event_type
-
-    @property
-    def asset(self) -> str:
-        """The key of the event's asset as Dagster's tables have it; empty if it has none."""
-        key = self.event.get_dagster_event().asset_key
-        return key.to_string() if key else ""
-
-    @property
-    def moment(self) -> datetime:
-        return datetime.fromtimestamp(self.event.timestamp, UTC).replace(tzinfo=None)
 
 
 def _status(evaluation: dg.AssetCheckEvaluation) -> AssetCheckExecutionRecordStatus:
