@@ -11,6 +11,9 @@ from typing import BinaryIO, Protocol
 
 from fhir_assets.errors import StoreError
 
+UNFINISHED = ".tmp"
+"""How the names of files end that are being written; of a process that was killed they stay."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -70,6 +73,19 @@ def _disk_errors(what: str) -> Iterator[None]:
         ) from None
 
 
+def _write(path: str, content: bytes) -> None:
+    """A new file, complete and on the disk, or none."""
+    with open(path, "xb", buffering=0) as file:
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(path)
+            raise
+
+
 class LocalBlobs:
     """A folder. A file is complete and on the disk before its name appears."""
 
@@ -92,15 +108,23 @@ class LocalBlobs:
             path.replace(target)
 
     def put(self, name: str, content: bytes) -> None:
-        path = self.spool() / f"{os.urandom(8).hex()}.tmp"
-        with _disk_errors(f"write {self.root / name}"):
-            path.write_bytes(content)
-        self.put_file(name, path)
+        target = f"{self.root}/{name}"
+        folder, _, file = target.rpartition("/")
+        # Beside its place and not in the spool: there a disk has to look long for room among so many small files.
+        path = f"{folder}/.{file}.{os.urandom(8).hex()}{UNFINISHED}"
+        with _disk_errors(f"write {target}"):
+            try:
+                _write(path, content)
+            except FileNotFoundError:
+                os.makedirs(folder, exist_ok=True)
+                _write(path, content)
+            os.replace(path, target)
 
     def get(self, name: str) -> bytes | None:
-        with _disk_errors(f"read {self.root / name}"):
+        with _disk_errors(f"read {self.root}/{name}"):
             try:
-                return (self.root / name).read_bytes()
+                with open(f"{self.root}/{name}", "rb", buffering=0) as file:
+                    return file.read()
             except FileNotFoundError:
                 return None
 

@@ -1,14 +1,14 @@
-"""Parts that no manifest names: what refreshed partitions and killed runs left behind."""
+"""Parts that no manifest names, and unfinished files: what refreshed partitions and killed runs left behind."""
 
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import groupby
 
-from fhir_assets.store.blobs import Listed
+from fhir_assets.store.blobs import UNFINISHED, Listed
 from fhir_assets.store.sealed import SUFFIX
 from fhir_assets.store.store import Store
 
-_PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}")
+_PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}", UNFINISHED)
 
 
 def unnamed_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Listed]:

@@ -1,4 +1,5 @@
-from datetime import UTC, datetime
+import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.resources.store import bucket_of
 from fhir_assets.settings import load_settings
+from fhir_assets.store.garbage import unnamed_parts
 from fhir_assets.store.manifest import Fetch, Fetched, Manifest
 from fhir_assets.store.store import Store, open_store
 from fhir_assets.store.writer import PartWriter, lines_of
@@ -137,3 +139,26 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="FHIR_STORE_URL"):
         open_store("ftp://somewhere")
+
+
+def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write(store, "2024-01-01", lines(1))
+    left = "raw/patient/2024-01-01/.manifest.json.0a1b.tmp"
+    (tmp_path / left).write_bytes(b"{")
+    assert store.manifest("raw", "Patient", "2024-01-01") == manifest
+    assert store.partition_keys("raw", "Patient") == ["2024-01-01"]
+    later = datetime.now(UTC) + timedelta(hours=1)
+    assert [found.name for found in unnamed_parts(store, "raw", before=later)] == [left]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.blobs.put("raw/patient/2024-01-01/manifest.json", b"{}")
+    assert files(store) == []
