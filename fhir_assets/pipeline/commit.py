@@ -14,13 +14,13 @@ import msgspec
 
 from fhir_assets.errors import Overtaken
 from fhir_assets.store.manifest import Manifest, Part
-from fhir_assets.store.store import Store, at_once, folder
+from fhir_assets.store.store import Store, folder
 from fhir_assets.warehouse.database import Connection
 
 _LOCK = 0x66686D66
 """First key of the advisory locks of partitions ("fhmf")."""
 
-_AT_ONCE = 64
+_AT_ONCE = 100
 """How many partitions are committed under one transaction's locks."""
 
 
@@ -54,15 +54,11 @@ def rewrite(
 ) -> list[Manifest]:
     """Replace partitions by what ``merge`` makes of each new manifest and the present one, under their locks."""
     written: list[Manifest] = []
-
-    def one(mine: Manifest) -> Manifest:
-        return merge(mine, store.manifest(mine.layer, mine.resource_type, mine.partition_key))
-
     with closing(connect()) as conn:
         for start in range(0, len(manifests), _AT_ONCE):
             group = manifests[start : start + _AT_ONCE]
             with _locked(conn, group):
-                results = at_once(one, group)
+                results = [merge(mine, now) for mine, now in zip(group, store.present(group), strict=True)]
                 store.commit(results)
             written += results
     return written

@@ -77,10 +77,17 @@ class Store:
 
     def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
         """The manifests of those partitions that have one, in the order of the keys."""
+        found = self._manifests((layer, resource_type, key) for key in partition_keys)
+        return [manifest for manifest in found if manifest is not None]
+
+    def present(self, manifests: Iterable[Manifest]) -> list[Manifest | None]:
+        """What is committed of the partitions of these manifests, each in its place."""
+        return self._manifests((each.layer, each.resource_type, each.partition_key) for each in manifests)
+
+    def _manifests(self, partitions: Iterable[tuple[str, str, str]]) -> list[Manifest | None]:
         # A small file of this machine is read before a thread has begun.
         calls = 1 if isinstance(self.blobs, LocalBlobs) else _CALLS_AT_ONCE
-        found = at_once(lambda key: self.manifest(layer, resource_type, key), partition_keys, calls=calls)
-        return [manifest for manifest in found if manifest is not None]
+        return at_once(lambda partition: self.manifest(*partition), partitions, calls=calls)
 
     def commit(self, manifests: Iterable[Manifest]) -> None:
         """Make the partitions visible, each in one step. Their parts must have been put before."""
