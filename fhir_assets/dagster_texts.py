@@ -6,6 +6,7 @@ time of a run whose windows are empty.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from math import isfinite
 from typing import Any
 
@@ -13,7 +14,7 @@ import dagster as dg
 import orjson
 from dagster._core.definitions.metadata import MetadataFieldSerializer
 from dagster_shared.serdes import pack_value, serialize_value
-from dagster_shared.serdes.serdes import _WHITELIST_MAP, EMPTY_VALUES_TO_SKIP, ObjectSerializer
+from dagster_shared.serdes.serdes import _WHITELIST_MAP, ObjectSerializer
 
 _PLAIN = frozenset({str, int, bool, type(None)})
 
@@ -32,6 +33,18 @@ def _text(event: dg.EventLogEntry, pack: "_Packing") -> str:
         return serialize_value(event)
 
 
+@cache
+def _serializer(kind: type[Any]) -> ObjectSerializer[Any] | None:
+    """What Dagster packs a class with, if it does no more than ``_Packing`` knows of."""
+    found = _WHITELIST_MAP.object_serializers.get(kind.__name__)
+    if found is None or found.klass is not kind or type(found).pack_items is not ObjectSerializer.pack_items:
+        return None
+    if found.skip_when_empty_fields or found.skip_when_none_fields:
+        return None
+    known = all(isinstance(each, MetadataFieldSerializer) for each in found.field_serializers.values())
+    return found if known else None
+
+
 class _Packing:
     """Makes of values what orjson takes. An object that comes by again is from then on a piece of text."""
 
@@ -40,14 +53,7 @@ class _Packing:
         self._known: dict[object, tuple[object, orjson.Fragment | None]] = {}
 
     def __call__(self, value: Any) -> object:
-        kind = type(value)
-        if kind in _PLAIN:
-            return value
-        if kind is float:
-            if not isfinite(value):
-                raise ValueError(value)
-            return value
-        return self._once(id(value), value, self._packed)
+        return value if type(value) in _PLAIN else self._once(id(value), value, self._packed)
 
     def _once(self, key: object, value: object, pack: Callable[[Any], object]) -> object:
         known = self._known.get(key)
@@ -62,30 +68,32 @@ class _Packing:
 
     def _packed(self, value: Any) -> object:
         kind = type(value)
+        # Most values are plain, and a call of each costs more than the question.
         if kind is dict:
-            return {key: self(each) for key, each in value.items()}
+            return {key: each if type(each) in _PLAIN else self(each) for key, each in value.items()}
         if kind is list or kind is tuple:
-            return [self(each) for each in value]
-        serializer = _WHITELIST_MAP.object_serializers.get(kind.__name__)
-        if serializer is None or type(serializer).pack_items is not ObjectSerializer.pack_items:
-            return pack_value(value)
+            return [each if type(each) in _PLAIN else self(each) for each in value]
+        if kind is float:
+            if not isfinite(value):
+                raise ValueError(value)
+            return value
+        serializer = _serializer(kind)  # type: ignore[arg-type]  # a class can be hashed
+        if serializer is None:
+            packed = pack_value(value)
+            return self._packed(packed) if type(packed) in (dict, list) else packed
         return self._object(value, serializer)
 
     def _object(self, value: Any, serializer: ObjectSerializer[Any]) -> dict[str, object]:
         """As ``ObjectSerializer.pack_items`` has it."""
+        names, customs = serializer.storage_field_names, serializer.field_serializers
         packed: dict[str, object] = {"__class__": serializer.get_storage_name()}
         fields: Mapping[str, Any] = serializer.object_as_mapping(serializer.before_pack(value))
         for name, field in fields.items():
-            custom = serializer.field_serializers.get(name)
-            if isinstance(custom, MetadataFieldSerializer):
+            if name in customs:
                 field = [self._entry(label, each) for label, each in field.items()]
-            elif custom is not None:
-                field = custom.pack(field, whitelist_map=_WHITELIST_MAP, descent_path=name)
-            if name in serializer.skip_when_none_fields and field is None:
-                continue
-            if name in serializer.skip_when_empty_fields and field in EMPTY_VALUES_TO_SKIP:
-                continue
-            packed[serializer.storage_field_names.get(name, name)] = field if custom is not None else self(field)
+            elif type(field) not in _PLAIN:
+                field = self(field)
+            packed[names.get(name, name)] = field
         packed.update(serializer.old_fields)
         return packed
 
