@@ -1,7 +1,7 @@
 """Dagster's events as the rows of its table: what Dagster looks up anew for every column is found once an event."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -13,8 +13,12 @@ from dagster._core.events import (
     DagsterEventType,
     StepMaterializationData,
 )
+from orjson import dumps
 
 from fhir_assets.dagster_texts import texts
+
+_HOLE = "the partition's place"
+_HOLE_TEXT = dumps(_HOLE).decode()
 
 
 @dataclass(slots=True)
@@ -52,8 +56,39 @@ class Row:
 
 
 def rows_of(events: Sequence[dg.EventLogEntry]) -> list[Row]:
-    """The rows of events, without their ids."""
-    return [_row(*each) for each in zip(events, texts(events), strict=True)]
+    """The rows of events, without their ids: one an event, but one a partition of an event that plans many."""
+    rows: list[Row] = []
+    planned = [_planned(event) for event in events]
+    told = [of_partition(event, _HOLE) if keys else event for event, keys in zip(events, planned, strict=True)]
+    for event, text, keys in zip(told, texts(told), planned, strict=True):
+        row = _row(event, text)
+        if not keys:
+            rows.append(row)
+            continue
+        head, tail = text.split(_HOLE_TEXT)
+        rows += [replace(row, text=f"{head}{dumps(key).decode()}{tail}", partition=key) for key in keys]
+    return rows
+
+
+def each_partition(event: dg.EventLogEntry) -> list[dg.EventLogEntry]:
+    """An event that plans many partitions as one of each; any other by itself."""
+    keys = _planned(event)
+    return [of_partition(event, key) for key in keys] if keys else [event]
+
+
+def of_partition(event: dg.EventLogEntry, partition_key: str) -> dg.EventLogEntry:
+    """An event that plans a materialization, of a single partition."""
+    told = event.get_dagster_event()
+    planned = AssetMaterializationPlannedData(told.asset_materialization_planned_data.asset_key, partition_key)
+    return event._replace(dagster_event=told._replace(event_specific_data=planned))
+
+
+def _planned(event: dg.EventLogEntry) -> list[str]:
+    """The partitions that an event plans to materialize, if they are many."""
+    match event.dagster_event and event.dagster_event.event_specific_data:
+        case AssetMaterializationPlannedData(partitions_subset=subset) if subset:
+            return list(subset.get_partition_keys())
+    return []
 
 
 def _row(event: dg.EventLogEntry, text: str) -> Row:

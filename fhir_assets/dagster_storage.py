@@ -6,6 +6,7 @@ in up to a dozen round trips. A load of an empty window has a thousand of them: 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import chain
 from threading import RLock, local
 from time import monotonic
 from typing import Self
@@ -23,7 +24,7 @@ from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
 
-from fhir_assets.dagster_rows import Row, key_text, rows_of
+from fhir_assets.dagster_rows import Row, each_partition, key_text, rows_of
 
 STATEMENT_TIMEOUT_MS = 600_000
 RECYCLE_SECONDS = 1800
@@ -116,6 +117,11 @@ class BatchedEventLog(PostgresEventLogStorage):
             self._columns.add(column_name)
         return column_name in self._columns
 
+    @property
+    def supports_partition_subset_in_asset_materialization_planned_events(self) -> bool:
+        """Dagster plans a range with an event an asset; each of its partitions gets its row here, as it would have."""
+        return True
+
     def store_event(self, event: dg.EventLogEntry) -> None:
         """The event gets its row: at once, or with those of its step."""
         kind = event.dagster_event_type
@@ -137,7 +143,7 @@ class BatchedEventLog(PostgresEventLogStorage):
     def store_event_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
         """Every event of the batch gets its row, as if each were stored by itself."""
         if not {event.dagster_event_type for event in events} <= _TOGETHER:
-            super().store_event_batch(events)
+            super().store_event_batch(_each(events))
             return
         with self._writing:
             steps = {(event.run_id, event.get_dagster_event().step_key or "") for event in events}
@@ -179,7 +185,7 @@ class BatchedEventLog(PostgresEventLogStorage):
     def _write_each(self, events: Sequence[dg.EventLogEntry]) -> None:
         """One that cannot be stored takes none with it. Raises what the first such raised."""
         first: Exception | None = None
-        for event in events:
+        for event in _each(events):
             try:
                 super().store_event(event)
             except Exception as error:
@@ -301,6 +307,10 @@ class BatchedEventLog(PostgresEventLogStorage):
             return nullcontext(mine)
         self.flush()
         return super()._connect()
+
+
+def _each(events: Sequence[dg.EventLogEntry]) -> list[dg.EventLogEntry]:
+    return list(chain.from_iterable(map(each_partition, events)))
 
 
 def _status(evaluation: dg.AssetCheckEvaluation) -> AssetCheckExecutionRecordStatus:

@@ -10,6 +10,7 @@ import sqlalchemy
 from fhir_assets.dagster_storage import BatchedEventLog
 from fhir_assets.warehouse.database import normalise_url
 
+PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
 DAYS = dg.StaticPartitionsDefinition(["a", "b"])
 
 
@@ -89,6 +90,33 @@ def test_every_event_is_there_in_the_order_in_which_it_came(
     assert materialized
     assert evaluation.target_materialization_data
     assert evaluation.target_materialization_data.run_id == result.run_id
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_range_is_planned_for_every_partition_as_dagster_itself_plans_it(
+    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
+) -> None:
+    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
+    def one() -> None:
+        pass
+
+    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run(), deps=[one])
+    def two() -> None:
+        pass
+
+    def planned(kept: dg.DagsterInstance, seen: dg.DagsterInstance) -> list[tuple[object, ...]]:
+        tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
+        result = dg.materialize([one, two], instance=kept, tags=tags)
+        found = [e for e in seen.all_logs(result.run_id) if e.dagster_event_type is PLANNED]
+        return [(e.dagster_event, e.level, e.user_message, e.step_key, e.job_name) for e in found]
+
+    if one_by_one:
+        monkeypatch.setattr(BatchedEventLog, "_write_together", lambda *_: (_ for _ in ()).throw(ValueError()))
+    with dg.instance_for_test() as plain:
+        assert planned(instance, onlooker) == planned(plain, plain)
+    for key in ("a", "b"):
+        for asset in (one.key, two.key):
+            assert onlooker.event_log_storage.get_latest_planned_materialization_info(asset, key)
 
 
 def test_others_see_that_a_step_began_and_all_of_it_when_it_ended(
