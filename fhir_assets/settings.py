@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         description="Windows of one run of a backfill or a catch-up; several workers want it smaller",
     )
     fhir_executor: Executor = Field(
-        Executor.MULTIPROCESS, description="Where runs work: `in_process`, `multiprocess`, `celery` or `k8s`"
+        Executor.IN_PROCESS, description="Where runs work: `in_process`, `multiprocess`, `celery` or `k8s`"
     )
     celery_broker_url: SecretStr | None = Field(None, description="Redis of the workers: redis://host:6379/0")
     fhir_workers: int | None = Field(
