@@ -10,6 +10,11 @@ import sqlalchemy
 from fhir_assets.dagster_storage import BatchedEventLog
 from fhir_assets.warehouse.database import normalise_url
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::dagster.BetaWarning"),
+    pytest.mark.filterwarnings("ignore::dagster.PreviewWarning"),
+]
+
 PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
 DAYS = dg.StaticPartitionsDefinition(["a", "b"])
 

@@ -11,6 +11,11 @@ from dagster_shared.serdes import deserialize_value, serialize_value
 from fhir_assets.checks.tables import rows_table
 from fhir_assets.dagster_texts import texts
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::dagster.BetaWarning"),
+    pytest.mark.filterwarnings("ignore::dagster.PreviewWarning"),
+]
+
 DAYS = dg.StaticPartitionsDefinition(["a", "b", "c"])
 
 
