@@ -8,7 +8,7 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -143,8 +143,8 @@ class Uploader:
         while self._under_way:
             self._note(wait(self._under_way, return_when=FIRST_COMPLETED).done)
 
-    def _note(self, finished: Iterable["Future[Done]"]) -> None:
-        for future in finished:
+    def _note(self, finished: Set["Future[Done]"]) -> None:
+        for future in self._in_order(finished):
             key, size = self._under_way.pop(future)
             done = future.result()
             self.journal.commit(key, done)
@@ -154,9 +154,13 @@ class Uploader:
         """On the way out: results that have come are not asked for again by the next attempt."""
         for future in list(self._under_way):
             future.cancel()
-        for future in wait(self._under_way).done:
+        for future in self._in_order(wait(self._under_way).done):
             if not future.cancelled() and future.exception() is None:
                 self.journal.commit(self._under_way[future][0], future.result())
+
+    def _in_order(self, finished: Set["Future[Done]"]) -> list["Future[Done]"]:
+        """As they were sent: a newer line of a resource must not be noted before an older one."""
+        return [future for future in self._under_way if future in finished]
 
     def _retry(self, own_type_of: str | None = None) -> None:
         """Try what is held again, until a round settles nothing. Between types only those that wait for their own."""

@@ -22,6 +22,7 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.upload.journal import BatchKey, Done, Journal
 from fhir_assets.warehouse.database import connect
 from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
 from fhir_assets_tests.upload.conftest import Upload, assert_same, lines_of, patient, read_back, write
@@ -222,6 +223,25 @@ def test_an_older_line_that_was_refused_does_not_come_back_over_a_newer_one(uplo
         assert summary["totals"]["failed"] == 1
         upload_of("--workers", "1", "--resume", url=server.url, exit_code=1)
     assert batches.times["p"] == 2
+
+
+def test_results_that_come_together_are_noted_in_the_order_in_which_their_lines_were_sent(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_commit(journal: Journal, key: BatchKey, done: Done) -> None:
+        time.sleep(0.03)  # meanwhile the results of several batches come
+        commit(journal, key, done)
+
+    commit = Journal.commit
+    monkeypatch.setattr(Journal, "commit", slow_commit)
+    write(
+        upload_of.input / "p.ndjson",
+        [patient(f"p{n}", gender=gender) for n in range(40) for gender in ("male", "female")],
+    )
+    batches = Batches(lambda _, time: 422 if time == 1 else 200)
+    with ScriptedServer(batches) as server:
+        summary = upload_of("--workers", "4", url=server.url)
+    assert summary["totals"]["failed"] == 0
 
 
 def test_an_entry_at_which_the_server_breaks_does_not_hold_the_others_up(
