@@ -176,7 +176,9 @@ class Settings(BaseSettings):
     alert_webhook_url: SecretStr | None = Field(
         None, description="Where failures are told to, once an incident: a webhook of Slack, of Teams, or of your own"
     )
-    alert_behind_minutes: float = Field(60, gt=0, description="How old a type's checkpoint may be before it alarms")
+    alert_behind_minutes: float = Field(
+        60, gt=0, description="How long a type's checkpoint may lag behind without moving before it alarms"
+    )
     dagster_ui_url: str = Field("http://127.0.0.1:3000", description="The Dagster UI, as messages link to it")
     dagster_webserver_url: str = Field(
         "", description="Where Dagster's GraphQL is reached by the API; unset: DAGSTER_UI_URL"

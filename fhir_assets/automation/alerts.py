@@ -167,10 +167,13 @@ def _counts(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
 
 
 def _behind(conn: Connection, settings: Settings) -> None:
-    """Types whose checkpoint of a server is older than ALERT_BEHIND_MINUTES; files have no schedule of their own."""
+    """Types that are neither up to date nor catching up: for ALERT_BEHIND_MINUTES their checkpoint has been older than
+    that, and has not moved. Files have no schedule of their own.
+    """
     oldest = datetime.now(UTC) - timedelta(minutes=settings.alert_behind_minutes)
     known = checkpoints.get(conn, settings.fhir_resource_types)
     late = [name for name, each in known.items() if each.source_state is None and each.loaded_until < oldest]
-    if late:
-        incidents.failed(conn, "behind", _SCHEDULE, late, counts={"resource_types": len(late)})
+    stuck = [name for name in late if known[name].moved_at < oldest]
+    if stuck:
+        incidents.failed(conn, "behind", _SCHEDULE, stuck, counts={"resource_types": len(stuck)})
     incidents.recovered(conn, "behind", _SCHEDULE, [name for name in known if name not in late])

@@ -19,19 +19,24 @@ class LoadedPart(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything of a type before ``loaded_until`` is loaded. ``source_state``: see Source.state."""
+    """Everything of a type before ``loaded_until`` is loaded; at ``moved_at`` it last moved, or began.
+
+    ``source_state``: see Source.state.
+    """
 
     loaded_until: datetime
     source_state: str | None
+    moved_at: datetime
 
 
 def get(conn: Connection, resource_types: Sequence[str]) -> dict[str, Checkpoint]:
     """The checkpoints of the types that have one."""
     rows = conn.execute(
-        "SELECT resource_type, loaded_until, source_state FROM ops.checkpoints WHERE resource_type = ANY(%s)",
+        "SELECT resource_type, loaded_until, source_state, updated_at FROM ops.checkpoints"
+        " WHERE resource_type = ANY(%s)",
         [list(resource_types)],
     )
-    return {name: Checkpoint(until, state) for name, until, state in rows}
+    return {name: Checkpoint(*values) for name, *values in rows}
 
 
 def begin(conn: Connection, resource_types: Sequence[str], start: datetime, *, source_state: str | None) -> None:

@@ -149,9 +149,21 @@ def test_windows_behind_schedule_are_told(deploy: Deploy, server: SandboxServer)
         deployment = deployed(deploy, server, hook)
         with connect(deployment.url) as conn:
             checkpoints.begin(conn, ["Patient"], DAY, source_state=None)
-        Watch(deployment).tick()
-        [told] = hook.told
+            watch = Watch(deployment)
+            watch.tick()
+            assert hook.told == [], "it has just begun"
+            conn.execute("UPDATE ops.checkpoints SET updated_at = now() - interval '61 minutes'")
+            conn.commit()
+            watch.tick()
+            checkpoints.advance(conn, "Patient", DAY, DAY + timedelta(days=1), "a run")
+            conn.commit()
+            watch.tick()
+            checkpoints.advance(conn, "Patient", DAY, datetime.now(UTC), "a run")
+            conn.commit()
+            watch.tick()
+        told, over = hook.told
         assert [(each["kind"], each["partitions"]) for each in told["began"]] == [("behind", ["Patient"])]
+        assert [(each["kind"], each["name"]) for each in over["over"]] == [("behind", "incremental_load")]
 
 
 def test_what_failed_and_recovered_before_anybody_looked_wakes_nobody(deploy: Deploy, server: SandboxServer) -> None:
