@@ -6,7 +6,6 @@ time of a run whose windows are empty.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from math import isfinite
 from typing import Any
 
@@ -33,9 +32,15 @@ def _text(event: dg.EventLogEntry, pack: "_Packing") -> str:
         return serialize_value(event)
 
 
-@cache
-def _serializer(kind: type[Any]) -> ObjectSerializer[Any] | None:
+class _Serializers(dict[type[Any], ObjectSerializer[Any] | None]):
     """What Dagster packs a class with, if it does no more than ``_Packing`` knows of."""
+
+    def __missing__(self, kind: type[Any]) -> ObjectSerializer[Any] | None:
+        self[kind] = _simple(kind)
+        return self[kind]
+
+
+def _simple(kind: type[Any]) -> ObjectSerializer[Any] | None:
     found = _WHITELIST_MAP.object_serializers.get(kind.__name__)
     if found is None or found.klass is not kind or type(found).pack_items is not ObjectSerializer.pack_items:
         return None
@@ -43,6 +48,9 @@ def _serializer(kind: type[Any]) -> ObjectSerializer[Any] | None:
         return None
     known = all(isinstance(each, MetadataFieldSerializer) for each in found.field_serializers.values())
     return found if known else None
+
+
+_SERIALIZERS = _Serializers()
 
 
 class _Packing:
@@ -77,7 +85,7 @@ class _Packing:
             if not isfinite(value):
                 raise ValueError(value)
             return value
-        serializer = _serializer(kind)  # type: ignore[arg-type]  # a class can be hashed
+        serializer = _SERIALIZERS[kind]
         if serializer is None:
             packed = pack_value(value)
             return self._packed(packed) if type(packed) in (dict, list) else packed

@@ -1,7 +1,7 @@
 """Windows of ``meta.lastUpdated``: half-open intervals in UTC, named as Dagster names the partitions."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -45,6 +45,17 @@ class Interval:
 
     def __contains__(self, moment: datetime) -> bool:
         return (self.start is None or self.start <= moment) and moment < self.end
+
+
+def joined(intervals: Iterable[Interval]) -> list[Interval]:
+    """Intervals in the order of their starts, those as one that follow one another without a gap."""
+    spans: list[Interval] = []
+    for each in intervals:
+        if spans and (each.start is None or each.start <= spans[-1].end):
+            spans[-1] = Interval(spans[-1].start, max(spans[-1].end, each.end))
+        else:
+            spans.append(each)
+    return spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.partitions import partitions_definition
-from fhir_assets.windows import Granularity, WindowRange, WindowScheme
+from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme, joined
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 MOMENTS = st.datetimes(datetime(2024, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
@@ -53,3 +53,13 @@ def test_windows_are_half_open() -> None:
     window = scheme().window("2024-02-29")
     assert window.end not in window
     assert window.end - timedelta(microseconds=1) in window
+
+
+def test_intervals_that_follow_one_another_are_joined_and_gaps_stay() -> None:
+    a, b, c, d, e = (datetime(2024, 1, day, tzinfo=UTC) for day in range(1, 6))
+    assert joined([]) == []
+    assert joined([Interval(None, a), Interval(a, b), Interval(b, c), Interval(d, e)]) == [
+        Interval(None, c),
+        Interval(d, e),
+    ]
+    assert joined([Interval(a, d), Interval(b, c)]) == [Interval(a, d)]

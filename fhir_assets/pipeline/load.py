@@ -22,7 +22,7 @@ from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.loader import OPEN, LoadCounts, Loader, Unloadable
 from fhir_assets.warehouse.prepared import Prepared
-from fhir_assets.windows import Window
+from fhir_assets.windows import Interval, Window, joined
 
 TRANSACTION_ROWS = 50_000
 """Small windows share a transaction until it holds this many resources; a larger window has one of its own."""
@@ -236,8 +236,8 @@ class Loading:
         )
         inputs = {task.window.key: task.manifest.validated.inputs for task in group if task.manifest.validated}
         received.loaded(conn, self._run_id, resource_type, inputs)
-        for start, until in _spans(group):
-            checkpoints.advance(conn, resource_type, start, until, self._run_id)
+        for span in joined(Interval(task.window.start, task.until) for task in group if task.until is not None):
+            checkpoints.advance(conn, resource_type, span.start, span.end, self._run_id)
 
     def _heal(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
         """The dead letters that replays brought into these windows are resolved, in the transaction of their rows."""
@@ -283,19 +283,6 @@ def unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
 def _covers(validated: Manifest, raw: Manifest) -> bool:
     """Whether all that was fetched of the window has been validated: only then may the checkpoint move on."""
     return validated.validated is not None and {part.name for part in raw.parts} == validated.validated.raw_parts
-
-
-def _spans(tasks: Sequence[_Task]) -> Iterator[tuple[datetime | None, datetime]]:
-    """From when until when is loaded now; windows that follow one another are one span."""
-    spans: list[tuple[datetime | None, datetime]] = []
-    for task in tasks:
-        if task.until is None:
-            continue
-        if spans and task.window.start is not None and task.window.start <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], task.until))
-        else:
-            spans.append((task.window.start, task.until))
-    yield from spans
 
 
 def _transactions(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:

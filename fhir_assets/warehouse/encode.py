@@ -62,9 +62,7 @@ def _writer(columns: Sequence[tuple[Cell, str]], end: str) -> Callable[[Sequence
     line = ""
     for i, (cell, null) in enumerate(columns):
         namespace |= {f"cell{i}": cell, f"null{i}": null}
-        plain = (
-            f"v{i} if v{i}.__class__ is str and {_IS_PLAIN} else ".replace("VALUE", f"v{i}") if cell in _TEXTS else ""
-        )
+        plain = _if_plain(f"v{i}") if cell in _TEXTS else ""
         line += f"{{null{i} if v{i} is None else {plain}cell{i}(v{i})}}\t"
     names = "".join(f"v{i}, " for i in range(len(columns)))
     exec(f"def write(row):\n    {names} = row\n    return f'{line[:-1]}{{end}}'", namespace)
@@ -325,8 +323,13 @@ def _element(value: object) -> str:
 
 
 _TEXTS: tuple[Cell, ...] = (_text, _indexed_text)
-_IS_PLAIN = f"len(VALUE) < {LONGEST_INDEXED // 4} and VALUE.isprintable() and backslash not in VALUE"
-"""Of a string: that it stands in a line as it is."""
+
+
+def _if_plain(name: str) -> str:
+    """The beginning of a conditional expression: text that stands in a line as it is."""
+    plain = f"len({name}) < {LONGEST_INDEXED // 4} and {name}.isprintable() and backslash not in {name}"
+    return f"{name} if {name}.__class__ is str and {plain} else "
+
 
 _CELLS: dict[Kind, Cell] = {
     Kind.BOOLEAN: _boolean,

@@ -14,8 +14,8 @@ from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
 class LoadStatements:
     """The statements of one resource type, which talk to its own partition of ``fhir.resource``.
 
-    ``known`` counts which ids are there; ``copy_new`` puts resources in their place of which none is. The others go
-    by way of a temporary table: ``stage``, ``copy_stage``, ``upsert``, ``clear_stage``.
+    ``known`` counts which ids are there, and tells the time; ``copy_new`` puts resources in their place of which none
+    is. The others go by way of a temporary table: ``stage``, ``copy_stage``, ``upsert``, ``clear_stage``.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class LoadStatements:
         self.copy_stage = sql.SQL("COPY {} FROM STDIN").format(stage)
         self.clear_stage = sql.SQL("TRUNCATE {}").format(stage)
         # Counted, not asked whether any exists: Postgres would hope to come across one, and read the whole table.
-        self.known = sql.SQL("SELECT count(*) FROM {} WHERE resource_type = {} AND id = ANY(%s)").format(
-            table, sql.Literal(resource_type)
-        )
+        self.known = sql.SQL(
+            "SELECT count(*), clock_timestamp() FROM {} WHERE resource_type = {} AND id = ANY(%s)"
+        ).format(table, sql.Literal(resource_type))
         self.copy_new = sql.SQL(
             "COPY {} (resource_type, run_id, loaded_at, sealed_by, id, version_id, version_number, last_updated, as_of,"
             " partition_key, patients, resource) FROM STDIN"

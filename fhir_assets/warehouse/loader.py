@@ -1,8 +1,9 @@
 """Resources and the rows of their views into the tables: COPY, newest version wins, all in the caller's transaction.
 
-A chunk of resources is upserted into ``fhir.resource`` first. That takes their row locks and says which of them won
-against what is stored; only the winners' rows replace those of the views. So two loads of the same resources at once
-end as if one had come after the other, whatever their order.
+A chunk of resources goes into ``fhir.resource`` first. Of new ones it is copied straight into it; one with a resource
+that is there is upserted, which takes the rows' locks and says which won against what is stored. Only the winners' rows
+replace those of the views. So two loads of the same resources at once end as if one had come after the other, whatever
+their order.
 """
 
 import re
@@ -11,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -126,7 +126,6 @@ class Loader:
         self._unloadable: list[Unloadable] = []
         self._statements = LoadStatements(resource_type, views, sealed=self._sealing.on, gate=gate, reseal=reseal)
         self._decided = False
-        self._now: datetime | None = None
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[_Outcome] | None = None
@@ -231,7 +230,7 @@ class Loader:
         outcome = _Outcome()
         try:
             # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
-            (self._now,) = self._conn.execute("SELECT clock_timestamp()").fetchone() or (None,)
+            self._conn.execute("SELECT")
             if self._statements.gate and not self._decided:
                 consents.keep_decisions(self._conn)
                 self._decided = True
@@ -276,10 +275,10 @@ class Loader:
         if self._mend or not statements.may_insert:
             return None
         with self._conn.cursor() as cursor:
-            (known,) = cursor.execute(statements.known, [[held.prepared.id for held in chunk]]).fetchone() or (0,)
+            known, now = cursor.execute(statements.known, [[held.prepared.id for held in chunk]]).fetchone() or (0, "")
             if known:
                 return None
-            facts = (self._resource_type, self._run_id, str(self._now), self._sealing.key_id or NULL, "")
+            facts = (self._resource_type, self._run_id, str(now), self._sealing.key_id or NULL, "")
             start = "\t".join(facts).encode()
             try:
                 with self._conn.transaction(), cursor.copy(statements.copy_new) as copy:

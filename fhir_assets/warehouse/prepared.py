@@ -60,7 +60,7 @@ class Preparation:
             key = plain_text(record.id)
             version = NULL if record.version_id is None else plain_text(record.version_id)
             body = body_line(record.body, self.sealing)
-            patients = NULL if record.patients is None else _texts(record.patients)
+            patients = NULL if record.patients is None else _patients_text(record.patients)
         except Refused as refused:
             raise Unfit(None, None, str(refused)) from None
         if len(key) > LONGEST_INDEXED // 4:
@@ -70,7 +70,7 @@ class Preparation:
         updated = at if record.last_updated is not None else NULL
         head = (
             f"{key}\t{version}\t{NULL if number is None else number}\t{updated}\t{at}\t"
-            f"{_text(partition_key)}\t{patients}\t"
+            f"{_partition_text(partition_key)}\t{patients}\t"
         ).encode() + body
         lines = []
         for place, encoder in enumerate(self._encoders):
@@ -84,9 +84,9 @@ class Preparation:
         return Prepared(record.id, order, head, lines, list(map(len, rows)))
 
 
-_text = lru_cache(16)(plain_text)
-_texts = lru_cache(4096)(texts)
-"""The patients of a resource are those of its neighbours."""
+# A resource's neighbours are of the same partition, and often of the same patients.
+_partition_text = lru_cache(16)(plain_text)
+_patients_text = lru_cache(4096)(texts)
 
 
 def version_number(version_id: str | None) -> int | None:
