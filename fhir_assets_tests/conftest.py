@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from hypothesis import settings
 from psycopg import sql
 
+from fhir_assets.deployment import dagster_yaml
 from fhir_assets.logs import JsonFormatter
 from fhir_assets.warehouse import embedded, migrate
-from fhir_assets.warehouse.database import Connection, connect, with_database
+from fhir_assets.warehouse.database import Connection, connect, normalise_url, with_database
 
 # What lands is decided on the same examples each time; everywhere else they are new ones at every run.
 settings.register_profile("ci", derandomize=True)
@@ -52,20 +54,34 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> str:
-    """The URL of the session's embedded Postgres, whose template database is migrated."""
-    url = embedded.ensure(Path(os.environ[_HOME]))
+    """The URL of the session's embedded Postgres; its template database is migrated, and has Dagster's tables."""
+    home = Path(os.environ[_HOME])
+    url = embedded.ensure(home)
     with connect(url, autocommit=True) as conn:
         conn.execute("SELECT pg_advisory_lock(1)")
         there = conn.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_TEMPLATE]).fetchone()
         if there is None:
+            # Tests kill processes, never the machine.
+            conn.execute("ALTER SYSTEM SET fsync = off")
+            conn.execute("SELECT pg_reload_conf()")
             conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(f"{_TEMPLATE}_new")))
             migrate.upgrade(with_database(url, f"{_TEMPLATE}_new"))
+            dagster_instance(home / "dagster", with_database(url, f"{_TEMPLATE}_new")).dispose()
             conn.execute(
                 sql.SQL("ALTER DATABASE {} RENAME TO {}").format(
                     sql.Identifier(f"{_TEMPLATE}_new"), sql.Identifier(_TEMPLATE)
                 )
             )
     return url
+
+
+def dagster_instance(home: Path, url: str) -> dg.DagsterInstance:
+    """An instance as the project's ``dagster.yaml`` has it, with its storage in the database at ``url``."""
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(dagster_yaml(), home / "dagster.yaml")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DAGSTER_POSTGRES_URL", normalise_url(url, "psycopg2"))
+        return dg.DagsterInstance.from_config(str(home))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A deployment of its own for a test: store, database, Dagster instance, all real and thrown away afterwards."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,13 +11,13 @@ import pytest
 from psycopg import sql
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment import dagster_yaml
 from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.resources.store import store_of
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.store.store import Store
 from fhir_assets.warehouse.database import connect, normalise_url
+from fhir_assets_tests.conftest import dagster_instance
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -147,10 +146,8 @@ def deploy(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
     def make(*, home: str = "home", url: str | None = None, **settings: object) -> Deployment:
         folder = tmp_path / home
-        (folder / "dagster").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(dagster_yaml(), folder / "dagster" / "dagster.yaml")
         monkeypatch.setenv("DAGSTER_POSTGRES_URL", normalise_url(url or database, "psycopg2"))
-        instance = dg.DagsterInstance.from_config(str(folder / "dagster"))
+        instance = dagster_instance(folder / "dagster", url or database)
         instances.append(instance)
         values = {"db_url": url or database, "fhir_assets_home": folder, "fhir_overlap_seconds": 0, **settings}
         return Deployment(load_settings(**values), instance)
