@@ -13,7 +13,7 @@ from fhir_assets.warehouse import database, embedded
 
 _CELERY: dict[str, Any] = {
     "run_launcher": {
-        "module": "fhir_assets.celery_launcher",
+        "module": "fhir_assets.instance.celery_launcher",
         "class": "Launcher",
         "config": {
             "default_queue": "dagster",

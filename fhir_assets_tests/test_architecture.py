@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "settings": PLAIN | {"privacy"},
     "accounts": {"errors", "fhir", "settings"},
     "logs": {"errors", "logs"},
+    "instance": {"settings", "warehouse", "resources", "instance"},
     "metrics": PLAIN | {"settings", "warehouse", "metrics"},
     "connector": PLAIN | {"fhir", "warehouse", "settings", "metrics", "accounts", "connector"},
     "upload": PLAIN | {"fhir", "privacy", "upload"},

@@ -148,5 +148,5 @@ def test_the_instance_of_every_executor_is_one_that_dagster_takes(
         assert queue
         assert queue.max_concurrent_runs == 7
         celery = executor is Executor.CELERY
-        assert (type(instance.run_launcher).__module__ == "fhir_assets.celery_launcher") == celery
+        assert (type(instance.run_launcher).__module__ == "fhir_assets.instance.celery_launcher") == celery
         assert (instance.run_monitoring_start_timeout_seconds > 86_400) == celery

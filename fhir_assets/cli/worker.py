@@ -22,7 +22,7 @@ def worker(
     settings = load_settings()
     broker = settings.require_broker()
     try:
-        from fhir_assets.celery_launcher import QUEUE, app
+        from fhir_assets.instance.celery_launcher import QUEUE, app
     except ImportError:
         raise ConfigurationError("Workers need dagster-celery: pip install 'fhir-assets[celery]'") from None
     os.environ.update({**deployment.environment(settings), "CELERY_BROKER_URL": broker})

@@ -15,7 +15,7 @@ from dagster._core.events import (
 )
 from orjson import dumps
 
-from fhir_assets.dagster_texts import texts
+from fhir_assets.instance.event_texts import texts
 
 _HOLE = "the partition's place"
 _HOLE_TEXT = dumps(_HOLE).decode()

@@ -9,7 +9,7 @@ import pytest
 from dagster_shared.serdes import deserialize_value, serialize_value
 
 from fhir_assets.checks.tables import rows_table
-from fhir_assets.dagster_texts import texts
+from fhir_assets.instance.event_texts import texts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::dagster.BetaWarning"),

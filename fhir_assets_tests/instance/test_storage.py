@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 import sqlalchemy
 
-from fhir_assets.dagster_storage import BatchedEventLog
+from fhir_assets.instance.storage import BatchedEventLog
 from fhir_assets.warehouse.database import normalise_url
 
 pytestmark = [
@@ -26,7 +26,7 @@ def open_instance(database: str, folder: Path) -> dg.DagsterInstance:
         overrides={
             "storage": {
                 "custom": {
-                    "module": "fhir_assets.dagster_storage",
+                    "module": "fhir_assets.instance.storage",
                     "class": "PooledPostgresStorage",
                     "config": {"postgres_url": normalise_url(database, "psycopg2")},
                 }

@@ -24,7 +24,7 @@ from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
 
-from fhir_assets.dagster_rows import Row, each_partition, key_text, rows_of
+from fhir_assets.instance.event_rows import Row, each_partition, key_text, rows_of
 
 STATEMENT_TIMEOUT_MS = 600_000
 RECYCLE_SECONDS = 1800
