@@ -157,7 +157,7 @@ class ConsentSweep:
             make = self._make_rows[resource_type] = MakeRows(views, sealing_of(conn))
         rows = make(batch)
         loader = Loader(conn, resource_type, views, run_id=self._run_id, mend=True)
-        bad = loader.take([(each, batch.lines[place]) for place, each in rows.prepared], batch.partition_key)
+        bad = loader.take(rows.block, batch.lines, batch.partition_key)
         loader.finish()
         letters = [undone.letter(resource_type, batch) for undone in rows.undone]
         letters += [unloadable(resource_type, item) for item in [*bad, *loader.late()]]

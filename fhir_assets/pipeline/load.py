@@ -21,7 +21,7 @@ from fhir_assets.warehouse.corrections import Corrections
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.loader import OPEN, LoadCounts, Loader, Unloadable
-from fhir_assets.warehouse.prepared import Prepared
+from fhir_assets.warehouse.prepared import Block
 from fhir_assets.windows import Interval, Window, joined
 
 TRANSACTION_ROWS = 50_000
@@ -151,11 +151,11 @@ class Loading:
             letters = []
             for letter in found:
                 corrected = corrections.find(letter)
-                rows = self._rows_of(conn, corrected, letter.partition_key, arrived) if corrected else None
-                if corrected is None or rows is None:
+                block = self._block_of(conn, corrected, letter.partition_key, arrived) if corrected else None
+                if corrected is None or block is None:
                     letters.append(letter)
                 else:
-                    refused = loader.take([(rows, corrected)], letter.partition_key)
+                    refused = loader.take(block, [corrected], letter.partition_key)
                     bury([unloadable(resource_type, item) for item in refused])
             if letters:
                 loader.wait()
@@ -167,7 +167,7 @@ class Loading:
 
         with loader:
             for _, batch, rows in self._rows(conn, group):
-                found = loader.take([(each, batch.lines[place]) for place, each in rows.prepared], batch.partition_key)
+                found = loader.take(rows.block, batch.lines, batch.partition_key)
                 bury([undone.letter(resource_type, batch) for undone in rows.undone])
                 bury([unloadable(resource_type, item) for item in found])
                 total.resources += len(batch.lines)
@@ -221,13 +221,13 @@ class Loading:
             seconds=sum(task.rows for task in group) / _ROWS_PER_SECOND,
         )
 
-    def _rows_of(
+    def _block_of(
         self, conn: Connection, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
-    ) -> Prepared | None:
+    ) -> Block | None:
         """What the views make of a corrected resource; None if it is refused as well."""
         self._make_rows = self._make_rows or MakeRows(self._views, sealing_of(conn))
         made = self._make_rows(Batch([line], partition_key, arrived[partition_key]))
-        return made.prepared[0][1] if made.prepared else None
+        return made.block if made.block else None
 
     def _remember(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
         """Note the parts as loaded and move the checkpoint, in the transaction of their rows."""

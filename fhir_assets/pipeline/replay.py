@@ -204,7 +204,7 @@ class ReplayLoading:
             made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
             for undone in made.undone:
                 failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
-            refused += loader.take([(each, letter.body) for _, each in made.prepared], letter.partition_key)
+            refused += loader.take(made.block, [letter.body], letter.partition_key)
         counts = loader.finish()
         for item in [*refused, *loader.late()]:
             letter = by_place[item.partition_key, item.body]

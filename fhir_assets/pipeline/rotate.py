@@ -242,7 +242,7 @@ class Rotator:
             sealed_with[resource_id] = sealed_by
         made = make(Batch(bodies, "", _EPOCH))
         loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reseal=True)
-        unloadable = loader.take([(prepared, bodies[place]) for place, prepared in made.prepared], "")
+        unloadable = loader.take(made.block, bodies, "")
         done.sealed = loader.finish().updated
         unloadable += loader.late()
         ids = list(sealed_with)

@@ -12,7 +12,7 @@ from fhir_assets.fhir.record import Record, read_instant
 from fhir_assets.fhir.views import RowError, TypeViews, View
 from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.warehouse.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.prepared import Preparation, Prepared, Unfit
+from fhir_assets.warehouse.prepared import Block, Preparation, Unfit
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
@@ -57,9 +57,9 @@ class Undone(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What came of a batch: the prepared resources, each with the place of its line, and the lines left undone."""
+    """What came of a batch: the resources that are ready to be copied, and the lines left undone."""
 
-    prepared: list[tuple[int, Prepared]]
+    block: Block
     undone: list[Undone]
 
 
@@ -74,23 +74,23 @@ class MakeRows:
         return MakeRows, (self._preparation.views, self._preparation.sealing)
 
     def __call__(self, batch: Batch) -> Rows:
-        made = Rows([], [])
+        prepared, undone = [], []
         for place, line in enumerate(batch.lines):
             resource = _parse(line)
             record = _record(resource, line, batch.arrived)
             if record is None:
-                made.undone.append(Undone(place, None, "transform", "id", "id", _NO_ID))
+                undone.append(Undone(place, None, "transform", "id", "id", _NO_ID))
                 continue
             try:
                 rows = self._views.rows(resource)
-                made.prepared.append((place, self._preparation.prepare(record, batch.partition_key, rows)))
+                prepared.append((place, self._preparation.prepare(record, batch.partition_key, rows)))
             except RowError as error:
                 where = f"{error.view}.{error.column}"
-                made.undone.append(Undone(place, record.id, "transform", "view", where, error.message))
+                undone.append(Undone(place, record.id, "transform", "view", where, error.message))
             except Unfit as unfit:
                 where = place_of(unfit.view, unfit.column)
-                made.undone.append(Undone(place, record.id, "load", "unloadable", where, unfit.message))
-        return made
+                undone.append(Undone(place, record.id, "load", "unloadable", where, unfit.message))
+        return Rows(Block.of(prepared, len(self._preparation.views)), undone)
 
 
 def place_of(view: str | None, column: str | None) -> str:

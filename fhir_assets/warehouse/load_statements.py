@@ -14,8 +14,8 @@ from fhir_assets.warehouse.layout import KEY_COLUMN, layout_of
 class LoadStatements:
     """The statements of one resource type, which talk to its own partition of ``fhir.resource``.
 
-    ``known`` counts which ids are there, and tells the time; ``copy_new`` puts resources in their place of which none
-    is. The others go by way of a temporary table: ``stage``, ``copy_stage``, ``upsert``, ``clear_stage``.
+    ``known`` counts which ids of a JSON array are there, and tells the time; ``copy_new`` puts resources in their place
+    of which none is. The others go by way of a temporary table: ``stage``, ``copy_stage``, ``upsert``, ``clear_stage``.
     """
 
     def __init__(
@@ -33,7 +33,8 @@ class LoadStatements:
         self.clear_stage = sql.SQL("TRUNCATE {}").format(stage)
         # Counted, not asked whether any exists: Postgres would hope to come across one, and read the whole table.
         self.known = sql.SQL(
-            "SELECT count(*), clock_timestamp() FROM {} WHERE resource_type = {} AND id = ANY(%s)"
+            "SELECT count(*), clock_timestamp() FROM {} WHERE resource_type = {}"
+            " AND id = ANY(ARRAY(SELECT jsonb_array_elements_text(%s)))"
         ).format(table, sql.Literal(resource_type))
         self.copy_new = sql.SQL(
             "COPY {} (resource_type, run_id, loaded_at, sealed_by, id, version_id, version_number, last_updated, as_of,"
@@ -44,6 +45,8 @@ class LoadStatements:
             " partition_key, run_id, loaded_at, sealed_by, patients, resource)"
             " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %(run)s,"
             " clock_timestamp(), %(sealed_by)s, patients, resource FROM {stage}"
+            # So that two loads do not wait for each other crosswise.
+            ' ORDER BY id COLLATE "C"'
             " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
             " version_number = excluded.version_number, last_updated = excluded.last_updated,"
             " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"

@@ -9,12 +9,13 @@ their order.
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+import orjson
 import psycopg
 
 from fhir_assets.errors import DatabaseUnavailable
@@ -25,7 +26,7 @@ from fhir_assets.warehouse import consents
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.encode import NULL, plain_text
 from fhir_assets.warehouse.load_statements import LoadStatements
-from fhir_assets.warehouse.prepared import Preparation, Prepared, Unfit, ViewRows
+from fhir_assets.warehouse.prepared import Block, Preparation, Prepared, Unfit, ViewRows
 
 CHUNK_RESOURCES = 2_000
 CHUNK_BYTES = 4 * 2**20
@@ -63,12 +64,66 @@ class LoadCounts:
     withheld: Counter[str] = field(default_factory=Counter)
 
 
-class _Held(NamedTuple):
-    """A resource of the chunk, and what a dead letter would need."""
+class _Piece(NamedTuple):
+    """Resources of one partition in a chunk, and the lines of their batch: what a dead letter would need."""
 
-    prepared: Prepared
+    block: Block
     partition_key: str
-    body: bytes
+    lines: Sequence[bytes]
+
+    def pick(self, numbers: Sequence[int]) -> "_Piece":
+        """Some of them."""
+        return self._replace(block=self.block.pick(numbers)) if len(numbers) < len(self.block) else self
+
+
+class _Chunk:
+    """Resources that are written together, no two of them with the same id."""
+
+    def __init__(self, pieces: Sequence[_Piece]) -> None:
+        self.pieces = [piece for piece in pieces if len(piece.block)]
+        self.ids = [key for piece in self.pieces for key in piece.block.ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def heads(self) -> bytes:
+        """The lines of ``fhir.resource``."""
+        return b"".join([piece.block.heads.text for piece in self.pieces])
+
+    @cached_property
+    def rows(self) -> list[bytes]:
+        """The lines of each view; nothing if there are no resources."""
+        by_view = zip(*[piece.block.rows for piece in self.pieces], strict=True)
+        return [b"".join([texts.text for texts in of_view]) for of_view in by_view]
+
+    def only(self, ids: Container[str]) -> "_Chunk":
+        """Those of its resources that have one of these ids."""
+        pieces = [piece.pick([n for n, key in enumerate(piece.block.ids) if key in ids]) for piece in self.pieces]
+        return _Chunk(pieces) if any(new is not old for new, old in zip(pieces, self.pieces, strict=True)) else self
+
+    def halves(self) -> tuple["_Chunk", "_Chunk"]:
+        """The first half of its resources, and the second."""
+        middle = len(self) // 2
+        return self.only(frozenset(self.ids[:middle])), self.only(frozenset(self.ids[middle:]))
+
+
+_NOTHING = _Chunk(())
+
+
+def _newest(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Of resources with the same id the newest version; of equals the one that came last."""
+    newest: dict[str, tuple[float, int, int, int]] = {}
+    for p, piece in enumerate(pieces):
+        block = piece.block
+        for n, key in enumerate(block.ids):
+            version = (block.moments[n], block.numbers[n], p, n)
+            if key not in newest or version > newest[key]:
+                newest[key] = version
+    chosen: list[list[int]] = [[] for _ in pieces]
+    for _, _, p, n in newest.values():
+        chosen[p].append(n)
+    return [piece.pick(sorted(numbers)) for piece, numbers in zip(pieces, chosen, strict=True)]
 
 
 @dataclass(slots=True)
@@ -83,7 +138,7 @@ class _Outcome:
     refused: list[Unloadable] = field(default_factory=list)
 
 
-_Written = tuple[int, list[_Held], list[_Held]]
+_Written = tuple[int, _Chunk, _Chunk]
 """Of a chunk: how many resources were there before, those that won, and those that are withheld."""
 
 
@@ -120,8 +175,8 @@ class Loader:
         self._definitions = views
         self._views = [view.name for view in views]
         self._sealing = sealing_of(conn)
-        self._chunk: dict[str, _Held] = {}
-        self._bytes = 0
+        self._pieces: list[_Piece] = []
+        self._held = self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
         self._statements = LoadStatements(resource_type, views, sealed=self._sealing.on, gate=gate, reseal=reseal)
@@ -147,21 +202,25 @@ class Loader:
         """Prepare and take resources of one partition. Returns those found unloadable since the last call (the
         partition of each is in it). Raises DatabaseUnavailable; the transaction is then lost.
         """
+        prepared: list[tuple[int, Prepared]] = []
+        lines: list[bytes] = []
         for record, rows in items:
             try:
-                prepared = self._preparation.prepare(record, partition_key, rows)
+                prepared.append((len(lines), self._preparation.prepare(record, partition_key, rows)))
+                lines.append(record.body)
             except Unfit as unfit:
                 self._refused(
                     Unloadable(record.id, partition_key, record.body, unfit.view, unfit.column, unfit.message)
                 )
-                continue
-            self._hold(_Held(prepared, partition_key, record.body))
-        return self._drain()
+        return self.take(Block.of(prepared, len(self._views)), lines, partition_key)
 
-    def take(self, items: Iterable[tuple[Prepared, bytes]], partition_key: str) -> list[Unloadable]:
-        """As ``add``, of resources that were prepared elsewhere; each comes with its body, as it was received."""
-        for prepared, body in items:
-            self._hold(_Held(prepared, partition_key, body))
+    def take(self, block: Block, lines: Sequence[bytes], partition_key: str) -> list[Unloadable]:
+        """As ``add``, of resources that were prepared elsewhere, from these lines, as they were received."""
+        self._pieces.append(_Piece(block, partition_key, lines))
+        self._held += len(block)
+        self._bytes += block.size
+        if self._held >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
+            self._flush()
         return self._drain()
 
     def wait(self) -> None:
@@ -192,26 +251,19 @@ class Loader:
         self._unloadable.append(unloadable)
         self._counts.unloadable += 1
 
-    def _hold(self, held: _Held) -> None:
-        prepared = held.prepared
-        earlier = self._chunk.get(prepared.id)
-        if earlier is not None:
-            self._counts.superseded += 1
-            if prepared.order < earlier.prepared.order:
-                return
-            self._bytes -= earlier.prepared.size
-        self._chunk[prepared.id] = held
-        self._bytes += prepared.size
-        if len(self._chunk) >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
-            self._flush()
-
     def _flush(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        held, self._held, self._bytes = self._held, 0, 0
+        chunk = _Chunk(pieces)
+        if len(set(chunk.ids)) < held:
+            chunk = _Chunk(_newest(pieces))
+            self._counts.superseded += held - len(chunk)
+        if chunk:
+            # Put together before the wait: Postgres is busy meanwhile.
+            _ = chunk.heads, chunk.rows
         self.wait()
-        if not self._chunk:
+        if not chunk:
             return
-        # In the order of ids, so that two loads do not wait for each other crosswise.
-        chunk = [self._chunk[key] for key in sorted(self._chunk)]
-        self._chunk, self._bytes = {}, 0
         if self._thread is not None:
             self._writing = self._thread.submit(self._write, chunk)
         else:
@@ -226,7 +278,7 @@ class Loader:
         for unloadable in outcome.refused:
             self._refused(unloadable)
 
-    def _write(self, chunk: list[_Held]) -> _Outcome:
+    def _write(self, chunk: _Chunk) -> _Outcome:
         outcome = _Outcome()
         try:
             # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
@@ -247,73 +299,73 @@ class Loader:
             ) from None
         return outcome
 
-    def _write_or_halve(self, chunk: list[_Held], outcome: _Outcome) -> None:
+    def _write_or_halve(self, chunk: _Chunk, outcome: _Outcome) -> None:
         """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
         try:
             with self._conn.transaction():
                 updated, winners, withheld = self._insert(chunk) or self._merge(chunk)
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
             if len(chunk) > 1:
-                middle = len(chunk) // 2
-                self._write_or_halve(chunk[:middle], outcome)
-                self._write_or_halve(chunk[middle:], outcome)
+                for half in chunk.halves():
+                    self._write_or_halve(half, outcome)
                 return
             view, column = self._place(error)
-            (prepared, partition_key, body) = chunk[0]
-            outcome.refused.append(Unloadable(prepared.id, partition_key, body, view, column, _said(error)))
+            [(block, partition_key, lines)] = chunk.pieces
+            body = lines[block.places[0]]
+            outcome.refused.append(Unloadable(block.ids[0], partition_key, body, view, column, _said(error)))
             return
         outcome.updated += updated
         outcome.inserted += len(winners) - updated
         outcome.superseded += len(chunk) - len(winners) - len(withheld)
-        outcome.withheld.update(pending.partition_key for pending in withheld)
-        for place, view in enumerate(self._views):
-            outcome.rows[view] += sum([held.prepared.counts[place] for held in winners])
+        for piece in withheld.pieces:
+            outcome.withheld[piece.partition_key] += len(piece.block)
+        for view, text in zip(self._views, winners.rows, strict=bool(winners)):
+            outcome.rows[view] += text.count(b"\n")
 
-    def _insert(self, chunk: list[_Held]) -> _Written | None:
+    def _insert(self, chunk: _Chunk) -> _Written | None:
         """Copy a chunk of new resources to where they belong; None, and nothing written, if one of them is there."""
         statements = self._statements
         if self._mend or not statements.may_insert:
             return None
         with self._conn.cursor() as cursor:
-            known, now = cursor.execute(statements.known, [[held.prepared.id for held in chunk]]).fetchone() or (0, "")
+            known, now = cursor.execute(statements.known, [orjson.dumps(chunk.ids).decode()]).fetchone() or (0, "")
             if known:
                 return None
             facts = (self._resource_type, self._run_id, str(now), self._sealing.key_id or NULL, "")
             start = "\t".join(facts).encode()
             try:
                 with self._conn.transaction(), cursor.copy(statements.copy_new) as copy:
-                    copy.write(start + (b"\n" + start).join([held.prepared.head for held in chunk]))
-            except psycopg.errors.UniqueViolation:
+                    copy.write(start + chunk.heads[:-1].replace(b"\n", b"\n" + start) + b"\n")
+            except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
                 # Another load brought one of them in this moment.
                 return None
             self._copy_rows(cursor, chunk)
-        return 0, chunk, []
+        return 0, chunk, _NOTHING
 
-    def _merge(self, chunk: list[_Held]) -> _Written:
+    def _merge(self, chunk: _Chunk) -> _Written:
         """Put a chunk in by way of a table of its own, so that the newest versions win."""
         statements = self._statements
         with self._conn.cursor() as cursor:
             cursor.execute(statements.stage)
             with cursor.copy(statements.copy_stage) as copy:
-                copy.write(b"\n".join([held.prepared.head for held in chunk]))
+                copy.write(chunk.heads)
             gone, taken_back = self._withhold(cursor)
             inserted: dict[str, bool] = dict(cursor.execute(statements.upsert, self._params).fetchall())
             cursor.execute(statements.clear_stage)
-            winners = [held for held in chunk if held.prepared.id in inserted]
+            winners = chunk.only(inserted)
             updated = [key for key, new in inserted.items() if not new]
             stale = (list(inserted) if self._mend else updated) + taken_back
             if stale:
                 for delete, _ in statements.views:
                     cursor.execute(delete, [stale])
             self._copy_rows(cursor, winners)
-        return len(updated), winners, [held for held in chunk if held.prepared.id in gone]
+        return len(updated), winners, chunk.only(gone)
 
-    def _copy_rows(self, cursor: psycopg.Cursor[Any], winners: list[_Held]) -> None:
-        for place, (_, copy_rows) in enumerate(self._statements.views):
-            lines = b"".join([held.prepared.lines[place] for held in winners])
-            if lines:
+    def _copy_rows(self, cursor: psycopg.Cursor[Any], winners: _Chunk) -> None:
+        for (_, copy_rows), text in zip(self._statements.views, winners.rows, strict=bool(winners)):
+            if text:
                 with cursor.copy(copy_rows) as copy:
-                    copy.write(lines)
+                    copy.write(text)
 
     def _withhold(self, cursor: psycopg.Cursor[Any]) -> tuple[frozenset[str], list[str]]:
         """Note what Consents say; then the ids in the stage that are withheld, and those of them that had rows."""

@@ -1,8 +1,11 @@
 """Resources and their rows as the text that COPY reads: all that can be done without the database, in any process."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Self
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
@@ -16,20 +19,77 @@ _LARGEST_NUMBER = 2**63 - 1
 
 
 class Prepared(NamedTuple):
-    """A resource ready to be copied: ``head`` is its line in ``fhir.resource``, ``lines`` are its rows per view,
-    ``counts`` how many; ``order`` tells its versions apart, the greatest is the newest.
+    """A resource ready to be copied: ``head`` is its line in ``fhir.resource`` without what the load adds, ``rows`` its
+    lines in each view. ``moment`` and ``number`` tell its versions apart: the greatest is the newest.
     """
 
     id: str
-    order: tuple[float, int]
+    moment: float
+    number: int
     head: bytes
-    lines: list[bytes]
-    counts: list[int]
+    rows: list[bytes]
+
+
+class Texts(NamedTuple):
+    """Texts one behind the other, and where each ends."""
+
+    text: bytes
+    ends: "array[int]"
+
+    @classmethod
+    def of(cls, texts: Sequence[bytes]) -> Self:
+        """These texts."""
+        return cls(b"".join(texts), array("Q", accumulate(map(len, texts))))
+
+    def pick(self, numbers: Iterable[int]) -> "Texts":
+        """Some of them."""
+        return Texts.of([self.text[self.ends[n - 1] if n else 0 : self.ends[n]] for n in numbers])
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Resources ready to be copied, by columns: from process to process as a few long texts, which COPY takes as they
+    are. ``places`` are those of their lines in the batch that they come from; the rest see ``Prepared``.
+    """
+
+    places: "array[int]"
+    ids: list[str]
+    moments: "array[float]"
+    numbers: "array[int]"
+    heads: Texts
+    rows: list[Texts]
+
+    @classmethod
+    def of(cls, prepared: Sequence[tuple[int, Prepared]], views: int) -> Self:
+        """A block of resources, each with its place; so many views have rows of them."""
+        resources = [each for _, each in prepared]
+        return cls(
+            array("Q", [place for place, _ in prepared]),
+            [each.id for each in resources],
+            array("d", [each.moment for each in resources]),
+            array("Q", [each.number for each in resources]),
+            Texts.of([each.head for each in resources]),
+            [Texts.of([each.rows[view] for each in resources]) for view in range(views)],
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     @property
     def size(self) -> int:
         """Bytes to be copied."""
-        return len(self.head) + sum(map(len, self.lines))
+        return len(self.heads.text) + sum(len(each.text) for each in self.rows)
+
+    def pick(self, numbers: Sequence[int]) -> "Block":
+        """Some of its resources."""
+        return Block(
+            array("Q", [self.places[n] for n in numbers]),
+            [self.ids[n] for n in numbers],
+            array("d", [self.moments[n] for n in numbers]),
+            array("Q", [self.numbers[n] for n in numbers]),
+            self.heads.pick(numbers),
+            [each.pick(numbers) for each in self.rows],
+        )
 
 
 class Unfit(Exception):
@@ -71,8 +131,8 @@ class Preparation:
         head = (
             f"{key}\t{version}\t{NULL if number is None else number}\t{updated}\t{at}\t"
             f"{_partition_text(partition_key)}\t{patients}\t"
-        ).encode() + body
-        lines = []
+        ).encode()
+        lines: list[bytes] = []
         for place, encoder in enumerate(self._encoders):
             try:
                 text = "".join([f"{key}\t{encoder(row)}\n" for row in rows[place]])
@@ -80,8 +140,7 @@ class Preparation:
                 column = self._columns[place][refused.args[1]]
                 raise Unfit(self.views[place].name, column, str(refused.args[0])) from None
             lines.append(text.encode())
-        order = (record.as_of.timestamp(), number or 0)
-        return Prepared(record.id, order, head, lines, list(map(len, rows)))
+        return Prepared(record.id, record.as_of.timestamp(), number or 0, b"%b%b\n" % (head, body), lines)
 
 
 # A resource's neighbours are of the same partition, and often of the same patients.

@@ -74,7 +74,7 @@ def _round(workers: Workers, batches: dict[str, list[list[bytes]]]) -> dict[str,
             seconds=60,
         )
         for _, batch, rows in made:
-            assert len(rows.prepared) + len(rows.undone) == len(batch.lines)
+            assert len(rows.block) + len(rows.undone) == len(batch.lines)
     return {"validation": between - started, "views": perf_counter() - between}
 
 

@@ -39,13 +39,9 @@ def rows(resource_type: str, sealing: Sealing) -> dict[str, bytes]:
     views = [view for view in shipped() if view.resource_type == resource_type]
     make = MakeRows(views, sealing)
     lines = [json.dumps(resource).encode() for resource in saturated_resources(resource_type)]
-    found = dict.fromkeys((view.name for view in views), b"")
     made = make(Batch(lines, "2020-02-03", datetime.now(UTC)))
-    for _, prepared in made.prepared:
-        for view, text in zip(views, prepared.lines, strict=True):
-            found[view.name] += text
-    assert made.prepared, made.undone
-    return found
+    assert made.block, made.undone
+    return {view.name: texts.text for view, texts in zip(views, made.block.rows, strict=True)}
 
 
 @pytest.mark.parametrize("resource_type", [each.name for each in CATALOG if each.name not in NOBODYS])

@@ -117,7 +117,8 @@ def test_a_load_is_seen_whole_or_not_at_all(database: str, monkeypatch: pytest.M
         ensure_tables(conn, PATIENTS)
         conn.commit()
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
-        loader.add([rows_of(PATIENTS, named(f"p{n}", "A")) for n in range(5)], "w")
+        for n in range(5):
+            loader.add([rows_of(PATIENTS, named(f"p{n}", "A"))], "w")
         assert select(other, "SELECT count(*) FROM fhir.resource") == [(0,)]
         loader.finish()
         conn.rollback()

@@ -74,7 +74,9 @@ def load(
     compiled = TypeViews(views)
     with conn.transaction():
         loader = Loader(conn, records[0].resource_type, views, run_id=run_id)
-        bad = loader.add([(record, compiled.rows(_parse(record.body))) for record in records], key)
+        bad: list[Unloadable] = []
+        for record in records:
+            bad += loader.add([(record, compiled.rows(_parse(record.body)))], key)
         counts = loader.finish()
     return counts, bad + loader.late()
 
