@@ -37,10 +37,10 @@ lint: $(VENV)/.installed-lint
 types: $(VENV)/.installed-lint
 	$(BIN)/mypy
 
-# The longer stories; STORIES picks some of them.
+# The longer stories; STORIES picks some of them. Two at once: they wait a lot, for daemons and for the next minute.
 STORIES ?= fhir_assets_tests
 slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow $(STORIES)
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile $(STORIES)
 
 # The public SQL-on-FHIR suite: make sql-on-fhir SUITE=path/to/checkout/tests
 SUITE ?= ../shared/sql-on-fhir/tests

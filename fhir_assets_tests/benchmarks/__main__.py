@@ -10,6 +10,7 @@ PARTS = (
     ("scale", "What a million resources cost: seconds, CPU, memory, bytes, by layer"),
     ("workers", "Worker processes: two beside one"),
     ("windows", "A backfill of a thousand nearly empty windows, and an empty window"),
+    ("backfill", "The same as a backfill of the UI, through Dagster's daemon"),
     ("memory", "Peak memory of one window"),
     ("validation", "Validation, beside fhir.resources"),
     ("views", "Views, beside sqlonfhir"),

@@ -26,26 +26,29 @@ LIMIT_SECONDS = 180.0
 
 LIMIT_EMPTY_SECONDS = 5.0
 _DAY = timedelta(days=1)
-_EVERY = 10
+EVERY = 10
 _ROUNDS = 3
 
 
 def main(count: int = WINDOWS) -> int:
     """Print the table; 1 if it took longer than the limits, in proportion, allow."""
     load = os.getloadavg()[0]
-    with scratch() as home:
-        data = home / "data"
-        data.mkdir()
-        bodies = [observation(day * 86_400).body for day in range(0, count, _EVERY)]
-        (data / "Observation.ndjson").write_bytes(b"\n".join([*bodies, b""]))
-        with SandboxProcess(data) as server:
-            whole, empty = _measured(home, server, count)
+    with scratch() as home, SandboxProcess(nearly_empty(home / "data", count)) as server:
+        whole, empty = _measured(home, server, count)
     seconds = whole.seconds * WINDOWS / count
     print(
         f"{count:,} windows at load {load:.1f}, so {WINDOWS:,} of them: {seconds:.0f} s (limit {LIMIT_SECONDS:.0f} s)"
     )
     print(f"an empty window: {empty:.1f} s (limit {LIMIT_EMPTY_SECONDS:.0f} s)")
     return int(seconds > LIMIT_SECONDS or empty > LIMIT_EMPTY_SECONDS)
+
+
+def nearly_empty(folder: Path, days: int) -> Path:
+    """A folder with an Observation of every tenth day."""
+    folder.mkdir()
+    bodies = [observation(day * 86_400).body for day in range(0, days, EVERY)]
+    (folder / "Observation.ndjson").write_bytes(b"\n".join([*bodies, b""]))
+    return folder
 
 
 def _measured(home: Path, server: SandboxProcess, count: int) -> tuple[Cost, float]:

@@ -19,9 +19,10 @@ from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
 from fhir_assets_tests.api.fuzz import fuzz
+from fhir_assets_tests.daemon import until
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import instant, patient
-from fhir_assets_tests.e2e.test_backfill import NEVER, daemon, environment, until
+from fhir_assets_tests.e2e.daemon import NEVER, daemon, environment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 TYPES = "Patient,Encounter,Observation"

@@ -25,9 +25,10 @@ from fhir_assets.deployment import instance_yaml
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
+from fhir_assets_tests.daemon import until
 from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
-from fhir_assets_tests.e2e.test_backfill import END, NEVER, START, daemon, environment, until
+from fhir_assets_tests.e2e.daemon import END, NEVER, START, daemon, environment
 
 pytestmark = pytest.mark.slow
 

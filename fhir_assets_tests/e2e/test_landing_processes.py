@@ -17,10 +17,11 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.warehouse.database import normalise_url
+from fhir_assets_tests.daemon import until
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.e2e.daemon import NEVER, daemon
 from fhir_assets_tests.e2e.landing import LandingZone
-from fhir_assets_tests.e2e.test_backfill import NEVER, daemon, until
 from fhir_assets_tests.pipeline.test_visits import visit
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
