@@ -25,6 +25,7 @@ from fhir_assets.settings import load_settings
 from fhir_assets.store.store import BATCH_BYTES
 from fhir_assets_tests.benchmarks import population
 
+RESOURCES = 200_000
 ROUNDS = 3
 _ARRIVED = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -93,7 +94,7 @@ def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("resources", type=int, nargs="?", default=50_000)
+    parser.add_argument("resources", type=int, nargs="?", default=RESOURCES)
     parser.add_argument("processes", type=int, nargs="?", default=2)
     arguments = parser.parse_args()
     main(arguments.resources, arguments.processes)
