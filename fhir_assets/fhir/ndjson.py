@@ -145,14 +145,18 @@ class NdjsonSource:
         number = 0
         try:
             if file.is_one_resource:
-                yield from reader.take(self._whole(file), file.name)
+                item = reader.take(self._whole(file), None)
+                if item is not None:
+                    yield item
                 return
             for lines in read_lines(file.path, self._max_line_bytes):
                 for line in lines:
                     number += 1
-                    yield from reader.take(line, f"{file.name}:{number}")
+                    item = reader.take(line, number)
+                    if item is not None:
+                        yield item
         except BrokenOff as error:
-            yield reader.rejected("json", f"{file.name}:{number + 1}", f"{error}; {number} lines were read", b"")
+            yield reader.rejected("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
             raise ConfigurationError(f"FHIR_BASE_URL: {file.name} cannot be read: {error.strerror}") from None
 
@@ -179,33 +183,32 @@ class _Reader:
         self._skipped = skipped
         self._named = next((name for name in wanted if name in file.types), None)
 
-    def take(self, line: bytes | None, place: str) -> Iterator[Record | Rejected]:
-        """One line: at most one item."""
+    def take(self, line: bytes | None, number: int | None) -> Record | Rejected | None:
+        """What a line is; None if it is nobody's. Without a number it is the file."""
         if line is None:
-            yield self.rejected("json", place, "a line longer than a resource may be", b"")
-            return
+            return self.rejected("json", number, "a line longer than a resource may be", b"")
         body = one_line(line)
         if not body:
-            return
+            return None
         header = None
         try:
             header = read_header(body)
-            if self._is_asked_for(header):
-                yield read_record(body, header, self._arrived)
+            return read_record(body, header, self._arrived) if self._is_asked_for(header) else None
         except Malformed as error:
-            if (name := self._type_of(body)) is not None:
-                yield self.rejected(error.rule, place, str(error), body, header, name)
+            name = self._type_of(body)
+            return None if name is None else self.rejected(error.rule, number, str(error), body, header, name)
 
     def rejected(
         self,
         rule: str,
-        place: str,
+        number: int | None,
         message: str,
         body: bytes,
         header: Header | None = None,
         resource_type: str | None = None,
     ) -> Rejected:
         """Something that cannot be used."""
+        place = self._file.name if number is None else f"{self._file.name}:{number}"
         name = resource_type or self._named or self._wanted[0]
         return Rejected(name, header.id if header else None, rule, place, message, self._arrived, body)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from psycopg import sql
 
@@ -12,8 +13,11 @@ from fhir_assets.store.store import Store
 from fhir_assets.warehouse import corrections
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.warehouse.encode import NULL, plain_text
 
 STAGES = ("transform", "load")
+
+_LINES_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +146,8 @@ def _absent(
     corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
     rows = _expected(store, validated, corrected, sealing_of(conn))
     with conn.cursor().copy("COPY expected FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row(row)
+        while lines := "".join(islice(rows, _LINES_AT_ONCE)):
+            copy.write(lines)
     # Without statistics Postgres would take a million ids for a few, and look each up by itself.
     conn.execute("ANALYZE expected")
     in_view: sql.Composable = sql.SQL("")
@@ -172,9 +176,10 @@ def _absent(
 
 def _expected(
     store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], sealing: Sealing
-) -> Iterator[tuple[str, str | None, object]]:
-    """What the tables should hold: of resources that were corrected on their way into them the correction."""
+) -> Iterator[str]:
+    """What the tables should hold, as lines for COPY: of resources that were corrected on their way the correction."""
     for manifest in validated:
+        key = plain_text(manifest.partition_key)
         instead = corrected.get(manifest.partition_key, {})
         for batch in store.batches(manifest.parts):
             for line in batch:
@@ -183,7 +188,8 @@ def _expected(
                     line = next((instead[place] for place in places if place in instead), line)
                 header = read_header(line)
                 moment = read_instant(header.meta.lastUpdated) if header.meta else None
-                yield manifest.partition_key, header.id, moment
+                identity = NULL if header.id is None else plain_text(header.id)
+                yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
 
 
 def _fingerprint(manifest: Manifest, stage: str, line: bytes, sealing: Sealing) -> bytes:
