@@ -9,11 +9,11 @@ their order.
 import re
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import orjson
 import psycopg
@@ -23,6 +23,7 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import Gate
 from fhir_assets.warehouse import consents
+from fhir_assets.warehouse.chunks import NOTHING, Chunk, Piece, newest
 from fhir_assets.warehouse.database import Connection, sealing_of
 from fhir_assets.warehouse.encode import NULL, plain_text
 from fhir_assets.warehouse.load_statements import LoadStatements
@@ -64,68 +65,6 @@ class LoadCounts:
     withheld: Counter[str] = field(default_factory=Counter)
 
 
-class _Piece(NamedTuple):
-    """Resources of one partition in a chunk, and the lines of their batch: what a dead letter would need."""
-
-    block: Block
-    partition_key: str
-    lines: Sequence[bytes]
-
-    def pick(self, numbers: Sequence[int]) -> "_Piece":
-        """Some of them."""
-        return self._replace(block=self.block.pick(numbers)) if len(numbers) < len(self.block) else self
-
-
-class _Chunk:
-    """Resources that are written together, no two of them with the same id."""
-
-    def __init__(self, pieces: Sequence[_Piece]) -> None:
-        self.pieces = [piece for piece in pieces if len(piece.block)]
-        self.ids = [key for piece in self.pieces for key in piece.block.ids]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def heads(self) -> bytes:
-        """The lines of ``fhir.resource``."""
-        return b"".join([piece.block.heads.text for piece in self.pieces])
-
-    @cached_property
-    def rows(self) -> list[bytes]:
-        """The lines of each view; nothing if there are no resources."""
-        by_view = zip(*[piece.block.rows for piece in self.pieces], strict=True)
-        return [b"".join([texts.text for texts in of_view]) for of_view in by_view]
-
-    def only(self, ids: Container[str]) -> "_Chunk":
-        """Those of its resources that have one of these ids."""
-        pieces = [piece.pick([n for n, key in enumerate(piece.block.ids) if key in ids]) for piece in self.pieces]
-        return _Chunk(pieces) if any(new is not old for new, old in zip(pieces, self.pieces, strict=True)) else self
-
-    def halves(self) -> tuple["_Chunk", "_Chunk"]:
-        """The first half of its resources, and the second."""
-        middle = len(self) // 2
-        return self.only(frozenset(self.ids[:middle])), self.only(frozenset(self.ids[middle:]))
-
-
-_NOTHING = _Chunk(())
-
-
-def _newest(pieces: Sequence[_Piece]) -> list[_Piece]:
-    """Of resources with the same id the newest version; of equals the one that came last."""
-    newest: dict[str, tuple[float, int, int, int]] = {}
-    for p, piece in enumerate(pieces):
-        block = piece.block
-        for n, key in enumerate(block.ids):
-            version = (block.moments[n], block.numbers[n], p, n)
-            if key not in newest or version > newest[key]:
-                newest[key] = version
-    chosen: list[list[int]] = [[] for _ in pieces]
-    for _, _, p, n in newest.values():
-        chosen[p].append(n)
-    return [piece.pick(sorted(numbers)) for piece, numbers in zip(pieces, chosen, strict=True)]
-
-
 @dataclass(slots=True)
 class _Outcome:
     """What came of one chunk."""
@@ -138,7 +77,7 @@ class _Outcome:
     refused: list[Unloadable] = field(default_factory=list)
 
 
-_Written = tuple[int, _Chunk, _Chunk]
+_Written = tuple[int, Chunk, Chunk]
 """Of a chunk: how many resources were there before, those that won, and those that are withheld."""
 
 
@@ -175,7 +114,7 @@ class Loader:
         self._definitions = views
         self._views = [view.name for view in views]
         self._sealing = sealing_of(conn)
-        self._pieces: list[_Piece] = []
+        self._pieces: list[Piece] = []
         self._held = self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
@@ -216,7 +155,7 @@ class Loader:
 
     def take(self, block: Block, lines: Sequence[bytes], partition_key: str) -> list[Unloadable]:
         """As ``add``, of resources that were prepared elsewhere, from these lines, as they were received."""
-        self._pieces.append(_Piece(block, partition_key, lines))
+        self._pieces.append(Piece(block, partition_key, lines))
         self._held += len(block)
         self._bytes += block.size
         if self._held >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
@@ -254,9 +193,9 @@ class Loader:
     def _flush(self) -> None:
         pieces, self._pieces = self._pieces, []
         held, self._held, self._bytes = self._held, 0, 0
-        chunk = _Chunk(pieces)
+        chunk = Chunk(pieces)
         if len(set(chunk.ids)) < held:
-            chunk = _Chunk(_newest(pieces))
+            chunk = Chunk(newest(pieces))
             self._counts.superseded += held - len(chunk)
         if chunk:
             # Put together before the wait: Postgres is busy meanwhile.
@@ -278,7 +217,7 @@ class Loader:
         for unloadable in outcome.refused:
             self._refused(unloadable)
 
-    def _write(self, chunk: _Chunk) -> _Outcome:
+    def _write(self, chunk: Chunk) -> _Outcome:
         outcome = _Outcome()
         try:
             # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
@@ -299,7 +238,7 @@ class Loader:
             ) from None
         return outcome
 
-    def _write_or_halve(self, chunk: _Chunk, outcome: _Outcome) -> None:
+    def _write_or_halve(self, chunk: Chunk, outcome: _Outcome) -> None:
         """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
         try:
             with self._conn.transaction():
@@ -322,7 +261,7 @@ class Loader:
         for view, text in zip(self._views, winners.rows, strict=bool(winners)):
             outcome.rows[view] += text.count(b"\n")
 
-    def _insert(self, chunk: _Chunk) -> _Written | None:
+    def _insert(self, chunk: Chunk) -> _Written | None:
         """Copy a chunk of new resources to where they belong; None, and nothing written, if one of them is there."""
         statements = self._statements
         if self._mend or not statements.may_insert:
@@ -340,9 +279,9 @@ class Loader:
                 # Another load brought one of them in this moment.
                 return None
             self._copy_rows(cursor, chunk)
-        return 0, chunk, _NOTHING
+        return 0, chunk, NOTHING
 
-    def _merge(self, chunk: _Chunk) -> _Written:
+    def _merge(self, chunk: Chunk) -> _Written:
         """Put a chunk in by way of a table of its own, so that the newest versions win."""
         statements = self._statements
         with self._conn.cursor() as cursor:
@@ -361,7 +300,7 @@ class Loader:
             self._copy_rows(cursor, winners)
         return len(updated), winners, chunk.only(gone)
 
-    def _copy_rows(self, cursor: psycopg.Cursor[Any], winners: _Chunk) -> None:
+    def _copy_rows(self, cursor: psycopg.Cursor[Any], winners: Chunk) -> None:
         for (_, copy_rows), text in zip(self._statements.views, winners.rows, strict=bool(winners)):
             if text:
                 with cursor.copy(copy_rows) as copy:
