@@ -57,12 +57,12 @@ benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[benchmark]'
 	@# A peer that asks for an older fhirpathpy than ours, and works with it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps 'sqlonfhir>=0.0.2'
-	$(BIN)/python -m fhir_assets_tests.benchmarks
+	$(BIN)/python -m benchmarks
 
 # The tables of SCALE.md, measured again: make scale RESOURCES=1000000
 RESOURCES ?= 100000
 scale: $(VENV)/.installed-test
-	$(BIN)/python -m fhir_assets_tests.benchmarks.scale $(RESOURCES)
+	$(BIN)/python -m benchmarks.scale $(RESOURCES)
 
 clean:
 	rm -rf $(VENV) .fhir_assets build dist

@@ -8,37 +8,37 @@ from pathlib import Path
 import dagster as dg
 
 from fhir_assets import logs
-from fhir_assets.assets.delivered import delivered_assets
-from fhir_assets.assets.delivered_health import health_patient_assets
-from fhir_assets.assets.exports import export_assets
-from fhir_assets.assets.lake import lake_assets
-from fhir_assets.assets.landing import landing_assets
-from fhir_assets.assets.normalized import broken_view, normalized_assets
-from fhir_assets.assets.raw import raw_assets
-from fhir_assets.assets.validated import validated_assets
-from fhir_assets.automation.alerts import alerts_sensor
-from fhir_assets.automation.consent import apply_consent, consent_sensor
-from fhir_assets.automation.jobs import check_tables, incremental_load, load_received, replay_dead_letters
-from fhir_assets.automation.missing import fetch_missing_references
-from fhir_assets.automation.received import load_received_sensor
-from fhir_assets.automation.replays import replay_dead_letters_sensor
-from fhir_assets.automation.schedules import check_tables_schedule, incremental_load_schedule
-from fhir_assets.automation.sensors import record_failed_runs
-from fhir_assets.checks.table import table_checks
+from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import ViewSet, load_views
-from fhir_assets.io_managers.ndjson import NdjsonIOManager
-from fhir_assets.io_managers.postgres import PostgresIOManager
-from fhir_assets.partitions import partitions_definition
-from fhir_assets.pipeline.load import judgement
-from fhir_assets.pipeline.workers import Workers
-from fhir_assets.resources.source import open_source
-from fhir_assets.resources.store import store_of
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.orchestration.assets.delivered import delivered_assets
+from fhir_assets.orchestration.assets.delivered_health import health_patient_assets
+from fhir_assets.orchestration.assets.exports import export_assets
+from fhir_assets.orchestration.assets.lake import lake_assets
+from fhir_assets.orchestration.assets.landing import landing_assets
+from fhir_assets.orchestration.assets.normalized import broken_view, normalized_assets
+from fhir_assets.orchestration.assets.raw import raw_assets
+from fhir_assets.orchestration.assets.validated import validated_assets
+from fhir_assets.orchestration.checks.table import table_checks
+from fhir_assets.orchestration.io_managers.ndjson import NdjsonIOManager
+from fhir_assets.orchestration.io_managers.postgres import PostgresIOManager
+from fhir_assets.orchestration.jobs import check_tables, incremental_load, load_received, replay_dead_letters
+from fhir_assets.orchestration.missing_references import fetch_missing_references
+from fhir_assets.orchestration.partitions import partitions_definition
+from fhir_assets.orchestration.schedules import check_tables_schedule, incremental_load_schedule
+from fhir_assets.orchestration.sensors.alerts import alerts_sensor
+from fhir_assets.orchestration.sensors.consent import apply_consent, consent_sensor
+from fhir_assets.orchestration.sensors.received import load_received_sensor
+from fhir_assets.orchestration.sensors.replays import replay_dead_letters_sensor
+from fhir_assets.orchestration.sensors.run_failures import record_failed_runs
+from fhir_assets.pipeline.load.step import judgement
+from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.settings import Executor, Settings, SourceKind, load_settings
-from fhir_assets.warehouse.migrate import sql_folder
+from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 
 
 def views_of(settings: Settings) -> ViewSet:

@@ -8,20 +8,25 @@ from uuid import uuid4
 
 import dagster as dg
 
-from fhir_assets.assets.run import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
-from fhir_assets.automation.dead_runs import give_up_dead_runs
-from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS
-from fhir_assets.automation.received import ReceivedWindows, assets_of, group
-from fhir_assets.automation.requests import range_tags
+from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.consent import ConsentSweep
+from fhir_assets.orchestration.dead_runs import give_up_dead_runs
+from fhir_assets.orchestration.jobs import (
+    FETCH_MISSING_REFERENCES,
+    INCREMENTAL_LOAD,
+    LOAD_RECEIVED,
+    REPLAY_DEAD_LETTERS,
+)
+from fhir_assets.orchestration.run_context import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
+from fhir_assets.orchestration.run_requests import range_tags
+from fhir_assets.orchestration.sensors.received import ReceivedWindows, assets_of, group
+from fhir_assets.pipeline.consent.sweep import ConsentSweep
 from fhir_assets.pipeline.due import chunks, consecutive, windows_due
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.resources.source import open_source
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import received, replays
-from fhir_assets.warehouse.dead_letters import Selection
+from fhir_assets.warehouse.ops import received, replays
+from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.windows import WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]

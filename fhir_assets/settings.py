@@ -17,8 +17,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.consent import Gate, Policy, Purpose
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import parse_keys
-from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.windows import Granularity, WindowScheme
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import settings
 from psycopg import sql
 
-from fhir_assets.deployment import dagster_yaml
 from fhir_assets.logs import JsonFormatter
-from fhir_assets.warehouse import embedded, migrate
-from fhir_assets.warehouse.database import Connection, connect, normalise_url, with_database
+from fhir_assets.orchestration.instance.config import dagster_yaml
+from fhir_assets.warehouse.postgres.db import embedded, migrations
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect, normalise_url, with_database
 
 # What lands is decided on the same examples each time; everywhere else they are new ones at every run.
 settings.register_profile("ci", derandomize=True)
@@ -65,7 +65,7 @@ def postgres() -> str:
             conn.execute("ALTER SYSTEM SET fsync = off")
             conn.execute("SELECT pg_reload_conf()")
             conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(f"{_TEMPLATE}_new")))
-            migrate.upgrade(with_database(url, f"{_TEMPLATE}_new"))
+            migrations.upgrade(with_database(url, f"{_TEMPLATE}_new"))
             dagster_instance(home / "dagster", with_database(url, f"{_TEMPLATE}_new")).dispose()
             conn.execute(
                 sql.SQL("ALTER DATABASE {} RENAME TO {}").format(

@@ -13,7 +13,7 @@ import dagster as dg
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.utils import make_new_backfill_id
 
-from fhir_assets.automation.requests import UNFINISHED
+from fhir_assets.orchestration.run_requests import UNFINISHED
 
 LAYERS = ("raw", "validated", "normalized")
 

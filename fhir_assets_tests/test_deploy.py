@@ -13,10 +13,10 @@ from dagster._config import process_config
 from dagster_k8s import K8sRunLauncher, k8s_job_executor
 from typer.main import get_command
 
-from fhir_assets.automation.jobs import INCREMENTAL_LOAD
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment import instance_yaml
+from fhir_assets.orchestration.instance.config import instance_yaml
+from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.settings import Executor, Settings, load_settings
 
 ROOT = Path(__file__).parent.parent
@@ -148,5 +148,7 @@ def test_the_instance_of_every_executor_is_one_that_dagster_takes(
         assert queue
         assert queue.max_concurrent_runs == 7
         celery = executor is Executor.CELERY
-        assert (type(instance.run_launcher).__module__ == "fhir_assets.instance.celery_launcher") == celery
+        assert (
+            type(instance.run_launcher).__module__ == "fhir_assets.orchestration.instance.celery_launcher"
+        ) == celery
         assert (instance.run_monitoring_start_timeout_seconds > 86_400) == celery

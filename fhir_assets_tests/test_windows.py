@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.partitions import partitions_definition
+from fhir_assets.orchestration.partitions import partitions_definition
 from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme, joined
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

@@ -13,8 +13,8 @@ from fastapi.routing import APIRoute
 from fhir_assets import logs
 from fhir_assets.api import WORKERS, health, intake, patients, problems, runs, visits
 from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, parse_tokens
+from fhir_assets.api.context import Parts
 from fhir_assets.api.middleware import Guard
-from fhir_assets.api.parts import Parts
 from fhir_assets.api.problems import Problem, ProblemDocument
 from fhir_assets.settings import Settings, load_settings
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from fhir_assets.api.parts import PartsOf
+from fhir_assets.api.context import PartsOf
 from fhir_assets.api.problems import answers
 from fhir_assets.errors import FhirAssetsError
 

@@ -10,13 +10,13 @@ import orjson
 from fastapi import APIRouter, Header, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.parts import Body, Caller, CallerOf, Parts, PartsOf, Posted
+from fhir_assets.api.context import Body, Caller, CallerOf, Parts, PartsOf, Posted
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
-from fhir_assets.pipeline.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
+from fhir_assets.pipeline.receive.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import idempotency
+from fhir_assets.warehouse.ops import idempotency
 
 router = APIRouter(tags=["intake"])
 

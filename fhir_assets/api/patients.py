@@ -8,13 +8,14 @@ import orjson
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.parts import Caller, CallerOf, Parts, PartsOf
+from fhir_assets.api.context import Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.privacy.audit import Action, Deed
-from fhir_assets.warehouse import audit_log, directory, patients
-from fhir_assets.warehouse.database import Connection, sealing_of
-from fhir_assets.warehouse.directory import Search
-from fhir_assets.warehouse.patients import Absence
+from fhir_assets.warehouse.ops import audit_log
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.queries import patient_directory, patients
+from fhir_assets.warehouse.postgres.queries.patient_directory import Search
+from fhir_assets.warehouse.postgres.queries.patients import Absence
 
 router = APIRouter(tags=["patients"])
 
@@ -146,7 +147,7 @@ def _one(parts: Parts, caller: Caller, patient_id: str) -> Response:
         found = [] if withheld else _patients(conn, [patient_id])
         absence = Absence() if found else patients.why_absent(conn, patient_id)
         # Under a gate that is closed for strangers, only whoever is known is said to be withheld.
-        refused = absence.withheld or bool(withheld and directory.of_patients(conn, "Patient", [patient_id]))
+        refused = absence.withheld or bool(withheld and patient_directory.of_patients(conn, "Patient", [patient_id]))
         deed = _deed(conn, caller, patient_id, found=len(found), refused=refused)
     parts.note(deed)
     if refused:
@@ -178,9 +179,9 @@ def _deed(conn: Connection, caller: Caller, patient_id: str, **detail: int | boo
 
 
 def _patients(conn: Connection, ids: Sequence[str]) -> list[dict[str, Any]]:
-    people = {each.id: orjson.loads(each.body) for each in directory.of_patients(conn, "Patient", ids)}
+    people = {each.id: orjson.loads(each.body) for each in patient_directory.of_patients(conn, "Patient", ids)}
     visits: dict[str, list[dict[str, Any]]] = {}
-    for each in directory.of_patients(conn, "Encounter", ids):
+    for each in patient_directory.of_patients(conn, "Encounter", ids):
         encounter = orjson.loads(each.body)
         whose = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
         visits.setdefault(whose, []).append(_visit(encounter))

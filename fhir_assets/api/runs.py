@@ -9,26 +9,27 @@ from typing import Annotated, Literal
 import orjson
 from fastapi import APIRouter, Path, Query, Response
 
+from fhir_assets.api.context import Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.dagster import FINISHED
-from fhir_assets.api.parts import Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.api.run_models import Exported, Letters, Replay, Run, RunList, Started
-from fhir_assets.assets.run import REFRESH_TAG, USER_TAG
-from fhir_assets.automation.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
-from fhir_assets.automation.received import assets_of
-from fhir_assets.automation.requests import range_tags
 from fhir_assets.catalog import BY_KEY, BY_NAME, CATALOG
 from fhir_assets.definitions import views_of
+from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.store import blobs_at
 from fhir_assets.errors import DagsterUnavailable
+from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
+from fhir_assets.orchestration.run_context import REFRESH_TAG, USER_TAG
+from fhir_assets.orchestration.run_requests import range_tags
+from fhir_assets.orchestration.sensors.received import assets_of
 from fhir_assets.pipeline.due import windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.resources.source import open_source
-from fhir_assets.resources.store import blobs_at
-from fhir_assets.warehouse import audit_log, dead_letters, replays, run_history, runs, tables
-from fhir_assets.warehouse.database import Connection
-from fhir_assets.warehouse.dead_letters import Selection
-from fhir_assets.warehouse.exports import Export, folder_of_run, windows_of_run
+from fhir_assets.warehouse.exports.export import Export, folder_of_run, windows_of_run
+from fhir_assets.warehouse.ops import audit_log, dead_letters, replays, run_history, runs
+from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.tables import view_tables
 
 router = APIRouter(tags=["runs"])
 
@@ -187,7 +188,7 @@ def export_type(
         if run_id:
             whole, by_type = windows_of_run(conn, _whole_run(conn, run_id))
             keys, folder = by_type.get(name, []), folder_of_run(whole, datetime.now(UTC))
-        tables.ensure_tables(conn, views)
+        view_tables.ensure_tables(conn, views)
         conn.commit()
         withholding = parts.settings.gate.closed
         if include_raw and withholding:

@@ -8,15 +8,15 @@ import orjson
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, Field
 
+from fhir_assets.api.context import Body, Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.intake import Key, once, require_few
-from fhir_assets.api.parts import Body, Caller, CallerOf, Parts, PartsOf
 from fhir_assets.api.problems import FieldError, Problem, answers
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.privacy.audit import Deed
-from fhir_assets.warehouse import visits
-from fhir_assets.warehouse.visits import FileState, Post
+from fhir_assets.warehouse.ops import visits
+from fhir_assets.warehouse.ops.visits import FileState, Post
 
 router = APIRouter(tags=["visits"])
 

@@ -8,10 +8,10 @@ import typer
 from fhir_assets.api import WORKERS
 from fhir_assets.api.access import Role, new_token, parse_tokens
 from fhir_assets.cli.output import console, print_json
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.metrics.exposition import served
 from fhir_assets.metrics.pipeline import observe_database
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
 
 app = typer.Typer(help="The HTTP API: intake, look-ups, runs.", invoke_without_command=True)

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import audit_log
+from fhir_assets.warehouse.ops import audit_log
 
 app = typer.Typer(help="Who did what to whose data, and whether the log is whole.", no_args_is_help=True)
 

@@ -10,14 +10,14 @@ import typer
 
 from fhir_assets import logs
 from fhir_assets.cli.output import console, print_json, print_table
-from fhir_assets.connector import dead_letters, outbox
-from fhir_assets.connector.setup import connector_of, sources_of
+from fhir_assets.delivery.connector import dead_letters, outbox
+from fhir_assets.delivery.connector.setup import connector_of, sources_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.metrics.exposition import served
 from fhir_assets.metrics.pipeline import observe_database
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection
 
 app = typer.Typer(help="Deliver changes of the tables in schema health to a FHIR server.", no_args_is_help=True)
 dlq = typer.Typer(help="Changes that the FHIR server did not take, each with its reason.", no_args_is_help=True)

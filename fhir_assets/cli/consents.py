@@ -8,10 +8,10 @@ import typer
 
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.definitions import views_of
-from fhir_assets.pipeline.consent import ConsentSweep
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.pipeline.consent.sweep import ConsentSweep
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import consents
+from fhir_assets.warehouse.ops import consents
 
 app = typer.Typer(help="What patients allow, and the tables brought to it.", no_args_is_help=True)
 

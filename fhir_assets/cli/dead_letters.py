@@ -9,21 +9,21 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.cli.ingest import report_failure
 from fhir_assets.cli.output import console, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions, judges_of, validator_of, views_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, failed
-from fhir_assets.pipeline.correct import Correcting, Edit
-from fhir_assets.pipeline.receive import Receiver
+from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.pipeline.replay.corrections import Correcting, Edit
 from fhir_assets.privacy.audit import Action, Deed
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.store.store import open_store
-from fhir_assets.warehouse import audit_log, corrections, dead_letters, replays, runs
-from fhir_assets.warehouse.database import sealing_of
-from fhir_assets.warehouse.dead_letters import Selection
+from fhir_assets.storage.store import open_store
+from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays, runs
+from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.postgres.db.connections import sealing_of
 
 app = typer.Typer(help="Resources that could not go on, each with its reason.", no_args_is_help=True)
 
@@ -236,7 +236,7 @@ def discard(
 
 
 def _replay(settings: Settings, chosen: Selection) -> Sequence[Outcome]:
-    instance = deployment.instance(settings)
+    instance = config.instance(settings)
     with only_our_words():
         return Ingestion(settings, build_definitions(settings), instance).replay(chosen, triggered_by="cli")
 

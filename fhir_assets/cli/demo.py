@@ -13,13 +13,14 @@ import typer
 from fhir_assets.cli.dev import serve_ui
 from fhir_assets.cli.ingest import SUMMARY, load_due, report_failure, summary
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import failed
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import embedded, runs
+from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.postgres.db import embedded
 
 PATIENTS = 150
 DAYS = 30

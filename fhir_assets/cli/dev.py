@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.cli.output import console, warn_of_clear_data
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse import embedded
+from fhir_assets.warehouse.postgres.db import embedded
 
 DEFAULT_PORT = 3000
 
@@ -43,7 +43,7 @@ def serve_ui(settings: Settings, port: int | None) -> None:
     Raises ConfigurationError if it ends by itself.
     """
     Warehouse(settings).url()
-    environment = {**deployment.environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
+    environment = {**config.environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
     port = free_port(port or DEFAULT_PORT)
     console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
     command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]

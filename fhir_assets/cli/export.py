@@ -9,12 +9,12 @@ import typer
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.definitions import views_of
+from fhir_assets.deployment.store import blobs_at, store_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.resources.store import blobs_at, store_of
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse import tables
-from fhir_assets.warehouse.exports import Export, ExportedFile, Format, folder_of_run, windows_of_run
+from fhir_assets.warehouse.exports.export import Export, ExportedFile, Format, folder_of_run, windows_of_run
+from fhir_assets.warehouse.postgres.tables import view_tables
 
 
 def export(
@@ -54,7 +54,7 @@ def export(
                 ) from None
             folder = folder_of_run(run_id, datetime.now(UTC))
             types = [name for name in types if name in by_type]
-        tables.ensure_tables(conn, views)
+        view_tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
         writer = Export(conn, store, target, folder, run_id=run_id, actor=actor, withholding=settings.gate.closed)

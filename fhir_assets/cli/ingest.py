@@ -14,16 +14,16 @@ import typer
 from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fhir_assets import deployment
 from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
-from fhir_assets.pipeline import bulk
+from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.fetch import bulk_source
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse import runs
+from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange
 
 SUMMARY = ("type", "fetched", "valid", "dead", "loaded", "resources_per_second")
@@ -70,7 +70,7 @@ def load_due(
     triggered_by: str = "cli",
 ) -> list[Outcome]:
     """Load what is due, with a progress bar on a terminal."""
-    instance = deployment.instance(settings)
+    instance = config.instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with _export_told():
         due = ingestion.due(first=first, last=last, all_windows=full_refresh)
@@ -124,7 +124,7 @@ class _OnTerminal(logging.Handler):
 @contextmanager
 def _export_told() -> Iterator[None]:
     """Meanwhile one sees how far an export is."""
-    logger, handler = logging.getLogger(bulk.__name__), _OnTerminal()
+    logger, handler = logging.getLogger(bulk_source.__name__), _OnTerminal()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -12,13 +12,13 @@ from rich import progress
 
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.definitions import views_of
-from fhir_assets.pipeline.rotate import Rotated, Rotator, Survey, survey
+from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.pipeline.reencrypt.rotate import Rotated, Rotator, Survey, survey
 from fhir_assets.privacy.keys import new_key
-from fhir_assets.resources.store import store_of
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse import rotations
-from fhir_assets.warehouse.rotations import Rotation
+from fhir_assets.warehouse.ops import key_rotations
+from fhir_assets.warehouse.ops.key_rotations import Rotation
 
 app = typer.Typer(help="The keys that seal patient data.", no_args_is_help=True)
 
@@ -38,7 +38,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
         found = survey(conn, store_of(settings), views_of(settings).views)
-        rotation = rotations.latest(conn)
+        rotation = key_rotations.latest(conn)
     if json:
         facts = None
         if rotation:

@@ -5,15 +5,15 @@ from uuid import uuid4
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.cli.ingest import SUMMARY, report_failure, summary
 from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.landing import landing_of, zone_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion, failed
-from fhir_assets.resources.landing import landing_of, zone_of
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import landing_files
+from fhir_assets.warehouse.ops import landing_files
 
 app = typer.Typer(help="Files of the landing zone (FHIR_LANDING_URL).", no_args_is_help=True)
 
@@ -54,7 +54,7 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
             totals[name] += getattr(landed, name)
         if not landed.files:
             break
-    instance = deployment.instance(settings)
+    instance = config.instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with only_our_words():
         outcomes = [ingestion.load_received(waiting, triggered_by="cli") for waiting in ingestion.received()]

@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.cli.output import console
 from fhir_assets.definitions import views_of
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import roles, tables
+from fhir_assets.warehouse.postgres.db import roles
+from fhir_assets.warehouse.postgres.tables import view_tables
 
 
 def migrate(
@@ -19,13 +20,13 @@ def migrate(
 ) -> None:
     """Create or upgrade the schemas, a table for every ViewDefinition, and Dagster's database."""
     settings = load_settings()
-    deployment.ensure_dagster_database(settings)
+    config.ensure_dagster_database(settings)
     views = views_of(settings)
     with Warehouse(settings).connect() as conn:
         if apply_view_changes:
-            tables.apply_changes(conn, views.views)
+            view_tables.apply_changes(conn, views.views)
         else:
-            tables.ensure_tables(conn, views.views)
+            view_tables.ensure_tables(conn, views.views)
         roles.grant(conn)
         absent = roles.missing(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")

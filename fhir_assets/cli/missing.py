@@ -5,15 +5,15 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.cli.ingest import report_failure, summary
 from fhir_assets.cli.output import console, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import PermanentError
 from fhir_assets.ingestion import Ingestion, failed
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import quality
+from fhir_assets.warehouse.postgres.queries import quality
 
 app = typer.Typer(help="What loaded resources refer to and the tables lack.", no_args_is_help=True)
 
@@ -40,7 +40,7 @@ def fetch(json: Json = False) -> None:
     """Ask the server for them by id, Patients first, and load what it has. What it lacks is left alone for a day."""
     settings = load_settings()
     settings.require_source()
-    instance = deployment.instance(settings)
+    instance = config.instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with only_our_words():
         if not ingestion.fetch_missing_references(triggered_by="cli"):

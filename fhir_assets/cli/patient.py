@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, errors
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.patients import find_patients, read_patient
+from fhir_assets.warehouse.postgres.queries.patients import find_patients, read_patient
 
 app = typer.Typer(help="Patient data, decrypted for those who hold the keys; each reading is on record.")
 

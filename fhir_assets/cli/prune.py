@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.cli.output import console, print_json, print_table
+from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.housekeeping.prune import kinds
-from fhir_assets.resources.store import store_of
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.prune.prune import kinds
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import database
+from fhir_assets.warehouse.postgres.db import connections
 
 
 def prune(
@@ -27,11 +27,11 @@ def prune(
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
-    instance = deployment.instance(settings)
+    instance = config.instance(settings)
     before = datetime.now(UTC) - timedelta(days=older_than_days)
     with (
         warehouse.connect() as conn,
-        database.connect(os.environ["DAGSTER_POSTGRES_URL"]) as dagster_conn,
+        connections.connect(os.environ["DAGSTER_POSTGRES_URL"]) as dagster_conn,
     ):
         there = kinds(conn, dagster_conn, instance, store_of(settings), before)
         wanted = only.split(",") if only else [kind.name for kind in there]

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from fhir_assets.cli.output import console, print_json, print_table
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse import run_history, runs
+from fhir_assets.warehouse.ops import run_history, runs
 
 app = typer.Typer(help="What ran, and what came of it.", no_args_is_help=True)
 

@@ -18,17 +18,17 @@ import typer
 from fhir_assets import logs
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
+from fhir_assets.delivery.tables import letter
+from fhir_assets.delivery.upload.files import Folder, Unusable
+from fhir_assets.delivery.upload.journal import Journal
+from fhir_assets.delivery.upload.uploader import Silent, Uploader
+from fhir_assets.deployment.targets import upload_client
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
 from fhir_assets.fhir import bundles
-from fhir_assets.fhir.client import FhirClient
-from fhir_assets.pipeline.deliver import letter
-from fhir_assets.resources.target import upload_client
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.upload.files import Folder, Unusable
-from fhir_assets.upload.journal import Journal
-from fhir_assets.upload.uploader import Silent, Uploader
-from fhir_assets.warehouse import dead_letters
+from fhir_assets.warehouse.ops import dead_letters
 
 Steps = dict[str, dict[str, int]]
 """By type, in order: how many resources each file has of it."""

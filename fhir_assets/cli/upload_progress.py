@@ -6,7 +6,7 @@ from typing import Self
 from rich import progress
 
 from fhir_assets.cli.output import console
-from fhir_assets.upload.journal import BatchKey, Done
+from fhir_assets.delivery.upload.journal import BatchKey, Done
 
 _BARS = 10
 """So many bars of finished files stay on the screen."""

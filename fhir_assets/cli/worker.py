@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets import deployment
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
 
 
@@ -22,10 +22,10 @@ def worker(
     settings = load_settings()
     broker = settings.require_broker()
     try:
-        from fhir_assets.instance.celery_launcher import QUEUE, app
+        from fhir_assets.orchestration.instance.celery_launcher import QUEUE, app
     except ImportError:
         raise ConfigurationError("Workers need dagster-celery: pip install 'fhir-assets[celery]'") from None
-    os.environ.update({**deployment.environment(settings), "CELERY_BROKER_URL": broker})
+    os.environ.update({**config.environment(settings), "CELERY_BROKER_URL": broker})
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     app(settings).worker_main(
         ["worker", "--pool", "solo", "--queues", QUEUE, "--hostname", f"{name}@%h", "--loglevel", settings.log_level]

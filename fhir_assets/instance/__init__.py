@@ -1,1 +1,13 @@
-"""What the project plugs into Dagster's instance: its storage, its queue of runs, its launcher for Celery."""
+"""Deprecated location of ``fhir_assets.orchestration.instance``, kept for one release.
+
+A deployment with its own ``dagster.yaml`` names these modules there. Replace ``fhir_assets.instance`` by
+``fhir_assets.orchestration.instance``.
+"""
+
+import warnings
+
+warnings.warn(
+    "fhir_assets.instance has moved: name fhir_assets.orchestration.instance in dagster.yaml",
+    DeprecationWarning,
+    stacklevel=2,
+)

@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.metrics.exposition import REGISTRY
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse import database, embedded
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.postgres.db import connections, embedded
+from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.windows import WindowScheme
 
 MAX_AGE = 5.0
@@ -163,7 +163,7 @@ class DatabaseCollector(Collector):
 
 def observer_of(settings: Settings, connect: Callable[[], Connection]) -> DatabaseCollector:
     """The database's metrics, for whoever asks for them by himself."""
-    return DatabaseCollector(connect, lambda: database.connect(_dagster_url(settings)), settings.window_scheme)
+    return DatabaseCollector(connect, lambda: connections.connect(_dagster_url(settings)), settings.window_scheme)
 
 
 @contextmanager
@@ -179,10 +179,10 @@ def observe_database(settings: Settings, connect: Callable[[], Connection]) -> I
 
 def _dagster_url(settings: Settings) -> str:
     if url := os.environ.get("DAGSTER_POSTGRES_URL"):
-        return database.normalise_url(url)
+        return connections.normalise_url(url)
     if settings.db_url is None:
         return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
-    return database.with_database(settings.db_url.get_secret_value(), embedded.DAGSTER_DATABASE)
+    return connections.with_database(settings.db_url.get_secret_value(), embedded.DAGSTER_DATABASE)
 
 
 def _rows(conn: Connection, query: LiteralString) -> Rows | None:

@@ -13,9 +13,9 @@ from typing import Protocol
 import msgspec
 
 from fhir_assets.errors import Overtaken
-from fhir_assets.store.manifest import Manifest, Part
-from fhir_assets.store.store import Store, folder
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.storage.manifest import Manifest, Part
+from fhir_assets.storage.store import Store, folder
+from fhir_assets.warehouse.postgres.db.connections import Connection
 
 _LOCK = 0x66686D66
 """First key of the advisory locks of partitions ("fhmf")."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from fhir_assets.store.manifest import Manifest
+from fhir_assets.storage.manifest import Manifest
 from fhir_assets.windows import Interval, Window
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from fhir_assets.privacy.sealing import CLEAR, Sealing
+from fhir_assets.privacy.encryption import CLEAR, Sealing
 
 Action = Literal[
     "read",

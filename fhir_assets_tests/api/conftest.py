@@ -20,7 +20,7 @@ import uvicorn
 
 from fhir_assets.api.app import create_app
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.conftest import fresh_database
 
 ROLES = ("reader", "operator", "ingester", "admin")

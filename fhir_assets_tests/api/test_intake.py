@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import orjson
 import pytest
 
-from fhir_assets.resources.store import store_of
-from fhir_assets.warehouse.database import connect
+from fhir_assets.deployment.store import store_of
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.api.conftest import Api, Serve
 
 ADA = {

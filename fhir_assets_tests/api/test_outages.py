@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 import pytest
 from psycopg import sql
 
-from fhir_assets.api import parts
+from fhir_assets.api import context
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
 
 RECORD = {"records": [{"resourceType": "Patient", "mrn": "SECRET-MRN", "name": "Ada SECRET"}]}
@@ -49,7 +49,7 @@ def test_while_the_database_is_away_answers_are_problems_without_data_and_traces
     assert api.get("/patients?mrn=SECRET-MRN").status_code == 200
     assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
     with database_away(postgres, database), monkeypatch.context() as impatient:
-        impatient.setattr(parts, "PATIENCE_SECONDS", 0.5)
+        impatient.setattr(context, "PATIENCE_SECONDS", 0.5)
         answers = [
             api.get("/patients?mrn=SECRET-MRN"),
             api.get("/patients/SECRET-MRN"),

@@ -10,16 +10,17 @@ import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment import dagster_yaml
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.ingestion import Ingestion
+from fhir_assets.orchestration.instance.config import dagster_yaml
 from fhir_assets.privacy.audit import Entry
 from fhir_assets.privacy.keys import new_key
-from fhir_assets.resources.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import audit_log, deletes
-from fhir_assets.warehouse.database import normalise_url
-from fhir_assets.warehouse.directory import Directory, Search
+from fhir_assets.warehouse.ops import audit_log
+from fhir_assets.warehouse.postgres.db.connections import normalise_url
+from fhir_assets.warehouse.postgres.queries.patient_directory import Directory, Search
+from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets_tests.api.conftest import TOKENS, Api, served
 from fhir_assets_tests.conftest import fresh_database
 
@@ -115,7 +116,7 @@ def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
         for each in waiting:
             assert ingestion.load_received(each, triggered_by="test").success
     warehouse = Warehouse(api.settings)
-    deletes.bury(warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test")
+    deletions.bury(warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test")
     return Clinic(api, warehouse, ids)
 
 
@@ -178,7 +179,7 @@ def test_pages_and_the_walk_along_next_meet_everybody_once_in_the_same_order(cli
 
 
 def test_a_page_begins_at_a_remembered_id_wherever_it_lies(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fhir_assets.warehouse.directory.STRIDE", 4)
+    monkeypatch.setattr("fhir_assets.warehouse.postgres.queries.patient_directory.STRIDE", 4)
     everybody = clinic.walk("/patients?page_size=200")
     with clinic.warehouse.connect() as conn:
         pages = Directory(clinic.warehouse.connect)

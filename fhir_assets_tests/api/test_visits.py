@@ -8,9 +8,9 @@ import boto3
 import pytest
 from psycopg import sql
 
-from fhir_assets.resources.landing import landing_of
-from fhir_assets.resources.warehouse import Warehouse
-from fhir_assets.warehouse.database import connect
+from fhir_assets.deployment.landing import landing_of
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.api.conftest import Api, Serve
 from fhir_assets_tests.pipeline.test_visits import visit
 

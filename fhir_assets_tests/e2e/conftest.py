@@ -11,12 +11,12 @@ import pytest
 from psycopg import sql
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.store import store_of
 from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.resources.store import store_of
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.store.store import Store
-from fhir_assets.warehouse.database import connect, normalise_url
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.conftest import dagster_instance
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -7,9 +7,9 @@ from pathlib import Path
 import boto3
 import dagster as dg
 
-from fhir_assets.assets.landing import JOB
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion
+from fhir_assets.orchestration.assets.landing import JOB
 from fhir_assets.settings import Settings
 from fhir_assets_tests.e2e.conftest import Deployment
 

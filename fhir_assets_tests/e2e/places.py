@@ -11,7 +11,7 @@ from typing import Any
 
 from psycopg import sql
 
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 
 Found = Iterator[tuple[str, bytes]]
 """Where exactly, and what is there."""

@@ -11,13 +11,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from fhir_assets.alerts import message
 from fhir_assets.definitions import build_definitions
+from fhir_assets.delivery.webhook import message
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse import checkpoints
-from fhir_assets.warehouse.database import connect
-from fhir_assets.warehouse.incidents import Incident
+from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.ops.incidents import Incident
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, patient
 

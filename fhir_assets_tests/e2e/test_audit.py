@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fhir_assets.api.access import Role, Token
+from fhir_assets.api.context import Caller, Parts
 from fhir_assets.api.intake import ingest_fhir, ingest_records
-from fhir_assets.api.parts import Caller, Parts
 from fhir_assets.api.patients import list_patients, one_patient
 from fhir_assets.api.runs import replay_run
 from fhir_assets.cli import dead_letters as letters_command
@@ -25,26 +25,28 @@ from fhir_assets.fhir.record import Deletion, read_header, read_record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import TypeViews
 from fhir_assets.pipeline.commit import commit
-from fhir_assets.pipeline.consent import ConsentSweep
-from fhir_assets.pipeline.load import Loading
+from fhir_assets.pipeline.consent.sweep import ConsentSweep
+from fhir_assets.pipeline.load.step import Loading
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.pipeline.receive import Receiver
-from fhir_assets.pipeline.replay import ReplayLoading
-from fhir_assets.pipeline.validate import ResourceValidation
-from fhir_assets.pipeline.workers import Workers
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.pipeline.replay.steps import ReplayLoading
+from fhir_assets.pipeline.validate.step import ResourceValidation
+from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.privacy.consent import Gate, Policy
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import Sealing
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.store.blobs import LocalBlobs
-from fhir_assets.store.store import open_store
-from fhir_assets.warehouse import audit_log, dead_letters, deletes, lake, runs, vault
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.dead_letters import DeadLetter
-from fhir_assets.warehouse.exports import Export
-from fhir_assets.warehouse.loader import Loader
-from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets.storage.blobs import LocalBlobs
+from fhir_assets.storage.store import open_store
+from fhir_assets.warehouse.exports.export import Export
+from fhir_assets.warehouse.lake import writer as lake
+from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, runs
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.tables import deletions
+from fhir_assets.warehouse.postgres.tables.loading import Loader
+from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets_tests.pipeline.test_consent import VIEWS, consent, patient, record
 from fhir_assets_tests.warehouse.views import column, view
 
@@ -70,7 +72,7 @@ class Hospital:
             **values,
         )
         with connect(url) as conn:
-            self.sealing = vault.unlock(conn, Sealing(parse_keys([key] if key else [])))
+            self.sealing = encryption_secret.unlock(conn, Sealing(parse_keys([key] if key else [])))
         self.environment = {
             "DB_URL": url,
             "FHIR_ASSETS_HOME": str(folder / "home"),
@@ -180,7 +182,7 @@ def into_the_lake(hospital: Hospital) -> None:
 
 def delete(hospital: Hospital) -> None:
     with hospital.connect() as conn:
-        deletes.apply(conn, [Deletion("Patient", "a", datetime.now(UTC))], run_id="run")
+        deletions.apply(conn, [Deletion("Patient", "a", datetime.now(UTC))], run_id="run")
 
 
 def heal(hospital: Hospital) -> None:

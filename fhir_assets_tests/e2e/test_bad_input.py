@@ -20,7 +20,7 @@ from psycopg import sql
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.database import connect, normalise_url
+from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 

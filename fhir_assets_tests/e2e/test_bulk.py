@@ -24,7 +24,7 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.sandbox.smart import Smart
-from fhir_assets.warehouse.database import normalise_url
+from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, patient
 from fhir_assets_tests.pipeline.test_bulk_source import CASES

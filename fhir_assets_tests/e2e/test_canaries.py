@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from fhir_assets.automation.jobs import CHECK_TABLES
-from fhir_assets.connector import outbox
+from fhir_assets.delivery.connector import outbox
 from fhir_assets.metrics.exposition import exposition
 from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.orchestration.jobs import CHECK_TABLES
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.api.conftest import Serve, serve
 from fhir_assets_tests.e2e.canaries import Canaries, Population
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment

@@ -18,10 +18,10 @@ from dagster._core.definitions.reconstruct import ReconstructableRepository
 from dagster._core.execution.backfill import PartitionBackfill
 from dagster._core.launcher import LaunchRunContext
 
-from fhir_assets.automation.jobs import INCREMENTAL_LOAD, LAYERS
-from fhir_assets.automation.requests import UNFINISHED
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment import instance_yaml
+from fhir_assets.orchestration.instance.config import instance_yaml
+from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD, LAYERS
+from fhir_assets.orchestration.run_requests import UNFINISHED
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer

@@ -11,8 +11,8 @@ import pytest
 from fhir_assets.definitions import build_definitions
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse import checkpoints
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, instant, patient
 

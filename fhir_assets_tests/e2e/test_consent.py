@@ -13,10 +13,10 @@ from fhir_assets.definitions import views_of
 from fhir_assets.ingestion import Outcome
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.store.blobs import LocalBlobs
-from fhir_assets.warehouse import lake
-from fhir_assets.warehouse.database import connect
-from fhir_assets.warehouse.exports import Export
+from fhir_assets.storage.blobs import LocalBlobs
+from fhir_assets.warehouse.exports.export import Export
+from fhir_assets.warehouse.lake import writer
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, instant
 
@@ -137,7 +137,7 @@ def test_what_leaves_obeys_consent(deploy: Deploy, server: SandboxServer, tmp_pa
             for view in views:
                 export.of(view.resource_type, None).valid()
                 export.of(view.resource_type, None).table(view, "ndjson")
-                lake.update(conn, folder, view, [], run_id="run", actor="test")
+                writer.update(conn, folder, view, [], run_id="run", actor="test")
         resources = (folder.root / "export" / "Patient.valid.ndjson").read_bytes().splitlines()
         of_export = [json.loads(line) for line in (folder.root / "export" / "observation.ndjson").open()]
         of_lake = [row for path in folder.root.glob("patient/*/*.parquet") for row in read_table(path).to_pylist()]

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.warehouse.idle import IDLE
+from fhir_assets.warehouse.postgres.db.connection_cache import IDLE
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.content import patient
 

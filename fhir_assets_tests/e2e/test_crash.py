@@ -16,7 +16,7 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.database import normalise_url
+from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 

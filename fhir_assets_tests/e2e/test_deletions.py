@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer

@@ -12,10 +12,10 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.delivery.upload.conftest import assert_same, read_back
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, materialize, patient
-from fhir_assets_tests.upload.conftest import assert_same, read_back
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY, NEXT = "2024-01-05", "2024-01-06"

@@ -9,12 +9,12 @@ import pyarrow.parquet
 import pytest
 
 from fhir_assets.definitions import build_definitions, views_of
-from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.views import View
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse import lake
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.lake import writer
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add
 from fhir_assets_tests.e2e.test_consent import DAY as DAY_OF_ALL
@@ -117,17 +117,17 @@ def test_rows_that_moved_or_went_leave_their_window_whichever_one_is_materialize
 def test_a_lake_in_the_middle_of_its_update_is_whole_after_the_next(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = lake._Lake._write
+    write = writer._Lake._write
     written: list[str] = []
 
-    def fails_in_the_second(self: lake._Lake, key: str) -> int:
+    def fails_in_the_second(self: writer._Lake, key: str) -> int:
         if written:
             raise OSError(28, "No space left on device")
         written.append(key)
         return write(self, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lake._Lake, "_write", fails_in_the_second)
+        patch.setattr(writer._Lake, "_write", fails_in_the_second)
         job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=deployment.instance,

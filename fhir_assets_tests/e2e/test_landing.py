@@ -8,10 +8,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from fhir_assets.deployment.landing import zone_of
 from fhir_assets.privacy.keys import new_key
-from fhir_assets.resources.landing import zone_of
-from fhir_assets.warehouse import landing_files, received
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.ops import landing_files, received
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.landing import LandingZone, land, load_received, receive, tick

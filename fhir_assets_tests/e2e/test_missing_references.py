@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
-from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.test_checks import encounter

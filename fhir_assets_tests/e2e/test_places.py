@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.warehouse.places import Kind, Places
+from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.test_crash import START

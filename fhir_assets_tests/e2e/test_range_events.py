@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
-from fhir_assets.instance.storage import BatchedEventLog
+from fhir_assets.orchestration.instance.storage import BatchedEventLog
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.content import patient
 

@@ -9,8 +9,8 @@ import pytest
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.store.manifest import Manifest
-from fhir_assets.warehouse.database import connect
+from fhir_assets.storage.manifest import Manifest
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import materialize, patient
 

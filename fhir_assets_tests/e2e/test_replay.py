@@ -11,15 +11,15 @@ import dagster as dg
 import pytest
 from typer.testing import CliRunner
 
-from fhir_assets.assets.run import REPLAY_TAG
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.errors import CorrectionRefused
+from fhir_assets.orchestration.run_context import REPLAY_TAG
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse import corrections, dead_letters, replays, runs
-from fhir_assets.warehouse.database import connect
-from fhir_assets.warehouse.dead_letters import Selection, StoredLetter
+from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
+from fhir_assets.warehouse.ops.dead_letters import Selection, StoredLetter
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import add, materialize, patient
 

@@ -7,15 +7,15 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 
-from fhir_assets.assets.raw import POOL
-from fhir_assets.assets.run import TRIGGER_TAG
-from fhir_assets.automation import dead_runs
-from fhir_assets.automation.requests import RANGE_END, RANGE_START
 from fhir_assets.definitions import build_definitions
+from fhir_assets.orchestration import dead_runs
+from fhir_assets.orchestration.assets.raw import POOL
+from fhir_assets.orchestration.run_context import TRIGGER_TAG
+from fhir_assets.orchestration.run_requests import RANGE_END, RANGE_START
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse import checkpoints, runs
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.ops import checkpoints, runs
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.content import patient
 

@@ -11,8 +11,8 @@ import pytest
 import requests
 
 from fhir_assets.sandbox.population import Population, write_population
-from fhir_assets_tests.connector.conftest import MRN, Hospital, hospital
-from fhir_assets_tests.upload.conftest import Upload, lines_of, patient, upload_of, write
+from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital, hospital
+from fhir_assets_tests.delivery.upload.conftest import Upload, lines_of, patient, upload_of, write
 
 __all__ = ["hospital", "upload_of"]
 

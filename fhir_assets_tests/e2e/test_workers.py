@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from fhir_assets.pipeline import workers
-from fhir_assets.pipeline.rows import Batch
+from fhir_assets.pipeline.load.rows import Batch
+from fhir_assets.pipeline.workers import pool
 from fhir_assets.sandbox.population import Population, write_population
-from fhir_assets.store import store
-from fhir_assets.warehouse import runs
-from fhir_assets.warehouse.database import connect
+from fhir_assets.storage import store
+from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.test_crash import END, FEW, START
 
@@ -18,9 +18,9 @@ from fhir_assets_tests.e2e.test_crash import END, FEW, START
 @pytest.fixture
 def population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder of resources, some of them bad; even so little work goes to the workers."""
-    monkeypatch.setattr(workers, "WORTH_A_START", 0)
-    monkeypatch.setattr(workers, "WORTH_A_TRIP", 0)
-    monkeypatch.setattr(workers, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(pool, "WORTH_A_START", 0)
+    monkeypatch.setattr(pool, "WORTH_A_TRIP", 0)
+    monkeypatch.setattr(pool, "UNIT_BYTES", 20_000)
     monkeypatch.setattr(store, "BATCH_BYTES", 20_000)
     write_population(tmp_path / "population", Population(20, 3, 0.05, end=END, start=START))
     return str(tmp_path / "population")
@@ -52,10 +52,10 @@ def test_a_worker_killed_in_mid_load_fails_the_run_with_one_sentence_and_the_nex
     clean = deploy(home="clean", fhir_workers=1, **settings)
     assert all(outcome.success for outcome in clean.ingest())
     killed = deploy(home="killed", url=empty_database, fhir_workers=2, **settings)
-    ask = workers._Worker.ask
+    ask = pool._Worker.ask
     batches = 0
 
-    def killed_in_the_third(self: workers._Worker, job: bytes, items: list[Any]) -> Any:
+    def killed_in_the_third(self: pool._Worker, job: bytes, items: list[Any]) -> Any:
         nonlocal batches
         batches += isinstance(items[0], Batch)
         if batches == 3:
@@ -63,7 +63,7 @@ def test_a_worker_killed_in_mid_load_fails_the_run_with_one_sentence_and_the_nex
         return ask(self, job, items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers._Worker, "ask", killed_in_the_third)
+        patch.setattr(pool._Worker, "ask", killed_in_the_third)
         outcomes = killed.ingest()
     failed = [outcome for outcome in outcomes if not outcome.success]
     assert len(failed) == 1

@@ -8,20 +8,20 @@ import pytest
 from joserfc.jwk import ECKey
 from requests import PreparedRequest
 
-from fhir_assets.connector import outbox
-from fhir_assets.connector.server import FhirServer, Passing
-from fhir_assets.connector.setup import connector_of
+from fhir_assets.delivery.connector import outbox
+from fhir_assets.delivery.connector.server import FhirServer, Passing
+from fhir_assets.delivery.connector.setup import connector_of
 from fhir_assets.errors import ServerUnavailable
-from fhir_assets.fhir.auth import Credentials
+from fhir_assets.fhir.auth.credentials import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.sandbox.smart import Smart
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.database import connect
-from fhir_assets_tests.connector.conftest import MRN
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.delivery.connector.conftest import MRN
+from fhir_assets_tests.delivery.upload.conftest import Upload, upload_of, write  # noqa: F401
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.content import patient
-from fhir_assets_tests.upload.conftest import Upload, upload_of, write  # noqa: F401
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SLOW = Fault(

@@ -4,7 +4,7 @@ import pytest
 import requests
 
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.auth import Credentials, credentials
+from fhir_assets.fhir.auth.credentials import Credentials, credentials
 
 
 def header_of(auth: Credentials) -> str | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
-from fhir_assets.fhir.auth import Bearer, Credentials, credentials
-from fhir_assets.fhir.client import Answer, FhirClient, Refusal, json_failure
-from fhir_assets.fhir.retries import Retrier, RetryPolicy, read_retry_after
+from fhir_assets.fhir.auth.credentials import Bearer, Credentials, credentials
+from fhir_assets.fhir.client.http import Answer, FhirClient, Refusal, json_failure
+from fhir_assets.fhir.client.retries import Retrier, RetryPolicy, read_retry_after
 from fhir_assets_tests.fhir.scripted_server import Reply, ScriptedServer, reply
 
 SECRET = "Mustermann"

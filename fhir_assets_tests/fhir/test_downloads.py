@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
-from fhir_assets.fhir.auth import Bearer, Credentials
-from fhir_assets.fhir.client import FhirClient, Refusal
-from fhir_assets.fhir.downloads import Downloads
-from fhir_assets.fhir.retries import Retrier, RetryPolicy
+from fhir_assets.fhir.auth.credentials import Bearer, Credentials
+from fhir_assets.fhir.bulk.downloads import Downloads
+from fhir_assets.fhir.client.http import FhirClient, Refusal
+from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
 from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer
 
 LINES = [b'{"resourceType":"Patient","id":"p%d","name":[{"family":"x"}]}' % n for n in range(30)]

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.fhir import landing_formats
-from fhir_assets.fhir.elements import Unbalanced, elements
+from fhir_assets.fhir.files import formats
+from fhir_assets.fhir.files.formats import Item, LandedContent
+from fhir_assets.fhir.files.json_elements import Unbalanced, elements
 from fhir_assets.fhir.intake.visits_csv import Visit
-from fhir_assets.fhir.landing_formats import Item, LandedContent
 from fhir_assets.fhir.lines import unpacked
 from fhir_assets.fhir.record import Deletion, Record, Rejected
 
@@ -25,7 +25,7 @@ B = {"resourceType": "Encounter", "id": "b", "text": 'line \\ " ] } [ {'}
 
 def read(name: str, content: bytes, *, limit: int = 1000) -> list[Item]:
     landed = LandedContent("file", unpacked(io.BytesIO(content)), NOW, limit)
-    return list(landing_formats.read(name, landed))
+    return list(formats.read(name, landed))
 
 
 def said(items: list[Item]) -> list[object]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir import lines
-from fhir_assets.fhir.ndjson import NdjsonSource
+from fhir_assets.fhir.files.ndjson import NdjsonSource
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.windows import Interval
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fhir_assets.errors import NotFhir, ServerRefused, ServerUnavailable
-from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
 from fhir_assets.fhir.record import Record, Rejected
-from fhir_assets.fhir.retries import Retrier, RetryPolicy
-from fhir_assets.fhir.search import SearchSource
+from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.windows import Interval
 from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
 

@@ -9,12 +9,12 @@ import pytest
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ServerRefused
-from fhir_assets.fhir.auth import Credentials, credentials
-from fhir_assets.fhir.client import FhirClient
-from fhir_assets.fhir.ndjson import NdjsonSource
+from fhir_assets.fhir.auth.credentials import Credentials, credentials
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
+from fhir_assets.fhir.files.ndjson import NdjsonSource
 from fhir_assets.fhir.record import Record, Rejected
-from fhir_assets.fhir.retries import Retrier, RetryPolicy
-from fhir_assets.fhir.search import SearchSource
+from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.gate import Credentials as Expected
 from fhir_assets.sandbox.process import SandboxServer

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.rotate import Rotator
+from fhir_assets.pipeline.reencrypt.rotate import Rotator
+from fhir_assets.privacy.encryption import Sealing, as_json
 from fhir_assets.privacy.keys import parse_keys
-from fhir_assets.privacy.sealing import Sealing, as_json
-from fhir_assets.store.manifest import Manifest
-from fhir_assets.store.store import Store, open_store
-from fhir_assets.store.writer import PartWriter
-from fhir_assets.warehouse import corrections, dead_letters, idempotency, vault
-from fhir_assets.warehouse.database import Connection, connect, sealing_of
-from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.storage.manifest import Manifest
+from fhir_assets.storage.part_writer import PartWriter
+from fhir_assets.storage.store import Store, open_store
+from fhir_assets.warehouse.ops import corrections, dead_letters, encryption_secret, idempotency
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect, sealing_of
 from fhir_assets_tests.warehouse.views import column, load, patient, view
 
 DAY = "2024-01-01"
@@ -39,7 +39,7 @@ VIEWS = (PATIENT, NAME)
 def keyring(url: str, *keys: str) -> Sealing:
     """The keys, with the secret of the database."""
     with connect(url) as conn:
-        return vault.unlock(conn, Sealing(parse_keys(keys)))
+        return encryption_secret.unlock(conn, Sealing(parse_keys(keys)))
 
 
 def opened(url: str, *keys: str) -> Connection:
@@ -135,7 +135,7 @@ def everything(conn: Connection, store: Store) -> dict[str, object]:
 
 
 def _bytes(value: str) -> bytes:
-    from fhir_assets.privacy.sealing import from_json
+    from fhir_assets.privacy.encryption import from_json
 
     return from_json(value)
 

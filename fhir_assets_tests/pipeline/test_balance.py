@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fhir_assets.pipeline.reconcile import Balance
+from fhir_assets.pipeline.reconcile.balance import Balance
 
 GOOD = Balance(
     "2024-01-05",

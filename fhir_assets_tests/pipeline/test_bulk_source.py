@@ -11,16 +11,16 @@ import pytest
 from pydantic import ValidationError
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
-from fhir_assets.fhir.bulk import ExportFailed, Vanished
-from fhir_assets.fhir.client import FhirClient, Refusal
+from fhir_assets.fhir.bulk.client import ExportFailed, Vanished
+from fhir_assets.fhir.client.http import FhirClient, Refusal
+from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
 from fhir_assets.fhir.record import Record
-from fhir_assets.fhir.retries import Retrier, RetryPolicy
-from fhir_assets.pipeline import bulk_download
-from fhir_assets.pipeline.bulk import BulkSource
+from fhir_assets.pipeline.fetch import bulk_download
+from fhir_assets.pipeline.fetch.bulk_source import BulkSource
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.store.store import Store, open_store
-from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.storage.store import Store, open_store
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.windows import Interval
 from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply

@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import TypeViews
-from fhir_assets.pipeline.consent import ConsentSweep, Swept
-from fhir_assets.pipeline.replay import ReplayLoading
+from fhir_assets.pipeline.consent.sweep import ConsentSweep, Swept
+from fhir_assets.pipeline.replay.steps import ReplayLoading
 from fhir_assets.privacy.audit import Deed
 from fhir_assets.privacy.consent import Gate, Policy, Purpose
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import Sealing
-from fhir_assets.warehouse import audit_log, dead_letters, deletes, vault
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.dead_letters import DeadLetter
-from fhir_assets.warehouse.deletes import Deletion
-from fhir_assets.warehouse.loader import LoadCounts, Loader
-from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.tables import deletions
+from fhir_assets.warehouse.postgres.tables.deletions import Deletion
+from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader
+from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets.windows import Window
 from fhir_assets_tests.warehouse.views import column, view
 
@@ -45,7 +46,7 @@ class Tables:
         self.url = url
         self.gate = gate
         with connect(url) as conn:
-            self.sealing = vault.unlock(conn, sealing or Sealing())
+            self.sealing = encryption_secret.unlock(conn, sealing or Sealing())
         with self.connect() as conn:
             ensure_tables(conn, VIEWS)
 
@@ -234,7 +235,7 @@ def test_a_deleted_consent_no_longer_holds_and_what_was_deleted_does_not_come_ba
     tables.sweep()
     with tables.connect() as conn:
         gone = [Deletion("Consent", "c", START + DAY), Deletion("Observation", "z", START + DAY)]
-        deletes.apply(conn, gone, run_id="run")
+        deletions.apply(conn, gone, run_id="run")
     assert tables.held() == OF_A
     tables.sweep()
     assert tables.shown() == OF_A | OF_B | NOBODYS

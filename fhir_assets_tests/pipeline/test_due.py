@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.pipeline.due import windows_due
-from fhir_assets.warehouse import checkpoints
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.windows import Granularity, Interval, WindowScheme
 
 START = datetime(2024, 1, 1, tzinfo=UTC)

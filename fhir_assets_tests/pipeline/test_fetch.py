@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.fhir.client import FhirClient
+from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import read_header
-from fhir_assets.fhir.search import SearchSource
-from fhir_assets.pipeline.fetch import Fetcher, RawUpdate
+from fhir_assets.fhir.search.source import SearchSource
+from fhir_assets.pipeline.fetch.step import Fetcher, RawUpdate
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.store.store import Store, open_store
-from fhir_assets.warehouse.dead_letters import DeadLetter
+from fhir_assets.storage.store import Store, open_store
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.windows import Granularity, WindowRange, WindowScheme
 from fhir_assets_tests.e2e.content import add, asked, patient
 

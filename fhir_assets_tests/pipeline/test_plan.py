@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
-from fhir_assets.store.manifest import Fetched, Manifest
+from fhir_assets.storage.manifest import Fetched, Manifest
 from fhir_assets.windows import Granularity, Interval, WindowScheme
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)

@@ -11,12 +11,12 @@ import pytest
 from fhir_assets.errors import Overtaken
 from fhir_assets.fhir.record import Record, Rejected, read_header, read_record
 from fhir_assets.pipeline.commit import commit, merged
-from fhir_assets.pipeline.fetch import RawUpdate
-from fhir_assets.pipeline.receive import Receiver
-from fhir_assets.store.manifest import Fetch, Fetched, Manifest, Part, Validated
-from fhir_assets.store.store import Store, open_store
-from fhir_assets.warehouse import dead_letters, received
-from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.pipeline.fetch.step import RawUpdate
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part, Validated
+from fhir_assets.storage.store import Store, open_store
+from fhir_assets.warehouse.ops import dead_letters, received
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.windows import Granularity, WindowScheme
 
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=True)

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from fhir_assets.pipeline.commit import merged
-from fhir_assets.store.manifest import REPLAY, Manifest, Part, Validated
+from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 
 NOW = datetime(2024, 1, 5, tzinfo=UTC)
 

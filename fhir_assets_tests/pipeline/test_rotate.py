@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, TransientError, ViewError
-from fhir_assets.pipeline.rotate import Rotator, survey
+from fhir_assets.pipeline.reencrypt.rotate import Rotator, survey
+from fhir_assets.privacy.encryption import CLEAR, Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import CLEAR, Sealing
-from fhir_assets.store.store import Store
-from fhir_assets.store.writer import PartWriter
-from fhir_assets.warehouse import audit_log, corrections, dead_letters, rotation, rotations, tables
-from fhir_assets.warehouse.database import connect, sealing_of
+from fhir_assets.storage.part_writer import PartWriter
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, key_rotations
+from fhir_assets.warehouse.postgres.db.connections import connect, sealing_of
+from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
 from fhir_assets_tests.pipeline.rotating import (
     CORRECTED,
     DAY,
@@ -105,7 +106,7 @@ def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
         assert rows(conn, "SELECT count(*) FROM fhir.patient_name WHERE family LIKE 'Family%'") == [(60,)]
         facts = everything(conn, place.store())["facts"]
     with opened(place.url, NEW) as conn:
-        tables.apply_changes(conn, VIEWS)
+        view_tables.apply_changes(conn, VIEWS)
     rotated = rotator(place.url, place.store(NEW), NEW).rotate()
     assert rotated.left_over == 0
     assert rotated.from_clear == rotated.sealed
@@ -223,7 +224,7 @@ def test_a_damaged_part_stays_as_it_is_and_is_named(place: Place, damage: str) -
 
 @pytest.mark.slow
 def test_the_store_is_sealed_in_a_bucket_too(place: Place, s3_url: str) -> None:
-    from fhir_assets.resources.store import store_of
+    from fhir_assets.deployment.store import store_of
     from fhir_assets.settings import load_settings
 
     def bucket(*keys: str) -> Store:
@@ -256,7 +257,7 @@ def test_without_keys_there_is_nothing_to_rotate_to(place: Place) -> None:
 def test_two_rotations_at_once_are_refused(place: Place) -> None:
     guard = opened(place.url, NEW)
     guard.autocommit = True
-    with guard, rotations.alone(guard):
+    with guard, key_rotations.alone(guard):
         with pytest.raises(TransientError, match="keys status"):
             rotator(place.url, place.store(NEW), NEW).rotate()
 
@@ -294,7 +295,7 @@ def test_no_table_with_sealed_content_is_forgotten(place: Place) -> None:
             "SELECT relname FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid WHERE attname = 'sealed_by'"
             " AND relnamespace = 'ops'::regnamespace AND relkind = 'r'",
         )
-    assert {name for (name,) in found} == {each.table for each in rotation.PLACES}
+    assert {name for (name,) in found} == {each.table for each in reencryption.PLACES}
 
 
 def test_no_layer_of_the_store_is_forgotten(place: Place) -> None:
@@ -305,8 +306,8 @@ def test_no_layer_of_the_store_is_forgotten(place: Place) -> None:
 def test_progress_is_kept_where_others_see_it(place: Place) -> None:
     with opened(place.url, OLD) as conn:
         load_people(conn, range(2500))
-    seen: list[rotations.Rotation] = []
-    each: Callable[[rotations.Rotation], None] = seen.append
+    seen: list[key_rotations.Rotation] = []
+    each: Callable[[key_rotations.Rotation], None] = seen.append
     sealing = keyring(place.url, NEW, OLD)
     Rotator(lambda: connect(place.url, sealing=sealing), place.store(NEW, OLD), VIEWS, actor="test", tell=each).rotate()
     assert [(p.doing, p.total, p.done, p.at_work) for p in seen] == [
@@ -314,7 +315,7 @@ def test_progress_is_kept_where_others_see_it(place: Place) -> None:
     ]
     assert all(p.seconds_left is not None and p.rate > 0 for p in seen)
     with connect(place.url) as conn:
-        last = rotations.latest(conn)
+        last = key_rotations.latest(conn)
     assert last is not None
     assert (last.left_over, last.at_work, last.done) == (0, False, 2501)
 

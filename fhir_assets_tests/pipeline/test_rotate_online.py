@@ -8,12 +8,12 @@ import threading
 import time
 from pathlib import Path
 
-from fhir_assets.pipeline.rotate import Rotator, survey
+from fhir_assets.pipeline.reencrypt.rotate import Rotator, survey
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import Sealing
-from fhir_assets.warehouse import audit_log, rotations
-from fhir_assets.warehouse.database import connect, sealing_of
-from fhir_assets.warehouse.loader import Loader
+from fhir_assets.warehouse.ops import audit_log, key_rotations
+from fhir_assets.warehouse.postgres.db.connections import connect, sealing_of
+from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets_tests.pipeline.rotating import (
     VIEWS,
     everything,
@@ -116,7 +116,7 @@ def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str,
         load_people(stale, range(3))
         sealing = keyring(database, NEW, OLD)
 
-        def write_again(_: rotations.Rotation) -> None:
+        def write_again(_: key_rotations.Rotation) -> None:
             load_people(stale, range(3, 5))
 
         rotated = Rotator(
@@ -139,7 +139,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with opened(database, NEW, OLD) as conn:
-        stopped = rotations.latest(conn)
+        stopped = key_rotations.latest(conn)
         halfway = survey(conn, store, VIEWS)
     assert stopped is not None
     assert (stopped.at_work, stopped.ended_at) == (False, None)

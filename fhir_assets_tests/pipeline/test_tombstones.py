@@ -9,13 +9,13 @@ from cryptography.fernet import Fernet
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.pipeline import tombstones
-from fhir_assets.pipeline.tombstones import Tombstones
+from fhir_assets.pipeline.deletions import tombstones
+from fhir_assets.pipeline.deletions.tombstones import Tombstones
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import parse_keys
-from fhir_assets.privacy.sealing import Sealing
-from fhir_assets.store.reseal import sealed_parts
-from fhir_assets.store.store import Store, open_store
-from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.storage.reencrypt import sealed_parts
+from fhir_assets.storage.store import Store, open_store
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 
 AT = datetime(2024, 1, 5, 10, 30, 0, 123000, tzinfo=UTC)
 

@@ -15,16 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fhir_assets.errors import StoreError
-from fhir_assets.fhir import landing_formats
+from fhir_assets.fhir.files import formats
+from fhir_assets.fhir.files.formats import Item, LandedContent
 from fhir_assets.fhir.intake import visits_csv
-from fhir_assets.fhir.landing_formats import Item, LandedContent
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.pipeline.landing import Landing
-from fhir_assets.pipeline.receive import Receiver
-from fhir_assets.store.store import Store, open_store
-from fhir_assets.store.zone import open_zone
-from fhir_assets.warehouse import deletes, landing_files, received, visits
-from fhir_assets.warehouse.database import connect
+from fhir_assets.pipeline.receive.landing import Landing
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.storage.landing_zone import open_zone
+from fhir_assets.storage.store import Store, open_store
+from fhir_assets.warehouse.ops import landing_files, received, visits
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.windows import Granularity, WindowScheme
 
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=True)
@@ -224,7 +225,7 @@ def test_a_file_of_a_batch_that_cannot_be_read_is_named_and_the_others_go_on(
         world.put(f"{name}.csv", [visit(name, f"V{name}")])
     world.landing.look(complete=True)
     (world.folder / "a.csv").unlink()
-    read = landing_formats.read
+    read = formats.read
 
     def changed(name: str, content: LandedContent) -> Iterator[Item]:
         yield from read(name, content)
@@ -232,7 +233,7 @@ def test_a_file_of_a_batch_that_cannot_be_read_is_named_and_the_others_go_on(
             raise StoreError("the disk is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(landing_formats, "read", changed)
+        patched.setattr(formats, "read", changed)
         landed = world.landing.receive("run")
     assert (landed.files, landed.failed, landed.rows) == (3, 2, 2)
     assert world.query("SELECT name, status FROM ops.landing_files ORDER BY 1") == [
@@ -269,7 +270,7 @@ def test_what_was_deleted_is_news_when_it_comes_again(world: World) -> None:
     world.receive()
     (patient,), (encounter,) = world.raw("Patient"), world.raw("Encounter")
     gone = [Deletion("Patient", str(patient["id"]), NOW), Deletion("Encounter", str(encounter["id"]), NOW)]
-    deletes.bury(lambda: connect(world.url), gone, run_id="test")
+    deletions.bury(lambda: connect(world.url), gone, run_id="test")
     world.put("b.csv", [visit("1", "V1"), visit("1", "V2")], hours=1)
     world.receive()
     assert world.counts() == {"patients": 2, "visits": 3}

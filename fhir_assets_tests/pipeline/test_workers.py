@@ -14,8 +14,8 @@ import pytest
 
 from fhir_assets.errors import PermanentError, StoreError, WorkerLost
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.pipeline.validate import Judge
-from fhir_assets.pipeline.workers import UNIT_BYTES, WORTH_A_START, Workers
+from fhir_assets.pipeline.validate.step import Judge
+from fhir_assets.pipeline.workers.pool import UNIT_BYTES, WORTH_A_START, Workers
 
 LARGE = WORTH_A_START + 1
 
@@ -160,7 +160,7 @@ def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> N
     program = tmp_path / "parent.py"
     program.write_text(
         "import os, time\n"
-        "from fhir_assets.pipeline.workers import UNIT_BYTES, Workers\n"
+        "from fhir_assets.pipeline.workers.pool import UNIT_BYTES, Workers\n"
         "from fhir_assets_tests.pipeline.test_workers import LARGE, process_of\n"
         "found = Workers(2).map(process_of, enumerate('abcdefgh'), weigh=lambda _: UNIT_BYTES, seconds=LARGE)\n"
         "print(*{process for _, _, process in found}, flush=True)\n"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.pipeline.rotating import VIEWS, load_people, lose, opened
 
 OLD, NEW = new_key(), new_key()

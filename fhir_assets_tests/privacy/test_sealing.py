@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.errors import SealingError
+from fhir_assets.privacy.encryption import CLEAR, Sealing, as_json, from_json, is_token, new_secret, sealed_by
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import CLEAR, Sealing, as_json, from_json, is_token, new_secret, sealed_by
-from fhir_assets.store.sealed import MARK, frames, key_of, opened
+from fhir_assets.storage.encrypted_parts import MARK, frames, key_of, opened
 
 OLD, NEW = new_key(), new_key()
 SECRET = new_secret()

@@ -10,9 +10,9 @@ import pytest
 from fhir_assets.catalog import CATALOG
 from fhir_assets.definitions import views_of
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.rows import Batch, MakeRows
+from fhir_assets.pipeline.load.rows import Batch, MakeRows
+from fhir_assets.privacy.encryption import CLEAR, Sealing, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import CLEAR, Sealing, new_secret
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.fhir.saturated import saturated_resources
 

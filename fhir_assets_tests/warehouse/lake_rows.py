@@ -11,7 +11,7 @@ import duckdb
 import orjson
 from psycopg import sql
 
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def in_lake(lake: str, view: str) -> Counter[str]:

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.audit import app
 from fhir_assets.privacy.audit import Deed, Fault
+from fhir_assets.privacy.encryption import CLEAR, Sealing, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import CLEAR, Sealing, new_secret
-from fhir_assets.warehouse import audit_log
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.patients import read_patient
+from fhir_assets.warehouse.ops import audit_log
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.queries.patients import read_patient
 from fhir_assets_tests.warehouse.views import load, patient, select
 
 SEALING = Sealing(parse_keys([new_key()]), new_secret())

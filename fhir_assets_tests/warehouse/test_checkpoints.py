@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from fhir_assets.warehouse import checkpoints
-from fhir_assets.warehouse.database import Connection
+from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.postgres.db.connections import Connection
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.warehouse.chunks import NOTHING, Chunk, Piece, newest
-from fhir_assets.warehouse.prepared import Block, Prepared
+from fhir_assets.warehouse.postgres.tables.chunks import NOTHING, Chunk, Piece, newest
+from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Prepared
 
 Resource = tuple[str, int]
 """An id, and a version."""

@@ -3,7 +3,7 @@
 import pytest
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
-from fhir_assets.warehouse.database import connect, normalise_url, with_database
+from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url, with_database
 
 
 def test_a_connection_speaks_utc(database: str) -> None:

@@ -5,9 +5,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fhir_assets.warehouse import dead_letters
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.dead_letters import DeadLetter, Selection, StoredLetter
+from fhir_assets.warehouse.ops import dead_letters
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection, StoredLetter
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 
 LETTER = DeadLetter(
     resource_type="Patient",

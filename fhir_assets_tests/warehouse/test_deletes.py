@@ -6,10 +6,11 @@ from itertools import permutations
 
 import pytest
 
-from fhir_assets.warehouse import deletes, resources
-from fhir_assets.warehouse.database import Connection
-from fhir_assets.warehouse.deletes import Deletion
-from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets.warehouse.postgres import resources
+from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.tables import deletions
+from fhir_assets.warehouse.postgres.tables.deletions import Deletion
+from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets_tests.warehouse import views
 from fhir_assets_tests.warehouse.views import PATIENTS, patient
 
@@ -26,8 +27,8 @@ def load(conn: Connection, moment: datetime, *, version: str | None = None, fami
     views.load(conn, patient("a", moment.isoformat(), version, name=[{"family": family}]))
 
 
-def delete(conn: Connection, moment: datetime, *, version: str | None = None, identity: str = "a") -> deletes.Deleted:
-    return deletes.apply(conn, [Deletion("Patient", identity, moment, version)], run_id="run")
+def delete(conn: Connection, moment: datetime, *, version: str | None = None, identity: str = "a") -> deletions.Deleted:
+    return deletions.apply(conn, [Deletion("Patient", identity, moment, version)], run_id="run")
 
 
 def rows(conn: Connection) -> list[int]:
@@ -113,7 +114,7 @@ def test_a_deletion_is_a_record_of_the_audit_log_and_one_that_did_nothing_is_non
 def test_many_deletions_of_many_types_at_once_and_ids_that_no_table_can_hold(conn: Connection) -> None:
     load(conn, at(0))
     many = [Deletion(name, f"r{n}", at(1)) for n in range(6000) for name in ("Patient", "Observation")]
-    found = deletes.apply(
+    found = deletions.apply(
         conn, [*many, Deletion("Patient", "a", at(1)), Deletion("Patient", "x\0", at(1))], run_id="run"
     )
     assert (found.gone, found.unseen) == ({"Patient": 1}, {"Patient": 6000, "Observation": 6000})

@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
-from fhir_assets.warehouse import embedded
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db import embedded
+from fhir_assets.warehouse.postgres.db.connections import connect
 
 _JOIN = """
 import sys
 from pathlib import Path
-from fhir_assets.warehouse import embedded
+from fhir_assets.warehouse.postgres.db import embedded
 print(embedded.ensure(Path(sys.argv[1])))
 """
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg import Connection, errors
 
-from fhir_assets.warehouse.encode import Refused, check_escapes, row_encoder
+from fhir_assets.warehouse.postgres.tables.encoding import Refused, check_escapes, row_encoder
 from fhir_assets_tests.warehouse.views import column, view
 
 TYPES = {

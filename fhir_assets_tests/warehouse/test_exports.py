@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.store.store import open_store
-from fhir_assets.warehouse.database import connect
-from fhir_assets.warehouse.exports import Export
+from fhir_assets.storage.store import open_store
+from fhir_assets.warehouse.exports.export import Export
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment, deploy
 from fhir_assets_tests.e2e.content import add, patient
 

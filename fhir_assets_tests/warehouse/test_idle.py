@@ -6,13 +6,13 @@ from threading import Thread
 import psycopg
 import pytest
 
-from fhir_assets.warehouse import idle
-from fhir_assets.warehouse.database import Connection, borrow, connect
+from fhir_assets.warehouse.postgres.db import connection_cache
+from fhir_assets.warehouse.postgres.db.connections import Connection, borrow, connect
 
 
 @pytest.fixture(autouse=True)
 def none_left() -> None:
-    idle.IDLE.clear()
+    connection_cache.IDLE.clear()
 
 
 def backend(conn: Connection) -> int:
@@ -101,19 +101,19 @@ def test_closed_twice_it_serves_nobody_twice(database: str) -> None:
 
 
 def test_no_more_wait_than_there_is_room(database: str) -> None:
-    for conn in [borrow(database) for _ in range(idle.ROOM + 3)]:
+    for conn in [borrow(database) for _ in range(connection_cache.ROOM + 3)]:
         conn.close()
     with connect(database) as other:
         query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        while (found := other.execute(query).fetchone()) and found[0] > idle.ROOM:
+        while (found := other.execute(query).fetchone()) and found[0] > connection_cache.ROOM:
             other.rollback()
-    assert found == (idle.ROOM,)
+    assert found == (connection_cache.ROOM,)
 
 
 def test_one_that_waited_too_long_is_closed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with borrow(database) as conn:
         pid = backend(conn)
-    monkeypatch.setattr(idle, "SECONDS", -1)
+    monkeypatch.setattr(connection_cache, "SECONDS", -1)
     with borrow(database) as conn:
         assert backend(conn) != pid
 

@@ -15,15 +15,16 @@ import pyarrow.parquet
 import pytest
 
 from fhir_assets.catalog import CATALOG
+from fhir_assets.deployment.store import blobs_at
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import Sealing
-from fhir_assets.resources.store import blobs_at
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import lake, vault
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.lake import Written
+from fhir_assets.warehouse.lake import writer
+from fhir_assets.warehouse.lake.writer import Written
+from fhir_assets.warehouse.ops import encryption_secret
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
 from fhir_assets_tests.warehouse.lake_rows import in_lake, in_table
 from fhir_assets_tests.warehouse.test_sealed_tables import KEY, PERSON, SECRETS
@@ -33,10 +34,10 @@ DAYS = ("2024-01-01", "2024-01-02")
 _KEEPS_WRITING = """
 import sys
 from fhir_assets.definitions import views_of
-from fhir_assets.resources.store import blobs_at
+from fhir_assets.deployment.store import blobs_at
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse import lake
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 settings = load_settings(fhir_lake_url=sys.argv[2])
 (view,) = [view for view in views_of(settings).views if view.name == "patient"]
 days = [f"2024-01-{day:02}" for day in range(1, 6)]
@@ -55,13 +56,13 @@ def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection
             yield conn
     else:
         with connect(database) as conn:
-            sealing = vault.unlock(conn, Sealing(parse_keys([new_key()])))
+            sealing = encryption_secret.unlock(conn, Sealing(parse_keys([new_key()])))
         with connect(database, sealing=sealing) as conn:
             yield conn
 
 
 def update(conn: Connection, url: str, view: View, *wanted: str) -> Written:
-    return lake.update(conn, blobs_at(load_settings(), url), view, wanted, run_id="run", actor="test")
+    return writer.update(conn, blobs_at(load_settings(), url), view, wanted, run_id="run", actor="test")
 
 
 def saturated_records(resource_type: str) -> Iterator[Record]:
@@ -91,7 +92,7 @@ def test_duckdb_reads_the_rows_of_every_shipped_view(either: Connection, tmp_pat
 
 def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(database: str, tmp_path: Path) -> None:
     with connect(database) as conn:
-        sealing = vault.unlock(conn, Sealing(parse_keys([KEY])))
+        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
     with connect(database, sealing=sealing) as conn:
         load(conn, PERSON, views=(SECRETS,))
         update(conn, str(tmp_path), SECRETS)

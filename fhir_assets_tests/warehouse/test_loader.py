@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
-from fhir_assets.warehouse import loader as loader_module
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.loader import Loader
-from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.tables import loading as loader_module
+from fhir_assets.warehouse.postgres.tables.loading import Loader
+from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets_tests.warehouse.views import (
     PATIENTS,
     column,

@@ -12,15 +12,15 @@ from psycopg import sql
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.warehouse import migrate
-from fhir_assets.warehouse.database import connect
+from fhir_assets.warehouse.postgres.db import migrations
+from fhir_assets.warehouse.postgres.db.connections import connect
 
 
 def test_an_empty_database_becomes_current(empty_database: str) -> None:
-    assert migrate.current(empty_database) is None
-    assert not migrate.is_current(empty_database)
-    migrate.upgrade(empty_database)
-    assert migrate.is_current(empty_database)
+    assert migrations.current(empty_database) is None
+    assert not migrations.is_current(empty_database)
+    migrations.upgrade(empty_database)
+    assert migrations.is_current(empty_database)
     with connect(empty_database) as conn:
         rows = conn.execute(
             "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'fhir.resource'::regclass"
@@ -29,30 +29,30 @@ def test_an_empty_database_becomes_current(empty_database: str) -> None:
 
 
 def test_migrating_again_changes_nothing(database: str) -> None:
-    before = migrate.current(database)
-    migrate.upgrade(database)
-    assert migrate.current(database) == before
+    before = migrations.current(database)
+    migrations.upgrade(database)
+    assert migrations.current(database) == before
 
 
 def test_several_processes_may_migrate_at_once(empty_database: str) -> None:
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(migrate.upgrade, [empty_database] * 4))
-    assert migrate.is_current(empty_database)
+        list(pool.map(migrations.upgrade, [empty_database] * 4))
+    assert migrations.is_current(empty_database)
 
 
 def test_a_type_that_is_new_in_the_catalog_gets_its_partition(database: str) -> None:
     with connect(database) as conn:
         conn.execute("DROP TABLE fhir.resource_patient")
-    assert not migrate.is_current(database)
-    migrate.upgrade(database)
-    assert migrate.is_current(database)
+    assert not migrations.is_current(database)
+    migrations.upgrade(database)
+    assert migrations.is_current(database)
 
 
 def test_a_newer_schema_is_refused(database: str) -> None:
     with connect(database) as conn:
         conn.execute("UPDATE ops.alembic_version SET version_num = '9999'")
     with pytest.raises(ConfigurationError, match="upgrade fhir-assets"):
-        migrate.upgrade(database)
+        migrations.upgrade(database)
 
 
 def test_a_user_without_rights_is_told_what_to_grant(empty_database: str) -> None:
@@ -61,21 +61,21 @@ def test_a_user_without_rights_is_told_what_to_grant(empty_database: str) -> Non
         conn.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
         try:
             with pytest.raises(ConfigurationError, match="grant CREATE"):
-                migrate.upgrade(empty_database.replace("postgres@", f"{name}@"))
+                migrations.upgrade(empty_database.replace("postgres@", f"{name}@"))
         finally:
             conn.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
 
 
 def test_migrations_are_found_inside_an_installed_package(empty_database: str, tmp_path: Path) -> None:
-    package = Path(migrate.__file__).parents[1]
+    package = Path(migrations.__file__).parents[3]
     shutil.copytree(package, tmp_path / "fhir_assets", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(migrate.sql_folder(), tmp_path / "fhir_assets" / "sql", dirs_exist_ok=True)
+    shutil.copytree(migrations.sql_folder(), tmp_path / "fhir_assets" / "sql", dirs_exist_ok=True)
     program = (
-        "import sys; from fhir_assets.warehouse import migrate; "
-        "migrate.upgrade(sys.argv[1]); print(migrate.sql_folder())"
+        "import sys; from fhir_assets.warehouse.postgres.db import migrations; "
+        "migrations.upgrade(sys.argv[1]); print(migrations.sql_folder())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, empty_database], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(tmp_path / "fhir_assets" / "sql")
-    assert migrate.is_current(empty_database)
+    assert migrations.is_current(empty_database)

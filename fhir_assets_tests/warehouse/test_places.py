@@ -12,13 +12,13 @@ import pytest
 
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.places import Kind, Places
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
 
 _CALLS = """
 import sys
-from fhir_assets.resources.source import open_client
-from fhir_assets.resources.warehouse import Warehouse
+from fhir_assets.deployment.source import open_client
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.settings import load_settings
 settings = load_settings()
 with open_client(settings, Warehouse(settings)) as client:
@@ -30,8 +30,8 @@ with open_client(settings, Warehouse(settings)) as client:
 _HOLDS = """
 import sys, time
 from functools import partial
-from fhir_assets.warehouse.database import connect
-from fhir_assets.warehouse.places import Kind, Places
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
 with Places(partial(connect, sys.argv[1], autocommit=True), Kind.LOADERS, 1).one():
     print("held", flush=True)
     time.sleep(600)

@@ -16,11 +16,13 @@ from fhir_assets.cli.main import app
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.encryption import Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import Sealing
-from fhir_assets.warehouse import audit_log, dead_letters, deletes, embedded, migrate, replays, roles, tables, vault
-from fhir_assets.warehouse.database import Connection, connect, with_database
-from fhir_assets.warehouse.dead_letters import DeadLetter, Selection
+from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, replays
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
+from fhir_assets.warehouse.postgres.db import embedded, migrations, roles
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect, with_database
+from fhir_assets.warehouse.postgres.tables import deletions, view_tables
 from fhir_assets_tests.pipeline.rotating import LETTER, PATIENT, VIEWS, fill, load_people, store_at
 from fhir_assets_tests.warehouse.views import column, load, patient, view
 
@@ -59,7 +61,7 @@ def filled(database: str, tmp_path: Path) -> str:
 
 def keyring(url: str) -> Sealing:
     with connect(url) as conn:
-        return vault.unlock(conn, Sealing(parse_keys([KEY])))
+        return encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
 
 
 def refused(url: str, statement: str) -> bool:
@@ -134,8 +136,8 @@ def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: Use
         load_people(conn, range(2, 6), version="2", updated="2024-02-01T00:00:00Z")
         load(conn, patient("other"), views=(view("patient_more", "Patient", column("gender", "gender", "code")),))
         dead_letters.record(conn, "run", [DeadLetter("Patient", "x", "load", "r", "", "", b"x", "2024-01-01")])
-        gone = deletes.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
-        assert deletes.apply(conn, [gone], run_id="run").gone == {"Patient": 1}
+        gone = deletions.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
+        assert deletions.apply(conn, [gone], run_id="run").gone == {"Patient": 1}
         conn.commit()
         assert audit_log.first_fault(conn) is None
     for statement in (
@@ -171,32 +173,32 @@ def test_a_table_that_a_loader_makes_is_there_for_readers_and_for_other_loaders(
         "patient", "Patient", *PATIENT.definition["select"][0]["column"], column("active", "active", "boolean")
     )
     with connect(user(roles.LOADER)) as conn:
-        tables.ensure_tables(conn, [wider])
+        view_tables.ensure_tables(conn, [wider])
     with connect(user(roles.READER)) as conn:
         assert conn.execute("SELECT gender, active FROM fhir.patient").fetchall() == [("male", None)]
 
 
 def test_a_loader_needs_no_rights_to_migrate_where_nothing_is_to_migrate(database: str, user: User) -> None:
-    migrate.upgrade(user(roles.LOADER))
+    migrations.upgrade(user(roles.LOADER))
     with connect(database) as conn:
         conn.execute("DROP TABLE fhir.resource_claim")
     with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns them"):
-        migrate.upgrade(user(roles.LOADER))
+        migrations.upgrade(user(roles.LOADER))
 
 
 def test_a_reader_who_tries_our_commands_is_told_which_role_they_need(database: str, user: User) -> None:
     with pytest.raises(ConfigurationError, match="grant it the role fhir_loader"):
-        migrate.upgrade(user(roles.READER))
+        migrations.upgrade(user(roles.READER))
 
 
 def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(conn: Connection, user: User) -> None:
-    tables.ensure_tables(conn, VIEWS)
+    view_tables.ensure_tables(conn, VIEWS)
     conn.execute("ALTER TABLE fhir.patient OWNER TO postgres")
     conn.commit()
     wider = view("patient", "Patient", column("active", "active", "boolean"))
     with connect(user(roles.LOADER)) as loader:
         with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns"):
-            tables.apply_changes(loader, [wider])
+            view_tables.apply_changes(loader, [wider])
 
 
 def test_every_table_of_ops_is_covered_whoever_adds_it(conn: Connection) -> None:
@@ -223,7 +225,7 @@ def test_a_migration_by_a_user_who_may_not_make_roles_goes_on_and_says_so(
     monkeypatch.setenv("DB_URL", plain)
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
     monkeypatch.setattr("fhir_assets.cli.migrate.views_of", lambda settings: ViewSet(VIEWS, ()))
-    monkeypatch.setattr("fhir_assets.deployment.ensure_dagster_database", lambda settings: plain)
+    monkeypatch.setattr("fhir_assets.orchestration.instance.config.ensure_dagster_database", lambda settings: plain)
     said = CliRunner().invoke(app, ["migrate"], catch_exceptions=False)
     assert said.exit_code == 0
     assert "CREATE ROLE fhir_reader NOLOGIN; CREATE ROLE fhir_operator NOLOGIN" in said.output

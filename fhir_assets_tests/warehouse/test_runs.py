@@ -4,8 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fhir_assets.warehouse import checkpoints, runs
-from fhir_assets.warehouse.database import Connection, connect
+from fhir_assets.warehouse.ops import checkpoints, runs
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets_tests.warehouse.views import select
 
 NOW = datetime(2024, 3, 1, tzinfo=UTC)

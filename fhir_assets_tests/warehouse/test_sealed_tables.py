@@ -7,12 +7,13 @@ from cryptography.fernet import Fernet, MultiFernet
 
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View, parse_view
+from fhir_assets.privacy.encryption import CLEAR, Sealing
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.privacy.sealing import CLEAR, Sealing
-from fhir_assets.warehouse import dead_letters, resources, vault
-from fhir_assets.warehouse.database import Connection, connect, sealing_of
-from fhir_assets.warehouse.dead_letters import DeadLetter
-from fhir_assets.warehouse.tables import apply_changes, ensure_tables
+from fhir_assets.warehouse.ops import dead_letters, encryption_secret
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres import resources
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect, sealing_of
+from fhir_assets.warehouse.postgres.tables.view_tables import apply_changes, ensure_tables
 from fhir_assets_tests.warehouse.views import column, load, patient, select, view
 
 KEY = new_key()
@@ -50,7 +51,7 @@ PERSON = patient(
 @pytest.fixture
 def sealed(database: str) -> Iterator[Connection]:
     with connect(database) as conn:
-        sealing = vault.unlock(conn, Sealing(parse_keys([KEY])))
+        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
     with connect(database, sealing=sealing) as conn:
         yield conn
 
@@ -106,7 +107,7 @@ def test_without_keys_all_is_in_the_clear_as_before(conn: Connection) -> None:
 def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> None:
     with connect(database) as conn:
         load(conn, PERSON, views=(SECRETS,))
-        sealing = vault.unlock(conn, Sealing(parse_keys([KEY])))
+        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
     with connect(database, sealing=sealing) as conn:
         with pytest.raises(ViewError, match=r"multiple is integer .* but text .*keys rotate"):
             ensure_tables(conn, [SECRETS])
@@ -119,16 +120,18 @@ def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> 
 def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
     sealing = Sealing(parse_keys([KEY]))
     with connect(database) as conn:
-        vault.unlock(conn, sealing)
+        encryption_secret.unlock(conn, sealing)
         with pytest.raises(ConfigurationError, match="PHI_ENCRYPTION_KEYS is not set"):
-            vault.unlock(conn, CLEAR)
+            encryption_secret.unlock(conn, CLEAR)
         with pytest.raises(ConfigurationError, match=f"sealed with key {sealing.key_id}, which PHI_ENCRYPTION_KEYS"):
-            vault.unlock(conn, Sealing(parse_keys([new_key()])))
+            encryption_secret.unlock(conn, Sealing(parse_keys([new_key()])))
         both = Sealing(parse_keys([new_key(), KEY]))
-        assert vault.unlock(conn, both).index("x") == vault.unlock(conn, sealing).index("x")
-        assert vault.reseal(conn, both)
-        assert not vault.reseal(conn, both)
-        assert vault.unlock(conn, Sealing(both.keys[:1])).index("x") == vault.unlock(conn, both).index("x")
+        assert encryption_secret.unlock(conn, both).index("x") == encryption_secret.unlock(conn, sealing).index("x")
+        assert encryption_secret.reseal(conn, both)
+        assert not encryption_secret.reseal(conn, both)
+        assert encryption_secret.unlock(conn, Sealing(both.keys[:1])).index("x") == encryption_secret.unlock(
+            conn, both
+        ).index("x")
 
 
 def test_an_unknown_tag_is_refused(sealed: Connection) -> None:

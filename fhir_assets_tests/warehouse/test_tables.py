@@ -6,9 +6,10 @@ import pytest
 
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import View, load_views
-from fhir_assets.warehouse import checkpoints, tables
-from fhir_assets.warehouse.database import Connection, connect
-from fhir_assets.warehouse.migrate import sql_folder
+from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets_tests.warehouse.views import PATIENT, PATIENTS, column, load, patient, select, view
 
 
@@ -23,7 +24,7 @@ def _columns(conn: Connection, table: str) -> dict[str, str]:
 
 
 def test_columns_are_typed_and_partial_dates_have_their_precision(conn: Connection) -> None:
-    tables.ensure_tables(conn, PATIENTS)
+    view_tables.ensure_tables(conn, PATIENTS)
     assert _columns(conn, "patient") == {
         "_resource_key": "text",
         "gender": "text",
@@ -39,7 +40,7 @@ def test_columns_are_typed_and_partial_dates_have_their_precision(conn: Connecti
 
 
 def test_indexes_and_comments_come_from_the_view(conn: Connection) -> None:
-    tables.ensure_tables(conn, PATIENTS)
+    view_tables.ensure_tables(conn, PATIENTS)
     indexes = select(conn, "SELECT indexdef FROM pg_indexes WHERE schemaname = 'fhir' AND tablename = 'patient'")
     assert {definition.split("USING ")[1] for (definition,) in indexes} == {
         "btree (_resource_key)",
@@ -53,14 +54,14 @@ def test_indexes_and_comments_come_from_the_view(conn: Connection) -> None:
 def test_every_shipped_view_has_a_table_that_fits_it(conn: Connection) -> None:
     views = load_views([sql_folder() / "views"]).views
     assert views
-    tables.ensure_tables(conn, views)
-    assert [difference for each in views for difference in tables.drift(conn, each)] == []
+    view_tables.ensure_tables(conn, views)
+    assert [difference for each in views for difference in view_tables.drift(conn, each)] == []
 
 
 def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Connection) -> None:
-    tables.ensure_tables(conn, PATIENTS)
+    view_tables.ensure_tables(conn, PATIENTS)
     conn.commit()
-    tables.ensure_tables(conn, PATIENTS)
+    view_tables.ensure_tables(conn, PATIENTS)
     # Other tests work in other databases of the same server.
     here = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     assert select(conn, f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND {here}") == [(0,)]
@@ -69,12 +70,12 @@ def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Connection) -> N
 def test_several_processes_may_do_it_at_once(database: str) -> None:
     def work(_: int) -> None:
         with connect(database) as conn:
-            tables.ensure_tables(conn, PATIENTS)
+            view_tables.ensure_tables(conn, PATIENTS)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     with connect(database) as conn:
-        assert tables.drift(conn, PATIENT) == []
+        assert view_tables.drift(conn, PATIENT) == []
 
 
 def _changed(*columns: dict[str, object]) -> View:
@@ -86,16 +87,16 @@ def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Connect
     load(conn, patient("a", gender="male"), views=(small,))
     _remember(conn)
     wider = _changed(column("gender", "gender", "code"), column("born", "birthDate", "date", index=True))
-    tables.ensure_tables(conn, [wider])
-    assert tables.drift(conn, wider) == []
+    view_tables.ensure_tables(conn, [wider])
+    assert view_tables.drift(conn, wider) == []
     assert select(conn, "SELECT _resource_key, gender, born FROM fhir.patient") == [("a", "male", None)]
     assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
 
 
 def test_a_view_of_other_paths_but_the_same_columns_makes_its_rows_stale(conn: Connection) -> None:
-    tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
+    view_tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
     _remember(conn)
-    tables.ensure_tables(conn, [_changed(column("who", "language", "code"))])
+    view_tables.ensure_tables(conn, [_changed(column("who", "language", "code"))])
     assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
 
 
@@ -116,31 +117,31 @@ def test_what_would_lose_data_is_refused_until_it_is_asked_for(conn: Connection,
     original = _changed(column("gender", "gender", "code"))
     load(conn, patient("a", gender="male"), views=(original,))
     with pytest.raises(ViewError, match=r"gender.*--apply-view-changes"):
-        tables.ensure_tables(conn, [changed])
+        view_tables.ensure_tables(conn, [changed])
     assert select(conn, "SELECT gender FROM fhir.patient") == [("male",)]
-    assert tables.drift(conn, changed)
-    assert tables.apply_changes(conn, [changed])
-    assert tables.drift(conn, changed) == []
+    assert view_tables.drift(conn, changed)
+    assert view_tables.apply_changes(conn, [changed])
+    assert view_tables.drift(conn, changed) == []
     load(conn, patient("a", gender="male"), views=(changed,))
     assert list(_columns(conn, "patient")) == ["_resource_key", changed.columns[0].name]
 
 
 def test_drift_by_hand_is_seen(conn: Connection) -> None:
-    tables.ensure_tables(conn, PATIENTS)
+    view_tables.ensure_tables(conn, PATIENTS)
     conn.execute("ALTER TABLE fhir.patient DROP COLUMN active")
     conn.execute("ALTER TABLE fhir.patient ALTER COLUMN birth_order TYPE bigint")
     conn.execute("ALTER TABLE fhir.patient ADD COLUMN extra text")
     conn.execute("DROP INDEX fhir.patient_gender_idx")
-    assert {str(each) for each in tables.drift(conn, PATIENT)} == {
+    assert {str(each) for each in view_tables.drift(conn, PATIENT)} == {
         "column active is in the view but not in the table",
         "column birth_order is bigint in the table but integer in the view",
         "column extra is in the table but not in the view",
         "index gender is missing",
     }
     conn.execute("DROP TABLE fhir.patient")
-    assert [str(each) for each in tables.drift(conn, PATIENT)] == ["table patient is missing"]
-    tables.ensure_tables(conn, PATIENTS)
-    assert tables.drift(conn, PATIENT) == []
+    assert [str(each) for each in view_tables.drift(conn, PATIENT)] == ["table patient is missing"]
+    view_tables.ensure_tables(conn, PATIENTS)
+    assert view_tables.drift(conn, PATIENT) == []
 
 
 @pytest.mark.parametrize(
@@ -158,4 +159,4 @@ def test_drift_by_hand_is_seen(conn: Connection) -> None:
 )
 def test_names_that_cannot_be_tables_are_refused(conn: Connection, wrong: View, words: str) -> None:
     with pytest.raises(ViewError, match=words):
-        tables.ensure_tables(conn, [wrong])
+        view_tables.ensure_tables(conn, [wrong])

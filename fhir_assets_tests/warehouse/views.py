@@ -9,10 +9,10 @@ import msgspec
 
 from fhir_assets.fhir.record import Record, read_instant
 from fhir_assets.fhir.views import TypeViews, View, parse_view
-from fhir_assets.warehouse.database import Connection
-from fhir_assets.warehouse.loader import LoadCounts, Loader, Unloadable
-from fhir_assets.warehouse.prepared import ViewRows
-from fhir_assets.warehouse.tables import ensure_tables
+from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
+from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader, Unloadable
+from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 

@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection that fhir_assets.warehouse.migrate hands over, in its transaction."""
+"""Alembic's entry: runs in the transaction that fhir_assets.warehouse.postgres.db.migrations opens."""
 
 from alembic import context
 

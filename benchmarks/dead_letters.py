@@ -1,0 +1,181 @@
+"""Dead letters by the million: how fast they are listed, and how fast a hundred thousand are replayed.
+
+``python -m benchmarks.dead_letters [letters] [replayed]`` prints two tables. The replay stands beside
+a load of the same resources that finds nothing to refuse.
+"""
+
+import gzip
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.machine import scratch
+from fhir_assets.definitions import build_definitions
+from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.settings import Settings, SourceKind, load_settings
+from fhir_assets.warehouse.ops import dead_letters, replays
+from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.postgres.db import embedded, migrations
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.queries import quality
+from fhir_assets.windows import Granularity
+
+LIMIT_MS = 200
+_RUN = "11111111-0000-0000-0000-000000000007"
+_FILL = """
+    INSERT INTO ops.dead_letters (fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource,
+        partition_key, run_id, first_run_id, status, occurrences, attempts, first_failure, last_failure, judged_by)
+    SELECT decode(md5(n::text), 'hex'), (ARRAY['Patient', 'Encounter', 'Condition', 'Observation'])[n %% 4 + 1],
+        'r' || n, (ARRAY['validate', 'validate', 'validate', 'transform', 'load', 'fetch'])[n %% 6 + 1],
+        (ARRAY['required-binding', 'cardinality', 'invariant:obs-6', 'structure', 'primitive'])[n %% 5 + 1],
+        'Resource.element', 'a message', '[]', convert_to(repeat(md5(n::text), 30), 'UTF8'),
+        to_char(timestamptz '2024-01-01' + (n / 5000) * interval '1 day', 'YYYY-MM-DD'), run, run,
+        (ARRAY['open', 'open', 'open', 'open', 'resolved', 'discarded'])[(n / 7) %% 6 + 1],
+        1, 1, moment, moment, 'rules'
+    FROM generate_series(1, %s) n, LATERAL (SELECT timestamptz '2024-01-01' + n * interval '5 seconds' AS moment,
+        '11111111-0000-0000-0000-' || lpad((n %% 100)::text, 12, '0') AS run) each
+"""
+
+
+def listing(url: str, letters: int) -> float:
+    """Print how long lists among ``letters`` dead letters take; returns the longest, in milliseconds."""
+    begin = datetime(2024, 1, 1, tzinfo=UTC)
+    middle = begin + timedelta(seconds=5 * letters / 2)
+    chosen = {
+        "the newest": Selection(),
+        "open": Selection(status="open"),
+        "a type": Selection(resource_type="Observation", status="open"),
+        "a stage": Selection(stage="load", status="open"),
+        "a rule": Selection(rule="primitive", status="open"),
+        "a type and a rule": Selection(resource_type="Claim", rule="primitive", status="open"),
+        "a run": Selection(run_id=_RUN, status="open"),
+        "a run, a rule, a stage": Selection(run_id=_RUN, rule="structure", stage="load"),
+        "a date range in the past": Selection(since=begin, until=begin + timedelta(hours=1)),
+        "a date range, half of all": Selection(since=middle),
+        "a type in a date range": Selection(resource_type="Patient", since=middle, until=middle + timedelta(hours=2)),
+        "a window": Selection(resource_type="Patient", partition_keys=["2024-01-05"], status="open"),
+        "the last page of a walk": Selection(status="open", until=begin + timedelta(minutes=30)),
+    }
+    longest = 0.0
+    with connect(url) as conn:
+        for title, selection in chosen.items():
+            took = _median(lambda selection=selection: dead_letters.find(conn, selection, limit=50))  # type: ignore[misc]
+            found = len(dead_letters.find(conn, selection, limit=50))
+            print(f"{title:<32}{took:>8.1f} ms   {found} rows")
+            longest = max(longest, took)
+        took = _median(lambda: quality.unsettled(conn, "Patient", ["2024-01-05"]))
+        print(f"{'by rule, of one window':<32}{took:>8.1f} ms")
+        judges = [(name, "validate", "rules") for name in ("Patient", "Encounter", "Condition", "Observation")]
+        took = _median(lambda: replays.outdated(conn, judges, limit=1000))
+        print(f"{'what an upgrade could heal: none':<32}{took:>8.1f} ms")
+    return longest
+
+
+def _median(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(7):
+        started = perf_counter()
+        work()
+        times.append((perf_counter() - started) * 1000)
+    return statistics.median(times)
+
+
+def replay(home: Path, resources: int) -> tuple[float, float]:
+    """Resources a second of a load that finds no fault, and of a replay of as many letters that all heal."""
+    source = home / "Patient.ndjson.gz"
+    with gzip.open(source, "wb", 1) as file:
+        for number in range(resources):
+            moment = datetime(2024, 1, 1, tzinfo=UTC) + timedelta(seconds=number)
+            patient = {
+                "resourceType": "Patient",
+                "id": f"p{number}",
+                "meta": {"versionId": "1", "lastUpdated": moment.isoformat()},
+                "name": [{"use": "official", "family": f"Family {number}", "given": ["A", "B"]}],
+                "gender": "unheard-of",
+                "birthDate": "1980-05-05",
+                "address": [{"line": ["A street 1"], "city": "A city", "postalCode": "12345", "country": "DE"}],
+            }
+            file.write(json.dumps(patient).encode() + b"\n")
+    mild = {"validation_warn_rules": "required-binding:Patient.gender"}
+    plain = _load(_settings(home / "plain", source, **mild))
+    strict = _settings(home / "strict", source)
+    _load(strict)
+    os.environ.pop("DAGSTER_HOME", None)
+    os.environ.pop("DAGSTER_POSTGRES_URL", None)
+    willing = _settings(home / "strict", source, **mild)
+    instance = config.instance(willing)
+    ingestion = Ingestion(willing, build_definitions(willing), instance)
+    started = perf_counter()
+    outcomes = ingestion.replay(Selection(), triggered_by="benchmark")
+    seconds = perf_counter() - started
+    with connect(embedded.ensure(willing.home)) as conn:
+        healed = replays.outcome(conn, [outcome.run_id for outcome in outcomes]).healed
+        (loaded,) = conn.execute("SELECT count(*) FROM fhir.patient").fetchone() or (0,)
+    instance.dispose()
+    if failed(outcomes) or healed != resources or loaded != resources:
+        raise SystemExit("the replay failed: the figures would say nothing")
+    return resources / plain, resources / seconds
+
+
+def _settings(home: Path, source: Path, **settings: object) -> Settings:
+    home.mkdir(exist_ok=True)
+    home.chmod(0o711)
+    return load_settings(
+        fhir_base_url=str(source),
+        fhir_source=SourceKind.NDJSON,
+        fhir_resource_types="Patient",
+        fhir_partition=Granularity.MONTHLY,
+        fhir_assets_home=home,
+        db_url=None,
+        **settings,
+    )
+
+
+def _load(settings: Settings) -> float:
+    for name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
+        os.environ.pop(name, None)
+    migrations.upgrade(embedded.ensure(settings.home))
+    instance = config.instance(settings)
+    ingestion = Ingestion(settings, build_definitions(settings), instance)
+    due = ingestion.due()
+    started = perf_counter()
+    outcomes = [ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark") for windows in due]
+    seconds = perf_counter() - started
+    instance.dispose()
+    if failed(outcomes):
+        raise SystemExit("the load failed: the figures would say nothing")
+    return seconds
+
+
+def main(letters: int, replayed: int) -> None:
+    """Print both tables; exit code 1 if a list took longer than the limit."""
+    with scratch() as home:
+        url = embedded.ensure(home)
+        migrations.upgrade(url)
+        with connect(url, autocommit=True) as conn:
+            conn.execute(_FILL, [letters])
+            conn.execute("ANALYZE ops.dead_letters")
+        print(f"A page of 50 among {letters:,} dead letters, median of 7")
+        longest = listing(url, letters)
+        print(f"limit {LIMIT_MS} ms: {'kept' if longest < LIMIT_MS else 'exceeded'}")
+    with scratch() as home, ExitStack() as stack:
+        for name in ("plain", "strict"):
+            stack.callback(embedded.stop, home / name)
+        plain, again = replay(home, replayed)
+    print(f"\n{replayed:,} Patients loaded          {plain:>8,.0f} resources/s")
+    print(f"{replayed:,} dead letters replayed    {again:>8,.0f} resources/s, ratio {again / plain:.2f}")
+    if longest >= LIMIT_MS:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    given = [int(each) for each in sys.argv[1:]]
+    main(given[0] if given else 1_000_000, given[1] if len(given) > 1 else 100_000)

@@ -1,0 +1,61 @@
+"""Peak memory of loading one window: that it does not grow with the window.
+
+``python -m benchmarks.memory [observations ...]`` loads each number of Observations, all in one
+monthly window, in a process of its own through a Dagster run. The peak is that process's; Postgres has its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import population
+from benchmarks.deployment import load
+from benchmarks.machine import peak_mib, scratch
+
+COUNTS = (500_000, 1_000_000)
+LIMIT_MIB = 400
+
+
+def main(counts: tuple[int, ...] = COUNTS) -> None:
+    """Print the table; exit code 1 if a peak is over the limit."""
+    peaks = []
+    for count in counts:
+        with scratch() as home:
+            source = home / "Observation.ndjson.gz"
+            population.write_observations(source, count)
+            found = _in_a_process(home, source)
+        peaks.append(found["peak_mib"])
+        print(f"{count:>12,} Observations, one window {found['peak_mib']:>6.0f} MiB {found['rate']:>8,.0f} resources/s")
+    over = max(peaks) >= LIMIT_MIB
+    print(f"limit {LIMIT_MIB} MiB: {'exceeded' if over else 'kept'}; largest to smallest {max(peaks) / min(peaks):.2f}")
+    if over:
+        raise SystemExit(1)
+
+
+def _in_a_process(home: Path, source: Path) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name, "--load", home, source],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _load(home: Path, source: Path) -> None:
+    """In the process of its own: load, and say what it took."""
+    done = load(home, source, fhir_resource_types="Observation")
+    print(json.dumps({"peak_mib": peak_mib(), "rate": done.rate, "resources": done.resources}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("observations", type=int, nargs="*", default=COUNTS)
+    parser.add_argument("--load", type=Path, nargs=2, metavar=("HOME", "SOURCE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        _load(*arguments.load)
+    else:
+        main(tuple(arguments.observations))

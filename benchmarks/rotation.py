@@ -1,0 +1,94 @@
+"""Keys rotated: resources a second beside the load of the same, and peak memory, which does not grow with the table.
+
+``python -m benchmarks.rotation [observations ...]`` loads each number of Observations with one key,
+then rotates to another in a process of its own, whose peak is measured; Postgres has its own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks import population
+from benchmarks.deployment import load
+from benchmarks.machine import peak_mib, scratch
+from fhir_assets.definitions import views_of
+from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.pipeline.reencrypt.rotate import Rotator
+from fhir_assets.privacy.keys import new_key
+from fhir_assets.settings import load_settings
+
+COUNTS = (25_000, 100_000)
+LIMIT_MIB = 250
+LIMIT_GROWTH = 1.15
+
+
+def main(counts: tuple[int, ...] = COUNTS) -> None:
+    """Print the table; exit code 1 if a limit is not kept."""
+    peaks = []
+    for count in counts:
+        old, new = new_key(), new_key()
+        with scratch() as home:
+            source = home / "Observation.ndjson.gz"
+            population.write_observations(source, count)
+            loaded = load(home, source, fhir_resource_types="Observation", phi_encryption_keys=old)
+            found = _in_a_process(home, f"{new},{old}")
+        peaks.append(found["peak_mib"])
+        rate = found["resources"] / found["seconds"]
+        print(
+            f"{count:>12,} Observations rotated {found['peak_mib']:>6.0f} MiB {rate:>8,.0f} resources/s,"
+            f" loaded {loaded.rate:>8,.0f} resources/s, left over {found['left_over']:.0f}"
+        )
+        if found["left_over"]:
+            raise SystemExit("something was left over")
+    growth = max(peaks) / min(peaks)
+    over = max(peaks) > LIMIT_MIB or growth > LIMIT_GROWTH
+    print(f"limits {LIMIT_MIB} MiB, growth {LIMIT_GROWTH}: {'exceeded' if over else 'kept'}; grew by {growth:.2f}")
+    if over:
+        raise SystemExit(1)
+
+
+def _in_a_process(home: Path, keys: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name, "--rotate", home],
+        env={**os.environ, "PHI_ENCRYPTION_KEYS": keys},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _rotate(home: Path) -> None:
+    """In the process of its own: rotate, and say what it took."""
+    settings = load_settings(fhir_assets_home=home, db_url=None)
+    warehouse, store, views = Warehouse(settings), store_of(settings), views_of(settings).views
+    warehouse.url()
+    started = perf_counter()
+    rotated = Rotator(warehouse.connect, store, views, actor="benchmark").rotate()
+    seconds = perf_counter() - started
+    print(
+        json.dumps(
+            {
+                "peak_mib": peak_mib(),
+                "seconds": seconds,
+                "resources": rotated.sealed["resources"],
+                "left_over": rotated.left_over,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("observations", type=int, nargs="*", default=COUNTS)
+    parser.add_argument("--rotate", type=Path, metavar="HOME", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rotate:
+        _rotate(arguments.rotate)
+    else:
+        main(tuple(arguments.observations))

@@ -1,0 +1,72 @@
+"""How fast `fhir-assets upload` is, and that its memory does not grow: the command and the sandbox, a process each.
+
+``python -m benchmarks.upload [patients]`` prints a table. Synthea is used where it is there, and a
+synthetic population of so many patients.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import orjson
+import psutil
+
+from benchmarks.machine import SYNTHEA
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.sandbox.process import SandboxProcess
+
+LIMIT = 3_000
+"""Resources a second that it is to reach."""
+
+
+def main(patients: int) -> int:
+    """Print a line an input; 1 if the largest was slower than LIMIT."""
+    with TemporaryDirectory() as folder:
+        few, many = Path(folder, "few"), Path(folder, "many")
+        write_population(few, Population(max(1, patients // 4), 1))
+        write_population(many, Population(patients, 1))
+        inputs = {"a quarter of it": few, f"{patients} synthetic patients": many}
+        if SYNTHEA.exists():
+            inputs["Synthea"] = SYNTHEA
+        rates = [_measured(name, path, Path(folder)) for name, path in inputs.items()]
+    return int(rates[1] < LIMIT)
+
+
+def _measured(name: str, source: Path, home: Path) -> float:
+    with SandboxProcess() as server:
+        command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "upload", "--json"]
+        started = time.perf_counter()
+        with subprocess.Popen(
+            [*command, "--input", str(source), "--url", server.url], cwd=home, stdout=subprocess.PIPE
+        ) as process:
+            own, other = psutil.Process(process.pid), psutil.Process(server.pid)
+            peak = [0]
+            watching = threading.Thread(target=_watch, args=(own, peak), daemon=True)
+            watching.start()
+            assert process.stdout is not None
+            summary: dict[str, Any] = orjson.loads(process.stdout.read())
+            spent = other.cpu_times()
+    count, seconds = sum(summary["totals"].values()), summary["seconds"]
+    print(
+        f"{name}: {count:,} resources in {seconds:.1f} s, {count / seconds:,.0f}/s (with the command's start"
+        f" {count / (time.perf_counter() - started):,.0f}/s); server {1e6 * (spent.user + spent.system) / count:.0f} µs"
+        f" of processor a resource; peak memory {peak[0] >> 20} MiB; {summary['totals']['failed']} failed"
+    )
+    return float(count / seconds)
+
+
+def _watch(process: psutil.Process, peak: list[int]) -> None:
+    try:
+        while True:
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.05)
+    except psutil.NoSuchProcess:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else 200))

@@ -1,0 +1,145 @@
+"""What to send for a change, so that sending it again, or after a crash, ends the same.
+
+A record is found on the server by its identifier (conditional update and delete, https://hl7.org/fhir/R4/http.html#cond-update).
+Only where the identifier itself changed, the resource's id of the last delivery is used: the resource stays the same
+one, and references to it hold.
+"""
+
+from typing import Any
+
+import orjson
+
+from fhir_assets.delivery.connector.mapping import Identifier, Source
+from fhir_assets.delivery.connector.outbox import Change, Delivered
+from fhir_assets.delivery.connector.server import FhirServer, Lasting, Passing, Reply
+from fhir_assets.delivery.connector.settle import Acknowledged
+from fhir_assets.fhir.validation import Validator
+
+_ABSENT = frozenset({404, 410})
+_SERVER_OWN = ("id", "meta", "text")
+
+
+class Delivery:
+    """Brings changes of the sources to one server. Several threads may deliver."""
+
+    def __init__(self, sources: dict[str, Source], server: FhirServer) -> None:
+        self._sources = sources
+        self._server = server
+        self._validator = Validator()
+
+    def deliver(self, change: Change) -> Acknowledged:
+        """Bring the server to the state of the change. Raises Passing or Lasting."""
+        source = self._sources[change.claim.source]
+        if change.row is None:
+            return self._remove(source, change)
+        identifier = source.identifier_of(change.row)
+        if identifier is None:
+            raise Lasting(
+                "no-identifier",
+                f"the row has no {source.identifier.system} or no {source.identifier.value}: "
+                "give it one, and it goes out by itself",
+            )
+        resource = source.to_resource(change.row, change.children)
+        self._check(resource)
+        return self._put(source, change, identifier, resource)
+
+    def _put(self, source: Source, change: Change, identifier: Identifier, resource: dict[str, Any]) -> Acknowledged:
+        place = self._place(source, change, identifier)
+        if change.claim.attempts > 1 and (found := self._find(source, identifier, resource, place)) is not None:
+            return Acknowledged(change, "found", Delivered(found, identifier))
+        if place is not None:
+            reply = self._put_by_id(source, place, resource)
+        else:
+            try:
+                reply = self._put_by_identifier(source, identifier, resource)
+            except Lasting as failure:
+                known = change.delivered.resource_id if change.delivered else None
+                if failure.reason != "several-matches" or known is None:
+                    raise
+                reply = self._put_by_id(source, known, resource)
+        outcome = "created" if reply.status == 201 else "updated"
+        return Acknowledged(change, outcome, Delivered(_resource_id(source, reply) or place, identifier))
+
+    def _place(self, source: Source, change: Change, identifier: Identifier) -> str | None:
+        """The id to update where the identifier the server knows is another one; None to go by the identifier."""
+        if change.delivered is not None and change.delivered.resource_id is not None:
+            return None if change.delivered.identifier == identifier else change.delivered.resource_id
+        formers = set(change.formers)
+        if change.delivered is not None and not change.shared:
+            formers.add(change.delivered.identifier)
+        for former in sorted(formers - {identifier}, key=lambda i: i.token):
+            if len(found := self._search(source, former)) == 1:
+                return str(found[0]["id"])
+        return None
+
+    def _remove(self, source: Source, change: Change) -> Acknowledged:
+        known = change.delivered
+        outcome = "nothing"
+        if known is not None and (not change.shared or known.resource_id is not None):
+            if change.shared:
+                self._server.call("DELETE", f"{source.resource_type}/{known.resource_id}", absent=_ABSENT)
+            else:
+                self._delete_by_identifier(source, known.identifier, known.resource_id)
+            outcome = "deleted"
+        for former in change.formers:
+            if known is None or former != known.identifier:
+                # What is not there gives 204 as well: only a delivered one is surely a deletion.
+                self._delete_by_identifier(source, former, None)
+        return Acknowledged(change, outcome, None)
+
+    def _delete_by_identifier(self, source: Source, identifier: Identifier, known: str | None) -> None:
+        try:
+            query = {"identifier": identifier.token}
+            self._server.call("DELETE", source.resource_type, query=query, absent=_ABSENT)
+        except Lasting as failure:
+            if failure.reason != "several-matches" or known is None:
+                raise
+            self._server.call("DELETE", f"{source.resource_type}/{known}", absent=_ABSENT)
+
+    def _put_by_identifier(self, source: Source, identifier: Identifier, resource: dict[str, Any]) -> Reply:
+        body = orjson.dumps(resource)
+        return self._server.call("PUT", source.resource_type, query={"identifier": identifier.token}, body=body)
+
+    def _put_by_id(self, source: Source, resource_id: str, resource: dict[str, Any]) -> Reply:
+        body = orjson.dumps({**resource, "id": resource_id})
+        return self._server.call("PUT", f"{source.resource_type}/{resource_id}", body=body)
+
+    def _find(self, source: Source, identifier: Identifier, resource: dict[str, Any], place: str | None) -> str | None:
+        """The id of the resource if the server has this very content: an earlier attempt did arrive."""
+        if place is None:
+            found = self._search(source, identifier)
+        else:
+            reply = self._server.call("GET", f"{source.resource_type}/{place}", absent=_ABSENT)
+            found = [reply.body] if reply.status == 200 and isinstance(reply.body, dict) else []
+        if len(found) == 1 and _content(found[0]) == _content(resource):
+            return str(found[0]["id"])
+        return None
+
+    def _search(self, source: Source, identifier: Identifier) -> list[dict[str, Any]]:
+        reply = self._server.call("GET", source.resource_type, query={"identifier": identifier.token})
+        if not isinstance(reply.body, dict) or reply.body.get("resourceType") != "Bundle":
+            raise Passing("not-fhir", "the answer to a search is not a Bundle", everyone=False)
+        resources = [entry.get("resource") for entry in reply.body.get("entry", [])]
+        return [r for r in resources if isinstance(r, dict) and r.get("resourceType") == source.resource_type]
+
+    def _check(self, resource: dict[str, Any]) -> None:
+        verdict = self._validator.check(orjson.dumps(resource))
+        if not verdict.valid:
+            errors = [issue for issue in verdict.issues if issue.severity == "error"]
+            found = ", ".join(sorted({f"{issue.rule} at {issue.path}" for issue in errors})[:3])
+            raise Lasting("invalid", f"the row makes a resource that R4 does not allow: {found}")
+
+
+def _resource_id(source: Source, reply: Reply) -> str | None:
+    for header in ("Location", "Content-Location"):
+        parts = (reply.headers.get(header) or "").split("/")
+        if source.resource_type in parts[:-1]:
+            return parts[len(parts) - parts[::-1].index(source.resource_type)]
+    if isinstance(reply.body, dict) and reply.body.get("resourceType") == source.resource_type:
+        found = reply.body.get("id")
+        return found if isinstance(found, str) else None
+    return None
+
+
+def _content(resource: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in resource.items() if name not in _SERVER_OWN}

@@ -1,0 +1,187 @@
+"""tables -> another FHIR server: what of some windows stands in the tables is put there, as the bytes that came.
+
+Read from the validated parts, and held against ``fhir.resource``: what the tables do not have (withheld, deleted, dead)
+does not leave, nor does a version that a newer one has replaced.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fhir_assets.delivery.upload.journal import Failure, Journal
+from fhir_assets.delivery.upload.uploader import Uploader
+from fhir_assets.fhir import bundles
+from fhir_assets.fhir.bundles import Entry
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.record import read_header, read_instant
+from fhir_assets.pipeline.commit import rewrite
+from fhir_assets.pipeline.dead_letter_buffer import LetterBuffer
+from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.storage.manifest import Delivered, Manifest, Part
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import audit_log, dead_letters
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres import resources
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+_ACTOR = "pipeline"
+
+
+@dataclass(slots=True)
+class DeliveredCounts:
+    """What became of the resources of a type. ``not_in_tables`` were withheld, deleted or refused by the tables."""
+
+    created: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    failed: int = 0
+    superseded: int = 0
+    not_in_tables: int = 0
+
+
+class Delivering:
+    """Delivers windows to the server behind ``client``, all types in their order."""
+
+    def __init__(
+        self,
+        store: Store,
+        connect: Callable[[], Connection],
+        client: FhirClient,
+        *,
+        run_id: str,
+        refresh: Refresh,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        self._store = store
+        self._connect = connect
+        self._client = client
+        self._run_id = run_id
+        self._refresh = refresh
+        self._batch_size = batch_size
+        self._workers = workers
+
+    def deliver(self, resource_types: Sequence[str], partition_keys: Sequence[str]) -> dict[str, DeliveredCounts]:
+        """Send the parts that this server has not been sent yet; unless only what is missing is asked for, all of
+        them, but for resources that it holds just so.
+
+        Resources that the server refuses become dead letters of stage ``deliver``. Raises ServerUnavailable,
+        ServerRefused, NotFhir, DatabaseUnavailable or StoreError: then the windows count as not delivered.
+        """
+        counts = {name: DeliveredCounts() for name in resource_types}
+        manifests = [
+            manifest
+            for name in bundles.in_order(resource_types)
+            for manifest in self._store.manifests("validated", name, partition_keys)
+        ]
+        todo = {part.name: (part, manifest) for manifest in manifests for part in self._parts(manifest)}
+        steps: dict[str, dict[str, int]] = {}
+        for part, manifest in todo.values():
+            steps.setdefault(manifest.resource_type, {})[part.name] = part.rows
+        if not steps:
+            return counts
+        self._client.capabilities()
+        with closing(self._connect()) as conn, Journal(sealing=self._store.sealing) as journal:
+            conn.autocommit = True
+
+            def read(name: str, resource_type: str) -> Iterator[Entry]:
+                part, manifest = todo[name]
+                return self._standing(conn, part, manifest, counts[resource_type])
+
+            Uploader(
+                self._client,
+                journal,
+                batch_size=self._batch_size,
+                workers=self._workers,
+                skip_unchanged=self._refresh is not Refresh.MISSING,
+            ).upload(steps, read)
+            for name, total in journal.totals().items():
+                for what, count in total.items():
+                    setattr(counts[name], what, count)
+            self._bury(journal, {name: manifest.partition_key for name, (_, manifest) in todo.items()})
+        self._remember([manifest for manifest in manifests if manifest.resource_type in steps], counts)
+        return counts
+
+    def _parts(self, manifest: Manifest) -> Sequence[Part]:
+        """The parts of a window that are to be sent."""
+        before = self._store.manifest("delivered", manifest.resource_type, manifest.partition_key)
+        known = before.delivered if before else None
+        if self._refresh is not Refresh.MISSING or known is None or known.destination != self._client.base_url:
+            return manifest.parts
+        return [part for part in manifest.parts if part.name not in known.inputs]
+
+    def _standing(self, conn: Connection, part: Part, manifest: Manifest, counts: DeliveredCounts) -> Iterator[Entry]:
+        """The resources of a part that the tables have, in this version."""
+        number = 0
+        for lines in self._store.batches([part]):
+            headers = [read_header(line) for line in lines]
+            rows = resources.standing(conn, manifest.resource_type, [header.id or "" for header in headers])
+            for line, header in zip(lines, headers, strict=True):
+                number += 1
+                row = rows.get(header.id or "")
+                updated = read_instant(header.meta.lastUpdated) if header.meta else None
+                if header.id is None or row is None:
+                    counts.not_in_tables += 1
+                elif row.as_of > updated if updated else row.partition_key != manifest.partition_key:
+                    counts.superseded += 1
+                else:
+                    yield Entry(manifest.resource_type, header.id, line, f"{part.name}:{number}")
+
+    def _bury(self, journal: Journal, windows: Mapping[str, str]) -> None:
+        """Make dead letters of what failed; those of these windows that were delivered now are resolved."""
+
+        def reject(letters: Sequence[DeadLetter]) -> None:
+            dead_letters.record_now(self._connect, self._run_id, letters)
+
+        buffer = LetterBuffer(reject)
+        for failure in journal.failures():
+            buffer.add(letter(failure, windows[failure.place.rpartition(":")[0]]))
+        buffer.flush()
+
+    def _remember(self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts]) -> None:
+        """Note which parts the server was sent, and that it was."""
+        now = datetime.now(UTC)
+        delivered = [
+            Manifest(
+                layer="delivered",
+                resource_type=manifest.resource_type,
+                partition_key=manifest.partition_key,
+                run_id=self._run_id,
+                written_at=now,
+                parts=(),
+                delivered=Delivered(self._client.base_url, tuple(part.name for part in manifest.parts)),
+            )
+            for manifest in manifests
+        ]
+        rewrite(self._connect, self._store, delivered, lambda mine, _: mine)
+        keys: dict[str, list[str]] = {}
+        for manifest in manifests:
+            keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)
+        with closing(self._connect()) as conn, conn.transaction():
+            if self._refresh is not Refresh.MISSING:
+                for name, of_type in keys.items():
+                    dead_letters.settle(conn, self._run_id, name, "deliver", of_type)
+            audit_log.record(
+                conn,
+                *(
+                    Deed("export", _ACTOR, name, count=of_type.created + of_type.updated, run_id=self._run_id)
+                    for name, of_type in counts.items()
+                ),
+            )
+
+
+def letter(failure: Failure, partition_key: str, *, unknown_type: str = "unknown") -> DeadLetter:
+    """What was not delivered as a dead letter."""
+    rule = f"http-{failure.status}" if failure.status else ("no-answer" if failure.id else "unusable")
+    return DeadLetter(
+        resource_type=failure.resource_type or unknown_type,
+        resource_id=failure.id,
+        stage="deliver",
+        rule=rule,
+        path=failure.place,
+        message=failure.message,
+        resource=failure.body,
+        partition_key=partition_key,
+    )

@@ -1,0 +1,36 @@
+"""The doors of a deployment beside its source, as its settings describe them."""
+
+from functools import partial
+
+from fhir_assets.deployment.store import bucket_of, store_of
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.pipeline.receive.landing import Landing
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.settings import Settings
+from fhir_assets.storage.landing_zone import SealedZone, Zone, open_zone
+
+
+def receiver_of(settings: Settings, warehouse: Warehouse) -> Receiver:
+    """What receives resources into the deployment's store."""
+    return Receiver(store_of(settings), warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+
+
+def zone_of(settings: Settings) -> Zone:
+    """The zone at FHIR_LANDING_URL. Raises ConfigurationError if it is unset; calls nothing yet."""
+    if not settings.fhir_landing_url:
+        raise ConfigurationError(
+            "FHIR_LANDING_URL is not set: give a folder or s3://bucket/prefix where files land, in the environment or "
+            "in .env"
+        )
+    return SealedZone(open_zone(settings.fhir_landing_url, bucket=partial(bucket_of, settings)), settings.store_sealing)
+
+
+def landing_of(settings: Settings, warehouse: Warehouse) -> Landing:
+    """The landing zone of the deployment. Raises ConfigurationError."""
+    return Landing(
+        zone_of(settings),
+        receiver_of(settings, warehouse),
+        warehouse.connect,
+        max_bytes=settings.validation_max_bytes,
+    )

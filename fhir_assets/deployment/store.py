@@ -1,0 +1,36 @@
+"""The store of a deployment, and the buckets that its settings name."""
+
+from functools import partial
+
+from fhir_assets.settings import Settings
+from fhir_assets.storage.blobs import Blobs
+from fhir_assets.storage.s3 import Bucket, S3Client
+from fhir_assets.storage.store import Store, open_store
+
+_ATTEMPTS = 8
+
+
+def store_of(settings: Settings) -> Store:
+    """The store at FHIR_STORE_URL. Raises ConfigurationError; calls nothing yet."""
+    return open_store(settings.store_url, settings.store_sealing, bucket=partial(bucket_of, settings))
+
+
+def blobs_at(settings: Settings, url: str) -> Blobs:
+    """A folder, or ``s3://bucket/prefix``, for files that are not partitions. Raises ConfigurationError."""
+    return open_store(url, bucket=partial(bucket_of, settings)).blobs
+
+
+def bucket_of(settings: Settings, url: str) -> Bucket:
+    """The bucket at ``s3://bucket/prefix``; credentials, region and endpoint come from the AWS variables."""
+    encryption = {
+        "ServerSideEncryption": settings.fhir_s3_encryption,
+        "SSEKMSKeyId": settings.fhir_s3_kms_key_id,
+    }
+    return Bucket(url, _client, {name: value for name, value in encryption.items() if value})
+
+
+def _client() -> S3Client:
+    # Only here: it brings boto3, which takes longer to import than all of ours.
+    from dagster_aws.s3 import S3Resource
+
+    return S3Resource(max_attempts=_ATTEMPTS).get_client()

@@ -1,0 +1,73 @@
+"""The database of a deployment: DB_URL's, or the embedded one, migrated before its first use."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse.ops import encryption_secret, runs
+from fhir_assets.warehouse.postgres.db import connections, embedded, migrations
+from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
+
+DATABASE = "fhir_assets"
+
+
+class Warehouse:
+    """Opens connections. Making one touches nothing; the first connection starts and migrates what is needed.
+
+    ``calls`` of the FHIR server and ``loaders`` have so many places over all processes as the settings say.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
+        self._home: Path = settings.home
+        self._sealing = settings.sealing
+        self._url: str | None = None
+        self._lock = Lock()
+        self.calls = Places(self._connect_places, Kind.CALLS, settings.fhir_max_connections)
+        self.loaders = Places(self._connect_places, Kind.LOADERS, settings.fhir_max_loaders)
+
+    def url(self) -> str:
+        """The URL of the running, migrated database. Raises DatabaseUnavailable; ConfigurationError if it is sealed
+        with a key that is missing.
+        """
+        with self._lock:
+            if self._url is None:
+                url = self._db_url or embedded.ensure(self._home)
+                migrations.upgrade(url)
+                with connections.connect(url) as conn:
+                    self._sealing = encryption_secret.unlock(conn, self._sealing)
+                self._url = url
+            return self._url
+
+    def sealing(self) -> Sealing:
+        """What seals the patient data in this database. Raises as ``url`` does."""
+        self.url()
+        return self._sealing
+
+    def connect(self) -> connections.Connection:
+        """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
+        return connections.borrow(self.url(), sealing=self.sealing())
+
+    def look(self) -> connections.Connection:
+        """A connection that needs no keys and can only read: for who looks after runs and dead letters.
+
+        Raises DatabaseUnavailable or ConfigurationError.
+        """
+        url = self._db_url or embedded.ensure(self._home)
+        migrations.upgrade(url)
+        conn = connections.connect(url)
+        conn.read_only = True
+        return conn
+
+    def _connect_places(self) -> connections.Connection:
+        return connections.connect(self.url(), autocommit=True)
+
+    @contextmanager
+    def held_for(self, run_id: str) -> Iterator["Warehouse"]:
+        """The warehouse, for a run that counts as living meanwhile. Raises DatabaseUnavailable."""
+        with connections.connect(self.url(), autocommit=True) as conn:
+            runs.hold(conn, run_id)
+            yield self

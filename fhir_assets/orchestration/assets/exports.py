@@ -1,0 +1,76 @@
+"""``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL: valid resources, and the tables as Parquet."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.run_context import RunFacts, in_our_words
+from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.exports.export import Export, folder_of_run
+from fhir_assets.warehouse.postgres.tables import view_tables
+
+
+def export_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
+) -> list[dg.AssetsDefinition]:
+    """An asset a type; none unless FHIR_EXPORT_URL is set."""
+    if not settings.fhir_export_url:
+        return []
+    return [
+        _export(settings, partitions, BY_NAME[name], [view for view in views if view.resource_type == name])
+        for name in settings.fhir_resource_types
+    ]
+
+
+def _export(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
+) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=resource_type.key,
+        key_prefix="exports",
+        group_name="exports",
+        deps=[dg.AssetKey(["normalized", view.name]) for view in views],
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
+        description=f"{resource_type.name}: the windows of a run as NDJSON and Parquet files in FHIR_EXPORT_URL.",
+        kinds={"fhir", "parquet"},
+    )
+    def exports(
+        context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
+    ) -> dg.MaterializeResult[None]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        with in_our_words(), warehouse.connect() as conn:
+            view_tables.ensure_tables(conn, views)
+            conn.commit()
+            started = context.instance.get_run_stats(facts.run_id).start_time
+            folder = folder_of_run(facts.run_id, datetime.fromtimestamp(started or facts.now.timestamp(), UTC))
+            target = blobs_at(settings, settings.fhir_export_url)
+            export = Export(
+                conn,
+                store,
+                target,
+                folder,
+                run_id=facts.run_id,
+                actor=facts.triggered_by,
+                withholding=settings.gate.closed,
+                manifest=f"{resource_type.name}.manifest.json",
+            )
+            of_type = export.of(resource_type.name, facts.partition_keys)
+            files = [of_type.valid(), *(of_type.table(view, "parquet") for view in views)]
+            place = export.finish()
+        return dg.MaterializeResult(
+            metadata={
+                "folder": dg.MetadataValue.path(place),
+                "rows": sum(file.rows for file in files),
+                "bytes": sum(file.bytes for file in files),
+                "files": len(files),
+            }
+        )
+
+    return exports

@@ -1,0 +1,69 @@
+"""``lake/<view>``: the tables as Parquet in FHIR_LAKE_URL, for what outgrows Postgres."""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.run_context import RunFacts, in_our_words
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse.lake import writer
+from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, layout_of
+
+
+def lake_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
+) -> list[dg.AssetsDefinition]:
+    """An asset a view; none unless FHIR_LAKE_URL is set."""
+    types = settings.fhir_resource_types
+    if not settings.fhir_lake_url:
+        return []
+    return [_lake(settings, partitions, view) for view in views if view.resource_type in types]
+
+
+def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
+    columns = [c for c in layout_of(view, sealed=settings.sealing.on).columns if c.name != KEY_COLUMN]
+
+    @dg.asset(
+        name=view.name,
+        key_prefix="lake",
+        group_name="lake",
+        deps=[dg.AssetKey(["normalized", view.name])],
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
+        # A run of any window brings all of the view's folder up to date, so the newest one is enough.
+        automation_condition=dg.AutomationCondition.eager(),
+        description=f"{view.description or view.title or view.name}: Parquet, a folder a window.",
+        code_version=view.fingerprint,
+        kinds={"fhir", "parquet"},
+        metadata={
+            "dagster/column_schema": dg.TableSchema(
+                [dg.TableColumn(column.name, column.type, description=column.description) for column in columns]
+            ),
+            "dagster/uri": f"{settings.fhir_lake_url.rstrip('/')}/{view.name}",
+        },
+    )
+    def of_view(
+        context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
+    ) -> dg.MaterializeResult[None]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        with in_our_words(), warehouse.connect() as conn:
+            view_tables.ensure_tables(conn, [view])
+            conn.commit()
+            target = blobs_at(settings, settings.fhir_lake_url)
+            written = writer.update(
+                conn, target, view, facts.partition_keys, run_id=facts.run_id, actor=facts.triggered_by
+            )
+        return dg.MaterializeResult(
+            metadata={
+                "windows_written": written.windows,
+                "windows_removed": written.removed,
+                "rows": written.rows,
+                "bytes": written.bytes,
+            }
+        )
+
+    return of_view

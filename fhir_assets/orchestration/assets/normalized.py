@@ -1,0 +1,171 @@
+"""``normalized/<view>``: a table a ViewDefinition, and ``fhir.resource`` with the whole JSON beside them."""
+
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from time import perf_counter
+
+import dagster as dg
+
+from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.views import BrokenView, View
+from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
+from fhir_assets.orchestration.io_managers.postgres import LoadedView
+from fhir_assets.orchestration.run_context import RunFacts, in_our_words, recorded, step_tags
+from fhir_assets.pipeline.consent.sweep import ConsentSweep
+from fhir_assets.pipeline.load.step import Loaded, Loading
+from fhir_assets.pipeline.reconcile.balance import reconcile
+from fhir_assets.pipeline.replay.steps import ReplayLoading
+from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.settings import Settings
+from fhir_assets.storage.manifest import Manifest
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, layout_of, row_count
+
+OTHER_WINDOWS = 100
+"""Of how many windows beside its own a load says that newer versions settled their dead letters."""
+
+
+def normalized_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
+) -> list[dg.AssetsDefinition]:
+    """The normalized layer: a step a type, which makes all of its views in one pass."""
+    return [
+        _normalized(settings, partitions, BY_NAME[name], of_type, views)
+        for name in settings.fhir_resource_types
+        if (of_type := [view for view in views if view.resource_type == name])
+    ]
+
+
+def _normalized(
+    settings: Settings,
+    partitions: dg.PartitionsDefinition[str],
+    resource_type: ResourceType,
+    views: Sequence[View],
+    all_views: Sequence[View],
+) -> dg.AssetsDefinition:
+    name = resource_type.name
+    main = next((view for view in views if view.name == resource_type.key), None)
+    main_view = main.name if main and not main.definition.get("where") else None
+
+    @dg.multi_asset(
+        name=f"normalized__{resource_type.key}",
+        ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
+        outs={view.name: _output(view, resource_type, sealed=settings.sealing.on) for view in views},
+        check_specs=window_check_specs(resource_type, partitions) if main else [],
+        partitions_def=partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
+        can_subset=True,
+        op_tags=step_tags([name]),
+    )
+    def normalized(
+        context: dg.AssetExecutionContext,
+        validated: Sequence[Manifest],
+        store: dg.ResourceParam[Store],
+        warehouse: dg.ResourceParam[Warehouse],
+        workers: dg.ResourceParam[Workers],
+    ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
+        facts = RunFacts.of(context, settings.window_scheme)
+        selected = context.op_execution_context.selected_output_names
+        wanted = [view for view in views if view.name in selected]
+        started = perf_counter()
+        settled: list[str] = []
+        if wanted:
+            with recorded(facts, warehouse, [name]):
+                loading = Loading(
+                    store,
+                    warehouse.connect,
+                    wanted,
+                    whole=len(wanted) == len(views),
+                    run_id=facts.run_id,
+                    refresh=facts.refresh,
+                    workers=workers,
+                    gate=settings.gate,
+                )
+                sweep = ConsentSweep(
+                    warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
+                )
+                sweep.sweep(datetime.now(UTC))
+                with warehouse.loaders.one():
+                    loaded = loading.load(name, facts.windows.windows, validated)
+                if name == "Consent":
+                    sweep.sweep(datetime.now(UTC))
+                if facts.replay and len(wanted) == len(views):
+                    replay = ReplayLoading(
+                        warehouse.connect,
+                        wanted,
+                        run_id=facts.run_id,
+                        also_open=facts.replay == "open",
+                        gate=settings.gate,
+                    )
+                    with warehouse.loaders.one():
+                        replay.load(name, facts.windows.windows)
+                settled = sorted(loaded.settled.difference(facts.partition_keys))[:OTHER_WINDOWS]
+                metadata = _metadata(loaded, perf_counter() - started)
+                with warehouse.connect() as conn:
+                    rows = {view.name: row_count(conn, view) for view in wanted}
+                for view in wanted:
+                    table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
+                    yield dg.Output(table, output_name=view.name, metadata=metadata)
+        if context.selected_asset_check_keys:
+            with in_our_words(), warehouse.connect() as conn:
+                balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
+                checks = WindowChecks(resource_type, settings, facts.now)
+                names = sorted(key.name for key in context.selected_asset_check_keys)
+                yield from checks.results(context, conn, balances, names)
+                if settled and DEAD_LETTER_RATE in names:
+                    others = reconcile(conn, store, name, settled, main_view=main_view)
+                    checks.tell_of(context, conn, others, DEAD_LETTER_RATE)
+
+    return normalized
+
+
+def broken_view(broken: BrokenView) -> dg.AssetSpec:
+    """A file that is no valid ViewDefinition, shown in the UI with what is wrong; nothing can be materialized of it."""
+    return dg.AssetSpec(
+        ["broken_views", re.sub(r"\W", "_", broken.path.stem)],
+        group_name="broken_views",
+        description=f"Not loaded: {broken.message}",
+        metadata={"view_file": dg.MetadataValue.path(str(broken.path))},
+        kinds={"fhir"},
+    )
+
+
+def _metadata(loaded: Loaded, seconds: float) -> dict[str, dg.MetadataValue]:
+    return {
+        "resources": dg.IntMetadataValue(loaded.resources),
+        "inserted": dg.IntMetadataValue(loaded.inserted),
+        "updated": dg.IntMetadataValue(loaded.updated),
+        "superseded": dg.IntMetadataValue(loaded.superseded),
+        "withheld": dg.IntMetadataValue(loaded.withheld),
+        "dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead.most_common())),
+        "seconds": dg.FloatMetadataValue(round(seconds, 3)),
+        "resources_per_second": dg.IntMetadataValue(round(loaded.resources / seconds) if seconds else 0),
+    }
+
+
+def _output(view: View, resource_type: ResourceType, *, sealed: bool) -> dg.AssetOut:
+    return dg.AssetOut(
+        key=["normalized", view.name],
+        group_name=resource_type.group,
+        io_manager_key="postgres",
+        is_required=False,
+        description=view.description or view.title,
+        code_version=view.fingerprint,
+        kinds={"fhir", "postgres"},
+        metadata={
+            "dagster/column_schema": dg.TableSchema(
+                [
+                    dg.TableColumn(column.name, column.type, description=column.description)
+                    for column in layout_of(view, sealed=sealed).columns
+                    if column.name != KEY_COLUMN
+                ]
+            ),
+            "dagster/relation_identifier": f"fhir.{view.name}",
+            "view_url": view.url or "",
+            "view_version": view.version or "",
+            "view_file": dg.MetadataValue.path(str(view.path or "")),
+            "paths_not_compiled": len(view.fallbacks),
+        },
+    )

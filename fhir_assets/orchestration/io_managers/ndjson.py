@@ -1,0 +1,37 @@
+"""Partitions of NDJSON as Dagster sees them: commits what an asset wrote, opens what the next one reads."""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.pipeline.commit import Update, commit
+from fhir_assets.storage.manifest import Manifest
+from fhir_assets.storage.store import Store
+
+
+class NdjsonIOManager(dg.IOManager):
+    """An output is an Update, made visible here; an input is the manifests of the run's partitions, in order."""
+
+    def __init__(self, store: Store, warehouse: Warehouse) -> None:
+        self._store = store
+        self._warehouse = warehouse
+
+    def handle_output(self, context: dg.OutputContext, obj: Update) -> None:
+        """Commit the manifests, each in one step, beside what other runs committed meanwhile."""
+        with in_our_words():
+            manifests = commit(self._warehouse.connect, self._store, obj)
+        context.add_output_metadata(
+            {
+                "partitions_written": len(manifests),
+                "rows": sum(manifest.rows for manifest in manifests),
+                "bytes": sum(manifest.bytes for manifest in manifests),
+                "stored_bytes": sum(manifest.stored_bytes for manifest in manifests),
+            }
+        )
+
+    def load_input(self, context: dg.InputContext) -> Sequence[Manifest]:
+        """The manifests of the run's partitions; one that was never written has none."""
+        layer, key = context.asset_key.path
+        return self._store.manifests(layer, key, context.asset_partition_keys)

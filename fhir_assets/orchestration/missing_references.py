@@ -1,0 +1,60 @@
+"""``fetch_missing_references``: what loaded resources refer to and the tables lack is asked for by id."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import dagster as dg
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.assets.raw import POOL
+from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES
+from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.orchestration.sensors.received import materializations
+from fhir_assets.pipeline.hydrate.missing_references import AskedById, MissingReferences
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
+
+
+def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.JobDefinition:
+    """Patients first, in batches. What comes is received into raw, whence the sensor ``load_received`` loads it."""
+
+    @dg.op(
+        name="ask_for_missing_references",
+        pool=POOL,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys={"source", "store", "warehouse"},
+    )
+    def fetch(context: dg.OpExecutionContext) -> Iterator[dg.AssetMaterialization | dg.Output[None]]:
+        source: Source = context.resources.source
+        store: Store = context.resources.store
+        warehouse: Warehouse = context.resources.warehouse
+        if not isinstance(source, AskedById):
+            yield dg.Output(None, metadata={"nothing": f"the source {source.name} gives no single resources"})
+            return
+        offered = source.offered()
+        types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
+        receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+        missing = MissingReferences(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
+        asked: Counter[str] = Counter()
+        found: Counter[str] = Counter()
+        deleted: Counter[str] = Counter()
+        with in_our_words():
+            for batch in missing.fetch():
+                asked[batch.resource_type] += batch.asked
+                found[batch.resource_type] += batch.found
+                deleted[batch.resource_type] += batch.deleted
+                yield from materializations(batch.received)
+        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found), "deleted": dict(deleted)})
+
+    @dg.job(
+        name=FETCH_MISSING_REFERENCES,
+        executor_def=dg.in_process_executor,
+        description="Ask the server by id for what loaded resources refer to and the tables lack, Patients first.",
+    )
+    def job() -> None:
+        fetch()
+
+    return job

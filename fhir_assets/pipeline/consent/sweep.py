@@ -1,0 +1,192 @@
+"""Consent carried out: whose decision changed, his resources leave the tables or come into them, children included."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from itertools import groupby
+from typing import Any
+
+import msgspec
+from psycopg import sql
+
+from fhir_assets.fhir.compartment import patients_of
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.load.rows import Batch, MakeRows
+from fhir_assets.pipeline.load.step import unloadable
+from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.consent import Gate
+from fhir_assets.warehouse.ops import audit_log, consents, dead_letters
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables.loading import Loader
+
+_PATIENTS_AT_ONCE = 50
+"""Patients whose decisions are made and carried out in one transaction, while loads wait."""
+
+_RESOURCES_AT_ONCE = 2000
+
+_parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
+
+
+@dataclass(slots=True)
+class Swept:
+    """What came of it: patients decided on, decisions that are other ones now, resources withheld and released."""
+
+    patients: int = 0
+    decisions: int = 0
+    withheld: int = 0
+    released: int = 0
+
+
+class ConsentSweep:
+    """Brings the tables to what the patients' consents say now. Does nothing, with one query, if nothing changed.
+
+    Each batch is a transaction of its own, so that it can be stopped at any time and goes on where it was.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Connection], views: Sequence[View], gate: Gate, *, run_id: str, actor: str
+    ) -> None:
+        self._connect = connect
+        self._gate = gate
+        self._run_id = run_id
+        self._actor = actor
+        self._views = sorted(views, key=lambda view: view.resource_type)
+        self._make_rows: dict[str, MakeRows] = {}
+
+    def sweep(self, now: datetime) -> Swept:
+        """Carry out what is due at ``now``. Raises DatabaseUnavailable, ViewError or SealingError."""
+        swept = Swept()
+        with self._connect() as conn:
+            followed = consents.followed(conn)
+            if not followed.closed and not self._gate.closed:
+                return swept
+            if followed != self._gate:
+                view_tables.ensure_tables(conn, self._views)
+                if not followed.closed:
+                    self._take_stock(conn)
+            while patients := consents.due(conn, now, _PATIENTS_AT_ONCE):
+                if not swept.patients:
+                    view_tables.ensure_tables(conn, self._views)
+                conn.commit()
+                with conn.transaction():
+                    consents.begin_deciding(conn)
+                    self._decide(conn, patients, now, swept)
+            conn.commit()
+            if followed != self._gate:
+                self._follow(conn, swept)
+        return swept
+
+    def _decide(self, conn: Connection, patients: Sequence[str], now: datetime, swept: Swept) -> None:
+        changed = consents.decide_on(conn, patients, now)
+        swept.patients += len(patients)
+        swept.decisions += changed
+        taken = consents.take_back(conn, self._gate, patients=patients)
+        released = self._release(conn, patients=patients)
+        swept.withheld += sum(taken.values())
+        swept.released += sum(released.values())
+        self._record(conn, changed, taken, released)
+
+    def _follow(self, conn: Connection, swept: Swept) -> None:
+        """The policy is another one: all of the tables, and all that is withheld, is looked through."""
+        while True:
+            with conn.transaction():
+                consents.begin_deciding(conn)
+                taken = consents.take_back(conn, self._gate, limit=_RESOURCES_AT_ONCE)
+                self._record(conn, 0, taken, {})
+            swept.withheld += sum(taken.values())
+            if not taken:
+                break
+        while True:
+            with conn.transaction():
+                consents.begin_deciding(conn)
+                released = self._release(conn, limit=_RESOURCES_AT_ONCE)
+                self._record(conn, 0, {}, released)
+            swept.released += sum(released.values())
+            if not released:
+                break
+        with conn.transaction():
+            consents.follow(conn, self._gate)
+        conn.commit()
+
+    def _record(self, conn: Connection, decisions: int, taken: Mapping[str, int], released: Mapping[str, int]) -> None:
+        audit_log.record(
+            conn,
+            Deed("consent decision", self._actor, "Consent", count=decisions, run_id=self._run_id),
+            *(Deed("withhold", self._actor, name, count=count, run_id=self._run_id) for name, count in taken.items()),
+            *(Deed("release", self._actor, name, count=count, run_id=self._run_id) for name, count in released.items()),
+        )
+
+    def _release(
+        self, conn: Connection, *, patients: Sequence[str] | None = None, limit: int | None = None
+    ) -> dict[str, int]:
+        """Bring into the tables what of some patients (None: of all) is withheld and need not be. By type."""
+        sealing = sealing_of(conn)
+        released: dict[str, int] = {}
+        query = sql.SQL(
+            "SELECT w.resource_type, w.partition_key, w.id, w.as_of,"
+            " CASE WHEN w.sealed_by IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END, w.sealed_by"
+            " FROM ops.withheld w WHERE {of_them} AND NOT ({withheld})"
+            " ORDER BY w.resource_type, w.partition_key, w.id LIMIT %(limit)s"
+        ).format(
+            of_them=sql.SQL("true" if patients is None else "w.patients && %(patients)s"),
+            withheld=consents.withheld(self._gate, "w"),
+        )
+        params = {"patients": list(patients or ()), "limit": min(limit or _RESOURCES_AT_ONCE, _RESOURCES_AT_ONCE)}
+        while rows := conn.execute(query, params).fetchall():
+            for (resource_type, partition_key), of_them in groupby(rows, key=lambda row: (str(row[0]), str(row[1]))):
+                some = list(of_them)
+                bodies = [open_text(text, sealed_by, sealing) for *_, text, sealed_by in some]
+                # Resources without lastUpdated have the earliest time that their window knows.
+                self._load(conn, resource_type, Batch(bodies, partition_key, min(row[3] for row in some)))
+                conn.execute(
+                    "DELETE FROM ops.withheld WHERE resource_type = %s AND id = ANY(%s)",
+                    [resource_type, [row[2] for row in some]],
+                )
+                released[resource_type] = released.get(resource_type, 0) + len(some)
+            if limit is not None:
+                break
+        return released
+
+    def _load(self, conn: Connection, resource_type: str, batch: Batch) -> None:
+        """Load released resources; one that does not load becomes a dead letter, as it would have."""
+        views = [view for view in self._views if view.resource_type == resource_type]
+        make = self._make_rows.get(resource_type)
+        if make is None:
+            make = self._make_rows[resource_type] = MakeRows(views, sealing_of(conn))
+        rows = make(batch)
+        loader = Loader(conn, resource_type, views, run_id=self._run_id, mend=True)
+        bad = loader.take(rows.block, batch.lines, batch.partition_key)
+        loader.finish()
+        letters = [undone.letter(resource_type, batch) for undone in rows.undone]
+        letters += [unloadable(resource_type, item) for item in [*bad, *loader.late()]]
+        dead_letters.record(conn, self._run_id, letters)
+
+    def _take_stock(self, conn: Connection) -> None:
+        """A policy is switched on: look up what nobody looked at before, in batches."""
+        sealing = sealing_of(conn)
+        query = (
+            "SELECT resource_type, id, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END,"
+            " sealed_by FROM fhir.resource WHERE patients IS NULL AND resource IS NOT NULL LIMIT %s FOR UPDATE"
+        )
+        while True:
+            with conn.transaction():
+                rows = conn.execute(query, [_RESOURCES_AT_ONCE]).fetchall()
+                with conn.cursor() as cursor:
+                    cursor.executemany(
+                        "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s",
+                        [
+                            (list(patients_of(_parse(open_text(text, sealed_by, sealing)))), resource_type, key)
+                            for resource_type, key, text, sealed_by in rows
+                        ],
+                    )
+            if not rows:
+                break
+        with conn.transaction():
+            for statement in consents.record_statements(
+                sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "sealed_by")
+            ):
+                conn.execute(statement)
+        conn.commit()

@@ -1,0 +1,197 @@
+"""Does every resource of a window stand somewhere? The counts of each layer, held against each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from psycopg import sql
+
+from fhir_assets.fhir.record import read_header, read_instant
+from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.storage.manifest import Manifest
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import corrections
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
+
+STAGES = ("transform", "load")
+
+_LINES_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The counts of one window of one type.
+
+    ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
+    ``matched`` what it gave; ``received`` what came by other doors; ``raw`` what is in the store, ``valid`` and
+    ``dead`` what validation made of it; ``undone`` the dead letters of transform and load; ``deleted`` the valid
+    resources that the source deleted since; ``withheld`` those that keep every rule but that consent keeps out of the
+    tables; ``missing`` those that are neither in the tables, in this version or a newer one, nor among those.
+    """
+
+    partition_key: str
+    server_total: int | None
+    matched: int
+    repeated: int
+    rejected: int
+    raw: int
+    judged: int
+    valid: int
+    dead: int
+    undone: int
+    missing: int
+    withheld: int = 0
+    received: int = 0
+    deleted: int = 0
+
+    @property
+    def loaded(self) -> int:
+        """The valid resources that are in the tables."""
+        return self.valid - self.undone - self.missing - self.deleted
+
+    @property
+    def faults(self) -> list[str]:
+        """What does not add up, each with what to do; empty if all does."""
+        faults = []
+        again = f"materialize raw, validated and normalized of {self.partition_key} again"
+        if self.server_total is not None and self.server_total != self.matched:
+            faults.append(f"the server counts {self.server_total} but gave {self.matched}: {again}")
+        came = self.matched + self.received - self.repeated - self.rejected
+        if self.raw != came:
+            faults.append(f"{came} were received but raw holds {self.raw}: {again}")
+        if self.raw != self.judged:
+            faults.append(f"raw holds {self.raw} but {self.judged} were validated: materialize validated again")
+        if self.judged != self.valid + self.dead + self.withheld:
+            faults.append(
+                f"{self.judged} were validated but {self.valid} are valid, {self.dead} dead and "
+                f"{self.withheld} withheld: materialize validated again"
+            )
+        if self.missing:
+            faults.append(f"{self.missing} valid resources are not in the tables: materialize normalized again")
+        return faults
+
+
+def reconcile(
+    conn: Connection,
+    store: Store,
+    resource_type: str,
+    partition_keys: Sequence[str],
+    *,
+    main_view: str | None,
+) -> list[Balance]:
+    """The balance of each window that was fetched or received something. Holds the ids of validated partitions
+    against the tables, in the database: ``fhir.resource``, and ``main_view`` where every resource has a row there.
+    """
+    raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
+    validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
+    undone = _undone(conn, resource_type, partition_keys)
+    absent = _absent(conn, store, resource_type, list(validated.values()), main_view)
+    return [_balance(m, validated.get(key), undone.get(key, 0), absent.get(key, Absent())) for key, m in raw.items()]
+
+
+def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: "Absent") -> Balance:
+    fetches = raw.fetched.fetches if raw.fetched else ()
+    totals = [fetch.server_total for fetch in fetches]
+    known = [total for total in totals if total is not None]
+    state = validated.validated if validated else None
+    return Balance(
+        raw.partition_key,
+        sum(known) if known and len(known) == len(totals) else None,
+        sum(fetch.matched for fetch in fetches),
+        sum(fetch.repeated for fetch in fetches),
+        sum(fetch.rejected for fetch in fetches) + sum(receipt.rejected for receipt in raw.receipts),
+        raw.rows,
+        state.rows_in if state else 0,
+        (validated.rows if validated else 0) - absent.withheld,
+        sum(state.dead.values()) if state else 0,
+        undone,
+        absent.missing,
+        withheld=absent.withheld,
+        received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
+        deleted=absent.deleted,
+    )
+
+
+def _undone(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
+    found = conn.execute(
+        "SELECT partition_key, sum(occurrences)::bigint FROM ops.dead_letters WHERE resource_type = %s"
+        " AND stage IN ('transform', 'load') AND status IN ('open', 'replaying', 'discarded')"
+        " AND partition_key = ANY(%s) GROUP BY partition_key",
+        (resource_type, list(partition_keys)),
+    )
+    return dict(found.fetchall())
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Validated resources of a window that are not in the tables, by why."""
+
+    missing: int = 0
+    deleted: int = 0
+    withheld: int = 0
+
+
+def _absent(
+    conn: Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
+) -> dict[str, Absent]:
+    """By partition key, how many validated resources the tables lack, less those that are dead letters."""
+    if not any(manifest.parts for manifest in validated):
+        return {}
+    conn.execute(
+        "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
+    )
+    keys = [manifest.partition_key for manifest in validated]
+    corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
+    rows = _expected(store, validated, corrected, sealing_of(conn))
+    with conn.cursor().copy("COPY expected FROM STDIN") as copy:
+        while lines := "".join(islice(rows, _LINES_AT_ONCE)):
+            copy.write(lines)
+    # Without statistics Postgres would take a million ids for a few, and look each up by itself.
+    conn.execute("ANALYZE expected")
+    in_view: sql.Composable = sql.SQL("")
+    if main_view:
+        in_view = sql.SQL(
+            " OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)"
+        ).format(sql.Identifier(main_view))
+    query = sql.SQL(
+        "SELECT e.partition_key,"
+        " count(*) FILTER (WHERE w.id IS NULL AND (r.id IS NULL OR r.as_of < e.last_updated{in_view})),"
+        " count(*) FILTER (WHERE w.id IS NULL AND r.deleted_at IS NOT NULL"
+        " AND (r.as_of < e.last_updated) IS NOT TRUE), count(w.id)"
+        " FROM expected e LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id"
+        " LEFT JOIN ops.withheld w ON w.resource_type = %(type)s AND w.id = e.id"
+        " AND w.as_of >= coalesce(e.last_updated, w.as_of)"
+        " WHERE (r.id IS NULL OR r.as_of < e.last_updated OR r.deleted_at IS NOT NULL{in_view})"
+        " AND NOT EXISTS (SELECT FROM ops.dead_letters d WHERE d.resource_type = %(type)s"
+        " AND d.stage IN ('transform', 'load') AND d.status IN ('open', 'replaying', 'discarded')"
+        " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
+        " GROUP BY e.partition_key"
+    ).format(in_view=in_view)
+    found = {key: Absent(*counts) for key, *counts in conn.execute(query, {"type": resource_type})}
+    conn.execute("DROP TABLE expected")
+    return found
+
+
+def _expected(
+    store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], sealing: Sealing
+) -> Iterator[str]:
+    """What the tables should hold, as lines for COPY: of resources that were corrected on their way the correction."""
+    for manifest in validated:
+        key = plain_text(manifest.partition_key)
+        instead = corrected.get(manifest.partition_key, {})
+        for batch in store.batches(manifest.parts):
+            for line in batch:
+                if instead:
+                    places = (_fingerprint(manifest, stage, line, sealing) for stage in STAGES)
+                    line = next((instead[place] for place in places if place in instead), line)
+                header = read_header(line)
+                moment = read_instant(header.meta.lastUpdated) if header.meta else None
+                identity = NULL if header.id is None else plain_text(header.id)
+                yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
+
+
+def _fingerprint(manifest: Manifest, stage: str, line: bytes, sealing: Sealing) -> bytes:
+    letter = DeadLetter(manifest.resource_type, None, stage, "", "", "", line, manifest.partition_key)
+    return letter.fingerprint(sealing)

@@ -1,0 +1,230 @@
+"""Dead letters judged again: only their own lines, not their windows.
+
+What heals becomes a further part of the validated partition, beside the tallies that are mended, and goes on from there
+as any other part does. The manifest names the run (``replay:<run>``), so that a replay that was cut short after its
+commit is not done twice: a letter that is still held by a run which the manifest names has healed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+
+from fhir_assets.fhir.validation import Validator
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.load.rows import Batch, MakeRows, place_of
+from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
+from fhir_assets.pipeline.load.step import judgement, load_deeds
+from fhir_assets.pipeline.validate.step import ValidatedUpdate, dead_letter
+from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
+from fhir_assets.privacy.consent import Gate
+from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
+from fhir_assets.storage.part_writer import PartWriter
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import audit_log, replays
+from fhir_assets.warehouse.ops.replays import Claimed, Failed
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables.loading import OPEN, Loader
+from fhir_assets.windows import Window
+
+STAGE = "validate"
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What became of the letters: ``update`` is not yet visible; by partition key, how many healed and failed."""
+
+    update: ValidatedUpdate
+    healed: Counter[str]
+    failed: Counter[str]
+
+
+class ReplayValidation:
+    """Judges the letters of stage ``validate`` that a run claims in validated partitions of one type."""
+
+    def __init__(
+        self,
+        store: Store,
+        validator: Validator,
+        connect: Callable[[], Connection],
+        *,
+        run_id: str,
+        now: datetime,
+        also_open: bool,
+    ) -> None:
+        self._store = store
+        self._validator = validator
+        self._connect = connect
+        self._run_id = run_id
+        self._now = now
+        self._also_open = also_open
+
+    def behind(self, resource_type: str, raw: Sequence[Manifest]) -> list[Manifest]:
+        """Those raw partitions that are not validated as they are now: all of them has to be judged, which judges
+        their letters too.
+        """
+        found = []
+        for manifest in raw:
+            existing = self._store.manifest("validated", resource_type, manifest.partition_key)
+            names = {part.name for part in manifest.parts}
+            if existing is None or existing.validated is None or existing.validated.raw_parts != names:
+                found.append(manifest)
+        return found
+
+    @seldom_collected()
+    def validate(self, resource_type: str, partition_keys: Sequence[str]) -> Replayed:
+        """Judge the letters of some partitions; the caller commits the manifests of those where some healed.
+
+        What fails again is open again when this returns. Raises StoreError, DatabaseUnavailable or SealingError.
+        """
+        manifests = {m.partition_key: m for m in self._store.manifests("validated", resource_type, partition_keys)}
+        tallies = {key: _Tally() for key in manifests}
+        with closing(self._connect()) as conn:
+            healed_by = {key: m.validated.replays if m.validated else [] for key, m in manifests.items()}
+            replays.claim(conn, self._run_id, resource_type, [STAGE], healed_by, also_open=self._also_open)
+            replays.note_origin(conn, self._run_id, resource_type, partition_keys)
+            conn.commit()
+        with closing(self._connect()) as reading, closing(self._connect()) as writing:
+            with PartWriter(self._store, "validated") as writer:
+                for letters in replays.claimed(reading, self._run_id, resource_type, [STAGE], list(manifests)):
+                    failed = self._judge(resource_type, letters, tallies, writer)
+                    replays.failed(writing, self._run_id, failed)
+                    writing.commit()
+                parts = writer.finish()
+        changed = [key for key, tally in tallies.items() if tally.letters]
+        update = ValidatedUpdate(
+            resource_type,
+            tuple(self._manifest(manifests[key], tallies[key], parts.get((resource_type, key), ())) for key in changed),
+            (),
+            {key: manifests[key] for key in changed},
+        )
+        failures = Counter({key: tallies[key].failed for key in changed})
+        return Replayed(update, Counter({key: tallies[key].letters for key in changed}) - failures, failures)
+
+    def _judge(
+        self, resource_type: str, letters: Sequence[Claimed], tallies: dict[str, "_Tally"], writer: PartWriter
+    ) -> list[Failed]:
+        failed = []
+        for letter in letters:
+            tally = tallies[letter.partition_key]
+            tally.letters += 1
+            tally.dead[letter.rule] -= letter.occurrences
+            verdict = self._validator.check(letter.body)
+            if verdict.valid:
+                for _ in range(letter.occurrences):
+                    writer.add(resource_type, letter.partition_key, letter.body, None)
+                tally.warnings.update(issue.rule for issue in verdict.issues)
+                continue
+            again = dead_letter(
+                resource_type, letter.partition_key, letter.body, verdict, judged_by=self._validator.judgement
+            )
+            tally.failed += 1
+            tally.dead[again.rule] += letter.occurrences
+            failed.append(Failed(letter.id, again.rule, again.path, again.message, again.issues, again.judged_by))
+        return failed
+
+    def _manifest(self, base: Manifest, tally: "_Tally", parts: tuple[Part, ...]) -> Manifest:
+        before = base.validated
+        assert before is not None
+        tally.dead.update(before.dead)
+        tally.warnings.update(before.warnings)
+        return Manifest(
+            base.layer,
+            base.resource_type,
+            base.partition_key,
+            self._run_id,
+            self._now,
+            base.parts + parts,
+            validated=Validated(
+                (*before.inputs, REPLAY + self._run_id),
+                before.rules_version,
+                before.rows_in,
+                {rule: count for rule, count in tally.dead.items() if count},
+                dict(tally.warnings),
+            ),
+        )
+
+
+class ReplayLoading:
+    """Loads the letters of stages ``transform`` and ``load`` that a run claims, into all tables of their type."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        views: Sequence[View],
+        *,
+        run_id: str,
+        also_open: bool,
+        gate: Gate = OPEN,
+    ) -> None:
+        self._connect = connect
+        self._views = views
+        self._gate = gate
+        self._run_id = run_id
+        self._also_open = also_open
+
+    def load(self, resource_type: str, windows: Sequence[Window]) -> int:
+        """Load the letters of some windows, a few hundred a transaction; what fails again is open again. Returns how
+        many healed. Raises DatabaseUnavailable, ViewError or SealingError.
+        """
+        arrived = {window.key: window.start or window.end for window in windows}
+        with closing(self._connect()) as conn:
+            healed_by: dict[str, list[str]] = {key: [] for key in arrived}
+            claimed = replays.claim(
+                conn, self._run_id, resource_type, LOAD_STAGES, healed_by, also_open=self._also_open
+            )
+            replays.note_origin(conn, self._run_id, resource_type, list(arrived))
+            conn.commit()
+            if not claimed:
+                return 0
+            view_tables.ensure_tables(conn, self._views)
+            conn.commit()
+        healed = 0
+        with closing(self._connect()) as reading, closing(self._connect()) as writing:
+            make = MakeRows(self._views, sealing_of(writing))
+            for letters in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
+                with writing.transaction():
+                    healed += self._load(writing, make, resource_type, letters, arrived)
+        return healed
+
+    def _load(
+        self,
+        conn: Connection,
+        make: MakeRows,
+        resource_type: str,
+        letters: Sequence[Claimed],
+        arrived: Mapping[str, datetime],
+    ) -> int:
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True, gate=self._gate)
+        failed: dict[int, Failed] = {}
+        by_place = {(letter.partition_key, letter.body): letter for letter in letters}
+        refused = []
+        for letter in letters:
+            made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
+            for undone in made.undone:
+                failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
+            refused += loader.take(made.block, [letter.body], letter.partition_key)
+        counts = loader.finish()
+        for item in [*refused, *loader.late()]:
+            letter = by_place[item.partition_key, item.body]
+            failed[letter.id] = self._failed(letter, "unloadable", place_of(item.view, item.column), item.message)
+        replays.failed(conn, self._run_id, list(failed.values()))
+        healed = [letter.id for letter in letters if letter.id not in failed]
+        replays.healed_letters(conn, self._run_id, healed)
+        audit_log.record(conn, *load_deeds(resource_type, counts, run_id=self._run_id, detail={"replay": True}))
+        return len(healed)
+
+    def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:
+        return Failed(letter.id, rule, path, message, [], judgement(self._views))
+
+
+class _Tally:
+    """What judging the letters of a partition changes."""
+
+    def __init__(self) -> None:
+        self.letters = 0
+        self.failed = 0
+        self.dead: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()

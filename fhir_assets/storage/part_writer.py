@@ -1,0 +1,140 @@
+"""Writing parts: many partitions at once, in bounded memory."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from isal import igzip
+
+from fhir_assets.errors import StoreError
+from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, frames
+from fhir_assets.storage.manifest import Part
+from fhir_assets.storage.store import LAYERS, Store, at_once, folder
+
+BUFFER_BYTES = 16 << 20
+"""How much all open parts together may hold before it goes to disk."""
+
+PART_BYTES = 128 << 20
+"""A part that grew beyond this, compressed, is put and a new one begun."""
+
+
+@dataclass(slots=True)
+class _OpenPart:
+    path: Path
+    name: str
+    sealing: Sealing
+    lines: list[bytes] = field(default_factory=list)
+    rows: int = 0
+    bytes: int = 0
+    stored_bytes: int = 0
+    first: datetime | None = None
+    last: datetime | None = None
+
+    def flush(self) -> None:
+        """Append what is buffered as one gzip member: members in a row are again a gzip file. With keys nothing of
+        it is ever on the disk in the clear.
+        """
+        if not self.lines:
+            return
+        content = b"\n".join(self.lines) + b"\n"
+        packed = igzip.compress(content, 1)
+        with self.path.open("ab") as file:
+            if not self.sealing.on:
+                file.write(packed)
+            else:
+                if not self.rows:
+                    file.write(MARK)
+                file.writelines(frames(packed, self.sealing))
+            self.stored_bytes = file.tell()
+        self.rows += len(self.lines)
+        self.bytes += len(content)
+        self.lines = []
+
+
+class PartWriter:
+    """Takes lines for any partition of one layer, in any order; ``finish`` puts the parts and returns them.
+
+    The parts belong to no partition until a manifest names them, so leaving the ``with`` block without
+    ``finish``, or dying, leaves every partition as it was.
+    """
+
+    def __init__(self, store: Store, layer: str, *, buffer_bytes: int = BUFFER_BYTES) -> None:
+        if layer not in LAYERS:
+            raise ValueError(f"layer {layer} is none of store.LAYERS: a rotation of the keys would miss its parts")
+        self._store = store
+        self._layer = layer
+        self._buffer_bytes = buffer_bytes
+        self._buffered = 0
+        self._open: dict[tuple[str, str], _OpenPart] = {}
+        self._done: dict[tuple[str, str], list[Part]] = {}
+        self._spool = store.blobs.spool()
+        self._generation = os.urandom(6).hex()
+        self._number = 0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for part in self._open.values():
+            part.path.unlink(missing_ok=True)
+
+    def add(self, resource_type: str, partition_key: str, line: bytes, moment: datetime | None) -> None:
+        """Write one line, which holds no line feed. ``moment`` is its lastUpdated. Raises StoreError."""
+        key = (resource_type, partition_key)
+        part = self._open.get(key) or self._begin(key)
+        part.lines.append(line)
+        if moment is not None:
+            if part.first is None or moment < part.first:
+                part.first = moment
+            if part.last is None or moment > part.last:
+                part.last = moment
+        self._buffered += len(line) + 1
+        if self._buffered >= self._buffer_bytes:
+            self._flush()
+
+    def finish(self) -> dict[tuple[str, str], tuple[Part, ...]]:
+        """Put every part in its place; by (resource type, partition key). Raises StoreError."""
+        self._flush()
+        for key, part in at_once(self._put, self._open):
+            self._done.setdefault(key, []).append(part)
+        self._open.clear()
+        return {key: tuple(parts) for key, parts in self._done.items()}
+
+    def _begin(self, key: tuple[str, str]) -> _OpenPart:
+        self._number += 1
+        sealing = self._store.sealing
+        file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if sealing.on else ''}"
+        part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}", sealing)
+        self._open[key] = part
+        return part
+
+    def _flush(self) -> None:
+        try:
+            for part in self._open.values():
+                part.flush()
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to {self._spool}: {error.strerror or type(error).__name__}. Free space there, "
+                "then run the partition again: nothing of it was kept"
+            ) from None
+        self._buffered = 0
+        for key in [key for key, part in self._open.items() if part.stored_bytes >= PART_BYTES]:
+            self._done.setdefault(key, []).append(self._put(key)[1])
+            del self._open[key]
+
+    def _put(self, key: tuple[str, str]) -> tuple[tuple[str, str], Part]:
+        part = self._open[key]
+        self._store.blobs.put_file(part.name, part.path)
+        return key, Part(part.name, part.rows, part.bytes, part.stored_bytes, part.first, part.last)
+
+
+def lines_of(batches: Iterator[list[bytes]]) -> Iterator[bytes]:
+    """The lines of batches, one by one."""
+    for batch in batches:
+        yield from batch

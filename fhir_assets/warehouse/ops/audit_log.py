@@ -1,0 +1,121 @@
+"""``ops.audit_log``: who did what to whose data, written in the transaction of the deed."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from datetime import datetime
+from itertools import chain
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from fhir_assets.privacy.audit import Action, Deed, Entry, Fault, link, verify
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+
+_COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
+_LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
+
+
+def record(conn: psycopg.Connection[Any], *deeds: Deed) -> None:
+    """Append deeds. Call it last in the transaction of the deed: until that ends, other records wait.
+
+    What does a thing many times over records it once, with a count; a deed of count 0 is left out.
+    """
+    told = [deed for deed in deeds if deed.count]
+    if not told:
+        return
+    sealing = sealing_of(conn)
+    with conn.transaction() if conn.autocommit else nullcontext():
+        head = conn.execute("SELECT seq, link, clock_timestamp() FROM ops.audit_head FOR UPDATE").fetchone()
+        if head is None:
+            raise AssertionError("ops.audit_head is empty: the audit log was tampered with")
+        seq, previous, at = head[0], bytes(head[1]), head[2]
+        rows = []
+        for deed in told:
+            seq += 1
+            previous = link(seq, at, deed, previous, sealing)
+            rows.append(
+                [
+                    seq,
+                    at,
+                    deed.action,
+                    deed.actor,
+                    deed.resource_type,
+                    deed.subject,
+                    deed.count,
+                    deed.run_id,
+                    deed.request_id,
+                    Jsonb(deed.detail),
+                    sealing.on,
+                    previous,
+                ]
+            )
+        with conn.cursor() as cursor:
+            cursor.executemany(
+                f"INSERT INTO ops.audit_log ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",  # noqa: S608
+                rows,
+            )
+        conn.execute("UPDATE ops.audit_head SET seq = %s, link = %s", [seq, previous])
+
+
+def subject(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) -> str:
+    """The keyed hash by which the log names a resource."""
+    return sealing_of(conn).subject(resource_type, resource_id)
+
+
+def first_fault(conn: Connection) -> Fault | None:
+    """The first record that was altered, is missing or was inserted; None if the log is whole."""
+    query = f"SELECT h.seq, h.link, l.* FROM ops.audit_head h LEFT JOIN ({_LOG}) l ON true ORDER BY l.seq"  # noqa: S608
+    with conn.transaction(), conn.cursor(name="audit") as cursor:
+        cursor.itersize = 5000
+        # The end and the records in one statement, so that what is written meanwhile is in neither.
+        rows = iter(cursor.execute(query))
+        first = next(rows, None)
+        if first is None:
+            return Fault(1, "missing")
+        entries = (_entry(row[2:]) for row in chain([first], rows) if row[2] is not None)
+        return verify(entries, (first[0], bytes(first[1])), sealing_of(conn))
+
+
+def differs(conn: Connection, seq: int, link: str) -> Fault | None:
+    """Whether a record is another one than when its link was noted, or is gone; None if it is not."""
+    row = conn.execute("SELECT encode(link, 'hex') FROM ops.audit_log WHERE seq = %s", [seq]).fetchone()
+    if row is None:
+        return Fault(seq, "missing")
+    return None if row[0] == link else Fault(seq, "altered")
+
+
+def head(conn: Connection) -> tuple[int, str]:
+    """The number and the link of the last record. Noted elsewhere, they show that nothing was cut off the end."""
+    row = conn.execute("SELECT seq, encode(link, 'hex') FROM ops.audit_head").fetchone()
+    return (row[0], row[1]) if row else (0, "")
+
+
+def latest(
+    conn: Connection,
+    *,
+    limit: int,
+    action: Action | None = None,
+    about: str | None = None,
+    run_id: str | None = None,
+    since: datetime | None = None,
+) -> list[Entry]:
+    """The newest records first; ``about`` is a resource's hash."""
+    rows = conn.execute(
+        f"{_LOG}"
+        " WHERE (%(action)s::text IS NULL OR action = %(action)s) AND (%(about)s::text IS NULL OR subject = %(about)s)"
+        " AND (%(run)s::text IS NULL OR run_id = %(run)s) AND (%(since)s::timestamptz IS NULL OR at >= %(since)s)"
+        " ORDER BY seq DESC LIMIT %(limit)s",
+        {"action": action, "about": about, "run": run_id, "since": since, "limit": limit},
+    )
+    return list(_entries(rows))
+
+
+def _entries(rows: Iterable[tuple[Any, ...]]) -> Iterator[Entry]:
+    return map(_entry, rows)
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    seq, at, action, actor, resource_type, about, count, run_id, request_id, detail, keyed, linked = row
+    deed = Deed(action, actor, resource_type, about, count, run_id, request_id, detail)
+    return Entry(seq, at, deed, keyed, bytes(linked))

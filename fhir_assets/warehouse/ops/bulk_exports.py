@@ -1,0 +1,169 @@
+"""``ops.bulk_exports``: what was asked of a server, how far it is, and what of it is in the store."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from fhir_assets.fhir.bulk.client import ExportManifest, ExportRequest, manifest_json, manifest_of
+from fhir_assets.storage.manifest import Part
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+_COLUMNS = "id, base_url, status_url, status, since, requested_at, transaction_time, manifest, files_done"
+_LOCK = 0x66686265
+"""First key of the advisory lock of a server's exports ("fhbe")."""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkExport:
+    """An export. ``manifest`` is known once the server has it ready, ``files_done`` are places in its output."""
+
+    id: str
+    base_url: str
+    status_url: str
+    status: str
+    since: datetime | None
+    requested_at: datetime
+    transaction_time: datetime | None
+    manifest: ExportManifest | None
+    files_done: frozenset[int]
+
+
+@contextmanager
+def alone(conn: Connection, base_url: str) -> Iterator[None]:
+    """Meanwhile nobody else works on an export of the server: who comes second finds what the first one brought."""
+    conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [_LOCK, base_url])
+    conn.commit()
+    try:
+        yield
+    finally:
+        conn.rollback()
+        conn.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", [_LOCK, base_url])
+        conn.commit()
+
+
+def find(
+    conn: Connection, base_url: str, request: ExportRequest, statuses: Sequence[str], *, until: datetime | None = None
+) -> BulkExport | None:
+    """The latest export that holds what ``request`` asks for: its types, and all since then or since earlier.
+
+    With ``until`` only one whose transaction time is not before it.
+    """
+    row = conn.execute(
+        f"SELECT {_COLUMNS} FROM ops.bulk_exports WHERE base_url = %(base)s AND level = %(level)s"  # noqa: S608
+        " AND type_filter = %(filter)s AND resource_types @> %(types)s AND status = ANY(%(statuses)s)"
+        " AND (since IS NULL OR since <= %(since)s)"
+        " AND (%(until)s::timestamptz IS NULL OR transaction_time >= %(until)s)"
+        " ORDER BY requested_at DESC LIMIT 1",
+        {
+            "base": base_url,
+            "level": request.level,
+            "filter": request.type_filter,
+            "types": list(request.resource_types),
+            "since": request.since,
+            "statuses": list(statuses),
+            "until": until,
+        },
+    ).fetchone()
+    conn.commit()
+    return None if row is None else _export(row)
+
+
+def begin(
+    conn: Connection, export_id: str, base_url: str, request: ExportRequest, status_url: str, at: datetime
+) -> BulkExport:
+    """Remember an export, the moment that the server has taken it. Commits."""
+    conn.execute(
+        "INSERT INTO ops.bulk_exports (id, base_url, level, resource_types, type_filter, since, status_url,"
+        " requested_at) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+        [
+            export_id,
+            base_url,
+            request.level,
+            list(request.resource_types),
+            request.type_filter,
+            request.since,
+            status_url,
+            at,
+        ],
+    )
+    conn.commit()
+    return BulkExport(export_id, base_url, status_url, "waiting", request.since, at, None, None, frozenset())
+
+
+def ready(conn: Connection, export_id: str, manifest: ExportManifest) -> None:
+    """The server has the export ready. Commits."""
+    conn.execute(
+        "UPDATE ops.bulk_exports SET status = 'downloading', manifest = %s, transaction_time = %s WHERE id = %s",
+        [Jsonb(manifest_json(manifest)), manifest.transaction_time, export_id],
+    )
+    conn.commit()
+
+
+def store_parts(conn: Connection, export_id: str, parts: Mapping[str, Sequence[Part]], files: Sequence[int]) -> None:
+    """These parts hold these files, all of them. Commits."""
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO ops.bulk_parts (export_id, resource_type, name, rows, bytes, stored_bytes, first, last)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+            [
+                (export_id, name, p.name, p.rows, p.bytes, p.stored_bytes, p.first, p.last)
+                for name, of_type in parts.items()
+                for p in of_type
+            ],
+        )
+        cursor.execute(
+            "UPDATE ops.bulk_exports SET files_done = files_done || %s WHERE id = %s",
+            [list(files), export_id],
+        )
+    conn.commit()
+
+
+def end(conn: Connection, export_id: str, status: str, *, error: str | None = None) -> None:
+    """The export is done, failed or cancelled; ``error`` holds no patient data. Commits."""
+    conn.execute(
+        "UPDATE ops.bulk_exports SET status = %s, error = %s, finished_at = now() WHERE id = %s",
+        [status, error, export_id],
+    )
+    conn.commit()
+
+
+def parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
+    """What is in the store of an export, by resource type."""
+    rows = conn.execute(
+        "SELECT resource_type, name, rows, bytes, stored_bytes, first, last FROM ops.bulk_parts"
+        " WHERE export_id = %s ORDER BY resource_type, name",
+        [export_id],
+    ).fetchall()
+    conn.commit()
+    return [(name, Part(*facts)) for name, *facts in rows]
+
+
+def outdated(conn: Connection, base_url: str, before: datetime) -> list[str]:
+    """Exports that ended before ``before`` and that have parts in the store still."""
+    rows = conn.execute(
+        "SELECT DISTINCT e.id FROM ops.bulk_exports e JOIN ops.bulk_parts p ON p.export_id = e.id"
+        " WHERE base_url = %s AND finished_at < %s",
+        [base_url, before],
+    ).fetchall()
+    conn.commit()
+    return [export_id for (export_id,) in rows]
+
+
+def forget_parts(conn: Connection, export_id: str) -> None:
+    """The parts of an export are no more in the store, and it can serve nobody any more. Commits."""
+    conn.execute("DELETE FROM ops.bulk_parts WHERE export_id = %s", [export_id])
+    conn.execute(
+        "UPDATE ops.bulk_exports SET status = 'failed', error = 'its files are gone' WHERE id = %s AND status = 'done'",
+        [export_id],
+    )
+    conn.commit()
+
+
+def _export(row: Sequence[Any]) -> BulkExport:
+    export_id, base_url, status_url, status, since, requested_at, moment, manifest, done = row
+    known = manifest_of(manifest) if manifest else None
+    return BulkExport(export_id, base_url, status_url, status, since, requested_at, moment, known, frozenset(done))

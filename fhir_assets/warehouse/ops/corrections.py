@@ -1,0 +1,105 @@
+"""Resources corrected by hand. Each is kept by the fingerprint of the dead letter that it corrects, so that it takes
+the original's place whenever that is judged again, in a replay or when its window is materialized anew.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+
+from fhir_assets.privacy.encryption import CLEAR
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What takes the place of a letter's resource, and who says so."""
+
+    resource: bytes
+    corrected_by: str
+    corrected_at: datetime
+
+
+def keep(conn: Connection, letter_id: int, resource: bytes, *, by: str) -> None:
+    """From now on ``resource`` takes the place of the letter's; an earlier correction of it is replaced, the original
+    kept.
+    """
+    sealing = sealing_of(conn)
+    conn.execute(
+        "INSERT INTO ops.corrections"
+        " (fingerprint, resource_type, stage, partition_key, original, resource, sealed_by, corrected_by)"
+        " SELECT fingerprint, resource_type, stage, partition_key, resource, %(resource)s, %(key)s, %(by)s"
+        " FROM ops.dead_letters WHERE id = %(id)s"
+        " ON CONFLICT (fingerprint) DO UPDATE SET resource = excluded.resource, sealed_by = excluded.sealed_by,"
+        " corrected_by = excluded.corrected_by, corrected_at = now()",
+        {"id": letter_id, "resource": sealing.seal(resource), "key": sealing.key_id, "by": by},
+    )
+
+
+def of_letter(conn: Connection, letter_id: int) -> Correction | None:
+    """The correction of a letter; None if it has none. Raises SealingError."""
+    row = conn.execute(
+        "SELECT c.resource, c.corrected_by, c.corrected_at FROM ops.corrections c"
+        " JOIN ops.dead_letters d USING (fingerprint) WHERE d.id = %s",
+        [letter_id],
+    ).fetchone()
+    return None if row is None else Correction(sealing_of(conn).open(bytes(row[0])), row[1], row[2])
+
+
+def by_fingerprint(
+    conn: Connection, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
+) -> dict[str, dict[bytes, bytes]]:
+    """By partition key, what takes whose place. Raises SealingError."""
+    found: dict[str, dict[bytes, bytes]] = {}
+    rows = conn.execute(
+        "SELECT partition_key, fingerprint, resource FROM ops.corrections"
+        " WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)",
+        [resource_type, list(stages), list(partition_keys)],
+    )
+    for key, fingerprint, resource in rows:
+        found.setdefault(key, {})[bytes(fingerprint)] = sealing_of(conn).open(bytes(resource))
+    return found
+
+
+class Corrections:
+    """The corrections of some partitions of one type in some stages. Their fingerprints are held, asked for when the
+    first resource is refused; the resources are read one by one.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Connection], resource_type: str, stages: Sequence[str], keys: Sequence[str]
+    ) -> None:
+        self._connect = connect
+        self._scope = [resource_type, list(stages), list(keys)]
+        self._known: dict[str, set[bytes]] | None = None
+        self._sealing = CLEAR
+
+    def any_in(self, partition_key: str) -> bool:
+        """Whether there are any for a partition."""
+        return bool(self._fingerprints().get(partition_key))
+
+    def find(self, letter: DeadLetter) -> bytes | None:
+        """What takes the place of the letter's resource; None if nothing does. Raises SealingError."""
+        if not self.any_in(letter.partition_key):
+            return None
+        fingerprint = letter.fingerprint(self._sealing)
+        if fingerprint not in self._fingerprints()[letter.partition_key]:
+            return None
+        with closing(self._connect()) as conn:
+            row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
+            return None if row is None else self._sealing.open(bytes(row[0]))
+
+    def _fingerprints(self) -> dict[str, set[bytes]]:
+        if self._known is None:
+            self._known = {}
+            with closing(self._connect()) as conn:
+                self._sealing = sealing_of(conn)
+                rows = conn.execute(
+                    "SELECT partition_key, fingerprint FROM ops.corrections"
+                    " WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)",
+                    self._scope,
+                )
+                for key, fingerprint in rows:
+                    self._known.setdefault(key, set()).add(bytes(fingerprint))
+        return self._known

@@ -1,0 +1,107 @@
+"""Incidents: what fails, from its first failure until nothing of it is left, and whether somebody was told."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Literal
+
+from psycopg import sql
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+Kind = Literal["run", "check", "behind"]
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """``name`` is the job, the check (``asset:check``) or the schedule; ``partitions`` are what fails still (windows,
+    or the resource types behind; one empty name where there are none), nothing of it when it is over. ``counts`` are
+    the numbers of the last failure.
+    """
+
+    id: int
+    kind: Kind
+    name: str
+    partitions: list[str]
+    counts: dict[str, int]
+    run_id: str | None
+    opened_at: datetime
+    closed_at: datetime | None
+    alerted_at: datetime | None
+    all_clear_at: datetime | None
+
+
+def failed(
+    conn: Connection,
+    kind: Kind,
+    name: str,
+    partitions: Iterable[str],
+    *,
+    run_id: str | None = None,
+    counts: Mapping[str, int] | None = None,
+) -> None:
+    """Open an incident, or add the partitions to the open one."""
+    conn.execute(
+        "INSERT INTO ops.incidents AS i (kind, name, partitions, run_id, counts)"
+        " VALUES (%(kind)s, %(name)s, %(partitions)s, %(run_id)s, %(counts)s)"
+        " ON CONFLICT (kind, name) WHERE closed_at IS NULL DO UPDATE SET run_id = excluded.run_id,"
+        " counts = excluded.counts,"
+        " partitions = ARRAY(SELECT DISTINCT unnest(i.partitions || excluded.partitions) ORDER BY 1)",
+        {
+            "kind": kind,
+            "name": name,
+            "partitions": sorted(set(partitions)),
+            "run_id": run_id,
+            "counts": Jsonb(dict(counts or {})),
+        },
+    )
+
+
+def recovered(conn: Connection, kind: Kind, name: str, partitions: Iterable[str]) -> None:
+    """These partitions fail no more; with the last of them the incident is over."""
+    conn.execute(
+        "UPDATE ops.incidents SET partitions = left_over, closed_at = CASE WHEN left_over = '{}' THEN now() END"
+        " FROM (SELECT id AS this, ARRAY(SELECT unnest(partitions) EXCEPT SELECT unnest(%(partitions)s::text[])"
+        " ORDER BY 1) AS left_over FROM ops.incidents"
+        " WHERE kind = %(kind)s AND name = %(name)s AND closed_at IS NULL FOR UPDATE) AS open"
+        " WHERE id = open.this",
+        {"kind": kind, "name": name, "partitions": list(partitions)},
+    )
+
+
+def tell(conn: Connection, deliver: Callable[[list[Incident], list[Incident]], bool]) -> None:
+    """Hand ``deliver`` what began and what is over, as far as nobody was told yet; remembered if it answers True.
+
+    What came and went between two looks, in one transaction, is told to nobody. The rows are locked meanwhile: of
+    two callers one tells. Commits.
+    """
+    with conn.transaction():
+        began = _untold(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")
+        over = _untold(conn, "alerted_at IS NOT NULL AND closed_at IS NOT NULL AND all_clear_at IS NULL")
+        if (began or over) and deliver(began, over):
+            conn.execute(
+                "UPDATE ops.incidents SET alerted_at = now() WHERE id = ANY(%s)", [[each.id for each in began]]
+            )
+            conn.execute(
+                "UPDATE ops.incidents SET all_clear_at = now() WHERE id = ANY(%s)", [[each.id for each in over]]
+            )
+
+
+def _untold(conn: Connection, condition: str) -> list[Incident]:
+    query = sql.SQL("SELECT {} FROM ops.incidents WHERE {} ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED").format(
+        sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(Incident)]),
+        sql.SQL(condition),
+    )
+    with conn.cursor(row_factory=class_row(Incident)) as cursor:
+        return cursor.execute(query).fetchall()
+
+
+def still_open(conn: Connection) -> list[Incident]:
+    """What is wrong right now, the oldest first."""
+    query = sql.SQL("SELECT {} FROM ops.incidents WHERE closed_at IS NULL ORDER BY id").format(
+        sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(Incident)])
+    )
+    with conn.cursor(row_factory=class_row(Incident)) as cursor:
+        return cursor.execute(query).fetchall()

@@ -1,0 +1,93 @@
+"""``ops.key_rotations``: who rotates the keys, and how far it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from psycopg.rows import class_row
+
+from fhir_assets.errors import TransientError
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+
+_LOCK = 0x66686B72
+"""Advisory lock of the rotation ("fhkr")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """A run of the rotation. ``left_over`` is known when it ended; ``at_work`` says that it is under way."""
+
+    id: int
+    key_id: str
+    actor: str
+    doing: str
+    total: int
+    done: int
+    left_over: int | None
+    started_at: datetime
+    updated_at: datetime
+    ended_at: datetime | None
+    at_work: bool
+
+    @property
+    def rate(self) -> float:
+        """Rows and parts a second."""
+        seconds = (self.updated_at - self.started_at).total_seconds()
+        return self.done / seconds if seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """About how long it takes still; None if nobody can say."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+
+@contextmanager
+def alone(conn: Connection) -> Iterator[None]:
+    """Meanwhile nobody else rotates. Raises TransientError if somebody does already. ``conn`` is in autocommit."""
+    row = conn.execute("SELECT pg_try_advisory_lock(%s)", [_LOCK]).fetchone()
+    if not row or not row[0]:
+        raise TransientError("The keys are being rotated already: `fhir-assets keys status` says how far it is")
+    try:
+        yield
+    finally:
+        conn.execute("SELECT pg_advisory_unlock(%s)", [_LOCK])
+
+
+def begin(conn: Connection, actor: str, total: int) -> int:
+    """Note that a rotation to the newest key begins. Returns its id."""
+    row = conn.execute(
+        "INSERT INTO ops.key_rotations (key_id, actor, total) VALUES (%s, %s, %s) RETURNING id",
+        [sealing_of(conn).key_id, actor, total],
+    ).fetchone()
+    assert row
+    return int(row[0])
+
+
+def advance(conn: Connection, rotation: int, doing: str, done: int) -> None:
+    """So many more are done."""
+    conn.execute(
+        "UPDATE ops.key_rotations SET doing = %s, done = done + %s, total = greatest(total, done + %s),"
+        " updated_at = clock_timestamp() WHERE id = %s",
+        [doing, done, done, rotation],
+    )
+
+
+def end(conn: Connection, rotation: int, left_over: int) -> None:
+    """It ended, and could not seal so many."""
+    conn.execute(
+        "UPDATE ops.key_rotations SET doing = '', left_over = %s, updated_at = clock_timestamp(),"
+        " ended_at = clock_timestamp() WHERE id = %s",
+        [left_over, rotation],
+    )
+
+
+def latest(conn: Connection) -> Rotation | None:
+    """The last rotation that began; None if none ever did."""
+    with conn.cursor(row_factory=class_row(Rotation)) as cursor:
+        return cursor.execute(
+            "SELECT r.*, ended_at IS NULL AND EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            " AND classid = 0 AND objid = %s) AS at_work FROM ops.key_rotations r ORDER BY id DESC LIMIT 1",
+            [_LOCK],
+        ).fetchone()

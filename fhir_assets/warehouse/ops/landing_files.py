@@ -1,0 +1,203 @@
+"""The files of a landing zone: when they came, whether they are complete, and what became of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from psycopg import sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+FIRST_WAIT_SECONDS = 60
+"""How long after a failure a file is tried again; doubles with each."""
+
+LONGEST_WAIT_SECONDS = 3600
+
+BAD = (
+    "(status = 'failed' OR rejected > 0 AND EXISTS (SELECT FROM ops.dead_letters d"
+    " WHERE d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')))"
+)
+"""A file is bad as long as it could not be read, or a piece of it is an unsettled dead letter."""
+
+
+class Found(Protocol):
+    """A file as it lies in its zone now."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mark(self) -> str: ...
+    @property
+    def written(self) -> datetime: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyFile:
+    """A file that is complete and waits; ``batch`` is the one that it belongs to, if it was put into one."""
+
+    name: str
+    size: int
+    mark: str
+    written: datetime
+    batch: str | None = None
+
+
+def see(conn: Connection, zone: str, files: Iterable[tuple[Found, bool]]) -> None:
+    """What the zone holds now, each with whether it is known to be complete.
+
+    A file is ready when it was the same at the last look, or is known to be complete. One that changed begins anew.
+    What is not there any more and was not loaded is forgotten.
+    """
+    with conn.cursor() as cursor:
+        cursor.execute(
+            "CREATE TEMPORARY TABLE seen (name text, size bigint, mark text, written timestamptz, complete boolean)"
+            " ON COMMIT DROP"
+        )
+        with cursor.copy("COPY seen FROM STDIN") as copy:
+            for found, complete in files:
+                copy.write_row((found.name, found.size, found.mark, found.written, complete))
+        cursor.execute("ANALYZE seen")
+        cursor.execute(
+            "DELETE FROM ops.landing_files f WHERE zone = %s AND status <> 'loaded'"
+            " AND NOT EXISTS (SELECT FROM seen s WHERE s.name = f.name)",
+            [zone],
+        )
+        cursor.execute(_SEE, [zone])
+        cursor.execute("DROP TABLE seen")
+
+
+def ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
+    """The files that wait, the oldest first; one that failed when it has waited long enough."""
+    rows = conn.execute(
+        "SELECT name, size, mark, written_at, batch FROM ops.landing_files WHERE zone = %(zone)s"
+        " AND (status = 'ready' OR status = 'failed' AND tried_at < %(now)s"
+        " - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second')"
+        " ORDER BY written_at, name LIMIT %(limit)s",
+        {
+            "zone": zone,
+            "now": now,
+            "limit": limit,
+            "first": FIRST_WAIT_SECONDS,
+            "longest": LONGEST_WAIT_SECONDS,
+        },
+    )
+    return [ReadyFile(*row) for row in rows]
+
+
+def join(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
+    """The files are received together from now on, also after a crash. Returns them, without those that somebody else
+    put into a batch meanwhile.
+    """
+    rows = conn.execute(
+        "UPDATE ops.landing_files SET batch = %s WHERE zone = %s AND name = ANY(%s) AND batch IS NULL RETURNING name",
+        [batch, zone, [file.name for file in files]],
+    ).fetchall()
+    joined = {name for (name,) in rows}
+    return [file for file in files if file.name in joined]
+
+
+def loaded(
+    conn: Connection,
+    zone: str,
+    file: ReadyFile,
+    *,
+    run_id: str,
+    sha256: str,
+    counts: Mapping[str, int],
+    skipped: Mapping[str, int],
+    known_before: bool,
+) -> None:
+    """The file was received whole. ``counts`` are rows, rejected and deleted."""
+    _settle(
+        conn,
+        zone,
+        file,
+        {
+            "status": "loaded",
+            "run_id": run_id,
+            "sha256": sha256,
+            "skipped": Jsonb(dict(skipped)),
+            "known_before": known_before,
+            "error": None,
+            **counts,
+        },
+    )
+
+
+def failed(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
+    """The file could not be received; it is tried again later. ``error`` holds no patient data."""
+    _settle(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
+
+
+def listed(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+    """The files of a zone, the newest first."""
+    return (
+        conn.cursor(row_factory=dict_row)
+        .execute(
+            f"SELECT name, size, status, {BAD} AS bad, rows, rejected, deleted, skipped, known_before, found_at,"  # noqa: S608
+            " left(sha256, 12) AS content, error FROM ops.landing_files WHERE zone = %(zone)s"
+            " AND (%(status)s::text IS NULL OR status = %(status)s OR %(status)s = 'bad' AND " + BAD + ")"
+            " ORDER BY found_at DESC, name LIMIT %(limit)s",
+            {"zone": zone, "status": status, "limit": limit},
+        )
+        .fetchall()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneState:
+    """How many files a zone holds, by what became of them; ``bad`` are those that want somebody's attention, the
+    ``sample`` the first of them: the beginning of their hash and what is wrong.
+    """
+
+    by_status: dict[str, int]
+    bad: int
+    sample: list[tuple[str, int, str]]
+
+
+def state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
+    """The zone as it was last seen."""
+    by_status: dict[str, int] = dict(
+        conn.execute("SELECT status, count(*) FROM ops.landing_files WHERE zone = %s GROUP BY 1", [zone]).fetchall()
+    )
+    bad = conn.execute(
+        "SELECT coalesce(left(sha256, 12), ''), coalesce(rejected, 0), coalesce(error, 'dead letters')"  # noqa: S608
+        f" FROM ops.landing_files WHERE zone = %s AND {BAD} ORDER BY found_at, name",
+        [zone],
+    ).fetchall()
+    return ZoneState(by_status, len(bad), bad[:sample])
+
+
+def _settle(conn: Connection, zone: str, file: ReadyFile, values: Mapping[str, object]) -> None:
+    assignments = sql.SQL(", ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in values
+    )
+    conn.execute(
+        sql.SQL(
+            "UPDATE ops.landing_files SET {}, attempts = attempts + 1, tried_at = clock_timestamp()"
+            " WHERE zone = %(zone)s AND name = %(name)s AND mark = %(mark)s AND size = %(size)s"
+        ).format(assignments),
+        {**values, "zone": zone, "name": file.name, "mark": file.mark, "size": file.size},
+    )
+
+
+_SEE = """
+    INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status)
+    SELECT %s, name, size, mark, written, CASE WHEN complete THEN 'ready' ELSE 'arriving' END FROM seen ORDER BY name
+    ON CONFLICT (zone, name) DO UPDATE SET
+        size = excluded.size,
+        mark = excluded.mark,
+        written_at = excluded.written_at,
+        status = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN 'ready' ELSE excluded.status END,
+        attempts = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.attempts ELSE 0 END,
+        found_at = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.found_at
+            ELSE clock_timestamp() END,
+        rows = NULL, rejected = NULL, deleted = NULL, skipped = '{}', sha256 = NULL, error = NULL,
+        known_before = false, batch = NULL
+    WHERE f.status = 'arriving' OR (f.size, f.mark) <> (excluded.size, excluded.mark)
+"""

@@ -1,0 +1,107 @@
+"""What was received by other doors than the source, and whether it is in the tables yet."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+FIRST_WAIT_SECONDS = 60
+"""How long a run may take to load what it was asked for before another is asked; doubles with each."""
+
+LONGEST_WAIT_SECONDS = 3600
+
+_RECEIVING = 0x66687263
+"""First key of the advisory locks of origins that are being received ("fhrc")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receiving:
+    """What an origin brought for one window of one type: ``parts`` by name, ``rows`` in them, ``rejected`` lines."""
+
+    resource_type: str
+    partition_key: str
+    parts: tuple[str, ...]
+    rows: int
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A window of a type that waits for a run; ``asked`` is how many were asked for already."""
+
+    resource_type: str
+    partition_key: str
+    asked: int
+
+
+def hold(conn: Connection, origin: str) -> None:
+    """Wait until nobody else receives the origin; it is this connection's until it closes. Commits."""
+    conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [_RECEIVING, origin])
+    conn.commit()
+
+
+def of_origin(conn: Connection, origin: str) -> list[Receiving]:
+    """What the origin brought when it was received; empty if it was not, or brought nothing."""
+    rows = conn.execute(
+        "SELECT resource_type, partition_key, parts, rows, rejected FROM ops.received WHERE origin = %s"
+        " ORDER BY resource_type, partition_key",
+        [origin],
+    )
+    return [Receiving(name, key, tuple(parts), count, rejected) for name, key, parts, count, rejected in rows]
+
+
+def note(conn: Connection, origin: str, items: Sequence[Receiving]) -> None:
+    """The origin was received whole, and this is all that it brought. What holds no resource needs no run."""
+    door = origin.partition(":")[0]
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO ops.received (origin, door, resource_type, partition_key, parts, rows, rejected, loaded_at)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)"
+            " ON CONFLICT (origin, resource_type, partition_key) DO NOTHING",
+            [
+                (origin, door, i.resource_type, i.partition_key, list(i.parts), i.rows, i.rejected, not i.parts)
+                for i in items
+            ],
+        )
+
+
+def pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[Pending]:
+    """The windows that were received and not loaded, in order; with ``now`` those only whose last run had its time."""
+    rows = conn.execute(
+        "SELECT resource_type, partition_key, max(asked) FROM ops.received WHERE loaded_at IS NULL"
+        " AND (%(origin)s::text IS NULL OR origin = %(origin)s)"
+        " GROUP BY 1, 2"
+        " HAVING %(now)s::timestamptz IS NULL OR bool_or(asked_at IS NULL) OR max(asked_at) < %(now)s"
+        " - least(%(first)s * power(2, least(max(asked), 20) - 1), %(longest)s) * interval '1 second'"
+        " ORDER BY 2, 1",
+        {"origin": origin, "now": now, "first": FIRST_WAIT_SECONDS, "longest": LONGEST_WAIT_SECONDS},
+    )
+    return [Pending(*row) for row in rows]
+
+
+def ask(conn: Connection, windows: Sequence[Pending], *, now: datetime) -> None:
+    """A run was asked for that loads these."""
+    conn.execute(
+        "UPDATE ops.received SET asked = asked + 1, asked_at = %s FROM unnest(%s::text[], %s::text[]) AS w (type, key)"
+        " WHERE loaded_at IS NULL AND resource_type = w.type AND partition_key = w.key",
+        [now, [w.resource_type for w in windows], [w.partition_key for w in windows]],
+    )
+
+
+def loaded(conn: Connection, run_id: str, resource_type: str, inputs: Mapping[str, Sequence[str]]) -> None:
+    """What is in these raw parts, by partition key, is in the tables. Belongs in the transaction that loaded them."""
+    found = conn.execute(
+        "SELECT origin, partition_key, parts FROM ops.received WHERE loaded_at IS NULL AND resource_type = %s"
+        " AND partition_key = ANY(%s)",
+        [resource_type, list(inputs)],
+    ).fetchall()
+    names = {key: frozenset(parts) for key, parts in inputs.items()}
+    done = [(origin, key) for origin, key, parts in found if names[key].issuperset(parts)]
+    if done:
+        conn.execute(
+            "UPDATE ops.received SET loaded_at = clock_timestamp(), loaded_run_id = %s"
+            " FROM unnest(%s::text[], %s::text[]) AS d (origin_done, key)"
+            " WHERE origin = d.origin_done AND resource_type = %s AND partition_key = d.key",
+            [run_id, [origin for origin, _ in done], [key for _, key in done], resource_type],
+        )

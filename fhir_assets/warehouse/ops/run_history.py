@@ -1,0 +1,76 @@
+"""Runs as people ask about them: the latest ones, and one of them by resource type."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class FailedWindow:
+    """A window whose last run failed; ``error`` holds no patient data."""
+
+    partition_key: str
+    run_id: str
+    error: str | None
+
+
+def latest(
+    conn: Connection,
+    *,
+    limit: int,
+    status: str | None = None,
+    resource_type: str | None = None,
+    since: datetime | None = None,
+    triggered_by: str | None = None,
+) -> list[dict[str, Any]]:
+    """The latest runs, newest first, each over all types and windows; of one type where that is given.
+
+    ``triggered_by`` is the beginning of who asked for the run: ``schedule``, ``cli``, ``replay``.
+    """
+    query = sql.SQL(
+        "SELECT * FROM {} WHERE (%(status)s::text IS NULL OR status = %(status)s)"
+        " AND (%(since)s::timestamptz IS NULL OR started_at >= %(since)s)"
+        " AND (%(by)s::text IS NULL OR starts_with(triggered_by, %(by)s)) {} ORDER BY started_at DESC LIMIT %(limit)s"
+    ).format(
+        sql.Identifier("ops", "run_summary" if resource_type is None else "run_types"),
+        sql.SQL("" if resource_type is None else "AND resource_type = %(type)s"),
+    )
+    params = {"status": status, "since": since, "by": triggered_by, "type": resource_type, "limit": limit}
+    return conn.cursor(row_factory=dict_row).execute(query, params).fetchall()
+
+
+def by_type(conn: Connection, run_id: str) -> list[dict[str, Any]]:
+    """The run whose id begins with ``run_id``, by resource type in load order; empty if there is none or several.
+
+    ``dead_letters`` counts what failed in the run and is not resolved, by stage.
+    """
+    cursor = conn.cursor(row_factory=dict_row)
+    rows = cursor.execute("SELECT * FROM ops.run_types WHERE starts_with(run_id, %s)", [run_id]).fetchall()
+    if len({row["run_id"] for row in rows}) != 1:
+        return []
+    letters: dict[str, dict[str, int]] = {}
+    for resource_type, stage, count in conn.execute(
+        "SELECT resource_type, stage, sum(occurrences)::bigint FROM ops.dead_letters"
+        " WHERE run_id = %s AND status <> 'resolved' GROUP BY 1, 2",
+        [rows[0]["run_id"]],
+    ):
+        letters.setdefault(resource_type, {})[stage] = count
+    found = [{**row, "dead_letters": letters.get(row["resource_type"], {})} for row in rows]
+    return sorted(found, key=lambda row: LOAD_ORDER.get(row["resource_type"], len(LOAD_ORDER)))
+
+
+def failed_windows(conn: Connection, resource_type: str) -> list[FailedWindow]:
+    """The windows of a type whose last run failed, in order."""
+    rows = conn.execute(
+        "SELECT partition_key, run_id, error FROM (SELECT DISTINCT ON (partition_key) partition_key, run_id, error,"
+        " status FROM ops.ingestion_runs WHERE resource_type = %s ORDER BY partition_key, started_at DESC) AS last"
+        " WHERE status = 'FAILED' ORDER BY partition_key",
+        [resource_type],
+    )
+    return [FailedWindow(*row) for row in rows]

@@ -1,0 +1,209 @@
+"""What each run did: one row of ``ops.ingestion_runs`` a run, resource type and partition."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+COUNTS = ("server_total", "fetched", "valid", "dead", "withheld", "loaded")
+_SUMMED = COUNTS[1:]
+_LIVING = 0x6668726E
+"""First key of the advisory locks that living runs hold ("fhrn")."""
+_HELD = (
+    "SELECT run_id FROM unnest(%(runs)s::text[]) run_id"
+    " WHERE EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    " AND classid::bigint = %(key)s AND objid::bigint = hashtext(run_id)::bigint & 4294967295)"
+)
+
+
+def start(
+    conn: Connection,
+    run_id: str,
+    resource_types: Sequence[str],
+    partition_keys: Sequence[str],
+    *,
+    triggered_by: str,
+    at: datetime,
+    replay_of: str | None = None,
+) -> None:
+    """The run works on every one of the types in every one of the partitions: RUNNING, again or for the first time."""
+    conn.execute(
+        "INSERT INTO ops.ingestion_runs"
+        " (run_id, resource_type, partition_key, status, triggered_by, started_at, replay_of_run_id, checkpoint_before)"
+        " SELECT %(run)s, resource_type, partition_key, 'RUNNING', %(by)s, %(at)s, %(replay_of)s, c.loaded_until"
+        " FROM unnest(%(types)s::text[]) resource_type CROSS JOIN unnest(%(keys)s::text[]) partition_key"
+        " LEFT JOIN ops.checkpoints c USING (resource_type) ORDER BY resource_type, partition_key"
+        " ON CONFLICT (run_id, resource_type, partition_key)"
+        " DO UPDATE SET status = 'RUNNING', finished_at = NULL, error = NULL",
+        {
+            "run": run_id,
+            "by": triggered_by,
+            "at": at,
+            "replay_of": replay_of,
+            "types": list(resource_types),
+            "keys": list(partition_keys),
+        },
+    )
+
+
+def count(conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int | None]]) -> None:
+    """Set counts by partition key; those of COUNTS that are not given, or None, stay as they are."""
+    keys = sorted(counts)
+    given = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
+    if unknown := {name for each in counts.values() for name in each} - set(COUNTS):
+        raise ValueError(f"no such counts: {', '.join(sorted(unknown))}")
+    conn.execute(
+        "UPDATE ops.ingestion_runs r SET server_total = coalesce(n.server_total, r.server_total),"
+        " fetched = coalesce(n.fetched, r.fetched), valid = coalesce(n.valid, r.valid),"
+        " dead = coalesce(n.dead, r.dead), withheld = coalesce(n.withheld, r.withheld),"
+        " loaded = coalesce(n.loaded, r.loaded)"
+        " FROM unnest(%(keys)s::text[], %(server_total)s::bigint[], %(fetched)s::bigint[], %(valid)s::bigint[],"
+        " %(dead)s::bigint[], %(withheld)s::bigint[], %(loaded)s::bigint[])"
+        " AS n (partition_key, server_total, fetched, valid, dead, withheld, loaded)"
+        " WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key",
+        {"run": run_id, "type": resource_type, "keys": keys, **given},
+    )
+
+
+def finish(
+    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, seconds: float = 0
+) -> None:
+    """What was RUNNING is SUCCESS, after ``seconds`` more of work."""
+    _end(conn, run_id, resource_types, partition_keys, "SUCCESS", None, seconds)
+
+
+def fail(
+    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
+) -> None:
+    """What was RUNNING is FAILED. ``error`` holds no patient data."""
+    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), 0)
+
+
+def _end(
+    conn: Connection,
+    run_id: str,
+    types: Sequence[str],
+    keys: Sequence[str],
+    status: str,
+    error: str | None,
+    seconds: float,
+) -> None:
+    conn.execute(
+        "UPDATE ops.ingestion_runs r SET status = %s, error = %s, finished_at = clock_timestamp(),"
+        " seconds = seconds + %s, checkpoint_after ="
+        " (SELECT loaded_until FROM ops.checkpoints c WHERE c.resource_type = r.resource_type)"
+        " WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status = 'RUNNING'",
+        [status, error, seconds, run_id, list(types), list(keys)],
+    )
+
+
+def abandon(conn: Connection, run_id: str, *, error: str) -> int:
+    """What a dead run left RUNNING is FAILED. Returns how many rows."""
+    return conn.execute(
+        "UPDATE ops.ingestion_runs SET status = 'FAILED', finished_at = clock_timestamp(), error = %s"
+        " WHERE run_id = %s AND status = 'RUNNING'",
+        [_storable(error), run_id],
+    ).rowcount
+
+
+def hold(conn: Connection, run_id: str) -> None:
+    """From now on the run counts as living, as long as a connection that holds it is open: Postgres notices at once
+    when a process dies, however it dies.
+    """
+    conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [_LIVING, run_id])
+
+
+def living(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
+    """Those of the runs that a living process holds."""
+    rows = conn.execute(_HELD, {"key": _LIVING, "runs": list(run_ids)})
+    return frozenset(run_id for (run_id,) in rows)
+
+
+def abandon_dead(conn: Connection, *, error: str = "the run ended without saying so: killed, or crashed") -> int:
+    """What runs that no process holds left RUNNING is FAILED. Returns how many rows."""
+    started = conn.execute("SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchall()
+    dead = {run_id for (run_id,) in started}.difference(living(conn, [run_id for (run_id,) in started]))
+    return sum(abandon(conn, run_id, error=error) for run_id in sorted(dead))
+
+
+def beginning_with(conn: Connection, prefix: str) -> list[str]:
+    """The ids of the runs that begin with ``prefix``, two at most."""
+    rows = conn.execute(
+        "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
+    ).fetchall()
+    return [run_id for (run_id,) in rows]
+
+
+def errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
+    """Why a run failed: each reason with the types it stopped, in load order."""
+    rows = conn.execute(
+        "SELECT DISTINCT coalesce(error, 'no reason was recorded'), resource_type FROM ops.ingestion_runs"
+        " WHERE run_id = %s AND status = 'FAILED'",
+        [run_id],
+    ).fetchall()
+    reasons: dict[str, list[str]] = {}
+    for reason, resource_type in sorted(rows, key=lambda row: _order(row[1])):
+        reasons.setdefault(reason, []).append(resource_type)
+    return reasons
+
+
+_SUMS = sql.SQL(
+    "SELECT resource_type AS type, sum(fetched)::bigint AS fetched, sum(valid)::bigint AS valid,"
+    " sum(dead)::bigint AS dead, sum(withheld)::bigint AS withheld, sum(loaded)::bigint AS loaded,"
+    " sum(seconds) AS seconds FROM ({}) AS r GROUP BY 1"
+)
+_OF_RUNS = sql.SQL("SELECT * FROM ops.run_types WHERE run_id = ANY(%s)")
+_LATEST = sql.SQL(
+    "SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
+    " WHERE status = 'SUCCESS' AND fetched IS NOT NULL ORDER BY resource_type, partition_key, started_at DESC"
+)
+
+
+def summary(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
+    """By type, in load order, what some runs did together: counts, seconds of work, resources_per_second (loaded).
+
+    The last row, of type ``total``, is their sum. Types without anything are left out.
+    """
+    cursor = conn.cursor(row_factory=dict_row).execute(_SUMS.format(_OF_RUNS), [list(run_ids)])
+    rows = _with_total(cursor.fetchall())
+    for row in rows:
+        seconds = row["seconds"]
+        row["resources_per_second"] = round(row["loaded"] / seconds) if row["loaded"] and seconds else None
+    return rows
+
+
+def totals(conn: Connection) -> list[dict[str, object]]:
+    """As ``summary``, over the last run of every type and partition that fetched and succeeded; without speeds.
+
+    Replays, and loads of tables alone, count a part of a window only.
+    """
+    rows = _with_total(conn.cursor(row_factory=dict_row).execute(_SUMS.format(_LATEST)).fetchall())
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+def _with_total(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [row for row in rows if any(row[name] for name in _SUMMED)]
+    if not rows:
+        return []
+    rows.sort(key=lambda row: _order(row["type"]))
+    total: dict[str, Any] = {"type": "total"}
+    for name in (*_SUMMED, "seconds"):
+        known = [row[name] for row in rows if row[name] is not None]
+        total[name] = sum(known) if known else None
+    return [*rows, total]
+
+
+def _order(resource_type: str) -> tuple[int, str]:
+    return LOAD_ORDER.get(resource_type, len(LOAD_ORDER)), resource_type
+
+
+def _storable(text: str) -> str:
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

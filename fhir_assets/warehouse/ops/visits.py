@@ -1,0 +1,190 @@
+"""The ledger of visits: which persons and visits are known, by id and hash; what each file and each post brought."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+
+from psycopg import sql
+from psycopg.rows import class_row
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+_LOCK = 0x66687669
+"""Key of the advisory lock of those who write the ledger ("fhvi")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A person as last said: ``content`` is a hash, ``as_of`` when the newest file was written that says so."""
+
+    id: str
+    version: int
+    content: bytes
+    as_of: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class KnownVisit:
+    """A visit; ``content`` is a hash, ``person`` whose it is."""
+
+    id: str
+    person: str
+    content: bytes
+
+
+@dataclass(slots=True)
+class Brought:
+    """What a file brought: new persons, changes of known ones and such that a newer file contradicts; new visits,
+    known ones, and known ones with other content. ``rows`` went into raw, ``rejected`` became dead letters.
+    """
+
+    patients: int = 0
+    updates: int = 0
+    outdated: int = 0
+    visits: int = 0
+    repeats: int = 0
+    conflicts: int = 0
+    rows: int = 0
+    rejected: int = 0
+
+
+def hold(conn: Connection) -> None:
+    """Wait until nobody else writes the ledger; until the transaction ends nobody does."""
+    conn.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+
+
+def persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
+    """Those of them that are known. Where another door spoke since, its time counts, and no content is the same."""
+    rows = conn.execute(
+        "SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)"
+        " FROM ops.visit_persons LEFT JOIN ops.visit_persons_elsewhere USING (id) WHERE id = ANY(%s)",
+        [list(ids)],
+    )
+    return {identity: Person(identity, version, bytes(content), as_of) for identity, version, content, as_of in rows}
+
+
+def said_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
+    """Another door said what these Patients are."""
+    conn.execute(
+        "INSERT INTO ops.visit_persons_elsewhere AS known (id, at) SELECT id, %s FROM unnest(%s::text[]) AS id"
+        " ON CONFLICT (id) DO UPDATE SET at = greatest(known.at, excluded.at)",
+        [at, sorted(set(ids))],
+    )
+
+
+def visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
+    """Those of them that are known."""
+    rows = conn.execute("SELECT id, person, content FROM ops.visits WHERE id = ANY(%s)", [list(ids)])
+    return {identity: KnownVisit(identity, person, bytes(content)) for identity, person, content in rows}
+
+
+def note(conn: Connection, origin: str, people: Sequence[Person], added: Sequence[KnownVisit]) -> None:
+    """The persons are so now, and the visits known. Belongs in the transaction that ``hold`` began."""
+    conn.execute(
+        "INSERT INTO ops.visit_persons AS known (id, version, content, as_of, origin)"
+        " SELECT *, %s FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[])"
+        " ON CONFLICT (id) DO UPDATE SET version = excluded.version, content = excluded.content,"
+        " as_of = excluded.as_of, origin = excluded.origin",
+        [
+            origin,
+            [p.id for p in people],
+            [p.version for p in people],
+            [p.content for p in people],
+            [p.as_of for p in people],
+        ],
+    )
+    conn.execute(
+        "INSERT INTO ops.visits (id, person, content, origin) SELECT *, %s FROM unnest(%s::text[], %s::text[],"
+        " %s::bytea[])",
+        [origin, [v.id for v in added], [v.person for v in added], [v.content for v in added]],
+    )
+
+
+def forget(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
+    """What was deleted is not known any more: the next row that says it is news."""
+    table = {"Patient": "visit_persons", "Encounter": "visits"}.get(resource_type)
+    if table:
+        conn.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(sql.Identifier("ops", table)), [list(ids)])
+
+
+def brought(conn: Connection, origin: str, received_as: str, counts: Brought) -> None:
+    """A file was received as part of an origin, and brought so much."""
+    values = {"origin": origin, "received_as": received_as, **asdict(counts)}
+    conn.execute(
+        sql.SQL("INSERT INTO ops.visit_files ({}) VALUES ({})").format(
+            sql.SQL(", ").join(map(sql.Identifier, values)), sql.SQL(", ").join(map(sql.Placeholder, values))
+        ),
+        values,
+    )
+
+
+def files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, Brought]]:
+    """Those of the files that were received: as part of which origin, and what they brought."""
+    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(Brought))
+    query = sql.SQL("SELECT origin, received_as, {} FROM ops.visit_files WHERE origin = ANY(%s)").format(columns)
+    rows = conn.execute(query, [list(origins)]).fetchall()
+    return {origin: (received_as, Brought(*counts)) for origin, received_as, *counts in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A list of visits that was posted: ``records`` in all, of them ``rejected`` at once."""
+
+    task_id: str
+    zone: str
+    csv_filename: str
+    records: int
+    rejected: int
+    posted_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What became of a file: ``status`` as the landing zone has it, None before it was seen there; ``waiting`` is how
+    many windows of what it brought are not in the tables yet.
+    """
+
+    status: str | None
+    error: str | None
+    known_before: bool
+    dead_letters: int
+    run_id: str | None
+    waiting: int
+    brought: Brought
+
+
+def posted(conn: Connection, post: Post) -> None:
+    """A list was posted."""
+    names = [each.name for each in fields(Post)]
+    conn.execute(
+        sql.SQL("INSERT INTO ops.visit_posts ({}) VALUES ({})").format(
+            sql.SQL(", ").join(map(sql.Identifier, names)), sql.SQL(", ").join(map(sql.Placeholder, names))
+        ),
+        asdict(post),
+    )
+
+
+def post(conn: Connection, task_id: str) -> Post | None:
+    """The post of a task."""
+    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(Post))
+    with conn.cursor(row_factory=class_row(Post)) as cursor:
+        query = sql.SQL("SELECT {} FROM ops.visit_posts WHERE task_id = %s").format(columns)
+        return cursor.execute(query, [task_id]).fetchone()
+
+
+def file_state(conn: Connection, zone: str, name: str) -> FileState:
+    """What became of a file of a zone."""
+    row = conn.execute(
+        "SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256"
+        " FROM ops.landing_files WHERE zone = %s AND name = %s",
+        [zone, name],
+    ).fetchone()
+    if row is None:
+        return FileState(None, None, False, 0, None, 0, Brought())
+    status, error, known_before, rejected, run_id, origin = row
+    received_as, counts = files(conn, [origin or ""]).get(origin or "", (origin, Brought()))
+    (waiting,) = conn.execute(
+        "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [received_as]
+    ).fetchone() or (0,)
+    # The same content under another name had been received already: this file brought nothing.
+    return FileState(status, error, known_before, rejected, run_id, waiting, Brought() if known_before else counts)

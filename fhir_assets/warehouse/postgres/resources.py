@@ -1,0 +1,102 @@
+"""Whole resources out of ``fhir.resource``, as the bytes that were loaded: the one place where they are opened."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from fhir_assets.privacy.encryption import Sealing, from_json
+from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+
+_STREAMED = 500
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResource:
+    """The newest version of a resource; ``body`` is its JSON."""
+
+    resource_type: str
+    id: str
+    version_id: str | None
+    last_updated: datetime | None
+    partition_key: str
+    body: bytes
+
+
+COLUMNS = sql.SQL(
+    "resource_type, id, version_id, last_updated, partition_key,"
+    " CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END, sealed_by"
+)
+"""What ``opened`` reads of ``fhir.resource``."""
+
+
+def opened(row: Sequence[Any], sealing: Sealing) -> StoredResource:
+    """The resource of a row of COLUMNS. Raises SealingError."""
+    resource_type, resource_id, version_id, last_updated, partition_key, text, sealed_by = row
+    body = open_text(text, sealed_by, sealing)
+    return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body)
+
+
+def open_text(text: str, sealed_by: str | None, sealing: Sealing) -> bytes:
+    """The JSON of a resource whose column holds ``text``. Raises SealingError."""
+    return text.encode() if sealed_by is None else sealing.open(from_json(text))
+
+
+def read(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) -> StoredResource | None:
+    """A resource, None if the tables do not have it. Raises SealingError."""
+    row = conn.execute(
+        sql.SQL("SELECT {} FROM fhir.resource WHERE resource_type = %s AND id = %s AND resource IS NOT NULL").format(
+            COLUMNS
+        ),
+        [resource_type, resource_id],
+    ).fetchone()
+    return None if row is None else opened(row, sealing_of(conn))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Which version of a resource the tables have: its time, and its window."""
+
+    as_of: datetime
+    partition_key: str
+
+
+def standing(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, Standing]:
+    """The resources among ``ids`` that the tables have."""
+    rows = conn.execute(
+        "SELECT id, as_of, partition_key FROM fhir.resource"
+        " WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL",
+        [resource_type, list(ids)],
+    )
+    return {identity: Standing(as_of, key) for identity, as_of, key in rows}
+
+
+def of_patient(conn: Connection, patient_id: str) -> Iterator[StoredResource]:
+    """Every resource of a patient's compartment, the patient first, streamed. Raises SealingError."""
+    query = sql.SQL(
+        "SELECT {} FROM fhir.resource WHERE (patients[1] = %(id)s"
+        " OR (cardinality(patients) > 1 AND patients @> ARRAY[%(id)s::text])) AND resource IS NOT NULL"
+        " ORDER BY resource_type <> 'Patient', resource_type, id"
+    ).format(COLUMNS)
+    yield from _streamed(conn, query, {"id": patient_id})
+
+
+def of_type(
+    conn: Connection, resource_type: str, *, partition_keys: Sequence[str] | None = None
+) -> Iterator[StoredResource]:
+    """Every resource of a type, of some partitions if given, in the order of ids, streamed. Raises SealingError."""
+    query = sql.SQL(
+        "SELECT {} FROM fhir.resource WHERE resource_type = %(type)s AND resource IS NOT NULL {} ORDER BY id"
+    ).format(COLUMNS, sql.SQL("" if partition_keys is None else "AND partition_key = ANY(%(keys)s)"))
+    yield from _streamed(conn, query, {"type": resource_type, "keys": partition_keys and list(partition_keys)})
+
+
+def _streamed(conn: Connection, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
+    sealing = sealing_of(conn)
+    with conn.transaction(), conn.cursor(name="resources") as cursor:
+        cursor.itersize = _STREAMED
+        for row in cursor.execute(query, params):
+            yield opened(row, sealing)

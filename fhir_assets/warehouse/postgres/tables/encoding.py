@@ -1,0 +1,345 @@
+r"""Values of a view's rows as the text that COPY reads, checked so that Postgres takes every line.
+
+A value that Postgres would refuse raises Refused, whose message never holds the value.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from fhir_assets.fhir.views import Column, View
+from fhir_assets.privacy.encryption import CLEAR, Sealing, as_json
+from fhir_assets.warehouse.postgres.tables.layout import PARTIAL, Kind, Phi, has_blind_index, holds_phi, kind_of, phi_of
+
+Cell = Callable[[object], str]
+"""A value that is not None as the text of its cell, or of its two: that of a partial date and its precision."""
+
+NULL = r"\N"
+LONGEST_INDEXED = 2600
+"""Bytes: a B-tree takes no longer key than a third of a page."""
+
+_DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2})?)?").fullmatch
+_DATETIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:\d{2})?").fullmatch
+_TIME = re.compile(r"\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?").fullmatch
+_SURROGATE = re.compile(r"[\ud800-\udfff]").search
+_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_json = msgspec.json.Encoder(decimal_format="number").encode
+
+
+class Refused(ValueError):
+    """A value that does not fit its column; says why, without the value."""
+
+
+def row_encoder(view: View, sealing: Sealing = CLEAR) -> Callable[[Sequence[object]], str]:
+    """The function from a row of the view to its COPY line, without the key column and the line feed. What the view
+    tags as patient data goes through ``sealing``.
+
+    It raises Refused, with the index of the column as second argument.
+    """
+    made = [_column(column, sealing) for column in view.columns]
+    cells = [cell for cell, _ in made]
+    write = _writer(made, f"\t{sealing.key_id}" if sealing.on and holds_phi(view) else "")
+
+    def encode(row: Sequence[object]) -> str:
+        try:
+            return write(row)
+        except (Refused, ValueError, TypeError, OverflowError):
+            raise _located(cells, row) from None
+
+    return encode
+
+
+def _writer(columns: Sequence[tuple[Cell, str]], end: str) -> Callable[[Sequence[object]], str]:
+    """The line of a row as one generated expression: most values of a wide row are null or plain text, and a loop over
+    them, or a call for each, costs more than what is done with them.
+    """
+    namespace: dict[str, Any] = {"end": end, "backslash": "\\"}
+    line = ""
+    for i, (cell, null) in enumerate(columns):
+        namespace |= {f"cell{i}": cell, f"null{i}": null}
+        plain = _if_plain(f"v{i}") if cell in _TEXTS else ""
+        line += f"{{null{i} if v{i} is None else {plain}cell{i}(v{i})}}\t"
+    names = "".join(f"v{i}, " for i in range(len(columns)))
+    exec(f"def write(row):\n    {names} = row\n    return f'{line[:-1]}{{end}}'", namespace)
+    write: Callable[[Sequence[object]], str] = namespace["write"]
+    return write
+
+
+def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
+    for place, (cell, value) in enumerate(zip(cells, row, strict=False)):
+        try:
+            if value is not None:
+                cell(value)
+        except Refused as refused:
+            return Refused(str(refused), place)
+        except (ValueError, TypeError, OverflowError):
+            return Refused("a value of a type that the column does not take", place)
+    return Refused("a row with another number of columns than the view", 0)
+
+
+def body_line(body: bytes, sealing: Sealing = CLEAR) -> bytes:
+    """A resource's JSON, sealed, as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
+    if sealing.on:
+        if b"\\u" in body:
+            check_escapes(body)
+        return as_json(sealing.seal(body))
+    if b"\\" in body:
+        if b"\\u" in body:
+            check_escapes(body)
+        body = body.replace(b"\\", b"\\\\")
+    return body.replace(b"\t", b" ") if b"\t" in body else body
+
+
+def check_escapes(body: bytes) -> None:
+    """Raises Refused if JSON text holds the NUL character or half a surrogate pair, which Postgres does not store."""
+    high_ends_at = -1
+    for escape in _ESCAPE.finditer(body):
+        code = int(escape[1], 16) if escape[1] else -1
+        low = 0xDC00 <= code < 0xE000
+        if code == 0:
+            raise Refused(_NUL)
+        if low != (high_ends_at == escape.start()):
+            raise Refused(_HALF)
+        if high_ends_at >= 0 and not low:
+            raise Refused(_HALF)
+        high_ends_at = escape.end() if 0xD800 <= code < 0xDC00 else -1
+    if high_ends_at >= 0:
+        raise Refused(_HALF)
+
+
+def plain_text(value: str) -> str:
+    """Text as COPY reads it. Raises Refused for a NUL character or half a surrogate pair."""
+    if value.isprintable() and "\\" not in value:
+        return value
+    if "\\" in value:
+        value = value.replace("\\", "\\\\")
+    if "\n" in value:
+        value = value.replace("\n", "\\n")
+    if "\t" in value:
+        value = value.replace("\t", "\\t")
+    if "\r" in value:
+        value = value.replace("\r", "\\r")
+    if "\0" in value:
+        raise Refused(_NUL)
+    if not value.isascii() and _SURROGATE(value):
+        raise Refused(_HALF)
+    return value
+
+
+_NUL = "text with the NUL character (\\u0000), which Postgres does not store: remove it at the source"
+_HALF = "text with half a surrogate pair, which is no character: correct it at the source"
+
+
+def texts(values: Sequence[str]) -> str:
+    """An array of texts as COPY reads it. Raises Refused."""
+    return _texts(values)
+
+
+_TWO_NULLS = f"{NULL}\t{NULL}"
+
+
+def _column(column: Column, sealing: Sealing) -> tuple[Cell, str]:
+    """How a column's value is written, and its null."""
+    kind = kind_of(column)
+    match phi_of(column, sealed=sealing.on):
+        case Phi.ENCRYPT if has_blind_index(column):
+            return lambda value: f"{sealing.token(text := _sealable(value))}\t{sealing.index(text)}", _TWO_NULLS
+        case Phi.ENCRYPT:
+            return lambda value: sealing.token(_sealable(value)), NULL
+        case Phi.HASH:
+            return lambda value: sealing.index(_sealable(value)), NULL
+        case Phi.DROP:
+            null = _TWO_NULLS if kind in PARTIAL else NULL
+            return lambda value: null, null
+        case phi:
+            cell = _cell(kind, indexed="index" in column.tags)
+            null = _TWO_NULLS if kind in PARTIAL else NULL
+            return (lambda value: cell(str(value)[:4])) if phi is Phi.YEAR else cell, null
+
+
+def _sealable(value: object) -> str:
+    """A value as the text that is encrypted or hashed; refused where it would be in the clear."""
+    text: str = value if value.__class__ is str else _json(value).decode()
+    if "\0" in text:
+        raise Refused(_NUL)
+    if not text.isascii() and _SURROGATE(text):
+        raise Refused(_HALF)
+    return text
+
+
+def _cell(kind: Kind, *, indexed: bool) -> Cell:
+    if kind is Kind.TEXT:
+        return _indexed_text if indexed else _text
+    return _CELLS[kind]
+
+
+def _text(value: object) -> str:
+    if value.__class__ is not str:
+        value = _json(value).decode()
+    return plain_text(value)
+
+
+def _indexed_text(value: object) -> str:
+    text = _text(value)
+    if len(text) * 4 > LONGEST_INDEXED and len(text.encode()) > LONGEST_INDEXED:
+        raise Refused(f"text of more than {LONGEST_INDEXED} bytes in an indexed column: remove its tag `index`")
+    return text
+
+
+def _boolean(value: object) -> str:
+    if value is True:
+        return "t"
+    if value is False:
+        return "f"
+    raise Refused("not a boolean")
+
+
+def _integer(value: object) -> str:
+    if value.__class__ is not int:
+        raise Refused("not an integer")
+    if -0x80000000 <= value <= 0x7FFFFFFF:
+        return str(value)
+    raise Refused("an integer beyond 32 bits")
+
+
+def _bigint(value: object) -> str:
+    if value.__class__ is str:
+        value = int(value)
+    if value.__class__ is not int:
+        raise Refused("not an integer")
+    if -0x8000000000000000 <= value <= 0x7FFFFFFFFFFFFFFF:
+        return str(value)
+    raise Refused("an integer beyond 64 bits")
+
+
+def _numeric(value: object) -> str:
+    if value.__class__ is Decimal:
+        text = str(value)
+        if len(text) < 1000 and "E" not in text:
+            if text[-1] <= "9":
+                return text
+            raise Refused("not a number")
+        exponent = value.as_tuple().exponent
+        if not isinstance(exponent, int):
+            raise Refused("not a number")
+        if exponent < -16_383 or value.adjusted() >= 131_072:
+            raise Refused("a number with more digits than Postgres's numeric holds")
+        return text
+    if value.__class__ is int:
+        return str(value)
+    if value.__class__ is float and value == value and abs(value) != float("inf"):
+        return repr(value)
+    raise Refused("not a number")
+
+
+def _date(value: object) -> str:
+    if value.__class__ is not str or not _DATE(value):
+        raise Refused("not a date of the form YYYY, YYYY-MM or YYYY-MM-DD")
+    return _whole_date(value)
+
+
+def _whole_date(text: str) -> str:
+    if len(text) == 10:
+        whole, precision = text, "day"
+    elif len(text) == 7:
+        whole, precision = f"{text}-01", "month"
+    else:
+        whole, precision = f"{text}-01-01", "year"
+    try:
+        date.fromisoformat(whole)
+    except ValueError:
+        raise Refused("a date that the calendar does not have") from None
+    return f"{whole}\t{precision}"
+
+
+def _datetime(value: object) -> str:
+    if value.__class__ is not str:
+        raise Refused("not a dateTime")
+    return _date(value) if len(value) <= 10 else f"{_moment(value)}\tinstant"
+
+
+def _instant(value: object) -> str:
+    if value.__class__ is not str:
+        raise Refused("not a dateTime")
+    return _moment(value)
+
+
+@lru_cache(8192)
+def _moment(text: str) -> str:
+    """A time that Postgres takes. Those of a resource and of its neighbours are often the same."""
+    if not _DATETIME(text):
+        raise Refused("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        if text[16:19] != ":60" or not _is_moment(f"{text[:17]}59{text[19:]}"):
+            raise Refused("a time that the calendar or the clock does not have") from None
+    if text[-6] in "+-" and (text[-5:-3] > "15" or text[-2:] > "59"):
+        raise Refused("a time zone that does not exist")
+    return text
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _time(value: object) -> str:
+    if value.__class__ is not str or not _TIME(value):
+        raise Refused("not a time of the form hh:mm:ss")
+    text: str = value
+    if text[:2] > "23" or text[3:5] > "59" or text[6:8] > "60":
+        raise Refused("a time that the clock does not have")
+    return text
+
+
+def _as_json(value: object) -> str:
+    encoded = _json(value)
+    if b"\\u" in encoded:
+        check_escapes(encoded)
+    return encoded.decode().replace("\\", "\\\\")
+
+
+def _texts(value: object) -> str:
+    if not isinstance(value, list | tuple):
+        raise Refused("not a collection")
+    return plain_text("{" + ",".join([_element(each) for each in value]) + "}")
+
+
+def _element(value: object) -> str:
+    if value is None:
+        return "NULL"
+    text = value if isinstance(value, str) else _json(value).decode()
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{quoted}"'
+
+
+_TEXTS: tuple[Cell, ...] = (_text, _indexed_text)
+
+
+def _if_plain(name: str) -> str:
+    """The beginning of a conditional expression: text that stands in a line as it is."""
+    plain = f"len({name}) < {LONGEST_INDEXED // 4} and {name}.isprintable() and backslash not in {name}"
+    return f"{name} if {name}.__class__ is str and {plain} else "
+
+
+_CELLS: dict[Kind, Cell] = {
+    Kind.BOOLEAN: _boolean,
+    Kind.INTEGER: _integer,
+    Kind.BIGINT: _bigint,
+    Kind.NUMERIC: _numeric,
+    Kind.DATE: _date,
+    Kind.DATETIME: _datetime,
+    Kind.INSTANT: _instant,
+    Kind.TIME: _time,
+    Kind.JSON: _as_json,
+    Kind.TEXTS: _texts,
+}

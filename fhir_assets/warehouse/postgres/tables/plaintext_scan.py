@@ -1,0 +1,78 @@
+"""Is what should be sealed sealed? Asked of a sample, in the database: no value leaves it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from fhir_assets.catalog import BY_NAME
+from fhir_assets.fhir.views import View
+from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.tables.layout import INDEX_SUFFIX, PARTIAL, Phi, has_blind_index, kind_of, phi_of
+
+SAMPLE_ROWS = 10_000
+_SAMPLE_PAGES = 2_000
+
+_TOKEN = sql.SQL("{} !~ '^gAAAAA[-_A-Za-z0-9]{{90,}}={{0,2}}$'")
+_HASH = sql.SQL("{} !~ '^[0-9a-f]{{64}}$'")
+_YEAR = sql.SQL("to_char({} AT TIME ZONE 'UTC', 'MM-DD') <> '01-01'")
+_NOTHING = sql.SQL("{} IS NOT NULL")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A column of a table in schema ``fhir``: of ``values`` that were looked at so many are ``plain``."""
+
+    table: str
+    column: str
+    values: int
+    plain: int
+
+
+def in_view(conn: Connection, view: View) -> list[Sampled]:
+    """The columns of a view's table that hold patient data: tokens, hashes, years and nothing, as they are tagged."""
+    tests: dict[str, sql.Composed] = {}
+    for column in view.columns:
+        phi = phi_of(column, sealed=True)
+        name = sql.Identifier(column.name)
+        if phi is Phi.ENCRYPT:
+            tests[column.name] = _TOKEN.format(name)
+            if has_blind_index(column):
+                index = f"{column.name}{INDEX_SUFFIX}"
+                tests[index] = _HASH.format(sql.Identifier(index))
+        elif phi is Phi.HASH:
+            tests[column.name] = _HASH.format(name)
+        elif phi is Phi.YEAR and kind_of(column) in PARTIAL:
+            tests[column.name] = _YEAR.format(sql.SQL("{}::timestamptz").format(name))
+        elif phi is Phi.DROP:
+            tests[column.name] = _NOTHING.format(name)
+    return _sampled(conn, view.name, tests)
+
+
+def in_resources(conn: Connection, resource_type: str) -> list[Sampled]:
+    """The whole resources of a type."""
+    known = BY_NAME.get(resource_type)
+    test = sql.SQL("jsonb_typeof(resource) <> 'string' OR sealed_by IS NULL").format()
+    return _sampled(conn, f"resource_{known.key}" if known else "resource_other", {"resource": test})
+
+
+def _sampled(conn: Connection, table: str, tests: dict[str, sql.Composed]) -> list[Sampled]:
+    if not tests:
+        return []
+    counts = sql.SQL(", ").join(
+        [
+            sql.SQL("count({name}), count(*) FILTER (WHERE {name} IS NOT NULL AND ({test}))").format(
+                name=sql.Identifier(name), test=test
+            )
+            for name, test in tests.items()
+        ]
+    )
+    pages = conn.execute(
+        "SELECT pg_relation_size(format('fhir.%%I', %s::text)) / current_setting('block_size')::int", [table]
+    ).fetchone()
+    share = min(100.0, 100.0 * _SAMPLE_PAGES / max(1, pages[0] if pages else 1))
+    query = sql.SQL("SELECT {} FROM (SELECT * FROM {} TABLESAMPLE SYSTEM ({}) LIMIT {}) sample").format(
+        counts, sql.Identifier("fhir", table), sql.Literal(share), sql.Literal(SAMPLE_ROWS)
+    )
+    found: Sequence[int] = conn.execute(query).fetchone() or ()
+    return [Sampled(table, name, *found[2 * n : 2 * n + 2]) for n, name in enumerate(tests)]

@@ -1,0 +1,159 @@
+"""Random changes by several writers, a failing server, and a connector that is killed again and again."""
+
+import random
+import signal
+import threading
+import time
+from collections import defaultdict
+
+import psycopg
+import pytest
+import requests
+
+from fhir_assets.sandbox.faults import Fault, FaultKind
+from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital
+
+INSURER = "https://insurer.example.org"
+
+
+class Writer(threading.Thread):
+    """Makes so many random changes, each in a transaction of its own that leaves a new number in its row."""
+
+    def __init__(self, hospital: Hospital, seed: int, changes: int, people: int) -> None:
+        super().__init__()
+        self._url = hospital.url
+        self._random = random.Random(seed)
+        self._changes = changes
+        self._people = people
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with psycopg.connect(self._url, autocommit=True) as conn:
+                done = 0
+                while done < self._changes:
+                    try:
+                        with conn.transaction():
+                            done += self._change(conn)
+                    except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
+                        continue
+        except BaseException as error:
+            self.error = error
+
+    def _change(self, conn: "psycopg.Connection[tuple[object, ...]]") -> int:
+        mrn, other = (f"{self._random.randrange(self._people)}" for _ in range(2))
+        kind = self._random.choices(("update", "identifiers", "move", "delete", "admit"), (50, 20, 10, 8, 12))[0]
+        if kind == "admit":
+            return conn.execute(
+                "INSERT INTO health.patient (identifier_system, identifier_value, name_given) VALUES (%s, %s, '1')"
+                " ON CONFLICT DO NOTHING", [MRN, mrn],
+            ).rowcount  # fmt: skip
+        row = conn.execute(
+            "UPDATE health.patient SET name_given = (name_given::int + 1)::text WHERE identifier_value = %s"
+            " RETURNING id", [mrn],
+        ).fetchone()  # fmt: skip
+        if row is None:
+            return 0
+        if kind == "delete":
+            conn.execute("DELETE FROM health.patient WHERE id = %s", row)
+        elif kind == "move":
+            conn.execute("UPDATE health.patient SET identifier_value = %s WHERE id = %s", [other, *row])
+        elif kind == "identifiers":
+            if self._random.random() < 0.6:
+                conn.execute(
+                    "INSERT INTO health.patient_other_identifiers (patient_id, identifier_system, identifier_value)"
+                    " VALUES (%s, %s, %s)", [*row, INSURER, str(self._random.random())],
+                )  # fmt: skip
+            else:
+                conn.execute(
+                    "DELETE FROM health.patient_other_identifiers WHERE id = (SELECT min(id) FROM"
+                    " health.patient_other_identifiers WHERE patient_id = %s)", row,
+                )  # fmt: skip
+        return 1
+
+
+def story(hospital: Hospital, *, changes: int, writers: int, people: int, kills: int) -> None:
+    # The row's own key travels as the family name, the number of its last change as the given name.
+    hospital.execute(
+        "CREATE FUNCTION name_it() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN NEW.name_family := NEW.id; RETURN NEW; END $$"
+    )
+    hospital.execute("CREATE TRIGGER name_it BEFORE INSERT ON health.patient FOR EACH ROW EXECUTE FUNCTION name_it()")
+    hospital.server.set_faults(
+        Fault(kind=FaultKind.ERROR, probability=0.05),
+        Fault(kind=FaultKind.DROP, probability=0.03),
+        Fault(kind=FaultKind.RESET, probability=0.02),
+        seed=1,
+    )
+    crew = [Writer(hospital, n, changes // writers, people) for n in range(writers)]
+    connector = hospital.process(CONNECTOR_MAX_WAIT_SECONDS="0.5")
+    for writer in crew:
+        writer.start()
+    processed = "SELECT count(*) FROM health.fhir_processed_event"
+    for _ in range(kills):
+        before = hospital.execute(processed)
+        deadline = time.monotonic() + 60
+        while hospital.execute(processed) == before and (hospital.waiting() or any(w.is_alive() for w in crew)):
+            assert time.monotonic() < deadline, "the connector does not come on"
+        connector.send_signal(signal.SIGKILL)
+        connector.communicate()
+        connector = hospital.process(CONNECTOR_MAX_WAIT_SECONDS="0.5")
+    for writer in crew:
+        writer.join()
+        assert writer.error is None
+    deadline = time.monotonic() + 300
+    while hospital.waiting():
+        assert time.monotonic() < deadline, "the outbox does not drain"
+        time.sleep(0.1)
+    connector.send_signal(signal.SIGTERM)
+    _, errors = connector.communicate(timeout=60)
+    assert connector.returncode == 0, errors.decode()
+    assert hospital.dead() == []
+    hospital.server.set_faults()
+    check_equal(hospital)
+    check_order(hospital)
+
+
+def check_equal(hospital: Hospital) -> None:
+    """The server's patients are the tables' rows, no more and no less."""
+    rows = hospital.execute(
+        "SELECT p.identifier_value, p.name_family, p.name_given,"
+        " coalesce(array_agg(o.identifier_value ORDER BY o.id) FILTER (WHERE o.id IS NOT NULL), '{}')"
+        " FROM health.patient p LEFT JOIN health.patient_other_identifiers o ON o.patient_id = p.id"
+        " GROUP BY p.id"
+    )
+    expected = {mrn: (family, [given], others) for mrn, family, given, others in rows}
+    found = {
+        mrn: (
+            p["name"][0]["family"],
+            p["name"][0]["given"],
+            [i["value"] for i in p["identifier"] if i["system"] == INSURER],
+        )
+        for mrn, p in hospital.patients().items()
+    }
+    assert found == expected
+
+
+def check_order(hospital: Hospital) -> None:
+    """In every resource's history the changes of each row come in their order, none of them twice."""
+    session = requests.Session()
+    seen = 0
+    for resource_id in hospital.server.store.shelf("Patient").latest:
+        history = session.get(f"{hospital.server.url}/Patient/{resource_id}/_history?_count=10000", timeout=30).json()
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for entry in reversed(history["entry"]):
+            if resource := entry.get("resource"):
+                numbers[resource["name"][0]["family"]].append(int(resource["name"][0]["given"][0]))
+        for changes in numbers.values():
+            seen += len(changes)
+            assert changes == sorted(set(changes))
+    assert seen > 0
+
+
+def test_a_few_changes_with_kills(hospital: Hospital) -> None:
+    story(hospital, changes=600, writers=4, people=40, kills=2)
+
+
+@pytest.mark.slow
+def test_ten_thousand_changes_with_twenty_kills(hospital: Hospital) -> None:
+    story(hospital, changes=10_000, writers=8, people=300, kills=20)

@@ -1,0 +1,218 @@
+"""What arrives at the FHIR server for what happens in the tables."""
+
+import uuid
+
+import pytest
+import requests
+
+from fhir_assets.delivery.connector import dead_letters, outbox
+from fhir_assets.delivery.connector.setup import sources_of
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital
+
+INSURER = "https://insurer.example.org"
+
+
+def test_a_row_arrives_as_a_patient(hospital: Hospital) -> None:
+    patient = hospital.admit(
+        "1", "Testperson", name_given="Ada", gender="F", birth_date="1972-03-28", phone_number="+1-555-0100",
+        email="ada@example.org", address_line="1 Example Street", address_city="Springfield", address_state="MA",
+        address_postal_code="02445", address_country="US", deceased_at="2024-02-03T04:05:06+01:00",
+    )  # fmt: skip
+    hospital.execute(
+        "INSERT INTO health.patient_other_identifiers (patient_id, identifier_system, identifier_value)"
+        " VALUES (%s, %s, 'M-77')", patient, INSURER,
+    )  # fmt: skip
+    hospital.deliver()
+    resource = hospital.patients()["1"]
+    del resource["id"], resource["meta"]
+    assert resource == {
+        "resourceType": "Patient",
+        "identifier": [{"system": MRN, "value": "1"}, {"system": INSURER, "value": "M-77"}],
+        "name": [{"family": "Testperson", "given": ["Ada"]}],
+        "telecom": [{"system": "phone", "value": "+1-555-0100"}, {"system": "email", "value": "ada@example.org"}],
+        "gender": "female",
+        "birthDate": "1972-03-28",
+        "deceasedDateTime": "2024-02-03T03:05:06+00:00",
+        "address": [
+            {"line": ["1 Example Street"], "city": "Springfield", "state": "MA", "postalCode": "02445", "country": "US"}
+        ],
+    }
+
+
+def test_rows_of_one_transaction_are_one_update(hospital: Hospital) -> None:
+    with hospital.connect() as conn:
+        conn.execute("INSERT INTO health.patient (id, identifier_system, identifier_value) VALUES (7, %s, 'x')", [MRN])
+        for n in range(3):
+            conn.execute(
+                "INSERT INTO health.patient_other_identifiers (patient_id, identifier_system, identifier_value)"
+                " VALUES (7, %s, %s)", [INSURER, str(n)],
+            )  # fmt: skip
+        conn.execute("UPDATE health.patient SET name_family = 'Later' WHERE id = 7")
+    hospital.deliver()
+    assert hospital.server.stats()["requests"]["update"] == 1
+    assert len(hospital.patients()["x"]["identifier"]) == 4
+    assert hospital.execute("SELECT record_id, outcome FROM health.fhir_processed_event") == [("7", "created")]
+
+
+def test_what_is_rolled_back_never_leaves(hospital: Hospital) -> None:
+    with hospital.connect() as conn:
+        conn.execute("INSERT INTO health.patient (identifier_system, identifier_value) VALUES (%s, 'x')", [MRN])
+        conn.rollback()
+    hospital.deliver()
+    assert hospital.patients() == {}
+
+
+def test_a_deleted_row_is_deleted_there(hospital: Hospital) -> None:
+    hospital.admit("1")
+    hospital.admit("2")
+    hospital.deliver()
+    hospital.execute("DELETE FROM health.patient WHERE identifier_value = '1'")
+    hospital.deliver()
+    assert set(hospital.patients()) == {"2"}
+
+
+def test_a_row_that_came_and_went_in_between_needs_no_update(hospital: Hospital) -> None:
+    hospital.admit("1")
+    hospital.execute("DELETE FROM health.patient")
+    hospital.deliver()
+    assert hospital.patients() == {}
+    assert hospital.waiting() == 0
+    assert "update" not in hospital.server.stats()["requests"]
+
+
+def test_a_corrected_identifier_keeps_the_resource(hospital: Hospital) -> None:
+    hospital.admit("1", "Same")
+    hospital.deliver()
+    before = hospital.patients()["1"]["id"]
+    hospital.execute("UPDATE health.patient SET identifier_value = '2'")
+    hospital.deliver()
+    assert {mrn: p["id"] for mrn, p in hospital.patients().items()} == {"2": before}
+
+
+def test_identifiers_that_change_hands_leave_everyone_with_their_own_resource(hospital: Hospital) -> None:
+    for name in "ABC":
+        hospital.admit(name.lower(), name)
+    hospital.deliver()
+    ids = {p["name"][0]["family"]: p["id"] for p in hospital.patients().values()}
+    for statement in ("c' WHERE name_family = 'B", "b' WHERE name_family = 'A", "a' WHERE name_family = 'C"):
+        mrn = statement[0]
+        hospital.execute("UPDATE health.patient SET identifier_value = 'free' WHERE identifier_value = %s", mrn)
+        hospital.execute(f"UPDATE health.patient SET identifier_value = '{statement}'")
+        hospital.execute("UPDATE health.patient SET name_given = 'x' WHERE identifier_value = 'free'")
+        hospital.execute("UPDATE health.patient SET identifier_value = %s WHERE identifier_value = 'free'", mrn + "2")
+    hospital.deliver()
+    rows = dict(hospital.execute("SELECT identifier_value, name_family FROM health.patient"))
+    assert hospital.families() == rows
+    assert {p["name"][0]["family"]: p["id"] for p in hospital.patients().values()} == ids
+
+
+def test_a_new_patient_with_a_deleted_ones_identifier_is_another_resource_s_content(hospital: Hospital) -> None:
+    hospital.admit("1", "Old")
+    hospital.deliver()
+    hospital.execute("DELETE FROM health.patient")
+    hospital.admit("1", "New")
+    hospital.deliver()
+    assert hospital.families() == {"1": "New"}
+
+
+def test_a_patient_without_identifier_is_dead_until_it_has_one(hospital: Hospital) -> None:
+    patient = hospital.admit(None)
+    hospital.deliver()
+    assert hospital.dead() == [(str(patient), "no-identifier")]
+    hospital.execute("UPDATE health.patient SET identifier_system = %s, identifier_value = '1'", MRN)
+    hospital.deliver()
+    assert hospital.dead() == []
+    assert set(hospital.patients()) == {"1"}
+
+
+def test_several_matches_are_permanent(hospital: Hospital) -> None:
+    for n in range(2):
+        body = {"resourceType": "Patient", "identifier": [{"system": MRN, "value": "1"}], "id": f"twin{n}"}
+        requests.put(f"{hospital.server.url}/Patient/twin{n}", json=body, timeout=10).raise_for_status()
+    patient = hospital.admit("1")
+    hospital.admit("2")
+    hospital.deliver()
+    assert hospital.dead() == [(str(patient), "several-matches")]
+    requests.delete(f"{hospital.server.url}/Patient/twin1", timeout=10).raise_for_status()
+    with hospital.connect() as conn:
+        assert dead_letters.replay(conn, None, reason="several-matches") == 1
+        assert dead_letters.replay(conn, None) == 0
+    hospital.deliver()
+    assert hospital.dead() == []
+    assert hospital.families() == {"1": "Test", "2": "Test"}
+
+
+def test_a_row_that_makes_an_invalid_resource_is_dead_with_the_rule(hospital: Hospital) -> None:
+    hospital.admit("1", birth_date="0044-03-15 BC")
+    hospital.deliver()
+    [letter] = hospital.execute("SELECT reason, message FROM health.fhir_dlq")
+    assert letter[0] == "invalid"
+    assert "Patient.birthDate" in letter[1]
+    assert "0044" not in letter[1]
+
+
+def test_a_refusal_is_told_without_the_servers_words(hospital: Hospital) -> None:
+    hospital.server.set_faults(Fault(kind=FaultKind.ERROR, status=422, on=frozenset({RequestKind.UPDATE})))
+    hospital.admit("1")
+    hospital.deliver()
+    [letter] = hospital.execute("SELECT reason, message, http_status FROM health.fhir_dlq")
+    assert letter == ("refused", "the FHIR server answered 422: exception", 422)
+
+
+def test_discarded_changes_stay_listed_and_do_not_come_back(hospital: Hospital) -> None:
+    hospital.admit(None)
+    hospital.deliver()
+    with hospital.connect() as conn:
+        [dead] = dead_letters.find(conn)
+        assert dead_letters.discard(conn, [dead.id, dead.id + 99]) == 1
+        assert dead_letters.find(conn) == []
+        assert [each.id for each in dead_letters.find(conn, status="discarded")] == [dead.id]
+        assert dead_letters.replay(conn, [dead.id]) == 0
+
+
+@pytest.mark.parametrize("kind", [FaultKind.DROP, FaultKind.TRUNCATE])
+def test_an_answer_that_breaks_off_does_not_send_twice(hospital: Hospital, kind: FaultKind) -> None:
+    hospital.server.set_faults(Fault(kind=kind, on=frozenset({RequestKind.UPDATE}), times=1))
+    hospital.admit("1")
+    hospital.deliver()
+    assert hospital.server.stats()["requests"]["update"] == 1
+    assert hospital.execute("SELECT outcome FROM health.fhir_processed_event") == [("found",)]
+    assert hospital.patients()["1"]["meta"]["versionId"] == "1"
+
+
+@pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.THROTTLE, FaultKind.RESET, FaultKind.HTML])
+def test_failures_in_passing_are_tried_again(hospital: Hospital, kind: FaultKind) -> None:
+    hospital.server.set_faults(Fault(kind=kind, times=3, retry_after=0))
+    hospital.admit("1")
+    hospital.deliver()
+    assert set(hospital.patients()) == {"1"}
+    assert hospital.dead() == []
+
+
+def test_a_failing_server_is_given_up_on_after_so_many_attempts(hospital: Hospital) -> None:
+    hospital.server.set_faults(Fault(kind=FaultKind.ERROR))
+    patient = hospital.admit("1")
+    hospital.deliver(connector_max_attempts=3, connector_max_wait_seconds=0.05)
+    assert hospital.dead() == [(str(patient), "attempts-used-up")]
+    assert sum(hospital.server.stats()["requests"].values()) == 3
+
+
+def test_existing_rows_are_delivered_when_asked_for(hospital: Hospital) -> None:
+    hospital.admit("1")
+    hospital.execute("DELETE FROM health.fhir_outbox")
+    with hospital.connect() as conn:
+        source = sources_of(hospital.settings)["patient"]
+        assert outbox.enqueue_existing(conn, source) == 1
+        assert outbox.enqueue_existing(conn, source) == 0
+    hospital.deliver()
+    assert set(hospital.patients()) == {"1"}
+
+
+def test_an_identifier_is_one_token_whatever_it_holds(hospital: Hospital) -> None:
+    value = f"a b&c=d#/é?{uuid.uuid4()}"
+    hospital.admit(value)
+    hospital.deliver()
+    hospital.execute("UPDATE health.patient SET name_family = 'Changed'")
+    hospital.deliver()
+    assert hospital.families() == {value: "Changed"}

@@ -1,0 +1,276 @@
+"""Metrics, dashboards, alerts and logs: what is shown exists, and none of it holds patient data."""
+
+import io
+import json
+import logging
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import requests
+import yaml
+from prometheus_client import generate_latest
+
+from fhir_assets import logs
+from fhir_assets.errors import ServerUnavailable
+from fhir_assets.metrics.exposition import REGISTRY, exposition, served
+from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets_tests.delivery.connector.conftest import Hospital
+
+DEPLOY = Path(__file__).parents[3] / "deploy"
+FAMILY = "Canary-Family-Name"
+MRN = "canary-mrn-4711"
+
+ISSUED = {
+    "fhir_outbox_unprocessed_count",
+    "fhir_outbox_lag_seconds",
+    "fhir_dlq_total",
+    "fhir_connector_processed_total",
+    "fhir_connector_failed_total",
+    "fhir_call_latency_seconds_bucket",
+    "fhir_call_errors_total",
+}
+"""The names that others rely on."""
+
+OF_PROMETHEUS = {"up"}
+
+
+def panels() -> dict[str, list[str]]:
+    """The queries of every panel that has any, by title, with Grafana's interval filled in."""
+    board = json.loads((DEPLOY / "grafana" / "dashboards" / "fhir_assets.json").read_text())
+    return {
+        panel["title"]: [target["expr"].replace("$__rate_interval", "1m") for target in panel["targets"]]
+        for panel in board["panels"]
+        if panel["type"] != "row"
+    }
+
+
+def alerts() -> dict[str, str]:
+    groups = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+    return {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+
+
+def named(query: str) -> set[str]:
+    return set(re.findall(r"\b(?:fhir_\w+|up)\b(?!=)", query))
+
+
+def pipeline_has_run(hospital: Hospital) -> None:
+    """A load that left traces of every kind in the tables of ``ops``."""
+    hospital.execute(
+        "INSERT INTO ops.ingestion_runs (run_id, resource_type, partition_key, status, fetched, valid, dead, withheld,"
+        " loaded, finished_at) VALUES ('r', 'Patient', '2024-01-01', 'SUCCESS', 10, 8, 1, 0, 8, now())"
+    )
+    hospital.execute("INSERT INTO ops.checkpoints (resource_type, loaded_until) VALUES ('Patient', '2024-01-02')")
+    hospital.execute(
+        "INSERT INTO ops.dead_letters (fingerprint, resource_type, stage, rule, path, message, partition_key, run_id,"
+        " first_run_id, occurrences) VALUES ('x', 'Patient', 'validate', 'json', '', '', '2024-01-01', 'r', 'r', 1)"
+    )
+    hospital.execute(
+        "INSERT INTO asset_check_executions (asset_key, check_name, partition, execution_status) VALUES"
+        " ('a', 'reconciles', 'p', 'FAILED'), ('a', 'reconciles', 'p', 'SUCCEEDED'), ('a', 'reconciles', 'q', 'FAILED')"
+    )
+
+
+@pytest.fixture
+def busy(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hospital]:
+    """A hospital whose connector had work, failures and a dead letter, with its database observed."""
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", hospital.url)
+    pipeline_has_run(hospital)
+    hospital.server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.UPDATE}), times=2))
+    for n in range(5):
+        hospital.admit(f"{MRN}-{n}", FAMILY)
+    hospital.admit(None, FAMILY)
+    hospital.deliver()
+    with observe_database(hospital.settings, hospital.connect):
+        yield hospital
+
+
+def exposed() -> str:
+    return generate_latest(REGISTRY).decode()
+
+
+def value(name: str) -> float:
+    [found] = re.findall(rf"^{re.escape(name)} (\S+)$", exposed(), re.MULTILINE)
+    return float(found)
+
+
+def test_every_query_of_dashboard_and_alerts_names_metrics_that_exist(busy: Hospital) -> None:
+    there = set(re.findall(r"^(fhir_\w+)", exposed(), re.MULTILINE)) | OF_PROMETHEUS
+    assert there >= ISSUED
+    asked = {query for queries in panels().values() for query in queries} | set(alerts().values())
+    assert len(asked) > 25
+    for query in asked:
+        assert named(query), query
+        assert named(query) <= there, query
+
+
+def test_the_outbox_shows_in_the_metrics(busy: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhir_assets.metrics.pipeline.MAX_AGE", 0.0)
+    assert value("fhir_outbox_unprocessed_count") == 0
+    assert value("fhir_outbox_lag_seconds") == 0
+    assert value("fhir_dlq_total") == 1
+    busy.admit("9")
+    busy.execute("UPDATE health.fhir_outbox SET created_at = created_at - interval '1 hour'")
+    assert value("fhir_outbox_unprocessed_count") == 1
+    assert value("fhir_outbox_lag_seconds") >= 3600
+    assert value('fhir_unaccounted_resources{type="Patient"}') == 1
+    assert value('fhir_check_results{check="reconciles",status="failed"}') == 1
+    assert value('fhir_check_results{check="reconciles",status="succeeded"}') == 1
+
+
+def test_a_database_that_is_gone_shows_as_down_and_nothing_stale(hospital: Hospital) -> None:
+    def gone() -> "psycopg.Connection[tuple[Any, ...]]":
+        raise psycopg.OperationalError
+
+    with observe_database(hospital.settings, gone):
+        assert value("fhir_database_up") == 0
+        assert "fhir_outbox_unprocessed_count" not in exposed()
+
+
+def test_a_taken_port_is_no_reason_to_stop() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, served("127.0.0.1", taken.getsockname()[1]) as port:
+        assert port is None
+
+
+def test_neither_metrics_nor_logs_hold_patient_data(busy: Hospital) -> None:
+    stream = io.StringIO()
+    before = list(logging.getLogger().handlers)
+    try:
+        logs.configure("connector", "DEBUG", stream=stream)
+        busy.server.set_faults(Fault(kind=FaultKind.ERROR, every=2))
+        busy.execute("UPDATE health.patient SET name_given = 'x', birth_date = '0044-03-15 BC'")
+        busy.deliver(connector_max_attempts=2)
+    finally:
+        logging.getLogger().handlers[:] = before
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert lines
+    assert {"time", "level", "service", "logger", "message"} <= lines[0].keys()
+    letters = str(busy.execute("SELECT reason, message FROM health.fhir_dlq"))
+    for place in (stream.getvalue(), exposed(), letters):
+        assert FAMILY not in place
+        assert MRN not in place
+        assert "0044" not in place
+
+
+def test_an_error_is_logged_by_its_type_unless_its_words_are_ours() -> None:
+    formatter = logs.JsonFormatter("api")
+
+    def line(error: Exception) -> dict[str, Any]:
+        try:
+            raise error
+        except Exception as raised:
+            record = logging.makeLogRecord(
+                {"msg": "failed", "exc_info": (type(raised), raised, raised.__traceback__), "window": "2024-01-01"}
+            )
+        found: dict[str, Any] = json.loads(formatter.format(record))
+        return found
+
+    foreign = line(ValueError("Ada Testperson"))
+    assert foreign["error"]["type"] == "builtins.ValueError"
+    assert "Ada" not in json.dumps(foreign)
+    assert foreign["window"] == "2024-01-01"
+    assert line(ServerUnavailable("it is down"))["error"]["message"] == "it is down"
+
+
+@pytest.mark.parametrize("tool", ["check config prometheus.yml", "check rules alerts.yml"])
+def test_promtool_accepts(tool: str) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    done = subprocess.run([promtool, *tool.split()], cwd=DEPLOY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_prometheus_scrapes_it_and_every_panel_has_data(busy: Hospital, tmp_path: Path) -> None:
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("Prometheus is not installed: apt-get install prometheus")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        own = free.getsockname()[1]
+    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["scrape_configs"] = [
+        {**job, "static_configs": [{"targets": [f"127.0.0.1:{own}"]}]}
+        for job in config["scrape_configs"]
+        if job["job_name"] == "connector"
+    ]
+    shutil.copy(DEPLOY / "alerts.yml", tmp_path)
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with served("127.0.0.1", own) as listening:
+        assert listening == own
+        server = subprocess.Popen(
+            [
+                program,
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+                "--log.level=error",
+            ]
+        )
+        try:
+            missing = {title: list(queries) for title, queries in panels().items()}
+            deadline = time.monotonic() + 90
+            while any(missing.values()):
+                assert time.monotonic() < deadline, {title: left for title, left in missing.items() if left}
+                busy.execute("UPDATE health.patient SET updated_at = now()")
+                busy.deliver()
+                time.sleep(1)
+                missing = {
+                    title: [query for query in left if not has_data(port, query)] for title, left in missing.items()
+                }
+            for name, query in alerts().items():
+                assert ask(port, query)["status"] == "success", name
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def ask(port: int, query: str) -> dict[str, Any]:
+    answer: dict[str, Any] = requests.get(
+        f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, timeout=10
+    ).json()
+    return answer
+
+
+def has_data(port: int, query: str) -> bool:
+    try:
+        found = ask(port, query)["data"]["result"]
+    except requests.ConnectionError:
+        return False
+    return any(sample["value"][1] != "NaN" for sample in found)
+
+
+def test_a_process_that_serves_http_can_show_the_same_metrics(busy: Hospital) -> None:
+    body, content_type = exposition()
+    assert body.decode() == exposed()
+    assert content_type.startswith("text/plain")
+
+
+def test_compose_serves_what_prometheus_and_grafana_are_told_of() -> None:
+    compose = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())
+    services = compose["services"]
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            there = DEPLOY.parent.joinpath(source).exists() if source.startswith(".") else source in compose["volumes"]
+            assert there, source
+        assert set(service.get("depends_on", [])) <= set(services)
+    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
+    assert targets["connector"] == [f"connector:{services['connector']['environment']['METRICS_PORT']}"]
+    [source] = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    [provider] = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/fhir_assets.yml").read_text())["providers"]
+    mounted = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert provider["options"]["path"] in mounted

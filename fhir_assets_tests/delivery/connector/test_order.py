@@ -1,0 +1,194 @@
+"""Order, waits, several connectors, and stopping."""
+
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import requests
+
+from fhir_assets.delivery.connector import outbox, settle
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets_tests.delivery.connector.conftest import Hospital
+
+LONG = 60.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come; only a hang fails here."""
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def test_a_patient_that_waits_for_its_retry_holds_up_nobody_else(hospital: Hospital) -> None:
+    waits = hospital.admit("1")
+    hospital.execute("UPDATE health.fhir_outbox SET next_retry_at = now() + interval '1 hour', attempts = 1")
+    hospital.execute("UPDATE health.patient SET name_family = 'Later'")
+    hospital.admit("2")
+    with hospital.running():
+        until(lambda: "2" in hospital.families())
+    assert set(hospital.families()) == {"2"}
+    assert hospital.execute("SELECT DISTINCT record_id FROM health.fhir_outbox WHERE processed_at IS NULL") == [
+        (str(waits),)
+    ]
+
+
+def test_waits_grow_and_are_written_down(hospital: Hospital) -> None:
+    hospital.server.set_faults(Fault(kind=FaultKind.ERROR))
+    hospital.admit("1")
+    with hospital.running(connector_first_wait_seconds=2.0, connector_max_wait_seconds=300):
+        until(
+            lambda: bool(hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE attempts = 1 AND claimed_by IS NULL"))
+        )
+        [(wait,)] = hospital.execute(
+            "SELECT extract(epoch FROM next_retry_at - created_at)::float8 FROM health.fhir_outbox"
+        )
+        assert wait >= 1.0
+    assert hospital.server.stats()["requests"] == {"update": 1}
+
+
+def test_a_wish_of_the_server_to_wait_is_honoured(hospital: Hospital) -> None:
+    hospital.server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=200))
+    hospital.admit("1")
+    with hospital.running():
+        until(
+            lambda: bool(hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE attempts = 1 AND claimed_by IS NULL"))
+        )
+    [(wait,)] = hospital.execute(
+        "SELECT extract(epoch FROM next_retry_at - created_at)::float8 FROM health.fhir_outbox"
+    )
+    assert wait >= 200
+
+
+def test_a_notification_is_enough(hospital: Hospital) -> None:
+    with hospital.running(connector_poll_seconds=3600):
+        hospital.admit("1")
+        until(lambda: "1" in hospital.families())
+
+
+def test_a_missed_notification_is_found(hospital: Hospital) -> None:
+    hospital.execute("ALTER TABLE health.patient DISABLE TRIGGER USER")
+    hospital.admit("1")
+    hospital.execute("ALTER TABLE health.patient ENABLE TRIGGER USER")
+    with hospital.running():
+        hospital.execute(
+            "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation)"
+            " SELECT 'patient', id::text, 'patient', 'UPDATE' FROM health.patient"
+        )
+        until(lambda: "1" in hospital.families())
+
+
+def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) -> None:
+    for n in range(40):
+        hospital.admit(str(n), "0")
+    hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.01, on=frozenset({RequestKind.UPDATE})))
+    with hospital.running(), hospital.running():
+        for change in range(1, 6):
+            hospital.execute("UPDATE health.patient SET name_family = %s", str(change))
+        until(lambda: hospital.waiting() == 0)
+    assert set(hospital.families().values()) == {"5"}
+    for version in hospital.server.store.shelf("Patient").latest.values():
+        bodies = [v.body.split(b'"family":"')[1][0:1] for v in version.history()]
+        assert bodies == sorted(set(bodies), reverse=True)
+
+
+def test_claims_of_a_connector_that_is_gone_are_free_at_once(hospital: Hospital) -> None:
+    hospital.admit("1")
+    with hospital.connect() as gone:
+        gone.autocommit = True
+        number = outbox.enlist(gone)
+        assert len(outbox.claim(gone, number, ["patient"], 10)) == 1
+        with hospital.connect() as other:
+            other.autocommit = True
+            assert outbox.claim(other, outbox.enlist(other), ["patient"], 10) == []
+            assert outbox.release_orphans(other) == 0
+    hospital.deliver()
+    assert set(hospital.families()) == {"1"}
+
+
+def test_a_crash_after_the_update_does_not_send_twice(hospital: Hospital) -> None:
+    hospital.admit("1")
+    hospital.execute("CREATE TABLE mark AS SELECT * FROM health.fhir_outbox")
+    hospital.deliver()
+    for table in ("fhir_outbox", "fhir_processed_event", "fhir_delivered"):
+        hospital.execute(f"DELETE FROM health.{table}")
+    # As a crash leaves it: claimed by one that is gone, nothing settled, but the server has it.
+    hospital.execute(
+        "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation, attempts, claimed_by)"
+        " SELECT source, record_id, table_name, operation, 1, 999999 FROM mark"
+    )
+    hospital.deliver()
+    assert hospital.server.stats()["requests"]["update"] == 1
+    assert hospital.execute("SELECT outcome FROM health.fhir_processed_event") == [("found",)]
+
+
+def test_sigterm_ends_what_is_under_way_and_leaves_the_rest(hospital: Hospital) -> None:
+    for n in range(100):
+        hospital.admit(str(n))
+    hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.05, on=frozenset({RequestKind.UPDATE})))
+    connector = hospital.process(CONNECTOR_WORKERS="2")
+    until(lambda: len(hospital.server.store.shelf("Patient").latest) >= 3)
+    connector.send_signal(signal.SIGTERM)
+    _, errors = connector.communicate(timeout=LONG)
+    assert connector.returncode == 0, errors.decode()
+    sent = hospital.server.stats()["requests"]["update"]
+    assert sent == 100 - hospital.waiting()
+    assert hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE claimed_by IS NOT NULL") == []
+    assert hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE processed_at IS NULL AND attempts > 0") == []
+    hospital.deliver()
+    assert hospital.server.stats()["requests"]["update"] == 100
+
+
+def test_a_lost_database_connection_is_taken_up_again(hospital: Hospital) -> None:
+    with hospital.running():
+        hospital.admit("1")
+        until(lambda: "1" in hospital.families())
+        hospital.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        hospital.admit("2")
+        until(lambda: "2" in hospital.families())
+
+
+def test_a_server_that_is_down_loses_nothing(hospital: Hospital) -> None:
+    with SandboxServer() as server:
+        url = server.url
+    for n in range(30):
+        hospital.admit(str(n))
+    with hospital.running(fhir_base_url=url, connector_max_attempts=1):
+        until(
+            lambda: bool(hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE attempts > 1 AND claimed_by IS NULL"))
+        )
+    assert hospital.dead() == []
+    hospital.deliver()
+    assert len(hospital.families()) == 30
+
+
+def test_old_events_are_forgotten_and_waiting_ones_are_not(hospital: Hospital) -> None:
+    hospital.admit("1")
+    hospital.deliver()
+    hospital.admit("2")
+    hospital.execute("UPDATE health.fhir_outbox SET processed_at = processed_at - interval '8 days'")
+    with hospital.connect() as conn:
+        assert settle.prune(conn, timedelta(days=7)) == 1
+    assert hospital.waiting() == 1
+
+
+@pytest.mark.parametrize("table", ["patient", "patient_other_identifiers"])
+def test_truncate_is_refused(hospital: Hospital, table: str) -> None:
+    with pytest.raises(Exception, match="would not reach the FHIR server"):
+        hospital.execute(f"TRUNCATE health.{table} CASCADE")
+
+
+def test_installing_again_keeps_everything(hospital: Hospital) -> None:
+    hospital.admit("1")
+    with hospital.connect() as conn:
+        outbox.install(conn)
+    assert hospital.waiting() == 1
+    hospital.deliver()
+    assert requests.get(f"{hospital.server.url}/Patient?_summary=count", timeout=10).json()["total"] == 1

@@ -1,0 +1,457 @@
+"""`fhir-assets upload` against servers that are well, that fail, and that refuse."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from cryptography.fernet import Fernet
+
+from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.delivery.upload.journal import BatchKey, Done, Journal
+from fhir_assets.errors import ConfigurationError, ServerRefused
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
+from fhir_assets.sandbox.gate import Credentials
+from fhir_assets.sandbox.population import Population, write_population
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.delivery.upload.conftest import Upload, assert_same, lines_of, patient, read_back, write
+from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
+
+SYNTHEA = Path(__file__).resolve().parents[4] / "shared" / "data" / "synthea"
+BATCH = frozenset({RequestKind.BATCH})
+EVERY_FAULT = (
+    Fault(kind=FaultKind.THROTTLE, on=BATCH, every=31, retry_after=0),
+    Fault(kind=FaultKind.ERROR, on=BATCH, every=37),
+    Fault(kind=FaultKind.RESET, on=BATCH, every=41),
+    Fault(kind=FaultKind.DROP, on=BATCH, every=43),
+    Fault(kind=FaultKind.TRUNCATE, on=BATCH, every=47),
+    Fault(kind=FaultKind.HTML, on=BATCH, every=53),
+)
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 30 types, two patients."""
+    folder = tmp_path_factory.mktemp("population")
+    write_population(folder, Population(2, 1))
+    return folder
+
+
+def dead_letters(upload: Upload) -> list[tuple[Any, ...]]:
+    with connect(os.environ["DB_URL"]) as conn:
+        return conn.execute(
+            "SELECT resource_type, resource_id, rule, status, message FROM ops.dead_letters WHERE stage = 'deliver'"
+            " ORDER BY id"
+        ).fetchall()
+
+
+def test_a_population_comes_back_through_search_as_it_was_sent_whatever_fails(
+    upload_of: Upload, population: Path
+) -> None:
+    """A server that holds every reference to account, so that order and circles matter, and fails in every way."""
+    upload_of.home.joinpath("input").symlink_to(population)
+    sent = lines_of(population)
+    with SandboxServer(faults=EVERY_FAULT, referential_integrity=True) as server:
+        summary = upload_of("--batch-size", "20", url=server.url)
+        assert len(server.stats()["struck"]) == len(EVERY_FAULT)
+        server.set_faults()
+        assert_same(sent, read_back(server.url, LOAD_ORDER))
+    assert summary["success"]
+    assert summary["totals"]["failed"] == 0
+    assert not upload_of.failures.exists()
+    assert dead_letters(upload_of) == []
+    assert not list((upload_of.home / "uploads").glob("*.sqlite"))
+
+
+def test_types_go_in_the_catalogs_order_whatever_the_files_are_called(upload_of: Upload) -> None:
+    write(upload_of.input / "MimicPatient.ndjson.gz", [patient(f"p{n}") for n in range(30)])
+    write(
+        upload_of.input / "deep" / "Patient_part1.ndjson",
+        [{"resourceType": "Observation", "id": f"o{n}"} for n in range(30)]
+        + [{"resourceType": "Organization", "id": f"g{n}"} for n in range(30)]
+        + [patient(f"q{n}") for n in range(30)],
+    )
+    with SandboxServer() as server:
+        summary = upload_of("--batch-size", "7", url=server.url)
+        held = read_back(server.url, ["Organization", "Patient", "Observation"])
+    assert [each["type"] for each in summary["types"]] == ["Organization", "Patient", "Observation"]
+    assert summary["totals"] == {"created": 120, "updated": 0, "unchanged": 0, "failed": 0}
+    times: dict[str, list[str]] = {}
+    for name, body in held.items():
+        times.setdefault(name.split("/")[0], []).append(json.loads(body)["meta"]["lastUpdated"])
+    assert max(times["Organization"]) <= min(times["Patient"])
+    assert max(times["Patient"]) <= min(times["Observation"])
+
+
+def test_references_to_what_comes_later_and_in_circles_arrive_whole(upload_of: Upload) -> None:
+    """Within a type, between types, in a chain against the order, and something that only hangs on a circle."""
+    chain = [
+        {"resourceType": "Organization", "id": f"g{n}", "partOf": {"reference": f"Organization/g{n + 1}"}}
+        for n in range(30)
+    ]
+    write(upload_of.input / "a.ndjson", [*chain, {"resourceType": "Organization", "id": "g30"}])
+    write(
+        upload_of.input / "b.ndjson",
+        [
+            patient("p1", link=[{"other": {"reference": "Patient/p2"}, "type": "seealso"}]),
+            patient("p2", link=[{"other": {"reference": "Patient/p1"}, "type": "seealso"}]),
+            {
+                "resourceType": "Encounter",
+                "id": "e",
+                "subject": {"reference": "Patient/p1"},
+                "diagnosis": [{"condition": {"reference": "Condition/c"}}],
+            },
+            {"resourceType": "Condition", "id": "c", "encounter": {"reference": "Encounter/e"}},
+            {"resourceType": "Observation", "id": "o", "encounter": {"reference": "Encounter/e"}},
+        ],
+    )
+    with SandboxServer(referential_integrity=True) as server:
+        summary = upload_of("--batch-size", "4", url=server.url)
+        held = read_back(server.url, LOAD_ORDER)
+    assert_same(lines_of(upload_of.input), held)
+    assert summary["totals"] == {"created": 36, "updated": 0, "unchanged": 0, "failed": 0}
+    assert json.loads(held["Observation/o"])["meta"]["versionId"] == "1"
+    assert json.loads(held["Encounter/e"])["meta"]["versionId"] == "2"
+
+
+def test_what_is_refused_for_good_is_written_down_and_the_rest_goes_on(upload_of: Upload) -> None:
+    write(
+        upload_of.input / "Patient.ndjson",
+        [
+            patient("good"),
+            patient("bad id", name=[{"family": "Canary"}]),
+            {"resourceType": "Patient"},
+            b'{"resourceType":"Patient","id":"cut',
+            {"resourceType": "Observation", "id": "o", "subject": {"reference": "Patient/nobody"}},
+        ],
+    )
+    with SandboxServer(referential_integrity=True) as server:
+        summary = upload_of(url=server.url, exit_code=1)
+        assert read_back(server.url, ["Patient", "Observation"]).keys() == {"Patient/good"}
+    assert summary["success"] is False
+    assert summary["totals"] == {"created": 1, "updated": 0, "unchanged": 0, "failed": 4}
+    refused = {line["place"]: line for line in upload_of.refused()}
+    assert refused.keys() == {f"Patient.ndjson:{n}" for n in (2, 3, 4, 5)}
+    assert refused["Patient.ndjson:2"]["status"] == 400
+    assert refused["Patient.ndjson:2"]["resource"]["name"] == [{"family": "Canary"}]
+    assert refused["Patient.ndjson:5"]["outcome"]["issue"][0]["code"] == "not-found"
+    assert refused["Patient.ndjson:4"]["resource"] == '{"resourceType":"Patient","id":"cut'
+    assert upload_of.failures.stat().st_mode & 0o077 == 0
+    assert {(name, identity, rule) for name, identity, rule, *_ in dead_letters(upload_of)} == {
+        ("Patient", None, "unusable"),
+        ("unknown", None, "unusable"),
+        ("Patient", None, "http-400"),  # what is no id may be a name
+        ("Observation", "o", "http-422"),
+    }
+    assert "Canary" not in str(dead_letters(upload_of))
+    assert upload_of.last
+    assert "Canary" not in upload_of.last.output
+
+
+def test_resuming_sends_again_what_failed_and_resolves_its_dead_letters(upload_of: Upload) -> None:
+    write(
+        upload_of.input / "o.ndjson",
+        [{"resourceType": "Observation", "id": "o", "subject": {"reference": "Patient/p"}}],
+    )
+    with SandboxServer(referential_integrity=True) as server:
+        upload_of(url=server.url, exit_code=1)
+        assert [status for *_, status, _ in dead_letters(upload_of)] == ["open"]
+        requests.put(f"{server.url}/Patient/p", json=patient("p"), timeout=10).raise_for_status()
+        assert upload_of("--resume", url=server.url)["totals"]["created"] == 1
+    assert [status for *_, status, _ in dead_letters(upload_of)] == ["resolved"]
+    assert not upload_of.failures.exists()
+
+
+class Batches:
+    """A server that judges each entry by its id, and remembers what it was sent."""
+
+    def __init__(self, judge: Callable[[str, int], int], whole: Callable[[list[str]], int] = lambda ids: 200) -> None:
+        self.sent: list[list[str]] = []
+        self.times: Counter[str] = Counter()
+        self._judge = judge
+        self._whole = whole
+
+    def __call__(self, asked: Asked) -> Reply:
+        if asked.method == "GET":
+            return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
+        ids = [entry["resource"]["id"] for entry in json.loads(asked.body)["entry"]]
+        self.sent.append(ids)
+        if (status := self._whole(ids)) != 200:
+            return reply({"resourceType": "OperationOutcome", "issue": [{"code": "too-long"}]}, status)
+        entries = []
+        for identity in ids:
+            self.times[identity] += 1
+            entries.append({"response": {"status": str(self._judge(identity, self.times[identity]))}})
+        return reply({"resourceType": "Bundle", "type": "batch-response", "entry": entries})
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 409, 412])
+def test_an_entry_that_fails_in_passing_is_sent_again_alone(upload_of: Upload, status: int) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+    batches = Batches(lambda identity, time: status if identity == "7" and time == 1 else 201)
+    with ScriptedServer(batches) as server:
+        assert upload_of("--workers", "1", url=server.url)["totals"]["created"] == 10
+    assert batches.sent == [[str(n) for n in range(10)], ["7"]]
+
+
+def test_an_entry_the_server_always_fails_at_is_given_up_and_the_others_are_sent_once(upload_of: Upload) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+    batches = Batches(lambda identity, time: 412 if identity == "7" else 200)
+    with ScriptedServer(batches) as server:
+        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+    assert summary["totals"] == {"created": 0, "updated": 9, "unchanged": 0, "failed": 1}
+    assert [line["resource"]["id"] for line in upload_of.refused()] == ["7"]
+    assert {identity for identity, times in batches.times.items() if times > 1} == {"7"}
+
+
+def test_an_older_line_that_was_refused_does_not_come_back_over_a_newer_one(upload_of: Upload) -> None:
+    lines = [patient("p", gender="male"), patient("q"), patient("p", gender="female")]
+    write(upload_of.input / "p.ndjson", lines)
+    batches = Batches(lambda identity, time: 422 if (identity, time) == ("p", 1) or identity == "q" else 200)
+    with ScriptedServer(batches) as server:
+        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+        assert summary["totals"]["failed"] == 1
+        upload_of("--workers", "1", "--resume", url=server.url, exit_code=1)
+    assert batches.times["p"] == 2
+
+
+def test_results_that_come_together_are_noted_in_the_order_in_which_their_lines_were_sent(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_commit(journal: Journal, key: BatchKey, done: Done) -> None:
+        time.sleep(0.03)  # meanwhile the results of several batches come
+        commit(journal, key, done)
+
+    commit = Journal.commit
+    monkeypatch.setattr(Journal, "commit", slow_commit)
+    write(
+        upload_of.input / "p.ndjson",
+        [patient(f"p{n}", gender=gender) for n in range(40) for gender in ("male", "female")],
+    )
+    batches = Batches(lambda _, time: 422 if time == 1 else 200)
+    with ScriptedServer(batches) as server:
+        summary = upload_of("--workers", "4", url=server.url)
+    assert summary["totals"]["failed"] == 0
+
+
+def test_an_entry_at_which_the_server_breaks_does_not_hold_the_others_up(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHIR_MAX_ATTEMPTS", "2")
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(4)])
+    with ScriptedServer(Batches(lambda *_: 201, lambda ids: 500 if "2" in ids else 200)) as server:
+        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+    assert summary["totals"] == {"created": 3, "updated": 0, "unchanged": 0, "failed": 1}
+    [refused] = upload_of.refused()
+    assert refused["resource"]["id"] == "2"
+    assert "no answer" in refused["reason"]
+
+
+@pytest.mark.parametrize("status", [413, 400, 422])
+def test_a_batch_that_is_refused_as_a_whole_goes_in_halves(upload_of: Upload, status: int) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+    batches = Batches(lambda *_: 201, lambda ids: status if len(ids) > 3 else 200)
+    with ScriptedServer(batches) as server:
+        assert upload_of("--workers", "1", url=server.url)["totals"]["created"] == 10
+    assert max(len(ids) for ids in batches.sent if len(ids) <= 3) <= 3
+    assert sum(batches.times.values()) == 10
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_a_server_that_takes_no_batches_from_us_ends_the_upload(upload_of: Upload, status: int) -> None:
+    write(upload_of.input / "p.ndjson", [patient("1")])
+    with (
+        ScriptedServer(Batches(lambda *_: 201, lambda ids: status)) as server,
+        pytest.raises(ServerRefused, match=str(status)),
+    ):
+        upload_of(url=server.url)
+
+
+def test_transactions_leave_out_only_what_is_bad(upload_of: Upload) -> None:
+    write(upload_of.input / "p.ndjson", [patient("a bad id" if n == 13 else str(n)) for n in range(30)])
+    with SandboxServer() as server:
+        summary = upload_of("--transaction", url=server.url, exit_code=1)
+        assert len(read_back(server.url, ["Patient"])) == 29
+    assert summary["totals"] == {"created": 29, "updated": 0, "unchanged": 0, "failed": 1}
+
+
+def test_what_the_server_holds_just_so_is_not_sent_with_skip_unchanged(upload_of: Upload) -> None:
+    value = b'{"resourceType":"Observation","id":"o%d","valueQuantity":{"value":%s}}'
+    write(upload_of.input / "o.ndjson", [value % (n, b"1.50") for n in range(20)])
+    with SandboxServer() as server:
+        upload_of(url=server.url)
+        write(upload_of.input / "o.ndjson", [value % (n, b"1.5" if n == 3 else b"1.50") for n in range(20)])
+        summary = upload_of("--skip-unchanged", url=server.url)
+        held = read_back(server.url, ["Observation"])
+    assert summary["totals"] == {"created": 0, "updated": 1, "unchanged": 19, "failed": 0}
+    assert {name for name, body in held.items() if json.loads(body)["meta"]["versionId"] != "1"} == {"Observation/o3"}
+
+
+def test_of_several_lines_of_a_resource_the_last_one_stays(upload_of: Upload) -> None:
+    rng = random.Random(1)
+    ids = [str(rng.randrange(40)) for _ in range(300)]
+    write(upload_of.input / "a.ndjson", [patient(identity, birthDate=f"{n:04d}") for n, identity in enumerate(ids)])
+    last = {f"Patient/{identity}": f"{n:04d}" for n, identity in enumerate(ids)}
+    with SandboxServer() as server:
+        upload_of("--workers", "4", "--batch-size", "10", url=server.url)
+        held = read_back(server.url, ["Patient"])
+    assert {name: json.loads(body)["birthDate"] for name, body in held.items()} == last
+
+
+def test_a_resumed_upload_must_be_of_the_same_files_in_the_same_shape(upload_of: Upload) -> None:
+    write(upload_of.input / "p.ndjson", [patient("a bad id")])
+    with SandboxServer() as server:
+        upload_of(url=server.url, exit_code=1)
+        with pytest.raises(ConfigurationError, match="--batch-size 100"):
+            upload_of("--resume", "--batch-size", "5", url=server.url)
+        write(upload_of.input / "p.ndjson", [patient("p"), patient("q")])
+        with pytest.raises(ConfigurationError, match="files have changed"):
+            upload_of("--resume", url=server.url)
+        assert upload_of(url=server.url)["totals"]["created"] == 2
+
+
+def test_an_upload_that_is_at_work_is_not_begun_a_second_time(upload_of: Upload) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+
+    def judge(identity: str, time: int) -> int:
+        if identity == "5":
+            with pytest.raises(ConfigurationError, match="another upload"):
+                Upload(upload_of.home)(url=server.url)
+        return 201
+
+    with ScriptedServer(Batches(judge)) as server:
+        assert upload_of(url=server.url)["totals"]["created"] == 10
+
+
+def test_server_credentials_and_batch_size_come_from_the_environment(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+    with SandboxServer(credentials=Credentials(token="secret")) as server:
+        monkeypatch.setenv("FHIR_AUTH_TOKEN", "secret")
+        monkeypatch.setenv("FHIR_BASE_URL", server.url)
+        monkeypatch.setenv("BATCH_SIZE", "2")
+        assert upload_of("--workers", "1")["totals"]["created"] == 10
+        assert server.stats()["requests"]["batch"] == 5
+        monkeypatch.setenv("FHIR_AUTH_TOKEN", "wrong")
+        with pytest.raises(ServerRefused, match="FHIR_AUTH_TOKEN"):
+            upload_of()
+
+
+def test_where_there_are_keys_no_resource_lies_open_in_the_journal(
+    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
+    write(upload_of.input / "p.ndjson", [patient("a bad id", name=[{"family": "Canary"}])])
+    with SandboxServer() as server:
+        upload_of(url=server.url, exit_code=1)
+        [journal] = (upload_of.home / "uploads").glob("*.sqlite")
+        assert b"Canary" not in journal.read_bytes()
+        assert upload_of("--resume", url=server.url, exit_code=1)["totals"]["failed"] == 1
+    assert upload_of.refused()[0]["resource"]["name"] == [{"family": "Canary"}]
+
+
+def test_an_input_without_files_is_said_so(upload_of: Upload) -> None:
+    upload_of.input.mkdir()
+    with pytest.raises(ConfigurationError, match=r"no \.ndjson"):
+        upload_of(url="http://127.0.0.1:9/fhir")
+
+
+def command(upload: Upload, url: str, *options: str) -> "subprocess.Popen[bytes]":
+    code = "from fhir_assets.cli import main; main()"
+    arguments = ["upload", "--input", str(upload.input), "--url", url, *options]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=upload.home,
+    )
+
+
+def sent_so_far(server: SandboxServer) -> int:
+    return sum(shelf.live() for shelf in server.store.shelves.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_upload_that_is_killed_in_the_middle_is_resumed_and_complete(
+    upload_of: Upload, population: Path, number: signal.Signals
+) -> None:
+    upload_of.home.joinpath("input").symlink_to(population)
+    sent = lines_of(population)
+    slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=0.05)
+    with SandboxServer(faults=(slow,), referential_integrity=True) as server:
+        process = command(upload_of, server.url, "--batch-size", "10")
+        while sent_so_far(server) < len(sent) // 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert process.returncode != 0
+        if number != signal.SIGKILL:
+            assert b"--resume" in said
+        before = sent_so_far(server)
+        assert before < len(sent)
+        server.set_faults(*EVERY_FAULT)
+        server.reset_stats()
+        resumed = command(upload_of, server.url, "--batch-size", "10", "--resume")
+        printed, said = resumed.communicate()
+        assert resumed.returncode == 0, said
+        server.set_faults()
+        held = read_back(server.url, LOAD_ORDER)
+    assert_same(sent, held)
+    assert b"Uploaded" in printed
+    again = sum(json.loads(body)["meta"]["versionId"] != "1" for body in held.values())
+    assert again < len(sent) / 2, "a resumed upload does not begin anew"
+
+
+@pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared Synthea population is not here")
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True])
+def test_synthea_with_faults_comes_back_as_it_was_sent(upload_of: Upload, kill: bool) -> None:
+    upload_of.home.joinpath("input").symlink_to(SYNTHEA)
+    sent = lines_of(SYNTHEA)
+    with SandboxServer(faults=EVERY_FAULT) as server:
+        if kill:
+            process = command(upload_of, server.url)
+            while sent_so_far(server) < len(sent) // 2:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        summary = upload_of(*(["--resume"] if kill else []), url=server.url)
+        server.set_faults()
+        assert_same(sent, read_back(server.url, {name.split("/")[0] for name in sent}))
+    assert summary["totals"]["failed"] == 0
+    assert sum(summary["totals"].values()) == len(sent)
+
+
+def test_plain_lines_without_a_terminal_hold_all_that_somebody_wants_to_know(upload_of: Upload) -> None:
+    write(upload_of.input / "Patient.ndjson", [patient(str(n), name=[{"family": "Canary"}]) for n in range(25)])
+    with SandboxServer() as server:
+        process = command(upload_of, server.url, "--batch-size", "10", "--workers", "1")
+        printed, said = process.communicate()
+    out = printed.decode()
+    assert process.returncode == 0, said
+    for expected in (
+        "Source",
+        server.url,
+        "batches of 10",
+        "FHIR 4.0.1",
+        "Step 1/1: Patient, 25",
+        "10 created, 0 updated",
+    ):
+        assert expected in out
+    assert "Duration" in out
+    assert "\x1b[" not in out
+    assert "Canary" not in out + said.decode()

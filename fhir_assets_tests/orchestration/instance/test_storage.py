@@ -1,0 +1,188 @@
+"""The events of a step are written together; whoever looks sees what dagster-postgres would have written one by one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import sqlalchemy
+
+from fhir_assets.orchestration.instance.storage import BatchedEventLog
+from fhir_assets.warehouse.postgres.db.connections import normalise_url
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::dagster.BetaWarning"),
+    pytest.mark.filterwarnings("ignore::dagster.PreviewWarning"),
+]
+
+PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+DAYS = dg.StaticPartitionsDefinition(["a", "b"])
+
+
+def open_instance(database: str, folder: Path) -> dg.DagsterInstance:
+    folder.mkdir(exist_ok=True)
+    return dg.DagsterInstance.local_temp(
+        str(folder),
+        overrides={
+            "storage": {
+                "custom": {
+                    "module": "fhir_assets.orchestration.instance.storage",
+                    "class": "PooledPostgresStorage",
+                    "config": {"postgres_url": normalise_url(database, "psycopg2")},
+                }
+            }
+        },
+    )
+
+
+@pytest.fixture
+def instance(database: str, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    with open_instance(database, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def onlooker(instance: dg.DagsterInstance, database: str, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """Another process's view of the same storage."""
+    with open_instance(database, tmp_path / "onlooker") as opened:
+        yield opened
+
+
+def kinds(instance: dg.DagsterInstance, run_id: str) -> list[str]:
+    return [event.dagster_event_type.value for event in instance.all_logs(run_id) if event.dagster_event_type]
+
+
+def test_every_event_is_there_in_the_order_in_which_it_came(
+    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance
+) -> None:
+    told: list[dg.EventLogEntry] = []
+
+    @dg.asset(partitions_def=DAYS, check_specs=[dg.AssetCheckSpec("good", asset="one", partitions_def=DAYS)])
+    def one(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+        context.log.info("at work")
+        told.extend(instance.all_logs(context.run.run_id))
+        yield dg.MaterializeResult(check_results=[dg.AssetCheckResult(passed=True)], metadata={"rows": 1})
+
+    @dg.asset(partitions_def=DAYS, deps=[one])
+    def two() -> None:
+        pass
+
+    result = dg.materialize([one, two], instance=instance, partition_key="a")
+    found = onlooker.all_logs(result.run_id)
+    assert found[: len(told)] == told
+    assert [e.user_message for e in told if e.user_message == "at work"]
+    steps = [e.dagster_event_type.value for e in found if e.dagster_event_type and e.step_key == "one"]
+    assert steps[steps.index("STEP_START") :] == [
+        "STEP_START",
+        "STEP_OUTPUT",
+        "ASSET_MATERIALIZATION",
+        "STEP_OUTPUT",
+        "ASSET_CHECK_EVALUATION",
+        "STEP_SUCCESS",
+    ]
+    assert [e.timestamp for e in found] == sorted(e.timestamp for e in found)
+    for key in (one.key, two.key):
+        (record,) = onlooker.get_asset_records([key])
+        assert record.asset_entry.last_materialization_record
+        assert record.asset_entry.last_run_id == result.run_id
+        assert onlooker.get_materialized_partitions(key) == {"a"}
+    (check,) = onlooker.event_log_storage.get_asset_check_execution_history(dg.AssetCheckKey(one.key, "good"), limit=10)
+    assert check.partition == "a"
+    assert check.status.value == "SUCCEEDED"
+    materialized = onlooker.get_latest_materialization_event(one.key)
+    assert check.event
+    evaluation = check.event.get_dagster_event().asset_check_evaluation_data
+    assert materialized
+    assert evaluation.target_materialization_data
+    assert evaluation.target_materialization_data.run_id == result.run_id
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_range_is_planned_for_every_partition_as_dagster_itself_plans_it(
+    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
+) -> None:
+    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
+    def one() -> None:
+        pass
+
+    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run(), deps=[one])
+    def two() -> None:
+        pass
+
+    def planned(kept: dg.DagsterInstance, seen: dg.DagsterInstance) -> list[tuple[object, ...]]:
+        tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
+        result = dg.materialize([one, two], instance=kept, tags=tags)
+        found = [e for e in seen.all_logs(result.run_id) if e.dagster_event_type is PLANNED]
+        return [(e.dagster_event, e.level, e.user_message, e.step_key, e.job_name) for e in found]
+
+    if one_by_one:
+        monkeypatch.setattr(BatchedEventLog, "_write_together", lambda *_: (_ for _ in ()).throw(ValueError()))
+    with dg.instance_for_test() as plain:
+        assert planned(instance, onlooker) == planned(plain, plain)
+    for key in ("a", "b"):
+        for asset in (one.key, two.key):
+            assert onlooker.event_log_storage.get_latest_planned_materialization_info(asset, key)
+
+
+def test_others_see_that_a_step_began_and_all_of_it_when_it_ended(
+    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance
+) -> None:
+    seen: list[list[str]] = []
+
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        seen.append(kinds(onlooker, context.run.run_id))
+
+    @dg.asset(deps=[one])
+    def two(context: dg.AssetExecutionContext) -> None:
+        seen.append(kinds(onlooker, context.run.run_id))
+
+    assert dg.materialize([one, two], instance=instance).success
+    assert seen[0][-1] == "STEP_START"
+    assert {"ASSET_MATERIALIZATION", "STEP_SUCCESS"} <= set(seen[1])
+
+
+def test_a_failed_step_has_all_its_events(instance: dg.DagsterInstance, onlooker: dg.DagsterInstance) -> None:
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        context.log.info("about to fail")
+        raise dg.Failure("on purpose")
+
+    result = dg.materialize([one], instance=instance, raise_on_error=False)
+    assert [event for event in onlooker.all_logs(result.run_id) if event.user_message == "about to fail"]
+    assert kinds(onlooker, result.run_id)[-1] == "PIPELINE_FAILURE"
+    assert "STEP_FAILURE" in kinds(onlooker, result.run_id)
+
+
+def test_an_event_that_cannot_be_stored_takes_no_other_with_it(
+    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance
+) -> None:
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        context.log.info("before")
+        bad = dg.AssetMaterialization("elsewhere", partition="a\0b")
+        context.log_event(bad)
+        context.log.info("after")
+
+    result = dg.materialize([one], instance=instance, raise_on_error=False)
+    said = [event.user_message for event in onlooker.all_logs(result.run_id)]
+    assert {"before", "after"} <= set(said)
+
+
+def test_while_the_database_is_away_events_wait_and_come_when_it_is_back(
+    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = instance.event_log_storage
+    assert isinstance(log, BatchedEventLog)
+
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        context.log.info("kept")
+        with monkeypatch.context() as patch:
+            away = sqlalchemy.exc.OperationalError("", None, ConnectionError())
+            patch.setattr(BatchedEventLog, "_write_together", lambda *_: (_ for _ in ()).throw(away))
+            with pytest.raises(sqlalchemy.exc.OperationalError):
+                log.flush()
+
+    result = dg.materialize([one], instance=instance)
+    assert [event for event in onlooker.all_logs(result.run_id) if event.user_message == "kept"]

@@ -1,0 +1,65 @@
+"""Parts sealed anew: same name, same lines, and no part that somebody takes away or leaves behind is in the way."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.storage.manifest import Manifest
+from fhir_assets.storage.orphans import unnamed_parts
+from fhir_assets.storage.part_writer import PartWriter
+from fhir_assets.storage.reencrypt import reseal, sealed_parts
+from fhir_assets.storage.store import Store, open_store
+
+OLD, NEW = new_key(), new_key()
+OLDER, BOTH, NEWER = (Sealing(parse_keys(keys)) for keys in ([OLD], [NEW, OLD], [NEW]))
+NOW = datetime(2024, 1, 2, tzinfo=UTC)
+LINES = [b'{"n":%d}' % n for n in range(100_000)]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    with PartWriter(open_store(str(tmp_path), OLDER), "raw", buffer_bytes=1 << 18) as writer:
+        for line in LINES:
+            writer.add("Patient", "2024-01-01", line, NOW)
+        [(_, parts)] = writer.finish().items()
+    manifest = Manifest("raw", "Patient", "2024-01-01", "run", NOW, parts)
+    open_store(str(tmp_path), OLDER).commit([manifest])
+    return manifest
+
+
+def store(folder: Path, sealing: Sealing) -> Store:
+    return open_store(str(folder), sealing)
+
+
+def read(store: Store, manifest: Manifest) -> Iterator[bytes]:
+    return (line for batch in store.batches(manifest.parts) for line in batch)
+
+
+def test_a_part_keeps_its_name_and_lines_and_a_reader_that_is_at_it_goes_on(tmp_path: Path, manifest: Manifest) -> None:
+    at_it = read(store(tmp_path, BOTH), manifest)
+    first = [next(at_it)]
+    [(name, key)] = sealed_parts(store(tmp_path, BOTH))
+    assert (name, key) == (manifest.parts[0].name, OLDER.key_id)
+    assert list(reseal(store(tmp_path, BOTH), [(name, key)], BOTH)) == [(name, key, None)]
+    assert list(sealed_parts(store(tmp_path, NEWER))) == [(name, NEWER.key_id)]
+    assert first + list(at_it) == LINES
+    assert list(read(store(tmp_path, NEWER), manifest)) == LINES
+
+
+def test_a_part_that_is_gone_when_its_turn_comes_is_no_failure(tmp_path: Path, manifest: Manifest) -> None:
+    name = manifest.parts[0].name
+    (tmp_path / name).unlink()
+    assert list(reseal(store(tmp_path, BOTH), [(name, OLDER.key_id)], BOTH)) == [(name, OLDER.key_id, None)]
+    assert not (tmp_path / name).exists()
+
+
+def test_sealed_parts_that_no_manifest_names_are_found_to_be_taken_away(tmp_path: Path, manifest: Manifest) -> None:
+    place = store(tmp_path, OLDER)
+    later = datetime.now(UTC) + timedelta(days=1)
+    assert list(unnamed_parts(place, "raw", before=later)) == []
+    place.commit([Manifest("raw", "Patient", "2024-01-01", "run", NOW, ())])
+    assert [found.name for found in unnamed_parts(place, "raw", before=later)] == [manifest.parts[0].name]

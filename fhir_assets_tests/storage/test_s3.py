@@ -1,0 +1,142 @@
+"""What is of S3 alone: large objects, connections that break, encryption, and its errors in plain words."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from fhir_assets.deployment.store import bucket_of, store_of
+from fhir_assets.errors import ConfigurationError, FhirAssetsError, StoreError
+from fhir_assets.settings import load_settings
+from fhir_assets.storage.s3 import Bucket
+
+
+@pytest.fixture
+def bucket(s3_url: str) -> Bucket:
+    return bucket_of(load_settings(), s3_url)
+
+
+def test_a_large_part_goes_up_in_pieces_and_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
+    content = os.urandom(40 << 20)
+    (tmp_path / "file").write_bytes(content)
+    bucket.upload("large", tmp_path / "file")
+    found = bucket.client.head_object(Bucket=bucket.name, Key="some/prefix/large")
+    assert found["ETag"].strip('"').endswith("-3")
+    with bucket.open("large") as stream:
+        assert stream.read(1000) == content[:1000]
+        assert stream.read() == content[1000:]
+
+
+class _Breaks:
+    """A body whose connection breaks after some bytes, once."""
+
+    def __init__(self, body: Any, after: int) -> None:
+        self._body, self._left = body, after
+
+    def read(self, count: int) -> bytes:
+        if self._left <= 0:
+            raise ConnectionResetError
+        piece: bytes = self._body.read(min(count, self._left))
+        self._left -= len(piece)
+        return piece
+
+    def close(self) -> None:
+        self._body.close()
+
+
+@pytest.mark.parametrize("times", [3, 99])
+def test_a_stream_goes_on_where_its_connection_broke_or_gives_up_with_an_error(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    content = os.urandom(1 << 20)
+    bucket.put("x", content)
+    get, asked = bucket.client.get_object, []
+
+    def breaking(**request: Any) -> Any:
+        asked.append(request.get("Range"))
+        answer = get(**request)
+        if len(asked) <= times:
+            answer["Body"] = _Breaks(answer["Body"], 100_000 if len(asked) < 3 else 0)
+        return answer
+
+    monkeypatch.setattr(bucket.client, "get_object", breaking)
+    with bucket.open("x") as stream:
+        if times == 3:
+            assert stream.read() == content
+            assert asked == [None, "bytes=100000-", "bytes=200000-", "bytes=200000-"]
+        else:
+            with pytest.raises(StoreError, match="broke off"):
+                stream.read()
+
+
+def test_a_key_that_changed_between_two_pieces_is_an_error_and_no_mixture(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("x", b"a" * 1000)
+    get = bucket.client.get_object
+    monkeypatch.setattr(
+        bucket.client,
+        "get_object",
+        lambda **request: {**(answer := get(**request)), "Body": _Breaks(answer["Body"], 10)},
+    )
+    with bucket.open("x") as stream:
+        bucket.put("x", b"b" * 1000)
+        with pytest.raises(StoreError):
+            stream.read()
+
+
+def test_encryption_settings_go_along_with_every_write(s3_url: str, tmp_path: Path) -> None:
+    settings = load_settings(fhir_store_url=s3_url, fhir_s3_encryption="aws:kms", fhir_s3_kms_key_id="alias/x")
+    blobs = store_of(settings).blobs
+    blobs.put("small", b"x")
+    (tmp_path / "file").write_bytes(bytes(20 << 20))
+    blobs.put_file("large", tmp_path / "file")
+    name, prefix = s3_url.removeprefix("s3://").split("/", 1)
+    for key in ("small", "large"):
+        found = boto3.client("s3").head_object(Bucket=name, Key=f"{prefix}/{key}")
+        assert (found["ServerSideEncryption"], found["SSEKMSKeyId"]) == ("aws:kms", "alias/x")
+
+
+def explained(url: str) -> FhirAssetsError:
+    with pytest.raises(FhirAssetsError) as caught:
+        store_of(load_settings(fhir_store_url=url)).manifest("raw", "Patient", "k")
+    return caught.value
+
+
+def test_a_bucket_that_is_not_there_is_a_setting_to_correct(s3_url: str) -> None:
+    error = explained("s3://no-such-bucket-here/x")
+    assert isinstance(error, ConfigurationError)
+    assert str(error) == "there is no bucket no-such-bucket-here: create it, or correct s3://no-such-bucket-here/x"
+
+
+def test_missing_credentials_are_a_setting_to_correct(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    error = explained(s3_url)
+    assert isinstance(error, ConfigurationError)
+    assert "AWS_ACCESS_KEY_ID" in str(error)
+
+
+def test_an_endpoint_that_does_not_answer_is_named_by_its_variable(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setattr("fhir_assets.deployment.store._ATTEMPTS", 1)
+        error = explained(s3_url)
+    assert isinstance(error, StoreError)
+    assert "AWS_ENDPOINT_URL" in str(error)
+
+
+def test_a_url_without_a_bucket_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="names no bucket"):
+        store_of(load_settings(fhir_store_url="s3://"))

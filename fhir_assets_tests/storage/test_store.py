@@ -1,0 +1,164 @@
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.deployment.store import bucket_of
+from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.settings import load_settings
+from fhir_assets.storage.manifest import Fetch, Fetched, Manifest
+from fhir_assets.storage.orphans import unnamed_parts
+from fhir_assets.storage.part_writer import PartWriter, lines_of
+from fhir_assets.storage.store import Store, open_store
+
+NOW = datetime(2024, 1, 2, tzinfo=UTC)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    url = request.getfixturevalue("s3_url")
+    return open_store(url, bucket=lambda url: bucket_of(load_settings(), url))
+
+
+def files(store: Store) -> list[str]:
+    """Everything that the store holds, and what still grows on the way there."""
+    growing = [path.name for path in store.blobs.spool().iterdir()]
+    return sorted({*store.blobs.names(""), *growing})
+
+
+def lines(count: int, size: int = 40) -> list[bytes]:
+    return [b'{"n":%d,"pad":"%s"}' % (n, b"x" * size) for n in range(count)]
+
+
+def write(store: Store, key: str, content: list[bytes], **options: int) -> Manifest:
+    with PartWriter(store, "raw", **options) as writer:
+        for line in content:
+            writer.add("Patient", key, line, NOW)
+        parts = writer.finish().get(("Patient", key), ())
+    manifest = Manifest("raw", "Patient", key, "run", NOW, parts)
+    store.commit([manifest])
+    return manifest
+
+
+def test_what_was_written_is_read_back_byte_for_byte(store: Store) -> None:
+    content = lines(5000)
+    write(store, "2024-01-01", content, buffer_bytes=10_000)
+    manifest = store.manifest("raw", "Patient", "2024-01-01")
+    assert manifest is not None
+    assert list(lines_of(store.batches(manifest.parts))) == content
+    assert (manifest.rows, manifest.bytes) == (5000, sum(map(len, content)) + 5000)
+
+
+def test_lines_of_many_partitions_may_come_mixed(store: Store) -> None:
+    with PartWriter(store, "raw", buffer_bytes=500) as writer:
+        for n, line in enumerate(lines(300)):
+            writer.add("Patient", f"k{n % 7}", line, None)
+        parts = writer.finish()
+    for k in range(7):
+        read = list(lines_of(store.batches(parts["Patient", f"k{k}"])))
+        assert read == [line for n, line in enumerate(lines(300)) if n % 7 == k]
+
+
+def test_nothing_is_visible_before_the_commit(store: Store) -> None:
+    before = write(store, "k", lines(3))
+    with PartWriter(store, "raw") as writer:
+        writer.add("Patient", "k", b"{}", None)
+        writer.finish()
+    assert store.manifest("raw", "Patient", "k") == before
+
+
+def test_a_writer_that_is_left_early_leaves_no_files_behind(store: Store) -> None:
+    with PartWriter(store, "raw", buffer_bytes=1) as writer:
+        writer.add("Patient", "k", b"{}", None)
+        assert files(store)
+    assert files(store) == []
+
+
+def test_names_are_listed_below_their_folder_and_deleted_by_name(store: Store) -> None:
+    write(store, "k", lines(1))
+    write(store, "kk", lines(1))
+    (part,) = [name for name in store.blobs.names("raw/patient/k") if name.endswith(".gz")]
+    store.blobs.delete(part)
+    assert list(store.blobs.names("raw/patient/k")) == ["raw/patient/k/manifest.json"]
+    store.blobs.delete(part)
+
+
+def test_manifests_of_many_partitions_come_in_the_order_of_their_keys(store: Store) -> None:
+    for n in range(20):
+        write(store, f"k{n:02}", lines(n))
+    keys = [f"k{n:02}" for n in range(30)]
+    assert [manifest.rows for manifest in store.manifests("raw", "Patient", keys)] == list(range(20))
+
+
+def test_a_manifest_keeps_every_fact(store: Store) -> None:
+    fetch = Fetch(None, NOW, NOW, 10, 9, 1, 2)
+    manifest = Manifest("raw", "Patient", "k", "run", NOW, (), fetched=Fetched(NOW, False, (fetch,), "state"))
+    store.commit([manifest])
+    assert store.manifest("raw", "Patient", "k") == manifest
+    assert store.manifest("raw", "Patient", "other") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "short", "noise"])
+def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, damage: str) -> None:
+    manifest = write(store, "k", lines(5000))
+    name = manifest.parts[0].name
+    content = store.blobs.get(name)
+    assert content
+    if damage == "gone":
+        store.blobs.delete(name)
+    elif damage == "cut":
+        store.blobs.put(name, content[: len(content) // 2])
+    elif damage == "noise":
+        store.blobs.put(name, content[:100] + bytes(200) + content[300:])
+    else:
+        other = write(store, "other", lines(4999))
+        store.blobs.put(name, store.blobs.get(other.parts[0].name) or b"")
+    with pytest.raises(StoreError):
+        list(store.batches(manifest.parts))
+
+
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [("raw", "keep the parts beside it.* ops.received lists"), ("validated", "materialize the partition again")],
+)
+def test_a_damaged_manifest_says_what_to_do_without_the_loss_of_a_part(store: Store, layer: str, advice: str) -> None:
+    store.blobs.put(f"{layer}/patient/k/manifest.json", b"{")
+    with pytest.raises(StoreError, match=rf"{layer}/patient/k/manifest\.json is damaged: .*{advice}"):
+        store.manifest(layer, "Patient", "k")
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        write(open_store(str(tmp_path / "file" / "store")), "k", lines(1))
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="FHIR_STORE_URL"):
+        open_store("ftp://somewhere")
+
+
+def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write(store, "2024-01-01", lines(1))
+    left = "raw/patient/2024-01-01/.manifest.json.0a1b.tmp"
+    (tmp_path / left).write_bytes(b"{")
+    assert store.manifest("raw", "Patient", "2024-01-01") == manifest
+    assert store.partition_keys("raw", "Patient") == ["2024-01-01"]
+    later = datetime.now(UTC) + timedelta(hours=1)
+    assert [found.name for found in unnamed_parts(store, "raw", before=later)] == [left]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.blobs.put("raw/patient/2024-01-01/manifest.json", b"{}")
+    assert files(store) == []
