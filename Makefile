@@ -45,7 +45,7 @@ slow: $(VENV)/.installed-test
 # The public SQL-on-FHIR suite: make sql-on-fhir SUITE=path/to/checkout/tests
 SUITE ?= ../shared/sql-on-fhir/tests
 sql-on-fhir: $(VENV)/.installed-test
-	$(BIN)/python -m fhir_assets_tests.fhir.views.public_suite $(SUITE) --report test_report.json
+	$(BIN)/python -m fhir_assets_tests.support.sql_on_fhir_suite $(SUITE) --report test_report.json
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
 SECOND := fhir_assets_tests/e2e/second_server

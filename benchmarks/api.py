@@ -64,7 +64,7 @@ def main(patients: int, seconds: float) -> int:
                     for waiting in ingestion.received():
                         assert ingestion.load_received(waiting, triggered_by="benchmark").success
                 with warehouse.connect() as conn:
-                    _fill(conn, patients, [warehouse.sealing().index(f"K-{n}") for n in range(KNOWN)])
+                    _fill(conn, patients, [warehouse.cipher().index(f"K-{n}") for n in range(KNOWN)])
                 _lookups(port, secret, patients, seconds)
                 _intake(port, secret, seconds)
             finally:

@@ -21,7 +21,7 @@ from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import embedded
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.daemon import backfill, dagster_daemon
+from fhir_assets_tests.support.daemon import backfill, dagster_daemon
 
 _PATIENCE_SECONDS = 1800.0
 

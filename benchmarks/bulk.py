@@ -20,9 +20,9 @@ from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.pipeline.fetch.step import Fetcher
+from fhir_assets.pipeline.fetch.step import FetchStep
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.pipeline.validate.step import ResourceValidation
+from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
@@ -83,7 +83,7 @@ def _load(home: Path, url: str) -> None:
     download = perf_counter() - started
     assert extent is not None
     windows = WindowRange(list(settings.window_scheme.between(extent.start or now, extent.end)), from_first=True)
-    fetcher = Fetcher(
+    fetcher = FetchStep(
         source,
         store,
         run_id="benchmark",
@@ -93,7 +93,7 @@ def _load(home: Path, url: str) -> None:
         reject=lambda letters: None,
     )
     [update] = fetcher.fetch(["Observation"], windows)
-    validation = ResourceValidation(
+    validation = ValidateStep(
         store,
         Validator(),
         warehouse.connect,

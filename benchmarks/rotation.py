@@ -18,7 +18,7 @@ from benchmarks.machine import peak_mib, scratch
 from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.reencrypt.rotate import Rotator
+from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 
@@ -69,7 +69,7 @@ def _rotate(home: Path) -> None:
     warehouse, store, views = Warehouse(settings), store_of(settings), views_of(settings).views
     warehouse.url()
     started = perf_counter()
-    rotated = Rotator(warehouse.connect, store, views, actor="benchmark").rotate()
+    rotated = ReencryptStep(warehouse.connect, store, views, actor="benchmark").rotate()
     seconds = perf_counter() - started
     print(
         json.dumps(

@@ -19,9 +19,9 @@ from fhir_assets.definitions import views_of
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.load.rows import Batch, MakeRows
 from fhir_assets.pipeline.validate.step import Judge
-from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.pipeline.workers.pool import Workers
-from fhir_assets.privacy.encryption import CLEAR
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.store import BATCH_BYTES
 
@@ -54,7 +54,7 @@ def main(resources: int, processes: int) -> None:
     print(f"  {'both':<18}{count / one:>12,.0f}/s{count / several:>14,.0f}/s{one / several:>8.2f}")
 
 
-@seldom_collected()
+@infrequent_gc()
 def _round(workers: Workers, batches: dict[str, list[list[bytes]]]) -> dict[str, float]:
     """Seconds of each job over all types."""
     settings = load_settings()
@@ -69,7 +69,7 @@ def _round(workers: Workers, batches: dict[str, list[list[bytes]]]) -> dict[str,
     between = perf_counter()
     for name, lines in batches.items():
         made = workers.map(
-            MakeRows([view for view in views if view.resource_type == name], CLEAR),
+            MakeRows([view for view in views if view.resource_type == name], NO_ENCRYPTION),
             ((None, Batch(each, "2024-01", _ARRIVED)) for each in lines),
             weigh=lambda batch: batch.size,
             seconds=60,

@@ -35,7 +35,7 @@ from fhir_assets.orchestration.sensors.consent import apply_consent, consent_sen
 from fhir_assets.orchestration.sensors.received import load_received_sensor
 from fhir_assets.orchestration.sensors.replays import replay_dead_letters_sensor
 from fhir_assets.orchestration.sensors.run_failures import record_failed_runs
-from fhir_assets.pipeline.load.step import judgement
+from fhir_assets.pipeline.load.step import ruleset
 from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.settings import Executor, Settings, SourceKind, load_settings
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
@@ -56,12 +56,12 @@ def validator_of(settings: Settings) -> Validator:
     )
 
 
-def judges_of(settings: Settings, views: ViewSet) -> list[tuple[str, str, str]]:
+def current_rulesets(settings: Settings, views: ViewSet) -> list[tuple[str, str, str]]:
     """What judges resources at present: resource type, stage, and what dead letters have as ``judged_by``."""
     found = []
-    rules = validator_of(settings).judgement
+    rules = validator_of(settings).ruleset
     for name in settings.fhir_resource_types:
-        tables = judgement([view for view in views.views if view.resource_type == name])
+        tables = ruleset([view for view in views.views if view.resource_type == name])
         found += [(name, "validate", rules), (name, "transform", tables), (name, "load", tables)]
     return found
 
@@ -140,7 +140,7 @@ def _build(
             check_tables_schedule(settings, daily),
         ],
         sensors=[
-            replay_dead_letters_sensor(settings, replay, warehouse, judges_of(settings, views)),
+            replay_dead_letters_sensor(settings, replay, warehouse, current_rulesets(settings, views)),
             record_failed_runs(warehouse),
             alerts_sensor(settings, warehouse),
             load_received_sensor(settings, receiving, warehouse),

@@ -72,7 +72,7 @@ class StoreError(PermanentError):
     """The store cannot be read or written: disk full, missing rights, a damaged part."""
 
 
-class SealingError(PermanentError):
+class EncryptionError(PermanentError):
     """Patient data is sealed with a key that is missing, or was altered."""
 
 

@@ -18,10 +18,10 @@ from fhir_assets.orchestration.jobs import (
     LOAD_RECEIVED,
     REPLAY_DEAD_LETTERS,
 )
+from fhir_assets.orchestration.received_windows import ReceivedWindows, assets_of, group
 from fhir_assets.orchestration.run_context import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.orchestration.run_requests import range_tags
-from fhir_assets.orchestration.sensors.received import ReceivedWindows, assets_of, group
-from fhir_assets.pipeline.consent.sweep import ConsentSweep
+from fhir_assets.pipeline.consent.sweep import ConsentStep
 from fhir_assets.pipeline.due import chunks, consecutive, windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.settings import Settings
@@ -156,7 +156,7 @@ class Ingestion:
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Bring the tables to what consent says now, where no run does so."""
-        sweep = ConsentSweep(self._warehouse.connect, views, self._settings.gate, run_id=actor, actor=actor)
+        sweep = ConsentStep(self._warehouse.connect, views, self._settings.gate, run_id=actor, actor=actor)
         sweep.sweep(datetime.now(UTC))
 
     def _run(

@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.privacy.consent import Gate, Policy, Purpose
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.consent import ConsentGate, Policy, Purpose
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.windows import Granularity, WindowScheme
 
@@ -230,11 +230,11 @@ class Settings(BaseSettings):
             raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD go together: one of them is missing")
         if self.phi_encryption_keys and self.phi_encryption_keys_file:
             raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE exclude each other: unset one")
-        if not self.sealing.on and self.phi_required:
+        if not self.cipher.on and self.phi_required:
             raise ValueError(
                 "PHI_REQUIRED is set, but there are no keys: set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one)"
             )
-        if not self.sealing.on and (self.phi_encryption_keys or self.phi_encryption_keys_file):
+        if not self.cipher.on and (self.phi_encryption_keys or self.phi_encryption_keys_file):
             raise ValueError("PHI_ENCRYPTION_KEYS holds no key: unset it, or give one (`fhir-assets keys new`)")
         if self.consent_policy is not Policy.OFF and "Consent" not in self.fhir_resource_types:
             raise ValueError(
@@ -255,19 +255,19 @@ class Settings(BaseSettings):
         return self
 
     @cached_property
-    def sealing(self) -> Sealing:
+    def cipher(self) -> Cipher:
         """What seals patient data: the keys of PHI_ENCRYPTION_KEYS, or of its file. Raises ConfigurationError."""
-        return Sealing(parse_keys(self._key_texts()))
+        return Cipher(parse_keys(self._key_texts()))
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> ConsentGate:
         """Whose data is withheld from the tables."""
-        return Gate(self.consent_policy, self.consent_purpose)
+        return ConsentGate(self.consent_policy, self.consent_purpose)
 
     @property
-    def store_sealing(self) -> Sealing:
+    def store_cipher(self) -> Cipher:
         """What seals the parts in the store. With PHI_ENCRYPT_STORE=0 it opens sealed ones, and writes in the clear."""
-        return self.sealing if self.phi_encrypt_store else self.sealing.reading_only()
+        return self.cipher if self.phi_encrypt_store else self.cipher.reading_only()
 
     def _key_texts(self) -> list[str]:
         if self.phi_encryption_keys:

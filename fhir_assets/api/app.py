@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from fhir_assets import logs
 from fhir_assets.api import WORKERS, health, intake, patients, problems, runs, visits
 from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, parse_tokens
-from fhir_assets.api.context import Parts
+from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import Guard
 from fhir_assets.api.problems import Problem, ProblemDocument
 from fhir_assets.settings import Settings, load_settings
@@ -23,13 +23,13 @@ VERSION = "1.0.0"
 
 def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
     """The application. Raises ConfigurationError for malformed API_TOKENS."""
-    parts = Parts(settings)
+    context = AppContext(settings)
     tokens = parse_tokens(settings.api_tokens.get_secret_value() if settings.api_tokens else "")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        parts.close()
+        context.close()
 
     app = FastAPI(
         title="fhir_assets",
@@ -42,7 +42,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
         dependencies=[Depends(_allowed)],
         redirect_slashes=False,
     )
-    app.state.parts = parts
+    app.state.context = context
     for module in (visits, intake, patients, runs, health):
         app.include_router(module.router)
     if settings.api_docs:

@@ -25,13 +25,13 @@ from fhir_assets.fhir.validation import Validator
 from fhir_assets.metrics.exposition import exposition
 from fhir_assets.metrics.pipeline import DatabaseCollector, observer_of
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.settings import Settings
 from fhir_assets.storage.landing_zone import Zone
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, visits
 from fhir_assets.warehouse.postgres.db.connections import Connection, connection_pool
-from fhir_assets.warehouse.postgres.db.group_commit import Together
+from fhir_assets.warehouse.postgres.db.group_commit import GroupCommit
 from fhir_assets.warehouse.postgres.queries.patient_directory import Directory
 
 POOL_SIZE = 8
@@ -48,10 +48,10 @@ class Posted:
     """What one request brings, and what is to be on record of it."""
 
     records: Sequence[Record]
-    deeds: Sequence[Deed]
+    audit_records: Sequence[AuditRecord]
 
 
-class Parts:
+class AppContext:
     """Made without touching anything: what is asked for first is opened first."""
 
     def __init__(self, settings: Settings) -> None:
@@ -59,8 +59,8 @@ class Parts:
         self.warehouse = Warehouse(settings)
         self.directory = Directory(self.warehouse.connect)
         self.waiting = BoundedSemaphore(WAITING)
-        self._record = Together(self._note)
-        self._received = Together(self._receive_all)
+        self._record = GroupCommit(self._note)
+        self._received = GroupCommit(self._receive_all)
         self._pool: ConnectionPool[Any] | None = None
         self._collector: DatabaseCollector | None = None
         self._lock = Lock()
@@ -92,7 +92,7 @@ class Parts:
 
     def identify(self, resource_type: str, number: str) -> str:
         """The id of the resource that is known by a number. Raises DatabaseUnavailable: the key is in the database."""
-        return self.warehouse.sealing().identity(resource_type, number)
+        return self.warehouse.cipher().identity(resource_type, number)
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
@@ -103,14 +103,14 @@ class Parts:
         except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError):
             raise DatabaseUnavailable(_DOWN) from None
 
-    def note(self, *deeds: Deed) -> None:
+    def note(self, *audit_records: AuditRecord) -> None:
         """Deeds on record, before anybody hears of them. Raises DatabaseUnavailable."""
-        self._record.do(deeds)
+        self._record.do(audit_records)
 
-    def _note(self, asked: Sequence[Sequence[Deed]]) -> list[None]:
+    def _note(self, asked: Sequence[Sequence[AuditRecord]]) -> list[None]:
         # Each commit of the log keeps all others waiting: those who read at the same time share one.
         with self.connection() as conn:
-            audit_log.record(conn, *(deed for deeds in asked for deed in deeds))
+            audit_log.record(conn, *(audit_record for audit_records in asked for audit_record in audit_records))
         return [None] * len(asked)
 
     def receive_together(self, posted: Posted) -> None:
@@ -127,7 +127,11 @@ class Parts:
         if people := [record for record in records if record.resource_type == "Patient"]:
             with self.connection() as conn:
                 visits.said_elsewhere(conn, [each.id for each in people], max(each.as_of for each in people))
-        self.receiver.receive(records, origin, deeds=lambda _: (deed for post in posts for deed in post.deeds))
+        self.receiver.receive(
+            records,
+            origin,
+            audit_records=lambda _: (audit_record for post in posts for audit_record in post.audit_records),
+        )
 
     def metrics(self) -> tuple[bytes, str]:
         """What Prometheus is told, and its content type."""
@@ -144,7 +148,7 @@ class Parts:
     def _opened(self) -> ConnectionPool[Any]:
         with self._lock:
             if self._pool is None:
-                pool = connection_pool(self.warehouse.url(), sealing=self.warehouse.sealing(), size=POOL_SIZE)
+                pool = connection_pool(self.warehouse.url(), cipher=self.warehouse.cipher(), size=POOL_SIZE)
                 pool.open()
                 self._pool = pool
             return self._pool
@@ -162,8 +166,8 @@ class Caller:
         return self.token.actor
 
 
-def _parts(request: Request) -> Parts:
-    return cast(Parts, request.app.state.parts)
+def _context(request: Request) -> AppContext:
+    return cast(AppContext, request.app.state.context)
 
 
 def _caller(request: Request) -> Caller:
@@ -174,6 +178,6 @@ async def _body(request: Request) -> bytes:
     return await request.body()
 
 
-PartsOf = Annotated[Parts, Depends(_parts)]
+ContextOf = Annotated[AppContext, Depends(_context)]
 CallerOf = Annotated[Caller, Depends(_caller)]
 Body = Annotated[bytes, Depends(_body)]

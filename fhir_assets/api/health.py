@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from fhir_assets.api.context import PartsOf
+from fhir_assets.api.context import ContextOf
 from fhir_assets.api.problems import answers
 from fhir_assets.errors import FhirAssetsError
 
@@ -42,9 +42,9 @@ def live() -> Response:
     responses={503: {"model": Health, "description": "Not ready"}},
     summary="Is it ready?",
 )
-def health(parts: PartsOf) -> Response:
+def health(context: ContextOf) -> Response:
     """503 while database, store or Dagster is missing."""
-    return _health(parts)
+    return _health(context)
 
 
 @router.get(
@@ -53,9 +53,9 @@ def health(parts: PartsOf) -> Response:
     responses={503: {"model": Health, "description": "Not ready"}},
     summary="Is it ready?",
 )
-def ready(parts: PartsOf) -> Response:
+def ready(context: ContextOf) -> Response:
     """The same, for a readiness probe."""
-    return _health(parts)
+    return _health(context)
 
 
 @router.get(
@@ -64,26 +64,26 @@ def ready(parts: PartsOf) -> Response:
     responses={**answers(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     summary="Metrics for Prometheus",
 )
-def metrics(parts: PartsOf) -> Response:
+def metrics(context: ContextOf) -> Response:
     """What the database knows of loads, dead letters, the outbox and checks; Prometheus presents a token of role
     `operator` (`authorization` in its configuration).
     """
-    content, content_type = parts.metrics()
+    content, content_type = context.metrics()
     return Response(content, media_type=content_type)
 
 
-def _health(parts: PartsOf) -> Response:
+def _health(context: ContextOf) -> Response:
     def database() -> bool:
-        with parts.connection() as conn:
+        with context.connection() as conn:
             return conn.execute("SELECT 1").fetchone() is not None
 
     def store() -> bool:
         # The folder in which parts are written is there, and what is kept can be read.
-        parts.store.blobs.spool()
-        parts.store.blobs.get("health")
+        context.store.blobs.spool()
+        context.store.blobs.get("health")
         return True
 
-    found = {"database": _holds(database), "store": _holds(store), "dagster": _holds(parts.dagster.is_ready)}
+    found = {"database": _holds(database), "store": _holds(store), "dagster": _holds(context.dagster.is_ready)}
     ready = all(found.values())
     return Response(
         orjson.dumps({"live": True, "ready": ready, **found}), 200 if ready else 503, media_type="application/json"

@@ -10,12 +10,12 @@ import orjson
 from fastapi import APIRouter, Header, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.context import Body, Caller, CallerOf, Parts, PartsOf, Posted
+from fhir_assets.api.context import AppContext, Body, Caller, CallerOf, ContextOf, Posted
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
 from fhir_assets.pipeline.receive.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import idempotency
 
 router = APIRouter(tags=["intake"])
@@ -155,7 +155,7 @@ _OUTCOME = {
     openapi_extra=_RECORDS_BODY,
     summary="Post patient records and FHIR resources",
 )
-def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
+def ingest_records(context: ContextOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
     """Each record is validated at once, and accepted or rejected by itself, with all that is wrong with it. What is
     accepted is in raw when the answer comes; the sensor `load_received` brings it into the tables.
     """
@@ -165,9 +165,9 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
             bodies = read_submission(body)
         except Unreadable as error:
             raise Problem(400, str(error)) from None
-        require_few(parts, len(bodies))
-        judged = _judge(parts, origin).judge(bodies)
-        _receive(parts, caller, origin, judged, key)
+        require_few(context, len(bodies))
+        judged = _judge(context, origin).judge(bodies)
+        _receive(context, caller, origin, judged, key)
         results = [
             {
                 "index": index,
@@ -189,7 +189,7 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
         }
         return Response(orjson.dumps(content), 202, media_type="application/json")
 
-    return once(parts, caller, "/api/v1/ingest", key, body, work)
+    return once(context, caller, "/api/v1/ingest", key, body, work)
 
 
 @router.post(
@@ -206,7 +206,7 @@ def ingest_records(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None
     openapi_extra=_FHIR_BODY,
     summary="Post a FHIR resource or Bundle",
 )
-def ingest_fhir(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
+def ingest_fhir(context: ContextOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
     """A resource, or a Bundle of type batch, transaction or collection. Of a transaction all entries are accepted or
     none is. The OperationOutcome names entries as `Bundle.entry[n]`.
     """
@@ -216,8 +216,8 @@ def ingest_fhir(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -
             posted = read_posted(body)
         except Unreadable as error:
             return _outcome(400, [Issue("json", "error", "Resource", str(error))])
-        require_few(parts, len(posted.entries))
-        judged = _judge(parts, origin).judge_entries(posted.entries)
+        require_few(context, len(posted.entries))
+        judged = _judge(context, origin).judge_entries(posted.entries)
         issues = [
             replace(issue, path=f"Bundle.entry[{place}].resource" + issue.path[len(issue.path.split(".")[0]) :])
             if posted.bundle
@@ -227,50 +227,50 @@ def ingest_fhir(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -
         ]
         if not all(each.accepted for each in judged) and (posted.whole or not any(each.accepted for each in judged)):
             return _outcome(422, issues)
-        _receive(parts, caller, origin, judged, key)
+        _receive(context, caller, origin, judged, key)
         return _outcome(200, issues)
 
-    return once(parts, caller, "/fhir", key, body, work)
+    return once(context, caller, "/fhir", key, body, work)
 
 
 def _outcome(status: int, issues: Sequence[Issue]) -> Response:
     return Response(orjson.dumps(operation_outcome(issues)), status, media_type=FHIR_JSON)
 
 
-def _judge(parts: Parts, origin: str) -> Judge:
-    return Judge(parts.validator, parts.identify, parts.settings.fhir_resource_types, origin, request_time())
+def _judge(context: AppContext, origin: str) -> Judge:
+    return Judge(context.validator, context.identify, context.settings.fhir_resource_types, origin, request_time())
 
 
-def _receive(parts: Parts, caller: Caller, origin: str, judged: Sequence[Judged], key: str | None) -> None:
+def _receive(context: AppContext, caller: Caller, origin: str, judged: Sequence[Judged], key: str | None) -> None:
     records = [record for each in judged for record in each.records]
     if not records:
         return
     by_type = Counter(record.resource_type for record in records)
-    deeds = [
-        Deed("create", caller.actor, name, count=count, request_id=caller.request_id)
+    audit_records = [
+        AuditRecord("create", caller.actor, name, count=count, request_id=caller.request_id)
         for name, count in sorted(by_type.items())
     ]
-    posted = Posted(records, deeds)
+    posted = Posted(records, audit_records)
     if key is None:
-        parts.receive_together(posted)
+        context.receive_together(posted)
     else:
         # It may come again, and is known by its origin then.
-        parts.receive([posted], origin)
+        context.receive([posted], origin)
 
 
-def require_few(parts: Parts, count: int) -> None:
-    limit = parts.settings.api_max_records
+def require_few(context: AppContext, count: int) -> None:
+    limit = context.settings.api_max_records
     if count > limit:
         raise Problem(413, f"more than {limit:,} records in one request (API_MAX_RECORDS)", more={"max_records": limit})
 
 
 def once(
-    parts: Parts, caller: Caller, path: str, key: str | None, body: bytes, work: Callable[[str], Response]
+    context: AppContext, caller: Caller, path: str, key: str | None, body: bytes, work: Callable[[str], Response]
 ) -> Response:
     """Do the work of a request once. ``work`` gets the origin that names it: what comes again has the same."""
     if key is None:
         return work(f"api:{caller.request_id}:{uuid4().hex}")
-    with parts.connection() as conn:
+    with context.connection() as conn:
         request = idempotency.Request.of(conn, caller.token.name, path, key, body)
         try:
             before = idempotency.begin(conn, request)

@@ -8,11 +8,11 @@ import orjson
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.context import Caller, CallerOf, Parts, PartsOf
+from fhir_assets.api.context import AppContext, Caller, CallerOf, ContextOf
 from fhir_assets.api.problems import Problem, answers
-from fhir_assets.privacy.audit import Action, Deed
+from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.warehouse.ops import audit_log
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.queries import patient_directory, patients
 from fhir_assets.warehouse.postgres.queries.patient_directory import Search
 from fhir_assets.warehouse.postgres.queries.patients import Absence
@@ -70,7 +70,7 @@ class PatientPage(BaseModel):
 
 @router.get("/patients", response_model=PatientPage, responses=answers(), summary="Look patients up")
 def list_patients(
-    parts: PartsOf,
+    context: ContextOf,
     caller: CallerOf,
     page: Annotated[int, Query(ge=1, le=LAST_PAGE)] = 1,
     page_size: Annotated[int, Query(ge=1, le=200)] = 20,
@@ -87,16 +87,16 @@ def list_patients(
     equality alone. The first page and the last are as fast as each other. Whom consent withholds is not listed.
     """
     search = Search(mrn=mrn, given=first_name, family=last_name)
-    with parts.connection() as conn:
+    with context.connection() as conn:
         if search:
-            found = parts.directory.find(conn, search, page, page_size, after=after)
+            found = context.directory.find(conn, search, page, page_size, after=after)
         else:
-            found = parts.directory.page(conn, page, page_size, after=after)
-        withheld = patients.refused(conn, parts.settings.gate, found.ids)
+            found = context.directory.page(conn, page, page_size, after=after)
+        withheld = patients.refused(conn, context.settings.gate, found.ids)
         people = _patients(conn, [each for each in found.ids if each not in withheld])
-        deeds = [_deed(conn, caller, person["id"], page=page) for person in people]
-        nobody = Deed(_action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0})
-    parts.note(*(deeds or [nobody]))
+        audit_records = [_audit_record(conn, caller, person["id"], page=page) for person in people]
+        nobody = AuditRecord(_action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0})
+    context.note(*(audit_records or [nobody]))
     following = None
     if len(found.ids) == page_size:
         given = {"mrn": mrn, "first_name": first_name, "last_name": last_name}
@@ -124,9 +124,9 @@ def list_patients(
     responses=answers(404, 410),
     summary="One patient with visits",
 )
-def one_patient(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
+def one_patient(context: ContextOf, caller: CallerOf, patient_id: PatientId) -> Response:
     """403 if consent withholds the patient, 410 if the source deleted it."""
-    return _one(parts, caller, patient_id)
+    return _one(context, caller, patient_id)
 
 
 @router.get(
@@ -135,21 +135,21 @@ def one_patient(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Resp
     responses=answers(404, 410),
     summary="One patient with visits",
 )
-def one_patient_v1(parts: PartsOf, caller: CallerOf, patient_id: PatientId) -> Response:
+def one_patient_v1(context: ContextOf, caller: CallerOf, patient_id: PatientId) -> Response:
     """The same as `/patients/{patient_id}`."""
-    return _one(parts, caller, patient_id)
+    return _one(context, caller, patient_id)
 
 
-def _one(parts: Parts, caller: Caller, patient_id: str) -> Response:
-    gate = parts.settings.gate
-    with parts.connection() as conn:
+def _one(context: AppContext, caller: Caller, patient_id: str) -> Response:
+    gate = context.settings.gate
+    with context.connection() as conn:
         withheld = patients.refused(conn, gate, [patient_id])
         found = [] if withheld else _patients(conn, [patient_id])
         absence = Absence() if found else patients.why_absent(conn, patient_id)
         # Under a gate that is closed for strangers, only whoever is known is said to be withheld.
         refused = absence.withheld or bool(withheld and patient_directory.of_patients(conn, "Patient", [patient_id]))
-        deed = _deed(conn, caller, patient_id, found=len(found), refused=refused)
-    parts.note(deed)
+        audit_record = _audit_record(conn, caller, patient_id, found=len(found), refused=refused)
+    context.note(audit_record)
     if refused:
         raise Problem(
             403,
@@ -164,11 +164,11 @@ def _one(parts: Parts, caller: Caller, patient_id: str) -> Response:
 
 
 def _action(conn: Connection) -> Action:
-    return "decrypt" if sealing_of(conn).on else "read"
+    return "decrypt" if cipher_of(conn).on else "read"
 
 
-def _deed(conn: Connection, caller: Caller, patient_id: str, **detail: int | bool) -> Deed:
-    return Deed(
+def _audit_record(conn: Connection, caller: Caller, patient_id: str, **detail: int | bool) -> AuditRecord:
+    return AuditRecord(
         _action(conn),
         caller.actor,
         "Patient",

@@ -8,13 +8,13 @@ import orjson
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.context import Body, Caller, CallerOf, Parts, PartsOf
+from fhir_assets.api.context import AppContext, Body, Caller, CallerOf, ContextOf
 from fhir_assets.api.intake import Key, once, require_few
 from fhir_assets.api.problems import FieldError, Problem, answers
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import schema
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import visits
 from fhir_assets.warehouse.ops.visits import FileState, Post
 
@@ -104,16 +104,16 @@ _BODY: dict[str, Any] = {
     openapi_extra=_BODY,
     summary="Post visits",
 )
-def ingest_visits(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
+def ingest_visits(context: ContextOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
     """A list of visits. Records that are no visits are rejected in the answer with all that is wrong with each, and
     the others are taken: they are a CSV file in the landing zone when the answer comes, which Dagster loads. If none
     is a visit the answer is 422.
     """
 
     def work(_: str) -> Response:
-        _require_zone(parts)
+        _require_zone(context)
         records = _listed(body)
-        require_few(parts, len(records))
+        require_few(context, len(records))
         wrong = [(index, found) for index, record in enumerate(records) if (found := visits_csv.errors(record))]
         if len(wrong) == len(records):
             errors = [
@@ -122,7 +122,7 @@ def ingest_visits(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None)
             raise Problem(422, "none of the records is a visit, so nothing was taken", errors=errors)
         bad = {index for index, _ in wrong}
         good = [record for index, record in enumerate(records) if index not in bad]
-        post = _put(parts, caller, good, len(records))
+        post = _put(context, caller, good, len(records))
         content = {
             "records_received": post.records,
             "records_rejected": post.rejected,
@@ -135,18 +135,18 @@ def ingest_visits(parts: PartsOf, caller: CallerOf, body: Body, key: Key = None)
         }
         return Response(orjson.dumps(content), 202, media_type="application/json")
 
-    return once(parts, caller, "/ingest", key, body, work)
+    return once(context, caller, "/ingest", key, body, work)
 
 
 @router.get(
     "/ingest/tasks/{task_id}", response_model=VisitsTask, responses=answers(404), summary="How far a posted list is"
 )
 def visits_task(
-    parts: PartsOf,
+    context: ContextOf,
     task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK])],
 ) -> Response:
     """What became of the file: whether it is in the tables, and what it brought."""
-    with parts.connection() as conn:
+    with context.connection() as conn:
         post = visits.post(conn, task_id)
         if post is None:
             raise Problem(404, "there is no such task")
@@ -166,18 +166,18 @@ def visits_task(
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _put(parts: Parts, caller: Caller, good: list[dict[str, str]], count: int) -> Post:
+def _put(context: AppContext, caller: Caller, good: list[dict[str, str]], count: int) -> Post:
     # The time leads, so that files of one second are taken in the order in which they were posted.
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
-    post = Post(task_id, parts.zone.url, f"visits-{task_id}.csv", count, count - len(good), caller.token.name)
-    deed = Deed("create", caller.actor, "Encounter", count=len(good), request_id=caller.request_id)
-    with parts.connection() as conn:
+    post = Post(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(good), caller.token.name)
+    audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(good), request_id=caller.request_id)
+    with context.connection() as conn:
         visits.posted(conn, post)
         try:
-            parts.zone.put(post.csv_filename, visits_csv.write(good))
+            context.zone.put(post.csv_filename, visits_csv.write(good))
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
-    parts.note(deed)
+    context.note(audit_record)
     return post
 
 
@@ -191,8 +191,8 @@ def _listed(body: bytes) -> list[Any]:
     return records
 
 
-def _require_zone(parts: Parts) -> None:
-    settings = parts.settings
+def _require_zone(context: AppContext) -> None:
+    settings = context.settings
     if not settings.fhir_landing_url:
         raise Problem(503, "visits are not taken here: FHIR_LANDING_URL is not set to a folder or s3://bucket/prefix")
     if missing := [name for name in _NEEDED if name not in settings.fhir_resource_types]:

@@ -63,7 +63,7 @@ def list_records(
     with Warehouse(load_settings()).connect() as conn:
         subject = audit_log.subject(conn, resource_type, resource_id) if about else None
         found = audit_log.latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
-    rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.deed)} for entry in found]
+    rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.audit_record)} for entry in found]
     if json:
         print_json(rows)
     else:

@@ -9,7 +9,7 @@ import typer
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.definitions import views_of
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.consent.sweep import ConsentSweep
+from fhir_assets.pipeline.consent.sweep import ConsentStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import consents
 
@@ -37,7 +37,7 @@ def list_decisions(
 def apply(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
     """Take back what consent no longer covers, and bring what it now does. Runs do so by themselves."""
     settings = load_settings()
-    sweep = ConsentSweep(
+    sweep = ConsentStep(
         Warehouse(settings).connect,
         views_of(settings).views,
         settings.gate,

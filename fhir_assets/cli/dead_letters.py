@@ -11,19 +11,19 @@ import typer
 
 from fhir_assets.cli.ingest import report_failure
 from fhir_assets.cli.output import console, only_our_words, print_json, print_table
-from fhir_assets.definitions import build_definitions, judges_of, validator_of, views_of
+from fhir_assets.definitions import build_definitions, current_rulesets, validator_of, views_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.pipeline.replay.corrections import Correcting, Edit
-from fhir_assets.privacy.audit import Action, Deed
+from fhir_assets.pipeline.replay.corrections import CorrectionStep, Edit
+from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays, runs
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.db.connections import sealing_of
+from fhir_assets.warehouse.postgres.db.connections import cipher_of
 
 app = typer.Typer(help="Resources that could not go on, each with its reason.", no_args_is_help=True)
 
@@ -93,9 +93,11 @@ def show(
             if correction:
                 found["corrected_resource"] = _text(correction.resource)
             subject = audit_log.subject(conn, facts.resource_type, facts.resource_id or "")
-            action: Action = "decrypt" if sealing_of(conn).on else "read"
-            deed = Deed(action, f"cli:{getpass.getuser()}", facts.resource_type, subject, detail={"letter": letter})
-            audit_log.record(conn, deed)
+            action: Action = "decrypt" if cipher_of(conn).on else "read"
+            audit_record = AuditRecord(
+                action, f"cli:{getpass.getuser()}", facts.resource_type, subject, detail={"letter": letter}
+            )
+            audit_log.record(conn, audit_record)
     if json:
         print_json({**found, "issues": issues})
         return
@@ -123,12 +125,12 @@ def edit(
     settings = load_settings()
     warehouse = Warehouse(settings)
     receiver = Receiver(
-        open_store(settings.store_url, settings.store_sealing),
+        open_store(settings.store_url, settings.store_cipher),
         warehouse.connect,
         settings.window_scheme,
         settings.fhir_resource_types,
     )
-    correcting = Correcting(warehouse.connect, validator_of(settings), receiver)
+    correcting = CorrectionStep(warehouse.connect, validator_of(settings), receiver)
     change = Edit(
         patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
     )
@@ -170,7 +172,7 @@ def replay(
     chosen = _selection(ids, run, resource_type, stage, rule, window, since, until)
     if outdated:
         with warehouse.connect() as conn:
-            found = replays.outdated(conn, judges_of(settings, views_of(settings)), limit=_OUTDATED_AT_ONCE)
+            found = replays.outdated(conn, current_rulesets(settings, views_of(settings)), limit=_OUTDATED_AT_ONCE)
         chosen = replace(chosen, ids=found if ids is None else sorted(set(ids).intersection(found)))
     elif chosen == Selection() and not everything:
         raise ConfigurationError(
@@ -181,8 +183,10 @@ def replay(
         letters = sum(each.letters for each in replays.scope(conn, chosen))
         if not wait:
             replays.mark(conn, chosen)
-        deed = Deed("replay", f"cli:{getpass.getuser()}", chosen.resource_type, count=letters, detail={"waited": wait})
-        audit_log.record(conn, deed)
+        audit_record = AuditRecord(
+            "replay", f"cli:{getpass.getuser()}", chosen.resource_type, count=letters, detail={"waited": wait}
+        )
+        audit_log.record(conn, audit_record)
     outcomes = _replay(settings, chosen) if wait and letters else []
     with warehouse.connect() as conn:
         came = replays.outcome(conn, [outcome.run_id for outcome in outcomes])
@@ -228,7 +232,9 @@ def discard(
     chosen = _whole_run(warehouse, chosen)
     with warehouse.connect() as conn:
         count = replays.discard(conn, chosen, reason=reason, by=by or getpass.getuser())
-        audit_log.record(conn, Deed("discard", f"cli:{by or getpass.getuser()}", chosen.resource_type, count=count))
+        audit_log.record(
+            conn, AuditRecord("discard", f"cli:{by or getpass.getuser()}", chosen.resource_type, count=count)
+        )
     if json:
         print_json({"discarded": count})
     else:

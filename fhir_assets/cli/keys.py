@@ -14,7 +14,7 @@ from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.reencrypt.rotate import Rotated, Rotator, Survey, survey
+from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, Rotated, Survey, survey
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import key_rotations
@@ -63,7 +63,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     """
     settings = load_settings()
     with _watched(quiet=json) as watch:
-        rotated = Rotator(
+        rotated = ReencryptStep(
             Warehouse(settings).connect,
             store_of(settings),
             views_of(settings).views,
@@ -89,13 +89,13 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
 
 def _rows(settings: Settings, found: Survey) -> list[dict[str, object]]:
     """Every key that is set or needed, the newest first."""
-    ids: list[str | None] = [key.id for key in settings.sealing.keys]
+    ids: list[str | None] = [key.id for key in settings.cipher.keys]
     return [
         {
             "key": key or _CLEAR,
             "set": key is None or key in ids,
-            "newest": key is not None and key == settings.sealing.key_id,
-            "needed": key is not None and (key == settings.sealing.key_id or found.needs(key)),
+            "newest": key is not None and key == settings.cipher.key_id,
+            "needed": key is not None and (key == settings.cipher.key_id or found.needs(key)),
             **found.of(key),
         }
         for key in dict.fromkeys([*ids, *found.keys])
@@ -104,10 +104,10 @@ def _rows(settings: Settings, found: Survey) -> list[dict[str, object]]:
 
 def _advice(settings: Settings, found: Survey) -> Iterator[str]:
     """What to do about each key."""
-    if not settings.sealing.on:
+    if not settings.cipher.on:
         yield "Patient data is stored in the clear: `fhir-assets keys new`, then set PHI_ENCRYPTION_KEYS."
         return
-    newest, *older = [key.id for key in settings.sealing.keys]
+    newest, *older = [key.id for key in settings.cipher.keys]
     for key in older:
         if found.needs(key):
             yield f"Key {key} is still needed: `fhir-assets keys rotate` makes it dispensable."
@@ -127,7 +127,7 @@ def _advice(settings: Settings, found: Survey) -> Iterator[str]:
 
 def _tell(settings: Settings, rotated: Rotated) -> None:
     done = _counted(rotated.sealed) or "nothing was left to do"
-    console.print(f"Sealed with key {settings.sealing.key_id}: {done}.", markup=False, soft_wrap=True)
+    console.print(f"Sealed with key {settings.cipher.key_id}: {done}.", markup=False, soft_wrap=True)
     if any(rotated.from_clear.values()):
         console.print(f"Of these were in the clear before: {_counted(rotated.from_clear)}.", markup=False)
     for why, count in rotated.refused.most_common():

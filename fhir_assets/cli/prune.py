@@ -11,7 +11,7 @@ from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.instance import config
-from fhir_assets.pipeline.prune.prune import kinds
+from fhir_assets.orchestration.prune import kinds
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import connections
 

@@ -97,7 +97,7 @@ def upload(
 def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
     """Where this upload is noted: a file for this input and this server."""
     digest = hashlib.sha256(f"{source.expanduser().resolve()}\0{client.base_url}".encode()).hexdigest()[:16]
-    return Journal(settings.home / "uploads" / f"{digest}.sqlite", sealing=settings.sealing)
+    return Journal(settings.home / "uploads" / f"{digest}.sqlite", cipher=settings.cipher)
 
 
 def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:

@@ -16,9 +16,9 @@ from fhir_assets.fhir.bundles import Entry
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import read_header, read_instant
 from fhir_assets.pipeline.commit import rewrite
-from fhir_assets.pipeline.dead_letter_buffer import LetterBuffer
+from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Delivered, Manifest, Part
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters
@@ -41,7 +41,7 @@ class DeliveredCounts:
     not_in_tables: int = 0
 
 
-class Delivering:
+class DeliverStep:
     """Delivers windows to the server behind ``client``, all types in their order."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Delivering:
         if not steps:
             return counts
         self._client.capabilities()
-        with closing(self._connect()) as conn, Journal(sealing=self._store.sealing) as journal:
+        with closing(self._connect()) as conn, Journal(cipher=self._store.cipher) as journal:
             conn.autocommit = True
 
             def read(name: str, resource_type: str) -> Iterator[Entry]:
@@ -135,7 +135,7 @@ class Delivering:
         def reject(letters: Sequence[DeadLetter]) -> None:
             dead_letters.record_now(self._connect, self._run_id, letters)
 
-        buffer = LetterBuffer(reject)
+        buffer = DeadLetterBuffer(reject)
         for failure in journal.failures():
             buffer.add(letter(failure, windows[failure.place.rpartition(":")[0]]))
         buffer.flush()
@@ -166,7 +166,7 @@ class Delivering:
             audit_log.record(
                 conn,
                 *(
-                    Deed("export", _ACTOR, name, count=of_type.created + of_type.updated, run_id=self._run_id)
+                    AuditRecord("export", _ACTOR, name, count=of_type.created + of_type.updated, run_id=self._run_id)
                     for name, of_type in counts.items()
                 ),
             )

@@ -5,10 +5,10 @@ from functools import partial
 from fhir_assets.deployment.store import bucket_of, store_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.pipeline.receive.landing import Landing
+from fhir_assets.pipeline.receive.landing import LandingStep
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.settings import Settings
-from fhir_assets.storage.landing_zone import SealedZone, Zone, open_zone
+from fhir_assets.storage.landing_zone import EncryptedZone, Zone, open_zone
 
 
 def receiver_of(settings: Settings, warehouse: Warehouse) -> Receiver:
@@ -23,12 +23,14 @@ def zone_of(settings: Settings) -> Zone:
             "FHIR_LANDING_URL is not set: give a folder or s3://bucket/prefix where files land, in the environment or "
             "in .env"
         )
-    return SealedZone(open_zone(settings.fhir_landing_url, bucket=partial(bucket_of, settings)), settings.store_sealing)
+    return EncryptedZone(
+        open_zone(settings.fhir_landing_url, bucket=partial(bucket_of, settings)), settings.store_cipher
+    )
 
 
-def landing_of(settings: Settings, warehouse: Warehouse) -> Landing:
+def landing_of(settings: Settings, warehouse: Warehouse) -> LandingStep:
     """The landing zone of the deployment. Raises ConfigurationError."""
-    return Landing(
+    return LandingStep(
         zone_of(settings),
         receiver_of(settings, warehouse),
         warehouse.connect,

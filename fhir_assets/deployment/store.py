@@ -12,7 +12,7 @@ _ATTEMPTS = 8
 
 def store_of(settings: Settings) -> Store:
     """The store at FHIR_STORE_URL. Raises ConfigurationError; calls nothing yet."""
-    return open_store(settings.store_url, settings.store_sealing, bucket=partial(bucket_of, settings))
+    return open_store(settings.store_url, settings.store_cipher, bucket=partial(bucket_of, settings))
 
 
 def blobs_at(settings: Settings, url: str) -> Blobs:

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
 from fhir_assets.warehouse.postgres.db import connections, embedded, migrations
-from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
+from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore, Kind
 
 DATABASE = "fhir_assets"
 
@@ -23,11 +23,11 @@ class Warehouse:
     def __init__(self, settings: Settings) -> None:
         self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
         self._home: Path = settings.home
-        self._sealing = settings.sealing
+        self._cipher = settings.cipher
         self._url: str | None = None
         self._lock = Lock()
-        self.calls = Places(self._connect_places, Kind.CALLS, settings.fhir_max_connections)
-        self.loaders = Places(self._connect_places, Kind.LOADERS, settings.fhir_max_loaders)
+        self.calls = DistributedSemaphore(self._connect_places, Kind.CALLS, settings.fhir_max_connections)
+        self.loaders = DistributedSemaphore(self._connect_places, Kind.LOADERS, settings.fhir_max_loaders)
 
     def url(self) -> str:
         """The URL of the running, migrated database. Raises DatabaseUnavailable; ConfigurationError if it is sealed
@@ -38,18 +38,18 @@ class Warehouse:
                 url = self._db_url or embedded.ensure(self._home)
                 migrations.upgrade(url)
                 with connections.connect(url) as conn:
-                    self._sealing = encryption_secret.unlock(conn, self._sealing)
+                    self._cipher = encryption_secret.unlock(conn, self._cipher)
                 self._url = url
             return self._url
 
-    def sealing(self) -> Sealing:
+    def cipher(self) -> Cipher:
         """What seals the patient data in this database. Raises as ``url`` does."""
         self.url()
-        return self._sealing
+        return self._cipher
 
     def connect(self) -> connections.Connection:
         """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
-        return connections.borrow(self.url(), sealing=self.sealing())
+        return connections.borrow(self.url(), cipher=self.cipher())
 
     def look(self) -> connections.Connection:
         """A connection that needs no keys and can only read: for who looks after runs and dead letters.

@@ -8,11 +8,11 @@ import dagster as dg
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.assets.raw import POOL
 from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES
-from fhir_assets.orchestration.run_context import in_our_words
-from fhir_assets.orchestration.sensors.received import materializations
-from fhir_assets.pipeline.hydrate.missing_references import AskedById, MissingReferences
+from fhir_assets.orchestration.received_windows import materializations
+from fhir_assets.orchestration.run_context import sanitized_errors
+from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
+from fhir_assets.pipeline.hydrate.missing_references import AskedById, HydrateStep
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
@@ -23,7 +23,7 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
 
     @dg.op(
         name="ask_for_missing_references",
-        pool=POOL,
+        pool=FHIR_SERVER_POOL,
         out=dg.Out(dg.Nothing),
         required_resource_keys={"source", "store", "warehouse"},
     )
@@ -37,11 +37,11 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
         offered = source.offered()
         types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
         receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
-        missing = MissingReferences(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
+        missing = HydrateStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
         asked: Counter[str] = Counter()
         found: Counter[str] = Counter()
         deleted: Counter[str] = Counter()
-        with in_our_words():
+        with sanitized_errors():
             for batch in missing.fetch():
                 asked[batch.resource_type] += batch.asked
                 found[batch.resource_type] += batch.found

@@ -40,7 +40,7 @@ _TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
+class RunContext:
     """The run's id, its windows, how much it does again, who asked for it, the time it counts as now, and which dead
     letters it replays: None if it is no replay.
     """
@@ -58,7 +58,7 @@ class RunFacts:
         return [window.key for window in self.windows.windows]
 
     @classmethod
-    def of(cls, context: dg.AssetExecutionContext, scheme: WindowScheme) -> "RunFacts":
+    def of(cls, context: dg.AssetExecutionContext, scheme: WindowScheme) -> "RunContext":
         """Read them from the context: one partition or a range alike."""
         tags = context.run.tags
         named = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
@@ -74,7 +74,7 @@ class RunFacts:
 
 
 @contextmanager
-def recorded(facts: RunFacts, warehouse: Warehouse, resource_types: list[str]) -> Iterator[None]:
+def recorded(facts: RunContext, warehouse: Warehouse, resource_types: list[str]) -> Iterator[None]:
     """Keep ``ops.ingestion_runs`` true while a step works: RUNNING, then SUCCESS or FAILED with the reason.
 
     A step yields its outputs inside, so that what the IO manager does counts too. Every error becomes a
@@ -117,7 +117,7 @@ def step_tags(resource_types: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
+def sanitized_errors() -> Iterator[None]:
     """Every error of a step or a sensor that keeps no account of runs becomes one sentence, as in ``recorded``: what
     Dagster keeps of an error, its message and those of its causes, may quote what it choked on.
     """

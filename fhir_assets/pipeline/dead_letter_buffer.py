@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 
-LETTERS_AT_ONCE = 1000
+DEAD_LETTERS_AT_ONCE = 1000
 """How many dead letters are held before they are written."""
 
 Reject = Callable[[Sequence[DeadLetter]], None]
 """Writes dead letters; what it was given is safe when it returns."""
 
 
-class LetterBuffer:
+class DeadLetterBuffer:
     """Collects dead letters and hands them on by the thousand."""
 
     def __init__(self, reject: Reject) -> None:
@@ -21,7 +21,7 @@ class LetterBuffer:
     def add(self, letter: DeadLetter) -> None:
         """Take one."""
         self._letters.append(letter)
-        if len(self._letters) >= LETTERS_AT_ONCE:
+        if len(self._letters) >= DEAD_LETTERS_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:

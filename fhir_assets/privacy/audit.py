@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from fhir_assets.privacy.encryption import CLEAR, Sealing
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 
 Action = Literal[
     "read",
@@ -32,9 +32,9 @@ START = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
-class Deed:
+class AuditRecord:
     """Who did what, to which resource, how often, as part of what. Holds no patient data: a resource is named by its
-    keyed hash (``Sealing.subject``), a bulk deed by its ``count`` alone. ``detail`` holds short words and numbers.
+    keyed hash (``Cipher.subject``), a bulk deed by its ``count`` alone. ``detail`` holds short words and numbers.
     """
 
     action: Action
@@ -53,7 +53,7 @@ class Entry:
 
     seq: int
     at: datetime
-    deed: Deed
+    audit_record: AuditRecord
     keyed: bool
     link: bytes
 
@@ -69,24 +69,24 @@ class Fault:
         return f"record {self.seq} of ops.audit_log is {self.what}"
 
 
-def link(seq: int, at: datetime, deed: Deed, previous: bytes, sealing: Sealing) -> bytes:
+def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cipher: Cipher) -> bytes:
     """The link of a record to the one before."""
     content = [
         seq,
         at.astimezone(UTC).isoformat(timespec="microseconds"),
-        deed.action,
-        deed.actor,
-        deed.resource_type,
-        deed.subject,
-        deed.count,
-        deed.run_id,
-        deed.request_id,
-        deed.detail,
+        audit_record.action,
+        audit_record.actor,
+        audit_record.resource_type,
+        audit_record.subject,
+        audit_record.count,
+        audit_record.run_id,
+        audit_record.request_id,
+        audit_record.detail,
     ]
-    return sealing.chained(previous + json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    return cipher.chained(previous + json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
-def verify(entries: Iterable[Entry], head: tuple[int, bytes], sealing: Sealing) -> Fault | None:
+def verify(entries: Iterable[Entry], head: tuple[int, bytes], cipher: Cipher) -> Fault | None:
     """The first fault of a log, None if it is whole. ``entries`` come in the order of ``seq``; ``head`` is the number
     and the link that the log says it ends with.
     """
@@ -99,7 +99,7 @@ def verify(entries: Iterable[Entry], head: tuple[int, bytes], sealing: Sealing) 
         if keyed and not entry.keyed:
             return Fault(entry.seq, "altered")
         keyed = entry.keyed
-        expected = link(entry.seq, entry.at, entry.deed, previous, sealing if keyed else CLEAR)
+        expected = link(entry.seq, entry.at, entry.audit_record, previous, cipher if keyed else NO_ENCRYPTION)
         if expected != entry.link:
             return Fault(entry.seq, "altered")
         seq, previous = entry.seq, entry.link

@@ -37,7 +37,7 @@ class Purpose(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class ConsentGate:
     """What the tables follow: a policy, and the purpose that they serve."""
 
     policy: Policy = Policy.OFF

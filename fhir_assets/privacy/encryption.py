@@ -1,6 +1,6 @@
 """Whole resources, compressed and encrypted; values of columns as Fernet tokens; hashes of what must be found again.
 
-One small object, ``Sealing``, does all three for those who hold the keys. Without keys it is ``CLEAR``, which gives
+One small object, ``Cipher``, does all three for those who hold the keys. Without keys it is ``CLEAR``, which gives
 everything back as it came, so that callers need not ask.
 
 A sealed resource is ``FS1`` + the id of its key (4 bytes) + a nonce (12) + AES-256-GCM of the zlib-compressed bytes,
@@ -20,7 +20,7 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from isal import isal_zlib
 
-from fhir_assets.errors import SealingError
+from fhir_assets.errors import EncryptionError
 from fhir_assets.privacy.keys import ID_BYTES, KEY_BYTES, Key, derive
 
 _DAMAGED_DEFLATE = cast(type[Exception], isal_zlib.error)
@@ -34,7 +34,7 @@ _TOKEN = "gAAAAA"
 _UNKEYED_BYTES = 16
 
 
-class Sealing:
+class Cipher:
     """Seals with the newest of some keys, opens with any of them; hashes with the deployment's secret.
 
     ``secret`` is the root of the hash keys. It is the same for all keys of a deployment, kept sealed in its database
@@ -54,38 +54,38 @@ class Sealing:
             self._newest = self._ciphers[newest]
 
     def __repr__(self) -> str:
-        return f"Sealing({', '.join(key.id for key in self.keys)})" if self.keys else "Sealing(no keys)"
+        return f"Cipher({', '.join(key.id for key in self.keys)})" if self.keys else "Cipher(no keys)"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(Sealing, writes=self.on), (self.keys, self._secret)
+        return partial(Cipher, writes=self.on), (self.keys, self._secret)
 
     @property
     def key_id(self) -> str | None:
         """The id of the key that seals now; None without keys."""
         return self.keys[0].id if self.keys else None
 
-    def with_secret(self, secret: bytes) -> "Sealing":
+    def with_secret(self, secret: bytes) -> "Cipher":
         """The same keys, with the root of the hash keys."""
-        return Sealing(self.keys, secret)
+        return Cipher(self.keys, secret)
 
-    def reading_only(self) -> "Sealing":
+    def reading_only(self) -> "Cipher":
         """Opens what is sealed, and writes in the clear."""
-        return Sealing(self.keys, self._secret, writes=False)
+        return Cipher(self.keys, self._secret, writes=False)
 
     # Whole resources, and other bytes
 
-    def seal(self, content: bytes) -> bytes:
+    def encrypt_content(self, content: bytes) -> bytes:
         """The bytes compressed and encrypted; without keys as they are."""
         return self.encrypt(isal_zlib.compress(content, 1)) if self.on else content
 
-    def open(self, sealed: bytes) -> bytes:
+    def decrypt_content(self, sealed: bytes) -> bytes:
         """The bytes that were sealed; what is not sealed is given back as it is. Raises SealingError."""
         if not sealed.startswith(MAGIC):
             return sealed
         try:
             return isal_zlib.decompress(self.decrypt(sealed))
         except _DAMAGED_DEFLATE:
-            raise SealingError(_DAMAGED) from None
+            raise EncryptionError(_DAMAGED) from None
 
     def encrypt(self, content: bytes) -> bytes:
         """As ``seal``, without compression."""
@@ -97,19 +97,19 @@ class Sealing:
     def decrypt(self, sealed: bytes) -> bytes:
         """What ``encrypt`` was given. Raises SealingError if the key is not there, or the bytes were altered."""
         if not sealed.startswith(MAGIC) or len(sealed) <= _HEAD_BYTES:
-            raise SealingError(_DAMAGED)
+            raise EncryptionError(_DAMAGED)
         cipher = self._ciphers.get(sealed[len(MAGIC) : len(MAGIC) + ID_BYTES])
         if cipher is None:
-            raise SealingError(self._missing(sealed_by(sealed)))
+            raise EncryptionError(self._missing(sealed_by(sealed)))
         nonce = sealed[_HEAD_BYTES - _NONCE_BYTES : _HEAD_BYTES]
         try:
             return cipher.decrypt(nonce, sealed[_HEAD_BYTES:], None)
         except InvalidTag:
-            raise SealingError(_DAMAGED) from None
+            raise EncryptionError(_DAMAGED) from None
 
-    def reseal(self, content: bytes) -> bytes:
+    def reencrypt(self, content: bytes) -> bytes:
         """What another key sealed, or none, sealed by the newest. Raises SealingError."""
-        return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.seal(content)
+        return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.encrypt_content(content)
 
     # Values of columns
 
@@ -122,11 +122,11 @@ class Sealing:
         if not is_token(token):
             return token
         if self._fernet is None:
-            raise SealingError(self._missing(None))
+            raise EncryptionError(self._missing(None))
         try:
             return self._fernet.decrypt(token).decode()
         except InvalidToken:
-            raise SealingError(
+            raise EncryptionError(
                 "a token was made with a key that is not among PHI_ENCRYPTION_KEYS, or was altered: "
                 "add the key that is missing as the last one"
             ) from None
@@ -184,7 +184,7 @@ class Sealing:
     def _hash_key(self, purpose: str) -> bytes:
         if self._secret is None:
             if self.keys:
-                raise SealingError("the secret of the hashes is not loaded: connect through Warehouse.connect")
+                raise EncryptionError("the secret of the hashes is not loaded: connect through Warehouse.connect")
             return _UNKEYED
         return derive(self._secret, purpose)
 
@@ -222,11 +222,11 @@ def from_json(value: str) -> bytes:
     try:
         return base64.b64decode(value, validate=True)
     except ValueError:
-        raise SealingError(_DAMAGED) from None
+        raise EncryptionError(_DAMAGED) from None
 
 
 _DAMAGED = "sealed patient data is damaged, or was altered: load its window again"
 _UNKEYED = b"fhir_assets: no keys"
 
-CLEAR = Sealing()
+NO_ENCRYPTION = Cipher()
 """Without keys: everything stays as it is."""

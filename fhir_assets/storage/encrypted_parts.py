@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
-from fhir_assets.privacy.encryption import Sealing, sealed_by
+from fhir_assets.privacy.encryption import Cipher, sealed_by
 
 MARK = b"FSP1"
 SUFFIX = ".sealed"
@@ -12,22 +12,22 @@ FRAME_BYTES = 1 << 18
 _LENGTH = 4
 
 
-def frames(content: bytes, sealing: Sealing) -> Iterator[bytes]:
+def frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
     """The content of a part as the frames that go into its file, after MARK."""
     view = memoryview(content)
     for start in range(0, len(view), FRAME_BYTES):
-        sealed = sealing.encrypt(bytes(view[start : start + FRAME_BYTES]))
+        sealed = cipher.encrypt(bytes(view[start : start + FRAME_BYTES]))
         yield len(sealed).to_bytes(_LENGTH, "big") + sealed
 
 
-def opened(file: BinaryIO, sealing: Sealing) -> BinaryIO:
+def opened(file: BinaryIO, cipher: Cipher) -> BinaryIO:
     """The content of a part as a stream: decrypted if it is sealed, else the file itself."""
     if not file.seekable():
         head = file.read(len(MARK))
-        raw = _Opened(file, sealing) if head == MARK else _Joined(head, file)
+        raw = _Opened(file, cipher) if head == MARK else _Joined(head, file)
         return cast(BinaryIO, io.BufferedReader(raw, FRAME_BYTES))
     if file.read(len(MARK)) == MARK:
-        return cast(BinaryIO, io.BufferedReader(_Opened(file, sealing), FRAME_BYTES))
+        return cast(BinaryIO, io.BufferedReader(_Opened(file, cipher), FRAME_BYTES))
     file.seek(0)
     return file
 
@@ -43,9 +43,9 @@ def key_of(file: BinaryIO) -> str | None:
 class _Opened(io.RawIOBase):
     """Decrypts frame by frame. Raises EOFError where the file was cut off, SealingError where it was altered."""
 
-    def __init__(self, file: BinaryIO, sealing: Sealing) -> None:
+    def __init__(self, file: BinaryIO, cipher: Cipher) -> None:
         self._file = file
-        self._sealing = sealing
+        self._cipher = cipher
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -73,7 +73,7 @@ class _Opened(io.RawIOBase):
         sealed = self._file.read(length)
         if len(sealed) < length:
             raise EOFError
-        return self._sealing.decrypt(sealed)
+        return self._cipher.decrypt(sealed)
 
 
 class _Joined(io.RawIOBase):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fhir_assets.errors import ConfigurationError, StoreError
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, frames, opened
 from fhir_assets.storage.s3 import Bucket
 
@@ -116,12 +116,12 @@ class BucketZone:
         self.bucket.put(name, content)
 
 
-class SealedZone:
+class EncryptedZone:
     """A zone in which what is put from here is sealed. What others put there they put in the clear; both are read."""
 
-    def __init__(self, zone: Zone, sealing: Sealing) -> None:
+    def __init__(self, zone: Zone, cipher: Cipher) -> None:
         self._zone = zone
-        self._sealing = sealing
+        self._cipher = cipher
         self.url = zone.url
         self.whole = zone.whole
 
@@ -129,10 +129,10 @@ class SealedZone:
         return self._zone.files()
 
     def open(self, name: str) -> BinaryIO:
-        return opened(self._zone.open(name), self._sealing)
+        return opened(self._zone.open(name), self._cipher)
 
     def put(self, name: str, content: bytes) -> None:
-        sealed = b"".join([MARK, *frames(content, self._sealing)]) if self._sealing.on else content
+        sealed = b"".join([MARK, *frames(content, self._cipher)]) if self._cipher.on else content
         self._zone.put(name, sealed)
 
 

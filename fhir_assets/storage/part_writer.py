@@ -10,7 +10,7 @@ from types import TracebackType
 from isal import igzip
 
 from fhir_assets.errors import StoreError
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, frames
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.store import LAYERS, Store, at_once, folder
@@ -26,7 +26,7 @@ PART_BYTES = 128 << 20
 class _OpenPart:
     path: Path
     name: str
-    sealing: Sealing
+    cipher: Cipher
     lines: list[bytes] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
@@ -43,12 +43,12 @@ class _OpenPart:
         content = b"\n".join(self.lines) + b"\n"
         packed = igzip.compress(content, 1)
         with self.path.open("ab") as file:
-            if not self.sealing.on:
+            if not self.cipher.on:
                 file.write(packed)
             else:
                 if not self.rows:
                     file.write(MARK)
-                file.writelines(frames(packed, self.sealing))
+                file.writelines(frames(packed, self.cipher))
             self.stored_bytes = file.tell()
         self.rows += len(self.lines)
         self.bytes += len(content)
@@ -108,9 +108,9 @@ class PartWriter:
 
     def _begin(self, key: tuple[str, str]) -> _OpenPart:
         self._number += 1
-        sealing = self._store.sealing
-        file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if sealing.on else ''}"
-        part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}", sealing)
+        cipher = self._store.cipher
+        file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if cipher.on else ''}"
+        part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}", cipher)
         self._open[key] = part
         return part
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from fhir_assets.errors import FhirAssetsError, SealingError, StoreError
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.errors import EncryptionError, FhirAssetsError, StoreError
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, frames, key_of, opened
 from fhir_assets.storage.store import LAYERS, Store
 
@@ -28,8 +28,8 @@ def sealed_parts(store: Store) -> Iterator[tuple[str, str | None]]:
             yield from (found for found in pool.map(lambda name: _key(store, name), group) if found)
 
 
-def reseal(
-    store: Store, parts: Iterable[tuple[str, str | None]], sealing: Sealing
+def reencrypt(
+    store: Store, parts: Iterable[tuple[str, str | None]], cipher: Cipher
 ) -> Iterator[tuple[str, str | None, FhirAssetsError | None]]:
     """Seal parts with the newest key; each comes back with what went wrong, None if nothing did. Parts that are gone
     count as done. Those that cannot be read stay as they are.
@@ -37,23 +37,23 @@ def reseal(
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
         rest = iter(parts)
         while group := list(islice(rest, AT_ONCE)):
-            errors = pool.map(lambda part: _try_to_reseal(store, part[0], sealing), group)
+            errors = pool.map(lambda part: _try_to_reseal(store, part[0], cipher), group)
             yield from ((*part, error) for part, error in zip(group, errors, strict=True))
 
 
-def _try_to_reseal(store: Store, name: str, sealing: Sealing) -> FhirAssetsError | None:
+def _try_to_reseal(store: Store, name: str, cipher: Cipher) -> FhirAssetsError | None:
     path = store.blobs.spool() / f"reseal-{os.urandom(8).hex()}.tmp"
     try:
         with store.blobs.open(name) as file, path.open("wb") as target:
             target.write(MARK)
-            content = opened(file, sealing)
+            content = opened(file, cipher)
             while chunk := content.read(FRAME_BYTES):
-                target.writelines(frames(chunk, sealing))
+                target.writelines(frames(chunk, cipher))
         store.blobs.put_file(name, path)
     except EOFError:
         return StoreError(f"{store.blobs.url}/{name} is incomplete: materialize its raw partition again, in full")
-    except SealingError as error:
-        return SealingError(f"{store.blobs.url}/{name}: {error}")
+    except EncryptionError as error:
+        return EncryptionError(f"{store.blobs.url}/{name}: {error}")
     except StoreError as error:
         return error if _there(store, name) else None
     except OSError as error:

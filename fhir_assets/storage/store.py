@@ -10,7 +10,7 @@ from isal import igzip, isal_zlib
 
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, StoreError
-from fhir_assets.privacy.encryption import CLEAR, Sealing
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
 from fhir_assets.storage.encrypted_parts import opened
 from fhir_assets.storage.manifest import Manifest, Part
@@ -60,9 +60,9 @@ def folder(layer: str, resource_type: str, partition_key: str) -> str:
 class Store:
     """Reads and commits partitions. Writing their parts is PartWriter's. ``sealing`` opens and seals the parts."""
 
-    def __init__(self, blobs: Blobs, sealing: Sealing = CLEAR) -> None:
+    def __init__(self, blobs: Blobs, cipher: Cipher = NO_ENCRYPTION) -> None:
         self.blobs = blobs
-        self.sealing = sealing
+        self.cipher = cipher
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
         """The committed state of a partition, None if it was never written. Raises StoreError."""
@@ -118,7 +118,7 @@ class Store:
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""
-        with self.blobs.open(part.name) as raw, _unpack(fileobj=opened(raw, self.sealing), mode="rb") as file:
+        with self.blobs.open(part.name) as raw, _unpack(fileobj=opened(raw, self.cipher), mode="rb") as file:
             while True:
                 try:
                     chunk = file.read(BATCH_BYTES)
@@ -140,16 +140,16 @@ class Store:
         )
 
 
-def open_store(url: str, sealing: Sealing = CLEAR, *, bucket: Callable[[str], Bucket] | None = None) -> Store:
+def open_store(url: str, cipher: Cipher = NO_ENCRYPTION, *, bucket: Callable[[str], Bucket] | None = None) -> Store:
     """The store at ``url``: a folder, or ``s3://bucket/prefix`` where ``bucket`` opens one; its parts are sealed if
     there are keys.
 
     Raises ConfigurationError for a scheme that is not served.
     """
     if url.startswith("s3://") and bucket is not None:
-        return Store(S3Blobs(bucket(url)), sealing)
+        return Store(S3Blobs(bucket(url)), cipher)
     if "://" in url and not url.startswith("file://"):
         raise ConfigurationError(
             f"FHIR_STORE_URL: {url.split('://')[0]}:// is not served; give a folder or s3://bucket/prefix"
         )
-    return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()), sealing)
+    return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()), cipher)

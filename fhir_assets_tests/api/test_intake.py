@@ -168,9 +168,9 @@ def test_intake_is_on_record_with_the_name_of_its_token_and_logs_name_no_patient
     api.get("/patients?mrn=SECRET-MRN-1&last_name=Lovelace")
     assert api.settings.db_url
     with connect(api.settings.db_url.get_secret_value()) as conn:
-        deeds = conn.execute("SELECT action, actor, resource_type FROM ops.audit_log ORDER BY seq").fetchall()
-    assert ("create", "api:ingester", "Patient") in deeds
-    assert ("read", "api:admin", "Patient") in deeds
+        audit_records = conn.execute("SELECT action, actor, resource_type FROM ops.audit_log ORDER BY seq").fetchall()
+    assert ("create", "api:ingester", "Patient") in audit_records
+    assert ("read", "api:admin", "Patient") in audit_records
     log = api.log.read_text()
     assert '"/patients"' in log
     assert not any(word in log for word in ("SECRET", "Lovelace", "the-secret-of"))
@@ -190,9 +190,9 @@ def test_posts_of_the_same_moment_are_all_in_raw_and_on_record_when_they_are_ans
     assert api.settings.db_url
     with connect(api.settings.db_url.get_secret_value()) as conn:
         (origins,) = conn.execute("SELECT count(DISTINCT origin) FROM ops.received").fetchone() or (0,)
-        (deeds,) = conn.execute(
+        (audit_records,) = conn.execute(
             "SELECT count(DISTINCT request_id) FROM ops.audit_log WHERE action = 'create'"
             " AND seq > (SELECT max(seq) FROM ops.audit_log) - 48"
         ).fetchone() or (0,)
     assert 0 < origins < 48
-    assert deeds == 48
+    assert audit_records == 48

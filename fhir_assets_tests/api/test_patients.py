@@ -71,7 +71,7 @@ class Clinic:
             path = content["next"]
         return met
 
-    def deeds(self) -> list[Entry]:
+    def audit_records(self) -> list[Entry]:
         with self.warehouse.connect() as conn:
             return audit_log.latest(conn, limit=500)
 
@@ -230,15 +230,15 @@ def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clin
     clinic.api.get(f"/patients/{silent}", role="reader")
     clinic.listed("?last_name=m%C3%BCller&page_size=200")
     clinic.listed("?mrn=none")
-    deeds = [each.deed for each in reversed(clinic.deeds()) if each.seq > seq]
-    assert {deed.actor for deed in deeds} == {"api:reader"}
-    assert {deed.action for deed in deeds} == {"decrypt" if warehouse.sealing().on else "read"}
-    assert deeds[0].subject == subjects["ada"]
-    assert deeds[0].request_id == request
-    assert (deeds[1].subject, deeds[1].detail) == (subjects["silent"], {"found": 0, "refused": True})
+    audit_records = [each.audit_record for each in reversed(clinic.audit_records()) if each.seq > seq]
+    assert {audit_record.actor for audit_record in audit_records} == {"api:reader"}
+    assert {audit_record.action for audit_record in audit_records} == {"decrypt" if warehouse.cipher().on else "read"}
+    assert audit_records[0].subject == subjects["ada"]
+    assert audit_records[0].request_id == request
+    assert (audit_records[1].subject, audit_records[1].detail) == (subjects["silent"], {"found": 0, "refused": True})
     crowd = {subject for name, subject in subjects.items() if name.startswith("crowd")}
-    assert {deed.subject for deed in deeds[2:-1]} == crowd
-    assert (deeds[-1].subject, deeds[-1].detail) == (None, {"found": 0})
+    assert {audit_record.subject for audit_record in audit_records[2:-1]} == crowd
+    assert (audit_records[-1].subject, audit_records[-1].detail) == (None, {"found": 0})
     with warehouse.connect() as conn:
         assert audit_log.first_fault(conn) is None
 

@@ -147,11 +147,11 @@ def test_a_post_is_on_record_and_neither_log_nor_ledger_nor_name_holds_a_patient
     receive(api)
     assert api.settings.db_url
     with connect(api.settings.db_url.get_secret_value()) as conn:
-        deeds = conn.execute("SELECT action, actor, resource_type, count FROM ops.audit_log").fetchall()
+        audit_records = conn.execute("SELECT action, actor, resource_type, count FROM ops.audit_log").fetchall()
         tables = conn.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'ops'").fetchall()
         rows = [conn.execute(sql.SQL("SELECT t::text FROM ops.{} t").format(sql.Identifier(t))).fetchall()
                 for (t,) in tables]  # fmt: skip
-    assert ("create", "api:ingester", "Encounter", 1) in deeds
+    assert ("create", "api:ingester", "Encounter", 1) in audit_records
     said = str(rows) + caplog.text + str(os.listdir(api.settings.fhir_landing_url))
     assert "a request was answered" in said
     assert "SECRET" not in said

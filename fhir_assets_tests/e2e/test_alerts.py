@@ -19,7 +19,7 @@ from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.ops.incidents import Incident
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add, patient
+from fhir_assets_tests.support.content import add, patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"

@@ -18,11 +18,11 @@ import requests
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
-from fhir_assets_tests.api.fuzz import fuzz
-from fhir_assets_tests.daemon import until
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import instant, patient
-from fhir_assets_tests.e2e.daemon import NEVER, daemon, environment
+from fhir_assets_tests.support.api_fuzz import fuzz
+from fhir_assets_tests.support.content import instant, patient
+from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.deployment_daemon import NEVER, daemon, environment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 TYPES = "Patient,Encounter,Observation"

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fhir_assets.api.access import Role, Token
-from fhir_assets.api.context import Caller, Parts
+from fhir_assets.api.context import AppContext, Caller
 from fhir_assets.api.intake import ingest_fhir, ingest_records
 from fhir_assets.api.patients import list_patients, one_patient
 from fhir_assets.api.runs import replay_run
@@ -25,16 +25,16 @@ from fhir_assets.fhir.record import Deletion, read_header, read_record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import TypeViews
 from fhir_assets.pipeline.commit import commit
-from fhir_assets.pipeline.consent.sweep import ConsentSweep
-from fhir_assets.pipeline.load.step import Loading
+from fhir_assets.pipeline.consent.sweep import ConsentStep
+from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.pipeline.replay.steps import ReplayLoading
-from fhir_assets.pipeline.validate.step import ResourceValidation
+from fhir_assets.pipeline.replay.steps import ReplayLoadStep
+from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.pipeline.workers.pool import Workers
-from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.consent import Gate, Policy
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.privacy.consent import ConsentGate, Policy
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.blobs import LocalBlobs
@@ -48,7 +48,7 @@ from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets_tests.pipeline.test_consent import VIEWS, consent, patient, record
-from fhir_assets_tests.warehouse.views import column, view
+from fhir_assets_tests.support.views import column, view
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = "2024-01-05"
@@ -72,7 +72,7 @@ class Hospital:
             **values,
         )
         with connect(url) as conn:
-            self.sealing = encryption_secret.unlock(conn, Sealing(parse_keys([key] if key else [])))
+            self.cipher = encryption_secret.unlock(conn, Cipher(parse_keys([key] if key else [])))
         self.environment = {
             "DB_URL": url,
             "FHIR_ASSETS_HOME": str(folder / "home"),
@@ -80,13 +80,13 @@ class Hospital:
             "FHIR_LAST_UPDATED_GTE": "2024-01-01",
             "PHI_ENCRYPTION_KEYS": key or "",
         }
-        self.store = open_store(self.settings.store_url, self.settings.store_sealing)
-        self.parts = Parts(self.settings)
+        self.store = open_store(self.settings.store_url, self.settings.store_cipher)
+        self.parts = AppContext(self.settings)
         self.target = LocalBlobs(folder / "exports")
         self.url = url
 
     def connect(self) -> Connection:
-        return connect(self.url, sealing=self.sealing)
+        return connect(self.url, cipher=self.cipher)
 
     def receive(self, *resources: dict[str, Any], origin: str = "test:1") -> None:
         """Patients have come into raw."""
@@ -95,15 +95,15 @@ class Hospital:
         types = self.settings.fhir_resource_types
         Receiver(self.store, self.connect, self.settings.window_scheme, types).receive(records, origin)
 
-    def load(self, run_id: str, *, gate: Gate | None = None) -> None:
+    def load(self, run_id: str, *, gate: ConsentGate | None = None) -> None:
         """What is new in raw is judged and loaded."""
         facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": Workers(1)}
-        validation = ResourceValidation(self.store, Validator(), self.connect, now=DAY, **facts)
+        validation = ValidateStep(self.store, Validator(), self.connect, now=DAY, **facts)
         raw = self.store.manifests("raw", "Patient", [KEY])
         commit(self.connect, self.store, validation.validate("Patient", raw))
         validated = self.store.manifests("validated", "Patient", [KEY])
         window = self.settings.window_scheme.window(KEY)
-        loading = Loading(self.store, self.connect, PATIENTS, whole=True, gate=gate or Gate(), **facts)
+        loading = LoadStep(self.store, self.connect, PATIENTS, whole=True, gate=gate or ConsentGate(), **facts)
         loading.load("Patient", [window], validated)
 
     def lose(self, stage: str, identity: str = "b") -> int:
@@ -123,11 +123,11 @@ class Hospital:
             raise found.exception
         assert found.exit_code == 0, found.output
 
-    def records(self) -> list[Deed]:
+    def records(self) -> list[AuditRecord]:
         """Who and what; the user of this machine is nobody in particular."""
         with self.connect() as conn:
             assert audit_log.first_fault(conn) is None
-            return [entry.deed for entry in reversed(audit_log.latest(conn, limit=50))]
+            return [entry.audit_record for entry in reversed(audit_log.latest(conn, limit=50))]
 
     def state(self) -> dict[str, list[str]]:
         """What deeds change: the tables, what waits and is kept, and files that left."""
@@ -157,13 +157,13 @@ def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
     resource = consent("c", "a", {"type": verdict})
     with hospital.connect() as conn:
         ensure_tables(conn, ALL)
-        loader = Loader(conn, "Consent", [CONSENT], run_id="run", gate=Gate(policy))
+        loader = Loader(conn, "Consent", [CONSENT], run_id="run", gate=ConsentGate(policy))
         loader.add([(record(resource), TypeViews([CONSENT]).rows(resource))], KEY)
         loader.finish()
 
 
 def sweep(hospital: Hospital, policy: Policy) -> None:
-    ConsentSweep(hospital.connect, ALL, Gate(policy), run_id="run", actor="pipeline").sweep(DAY)
+    ConsentStep(hospital.connect, ALL, ConsentGate(policy), run_id="run", actor="pipeline").sweep(DAY)
 
 
 def export(hospital: Hospital) -> None:
@@ -186,7 +186,7 @@ def delete(hospital: Hospital) -> None:
 
 
 def heal(hospital: Hospital) -> None:
-    ReplayLoading(hospital.connect, PATIENTS, run_id="healing", also_open=True).load(
+    ReplayLoadStep(hospital.connect, PATIENTS, run_id="healing", also_open=True).load(
         "Patient", [hospital.settings.window_scheme.window(KEY)]
     )
 
@@ -202,7 +202,7 @@ class Case:
     """A deed, what must have been before it, and its records; ``None`` for the subject of a bulk deed."""
 
     do: Callable[[Hospital], object]
-    records: tuple[Deed, ...]
+    records: tuple[AuditRecord, ...]
     before: Callable[[Hospital], object] = lambda _: None
     about: str | None = None
     keys: bool = True
@@ -213,40 +213,40 @@ ME = "cli:<user>"
 CASES = {
     "create": Case(
         lambda hospital: hospital.load("load"),
-        (Deed("create", "pipeline", "Patient", run_id="load", detail={"windows": 1}),
-         Deed("update", "pipeline", "Patient", run_id="load", detail={"windows": 1})),
+        (AuditRecord("create", "pipeline", "Patient", run_id="load", detail={"windows": 1}),
+         AuditRecord("update", "pipeline", "Patient", run_id="load", detail={"windows": 1})),
         before=lambda hospital: hospital.receive(patient("new"), patient("a", active=True), origin="test:2"),
     ),
     "withhold at the load": Case(
-        lambda hospital: hospital.load("load", gate=Gate(Policy.OPT_IN)),
-        (Deed("withhold", "pipeline", "Patient", run_id="load", detail={"windows": 1}),),
+        lambda hospital: hospital.load("load", gate=ConsentGate(Policy.OPT_IN)),
+        (AuditRecord("withhold", "pipeline", "Patient", run_id="load", detail={"windows": 1}),),
         before=lambda hospital: hospital.receive(patient("new"), origin="test:2"),
     ),
-    "delete": Case(delete, (Deed("delete", "pipeline", "Patient", run_id="run"),)),
+    "delete": Case(delete, (AuditRecord("delete", "pipeline", "Patient", run_id="run"),)),
     "decrypt by the command line": Case(
         lambda hospital: hospital.command(patient_command.app, "show", "a"),
-        (Deed("decrypt", ME, "Patient", detail={"found": 1}),),
+        (AuditRecord("decrypt", ME, "Patient", detail={"found": 1}),),
         about="Patient/a",
     ),
     "decrypt by the API": Case(
         lambda hospital: one_patient(hospital.parts, CALLER, "a"),
-        (Deed("decrypt", ANNA, "Patient", request_id="request-1", detail={"found": 1, "refused": False}),),
+        (AuditRecord("decrypt", ANNA, "Patient", request_id="request-1", detail={"found": 1, "refused": False}),),
         about="Patient/a",
     ),
     "read without keys": Case(
         lambda hospital: one_patient(hospital.parts, CALLER, "a"),
-        (Deed("read", ANNA, "Patient", request_id="request-1", detail={"found": 1, "refused": False}),),
+        (AuditRecord("read", ANNA, "Patient", request_id="request-1", detail={"found": 1, "refused": False}),),
         about="Patient/a",
         keys=False,
     ),
     "look patients up": Case(
         lambda hospital: list_patients(hospital.parts, CALLER),
-        (Deed("decrypt", ANNA, "Patient", request_id="request-1", detail={"page": 1}),),
+        (AuditRecord("decrypt", ANNA, "Patient", request_id="request-1", detail={"page": 1}),),
         about="Patient/a",
     ),
     "create by the API": Case(
         lambda hospital: ingest_fhir(hospital.parts, CALLER, json.dumps(patient("posted")).encode()),
-        (Deed("create", ANNA, "Patient", request_id="request-1"),),
+        (AuditRecord("create", ANNA, "Patient", request_id="request-1"),),
     ),
     "create patient records by the API": Case(
         lambda hospital: ingest_records(
@@ -255,60 +255,60 @@ CASES = {
             b'{"records": [{"resourceType": "Patient", "mrn": "1", "consent": {"research": true}}]}',
             "a key",
         ),
-        (Deed("create", ANNA, "Consent", request_id="request-1"),
-         Deed("create", ANNA, "Patient", request_id="request-1")),
+        (AuditRecord("create", ANNA, "Consent", request_id="request-1"),
+         AuditRecord("create", ANNA, "Patient", request_id="request-1")),
     ),
     "export": Case(
         export,
-        (Deed("export", "cli:anna", "Patient", run_id="exported", detail={"file": "Patient.valid.ndjson"}),),
+        (AuditRecord("export", "cli:anna", "Patient", run_id="exported", detail={"file": "Patient.valid.ndjson"}),),
     ),
     "export into the lake": Case(
-        into_the_lake, (Deed("export", "schedule", "Patient", run_id="run", detail={"file": "lake"}),)
+        into_the_lake, (AuditRecord("export", "schedule", "Patient", run_id="run", detail={"file": "lake"}),)
     ),
     "replay by the command line": Case(
         lambda hospital: hospital.command(letters_command.app, "replay", "1", "--no-wait"),
-        (Deed("replay", ME, None, detail={"waited": False}),),
+        (AuditRecord("replay", ME, None, detail={"waited": False}),),
         before=lambda hospital: hospital.lose("validate"),
     ),
     "replay by the API": Case(
         lambda hospital: replay_run(hospital.parts, CALLER, "failed-run"),
-        (Deed("replay", ANNA, None, run_id="failed-run", request_id="request-1", detail={"stage": None}),),
+        (AuditRecord("replay", ANNA, None, run_id="failed-run", request_id="request-1", detail={"stage": None}),),
         before=lambda hospital: hospital.lose("validate"),
     ),
     "what a replay loads": Case(
         heal,
-        (Deed("create", "pipeline", "Patient", run_id="healing", detail={"replay": True}),),
+        (AuditRecord("create", "pipeline", "Patient", run_id="healing", detail={"replay": True}),),
         before=lambda hospital: hospital.lose("load"),
     ),
     "edit": Case(
         edit,
-        (Deed("edit", "anna", "Patient", detail={"letter": 1}),),
+        (AuditRecord("edit", "anna", "Patient", detail={"letter": 1}),),
         before=lambda hospital: hospital.lose("validate"),
         about="Patient/b",
     ),
     "discard": Case(
         lambda hospital: hospital.command(letters_command.app, "discard", "1", "--reason", "no", "--by", "anna"),
-        (Deed("discard", "cli:anna"),),
+        (AuditRecord("discard", "cli:anna"),),
         before=lambda hospital: hospital.lose("validate"),
     ),
     "decrypt a dead letter": Case(
         lambda hospital: hospital.command(letters_command.app, "show", "1", "--resource"),
-        (Deed("decrypt", ME, "Patient", detail={"letter": 1}),),
+        (AuditRecord("decrypt", ME, "Patient", detail={"letter": 1}),),
         before=lambda hospital: hospital.lose("validate"),
         about="Patient/b",
     ),
     "decide, and withhold": Case(
         lambda hospital: sweep(hospital, Policy.OPT_OUT),
-        (Deed("consent decision", "pipeline", "Consent", count=2, run_id="run"),
-         Deed("withhold", "pipeline", "Consent", run_id="run"),
-         Deed("withhold", "pipeline", "Patient", run_id="run")),
+        (AuditRecord("consent decision", "pipeline", "Consent", count=2, run_id="run"),
+         AuditRecord("withhold", "pipeline", "Consent", run_id="run"),
+         AuditRecord("withhold", "pipeline", "Patient", run_id="run")),
         before=lambda hospital: a_consent(hospital, "deny", Policy.OPT_OUT),
     ),
     "decide, and release": Case(
         lambda hospital: sweep(hospital, Policy.OPT_IN),
-        (Deed("consent decision", "pipeline", "Consent", count=2, run_id="run"),
-         Deed("release", "pipeline", "Consent", run_id="run"),
-         Deed("release", "pipeline", "Patient", run_id="run")),
+        (AuditRecord("consent decision", "pipeline", "Consent", count=2, run_id="run"),
+         AuditRecord("release", "pipeline", "Consent", run_id="run"),
+         AuditRecord("release", "pipeline", "Patient", run_id="run")),
         before=lambda hospital: a_consent(hospital, "permit", Policy.OPT_IN),
     ),
 }  # fmt: skip
@@ -341,22 +341,24 @@ def test_a_deed_and_its_record_are_committed_together_or_not_at_all(case: Case, 
         conn.execute("DROP FUNCTION public.refuse_commit CASCADE")
 
     case.do(hospital)
-    found = sorted((_of_nobody(deed) for deed in hospital.records()[len(known) :]), key=_order)
-    subject = hospital.sealing.subject(*case.about.split("/")) if case.about else None
-    assert found == [replace(deed, subject=subject) for deed in case.records]
+    found = sorted((_of_nobody(audit_record) for audit_record in hospital.records()[len(known) :]), key=_order)
+    subject = hospital.cipher.subject(*case.about.split("/")) if case.about else None
+    assert found == [replace(audit_record, subject=subject) for audit_record in case.records]
     assert subject is None or subject not in ("Patient/a", "a")
     hospital.parts.close()
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
 
 
-def _order(deed: Deed) -> tuple[str, str]:
-    return deed.action, deed.resource_type or ""
+def _order(audit_record: AuditRecord) -> tuple[str, str]:
+    return audit_record.action, audit_record.resource_type or ""
 
 
-def _of_nobody(deed: Deed) -> Deed:
+def _of_nobody(audit_record: AuditRecord) -> AuditRecord:
 
     return (
-        replace(deed, actor=deed.actor.replace(getpass.getuser(), "<user>")) if deed.actor.startswith("cli:") else deed
+        replace(audit_record, actor=audit_record.actor.replace(getpass.getuser(), "<user>"))
+        if audit_record.actor.startswith("cli:")
+        else audit_record
     )
 
 

@@ -22,7 +22,7 @@ from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.support.content import patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"

@@ -24,13 +24,13 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.api.conftest import Serve, serve
-from fhir_assets_tests.e2e.canaries import Canaries, Population
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add
-from fhir_assets_tests.e2e.landing import LandingZone, definitions, receive, tick
-from fhir_assets_tests.e2e.parrot import Parrot, parrot
-from fhir_assets_tests.e2e.places import PLACES, Site
 from fhir_assets_tests.e2e.test_alerts import Watch, receiver
+from fhir_assets_tests.support.canaries import Canaries, Population
+from fhir_assets_tests.support.content import add
+from fhir_assets_tests.support.echoing_server import Parrot, parrot
+from fhir_assets_tests.support.landing import LandingZone, definitions, receive, tick
+from fhir_assets_tests.support.leak_scan import PLACES, Site
 
 __all__ = ["serve"]
 

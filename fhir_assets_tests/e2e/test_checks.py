@@ -14,7 +14,7 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add, instant, patient
+from fhir_assets_tests.support.content import add, instant, patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"

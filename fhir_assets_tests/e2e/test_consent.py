@@ -18,7 +18,7 @@ from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add, instant
+from fhir_assets_tests.support.content import add, instant
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 

@@ -8,9 +8,9 @@ import psycopg
 import pytest
 
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.warehouse.postgres.db.connection_cache import IDLE
+from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 from fhir_assets_tests.e2e.conftest import Deploy
-from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.support.content import patient
 
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
 TYPES = "Patient,Encounter,Observation,Condition,Procedure,Location"
@@ -28,7 +28,7 @@ def test_an_empty_window_takes_a_handful_of_connections_whatever_the_number_of_t
     )
     ingestion = deployment.ingestion()
     (windows,) = ingestion.due(first=DAY.replace(day=2), last=DAY.replace(day=2))
-    IDLE.clear()
+    CONNECTION_CACHE.clear()
     made = 0
     connect = psycopg.Connection.connect.__func__  # type: ignore[attr-defined]
 

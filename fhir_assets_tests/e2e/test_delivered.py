@@ -15,7 +15,7 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.delivery.upload.conftest import assert_same, read_back
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add, materialize, patient
+from fhir_assets_tests.support.content import add, materialize, patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY, NEXT = "2024-01-05", "2024-01-06"

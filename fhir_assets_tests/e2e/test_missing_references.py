@@ -14,8 +14,8 @@ from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.test_checks import encounter
+from fhir_assets_tests.support.content import patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 

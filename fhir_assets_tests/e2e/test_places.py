@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
+from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore, Kind
 from fhir_assets_tests.e2e.conftest import Deploy
-from fhir_assets_tests.e2e.content import patient
 from fhir_assets_tests.e2e.test_crash import START
+from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.warehouse.test_places import places
 
 
@@ -24,15 +24,15 @@ def test_a_load_writes_to_the_tables_only_when_it_has_a_loaders_place(
         fhir_last_updated_gte="2024-01-01",
         fhir_max_loaders=1,
     )
-    take, refused = Places._take, []
+    take, refused = DistributedSemaphore._take, []
 
-    def watched(self: Places) -> int | None:
+    def watched(self: DistributedSemaphore) -> int | None:
         place = take(self)
         if place is None:
             refused.append(self._kind)
         return place
 
-    monkeypatch.setattr(Places, "_take", watched)
+    monkeypatch.setattr(DistributedSemaphore, "_take", watched)
     other = places(deployment.url, 1, Kind.LOADERS)
     with ThreadPoolExecutor(1) as pool:
         with other.one():

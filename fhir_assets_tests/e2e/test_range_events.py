@@ -8,7 +8,7 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 
 from fhir_assets.orchestration.instance.storage import BatchedEventLog
 from fhir_assets_tests.e2e.conftest import Deploy
-from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.support.content import patient
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04"]
 

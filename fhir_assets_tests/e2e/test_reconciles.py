@@ -12,7 +12,7 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import materialize, patient
+from fhir_assets_tests.support.content import materialize, patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = "2024-01-05"

@@ -18,10 +18,10 @@ from fhir_assets.orchestration.run_context import REPLAY_TAG
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
-from fhir_assets.warehouse.ops.dead_letters import Selection, StoredLetter
+from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add, materialize, patient
+from fhir_assets_tests.support.content import add, materialize, patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = "2024-01-05"
@@ -58,17 +58,17 @@ def fhir_assets(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
-def letters(deployment: Deployment, **chosen: Any) -> list[StoredLetter]:
+def letters(deployment: Deployment, **chosen: Any) -> list[StoredDeadLetter]:
     with connect(deployment.url) as conn:
         return dead_letters.find(conn, Selection(**chosen))
 
 
-def letter_of(deployment: Deployment, patient_id: str) -> StoredLetter:
+def letter_of(deployment: Deployment, patient_id: str) -> StoredDeadLetter:
     (found,) = [each for each in letters(deployment) if each.resource_id == patient_id]
     return found
 
 
-def edit(tmp_path: Path, letter: StoredLetter, patch: object = MEND) -> None:
+def edit(tmp_path: Path, letter: StoredDeadLetter, patch: object = MEND) -> None:
     path = tmp_path / "patch.json"
     path.write_text(json.dumps(patch))
     fhir_assets("edit", str(letter.id), "--patch", str(path), "--by", "anna")

@@ -8,8 +8,8 @@ import pytest
 
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
-from fhir_assets_tests.e2e.landing import LandingZone, land
 from fhir_assets_tests.e2e.test_doors import ALL_FAULTS
+from fhir_assets_tests.support.landing import LandingZone, land
 
 SYNTHEA = SHARED / "synthea"
 
@@ -86,7 +86,7 @@ def filled(deployment: Deployment) -> dict[str, list[str]]:
     return {name: rows for name, rows in deployment.tables().items() if rows}
 
 
-DOORS: dict[str, Through] = {
+CHANNELS: dict[str, Through] = {
     "search": through_search,
     "search on a bad day": through_search_on_a_bad_day,
     "bulk": through_bulk,
@@ -98,7 +98,7 @@ DOORS: dict[str, Through] = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not beside this checkout")
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", CHANNELS)
 def test_all_of_synthea_gives_the_same_tables_through_every_door(
     deploy: Deploy, empty_database: str, tmp_path: Path, request: pytest.FixtureRequest, door: str
 ) -> None:
@@ -107,7 +107,7 @@ def test_all_of_synthea_gives_the_same_tables_through_every_door(
     def elsewhere(**settings: object) -> Deployment:
         return deploy(url=empty_database, **settings)
 
-    found = DOORS[door](elsewhere, tmp_path, request)
+    found = CHANNELS[door](elsewhere, tmp_path, request)
     assert sum(found.loaded().values()) == 8421
     # What is received makes the tables of its types only; those of the others would be empty.
     assert filled(found) == filled(expected)

@@ -9,15 +9,15 @@ from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration import dead_runs
-from fhir_assets.orchestration.assets.raw import POOL
 from fhir_assets.orchestration.run_context import TRIGGER_TAG
 from fhir_assets.orchestration.run_requests import RANGE_END, RANGE_START
+from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints, runs
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.support.content import patient
 
 NOW = datetime(2024, 3, 5, 12, tzinfo=UTC)
 
@@ -109,8 +109,8 @@ def test_a_killed_ingest_is_given_up_at_once_and_its_place_at_the_fhir_server_is
 ) -> None:
     run_id = started(deployment, run_status, {TRIGGER_TAG: "cli"})
     storage = deployment.instance.event_log_storage
-    storage.set_concurrency_slots(POOL, 1)
-    assert storage.claim_concurrency_slot(POOL, run_id, "raw__patient").is_claimed
+    storage.set_concurrency_slots(FHIR_SERVER_POOL, 1)
+    assert storage.claim_concurrency_slot(FHIR_SERVER_POOL, run_id, "raw__patient").is_claimed
     (outcome,) = deployment.ingest(first=NOW, last=NOW)
     assert outcome.success
     assert status(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")

@@ -15,7 +15,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import patient
+from fhir_assets_tests.support.content import patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = dg.AssetKey(["normalized", "patient_birth"])

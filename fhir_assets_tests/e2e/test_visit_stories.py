@@ -12,11 +12,11 @@ import pytest
 
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets_tests.api.conftest import Api, api_process, values
-from fhir_assets_tests.daemon import until
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.daemon import NEVER, daemon
-from fhir_assets_tests.e2e.landing import LandingZone
 from fhir_assets_tests.pipeline.test_visits import visit
+from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
+from fhir_assets_tests.support.landing import LandingZone
 
 pytestmark = pytest.mark.slow
 

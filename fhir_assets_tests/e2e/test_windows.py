@@ -12,7 +12,7 @@ from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
-from fhir_assets_tests.e2e.content import add, asked, instant, materialize, patient
+from fhir_assets_tests.support.content import add, asked, instant, materialize, patient
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = "2024-01-05"

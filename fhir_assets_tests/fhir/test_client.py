@@ -15,7 +15,7 @@ from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, Serve
 from fhir_assets.fhir.auth.credentials import Bearer, Credentials, credentials
 from fhir_assets.fhir.client.http import Answer, FhirClient, Refusal, json_failure
 from fhir_assets.fhir.client.retries import Retrier, RetryPolicy, read_retry_after
-from fhir_assets_tests.fhir.scripted_server import Reply, ScriptedServer, reply
+from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
 
 SECRET = "Mustermann"
 STATEMENT = {

@@ -9,8 +9,8 @@ from fhir_assets.errors import ConfigurationError, ServerUnavailable
 from fhir_assets.fhir.record import Source
 from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.windows import Interval
-from fhir_assets_tests.fhir.scripted_server import Reply, ScriptedServer, reply
 from fhir_assets_tests.fhir.test_search import DAY, bundle, patient
+from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
 
 
 def settings(**values: object) -> Settings:

@@ -10,7 +10,7 @@ from fhir_assets.fhir.auth.credentials import Bearer, Credentials
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.client.http import FhirClient, Refusal
 from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
-from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer
+from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer
 
 LINES = [b'{"resourceType":"Patient","id":"p%d","name":[{"family":"x"}]}' % n for n in range(30)]
 FILE = b"\n".join(LINES) + b"\n"

@@ -14,7 +14,7 @@ from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.windows import Interval
-from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
 
 DAY = Interval(datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 2, tzinfo=UTC))
 NOW = datetime(2024, 6, 1, tzinfo=UTC)

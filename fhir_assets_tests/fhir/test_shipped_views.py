@@ -16,7 +16,7 @@ from fhir_assets.fhir.model import r4
 from fhir_assets.fhir.path import CompiledPath, compile_path
 from fhir_assets.fhir.views import Column, TypeViews, View, load_views
 from fhir_assets.sandbox.population import generate
-from fhir_assets_tests.fhir.saturated import Resource, saturated, saturated_resources
+from fhir_assets_tests.support.saturated_resources import Resource, saturated, saturated_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEWS = ROOT / "sql" / "views"

@@ -22,8 +22,8 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.windows import Interval
-from fhir_assets_tests.e2e.content import patient
-from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 WHOLE = Interval(None, datetime(2024, 2, 1, tzinfo=UTC))

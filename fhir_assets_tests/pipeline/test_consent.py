@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import TypeViews
-from fhir_assets.pipeline.consent.sweep import ConsentSweep, Swept
-from fhir_assets.pipeline.replay.steps import ReplayLoading
-from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.consent import Gate, Policy, Purpose
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.pipeline.consent.sweep import ConsentStep, Swept
+from fhir_assets.pipeline.replay.steps import ReplayLoadStep
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.privacy.consent import ConsentGate, Policy, Purpose
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
@@ -26,7 +26,7 @@ from fhir_assets.warehouse.postgres.tables.deletions import Deletion
 from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets.windows import Window
-from fhir_assets_tests.warehouse.views import column, view
+from fhir_assets_tests.support.views import column, view
 
 DAY = timedelta(days=1)
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -42,16 +42,16 @@ VIEWS = (
 class Tables:
     """The tables under a policy, driven as a run drives them."""
 
-    def __init__(self, url: str, gate: Gate, sealing: Sealing | None = None) -> None:
+    def __init__(self, url: str, gate: ConsentGate, cipher: Cipher | None = None) -> None:
         self.url = url
         self.gate = gate
         with connect(url) as conn:
-            self.sealing = encryption_secret.unlock(conn, sealing or Sealing())
+            self.cipher = encryption_secret.unlock(conn, cipher or Cipher())
         with self.connect() as conn:
             ensure_tables(conn, VIEWS)
 
     def connect(self) -> Connection:
-        return connect(self.url, sealing=self.sealing)
+        return connect(self.url, cipher=self.cipher)
 
     def load(self, *resources: dict[str, Any]) -> LoadCounts:
         total = LoadCounts()
@@ -73,7 +73,7 @@ class Tables:
         return total
 
     def sweep(self, now: datetime = START) -> Swept:
-        return ConsentSweep(self.connect, VIEWS, self.gate, run_id="sweep", actor="test").sweep(now)
+        return ConsentStep(self.connect, VIEWS, self.gate, run_id="sweep", actor="test").sweep(now)
 
     def all(self, query: str) -> set[Any]:
         with self.connect() as conn:
@@ -131,16 +131,16 @@ EVERYTHING = (patient("a"), observation("x", "a"), patient("b"), observation("y"
 OF_A = {"Patient/a", "Observation/x"}
 OF_B = {"Patient/b", "Observation/y"}
 NOBODYS = {"Organization/o"}
-OPT_IN, OPT_OUT = Gate(Policy.OPT_IN), Gate(Policy.OPT_OUT)
+OPT_IN, OPT_OUT = ConsentGate(Policy.OPT_IN), ConsentGate(Policy.OPT_OUT)
 
 
 @pytest.fixture(params=["clear", "sealed"])
-def sealing(request: pytest.FixtureRequest) -> Sealing:
-    return Sealing(parse_keys([new_key()])) if request.param == "sealed" else Sealing()
+def cipher(request: pytest.FixtureRequest) -> Cipher:
+    return Cipher(parse_keys([new_key()])) if request.param == "sealed" else Cipher()
 
 
-def test_opt_in_withholds_until_a_permit_comes_and_again_when_it_is_revoked(database: str, sealing: Sealing) -> None:
-    tables = Tables(database, OPT_IN, sealing)
+def test_opt_in_withholds_until_a_permit_comes_and_again_when_it_is_revoked(database: str, cipher: Cipher) -> None:
+    tables = Tables(database, OPT_IN, cipher)
     tables.sweep()
     assert tables.load(*EVERYTHING).withheld.total() == 4
     assert (tables.shown(), tables.held()) == (NOBODYS, OF_A | OF_B)
@@ -157,8 +157,8 @@ def test_opt_in_withholds_until_a_permit_comes_and_again_when_it_is_revoked(data
     assert tables.all("SELECT * FROM fhir.patient_name") == set()
 
 
-def test_opt_out_shows_until_a_deny_comes_and_again_when_it_is_withdrawn(database: str, sealing: Sealing) -> None:
-    tables = Tables(database, OPT_OUT, sealing)
+def test_opt_out_shows_until_a_deny_comes_and_again_when_it_is_withdrawn(database: str, cipher: Cipher) -> None:
+    tables = Tables(database, OPT_OUT, cipher)
     tables.sweep()
     tables.load(*EVERYTHING)
     assert tables.shown() == OF_A | OF_B | NOBODYS
@@ -244,16 +244,16 @@ def test_a_deleted_consent_no_longer_holds_and_what_was_deleted_does_not_come_ba
     assert tables.shown() == OF_A | OF_B | NOBODYS
 
 
-def test_a_policy_that_is_switched_goes_over_all_that_is_there(database: str, sealing: Sealing) -> None:
-    Tables(database, Gate(), sealing).load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
-    tables = Tables(database, OPT_IN, sealing)
+def test_a_policy_that_is_switched_goes_over_all_that_is_there(database: str, cipher: Cipher) -> None:
+    Tables(database, ConsentGate(), cipher).load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
+    tables = Tables(database, OPT_IN, cipher)
     with tables.connect() as conn:  # as rows from before the first policy, or from before this version
         conn.execute("UPDATE fhir.resource SET patients = NULL")
         conn.execute("DELETE FROM ops.consent_records")
         conn.execute("DELETE FROM ops.consent_changes")
     tables.sweep()
     assert tables.shown() == OF_A | NOBODYS | {"Consent/c"}
-    off = Tables(database, Gate(), tables.sealing)
+    off = Tables(database, ConsentGate(), tables.cipher)
     off.sweep()
     assert off.shown() == OF_A | OF_B | NOBODYS | {"Consent/c"}
     assert off.held() == set()
@@ -271,7 +271,7 @@ def test_what_a_replay_heals_is_withheld_too(database: str) -> None:
     with tables.connect() as conn:
         dead_letters.record(conn, "failed", letters)
     of_patients = [each for each in VIEWS if each.resource_type == "Patient"]
-    replay = ReplayLoading(tables.connect, of_patients, run_id="replay", also_open=True, gate=OPT_IN)
+    replay = ReplayLoadStep(tables.connect, of_patients, run_id="replay", also_open=True, gate=OPT_IN)
     assert replay.load("Patient", [Window(None, START, "k")]) == 3
     assert tables.all("SELECT gender FROM fhir.patient") == {"male"}
     assert tables.shown() == OF_A | NOBODYS | {"Consent/c"}
@@ -283,9 +283,9 @@ def test_what_consent_did_is_on_record(database: str) -> None:
     tables.load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
     tables.sweep()
     with tables.connect() as conn:
-        deeds = [entry.deed for entry in audit_log.latest(conn, limit=50)]
-        assert Deed("consent decision", "test", "Consent", count=2, run_id="sweep") in deeds
-        assert Deed("release", "test", "Observation", count=1, run_id="sweep") in deeds
+        audit_records = [entry.audit_record for entry in audit_log.latest(conn, limit=50)]
+        assert AuditRecord("consent decision", "test", "Consent", count=2, run_id="sweep") in audit_records
+        assert AuditRecord("release", "test", "Observation", count=1, run_id="sweep") in audit_records
         assert audit_log.first_fault(conn) is None
 
 
@@ -294,7 +294,7 @@ def test_what_consent_did_is_on_record(database: str) -> None:
 _CODES = {"data-sharing": {"TREAT", "HOPERAT"}, "research": {"HRESCH", "CLINTRCH"}}
 
 
-def naive(gate: Gate, histories: dict[str, dict[str, list[dict[str, Any]]]], day: str) -> set[str]:
+def naive(gate: ConsentGate, histories: dict[str, dict[str, list[dict[str, Any]]]], day: str) -> set[str]:
     """The patients who must be shown on a day."""
     shown = set()
     for who, by_consent in histories.items():
@@ -351,7 +351,7 @@ _any_story = given(
 @settings(max_examples=4, deadline=None, suppress_health_check=_SLOW_FIXTURES)
 @_any_story
 def test_the_tables_show_what_a_naive_model_says(database: str, seed: int, policy: Policy, purpose: Purpose) -> None:
-    story(database, seed, Gate(policy, purpose), patients=60, steps=3)
+    story(database, seed, ConsentGate(policy, purpose), patients=60, steps=3)
 
 
 @pytest.mark.slow
@@ -360,10 +360,10 @@ def test_the_tables_show_what_a_naive_model_says(database: str, seed: int, polic
 def test_the_tables_show_what_a_naive_model_says_for_a_thousand_patients(
     database: str, seed: int, policy: Policy, purpose: Purpose
 ) -> None:
-    story(database, seed, Gate(policy, purpose), patients=1000, steps=5)
+    story(database, seed, ConsentGate(policy, purpose), patients=1000, steps=5)
 
 
-def story(database: str, seed: int, gate: Gate, *, patients: int, steps: int) -> None:
+def story(database: str, seed: int, gate: ConsentGate, *, patients: int, steps: int) -> None:
     """Consents come, are narrowed, revoked, run out and contradict each other, for half of the patients at a time."""
     chance = random.Random(seed)
     people = [f"p{number}" for number in range(patients)]

@@ -10,14 +10,14 @@ import pytest
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.search.source import SearchSource
-from fhir_assets.pipeline.fetch.step import Fetcher, RawUpdate
+from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.windows import Granularity, WindowRange, WindowScheme
-from fhir_assets_tests.e2e.content import add, asked, patient
+from fhir_assets_tests.support.content import add, asked, patient
 
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
 OVERLAP = timedelta(minutes=2)
@@ -50,7 +50,7 @@ def fetch(
 ) -> RawUpdate:
     """One load's fetching at ``now``, committed."""
     source = SearchSource(FhirClient(server.url), page_size=2)
-    fetcher = Fetcher(
+    fetcher = FetchStep(
         source,
         store,
         run_id="run",
@@ -154,7 +154,7 @@ def test_an_update_while_the_window_is_read_is_no_fault(server: SandboxServer, s
             add(server, patient("a", at("10:00:00", day=7), version="2"))
             return total
 
-    fetcher = Fetcher(
+    fetcher = FetchStep(
         Busy(FhirClient(server.url)),
         store,
         run_id="run",

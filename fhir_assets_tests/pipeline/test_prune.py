@@ -18,7 +18,7 @@ from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment, deploy
-from fhir_assets_tests.e2e.content import add, patient
+from fhir_assets_tests.support.content import add, patient
 
 __all__ = ["deploy"]
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, TransientError, ViewError
-from fhir_assets.pipeline.reencrypt.rotate import Rotator, survey
-from fhir_assets.privacy.encryption import CLEAR, Sealing
+from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, survey
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, key_rotations
-from fhir_assets.warehouse.postgres.db.connections import connect, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import cipher_of, connect
 from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
-from fhir_assets_tests.pipeline.rotating import (
+from fhir_assets_tests.support.key_rotation import (
     CORRECTED,
     DAY,
     LETTER,
@@ -33,7 +33,7 @@ from fhir_assets_tests.pipeline.rotating import (
     store_at,
     write_part,
 )
-from fhir_assets_tests.warehouse.views import column, view
+from fhir_assets_tests.support.views import column, view
 
 OLD, NEW, OTHER = new_key(), new_key(), new_key()
 OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
@@ -45,7 +45,7 @@ class Place:
     folder: Path
 
     def store(self, *keys: str) -> Store:
-        return store_at(self.folder, Sealing(parse_keys(keys)) if keys else CLEAR)
+        return store_at(self.folder, Cipher(parse_keys(keys)) if keys else NO_ENCRYPTION)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_everything_is_sealed_with_the_newest_key_and_opens_without_the_older_on
         assert found.keys == [NEW_ID]
         assert rows(conn, "SELECT DISTINCT sealed_by FROM ops.corrections") == [(NEW_ID,)]
         assert audit_log.first_fault(conn) is None
-        deeds = rows(conn, "SELECT sum(count)::int FROM ops.audit_log WHERE action = 'key rotation'")
-        assert deeds == [(38 + 1,)]
+        audit_records = rows(conn, "SELECT sum(count)::int FROM ops.audit_log WHERE action = 'key rotation'")
+        assert audit_records == [(38 + 1,)]
     with pytest.raises(ConfigurationError, match=f"sealed with key {NEW_ID}, which PHI_ENCRYPTION_KEYS lacks"):
         keyring(place.url, OLD)
 
@@ -130,7 +130,7 @@ def test_a_letter_and_its_correction_from_before_there_were_keys_are_known_again
         dead_letters.record(conn, "again", [LETTER])
         assert rows(conn, "SELECT attempts FROM ops.dead_letters") == [(2,)]
         known = corrections.by_fingerprint(conn, "Patient", ["validate"], [DAY])
-        assert known == {DAY: {LETTER.fingerprint(sealing_of(conn)): CORRECTED}}
+        assert known == {DAY: {LETTER.fingerprint(cipher_of(conn)): CORRECTED}}
 
 
 def test_a_letter_that_failed_again_before_the_rotation_loses_neither_of_its_rows(place: Place) -> None:
@@ -143,7 +143,7 @@ def test_a_letter_that_failed_again_before_the_rotation_loses_neither_of_its_row
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT attempts, sealed_by FROM ops.dead_letters") == [(1, NEW_ID), (1, NEW_ID)]
         known = corrections.by_fingerprint(conn, "Patient", ["validate"], [DAY])
-        assert LETTER.fingerprint(sealing_of(conn)) in known[DAY]
+        assert LETTER.fingerprint(cipher_of(conn)) in known[DAY]
         assert LETTER.fingerprint() not in {fp for (fp,) in rows(conn, "SELECT fingerprint FROM ops.dead_letters")}
 
 
@@ -166,7 +166,7 @@ def test_rows_of_a_view_that_a_partial_load_left_with_the_older_key_are_sealed_t
     assert rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate().left_over == 0
     with opened(place.url, NEW) as conn:
         tokens = rows(conn, "SELECT family FROM fhir.patient_name")
-        assert len([sealing_of(conn).read_token(str(token)) for (token,) in tokens]) == 10
+        assert len([cipher_of(conn).read_token(str(token)) for (token,) in tokens]) == 10
 
 
 def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place: Place) -> None:
@@ -183,7 +183,7 @@ def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place
         assert rows(conn, "SELECT resource FROM fhir.resource WHERE sealed_by = '0badc0de'") == before
         assert not survey(conn, place.store(NEW), VIEWS).needs(OLD_ID)
         names = rows(conn, "SELECT family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
-        assert {sealing_of(conn).read_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
+        assert {cipher_of(conn).read_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
 
 
 def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Place) -> None:
@@ -242,8 +242,8 @@ def test_the_store_is_sealed_in_a_bucket_too(place: Place, s3_url: str) -> None:
 
 def test_with_the_store_in_the_clear_by_choice_only_sealed_parts_are_sealed_anew(place: Place) -> None:
     write_part(place.store(OLD), b"Smith", "raw")
-    clear = write_part(store_at(place.folder, CLEAR), b"Smith", "validated")
-    in_the_clear = Sealing(parse_keys([NEW, OLD])).reading_only()
+    clear = write_part(store_at(place.folder, NO_ENCRYPTION), b"Smith", "validated")
+    in_the_clear = Cipher(parse_keys([NEW, OLD])).reading_only()
     rotated = rotator(place.url, store_at(place.folder, in_the_clear), NEW, OLD).rotate()
     assert (rotated.sealed["parts"], rotated.left_over) == (1, 0)
     assert not (place.folder / clear).read_bytes().startswith(b"FSP1")
@@ -251,7 +251,7 @@ def test_with_the_store_in_the_clear_by_choice_only_sealed_parts_are_sealed_anew
 
 def test_without_keys_there_is_nothing_to_rotate_to(place: Place) -> None:
     with pytest.raises(ConfigurationError, match="keys new"):
-        Rotator(lambda: connect(place.url), place.store(), VIEWS, actor="test").rotate()
+        ReencryptStep(lambda: connect(place.url), place.store(), VIEWS, actor="test").rotate()
 
 
 def test_two_rotations_at_once_are_refused(place: Place) -> None:
@@ -272,7 +272,7 @@ def test_rows_of_a_view_that_is_gone_and_rows_without_a_resource_are_sealed_toke
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1") == before
         tokens = rows(conn, "SELECT family FROM fhir.patient_name UNION ALL SELECT mrn FROM fhir.patient")
-        opened_tokens = {sealing_of(conn).read_token(str(token)) for (token,) in tokens}
+        opened_tokens = {cipher_of(conn).read_token(str(token)) for (token,) in tokens}
         assert opened_tokens == {f"Family{n}-{k}" for n in range(5) for k in range(2)} | {f"MRN-{n}" for n in range(5)}
 
 
@@ -308,8 +308,10 @@ def test_progress_is_kept_where_others_see_it(place: Place) -> None:
         load_people(conn, range(2500))
     seen: list[key_rotations.Rotation] = []
     each: Callable[[key_rotations.Rotation], None] = seen.append
-    sealing = keyring(place.url, NEW, OLD)
-    Rotator(lambda: connect(place.url, sealing=sealing), place.store(NEW, OLD), VIEWS, actor="test", tell=each).rotate()
+    cipher = keyring(place.url, NEW, OLD)
+    ReencryptStep(
+        lambda: connect(place.url, cipher=cipher), place.store(NEW, OLD), VIEWS, actor="test", tell=each
+    ).rotate()
     assert [(p.doing, p.total, p.done, p.at_work) for p in seen] == [
         ("Patient", 2501, done, True) for done in (1000, 2000, 2500)
     ]

@@ -8,13 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-from fhir_assets.pipeline.reencrypt.rotate import Rotator, survey
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, survey
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, key_rotations
-from fhir_assets.warehouse.postgres.db.connections import connect, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import cipher_of, connect
 from fhir_assets.warehouse.postgres.tables.loading import Loader
-from fhir_assets_tests.pipeline.rotating import (
+from fhir_assets_tests.support.key_rotation import (
     VIEWS,
     everything,
     fill,
@@ -26,7 +26,7 @@ from fhir_assets_tests.pipeline.rotating import (
     rows,
     store_at,
 )
-from fhir_assets_tests.warehouse.views import rows_of
+from fhir_assets_tests.support.views import rows_of
 
 OLD, NEW = new_key(), new_key()
 OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
@@ -42,11 +42,11 @@ def wait_until(url: str, query: str) -> None:
 def families(url: str) -> list[tuple[str, str]]:
     with opened(url, NEW) as conn:
         tokens = rows(conn, "SELECT _resource_key, family FROM fhir.patient_name")
-        return sorted((str(key), sealing_of(conn).read_token(str(token))) for key, token in tokens)
+        return sorted((str(key), cipher_of(conn).read_token(str(token))) for key, token in tokens)
 
 
 def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database: str, tmp_path: Path) -> None:
-    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    store = store_at(tmp_path, Cipher(parse_keys([NEW, OLD])))
     with opened(database, OLD) as conn:
         load_people(conn, range(20))
     with opened(database, NEW, OLD) as conn:
@@ -68,7 +68,7 @@ def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database
 
 
 def test_rows_that_a_load_holds_for_good_are_left_to_the_next_rotation(database: str, tmp_path: Path) -> None:
-    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    store = store_at(tmp_path, Cipher(parse_keys([NEW, OLD])))
     with opened(database, OLD) as conn:
         load_people(conn, range(5))
         conn.execute("SELECT FROM fhir.resource WHERE id = 'p00002' FOR UPDATE")
@@ -79,7 +79,7 @@ def test_rows_that_a_load_holds_for_good_are_left_to_the_next_rotation(database:
 
 
 def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(database: str, tmp_path: Path) -> None:
-    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    store = store_at(tmp_path, Cipher(parse_keys([NEW, OLD])))
     with opened(database, OLD) as conn:
         load_people(conn, range(600))
     ended = threading.Event()
@@ -111,16 +111,16 @@ def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(da
 
 
 def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str, tmp_path: Path) -> None:
-    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+    store = store_at(tmp_path, Cipher(parse_keys([NEW, OLD])))
     with opened(database, OLD) as stale:
         load_people(stale, range(3))
-        sealing = keyring(database, NEW, OLD)
+        cipher = keyring(database, NEW, OLD)
 
         def write_again(_: key_rotations.Rotation) -> None:
             load_people(stale, range(3, 5))
 
-        rotated = Rotator(
-            lambda: connect(database, sealing=sealing), store, VIEWS, actor="test", tell=write_again
+        rotated = ReencryptStep(
+            lambda: connect(database, cipher=cipher), store, VIEWS, actor="test", tell=write_again
         ).rotate()
         assert rotated.survey.of(OLD_ID)["resources"] == 2
         assert rotated.left_over > 0
@@ -130,9 +130,9 @@ def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str,
 
 def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -> None:
     with opened(database, OLD) as conn:
-        fill(conn, store_at(tmp_path, Sealing(parse_keys([OLD]))), people=4000)
-        before = everything(conn, store_at(tmp_path, Sealing(parse_keys([OLD]))))
-    store = store_at(tmp_path, Sealing(parse_keys([NEW, OLD])))
+        fill(conn, store_at(tmp_path, Cipher(parse_keys([OLD]))), people=4000)
+        before = everything(conn, store_at(tmp_path, Cipher(parse_keys([OLD]))))
+    store = store_at(tmp_path, Cipher(parse_keys([NEW, OLD])))
     environment = {**os.environ, "KEYS": f"{NEW},{OLD}"}
     process = subprocess.Popen([sys.executable, "-m", __name__, database, str(tmp_path)], env=environment)
     wait_until(database, "SELECT FROM ops.key_rotations WHERE doing = 'Patient'")
@@ -150,10 +150,10 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     assert rotated.sealed["resources"] == 4000 - halfway.of(NEW_ID)["resources"]
     with opened(database, NEW) as conn:
         assert survey(conn, store, VIEWS).keys == [NEW_ID]
-        assert everything(conn, store_at(tmp_path, Sealing(parse_keys([NEW])))) == before
+        assert everything(conn, store_at(tmp_path, Cipher(parse_keys([NEW])))) == before
         assert audit_log.first_fault(conn) is None
 
 
 if __name__ == "__main__":
     both = os.environ["KEYS"].split(",")
-    rotator(sys.argv[1], store_at(Path(sys.argv[2]), Sealing(parse_keys(both))), *both).rotate()
+    rotator(sys.argv[1], store_at(Path(sys.argv[2]), Cipher(parse_keys(both))), *both).rotate()

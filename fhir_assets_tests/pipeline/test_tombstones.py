@@ -11,7 +11,7 @@ from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.pipeline.deletions import tombstones
 from fhir_assets.pipeline.deletions.tombstones import Tombstones
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.reencrypt import sealed_parts
 from fhir_assets.storage.store import Store, open_store
@@ -22,7 +22,7 @@ AT = datetime(2024, 1, 5, 10, 30, 0, 123000, tzinfo=UTC)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"), Sealing(parse_keys([Fernet.generate_key().decode()])))
+    return open_store(str(tmp_path / "store"), Cipher(parse_keys([Fernet.generate_key().decode()])))
 
 
 def buried(url: str) -> dict[tuple[str, str], datetime]:

@@ -19,7 +19,7 @@ from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import Item, LandedContent
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.pipeline.receive.landing import Landing
+from fhir_assets.pipeline.receive.landing import LandingStep
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.storage.landing_zone import open_zone
 from fhir_assets.storage.store import Store, open_store
@@ -55,7 +55,7 @@ class World:
         self.store: Store = open_store(str(folder / "store"))
         receiver = Receiver(self.store, lambda: connect(database), SCHEME, types, now=lambda: NOW)
         zone = open_zone(str(self.folder), bucket=lambda url: pytest.fail(url))
-        self.landing = Landing(zone, receiver, lambda: connect(database), max_bytes=1 << 20, now=lambda: NOW)
+        self.landing = LandingStep(zone, receiver, lambda: connect(database), max_bytes=1 << 20, now=lambda: NOW)
 
     def put(self, name: str, content: bytes | Sequence[Row], *, hours: int = 0) -> None:
         path = self.folder / name

@@ -58,7 +58,7 @@ def test_keys_come_from_the_environment_or_from_a_file(tmp_path: object, monkeyp
     with open(file, "w") as out:
         out.write(f"# newest first\n{first}\n{second}\n")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS_FILE", file)
-    assert load_settings().sealing.keys == from_environment.sealing.keys == parse_keys([first, second])
+    assert load_settings().cipher.keys == from_environment.cipher.keys == parse_keys([first, second])
     assert first not in repr(from_environment)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", first)
     with pytest.raises(ConfigurationError, match="exclude each other"):

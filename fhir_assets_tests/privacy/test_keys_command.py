@@ -11,7 +11,7 @@ from fhir_assets.cli.main import app
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.pipeline.rotating import VIEWS, load_people, lose, opened
+from fhir_assets_tests.support.key_rotation import VIEWS, load_people, lose, opened
 
 OLD, NEW = new_key(), new_key()
 OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))

@@ -9,84 +9,84 @@ from cryptography.fernet import Fernet, MultiFernet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.errors import SealingError
-from fhir_assets.privacy.encryption import CLEAR, Sealing, as_json, from_json, is_token, new_secret, sealed_by
+from fhir_assets.errors import EncryptionError
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json, from_json, is_token, new_secret, sealed_by
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.encrypted_parts import MARK, frames, key_of, opened
 
 OLD, NEW = new_key(), new_key()
 SECRET = new_secret()
-SEALING = Sealing(parse_keys([OLD]), SECRET)
-BOTH = Sealing(parse_keys([NEW, OLD]), SECRET)
-ONLY_NEW = Sealing(parse_keys([NEW]), SECRET)
+CIPHER = Cipher(parse_keys([OLD]), SECRET)
+BOTH = Cipher(parse_keys([NEW, OLD]), SECRET)
+ONLY_NEW = Cipher(parse_keys([NEW]), SECRET)
 
 
 @given(st.binary(max_size=5000))
 def test_bytes_round_trip(content: bytes) -> None:
-    sealed = SEALING.seal(content)
-    assert SEALING.open(sealed) == BOTH.open(sealed) == content
+    sealed = CIPHER.encrypt_content(content)
+    assert CIPHER.decrypt_content(sealed) == BOTH.decrypt_content(sealed) == content
     assert from_json(as_json(sealed).decode().strip('"')) == sealed
-    assert sealed_by(sealed) == SEALING.key_id
-    assert CLEAR.seal(content) == content
+    assert sealed_by(sealed) == CIPHER.key_id
+    assert NO_ENCRYPTION.encrypt_content(content) == content
 
 
 @given(st.text())
 def test_values_round_trip_as_fernet_tokens(value: str) -> None:
     if any("\ud800" <= c < "\ue000" for c in value):
         return
-    token = SEALING.token(value)
+    token = CIPHER.token(value)
     assert is_token(token)
     assert MultiFernet([Fernet(NEW), Fernet(OLD)]).decrypt(token).decode() == value
     assert BOTH.read_token(token) == value
-    assert SEALING.token(value) != token
+    assert CIPHER.token(value) != token
 
 
 def test_a_lost_key_is_named() -> None:
-    with pytest.raises(SealingError, match=SEALING.key_id):
-        ONLY_NEW.open(SEALING.seal(b"x"))
-    with pytest.raises(SealingError, match="there is none"):
-        CLEAR.open(SEALING.seal(b"x"))
-    with pytest.raises(SealingError, match="add the key"):
-        ONLY_NEW.read_token(SEALING.token("x"))
-    with pytest.raises(SealingError, match="there is none"):
-        CLEAR.read_token(SEALING.token("x"))
+    with pytest.raises(EncryptionError, match=CIPHER.key_id):
+        ONLY_NEW.decrypt_content(CIPHER.encrypt_content(b"x"))
+    with pytest.raises(EncryptionError, match="there is none"):
+        NO_ENCRYPTION.decrypt_content(CIPHER.encrypt_content(b"x"))
+    with pytest.raises(EncryptionError, match="add the key"):
+        ONLY_NEW.read_token(CIPHER.token("x"))
+    with pytest.raises(EncryptionError, match="there is none"):
+        NO_ENCRYPTION.read_token(CIPHER.token("x"))
 
 
 @pytest.mark.parametrize("place", [8, 20, -1])
 def test_altered_bytes_are_refused(place: int) -> None:
-    sealed = bytearray(SEALING.seal(b"a resource"))
+    sealed = bytearray(CIPHER.encrypt_content(b"a resource"))
     sealed[place] ^= 1
-    with pytest.raises(SealingError, match="damaged"):
-        SEALING.open(bytes(sealed))
+    with pytest.raises(EncryptionError, match="damaged"):
+        CIPHER.decrypt_content(bytes(sealed))
 
 
 def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
-    other = Sealing(parse_keys([OLD]), new_secret())
-    assert SEALING.index("MRN-1") == BOTH.index("MRN-1") == ONLY_NEW.index("MRN-1") != other.index("MRN-1")
-    assert SEALING.subject("Patient", "1") == ONLY_NEW.subject("Patient", "1") != other.subject("Patient", "1")
-    assert SEALING.fingerprint(b"x") == ONLY_NEW.fingerprint(b"x")
-    assert SEALING.fingerprint(b"x") not in (other.fingerprint(b"x"), CLEAR.fingerprint(b"x"))
-    assert SEALING.index("x")[:32] != SEALING.subject("x", "")[:32]
+    other = Cipher(parse_keys([OLD]), new_secret())
+    assert CIPHER.index("MRN-1") == BOTH.index("MRN-1") == ONLY_NEW.index("MRN-1") != other.index("MRN-1")
+    assert CIPHER.subject("Patient", "1") == ONLY_NEW.subject("Patient", "1") != other.subject("Patient", "1")
+    assert CIPHER.fingerprint(b"x") == ONLY_NEW.fingerprint(b"x")
+    assert CIPHER.fingerprint(b"x") not in (other.fingerprint(b"x"), NO_ENCRYPTION.fingerprint(b"x"))
+    assert CIPHER.index("x")[:32] != CIPHER.subject("x", "")[:32]
 
 
 def test_keys_reach_other_processes_and_stay_out_of_texts() -> None:
     again = pickle.loads(pickle.dumps(BOTH))
-    assert again.open(SEALING.seal(b"x")) == b"x"
+    assert again.decrypt_content(CIPHER.encrypt_content(b"x")) == b"x"
     assert again.index("x") == BOTH.index("x")
     for text in (repr(BOTH), str(BOTH.keys)):
         assert NEW not in text
         assert str(BOTH.keys[0].secret)[2:20] not in text
 
 
-def part(content: bytes, sealing: Sealing) -> BinaryIO:
-    return io.BytesIO(MARK + b"".join(frames(content, sealing)))
+def part(content: bytes, cipher: Cipher) -> BinaryIO:
+    return io.BytesIO(MARK + b"".join(frames(content, cipher)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 18, (1 << 18) + 1, 3 << 18])
 def test_parts_round_trip_frame_by_frame(size: int) -> None:
     content = bytes(n % 251 for n in range(size))
-    assert opened(part(content, SEALING), BOTH).read() == content
-    assert key_of(part(content, SEALING)) == (SEALING.key_id if size else None)
+    assert opened(part(content, CIPHER), BOTH).read() == content
+    assert key_of(part(content, CIPHER)) == (CIPHER.key_id if size else None)
 
 
 class Pipe(io.BytesIO):
@@ -95,19 +95,19 @@ class Pipe(io.BytesIO):
 
 
 def test_parts_are_read_from_streams_that_cannot_go_back() -> None:
-    sealed = cast(io.BytesIO, part(b"x" * 1000, SEALING)).getvalue()
-    assert opened(Pipe(sealed), SEALING).read() == b"x" * 1000
-    assert opened(Pipe(b"clear" * 200), SEALING).read() == b"clear" * 200
+    sealed = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
+    assert opened(Pipe(sealed), CIPHER).read() == b"x" * 1000
+    assert opened(Pipe(b"clear" * 200), CIPHER).read() == b"clear" * 200
 
 
 def test_a_part_that_was_cut_off_is_noticed() -> None:
-    sealed = cast(io.BytesIO, part(b"x" * 1000, SEALING)).getvalue()
+    sealed = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
     with pytest.raises(EOFError):
-        opened(io.BytesIO(sealed[:-1]), SEALING).read()
+        opened(io.BytesIO(sealed[:-1]), CIPHER).read()
 
 
 def test_without_encrypting_the_store_sealed_parts_still_open() -> None:
-    reading = SEALING.reading_only()
+    reading = CIPHER.reading_only()
     assert not reading.on
     assert reading.encrypt(b"x") == b"x"
-    assert reading.open(SEALING.seal(b"x")) == b"x"
+    assert reading.decrypt_content(CIPHER.encrypt_content(b"x")) == b"x"

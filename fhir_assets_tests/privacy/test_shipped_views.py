@@ -11,12 +11,12 @@ from fhir_assets.catalog import CATALOG
 from fhir_assets.definitions import views_of
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.rows import Batch, MakeRows
-from fhir_assets.privacy.encryption import CLEAR, Sealing, new_secret
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import load_settings
-from fhir_assets_tests.fhir.saturated import saturated_resources
+from fhir_assets_tests.support.saturated_resources import saturated_resources
 
-SEALING = Sealing(parse_keys([new_key()]), new_secret())
+CIPHER = Cipher(parse_keys([new_key()]), new_secret())
 
 PERSONAL = re.compile(
     rb"HumanName\.(?!use)\w+|Address\.(?:text|line|city|district|postalCode)|ContactPoint\.value|Identifier\.value"
@@ -34,10 +34,10 @@ def shipped() -> tuple[View, ...]:
     return tuple(views_of(load_settings()).views)
 
 
-def rows(resource_type: str, sealing: Sealing) -> dict[str, bytes]:
+def rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:
     """The rows of each view of a type, as they are copied into its table."""
     views = [view for view in shipped() if view.resource_type == resource_type]
-    make = MakeRows(views, sealing)
+    make = MakeRows(views, cipher)
     lines = [json.dumps(resource).encode() for resource in saturated_resources(resource_type)]
     made = make(Batch(lines, "2020-02-03", datetime.now(UTC)))
     assert made.block, made.undone
@@ -46,12 +46,12 @@ def rows(resource_type: str, sealing: Sealing) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("resource_type", [each.name for each in CATALOG if each.name not in NOBODYS])
 def test_what_tells_a_person_is_sealed_in_every_view(resource_type: str) -> None:
-    for view, text in rows(resource_type, SEALING).items():
+    for view, text in rows(resource_type, CIPHER).items():
         assert set(PERSONAL.findall(text)) == set(), view
 
 
 def test_without_keys_the_same_would_be_found() -> None:
-    clear = rows("Patient", CLEAR)
+    clear = rows("Patient", NO_ENCRYPTION)
     assert {name for name, text in clear.items() if PERSONAL.search(text)} >= {
         "patient",
         "patient_name",

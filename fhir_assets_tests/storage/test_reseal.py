@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.orphans import unnamed_parts
 from fhir_assets.storage.part_writer import PartWriter
-from fhir_assets.storage.reencrypt import reseal, sealed_parts
+from fhir_assets.storage.reencrypt import reencrypt, sealed_parts
 from fhir_assets.storage.store import Store, open_store
 
 OLD, NEW = new_key(), new_key()
-OLDER, BOTH, NEWER = (Sealing(parse_keys(keys)) for keys in ([OLD], [NEW, OLD], [NEW]))
+OLDER, BOTH, NEWER = (Cipher(parse_keys(keys)) for keys in ([OLD], [NEW, OLD], [NEW]))
 NOW = datetime(2024, 1, 2, tzinfo=UTC)
 LINES = [b'{"n":%d}' % n for n in range(100_000)]
 
@@ -31,8 +31,8 @@ def manifest(tmp_path: Path) -> Manifest:
     return manifest
 
 
-def store(folder: Path, sealing: Sealing) -> Store:
-    return open_store(str(folder), sealing)
+def store(folder: Path, cipher: Cipher) -> Store:
+    return open_store(str(folder), cipher)
 
 
 def read(store: Store, manifest: Manifest) -> Iterator[bytes]:
@@ -44,7 +44,7 @@ def test_a_part_keeps_its_name_and_lines_and_a_reader_that_is_at_it_goes_on(tmp_
     first = [next(at_it)]
     [(name, key)] = sealed_parts(store(tmp_path, BOTH))
     assert (name, key) == (manifest.parts[0].name, OLDER.key_id)
-    assert list(reseal(store(tmp_path, BOTH), [(name, key)], BOTH)) == [(name, key, None)]
+    assert list(reencrypt(store(tmp_path, BOTH), [(name, key)], BOTH)) == [(name, key, None)]
     assert list(sealed_parts(store(tmp_path, NEWER))) == [(name, NEWER.key_id)]
     assert first + list(at_it) == LINES
     assert list(read(store(tmp_path, NEWER), manifest)) == LINES
@@ -53,7 +53,7 @@ def test_a_part_keeps_its_name_and_lines_and_a_reader_that_is_at_it_goes_on(tmp_
 def test_a_part_that_is_gone_when_its_turn_comes_is_no_failure(tmp_path: Path, manifest: Manifest) -> None:
     name = manifest.parts[0].name
     (tmp_path / name).unlink()
-    assert list(reseal(store(tmp_path, BOTH), [(name, OLDER.key_id)], BOTH)) == [(name, OLDER.key_id, None)]
+    assert list(reencrypt(store(tmp_path, BOTH), [(name, OLDER.key_id)], BOTH)) == [(name, OLDER.key_id, None)]
     assert not (tmp_path / name).exists()
 
 

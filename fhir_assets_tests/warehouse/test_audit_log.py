@@ -11,22 +11,24 @@ from psycopg import sql
 from typer.testing import CliRunner
 
 from fhir_assets.cli.audit import app
-from fhir_assets.privacy.audit import Deed, Fault
-from fhir_assets.privacy.encryption import CLEAR, Sealing, new_secret
+from fhir_assets.privacy.audit import AuditRecord, Fault
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.warehouse.postgres.queries.patients import read_patient
-from fhir_assets_tests.warehouse.views import load, patient, select
+from fhir_assets_tests.support.views import load, patient, select
 
-SEALING = Sealing(parse_keys([new_key()]), new_secret())
+CIPHER = Cipher(parse_keys([new_key()]), new_secret())
 
 
-@pytest.fixture(params=[CLEAR, SEALING], ids=["without keys", "with keys"])
+@pytest.fixture(params=[NO_ENCRYPTION, CIPHER], ids=["without keys", "with keys"])
 def log(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
-    with connect(database, autocommit=True, sealing=request.param) as conn:
+    with connect(database, autocommit=True, cipher=request.param) as conn:
         for number in range(10):
-            audit_log.record(conn, Deed("read", "test", "Patient", audit_log.subject(conn, "Patient", str(number))))
+            audit_log.record(
+                conn, AuditRecord("read", "test", "Patient", audit_log.subject(conn, "Patient", str(number)))
+            )
         yield conn
 
 
@@ -84,13 +86,13 @@ def test_a_record_pushed_in_between_is_found(log: Connection) -> None:
 
 
 def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
-    with connect(database, autocommit=True, sealing=SEALING) as conn:
-        audit_log.record(conn, Deed("read", "test"), Deed("export", "thief", count=1000))
+    with connect(database, autocommit=True, cipher=CIPHER) as conn:
+        audit_log.record(conn, AuditRecord("read", "test"), AuditRecord("export", "thief", count=1000))
     with connect(database, autocommit=True) as conn:
         tamper(conn, "DELETE FROM ops.audit_log WHERE seq = 2")
         conn.execute("UPDATE ops.audit_head h SET seq = 1, link = l.link FROM ops.audit_log l WHERE l.seq = 1")
-        audit_log.record(conn, Deed("read", "nobody"))
-    with connect(database, autocommit=True, sealing=SEALING) as conn:
+        audit_log.record(conn, AuditRecord("read", "nobody"))
+    with connect(database, autocommit=True, cipher=CIPHER) as conn:
         assert audit_log.first_fault(conn) == Fault(2, "altered")
 
 
@@ -102,18 +104,18 @@ def verified(url: str, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 def test_the_command_finds_what_was_changed_and_what_was_cut_off_since_it_was_noted(database: str) -> None:
     with connect(database, autocommit=True) as conn:
-        audit_log.record(conn, *(Deed("read", f"test {number}") for number in range(5)))
+        audit_log.record(conn, *(AuditRecord("read", f"test {number}") for number in range(5)))
         code, said = verified(database)
         assert (code, said["records"], said["fault"]) == (0, 5, None)
         noted = f"5:{said['link']}"
-        audit_log.record(conn, Deed("read", "later"))
+        audit_log.record(conn, AuditRecord("read", "later"))
         assert verified(database, "--noted", noted)[0] == 0
         # The end cut off, the head brought in line, and other records in its place: the chain is whole, and another.
         tamper(conn, "DELETE FROM ops.audit_log WHERE seq > 3")
         conn.execute("UPDATE ops.audit_head h SET seq = 3, link = l.link FROM ops.audit_log l WHERE l.seq = 3")
         assert verified(database)[0] == 0
         assert verified(database, "--noted", noted)[1]["fault"] == {"seq": 5, "what": "missing"}
-        audit_log.record(conn, Deed("read", "forged"), Deed("read", "forged"))
+        audit_log.record(conn, AuditRecord("read", "forged"), AuditRecord("read", "forged"))
         assert verified(database, "--noted", noted) == (
             1,
             {**verified(database)[1], "fault": {"seq": 5, "what": "altered"}},
@@ -125,9 +127,9 @@ def test_the_command_finds_what_was_changed_and_what_was_cut_off_since_it_was_no
 
 def test_records_from_before_the_first_key_stay_true(database: str) -> None:
     with connect(database, autocommit=True) as conn:
-        audit_log.record(conn, Deed("read", "test"))
-    with connect(database, autocommit=True, sealing=SEALING) as conn:
-        audit_log.record(conn, Deed("read", "test"))
+        audit_log.record(conn, AuditRecord("read", "test"))
+    with connect(database, autocommit=True, cipher=CIPHER) as conn:
+        audit_log.record(conn, AuditRecord("read", "test"))
         assert audit_log.first_fault(conn) is None
 
 
@@ -147,7 +149,7 @@ def test_the_log_can_only_be_appended_to(log: Connection, statement: str) -> Non
 
 
 def test_a_deed_that_was_undone_is_not_on_record(conn: Connection) -> None:
-    audit_log.record(conn, Deed("delete", "test"))
+    audit_log.record(conn, AuditRecord("delete", "test"))
     conn.rollback()
     assert audit_log.head(conn)[0] == 0
 
@@ -156,7 +158,9 @@ def test_many_at_once_make_one_chain(database: str) -> None:
     def work(number: int) -> None:
         with connect(database) as conn:
             for _ in range(20):
-                audit_log.record(conn, Deed("read", f"worker {number}"), Deed("update", "nothing", count=0))
+                audit_log.record(
+                    conn, AuditRecord("read", f"worker {number}"), AuditRecord("update", "nothing", count=0)
+                )
                 conn.commit()
 
     with ThreadPoolExecutor(4) as pool:
@@ -167,7 +171,7 @@ def test_many_at_once_make_one_chain(database: str) -> None:
 
 
 def test_reading_a_patient_is_on_record_before_it_is_given(database: str) -> None:
-    with connect(database, sealing=SEALING) as conn:
+    with connect(database, cipher=CIPHER) as conn:
         record = patient("a", gender="female")
         load(conn, record)
         conn.commit()
@@ -176,7 +180,11 @@ def test_reading_a_patient_is_on_record_before_it_is_given(database: str) -> Non
         assert read_patient(conn, "unknown", actor="nurse") == []
         conn.rollback()
         one, other = reversed(audit_log.latest(conn, limit=10))
-        assert (one.deed.action, one.deed.actor, one.deed.request_id) == ("decrypt", "nurse", "r-1")
-        assert one.deed.subject == SEALING.subject("Patient", "a") != other.deed.subject
-        assert [one.deed.detail, other.deed.detail] == [{"found": 1}, {"found": 0}]
+        assert (one.audit_record.action, one.audit_record.actor, one.audit_record.request_id) == (
+            "decrypt",
+            "nurse",
+            "r-1",
+        )
+        assert one.audit_record.subject == CIPHER.subject("Patient", "a") != other.audit_record.subject
+        assert [one.audit_record.detail, other.audit_record.detail] == [{"found": 1}, {"found": 0}]
         assert "Patient/a" not in str(select(conn, "SELECT l::text FROM ops.audit_log l"))

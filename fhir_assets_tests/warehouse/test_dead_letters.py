@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fhir_assets.warehouse.ops import dead_letters
-from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection, StoredLetter
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection, StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 
 LETTER = DeadLetter(
@@ -22,7 +22,7 @@ LETTER = DeadLetter(
 )
 
 
-def stored(conn: Connection, selection: Selection | None = None) -> list[StoredLetter]:
+def stored(conn: Connection, selection: Selection | None = None) -> list[StoredDeadLetter]:
     return dead_letters.find(conn, selection or Selection())
 
 

@@ -11,8 +11,8 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.warehouse.postgres.tables.deletions import Deletion
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
-from fhir_assets_tests.warehouse import views
-from fhir_assets_tests.warehouse.views import PATIENTS, patient
+from fhir_assets_tests.support import views
+from fhir_assets_tests.support.views import PATIENTS, patient
 
 Step = Callable[[], object]
 

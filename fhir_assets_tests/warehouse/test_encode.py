@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from psycopg import Connection, errors
 
 from fhir_assets.warehouse.postgres.tables.encoding import Refused, check_escapes, row_encoder
-from fhir_assets_tests.warehouse.views import column, view
+from fhir_assets_tests.support.views import column, view
 
 TYPES = {
     "boolean": "boolean",

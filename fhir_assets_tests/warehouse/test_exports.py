@@ -18,7 +18,7 @@ from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment, deploy
-from fhir_assets_tests.e2e.content import add, patient
+from fhir_assets_tests.support.content import add, patient
 
 __all__ = ["deploy"]
 

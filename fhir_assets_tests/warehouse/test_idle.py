@@ -12,7 +12,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, borrow, co
 
 @pytest.fixture(autouse=True)
 def none_left() -> None:
-    connection_cache.IDLE.clear()
+    connection_cache.CONNECTION_CACHE.clear()
 
 
 def backend(conn: Connection) -> int:

@@ -18,7 +18,7 @@ from fhir_assets.catalog import CATALOG
 from fhir_assets.deployment.store import blobs_at
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
@@ -26,9 +26,9 @@ from fhir_assets.warehouse.lake.writer import Written
 from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
-from fhir_assets_tests.warehouse.lake_rows import in_lake, in_table
+from fhir_assets_tests.support.lake_rows import in_lake, in_table
+from fhir_assets_tests.support.views import PATIENTS, load, patient
 from fhir_assets_tests.warehouse.test_sealed_tables import KEY, PERSON, SECRETS
-from fhir_assets_tests.warehouse.views import PATIENTS, load, patient
 
 DAYS = ("2024-01-01", "2024-01-02")
 _KEEPS_WRITING = """
@@ -56,8 +56,8 @@ def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection
             yield conn
     else:
         with connect(database) as conn:
-            sealing = encryption_secret.unlock(conn, Sealing(parse_keys([new_key()])))
-        with connect(database, sealing=sealing) as conn:
+            cipher = encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
+        with connect(database, cipher=cipher) as conn:
             yield conn
 
 
@@ -92,8 +92,8 @@ def test_duckdb_reads_the_rows_of_every_shipped_view(either: Connection, tmp_pat
 
 def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(database: str, tmp_path: Path) -> None:
     with connect(database) as conn:
-        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
-    with connect(database, sealing=sealing) as conn:
+        cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
+    with connect(database, cipher=cipher) as conn:
         load(conn, PERSON, views=(SECRETS,))
         update(conn, str(tmp_path), SECRETS)
     files = list((tmp_path / "patient").rglob("*.parquet"))
@@ -103,7 +103,7 @@ def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(dat
     assert row
     family, mrn_index, ssn, born, note = row
     assert family.startswith("gAAAA")
-    assert (mrn_index, ssn) == (sealing.index("MRN-1"), sealing.index("078-05-1120"))
+    assert (mrn_index, ssn) == (cipher.index("MRN-1"), cipher.index("078-05-1120"))
     assert (born, note) == (date(1980, 1, 1), None)
     for file in (tmp_path / "patient").rglob("*"):
         content = file.read_bytes() if file.is_file() else b""

@@ -17,7 +17,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.warehouse.postgres.tables import loading as loader_module
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
-from fhir_assets_tests.warehouse.views import (
+from fhir_assets_tests.support.views import (
     PATIENTS,
     column,
     load,

@@ -13,7 +13,7 @@ import pytest
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
-from fhir_assets.warehouse.postgres.db.semaphore import Kind, Places
+from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore, Kind
 
 _CALLS = """
 import sys
@@ -38,8 +38,8 @@ with Places(partial(connect, sys.argv[1], autocommit=True), Kind.LOADERS, 1).one
 """
 
 
-def places(url: str, limit: int, kind: Kind = Kind.CALLS) -> Places:
-    return Places(partial(connect, url, autocommit=True), kind, limit)
+def places(url: str, limit: int, kind: Kind = Kind.CALLS) -> DistributedSemaphore:
+    return DistributedSemaphore(partial(connect, url, autocommit=True), kind, limit)
 
 
 @pytest.mark.parametrize("allowed", [1, 2])

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.warehouse.postgres.tables import plaintext_scan
+from fhir_assets_tests.support.views import load, patient
 from fhir_assets_tests.warehouse.test_sealed_tables import PERSON, SECRETS
-from fhir_assets_tests.warehouse.views import load, patient
 
 PHI = {"family", "mrn", "mrn_index", "ssn", "born", "died", "multiple", "note"}
 
@@ -18,8 +18,8 @@ PHI = {"family", "mrn", "mrn_index", "ssn", "born", "died", "multiple", "note"}
 @pytest.fixture
 def sealed(database: str) -> Iterator[Connection]:
     with connect(database) as conn:
-        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([new_key()])))
-    with connect(database, sealing=sealing) as conn:
+        cipher = encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
+    with connect(database, cipher=cipher) as conn:
         load(conn, PERSON, patient("nothing known"), views=(SECRETS,))
         yield conn
 

@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.views import ViewSet
-from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres.db import embedded, migrations, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect, with_database
 from fhir_assets.warehouse.postgres.tables import deletions, view_tables
-from fhir_assets_tests.pipeline.rotating import LETTER, PATIENT, VIEWS, fill, load_people, store_at
-from fhir_assets_tests.warehouse.views import column, load, patient, view
+from fhir_assets_tests.support.key_rotation import LETTER, PATIENT, VIEWS, fill, load_people, store_at
+from fhir_assets_tests.support.views import column, load, patient, view
 
 KEY = new_key()
 User = Callable[[str], str]
@@ -52,16 +52,16 @@ def user(database: str) -> Iterator[User]:
 @pytest.fixture
 def filled(database: str, tmp_path: Path) -> str:
     """Something in every table, the views' made by the owner."""
-    sealing = keyring(database)
-    with connect(database, sealing=sealing) as conn:
-        fill(conn, store_at(tmp_path, sealing), people=3)
-        audit_log.record(conn, Deed("read", "test"))
+    cipher = keyring(database)
+    with connect(database, cipher=cipher) as conn:
+        fill(conn, store_at(tmp_path, cipher), people=3)
+        audit_log.record(conn, AuditRecord("read", "test"))
     return database
 
 
-def keyring(url: str) -> Sealing:
+def keyring(url: str) -> Cipher:
     with connect(url) as conn:
-        return encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
+        return encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
 
 
 def refused(url: str, statement: str) -> bool:
@@ -100,11 +100,11 @@ def test_a_reader_reads_the_tables_of_the_views_and_nothing_else(filled: str, us
 
 def test_an_operator_sees_and_settles_what_failed_but_no_patient(filled: str, user: User) -> None:
     url = user(roles.OPERATOR)
-    with connect(url, sealing=keyring(filled)) as conn:
+    with connect(url, cipher=keyring(filled)) as conn:
         assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
         assert [letter.rule for letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
         replays.mark(conn, Selection())
-        audit_log.record(conn, Deed("replay", "an operator"))
+        audit_log.record(conn, AuditRecord("replay", "an operator"))
     for statement in (
         "SELECT FROM fhir.patient",
         "SELECT FROM fhir.resource",
@@ -131,8 +131,8 @@ def test_an_operator_without_keys_lists_runs_and_dead_letters_and_is_refused_wha
 
 def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: User) -> None:
     url = user(roles.LOADER)
-    sealing = keyring(url)
-    with connect(url, sealing=sealing) as conn:
+    cipher = keyring(url)
+    with connect(url, cipher=cipher) as conn:
         load_people(conn, range(2, 6), version="2", updated="2024-02-01T00:00:00Z")
         load(conn, patient("other"), views=(view("patient_more", "Patient", column("gender", "gender", "code")),))
         dead_letters.record(conn, "run", [DeadLetter("Patient", "x", "load", "r", "", "", b"x", "2024-01-01")])

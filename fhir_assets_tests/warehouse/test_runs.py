@@ -6,7 +6,7 @@ import pytest
 
 from fhir_assets.warehouse.ops import checkpoints, runs
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
-from fhir_assets_tests.warehouse.views import select
+from fhir_assets_tests.support.views import select
 
 NOW = datetime(2024, 3, 1, tzinfo=UTC)
 KEYS = [f"2024-01-{day:02}" for day in range(1, 31)]

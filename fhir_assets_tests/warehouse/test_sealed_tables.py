@@ -7,14 +7,14 @@ from cryptography.fernet import Fernet, MultiFernet
 
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View, parse_view
-from fhir_assets.privacy.encryption import CLEAR, Sealing
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import dead_letters, encryption_secret
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of, connect
 from fhir_assets.warehouse.postgres.tables.view_tables import apply_changes, ensure_tables
-from fhir_assets_tests.warehouse.views import column, load, patient, select, view
+from fhir_assets_tests.support.views import column, load, patient, select, view
 
 KEY = new_key()
 
@@ -51,14 +51,14 @@ PERSON = patient(
 @pytest.fixture
 def sealed(database: str) -> Iterator[Connection]:
     with connect(database) as conn:
-        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
-    with connect(database, sealing=sealing) as conn:
+        cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
+    with connect(database, cipher=cipher) as conn:
         yield conn
 
 
 def test_every_tag_does_what_it_says(sealed: Connection) -> None:
     load(sealed, PERSON, views=(SECRETS,))
-    sealing = sealing_of(sealed)
+    cipher = cipher_of(sealed)
     [(family, mrn, mrn_index, ssn, born, precision, died, multiple, note, gender)] = select(
         sealed,
         "SELECT family, mrn, mrn_index, ssn, born::text, born_precision, died::text, multiple, note, gender"
@@ -66,8 +66,8 @@ def test_every_tag_does_what_it_says(sealed: Connection) -> None:
     )
     fernet = MultiFernet([Fernet(KEY)])
     assert [fernet.decrypt(token).decode() for token in (family, mrn, multiple)] == ["O'Hara\t\\N", "MRN-1", "2"]
-    assert mrn_index == sealing.index("MRN-1")
-    assert ssn == sealing.index("078-05-1120")
+    assert mrn_index == cipher.index("MRN-1")
+    assert ssn == cipher.index("078-05-1120")
     assert (born, precision, died) == ("1980-01-01", "year", "2020-01-01 00:00:00+00")
     assert (note, gender) == (None, "female")
 
@@ -77,7 +77,7 @@ def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Connection
     [(kind, text, sealed_by)] = select(
         sealed, "SELECT jsonb_typeof(resource), resource::text, sealed_by FROM fhir.resource"
     )
-    assert (kind, sealed_by) == ("string", sealing_of(sealed).key_id)
+    assert (kind, sealed_by) == ("string", cipher_of(sealed).key_id)
     assert "MRN" not in text
     found = resources.read(sealed, "Patient", "a")
     assert found is not None
@@ -93,7 +93,7 @@ def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(seal
     [(number, attempts, stored)] = select(sealed, "SELECT id, attempts, resource FROM ops.dead_letters")
     assert attempts == 2
     assert b"MRN" not in stored
-    assert letter.fingerprint(sealing_of(sealed)) != letter.fingerprint()
+    assert letter.fingerprint(cipher_of(sealed)) != letter.fingerprint()
     assert dead_letters.resource(sealed, number) == PERSON.body
 
 
@@ -107,29 +107,29 @@ def test_without_keys_all_is_in_the_clear_as_before(conn: Connection) -> None:
 def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> None:
     with connect(database) as conn:
         load(conn, PERSON, views=(SECRETS,))
-        sealing = encryption_secret.unlock(conn, Sealing(parse_keys([KEY])))
-    with connect(database, sealing=sealing) as conn:
+        cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
+    with connect(database, cipher=cipher) as conn:
         with pytest.raises(ViewError, match=r"multiple is integer .* but text .*keys rotate"):
             ensure_tables(conn, [SECRETS])
         conn.rollback()
         apply_changes(conn, [SECRETS])
         load(conn, PERSON, views=(SECRETS,))
-        assert select(conn, "SELECT mrn_index FROM fhir.patient") == [(sealing.index("MRN-1"),)]
+        assert select(conn, "SELECT mrn_index FROM fhir.patient") == [(cipher.index("MRN-1"),)]
 
 
 def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
-    sealing = Sealing(parse_keys([KEY]))
+    cipher = Cipher(parse_keys([KEY]))
     with connect(database) as conn:
-        encryption_secret.unlock(conn, sealing)
+        encryption_secret.unlock(conn, cipher)
         with pytest.raises(ConfigurationError, match="PHI_ENCRYPTION_KEYS is not set"):
-            encryption_secret.unlock(conn, CLEAR)
-        with pytest.raises(ConfigurationError, match=f"sealed with key {sealing.key_id}, which PHI_ENCRYPTION_KEYS"):
-            encryption_secret.unlock(conn, Sealing(parse_keys([new_key()])))
-        both = Sealing(parse_keys([new_key(), KEY]))
-        assert encryption_secret.unlock(conn, both).index("x") == encryption_secret.unlock(conn, sealing).index("x")
-        assert encryption_secret.reseal(conn, both)
-        assert not encryption_secret.reseal(conn, both)
-        assert encryption_secret.unlock(conn, Sealing(both.keys[:1])).index("x") == encryption_secret.unlock(
+            encryption_secret.unlock(conn, NO_ENCRYPTION)
+        with pytest.raises(ConfigurationError, match=f"sealed with key {cipher.key_id}, which PHI_ENCRYPTION_KEYS"):
+            encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
+        both = Cipher(parse_keys([new_key(), KEY]))
+        assert encryption_secret.unlock(conn, both).index("x") == encryption_secret.unlock(conn, cipher).index("x")
+        assert encryption_secret.reencrypt(conn, both)
+        assert not encryption_secret.reencrypt(conn, both)
+        assert encryption_secret.unlock(conn, Cipher(both.keys[:1])).index("x") == encryption_secret.unlock(
             conn, both
         ).index("x")
 

@@ -10,7 +10,7 @@ from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets_tests.warehouse.views import PATIENT, PATIENTS, column, load, patient, select, view
+from fhir_assets_tests.support.views import PATIENT, PATIENTS, column, load, patient, select, view
 
 
 def _columns(conn: Connection, table: str) -> dict[str, str]:

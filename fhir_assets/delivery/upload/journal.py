@@ -16,7 +16,7 @@ import orjson
 from fhir_assets.delivery.upload.files import Unusable
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.bundles import Entry, Result, Target, references
-from fhir_assets.privacy.encryption import CLEAR, Sealing
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 
 _SCHEMA = """
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
@@ -94,8 +94,8 @@ class Failure:
 class Journal:
     """The state of one upload; used by one thread. ``path`` None keeps it in a temporary file."""
 
-    def __init__(self, path: Path | None = None, *, sealing: Sealing = CLEAR) -> None:
-        self._sealing = sealing
+    def __init__(self, path: Path | None = None, *, cipher: Cipher = NO_ENCRYPTION) -> None:
+        self._cipher = cipher
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
@@ -144,7 +144,7 @@ class Journal:
         self._db.execute(
             "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
             " VALUES (?, NULL, ?, ?, 0, x'', ?)",
-            (line.resource_type, line.place, self._sealing.seal(line.body), line.message),
+            (line.resource_type, line.place, self._cipher.encrypt_content(line.body), line.message),
         )
 
     def resume(self, facts: dict[str, str]) -> None:
@@ -227,8 +227,8 @@ class Journal:
                 after = n
                 yield Held(
                     n,
-                    Entry(name, identity, self._sealing.open(body), place),
-                    Result(status, self._sealing.open(outcome)),
+                    Entry(name, identity, self._cipher.decrypt_content(body), place),
+                    Result(status, self._cipher.decrypt_content(outcome)),
                     first_pass,
                 )
 
@@ -287,15 +287,28 @@ class Journal:
             for row in rows:
                 name, identity, place, body, status, outcome, message = row
                 yield Failure(
-                    name, identity, place, self._sealing.open(body), status, self._sealing.open(outcome), message
+                    name,
+                    identity,
+                    place,
+                    self._cipher.decrypt_content(body),
+                    status,
+                    self._cipher.decrypt_content(outcome),
+                    message,
                 )
 
     def _row(self, entry: Entry, result: Result) -> tuple[str, str, str, bytes, int, bytes]:
-        seal = self._sealing.seal
-        return entry.resource_type, entry.id, entry.place, seal(entry.body), result.status, seal(result.outcome)
+        encrypt_content = self._cipher.encrypt_content
+        return (
+            entry.resource_type,
+            entry.id,
+            entry.place,
+            encrypt_content(entry.body),
+            result.status,
+            encrypt_content(result.outcome),
+        )
 
     def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
-        reason = Result(status, self._sealing.open(outcome)).reason
+        reason = Result(status, self._cipher.decrypt_content(outcome)).reason
         return (
             f"{reason}; it stands on the server without its references to others that failed" if first_pass else reason
         )

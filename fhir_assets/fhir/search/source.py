@@ -103,7 +103,7 @@ class SearchSource:
         honour ``_lastUpdated``, or its pages have no end.
         """
         for name in resource_types:
-            yield from _Harvest(self._client, name, self._page_size, self._now, self.included).within(interval)
+            yield from SearchPager(self._client, name, self._page_size, self._now, self.included).within(interval)
 
     def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | Rejected]:
         """The resources of those ids that the server has, asked for by the batch. Ids that no resource can have are
@@ -112,7 +112,7 @@ class SearchSource:
         askable = [each for each in dict.fromkeys(ids) if _ID.fullmatch(each)]
         for at in range(0, len(askable), IDS_AT_ONCE):
             batch = askable[at : at + IDS_AT_ONCE]
-            yield from _Harvest(self._client, resource_type, self._page_size, self._now, self.included).by_id(batch)
+            yield from SearchPager(self._client, resource_type, self._page_size, self._now, self.included).by_id(batch)
 
     def gone(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
         """Those of the ids that the server once had and deleted: it answers a read of them with 410."""
@@ -145,14 +145,14 @@ class SearchSource:
     def _end(self, resource_type: str, sort: str) -> Record | Rejected | None:
         """The first resource in an order, None if there is none."""
         page = self._client.get(resource_type, read_page, params=[("_sort", sort), ("_count", "1")])
-        harvest = _Harvest(self._client, resource_type, 1, self._now, Counter())
-        return next((found for entry in page.entries if (found := harvest.judge(entry, "entry"))), None)
+        pager = SearchPager(self._client, resource_type, 1, self._now, Counter())
+        return next((found for entry in page.entries if (found := pager.judge(entry, "entry"))), None)
 
     def _total(self, resource_type: str, params: Params = ()) -> int | None:
         return self._client.get(resource_type, read_page, params=[*params, ("_summary", "count")]).total
 
 
-class _Harvest:
+class SearchPager:
     """What one search gives, over all its pages and restarts."""
 
     def __init__(

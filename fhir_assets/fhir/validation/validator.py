@@ -77,7 +77,7 @@ class Validator:
         return f"{rules.fhir_version}-{rules.digest}"
 
     @property
-    def judgement(self) -> str:
+    def ruleset(self) -> str:
         """Changes whenever a verdict may: with the rules, and with the settings."""
         settings = repr((self.warn_rules, self.max_bytes, self.max_depth)).encode()
         return f"{self.rules_version}-{hashlib.sha256(settings).hexdigest()[:8]}"

@@ -11,11 +11,11 @@ from time import perf_counter
 import dagster as dg
 
 from fhir_assets.catalog import BY_KEY, BY_NAME
-from fhir_assets.delivery.tables import Delivering
+from fhir_assets.delivery.tables import DeliverStep
 from fhir_assets.deployment.targets import delivering, delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunFacts, recorded
+from fhir_assets.orchestration.run_context import RunContext, recorded
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 
@@ -56,12 +56,12 @@ def delivered_assets(
     def delivered(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult[None]]:
-        facts = RunFacts.of(context, settings.window_scheme)
+        facts = RunContext.of(context, settings.window_scheme)
         wanted = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
         client = delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
         with recorded(facts, warehouse, list(wanted)), delivering(), client:
-            delivery = Delivering(
+            delivery = DeliverStep(
                 store,
                 warehouse.connect,
                 client,

@@ -9,7 +9,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.store import blobs_at
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunFacts, in_our_words
+from fhir_assets.orchestration.run_context import RunContext, sanitized_errors
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports.export import Export, folder_of_run
@@ -44,8 +44,8 @@ def _export(
     def exports(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult[None]:
-        facts = RunFacts.of(context, settings.window_scheme)
-        with in_our_words(), warehouse.connect() as conn:
+        facts = RunContext.of(context, settings.window_scheme)
+        with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, views)
             conn.commit()
             started = context.instance.get_run_stats(facts.run_id).start_time

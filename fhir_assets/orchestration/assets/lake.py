@@ -7,7 +7,7 @@ import dagster as dg
 from fhir_assets.deployment.store import blobs_at
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunFacts, in_our_words
+from fhir_assets.orchestration.run_context import RunContext, sanitized_errors
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -25,7 +25,7 @@ def lake_assets(
 
 
 def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
-    columns = [c for c in layout_of(view, sealed=settings.sealing.on).columns if c.name != KEY_COLUMN]
+    columns = [c for c in layout_of(view, sealed=settings.cipher.on).columns if c.name != KEY_COLUMN]
 
     @dg.asset(
         name=view.name,
@@ -49,8 +49,8 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
     def of_view(
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult[None]:
-        facts = RunFacts.of(context, settings.window_scheme)
-        with in_our_words(), warehouse.connect() as conn:
+        facts = RunContext.of(context, settings.window_scheme)
+        with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, [view])
             conn.commit()
             target = blobs_at(settings, settings.fhir_lake_url)

@@ -11,9 +11,9 @@ import dagster as dg
 
 from fhir_assets.deployment.landing import landing_of, zone_of
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.orchestration.received_windows import materializations
+from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.orchestration.run_requests import UNFINISHED
-from fhir_assets.orchestration.sensors.received import materializations
 from fhir_assets.pipeline.receive.landing import Landed
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
@@ -52,9 +52,9 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
                 context.log_event(event)
 
         started = perf_counter()
-        with in_our_words():
+        with sanitized_errors():
             landed = landing_of(settings, warehouse).receive(context.run.run_id, listen=report)
-        with in_our_words(), warehouse.connect() as conn:
+        with sanitized_errors(), warehouse.connect() as conn:
             found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
         yield dg.MaterializeResult(metadata=_metadata(landed, perf_counter() - started), check_results=[checked(found)])
 
@@ -73,9 +73,9 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         description="Looks for new files in the landing zone.",
     )
     def load_landing(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        with in_our_words():
+        with sanitized_errors():
             waiting = landing_of(settings, warehouse).look()
-        with in_our_words(), warehouse.connect() as conn:
+        with sanitized_errors(), warehouse.connect() as conn:
             found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
         # A letter that was settled meanwhile turns the check green without a run.
         said = f"{found.bad} bad files"

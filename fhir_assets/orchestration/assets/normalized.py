@@ -12,11 +12,11 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
-from fhir_assets.orchestration.run_context import RunFacts, in_our_words, recorded, step_tags
-from fhir_assets.pipeline.consent.sweep import ConsentSweep
-from fhir_assets.pipeline.load.step import Loaded, Loading
+from fhir_assets.orchestration.run_context import RunContext, recorded, sanitized_errors, step_tags
+from fhir_assets.pipeline.consent.sweep import ConsentStep
+from fhir_assets.pipeline.load.step import Loaded, LoadStep
 from fhir_assets.pipeline.reconcile.balance import reconcile
-from fhir_assets.pipeline.replay.steps import ReplayLoading
+from fhir_assets.pipeline.replay.steps import ReplayLoadStep
 from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
@@ -52,7 +52,7 @@ def _normalized(
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
-        outs={view.name: _output(view, resource_type, sealed=settings.sealing.on) for view in views},
+        outs={view.name: _output(view, resource_type, sealed=settings.cipher.on) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if main else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -66,14 +66,14 @@ def _normalized(
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[Workers],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
-        facts = RunFacts.of(context, settings.window_scheme)
+        facts = RunContext.of(context, settings.window_scheme)
         selected = context.op_execution_context.selected_output_names
         wanted = [view for view in views if view.name in selected]
         started = perf_counter()
         settled: list[str] = []
         if wanted:
             with recorded(facts, warehouse, [name]):
-                loading = Loading(
+                loading = LoadStep(
                     store,
                     warehouse.connect,
                     wanted,
@@ -83,7 +83,7 @@ def _normalized(
                     workers=workers,
                     gate=settings.gate,
                 )
-                sweep = ConsentSweep(
+                sweep = ConsentStep(
                     warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
                 )
                 sweep.sweep(datetime.now(UTC))
@@ -92,7 +92,7 @@ def _normalized(
                 if name == "Consent":
                     sweep.sweep(datetime.now(UTC))
                 if facts.replay and len(wanted) == len(views):
-                    replay = ReplayLoading(
+                    replay = ReplayLoadStep(
                         warehouse.connect,
                         wanted,
                         run_id=facts.run_id,
@@ -109,7 +109,7 @@ def _normalized(
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
         if context.selected_asset_check_keys:
-            with in_our_words(), warehouse.connect() as conn:
+            with sanitized_errors(), warehouse.connect() as conn:
                 balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
                 checks = WindowChecks(resource_type, settings, facts.now)
                 names = sorted(key.name for key in context.selected_asset_check_keys)

@@ -9,17 +9,15 @@ from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.deployment.source import open_history
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Source
-from fhir_assets.orchestration.run_context import RunFacts, recorded, step_tags
+from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
+from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.deletions.history import follow
 from fhir_assets.pipeline.deletions.tombstones import Tombstones
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
-from fhir_assets.pipeline.fetch.step import Fetcher, RawUpdate
+from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs
-
-POOL = "fhir_server"
-"""Dagster's pool of all steps that call the FHIR server, for operators: FHIR_MAX_CONNECTIONS holds without it."""
 
 
 def raw_assets(
@@ -50,7 +48,7 @@ def _raw(
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
-        pool=POOL,
+        pool=FHIR_SERVER_POOL,
         op_tags=step_tags([t.name for t in types]),
     )
     def raw(
@@ -59,7 +57,7 @@ def _raw(
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
     ) -> Iterator[dg.Output[RawUpdate]]:
-        facts = RunFacts.of(context, settings.window_scheme)
+        facts = RunContext.of(context, settings.window_scheme)
         wanted = [BY_KEY[name].name for name in sorted(context.op_execution_context.selected_output_names)]
         wanted = [t.name for t in types if t.name in wanted]
         started = perf_counter()
@@ -72,7 +70,7 @@ def _raw(
                 if offered is not None and name not in offered:
                     context.log.info(f"The source does not offer {name}: skipped.")
             here = [name for name in wanted if offered is None or name in offered]
-            fetcher = Fetcher(
+            fetcher = FetchStep(
                 source,
                 store,
                 run_id=facts.run_id,

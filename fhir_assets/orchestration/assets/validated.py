@@ -9,9 +9,9 @@ import dagster as dg
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.orchestration.run_context import RunFacts, recorded, step_tags
-from fhir_assets.pipeline.replay.steps import ReplayValidation
-from fhir_assets.pipeline.validate.step import ResourceValidation, ValidatedUpdate
+from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
+from fhir_assets.pipeline.replay.steps import ReplayValidateStep
+from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
 from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
@@ -49,10 +49,10 @@ def _validated(
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[Workers],
     ) -> Iterator[dg.Output[ValidatedUpdate]]:
-        facts = RunFacts.of(context, settings.window_scheme)
+        facts = RunContext.of(context, settings.window_scheme)
         started = perf_counter()
         with recorded(facts, warehouse, [name]):
-            validation = ResourceValidation(
+            validation = ValidateStep(
                 store,
                 validator,
                 warehouse.connect,
@@ -81,16 +81,16 @@ def _validated(
 
 
 def _replay(
-    facts: RunFacts,
+    facts: RunContext,
     store: Store,
     validator: Validator,
     warehouse: Warehouse,
-    validation: ResourceValidation,
+    validation: ValidateStep,
     name: str,
     raw: Sequence[Manifest],
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
     """Judge dead letters again; a partition that is behind its raw one is judged as in any load instead."""
-    replay = ReplayValidation(
+    replay = ReplayValidateStep(
         store,
         validator,
         warehouse.connect,

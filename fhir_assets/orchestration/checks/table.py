@@ -17,7 +17,7 @@ from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.metadata import rows_table
-from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.pipeline.reconcile.volume import compare
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, run_history
@@ -80,7 +80,7 @@ def _of_type(
     def check(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         judge = _Judge(settings, resource_type, views, source)
         wanted = {key.name for key in context.selected_asset_check_keys}
-        with in_our_words(), warehouse.connect() as conn:
+        with sanitized_errors(), warehouse.connect() as conn:
             there = quality.existing_tables(conn, views)
             for name in (name for name in _DESCRIBED if name in wanted):
                 yield judge.result(conn, there, name)
@@ -197,7 +197,7 @@ class _Judge:
         return self._said(NO_DUPLICATES, not twice, said, {"duplicates": twice})
 
     def _no_plaintext_phi(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
-        if not self._settings.sealing.on:
+        if not self._settings.cipher.on:
             return self._said(NO_PLAINTEXT_PHI, True, "there are no keys: everything is in the clear")
         misfits = [view.name for view in present if view_tables.drift(conn, view)]
         if misfits:

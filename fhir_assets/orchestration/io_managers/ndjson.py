@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.pipeline.commit import Update, commit
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
@@ -20,7 +20,7 @@ class NdjsonIOManager(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: Update) -> None:
         """Commit the manifests, each in one step, beside what other runs committed meanwhile."""
-        with in_our_words():
+        with sanitized_errors():
             manifests = commit(self._warehouse.connect, self._store, obj)
         context.add_output_metadata(
             {

@@ -9,7 +9,7 @@ from dagster._core.event_api import RunStatusChangeEventType, RunStatusChangeRec
 
 from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.orchestration.run_requests import RANGE_END, RANGE_START
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, incidents
@@ -45,7 +45,7 @@ def alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDefiniti
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         seen = json.loads(context.cursor) if context.cursor else {"runs": 0, "checks": 0}
-        with in_our_words(), warehouse.connect() as conn:
+        with sanitized_errors(), warehouse.connect() as conn:
             with conn.transaction():
                 for _ in range(_PAGES):
                     before = dict(seen)

@@ -6,9 +6,9 @@ import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import ViewSet
-from fhir_assets.orchestration.run_context import in_our_words
+from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.orchestration.run_requests import UNFINISHED
-from fhir_assets.pipeline.consent.sweep import ConsentSweep
+from fhir_assets.pipeline.consent.sweep import ConsentStep
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import consents
 
@@ -21,10 +21,10 @@ def apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
 
     @dg.op(description="Takes back what consent no longer covers, and brings what it now does, with all views.")
     def apply_consent_op(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
-        sweep = ConsentSweep(
+        sweep = ConsentStep(
             warehouse.connect, views.views, settings.gate, run_id=context.run_id, actor=f"job:{APPLY_CONSENT}"
         )
-        with in_our_words():
+        with sanitized_errors():
             swept = sweep.sweep(datetime.now(UTC))
         context.add_output_metadata(
             {
@@ -53,7 +53,7 @@ def consent_sensor(settings: Settings, job: dg.JobDefinition, warehouse: Warehou
         description="Asks for the job apply_consent when a decision is due.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        with in_our_words(), warehouse.connect() as conn:
+        with sanitized_errors(), warehouse.connect() as conn:
             followed = consents.followed(conn)
             waiting = consents.due(conn, datetime.now(UTC), 1) if followed.closed else []
         if followed == settings.gate and not waiting:

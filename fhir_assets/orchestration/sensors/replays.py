@@ -9,9 +9,9 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.dead_runs import give_up_dead_runs
+from fhir_assets.orchestration.received_windows import assets_of
 from fhir_assets.orchestration.run_context import REPLAY_TAG
 from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
-from fhir_assets.orchestration.sensors.received import assets_of
 from fhir_assets.pipeline.due import consecutive
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import replays
@@ -21,15 +21,15 @@ ATTEMPTS = 3
 """How many runs are asked for the same marks; then the letters are open again."""
 
 RUNS_AT_ONCE = 10
-LETTERS_AT_ONCE = 100_000
+DEAD_LETTERS_AT_ONCE = 100_000
 """How many letters one tick marks after an upgrade."""
 
-Judges = Sequence[tuple[str, str, str]]
+Rulesets = Sequence[tuple[str, str, str]]
 """Resource type, stage, and what judges it now: see ``judged_by`` of dead letters."""
 
 
 def replay_dead_letters_sensor(
-    settings: Settings, job: UnresolvedAssetJobDefinition, warehouse: Warehouse, judges: Judges
+    settings: Settings, job: UnresolvedAssetJobDefinition, warehouse: Warehouse, judges: Rulesets
 ) -> dg.SensorDefinition:
     """Asks for runs over the windows whose dead letters are marked.
 
@@ -53,7 +53,7 @@ def replay_dead_letters_sensor(
             return dg.SensorResult(skip_reason=f"{unfinished} runs of {job.name} are not finished yet")
         said = []
         with warehouse.connect() as conn:
-            outdated = replays.outdated(conn, judges, limit=LETTERS_AT_ONCE)
+            outdated = replays.outdated(conn, judges, limit=DEAD_LETTERS_AT_ONCE)
             if outdated and settings.replay_after_upgrade:
                 replays.mark(conn, Selection(ids=outdated))
             elif outdated:

@@ -14,10 +14,10 @@ from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.rows import Batch, MakeRows
 from fhir_assets.pipeline.load.step import unloadable
-from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.consent import Gate
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, consents, dead_letters
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -40,14 +40,14 @@ class Swept:
     released: int = 0
 
 
-class ConsentSweep:
+class ConsentStep:
     """Brings the tables to what the patients' consents say now. Does nothing, with one query, if nothing changed.
 
     Each batch is a transaction of its own, so that it can be stopped at any time and goes on where it was.
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], views: Sequence[View], gate: Gate, *, run_id: str, actor: str
+        self, connect: Callable[[], Connection], views: Sequence[View], gate: ConsentGate, *, run_id: str, actor: str
     ) -> None:
         self._connect = connect
         self._gate = gate
@@ -114,16 +114,22 @@ class ConsentSweep:
     def _record(self, conn: Connection, decisions: int, taken: Mapping[str, int], released: Mapping[str, int]) -> None:
         audit_log.record(
             conn,
-            Deed("consent decision", self._actor, "Consent", count=decisions, run_id=self._run_id),
-            *(Deed("withhold", self._actor, name, count=count, run_id=self._run_id) for name, count in taken.items()),
-            *(Deed("release", self._actor, name, count=count, run_id=self._run_id) for name, count in released.items()),
+            AuditRecord("consent decision", self._actor, "Consent", count=decisions, run_id=self._run_id),
+            *(
+                AuditRecord("withhold", self._actor, name, count=count, run_id=self._run_id)
+                for name, count in taken.items()
+            ),
+            *(
+                AuditRecord("release", self._actor, name, count=count, run_id=self._run_id)
+                for name, count in released.items()
+            ),
         )
 
     def _release(
         self, conn: Connection, *, patients: Sequence[str] | None = None, limit: int | None = None
     ) -> dict[str, int]:
         """Bring into the tables what of some patients (None: of all) is withheld and need not be. By type."""
-        sealing = sealing_of(conn)
+        cipher = cipher_of(conn)
         released: dict[str, int] = {}
         query = sql.SQL(
             "SELECT w.resource_type, w.partition_key, w.id, w.as_of,"
@@ -138,7 +144,7 @@ class ConsentSweep:
         while rows := conn.execute(query, params).fetchall():
             for (resource_type, partition_key), of_them in groupby(rows, key=lambda row: (str(row[0]), str(row[1]))):
                 some = list(of_them)
-                bodies = [open_text(text, sealed_by, sealing) for *_, text, sealed_by in some]
+                bodies = [open_text(text, sealed_by, cipher) for *_, text, sealed_by in some]
                 # Resources without lastUpdated have the earliest time that their window knows.
                 self._load(conn, resource_type, Batch(bodies, partition_key, min(row[3] for row in some)))
                 conn.execute(
@@ -155,7 +161,7 @@ class ConsentSweep:
         views = [view for view in self._views if view.resource_type == resource_type]
         make = self._make_rows.get(resource_type)
         if make is None:
-            make = self._make_rows[resource_type] = MakeRows(views, sealing_of(conn))
+            make = self._make_rows[resource_type] = MakeRows(views, cipher_of(conn))
         rows = make(batch)
         loader = Loader(conn, resource_type, views, run_id=self._run_id, mend=True)
         bad = loader.take(rows.block, batch.lines, batch.partition_key)
@@ -166,7 +172,7 @@ class ConsentSweep:
 
     def _take_stock(self, conn: Connection) -> None:
         """A policy is switched on: look up what nobody looked at before, in batches."""
-        sealing = sealing_of(conn)
+        cipher = cipher_of(conn)
         query = (
             "SELECT resource_type, id, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END,"
             " sealed_by FROM fhir.resource WHERE patients IS NULL AND resource IS NOT NULL LIMIT %s FOR UPDATE"
@@ -178,7 +184,7 @@ class ConsentSweep:
                     cursor.executemany(
                         "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s",
                         [
-                            (list(patients_of(_parse(open_text(text, sealed_by, sealing)))), resource_type, key)
+                            (list(patients_of(_parse(open_text(text, sealed_by, cipher)))), resource_type, key)
                             for resource_type, key, text, sealed_by in rows
                         ],
                     )

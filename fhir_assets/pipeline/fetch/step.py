@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected, Source, read_header, read_instant
-from fhir_assets.pipeline.dead_letter_buffer import LetterBuffer, Reject
+from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, Reject
 from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
-from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
@@ -47,7 +47,7 @@ class RawUpdate:
     """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
 
 
-class Fetcher:
+class FetchStep:
     """Fetches windows from a source into the raw layer of a store."""
 
     def __init__(
@@ -67,9 +67,9 @@ class Fetcher:
         self._now = now
         self._overlap = overlap
         self._refresh = refresh
-        self._letters = LetterBuffer(reject)
+        self._letters = DeadLetterBuffer(reject)
 
-    @seldom_collected()
+    @infrequent_gc()
     def fetch(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
         """Read what the windows lack and write it as parts; the caller commits the manifests.
 

@@ -47,7 +47,7 @@ class Fetched:
     deleted: int = 0
 
 
-class MissingReferences:
+class HydrateStep:
     """Asks a source for what the tables of some views refer to and lack."""
 
     def __init__(

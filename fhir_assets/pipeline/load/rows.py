@@ -10,7 +10,7 @@ import msgspec
 from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.record import Record, read_instant
 from fhir_assets.fhir.views import RowError, TypeViews, View
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation, Unfit
 
@@ -66,12 +66,12 @@ class Rows(NamedTuple):
 class MakeRows:
     """Makes the rows of all ``views`` of one type, sealed if there are keys. Pickles as views and keys."""
 
-    def __init__(self, views: Sequence[View], sealing: Sealing) -> None:
+    def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
         self._views = TypeViews(views, empty_join=False)
-        self._preparation = Preparation(views, sealing)
+        self._preparation = Preparation(views, cipher)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return MakeRows, (self._preparation.views, self._preparation.sealing)
+        return MakeRows, (self._preparation.views, self._preparation.cipher)
 
     def __call__(self, batch: Batch) -> Rows:
         prepared, undone = [], []

@@ -10,16 +10,16 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.deletions.tombstones import Tombstones
 from fhir_assets.pipeline.load.rows import Batch, MakeRows, Rows, place_of
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.pipeline.workers.pool import Workers
-from fhir_assets.privacy.audit import Action, Deed
-from fhir_assets.privacy.consent import Gate
+from fhir_assets.privacy.audit import Action, AuditRecord
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, checkpoints, consents, dead_letters, received, replays, runs
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block
 from fhir_assets.warehouse.postgres.tables.loading import OPEN, LoadCounts, Loader, Unloadable
@@ -70,7 +70,7 @@ class _Task:
         return sum(part.rows for part in self.parts)
 
 
-class Loading:
+class LoadStep:
     """Loads validated partitions of one type after the other into the tables of some of its views.
 
     ``whole`` says that these are all views of the type; only then is a part remembered as loaded.
@@ -86,20 +86,20 @@ class Loading:
         run_id: str,
         refresh: Refresh,
         workers: Workers,
-        gate: Gate = OPEN,
+        gate: ConsentGate = OPEN,
     ) -> None:
         self._store = store
         self._connect = connect
         self._views = views
         self._make_rows: MakeRows | None = None
         self._workers = workers
-        self._judgement = judgement(views)
+        self._ruleset = ruleset(views)
         self._whole = whole
         self._run_id = run_id
         self._refresh = refresh
         self._gate = gate
 
-    @seldom_collected()
+    @infrequent_gc()
     def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> Loaded:
         """Load what of the windows is not loaded yet, or all of it.
 
@@ -161,7 +161,7 @@ class Loading:
             if letters:
                 loader.wait()
                 dead_letters.record(
-                    conn, self._run_id, (replace(letter, judged_by=self._judgement) for letter in letters)
+                    conn, self._run_id, (replace(letter, judged_by=self._ruleset) for letter in letters)
                 )
                 total.dead.update(letter.rule for letter in letters)
                 dead.update(letter.partition_key for letter in letters)
@@ -199,7 +199,9 @@ class Loading:
                 for task in group
             },
         )
-        audit_log.record(conn, *load_deeds(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)}))
+        audit_log.record(
+            conn, *load_audit_records(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)})
+        )
         total.inserted += counts.inserted
         total.updated += counts.updated
         total.superseded += counts.superseded
@@ -210,7 +212,7 @@ class Loading:
         """What the views make of the windows' resources, in order, while earlier ones are written."""
         if not any(task.rows for task in group):
             return iter(())
-        self._make_rows = self._make_rows or MakeRows(self._views, sealing_of(conn))
+        self._make_rows = self._make_rows or MakeRows(self._views, cipher_of(conn))
         return self._workers.map(
             self._make_rows,
             (
@@ -226,7 +228,7 @@ class Loading:
         self, conn: Connection, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
     ) -> Block | None:
         """What the views make of a corrected resource; None if it is refused as well."""
-        self._make_rows = self._make_rows or MakeRows(self._views, sealing_of(conn))
+        self._make_rows = self._make_rows or MakeRows(self._views, cipher_of(conn))
         made = self._make_rows(Batch([line], partition_key, arrived[partition_key]))
         return made.block if made.block else None
 
@@ -248,9 +250,9 @@ class Loading:
         replays.healed(conn, self._run_id, resource_type, ["validate"], healed_by)
 
 
-def load_deeds(
+def load_audit_records(
     resource_type: str, counts: LoadCounts, *, run_id: str, detail: dict[str, str | int | bool | None]
-) -> Iterator[Deed]:
+) -> Iterator[AuditRecord]:
     """What a load did to the tables, for the audit log."""
     done: dict[Action, int] = {
         "create": counts.inserted,
@@ -258,10 +260,10 @@ def load_deeds(
         "withhold": counts.withheld.total(),
     }
     for action, count in done.items():
-        yield Deed(action, _ACTOR, resource_type, count=count, run_id=run_id, detail=detail)
+        yield AuditRecord(action, _ACTOR, resource_type, count=count, run_id=run_id, detail=detail)
 
 
-def judgement(views: Sequence[View]) -> str:
+def ruleset(views: Sequence[View]) -> str:
     """Changes whenever other resources may be refused by ``views``: with the meaning of any of them."""
     text = "\0".join(sorted(f"{view.name} {view.fingerprint}" for view in views))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

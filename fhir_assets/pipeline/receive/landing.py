@@ -22,7 +22,7 @@ from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-DOOR = "landing"
+CHANNEL = "landing"
 FILES_AT_ONCE = 1000
 """How many files one run takes."""
 
@@ -47,7 +47,7 @@ class Landed:
     deleted: int = 0
 
 
-class Landing:
+class LandingStep:
     """Looks at a zone, and receives what is complete in it."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Landing:
     def _receive(self, file: ReadyFile, run_id: str, landed: Landed) -> Received:
         buried = 0
         sha256 = self._sha256(file)
-        origin = f"{DOOR}:{sha256}"
+        origin = f"{CHANNEL}:{sha256}"
 
         def resources() -> Iterator[Record | Rejected]:
             nonlocal buried
@@ -168,7 +168,7 @@ class Landing:
             with self._noting(file, run_id, landed):
                 whole[file.name] = self._sha256(file)
         rest = [file for file in files if file.name in whole]
-        received_as = f"{DOOR}:batch-{batch}"
+        received_as = f"{CHANNEL}:batch-{batch}"
         at: ReadyFile | None = None
 
         def resources(conn: Connection) -> Iterator[Record | Rejected]:
@@ -178,7 +178,7 @@ class Landing:
                 sha256 = whole[file.name]
                 items = self._read(file, sha256)
                 types = self._receiver.resource_types
-                yield from visits.resources_of(conn, items, f"{DOOR}:{sha256}", received_as, types)
+                yield from visits.resources_of(conn, items, f"{CHANNEL}:{sha256}", received_as, types)
             at = None
 
         received = None
@@ -193,14 +193,14 @@ class Landing:
                 with self._noting(at, run_id, landed):
                     raise
         with closing(self._connect()) as conn:
-            known = ledger.files(conn, [f"{DOOR}:{whole[file.name]}" for file in rest])
+            known = ledger.files(conn, [f"{CHANNEL}:{whole[file.name]}" for file in rest])
         taken = set[str]()
         for file in rest:
             with self._noting(file, run_id, landed):
                 sha256 = whole[file.name]
-                if f"{DOOR}:{sha256}" not in known:
+                if f"{CHANNEL}:{sha256}" not in known:
                     raise _Changed("it came into its batch when that was received already: it comes again by itself")
-                came_as, brought = known[f"{DOOR}:{sha256}"]
+                came_as, brought = known[f"{CHANNEL}:{sha256}"]
                 again = came_as != received_as or sha256 in taken
                 taken.add(sha256)
                 counts = {"rows": brought.rows, "rejected": brought.rejected, "deleted": 0}
@@ -253,7 +253,7 @@ class Landing:
 
     def _bury(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:
-            self._receiver.tombstones.bury(deletions, run_id=origin, actor=DOOR)
+            self._receiver.tombstones.bury(deletions, run_id=origin, actor=CHANNEL)
         return len(deletions)
 
 

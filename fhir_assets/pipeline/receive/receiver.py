@@ -15,9 +15,9 @@ import msgspec
 from fhir_assets.fhir.model import told_type
 from fhir_assets.fhir.record import Record, Rejected
 from fhir_assets.pipeline.commit import rewrite
-from fhir_assets.pipeline.dead_letter_buffer import LetterBuffer
+from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.deletions.tombstones import Tombstones
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Manifest, Part, Receipt
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
@@ -77,7 +77,7 @@ class Receiver:
         records: Iterable[Record | Rejected],
         origin: str,
         *,
-        deeds: Callable[[Received], Iterable[Deed]] = lambda _: (),
+        audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
     ) -> Received:
         """Take everything that ``origin`` brings, streamed: all of it is in raw and in the dead letters afterwards, or
         nothing counts as received and the origin may come again.
@@ -90,14 +90,14 @@ class Receiver:
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and what ``records`` raises.
         """
-        return self.receive_within(lambda _: records, origin, deeds=deeds)
+        return self.receive_within(lambda _: records, origin, audit_records=audit_records)
 
     def receive_within(
         self,
         bring: Callable[[Connection], Iterable[Record | Rejected]],
         origin: str,
         *,
-        deeds: Callable[[Received], Iterable[Deed]] = lambda _: (),
+        audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
     ) -> Received:
         """As ``receive``, of what ``bring`` makes: what it writes through the connection that it is given is committed
         together with the note that the origin was received, or not at all.
@@ -106,18 +106,18 @@ class Receiver:
             received.hold(conn, origin)
             if before := received.of_origin(conn, origin):
                 return Received(origin, tuple(before), again=True)
-            return self._receive(conn, bring(conn), origin, deeds)
+            return self._receive(conn, bring(conn), origin, audit_records)
 
     def _receive(
         self,
         conn: Connection,
         records: Iterable[Record | Rejected],
         origin: str,
-        deeds: Callable[[Received], Iterable[Deed]],
+        audit_records: Callable[[Received], Iterable[AuditRecord]],
     ) -> Received:
         now = self._now()
         intake = _Intake(self._scheme, self.resource_types, origin, now)
-        letters = LetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
+        letters = DeadLetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
         with PartWriter(self._store, "raw") as writer:
             for item in records:
                 intake.take(item, writer, letters)
@@ -127,7 +127,7 @@ class Receiver:
         rewrite(self._connect, self._store, intake.manifests(parts, items), _joined)
         brought = Received(origin, tuple(items), intake.skipped)
         received.note(conn, origin, items)
-        audit_log.record(conn, *deeds(brought))
+        audit_log.record(conn, *audit_records(brought))
         conn.commit()
         return brought
 
@@ -143,7 +143,7 @@ class _Intake:
         self._rejected: Counter[tuple[str, str]] = Counter()
         self.skipped: Counter[str] = Counter()
 
-    def take(self, item: Record | Rejected, writer: PartWriter, letters: LetterBuffer) -> None:
+    def take(self, item: Record | Rejected, writer: PartWriter, letters: DeadLetterBuffer) -> None:
         if isinstance(item, Rejected):
             key = self._window(item.arrived).key
             self._rejected[item.resource_type, key] += 1

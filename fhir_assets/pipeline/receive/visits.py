@@ -18,10 +18,10 @@ from fhir_assets.fhir.files.formats import Item
 from fhir_assets.fhir.intake import resources
 from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.record import Record, Rejected
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops import visits
 from fhir_assets.warehouse.ops.visits import Brought, KnownVisit, Person
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 CONFLICT = "visit-conflict"
 """Rule of the dead letter of a visit whose account number is known with other content."""
@@ -70,7 +70,7 @@ def _read(
 def _entered(
     conn: Connection, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
 ) -> Iterator[Record | Rejected]:
-    rows = [_hashed(visit, sealing_of(conn)) for visit in batch]
+    rows = [_hashed(visit, cipher_of(conn)) for visit in batch]
     known = visits.visits(conn, [row.visit.id for row in rows])
     said: dict[str, list[_Row]] = {}
     added: list[KnownVisit] = []
@@ -110,18 +110,18 @@ class _Row:
     visit: KnownVisit
 
 
-def _hashed(visit: Visit, sealing: Sealing) -> _Row:
+def _hashed(visit: Visit, cipher: Cipher) -> _Row:
     row = visit.row
     person = "\0".join((row["first_name"], row["last_name"], row["birth_date"]))
     what = "\0".join((row["visit_date"], row.get("reason", "").strip()))
-    patient_id = sealing.identity("Patient", row["mrn"])
+    patient_id = cipher.identity("Patient", row["mrn"])
     return _Row(
         visit,
-        Person(patient_id, 1, sealing.fingerprint(person.encode()), visit.arrived),
+        Person(patient_id, 1, cipher.fingerprint(person.encode()), visit.arrived),
         KnownVisit(
-            sealing.identity("Encounter", row["visit_account_number"]),
+            cipher.identity("Encounter", row["visit_account_number"]),
             patient_id,
-            sealing.fingerprint(what.encode()),
+            cipher.fingerprint(what.encode()),
         ),
     )
 

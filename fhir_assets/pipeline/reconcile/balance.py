@@ -7,12 +7,12 @@ from itertools import islice
 from psycopg import sql
 
 from fhir_assets.fhir.record import read_header, read_instant
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
 
 STAGES = ("transform", "load")
@@ -144,7 +144,7 @@ def _absent(
     )
     keys = [manifest.partition_key for manifest in validated]
     corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
-    rows = _expected(store, validated, corrected, sealing_of(conn))
+    rows = _expected(store, validated, corrected, cipher_of(conn))
     with conn.cursor().copy("COPY expected FROM STDIN") as copy:
         while lines := "".join(islice(rows, _LINES_AT_ONCE)):
             copy.write(lines)
@@ -175,7 +175,7 @@ def _absent(
 
 
 def _expected(
-    store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], sealing: Sealing
+    store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], cipher: Cipher
 ) -> Iterator[str]:
     """What the tables should hold, as lines for COPY: of resources that were corrected on their way the correction."""
     for manifest in validated:
@@ -184,7 +184,7 @@ def _expected(
         for batch in store.batches(manifest.parts):
             for line in batch:
                 if instead:
-                    places = (_fingerprint(manifest, stage, line, sealing) for stage in STAGES)
+                    places = (_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
                     line = next((instead[place] for place in places if place in instead), line)
                 header = read_header(line)
                 moment = read_instant(header.meta.lastUpdated) if header.meta else None
@@ -192,6 +192,6 @@ def _expected(
                 yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
 
 
-def _fingerprint(manifest: Manifest, stage: str, line: bytes, sealing: Sealing) -> bytes:
+def _fingerprint(manifest: Manifest, stage: str, line: bytes, cipher: Cipher) -> bytes:
     letter = DeadLetter(manifest.resource_type, None, stage, "", "", "", line, manifest.partition_key)
-    return letter.fingerprint(sealing)
+    return letter.fingerprint(cipher)

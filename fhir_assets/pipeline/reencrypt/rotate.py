@@ -16,15 +16,15 @@ from time import monotonic, sleep
 
 import psycopg
 
-from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, SealingError
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.rows import Batch, MakeRows
-from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage import reencrypt
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -89,7 +89,7 @@ def survey(conn: Connection, store: Store, views: Sequence[View]) -> Survey:
     return Survey(found)
 
 
-class Rotator:
+class ReencryptStep:
     """Rotates to the newest key of the connection. ``views`` are all there are; ``tell`` hears of each batch."""
 
     def __init__(
@@ -122,8 +122,8 @@ class Rotator:
         table does not fit its view, DatabaseUnavailable, or StoreError.
         """
         with closing(self._connect()) as conn, closing(self._connect()) as guard:
-            sealing = sealing_of(conn)
-            if not sealing.on:
+            cipher = cipher_of(conn)
+            if not cipher.on:
                 raise ConfigurationError(
                     "There are no keys to rotate to: make one with `fhir-assets keys new` and set PHI_ENCRYPTION_KEYS"
                 )
@@ -131,24 +131,24 @@ class Rotator:
             with key_rotations.alone(guard):
                 view_tables.ensure_tables(conn, self._views)
                 before = survey(guard, self._store, self._views)
-                self._rotation = key_rotations.begin(conn, self._actor, self._to_do(before, sealing))
+                self._rotation = key_rotations.begin(conn, self._actor, self._to_do(before, cipher))
                 conn.commit()
                 # A batch is a small stretch of an index. Tables that were not analyzed yet do not show it.
                 conn.execute("SET enable_seqscan = off")
-                self._all(conn, sealing)
-                self._end(conn, survey(guard, self._store, self._views), sealing)
+                self._all(conn, cipher)
+                self._end(conn, survey(guard, self._store, self._views), cipher)
         return self.done
 
-    def _all(self, conn: Connection, sealing: Sealing) -> None:
-        older = [key.id for key in sealing.keys[1:]]
-        newest = sealing.keys[0].id
+    def _all(self, conn: Connection, cipher: Cipher) -> None:
+        older = [key.id for key in cipher.keys[1:]]
+        newest = cipher.keys[0].id
         for place in reencryption.PLACES:
             self._sweep(
                 conn,
                 place.name,
                 place.name,
                 partial(reencryption.next_of, conn, place, older),
-                partial(reencryption.seal, conn, place, older),
+                partial(reencryption.encrypt_content, conn, place, older),
             )
         for resource_type in reencryption.resource_types(conn):
             views = self._of_type[resource_type]
@@ -158,7 +158,7 @@ class Rotator:
                 partial(reencryption.next_resources, conn, resource_type, older),
                 *(partial(reencryption.next_with_rows, conn, v.name, newest) for v in views if there.get(v.name)),
             ]
-            remake = partial(self._remake, conn, resource_type, MakeRows(views, sealing))
+            remake = partial(self._remake, conn, resource_type, MakeRows(views, cipher))
             for source in sources:
                 self._sweep(conn, RESOURCES, resource_type, source, remake)
         # What has no resource that it could be made of, or no view any more.
@@ -166,7 +166,7 @@ class Rotator:
             if has_column:
                 left_over = partial(reencryption.next_left_over, conn, table, older)
                 self._sweep(conn, ROWS, table, left_over, partial(reencryption.seal_rows, conn, table, older))
-        self._parts(conn, sealing)
+        self._parts(conn, cipher)
 
     def _sweep(
         self,
@@ -174,7 +174,7 @@ class Rotator:
         place: str,
         label: str,
         following: Callable[[reencryption.Key | None], list[reencryption.Key]],
-        seal: Callable[[list[reencryption.Key]], reencryption.Batch],
+        encrypt_content: Callable[[list[reencryption.Key]], reencryption.Batch],
     ) -> None:
         """Batch after batch, from the first to the last; again while loads hold some of them."""
         progressed = monotonic()
@@ -184,7 +184,7 @@ class Rotator:
             refused = Counter[str]()
             while keys := following(after):
                 conn.commit()
-                batch = self._one(conn, place, label, partial(seal, keys))
+                batch = self._one(conn, place, label, partial(encrypt_content, keys))
                 after = keys[-1]
                 held += batch.passed_over if batch else len(keys)
                 if batch and batch.sealed:
@@ -201,13 +201,13 @@ class Rotator:
             return
 
     def _one(
-        self, conn: Connection, place: str, label: str, seal: Callable[[], reencryption.Batch]
+        self, conn: Connection, place: str, label: str, encrypt_content: Callable[[], reencryption.Batch]
     ) -> reencryption.Batch | None:
         """One batch and its record; None if somebody else held a lock that it needs."""
         try:
             with conn.transaction():
                 conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
-                batch = seal()
+                batch = encrypt_content()
                 self._note(conn, place, batch.sealed, batch.from_clear, label)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
             return None
@@ -229,20 +229,20 @@ class Rotator:
         self, conn: Connection, resource_type: str, make: MakeRows, keys: Sequence[reencryption.Key]
     ) -> reencryption.Batch:
         """Seal resources, and make the rows of all of their views anew; where that fails, the resources alone."""
-        sealing = sealing_of(conn)
+        cipher = cipher_of(conn)
         rows, passed_over = reencryption.lock_resources(conn, resource_type, keys)
         done = reencryption.Batch(0, 0, passed_over, Counter())
         bodies = []
         sealed_with = {}
         for resource_id, sealed_by, text in rows:
             try:
-                bodies.append(open_text(text, sealed_by, sealing))
-            except SealingError as error:
+                bodies.append(open_text(text, sealed_by, cipher))
+            except EncryptionError as error:
                 done.refused[str(error)] += 1
                 continue
             sealed_with[resource_id] = sealed_by
         made = make(Batch(bodies, "", _EPOCH))
-        loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reseal=True)
+        loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reencrypt=True)
         unloadable = loader.take(made.block, bodies, "")
         done.sealed = loader.finish().updated
         unloadable += loader.late()
@@ -250,7 +250,7 @@ class Rotator:
         without_rows = {ids[each.place]: f"{each.path}: {each.message}" for each in made.undone}
         without_rows |= {each.resource_id: f"{each.view or 'resource'}: {each.message}" for each in unloadable}
         done.refused.update(why for key, why in without_rows.items() if sealed_with[key] is None)
-        newest = sealing.key_id
+        newest = cipher.key_id
         alone = [
             (k, body) for k, body in zip(ids, bodies, strict=True) if k in without_rows and sealed_with[k] != newest
         ]
@@ -258,10 +258,10 @@ class Rotator:
         done.from_clear = min(list(sealed_with.values()).count(None), done.sealed)
         return done
 
-    def _parts(self, conn: Connection, sealing: Sealing) -> None:
-        openable = {key.id for key in sealing.keys[1:]} | ({None} if self._store.sealing.on else set())
+    def _parts(self, conn: Connection, cipher: Cipher) -> None:
+        openable = {key.id for key in cipher.keys[1:]} | ({None} if self._store.cipher.on else set())
         to_do = (part for part in reencrypt.sealed_parts(self._store) if part[1] in openable)
-        results = reencrypt.reseal(self._store, to_do, sealing)
+        results = reencrypt.reencrypt(self._store, to_do, cipher)
         while group := list(islice(results, reencrypt.AT_ONCE)):
             good = [key for _, key, error in group if error is None]
             clear = good.count(None)
@@ -274,9 +274,9 @@ class Rotator:
 
     def _note(self, conn: Connection, place: str, sealed: int, from_clear: int, label: str) -> None:
         key_rotations.advance(conn, self._rotation, label, sealed)
-        detail = {"place": place, "key": sealing_of(conn).key_id, "from_clear": from_clear, "rotation": self._rotation}
+        detail = {"place": place, "key": cipher_of(conn).key_id, "from_clear": from_clear, "rotation": self._rotation}
         resource_type = label if place == RESOURCES else None
-        audit_log.record(conn, Deed("key rotation", self._actor, resource_type, count=sealed, detail=detail))
+        audit_log.record(conn, AuditRecord("key rotation", self._actor, resource_type, count=sealed, detail=detail))
 
     def _report(self, conn: Connection) -> None:
         progress = key_rotations.latest(conn)
@@ -284,23 +284,23 @@ class Rotator:
         if progress:
             self._tell(progress)
 
-    def _end(self, conn: Connection, found: Survey, sealing: Sealing) -> None:
+    def _end(self, conn: Connection, found: Survey, cipher: Cipher) -> None:
         """Say what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
-        needed = [key.id for key in sealing.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
-        if not needed and encryption_secret.reseal(conn, sealing):
+        needed = [key.id for key in cipher.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
+        if not needed and encryption_secret.reencrypt(conn, cipher):
             self._note(conn, SECRET, 1, 0, SECRET)
-            found = Survey({**found.found, SECRET: Counter({sealing.key_id: 1})})
-        left_over = self._to_do(found, sealing, rows=True)
+            found = Survey({**found.found, SECRET: Counter({cipher.key_id: 1})})
+        left_over = self._to_do(found, cipher, rows=True)
         key_rotations.end(conn, self._rotation, left_over)
         conn.commit()
         self.done.survey = found
         self.done.left_over = left_over
 
-    def _to_do(self, found: Survey, sealing: Sealing, *, rows: bool = False) -> int:
+    def _to_do(self, found: Survey, cipher: Cipher, *, rows: bool = False) -> int:
         """How many the newest key is to seal still. Rows go with their resources, and are counted only if asked for."""
         left = 0
         for place, counts in found.found.items():
-            clear_is_meant = place == PARTS and not self._store.sealing.on
+            clear_is_meant = place == PARTS and not self._store.cipher.on
             if place != ROWS or rows:
-                left += sum(n for key, n in counts.items() if key != sealing.key_id and (key or not clear_is_meant))
+                left += sum(n for key, n in counts.items() if key != cipher.key_id and (key or not clear_is_meant))
         return left

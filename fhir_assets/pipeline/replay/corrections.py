@@ -10,9 +10,9 @@ from fhir_assets.fhir.patch import apply_patch
 from fhir_assets.fhir.record import Malformed, one_line, read_header, read_record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays
-from fhir_assets.warehouse.ops.dead_letters import StoredLetter
+from fhir_assets.warehouse.ops.dead_letters import StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 CORRECTABLE = ("fetch", *replays.REPLAYED)
@@ -27,7 +27,7 @@ class Edit:
     by: str
 
 
-class Correcting:
+class CorrectionStep:
     """Takes edits of dead letters."""
 
     def __init__(self, connect: Callable[[], Connection], validator: Validator, receiver: Receiver) -> None:
@@ -35,7 +35,7 @@ class Correcting:
         self._validator = validator
         self._receiver = receiver
 
-    def edit(self, letter_id: int, edit: Edit) -> StoredLetter:
+    def edit(self, letter_id: int, edit: Edit) -> StoredDeadLetter:
         """Keep a correction; the original is kept beside it. A patch is applied to the last correction, if there is
         one. A letter of stage ``fetch`` never reached raw: its correction is received there at once, and resolves it.
 
@@ -57,12 +57,14 @@ class Correcting:
             corrections.keep(conn, letter_id, body, by=edit.by)
             if letter.stage == "fetch":
                 self._receive(letter, body)
-                replays.corrected_at_the_door(conn, letter_id)
+                replays.corrected_on_arrival(conn, letter_id)
             subject = audit_log.subject(conn, letter.resource_type, read_header(body).id or "")
-            audit_log.record(conn, Deed("edit", edit.by, letter.resource_type, subject, detail={"letter": letter_id}))
+            audit_log.record(
+                conn, AuditRecord("edit", edit.by, letter.resource_type, subject, detail={"letter": letter_id})
+            )
         return letter
 
-    def _corrected(self, conn: Connection, letter: StoredLetter, edit: Edit) -> bytes:
+    def _corrected(self, conn: Connection, letter: StoredDeadLetter, edit: Edit) -> bytes:
         if edit.resource is not None:
             body = one_line(edit.resource)
         else:
@@ -84,6 +86,6 @@ class Correcting:
             raise CorrectionRefused(f"the corrected resource would be refused again: {said}{more}. Nothing was kept")
         return body
 
-    def _receive(self, letter: StoredLetter, body: bytes) -> None:
+    def _receive(self, letter: StoredDeadLetter, body: bytes) -> None:
         origin = f"correction:{letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
         self._receiver.receive([read_record(body, read_header(body), datetime.now(UTC))], origin)

@@ -15,16 +15,16 @@ from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.rows import Batch, MakeRows, place_of
 from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
-from fhir_assets.pipeline.load.step import judgement, load_deeds
+from fhir_assets.pipeline.load.step import load_audit_records, ruleset
 from fhir_assets.pipeline.validate.step import ValidatedUpdate, dead_letter
-from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
-from fhir_assets.privacy.consent import Gate
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import OPEN, Loader
 from fhir_assets.windows import Window
@@ -41,7 +41,7 @@ class Replayed:
     failed: Counter[str]
 
 
-class ReplayValidation:
+class ReplayValidateStep:
     """Judges the letters of stage ``validate`` that a run claims in validated partitions of one type."""
 
     def __init__(
@@ -73,7 +73,7 @@ class ReplayValidation:
                 found.append(manifest)
         return found
 
-    @seldom_collected()
+    @infrequent_gc()
     def validate(self, resource_type: str, partition_keys: Sequence[str]) -> Replayed:
         """Judge the letters of some partitions; the caller commits the manifests of those where some healed.
 
@@ -118,7 +118,7 @@ class ReplayValidation:
                 tally.warnings.update(issue.rule for issue in verdict.issues)
                 continue
             again = dead_letter(
-                resource_type, letter.partition_key, letter.body, verdict, judged_by=self._validator.judgement
+                resource_type, letter.partition_key, letter.body, verdict, judged_by=self._validator.ruleset
             )
             tally.failed += 1
             tally.dead[again.rule] += letter.occurrences
@@ -147,7 +147,7 @@ class ReplayValidation:
         )
 
 
-class ReplayLoading:
+class ReplayLoadStep:
     """Loads the letters of stages ``transform`` and ``load`` that a run claims, into all tables of their type."""
 
     def __init__(
@@ -157,7 +157,7 @@ class ReplayLoading:
         *,
         run_id: str,
         also_open: bool,
-        gate: Gate = OPEN,
+        gate: ConsentGate = OPEN,
     ) -> None:
         self._connect = connect
         self._views = views
@@ -183,7 +183,7 @@ class ReplayLoading:
             conn.commit()
         healed = 0
         with closing(self._connect()) as reading, closing(self._connect()) as writing:
-            make = MakeRows(self._views, sealing_of(writing))
+            make = MakeRows(self._views, cipher_of(writing))
             for letters in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
                 with writing.transaction():
                     healed += self._load(writing, make, resource_type, letters, arrived)
@@ -213,11 +213,11 @@ class ReplayLoading:
         replays.failed(conn, self._run_id, list(failed.values()))
         healed = [letter.id for letter in letters if letter.id not in failed]
         replays.healed_letters(conn, self._run_id, healed)
-        audit_log.record(conn, *load_deeds(resource_type, counts, run_id=self._run_id, detail={"replay": True}))
+        audit_log.record(conn, *load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True}))
         return len(healed)
 
     def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:
-        return Failed(letter.id, rule, path, message, [], judgement(self._views))
+        return Failed(letter.id, rule, path, message, [], ruleset(self._views))
 
 
 class _Tally:

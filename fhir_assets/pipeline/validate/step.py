@@ -7,9 +7,9 @@ from datetime import datetime
 
 from fhir_assets.fhir.record import Malformed, read_header
 from fhir_assets.fhir.validation import Issue, Validator, Verdict
-from fhir_assets.pipeline.dead_letter_buffer import LetterBuffer
+from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.plan import Refresh
-from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
@@ -50,7 +50,7 @@ class Judge:
         return [(place, verdict.issues) for place, line in enumerate(lines) if (verdict := check(line)).issues]
 
 
-class ResourceValidation:
+class ValidateStep:
     """Judges raw partitions of one type after the other."""
 
     def __init__(
@@ -71,9 +71,9 @@ class ResourceValidation:
         self._run_id = run_id
         self._now = now
         self._refresh = refresh
-        self._letters = LetterBuffer(lambda letters: dead_letters.record_now(connect, run_id, letters))
+        self._letters = DeadLetterBuffer(lambda letters: dead_letters.record_now(connect, run_id, letters))
 
-    @seldom_collected()
+    @infrequent_gc()
     def validate(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
         """Judge what of the raw partitions is not judged yet, or all of it; the caller commits the manifests.
 
@@ -135,7 +135,7 @@ class ResourceValidation:
             verdict = Verdict(lines[place], issues)
             if not verdict.valid:
                 refused.add(place)
-                letter = dead_letter(name, key, lines[place], verdict, judged_by=self._validator.judgement)
+                letter = dead_letter(name, key, lines[place], verdict, judged_by=self._validator.ruleset)
                 corrected = corrections.find(letter)
                 if corrected is not None and self._validator.check(corrected).valid:
                     writer.add(name, key, corrected, None)

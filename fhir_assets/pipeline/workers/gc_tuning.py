@@ -8,7 +8,7 @@ _ALLOCATIONS = 100_000
 
 
 @contextmanager
-def seldom_collected() -> Iterator[None]:
+def infrequent_gc() -> Iterator[None]:
     """Have the collector run some hundred times less often, and not walk what is there already.
 
     Parsed resources and their rows hold no cycles, so they go when the last reference does; all the collector does

@@ -11,7 +11,7 @@ from traceback import extract_tb
 from typing import Any, BinaryIO, cast
 
 from fhir_assets.errors import FhirAssetsError, PermanentError
-from fhir_assets.pipeline.workers.gc_tuning import seldom_collected
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 
 
 @lru_cache(64)
@@ -50,7 +50,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    with seldom_collected():
+    with infrequent_gc():
         try:
             serve(sys.stdin.buffer, answers)
         except BrokenPipeError:

@@ -15,13 +15,13 @@ import orjson
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import layout_of
 
@@ -93,8 +93,10 @@ class Export:
         self.conn.commit()
         try:
             with self.conn.transaction():
-                deed = Deed("export", self._actor, resource_type, count=rows, run_id=self.run_id, detail={"file": name})
-                audit_log.record(self.conn, deed)
+                audit_record = AuditRecord(
+                    "export", self._actor, resource_type, count=rows, run_id=self.run_id, detail={"file": name}
+                )
+                audit_log.record(self.conn, audit_record)
         except BaseException:
             # What cannot be put on record does not leave.
             self._target.delete(self._path(name))
@@ -152,7 +154,7 @@ class TypeExport:
 
     def table(self, view: View, form: Format) -> ExportedFile:
         """``<view>.<format>``: the rows of a view; what is sealed in the table is sealed in the file."""
-        layout = layout_of(view, sealed=sealing_of(self._conn).on)
+        layout = layout_of(view, sealed=cipher_of(self._conn).on)
         names = [column.name for column in layout.columns]
         rows = row_streams.stream(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
 
@@ -265,7 +267,7 @@ def _number(value: object) -> float | str:
     return float(value) if hasattr(value, "as_tuple") else str(value)  # type: ignore[arg-type]
 
 
-def _as_line(letter: dead_letters.StoredLetter, body: bytes | None) -> bytes:
+def _as_line(letter: dead_letters.StoredDeadLetter, body: bytes | None) -> bytes:
     facts = asdict(letter)
     if body is not None:
         try:

@@ -14,11 +14,11 @@ from psycopg import sql
 
 from fhir_assets.errors import StoreError
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, layout_of
 
@@ -64,8 +64,10 @@ def update(conn: Connection, target: Blobs, view: View, wanted: Collection[str],
         # Not in the same transaction: its snapshot is older than the last record of the log. But before the files count
         # as written, so that those which are not on record are written again.
         with conn.transaction():
-            deed = Deed("export", actor, view.resource_type, count=written.rows, run_id=run_id, detail={"file": "lake"})
-            audit_log.record(conn, deed)
+            audit_record = AuditRecord(
+                "export", actor, view.resource_type, count=written.rows, run_id=run_id, detail={"file": "lake"}
+            )
+            audit_log.record(conn, audit_record)
         lake.remember(written)
     finally:
         conn.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [lock])
@@ -80,7 +82,7 @@ class _Lake:
         self._conn = conn
         self._target = target
         self._view = view
-        self._layout: TableLayout = layout_of(view, sealed=sealing_of(conn).on)
+        self._layout: TableLayout = layout_of(view, sealed=cipher_of(conn).on)
         self._now: dict[str, _Window] = {}
 
     def update(self, wanted: Collection[str]) -> Written:

@@ -9,44 +9,44 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from fhir_assets.privacy.audit import Action, Deed, Entry, Fault, link, verify
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.privacy.audit import Action, AuditRecord, Entry, Fault, link, verify
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 _COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
 _LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
 
 
-def record(conn: psycopg.Connection[Any], *deeds: Deed) -> None:
+def record(conn: psycopg.Connection[Any], *audit_records: AuditRecord) -> None:
     """Append deeds. Call it last in the transaction of the deed: until that ends, other records wait.
 
     What does a thing many times over records it once, with a count; a deed of count 0 is left out.
     """
-    told = [deed for deed in deeds if deed.count]
+    told = [audit_record for audit_record in audit_records if audit_record.count]
     if not told:
         return
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     with conn.transaction() if conn.autocommit else nullcontext():
         head = conn.execute("SELECT seq, link, clock_timestamp() FROM ops.audit_head FOR UPDATE").fetchone()
         if head is None:
             raise AssertionError("ops.audit_head is empty: the audit log was tampered with")
         seq, previous, at = head[0], bytes(head[1]), head[2]
         rows = []
-        for deed in told:
+        for audit_record in told:
             seq += 1
-            previous = link(seq, at, deed, previous, sealing)
+            previous = link(seq, at, audit_record, previous, cipher)
             rows.append(
                 [
                     seq,
                     at,
-                    deed.action,
-                    deed.actor,
-                    deed.resource_type,
-                    deed.subject,
-                    deed.count,
-                    deed.run_id,
-                    deed.request_id,
-                    Jsonb(deed.detail),
-                    sealing.on,
+                    audit_record.action,
+                    audit_record.actor,
+                    audit_record.resource_type,
+                    audit_record.subject,
+                    audit_record.count,
+                    audit_record.run_id,
+                    audit_record.request_id,
+                    Jsonb(audit_record.detail),
+                    cipher.on,
                     previous,
                 ]
             )
@@ -60,7 +60,7 @@ def record(conn: psycopg.Connection[Any], *deeds: Deed) -> None:
 
 def subject(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) -> str:
     """The keyed hash by which the log names a resource."""
-    return sealing_of(conn).subject(resource_type, resource_id)
+    return cipher_of(conn).subject(resource_type, resource_id)
 
 
 def first_fault(conn: Connection) -> Fault | None:
@@ -74,7 +74,7 @@ def first_fault(conn: Connection) -> Fault | None:
         if first is None:
             return Fault(1, "missing")
         entries = (_entry(row[2:]) for row in chain([first], rows) if row[2] is not None)
-        return verify(entries, (first[0], bytes(first[1])), sealing_of(conn))
+        return verify(entries, (first[0], bytes(first[1])), cipher_of(conn))
 
 
 def differs(conn: Connection, seq: int, link: str) -> Fault | None:
@@ -117,5 +117,5 @@ def _entries(rows: Iterable[tuple[Any, ...]]) -> Iterator[Entry]:
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     seq, at, action, actor, resource_type, about, count, run_id, request_id, detail, keyed, linked = row
-    deed = Deed(action, actor, resource_type, about, count, run_id, request_id, detail)
-    return Entry(seq, at, deed, keyed, bytes(linked))
+    audit_record = AuditRecord(action, actor, resource_type, about, count, run_id, request_id, detail)
+    return Entry(seq, at, audit_record, keyed, bytes(linked))

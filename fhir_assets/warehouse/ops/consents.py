@@ -15,8 +15,17 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from fhir_assets.fhir.compartment import UNKNOWN_PATIENT
-from fhir_assets.privacy.consent import Consent, Decision, Gate, Policy, Purpose, decide, next_change, read_consent
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.privacy.consent import (
+    Consent,
+    ConsentGate,
+    Decision,
+    Policy,
+    Purpose,
+    decide,
+    next_change,
+    read_consent,
+)
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 
 _LOCK = 0x66686370
@@ -25,7 +34,7 @@ _LOCK = 0x66686370
 _parse = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-def withheld(gate: Gate, table: str) -> sql.Composed:
+def withheld(gate: ConsentGate, table: str) -> sql.Composed:
     """The condition that a row of ``table``, which has a column ``patients``, is withheld.
 
     What belongs to several patients is withheld if any of them is; what belongs to none never is.
@@ -87,7 +96,7 @@ def record_statements(source: sql.Composable, sealed_by: sql.Composable) -> tupl
 
 
 @dataclass(frozen=True, slots=True)
-class GateStatements:
+class ConsentGateStatements:
     """What a load runs on a chunk in its stage, before the rest goes into ``table``."""
 
     withhold: sql.Composed
@@ -102,7 +111,9 @@ class GateStatements:
     """Takes out of ``ops.withheld`` what the table has in a newer version (``ids``)."""
 
 
-def gate_statements(gate: Gate, resource_type: str, table: sql.Identifier, stage: sql.Identifier) -> GateStatements:
+def gate_statements(
+    gate: ConsentGate, resource_type: str, table: sql.Identifier, stage: sql.Identifier
+) -> ConsentGateStatements:
     """The statements for a type; ``stage`` has the columns of ``fhir.resource`` that say what a resource is."""
     words: dict[str, sql.Composable] = {
         "table": table,
@@ -113,7 +124,7 @@ def gate_statements(gate: Gate, resource_type: str, table: sql.Identifier, stage
         "held": sql.SQL("(w.as_of, coalesce(w.version_number, 0))"),
         "staged": sql.SQL("(s.as_of, coalesce(s.version_number, 0))"),
     }
-    return GateStatements(
+    return ConsentGateStatements(
         sql.SQL(
             "WITH gone AS (DELETE FROM {stage} s WHERE {withheld} RETURNING s.*), kept AS ("
             "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, sealed_by, patients, resource)"
@@ -226,7 +237,7 @@ def decide_on(conn: Connection, patients: Sequence[str], at: datetime) -> int:
 
 def _consents(conn: Connection, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
     """What each patient's Consents say, with their versions."""
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     found: dict[str, list[tuple[Consent, str | None]]] = {}
     rows = conn.execute(
         "SELECT patient_id, version_id, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END,"
@@ -234,7 +245,7 @@ def _consents(conn: Connection, patients: Sequence[str]) -> Mapping[str, list[tu
         [list(patients)],
     )
     for patient, version, text, sealed_by in rows:
-        consent = read_consent(_parse(open_text(text, sealed_by, sealing)), patient)
+        consent = read_consent(_parse(open_text(text, sealed_by, cipher)), patient)
         if consent:
             found.setdefault(patient, []).append((consent, version))
     return found
@@ -254,13 +265,13 @@ def decisions(conn: Connection, *, patient: str | None, limit: int) -> list[dict
     )
 
 
-def followed(conn: Connection) -> Gate:
+def followed(conn: Connection) -> ConsentGate:
     """The policy that the tables follow."""
     row = conn.execute("SELECT policy, purpose FROM ops.consent_policy").fetchone()
-    return Gate(Policy(row[0]), Purpose(row[1])) if row else Gate()
+    return ConsentGate(Policy(row[0]), Purpose(row[1])) if row else ConsentGate()
 
 
-def follow(conn: Connection, gate: Gate) -> None:
+def follow(conn: Connection, gate: ConsentGate) -> None:
     """The tables follow this policy now."""
     conn.execute(
         "INSERT INTO ops.consent_policy (policy, purpose) VALUES (%s, %s)"
@@ -270,7 +281,7 @@ def follow(conn: Connection, gate: Gate) -> None:
 
 
 def take_back(
-    conn: Connection, gate: Gate, *, patients: Sequence[str] | None = None, limit: int | None = None
+    conn: Connection, gate: ConsentGate, *, patients: Sequence[str] | None = None, limit: int | None = None
 ) -> dict[str, int]:
     """Move to ``ops.withheld`` what of some patients (None: of all) stands in the tables and is withheld, and its
     rows out of every view. Returns how many resources, by type.

@@ -7,9 +7,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
-from fhir_assets.privacy.encryption import CLEAR
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ def keep(conn: Connection, letter_id: int, resource: bytes, *, by: str) -> None:
     """From now on ``resource`` takes the place of the letter's; an earlier correction of it is replaced, the original
     kept.
     """
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     conn.execute(
         "INSERT INTO ops.corrections"
         " (fingerprint, resource_type, stage, partition_key, original, resource, sealed_by, corrected_by)"
@@ -33,7 +33,7 @@ def keep(conn: Connection, letter_id: int, resource: bytes, *, by: str) -> None:
         " FROM ops.dead_letters WHERE id = %(id)s"
         " ON CONFLICT (fingerprint) DO UPDATE SET resource = excluded.resource, sealed_by = excluded.sealed_by,"
         " corrected_by = excluded.corrected_by, corrected_at = now()",
-        {"id": letter_id, "resource": sealing.seal(resource), "key": sealing.key_id, "by": by},
+        {"id": letter_id, "resource": cipher.encrypt_content(resource), "key": cipher.key_id, "by": by},
     )
 
 
@@ -44,7 +44,7 @@ def of_letter(conn: Connection, letter_id: int) -> Correction | None:
         " JOIN ops.dead_letters d USING (fingerprint) WHERE d.id = %s",
         [letter_id],
     ).fetchone()
-    return None if row is None else Correction(sealing_of(conn).open(bytes(row[0])), row[1], row[2])
+    return None if row is None else Correction(cipher_of(conn).decrypt_content(bytes(row[0])), row[1], row[2])
 
 
 def by_fingerprint(
@@ -58,7 +58,7 @@ def by_fingerprint(
         [resource_type, list(stages), list(partition_keys)],
     )
     for key, fingerprint, resource in rows:
-        found.setdefault(key, {})[bytes(fingerprint)] = sealing_of(conn).open(bytes(resource))
+        found.setdefault(key, {})[bytes(fingerprint)] = cipher_of(conn).decrypt_content(bytes(resource))
     return found
 
 
@@ -73,7 +73,7 @@ class Corrections:
         self._connect = connect
         self._scope = [resource_type, list(stages), list(keys)]
         self._known: dict[str, set[bytes]] | None = None
-        self._sealing = CLEAR
+        self._cipher = NO_ENCRYPTION
 
     def any_in(self, partition_key: str) -> bool:
         """Whether there are any for a partition."""
@@ -83,18 +83,18 @@ class Corrections:
         """What takes the place of the letter's resource; None if nothing does. Raises SealingError."""
         if not self.any_in(letter.partition_key):
             return None
-        fingerprint = letter.fingerprint(self._sealing)
+        fingerprint = letter.fingerprint(self._cipher)
         if fingerprint not in self._fingerprints()[letter.partition_key]:
             return None
         with closing(self._connect()) as conn:
             row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
-            return None if row is None else self._sealing.open(bytes(row[0]))
+            return None if row is None else self._cipher.decrypt_content(bytes(row[0]))
 
     def _fingerprints(self) -> dict[str, set[bytes]]:
         if self._known is None:
             self._known = {}
             with closing(self._connect()) as conn:
-                self._sealing = sealing_of(conn)
+                self._cipher = cipher_of(conn)
                 rows = conn.execute(
                     "SELECT partition_key, fingerprint FROM ops.corrections"
                     " WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)",

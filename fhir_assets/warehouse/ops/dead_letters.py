@@ -13,8 +13,8 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from fhir_assets.fhir.record import Malformed, read_header, read_instant
-from fhir_assets.privacy.encryption import CLEAR, Sealing
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
 Status = Literal["open", "replaying", "resolved", "discarded"]
@@ -46,13 +46,13 @@ class DeadLetter:
     origin: str | None = None
     judged_by: str = ""
 
-    def fingerprint(self, sealing: Sealing = CLEAR) -> bytes:
+    def fingerprint(self, cipher: Cipher = NO_ENCRYPTION) -> bytes:
         """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
         content = self.resource
         if content is None:
             content = "\0".join((self.resource_id or "", self.rule, self.path, self.message)).encode(*_UTF8)
         scope = "\0".join((self.stage, self.resource_type, self.partition_key)).encode(*_UTF8)
-        return sealing.fingerprint(scope + b"\0\0" + content)
+        return cipher.fingerprint(scope + b"\0\0" + content)
 
 
 _UTF8 = ("utf-8", "backslashreplace")
@@ -90,7 +90,7 @@ def settle(conn: Connection, run_id: str, resource_type: str, stage: str, partit
 
 
 @dataclass(frozen=True, slots=True)
-class StoredLetter:
+class StoredDeadLetter:
     """A letter as it is listed: all but the resource."""
 
     id: int
@@ -154,7 +154,9 @@ class Selection:
         return sql.SQL(" AND ").join(terms or [sql.SQL("true")]), params
 
 
-def find(conn: Connection, selection: Selection, *, before: int | None = None, limit: int = 100) -> list[StoredLetter]:
+def find(
+    conn: Connection, selection: Selection, *, before: int | None = None, limit: int = 100
+) -> list[StoredDeadLetter]:
     """The letters of a selection, those that failed last first; ``before`` is the last id of the page before."""
     if selection.run_id is not None:
         # Of two indexes one page each: an OR would have Postgres sort all letters of the run.
@@ -165,7 +167,7 @@ def find(conn: Connection, selection: Selection, *, before: int | None = None, l
         ]
     else:
         places = [selection.where()[0]]
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)])
+    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
     page = sql.SQL(
         "AND (last_failure, id) < (SELECT last_failure, id FROM ops.dead_letters WHERE id = %(before)s)"
         if before is not None
@@ -178,16 +180,16 @@ def find(conn: Connection, selection: Selection, *, before: int | None = None, l
     ]
     query = sql.SQL("SELECT * FROM ({}) found {}").format(sql.SQL(" UNION ").join(parts), order)
     params = {**selection.where()[1], "before": before, "limit": limit}
-    with conn.cursor(row_factory=class_row(StoredLetter)) as cursor:
+    with conn.cursor(row_factory=class_row(StoredDeadLetter)) as cursor:
         return cursor.execute(query, params).fetchall()
 
 
-def get(conn: Connection, letter_id: int) -> tuple[StoredLetter, list[dict[str, str]]] | None:
+def get(conn: Connection, letter_id: int) -> tuple[StoredDeadLetter, list[dict[str, str]]] | None:
     """A letter with all of its issues; None for an unknown id."""
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)])
+    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
     query = sql.SQL("SELECT {}, issues FROM ops.dead_letters WHERE id = %s").format(columns)
     row = conn.execute(query, [letter_id]).fetchone()
-    return None if row is None else (StoredLetter(*row[:-1]), row[-1])
+    return None if row is None else (StoredDeadLetter(*row[:-1]), row[-1])
 
 
 def resource(conn: Connection, letter_id: int) -> bytes | None:
@@ -195,19 +197,19 @@ def resource(conn: Connection, letter_id: int) -> bytes | None:
     row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
     if row is None:
         raise KeyError(letter_id)
-    return None if row[0] is None else sealing_of(conn).open(bytes(row[0]))
+    return None if row[0] is None else cipher_of(conn).decrypt_content(bytes(row[0]))
 
 
-def stream(conn: Connection, selection: Selection) -> Iterator[tuple[StoredLetter, bytes | None]]:
+def stream(conn: Connection, selection: Selection) -> Iterator[tuple[StoredDeadLetter, bytes | None]]:
     """The letters of a selection with their resources, the oldest first, streamed. Raises SealingError."""
     where, params = selection.where()
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredLetter)])
+    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
     query = sql.SQL("SELECT {}, resource FROM ops.dead_letters WHERE {} ORDER BY id").format(columns, where)
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="dead_letters") as cursor:
         cursor.itersize = _STREAMED
         for row in cursor.execute(query, params):
-            yield StoredLetter(*row[:-1]), None if row[-1] is None else sealing.open(bytes(row[-1]))
+            yield StoredDeadLetter(*row[:-1]), None if row[-1] is None else cipher.decrypt_content(bytes(row[-1]))
 
 
 def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
@@ -227,10 +229,10 @@ def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
 
 
 def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> None:
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     unique: dict[bytes, list[Any]] = {}
     for letter in letters:
-        fingerprint = letter.fingerprint(sealing)
+        fingerprint = letter.fingerprint(cipher)
         if fingerprint in unique:
             unique[fingerprint][-1] += 1
             continue
@@ -243,7 +245,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             _storable(letter.path),
             _storable(letter.message),
             Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in letter.issues]),
-            None if letter.resource is None else sealing.seal(letter.resource),
+            None if letter.resource is None else cipher.encrypt_content(letter.resource),
             _storable(letter.partition_key),
             letter.origin,
             _last_updated(letter.resource),
@@ -257,7 +259,7 @@ def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> Non
             # In one order everywhere, so that two runs do not wait for each other crosswise.
             for fingerprint in sorted(unique):
                 copy.write_row(unique[fingerprint])
-        cursor.execute(_UPSERT, [run_id, run_id, sealing.key_id])
+        cursor.execute(_UPSERT, [run_id, run_id, cipher.key_id])
         cursor.execute("TRUNCATE pg_temp.stage_dead_letters")
 
 

@@ -4,12 +4,12 @@ It is the canary too: who cannot open it holds the wrong keys, or has lost the r
 anything is read or written.
 """
 
-from fhir_assets.errors import ConfigurationError, SealingError
-from fhir_assets.privacy.encryption import Sealing, new_secret
+from fhir_assets.errors import ConfigurationError, EncryptionError
+from fhir_assets.privacy.encryption import Cipher, new_secret
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
-def unlock(conn: Connection, sealing: Sealing) -> Sealing:
+def unlock(conn: Connection, cipher: Cipher) -> Cipher:
     """``sealing`` with the secret of this database, which is made when keys are first used here. Commits.
 
     Raises ConfigurationError if the database is sealed and the keys do not fit, or there are none.
@@ -17,39 +17,39 @@ def unlock(conn: Connection, sealing: Sealing) -> Sealing:
     with conn.transaction():
         sealed = _sealed_secret(conn)
         if sealed is None:
-            if not sealing.on:
-                return sealing
+            if not cipher.on:
+                return cipher
             conn.execute(
                 "INSERT INTO ops.encryption (key_id, secret) VALUES (%s, %s) ON CONFLICT DO NOTHING",
-                [sealing.key_id, sealing.encrypt(new_secret())],
+                [cipher.key_id, cipher.encrypt(new_secret())],
             )
             sealed = _sealed_secret(conn)
             assert sealed is not None
     key_id, content = sealed
-    if not sealing.on:
+    if not cipher.on:
         raise ConfigurationError(
             f"This database is sealed with key {key_id}, but PHI_ENCRYPTION_KEYS is not set: set it. "
             "Without that key its patient data cannot be read, only loaded again into a new database"
         )
     try:
-        return sealing.with_secret(sealing.decrypt(content))
-    except SealingError:
+        return cipher.with_secret(cipher.decrypt(content))
+    except EncryptionError:
         raise ConfigurationError(
             f"This database is sealed with key {key_id}, which PHI_ENCRYPTION_KEYS lacks (there: "
-            f"{', '.join(key.id for key in sealing.keys)}): add it as the last key. New keys come before it; "
+            f"{', '.join(key.id for key in cipher.keys)}): add it as the last key. New keys come before it; "
             "`fhir-assets keys rotate` then makes it dispensable"
         ) from None
 
 
-def reseal(conn: Connection, sealing: Sealing) -> bool:
+def reencrypt(conn: Connection, cipher: Cipher) -> bool:
     """Seal the secret with the newest key. Returns whether it was sealed with another one."""
     with conn.transaction():
         sealed = _sealed_secret(conn, lock=True)
-        if sealed is None or sealed[0] == sealing.key_id:
+        if sealed is None or sealed[0] == cipher.key_id:
             return False
         conn.execute(
             "UPDATE ops.encryption SET key_id = %s, secret = %s, sealed_at = now()",
-            [sealing.key_id, sealing.encrypt(sealing.decrypt(sealed[1]))],
+            [cipher.key_id, cipher.encrypt(cipher.decrypt(sealed[1]))],
         )
         return True
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 KEPT = timedelta(days=1)
 _LOCK = 0x66686964
@@ -23,8 +23,8 @@ class Request:
 
     @classmethod
     def of(cls, conn: Connection, caller: str, path: str, key: str, body: bytes) -> "Request":
-        sealing = sealing_of(conn)
-        return cls(sealing.fingerprint("\0".join((caller, path, key)).encode()), sealing.fingerprint(body))
+        cipher = cipher_of(conn)
+        return cls(cipher.fingerprint("\0".join((caller, path, key)).encode()), cipher.fingerprint(body))
 
 
 def begin(conn: Connection, request: Request) -> tuple[int, bytes] | None:
@@ -40,17 +40,17 @@ def begin(conn: Connection, request: Request) -> tuple[int, bytes] | None:
         return None
     if bytes(row[0]) != request.body:
         raise AnotherBody
-    return row[1], sealing_of(conn).open(bytes(row[2]))
+    return row[1], cipher_of(conn).decrypt_content(bytes(row[2]))
 
 
 def end(conn: Connection, request: Request, status: int, answer: bytes) -> None:
     """The request was answered so. What is older than a day is forgotten."""
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     conn.execute(
         "INSERT INTO ops.idempotency AS known (key, body, status, answer, sealed_by) VALUES (%s, %s, %s, %s, %s)"
         " ON CONFLICT (key) DO UPDATE SET body = excluded.body, status = excluded.status, answer = excluded.answer,"
         " sealed_by = excluded.sealed_by, answered_at = now()",
-        [request.key, request.body, status, sealing.seal(answer), sealing.key_id],
+        [request.key, request.body, status, cipher.encrypt_content(answer), cipher.key_id],
     )
     conn.execute(
         "DELETE FROM ops.idempotency WHERE key IN (SELECT key FROM ops.idempotency WHERE answered_at < now() - %s"

@@ -8,7 +8,7 @@ from datetime import datetime
 from psycopg.rows import class_row
 
 from fhir_assets.errors import TransientError
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 _LOCK = 0x66686B72
 """Advisory lock of the rotation ("fhkr")."""
@@ -58,7 +58,7 @@ def begin(conn: Connection, actor: str, total: int) -> int:
     """Note that a rotation to the newest key begins. Returns its id."""
     row = conn.execute(
         "INSERT INTO ops.key_rotations (key_id, actor, total) VALUES (%s, %s, %s) RETURNING id",
-        [sealing_of(conn).key_id, actor, total],
+        [cipher_of(conn).key_id, actor, total],
     ).fetchone()
     assert row
     return int(row[0])

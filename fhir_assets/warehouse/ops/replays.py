@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 REPLAYED = ("validate", "transform", "load")
 """The stages whose letters are judged again from their bytes. Those of ``fetch`` come anew with their window, or when
@@ -171,7 +171,7 @@ def claimed(
     """The letters that a run has claimed in some partitions, by partition, streamed on ``conn``, which is in a
     transaction meanwhile. Raises SealingError.
     """
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     with closing(conn.cursor(name="claimed")) as cursor:
         cursor.execute(
             "SELECT d.id, d.partition_key, d.rule, d.occurrences, coalesce(c.resource, d.resource)"
@@ -182,7 +182,7 @@ def claimed(
         )
         while rows := cursor.fetchmany(_STREAMED):
             yield [
-                Claimed(identity, key, rule, occurrences, sealing.open(bytes(body or b"")))
+                Claimed(identity, key, rule, occurrences, cipher.decrypt_content(bytes(body or b"")))
                 for identity, key, rule, occurrences, body in rows
             ]
 
@@ -270,7 +270,7 @@ def healed_letters(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
     )
 
 
-def corrected_at_the_door(conn: Connection, letter_id: int) -> None:
+def corrected_on_arrival(conn: Connection, letter_id: int) -> None:
     """A letter of stage ``fetch`` whose correction was received: resolved, also when its window is read again."""
     conn.execute(
         "UPDATE ops.dead_letters SET status = 'resolved', resolution = 'corrected', resolved_at = now() WHERE id = %s",

@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from fhir_assets.privacy.encryption import Sealing, from_json
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.privacy.encryption import Cipher, from_json
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 _STREAMED = 500
 
@@ -33,16 +33,16 @@ COLUMNS = sql.SQL(
 """What ``opened`` reads of ``fhir.resource``."""
 
 
-def opened(row: Sequence[Any], sealing: Sealing) -> StoredResource:
+def opened(row: Sequence[Any], cipher: Cipher) -> StoredResource:
     """The resource of a row of COLUMNS. Raises SealingError."""
     resource_type, resource_id, version_id, last_updated, partition_key, text, sealed_by = row
-    body = open_text(text, sealed_by, sealing)
+    body = open_text(text, sealed_by, cipher)
     return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body)
 
 
-def open_text(text: str, sealed_by: str | None, sealing: Sealing) -> bytes:
+def open_text(text: str, sealed_by: str | None, cipher: Cipher) -> bytes:
     """The JSON of a resource whose column holds ``text``. Raises SealingError."""
-    return text.encode() if sealed_by is None else sealing.open(from_json(text))
+    return text.encode() if sealed_by is None else cipher.decrypt_content(from_json(text))
 
 
 def read(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) -> StoredResource | None:
@@ -53,7 +53,7 @@ def read(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) ->
         ),
         [resource_type, resource_id],
     ).fetchone()
-    return None if row is None else opened(row, sealing_of(conn))
+    return None if row is None else opened(row, cipher_of(conn))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ def of_type(
 
 
 def _streamed(conn: Connection, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="resources") as cursor:
         cursor.itersize = _STREAMED
         for row in cursor.execute(query, params):
-            yield opened(row, sealing)
+            yield opened(row, cipher)

@@ -25,7 +25,7 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.delivery.upload.conftest import Upload, assert_same, lines_of, patient, read_back, write
-from fhir_assets_tests.fhir.scripted_server import Asked, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
 
 SYNTHEA = Path(__file__).resolve().parents[4] / "shared" / "data" / "synthea"
 BATCH = frozenset({RequestKind.BATCH})

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fhir_assets.fhir.path import compile_path
-from fhir_assets_tests.fhir.path.random_paths import objects, paths
-from fhir_assets_tests.fhir.path.reference import evaluate, plain
+from fhir_assets_tests.support.fhirpath_reference import evaluate, plain
+from fhir_assets_tests.support.random_fhirpath import objects, paths
 
 
 @given(data=st.data(), root=st.sampled_from(["Patient", "Observation"]))

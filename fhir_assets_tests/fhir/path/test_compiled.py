@@ -7,7 +7,7 @@ import pytest
 
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.path import Constant, compile_path
-from fhir_assets_tests.fhir.path.sample import OBSERVATION, PATIENT
+from fhir_assets_tests.support.fhirpath_sample import OBSERVATION, PATIENT
 
 
 @pytest.mark.parametrize(

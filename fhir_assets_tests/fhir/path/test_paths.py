@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.path import compile_path
-from fhir_assets_tests.fhir.path.sample import OBSERVATION, PATIENT
+from fhir_assets_tests.support.fhirpath_sample import OBSERVATION, PATIENT
 
 ON_PATIENT: list[tuple[str, list[Any]]] = [
     # elements

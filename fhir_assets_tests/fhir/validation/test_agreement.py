@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fhir_assets.catalog import CATALOG
 from fhir_assets.fhir.validation import Validator, hot, invariants
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element
-from fhir_assets_tests.fhir.validation.samples import BAD, GOOD, RULES, Sampler, to_bytes
+from fhir_assets_tests.support.resource_samples import BAD, GOOD, RULES, Sampler, to_bytes
 
 VALIDATOR = Validator()
 JUNK: list[Any] = [None, {}, [], [{}], {"id": "x"}, {"reference": "#"}]

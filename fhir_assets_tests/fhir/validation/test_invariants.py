@@ -7,7 +7,7 @@ import pytest
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.validation.invariants import OF_CONTAINED, compiled
 from fhir_assets.fhir.validation.rules import load_rules
-from fhir_assets_tests.fhir.validation.samples import to_bytes
+from fhir_assets_tests.support.resource_samples import to_bytes
 
 VALIDATOR = Validator()
 Json = dict[str, Any]

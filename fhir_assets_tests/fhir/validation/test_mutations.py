@@ -9,7 +9,7 @@ import pytest
 from fhir_assets.catalog import CATALOG
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element
-from fhir_assets_tests.fhir.validation.samples import BAD, RULES, to_bytes, valid_resource
+from fhir_assets_tests.support.resource_samples import BAD, RULES, to_bytes, valid_resource
 
 VALIDATOR = Validator()
 

@@ -18,8 +18,8 @@ from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.validation.build_rules import build
 from fhir_assets.fhir.validation.invariants import NOT_EVALUATED, SUBSUMED, compiled
 from fhir_assets.fhir.validation.rules import RULES_FILE, load_rules
-from fhir_assets_tests.fhir.validation.samples import BAD, GOOD, Sampler, to_bytes
 from fhir_assets_tests.fhir.validation.test_agreement import nodes
+from fhir_assets_tests.support.resource_samples import BAD, GOOD, Sampler, to_bytes
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 VALIDATOR = Validator()

@@ -14,7 +14,7 @@ from fhir_assets.fhir.validation import Issue, Validator, operation_outcome
 from fhir_assets.fhir.validation.build_rules import build
 from fhir_assets.fhir.validation.report import Tally, check_files, outcome
 from fhir_assets.fhir.validation.rules import load_rules
-from fhir_assets_tests.fhir.validation.samples import Sampler, to_bytes
+from fhir_assets_tests.support.resource_samples import Sampler, to_bytes
 
 SECRET = "Zaphod-4711"
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fhir_assets.fhir.path import compile_path
 from fhir_assets.fhir.views import TypeViews, parse_view
-from fhir_assets_tests.fhir.path.random_paths import objects, views
-from fhir_assets_tests.fhir.path.reference import plain, view_rows
+from fhir_assets_tests.support.fhirpath_reference import plain, view_rows
+from fhir_assets_tests.support.random_fhirpath import objects, views
 
 
 def foci(selects: list[dict[str, Any]], root: str) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fhir_assets_tests.fhir.views.public_suite import main, read_cases, report, why_it_fails
+from fhir_assets_tests.support.sql_on_fhir_suite import main, read_cases, report, why_it_fails
 
 SUITE = Path(__file__).resolve().parents[3].parent / "shared" / "sql-on-fhir" / "tests"
 OWN: dict[str, Any] = {

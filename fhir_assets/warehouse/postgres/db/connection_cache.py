@@ -32,7 +32,7 @@ class _Waiting(NamedTuple):
     connection: _Connection
 
 
-class Idle:
+class ConnectionCache:
     """Idle connections by where they lead. Safe for threads; a forked child begins without any."""
 
     def __init__(self) -> None:
@@ -118,9 +118,9 @@ def _close(waiting: list[_Waiting]) -> None:
         each.connection.close()
 
 
-IDLE = Idle()
+CONNECTION_CACHE = ConnectionCache()
 """This process's."""
 
-atexit.register(IDLE.clear)
+atexit.register(CONNECTION_CACHE.clear)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=IDLE.forget)
+    os.register_at_fork(after_in_child=CONNECTION_CACHE.forget)

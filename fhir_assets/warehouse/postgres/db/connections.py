@@ -9,8 +9,8 @@ from psycopg import sql
 from psycopg_pool import ConnectionPool
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
-from fhir_assets.privacy.encryption import CLEAR, Sealing
-from fhir_assets.warehouse.postgres.db.connection_cache import IDLE
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 
 OLDEST_SERVER = 15
 
@@ -27,14 +27,14 @@ _HINTS = (
 
 
 class _Sealed(psycopg.Connection[tuple[Any, ...]]):
-    sealing: Sealing = CLEAR
+    cipher: Cipher = NO_ENCRYPTION
     kept_as: str | None = None
     """Where it waits for the next use when it is closed; None if it is closed then."""
 
     def close(self) -> None:
         """Give the connection back, or end it."""
         key, self.kept_as = self.kept_as, None
-        if key is None or not IDLE.keep(key, self):
+        if key is None or not CONNECTION_CACHE.keep(key, self):
             super().close()
 
 
@@ -54,7 +54,7 @@ def with_database(url: str, database: str) -> str:
     return urlunsplit(parts._replace(path=f"/{quote(database, safe='')}"))
 
 
-def connect(url: str, *, autocommit: bool = False, timeout: int = 10, sealing: Sealing = CLEAR) -> Connection:
+def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher = NO_ENCRYPTION) -> Connection:
     """An open connection that speaks UTC; patient data goes through ``sealing`` on its way in and out.
 
     Raises DatabaseUnavailable if the server cannot be reached, ConfigurationError if it refuses us (password, rights,
@@ -76,26 +76,26 @@ def connect(url: str, *, autocommit: bool = False, timeout: int = 10, sealing: S
         version = connection.info.server_version // 10_000
         connection.close()
         raise ConfigurationError(f"Postgres {version} at {_place(url)} is too old: {OLDEST_SERVER} or newer is needed")
-    connection.sealing = sealing
+    connection.cipher = cipher
     return connection
 
 
-def borrow(url: str, *, sealing: Sealing = CLEAR) -> Connection:
+def borrow(url: str, *, cipher: Cipher = NO_ENCRYPTION) -> Connection:
     """As ``connect``: a connection of this process that was given back by ``close``, as good as new, or a new one."""
-    connection = IDLE.take(url) or connect(url)
+    connection = CONNECTION_CACHE.take(url) or connect(url)
     assert isinstance(connection, _Sealed)
-    connection.sealing = sealing
+    connection.cipher = cipher
     connection.kept_as = url
     # Prepared statements do not outlive the caller, who seldom says the same thing six times.
     connection.prepare_threshold = None
     return connection
 
 
-def connection_pool(url: str, *, sealing: Sealing = CLEAR, size: int = 8) -> ConnectionPool[_Sealed]:
+def connection_pool(url: str, *, cipher: Cipher = NO_ENCRYPTION, size: int = 8) -> ConnectionPool[_Sealed]:
     """Up to ``size`` connections for a process that serves many short requests; closed until it is opened."""
 
     def carry_keys(connection: _Sealed) -> None:
-        connection.sealing = sealing
+        connection.cipher = cipher
 
     return ConnectionPool(
         normalise_url(url),
@@ -117,9 +117,9 @@ def connection_pool(url: str, *, sealing: Sealing = CLEAR, size: int = 8) -> Con
     )
 
 
-def sealing_of(conn: psycopg.Connection[Any]) -> Sealing:
+def cipher_of(conn: psycopg.Connection[Any]) -> Cipher:
     """What seals the patient data that goes through a connection."""
-    return conn.sealing if isinstance(conn, _Sealed) else CLEAR
+    return conn.cipher if isinstance(conn, _Sealed) else NO_ENCRYPTION
 
 
 def ensure_database(url: str, name: str) -> None:

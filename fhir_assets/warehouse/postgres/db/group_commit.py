@@ -20,7 +20,7 @@ class _Asked(Generic[Item, Result]):
     error: Exception | None = None
 
 
-class Together(Generic[Item, Result]):
+class GroupCommit(Generic[Item, Result]):
     """Gives ``work`` all that has been asked for since it was last begun, at most ``most`` at once, and each asker its
     own result. ``work`` gives as many results as it got items; what it raises, all that asked hear.
     """

@@ -30,7 +30,7 @@ class Kind(IntEnum):
     """Loads into the tables ("fhl1")."""
 
 
-class Places:
+class DistributedSemaphore:
     """``limit`` places of a kind. One object serves all threads of a process, over a connection of its own.
 
     Every process of a deployment has to have the same limit.

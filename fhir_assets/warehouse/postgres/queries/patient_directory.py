@@ -12,9 +12,9 @@ from time import monotonic
 import psycopg
 from psycopg import sql
 
-from fhir_assets.privacy.encryption import Sealing
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
 
 STRIDE = 500
@@ -82,7 +82,7 @@ class Directory:
         where it is sealed.
         """
         for folded in (True, False):
-            where, params = _condition(search, sealing_of(conn), folded=folded)
+            where, params = _condition(search, cipher_of(conn), folded=folded)
             try:
                 with conn.transaction():
                     count = conn.execute(sql.SQL("SELECT count(*) FROM fhir.patient WHERE {}").format(where), params)
@@ -124,7 +124,7 @@ def _following(
     return tuple(row[0] for row in conn.execute(query, [*params, size, skip]).fetchall())
 
 
-def _condition(search: Search, sealing: Sealing, *, folded: bool) -> tuple[sql.Composed, list[object]]:
+def _condition(search: Search, cipher: Cipher, *, folded: bool) -> tuple[sql.Composed, list[object]]:
     """The condition of a search. ``folded``: names in small letters too, which older tables lack."""
     terms: list[sql.Composable] = []
     params: list[object] = []
@@ -132,7 +132,7 @@ def _condition(search: Search, sealing: Sealing, *, folded: bool) -> tuple[sql.C
         value = getattr(search, each.name)
         if value is None:
             continue
-        ways = [(f"{each.name}_index" if sealing.on else each.name, value)]
+        ways = [(f"{each.name}_index" if cipher.on else each.name, value)]
         if folded and each.name in ("given", "family"):
             ways.append((f"{each.name}_search", value.strip().lower()))
         terms.append(
@@ -140,7 +140,7 @@ def _condition(search: Search, sealing: Sealing, *, folded: bool) -> tuple[sql.C
                 sql.SQL(" OR ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name, _ in ways)
             )
         )
-        params += [sealing.index(known) if sealing.on else known for _, known in ways]
+        params += [cipher.index(known) if cipher.on else known for _, known in ways]
     return sql.SQL(" AND ").join(terms), params
 
 
@@ -167,5 +167,5 @@ def of_patients(conn: Connection, resource_type: str, ids: Sequence[str]) -> lis
         ).format(resources.COLUMNS),
         [resource_type, list(ids)],
     ).fetchall()
-    sealing = sealing_of(conn)
-    return [resources.opened(row, sealing) for row in rows]
+    cipher = cipher_of(conn)
+    return [resources.opened(row, cipher) for row in rows]

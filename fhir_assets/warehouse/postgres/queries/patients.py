@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from fhir_assets.privacy.audit import Deed
-from fhir_assets.privacy.consent import Gate
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, consents
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
 
 __all__ = ["Absence", "find_patients", "read_patient", "read_resource", "refused", "why_absent"]
@@ -47,8 +47,8 @@ def read_resource(
 
 def find_patients(conn: Connection, identifier: str) -> Sequence[str]:
     """The ids of the patients that bear an identifier (of the view ``patient_identifier``), found by blind index."""
-    sealing = sealing_of(conn)
-    column, value = ("value_index", sealing.index(identifier)) if sealing.on else ("value", identifier)
+    cipher = cipher_of(conn)
+    column, value = ("value_index", cipher.index(identifier)) if cipher.on else ("value", identifier)
     query = "SELECT DISTINCT _resource_key FROM fhir.patient_identifier WHERE {} = %s ORDER BY 1"
     try:
         rows = conn.execute(sql.SQL(query).format(sql.Identifier(column)), [value]).fetchall()
@@ -63,8 +63,8 @@ def _record(
 ) -> None:
     audit_log.record(
         conn,
-        Deed(
-            "decrypt" if sealing_of(conn).on else "read",
+        AuditRecord(
+            "decrypt" if cipher_of(conn).on else "read",
             actor,
             resource_type,
             audit_log.subject(conn, resource_type, resource_id),
@@ -93,7 +93,7 @@ def why_absent(conn: Connection, patient_id: str) -> Absence:
     return Absence(*row) if row else Absence()
 
 
-def refused(conn: Connection, gate: Gate, ids: Sequence[str]) -> frozenset[str]:
+def refused(conn: Connection, gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
     """Those whom consent withholds as it stands now, whether or not that is carried out in the tables yet."""
     if not gate.closed or not ids:
         return frozenset()

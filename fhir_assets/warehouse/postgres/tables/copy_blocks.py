@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import CLEAR, Sealing
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.warehouse.postgres.tables.encoding import (
     LONGEST_INDEXED,
     NULL,
@@ -113,21 +113,21 @@ class Unfit(Exception):
 class Preparation:
     """Prepares resources of one type with their rows of ``views``, sealed if there are keys. Pickles as these two."""
 
-    def __init__(self, views: Sequence[View], sealing: Sealing = CLEAR) -> None:
+    def __init__(self, views: Sequence[View], cipher: Cipher = NO_ENCRYPTION) -> None:
         self.views = tuple(views)
-        self.sealing = sealing
+        self.cipher = cipher
         self._columns = [[column.name for column in view.columns] for view in views]
-        self._encoders = [row_encoder(view, sealing) for view in views]
+        self._encoders = [row_encoder(view, cipher) for view in views]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Preparation, (self.views, self.sealing)
+        return Preparation, (self.views, self.cipher)
 
     def prepare(self, record: Record, partition_key: str, rows: ViewRows) -> Prepared:
         """The COPY text of a resource and its rows. Raises Unfit."""
         try:
             key = plain_text(record.id)
             version = NULL if record.version_id is None else plain_text(record.version_id)
-            body = body_line(record.body, self.sealing)
+            body = body_line(record.body, self.cipher)
             patients = NULL if record.patients is None else _patients_text(record.patients)
         except Refused as refused:
             raise Unfit(None, None, str(refused)) from None

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
-from fhir_assets.privacy.audit import Deed
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, consents, visits
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables.copy_blocks import version_number
@@ -56,7 +56,8 @@ def apply(
     while chunk := list(islice(rest, _CHUNK)):
         _apply(conn, chunk, run_id, partition_key, total)
     audit_log.record(
-        conn, *(Deed("delete", actor, name, count=count, run_id=run_id) for name, count in sorted(total.gone.items()))
+        conn,
+        *(AuditRecord("delete", actor, name, count=count, run_id=run_id) for name, count in sorted(total.gone.items())),
     )
     return total
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from fhir_assets.fhir.views import Column, View
-from fhir_assets.privacy.encryption import CLEAR, Sealing, as_json
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
 from fhir_assets.warehouse.postgres.tables.layout import PARTIAL, Kind, Phi, has_blind_index, holds_phi, kind_of, phi_of
 
 Cell = Callable[[object], str]
@@ -35,15 +35,15 @@ class Refused(ValueError):
     """A value that does not fit its column; says why, without the value."""
 
 
-def row_encoder(view: View, sealing: Sealing = CLEAR) -> Callable[[Sequence[object]], str]:
+def row_encoder(view: View, cipher: Cipher = NO_ENCRYPTION) -> Callable[[Sequence[object]], str]:
     """The function from a row of the view to its COPY line, without the key column and the line feed. What the view
     tags as patient data goes through ``sealing``.
 
     It raises Refused, with the index of the column as second argument.
     """
-    made = [_column(column, sealing) for column in view.columns]
+    made = [_column(column, cipher) for column in view.columns]
     cells = [cell for cell, _ in made]
-    write = _writer(made, f"\t{sealing.key_id}" if sealing.on and holds_phi(view) else "")
+    write = _writer(made, f"\t{cipher.key_id}" if cipher.on and holds_phi(view) else "")
 
     def encode(row: Sequence[object]) -> str:
         try:
@@ -82,12 +82,12 @@ def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
     return Refused("a row with another number of columns than the view", 0)
 
 
-def body_line(body: bytes, sealing: Sealing = CLEAR) -> bytes:
+def body_line(body: bytes, cipher: Cipher = NO_ENCRYPTION) -> bytes:
     """A resource's JSON, sealed, as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
-    if sealing.on:
+    if cipher.on:
         if b"\\u" in body:
             check_escapes(body)
-        return as_json(sealing.seal(body))
+        return as_json(cipher.encrypt_content(body))
     if b"\\" in body:
         if b"\\u" in body:
             check_escapes(body)
@@ -143,16 +143,16 @@ def texts(values: Sequence[str]) -> str:
 _TWO_NULLS = f"{NULL}\t{NULL}"
 
 
-def _column(column: Column, sealing: Sealing) -> tuple[Cell, str]:
+def _column(column: Column, cipher: Cipher) -> tuple[Cell, str]:
     """How a column's value is written, and its null."""
     kind = kind_of(column)
-    match phi_of(column, sealed=sealing.on):
+    match phi_of(column, sealed=cipher.on):
         case Phi.ENCRYPT if has_blind_index(column):
-            return lambda value: f"{sealing.token(text := _sealable(value))}\t{sealing.index(text)}", _TWO_NULLS
+            return lambda value: f"{cipher.token(text := _sealable(value))}\t{cipher.index(text)}", _TWO_NULLS
         case Phi.ENCRYPT:
-            return lambda value: sealing.token(_sealable(value)), NULL
+            return lambda value: cipher.token(_sealable(value)), NULL
         case Phi.HASH:
-            return lambda value: sealing.index(_sealable(value)), NULL
+            return lambda value: cipher.index(_sealable(value)), NULL
         case Phi.DROP:
             null = _TWO_NULLS if kind in PARTIAL else NULL
             return lambda value: null, null

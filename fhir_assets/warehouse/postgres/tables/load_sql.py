@@ -6,7 +6,7 @@ from psycopg import sql
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.consent import Gate
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, layout_of
 
@@ -19,7 +19,7 @@ class LoadStatements:
     """
 
     def __init__(
-        self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: Gate, reseal: bool = False
+        self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: ConsentGate, reencrypt: bool = False
     ) -> None:
         known = BY_NAME.get(resource_type)
         table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
@@ -58,17 +58,17 @@ class LoadStatements:
             " OR excluded.version_number > stored.version_number)"
             " RETURNING id, xmax = 0"
         ).format(table=table, type=sql.Literal(resource_type), stage=stage)
-        if reseal:
+        if reencrypt:
             self.upsert = sql.SQL(
                 "UPDATE {table} stored SET resource = s.resource, sealed_by = %(sealed_by)s FROM {stage} s"
                 " WHERE stored.resource_type = {type} AND stored.id = s.id AND stored.resource IS NOT NULL"
                 " RETURNING stored.id, false"
             ).format(table=table, type=sql.Literal(resource_type), stage=stage)
         self.consents: tuple[sql.Composed, ...] = ()
-        if resource_type == "Consent" and not reseal:
+        if resource_type == "Consent" and not reencrypt:
             self.consents = consents.record_statements(stage, sql.Placeholder("sealed_by"))
         self.gate = consents.gate_statements(gate, resource_type, table, stage) if gate.closed else None
-        self.may_insert = not (self.consents or self.gate or reseal)
+        self.may_insert = not (self.consents or self.gate or reencrypt)
         self.views = [_of_view(view, sealed=sealed) for view in views]
 
 

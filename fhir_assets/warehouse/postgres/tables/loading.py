@@ -21,9 +21,9 @@ import psycopg
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.consent import Gate
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.tables.chunks import NOTHING, Chunk, Piece, newest
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation, Prepared, Unfit, ViewRows
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
@@ -31,7 +31,7 @@ from fhir_assets.warehouse.postgres.tables.load_sql import LoadStatements
 
 CHUNK_RESOURCES = 2_000
 CHUNK_BYTES = 4 * 2**20
-OPEN = Gate()
+OPEN = ConsentGate()
 """Nothing is withheld."""
 
 _SWITCH_SECONDS = 0.0002
@@ -104,21 +104,21 @@ class Loader:
         *,
         run_id: str,
         mend: bool = False,
-        gate: Gate = OPEN,
-        reseal: bool = False,
+        gate: ConsentGate = OPEN,
+        reencrypt: bool = False,
     ) -> None:
         self._conn = conn
         self._resource_type, self._run_id = resource_type, plain_text(run_id)
-        self._params = {"run": run_id, "sealed_by": sealing_of(conn).key_id}
+        self._params = {"run": run_id, "sealed_by": cipher_of(conn).key_id}
         self._mend = mend
         self._definitions = views
         self._views = [view.name for view in views]
-        self._sealing = sealing_of(conn)
+        self._cipher = cipher_of(conn)
         self._pieces: list[Piece] = []
         self._held = self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[Unloadable] = []
-        self._statements = LoadStatements(resource_type, views, sealed=self._sealing.on, gate=gate, reseal=reseal)
+        self._statements = LoadStatements(resource_type, views, sealed=self._cipher.on, gate=gate, reencrypt=reencrypt)
         self._decided = False
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
@@ -180,7 +180,7 @@ class Loader:
 
     @cached_property
     def _preparation(self) -> Preparation:
-        return Preparation(self._definitions, self._sealing)
+        return Preparation(self._definitions, self._cipher)
 
     def _drain(self) -> list[Unloadable]:
         found, self._unloadable = self._unloadable, []
@@ -270,7 +270,7 @@ class Loader:
             known, now = cursor.execute(statements.known, [orjson.dumps(chunk.ids).decode()]).fetchone() or (0, "")
             if known:
                 return None
-            facts = (self._resource_type, self._run_id, str(now), self._sealing.key_id or NULL, "")
+            facts = (self._resource_type, self._run_id, str(now), self._cipher.key_id or NULL, "")
             start = "\t".join(facts).encode()
             try:
                 with self._conn.transaction(), cursor.copy(statements.copy_new) as copy:

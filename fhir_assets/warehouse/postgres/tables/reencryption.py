@@ -12,11 +12,11 @@ from typing import Any, LiteralString
 from psycopg import sql
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.errors import SealingError
+from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import Sealing, as_json
+from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, SEALED_BY, holds_phi
 
@@ -205,11 +205,14 @@ def lock_resources(
 
 def seal_resources(conn: Connection, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
     """Seal resources, by their ids, with the newest key, and leave their rows as they are. Returns how many."""
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     with conn.cursor() as cursor:
         cursor.executemany(
             "UPDATE fhir.resource SET resource = %s::jsonb, sealed_by = %s WHERE resource_type = %s AND id = %s",
-            [(as_json(sealing.seal(body)).decode(), sealing.key_id, resource_type, key) for key, body in resources],
+            [
+                (as_json(cipher.encrypt_content(body)).decode(), cipher.key_id, resource_type, key)
+                for key, body in resources
+            ],
         )
         return max(0, cursor.rowcount)
 
@@ -218,7 +221,7 @@ def seal_rows(conn: Connection, table: str, older: Sequence[str], keys: Sequence
     """Seal with the newest key, token by token, rows that cannot be made anew: their resource cannot be opened, is not
     there, or their view is gone. ``keys`` are of their resources.
     """
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     target = sql.Identifier("fhir", table)
     names = [
         sql.Identifier(name)
@@ -243,9 +246,9 @@ def seal_rows(conn: Connection, table: str, older: Sequence[str], keys: Sequence
     updates = []
     for place, *values in rows:
         try:
-            updates.append([*(sealing.retoken(each) if each else each for each in values), sealing.key_id, place])
+            updates.append([*(cipher.retoken(each) if each else each for each in values), cipher.key_id, place])
             batch.sealed += 1
-        except SealingError as error:
+        except EncryptionError as error:
             batch.refused[str(error)] += 1
     update = sql.SQL("UPDATE {} SET {}, {} = %s WHERE ctid = %s").format(
         target,
@@ -257,9 +260,9 @@ def seal_rows(conn: Connection, table: str, older: Sequence[str], keys: Sequence
     return batch
 
 
-def seal(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+def encrypt_content(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
     """Seal these rows of a place with the newest key, where they are still in the clear or sealed by ``older`` ones."""
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     contents: Sequence[sql.Composable] = [sql.Identifier(each) for each in place.contents]
     if place.json:
         text = sql.SQL("CASE WHEN sealed_by IS NULL THEN {0}::text ELSE {0} #>> '{{}}' END")
@@ -282,8 +285,8 @@ def seal(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Ke
     for sealed_by, *row in rows:
         key, stored = row[:width], row[width:]
         try:
-            updates.append([*(_resealed(each, sealed_by, place, sealing) for each in stored), sealing.key_id, *key])
-        except SealingError as error:
+            updates.append([*(_resealed(each, sealed_by, place, cipher) for each in stored), cipher.key_id, *key])
+        except EncryptionError as error:
             batch.refused[str(error)] += 1
             continue
         batch.sealed += 1
@@ -309,12 +312,12 @@ def seal(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Ke
     return batch
 
 
-def _resealed(stored: Any, sealed_by: str | None, place: Place, sealing: Sealing) -> Any:
+def _resealed(stored: Any, sealed_by: str | None, place: Place, cipher: Cipher) -> Any:
     if stored is None:
         return None
     if not place.json:
-        return sealing.reseal(bytes(stored))
-    return as_json(sealing.seal(open_text(stored, sealed_by, sealing))).decode()
+        return cipher.reencrypt(bytes(stored))
+    return as_json(cipher.encrypt_content(open_text(stored, sealed_by, cipher))).decode()
 
 
 def _letters(conn: Connection, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
@@ -339,7 +342,7 @@ def _corrected(conn: Connection, fingerprints: Sequence[bytes]) -> list[tuple[by
 
 
 def _fingerprints(conn: Connection, old: bytes, letter: DeadLetter) -> tuple[bytes, bytes]:
-    return old, letter.fingerprint(sealing_of(conn))
+    return old, letter.fingerprint(cipher_of(conn))
 
 
 _FINGERPRINTS: Mapping[str, Callable[[Connection, Sequence[Any]], list[tuple[bytes, bytes]]]] = {
@@ -352,7 +355,7 @@ def _rename(conn: Connection, place: Place, fingerprints: Sequence[tuple[bytes, 
     """Give rows the fingerprints that what fails from now on has. Where the same has failed since, the older row gets
     one of its own: nothing of it is lost, and no unkeyed hash of patient data stays.
     """
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
     tables = ("dead_letters", "corrections") if place.name == "dead_letters" else ("corrections",)
     for table in tables:
         known = {
@@ -365,7 +368,7 @@ def _rename(conn: Connection, place: Place, fingerprints: Sequence[tuple[bytes, 
         with conn.cursor() as cursor:
             cursor.executemany(
                 sql.SQL("UPDATE {} SET fingerprint = %s WHERE fingerprint = %s").format(sql.Identifier("ops", table)),
-                [(sealing.fingerprint(b"again\0" + old) if new in known else new, old) for old, new in fingerprints],
+                [(cipher.fingerprint(b"again\0" + old) if new in known else new, old) for old, new in fingerprints],
             )
 
 

@@ -11,7 +11,7 @@ from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.ops.checkpoints import forget_parts
 from fhir_assets.warehouse.postgres.db import roles
-from fhir_assets.warehouse.postgres.db.connections import Connection, sealing_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, TableColumn, TableLayout, column_type, layout_of
 
@@ -80,7 +80,7 @@ def drift(conn: Connection, view: View) -> list[Drift]:
 
 
 def _layouts(conn: Connection, views: Iterable[View]) -> list[TableLayout]:
-    return [layout_of(view, sealed=sealing_of(conn).on) for view in views]
+    return [layout_of(view, sealed=cipher_of(conn).on) for view in views]
 
 
 def _bring_up(conn: Connection, layouts: Sequence[TableLayout], *, destroy: bool) -> list[Drift]:
@@ -99,7 +99,7 @@ def _bring_up(conn: Connection, layouts: Sequence[TableLayout], *, destroy: bool
                     "Run `fhir-assets migrate --apply-view-changes` (drops the data of these columns), "
                     + (
                         "then `fhir-assets keys rotate`, which fills them from fhir.resource"
-                        if sealing_of(conn).on
+                        if cipher_of(conn).on
                         else "then load the windows again"
                     )
                 )

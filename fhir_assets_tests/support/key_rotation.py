@@ -6,16 +6,16 @@ from pathlib import Path
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.reencrypt.rotate import Rotator
-from fhir_assets.privacy.encryption import Sealing, as_json
+from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep
+from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops import corrections, dead_letters, encryption_secret, idempotency
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect, sealing_of
-from fhir_assets_tests.warehouse.views import column, load, patient, view
+from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of, connect
+from fhir_assets_tests.support.views import column, load, patient, view
 
 DAY = "2024-01-01"
 TOOK = datetime(2024, 1, 2, tzinfo=UTC)
@@ -36,19 +36,19 @@ NAME = view("patient_name", "Patient", encrypted("family", "family"), forEach="n
 VIEWS = (PATIENT, NAME)
 
 
-def keyring(url: str, *keys: str) -> Sealing:
+def keyring(url: str, *keys: str) -> Cipher:
     """The keys, with the secret of the database."""
     with connect(url) as conn:
-        return encryption_secret.unlock(conn, Sealing(parse_keys(keys)))
+        return encryption_secret.unlock(conn, Cipher(parse_keys(keys)))
 
 
 def opened(url: str, *keys: str) -> Connection:
     """A connection with some keys, or none."""
-    return connect(url, sealing=keyring(url, *keys)) if keys else connect(url)
+    return connect(url, cipher=keyring(url, *keys)) if keys else connect(url)
 
 
-def store_at(folder: Path, sealing: Sealing) -> Store:
-    return open_store(str(folder), sealing)
+def store_at(folder: Path, cipher: Cipher) -> Store:
+    return open_store(str(folder), cipher)
 
 
 def person(number: int, version: str = "1", family: str | None = None, updated: str = "2024-01-01T00:00:00Z") -> Record:
@@ -68,18 +68,22 @@ CORRECTED = b'{"id": "bad", "name": [{"family": "Smith"}]}'
 def fill(conn: Connection, store: Store, people: int = 30) -> None:
     """Something in every place."""
     load_people(conn, range(people))
-    seal = sealing_of(conn)
-    body = as_json(seal.seal(b'{"id": "held-Smith"}')).decode() if seal.on else '{"id": "held-Smith"}'
+    encrypt_content = cipher_of(conn)
+    body = (
+        as_json(encrypt_content.encrypt_content(b'{"id": "held-Smith"}')).decode()
+        if encrypt_content.on
+        else '{"id": "held-Smith"}'
+    )
     for number in range(3):
         conn.execute(
             "INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, sealed_by, patients, resource)"
             " VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)",
-            [f"w{number}", DAY, seal.key_id, body],
+            [f"w{number}", DAY, encrypt_content.key_id, body],
         )
     conn.execute(
         "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, sealed_by)"
         " VALUES ('c', 'p', now(), %s::jsonb, %s)",
-        [body, seal.key_id],
+        [body, encrypt_content.key_id],
     )
     dead_letters.record(conn, "run", [LETTER])
     [(letter,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
@@ -101,16 +105,18 @@ def write_part(store: Store, line: bytes, layer: str = "raw", lines: int = 5) ->
 
 def everything(conn: Connection, store: Store) -> dict[str, object]:
     """What the keys of the connection open, of every place: the same before and after a rotation."""
-    sealing = sealing_of(conn)
+    cipher = cipher_of(conn)
 
     def text(query: str) -> list[object]:
         found = []
         for sealed_by, value in conn.execute(query.encode()).fetchall():
-            found.append((value.encode() if sealed_by is None else sealing.open(_bytes(value))).replace(b" ", b""))
+            found.append(
+                (value.encode() if sealed_by is None else cipher.decrypt_content(_bytes(value))).replace(b" ", b"")
+            )
         return found
 
     def binary(query: str) -> list[object]:
-        return [sealing.open(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
+        return [cipher.decrypt_content(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
 
     shown = "sealed_by, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END"
     tokens = conn.execute("SELECT _resource_key, mrn FROM fhir.patient ORDER BY 1").fetchall()
@@ -122,8 +128,8 @@ def everything(conn: Connection, store: Store) -> dict[str, object]:
         "facts": conn.execute(
             "SELECT id, run_id, loaded_at, as_of, partition_key FROM fhir.resource ORDER BY 1"
         ).fetchall(),
-        "mrn": [(key, sealing.read_token(mrn)) for key, mrn in tokens],
-        "names": sorted((key, sealing.read_token(family)) for key, family in names),
+        "mrn": [(key, cipher.read_token(mrn)) for key, mrn in tokens],
+        "names": sorted((key, cipher.read_token(family)) for key, family in names),
         "withheld": text(f"SELECT {shown} FROM ops.withheld ORDER BY id"),
         "consents": text(f"SELECT {shown} FROM ops.consent_records"),
         "letters": binary("SELECT resource FROM ops.dead_letters ORDER BY id"),
@@ -140,9 +146,9 @@ def _bytes(value: str) -> bytes:
     return from_json(value)
 
 
-def rotator(url: str, store: Store, *keys: str, views: Sequence[View] = VIEWS, patience: float = 5.0) -> Rotator:
-    sealing = keyring(url, *keys)
-    return Rotator(lambda: connect(url, sealing=sealing), store, views, actor="test", patience=patience)
+def rotator(url: str, store: Store, *keys: str, views: Sequence[View] = VIEWS, patience: float = 5.0) -> ReencryptStep:
+    cipher = keyring(url, *keys)
+    return ReencryptStep(lambda: connect(url, cipher=cipher), store, views, actor="test", patience=patience)
 
 
 def lose(conn: Connection, count: int, key_id: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from typing import Any
 
-from fhir_assets_tests.e2e.content import instant
+from fhir_assets_tests.support.content import instant
 
 FIRST_DAY = date(1902, 2, 1)
 """Nobody else's dates lie in these years. First days of January stay out: columns that are cut to the year hold them.

@@ -1,6 +1,6 @@
 """Runs the public SQL on FHIR test suite and writes its report.
 
-``python -m fhir_assets_tests.fhir.views.public_suite FOLDER [--report FILE]``; FOLDER holds the suite's ``*.json``.
+``python -m fhir_assets_tests.support.sql_on_fhir_suite FOLDER [--report FILE]``; FOLDER holds the suite's ``*.json``.
 The report is the ``test_report.json`` that implementations publish: by file, each test's name and whether it passed.
 """
 

@@ -1,0 +1,1 @@
+"""Shared test helpers. Tests import from here and from the product, never from each other."""
