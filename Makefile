@@ -1,68 +1,96 @@
-# Two commands: `make demo` shows the whole pipeline in the Dagster UI, `make test` runs the tests.
+# Two commands: `make demo` shows the whole pipeline in the Dagster UI, `make test` runs the tests. `make help` lists all.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test install lint types benchmark scale slow sql-on-fhir second-server clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir second-server lock clean
 
-demo: $(VENV)/.installed
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+demo: $(VENV)/.installed ## The whole pipeline on synthetic patients, then the Dagster UI
 	$(BIN)/fhir-assets demo
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+test: $(VENV)/.installed-dev ## All tests but the long stories
+	$(PYTEST) --dist loadfile
 
-install: $(VENV)/.installed
+check: lint types ## Lint, types and the fast tests: under five minutes
+	$(PYTEST) --dist loadfile $(FAST)
+
+# The tests of single rooms. The others start servers, daemons and whole loads.
+FAST := fhir_assets_tests/fhir fhir_assets_tests/privacy fhir_assets_tests/storage fhir_assets_tests/warehouse \
+  fhir_assets_tests/pipeline fhir_assets_tests/sandbox $(wildcard fhir_assets_tests/test_*.py)
+
+coverage: $(VENV)/.installed-dev ## `make test` with a coverage report in htmlcov/
+	$(PYTEST) --dist loadfile --cov --cov-report=html --cov-report=term
+
+install: $(VENV)/.installed ## Install what a deployment needs into .venv, from the lock files
+install-dev: $(VENV)/.installed-dev ## Install what a contributor needs into .venv, from the lock files
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+# The locked versions first, each checked against its hash; then the package itself, without looking for any other.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements/build.lock requirements/runtime.lock
 	@echo "Installing fhir-assets into $(VENV) (a minute or two) …"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[embedded,parquet]'
+	$(PIP) --require-hashes -r requirements/build.lock -r requirements/runtime.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[test]'
-	touch $@
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml requirements/dev.lock
+	@echo "Installing fhir-assets with its tests into $(VENV) (a minute or two) …"
+	$(PIP) --require-hashes -r requirements/dev.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-lint: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[lint]'
-	touch $@
+# The lock files: every version with its hashes, for all Pythons from 3.11 on; no address of a package index.
+UV = $(or $(shell command -v uv),$(BIN)/uv)
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-header \
+  --no-annotate --no-emit-index-url pyproject.toml
+lock: ## Resolve requirements/*.lock again, from pyproject.toml
+	command -v uv >/dev/null || $(PIP) uv
+	$(COMPILE) --extra embedded --extra parquet --extra celery --extra k8s -o requirements/runtime.lock
+	$(COMPILE) --extra dev -c requirements/runtime.lock -o requirements/dev.lock
+	$(COMPILE) --extra dev --extra benchmark -c requirements/dev.lock -o requirements/benchmark.lock
+	echo 'hatchling editables' | tr ' ' '\n' | $(subst pyproject.toml,-,$(COMPILE)) -c requirements/dev.lock -o requirements/build.lock
 
-lint: $(VENV)/.installed-lint
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(VENV)/.installed-lint
+types: $(VENV)/.installed-dev ## mypy, strict
 	$(BIN)/mypy
 
 # The longer stories; STORIES picks some of them. Two at once: they wait a lot, for daemons and for the next minute.
 STORIES ?= fhir_assets_tests
-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile $(STORIES)
+slow: $(VENV)/.installed-dev ## The long stories; STORIES picks some of them
+	$(PYTEST) -m slow --dist loadfile $(STORIES)
 
 # The public SQL-on-FHIR suite: make sql-on-fhir SUITE=path/to/checkout/tests
 SUITE ?= ../shared/sql-on-fhir/tests
-sql-on-fhir: $(VENV)/.installed-test
+sql-on-fhir: $(VENV)/.installed-dev ## The public SQL on FHIR suite: SUITE=path/to/checkout/tests
 	$(BIN)/python -m fhir_assets_tests.support.sql_on_fhir_suite $(SUITE) --report test_report.json
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
 SECOND := fhir_assets_tests/e2e/second_server
-second-server: $(VENV)/.installed-test
+second-server: $(VENV)/.installed-dev ## The stories against a FHIR server that is not ours (needs Node 20)
 	npm install --prefix $(SECOND) --no-package-lock --no-audit --no-fund --silent
 	$(BIN)/python -m pytest -m slow fhir_assets_tests/e2e/test_second_server.py
 
-benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --editable '.[benchmark]'
+benchmark: $(VENV)/.installed-dev ## All figures of docs/performance.md, beside their peers
+	$(PIP) --require-hashes -r requirements/benchmark.lock
 	@# A peer that asks for an older fhirpathpy than ours, and works with it.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps 'sqlonfhir>=0.0.2'
+	$(PIP) --no-deps 'sqlonfhir>=0.0.2'
 	$(BIN)/python -m benchmarks
 
-# The tables of SCALE.md, measured again: make scale RESOURCES=1000000
+# The tables of docs/scale.md, measured again: make scale RESOURCES=1000000
 RESOURCES ?= 100000
-scale: $(VENV)/.installed-test
+scale: $(VENV)/.installed-dev ## The costs of RESOURCES resources, as in docs/scale.md
 	$(BIN)/python -m benchmarks.scale $(RESOURCES)
 
-clean:
+clean: ## Remove .venv, the state of the embedded parts and what was built
 	rm -rf $(VENV) .fhir_assets build dist

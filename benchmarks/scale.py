@@ -1,6 +1,6 @@
 """What each layer costs a million resources, and what 10 million, 100 million and a billion would take.
 
-``make scale``, or ``python -m benchmarks.scale [resources]``, prints the tables of ``SCALE.md``:
+``make scale``, or ``python -m benchmarks.scale [resources]``, prints the tables of ``docs/scale.md``:
 a load with one worker process and one with two, and the lake, on an embedded Postgres of its own.
 """
 
