@@ -15,8 +15,8 @@ from time import perf_counter
 from benchmarks import population
 from benchmarks.deployment import load
 from benchmarks.machine import peak_mib, scratch
-from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep
 from fhir_assets.privacy.keys import new_key
@@ -66,7 +66,7 @@ def _in_a_process(home: Path, keys: str) -> dict[str, float]:
 def _rotate(home: Path) -> None:
     """In the process of its own: rotate, and say what it took."""
     settings = load_settings(fhir_assets_home=home, db_url=None)
-    warehouse, store, views = Warehouse(settings), store_of(settings), views_of(settings).views
+    warehouse, store, views = Warehouse(settings), store_of(settings), build_views(settings).views
     warehouse.url()
     started = perf_counter()
     rotated = ReencryptStep(warehouse.connect, store, views, actor="benchmark").rotate()

@@ -15,8 +15,8 @@ from benchmarks import population
 from benchmarks.deployment import Load, load
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
-from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.views import build_views
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db import embedded
@@ -66,7 +66,7 @@ def _measured(home: Path, resources: int, workers: int) -> tuple[Load, dict[str,
         done = load(home, source, listener=meter.hear, fhir_workers=workers)
     settings = load_settings(fhir_assets_home=home, db_url=None)
     with meter.part("lake"), connect(embedded.ensure(home)) as conn:
-        for view in views_of(settings).views:
+        for view in build_views(settings).views:
             writer.update(conn, blobs_at(settings, str(home / "lake")), view, [], run_id="scale", actor="benchmark")
     million = 1_000_000 / done.resources
     column = {name: _said(meter.parts[name], million) for name in ("raw", "validated", "normalized")}

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks import population
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.load.rows import Batch, MakeRows
 from fhir_assets.pipeline.validate.step import Judge
@@ -58,7 +58,7 @@ def main(resources: int, processes: int) -> None:
 def _round(workers: Workers, batches: dict[str, list[list[bytes]]]) -> dict[str, float]:
     """Seconds of each job over all types."""
     settings = load_settings()
-    validator, views = Validator(), views_of(settings).views
+    validator, views = Validator(), build_views(settings).views
     started = perf_counter()
     for lines in batches.values():
         judged = workers.map(

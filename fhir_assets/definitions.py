@@ -3,18 +3,18 @@
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
 import dagster as dg
 
 from fhir_assets import logs
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.validation import build_validator, current_rulesets
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Source
-from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.views import ViewSet, load_views
+from fhir_assets.fhir.views import ViewSet
 from fhir_assets.orchestration.assets.delivered import delivered_assets
 from fhir_assets.orchestration.assets.delivered_health import health_patient_assets
 from fhir_assets.orchestration.assets.exports import export_assets
@@ -35,35 +35,8 @@ from fhir_assets.orchestration.sensors.consent import apply_consent, consent_sen
 from fhir_assets.orchestration.sensors.received import load_received_sensor
 from fhir_assets.orchestration.sensors.replays import replay_dead_letters_sensor
 from fhir_assets.orchestration.sensors.run_failures import record_failed_runs
-from fhir_assets.pipeline.load.step import ruleset
 from fhir_assets.pipeline.workers.pool import Workers
 from fhir_assets.settings import Executor, Settings, SourceKind, load_settings
-from fhir_assets.warehouse.postgres.db.migrations import sql_folder
-
-
-def views_of(settings: Settings) -> ViewSet:
-    """The ViewDefinitions of ``sql/views`` and of FHIR_VIEWS."""
-    folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
-    return load_views([Path(folder) for folder in folders])
-
-
-def validator_of(settings: Settings) -> Validator:
-    """The validator of the settings."""
-    return Validator(
-        warn_rules=settings.validation_warn_rules,
-        max_bytes=settings.validation_max_bytes,
-        max_depth=settings.validation_max_depth,
-    )
-
-
-def current_rulesets(settings: Settings, views: ViewSet) -> list[tuple[str, str, str]]:
-    """What judges resources at present: resource type, stage, and what dead letters have as ``judged_by``."""
-    found = []
-    rules = validator_of(settings).ruleset
-    for name in settings.fhir_resource_types:
-        tables = ruleset([view for view in views.views if view.resource_type == name])
-        found += [(name, "validate", rules), (name, "transform", tables), (name, "load", tables)]
-    return found
 
 
 def executor_of(settings: Settings) -> dg.ExecutorDefinition:
@@ -95,7 +68,7 @@ def build_definitions(
         # Dagster is pinned: what it calls beta or preview cannot change under us.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        return _build(settings, views or views_of(settings), warehouse or Warehouse(settings), source)
+        return _build(settings, views or build_views(settings), warehouse or Warehouse(settings), source)
 
 
 def _build(
@@ -111,7 +84,7 @@ def _build(
     replay = replay_dead_letters(checks, delivered_keys)
     daily, consent = check_tables(checks), apply_consent(settings, views)
 
-    validator = validator_of(settings)
+    validator = build_validator(settings)
 
     @dg.resource
     def source_resource() -> Source:

@@ -19,8 +19,8 @@ from fhir_assets.orchestration.jobs import (
     REPLAY_DEAD_LETTERS,
 )
 from fhir_assets.orchestration.received_windows import ReceivedWindows, assets_of, group
-from fhir_assets.orchestration.run_context import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.orchestration.run_requests import range_tags
+from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.pipeline.consent.sweep import ConsentStep
 from fhir_assets.pipeline.due import chunks, consecutive, windows_due
 from fhir_assets.pipeline.plan import Refresh

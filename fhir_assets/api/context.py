@@ -15,9 +15,10 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from fhir_assets.api.access import Token
 from fhir_assets.api.dagster import DagsterClient
-from fhir_assets.definitions import build_definitions, validator_of
+from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import receiver_of, zone_of
 from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
@@ -71,7 +72,7 @@ class AppContext:
 
     @cached_property
     def validator(self) -> Validator:
-        return validator_of(self.settings)
+        return build_validator(self.settings)
 
     @cached_property
     def receiver(self) -> Receiver:

@@ -14,14 +14,14 @@ from fhir_assets.api.dagster import FINISHED
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.api.run_models import Exported, Letters, Replay, Run, RunList, Started
 from fhir_assets.catalog import BY_KEY, BY_NAME, CATALOG
-from fhir_assets.definitions import views_of
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.views import build_views
 from fhir_assets.errors import DagsterUnavailable
 from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
 from fhir_assets.orchestration.received_windows import assets_of
-from fhir_assets.orchestration.run_context import REFRESH_TAG, USER_TAG
 from fhir_assets.orchestration.run_requests import range_tags
+from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
 from fhir_assets.pipeline.due import windows_due
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.privacy.audit import AuditRecord
@@ -181,7 +181,7 @@ def export_type(
     name = _type(context, resource_type)
     if not context.settings.fhir_export_url:
         raise Problem(409, "FHIR_EXPORT_URL is not set: give a folder or s3://bucket/prefix where exports go")
-    views = [view for view in views_of(context.settings).views if view.resource_type == name]
+    views = [view for view in build_views(context.settings).views if view.resource_type == name]
     target = blobs_at(context.settings, context.settings.fhir_export_url)
     with context.connection() as conn:
         keys: list[str] | None = None

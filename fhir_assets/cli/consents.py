@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, print_json, print_table
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.pipeline.consent.sweep import ConsentStep
 from fhir_assets.settings import load_settings
@@ -39,7 +39,7 @@ def apply(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = 
     settings = load_settings()
     sweep = ConsentStep(
         Warehouse(settings).connect,
-        views_of(settings).views,
+        build_views(settings).views,
         settings.gate,
         run_id="cli",
         actor=f"cli:{getpass.getuser()}",

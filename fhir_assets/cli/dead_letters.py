@@ -11,7 +11,9 @@ import typer
 
 from fhir_assets.cli.ingest import report_failure
 from fhir_assets.cli.output import console, only_our_words, print_json, print_table
-from fhir_assets.definitions import build_definitions, current_rulesets, validator_of, views_of
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.validation import build_validator, current_rulesets
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, failed
@@ -130,7 +132,7 @@ def edit(
         settings.window_scheme,
         settings.fhir_resource_types,
     )
-    correcting = CorrectionStep(warehouse.connect, validator_of(settings), receiver)
+    correcting = CorrectionStep(warehouse.connect, build_validator(settings), receiver)
     change = Edit(
         patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
     )
@@ -172,7 +174,7 @@ def replay(
     chosen = _selection(ids, run, resource_type, stage, rule, window, since, until)
     if outdated:
         with warehouse.connect() as conn:
-            found = replays.outdated(conn, current_rulesets(settings, views_of(settings)), limit=_OUTDATED_AT_ONCE)
+            found = replays.outdated(conn, current_rulesets(settings, build_views(settings)), limit=_OUTDATED_AT_ONCE)
         chosen = replace(chosen, ids=found if ids is None else sorted(set(ids).intersection(found)))
     elif chosen == Selection() and not everything:
         raise ConfigurationError(

@@ -8,8 +8,8 @@ import typer
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.output import console, print_json, print_table
-from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import blobs_at, store_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Settings, load_settings
@@ -37,7 +37,7 @@ def export(
         raise ConfigurationError("--run names its windows itself: leave --from and --to out")
     if not (raw or valid or normalized or letters):
         valid = normalized = True
-    views = views_of(settings).views
+    views = build_views(settings).views
     warehouse = Warehouse(settings)
     store = store_of(settings)
     target = blobs_at(settings, output)

@@ -15,7 +15,8 @@ from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
-from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
@@ -79,7 +80,7 @@ def load_due(
     if due and not quiet and (missing := ingestion.not_offered()):
         console.print(f"Not offered by the source, skipped: {', '.join(missing)}")
     if not due:
-        ingestion.apply_consent(views_of(settings).views, actor=triggered_by)
+        ingestion.apply_consent(build_views(settings).views, actor=triggered_by)
     steps = ingestion.steps()
     outcomes = []
     with Progress(

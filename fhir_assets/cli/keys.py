@@ -11,8 +11,8 @@ import typer
 from rich import progress
 
 from fhir_assets.cli.output import console, errors, print_json, print_table
-from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, Rotated, Survey, survey
 from fhir_assets.privacy.keys import new_key
@@ -37,7 +37,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     """The keys by their ids, what each one seals in the tables and the store, and which are no longer needed."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        found = survey(conn, store_of(settings), views_of(settings).views)
+        found = survey(conn, store_of(settings), build_views(settings).views)
         rotation = key_rotations.latest(conn)
     if json:
         facts = None
@@ -66,7 +66,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
         rotated = ReencryptStep(
             Warehouse(settings).connect,
             store_of(settings),
-            views_of(settings).views,
+            build_views(settings).views,
             actor=f"cli:{getpass.getuser()}",
             tell=watch,
         ).rotate()

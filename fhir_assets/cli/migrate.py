@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
@@ -21,7 +21,7 @@ def migrate(
     """Create or upgrade the schemas, a table for every ViewDefinition, and Dagster's database."""
     settings = load_settings()
     config.ensure_dagster_database(settings)
-    views = views_of(settings)
+    views = build_views(settings)
     with Warehouse(settings).connect() as conn:
         if apply_view_changes:
             view_tables.apply_changes(conn, views.views)

@@ -7,7 +7,8 @@ import typer
 
 from fhir_assets.cli.ingest import report_failure, summary
 from fhir_assets.cli.output import console, only_our_words, print_json, print_table
-from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import PermanentError
 from fhir_assets.ingestion import Ingestion, failed
@@ -24,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 def list_missing(json: Json = False) -> None:
     """By type, how many references there are and how many lead to nothing that is loaded."""
     settings = load_settings()
-    views = views_of(settings).views
+    views = build_views(settings).views
     with Warehouse(settings).connect() as conn:
         there = quality.existing_tables(conn, views)
         columns = [c for view in views if view.name in there for c in quality.reference_columns(view)]

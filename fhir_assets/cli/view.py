@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, errors, print_json, print_table
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import RowError, check_view, read_definition, read_view
 from fhir_assets.fhir.views.try_out import Format, write
@@ -20,7 +20,7 @@ app = typer.Typer(help="SQL-on-FHIR ViewDefinitions: list, check, try.", no_args
 @app.command("list")
 def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
     """Every ViewDefinition of sql/views and FHIR_VIEWS; the broken ones with what is wrong. Exit code 1 if any is."""
-    found = views_of(load_settings())
+    found = build_views(load_settings())
     rows = [
         {
             "view": view.name,

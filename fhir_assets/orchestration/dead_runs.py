@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 
 from fhir_assets.orchestration.jobs import LOADS
-from fhir_assets.orchestration.run_context import TRIGGER_TAG
 from fhir_assets.orchestration.run_requests import UNFINISHED
+from fhir_assets.orchestration.tags import TRIGGER_TAG
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import Connection
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-from fhir_assets.orchestration.run_context import REFRESH_TAG, REPLAY_TAG
+from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG
 from fhir_assets.pipeline.plan import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"

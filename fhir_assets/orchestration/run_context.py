@@ -15,25 +15,12 @@ import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
+from fhir_assets.orchestration.tags import PRIORITY_TAG, REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG, USER_TAG
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange, WindowScheme
 
-REFRESH_TAG = "fhir_assets/refresh"
-"""Run tag: ``missing``, ``window`` (if unset) or ``full``. See pipeline.plan.Refresh."""
-
-TRIGGER_TAG = "fhir_assets/triggered_by"
-"""Run tag: who asked for a run in a process of ours, which holds the run's lock from the beginning."""
-
-USER_TAG = "user"
-"""Run tag: who had Dagster start a run, which is nobody's until its turn comes."""
-
 _log = logging.getLogger(__name__)
-
-REPLAY_TAG = "fhir_assets/replay"
-"""Run tag of a replay of dead letters: ``marked`` (what was asked for) or ``open`` (all open ones of the windows)."""
-
-PRIORITY_TAG = "dagster/priority"
 
 _REPLAYS: dict[str, Literal["marked", "open"]] = {"marked": "marked", "open": "open"}
 _TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")

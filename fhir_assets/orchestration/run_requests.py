@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
+from fhir_assets.orchestration.tags import RANGE_END, RANGE_START
 from fhir_assets.windows import WindowRange
-
-RANGE_START = "dagster/asset_partition_range_start"
-RANGE_END = "dagster/asset_partition_range_end"
 
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,

@@ -1,4 +1,37 @@
-"""Names that runs, steps and sensors share: run tags and pools."""
+"""Run tags and pools: the names that the project's runs, schedules, sensors and steps share.
+
+No logic belongs here. Job names are in ``jobs.py``.
+"""
+
+REFRESH_TAG = "fhir_assets/refresh"
+"""How much a run loads again: ``missing``, ``window`` (the default) or ``full``. See ``pipeline.plan.Refresh``."""
+
+TRIGGER_TAG = "fhir_assets/triggered_by"
+"""Who asked for a run that ``fhir-assets`` executes in its own process. That process holds the advisory lock of the run
+before the run is created.
+"""
+
+USER_TAG = "user"
+"""Who asked Dagster to launch a run. The run holds no advisory lock until a worker starts it."""
+
+REPLAY_TAG = "fhir_assets/replay"
+"""The dead letters that a run replays: ``marked`` (those marked for a replay) or ``open`` (all open dead letters of the
+run's windows). A run without the tag replays none.
+"""
+
+PRIORITY_TAG = "dagster/priority"
+"""Dagster's own tag of a step: steps with a higher number start first."""
+
+PARTITION_TAG = "dagster/partition"
+"""Dagster's own tag of a run of one partition."""
+
+RANGE_START = "dagster/asset_partition_range_start"
+"""Dagster's own tag of a run of several partitions: the key of the first."""
+
+RANGE_END = "dagster/asset_partition_range_end"
+"""Dagster's own tag of a run of several partitions: the key of the last."""
 
 FHIR_SERVER_POOL = "fhir_server"
-"""Dagster's pool of all steps that call the FHIR server, for operators: FHIR_MAX_CONNECTIONS holds without it."""
+"""The pool of all steps that call the FHIR server. It has no limit unless an operator sets one in the UI;
+FHIR_MAX_CONNECTIONS holds without it.
+"""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pyarrow.parquet import read_table
 
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.ingestion import Outcome
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
@@ -127,7 +127,7 @@ def test_what_leaves_obeys_consent(deploy: Deploy, server: SandboxServer, tmp_pa
         fhir_partition="monthly",
         consent_policy="opt-out",
     )
-    views = [view for view in views_of(deployment.settings).views if view.name in ("patient", "observation")]
+    views = [view for view in build_views(deployment.settings).views if view.name in ("patient", "observation")]
     folder = LocalBlobs(tmp_path / "left")
 
     def left() -> set[str]:

@@ -8,7 +8,8 @@ import duckdb
 import pyarrow.parquet
 import pytest
 
-from fhir_assets.definitions import build_definitions, views_of
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.views import View
 from fhir_assets.sandbox.population import Population, write_population
@@ -41,7 +42,7 @@ def deployment(deploy: Deploy, tmp_path: Path) -> Deployment:
 
 
 def views(deployment: Deployment) -> list[View]:
-    return [view for view in views_of(deployment.settings).views if view.resource_type in FEW.split(",")]
+    return [view for view in build_views(deployment.settings).views if view.resource_type in FEW.split(",")]
 
 
 def materialize(deployment: Deployment, *names: str, key: str = DAY) -> dict[str, dict[str, object]]:

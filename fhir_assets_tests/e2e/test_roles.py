@@ -7,7 +7,7 @@ import pytest
 from psycopg import sql
 from pydantic import SecretStr
 
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.ingestion import failed
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
@@ -31,7 +31,7 @@ def test_a_loader_fetches_validates_and_loads_with_dead_letters_consent_and_chec
         )
         with connect(owner.url, autocommit=True) as conn:
             conn.execute(sql.SQL("CREATE ROLE {} LOGIN IN ROLE fhir_loader").format(sql.Identifier(name)))
-            view_tables.ensure_tables(conn, views_of(owner.settings).views[:20])
+            view_tables.ensure_tables(conn, build_views(owner.settings).views[:20])
         try:
             url = SecretStr(owner.url.replace("postgres@", f"{name}@"))
             loader = Deployment(owner.settings.model_copy(update={"db_url": url}), owner.instance)

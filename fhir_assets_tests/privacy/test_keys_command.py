@@ -21,7 +21,7 @@ OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
 def deployed(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("DB_URL", database)
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
-    monkeypatch.setattr("fhir_assets.cli.keys.views_of", lambda settings: ViewSet(VIEWS, ()))
+    monkeypatch.setattr("fhir_assets.cli.keys.build_views", lambda settings: ViewSet(VIEWS, ()))
     return database
 
 

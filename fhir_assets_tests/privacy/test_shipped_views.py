@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.definitions import views_of
+from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.rows import Batch, MakeRows
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, new_secret
@@ -31,7 +31,7 @@ NOBODYS = {"Organization", "Location"}
 @cache
 def shipped() -> tuple[View, ...]:
     """All shipped views, read once."""
-    return tuple(views_of(load_settings()).views)
+    return tuple(build_views(load_settings()).views)
 
 
 def rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:

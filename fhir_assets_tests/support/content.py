@@ -8,8 +8,8 @@ from urllib.parse import parse_qs, urlsplit
 import dagster as dg
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.orchestration.run_context import REFRESH_TAG
 from fhir_assets.orchestration.run_requests import range_tags
+from fhir_assets.orchestration.tags import REFRESH_TAG
 from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.windows import WindowRange

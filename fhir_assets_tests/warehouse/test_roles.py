@@ -224,7 +224,7 @@ def test_a_migration_by_a_user_who_may_not_make_roles_goes_on_and_says_so(
     plain = with_database(own_server, "clinic").replace("postgres@", "plain@")
     monkeypatch.setenv("DB_URL", plain)
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
-    monkeypatch.setattr("fhir_assets.cli.migrate.views_of", lambda settings: ViewSet(VIEWS, ()))
+    monkeypatch.setattr("fhir_assets.cli.migrate.build_views", lambda settings: ViewSet(VIEWS, ()))
     monkeypatch.setattr("fhir_assets.orchestration.instance.config.ensure_dagster_database", lambda settings: plain)
     said = CliRunner().invoke(app, ["migrate"], catch_exceptions=False)
     assert said.exit_code == 0

@@ -10,7 +10,7 @@ from dagster._core.event_api import RunStatusChangeEventType, RunStatusChangeRec
 from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.run_context import sanitized_errors
-from fhir_assets.orchestration.run_requests import RANGE_END, RANGE_START
+from fhir_assets.orchestration.tags import RANGE_END, RANGE_START
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, incidents
 from fhir_assets.warehouse.postgres.db.connections import Connection

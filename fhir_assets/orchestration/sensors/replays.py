@@ -10,8 +10,8 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.dead_runs import give_up_dead_runs
 from fhir_assets.orchestration.received_windows import assets_of
-from fhir_assets.orchestration.run_context import REPLAY_TAG
 from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
+from fhir_assets.orchestration.tags import REPLAY_TAG
 from fhir_assets.pipeline.due import consecutive
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import replays

@@ -1,0 +1,13 @@
+"""The ViewDefinitions of a deployment: those of the project and those of FHIR_VIEWS."""
+
+from pathlib import Path
+
+from fhir_assets.fhir.views import ViewSet, load_views
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+
+
+def build_views(settings: Settings) -> ViewSet:
+    """Load the ViewDefinitions of ``sql/views`` and of FHIR_VIEWS, in this order."""
+    folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
+    return load_views([Path(folder) for folder in folders])
