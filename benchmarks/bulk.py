@@ -21,9 +21,9 @@ from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.fetch.step import FetchStep
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.validate.step import ValidateStep
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
 from fhir_assets.windows import WindowRange
@@ -100,7 +100,7 @@ def _load(home: Path, url: str) -> None:
         run_id="benchmark",
         now=now,
         refresh=Refresh.FULL,
-        workers=Workers(settings.workers),
+        workers=WorkerPool(settings.workers),
     )
     validation.validate("Observation", update.manifests)
     print(json.dumps({"peak_mib": peak_mib(), "seconds": perf_counter() - started, "download": download}))

@@ -19,7 +19,7 @@ from benchmarks.machine import scratch
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion, failed
 from fhir_assets.orchestration.instance import config
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, SourceKind, load_settings
 from fhir_assets.warehouse.ops import dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection

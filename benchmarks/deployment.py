@@ -14,7 +14,7 @@ from benchmarks.machine import processor_seconds
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion, Listener, failed
 from fhir_assets.orchestration.instance import config
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import SourceKind, load_settings
 from fhir_assets.warehouse.postgres.db import embedded, migrations
 from fhir_assets.warehouse.postgres.db.connections import connect

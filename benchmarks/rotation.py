@@ -18,7 +18,7 @@ from benchmarks.machine import peak_mib, scratch
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep
+from fhir_assets.pipeline.reencrypt.step import ReencryptStep
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 

@@ -15,7 +15,7 @@ from benchmarks.loader import START, observation
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
 from fhir_assets.ingestion import Ingestion, failed
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import SourceKind
 from fhir_assets.windows import Granularity, WindowRange

@@ -17,10 +17,10 @@ from time import perf_counter
 from benchmarks import population
 from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.pipeline.load.rows import Batch, MakeRows
-from fhir_assets.pipeline.validate.step import Judge
+from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
+from fhir_assets.pipeline.validate.step import LineValidator
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.store import BATCH_BYTES
@@ -38,7 +38,7 @@ def main(resources: int, processes: int) -> None:
             path.name.partition(".")[0]: list(_batches(gzip.decompress(path.read_bytes()).splitlines()))
             for path in sorted(Path(folder).glob("*.ndjson.gz"))
         }
-    pools = {1: Workers(1), processes: Workers(processes)}
+    pools = {1: WorkerPool(1), processes: WorkerPool(processes)}
     best = {(job, number): float("inf") for number in pools for job in ("validation", "views")}
     for _ in range(ROUNDS):
         for number, workers in pools.items():
@@ -55,21 +55,24 @@ def main(resources: int, processes: int) -> None:
 
 
 @infrequent_gc()
-def _round(workers: Workers, batches: dict[str, list[list[bytes]]]) -> dict[str, float]:
+def _round(workers: WorkerPool, batches: dict[str, list[list[bytes]]]) -> dict[str, float]:
     """Seconds of each job over all types."""
     settings = load_settings()
     validator, views = Validator(), build_views(settings).views
     started = perf_counter()
     for lines in batches.values():
         judged = workers.map(
-            Judge(validator), ((None, each) for each in lines), weigh=lambda each: sum(map(len, each)), seconds=60
+            LineValidator(validator),
+            ((None, each) for each in lines),
+            weigh=lambda each: sum(map(len, each)),
+            seconds=60,
         )
         for _ in judged:
             pass
     between = perf_counter()
     for name, lines in batches.items():
         made = workers.map(
-            MakeRows([view for view in views if view.resource_type == name], NO_ENCRYPTION),
+            RowBuilder([view for view in views if view.resource_type == name], NO_ENCRYPTION),
             ((None, Batch(each, "2024-01", _ARRIVED)) for each in lines),
             weigh=lambda batch: batch.size,
             seconds=60,

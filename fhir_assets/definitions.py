@@ -35,7 +35,7 @@ from fhir_assets.orchestration.sensors.consent import apply_consent, consent_sen
 from fhir_assets.orchestration.sensors.received import load_received_sensor
 from fhir_assets.orchestration.sensors.replays import replay_dead_letters_sensor
 from fhir_assets.orchestration.sensors.run_failures import record_failed_runs
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Executor, Settings, SourceKind, load_settings
 
 
@@ -125,7 +125,7 @@ def _build(
             "source": source_resource,
             "store": store,
             "warehouse": warehouse_resource,
-            "workers": Workers(settings.workers),
+            "workers": WorkerPool(settings.workers),
             "validator": validator,
         },
     )

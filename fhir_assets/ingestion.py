@@ -21,9 +21,9 @@ from fhir_assets.orchestration.jobs import (
 from fhir_assets.orchestration.received_windows import ReceivedWindows, assets_of, group
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
-from fhir_assets.pipeline.consent.sweep import ConsentStep
-from fhir_assets.pipeline.due import chunks, consecutive, windows_due
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.consent.step import ConsentStep
+from fhir_assets.pipeline.due_windows import find_due_windows, group_consecutive_windows, split_into_runs
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
@@ -62,13 +62,13 @@ class Ingestion:
         with self._warehouse.connect() as conn:
             give_up_dead_runs(self._instance, conn)
             if first is None and last is None and not all_windows:
-                return windows_due(
+                return find_due_windows(
                     conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
                 )
         extent = source.extent(self._settings.fhir_resource_types) if first is None or last is None else None
         first = first or (extent.start if extent and extent.start else now)
         last = last or (extent.end if extent and source.state() is not None else now)
-        return chunks(scheme, scheme.between(first, min(last, now)))
+        return split_into_runs(scheme, scheme.between(first, min(last, now)))
 
     def not_offered(self) -> list[str]:
         """The types that are asked for but that the source does not offer; they are skipped."""
@@ -123,7 +123,7 @@ class Ingestion:
             by_key.setdefault(each.partition_key, set()).add(each.resource_type)
         graph = self._definitions.resolve_asset_graph()
         outcomes = []
-        for windows in consecutive(self._settings.window_scheme, by_key):
+        for windows in group_consecutive_windows(self._settings.window_scheme, by_key):
             keys = [window.key for window in windows.windows]
             types = sorted(set().union(*(by_key[key] for key in keys)))
             chosen = replace(selection, partition_keys=keys)

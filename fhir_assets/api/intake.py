@@ -14,7 +14,14 @@ from fhir_assets.api.context import AppContext, Body, Caller, CallerOf, ContextO
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.fhir.intake.schemas import schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
-from fhir_assets.pipeline.receive.intake import Judge, Judged, Unreadable, read_posted, read_submission, request_time
+from fhir_assets.pipeline.receive.intake import (
+    IntakeValidator,
+    Unreadable,
+    ValidatedRecord,
+    read_posted,
+    read_submission,
+    request_time,
+)
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import idempotency
 
@@ -237,11 +244,15 @@ def _outcome(status: int, issues: Sequence[Issue]) -> Response:
     return Response(orjson.dumps(operation_outcome(issues)), status, media_type=FHIR_JSON)
 
 
-def _judge(context: AppContext, origin: str) -> Judge:
-    return Judge(context.validator, context.identify, context.settings.fhir_resource_types, origin, request_time())
+def _judge(context: AppContext, origin: str) -> IntakeValidator:
+    return IntakeValidator(
+        context.validator, context.identify, context.settings.fhir_resource_types, origin, request_time()
+    )
 
 
-def _receive(context: AppContext, caller: Caller, origin: str, judged: Sequence[Judged], key: str | None) -> None:
+def _receive(
+    context: AppContext, caller: Caller, origin: str, judged: Sequence[ValidatedRecord], key: str | None
+) -> None:
     records = [record for each in judged for record in each.records]
     if not records:
         return

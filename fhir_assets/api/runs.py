@@ -22,8 +22,8 @@ from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL
 from fhir_assets.orchestration.received_windows import assets_of
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
-from fhir_assets.pipeline.due import windows_due
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.due_windows import find_due_windows
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.exports.export import Export, folder_of_run, windows_of_run
 from fhir_assets.warehouse.ops import audit_log, dead_letters, replays, run_history, runs
@@ -218,7 +218,7 @@ def export_type(
 def _load(context: AppContext, caller: Caller, name: str) -> list[str]:
     settings = context.settings
     with context.connection() as conn:
-        due = windows_due(
+        due = find_due_windows(
             conn,
             open_source(settings, warehouse=context.warehouse),
             [name],

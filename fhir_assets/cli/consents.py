@@ -9,7 +9,7 @@ import typer
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.consent.sweep import ConsentStep
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import consents
 

@@ -18,8 +18,8 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, failed
 from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.correct.step import Correction, CorrectionStep
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.pipeline.replay.corrections import CorrectionStep, Edit
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.store import open_store
@@ -133,7 +133,7 @@ def edit(
         settings.fhir_resource_types,
     )
     correcting = CorrectionStep(warehouse.connect, build_validator(settings), receiver)
-    change = Edit(
+    change = Correction(
         patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
     )
     corrected = correcting.edit(letter, change)

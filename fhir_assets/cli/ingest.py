@@ -22,7 +22,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.fetch import bulk_source
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange

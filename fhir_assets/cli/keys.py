@@ -14,7 +14,7 @@ from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, Rotated, Survey, survey
+from fhir_assets.pipeline.reencrypt.step import KeyUsage, ReencryptResult, ReencryptStep, count_key_usage
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import key_rotations
@@ -37,7 +37,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     """The keys by their ids, what each one seals in the tables and the store, and which are no longer needed."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        found = survey(conn, store_of(settings), build_views(settings).views)
+        found = count_key_usage(conn, store_of(settings), build_views(settings).views)
         rotation = key_rotations.latest(conn)
     if json:
         facts = None
@@ -78,7 +78,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
                 "refused": rotated.refused,
                 "busy": +rotated.busy,
                 "left_over": rotated.left_over,
-                "keys": _rows(settings, rotated.survey),
+                "keys": _rows(settings, rotated.usage),
             }
         )
     else:
@@ -87,7 +87,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
         raise typer.Exit(1)
 
 
-def _rows(settings: Settings, found: Survey) -> list[dict[str, object]]:
+def _rows(settings: Settings, found: KeyUsage) -> list[dict[str, object]]:
     """Every key that is set or needed, the newest first."""
     ids: list[str | None] = [key.id for key in settings.cipher.keys]
     return [
@@ -102,7 +102,7 @@ def _rows(settings: Settings, found: Survey) -> list[dict[str, object]]:
     ]
 
 
-def _advice(settings: Settings, found: Survey) -> Iterator[str]:
+def _advice(settings: Settings, found: KeyUsage) -> Iterator[str]:
     """What to do about each key."""
     if not settings.cipher.on:
         yield "Patient data is stored in the clear: `fhir-assets keys new`, then set PHI_ENCRYPTION_KEYS."
@@ -125,7 +125,7 @@ def _advice(settings: Settings, found: Survey) -> Iterator[str]:
         yield f"In the clear: {_counted(clear)}. `fhir-assets keys rotate` seals them."
 
 
-def _tell(settings: Settings, rotated: Rotated) -> None:
+def _tell(settings: Settings, rotated: ReencryptResult) -> None:
     done = _counted(rotated.sealed) or "nothing was left to do"
     console.print(f"Sealed with key {settings.cipher.key_id}: {done}.", markup=False, soft_wrap=True)
     if any(rotated.from_clear.values()):
@@ -134,7 +134,7 @@ def _tell(settings: Settings, rotated: Rotated) -> None:
         errors.print(f"Left as they were, {count:,}: {why}", markup=False, soft_wrap=True)
     if any(rotated.busy.values()):
         errors.print(f"Held by loads: {_counted(rotated.busy)}. Run it again when they are through.", markup=False)
-    for line in _advice(settings, rotated.survey):
+    for line in _advice(settings, rotated.usage):
         console.print(line, markup=False, soft_wrap=True)
 
 

@@ -15,9 +15,9 @@ from fhir_assets.fhir import bundles
 from fhir_assets.fhir.bundles import Entry
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import read_header, read_instant
-from fhir_assets.pipeline.commit import rewrite
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.partition_commit import rewrite_partitions
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Delivered, Manifest, Part
 from fhir_assets.storage.store import Store
@@ -155,7 +155,7 @@ class DeliverStep:
             )
             for manifest in manifests
         ]
-        rewrite(self._connect, self._store, delivered, lambda mine, _: mine)
+        rewrite_partitions(self._connect, self._store, delivered, lambda mine, _: mine)
         keys: dict[str, list[str]] = {}
         for manifest in manifests:
             keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)

@@ -5,7 +5,7 @@ from functools import partial
 from fhir_assets.deployment.store import bucket_of, store_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.pipeline.receive.landing import LandingStep
+from fhir_assets.pipeline.landing.step import LandingStep
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.settings import Settings
 from fhir_assets.storage.landing_zone import EncryptedZone, Zone, open_zone

@@ -2,7 +2,7 @@
 
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import ViewSet
-from fhir_assets.pipeline.load.step import ruleset
+from fhir_assets.pipeline.load.step import compute_views_ruleset
 from fhir_assets.settings import Settings
 
 
@@ -24,7 +24,7 @@ def current_rulesets(settings: Settings, views: ViewSet) -> list[tuple[str, str,
     rulesets = []
     validation_rules = build_validator(settings).ruleset
     for name in settings.fhir_resource_types:
-        view_rules = ruleset([view for view in views.views if view.resource_type == name])
+        view_rules = compute_views_ruleset([view for view in views.views if view.resource_type == name])
         rulesets += [
             (name, "validate", validation_rules),
             (name, "transform", view_rules),

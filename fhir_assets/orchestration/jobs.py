@@ -6,7 +6,7 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"
 REPLAY_DEAD_LETTERS = "replay_dead_letters"

@@ -12,7 +12,7 @@ from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES
 from fhir_assets.orchestration.received_windows import materializations
 from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
-from fhir_assets.pipeline.hydrate.missing_references import AskedById, HydrateStep
+from fhir_assets.pipeline.hydrate.step import HydrateStep, ReadsById
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
@@ -31,7 +31,7 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
         source: Source = context.resources.source
         store: Store = context.resources.store
         warehouse: Warehouse = context.resources.warehouse
-        if not isinstance(source, AskedById):
+        if not isinstance(source, ReadsById):
             yield dg.Output(None, metadata={"nothing": f"the source {source.name} gives no single resources"})
             return
         offered = source.offered()

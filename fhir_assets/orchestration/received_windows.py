@@ -8,7 +8,7 @@ import dagster as dg
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from fhir_assets.catalog import BY_NAME, LOAD_ORDER
-from fhir_assets.pipeline.due import consecutive
+from fhir_assets.pipeline.due_windows import group_consecutive_windows
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops.received import Pending
@@ -48,7 +48,7 @@ def group(settings: Settings, pending: Sequence[Pending]) -> list[ReceivedWindow
             by_key.setdefault(each.partition_key, []).append(each)
     return [
         ReceivedWindows(part, tuple(each for window in part.windows for each in by_key[window.key]))
-        for part in consecutive(scheme, by_key)
+        for part in group_consecutive_windows(scheme, by_key)
     ]
 
 

@@ -16,7 +16,7 @@ import psycopg
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
 from fhir_assets.orchestration.tags import PRIORITY_TAG, REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG, USER_TAG
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange, WindowScheme
 

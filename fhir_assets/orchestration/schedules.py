@@ -11,7 +11,7 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Source
 from fhir_assets.orchestration.dead_runs import give_up_dead_runs
 from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
-from fhir_assets.pipeline.due import windows_due
+from fhir_assets.pipeline.due_windows import find_due_windows
 from fhir_assets.settings import Settings
 
 
@@ -41,7 +41,7 @@ def incremental_load_schedule(
             return
         now = context.scheduled_execution_time
         with warehouse.connect() as conn:
-            due = windows_due(
+            due = find_due_windows(
                 conn,
                 source(),
                 settings.fhir_resource_types,

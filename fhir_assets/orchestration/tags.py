@@ -4,7 +4,7 @@ No logic belongs here. Job names are in ``jobs.py``.
 """
 
 REFRESH_TAG = "fhir_assets/refresh"
-"""How much a run loads again: ``missing``, ``window`` (the default) or ``full``. See ``pipeline.plan.Refresh``."""
+"""How much a run loads again: ``missing``, ``window`` (the default) or ``full``. See ``pipeline.refresh.Refresh``."""
 
 TRIGGER_TAG = "fhir_assets/triggered_by"
 """Who asked for a run that ``fhir-assets`` executes in its own process. That process holds the advisory lock of the run

@@ -7,14 +7,14 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 DEAD_LETTERS_AT_ONCE = 1000
 """How many dead letters are held before they are written."""
 
-Reject = Callable[[Sequence[DeadLetter]], None]
+WriteDeadLetters = Callable[[Sequence[DeadLetter]], None]
 """Writes dead letters; what it was given is safe when it returns."""
 
 
 class DeadLetterBuffer:
     """Collects dead letters and hands them on by the thousand."""
 
-    def __init__(self, reject: Reject) -> None:
+    def __init__(self, reject: WriteDeadLetters) -> None:
         self._reject = reject
         self._letters: list[DeadLetter] = []
 

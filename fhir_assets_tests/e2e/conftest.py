@@ -13,7 +13,7 @@ from psycopg import sql
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.store import store_of
 from fhir_assets.ingestion import Ingestion, Outcome
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url

@@ -13,7 +13,7 @@ import pytest
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.delivery.webhook import message
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.ops.incidents import Incident

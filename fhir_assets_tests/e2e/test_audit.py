@@ -24,14 +24,14 @@ from fhir_assets.cli import patient as patient_command
 from fhir_assets.fhir.record import Deletion, read_header, read_record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import TypeViews
-from fhir_assets.pipeline.commit import commit
-from fhir_assets.pipeline.consent.sweep import ConsentStep
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadStep
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.pipeline.replay.steps import ReplayLoadStep
+from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.validate.step import ValidateStep
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.privacy.encryption import Cipher
@@ -97,10 +97,10 @@ class Hospital:
 
     def load(self, run_id: str, *, gate: ConsentGate | None = None) -> None:
         """What is new in raw is judged and loaded."""
-        facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": Workers(1)}
+        facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": WorkerPool(1)}
         validation = ValidateStep(self.store, Validator(), self.connect, now=DAY, **facts)
         raw = self.store.manifests("raw", "Patient", [KEY])
-        commit(self.connect, self.store, validation.validate("Patient", raw))
+        commit_update(self.connect, self.store, validation.validate("Patient", raw))
         validated = self.store.manifests("validated", "Patient", [KEY])
         window = self.settings.window_scheme.window(KEY)
         loading = LoadStep(self.store, self.connect, PATIENTS, whole=True, gate=gate or ConsentGate(), **facts)

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient

@@ -9,7 +9,7 @@ import requests
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect

@@ -8,8 +8,8 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Record, read_header, read_record
 from fhir_assets.orchestration.received_windows import materializations
-from fhir_assets.pipeline.plan import Refresh
 from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient

@@ -15,7 +15,7 @@ from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.orchestration.tags import REPLAY_TAG
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
 from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter

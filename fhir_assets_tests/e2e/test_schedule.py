@@ -10,7 +10,7 @@ from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration import dead_runs
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL, RANGE_END, RANGE_START, TRIGGER_TAG
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints, runs
 from fhir_assets.warehouse.postgres.db.connections import connect

@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient

@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 import requests
 
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fhir_assets.pipeline.load.rows import Batch
+from fhir_assets.pipeline.load.row_builder import Batch
 from fhir_assets.pipeline.workers import pool
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.storage import store

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fhir_assets.pipeline.reconcile.balance import Balance
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 
-GOOD = Balance(
+GOOD = WindowCounts(
     "2024-01-05",
     server_total=10,
     matched=10,

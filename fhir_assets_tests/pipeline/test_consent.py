@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import TypeViews
-from fhir_assets.pipeline.consent.sweep import ConsentStep, Swept
-from fhir_assets.pipeline.replay.steps import ReplayLoadStep
+from fhir_assets.pipeline.consent.step import ConsentResult, ConsentStep
+from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate, Policy, Purpose
 from fhir_assets.privacy.encryption import Cipher
@@ -72,7 +72,7 @@ class Tables:
             total.withheld += counts.withheld
         return total
 
-    def sweep(self, now: datetime = START) -> Swept:
+    def sweep(self, now: datetime = START) -> ConsentResult:
         return ConsentStep(self.connect, VIEWS, self.gate, run_id="sweep", actor="test").sweep(now)
 
     def all(self, query: str) -> set[Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected
-from fhir_assets.pipeline.due import windows_due
+from fhir_assets.pipeline.due_windows import find_due_windows
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.windows import Granularity, Interval, WindowScheme
@@ -50,7 +50,7 @@ class Holding:
 
 
 def due(conn: Connection, source: Holding, now: datetime) -> list[str]:
-    ranges = windows_due(conn, source, TYPES, SCHEME, now=now, overlap=OVERLAP)
+    ranges = find_due_windows(conn, source, TYPES, SCHEME, now=now, overlap=OVERLAP)
     return [window.key for windows in ranges for window in windows.windows]
 
 
@@ -122,7 +122,7 @@ def test_files_are_asked_for_when_they_change_and_not_before(conn: Connection) -
 def test_a_long_history_is_asked_for_in_ranges_without_gap_or_overlap(conn: Connection) -> None:
     checkpoints.begin(conn, TYPES, START, source_state=None)
     now = START + timedelta(days=249, hours=5)
-    ranges = windows_due(conn, Holding(), TYPES, SCHEME, now=now, overlap=OVERLAP)
+    ranges = find_due_windows(conn, Holding(), TYPES, SCHEME, now=now, overlap=OVERLAP)
     assert [len(windows.windows) for windows in ranges] == [SCHEME.per_run, SCHEME.per_run, 50]
     keys = [window.key for windows in ranges for window in windows.windows]
     assert keys == [f"{START + timedelta(days=n):%Y-%m-%d}" for n in range(250)]

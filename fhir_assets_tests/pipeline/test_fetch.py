@@ -11,7 +11,7 @@ from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store

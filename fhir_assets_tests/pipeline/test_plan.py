@@ -2,7 +2,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
+from fhir_assets.pipeline.fetch.plan import Planned, covering_interval, is_complete, plan_window, split_at_gaps
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.storage.manifest import Fetched, Manifest
 from fhir_assets.windows import Granularity, Interval, WindowScheme
 
@@ -81,6 +82,6 @@ def test_windows_without_a_gap_are_one_request() -> None:
             )
         )
     ]
-    runs = list(stretches(planned))
+    runs = list(split_at_gaps(planned))
     assert [[p.window.key for p in run] for run in runs] == [["2024-01-05", "2024-01-06"], ["2024-01-08"]]
-    assert hull(runs[0]) == Interval(DAY, DAY + timedelta(days=2))
+    assert covering_interval(runs[0]) == Interval(DAY, DAY + timedelta(days=2))

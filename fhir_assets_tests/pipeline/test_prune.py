@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment, deploy

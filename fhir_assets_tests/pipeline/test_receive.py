@@ -10,8 +10,8 @@ import pytest
 
 from fhir_assets.errors import Overtaken
 from fhir_assets.fhir.record import Record, Rejected, read_header, read_record
-from fhir_assets.pipeline.commit import commit, merged
 from fhir_assets.pipeline.fetch.step import RawUpdate
+from fhir_assets.pipeline.partition_commit import commit_update, merge_manifests
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part, Validated
 from fhir_assets.storage.store import Store, open_store
@@ -137,7 +137,7 @@ def test_one_origin_received_by_many_at_once_is_there_once(store: Store, receive
 
 def test_a_window_that_is_fetched_anew_keeps_what_was_received(store: Store, receiver: Receiver, database: str) -> None:
     def commit_fetch(mine: Manifest, base: Manifest | None) -> None:
-        commit(lambda: connect(database), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base}))
+        commit_update(lambda: connect(database), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base}))
 
     receiver.receive([record("a")], "landing:x")
     commit_fetch(fetched(store, "one"), None)
@@ -159,7 +159,7 @@ def test_two_extensions_of_a_window_at_once_are_both_kept_and_add_up(store: Stor
     base = fetched(store, "base", until=NOW - timedelta(hours=2))
     theirs = fetched(store, "theirs", base=base)
     mine = fetched(store, "mine", base=base, until=NOW - timedelta(hours=1))
-    result = merged(mine, base, theirs)
+    result = merge_manifests(mine, base, theirs)
     assert names(result.parts) == ["base", "theirs", "mine"]
     assert result.fetched
     assert result.fetched.until == NOW
@@ -187,7 +187,7 @@ def judged(name: str, *inputs: str, base: Manifest | None = None, rules: str = "
 
 def test_validations_of_different_parts_at_once_are_joined() -> None:
     base = judged("base", "r0")
-    result = merged(judged("mine", "r2", base=base), base, judged("theirs", "r1", base=base))
+    result = merge_manifests(judged("mine", "r2", base=base), base, judged("theirs", "r1", base=base))
     assert names(result.parts) == ["base", "theirs", "mine"]
     assert result.validated
     assert result.validated.inputs == ("r0", "r1", "r2")
@@ -197,11 +197,11 @@ def test_validations_of_different_parts_at_once_are_joined() -> None:
 def test_of_validations_of_the_same_parts_one_is_kept() -> None:
     base = judged("base", "r0")
     mine, theirs = judged("mine", "r1", base=base), judged("theirs", "r1", base=base)
-    assert merged(mine, base, theirs) is theirs
+    assert merge_manifests(mine, base, theirs) is theirs
     more = judged("more", "r1", "r2", base=base)
-    assert merged(more, base, theirs) is more
-    assert merged(mine, base, more) is more
-    assert merged(mine, None, None) is mine
+    assert merge_manifests(more, base, theirs) is more
+    assert merge_manifests(mine, base, more) is more
+    assert merge_manifests(mine, None, None) is mine
 
 
 def test_validations_that_cannot_be_joined_are_refused_and_not_overwritten() -> None:
@@ -209,7 +209,7 @@ def test_validations_that_cannot_be_joined_are_refused_and_not_overwritten() -> 
     mine = judged("mine", "r1", "r2", base=base)
     for theirs in (judged("theirs", "r2", "r3", base=base), judged("anew", "r9")):
         with pytest.raises(Overtaken, match="another run validated Patient of 2024-01-05"):
-            merged(mine, base, theirs)
+            merge_manifests(mine, base, theirs)
 
 
 def test_a_window_that_was_asked_for_is_asked_for_again_after_a_wait_that_doubles(

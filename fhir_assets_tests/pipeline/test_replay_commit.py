@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from fhir_assets.pipeline.commit import merged
+from fhir_assets.pipeline.partition_commit import merge_manifests
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 
 NOW = datetime(2024, 1, 5, tzinfo=UTC)
@@ -30,7 +30,7 @@ REPLAYED = validated({"a": 7, "healed": 2}, ("raw1", f"{REPLAY}r"), 10, 1)
 
 @pytest.mark.parametrize(("mine", "now"), [(REPLAYED, EXTENDED), (EXTENDED, REPLAYED)])
 def test_an_extension_and_a_replay_of_one_window_add_up_whichever_commits_last(mine: Manifest, now: Manifest) -> None:
-    found = merged(mine, BASE, now)
+    found = merge_manifests(mine, BASE, now)
     assert found.validated
     assert {part.name for part in found.parts} == {"a", "b", "healed"}
     assert found.validated.raw_parts == {"raw1", "raw2"}
@@ -41,7 +41,7 @@ def test_an_extension_and_a_replay_of_one_window_add_up_whichever_commits_last(m
 
 def test_two_replays_of_one_window_add_up() -> None:
     other = validated({"a": 7, "more": 1}, ("raw1", f"{REPLAY}s"), 10, 2)
-    found = merged(other, BASE, REPLAYED)
+    found = merge_manifests(other, BASE, REPLAYED)
     assert found.validated
     assert found.rows == 10
     assert not found.validated.dead

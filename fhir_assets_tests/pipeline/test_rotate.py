@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, TransientError, ViewError
-from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, survey
+from fhir_assets.pipeline.reencrypt.step import ReencryptStep, count_key_usage
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.part_writer import PartWriter
@@ -66,7 +66,7 @@ def test_everything_is_sealed_with_the_newest_key_and_opens_without_the_older_on
     assert not +rotated.from_clear
     with opened(place.url, NEW) as conn:
         assert everything(conn, place.store(NEW)) == before
-        found = survey(conn, place.store(NEW), VIEWS)
+        found = count_key_usage(conn, place.store(NEW), VIEWS)
         assert found.keys == [NEW_ID]
         assert rows(conn, "SELECT DISTINCT sealed_by FROM ops.corrections") == [(NEW_ID,)]
         assert audit_log.first_fault(conn) is None
@@ -115,7 +115,7 @@ def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
         assert found["facts"] == facts
         assert found["names"] == sorted((f"p{n:05}", f"Family{n}-{k}") for n in range(30) for k in range(2))
         assert found["original"] == [LETTER.resource]
-        assert survey(conn, place.store(NEW), VIEWS).keys == [NEW_ID]
+        assert count_key_usage(conn, place.store(NEW), VIEWS).keys == [NEW_ID]
         for query in ("SELECT patient_name::text FROM fhir.patient_name", "SELECT resource::text FROM fhir.resource"):
             assert not any("Family" in str(text) for (text,) in rows(conn, query))
     for file in place.folder.rglob("part-*"):
@@ -161,7 +161,7 @@ def test_rows_of_a_view_that_a_partial_load_left_with_the_older_key_are_sealed_t
         load_people(conn, range(5))
     with opened(place.url, NEW, OLD) as conn:
         load_people(conn, range(5), [VIEWS[0]], version="2")
-        found = survey(conn, place.store(NEW, OLD), VIEWS)
+        found = count_key_usage(conn, place.store(NEW, OLD), VIEWS)
         assert (found.of(OLD_ID)["resources"], found.of(OLD_ID)["rows"]) == (0, 10)
     assert rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate().left_over == 0
     with opened(place.url, NEW) as conn:
@@ -178,10 +178,10 @@ def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place
     assert rotated.sealed["resources"] == 26
     assert rotated.left_over == 4
     assert rotated.sealed["rows"] == 4 * 3
-    assert rotated.survey.of("0badc0de")["resources"] == 4
+    assert rotated.usage.of("0badc0de")["resources"] == 4
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT resource FROM fhir.resource WHERE sealed_by = '0badc0de'") == before
-        assert not survey(conn, place.store(NEW), VIEWS).needs(OLD_ID)
+        assert not count_key_usage(conn, place.store(NEW), VIEWS).needs(OLD_ID)
         names = rows(conn, "SELECT family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
         assert {cipher_of(conn).read_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
 
@@ -284,7 +284,7 @@ def test_a_resource_that_its_views_refuse_by_now_is_sealed_and_keeps_its_rows(pl
     assert (rotated.left_over, rotated.sealed["resources"], rotated.sealed["rows"]) == (0, 5, 15)
     assert not rotated.refused
     with opened(place.url, NEW) as conn:
-        assert survey(conn, place.store(NEW), VIEWS).keys == [NEW_ID]
+        assert count_key_usage(conn, place.store(NEW), VIEWS).keys == [NEW_ID]
         assert rows(conn, "SELECT count(*) FROM fhir.patient_name") == [(10,)]
 
 
@@ -327,4 +327,4 @@ def test_only_the_name_table_counts_as_sealed_where_others_hold_nothing(place: P
     with opened(place.url, NEW) as conn:
         load_people(conn, range(2), [plain, NAME])
         assert rows(conn, "SELECT count(*) FROM fhir.patient_plain") == [(2,)]
-        assert survey(conn, place.store(NEW), [plain, NAME]).of(NEW_ID)["rows"] == 4
+        assert count_key_usage(conn, place.store(NEW), [plain, NAME]).of(NEW_ID)["rows"] == 4

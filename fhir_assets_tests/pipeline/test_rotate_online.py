@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep, survey
+from fhir_assets.pipeline.reencrypt.step import ReencryptStep, count_key_usage
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, key_rotations
@@ -74,7 +74,7 @@ def test_rows_that_a_load_holds_for_good_are_left_to_the_next_rotation(database:
         conn.execute("SELECT FROM fhir.resource WHERE id = 'p00002' FOR UPDATE")
         rotated = rotator(database, store, NEW, OLD, patience=0.2).rotate()
         assert (rotated.sealed["resources"], rotated.busy["Patient"]) == (4, 1)
-        assert rotated.survey.needs(OLD_ID)
+        assert rotated.usage.needs(OLD_ID)
     assert rotator(database, store, NEW, OLD).rotate().left_over == 0
 
 
@@ -106,7 +106,7 @@ def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(da
         (f"p{n:05}", f"V{versions}" if n % 3 == 0 else f"Family{n}-{k}") for n in range(600) for k in range(2)
     ]
     with opened(database, NEW) as conn:
-        assert survey(conn, store, VIEWS).keys == [NEW_ID]
+        assert count_key_usage(conn, store, VIEWS).keys == [NEW_ID]
         assert audit_log.first_fault(conn) is None
 
 
@@ -122,7 +122,7 @@ def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str,
         rotated = ReencryptStep(
             lambda: connect(database, cipher=cipher), store, VIEWS, actor="test", tell=write_again
         ).rotate()
-        assert rotated.survey.of(OLD_ID)["resources"] == 2
+        assert rotated.usage.of(OLD_ID)["resources"] == 2
         assert rotated.left_over > 0
     with opened(database, NEW, OLD):
         assert rotator(database, store, NEW, OLD).rotate().left_over == 0
@@ -140,7 +140,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     assert process.wait() == -signal.SIGKILL
     with opened(database, NEW, OLD) as conn:
         stopped = key_rotations.latest(conn)
-        halfway = survey(conn, store, VIEWS)
+        halfway = count_key_usage(conn, store, VIEWS)
     assert stopped is not None
     assert (stopped.at_work, stopped.ended_at) == (False, None)
     assert 0 < halfway.of(NEW_ID)["resources"] < 4000
@@ -149,7 +149,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     assert rotated.left_over == 0
     assert rotated.sealed["resources"] == 4000 - halfway.of(NEW_ID)["resources"]
     with opened(database, NEW) as conn:
-        assert survey(conn, store, VIEWS).keys == [NEW_ID]
+        assert count_key_usage(conn, store, VIEWS).keys == [NEW_ID]
         assert everything(conn, store_at(tmp_path, Cipher(parse_keys([NEW])))) == before
         assert audit_log.first_fault(conn) is None
 

@@ -9,8 +9,8 @@ from cryptography.fernet import Fernet
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.pipeline.deletions import tombstones
-from fhir_assets.pipeline.deletions.tombstones import Tombstones
+from fhir_assets.pipeline.deletions import deletion_log
+from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.reencrypt import sealed_parts
@@ -35,13 +35,13 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
     store: Store, database: str, conn: Connection
 ) -> None:
     given = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
-    done = Tombstones(store, lambda: connect(database)).bury(iter(given), run_id="r")
+    done = DeletionLog(store, lambda: connect(database)).bury(iter(given), run_id="r")
     assert dict(done.unseen) == {"Patient": 1, "Observation": 1}
     expected = {("Patient", "p1"): AT, ("Observation", "o1"): AT + timedelta(days=1)}
     assert buried(database) == expected
     conn.execute("TRUNCATE fhir.resource, ops.deletion_parts")
     conn.commit()
-    again = Tombstones(store, lambda: connect(database))
+    again = DeletionLog(store, lambda: connect(database))
     for name in ("Patient", "Observation", "Encounter"):
         again.restore(conn, name, run_id="r2")
     assert buried(database) == expected
@@ -50,7 +50,7 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
 
 
 def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:
-    Tombstones(store, lambda: connect(database)).bury([Deletion("Patient", "p1", AT)], run_id="r")
+    DeletionLog(store, lambda: connect(database)).bury([Deletion("Patient", "p1", AT)], run_id="r")
     assert [key is not None for _, key in sealed_parts(store)] == [True]
 
 
@@ -60,13 +60,13 @@ def test_what_breaks_off_keeps_none(store: Store, database: str) -> None:
         raise NotFhir("broken")
 
     with pytest.raises(NotFhir):
-        Tombstones(store, lambda: connect(database)).bury(broken(), run_id="r")
+        DeletionLog(store, lambda: connect(database)).bury(broken(), run_id="r")
     assert buried(database) == {}
     assert store.manifest("deleted", "Patient", "all") is None
 
 
 def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str, tmp_path: Path) -> None:
-    Tombstones(store, lambda: connect(database)).bury([Deletion("../../Evil", "p1", AT)], run_id="r")
+    DeletionLog(store, lambda: connect(database)).bury([Deletion("../../Evil", "p1", AT)], run_id="r")
     assert buried(database) == {}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -74,8 +74,8 @@ def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str,
 def test_many_small_parts_are_joined_and_none_is_lost(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tombstones, "MANY_PARTS", 4)
-    mine = Tombstones(store, lambda: connect(database))
+    monkeypatch.setattr(deletion_log, "MANY_PARTS", 4)
+    mine = DeletionLog(store, lambda: connect(database))
     for n in range(10):
         mine.bury([Deletion("Patient", f"p{n}", AT)], run_id="r")
     manifest = store.manifest("deleted", "Patient", "all")

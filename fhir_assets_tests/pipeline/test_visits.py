@@ -19,7 +19,7 @@ from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import Item, LandedContent
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.pipeline.receive.landing import LandingStep
+from fhir_assets.pipeline.landing.step import LandingStep
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.storage.landing_zone import open_zone
 from fhir_assets.storage.store import Store, open_store

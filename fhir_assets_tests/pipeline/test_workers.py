@@ -14,15 +14,15 @@ import pytest
 
 from fhir_assets.errors import PermanentError, StoreError, WorkerLost
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.pipeline.validate.step import Judge
-from fhir_assets.pipeline.workers.pool import UNIT_BYTES, WORTH_A_START, Workers
+from fhir_assets.pipeline.validate.step import LineValidator
+from fhir_assets.pipeline.workers.pool import UNIT_BYTES, WORTH_A_START, WorkerPool
 
 LARGE = WORTH_A_START + 1
 
 
 @pytest.fixture
-def workers() -> Iterator[Workers]:
-    made = Workers(2)
+def workers() -> Iterator[WorkerPool]:
+    made = WorkerPool(2)
     yield made
     made.close()
 
@@ -73,7 +73,7 @@ class Unpickled:
         return self.seen
 
 
-def run(workers: Workers, job: Callable[[str], object], items: list[str], *, seconds: float = LARGE) -> list[object]:
+def run(workers: WorkerPool, job: Callable[[str], object], items: list[str], *, seconds: float = LARGE) -> list[object]:
     """A unit an item."""
     weighed = workers.map(job, enumerate(items), weigh=lambda _: UNIT_BYTES, seconds=seconds)
     found = []
@@ -83,7 +83,7 @@ def run(workers: Workers, job: Callable[[str], object], items: list[str], *, sec
     return found
 
 
-def test_results_come_in_order_from_several_processes(workers: Workers) -> None:
+def test_results_come_in_order_from_several_processes(workers: WorkerPool) -> None:
     items = [f"line {n}" for n in range(50)]
     assert run(workers, shouted, items) == [item.upper() for item in items]
     processes: set[object] = set()
@@ -95,23 +95,23 @@ def test_results_come_in_order_from_several_processes(workers: Workers) -> None:
     assert os.getpid() not in processes
 
 
-def test_little_work_starts_no_process_and_one_worker_is_none(workers: Workers) -> None:
+def test_little_work_starts_no_process_and_one_worker_is_none(workers: WorkerPool) -> None:
     before = children()
     assert run(workers, process_of, ["a", "b"], seconds=WORTH_A_START / 2) == [os.getpid()] * 2
-    assert run(Workers(1), process_of, ["a", "b"], seconds=1000) == [os.getpid()] * 2
+    assert run(WorkerPool(1), process_of, ["a", "b"], seconds=1000) == [os.getpid()] * 2
     assert children() == before
 
 
-def test_small_items_travel_together(workers: Workers) -> None:
+def test_small_items_travel_together(workers: WorkerPool) -> None:
     weighed = workers.map(process_of, ((None, str(n)) for n in range(100)), weigh=lambda _: 10, seconds=LARGE)
     assert len({process for _, _, process in weighed}) == 1
 
 
-def test_a_job_is_unpickled_once_a_worker(workers: Workers) -> None:
+def test_a_job_is_unpickled_once_a_worker(workers: WorkerPool) -> None:
     assert set(run(workers, Unpickled(), [str(n) for n in range(20)])) == {1}
 
 
-def test_no_more_units_are_read_than_fit_in_flight(workers: Workers) -> None:
+def test_no_more_units_are_read_than_fit_in_flight(workers: WorkerPool) -> None:
     read = 0
 
     def items() -> Iterator[tuple[None, str]]:
@@ -126,25 +126,25 @@ def test_no_more_units_are_read_than_fit_in_flight(workers: Workers) -> None:
     assert len(list(results)) == 99
 
 
-def test_an_error_of_the_project_arrives_as_it_is(workers: Workers) -> None:
+def test_an_error_of_the_project_arrives_as_it_is(workers: WorkerPool) -> None:
     with pytest.raises(StoreError, match="the part is damaged"):
         run(workers, refuse, ["a"] * 10)
     assert run(workers, shouted, ["still there"]) == ["STILL THERE"]
 
 
-def test_any_other_error_tells_type_and_place_but_not_what_it_choked_on(workers: Workers) -> None:
+def test_any_other_error_tells_type_and_place_but_not_what_it_choked_on(workers: WorkerPool) -> None:
     with pytest.raises(PermanentError, match=r"unexpected ValueError in test_workers.py, line \d+") as caught:
         run(workers, choke, ["Mrs Miller"])
     assert "Miller" not in str(caught.value)
 
 
-def test_a_killed_worker_is_one_sentence_and_the_next_work_has_a_new_one(workers: Workers) -> None:
+def test_a_killed_worker_is_one_sentence_and_the_next_work_has_a_new_one(workers: WorkerPool) -> None:
     with pytest.raises(WorkerLost, match=r"killed by signal 9.*nothing of these windows is kept"):
         run(workers, die, ["a"] * 10)
     assert run(workers, shouted, ["again"] * 10) == ["AGAIN"] * 10
 
 
-def test_a_worker_that_died_idle_is_replaced_without_a_word(workers: Workers) -> None:
+def test_a_worker_that_died_idle_is_replaced_without_a_word(workers: WorkerPool) -> None:
     for process in set(run(workers, process_of, ["a"] * 10)):
         assert isinstance(process, int)
         psutil.Process(process).kill()
@@ -152,7 +152,7 @@ def test_a_worker_that_died_idle_is_replaced_without_a_word(workers: Workers) ->
     assert run(workers, shouted, ["a"] * 10) == ["A"] * 10
 
 
-def test_what_a_worker_prints_does_not_get_between_its_answers(workers: Workers) -> None:
+def test_what_a_worker_prints_does_not_get_between_its_answers(workers: WorkerPool) -> None:
     assert run(workers, chatter, ["a", "b"]) == ["a", "b"]
 
 
@@ -177,14 +177,14 @@ def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> N
         time.sleep(0.05)
 
 
-def test_the_judgement_is_the_same_in_a_worker(workers: Workers) -> None:
+def test_the_judgement_is_the_same_in_a_worker(workers: WorkerPool) -> None:
     lines = [
         b'{"resourceType":"Patient","id":"a"}',
         b'{"resourceType":"Patient","id":"b","gender":"malee"}',
         b"{broken",
         b'{"resourceType":"Patient","id":"c","birthDate":"1980"}',
     ]
-    judge = Judge(Validator(warn_rules=["required-binding"]))
+    judge = LineValidator(Validator(warn_rules=["required-binding"]))
     ((_, _, elsewhere),) = workers.map(judge, [(None, lines)], weigh=len, seconds=LARGE)
     assert elsewhere == judge(lines)
     assert [(place, issues[0].rule, issues[0].severity) for place, issues in elsewhere] == [

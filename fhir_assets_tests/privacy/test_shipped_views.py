@@ -10,7 +10,7 @@ import pytest
 from fhir_assets.catalog import CATALOG
 from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.rows import Batch, MakeRows
+from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import load_settings
@@ -37,7 +37,7 @@ def shipped() -> tuple[View, ...]:
 def rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:
     """The rows of each view of a type, as they are copied into its table."""
     views = [view for view in shipped() if view.resource_type == resource_type]
-    make = MakeRows(views, cipher)
+    make = RowBuilder(views, cipher)
     lines = [json.dumps(resource).encode() for resource in saturated_resources(resource_type)]
     made = make(Batch(lines, "2020-02-03", datetime.now(UTC)))
     assert made.block, made.undone

@@ -10,7 +10,7 @@ import dagster as dg
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.windows import WindowRange
 from fhir_assets_tests.e2e.conftest import Deployment

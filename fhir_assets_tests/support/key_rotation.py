@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.reencrypt.rotate import ReencryptStep
+from fhir_assets.pipeline.reencrypt.step import ReencryptStep
 from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.manifest import Manifest

@@ -14,7 +14,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.received_windows import materializations
 from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.orchestration.run_requests import UNFINISHED
-from fhir_assets.pipeline.receive.landing import Landed
+from fhir_assets.pipeline.landing.step import LandingResult
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import landing_files
@@ -127,7 +127,7 @@ def _state(found: ZoneState) -> dict[str, dg.MetadataValue]:
     }
 
 
-def _metadata(landed: Landed, seconds: float) -> dict[str, int | float]:
+def _metadata(landed: LandingResult, seconds: float) -> dict[str, int | float]:
     return {
         "files": landed.files,
         "files_failed": landed.failed,

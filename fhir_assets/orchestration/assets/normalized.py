@@ -13,11 +13,11 @@ from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.run_context import RunContext, recorded, sanitized_errors, step_tags
-from fhir_assets.pipeline.consent.sweep import ConsentStep
-from fhir_assets.pipeline.load.step import Loaded, LoadStep
-from fhir_assets.pipeline.reconcile.balance import reconcile
-from fhir_assets.pipeline.replay.steps import ReplayLoadStep
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.consent.step import ConsentStep
+from fhir_assets.pipeline.load.step import LoadResult, LoadStep
+from fhir_assets.pipeline.reconcile.window_counts import reconcile
+from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
@@ -64,7 +64,7 @@ def _normalized(
         validated: Sequence[Manifest],
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
-        workers: dg.ResourceParam[Workers],
+        workers: dg.ResourceParam[WorkerPool],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
         facts = RunContext.of(context, settings.window_scheme)
         selected = context.op_execution_context.selected_output_names
@@ -132,7 +132,7 @@ def broken_view(broken: BrokenView) -> dg.AssetSpec:
     )
 
 
-def _metadata(loaded: Loaded, seconds: float) -> dict[str, dg.MetadataValue]:
+def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]:
     return {
         "resources": dg.IntMetadataValue(loaded.resources),
         "inserted": dg.IntMetadataValue(loaded.inserted),

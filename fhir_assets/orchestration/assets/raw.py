@@ -11,8 +11,8 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Source
 from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
-from fhir_assets.pipeline.deletions.history import follow
-from fhir_assets.pipeline.deletions.tombstones import Tombstones
+from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
+from fhir_assets.pipeline.deletions.server_history import apply_server_deletions
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.settings import Settings
@@ -82,9 +82,9 @@ def _raw(
             updates = {update.resource_type: update for update in fetcher.fetch(here, facts.windows)}
             history = open_history(settings, warehouse)
             deleted = (
-                follow(
+                apply_server_deletions(
                     warehouse.connect,
-                    Tombstones(store, warehouse.connect),
+                    DeletionLog(store, warehouse.connect),
                     history,
                     here,
                     run_id=facts.run_id,

@@ -10,9 +10,9 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
-from fhir_assets.pipeline.replay.steps import ReplayValidateStep
+from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep
 from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
@@ -47,7 +47,7 @@ def _validated(
         store: dg.ResourceParam[Store],
         validator: dg.ResourceParam[Validator],
         warehouse: dg.ResourceParam[Warehouse],
-        workers: dg.ResourceParam[Workers],
+        workers: dg.ResourceParam[WorkerPool],
     ) -> Iterator[dg.Output[ValidatedUpdate]]:
         facts = RunContext.of(context, settings.window_scheme)
         started = perf_counter()

@@ -18,7 +18,7 @@ from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.metadata import rows_table
 from fhir_assets.orchestration.run_context import sanitized_errors
-from fhir_assets.pipeline.reconcile.volume import compare
+from fhir_assets.pipeline.reconcile.window_volume import compare_volumes
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, run_history
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -250,7 +250,7 @@ class _Judge:
         windows = _ended(settings.window_scheme, datetime.now(UTC), 2 * settings.volume_windows)
         judged = windows[-settings.volume_windows :]
         counted = quality.volumes(conn, self._type.name, windows[0].key, windows[-1].key) if windows else {}
-        volumes = compare(windows, judged, counted, span=settings.volume_windows)
+        volumes = compare_volumes(windows, judged, counted, span=settings.volume_windows)
         unusual = [each for each in volumes if each.unusual]
         said = "no window stands out"
         if unusual:

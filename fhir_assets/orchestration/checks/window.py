@@ -14,7 +14,7 @@ from dagster._core.events import DagsterEvent, DagsterEventBatchMetadata, Dagste
 
 from fhir_assets.catalog import ResourceType
 from fhir_assets.orchestration.checks.metadata import rows_table
-from fhir_assets.pipeline.reconcile.balance import Balance
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.queries import quality
@@ -58,7 +58,11 @@ class WindowChecks:
     now: datetime
 
     def results(
-        self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[Balance], names: Sequence[str]
+        self,
+        context: dg.AssetExecutionContext,
+        conn: Connection,
+        balances: Sequence[WindowCounts],
+        names: Sequence[str],
     ) -> Iterator[dg.AssetCheckResult]:
         """The results of the named checks for the run; in a range run each window's evaluation is logged as well."""
         is_range = context.has_partition_key_range and len(context.partition_keys) > 1
@@ -78,13 +82,13 @@ class WindowChecks:
                 yield (each[0] if len(each) == 1 else whole).result(self._asset, name)
 
     def tell_of(
-        self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[Balance], name: str
+        self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[WindowCounts], name: str
     ) -> None:
         """Log what a check now says of windows that are not the run's, but that the run changed."""
         each = zip(balances, self._judge(conn, balances, name)[0], strict=True)
         log_evaluations(context, [found.evaluation(self._asset, name, b.partition_key) for b, found in each])
 
-    def _judge(self, conn: Connection, balances: Sequence[Balance], name: str) -> tuple[list["_Found"], "_Found"]:
+    def _judge(self, conn: Connection, balances: Sequence[WindowCounts], name: str) -> tuple[list["_Found"], "_Found"]:
         """What a check says of each window, and of all together."""
         if name == RECONCILES:
             return [_reconciliation([balance]) for balance in balances], _reconciliation(balances)
@@ -96,7 +100,7 @@ class WindowChecks:
     def _asset(self) -> dg.AssetKey:
         return dg.AssetKey(["normalized", self.resource_type.key])
 
-    def _rate(self, balances: Sequence[Balance], leading: dict[str, list[LeadingRule]]) -> "_Found":
+    def _rate(self, balances: Sequence[WindowCounts], leading: dict[str, list[LeadingRule]]) -> "_Found":
         total = sum(balance.judged + balance.rejected for balance in balances)
         letters = _summed([rule for balance in balances for rule in leading.get(balance.partition_key, [])])
         dead = sum(rule.letters for rule in letters)
@@ -193,7 +197,7 @@ class _Found:
         return dg.AssetCheckSeverity.WARN if self.warns else dg.AssetCheckSeverity.ERROR
 
 
-def _reconciliation(balances: Sequence[Balance]) -> _Found:
+def _reconciliation(balances: Sequence[WindowCounts]) -> _Found:
     faulty = [balance for balance in balances if balance.faults]
     shown = faulty or balances
     said = f"{len(faulty)} of {len(balances)} windows do not reconcile" if faulty else "every resource is accounted for"

@@ -6,7 +6,7 @@ import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.run_context import sanitized_errors
-from fhir_assets.pipeline.commit import Update, commit
+from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 
@@ -18,10 +18,10 @@ class NdjsonIOManager(dg.IOManager):
         self._store = store
         self._warehouse = warehouse
 
-    def handle_output(self, context: dg.OutputContext, obj: Update) -> None:
+    def handle_output(self, context: dg.OutputContext, obj: PartitionUpdate) -> None:
         """Commit the manifests, each in one step, beside what other runs committed meanwhile."""
         with sanitized_errors():
-            manifests = commit(self._warehouse.connect, self._store, obj)
+            manifests = commit_update(self._warehouse.connect, self._store, obj)
         context.add_output_metadata(
             {
                 "partitions_written": len(manifests),

@@ -8,7 +8,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.orchestration.run_requests import UNFINISHED
-from fhir_assets.pipeline.consent.sweep import ConsentStep
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import consents
 

@@ -12,7 +12,7 @@ from fhir_assets.orchestration.dead_runs import give_up_dead_runs
 from fhir_assets.orchestration.received_windows import assets_of
 from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
 from fhir_assets.orchestration.tags import REPLAY_TAG
-from fhir_assets.pipeline.due import consecutive
+from fhir_assets.pipeline.due_windows import group_consecutive_windows
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
@@ -70,7 +70,7 @@ def replay_dead_letters_sensor(
         requests: list[dg.RunRequest] = []
         assert context.repository_def
         graph = context.repository_def.asset_graph
-        for windows in consecutive(settings.window_scheme, by_key):
+        for windows in group_consecutive_windows(settings.window_scheme, by_key):
             there = [each for window in windows.windows for each in by_key[window.key]]
             types = sorted({each.resource_type for each in there}, key=LOAD_ORDER.__getitem__)
             first, last = windows.windows[0].key, windows.windows[-1].key

@@ -29,7 +29,7 @@ from fhir_assets.fhir.bulk.client import (
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import Deletion, Malformed, Record, Rejected, read_header, read_instant, read_record
-from fhir_assets.pipeline.deletions.tombstones import Tombstones
+from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, arrival
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.store import Store, folder
@@ -232,7 +232,7 @@ class BulkSource:
         """What the export says besides: deletions, and the server's own errors."""
         with self._client.downloads() as downloads:
             gone = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
-            tombstones = Tombstones(self._store, self._connect)
+            tombstones = DeletionLog(self._store, self._connect)
             tombstones.bury(_deletions(gone, manifest.transaction_time), run_id=export.id, actor="bulk export")
             with conn.transaction():
                 for file in manifest.errors:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from fhir_assets.fhir.record import Record, Rejected, Source, read_header, read_instant
-from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, Reject
-from fhir_assets.pipeline.plan import Planned, Refresh, hull, is_complete, plan_window, stretches
+from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
+from fhir_assets.pipeline.fetch.plan import Planned, covering_interval, is_complete, plan_window, split_at_gaps
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter
@@ -42,7 +43,7 @@ class RawUpdate:
     anew: tuple[str, ...] = ()
     """The keys of the windows that were read from their start, so that earlier dead letters can be settled."""
     bases: Mapping[str, Manifest | None] = field(default_factory=dict)
-    """By partition key, what each manifest was made from: see pipeline.commit."""
+    """By partition key, what each manifest was made from: see pipeline.partition_commit."""
     outside: int = 0
     """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
 
@@ -59,7 +60,7 @@ class FetchStep:
         now: datetime,
         overlap: timedelta,
         refresh: Refresh,
-        reject: Reject,
+        reject: WriteDeadLetters,
     ) -> None:
         self._source = source
         self._store = store
@@ -78,7 +79,7 @@ class FetchStep:
         state = self._source.state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
         planned = [progress.planned for plan in plans.values() for progress in plan.values()]
-        until = self._source.until(resource_types, hull(planned)) if planned else None
+        until = self._source.until(resource_types, covering_interval(planned)) if planned else None
         if until is not None and until < self._now:
             # What the source cannot know of yet is not fetched, and stays due.
             self._now = until
@@ -114,15 +115,15 @@ class FetchStep:
         if self._source.one_pass:
             wanted = [name for name, plan in plans.items() if plan]
             if wanted:
-                whole = hull(p.planned for name in wanted for p in plans[name].values())
+                whole = covering_interval(p.planned for name in wanted for p in plans[name].values())
                 if windows.from_first:
                     # What bears no lastUpdated and is older than all windows belongs into the first.
                     whole = Interval(None, whole.end)
                 yield _Request(wanted, whole, None, None)
             return
         for name, plan in plans.items():
-            for run in stretches(progress.planned for progress in plan.values()):
-                interval = hull(run)
+            for run in split_at_gaps(progress.planned for progress in plan.values()):
+                interval = covering_interval(run)
                 total = self._source.count(name, interval)
                 yield _Request([name], interval, [plan[p.window.key] for p in run], total)
 
@@ -194,7 +195,7 @@ class FetchStep:
         matched = sum(progress.matched for progress in stretch)
         agreed = before == matched
         if before is not None and not agreed:
-            after = self._source.count(name, hull(progress.planned for progress in stretch))
+            after = self._source.count(name, covering_interval(progress.planned for progress in stretch))
             agreed = after is not None and min(before, after) <= matched <= max(before, after)
         fetches = {}
         for progress in stretch:

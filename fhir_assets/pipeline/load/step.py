@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.deletions.tombstones import Tombstones
-from fhir_assets.pipeline.load.rows import Batch, MakeRows, Rows, place_of
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
+from fhir_assets.pipeline.load.row_builder import Batch, BuiltRows, RowBuilder, format_column_path
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Manifest, Part
@@ -38,7 +38,7 @@ _ROWS_PER_SECOND = 8000
 
 
 @dataclass(slots=True)
-class Loaded:
+class LoadResult:
     """What a load did, over all of its windows. ``rows`` by view; ``dead`` by rule."""
 
     resources: int = 0
@@ -85,31 +85,31 @@ class LoadStep:
         whole: bool,
         run_id: str,
         refresh: Refresh,
-        workers: Workers,
+        workers: WorkerPool,
         gate: ConsentGate = OPEN,
     ) -> None:
         self._store = store
         self._connect = connect
         self._views = views
-        self._make_rows: MakeRows | None = None
+        self._make_rows: RowBuilder | None = None
         self._workers = workers
-        self._ruleset = ruleset(views)
+        self._ruleset = compute_views_ruleset(views)
         self._whole = whole
         self._run_id = run_id
         self._refresh = refresh
         self._gate = gate
 
     @infrequent_gc()
-    def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> Loaded:
+    def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> LoadResult:
         """Load what of the windows is not loaded yet, or all of it.
 
         Raises DatabaseUnavailable, ViewError or StoreError; windows whose transaction was not committed are as before.
         """
-        total = Loaded(rows=Counter({view.name: 0 for view in self._views}))
+        total = LoadResult(rows=Counter({view.name: 0 for view in self._views}))
         with self._connect() as conn:
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
-            Tombstones(self._store, self._connect).restore(conn, resource_type, run_id=self._run_id)
+            DeletionLog(self._store, self._connect).restore(conn, resource_type, run_id=self._run_id)
             for group in _transactions(self._tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
                     self._load_group(conn, resource_type, group, total)
@@ -138,7 +138,7 @@ class LoadStep:
                 fetched.until if raw and fetched and _covers(manifest, raw) else None,
             )
 
-    def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: Loaded) -> None:
+    def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: LoadResult) -> None:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
         dead: Counter[str] = Counter()
         again = any(task.again for task in group)
@@ -157,7 +157,7 @@ class LoadStep:
                     letters.append(letter)
                 else:
                     refused = loader.take(block, [corrected], letter.partition_key)
-                    bury([unloadable(resource_type, item) for item in refused])
+                    bury([build_unloadable_dead_letter(resource_type, item) for item in refused])
             if letters:
                 loader.wait()
                 dead_letters.record(
@@ -170,11 +170,11 @@ class LoadStep:
             for _, batch, rows in self._rows(conn, group):
                 found = loader.take(rows.block, batch.lines, batch.partition_key)
                 bury([undone.letter(resource_type, batch) for undone in rows.undone])
-                bury([unloadable(resource_type, item) for item in found])
+                bury([build_unloadable_dead_letter(resource_type, item) for item in found])
                 total.resources += len(batch.lines)
             counts = loader.finish()
             while late := loader.late():
-                bury([unloadable(resource_type, item) for item in late])
+                bury([build_unloadable_dead_letter(resource_type, item) for item in late])
                 counts = loader.finish()
         anew = [task.window.key for task in group if task.anew]
         for stage in STAGES:
@@ -208,11 +208,11 @@ class LoadStep:
         total.withheld += counts.withheld.total()
         total.rows.update(counts.rows)
 
-    def _rows(self, conn: Connection, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, Rows]]:
+    def _rows(self, conn: Connection, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, BuiltRows]]:
         """What the views make of the windows' resources, in order, while earlier ones are written."""
         if not any(task.rows for task in group):
             return iter(())
-        self._make_rows = self._make_rows or MakeRows(self._views, cipher_of(conn))
+        self._make_rows = self._make_rows or RowBuilder(self._views, cipher_of(conn))
         return self._workers.map(
             self._make_rows,
             (
@@ -228,7 +228,7 @@ class LoadStep:
         self, conn: Connection, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
     ) -> Block | None:
         """What the views make of a corrected resource; None if it is refused as well."""
-        self._make_rows = self._make_rows or MakeRows(self._views, cipher_of(conn))
+        self._make_rows = self._make_rows or RowBuilder(self._views, cipher_of(conn))
         made = self._make_rows(Batch([line], partition_key, arrived[partition_key]))
         return made.block if made.block else None
 
@@ -263,20 +263,20 @@ def load_audit_records(
         yield AuditRecord(action, _ACTOR, resource_type, count=count, run_id=run_id, detail=detail)
 
 
-def ruleset(views: Sequence[View]) -> str:
+def compute_views_ruleset(views: Sequence[View]) -> str:
     """Changes whenever other resources may be refused by ``views``: with the meaning of any of them."""
     text = "\0".join(sorted(f"{view.name} {view.fingerprint}" for view in views))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def unloadable(resource_type: str, item: Unloadable) -> DeadLetter:
+def build_unloadable_dead_letter(resource_type: str, item: Unloadable) -> DeadLetter:
     """The dead letter of a resource that Postgres cannot hold."""
     return DeadLetter(
         resource_type=resource_type,
         resource_id=item.resource_id,
         stage="load",
         rule="unloadable",
-        path=place_of(item.view, item.column),
+        path=format_column_path(item.view, item.column),
         message=item.message,
         resource=item.body,
         partition_key=item.partition_key,

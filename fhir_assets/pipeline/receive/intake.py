@@ -26,7 +26,7 @@ _URN = re.compile(rb'"(urn:uuid:[0-9a-fA-F-]{36})"')
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ValidatedRecord:
     """What became of one posted record. ``records`` are its resources, none if it was rejected."""
 
     resource_type: str | None
@@ -39,7 +39,7 @@ class Judged:
         return bool(self.records)
 
 
-class Judge:
+class IntakeValidator:
     """Judges what one request brings. ``origin`` names the request: an id that has to be given follows from it, so
     that the same request gives the same ids again.
     """
@@ -53,11 +53,11 @@ class Judge:
         self._origin = origin
         self._now = now
 
-    def judge(self, bodies: Iterable[bytes]) -> list[Judged]:
+    def judge(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
         """Each of them: a FHIR resource, or a patient record."""
         return [self._one(place, one_line(body)) for place, body in enumerate(bodies)]
 
-    def judge_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[Judged]:
+    def judge_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
         """As ``judge``, of the entries of a Bundle: a full URL and a resource each. References to full URLs that are
         ``urn:uuid:…`` become those to the ids that the resources have here.
         """
@@ -75,41 +75,41 @@ class Judge:
 
         return self.judge(_URN.sub(resolved, body) if known else body for _, body in entries)
 
-    def _one(self, place: int, body: bytes) -> Judged:
+    def _one(self, place: int, body: bytes) -> ValidatedRecord:
         try:
             header = read_header(body)
         except Malformed as error:
-            return Judged(None, None, (Issue(error.rule, "error", "Resource", str(error)),))
+            return ValidatedRecord(None, None, (Issue(error.rule, "error", "Resource", str(error)),))
         name = header.resourceType
         if name == "Patient" and resources.is_patient_record(value := _parsed(body)):
             return self._patient_record(value)
         if name not in LOAD_ORDER or name not in self._types:
             told = name if name in LOAD_ORDER else None
-            return Judged(told, None, (Issue(STRUCTURE, "error", "Resource", self._not_loaded()),))
+            return ValidatedRecord(told, None, (Issue(STRUCTURE, "error", "Resource", self._not_loaded()),))
         if header.id is None and body[:1] == b"{":
             header.id = self._id(place)
             body = b'{"id":"' + header.id.encode() + b'",' + body[1:].lstrip()
         verdict = self._validator.check(body)
         if not verdict.valid:
-            return Judged(name, header.id if is_id(header.id or "") else None, verdict.issues)
-        return Judged(name, header.id, verdict.issues, (read_record(body, header, self._now),))
+            return ValidatedRecord(name, header.id if is_id(header.id or "") else None, verdict.issues)
+        return ValidatedRecord(name, header.id, verdict.issues, (read_record(body, header, self._now),))
 
-    def _patient_record(self, record: dict[str, Any]) -> Judged:
+    def _patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
         if wrong := schemas.errors("patient_record", record):
             issues = (Issue(SCHEMA, "error", f"Patient{each.path.replace('/', '.')}", each.message) for each in wrong)
-            return Judged("Patient", None, tuple(issues))
+            return ValidatedRecord("Patient", None, tuple(issues))
         made = resources.patient_record(record, self._identify, now=self._now.isoformat(timespec="milliseconds"))
         if len(made) > 1 and "Consent" not in self._types:
             # Without it the person's will would be lost.
-            return Judged("Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._not_loaded()),))
+            return ValidatedRecord("Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._not_loaded()),))
         found: list[Record] = []
         for resource in made:
             body = resources.encoded(resource)
             verdict = self._validator.check(body)
             if not verdict.valid:
-                return Judged("Patient", None, verdict.issues)
+                return ValidatedRecord("Patient", None, verdict.issues)
             found.append(read_record(body, read_header(body), self._now))
-        return Judged("Patient", found[0].id, (), tuple(found))
+        return ValidatedRecord("Patient", found[0].id, (), tuple(found))
 
     def _id(self, place: int) -> str:
         return hashlib.sha256(f"{self._origin}#{place}".encode()).hexdigest()[:32]
@@ -151,7 +151,7 @@ def read_submission(body: bytes) -> list[bytes]:
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
+class PostedBody:
     """What was posted to a FHIR endpoint: entries with full URL and body. ``whole``: all of them, or none."""
 
     entries: tuple[tuple[str | None, bytes], ...]
@@ -159,14 +159,14 @@ class Posted:
     bundle: bool
 
 
-def read_posted(body: bytes) -> Posted:
+def read_posted(body: bytes) -> PostedBody:
     """A resource, or the entries of a Bundle. Raises Unreadable."""
     try:
         header = read_header(body)
     except Malformed as error:
         raise Unreadable(str(error)) from None
     if header.resourceType != "Bundle":
-        return Posted(((None, body),), whole=True, bundle=False)
+        return PostedBody(((None, body),), whole=True, bundle=False)
     bundle = _decoded(body, _BUNDLE)
     if bundle.type not in ("batch", "transaction", "collection"):
         raise Unreadable("a Bundle that is taken is of type batch, transaction or collection")
@@ -175,7 +175,7 @@ def read_posted(body: bytes) -> Posted:
         if bytes(each.resource) == b"null" or str((each.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
             raise Unreadable("every entry brings a resource, and asks for PUT or POST if for anything")
         entries.append((each.fullUrl, bytes(each.resource)))
-    return Posted(tuple(entries), whole=bundle.type == "transaction", bundle=True)
+    return PostedBody(tuple(entries), whole=bundle.type == "transaction", bundle=True)
 
 
 _SUBMISSION = msgspec.json.Decoder(_Submission)

@@ -14,9 +14,9 @@ import msgspec
 
 from fhir_assets.fhir.model import told_type
 from fhir_assets.fhir.record import Record, Rejected
-from fhir_assets.pipeline.commit import rewrite
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
-from fhir_assets.pipeline.deletions.tombstones import Tombstones
+from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
+from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Manifest, Part, Receipt
 from fhir_assets.storage.part_writer import PartWriter
@@ -69,7 +69,7 @@ class Receiver:
         self.resource_types = frozenset(resource_types)
         """Those that are loaded here; resources of others are counted, and go no further."""
         self._now = now
-        self.tombstones = Tombstones(store, connect, now=now)
+        self.tombstones = DeletionLog(store, connect, now=now)
         """What the same doors bring of deletions."""
 
     def receive(
@@ -124,7 +124,7 @@ class Receiver:
             letters.flush()
             parts = writer.finish()
         items = intake.items(parts)
-        rewrite(self._connect, self._store, intake.manifests(parts, items), _joined)
+        rewrite_partitions(self._connect, self._store, intake.manifests(parts, items), _joined)
         brought = Received(origin, tuple(items), intake.skipped)
         received.note(conn, origin, items)
         audit_log.record(conn, *audit_records(brought))

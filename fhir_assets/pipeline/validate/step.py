@@ -8,9 +8,9 @@ from datetime import datetime
 from fhir_assets.fhir.record import Malformed, read_header
 from fhir_assets.fhir.validation import Issue, Validator, Verdict
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
-from fhir_assets.pipeline.plan import Refresh
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
-from fhir_assets.pipeline.workers.pool import Workers
+from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
@@ -30,7 +30,7 @@ class ValidatedUpdate:
     manifests: tuple[Manifest, ...]
     judged: tuple[str, ...]
     bases: Mapping[str, Manifest | None]
-    """By partition key, the validated partition that was there before: see pipeline.commit."""
+    """By partition key, the validated partition that was there before: see pipeline.partition_commit."""
 
 
 _BYTES_PER_SECOND = 50e6
@@ -40,7 +40,7 @@ Found = list[tuple[int, tuple[Issue, ...]]]
 
 
 @dataclass(frozen=True)
-class Judge:
+class LineValidator:
     """The job of a worker: a batch of lines in, what is wrong with them out."""
 
     validator: Validator
@@ -62,7 +62,7 @@ class ValidateStep:
         run_id: str,
         now: datetime,
         refresh: Refresh,
-        workers: Workers,
+        workers: WorkerPool,
     ) -> None:
         self._store = store
         self._connect = connect
@@ -84,7 +84,7 @@ class ValidateStep:
             self._connect, resource_type, ["validate"], [state.raw.partition_key for state in states]
         )
         judged = self._workers.map(
-            Judge(self._validator),
+            LineValidator(self._validator),
             ((state, lines) for state in states for lines in self._store.batches(state.todo)),
             weigh=lambda lines: sum(map(len, lines)),
             seconds=sum(part.bytes for state in states for part in state.todo) / _BYTES_PER_SECOND,
@@ -135,7 +135,7 @@ class ValidateStep:
             verdict = Verdict(lines[place], issues)
             if not verdict.valid:
                 refused.add(place)
-                letter = dead_letter(name, key, lines[place], verdict, judged_by=self._validator.ruleset)
+                letter = build_dead_letter(name, key, lines[place], verdict, judged_by=self._validator.ruleset)
                 corrected = corrections.find(letter)
                 if corrected is not None and self._validator.check(corrected).valid:
                     writer.add(name, key, corrected, None)
@@ -190,7 +190,9 @@ class _State:
         self.warnings.update(earlier.warnings)
 
 
-def dead_letter(resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, judged_by: str) -> DeadLetter:
+def build_dead_letter(
+    resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, judged_by: str
+) -> DeadLetter:
     """The dead letter of a resource that was refused: its first error leads, all issues come with it."""
     first = next(issue for issue in verdict.issues if issue.severity == "error")
     return DeadLetter(

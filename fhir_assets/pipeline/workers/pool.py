@@ -36,7 +36,7 @@ _IN_FLIGHT = 2
 """Units a worker that are given out at most before the first of them is taken back."""
 
 
-class Workers:
+class WorkerPool:
     """Some processes, shared by all that runs in this one. They start when there is enough work, and never with one."""
 
     def __init__(self, count: int) -> None:

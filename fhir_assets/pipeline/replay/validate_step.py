@@ -6,34 +6,26 @@ commit is not done twice: a letter that is still held by a run which the manifes
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.rows import Batch, MakeRows, place_of
-from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
-from fhir_assets.pipeline.load.step import load_audit_records, ruleset
-from fhir_assets.pipeline.validate.step import ValidatedUpdate, dead_letter
+from fhir_assets.pipeline.validate.step import ValidatedUpdate, build_dead_letter
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
-from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, replays
+from fhir_assets.warehouse.ops import replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
-from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets.warehouse.postgres.tables.loading import OPEN, Loader
-from fhir_assets.windows import Window
+from fhir_assets.warehouse.postgres.db.connections import Connection
 
 STAGE = "validate"
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
+class ReplayResult:
     """What became of the letters: ``update`` is not yet visible; by partition key, how many healed and failed."""
 
     update: ValidatedUpdate
@@ -74,7 +66,7 @@ class ReplayValidateStep:
         return found
 
     @infrequent_gc()
-    def validate(self, resource_type: str, partition_keys: Sequence[str]) -> Replayed:
+    def validate(self, resource_type: str, partition_keys: Sequence[str]) -> ReplayResult:
         """Judge the letters of some partitions; the caller commits the manifests of those where some healed.
 
         What fails again is open again when this returns. Raises StoreError, DatabaseUnavailable or SealingError.
@@ -101,7 +93,7 @@ class ReplayValidateStep:
             {key: manifests[key] for key in changed},
         )
         failures = Counter({key: tallies[key].failed for key in changed})
-        return Replayed(update, Counter({key: tallies[key].letters for key in changed}) - failures, failures)
+        return ReplayResult(update, Counter({key: tallies[key].letters for key in changed}) - failures, failures)
 
     def _judge(
         self, resource_type: str, letters: Sequence[Claimed], tallies: dict[str, "_Tally"], writer: PartWriter
@@ -117,7 +109,7 @@ class ReplayValidateStep:
                     writer.add(resource_type, letter.partition_key, letter.body, None)
                 tally.warnings.update(issue.rule for issue in verdict.issues)
                 continue
-            again = dead_letter(
+            again = build_dead_letter(
                 resource_type, letter.partition_key, letter.body, verdict, judged_by=self._validator.ruleset
             )
             tally.failed += 1
@@ -145,79 +137,6 @@ class ReplayValidateStep:
                 dict(tally.warnings),
             ),
         )
-
-
-class ReplayLoadStep:
-    """Loads the letters of stages ``transform`` and ``load`` that a run claims, into all tables of their type."""
-
-    def __init__(
-        self,
-        connect: Callable[[], Connection],
-        views: Sequence[View],
-        *,
-        run_id: str,
-        also_open: bool,
-        gate: ConsentGate = OPEN,
-    ) -> None:
-        self._connect = connect
-        self._views = views
-        self._gate = gate
-        self._run_id = run_id
-        self._also_open = also_open
-
-    def load(self, resource_type: str, windows: Sequence[Window]) -> int:
-        """Load the letters of some windows, a few hundred a transaction; what fails again is open again. Returns how
-        many healed. Raises DatabaseUnavailable, ViewError or SealingError.
-        """
-        arrived = {window.key: window.start or window.end for window in windows}
-        with closing(self._connect()) as conn:
-            healed_by: dict[str, list[str]] = {key: [] for key in arrived}
-            claimed = replays.claim(
-                conn, self._run_id, resource_type, LOAD_STAGES, healed_by, also_open=self._also_open
-            )
-            replays.note_origin(conn, self._run_id, resource_type, list(arrived))
-            conn.commit()
-            if not claimed:
-                return 0
-            view_tables.ensure_tables(conn, self._views)
-            conn.commit()
-        healed = 0
-        with closing(self._connect()) as reading, closing(self._connect()) as writing:
-            make = MakeRows(self._views, cipher_of(writing))
-            for letters in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
-                with writing.transaction():
-                    healed += self._load(writing, make, resource_type, letters, arrived)
-        return healed
-
-    def _load(
-        self,
-        conn: Connection,
-        make: MakeRows,
-        resource_type: str,
-        letters: Sequence[Claimed],
-        arrived: Mapping[str, datetime],
-    ) -> int:
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True, gate=self._gate)
-        failed: dict[int, Failed] = {}
-        by_place = {(letter.partition_key, letter.body): letter for letter in letters}
-        refused = []
-        for letter in letters:
-            made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
-            for undone in made.undone:
-                failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
-            refused += loader.take(made.block, [letter.body], letter.partition_key)
-        counts = loader.finish()
-        for item in [*refused, *loader.late()]:
-            letter = by_place[item.partition_key, item.body]
-            failed[letter.id] = self._failed(letter, "unloadable", place_of(item.view, item.column), item.message)
-        replays.failed(conn, self._run_id, list(failed.values()))
-        healed = [letter.id for letter in letters if letter.id not in failed]
-        replays.healed_letters(conn, self._run_id, healed)
-        audit_log.record(conn, *load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True}))
-        return len(healed)
-
-    def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:
-        return Failed(letter.id, rule, path, message, [], ruleset(self._views))
 
 
 class _Tally:

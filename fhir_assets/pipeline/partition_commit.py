@@ -24,7 +24,7 @@ _AT_ONCE = 100
 """How many partitions are committed under one transaction's locks."""
 
 
-class Update(Protocol):
+class PartitionUpdate(Protocol):
     """New partitions of one type, written but not yet visible."""
 
     @property
@@ -37,16 +37,18 @@ class Update(Protocol):
     def bases(self) -> Mapping[str, Manifest | None]: ...
 
 
-def commit(connect: Callable[[], Connection], store: Store, update: Update) -> list[Manifest]:
+def commit_update(connect: Callable[[], Connection], store: Store, update: PartitionUpdate) -> list[Manifest]:
     """Make the partitions of an update visible, each in one step; returns them as they are now.
 
     Raises Overtaken where another run's work cannot be kept beside it, DatabaseUnavailable, or StoreError.
     """
     bases = update.bases
-    return rewrite(connect, store, update.manifests, lambda mine, now: merged(mine, bases.get(mine.partition_key), now))
+    return rewrite_partitions(
+        connect, store, update.manifests, lambda mine, now: merge_manifests(mine, bases.get(mine.partition_key), now)
+    )
 
 
-def rewrite(
+def rewrite_partitions(
     connect: Callable[[], Connection],
     store: Store,
     manifests: Sequence[Manifest],
@@ -64,7 +66,7 @@ def rewrite(
     return written
 
 
-def merged(mine: Manifest, base: Manifest | None, now: Manifest | None) -> Manifest:
+def merge_manifests(mine: Manifest, base: Manifest | None, now: Manifest | None) -> Manifest:
     """A run's manifest beside what became of the partition since the run read ``base``. Raises Overtaken."""
     if mine.layer == "raw":
         return _merged_raw(mine, base, now)

@@ -19,7 +19,7 @@ CORRECTABLE = ("fetch", *replays.REPLAYED)
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
+class Correction:
     """What is to become of a letter's resource: a JSON Patch of it, or the whole of it anew. Who says so."""
 
     patch: bytes | None
@@ -35,7 +35,7 @@ class CorrectionStep:
         self._validator = validator
         self._receiver = receiver
 
-    def edit(self, letter_id: int, edit: Edit) -> StoredDeadLetter:
+    def edit(self, letter_id: int, edit: Correction) -> StoredDeadLetter:
         """Keep a correction; the original is kept beside it. A patch is applied to the last correction, if there is
         one. A letter of stage ``fetch`` never reached raw: its correction is received there at once, and resolves it.
 
@@ -64,7 +64,7 @@ class CorrectionStep:
             )
         return letter
 
-    def _corrected(self, conn: Connection, letter: StoredDeadLetter, edit: Edit) -> bytes:
+    def _corrected(self, conn: Connection, letter: StoredDeadLetter, edit: Correction) -> bytes:
         if edit.resource is not None:
             body = one_line(edit.resource)
         else:

@@ -11,7 +11,7 @@ from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.windows import Window, WindowRange, WindowScheme
 
 
-def windows_due(
+def find_due_windows(
     conn: psycopg.Connection,
     source: Source,
     resource_types: Sequence[str],
@@ -48,10 +48,10 @@ def windows_due(
         last = min(end, now)
     # A checkpoint that has only begun has nothing before it that could come late.
     first = min(each.loaded_until - (timedelta(0) if name in begin else overlap) for name, each in known.items())
-    return chunks(scheme, scheme.between(min(first, last), last))
+    return split_into_runs(scheme, scheme.between(min(first, last), last))
 
 
-def consecutive(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
+def group_consecutive_windows(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
     """The windows of some partition keys in ranges that follow one another, for one run each."""
     stretches: list[list[Window]] = []
     for window in sorted((scheme.window(key) for key in set(partition_keys)), key=lambda window: window.end):
@@ -59,10 +59,10 @@ def consecutive(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[Win
             stretches[-1].append(window)
         else:
             stretches.append([window])
-    return [part for stretch in stretches for part in chunks(scheme, stretch)]
+    return [part for stretch in stretches for part in split_into_runs(scheme, stretch)]
 
 
-def chunks(scheme: WindowScheme, windows: Iterable[Window]) -> list[WindowRange]:
+def split_into_runs(scheme: WindowScheme, windows: Iterable[Window]) -> list[WindowRange]:
     """Windows in ranges for one run each."""
     rest = iter(windows)
     return [WindowRange(part) for part in iter(lambda: list(islice(rest, scheme.per_run)), [])]

@@ -15,7 +15,7 @@ FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Volume:
+class WindowVolume:
     """What a window brought, and the least and the most that a window before it did; None if nothing is judged."""
 
     partition_key: str
@@ -40,13 +40,13 @@ class Volume:
         return f"{self.rows} resources, {words}" if self.unusual else f"usual, {words}"
 
 
-def compare(
+def compare_volumes(
     windows: Sequence[Window],
     judged: Sequence[Window],
     counted: Mapping[str, int],
     *,
     span: int,
-) -> list[Volume]:
+) -> list[WindowVolume]:
     """The volume of each of the ``judged`` among the ``windows``, which are in order, held against up to ``span``
     windows before it. History begins with the first window that brought anything.
     """
@@ -59,7 +59,7 @@ def compare(
         before = rows[max(begin, place - span) : place]
         enough = len(before) >= FEWEST_WINDOWS
         found.append(
-            Volume(
+            WindowVolume(
                 window.key,
                 rows[place],
                 min(before) if enough else None,

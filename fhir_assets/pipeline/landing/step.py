@@ -14,7 +14,7 @@ from fhir_assets.fhir.files.formats import Item, LandedContent
 from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.lines import unpacked
 from fhir_assets.fhir.record import Deletion, Record, Rejected
-from fhir_assets.pipeline.receive import visits
+from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.storage.landing_zone import DONE, FoundFile, Zone
 from fhir_assets.warehouse.ops import landing_files
@@ -36,7 +36,7 @@ class _Changed(FhirAssetsError):
 
 
 @dataclass(slots=True)
-class Landed:
+class LandingResult:
     """What a run made of the files that waited."""
 
     files: int = 0
@@ -74,13 +74,13 @@ class LandingStep:
             landing_files.see(conn, self._zone.url, self._files(complete))
             return len(landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
 
-    def receive(self, run_id: str, *, listen: Callable[[Received], None] = lambda _: None) -> Landed:
+    def receive(self, run_id: str, *, listen: Callable[[Received], None] = lambda _: None) -> LandingResult:
         """Receive the files that wait, the oldest first, those of visits together. One that cannot be read is noted,
         and the others go on.
 
         Raises DatabaseUnavailable.
         """
-        landed = Landed()
+        landed = LandingResult()
         with closing(self._connect()) as conn:
             waiting = landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
         landed.files = len(waiting)
@@ -98,7 +98,7 @@ class LandingStep:
             listen(received)
 
     @contextmanager
-    def _noting(self, file: ReadyFile, run_id: str, landed: Landed) -> Iterator[None]:
+    def _noting(self, file: ReadyFile, run_id: str, landed: LandingResult) -> Iterator[None]:
         """What goes wrong with a file is noted; what may go right the next time is raised."""
         try:
             yield
@@ -116,7 +116,7 @@ class LandingStep:
             if file.name.lower().endswith(formats.SUFFIXES):
                 yield file, complete or self._zone.whole or _is_done(file.name, done)
 
-    def _receive(self, file: ReadyFile, run_id: str, landed: Landed) -> Received:
+    def _receive(self, file: ReadyFile, run_id: str, landed: LandingResult) -> Received:
         buried = 0
         sha256 = self._sha256(file)
         origin = f"{CHANNEL}:{sha256}"
@@ -161,7 +161,9 @@ class LandingStep:
             if joined:
                 yield batch, joined
 
-    def _receive_batch(self, batch: str, files: Sequence[ReadyFile], run_id: str, landed: Landed) -> Received | None:
+    def _receive_batch(
+        self, batch: str, files: Sequence[ReadyFile], run_id: str, landed: LandingResult
+    ) -> Received | None:
         """Many small files as one origin: a manifest is written once for all of them, not once for each."""
         whole: dict[str, str] = {}
         for file in files:
@@ -178,7 +180,7 @@ class LandingStep:
                 sha256 = whole[file.name]
                 items = self._read(file, sha256)
                 types = self._receiver.resource_types
-                yield from visits.resources_of(conn, items, f"{CHANNEL}:{sha256}", received_as, types)
+                yield from visit_resources.read_new_resources(conn, items, f"{CHANNEL}:{sha256}", received_as, types)
             at = None
 
         received = None
@@ -231,7 +233,7 @@ class LandingStep:
         counts: Mapping[str, int],
         again: bool,
         run_id: str,
-        landed: Landed,
+        landed: LandingResult,
         skipped: Mapping[str, int],
     ) -> None:
         with closing(self._connect()) as conn, conn.transaction():

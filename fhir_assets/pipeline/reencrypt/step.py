@@ -18,7 +18,7 @@ import psycopg
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.rows import Batch, MakeRows
+from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage import reencrypt
@@ -43,7 +43,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class KeyUsage:
     """What is sealed by which key, counted: by place, then by the key's id; None: in the clear.
 
     Places: ``resources`` (fhir.resource), ``rows`` (of the views), ``withheld``, ``consents``, ``dead_letters``,
@@ -67,26 +67,26 @@ class Survey:
 
 
 @dataclass(slots=True)
-class Rotated:
+class ReencryptResult:
     """What a rotation did: ``sealed`` by place, ``from_clear`` those of them that nothing sealed before; ``refused``
     says why something could not be, and how often; ``busy`` counts what loads held to the last, by type or place;
-    ``survey`` is what there is afterwards, of which ``left_over`` are not sealed by the newest key.
+    ``usage`` is what there is afterwards, of which ``left_over`` are not sealed by the newest key.
     """
 
     sealed: Counter[str] = field(default_factory=Counter)
     from_clear: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     busy: Counter[str] = field(default_factory=Counter)
-    survey: Survey = field(default_factory=lambda: Survey({}))
+    usage: KeyUsage = field(default_factory=lambda: KeyUsage({}))
     left_over: int = 0
 
 
-def survey(conn: Connection, store: Store, views: Sequence[View]) -> Survey:
+def count_key_usage(conn: Connection, store: Store, views: Sequence[View]) -> KeyUsage:
     """Look through the whole database and the whole store. Raises StoreError."""
     found = reencryption.counts(conn, views)
     found[PARTS] = Counter(key for _, key in reencrypt.sealed_parts(store))
     found[SECRET] = Counter(filter(None, [encryption_secret.key_of_secret(conn)]))
-    return Survey(found)
+    return KeyUsage(found)
 
 
 class ReencryptStep:
@@ -112,10 +112,10 @@ class ReencryptStep:
         self._tell = tell
         self._patience = patience
         self._rotation = 0
-        self.done = Rotated()
+        self.done = ReencryptResult()
         """What it did so far."""
 
-    def rotate(self) -> Rotated:
+    def rotate(self) -> ReencryptResult:
         """Seal everything with the newest key; what cannot be stays as it is, and is told.
 
         Raises ConfigurationError without keys, TransientError if a rotation is under way already, ViewError if a
@@ -130,13 +130,13 @@ class ReencryptStep:
             guard.autocommit = True
             with key_rotations.alone(guard):
                 view_tables.ensure_tables(conn, self._views)
-                before = survey(guard, self._store, self._views)
+                before = count_key_usage(guard, self._store, self._views)
                 self._rotation = key_rotations.begin(conn, self._actor, self._to_do(before, cipher))
                 conn.commit()
                 # A batch is a small stretch of an index. Tables that were not analyzed yet do not show it.
                 conn.execute("SET enable_seqscan = off")
                 self._all(conn, cipher)
-                self._end(conn, survey(guard, self._store, self._views), cipher)
+                self._end(conn, count_key_usage(guard, self._store, self._views), cipher)
         return self.done
 
     def _all(self, conn: Connection, cipher: Cipher) -> None:
@@ -158,7 +158,7 @@ class ReencryptStep:
                 partial(reencryption.next_resources, conn, resource_type, older),
                 *(partial(reencryption.next_with_rows, conn, v.name, newest) for v in views if there.get(v.name)),
             ]
-            remake = partial(self._remake, conn, resource_type, MakeRows(views, cipher))
+            remake = partial(self._remake, conn, resource_type, RowBuilder(views, cipher))
             for source in sources:
                 self._sweep(conn, RESOURCES, resource_type, source, remake)
         # What has no resource that it could be made of, or no view any more.
@@ -226,7 +226,7 @@ class ReencryptStep:
         return batch
 
     def _remake(
-        self, conn: Connection, resource_type: str, make: MakeRows, keys: Sequence[reencryption.Key]
+        self, conn: Connection, resource_type: str, make: RowBuilder, keys: Sequence[reencryption.Key]
     ) -> reencryption.Batch:
         """Seal resources, and make the rows of all of their views anew; where that fails, the resources alone."""
         cipher = cipher_of(conn)
@@ -284,19 +284,19 @@ class ReencryptStep:
         if progress:
             self._tell(progress)
 
-    def _end(self, conn: Connection, found: Survey, cipher: Cipher) -> None:
+    def _end(self, conn: Connection, found: KeyUsage, cipher: Cipher) -> None:
         """Say what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
         needed = [key.id for key in cipher.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
         if not needed and encryption_secret.reencrypt(conn, cipher):
             self._note(conn, SECRET, 1, 0, SECRET)
-            found = Survey({**found.found, SECRET: Counter({cipher.key_id: 1})})
+            found = KeyUsage({**found.found, SECRET: Counter({cipher.key_id: 1})})
         left_over = self._to_do(found, cipher, rows=True)
         key_rotations.end(conn, self._rotation, left_over)
         conn.commit()
-        self.done.survey = found
+        self.done.usage = found
         self.done.left_over = left_over
 
-    def _to_do(self, found: Survey, cipher: Cipher, *, rows: bool = False) -> int:
+    def _to_do(self, found: KeyUsage, cipher: Cipher, *, rows: bool = False) -> int:
         """How many the newest key is to seal still. Rows go with their resources, and are counted only if asked for."""
         left = 0
         for place, counts in found.found.items():

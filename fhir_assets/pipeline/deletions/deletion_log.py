@@ -13,7 +13,7 @@ import msgspec
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.pipeline.commit import rewrite
+from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter, lines_of
 from fhir_assets.storage.store import Store
@@ -41,7 +41,7 @@ class _Line(msgspec.Struct, omit_defaults=True):
 _decoder = msgspec.json.Decoder(_Line)
 
 
-class Tombstones:
+class DeletionLog:
     """Keeps deletions in ``store`` and applies them to the tables behind ``connect``."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Tombstones:
                     writer.add(each.resource_type, PARTITION, line, each.at)
             parts = {name: of_type for (name, _), of_type in writer.finish().items()}
         mine = [self._manifest(name, run_id, of_type) for name, of_type in sorted(parts.items())]
-        for manifest in rewrite(self._connect, self._store, mine, _added):
+        for manifest in rewrite_partitions(self._connect, self._store, mine, _added):
             if sum(part.bytes < _SMALL_BYTES for part in manifest.parts) >= MANY_PARTS:
                 self._join(manifest, run_id)
         return sorted(parts)
@@ -116,7 +116,7 @@ class Tombstones:
             rest = tuple(part for part in there if part.name not in gone)
             return msgspec.structs.replace(mine, parts=(*rest, *mine.parts))
 
-        rewrite(self._connect, self._store, [self._manifest(name, run_id, joined)], merge)
+        rewrite_partitions(self._connect, self._store, [self._manifest(name, run_id, joined)], merge)
 
     def _manifest(self, resource_type: str, run_id: str, parts: Sequence[Part]) -> Manifest:
         return Manifest(LAYER, resource_type, PARTITION, run_id, self._now(), tuple(parts))

@@ -21,7 +21,7 @@ _LINES_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Balance:
+class WindowCounts:
     """The counts of one window of one type.
 
     ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
@@ -80,7 +80,7 @@ def reconcile(
     partition_keys: Sequence[str],
     *,
     main_view: str | None,
-) -> list[Balance]:
+) -> list[WindowCounts]:
     """The balance of each window that was fetched or received something. Holds the ids of validated partitions
     against the tables, in the database: ``fhir.resource``, and ``main_view`` where every resource has a row there.
     """
@@ -88,15 +88,17 @@ def reconcile(
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
     undone = _undone(conn, resource_type, partition_keys)
     absent = _absent(conn, store, resource_type, list(validated.values()), main_view)
-    return [_balance(m, validated.get(key), undone.get(key, 0), absent.get(key, Absent())) for key, m in raw.items()]
+    return [
+        _balance(m, validated.get(key), undone.get(key, 0), absent.get(key, AbsentCounts())) for key, m in raw.items()
+    ]
 
 
-def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: "Absent") -> Balance:
+def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: "AbsentCounts") -> WindowCounts:
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
     state = validated.validated if validated else None
-    return Balance(
+    return WindowCounts(
         raw.partition_key,
         sum(known) if known and len(known) == len(totals) else None,
         sum(fetch.matched for fetch in fetches),
@@ -125,7 +127,7 @@ def _undone(conn: Connection, resource_type: str, partition_keys: Sequence[str])
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
+class AbsentCounts:
     """Validated resources of a window that are not in the tables, by why."""
 
     missing: int = 0
@@ -135,7 +137,7 @@ class Absent:
 
 def _absent(
     conn: Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
-) -> dict[str, Absent]:
+) -> dict[str, AbsentCounts]:
     """By partition key, how many validated resources the tables lack, less those that are dead letters."""
     if not any(manifest.parts for manifest in validated):
         return {}
@@ -169,7 +171,7 @@ def _absent(
         " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
         " GROUP BY e.partition_key"
     ).format(in_view=in_view)
-    found = {key: Absent(*counts) for key, *counts in conn.execute(query, {"type": resource_type})}
+    found = {key: AbsentCounts(*counts) for key, *counts in conn.execute(query, {"type": resource_type})}
     conn.execute("DROP TABLE expected")
     return found
 

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
         return sum(map(len, self.lines))
 
 
-class Undone(NamedTuple):
+class RejectedLine(NamedTuple):
     """A line that no rows can be made of, by its place in the batch, and why."""
 
     place: int
@@ -56,14 +56,14 @@ class Undone(NamedTuple):
         )
 
 
-class Rows(NamedTuple):
+class BuiltRows(NamedTuple):
     """What came of a batch: the resources that are ready to be copied, and the lines left undone."""
 
     block: Block
-    undone: list[Undone]
+    undone: list[RejectedLine]
 
 
-class MakeRows:
+class RowBuilder:
     """Makes the rows of all ``views`` of one type, sealed if there are keys. Pickles as views and keys."""
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
@@ -71,29 +71,29 @@ class MakeRows:
         self._preparation = Preparation(views, cipher)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return MakeRows, (self._preparation.views, self._preparation.cipher)
+        return RowBuilder, (self._preparation.views, self._preparation.cipher)
 
-    def __call__(self, batch: Batch) -> Rows:
+    def __call__(self, batch: Batch) -> BuiltRows:
         prepared, undone = [], []
         for place, line in enumerate(batch.lines):
             resource = _parse(line)
             record = _record(resource, line, batch.arrived)
             if record is None:
-                undone.append(Undone(place, None, "transform", "id", "id", _NO_ID))
+                undone.append(RejectedLine(place, None, "transform", "id", "id", _NO_ID))
                 continue
             try:
                 rows = self._views.rows(resource)
                 prepared.append((place, self._preparation.prepare(record, batch.partition_key, rows)))
             except RowError as error:
                 where = f"{error.view}.{error.column}"
-                undone.append(Undone(place, record.id, "transform", "view", where, error.message))
+                undone.append(RejectedLine(place, record.id, "transform", "view", where, error.message))
             except Unfit as unfit:
-                where = place_of(unfit.view, unfit.column)
-                undone.append(Undone(place, record.id, "load", "unloadable", where, unfit.message))
-        return Rows(Block.of(prepared, len(self._preparation.views)), undone)
+                where = format_column_path(unfit.view, unfit.column)
+                undone.append(RejectedLine(place, record.id, "load", "unloadable", where, unfit.message))
+        return BuiltRows(Block.of(prepared, len(self._preparation.views)), undone)
 
 
-def place_of(view: str | None, column: str | None) -> str:
+def format_column_path(view: str | None, column: str | None) -> str:
     """The path of a dead letter of stage ``load``."""
     return f"{view}.{column}" if view else "resource"
 

@@ -5,14 +5,14 @@ from contextlib import closing
 from datetime import datetime, timedelta
 
 from fhir_assets.fhir.search.history import DeletionHistory
-from fhir_assets.pipeline.deletions.tombstones import Tombstones
+from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables import deletions
 
 
-def follow(
+def apply_server_deletions(
     connect: Callable[[], Connection],
-    tombstones: Tombstones,
+    tombstones: DeletionLog,
     history: DeletionHistory,
     resource_types: Sequence[str],
     *,

@@ -3,25 +3,10 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
 
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.windows import Interval, Window
-
-
-class Refresh(StrEnum):
-    """How much of what is already there is done again."""
-
-    MISSING = "missing"
-    """Only what is not there yet: a complete window is left alone, an open one extended. Scheduled loads."""
-
-    WINDOW = "window"
-    """A complete window is fetched anew, an open one extended; either is validated and loaded anew. What
-    ``materialize`` means.
-    """
-
-    FULL = "full"
-    """Everything anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +51,7 @@ def is_complete(window: Window, *, now: datetime, overlap: timedelta) -> bool:
     return now >= window.end + overlap
 
 
-def stretches(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
+def split_at_gaps(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
     """Planned windows in runs without a gap, so that each run is one request to the source."""
     run: list[Planned] = []
     for item in planned:
@@ -78,7 +63,7 @@ def stretches(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
         yield run
 
 
-def hull(planned: Iterable[Planned]) -> Interval:
+def covering_interval(planned: Iterable[Planned]) -> Interval:
     """The shortest interval that covers all the planned ones."""
     intervals = [item.interval for item in planned]
     starts = [interval.start for interval in intervals]

@@ -12,8 +12,8 @@ from psycopg import sql
 
 from fhir_assets.fhir.compartment import patients_of
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.rows import Batch, MakeRows
-from fhir_assets.pipeline.load.step import unloadable
+from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
+from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, consents, dead_letters
@@ -31,7 +31,7 @@ _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 
 @dataclass(slots=True)
-class Swept:
+class ConsentResult:
     """What came of it: patients decided on, decisions that are other ones now, resources withheld and released."""
 
     patients: int = 0
@@ -54,11 +54,11 @@ class ConsentStep:
         self._run_id = run_id
         self._actor = actor
         self._views = sorted(views, key=lambda view: view.resource_type)
-        self._make_rows: dict[str, MakeRows] = {}
+        self._make_rows: dict[str, RowBuilder] = {}
 
-    def sweep(self, now: datetime) -> Swept:
+    def sweep(self, now: datetime) -> ConsentResult:
         """Carry out what is due at ``now``. Raises DatabaseUnavailable, ViewError or SealingError."""
-        swept = Swept()
+        swept = ConsentResult()
         with self._connect() as conn:
             followed = consents.followed(conn)
             if not followed.closed and not self._gate.closed:
@@ -79,7 +79,7 @@ class ConsentStep:
                 self._follow(conn, swept)
         return swept
 
-    def _decide(self, conn: Connection, patients: Sequence[str], now: datetime, swept: Swept) -> None:
+    def _decide(self, conn: Connection, patients: Sequence[str], now: datetime, swept: ConsentResult) -> None:
         changed = consents.decide_on(conn, patients, now)
         swept.patients += len(patients)
         swept.decisions += changed
@@ -89,7 +89,7 @@ class ConsentStep:
         swept.released += sum(released.values())
         self._record(conn, changed, taken, released)
 
-    def _follow(self, conn: Connection, swept: Swept) -> None:
+    def _follow(self, conn: Connection, swept: ConsentResult) -> None:
         """The policy is another one: all of the tables, and all that is withheld, is looked through."""
         while True:
             with conn.transaction():
@@ -161,13 +161,13 @@ class ConsentStep:
         views = [view for view in self._views if view.resource_type == resource_type]
         make = self._make_rows.get(resource_type)
         if make is None:
-            make = self._make_rows[resource_type] = MakeRows(views, cipher_of(conn))
+            make = self._make_rows[resource_type] = RowBuilder(views, cipher_of(conn))
         rows = make(batch)
         loader = Loader(conn, resource_type, views, run_id=self._run_id, mend=True)
         bad = loader.take(rows.block, batch.lines, batch.partition_key)
         loader.finish()
         letters = [undone.letter(resource_type, batch) for undone in rows.undone]
-        letters += [unloadable(resource_type, item) for item in [*bad, *loader.late()]]
+        letters += [build_unloadable_dead_letter(resource_type, item) for item in [*bad, *loader.late()]]
         dead_letters.record(conn, self._run_id, letters)
 
     def _take_stock(self, conn: Connection) -> None:

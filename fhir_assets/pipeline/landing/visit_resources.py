@@ -29,7 +29,7 @@ CONFLICT = "visit-conflict"
 _AT_ONCE = 2000
 
 
-def resources_of(
+def read_new_resources(
     conn: Connection, items: Iterable[Item], origin: str, received_as: str, resource_types: Collection[str]
 ) -> Iterator[Record | Rejected]:
     """What a file of visits holds, as the resources that are news; nothing if it was received before. Writes the ledger

@@ -22,7 +22,7 @@ FIRST = "Patient"
 
 
 @runtime_checkable
-class AskedById(Protocol):
+class ReadsById(Protocol):
     """A source that gives resources by their ids."""
 
     def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | Rejected]:
@@ -35,7 +35,7 @@ class AskedById(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class HydratedBatch:
     """What came of the asking for one type: ids asked for, ids that the source had, and what was received of them;
     ``deleted`` are those that it once had: they are tombstones now, and are not asked for again.
     """
@@ -55,7 +55,7 @@ class HydrateStep:
         connect: Callable[[], Connection],
         views: Sequence[View],
         resource_types: Sequence[str],
-        source: AskedById,
+        source: ReadsById,
         receiver: Receiver,
         *,
         run_id: str,
@@ -67,7 +67,7 @@ class HydrateStep:
         self._receiver = receiver
         self._run_id = run_id
 
-    def fetch(self) -> Iterator[Fetched]:
+    def fetch(self) -> Iterator[HydratedBatch]:
         """Ask for all of it, Patients first; yields what came of each batch, which is in raw then.
 
         Nothing is asked for twice in a day. Raises what the source and the receiver raise.
@@ -79,7 +79,7 @@ class HydrateStep:
                 number += 1
                 yield self._ask(name, ids, number)
 
-    def _ask(self, name: str, ids: Sequence[str], number: int) -> Fetched:
+    def _ask(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
         found = set()
 
         def given() -> Iterator[Record | Rejected]:
@@ -93,7 +93,7 @@ class HydrateStep:
         self._receiver.tombstones.bury(gone, run_id=self._run_id)
         with self._connect() as conn:
             quality.asked_for(conn, self._run_id, name, ids)
-        return Fetched(name, len(ids), len(found), received, len(gone))
+        return HydratedBatch(name, len(ids), len(found), received, len(gone))
 
     def _missing(self, columns: Sequence[quality.ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:
