@@ -58,5 +58,5 @@ def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),
         connections=settings.fhir_max_connections,
-        turn=warehouse.calls.one,
+        turn=warehouse.source_calls.slot,
     )

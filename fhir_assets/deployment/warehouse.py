@@ -8,8 +8,8 @@ from threading import Lock
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
-from fhir_assets.warehouse.postgres.db import connections, embedded, migrations
-from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore, Kind
+from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, migrations
+from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 
 DATABASE = "fhir_assets"
 
@@ -17,7 +17,8 @@ DATABASE = "fhir_assets"
 class Warehouse:
     """Opens connections. Making one touches nothing; the first connection starts and migrates what is needed.
 
-    ``calls`` of the FHIR server and ``loaders`` have so many places over all processes as the settings say.
+    ``source_calls`` limits calls of the FHIR server and ``table_loads`` limits loads into the tables, both over all
+    processes that share the database.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -26,8 +27,12 @@ class Warehouse:
         self._cipher = settings.cipher
         self._url: str | None = None
         self._lock = Lock()
-        self.calls = DistributedSemaphore(self._connect_places, Kind.CALLS, settings.fhir_max_connections)
-        self.loaders = DistributedSemaphore(self._connect_places, Kind.LOADERS, settings.fhir_max_loaders)
+        self.source_calls = DistributedSemaphore(
+            self._connect_for_slots, advisory_locks.SOURCE_CALLS, settings.fhir_max_connections
+        )
+        self.table_loads = DistributedSemaphore(
+            self._connect_for_slots, advisory_locks.TABLE_LOADS, settings.fhir_max_loaders
+        )
 
     def url(self) -> str:
         """The URL of the running, migrated database. Raises DatabaseUnavailable; ConfigurationError if it is sealed
@@ -62,7 +67,7 @@ class Warehouse:
         conn.read_only = True
         return conn
 
-    def _connect_places(self) -> connections.Connection:
+    def _connect_for_slots(self) -> connections.Connection:
         return connections.connect(self.url(), autocommit=True)
 
     @contextmanager

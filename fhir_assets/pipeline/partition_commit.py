@@ -15,10 +15,8 @@ import msgspec
 from fhir_assets.errors import Overtaken
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store, folder
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
-
-_LOCK = 0x66686D66
-"""First key of the advisory locks of partitions ("fhmf")."""
 
 _AT_ONCE = 100
 """How many partitions are committed under one transaction's locks."""
@@ -150,6 +148,6 @@ def _locked(conn: Connection, manifests: Sequence[Manifest]) -> Iterator[None]:
         conn.execute(
             "SELECT pg_advisory_xact_lock(%s, key) FROM"
             " (SELECT DISTINCT hashtext(name) AS key FROM unnest(%s::text[]) AS name ORDER BY 1) AS keys",
-            [_LOCK, names],
+            [advisory_locks.PARTITION_COMMIT, names],
         )
         yield

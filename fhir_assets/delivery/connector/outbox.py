@@ -15,16 +15,13 @@ from psycopg import sql
 
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 
 CHANNEL = "fhir_outbox"
 
 Connect = Callable[[], Connection]
-
-_CONNECTORS = 0x66686378
-_IDENTIFIERS = 0x66686379
-"""First keys of the advisory locks: connectors' numbers ("fhcx"), hashes of identifiers ("fhcy")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def install(conn: Connection) -> None:
     script = (sql_folder() / "outbox.sql").read_bytes()
     try:
         with conn.transaction():
-            conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [_CONNECTORS])
+            conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [advisory_locks.CONNECTOR])
             conn.execute(script)
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
@@ -116,7 +113,7 @@ def enlist(conn: Connection) -> int:
     """A number for this connector, its own until the connection ends."""
     row = conn.execute("SELECT nextval('health.fhir_connector_number')").fetchone()
     assert row is not None
-    conn.execute("SELECT pg_advisory_lock(%s, %s)", [_CONNECTORS, row[0]])
+    conn.execute("SELECT pg_advisory_lock(%s, %s)", [advisory_locks.CONNECTOR, row[0]])
     return int(row[0])
 
 
@@ -127,7 +124,7 @@ def release_orphans(conn: Connection) -> int:
         " AND claimed_by NOT IN (SELECT objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND granted"
         "  AND classid::bigint = %s AND objsubid = 2"
         "  AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))",
-        [_CONNECTORS],
+        [advisory_locks.CONNECTOR],
     ).rowcount
 
 
@@ -164,7 +161,7 @@ def lock_identifiers(conn: Connection, source: Source, claims: Sequence[Claim]) 
     """
     rows = conn.execute(
         _LOCK.format(**_names(conn, source)),
-        {"source": source.name, "records": [c.record_id for c in claims], "key": _IDENTIFIERS},
+        {"source": source.name, "records": [c.record_id for c in claims], "key": advisory_locks.CONNECTOR_IDENTIFIER},
     )
     locks: dict[str, dict[int, bool]] = {c.record_id: {} for c in claims}
     for record_id, lock, granted in rows:
@@ -193,7 +190,10 @@ _LOCK = sql.SQL("""
 def unlock(conn: Connection, locks: Iterable[int]) -> None:
     """Give locks of identifiers back, each as often as it stands here."""
     if listed := list(locks):
-        conn.execute("SELECT pg_advisory_unlock(%s, lock) FROM unnest(%s::int[]) lock", [_IDENTIFIERS, listed])
+        conn.execute(
+            "SELECT pg_advisory_unlock(%s, lock) FROM unnest(%s::int[]) lock",
+            [advisory_locks.CONNECTOR_IDENTIFIER, listed],
+        )
 
 
 def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
@@ -326,7 +326,7 @@ def status(conn: Connection) -> Status:
         "  AND objsubid = 2 AND objid <> 0"
         "  AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
         " FROM health.fhir_outbox WHERE processed_at IS NULL",
-        [_CONNECTORS],
+        [advisory_locks.CONNECTOR],
     ).fetchone()
     assert row is not None
     return Status(row[0], row[1], max(0.0, row[2]), row[3], row[4])

@@ -87,7 +87,7 @@ def _normalized(
                     warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
                 )
                 sweep.sweep(datetime.now(UTC))
-                with warehouse.loaders.one():
+                with warehouse.table_loads.slot():
                     loaded = loading.load(name, facts.windows.windows, validated)
                 if name == "Consent":
                     sweep.sweep(datetime.now(UTC))
@@ -99,7 +99,7 @@ def _normalized(
                         also_open=facts.replay == "open",
                         gate=settings.gate,
                     )
-                    with warehouse.loaders.one():
+                    with warehouse.table_loads.slot():
                         replay.load(name, facts.windows.windows)
                 settled = sorted(loaded.settled.difference(facts.partition_keys))[:OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)

@@ -10,11 +10,10 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.fhir.bulk.client import ExportManifest, ExportRequest, manifest_json, manifest_of
 from fhir_assets.storage.manifest import Part
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 _COLUMNS = "id, base_url, status_url, status, since, requested_at, transaction_time, manifest, files_done"
-_LOCK = 0x66686265
-"""First key of the advisory lock of a server's exports ("fhbe")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,13 @@ class BulkExport:
 @contextmanager
 def alone(conn: Connection, base_url: str) -> Iterator[None]:
     """Meanwhile nobody else works on an export of the server: who comes second finds what the first one brought."""
-    conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [_LOCK, base_url])
+    conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.BULK_EXPORT, base_url])
     conn.commit()
     try:
         yield
     finally:
         conn.rollback()
-        conn.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", [_LOCK, base_url])
+        conn.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", [advisory_locks.BULK_EXPORT, base_url])
         conn.commit()
 
 

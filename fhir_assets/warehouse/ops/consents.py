@@ -25,11 +25,9 @@ from fhir_assets.privacy.consent import (
     next_change,
     read_consent,
 )
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
-
-_LOCK = 0x66686370
-"""Advisory lock of the decisions ("fhcp")."""
 
 _parse = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -57,12 +55,12 @@ def withheld(gate: ConsentGate, table: str) -> sql.Composed:
 
 def keep_decisions(conn: Connection) -> None:
     """Nobody decides anew until the transaction ends: for loads."""
-    conn.execute("SELECT pg_advisory_xact_lock_shared(%s)", [_LOCK])
+    conn.execute("SELECT pg_advisory_xact_lock_shared(%s)", [advisory_locks.CONSENT_DECISIONS])
 
 
 def begin_deciding(conn: Connection) -> None:
     """Wait for the loads that are under way, and keep others out until the transaction ends."""
-    conn.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+    conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_DECISIONS])
 
 
 _FACTS = "id, version_id, version_number, last_updated, as_of, partition_key"

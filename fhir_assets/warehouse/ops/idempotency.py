@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
 KEPT = timedelta(days=1)
-_LOCK = 0x66686964
-"""First key of the advisory locks of requests under way ("fhid")."""
 
 
 class AnotherBody(Exception):
@@ -31,7 +30,9 @@ def begin(conn: Connection, request: Request) -> tuple[int, bytes] | None:
     """Wait until the same request is not under way elsewhere; then the status and the answer that it had, if it was
     answered. Nobody else begins it until the transaction ends. Raises AnotherBody, SealingError.
     """
-    conn.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", [_LOCK, request.key.hex()])
+    conn.execute(
+        "SELECT pg_advisory_xact_lock(%s, hashtext(%s))", [advisory_locks.IDEMPOTENT_REQUEST, request.key.hex()]
+    )
     row = conn.execute(
         "SELECT body, status, answer FROM ops.idempotency WHERE key = %s AND answered_at > now() - %s",
         [request.key, KEPT],

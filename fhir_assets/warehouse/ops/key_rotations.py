@@ -8,10 +8,8 @@ from datetime import datetime
 from psycopg.rows import class_row
 
 from fhir_assets.errors import TransientError
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
-
-_LOCK = 0x66686B72
-"""Advisory lock of the rotation ("fhkr")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,13 @@ class Rotation:
 @contextmanager
 def alone(conn: Connection) -> Iterator[None]:
     """Meanwhile nobody else rotates. Raises TransientError if somebody does already. ``conn`` is in autocommit."""
-    row = conn.execute("SELECT pg_try_advisory_lock(%s)", [_LOCK]).fetchone()
+    row = conn.execute("SELECT pg_try_advisory_lock(%s)", [advisory_locks.KEY_ROTATION]).fetchone()
     if not row or not row[0]:
         raise TransientError("The keys are being rotated already: `fhir-assets keys status` says how far it is")
     try:
         yield
     finally:
-        conn.execute("SELECT pg_advisory_unlock(%s)", [_LOCK])
+        conn.execute("SELECT pg_advisory_unlock(%s)", [advisory_locks.KEY_ROTATION])
 
 
 def begin(conn: Connection, actor: str, total: int) -> int:
@@ -89,5 +87,5 @@ def latest(conn: Connection) -> Rotation | None:
             "SELECT r.*, ended_at IS NULL AND EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
             " AND classid = 0 AND objid = %s) AS at_work FROM ops.key_rotations r ORDER BY id DESC LIMIT 1",
-            [_LOCK],
+            [advisory_locks.KEY_ROTATION],
         ).fetchone()

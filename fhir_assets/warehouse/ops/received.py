@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
 """How long a run may take to load what it was asked for before another is asked; doubles with each."""
 
 LONGEST_WAIT_SECONDS = 3600
-
-_RECEIVING = 0x66687263
-"""First key of the advisory locks of origins that are being received ("fhrc")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Pending:
 
 def hold(conn: Connection, origin: str) -> None:
     """Wait until nobody else receives the origin; it is this connection's until it closes. Commits."""
-    conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [_RECEIVING, origin])
+    conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.RECEIVED_ORIGIN, origin])
     conn.commit()
 
 

@@ -8,12 +8,11 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 COUNTS = ("server_total", "fetched", "valid", "dead", "withheld", "loaded")
 _SUMMED = COUNTS[1:]
-_LIVING = 0x6668726E
-"""First key of the advisory locks that living runs hold ("fhrn")."""
 _HELD = (
     "SELECT run_id FROM unnest(%(runs)s::text[]) run_id"
     " WHERE EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
@@ -116,12 +115,12 @@ def hold(conn: Connection, run_id: str) -> None:
     """From now on the run counts as living, as long as a connection that holds it is open: Postgres notices at once
     when a process dies, however it dies.
     """
-    conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [_LIVING, run_id])
+    conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [advisory_locks.LIVE_RUN, run_id])
 
 
 def living(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
     """Those of the runs that a living process holds."""
-    rows = conn.execute(_HELD, {"key": _LIVING, "runs": list(run_ids)})
+    rows = conn.execute(_HELD, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})
     return frozenset(run_id for (run_id,) in rows)
 
 

@@ -7,10 +7,8 @@ from datetime import datetime
 from psycopg import sql
 from psycopg.rows import class_row
 
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
-
-_LOCK = 0x66687669
-"""Key of the advisory lock of those who write the ledger ("fhvi")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Brought:
 
 def hold(conn: Connection) -> None:
     """Wait until nobody else writes the ledger; until the transaction ends nobody does."""
-    conn.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+    conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.VISIT_LEDGER])
 
 
 def persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:

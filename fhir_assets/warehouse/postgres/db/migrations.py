@@ -13,11 +13,8 @@ from sqlalchemy.pool import NullPool
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.warehouse.postgres.db import roles
+from fhir_assets.warehouse.postgres.db import advisory_locks, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect, normalise_url
-
-_LOCK = 0x66686972
-"""Every process that changes the schema takes this advisory lock ("fhir")."""
 
 
 def sql_folder() -> Path:
@@ -40,7 +37,7 @@ def upgrade(url: str) -> None:
     engine = sqlalchemy.create_engine(normalise_url(url, "psycopg"), poolclass=NullPool)
     try:
         with engine.begin() as connection:
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": advisory_locks.SCHEMA})
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS ops"))
             known = {script.revision for script in _scripts().walk_revisions()}
             heads = _heads(connection)
@@ -86,7 +83,7 @@ def is_current(url: str) -> bool:
 
 def lock_schema(conn: Connection) -> None:
     """Wait for the right to change tables, until the transaction ends."""
-    conn.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+    conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.SCHEMA])
 
 
 def _config() -> Config:

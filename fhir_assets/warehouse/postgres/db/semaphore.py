@@ -1,15 +1,14 @@
-"""How many may do a thing at once, over all processes on all machines that share the database.
+"""A semaphore over all processes on all machines that share the database.
 
-A place is an advisory lock of Postgres: it is free again in the moment in which its process dies, however it dies.
-Dagster's pools hold steps, not calls; a run that waits for one sleeps up to 15 seconds; and a dead run keeps its place
-until somebody notices. They are there for an operator to slow a deployment down, not to keep a promise.
+A slot of the semaphore is an advisory lock of Postgres. It is free again as soon as its process dies, for whatever
+reason. Dagster's concurrency pools are no substitute: they limit steps, not calls; a run that waits for a slot sleeps
+up to 15 seconds; and a dead run keeps its slot until it is freed by hand.
 """
 
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from enum import IntEnum
 from threading import Lock
 from typing import Any
 
@@ -17,77 +16,75 @@ import psycopg
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_FIRST_PAUSE = 0.005
-_LONGEST_PAUSE = 0.1
-
-
-class Kind(IntEnum):
-    """What places are for; the value is the first key of their locks."""
-
-    CALLS = 0x66686331
-    """Calls of the FHIR server ("fhc1")."""
-    LOADERS = 0x66686C31
-    """Loads into the tables ("fhl1")."""
+_FIRST_PAUSE_SECONDS = 0.005
+_LONGEST_PAUSE_SECONDS = 0.1
 
 
 class DistributedSemaphore:
-    """``limit`` places of a kind. One object serves all threads of a process, over a connection of its own.
+    """A semaphore of ``limit`` slots, which are advisory locks with ``lock_key`` as first key.
 
-    Every process of a deployment has to have the same limit.
+    One object serves all threads of a process and holds its slots over one connection of its own, which ``connect``
+    opens in autocommit mode. Every process of a deployment must be configured with the same limit.
     """
 
-    def __init__(self, connect: Callable[[], Connection], kind: Kind, limit: int) -> None:
+    def __init__(self, connect: Callable[[], Connection], lock_key: int, limit: int) -> None:
         self._connect = connect
-        self._kind = kind
+        self._lock_key = lock_key
         self._limit = limit
         self._conn: Connection | None = None
         self._held: set[int] = set()
         self._mutex = Lock()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Hold a place, once there is one. Raises DatabaseUnavailable."""
-        pause = _FIRST_PAUSE
-        while (place := self._take()) is None:
+    def slot(self) -> Iterator[None]:
+        """Wait for a free slot and hold it for the ``with`` block. Raises DatabaseUnavailable."""
+        pause = _FIRST_PAUSE_SECONDS
+        while (number := self.try_acquire()) is None:
             time.sleep(pause * random.uniform(0.5, 1))
-            pause = min(1.5 * pause, _LONGEST_PAUSE)
+            pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
         try:
             yield
         finally:
-            self._leave(place)
+            self.release(number)
 
-    def close(self) -> None:
-        """Let the connection go, and with it what is held."""
+    def try_acquire(self) -> int | None:
+        """Take a free slot and return its number, or None if all slots are taken. Raises DatabaseUnavailable."""
         with self._mutex:
-            if self._conn is not None:
-                self._conn.close()
-            self._conn = None
-
-    def _take(self) -> int | None:
-        with self._mutex:
-            # A session gets a lock that it holds already once more: its own places are not asked for.
-            free = [place for place in range(self._limit) if place not in self._held]
+            # Postgres grants a session a lock again that the session already holds, so own slots are left out.
+            free = [number for number in range(self._limit) if number not in self._held]
             if not free:
                 return None
             random.shuffle(free)
-            row = self._ask(
-                "SELECT place FROM unnest(%s::int[]) place WHERE pg_try_advisory_lock(%s, place) LIMIT 1",
-                [free, int(self._kind)],
+            row = self._fetch_one(
+                """
+                SELECT slot
+                FROM unnest(%s::int[]) slot
+                WHERE pg_try_advisory_lock(%s, slot)
+                LIMIT 1
+                """,
+                [free, self._lock_key],
             )
             if row is None:
                 return None
             self._held.add(row[0])
             return int(row[0])
 
-    def _leave(self, place: int) -> None:
+    def release(self, number: int) -> None:
+        """Free the slot ``number``. A lost connection has freed it already."""
         with self._mutex:
-            self._held.discard(place)
-            # Without its connection the place is free already.
+            self._held.discard(number)
             with suppress(psycopg.Error):
                 if self._conn is not None:
-                    self._conn.execute("SELECT pg_advisory_unlock(%s, %s)", [int(self._kind), place])
+                    self._conn.execute("SELECT pg_advisory_unlock(%s, %s)", [self._lock_key, number])
 
-    def _ask(self, query: str, params: list[Any]) -> tuple[Any, ...] | None:
+    def close(self) -> None:
+        """Close the connection, which frees every slot that this object holds."""
+        with self._mutex:
+            if self._conn is not None:
+                self._conn.close()
+            self._conn = None
+
+    def _fetch_one(self, query: str, params: list[Any]) -> tuple[Any, ...] | None:
         if self._conn is not None:
             try:
                 return self._conn.execute(query, params).fetchone()

@@ -1,19 +1,21 @@
-"""A load waits for its place among the loaders, and goes on when there is one."""
+"""A load waits for a slot of FHIR_MAX_LOADERS before it writes to the tables."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore, Kind
+from fhir_assets.warehouse.postgres.db import advisory_locks
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.test_crash import START
 from fhir_assets_tests.support.content import patient
-from fhir_assets_tests.warehouse.test_places import places
 
 
-def test_a_load_writes_to_the_tables_only_when_it_has_a_loaders_place(
+def test_a_load_writes_to_the_tables_only_while_it_holds_a_slot(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "Patient.ndjson").write_bytes(patient("a", START) + b"\n")
@@ -24,23 +26,23 @@ def test_a_load_writes_to_the_tables_only_when_it_has_a_loaders_place(
         fhir_last_updated_gte="2024-01-01",
         fhir_max_loaders=1,
     )
-    take, refused = DistributedSemaphore._take, []
+    try_acquire, refused = DistributedSemaphore.try_acquire, []
 
-    def watched(self: DistributedSemaphore) -> int | None:
-        place = take(self)
-        if place is None:
-            refused.append(self._kind)
-        return place
+    def record_refusals(self: DistributedSemaphore) -> int | None:
+        number = try_acquire(self)
+        if number is None:
+            refused.append(self)
+        return number
 
-    monkeypatch.setattr(DistributedSemaphore, "_take", watched)
-    other = places(deployment.url, 1, Kind.LOADERS)
+    monkeypatch.setattr(DistributedSemaphore, "try_acquire", record_refusals)
+    connect_for_slots = partial(connect, deployment.url, autocommit=True)
+    other = DistributedSemaphore(connect_for_slots, advisory_locks.TABLE_LOADS, 1)
     with ThreadPoolExecutor(1) as pool:
-        with other.one():
+        with other.slot():
             load = pool.submit(deployment.ingest, first=START, last=START)
             while not refused and not load.done():
                 time.sleep(0.01)
             assert refused
-            assert set(refused) == {Kind.LOADERS}
             assert deployment.loaded() == {}
         assert [outcome.success for outcome in load.result()] == [True]
     other.close()
