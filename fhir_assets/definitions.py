@@ -13,7 +13,7 @@ from fhir_assets.deployment.validation import build_validator, current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.orchestration.assets.delivered import delivered_assets
 from fhir_assets.orchestration.assets.delivered_health import health_patient_assets

@@ -9,13 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
-GROUND = {"errors", "windows", "catalog"}
+GROUND = {"errors", "windows", "catalog", "retries"}
 """The modules that every room may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "windows": set(),
     "catalog": set(),
+    "retries": {"errors"},
     "settings": {"errors", "windows", "catalog", "privacy"},
     "logs": {"errors"},
     "fhir": GROUND,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from fhir_assets.api.context import AppContext, Body, Caller, CallerOf, ContextOf, Posted
 from fhir_assets.api.problems import Problem, answers
-from fhir_assets.fhir.intake.schemas import schema
+from fhir_assets.fhir.intake.schemas import load_schema
 from fhir_assets.fhir.validation.issues import Issue, operation_outcome
 from fhir_assets.pipeline.receive.intake import (
     IntakeValidator,
@@ -81,7 +81,7 @@ _RECORDS_BODY: dict[str, Any] = {
                             "type": "array",
                             "items": {
                                 "anyOf": [
-                                    {k: v for k, v in schema("patient_record").items() if not k.startswith("$")},
+                                    {k: v for k, v in load_schema("patient_record").items() if not k.startswith("$")},
                                     {
                                         "type": "object",
                                         "title": "A FHIR R4 resource",

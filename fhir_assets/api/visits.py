@@ -13,7 +13,7 @@ from fhir_assets.api.intake import Key, once, require_few
 from fhir_assets.api.problems import FieldError, Problem, answers
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
-from fhir_assets.fhir.intake.schemas import schema
+from fhir_assets.fhir.intake.schemas import load_schema
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import visits
 from fhir_assets.warehouse.ops.visits import FileState, Post
@@ -77,7 +77,7 @@ _BODY: dict[str, Any] = {
                 "schema": {
                     "type": "array",
                     "minItems": 1,
-                    "items": {k: v for k, v in schema("visit").items() if not k.startswith("$")},
+                    "items": {k: v for k, v in load_schema("visit").items() if not k.startswith("$")},
                 },
                 "example": [
                     {
@@ -114,7 +114,7 @@ def ingest_visits(context: ContextOf, caller: CallerOf, body: Body, key: Key = N
         _require_zone(context)
         records = _listed(body)
         require_few(context, len(records))
-        wrong = [(index, found) for index, record in enumerate(records) if (found := visits_csv.errors(record))]
+        wrong = [(index, found) for index, record in enumerate(records) if (found := visits_csv.find_errors(record))]
         if len(wrong) == len(records):
             errors = [
                 FieldError(path=f"/{index}{path}", message=said) for index, found in wrong for path, said in found

@@ -122,7 +122,7 @@ def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resu
 
     def count(refuse: Callable[[Unusable], None]) -> dict[str, str]:
         counts = {name: folder.count(name, refuse) for name in folder.names}
-        for name in bundles.in_order({name for of_file in counts.values() for name in of_file}):
+        for name in bundles.sort_types({name for of_file in counts.values() for name in of_file}):
             steps[name] = {file: of_file[name] for file, of_file in counts.items() if name in of_file}
         return {"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(steps).decode()}
 
@@ -193,7 +193,7 @@ def _summarize(
     journal: Journal, client: FhirClient, source: Path, failures: Path | None, seconds: float, *, json: bool
 ) -> None:
     totals = journal.totals()
-    rows = [{"type": name, **totals[name]} for name in bundles.in_order(totals)]
+    rows = [{"type": name, **totals[name]} for name in bundles.sort_types(totals)]
     whole = {column: sum(of_type[column] for of_type in totals.values()) for column in _COLUMNS[1:]}
     if json:
         print_json(

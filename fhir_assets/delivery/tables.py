@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from fhir_assets.delivery.upload.journal import Failure, Journal
 from fhir_assets.delivery.upload.uploader import Uploader
 from fhir_assets.fhir import bundles
-from fhir_assets.fhir.bundles import Entry
+from fhir_assets.fhir.bundles import BundleEntry
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.record import read_header, read_instant
+from fhir_assets.fhir.record import parse_instant, read_header
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.pipeline.refresh import Refresh
@@ -73,7 +73,7 @@ class DeliverStep:
         counts = {name: DeliveredCounts() for name in resource_types}
         manifests = [
             manifest
-            for name in bundles.in_order(resource_types)
+            for name in bundles.sort_types(resource_types)
             for manifest in self._store.manifests("validated", name, partition_keys)
         ]
         todo = {part.name: (part, manifest) for manifest in manifests for part in self._parts(manifest)}
@@ -86,7 +86,7 @@ class DeliverStep:
         with closing(self._connect()) as conn, Journal(cipher=self._store.cipher) as journal:
             conn.autocommit = True
 
-            def read(name: str, resource_type: str) -> Iterator[Entry]:
+            def read(name: str, resource_type: str) -> Iterator[BundleEntry]:
                 part, manifest = todo[name]
                 return self._standing(conn, part, manifest, counts[resource_type])
 
@@ -112,7 +112,9 @@ class DeliverStep:
             return manifest.parts
         return [part for part in manifest.parts if part.name not in known.inputs]
 
-    def _standing(self, conn: Connection, part: Part, manifest: Manifest, counts: DeliveredCounts) -> Iterator[Entry]:
+    def _standing(
+        self, conn: Connection, part: Part, manifest: Manifest, counts: DeliveredCounts
+    ) -> Iterator[BundleEntry]:
         """The resources of a part that the tables have, in this version."""
         number = 0
         for lines in self._store.batches([part]):
@@ -121,13 +123,13 @@ class DeliverStep:
             for line, header in zip(lines, headers, strict=True):
                 number += 1
                 row = rows.get(header.id or "")
-                updated = read_instant(header.meta.lastUpdated) if header.meta else None
+                updated = parse_instant(header.meta.lastUpdated) if header.meta else None
                 if header.id is None or row is None:
                     counts.not_in_tables += 1
                 elif row.as_of > updated if updated else row.partition_key != manifest.partition_key:
                     counts.superseded += 1
                 else:
-                    yield Entry(manifest.resource_type, header.id, line, f"{part.name}:{number}")
+                    yield BundleEntry(manifest.resource_type, header.id, line, f"{part.name}:{number}")
 
     def _bury(self, journal: Journal, windows: Mapping[str, str]) -> None:
         """Make dead letters of what failed; those of these windows that were delivered now are resolved."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.auth.credentials import Credentials, credentials
-from fhir_assets.fhir.auth.smart import BackendServices, private_key
+from fhir_assets.fhir.auth.credentials import Credentials, build_credentials
+from fhir_assets.fhir.auth.smart import BackendServices, parse_private_key
 from fhir_assets.settings import Settings
 
 
@@ -38,7 +38,7 @@ def credentials_of(
 
     client_id = text("client_id")
     if not client_id:
-        return credentials(text("username"), text("password"), text("token"))
+        return build_credentials(text("username"), text("password"), text("token"))
     key, secret = text("private_key") or _content(settings, account), text("client_secret")
     word = account.upper()
     if (key is None) == (secret is None):
@@ -46,7 +46,7 @@ def credentials_of(
     return BackendServices(
         url,
         client_id,
-        key=private_key(key, text("key_id")) if key else None,
+        key=parse_private_key(key, text("key_id")) if key else None,
         secret=secret,
         token_url=text("token_url"),
         scope=text("scope") or scope,

@@ -5,14 +5,14 @@ from datetime import timedelta
 from fhir_assets.deployment.credentials import credentials_of
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.fhir.bulk.client import checked_level
+from fhir_assets.fhir.bulk.client import validate_level
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
 from fhir_assets.fhir.files.ndjson import NdjsonSource
-from fhir_assets.fhir.record import Source
 from fhir_assets.fhir.search.history import DeletionHistory
 from fhir_assets.fhir.search.source import SearchSource
+from fhir_assets.fhir.source import Source
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
+from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.storage.store import Store
 
@@ -33,7 +33,7 @@ def open_source(settings: Settings, *, store: Store | None = None, warehouse: Wa
         client,
         store or store_of(settings),
         warehouse.connect,
-        level=checked_level(settings.fhir_bulk_level),
+        level=validate_level(settings.fhir_bulk_level),
         type_filter=settings.fhir_bulk_type_filter,
         connections=settings.fhir_max_connections,
         fresh=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
@@ -58,5 +58,5 @@ def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),
         connections=settings.fhir_max_connections,
-        turn=warehouse.source_calls.slot,
+        call_slot=warehouse.source_calls.slot,
     )

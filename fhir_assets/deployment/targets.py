@@ -7,7 +7,7 @@ from threading import Event
 from fhir_assets.deployment.credentials import Account, Scope, credentials_of
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
+from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings
 
 _OF_A_SERVER = (ServerUnavailable, ServerRefused, NotFhir, ConfigurationError)

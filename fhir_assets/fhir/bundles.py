@@ -12,10 +12,10 @@ import msgspec
 import orjson
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.fhir.outcome import issues
+from fhir_assets.fhir.outcome import summarize_issues
 
 BundleType = Literal["batch", "transaction"]
-Target = tuple[str, str]
+ReferenceTarget = tuple[str, str]
 """Type and id of a resource that is referred to."""
 
 _PASSING = frozenset({408, 409, 412, 423, 425, 429})
@@ -24,7 +24,7 @@ _MARKS_OF_A_SERVER = ("versionId", "lastUpdated")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class BundleEntry:
     """A resource to put under its own id: its bytes as they came, and where they came from (``Patient.ndjson:3``)."""
 
     resource_type: str
@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class EntryResult:
     """What became of one entry: the HTTP status (0: the server gave none) and the OperationOutcome, if any."""
 
     status: int
@@ -51,7 +51,7 @@ class Result:
         return 200 <= self.status < 300
 
     @property
-    def passing(self) -> bool:
+    def retryable(self) -> bool:
         """Whether the same entry may be accepted a little later."""
         return self.status in _PASSING or (self.status >= 500 and self.status not in _NEVER) or self.status == 0
 
@@ -59,11 +59,11 @@ class Result:
     def reason(self) -> str:
         """Why it was refused, without patient data: status, and codes and places of the issues, never their texts."""
         said = f"the server answered {self.status}" if self.status else "the server gave no answer for it"
-        found = issues(self.outcome)
+        found = summarize_issues(self.outcome)
         return f"{said}: {', '.join(found)}" if found else said
 
 
-def write_bundle(kind: BundleType, base_url: str, entries: Iterable[Entry]) -> bytes:
+def build_put_bundle(kind: BundleType, base_url: str, entries: Iterable[BundleEntry]) -> bytes:
     """A Bundle that puts each resource under its id. The resources' bytes stay as they are."""
     return _bundle(
         kind,
@@ -75,7 +75,7 @@ def write_bundle(kind: BundleType, base_url: str, entries: Iterable[Entry]) -> b
     )
 
 
-def read_bundle(entries: Iterable[Entry]) -> bytes:
+def build_get_bundle(entries: Iterable[BundleEntry]) -> bytes:
     """A batch that asks for the resources that stand under the same ids now."""
     return _bundle("batch", (b'{"request":{"method":"GET","url":%b}}' % orjson.dumps(each.url) for each in entries))
 
@@ -102,7 +102,7 @@ class _Answer(msgspec.Struct):
 _answer = msgspec.json.Decoder(_Answer)
 
 
-def read_answer(body: bytes, count: int) -> list[tuple[Result, bytes]]:
+def parse_response_bundle(body: bytes, count: int) -> list[tuple[EntryResult, bytes]]:
     """The result of each entry, in the order they were sent, and the resource if the answer holds it.
 
     Raises ValueError for what is no Bundle in whole JSON, or has not ``count`` entries.
@@ -114,16 +114,16 @@ def read_answer(body: bytes, count: int) -> list[tuple[Result, bytes]]:
     if answer.resourceType != "Bundle" or len(answer.entry) != count:
         raise ValueError("not a Bundle with as many entries as were sent")
     return [
-        (Result(_status(each.response.status), bytes(each.response.outcome)), bytes(each.resource))
+        (EntryResult(_status(each.response.status), bytes(each.response.outcome)), bytes(each.resource))
         for each in answer.entry
     ]
 
 
-def references(body: bytes) -> set[Target]:
+def find_references(body: bytes) -> set[ReferenceTarget]:
     """The resources of the same server that a resource refers to: the targets of its ``Type/id`` references."""
-    found: set[Target] = set()
+    found: set[ReferenceTarget] = set()
 
-    def collect(reference: dict[str, Any], target: Target) -> None:
+    def collect(reference: dict[str, Any], target: ReferenceTarget) -> None:
         found.add(target)
 
     with suppress(orjson.JSONDecodeError):
@@ -131,14 +131,14 @@ def references(body: bytes) -> set[Target]:
     return found
 
 
-def without_references(body: bytes, targets: Collection[Target]) -> bytes:
+def remove_references(body: bytes, targets: Collection[ReferenceTarget]) -> bytes:
     """The resource without its references to ``targets``: their types and displays remain, so it is valid still.
 
     For a first pass only, before those resources are there: numbers may lose trailing zeros.
     """
     resource = orjson.loads(body)
 
-    def take_out(reference: dict[str, Any], target: Target) -> None:
+    def take_out(reference: dict[str, Any], target: ReferenceTarget) -> None:
         if target in targets:
             del reference["reference"]
             reference.setdefault("type", target[0])
@@ -147,7 +147,7 @@ def without_references(body: bytes, targets: Collection[Target]) -> bytes:
     return orjson.dumps(resource)
 
 
-def same_content(sent: bytes, stored: bytes) -> bool:
+def has_same_content(sent: bytes, stored: bytes) -> bool:
     """Whether a server holds just this: the same but for version, time and source that the server sets itself.
 
     Numbers are compared digit by digit: 1.0 and 1.00 differ in FHIR.
@@ -165,12 +165,12 @@ def same_content(sent: bytes, stored: bytes) -> bool:
     return bool(ours == theirs and given == kept)
 
 
-def in_order(resource_types: Iterable[str]) -> list[str]:
+def sort_types(resource_types: Iterable[str]) -> list[str]:
     """The types as they are sent: in the catalog's order, where what is referred to mostly comes first; then others."""
     return sorted(resource_types, key=lambda name: (LOAD_ORDER.get(name, len(LOAD_ORDER)), name))
 
 
-def _each_reference(value: Any, visit: Callable[[dict[str, Any], Target], None]) -> None:
+def _each_reference(value: Any, visit: Callable[[dict[str, Any], ReferenceTarget], None]) -> None:
     if isinstance(value, dict):
         reference = value.get("reference")
         if isinstance(reference, str):

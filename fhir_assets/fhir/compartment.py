@@ -13,7 +13,7 @@ UNKNOWN_PATIENT = "?"
 _PATIENT = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 
 
-def patients_of(resource: dict[str, Any]) -> tuple[str, ...]:
+def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
     """The ids of the patients whose compartment the resource is in, each once; none for what belongs to nobody.
 
     Takes any JSON object with a resourceType: an element that is not as R4 has it refers to nobody.

@@ -15,7 +15,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 
 
-class BrokenOff(Exception):
+class DamagedFile(Exception):
     """A compressed file ends too early or is damaged; the lines before that were given."""
 
 
@@ -26,10 +26,10 @@ def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
     order mark is left out. Raises BrokenOff, and OSError if the file cannot be read.
     """
     with path.open("rb") as file:
-        yield from split_lines(unpacked(file), limit)
+        yield from split_lines(decompress(file), limit)
 
 
-def unpacked(file: BinaryIO) -> Iterator[bytes]:
+def decompress(file: BinaryIO) -> Iterator[bytes]:
     """The content of a stream, which need not be seekable, in pieces; gzip is known by its first bytes.
 
     Raises BrokenOff.
@@ -53,11 +53,11 @@ def _unpacked(packed: bytes, file: BinaryIO) -> Iterator[bytes]:
             try:
                 piece = member.decompress(packed, _UNPACKED)
             except _DAMAGED:
-                raise BrokenOff("the compressed file is damaged") from None
+                raise DamagedFile("the compressed file is damaged") from None
             if piece:
                 yield piece
             elif not packed:
-                raise BrokenOff("the compressed file ends before its end was written: it was cut off")
+                raise DamagedFile("the compressed file ends before its end was written: it was cut off")
             packed = b""
         packed = _next_member(member.unused_data, file)
 

@@ -87,13 +87,13 @@ UNKNOWN_TYPE = "Resource"
 """What a resource counts as whose type R4 does not have: FHIR's abstract one."""
 
 
-def told_type(name: str) -> str:
+def known_resource_type(name: str) -> str:
     """A resourceType as it may be told and counted by: one of R4, else UNKNOWN_TYPE, since it may be anything."""
     type_ = r4().types.get(name)
     return name if type_ is not None and type_.kind == "resource" else UNKNOWN_TYPE
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """``; did you mean "birthDate"?`` for a misspelt name, or nothing if none of the known ones is near."""
     folded = {each.lower(): each for each in known}
     matches = get_close_matches(name.lower(), folded, n=1, cutoff=0.6)

@@ -20,7 +20,7 @@ _IS_CODE = re.compile(
 _INDEX = re.compile(r"\[\d{1,6}\]$")
 
 
-def issues(outcome: bytes) -> list[str]:
+def summarize_issues(outcome: bytes) -> list[str]:
     """The first issues as ``value at Patient.name[0].family``; none for what is no OperationOutcome."""
     try:
         found = orjson.loads(outcome)["issue"][:_AT_MOST]

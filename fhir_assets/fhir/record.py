@@ -1,14 +1,12 @@
 """What flows through the pipeline: one resource as its received bytes, with the few facts that route it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
 
 import msgspec
 
 from fhir_assets.errors import PermanentError
-from fhir_assets.windows import Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedInput:
     """Something received that cannot become a Record: the seed of a dead letter of stage ``fetch``.
 
     ``path`` says where it was found (``Patient.ndjson.gz:17``); ``message`` holds no patient data. ``issues`` are all
@@ -62,47 +60,12 @@ class Deletion:
     version_id: str | None = None
 
 
-class Source(Protocol):
-    """Where resources come from."""
-
-    name: str
-    one_pass: bool
-    """True if all types are read together (files, a bulk export), False if each type is asked for by itself."""
-
-    def offered(self) -> frozenset[str] | None:
-        """The types the source can give; None if it cannot say."""
-        ...
-
-    def state(self) -> str | None:
-        """For sources that are read whole (files): changes when they change. None for those asked by interval."""
-        ...
-
-    def extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """From the oldest ``as_of`` that the source holds to just after the newest; None if it holds nothing."""
-        ...
-
-    def until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
-        """For sources that give the past only (a bulk export): up to when. None for those that give all until now."""
-        ...
-
-    def count(self, resource_type: str, interval: Interval) -> int | None:
-        """How many resources the source says it has in ``interval``; None if it cannot say."""
-        ...
-
-    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
-        """Every resource of the types whose ``lastUpdated`` lies in ``interval`` (or that has none), streamed.
-
-        Raises ServerUnavailable, ServerRefused or NotFhir; what was yielded before then is true but incomplete.
-        """
-        ...
-
-
 class Meta(msgspec.Struct):
     versionId: str | None = None  # noqa: N815
     lastUpdated: str | None = None  # noqa: N815
 
 
-class Header(msgspec.Struct):
+class ResourceHeader(msgspec.Struct):
     """The part of a resource that is read before validation."""
 
     resourceType: str  # noqa: N815
@@ -110,7 +73,7 @@ class Header(msgspec.Struct):
     meta: Meta | None = None
 
 
-class Malformed(PermanentError):
+class MalformedResource(PermanentError):
     """Bytes that are not a JSON object with a resourceType, or whose id or meta has the wrong JSON type.
 
     ``rule`` is ``json`` or ``structure``, as validation calls them.
@@ -121,37 +84,37 @@ class Malformed(PermanentError):
         self.rule = rule
 
 
-_header = msgspec.json.Decoder(Header)
+_header = msgspec.json.Decoder(ResourceHeader)
 
 
-def one_line(body: bytes) -> bytes:
+def to_single_line(body: bytes) -> bytes:
     """JSON on one line: raw line ends can only be insignificant white space, so they become blanks."""
     if b"\n" in body or b"\r" in body:
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
     return body.strip()
 
 
-def read_header(body: bytes) -> Header:
+def read_header(body: bytes) -> ResourceHeader:
     """Decode ``resourceType``, ``id`` and ``meta``, skipping the rest. Raises Malformed, without the content."""
     try:
         return _header.decode(body)
     except msgspec.ValidationError as error:
-        raise Malformed(f"not a FHIR resource: {error}", "structure") from None
+        raise MalformedResource(f"not a FHIR resource: {error}", "structure") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         why = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
-        raise Malformed(f"not JSON: {why}", "json") from None
+        raise MalformedResource(f"not JSON: {why}", "json") from None
 
 
-def read_record(body: bytes, header: Header, arrived: datetime) -> Record:
+def build_record(body: bytes, header: ResourceHeader, arrived: datetime) -> Record:
     """The Record of a resource on one line whose header was read; its id is empty if it has none."""
     meta = header.meta
     identity = header.id or ""
     if meta is None:
         return Record(header.resourceType, identity, None, None, arrived, body)
-    return Record(header.resourceType, identity, meta.versionId, read_instant(meta.lastUpdated), arrived, body)
+    return Record(header.resourceType, identity, meta.versionId, parse_instant(meta.lastUpdated), arrived, body)
 
 
-def read_instant(text: str | None) -> datetime | None:
+def parse_instant(text: str | None) -> datetime | None:
     """A FHIR instant in UTC, None if it is absent or not an instant with a zone."""
     if not text:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES
 from fhir_assets.orchestration.received_windows import materializations

@@ -8,7 +8,7 @@ from dagster._utils.schedules import is_valid_cron_string
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.orchestration.dead_runs import give_up_dead_runs
 from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
 from fhir_assets.pipeline.due_windows import find_due_windows

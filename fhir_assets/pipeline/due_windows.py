@@ -6,7 +6,7 @@ from itertools import islice
 
 import psycopg
 
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.windows import Window, WindowRange, WindowScheme
 

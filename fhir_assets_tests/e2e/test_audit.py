@@ -21,7 +21,7 @@ from fhir_assets.api.patients import list_patients, one_patient
 from fhir_assets.api.runs import replay_run
 from fhir_assets.cli import dead_letters as letters_command
 from fhir_assets.cli import patient as patient_command
-from fhir_assets.fhir.record import Deletion, read_header, read_record
+from fhir_assets.fhir.record import Deletion, build_record, read_header
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import TypeViews
 from fhir_assets.pipeline.consent.step import ConsentStep
@@ -91,7 +91,7 @@ class Hospital:
     def receive(self, *resources: dict[str, Any], origin: str = "test:1") -> None:
         """Patients have come into raw."""
         bodies = [json.dumps({**each, "meta": {"lastUpdated": f"{KEY}T10:00:00Z"}}).encode() for each in resources]
-        records = [read_record(body, read_header(body), DAY) for body in bodies]
+        records = [build_record(body, read_header(body), DAY) for body in bodies]
         types = self.settings.fhir_resource_types
         Receiver(self.store, self.connect, self.settings.window_scheme, types).receive(records, origin)
 

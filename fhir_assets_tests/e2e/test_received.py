@@ -6,7 +6,7 @@ import dagster as dg
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.fhir.record import Record, read_header, read_record
+from fhir_assets.fhir.record import Record, build_record, read_header
 from fhir_assets.orchestration.received_windows import materializations
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.pipeline.refresh import Refresh
@@ -18,7 +18,7 @@ DAY = datetime(2024, 1, 5, tzinfo=UTC)
 
 
 def record(body: bytes) -> Record:
-    return read_record(body, read_header(body), datetime.now(UTC))
+    return build_record(body, read_header(body), datetime.now(UTC))
 
 
 def receiver(deployment: Deployment) -> Receiver:

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.bundles import (
-    Entry,
-    Result,
-    in_order,
-    read_answer,
-    references,
-    same_content,
-    without_references,
-    write_bundle,
+    BundleEntry,
+    EntryResult,
+    build_put_bundle,
+    find_references,
+    has_same_content,
+    parse_response_bundle,
+    remove_references,
+    sort_types,
 )
 
 
@@ -23,7 +23,7 @@ def text(**members: Any) -> bytes:
 
 def test_the_bytes_of_a_resource_stay_as_they_are() -> None:
     body = b'{ "resourceType" : "Observation", "id":"o", "valueQuantity":{"value": 1.50}}'
-    bundle = write_bundle("transaction", "http://s/fhir", [Entry("Observation", "o", body)])
+    bundle = build_put_bundle("transaction", "http://s/fhir", [BundleEntry("Observation", "o", body)])
     assert body in bundle
     [entry] = json.loads(bundle)["entry"]
     assert json.loads(bundle)["type"] == "transaction"
@@ -33,7 +33,7 @@ def test_the_bytes_of_a_resource_stay_as_they_are() -> None:
 
 def test_an_answer_is_read_by_entry() -> None:
     outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "invalid"}]}
-    answers = read_answer(
+    answers = parse_response_bundle(
         text(
             resourceType="Bundle",
             entry=[
@@ -54,19 +54,19 @@ def test_an_answer_is_read_by_entry() -> None:
 )
 def test_an_answer_that_does_not_speak_of_every_entry_is_none(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a Bundle"):
-        read_answer(body, 1)
+        parse_response_bundle(body, 1)
 
 
 def test_a_reason_names_codes_and_places_and_never_the_texts() -> None:
     issue = {"code": "value", "expression": ["Patient.name"], "diagnostics": "Ada", "details": {"text": "Ada"}}
-    reason = Result(422, text(issue=[issue])).reason
+    reason = EntryResult(422, text(issue=[issue])).reason
     assert reason == "the server answered 422: value at Patient.name"
-    assert Result(500, b"not json").reason == "the server answered 500"
+    assert EntryResult(500, b"not json").reason == "the server answered 500"
 
 
 def test_what_may_pass_and_what_will_not() -> None:
-    assert all(Result(status).passing for status in (0, 408, 409, 412, 429, 500, 502, 503, 504))
-    assert not any(Result(status).passing for status in (200, 400, 401, 404, 422, 501))
+    assert all(EntryResult(status).retryable for status in (0, 408, 409, 412, 429, 500, 502, 503, 504))
+    assert not any(EntryResult(status).retryable for status in (200, 400, 401, 404, 422, 501))
 
 
 def test_references_to_the_same_server_are_found_wherever_they_stand() -> None:
@@ -78,12 +78,12 @@ def test_references_to_the_same_server_are_found_wherever_they_stand() -> None:
         partOf={"reference": "https://elsewhere.example.org/fhir/Encounter/e"},
         serviceProvider={"identifier": {"value": "Patient/no"}},
     )
-    assert references(body) == {("Patient", "p"), ("Organization", "o")}
+    assert find_references(body) == {("Patient", "p"), ("Organization", "o")}
 
 
 def test_references_are_taken_out_and_the_rest_stays() -> None:
     body = text(id="e", subject={"reference": "Patient/p", "display": "d"}, partOf={"reference": "Encounter/x"})
-    reduced = json.loads(without_references(body, {("Encounter", "x")}))
+    reduced = json.loads(remove_references(body, {("Encounter", "x")}))
     assert reduced == {
         "id": "e",
         "subject": {"reference": "Patient/p", "display": "d"},
@@ -103,11 +103,11 @@ def test_references_are_taken_out_and_the_rest_stays() -> None:
     ],
 )
 def test_same_content_is_the_same_to_the_digit(stored: bytes, same: bool) -> None:
-    assert same_content(b'{"a":1.0,"b":[1],"meta":{"versionId":"1"}}', stored) is same
+    assert has_same_content(b'{"a":1.0,"b":[1],"meta":{"versionId":"1"}}', stored) is same
 
 
 def test_types_follow_the_catalog_and_strangers_come_last() -> None:
-    assert in_order({"Observation", "Group", "Patient", "Basic", "Encounter"}) == [
+    assert sort_types({"Observation", "Group", "Patient", "Basic", "Encounter"}) == [
         "Patient",
         "Encounter",
         "Observation",

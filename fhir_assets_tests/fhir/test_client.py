@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
-from fhir_assets.fhir.auth.credentials import Bearer, Credentials, credentials
-from fhir_assets.fhir.client.http import Answer, FhirClient, Refusal, json_failure
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy, read_retry_after
+from fhir_assets.fhir.auth.credentials import Bearer, Credentials, build_credentials
+from fhir_assets.fhir.client.http import FhirClient, FhirResponse, HttpStatusError, invalid_json_failure
+from fhir_assets.retries import Retrier, RetryPolicy, read_retry_after
 from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
 
 SECRET = "Mustermann"
@@ -55,15 +55,15 @@ def client_of(url: str, clock: Clock | None = None, *, auth: Credentials | None 
     )
 
 
-def body_of(answer: Answer) -> bytes:
+def body_of(answer: FhirResponse) -> bytes:
     return answer.body
 
 
-def whole_json(answer: Answer) -> object:
+def whole_json(answer: FhirResponse) -> object:
     try:
         return json.loads(answer.body)
     except ValueError:
-        raise json_failure(answer) from None
+        raise invalid_json_failure(answer) from None
 
 
 def test_waits_grow_from_failure_to_failure_and_stop_growing_at_the_longest() -> None:
@@ -162,7 +162,7 @@ def test_what_breaks_in_passing_is_read_whole_at_the_next_attempt(fault: Reply) 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 412, 422, 501])
 def test_a_refusal_is_final_and_keeps_its_status(status: int) -> None:
     with ScriptedServer([reply({"text": SECRET}, status)]) as server:
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(HttpStatusError) as caught:
             client_of(server.url).get("Patient", body_of)
         assert caught.value.status == status
         assert len(server.asked) == 1
@@ -186,9 +186,9 @@ def test_errors_hold_no_body_no_query_and_no_id(status: int) -> None:
 @pytest.mark.parametrize(
     ("auth", "setting"),
     [
-        (credentials(), "set FHIR_AUTH_TOKEN"),
-        (credentials("anna", SECRET), "check FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"),
-        (credentials(token=SECRET), "check FHIR_AUTH_TOKEN"),
+        (build_credentials(), "set FHIR_AUTH_TOKEN"),
+        (build_credentials("anna", SECRET), "check FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"),
+        (build_credentials(token=SECRET), "check FHIR_AUTH_TOKEN"),
     ],
 )
 def test_401_names_the_setting_to_look_at(auth: Credentials, setting: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from fhir_assets.deployment.source import open_source
 from fhir_assets.errors import ConfigurationError, ServerUnavailable
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.windows import Interval
 from fhir_assets_tests.fhir.test_search import DAY, bundle, patient

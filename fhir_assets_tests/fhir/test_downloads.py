@@ -8,8 +8,8 @@ import pytest
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Bearer, Credentials
 from fhir_assets.fhir.bulk.downloads import Downloads
-from fhir_assets.fhir.client.http import FhirClient, Refusal
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
+from fhir_assets.fhir.client.http import FhirClient, HttpStatusError
+from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer
 
 LINES = [b'{"resourceType":"Patient","id":"p%d","name":[{"family":"x"}]}' % n for n in range(30)]
@@ -26,7 +26,7 @@ def download(
     expected: int | None = None,
 ) -> list[bytes]:
     with Downloads(FhirClient(server.url, credentials=credentials, retrier=_QUICK, timeout=5)) as downloads:
-        files = downloads.lines(url or f"{server.url}/file", authorized=authorized, expected=expected)
+        files = downloads.read_lines(url or f"{server.url}/file", authorized=authorized, expected=expected)
         return [line for lines in files for line in lines]
 
 
@@ -59,7 +59,7 @@ def test_a_file_that_ends_early_between_two_lines_is_known_by_its_count() -> Non
         (Reply(b"<html>"), NotFhir, "HTML or XML"),
         (Reply(FILE[:100]), NotFhir, "middle of a line"),
         (Reply(FILE, cut=100), ServerUnavailable, "broke off"),
-        (Reply(status=404), Refusal, "404"),
+        (Reply(status=404), HttpStatusError, "404"),
     ],
     ids=["html", "half", "cut", "gone"],
 )
@@ -83,7 +83,7 @@ def test_one_connection_serves_many_files_and_one_that_the_server_closed_is_repl
     with ScriptedServer(lambda asked: closes if asked.path.endswith("2") else Reply(FILE)) as server:
         with Downloads(FhirClient(server.url, retrier=_QUICK)) as downloads:
             for n in range(5):
-                got = downloads.lines(f"{server.url}/{n}", authorized=False)
+                got = downloads.read_lines(f"{server.url}/{n}", authorized=False)
                 assert [line for lines in got for line in lines] == LINES
         assert len({asked.connection for asked in server.asked}) == 2
 
@@ -107,7 +107,7 @@ def test_a_redirect_to_another_origin_is_followed_without_the_credentials(elsewh
 
 
 def test_a_redirect_in_a_circle_is_an_error() -> None:
-    with ScriptedServer(_redirecting("/fhir/file")) as server, pytest.raises(Refusal, match="in a circle"):
+    with ScriptedServer(_redirecting("/fhir/file")) as server, pytest.raises(HttpStatusError, match="in a circle"):
         download(server)
 
 
@@ -140,7 +140,7 @@ def test_a_token_that_ended_is_renewed_once_and_a_refusal_after_that_is_an_error
     with ScriptedServer(answer) as server:
         assert download(server, credentials=_Renewed()) == LINES
     with ScriptedServer(lambda asked: Reply(status=401)) as server:
-        with pytest.raises(Refusal, match="401"):
+        with pytest.raises(HttpStatusError, match="401"):
             download(server, credentials=_Renewed())
         assert len(server.asked) == 2
 

@@ -12,23 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.fhir.files import formats
-from fhir_assets.fhir.files.formats import Item, LandedContent
-from fhir_assets.fhir.files.json_elements import Unbalanced, elements
+from fhir_assets.fhir.files.formats import FileItem, LandedContent
+from fhir_assets.fhir.files.json_elements import UnbalancedJson, split_elements
 from fhir_assets.fhir.intake.visits_csv import Visit
-from fhir_assets.fhir.lines import unpacked
-from fhir_assets.fhir.record import Deletion, Record, Rejected
+from fhir_assets.fhir.lines import decompress
+from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 
 NOW = datetime(2024, 1, 5, tzinfo=UTC)
 A = {"resourceType": "Patient", "id": "a", "meta": {"lastUpdated": "2024-01-01T00:00:00Z"}}
 B = {"resourceType": "Encounter", "id": "b", "text": 'line \\ " ] } [ {'}
 
 
-def read(name: str, content: bytes, *, limit: int = 1000) -> list[Item]:
-    landed = LandedContent("file", unpacked(io.BytesIO(content)), NOW, limit)
+def read(name: str, content: bytes, *, limit: int = 1000) -> list[FileItem]:
+    landed = LandedContent("file", decompress(io.BytesIO(content)), NOW, limit)
     return list(formats.read(name, landed))
 
 
-def said(items: list[Item]) -> list[object]:
+def said(items: list[FileItem]) -> list[object]:
     """Records by id, deletions by target, rejected pieces by where they stand."""
     return [
         item.id if isinstance(item, Record) else ("-", item.id) if isinstance(item, Deletion) else item.path
@@ -112,7 +112,7 @@ def test_what_is_broken_is_rejected_where_it_stands_and_the_rest_is_given(
 ) -> None:
     items = read(name, content)
     assert said(items) == expected
-    assert all(item.message and "line" not in item.message for item in items if isinstance(item, Rejected))
+    assert all(item.message and "line" not in item.message for item in items if isinstance(item, RejectedInput))
 
 
 @given(st.binary(max_size=60))
@@ -142,8 +142,8 @@ def test_elements_are_split_alike_however_the_chunks_fall(
         for at in range(0, len(text), size):
             yield text[at : at + size]
 
-    found = list(elements(chunks(), 10_000))
+    found = list(split_elements(chunks(), 10_000))
     assert [json.loads(body) for name, body in found if name == b"entry"] == entries
     assert [json.loads(body) for name, body in found if name is None] == [{**document, "entry": []}]
-    with pytest.raises(Unbalanced):
-        list(elements([text[:-1]], 10_000))
+    with pytest.raises(UnbalancedJson):
+        list(split_elements([text[:-1]], 10_000))

@@ -18,7 +18,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir import lines
 from fhir_assets.fhir.files.ndjson import NdjsonSource
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.windows import Interval
 
 ALWAYS = Interval(None, datetime(9000, 1, 1, tzinfo=UTC))
@@ -42,23 +42,23 @@ def write(path: Path, content: bytes | Iterable[bytes]) -> Path:
 
 def read(
     location: Path | str, *types: str, interval: Interval = ALWAYS, max_line_bytes: int = 2**20
-) -> list[Record | Rejected]:
+) -> list[Record | RejectedInput]:
     return list(NdjsonSource(str(location), max_line_bytes=max_line_bytes).fetch(types or ("Patient",), interval))
 
 
-def records(items: Iterable[Record | Rejected]) -> list[Record]:
+def records(items: Iterable[Record | RejectedInput]) -> list[Record]:
     return [item for item in items if isinstance(item, Record)]
 
 
-def rejects(items: Iterable[Record | Rejected]) -> list[Rejected]:
-    return [item for item in items if isinstance(item, Rejected)]
+def rejects(items: Iterable[Record | RejectedInput]) -> list[RejectedInput]:
+    return [item for item in items if isinstance(item, RejectedInput)]
 
 
-def places(items: Iterable[Record | Rejected]) -> list[str]:
+def places(items: Iterable[Record | RejectedInput]) -> list[str]:
     return [item.path for item in rejects(items)]
 
 
-def ids(items: Iterable[Record | Rejected]) -> list[str]:
+def ids(items: Iterable[Record | RejectedInput]) -> list[str]:
     return [item.id for item in records(items)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.fhir.lines import BrokenOff, read_lines
+from fhir_assets.fhir.lines import DamagedFile, read_lines
 
 LIMIT = 1000
 
@@ -28,7 +28,7 @@ def lines_of(path: Path, content: bytes) -> tuple[list[bytes | None], str]:
     try:
         for some in read_lines(path, LIMIT):
             found += some
-    except BrokenOff as error:
+    except DamagedFile as error:
         return found, str(error)
     return found, ""
 

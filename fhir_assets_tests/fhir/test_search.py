@@ -10,9 +10,9 @@ import pytest
 
 from fhir_assets.errors import NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.fhir.search.source import SearchSource
+from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.windows import Interval
 from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
 
@@ -39,11 +39,11 @@ def source_of(server: ScriptedServer, *, page_size: int = 500) -> SearchSource:
     return SearchSource(FhirClient(server.url, timeout=10, retrier=retrier), page_size=page_size, now=lambda: NOW)
 
 
-def ids(items: Iterable[Record | Rejected]) -> list[str]:
+def ids(items: Iterable[Record | RejectedInput]) -> list[str]:
     return [item.id if isinstance(item, Record) else f"rejected {item.resource_id}" for item in items]
 
 
-def fetched(script: list[Reply], interval: Interval = DAY) -> list[Record | Rejected]:
+def fetched(script: list[Reply], interval: Interval = DAY) -> list[Record | RejectedInput]:
     with ScriptedServer(script) as server:
         return list(source_of(server).fetch(["Patient"], interval))
 
@@ -226,9 +226,9 @@ def test_an_entry_that_cannot_be_used_is_rejected_and_the_page_goes_on(
     page = bundle([patient(1), patient(2)])
     page["entry"].insert(1, entry)
     items = fetched([reply(page)])
-    assert [type(item) for item in items] == [Record, Rejected, Record]
+    assert [type(item) for item in items] == [Record, RejectedInput, Record]
     item = items[1]
-    assert isinstance(item, Rejected)
+    assert isinstance(item, RejectedInput)
     assert (item.resource_type, item.rule, item.resource_id) == ("Patient", rule, resource_id)
     assert item.path == "Patient search, page 1, entry 2"
     assert SECRET not in item.message

@@ -9,12 +9,12 @@ import pytest
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ServerRefused
-from fhir_assets.fhir.auth.credentials import Credentials, credentials
+from fhir_assets.fhir.auth.credentials import Credentials, build_credentials
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
 from fhir_assets.fhir.files.ndjson import NdjsonSource
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.fhir.search.source import SearchSource
+from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.gate import Credentials as Expected
 from fhir_assets.sandbox.process import SandboxServer
@@ -48,7 +48,7 @@ def source_of(server: SandboxServer, *, page_size: int = 40, auth: Credentials |
     return SearchSource(FhirClient(server.url, credentials=auth, retrier=retrier), page_size=page_size)
 
 
-def by_key(items: Iterable[Record | Rejected]) -> dict[tuple[str, str], bytes]:
+def by_key(items: Iterable[Record | RejectedInput]) -> dict[tuple[str, str], bytes]:
     """The bodies; each resource may come once only."""
     found: dict[tuple[str, str], bytes] = {}
     for item in items:
@@ -108,8 +108,12 @@ def test_resources_are_fetched_by_id(server: SandboxServer) -> None:
 @pytest.mark.parametrize(
     ("expected", "right", "wrong"),
     [
-        (Expected(username="anna", password="secret"), credentials("anna", "secret"), credentials("anna", "other")),
-        (Expected(token="secret"), credentials(token="secret"), credentials(token="other")),
+        (
+            Expected(username="anna", password="secret"),
+            build_credentials("anna", "secret"),
+            build_credentials("anna", "other"),
+        ),
+        (Expected(token="secret"), build_credentials(token="secret"), build_credentials(token="other")),
     ],
 )
 def test_credentials_open_the_server(expected: Expected, right: Credentials, wrong: Credentials) -> None:

@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
-from fhir_assets.fhir.bulk.client import ExportFailed, Vanished
-from fhir_assets.fhir.client.http import FhirClient, Refusal
-from fhir_assets.fhir.client.retries import Retrier, RetryPolicy
+from fhir_assets.fhir.bulk.client import ExportFailed, ExportGone
+from fhir_assets.fhir.client.http import FhirClient, HttpStatusError
 from fhir_assets.fhir.record import Record
 from fhir_assets.pipeline.fetch import bulk_download
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
+from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store
@@ -138,7 +138,7 @@ def test_an_export_that_the_server_forgot_is_asked_for_anew(
 
 def test_a_server_that_forgets_every_export_is_an_error(server: SandboxServer, store: Store, database: str) -> None:
     server.set_faults(Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.POLL})))
-    with pytest.raises(Vanished, match="knows the export no more"):
+    with pytest.raises(ExportGone, match="knows the export no more"):
         ids(source(server.url, store, database))
     assert server.stats()["kick_offs"] == 3
 
@@ -226,7 +226,7 @@ def test_a_server_that_says_the_export_failed_is_asked_for_a_new_one(
 def test_a_poll_that_is_refused_for_want_of_rights_keeps_the_export(
     store: Store, database: str, conn: Connection
 ) -> None:
-    with scripted(MANIFEST, poll=Reply(status=403)) as server, pytest.raises(Refusal, match="403"):
+    with scripted(MANIFEST, poll=Reply(status=403)) as server, pytest.raises(HttpStatusError, match="403"):
         ids(source(server.url, store, database))
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("waiting",)]
 
@@ -265,7 +265,7 @@ def test_small_files_share_a_turn(store: Store, database: str) -> None:
         yield
 
     with SandboxServer([patient(f"p{n}", START) for n in range(100)], export_file_resources=1) as server:
-        client = FhirClient(server.url, turn=turn)
+        client = FhirClient(server.url, call_slot=turn)
         found = ids(BulkSource(client, store, lambda: connect(database), connections=1, sleep=lambda _: None))
     assert len(found) == 100
     assert len(turns) < 10

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fhir_assets.fhir.compartment import patients_of
+from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import TypeViews
 from fhir_assets.pipeline.consent.step import ConsentResult, ConsentStep
@@ -98,7 +98,7 @@ def record(resource: dict[str, Any]) -> Record:
     version = resource.get("meta", {}).get("versionId", "1")
     moment = START + int(version) * timedelta(minutes=1)
     body = json.dumps(resource).encode()
-    return Record(resource["resourceType"], resource["id"], version, moment, moment, body, patients_of(resource))
+    return Record(resource["resourceType"], resource["id"], version, moment, moment, body, find_patient_ids(resource))
 
 
 def patient(key: str, **more: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.pipeline.due_windows import find_due_windows
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -45,7 +45,7 @@ class Holding:
     def count(self, resource_type: str, interval: Interval) -> int | None:
         return None
 
-    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
+    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         return iter(())
 
 

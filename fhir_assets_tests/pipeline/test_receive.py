@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import Overtaken
-from fhir_assets.fhir.record import Record, Rejected, read_header, read_record
+from fhir_assets.fhir.record import Record, RejectedInput, build_record, read_header
 from fhir_assets.pipeline.fetch.step import RawUpdate
 from fhir_assets.pipeline.partition_commit import commit_update, merge_manifests
 from fhir_assets.pipeline.receive.receiver import Receiver
@@ -37,7 +37,7 @@ def receiver(store: Store, database: str) -> Receiver:
 def record(identity: str, updated: str | None = f"{KEY}T10:00:00Z", *, kind: str = "Patient") -> Record:
     meta = {"meta": {"lastUpdated": updated}} if updated else {}
     body = json.dumps({"resourceType": kind, "id": identity, **meta}).encode()
-    return read_record(body, read_header(body), NOW)
+    return build_record(body, read_header(body), NOW)
 
 
 def ids(store: Store, key: str = KEY) -> list[str | None]:
@@ -110,7 +110,7 @@ def test_an_origin_that_broke_off_counts_as_not_received_and_comes_again_whole(
 def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_settle(
     receiver: Receiver, conn: Connection
 ) -> None:
-    bad = Rejected("Patient", None, "json", "file:3", "not JSON", NOW - timedelta(days=4), b"{")
+    bad = RejectedInput("Patient", None, "json", "file:3", "not JSON", NOW - timedelta(days=4), b"{")
     brought = receiver.receive([bad], "landing:x")
     assert brought.rejected == 1
     assert received.pending(conn) == []

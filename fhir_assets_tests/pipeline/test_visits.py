@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fhir_assets.errors import StoreError
 from fhir_assets.fhir.files import formats
-from fhir_assets.fhir.files.formats import Item, LandedContent
+from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.pipeline.landing.step import LandingStep
@@ -227,7 +227,7 @@ def test_a_file_of_a_batch_that_cannot_be_read_is_named_and_the_others_go_on(
     (world.folder / "a.csv").unlink()
     read = formats.read
 
-    def changed(name: str, content: LandedContent) -> Iterator[Item]:
+    def changed(name: str, content: LandedContent) -> Iterator[FileItem]:
         yield from read(name, content)
         if name == "b.csv":
             raise StoreError("the disk is gone")

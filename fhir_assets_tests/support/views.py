@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.record import Record, read_instant
+from fhir_assets.fhir.record import Record, parse_instant
 from fhir_assets.fhir.views import TypeViews, View, parse_view
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
@@ -56,9 +56,9 @@ def patient(key: str, updated: str | None = "2024-01-01T00:00:00Z", version: str
     """A Patient as received."""
     meta = {name: value for name, value in (("versionId", version), ("lastUpdated", updated)) if value}
     body = json.dumps({"resourceType": "Patient", "id": key, "meta": meta, **more}).encode()
-    arrived = read_instant("2024-01-01T00:00:00+00:00")
+    arrived = parse_instant("2024-01-01T00:00:00+00:00")
     assert isinstance(arrived, datetime)
-    return Record("Patient", key, version, read_instant(updated), arrived, body)
+    return Record("Patient", key, version, parse_instant(updated), arrived, body)
 
 
 def rows_of(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:

@@ -24,8 +24,8 @@ from fhir_assets.delivery.connector.outbox import Change, Claim, Connect
 from fhir_assets.delivery.connector.server import Lasting, Passing
 from fhir_assets.delivery.connector.settle import Acknowledged, Refused
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
-from fhir_assets.fhir.client.retries import RetryPolicy
 from fhir_assets.metrics import connector as metrics
+from fhir_assets.retries import RetryPolicy
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 _JOBS_A_WORKER = 16

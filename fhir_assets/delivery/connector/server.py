@@ -16,9 +16,9 @@ from requests.structures import CaseInsensitiveDict
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, TransientError
 from fhir_assets.fhir.auth.credentials import Credentials
-from fhir_assets.fhir.client.retries import read_retry_after
-from fhir_assets.fhir.outcome import issues
+from fhir_assets.fhir.outcome import summarize_issues
 from fhir_assets.metrics import connector as metrics
+from fhir_assets.retries import read_retry_after
 
 FHIR_JSON = "application/fhir+json"
 
@@ -132,7 +132,7 @@ class FhirServer:
             )
         if status == 412:
             raise Lasting("several-matches", "the FHIR server has several resources with this identifier", status)
-        found = ", ".join(issues(response.data))
+        found = ", ".join(summarize_issues(response.data))
         raise Lasting("refused", f"the FHIR server answered {status}{f': {found}' if found else ''}", status)
 
 

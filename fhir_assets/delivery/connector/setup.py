@@ -10,7 +10,7 @@ from fhir_assets.delivery.connector.runner import Connector, Pace
 from fhir_assets.delivery.connector.server import FhirServer
 from fhir_assets.deployment.credentials import Scope, credentials_of
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.client.retries import RetryPolicy
+from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
 
 

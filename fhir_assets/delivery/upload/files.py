@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.bundles import Entry
-from fhir_assets.fhir.lines import BrokenOff, read_lines
-from fhir_assets.fhir.model import told_type
-from fhir_assets.fhir.record import Malformed, one_line, read_header
+from fhir_assets.fhir.bundles import BundleEntry
+from fhir_assets.fhir.lines import DamagedFile, read_lines
+from fhir_assets.fhir.model import known_resource_type
+from fhir_assets.fhir.record import MalformedResource, read_header, to_single_line
 
 MAX_LINE_BYTES = 64 * 2**20
 
@@ -58,19 +58,19 @@ class Folder:
         """How many resources of each type a file holds; its lines say so, not its name."""
         counts: dict[str, int] = {}
         for item in self._items(name):
-            if isinstance(item, Entry):
+            if isinstance(item, BundleEntry):
                 counts[item.resource_type] = counts.get(item.resource_type, 0) + 1
             else:
                 refuse(item)
         return counts
 
-    def entries(self, name: str, resource_type: str) -> Iterator[Entry]:
+    def entries(self, name: str, resource_type: str) -> Iterator[BundleEntry]:
         """A file's resources of one type."""
         for item in self._items(name):
-            if isinstance(item, Entry) and item.resource_type == resource_type:
+            if isinstance(item, BundleEntry) and item.resource_type == resource_type:
                 yield item
 
-    def _items(self, name: str) -> Iterator[Entry | Unusable]:
+    def _items(self, name: str) -> Iterator[BundleEntry | Unusable]:
         number = 0
         try:
             for lines in read_lines(self._paths[name], MAX_LINE_BYTES):
@@ -78,25 +78,25 @@ class Folder:
                     number += 1
                     if line is None:
                         yield Unusable("", f"{name}:{number}", "a line longer than a resource may be", b"")
-                    elif body := one_line(line):
+                    elif body := to_single_line(line):
                         yield read_entry(body, f"{name}:{number}")
-        except BrokenOff as error:
+        except DamagedFile as error:
             yield Unusable("", f"{name}:{number + 1}", f"{error}; {number} lines were read", b"")
         except OSError as error:
             raise ConfigurationError(f"--input: {name} cannot be read: {error.strerror}") from None
 
 
-def read_entry(body: bytes, place: str) -> Entry | Unusable:
+def read_entry(body: bytes, place: str) -> BundleEntry | Unusable:
     """One line as what can be sent, or why not."""
     try:
         header = read_header(body)
-    except Malformed as error:
+    except MalformedResource as error:
         return Unusable("", place, str(error), body)
-    if told_type(header.resourceType) != header.resourceType:
+    if known_resource_type(header.resourceType) != header.resourceType:
         return Unusable("", place, "a resourceType that is not one of FHIR R4", body)
     if not header.id:
         return Unusable(header.resourceType, place, "a resource without id: there is nowhere to put it", body)
-    return Entry(header.resourceType, header.id, body, place)
+    return BundleEntry(header.resourceType, header.id, body, place)
 
 
 Counts = Mapping[str, Mapping[str, int]]

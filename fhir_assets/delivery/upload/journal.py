@@ -15,7 +15,7 @@ import orjson
 
 from fhir_assets.delivery.upload.files import Unusable
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.bundles import Entry, Result, Target, references
+from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 
 _SCHEMA = """
@@ -55,9 +55,9 @@ class Done:
     created: int = 0
     updated: int = 0
     unchanged: int = 0
-    settled: list[Entry] = field(default_factory=list)
-    held: list[tuple[Entry, Result]] = field(default_factory=list)
-    failed: list[tuple[Entry, Result]] = field(default_factory=list)
+    settled: list[BundleEntry] = field(default_factory=list)
+    held: list[tuple[BundleEntry, EntryResult]] = field(default_factory=list)
+    failed: list[tuple[BundleEntry, EntryResult]] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -66,8 +66,8 @@ class Held:
     """An entry that waits for another try; ``first_pass`` is the status its reduced form got, 0 if there was none."""
 
     n: int
-    entry: Entry
-    result: Result
+    entry: BundleEntry
+    result: EntryResult
     first_pass: int
 
 
@@ -188,7 +188,7 @@ class Journal:
             (key.resource_type, key.file, key.lane, key.number, done.created, done.updated, done.unchanged),
         )
 
-    def _hold(self, held: Iterable[tuple[Entry, Result]]) -> None:
+    def _hold(self, held: Iterable[tuple[BundleEntry, EntryResult]]) -> None:
         self._db.executemany(
             "INSERT INTO held (resource_type, id, place, body, status, outcome, own_type, first_pass)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET place = excluded.place, body = excluded.body,"
@@ -196,7 +196,7 @@ class Journal:
             (
                 (
                     *self._row(entry, result),
-                    any(name == entry.resource_type for name, _ in references(entry.body)),
+                    any(name == entry.resource_type for name, _ in find_references(entry.body)),
                 )
                 for entry, result in held
             ),
@@ -227,12 +227,12 @@ class Journal:
                 after = n
                 yield Held(
                     n,
-                    Entry(name, identity, self._cipher.decrypt_content(body), place),
-                    Result(status, self._cipher.decrypt_content(outcome)),
+                    BundleEntry(name, identity, self._cipher.decrypt_content(body), place),
+                    EntryResult(status, self._cipher.decrypt_content(outcome)),
                     first_pass,
                 )
 
-    def note_first_pass(self, done: Iterable[tuple[Held, Result]]) -> None:
+    def note_first_pass(self, done: Iterable[tuple[Held, EntryResult]]) -> None:
         """Entries whose reduced form the server has taken."""
         with self._db:
             self._db.execute("BEGIN")
@@ -246,7 +246,7 @@ class Journal:
         for each in self.held():
             self._db.executemany(
                 "INSERT OR IGNORE INTO edges SELECT ?, n FROM held WHERE resource_type = ? AND id = ? AND n <> ?",
-                ((each.n, *target, each.n) for target in references(each.entry.body)),
+                ((each.n, *target, each.n) for target in find_references(each.entry.body)),
             )
         # What nothing waits for, and what waits for nothing, is in no circle; nor is what then is left so.
         while self._db.execute(
@@ -256,7 +256,7 @@ class Journal:
             pass
         return int(self._db.execute("SELECT count(DISTINCT source) FROM edges").fetchone()[0])
 
-    def circular(self) -> Iterator[tuple[Held, set[Target]]]:
+    def circular(self) -> Iterator[tuple[Held, set[ReferenceTarget]]]:
         """The entries of the circles, and what each refers to in them."""
         for each in self.held():
             targets = self._db.execute(
@@ -296,7 +296,7 @@ class Journal:
                     message,
                 )
 
-    def _row(self, entry: Entry, result: Result) -> tuple[str, str, str, bytes, int, bytes]:
+    def _row(self, entry: BundleEntry, result: EntryResult) -> tuple[str, str, str, bytes, int, bytes]:
         encrypt_content = self._cipher.encrypt_content
         return (
             entry.resource_type,
@@ -308,7 +308,7 @@ class Journal:
         )
 
     def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
-        reason = Result(status, self._cipher.decrypt_content(outcome)).reason
+        reason = EntryResult(status, self._cipher.decrypt_content(outcome)).reason
         return (
             f"{reason}; it stands on the server without its references to others that failed" if first_pass else reason
         )

@@ -19,9 +19,9 @@ from typing import Protocol, TypeVar
 from fhir_assets.delivery.upload.journal import BatchKey, Done, Held, Journal
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir import bundles
-from fhir_assets.fhir.bundles import Entry, Result
-from fhir_assets.fhir.client.http import Answer, FhirClient, json_failure
-from fhir_assets.fhir.client.retries import PassingFailure, RetryPolicy
+from fhir_assets.fhir.bundles import BundleEntry, EntryResult
+from fhir_assets.fhir.client.http import FhirClient, FhirResponse, invalid_json_failure
+from fhir_assets.retries import RetryPolicy, TransientFailure
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ HALF_RETRIES = RetryPolicy(attempts=2, first_wait=0.5)
 _FEWER_ATTEMPTS = {0: 1, 409: 2, 412: 2}
 _WHOLE_REFUSED = frozenset({400, 409, 410, 412, 413, 422})
 
-Read = Callable[[str, str], Iterable[Entry]]
+Read = Callable[[str, str], Iterable[BundleEntry]]
 """Gives the entries of a file that have a type."""
 
 
@@ -109,8 +109,8 @@ class Uploader:
                 self._keep_what_was_sent()
                 raise
 
-    def _send_file(self, resource_type: str, file: str, entries: Iterable[Entry]) -> None:
-        waiting: list[dict[str, Entry]] = [{} for _ in self._lanes]
+    def _send_file(self, resource_type: str, file: str, entries: Iterable[BundleEntry]) -> None:
+        waiting: list[dict[str, BundleEntry]] = [{} for _ in self._lanes]
         numbers = [0] * len(self._lanes)
 
         def send(lane: int) -> None:
@@ -188,7 +188,9 @@ class Uploader:
         self.listener.again("circular references, first pass", self.journal.find_circles())
         for chunk in _chunks(self.journal.circular(), self.batch_size):
             reduced = [
-                Entry(held.entry.resource_type, held.entry.id, bundles.without_references(held.entry.body, targets))
+                BundleEntry(
+                    held.entry.resource_type, held.entry.id, bundles.remove_references(held.entry.body, targets)
+                )
                 for held, targets in chunk
             ]
             results = self._results(reduced)
@@ -196,23 +198,23 @@ class Uploader:
                 (held, result) for (held, _), result in zip(chunk, results, strict=True) if result.accepted
             )
 
-    def _deliver(self, batch: Sequence[Entry], *, held: bool = False) -> Done:
+    def _deliver(self, batch: Sequence[BundleEntry], *, held: bool = False) -> Done:
         """Send a batch until each entry is accepted, refused or held."""
         started = time.perf_counter()
         done = Done()
         pending = self._changed(batch, done) if self.skip_unchanged else list(batch)
         tried = 0
         while pending and not self.stop.is_set():
-            again: list[Entry] = []
+            again: list[BundleEntry] = []
             tried += 1
             for entry, result in zip(pending, self._results(pending), strict=True):
                 if result.accepted:
                     done.created += result.status == 201
                     done.updated += result.status != 201
                     done.settled.append(entry)
-                elif result.passing and tried < _FEWER_ATTEMPTS.get(result.status, ENTRY_RETRIES.attempts):
+                elif result.retryable and tried < _FEWER_ATTEMPTS.get(result.status, ENTRY_RETRIES.attempts):
                     again.append(entry)
-                elif held or result.passing or self._may_wait_for_others(entry):
+                elif held or result.retryable or self._may_wait_for_others(entry):
                     done.held.append((entry, result))
                 else:
                     done.failed.append((entry, result))
@@ -224,33 +226,33 @@ class Uploader:
         done.seconds = time.perf_counter() - started
         return done
 
-    def _may_wait_for_others(self, entry: Entry) -> bool:
+    def _may_wait_for_others(self, entry: BundleEntry) -> bool:
         """Whether it was perhaps refused for a reference to a resource that is still to come."""
-        return any(name in self._types for name, _ in bundles.references(entry.body))
+        return any(name in self._types for name, _ in bundles.find_references(entry.body))
 
-    def _changed(self, batch: Sequence[Entry], done: Done) -> list[Entry]:
+    def _changed(self, batch: Sequence[BundleEntry], done: Done) -> list[BundleEntry]:
         """The entries that the server does not hold just so."""
-        _, answers = self._post(bundles.read_bundle(batch), len(batch))
+        _, answers = self._post(bundles.build_get_bundle(batch), len(batch))
         if answers is None:
             return list(batch)
         changed = []
         for entry, (result, stored) in zip(batch, answers, strict=True):
-            if result.accepted and stored and bundles.same_content(entry.body, stored):
+            if result.accepted and stored and bundles.has_same_content(entry.body, stored):
                 done.unchanged += 1
                 done.settled.append(entry)
             else:
                 changed.append(entry)
         return changed
 
-    def _results(self, entries: Sequence[Entry], policy: RetryPolicy | None = None) -> list[Result]:
+    def _results(self, entries: Sequence[BundleEntry], policy: RetryPolicy | None = None) -> list[EntryResult]:
         """What the server says of each entry. A batch that it refuses, or fails at, as a whole goes in halves."""
-        bundle = bundles.write_bundle("transaction" if self.transaction else "batch", self.client.base_url, entries)
+        bundle = bundles.build_put_bundle("transaction" if self.transaction else "batch", self.client.base_url, entries)
         try:
             whole, answers = self._post(bundle, len(entries), policy)
         except ServerUnavailable:
             # Either the server is down, which this finds out, or it fails at one of these entries.
             self.client.capabilities()
-            whole, answers, policy = Result(0), None, HALF_RETRIES
+            whole, answers, policy = EntryResult(0), None, HALF_RETRIES
         if answers is not None:
             return [result for result, _ in answers]
         if len(entries) == 1:
@@ -260,21 +262,21 @@ class Uploader:
 
     def _post(
         self, body: bytes, size: int, policy: RetryPolicy | None = None
-    ) -> tuple[Result, list[tuple[Result, bytes]] | None]:
+    ) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
         """The answers to the entries of a Bundle; None if the server refused it as a whole, which the Result says."""
         refused = _WHOLE_REFUSED | {404} if self.transaction else _WHOLE_REFUSED
         return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 
 
-def _read(size: int, answer: Answer) -> tuple[Result, list[tuple[Result, bytes]] | None]:
+def _read(size: int, answer: FhirResponse) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
     if answer.status != 200:
-        return Result(answer.status, answer.body if answer.body.lstrip()[:1] == b"{" else b""), None
+        return EntryResult(answer.status, answer.body if answer.body.lstrip()[:1] == b"{" else b""), None
     try:
-        return Result(200), bundles.read_answer(answer.body, size)
+        return EntryResult(200), bundles.parse_response_bundle(answer.body, size)
     except ValueError as error:
         if answer.body.lstrip()[:1] == b"{" and "as many" in str(error):
-            raise PassingFailure("the answer is " + str(error), final=NotFhir) from None
-        raise json_failure(answer) from None
+            raise TransientFailure("the answer is " + str(error), final=NotFhir) from None
+        raise invalid_json_failure(answer) from None
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -68,7 +68,9 @@ class Bearer(Credentials):
         return request
 
 
-def credentials(username: str | None = None, password: str | None = None, token: str | None = None) -> Credentials:
+def build_credentials(
+    username: str | None = None, password: str | None = None, token: str | None = None
+) -> Credentials:
     """The credentials that the settings FHIR_AUTH_* describe."""
     if token:
         return Bearer(token)

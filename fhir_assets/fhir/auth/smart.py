@@ -28,7 +28,7 @@ _TIMEOUT = 30
 Key = RSAKey | ECKey
 
 
-def private_key(text: str, key_id: str | None = None) -> Key:
+def parse_private_key(text: str, key_id: str | None = None) -> Key:
     """A private key from PEM or a JWK: RSA signs with RS384, an elliptic curve (P-384) with ES384.
 
     Raises ConfigurationError, without the key.

@@ -12,9 +12,9 @@ import orjson
 
 from fhir_assets.errors import ConfigurationError, NotFhir, PermanentError, ServerUnavailable
 from fhir_assets.fhir.bulk.downloads import Downloads
-from fhir_assets.fhir.client.http import Answer, FhirClient, Refusal, json_failure
-from fhir_assets.fhir.client.retries import RetryPolicy, read_retry_after
-from fhir_assets.fhir.record import read_instant
+from fhir_assets.fhir.client.http import FhirClient, FhirResponse, HttpStatusError, invalid_json_failure
+from fhir_assets.fhir.record import parse_instant
+from fhir_assets.retries import RetryPolicy, read_retry_after
 
 FIRST_POLL = 1.0
 LONGEST_POLL = 60.0
@@ -73,14 +73,14 @@ class ExportManifest:
 
 
 @dataclass(slots=True)
-class Waiting:
+class ExportPending:
     """An export that is not ready: when to ask again, in seconds, and what the server says of its progress."""
 
     seconds: float
     progress: str = field(default="")
 
 
-class Vanished(NotFhir):
+class ExportGone(NotFhir):
     """The server knows the export no more."""
 
 
@@ -88,7 +88,7 @@ class ExportFailed(PermanentError):
     """The server says that the export failed, or refuses to say how it is doing: only a new one can help."""
 
 
-def checked_level(level: str) -> str:
+def validate_level(level: str) -> str:
     """``level`` if it is one. Raises ConfigurationError."""
     if not _LEVEL.fullmatch(level):
         raise ConfigurationError("FHIR_BULK_LEVEL must be system, patient or group/<id>")
@@ -105,9 +105,9 @@ class BulkClient:
         """Ask for an export. Returns the URL of its status, to be kept before anything else is done."""
         path = _PATHS.get(request.level) or f"Group/{request.level.removeprefix('group/')}/$export"
 
-        def read(answer: Answer) -> str:
+        def read(answer: FhirResponse) -> str:
             if answer.status == 200:
-                failure = json_failure(answer)
+                failure = invalid_json_failure(answer)
                 failure.reason = "the server answers the export with 200, not 202"
                 failure.advice = "does it have Bulk Data, is FHIR_BASE_URL right, is there a login page before it?"
                 raise failure
@@ -124,14 +124,14 @@ class BulkClient:
             expect={200, 202},
         )
 
-    def poll(self, status_url: str, tried: int) -> Waiting | ExportManifest:
+    def poll(self, status_url: str, tried: int) -> ExportPending | ExportManifest:
         """How an export is doing, asked for the ``tried``-th time.
 
         Raises Vanished, ExportFailed, NotFhir where the export is lost; ServerUnavailable and Refusal where it can be
         asked again later.
         """
 
-        def read(answer: Answer) -> Waiting | ExportManifest:
+        def read(answer: FhirResponse) -> ExportPending | ExportManifest:
             if answer.status == 200:
                 return self._manifest(answer)
             if answer.status >= 500:
@@ -139,7 +139,7 @@ class BulkClient:
             asked = read_retry_after(answer.headers.get("Retry-After"))
             own = min(LONGEST_POLL, FIRST_POLL * 1.5**tried)
             seconds = own if asked is None else min(max(asked, 0.1), 10 * LONGEST_POLL)
-            return Waiting(seconds, answer.headers.get("X-Progress", "")[:100])
+            return ExportPending(seconds, answer.headers.get("X-Progress", "")[:100])
 
         try:
             # 429 is no failure of a poll: it says when to come again, as 202 does.
@@ -149,16 +149,16 @@ class BulkClient:
                 headers={"Accept": "application/json, application/fhir+json;q=0.9"},
                 expect={200, 202, 429, 500},
             )
-        except Refusal as refusal:
+        except HttpStatusError as refusal:
             if refusal.status in (404, 410):
-                raise Vanished("the server knows the export no more: it is asked for anew") from None
+                raise ExportGone("the server knows the export no more: it is asked for anew") from None
             if refusal.status in (401, 403):
                 raise
             raise ExportFailed(
                 f"the server answered {refusal.status} to how the export is doing: run again to ask for a new one"
             ) from None
 
-    def _check_failed(self, answer: Answer) -> None:
+    def _check_failed(self, answer: FhirResponse) -> None:
         """Raise what an answer of 500 means: with an OperationOutcome of no passing code, the export failed."""
         codes: list[str] = []
         with suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -168,29 +168,29 @@ class BulkClient:
                 f"the server says that the export failed ({', '.join(codes[:5])}): run again to ask for a new one, and "
                 "ask its administrator if that one fails too"
             )
-        self._client.raise_for(answer.status, answer.headers, "GET", answer.url)
+        self._client.raise_for_status(answer.status, answer.headers, "GET", answer.url)
 
-    def forget(self, status_url: str) -> None:
+    def delete_export(self, status_url: str) -> None:
         """Tell the server that the export is done with, or not wanted any more; that it forgot already is fine."""
         self._client.send("DELETE", status_url, expect={200, 202, 204, 404, 410}, policy=_GOODBYE)
 
-    def downloads(self) -> Downloads:
+    def open_downloads(self) -> Downloads:
         """What ``lines`` downloads with, for a ``with`` block."""
         return Downloads(self._client)
 
-    def lines(self, downloads: Downloads, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
+    def read_lines(self, downloads: Downloads, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
         """The lines of a file, without blank ones, some at a time. A connection that breaks is taken up where it was.
 
         Raises Vanished if the server has the file no more, NotFhir if it holds another number of lines than said.
         """
         count = 0
         try:
-            for lines in downloads.lines(file.url, authorized=needs_token, expected=file.count):
+            for lines in downloads.read_lines(file.url, authorized=needs_token, expected=file.count):
                 count += len(lines)
                 yield lines
-        except Refusal as refusal:
+        except HttpStatusError as refusal:
             if refusal.status in (404, 410):
-                raise Vanished("the server has a file of the export no more: the export is asked for anew") from None
+                raise ExportGone("the server has a file of the export no more: the export is asked for anew") from None
             raise
         if file.count is not None and count != file.count:
             raise NotFhir(
@@ -198,15 +198,15 @@ class BulkClient:
                 "nothing of this export is loaded; run again to ask for a new one"
             )
 
-    def _manifest(self, answer: Answer) -> ExportManifest:
+    def _manifest(self, answer: FhirResponse) -> ExportManifest:
         try:
             found = orjson.loads(answer.body)
         except orjson.JSONDecodeError:
-            failure = json_failure(answer)
+            failure = invalid_json_failure(answer)
             failure.final = ServerUnavailable  # the export is still there, whatever stood before it
             raise failure from None
         try:
-            moment = read_instant(found["transactionTime"])
+            moment = parse_instant(found["transactionTime"])
             if moment is None:
                 raise ValueError
             return ExportManifest(
@@ -230,7 +230,7 @@ class BulkClient:
         return found
 
 
-def manifest_json(manifest: ExportManifest) -> dict[str, Any]:
+def manifest_to_json(manifest: ExportManifest) -> dict[str, Any]:
     """The manifest as JSON, to be kept."""
 
     def files(which: Sequence[ExportFile]) -> list[dict[str, Any]]:
@@ -245,8 +245,8 @@ def manifest_json(manifest: ExportManifest) -> dict[str, Any]:
     }
 
 
-def manifest_of(found: dict[str, Any]) -> ExportManifest:
-    """The manifest that ``manifest_json`` kept."""
+def manifest_from_json(found: dict[str, Any]) -> ExportManifest:
+    """The manifest that ``manifest_to_json`` kept."""
 
     def files(name: str) -> tuple[ExportFile, ...]:
         return tuple(ExportFile(file["type"], file["url"], file["count"]) for file in found[name])

@@ -27,8 +27,8 @@ from urllib3.exceptions import HTTPError
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.auth.credentials import Credentials
-from fhir_assets.fhir.client.http import FhirClient, Refusal, origin, shown_origin
-from fhir_assets.fhir.client.retries import PassingFailure
+from fhir_assets.fhir.client.http import FhirClient, HttpStatusError, format_origin, parse_origin
+from fhir_assets.retries import TransientFailure
 
 Origin = tuple[str, str, int | None]
 
@@ -55,7 +55,7 @@ class _Target:
         quoted = requote_uri(url) if _TO_QUOTE.search(url) else url
         scheme, _, rest = quoted.partition("://")
         host, slash, path = rest.partition("/")
-        found = cls(url, origin(f"{scheme}://{host}"), f"{slash}{path}" or "/")
+        found = cls(url, parse_origin(f"{scheme}://{host}"), f"{slash}{path}" or "/")
         if found.origin[0] not in ("http", "https") or not found.origin[1]:
             raise NotFhir("the manifest of an export names a file that is no URL: run again to ask for a new export")
         return found
@@ -98,19 +98,19 @@ class Downloads:
             self._kept.clear()
 
     @contextmanager
-    def one_turn(self) -> Iterator[None]:
+    def share_slot(self) -> Iterator[None]:
         """Files that this thread downloads meanwhile are one call: waiting for a turn costs as much as a small file."""
-        with self._client.turn():
-            self._mine.turn = True
+        with self._client.call_slot():
+            self._mine.call_slot = True
             try:
                 yield
             finally:
-                self._mine.turn = False
+                self._mine.call_slot = False
 
     def _turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if getattr(self._mine, "turn", False) else self._client.turn()
+        return nullcontext() if getattr(self._mine, "turn", False) else self._client.call_slot()
 
-    def lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
+    def read_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
         """The lines of a file of any size, blank ones left out, some at a time, in bounded memory.
 
         A connection that breaks, and a file that ends before its ``expected`` lines, is opened again, and what was
@@ -126,14 +126,14 @@ class Downloads:
                     yield lines
                 if expected is None or given >= expected:
                     return
-                raise PassingFailure(
+                raise TransientFailure(
                     f"the file ends after {given} of {expected} resources",
                     advice="the server's manifest and its files differ: run again to ask for a new export",
                     final=NotFhir,
                 )
-            except PassingFailure as failure:
+            except TransientFailure as failure:
                 failures += 1
-                self._client.retrier.wait_or_raise(f"GET {shown_origin(url)}, {_WHAT}", failures, failure)
+                self._client.retrier.wait_or_raise(f"GET {format_origin(url)}, {_WHAT}", failures, failure)
 
     def _lines_from(self, url: str, authorized: bool, skip: int) -> Iterator[list[bytes]]:
         """One attempt at a file, without its first ``skip`` lines."""
@@ -143,7 +143,7 @@ class Downloads:
                 first = True
                 while chunk := reply.read(_CHUNK):
                     if first and chunk.lstrip().startswith(b"<"):
-                        raise PassingFailure(
+                        raise TransientFailure(
                             "the file is HTML or XML, not NDJSON",
                             advice="does a proxy or a login page stand before the server's files?",
                             final=NotFhir,
@@ -160,7 +160,7 @@ class Downloads:
                             yield whole[skip:]
                             skip = 0
                 if rest.strip() and not _is_json(rest):
-                    raise PassingFailure(
+                    raise TransientFailure(
                         "the file ends in the middle of a line",
                         advice="the server cuts it off: run again to ask for a new export",
                         final=NotFhir,
@@ -168,7 +168,7 @@ class Downloads:
                 if rest.strip() and not skip:
                     yield [rest]
         except _BROKEN as error:
-            raise PassingFailure(f"the file broke off ({type(error).__name__})") from None
+            raise TransientFailure(f"the file broke off ({type(error).__name__})") from None
 
     @contextmanager
     def _opened(self, url: str, authorized: bool) -> Iterator[_Reply]:
@@ -181,7 +181,8 @@ class Downloads:
             known = target.origin in trusted
             if known and target.origin != own and target.origin[0] != "https":
                 raise NotFhir(
-                    f"{self._client.base_url} wants its token sent to {shown_origin(url)} without TLS: this is not done"
+                    f"{self._client.base_url} wants its token sent to {format_origin(url)} without TLS: this is "
+                    "not done"
                 )
             credentials = self._client.credentials if known else Credentials()
             with self._turn(), self._get(target, credentials) as reply:
@@ -193,8 +194,8 @@ class Downloads:
                 elif reply.status == 401 and known and renewable and self._client.credentials.renew():
                     renewable = False
                 else:
-                    self._client.raise_for(reply.status, reply.headers, "GET", _WHAT)
-        raise Refusal(f"GET {shown_origin(url)}, {_WHAT}: redirected in a circle", 310)
+                    self._client.raise_for_status(reply.status, reply.headers, "GET", _WHAT)
+        raise HttpStatusError(f"GET {format_origin(url)}, {_WHAT}: redirected in a circle", 310)
 
     @contextmanager
     def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Reply]:
@@ -268,7 +269,7 @@ def _reader(answer: HTTPResponse) -> Callable[[int], bytes]:
     def read(size: int) -> bytes:
         content = answer.read(size)
         if not content and answer.length:
-            raise PassingFailure("the file broke off before its end")
+            raise TransientFailure("the file broke off before its end")
         return content
 
     return read
@@ -278,7 +279,7 @@ def _redirected(target: _Target, reply: _Reply) -> _Target:
     found = _Target.of(urljoin(target.url, reply.headers.get("Location") or ""))
     if target.origin[0] == "https" and found.origin[0] != "https":
         raise NotFhir(
-            f"{shown_origin(target.url)} redirects an exported file to an address without TLS: this is not done"
+            f"{format_origin(target.url)} redirects an exported file to an address without TLS: this is not done"
         )
     return found
 

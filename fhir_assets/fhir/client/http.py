@@ -28,13 +28,13 @@ from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, Nam
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Credentials
 from fhir_assets.fhir.client.capabilities import Capabilities, read_capabilities
-from fhir_assets.fhir.client.retries import PassingFailure, Retrier, RetryPolicy, read_retry_after
+from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 
 T = TypeVar("T")
 Params = Sequence[tuple[str, str]]
 
 FHIR_JSON = "application/fhir+json"
-FIRST_CONTACT = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=60, budget=240)
+FIRST_CONTACT_POLICY = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=60, budget=240)
 """A server that does not even answer ``/metadata``, or never answered, is more likely a wrong setting: say so soon."""
 
 _CHECK_URL = "is FHIR_BASE_URL right and the server up?"
@@ -44,7 +44,7 @@ _CHUNK = 1 << 18
 _DEFAULT_PORT = {"http": 80, "https": 443}
 
 
-class Refusal(ServerRefused):
+class HttpStatusError(ServerRefused):
     """A ServerRefused that keeps the HTTP status, for callers to whom it means more: 410, 404, 412."""
 
     def __init__(self, message: str, status: int) -> None:
@@ -53,7 +53,7 @@ class Refusal(ServerRefused):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class FhirResponse:
     """What came back: the body whole and decompressed. ``url`` is where it came from, after redirects."""
 
     url: str
@@ -87,7 +87,7 @@ class FhirClient:
         timeout: float = 60,
         retrier: Retrier | None = None,
         connections: int = 4,
-        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+        call_slot: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         try:
             parts = urlsplit(base_url)
@@ -100,9 +100,9 @@ class FhirClient:
                 "FHIR_BASE_URL holds a user name or a password: move them to FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
             )
         self.base_url = base_url.rstrip("/")
-        self.origin = origin(base_url)
+        self.origin = parse_origin(base_url)
         self._answered = False
-        self.turn = turn
+        self.call_slot = call_slot
         self.credentials = credentials or Credentials()
         self.timeout = (min(10.0, timeout), timeout)
         self.retrier = retrier or Retrier()
@@ -130,9 +130,9 @@ class FhirClient:
             url = urljoin(page, link)
         except ValueError:
             raise NotFhir(f"{self.base_url} gives a link that is no URL: the server's paging is broken") from None
-        if origin(url) != self.origin:
+        if parse_origin(url) != self.origin:
             raise NotFhir(
-                f"{self.base_url} gives links that lead to {shown_origin(url)}, where they are not followed: set "
+                f"{self.base_url} gives links that lead to {format_origin(url)}, where they are not followed: set "
                 "FHIR_BASE_URL to the address that the server knows itself by, or correct the server's own base URL"
             )
         return url
@@ -140,7 +140,7 @@ class FhirClient:
     def get(
         self,
         path: str,
-        read: Callable[[Answer], T],
+        read: Callable[[FhirResponse], T],
         *,
         params: Params = (),
         headers: Mapping[str, str] | None = None,
@@ -149,7 +149,7 @@ class FhirClient:
     ) -> T:
         """GET a path below the base, or a URL on its origin, and ``read`` the answer.
 
-        ``read`` raises PassingFailure (as ``json_failure`` makes it) for a body that another attempt may bring
+        ``read`` raises PassingFailure (as ``invalid_json_failure`` makes it) for a body that another attempt may bring
         whole. Statuses of ``expect`` are answers, all others errors: Refusal, ServerUnavailable or NotFhir.
         """
 
@@ -162,7 +162,7 @@ class FhirClient:
         self,
         path: str,
         body: bytes,
-        read: Callable[[Answer], T],
+        read: Callable[[FhirResponse], T],
         *,
         expect: Collection[int],
         policy: RetryPolicy | None = None,
@@ -187,14 +187,14 @@ class FhirClient:
         headers: Mapping[str, str] | None = None,
         expect: Collection[int] = frozenset({200, 201, 202, 204}),
         policy: RetryPolicy | None = None,
-    ) -> Answer:
+    ) -> FhirResponse:
         """Any other request, tried again like a GET: it must be one that does no harm when done twice.
 
         Statuses of ``expect`` are answers, all others errors: Refusal, ServerUnavailable or NotFhir.
         """
         headers = {"Content-Type": FHIR_JSON, **(headers or {})} if body is not None else headers
 
-        def attempt() -> Answer:
+        def attempt() -> FhirResponse:
             return self._exchange(method, path, params, body, headers, expect)
 
         return self.retrier.run(self._name(method, path), attempt, policy)
@@ -204,19 +204,19 @@ class FhirClient:
         if something else than FHIR R4 answers.
         """
         try:
-            return self.get("metadata", self._read_capabilities, policy=FIRST_CONTACT)
-        except Refusal as refusal:
+            return self.get("metadata", self._read_capabilities, policy=FIRST_CONTACT_POLICY)
+        except HttpStatusError as refusal:
             if refusal.status != 404:
                 raise
             raise ServerUnavailable(
                 f"cannot reach a FHIR server at {self.base_url}: there is no /metadata (404); {_CHECK_URL}"
             ) from None
 
-    def _read_capabilities(self, answer: Answer) -> Capabilities:
+    def _read_capabilities(self, answer: FhirResponse) -> Capabilities:
         try:
             return read_capabilities(answer.body)
         except ValueError:
-            raise json_failure(answer) from None
+            raise invalid_json_failure(answer) from None
         except NotFhir as error:
             raise NotFhir(f"{self.base_url} {error}") from None
 
@@ -228,7 +228,7 @@ class FhirClient:
         body: bytes | None,
         headers: Mapping[str, str] | None,
         expect: Collection[int],
-    ) -> Answer:
+    ) -> FhirResponse:
         """One attempt: the answer, or PassingFailure, or the final error."""
         url = path if "://" in path else f"{self.base_url}/{path}"
         renewable = True
@@ -240,19 +240,19 @@ class FhirClient:
             elif response.is_redirect:
                 url, params = self._redirected(response), ()
             elif status in expect:
-                return Answer(response.url, status, response.headers, content)
+                return FhirResponse(response.url, status, response.headers, content)
             else:
-                self.raise_for(status, response.headers, method, path)
+                self.raise_for_status(status, response.headers, method, path)
         raise NotFhir(f"{self._name(method, path)}: redirected in a circle; is FHIR_BASE_URL right?")
 
     def _request(
         self, method: str, url: str, params: Params, body: bytes | None, headers: Mapping[str, str] | None
     ) -> tuple[requests.Response, bytes]:
-        if origin(url) != self.origin:
+        if parse_origin(url) != self.origin:
             raise ValueError("the client talks to the origin of its base URL only")
         try:
             with (
-                self.turn(),
+                self.call_slot(),
                 self.session.request(
                     method,
                     url,
@@ -270,10 +270,10 @@ class FhirClient:
         except (InvalidURL, InvalidSchema, LocationParseError):
             raise ConfigurationError("FHIR_BASE_URL is not an address that can be called: correct it") from None
         except RequestException as error:
-            raise PassingFailure(
+            raise TransientFailure(
                 f"cannot reach {self.base_url} : {_cause(error)}",
                 advice=_CHECK_URL,
-                attempts=None if self._answered else FIRST_CONTACT.attempts,
+                attempts=None if self._answered else FIRST_CONTACT_POLICY.attempts,
             ) from None
 
     def _content(self, response: requests.Response) -> bytes:
@@ -285,11 +285,11 @@ class FhirClient:
             while chunk := response.raw.read1(_CHUNK, decode_content=True):
                 chunks.append(chunk)
                 if time.monotonic() > deadline:
-                    raise PassingFailure(f"the answer was not whole after {seconds:.0f} s (FHIR_TIMEOUT_SECONDS)")
+                    raise TransientFailure(f"the answer was not whole after {seconds:.0f} s (FHIR_TIMEOUT_SECONDS)")
         except ReadTimeoutError:
-            raise PassingFailure("the answer stopped in its middle (FHIR_TIMEOUT_SECONDS)") from None
+            raise TransientFailure("the answer stopped in its middle (FHIR_TIMEOUT_SECONDS)") from None
         except HTTPError:
-            raise PassingFailure("the answer broke off in its middle") from None
+            raise TransientFailure("the answer broke off in its middle") from None
         return b"".join(chunks)
 
     def _redirected(self, response: requests.Response) -> str:
@@ -297,31 +297,31 @@ class FhirClient:
             target = urljoin(response.url, response.headers["Location"])
         except ValueError:
             raise NotFhir(f"{self.base_url} redirects to what is no URL: is FHIR_BASE_URL right?") from None
-        if origin(target) != self.origin or response.request.method not in ("GET", "HEAD"):
+        if parse_origin(target) != self.origin or response.request.method not in ("GET", "HEAD"):
             raise NotFhir(
-                f"{self.base_url} redirects to {shown_origin(target)}: set FHIR_BASE_URL to the FHIR server's own "
+                f"{self.base_url} redirects to {format_origin(target)}: set FHIR_BASE_URL to the FHIR server's own "
                 "address, or ask for a way around the login page or the proxy that stands before it"
             )
         return target
 
-    def raise_for(self, status: int, headers: Mapping[str, str], method: str, path: str) -> NoReturn:
+    def raise_for_status(self, status: int, headers: Mapping[str, str], method: str, path: str) -> NoReturn:
         """Raise what an answer of this status is: PassingFailure or Refusal."""
         if status in _PASSING_STATUS:
-            raise PassingFailure(
+            raise TransientFailure(
                 f"the server answered {status}",
                 advice="it is overloaded or down: the next run takes up where this one ended",
                 retry_after=read_retry_after(headers.get("Retry-After")),
             )
         name = self._name(method, path)
         if status == 401:
-            raise Refusal(f"{name}: the server answered 401: {self.credentials.remedy}", status)
+            raise HttpStatusError(f"{name}: the server answered 401: {self.credentials.remedy}", status)
         if status == 403:
-            raise Refusal(
+            raise HttpStatusError(
                 f"{name}: the server answered 403: the account of FHIR_AUTH_USERNAME or FHIR_AUTH_TOKEN lacks the "
                 "right to this; grant it, or leave the type out of FHIR_RESOURCE_TYPES",
                 status,
             )
-        raise Refusal(f"{name}: the server answered {status}{_WHY.get(status, '')}", status)
+        raise HttpStatusError(f"{name}: the server answered {status}{_WHY.get(status, '')}", status)
 
     def _name(self, method: str, path: str) -> str:
         """A request in words: no query and no id, which may be a patient's."""
@@ -342,15 +342,15 @@ _WHY = {
 }
 
 
-def origin(url: str) -> tuple[str, str, int | None]:
+def parse_origin(url: str) -> tuple[str, str, int | None]:
     """Scheme, host and port of a URL, as the same-origin rule compares them."""
     parts = urlsplit(url)
     return parts.scheme.lower(), (parts.hostname or "").lower(), _port(parts)
 
 
-def shown_origin(url: str) -> str:
+def format_origin(url: str) -> str:
     """The origin of a URL in words, without credentials, path or query."""
-    scheme, host, port = origin(url)
+    scheme, host, port = parse_origin(url)
     return f"{scheme}://{host}" if port == _DEFAULT_PORT.get(scheme) else f"{scheme}://{host}:{port}"
 
 
@@ -361,20 +361,20 @@ def _port(parts: SplitResult) -> int | None:
         return None
 
 
-def json_failure(answer: Answer) -> PassingFailure:
+def invalid_json_failure(answer: FhirResponse) -> TransientFailure:
     """The failure for a body that is not whole JSON: cut off, or something else, such as a login page."""
     start = answer.body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"<"):
         kind = "HTML" if b"<html" in start.lower() or b"<!doctype" in start.lower() else "XML"
-        return PassingFailure(
+        return TransientFailure(
             f"the answer is {kind}, not FHIR in JSON",
             advice="is FHIR_BASE_URL the base of a FHIR server, without a login page before it?",
             final=NotFhir,
         )
     if not start.startswith(b"{"):
         reason = "the answer is not FHIR in JSON" if start else "the answer is empty"
-        return PassingFailure(reason, advice="is FHIR_BASE_URL the base of a FHIR server?", final=NotFhir)
-    return PassingFailure(
+        return TransientFailure(reason, advice="is FHIR_BASE_URL the base of a FHIR server?", final=NotFhir)
+    return TransientFailure(
         "the answer is not whole JSON",
         advice="it is cut off or damaged on the way: a smaller FHIR_PAGE_SIZE may help",
         final=NotFhir,

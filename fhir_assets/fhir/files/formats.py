@@ -1,7 +1,7 @@
 """What a landed file may be: a format a kind of file, told apart by suffix and first bytes.
 
 A format turns the bytes of a file into records, rejected pieces and deletions, streamed. To teach the landing zone
-another one, write a ``Format`` and put it into FORMATS: the first that fits a file reads it.
+another one, write a ``FileFormat`` and put it into FORMATS: the first that fits a file reads it.
 """
 
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ from typing import Protocol
 
 import msgspec
 
-from fhir_assets.fhir.files.json_elements import TooLong, Unbalanced, elements
+from fhir_assets.fhir.files.json_elements import ElementTooLong, UnbalancedJson, split_elements
 from fhir_assets.fhir.intake import visits_csv
-from fhir_assets.fhir.intake.visits_csv import BadRow, Visit
-from fhir_assets.fhir.lines import BrokenOff, split_lines
-from fhir_assets.fhir.model import UNKNOWN_TYPE, told_type
+from fhir_assets.fhir.intake.visits_csv import InvalidRow, Visit
+from fhir_assets.fhir.lines import DamagedFile, split_lines
+from fhir_assets.fhir.model import UNKNOWN_TYPE, known_resource_type
 from fhir_assets.fhir.record import (
     Deletion,
-    Header,
-    Malformed,
+    MalformedResource,
     Record,
-    Rejected,
-    one_line,
+    RejectedInput,
+    ResourceHeader,
+    build_record,
+    parse_instant,
     read_header,
-    read_instant,
-    read_record,
+    to_single_line,
 )
 
-Item = Record | Rejected | Deletion | Visit
+FileItem = Record | RejectedInput | Deletion | Visit
 
 HEAD_BYTES = 1 << 16
 
@@ -47,26 +47,26 @@ class LandedContent:
     limit: int
 
     def rejected(
-        self, rule: str, where: str, message: str, body: bytes = b"", header: Header | None = None
-    ) -> Rejected:
+        self, rule: str, where: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
+    ) -> RejectedInput:
         """A piece that cannot be used; ``where`` it stands in the file."""
-        resource_type = told_type(header.resourceType) if header else UNKNOWN_TYPE
+        resource_type = known_resource_type(header.resourceType) if header else UNKNOWN_TYPE
         identity = header.id if header else None
-        return Rejected(resource_type, identity, rule, f"{self.place}:{where}", message, self.arrived, body)
+        return RejectedInput(resource_type, identity, rule, f"{self.place}:{where}", message, self.arrived, body)
 
-    def resource(self, body: bytes, where: str) -> Item:
+    def resource(self, body: bytes, where: str) -> FileItem:
         """The record of a resource's JSON, or why it is none."""
-        body = one_line(body)
+        body = to_single_line(body)
         if len(body) > self.limit:
             return self.rejected("json", where, _TOO_LONG)
         try:
             header = read_header(body)
-        except Malformed as error:
+        except MalformedResource as error:
             return self.rejected(error.rule, where, str(error), body)
-        return read_record(body, header, self.arrived)
+        return build_record(body, header, self.arrived)
 
 
-class Format(Protocol):
+class FileFormat(Protocol):
     """One kind of file."""
 
     name: str
@@ -77,12 +77,12 @@ class Format(Protocol):
         """Whether a file of one of the suffixes, with these first bytes (unpacked), is of this format."""
         ...
 
-    def read(self, content: LandedContent) -> Iterator[Item]:
+    def read(self, content: LandedContent) -> Iterator[FileItem]:
         """What the file holds. What cannot be used is Rejected, not an error."""
         ...
 
 
-class Ndjson:
+class NdjsonFormat:
     """A resource a line (https://hl7.org/fhir/R4/nd-json.html), or a Bundle a line, as a bulk export lists deletes."""
 
     name = "ndjson"
@@ -94,7 +94,7 @@ class Ndjson:
         lines = [line for line in head.split(b"\n") if line.strip()]
         return len(lines) > 1 and any(_is_resource(line) for line in lines[:2])
 
-    def read(self, content: LandedContent) -> Iterator[Item]:
+    def read(self, content: LandedContent) -> Iterator[FileItem]:
         number = 0
         for lines in split_lines(content.chunks, content.limit):
             for line in lines:
@@ -105,7 +105,7 @@ class Ndjson:
                     yield from _resources(content, line, str(number))
 
 
-class Document:
+class JsonFormat:
     """One JSON document, of any size: a resource, a Bundle of any type, or an array of resources."""
 
     name = "json"
@@ -114,10 +114,10 @@ class Document:
     def fits(self, name: str, head: bytes) -> bool:
         return True
 
-    def read(self, content: LandedContent) -> Iterator[Item]:
+    def read(self, content: LandedContent) -> Iterator[FileItem]:
         number = 0
         try:
-            for held_by, element in elements(content.chunks, content.limit):
+            for held_by, element in split_elements(content.chunks, content.limit):
                 if held_by == b"entry":
                     yield from _entry(content, element, f"entry[{number}]", None)
                     number += 1
@@ -130,13 +130,13 @@ class Document:
                 else:
                     yield content.resource(element, f"[{number}]")
                     number += 1
-        except Unbalanced:
+        except UnbalancedJson:
             yield content.rejected("json", "document", f"not JSON: cut off, or unbalanced, after {number} elements")
-        except TooLong:
+        except ElementTooLong:
             yield content.rejected("json", "document", f"{_TOO_LONG}, after {number} elements")
 
 
-class VisitsCsv:
+class VisitsCsvFormat:
     """Visits, a row each (``fhir/intake/visit.schema.json``)."""
 
     name = "visits"
@@ -145,28 +145,28 @@ class VisitsCsv:
     def fits(self, name: str, head: bytes) -> bool:
         return True
 
-    def read(self, content: LandedContent) -> Iterator[Item]:
+    def read(self, content: LandedContent) -> Iterator[FileItem]:
         for row in visits_csv.read(content.chunks):
             place = f"{content.place}:{row.line}"
-            if isinstance(row, BadRow):
+            if isinstance(row, InvalidRow):
                 yield _bad_row(content, row, place)
             else:
                 yield Visit(row.values, place, content.arrived)
 
 
-FORMATS: tuple[Format, ...] = (Ndjson(), Document(), VisitsCsv())
+FORMATS: tuple[FileFormat, ...] = (NdjsonFormat(), JsonFormat(), VisitsCsvFormat())
 """In the order in which they are asked."""
 
 SUFFIXES = tuple({suffix: None for each in FORMATS for suffix in (*each.suffixes, *(f"{s}.gz" for s in each.suffixes))})
 """How the names of all files end that are looked at."""
 
 
-def is_visits(name: str) -> bool:
+def is_visits_file(name: str) -> bool:
     """Whether a file by its name is one of visits: those are received together."""
-    return name.lower().removesuffix(".gz").endswith(VisitsCsv.suffixes)
+    return name.lower().removesuffix(".gz").endswith(VisitsCsvFormat.suffixes)
 
 
-def read(name: str, content: LandedContent) -> Iterator[Item]:
+def read(name: str, content: LandedContent) -> Iterator[FileItem]:
     """What a landed file holds; a file that breaks off gives what came before that, and a Rejected."""
     base = name.lower().removesuffix(".gz")
     head, rest = _begun(content.chunks)
@@ -178,7 +178,7 @@ def read(name: str, content: LandedContent) -> Iterator[Item]:
     whole = LandedContent(content.place, chain([head], rest), content.arrived, content.limit)
     try:
         yield from found.read(whole)
-    except BrokenOff as error:
+    except DamagedFile as error:
         yield content.rejected("json", "document", str(error))
 
 
@@ -188,12 +188,12 @@ def _begun(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     try:
         while len(head) < HEAD_BYTES and (more := next(chunks, b"")):
             head += more
-    except BrokenOff as error:
+    except DamagedFile as error:
         return head.removeprefix(_BOM), _breaking(error)
     return head.removeprefix(_BOM), chunks
 
 
-def _breaking(error: BrokenOff) -> Iterator[bytes]:
+def _breaking(error: DamagedFile) -> Iterator[bytes]:
     yield from ()
     raise error
 
@@ -227,7 +227,7 @@ _BOM = b"\xef\xbb\xbf"
 _TOO_LONG = "longer than a resource may be"
 
 
-def _resources(content: LandedContent, body: bytes, where: str) -> Iterator[Item]:
+def _resources(content: LandedContent, body: bytes, where: str) -> Iterator[FileItem]:
     """A resource, or the entries of a Bundle that is small enough to be read whole."""
     item = content.resource(body, where)
     if not isinstance(item, Record) or item.resource_type != "Bundle":
@@ -239,10 +239,10 @@ def _resources(content: LandedContent, body: bytes, where: str) -> Iterator[Item
         yield content.rejected("structure", where, "not a Bundle as FHIR has them", body)
         return
     for number, entry in enumerate(bundle.entry):
-        yield from _entry(content, bytes(entry), f"{where}.entry[{number}]", read_instant(bundle.timestamp))
+        yield from _entry(content, bytes(entry), f"{where}.entry[{number}]", parse_instant(bundle.timestamp))
 
 
-def _entry(content: LandedContent, body: bytes, where: str, bundle_time: datetime | None) -> Iterator[Item]:
+def _entry(content: LandedContent, body: bytes, where: str, bundle_time: datetime | None) -> Iterator[FileItem]:
     """An entry of a Bundle: its resource, or the deletion that it asks for."""
     try:
         entry = _decode_entry(body)
@@ -257,34 +257,34 @@ def _entry(content: LandedContent, body: bytes, where: str, bundle_time: datetim
 
 def deletion(
     content: LandedContent, entry: _Entry, body: bytes, where: str, bundle_time: datetime | None
-) -> Deletion | Rejected:
+) -> Deletion | RejectedInput:
     """The deletion of an entry, at the time that it says, else its Bundle, else of the file."""
     assert entry.request
     resource_type, _, identity = entry.request.url.strip("/").partition("/")
     if not resource_type.isalpha() or not identity or "/" in identity or "?" in identity:
         return content.rejected("structure", where, "a DELETE that names no single resource as <type>/<id>", body)
-    said = read_instant(entry.response.lastModified) if entry.response else None
+    said = parse_instant(entry.response.lastModified) if entry.response else None
     return Deletion(resource_type, identity, said or bundle_time or content.arrived)
 
 
-def _bad_row(content: LandedContent, row: BadRow, place: str) -> Rejected:
+def _bad_row(content: LandedContent, row: InvalidRow, place: str) -> RejectedInput:
     said = [f"{column}: {what}" if column else what for column, what in row.problems]
     issues = tuple(
         {"rule": row.rule, "severity": "error", "path": f"{place} {column}".strip(), "message": what}
         for column, what in row.problems
     )
-    return Rejected("Encounter", None, row.rule, place, "; ".join(said), content.arrived, row.body, issues)
+    return RejectedInput("Encounter", None, row.rule, place, "; ".join(said), content.arrived, row.body, issues)
 
 
 def _is_bundle(element: bytes) -> bool:
     try:
         return read_header(element).resourceType == "Bundle"
-    except Malformed:
+    except MalformedResource:
         return False
 
 
 def _is_resource(line: bytes) -> bool:
     try:
         return bool(read_header(line))
-    except Malformed:
+    except MalformedResource:
         return False

@@ -10,11 +10,11 @@ _BETWEEN = b" \t\r\n,"
 _COLON = re.compile(rb"\s*:")
 
 
-class Unbalanced(Exception):
+class UnbalancedJson(Exception):
     """The document ends in the midst of a value, or closes what was never opened."""
 
 
-class TooLong(Exception):
+class ElementTooLong(Exception):
     """One element is longer than a resource may be."""
 
 
@@ -23,10 +23,10 @@ class _Place:
     """Where the reader stands: how deep, and at what depth elements lie (None: outside of their array)."""
 
     depth: int = 0
-    elements: int | None = None
+    element_depth: int | None = None
 
 
-def elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, bytes]]:
+def split_elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, bytes]]:
     """The elements of a document: of a Bundle the objects in ``entry``, of an array its objects, of any other object
     the object itself. Each comes with the name of the array that holds it: ``entry``, ``[]``, or nothing.
 
@@ -49,7 +49,7 @@ def elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None
             if mark == b'"':
                 if not token[1]:
                     break  # its end stands in the next chunk
-                if place.depth == 1 and place.elements is None:
+                if place.depth == 1 and place.element_depth is None:
                     follows = _COLON.match(buffer, token.end())
                     if follows is None and not buffer[token.end() :].strip():
                         break  # whether it is a key stands in the next chunk
@@ -57,16 +57,16 @@ def elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None
                 position = token.end()
                 continue
             position = token.end()
-            if place.depth in (0, place.elements):
+            if place.depth in (0, place.element_depth):
                 # Between values there is nothing but white space and commas: the rest would be lost.
                 if buffer[start : token.start()].strip(_BETWEEN):
-                    raise Unbalanced
+                    raise UnbalancedJson
                 start = token.start()
             if mark in _OPEN:
                 if place.depth == 0 and mark == b"[":
-                    place.elements, start = 1, token.end()
-                elif place.depth == 1 and key and mark == b"[" and place.elements is None:
-                    place.elements = 2
+                    place.element_depth, start = 1, token.end()
+                elif place.depth == 1 and key and mark == b"[" and place.element_depth is None:
+                    place.element_depth = 2
                     around += buffer[start : token.end()]
                     start = token.end()
                 place.depth += 1
@@ -74,14 +74,14 @@ def elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None
                 continue
             place.depth -= 1
             if place.depth < 0:
-                raise Unbalanced
-            if place.elements is not None and place.depth == place.elements:
-                yield (b"entry" if place.elements == 2 else b"[]"), buffer[start : token.end()]
+                raise UnbalancedJson
+            if place.element_depth is not None and place.depth == place.element_depth:
+                yield (b"entry" if place.element_depth == 2 else b"[]"), buffer[start : token.end()]
                 start = token.end()
-            elif place.elements is not None and place.depth == place.elements - 1:
-                if place.elements == 2:
+            elif place.element_depth is not None and place.depth == place.element_depth - 1:
+                if place.element_depth == 2:
                     start = token.start()
-                place.elements = None
+                place.element_depth = None
             elif place.depth == 0:
                 yield None, bytes(around) + buffer[start : token.end()]
                 around.clear()
@@ -90,8 +90,8 @@ def elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None
                 around.clear()
         scanned = position
         if end - start + len(around) > limit:
-            raise TooLong
+            raise ElementTooLong
         if start:
             buffer, scanned, start = buffer[start:], scanned - start, 0
     if place.depth or buffer.strip():
-        raise Unbalanced
+        raise UnbalancedJson

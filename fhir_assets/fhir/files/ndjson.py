@@ -16,9 +16,17 @@ from pathlib import Path
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.lines import BrokenOff, read_lines
-from fhir_assets.fhir.model import told_type
-from fhir_assets.fhir.record import Header, Malformed, Record, Rejected, one_line, read_header, read_record
+from fhir_assets.fhir.lines import DamagedFile, read_lines
+from fhir_assets.fhir.model import known_resource_type
+from fhir_assets.fhir.record import (
+    MalformedResource,
+    Record,
+    RejectedInput,
+    ResourceHeader,
+    build_record,
+    read_header,
+    to_single_line,
+)
 from fhir_assets.windows import Interval
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -96,7 +104,7 @@ class NdjsonSource:
     def count(self, resource_type: str, interval: Interval) -> None:
         """Nothing: files do not say how much they hold."""
 
-    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
+    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """The resources of the interval. A line that cannot be used counts from when its file was written.
 
         Raises ConfigurationError if a file is missing or cannot be read.
@@ -139,7 +147,7 @@ class NdjsonSource:
             raise ConfigurationError(f"FHIR_BASE_URL: the folder {root} holds no .ndjson or .ndjson.gz file")
         raise ConfigurationError(f"FHIR_BASE_URL: there is no file, folder or match of a glob at {self._location}")
 
-    def _read(self, file: _File, wanted: list[str]) -> Iterator[Record | Rejected]:
+    def _read(self, file: _File, wanted: list[str]) -> Iterator[Record | RejectedInput]:
         """What a file holds of the wanted types, at any time."""
         reader = _Reader(file, wanted, min(_time(file), self._now()), self.skipped)
         number = 0
@@ -155,7 +163,7 @@ class NdjsonSource:
                     item = reader.take(line, number)
                     if item is not None:
                         yield item
-        except BrokenOff as error:
+        except DamagedFile as error:
             yield reader.rejected("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
             raise ConfigurationError(f"FHIR_BASE_URL: {file.name} cannot be read: {error.strerror}") from None
@@ -183,18 +191,18 @@ class _Reader:
         self._skipped = skipped
         self._named = next((name for name in wanted if name in file.types), None)
 
-    def take(self, line: bytes | None, number: int | None) -> Record | Rejected | None:
+    def take(self, line: bytes | None, number: int | None) -> Record | RejectedInput | None:
         """What a line is; None if it is nobody's. Without a number it is the file."""
         if line is None:
             return self.rejected("json", number, "a line longer than a resource may be", b"")
-        body = one_line(line)
+        body = to_single_line(line)
         if not body:
             return None
         header = None
         try:
             header = read_header(body)
-            return read_record(body, header, self._arrived) if self._is_asked_for(header) else None
-        except Malformed as error:
+            return build_record(body, header, self._arrived) if self._is_asked_for(header) else None
+        except MalformedResource as error:
             name = self._type_of(body)
             return None if name is None else self.rejected(error.rule, number, str(error), body, header, name)
 
@@ -204,23 +212,23 @@ class _Reader:
         number: int | None,
         message: str,
         body: bytes,
-        header: Header | None = None,
+        header: ResourceHeader | None = None,
         resource_type: str | None = None,
-    ) -> Rejected:
+    ) -> RejectedInput:
         """Something that cannot be used."""
         place = self._file.name if number is None else f"{self._file.name}:{number}"
         name = resource_type or self._named or self._wanted[0]
-        return Rejected(name, header.id if header else None, rule, place, message, self._arrived, body)
+        return RejectedInput(name, header.id if header else None, rule, place, message, self._arrived, body)
 
-    def _is_asked_for(self, header: Header) -> bool:
+    def _is_asked_for(self, header: ResourceHeader) -> bool:
         """Raises Malformed if the file's name promises another type."""
         name = header.resourceType
         if self._file.types and name not in self._file.types and (name in BY_NAME or name not in self._file.path.name):
-            raise Malformed("a resource of another type than the file's name says", "structure")
+            raise MalformedResource("a resource of another type than the file's name says", "structure")
         if name in self._wanted:
             return True
         if name not in BY_NAME:
-            self._skipped[told_type(name)] += 1
+            self._skipped[known_resource_type(name)] += 1
         return False
 
     def _type_of(self, body: bytes) -> str | None:
@@ -240,7 +248,7 @@ def _describe(path: Path, root: Path) -> _File:
     return _File(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, types)
 
 
-def _moment(item: Record | Rejected) -> datetime:
+def _moment(item: Record | RejectedInput) -> datetime:
     return item.as_of if isinstance(item, Record) else item.arrived
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-Identify = Callable[[str, str], str]
+DeriveId = Callable[[str, str], str]
 """From a resource type and a number to an id."""
 
 PURPOSES: Mapping[str, str] = {"data_sharing": "data-sharing", "research": "research"}
@@ -27,7 +27,7 @@ def is_patient_record(record: object) -> bool:
     )
 
 
-def patient_record(record: Mapping[str, Any], identify: Identify, *, now: str) -> list[dict[str, Any]]:
+def build_patient_resources(record: Mapping[str, Any], identify: DeriveId, *, now: str) -> list[dict[str, Any]]:
     """The Patient of a valid patient record, and where consent is given its Consent. ``now`` is an instant."""
     mrn = record["mrn"]
     identifiers = [_identifier("MR", MRN_SYSTEM, mrn)]
@@ -52,7 +52,7 @@ def patient_record(record: Mapping[str, Any], identify: Identify, *, now: str) -
     return found
 
 
-def visit_patient(row: Mapping[str, str], identity: str, *, version: int, updated: str) -> dict[str, Any]:
+def build_visit_patient(row: Mapping[str, str], identity: str, *, version: int, updated: str) -> dict[str, Any]:
     """The Patient of a valid visit, as its ``version`` of the instant ``updated``."""
     return {
         "resourceType": "Patient",
@@ -64,7 +64,7 @@ def visit_patient(row: Mapping[str, str], identity: str, *, version: int, update
     }
 
 
-def visit_encounter(row: Mapping[str, str], identity: str, patient_id: str, *, updated: str) -> dict[str, Any]:
+def build_visit_encounter(row: Mapping[str, str], identity: str, patient_id: str, *, updated: str) -> dict[str, Any]:
     """The Encounter of a valid visit, of the instant ``updated``."""
     encounter = {
         "resourceType": "Encounter",
@@ -81,7 +81,7 @@ def visit_encounter(row: Mapping[str, str], identity: str, patient_id: str, *, u
     return encounter
 
 
-def encoded(resource: Mapping[str, Any]) -> bytes:
+def encode_resource(resource: Mapping[str, Any]) -> bytes:
     """A resource as JSON on one line."""
     return orjson.dumps(resource)
 

@@ -33,13 +33,13 @@ class SchemaError:
 
 
 @cache
-def schema(name: SchemaName) -> Mapping[str, Any]:
+def load_schema(name: SchemaName) -> Mapping[str, Any]:
     """The schema, as it stands in its file."""
     content: dict[str, Any] = orjson.loads(files(__package__).joinpath(f"{name}.schema.json").read_bytes())
     return content
 
 
-def errors(name: SchemaName, record: object) -> list[SchemaError]:
+def find_errors(name: SchemaName, record: object) -> list[SchemaError]:
     """All that is wrong with a record, in the order of paths; no message holds a value of the record."""
     found = {
         SchemaError("".join(f"/{part}" for part in error.absolute_path), said)
@@ -49,10 +49,10 @@ def errors(name: SchemaName, record: object) -> list[SchemaError]:
     return sorted(found, key=lambda each: (each.path, each.message))
 
 
-def flat(name: SchemaName) -> Callable[[Mapping[str, str]], bool]:
+def compile_text_check(name: SchemaName) -> Callable[[Mapping[str, str]], bool]:
     """Whether an object of texts alone fits a schema of texts alone: what ``errors`` says, some fifty times as fast."""
-    properties = schema(name)["properties"]
-    required = frozenset(schema(name)["required"])
+    properties = load_schema(name)["properties"]
+    required = frozenset(load_schema(name)["required"])
     rules = {field: _text_rule(rule) for field, rule in properties.items()}
 
     def fits(row: Mapping[str, str]) -> bool:
@@ -82,7 +82,7 @@ def _is_date(text: str) -> bool:
 
 @cache
 def _validator(name: SchemaName) -> Draft202012Validator:
-    return Draft202012Validator(schema(name), format_checker=Draft202012Validator.FORMAT_CHECKER)
+    return Draft202012Validator(load_schema(name), format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
 def _said(error: ValidationError) -> Iterator[str]:

@@ -17,8 +17,8 @@ import orjson
 from fhir_assets.fhir.intake import schemas
 from fhir_assets.fhir.lines import split_lines
 
-COLUMNS: tuple[str, ...] = tuple(schemas.schema("visit")["properties"])
-REQUIRED: tuple[str, ...] = tuple(schemas.schema("visit")["required"])
+COLUMNS: tuple[str, ...] = tuple(schemas.load_schema("visit")["properties"])
+REQUIRED: tuple[str, ...] = tuple(schemas.load_schema("visit")["required"])
 
 LONGEST_LINE = 1 << 16
 """Bytes of a line."""
@@ -33,7 +33,7 @@ SCHEMA_RULE = "schema"
 _FORMULA = re.compile(r"'*[=+\-@\t\r]").match
 _GUARDED = re.compile(r"'+[=+\-@\t\r]").match
 
-_fits = schemas.flat("visit")
+_fits = schemas.compile_text_check("visit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Visit:
 
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
+class InvalidRow:
     """A row that is no visit: ``problems`` are all that is wrong with it, each with its column where it has one.
 
     ``body`` is what was read: the values by column, or the line as it is. No message holds any of it.
@@ -59,7 +59,7 @@ class BadRow:
 
 
 @dataclass(frozen=True, slots=True)
-class GoodRow:
+class ValidRow:
     """A row that fits the schema of a visit."""
 
     line: int
@@ -75,13 +75,13 @@ def write(rows: Iterable[Mapping[str, str]]) -> bytes:
     return text.getvalue().encode()
 
 
-def read(chunks: Iterable[bytes]) -> Iterator[GoodRow | BadRow]:
+def read(chunks: Iterable[bytes]) -> Iterator[ValidRow | InvalidRow]:
     """The rows of a file, without its header and empty ones. A header that does not fit ends the reading."""
     lines = _Lines(chunks)
     columns: Sequence[str] = ()
     for number, line in lines:
         if line is None:
-            yield BadRow(number, ROW_RULE, (("", f"a line of more than {LONGEST_LINE:,} bytes"),))
+            yield InvalidRow(number, ROW_RULE, (("", f"a line of more than {LONGEST_LINE:,} bytes"),))
             continue
         values, text = _record(lines, line, len(columns))
         if values is not None and not any(values):
@@ -89,31 +89,31 @@ def read(chunks: Iterable[bytes]) -> Iterator[GoodRow | BadRow]:
         if not columns:
             columns = [name.strip().lower() for name in values or ()]
             if problems := _header_problems(columns):
-                yield BadRow(number, HEADER_RULE, problems)
+                yield InvalidRow(number, HEADER_RULE, problems)
                 return
         elif values is None:
-            yield BadRow(number, ROW_RULE, (("", "no CSV in UTF-8, or a quote that is not closed"),), text)
+            yield InvalidRow(number, ROW_RULE, (("", "no CSV in UTF-8, or a quote that is not closed"),), text)
         elif len(values) != len(columns):
             said = f"{len(values)} values, where the header has {len(columns)} columns"
-            yield BadRow(number, ROW_RULE, (("", said),), text)
+            yield InvalidRow(number, ROW_RULE, (("", said),), text)
         else:
             yield _judged(number, dict(zip(columns, map(_bare, values), strict=True)))
 
 
-def errors(row: object) -> tuple[tuple[str, str], ...]:
+def find_errors(row: object) -> tuple[tuple[str, str], ...]:
     """All that is wrong with a visit: where, as a JSON Pointer, and what is expected there."""
     if isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) and _fits(row):
         return ()
-    return tuple((each.path, each.message) for each in schemas.errors("visit", row))
+    return tuple((each.path, each.message) for each in schemas.find_errors("visit", row))
 
 
-def _judged(number: int, row: dict[str, str]) -> GoodRow | BadRow:
+def _judged(number: int, row: dict[str, str]) -> ValidRow | InvalidRow:
     if _fits(row):
-        return GoodRow(number, row)
+        return ValidRow(number, row)
     # What a file leaves empty is not there at all.
     given = {column: value for column, value in row.items() if value or column == "reason"}
-    problems = tuple((path.removeprefix("/"), said) for path, said in errors(given))
-    return BadRow(number, SCHEMA_RULE, problems, orjson.dumps(row))
+    problems = tuple((path.removeprefix("/"), said) for path, said in find_errors(given))
+    return InvalidRow(number, SCHEMA_RULE, problems, orjson.dumps(row))
 
 
 def _header_problems(names: Sequence[str]) -> tuple[tuple[str, str], ...]:

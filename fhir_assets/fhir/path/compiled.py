@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from fhir_assets.errors import FhirPathError
-from fhir_assets.fhir.model import nearest, r4
+from fhir_assets.fhir.model import r4, suggest_name
 from fhir_assets.fhir.path import nodes, resolve, syntax
 from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.nodes import Constant, Expr, NotCompiled, Types
@@ -156,7 +156,7 @@ def compile_path(
     R4 does not know; the message then has the nearest right name.
     """
     if root_type is not None and root_type not in r4().types:
-        raise FhirPathError(f'there is no type "{root_type}"{nearest(root_type, r4().types)}')
+        raise FhirPathError(f'there is no type "{root_type}"{suggest_name(root_type, r4().types)}')
     is_resource = root_type is not None and r4().types[root_type].kind == "resource"
     expr = typed(
         expression,

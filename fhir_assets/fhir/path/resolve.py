@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fhir_assets.errors import FhirPathError
-from fhir_assets.fhir.model import nearest, r4
+from fhir_assets.fhir.model import r4, suggest_name
 from fhir_assets.fhir.path import logic, moments, nodes, runtime, scalars, steps, syntax
 from fhir_assets.fhir.path.functions import BOUNDARIES, COLLECTIONS, SAME, SCALARS, VALUES, Function
 from fhir_assets.fhir.path.nodes import Expr, NotCompiled, Types
@@ -118,7 +118,7 @@ def _constant(name: str, scope: Scope) -> Expr:
         case "rootResource":
             return nodes.Focus(None, "root")
     known = (*scope.constants, *_URLS, "context", "resource", "rootResource")
-    raise FhirPathError(f'there is no constant "%{name}"{nearest(name, known)}')
+    raise FhirPathError(f'there is no constant "%{name}"{suggest_name(name, known)}')
 
 
 def navigate(base: Expr, name: str) -> Expr:
@@ -150,7 +150,7 @@ def _unknown(types: frozenset[str], name: str) -> str:
         if type_ in model.types and name in model.types[type_].json:
             element, chosen = model.types[type_].json[name]
             return f'{shown} has no element "{name}"; write {element.name}.ofType({chosen})'
-    return f'{shown} has no element "{name}"{nearest(name, elements)}'
+    return f'{shown} has no element "{name}"{suggest_name(name, elements)}'
 
 
 def _navigate_open(base: Expr, name: str) -> Expr:
@@ -161,7 +161,7 @@ def _navigate_open(base: Expr, name: str) -> Expr:
         return nodes.Navigation(base, tuple(nodes.Key(key, t, element.many) for key, t in element.json_names()))
     known = {element for type_ in model.types.values() for element in type_.elements}
     if name not in known and name != "resourceType":
-        raise FhirPathError(f'no type has an element "{name}"{nearest(name, known)}')
+        raise FhirPathError(f'no type has an element "{name}"{suggest_name(name, known)}')
     return nodes.Members(base, name)
 
 
@@ -175,7 +175,7 @@ def type_name(written: str) -> str:
         return name[0].lower() + name[1:]
     if space in ("", "FHIR", "System") and name in r4().types:
         return name
-    raise FhirPathError(f'there is no type "{written}"{nearest(name, r4().types)}')
+    raise FhirPathError(f'there is no type "{written}"{suggest_name(name, r4().types)}')
 
 
 def _type_test(operator: str, operand: Expr, written: str) -> Expr:
@@ -223,7 +223,7 @@ def _operation(operator: str, left: Expr, right: Expr) -> Expr:
 def _call(call: syntax.Call, scope: Scope) -> Expr:
     name = call.name
     if name not in _KNOWN and name not in scope.hooks:
-        raise FhirPathError(f"there is no function {name}(){nearest(name, (*_KNOWN, *scope.hooks))}")
+        raise FhirPathError(f"there is no function {name}(){suggest_name(name, (*_KNOWN, *scope.hooks))}")
     base = scope.this if call.base is None else resolve(call.base, scope)
     if name in scope.hooks:
         hook = Function(scope.hooks[name], _BOOLEAN, 0, 9)

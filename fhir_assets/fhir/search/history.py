@@ -8,8 +8,8 @@ from itertools import pairwise
 import msgspec
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
-from fhir_assets.fhir.client.http import Answer, FhirClient, Params, Refusal, json_failure
-from fhir_assets.fhir.record import Deletion, read_instant
+from fhir_assets.fhir.client.http import FhirClient, FhirResponse, HttpStatusError, Params, invalid_json_failure
+from fhir_assets.fhir.record import Deletion, parse_instant
 
 _RESTARTS = 3
 
@@ -64,7 +64,7 @@ class DeletionHistory:
         """The types that have a history, as the server says; None if it does not say."""
         return self._client.capabilities().offers("history-type")
 
-    def since(self, resource_type: str, moment: datetime) -> Iterator[Deletion]:
+    def fetch_since(self, resource_type: str, moment: datetime) -> Iterator[Deletion]:
         """The deletions of a type since ``moment``, newest first; some twice if the server forgot its pages meanwhile.
 
         Raises NotFhir for a deletion that does not say of what, or when; ServerUnavailable, ServerRefused.
@@ -99,7 +99,7 @@ class DeletionHistory:
             links.add(url)
             try:
                 page = self._client.get(url, _read_page)
-            except Refusal as refusal:
+            except HttpStatusError as refusal:
                 if refusal.status in (404, 410):
                     raise _Expired from None
                 raise
@@ -107,7 +107,7 @@ class DeletionHistory:
     def _deletion(self, resource_type: str, entry: _Entry) -> Deletion:
         assert entry.request
         identity = _id_in(entry.request.url, resource_type) or _id_in(entry.fullUrl, resource_type)
-        at = read_instant(entry.response.lastModified) if entry.response else None
+        at = parse_instant(entry.response.lastModified) if entry.response else None
         if identity is None or at is None:
             lacking = "of what" if identity is None else "when (response.lastModified)"
             raise NotFhir(
@@ -122,13 +122,13 @@ class _Expired(Exception):
     """A next link is gone."""
 
 
-def _read_page(answer: Answer) -> _Page:
+def _read_page(answer: FhirResponse) -> _Page:
     try:
         bundle = _decode(answer.body)
     except msgspec.ValidationError as error:
         raise NotFhir(f"the server answered a history with JSON that is no Bundle: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise json_failure(answer) from None
+        raise invalid_json_failure(answer) from None
     if bundle.type != "history":
         raise NotFhir("the server answered a history with something else than a Bundle of type history")
     return _Page(answer.url, bundle, answer.date)

@@ -9,7 +9,7 @@ from datetime import datetime
 import msgspec
 
 from fhir_assets.errors import NotFhir
-from fhir_assets.fhir.client.http import Answer, json_failure
+from fhir_assets.fhir.client.http import FhirResponse, invalid_json_failure
 
 
 class _Link(msgspec.Struct):
@@ -21,7 +21,7 @@ class _Search(msgspec.Struct):
     mode: str | None = None
 
 
-class Entry(msgspec.Struct):
+class SearchEntry(msgspec.Struct):
     """An entry: ``resource`` is empty where there is none."""
 
     resource: msgspec.Raw = msgspec.Raw()
@@ -38,7 +38,7 @@ class _Bundle(msgspec.Struct):
     type: str = ""
     total: int | None = None
     link: list[_Link] = []
-    entry: list[Entry] = []
+    entry: list[SearchEntry] = []
 
 
 class _LooseBundle(msgspec.Struct):
@@ -53,29 +53,29 @@ class _LooseBundle(msgspec.Struct):
 
 _decoder = msgspec.json.Decoder(_Bundle)
 _loose_decoder = msgspec.json.Decoder(_LooseBundle)
-_entry_decoder = msgspec.json.Decoder(Entry)
+_entry_decoder = msgspec.json.Decoder(SearchEntry)
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class SearchPage:
     """``url`` is where the page came from, ``next_link`` its link as it stands there; ``date`` the server's clock."""
 
     url: str
-    entries: list[Entry | msgspec.Raw]
+    entries: list[SearchEntry | msgspec.Raw]
     """An entry that has not the form of one stays Raw."""
     next_link: str | None
     total: int | None
     date: datetime | None
 
 
-def read_page(answer: Answer) -> Page:
+def parse_search_page(answer: FhirResponse) -> SearchPage:
     """Read a page. Raises PassingFailure for a body that is not whole JSON, NotFhir for any other content."""
     try:
         bundle, entries = _read(answer.body)
     except msgspec.ValidationError as error:
         raise NotFhir(f"the server answered a search with JSON that is no Bundle: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise json_failure(answer) from None
+        raise invalid_json_failure(answer) from None
     except RecursionError:
         raise NotFhir("the server answered a search with JSON that is nested too deeply to be read") from None
     if bundle.resourceType == "OperationOutcome":
@@ -83,10 +83,10 @@ def read_page(answer: Answer) -> Page:
     if bundle.resourceType != "Bundle" or bundle.type != "searchset":
         raise NotFhir("the server answered a search with something else than a Bundle of type searchset")
     following = next((link.url for link in bundle.link if link.relation == "next" and link.url), None)
-    return Page(answer.url, entries, following, bundle.total, answer.date)
+    return SearchPage(answer.url, entries, following, bundle.total, answer.date)
 
 
-def _read(body: bytes) -> tuple[_Bundle | _LooseBundle, list[Entry | msgspec.Raw]]:
+def _read(body: bytes) -> tuple[_Bundle | _LooseBundle, list[SearchEntry | msgspec.Raw]]:
     try:
         bundle = _decoder.decode(body)
     except msgspec.ValidationError:
@@ -95,7 +95,7 @@ def _read(body: bytes) -> tuple[_Bundle | _LooseBundle, list[Entry | msgspec.Raw
     return bundle, list(bundle.entry)
 
 
-def _read_entries(entries: list[msgspec.Raw]) -> Iterator[Entry | msgspec.Raw]:
+def _read_entries(entries: list[msgspec.Raw]) -> Iterator[SearchEntry | msgspec.Raw]:
     for raw in entries:
         try:
             yield _entry_decoder.decode(raw)

@@ -11,9 +11,17 @@ from typing import TypeVar
 import msgspec
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
-from fhir_assets.fhir.client.http import Answer, FhirClient, Params, Refusal
-from fhir_assets.fhir.record import Deletion, Malformed, Record, Rejected, one_line, read_header, read_record
-from fhir_assets.fhir.search.page import Entry, Page, read_page
+from fhir_assets.fhir.client.http import FhirClient, FhirResponse, HttpStatusError, Params
+from fhir_assets.fhir.record import (
+    Deletion,
+    MalformedResource,
+    Record,
+    RejectedInput,
+    build_record,
+    read_header,
+    to_single_line,
+)
+from fhir_assets.fhir.search.page import SearchEntry, SearchPage, parse_search_page
 from fhir_assets.fhir.search.seen_versions import SeenVersions
 from fhir_assets.windows import Interval
 
@@ -78,7 +86,7 @@ class SearchSource:
         """The server's own total (``_summary=count``); None if it does not give one."""
         try:
             return self._total(resource_type, _last_updated(interval))
-        except Refusal as refusal:
+        except HttpStatusError as refusal:
             if refusal.status not in _UNSUPPORTED:
                 raise
             return None
@@ -96,7 +104,7 @@ class SearchSource:
         starts = [each.start for each in found if each.start is not None]
         return Interval(min(starts) if len(starts) == len(found) else None, max(each.end for each in found))
 
-    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
+    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """Every version of a resource that the server gives for the interval, once.
 
         A page that expires restarts the search from the last time seen. Raises NotFhir if the server does not
@@ -105,7 +113,7 @@ class SearchSource:
         for name in resource_types:
             yield from SearchPager(self._client, name, self._page_size, self._now, self.included).within(interval)
 
-    def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | Rejected]:
+    def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
         """The resources of those ids that the server has, asked for by the batch. Ids that no resource can have are
         not asked for.
         """
@@ -114,12 +122,12 @@ class SearchSource:
             batch = askable[at : at + IDS_AT_ONCE]
             yield from SearchPager(self._client, resource_type, self._page_size, self._now, self.included).by_id(batch)
 
-    def gone(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
+    def find_deleted(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
         """Those of the ids that the server once had and deleted: it answers a read of them with 410."""
         for each in filter(_ID.fullmatch, dict.fromkeys(ids)):
             try:
                 self._client.get(f"{resource_type}/{each}", lambda answer: None)
-            except Refusal as refusal:
+            except HttpStatusError as refusal:
                 if refusal.status == 410:
                     yield Deletion(resource_type, each, self._now())
                 elif refusal.status != 404:
@@ -129,7 +137,7 @@ class SearchSource:
         unknown = Interval(None, now)
         try:
             first, last = self._end(resource_type, "_lastUpdated"), self._end(resource_type, "-_lastUpdated")
-        except Refusal as refusal:
+        except HttpStatusError as refusal:
             if refusal.status not in _UNSUPPORTED:
                 raise
             return unknown
@@ -142,14 +150,14 @@ class SearchSource:
                 return Interval(min(first.last_updated, end), end)
         return unknown
 
-    def _end(self, resource_type: str, sort: str) -> Record | Rejected | None:
+    def _end(self, resource_type: str, sort: str) -> Record | RejectedInput | None:
         """The first resource in an order, None if there is none."""
-        page = self._client.get(resource_type, read_page, params=[("_sort", sort), ("_count", "1")])
+        page = self._client.get(resource_type, parse_search_page, params=[("_sort", sort), ("_count", "1")])
         pager = SearchPager(self._client, resource_type, 1, self._now, Counter())
         return next((found for entry in page.entries if (found := pager.judge(entry, "entry"))), None)
 
     def _total(self, resource_type: str, params: Params = ()) -> int | None:
-        return self._client.get(resource_type, read_page, params=[*params, ("_summary", "count")]).total
+        return self._client.get(resource_type, parse_search_page, params=[*params, ("_summary", "count")]).total
 
 
 class SearchPager:
@@ -172,7 +180,7 @@ class SearchPager:
         self._order = _Order()
         self._began: datetime | None = None
 
-    def within(self, interval: Interval) -> Iterator[Record | Rejected]:
+    def within(self, interval: Interval) -> Iterator[Record | RejectedInput]:
         """The resources of an interval."""
 
         def take(record: Record) -> bool:
@@ -191,7 +199,7 @@ class SearchPager:
                 self._give_up_after(fruitless)
                 start = max(filter(None, (self._order.resume, interval.start)), default=None)
 
-    def by_id(self, ids: Sequence[str]) -> Iterator[Record | Rejected]:
+    def by_id(self, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
         """The resources of some ids, no more than a URL holds."""
         wanted = frozenset(ids)
 
@@ -214,7 +222,7 @@ class SearchPager:
                 "searches: lower FHIR_PAGE_SIZE, or let the server keep its searches longer"
             )
 
-    def _read(self, params: Params, take: Callable[[Record], bool]) -> Iterator[Record | Rejected]:
+    def _read(self, params: Params, take: Callable[[Record], bool]) -> Iterator[Record | RejectedInput]:
         stale = 0
         for number, page in enumerate(self._pages(params), 1):
             before = len(self._seen)
@@ -223,7 +231,7 @@ class SearchPager:
                 item = self.judge(entry, f"page {number}, entry {at + 1}")
                 if item is None:
                     continue
-                if isinstance(item, Rejected):
+                if isinstance(item, RejectedInput):
                     if self._seen.add((item.resource_id, item.body)):
                         yield item
                 elif take(item) and self._seen.add((item.id, item.version_id, item.last_updated)):
@@ -233,7 +241,7 @@ class SearchPager:
             if stale > _PAGES_WITHOUT_NEWS:
                 raise NotFhir(f"a search of {self._type} gave {stale} pages in a row with nothing new: it has no end")
 
-    def _pages(self, params: Params) -> Iterator[Page]:
+    def _pages(self, params: Params) -> Iterator[SearchPage]:
         """The pages in their order, the next one on its way while one is worked on. Raises PageExpired."""
         page = self._client.get(self._type, self._read_page, params=params)
         links = set()
@@ -246,25 +254,25 @@ class SearchPager:
             yield page
             try:
                 page = following.result()
-            except Refusal as refusal:
+            except HttpStatusError as refusal:
                 if refusal.status in (404, 410):
                     raise PageExpired from None
                 raise
         yield page
 
-    def _read_page(self, answer: Answer) -> Page:
+    def _read_page(self, answer: FhirResponse) -> SearchPage:
         try:
-            return read_page(answer)
+            return parse_search_page(answer)
         except NotFhir as error:
             raise NotFhir(f"{self._client.base_url}/{self._type}: {error}") from None
 
-    def judge(self, entry: Entry | msgspec.Raw, place: str) -> Record | Rejected | None:
+    def judge(self, entry: SearchEntry | msgspec.Raw, place: str) -> Record | RejectedInput | None:
         """What an entry is: a match, one that cannot be used, or None for what merely accompanies the matches."""
         if isinstance(entry, msgspec.Raw):
             return self._rejected("structure", place, "an entry that has not the form of one", bytes(entry))
         if entry.mode == "outcome":
             return None
-        body = one_line(bytes(entry.resource))
+        body = to_single_line(bytes(entry.resource))
         if entry.mode == "include":
             self._included[_type_of(body)] += 1
             return None
@@ -277,15 +285,17 @@ class SearchPager:
             if header.resourceType != self._type:
                 if header.resourceType == "OperationOutcome" and entry.mode is None:
                     return None
-                raise Malformed(f"a resource of another type than {self._type} among the matches", "structure")
+                raise MalformedResource(f"a resource of another type than {self._type} among the matches", "structure")
             if not header.id:
-                raise Malformed("a resource without an id: no server can have stored it", "structure")
-            return read_record(body, header, self._now())
-        except Malformed as error:
+                raise MalformedResource("a resource without an id: no server can have stored it", "structure")
+            return build_record(body, header, self._now())
+        except MalformedResource as error:
             return self._rejected(error.rule, place, str(error), body, resource_id)
 
-    def _rejected(self, rule: str, place: str, message: str, body: bytes, resource_id: str | None = None) -> Rejected:
-        return Rejected(self._type, resource_id, rule, f"{self._type} search, {place}", message, self._now(), body)
+    def _rejected(
+        self, rule: str, place: str, message: str, body: bytes, resource_id: str | None = None
+    ) -> RejectedInput:
+        return RejectedInput(self._type, resource_id, rule, f"{self._type} search, {place}", message, self._now(), body)
 
     def _belongs(self, record: Record, interval: Interval) -> bool:
         """Whether a match lies in the interval. One that was updated while the search runs has left it, and comes
@@ -344,7 +354,7 @@ def _instant(moment: datetime) -> str:
 def _type_of(body: bytes) -> str:
     try:
         return read_header(body).resourceType
-    except Malformed:
+    except MalformedResource:
         return ""
 
 

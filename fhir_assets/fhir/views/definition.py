@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import FhirPathError, ViewError
-from fhir_assets.fhir.model import nearest, r4
+from fhir_assets.fhir.model import r4, suggest_name
 from fhir_assets.fhir.path.compiled import Fallback, typed
 from fhir_assets.fhir.path.logic import kind
 from fhir_assets.fhir.path.nodes import Constant, Counter, Expr, Nothing, Types
@@ -203,7 +203,7 @@ class _Reader:
         type_ = r4().types.get(self.resource)
         if type_ is None or type_.kind != "resource":
             resources = [name for name, each in r4().types.items() if each.kind == "resource"]
-            raise self.fail("resource", f'R4 has no resource "{self.resource}"{nearest(self.resource, resources)}')
+            raise self.fail("resource", f'R4 has no resource "{self.resource}"{suggest_name(self.resource, resources)}')
         name = definition.get("name") or (self.path.stem if self.path else snake_case(self.resource))
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise self.fail("name", "must be letters, digits and underscores, and begin with a letter")

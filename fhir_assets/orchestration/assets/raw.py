@@ -8,7 +8,7 @@ import dagster as dg
 from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.deployment.source import open_history
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog

@@ -14,7 +14,7 @@ from dagster._utils.schedules import reverse_cron_string_iterator
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import FhirAssetsError
-from fhir_assets.fhir.record import Source
+from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.metadata import rows_table
 from fhir_assets.orchestration.run_context import sanitized_errors

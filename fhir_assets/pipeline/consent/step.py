@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from psycopg import sql
 
-from fhir_assets.fhir.compartment import patients_of
+from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
@@ -184,7 +184,7 @@ class ConsentStep:
                     cursor.executemany(
                         "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s",
                         [
-                            (list(patients_of(_parse(open_text(text, sealed_by, cipher)))), resource_type, key)
+                            (list(find_patient_ids(_parse(open_text(text, sealed_by, cipher)))), resource_type, key)
                             for resource_type, key, text, sealed_by in rows
                         ],
                     )

@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.fhir.patch import apply_patch
-from fhir_assets.fhir.record import Malformed, one_line, read_header, read_record
+from fhir_assets.fhir.record import MalformedResource, build_record, read_header, to_single_line
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
@@ -66,14 +66,14 @@ class CorrectionStep:
 
     def _corrected(self, conn: Connection, letter: StoredDeadLetter, edit: Correction) -> bytes:
         if edit.resource is not None:
-            body = one_line(edit.resource)
+            body = to_single_line(edit.resource)
         else:
             before = corrections.of_letter(conn, letter.id)
             original = before.resource if before else dead_letters.resource(conn, letter.id)
             body = apply_patch(original or b"", edit.patch or b"")
         try:
             header = read_header(body)
-        except Malformed as error:
+        except MalformedResource as error:
             raise CorrectionRefused(f"the corrected resource is {error}") from None
         if header.resourceType != letter.resource_type:
             raise CorrectionRefused(f"the corrected resource is no {letter.resource_type}, as the dead letter is")
@@ -88,4 +88,4 @@ class CorrectionStep:
 
     def _receive(self, letter: StoredDeadLetter, body: bytes) -> None:
         origin = f"correction:{letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
-        self._receiver.receive([read_record(body, read_header(body), datetime.now(UTC))], origin)
+        self._receiver.receive([build_record(body, read_header(body), datetime.now(UTC))], origin)

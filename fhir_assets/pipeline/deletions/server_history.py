@@ -34,7 +34,7 @@ def apply_server_deletions(
         with closing(connect()) as conn:
             begin = deletions.applied_until(conn, name) or now
             conn.commit()
-        found = history.since(name, begin - overlap)
+        found = history.fetch_since(name, begin - overlap)
         gone[name] = tombstones.bury(found, run_id=run_id).gone[name]
         with closing(connect()) as conn, conn.transaction():
             # A server whose clock is behind ours dates what it deletes now before our now.

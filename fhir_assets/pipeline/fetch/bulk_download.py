@@ -10,7 +10,7 @@ from threading import Event, Lock
 
 from fhir_assets.fhir.bulk.client import BulkClient, ExportFile, ExportManifest
 from fhir_assets.fhir.bulk.downloads import Downloads
-from fhir_assets.fhir.record import Malformed, read_header, read_instant
+from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
@@ -56,7 +56,7 @@ class Download:
         todo = [(n, file) for n, file in enumerate(self._manifest.output) if n not in done]
         progress = _Progress(self._say, len(self._manifest.output), len(done))
         with (
-            self._client.downloads() as downloads,
+            self._client.open_downloads() as downloads,
             ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
         ):
             for group in _groups(todo):
@@ -130,13 +130,13 @@ class _Fetch:
     stop: Event = field(default_factory=Event)
 
     def __call__(self, files: Sequence[ExportFile]) -> None:
-        with self.downloads.one_turn():
+        with self.downloads.share_slot():
             for file in files:
                 self._fetch(file)
 
     def _fetch(self, file: ExportFile) -> None:
         arrived = arrival(self.manifest.transaction_time)
-        for lines in self.client.lines(self.downloads, file, needs_token=self.manifest.needs_token):
+        for lines in self.client.read_lines(self.downloads, file, needs_token=self.manifest.needs_token):
             dated = [(line, _moment(line) or arrived) for line in lines]
             with self.lock:
                 if self.stop.is_set():
@@ -181,7 +181,7 @@ def _batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
 
 
 def _moment(line: bytes) -> datetime | None:
-    with suppress(Malformed):
+    with suppress(MalformedResource):
         meta = read_header(line).meta
-        return read_instant(meta.lastUpdated) if meta else None
+        return parse_instant(meta.lastUpdated) if meta else None
     return None

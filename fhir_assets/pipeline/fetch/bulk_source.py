@@ -21,14 +21,22 @@ from fhir_assets.fhir.bulk.client import (
     BulkClient,
     ExportFailed,
     ExportFile,
+    ExportGone,
     ExportManifest,
+    ExportPending,
     ExportRequest,
-    Vanished,
-    Waiting,
 )
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.record import Deletion, Malformed, Record, Rejected, read_header, read_instant, read_record
+from fhir_assets.fhir.record import (
+    Deletion,
+    MalformedResource,
+    Record,
+    RejectedInput,
+    build_record,
+    parse_instant,
+    read_header,
+)
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, arrival
 from fhir_assets.storage.manifest import Part
@@ -108,7 +116,7 @@ class BulkSource:
         assert export.transaction_time is not None
         return export.transaction_time
 
-    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | Rejected]:
+    def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """The resources of the interval, out of the export that ``until`` found."""
         export = self._chosen or self._export(resource_types, interval.start, min(interval.end, self._now()))
         with closing(self._connect()) as conn:
@@ -119,7 +127,7 @@ class BulkSource:
                     if (item.as_of if isinstance(item, Record) else item.arrived) in interval:
                         yield item
 
-    def _read(self, resource_type: str, part: Part, arrived: datetime) -> Iterator[Record | Rejected]:
+    def _read(self, resource_type: str, part: Part, arrived: datetime) -> Iterator[Record | RejectedInput]:
         number = 0
         for batch in self._store.batches([part]):
             for line in batch:
@@ -128,10 +136,12 @@ class BulkSource:
                 try:
                     header = read_header(line)
                     if header.resourceType != resource_type:
-                        raise Malformed("a resource of another type than the export's manifest says", "structure")
-                    yield read_record(line, header, arrived)
-                except Malformed as error:
-                    yield Rejected(resource_type, None, error.rule, place, str(error), arrived, line)
+                        raise MalformedResource(
+                            "a resource of another type than the export's manifest says", "structure"
+                        )
+                    yield build_record(line, header, arrived)
+                except MalformedResource as error:
+                    yield RejectedInput(resource_type, None, error.rule, place, str(error), arrived, line)
 
     def _export(self, resource_types: Sequence[str], since: datetime | None, until: datetime) -> BulkExport:
         """An export that holds the types, all that was updated since; found, taken up or asked for."""
@@ -146,7 +156,7 @@ class BulkSource:
             for last in (False, False, True):
                 try:
                     return self._finished(conn, export or self._asked_for(conn, request))
-                except Vanished as error:
+                except ExportGone as error:
                     if last:
                         raise
                     self._tell(f"export: {error}")
@@ -173,7 +183,7 @@ class BulkSource:
         except (ExportFailed, NotFhir) as error:
             conn.rollback()
             bulk_exports.end(conn, export.id, "failed", error=str(error))
-            if not isinstance(error, Vanished):
+            if not isinstance(error, ExportGone):
                 self._forget(export)
             raise
         except Exception:
@@ -198,7 +208,7 @@ class BulkSource:
             except ServerUnavailable:
                 self._check_limit(export)
                 raise
-            if not isinstance(found, Waiting):
+            if not isinstance(found, ExportPending):
                 bulk_exports.ready(conn, export.id, found)
                 return found
             if found.progress and found.progress != said:
@@ -230,7 +240,7 @@ class BulkSource:
 
     def _apply(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
         """What the export says besides: deletions, and the server's own errors."""
-        with self._client.downloads() as downloads:
+        with self._client.open_downloads() as downloads:
             gone = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
             tombstones = DeletionLog(self._store, self._connect)
             tombstones.bury(_deletions(gone, manifest.transaction_time), run_id=export.id, actor="bulk export")
@@ -240,12 +250,12 @@ class BulkSource:
                     dead_letters.record(conn, export.id, (_letter(line, export.id) for line in lines))
 
     def _all_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
-        for lines in self._client.lines(downloads, file, needs_token=manifest.needs_token):
+        for lines in self._client.read_lines(downloads, file, needs_token=manifest.needs_token):
             yield from lines
 
     def _forget(self, export: BulkExport) -> None:
         with suppress(FhirAssetsError):
-            self._client.forget(export.status_url)
+            self._client.delete_export(export.status_url)
 
     def _clear(self, conn: Connection) -> None:
         """Take away what nobody reads any more."""
@@ -268,7 +278,7 @@ def _deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
     for line in lines:
         try:
             bundle = orjson.loads(line)
-            moment = read_instant((bundle.get("meta") or {}).get("lastUpdated")) or at
+            moment = parse_instant((bundle.get("meta") or {}).get("lastUpdated")) or at
             for entry in bundle.get("entry", ()):
                 if entry["request"]["method"] == "DELETE":
                     found = _DELETED.search(entry["request"]["url"])

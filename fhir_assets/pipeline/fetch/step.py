@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from fhir_assets.fhir.record import Record, Rejected, Source, read_header, read_instant
+from fhir_assets.fhir.record import Record, RejectedInput, parse_instant, read_header
+from fhir_assets.fhir.source import Source
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
 from fhir_assets.pipeline.fetch.plan import Planned, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.refresh import Refresh
@@ -156,13 +157,13 @@ class FetchStep:
             for line in batch:
                 header = read_header(line)
                 meta = header.meta
-                moment = read_instant(meta.lastUpdated) if meta else None
+                moment = parse_instant(meta.lastUpdated) if meta else None
                 seen.add((header.id or "", meta.versionId if meta else None, moment))
         return seen
 
     def _place(
         self,
-        item: Record | Rejected,
+        item: Record | RejectedInput,
         windows: WindowRange,
         plans: Mapping[str, Mapping[str, _Progress]],
         outside: dict[str, int],
@@ -177,7 +178,7 @@ class FetchStep:
         if progress is None:
             return
         progress.matched += 1
-        if isinstance(item, Rejected):
+        if isinstance(item, RejectedInput):
             progress.rejected += 1
             self._letters.add(_letter(item, window.key))
             return
@@ -245,7 +246,7 @@ class _Request:
     total: int | None
 
 
-def _letter(item: Rejected, partition_key: str) -> DeadLetter:
+def _letter(item: RejectedInput, partition_key: str) -> DeadLetter:
     return DeadLetter(
         resource_type=item.resource_type,
         resource_id=item.resource_id,

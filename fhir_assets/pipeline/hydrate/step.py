@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.fhir.record import Deletion, Record, Rejected
+from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -25,11 +25,11 @@ FIRST = "Patient"
 class ReadsById(Protocol):
     """A source that gives resources by their ids."""
 
-    def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | Rejected]:
+    def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
         """The resources of those ids that the source has."""
         ...
 
-    def gone(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
+    def find_deleted(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
         """Those of the ids that the source says it deleted."""
         ...
 
@@ -82,14 +82,14 @@ class HydrateStep:
     def _ask(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
         found = set()
 
-        def given() -> Iterator[Record | Rejected]:
+        def given() -> Iterator[Record | RejectedInput]:
             for item in self._source.fetch_ids(name, ids):
                 found.add(item.id if isinstance(item, Record) else item.resource_id)
                 yield item
 
         received = self._receiver.receive(given(), f"missing:{self._run_id}/{name}/{number}")
         lacking = [identity for identity in ids if identity not in found][:READS_AT_ONCE]
-        gone = list(self._source.gone(name, lacking))
+        gone = list(self._source.find_deleted(name, lacking))
         self._receiver.tombstones.bury(gone, run_id=self._run_id)
         with self._connect() as conn:
             quality.asked_for(conn, self._run_id, name, ids)

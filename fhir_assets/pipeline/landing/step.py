@@ -10,10 +10,10 @@ from uuid import uuid4
 
 from fhir_assets.errors import FhirAssetsError, StoreError, TransientError
 from fhir_assets.fhir.files import formats
-from fhir_assets.fhir.files.formats import Item, LandedContent
+from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.intake.visits_csv import Visit
-from fhir_assets.fhir.lines import unpacked
-from fhir_assets.fhir.record import Deletion, Record, Rejected
+from fhir_assets.fhir.lines import decompress
+from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.storage.landing_zone import DONE, FoundFile, Zone
@@ -85,10 +85,10 @@ class LandingStep:
             waiting = landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
         landed.files = len(waiting)
         for file in waiting:
-            if not formats.is_visits(file.name):
+            if not formats.is_visits_file(file.name):
                 with self._noting(file, run_id, landed):
                     self._tell(self._receive(file, run_id, landed), listen)
-        for batch, files in self._batches([file for file in waiting if formats.is_visits(file.name)]):
+        for batch, files in self._batches([file for file in waiting if formats.is_visits_file(file.name)]):
             if received := self._receive_batch(batch, files, run_id, landed):
                 self._tell(received, listen)
         return landed
@@ -121,7 +121,7 @@ class LandingStep:
         sha256 = self._sha256(file)
         origin = f"{CHANNEL}:{sha256}"
 
-        def resources() -> Iterator[Record | Rejected]:
+        def resources() -> Iterator[Record | RejectedInput]:
             nonlocal buried
             deletions: list[Deletion] = []
             for item in self._read(file, sha256):
@@ -173,7 +173,7 @@ class LandingStep:
         received_as = f"{CHANNEL}:batch-{batch}"
         at: ReadyFile | None = None
 
-        def resources(conn: Connection) -> Iterator[Record | Rejected]:
+        def resources(conn: Connection) -> Iterator[Record | RejectedInput]:
             nonlocal at
             for file in rest:
                 at = file
@@ -216,12 +216,12 @@ class LandingStep:
             except EOFError:
                 raise StoreError("a sealed file of the landing zone was cut off: post its content again") from None
 
-    def _read(self, file: ReadyFile, sha256: str) -> Iterator[Item]:
+    def _read(self, file: ReadyFile, sha256: str) -> Iterator[FileItem]:
         """What a file holds. Raises StoreError, and _Changed if it is not what its hash was made of."""
         with self._zone.open(file.name) as stream:
             hashed = _Hashed(stream)
             arrived = min(file.written, self._now())
-            content = LandedContent(sha256[:12], unpacked(hashed), arrived, self._max_bytes)  # type: ignore[arg-type]
+            content = LandedContent(sha256[:12], decompress(hashed), arrived, self._max_bytes)  # type: ignore[arg-type]
             yield from formats.read(file.name, content)
             if hashed.whole() != sha256:
                 raise _Changed("the file changed while it was read: it is taken when it is complete")

@@ -14,10 +14,10 @@ from typing import Any
 
 import orjson
 
-from fhir_assets.fhir.files.formats import Item
+from fhir_assets.fhir.files.formats import FileItem
 from fhir_assets.fhir.intake import resources
 from fhir_assets.fhir.intake.visits_csv import Visit
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops import visits
 from fhir_assets.warehouse.ops.visits import Brought, KnownVisit, Person
@@ -30,8 +30,8 @@ _AT_ONCE = 2000
 
 
 def read_new_resources(
-    conn: Connection, items: Iterable[Item], origin: str, received_as: str, resource_types: Collection[str]
-) -> Iterator[Record | Rejected]:
+    conn: Connection, items: Iterable[FileItem], origin: str, received_as: str, resource_types: Collection[str]
+) -> Iterator[Record | RejectedInput]:
     """What a file of visits holds, as the resources that are news; nothing if it was received before. Writes the ledger
     through ``conn``, in the caller's transaction: of the types that the deployment loads, so that those it does not
     are news when it does. ``received_as`` is the origin of all that the caller receives, this file among it.
@@ -41,7 +41,7 @@ def read_new_resources(
         return
     counts = Brought()
     for found in _read(conn, items, origin, resource_types, counts):
-        if isinstance(found, Rejected):
+        if isinstance(found, RejectedInput):
             counts.rejected += 1
             yield replace(found, origin=origin)
         else:
@@ -51,11 +51,11 @@ def read_new_resources(
 
 
 def _read(
-    conn: Connection, items: Iterable[Item], origin: str, resource_types: Collection[str], counts: Brought
-) -> Iterator[Record | Rejected]:
+    conn: Connection, items: Iterable[FileItem], origin: str, resource_types: Collection[str], counts: Brought
+) -> Iterator[Record | RejectedInput]:
     waiting: list[Visit] = []
     for item in items:
-        if isinstance(item, Rejected):
+        if isinstance(item, RejectedInput):
             yield item
             continue
         assert isinstance(item, Visit)
@@ -69,7 +69,7 @@ def _read(
 
 def _entered(
     conn: Connection, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
-) -> Iterator[Record | Rejected]:
+) -> Iterator[Record | RejectedInput]:
     rows = [_hashed(visit, cipher_of(conn)) for visit in batch]
     known = visits.visits(conn, [row.visit.id for row in rows])
     said: dict[str, list[_Row]] = {}
@@ -148,26 +148,32 @@ def _news(before: Person | None, rows: Sequence[_Row], counts: Brought) -> Itera
 
 
 def _patient(row: _Row, person: Person) -> Record:
-    resource = resources.visit_patient(row.of.row, person.id, version=person.version, updated=_instant(row.of.arrived))
+    resource = resources.build_visit_patient(
+        row.of.row, person.id, version=person.version, updated=_instant(row.of.arrived)
+    )
     return _record(row, resource, str(person.version))
 
 
 def _encounter(row: _Row) -> Record:
-    resource = resources.visit_encounter(row.of.row, row.visit.id, row.person.id, updated=_instant(row.of.arrived))
+    resource = resources.build_visit_encounter(
+        row.of.row, row.visit.id, row.person.id, updated=_instant(row.of.arrived)
+    )
     return _record(row, resource, "1")
 
 
 def _record(row: _Row, resource: Mapping[str, Any], version: str) -> Record:
     arrived = row.of.arrived
-    return Record(resource["resourceType"], resource["id"], version, arrived, arrived, resources.encoded(resource))
+    return Record(
+        resource["resourceType"], resource["id"], version, arrived, arrived, resources.encode_resource(resource)
+    )
 
 
 def _instant(moment: datetime) -> str:
     return moment.isoformat(timespec="microseconds")
 
 
-def _conflict(row: _Row) -> Rejected:
-    return Rejected(
+def _conflict(row: _Row) -> RejectedInput:
+    return RejectedInput(
         "Encounter",
         row.visit.id,
         CONFLICT,

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from fhir_assets.fhir.compartment import patients_of
-from fhir_assets.fhir.record import Record, read_instant
+from fhir_assets.fhir.compartment import find_patient_ids
+from fhir_assets.fhir.record import Record, parse_instant
 from fhir_assets.fhir.views import RowError, TypeViews, View
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
@@ -107,8 +107,8 @@ def _record(resource: dict[str, Any], line: bytes, arrived: datetime) -> Record 
         resource["resourceType"],
         identity,
         meta.get("versionId"),
-        read_instant(meta.get("lastUpdated")),
+        parse_instant(meta.get("lastUpdated")),
         arrived,
         line,
-        patients_of(resource),
+        find_patient_ids(resource),
     )

@@ -12,8 +12,8 @@ import orjson
 
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir.intake import resources, schemas
-from fhir_assets.fhir.intake.resources import Identify
-from fhir_assets.fhir.record import Malformed, Record, one_line, read_header, read_record
+from fhir_assets.fhir.intake.resources import DeriveId
+from fhir_assets.fhir.record import MalformedResource, Record, build_record, read_header, to_single_line
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.validation.issues import STRUCTURE, Issue
 from fhir_assets.fhir.validation.primitives import is_id
@@ -45,7 +45,7 @@ class IntakeValidator:
     """
 
     def __init__(
-        self, validator: Validator, identify: Identify, resource_types: Sequence[str], origin: str, now: datetime
+        self, validator: Validator, identify: DeriveId, resource_types: Sequence[str], origin: str, now: datetime
     ) -> None:
         self._validator = validator
         self._identify = identify
@@ -55,7 +55,7 @@ class IntakeValidator:
 
     def judge(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
         """Each of them: a FHIR resource, or a patient record."""
-        return [self._one(place, one_line(body)) for place, body in enumerate(bodies)]
+        return [self._one(place, to_single_line(body)) for place, body in enumerate(bodies)]
 
     def judge_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
         """As ``judge``, of the entries of a Bundle: a full URL and a resource each. References to full URLs that are
@@ -66,7 +66,7 @@ class IntakeValidator:
             if url and url.startswith("urn:uuid:"):
                 try:
                     header = read_header(body)
-                except Malformed:
+                except MalformedResource:
                     continue
                 known[url.encode()] = f'"{header.resourceType}/{header.id or self._id(place)}"'.encode()
 
@@ -78,7 +78,7 @@ class IntakeValidator:
     def _one(self, place: int, body: bytes) -> ValidatedRecord:
         try:
             header = read_header(body)
-        except Malformed as error:
+        except MalformedResource as error:
             return ValidatedRecord(None, None, (Issue(error.rule, "error", "Resource", str(error)),))
         name = header.resourceType
         if name == "Patient" and resources.is_patient_record(value := _parsed(body)):
@@ -92,23 +92,25 @@ class IntakeValidator:
         verdict = self._validator.check(body)
         if not verdict.valid:
             return ValidatedRecord(name, header.id if is_id(header.id or "") else None, verdict.issues)
-        return ValidatedRecord(name, header.id, verdict.issues, (read_record(body, header, self._now),))
+        return ValidatedRecord(name, header.id, verdict.issues, (build_record(body, header, self._now),))
 
     def _patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
-        if wrong := schemas.errors("patient_record", record):
+        if wrong := schemas.find_errors("patient_record", record):
             issues = (Issue(SCHEMA, "error", f"Patient{each.path.replace('/', '.')}", each.message) for each in wrong)
             return ValidatedRecord("Patient", None, tuple(issues))
-        made = resources.patient_record(record, self._identify, now=self._now.isoformat(timespec="milliseconds"))
+        made = resources.build_patient_resources(
+            record, self._identify, now=self._now.isoformat(timespec="milliseconds")
+        )
         if len(made) > 1 and "Consent" not in self._types:
             # Without it the person's will would be lost.
             return ValidatedRecord("Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._not_loaded()),))
         found: list[Record] = []
         for resource in made:
-            body = resources.encoded(resource)
+            body = resources.encode_resource(resource)
             verdict = self._validator.check(body)
             if not verdict.valid:
                 return ValidatedRecord("Patient", None, verdict.issues)
-            found.append(read_record(body, read_header(body), self._now))
+            found.append(build_record(body, read_header(body), self._now))
         return ValidatedRecord("Patient", found[0].id, (), tuple(found))
 
     def _id(self, place: int) -> str:
@@ -163,7 +165,7 @@ def read_posted(body: bytes) -> PostedBody:
     """A resource, or the entries of a Bundle. Raises Unreadable."""
     try:
         header = read_header(body)
-    except Malformed as error:
+    except MalformedResource as error:
         raise Unreadable(str(error)) from None
     if header.resourceType != "Bundle":
         return PostedBody(((None, body),), whole=True, bundle=False)

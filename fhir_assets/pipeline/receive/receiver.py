@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from fhir_assets.fhir.model import told_type
-from fhir_assets.fhir.record import Record, Rejected
+from fhir_assets.fhir.model import known_resource_type
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.partition_commit import rewrite_partitions
@@ -74,7 +74,7 @@ class Receiver:
 
     def receive(
         self,
-        records: Iterable[Record | Rejected],
+        records: Iterable[Record | RejectedInput],
         origin: str,
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
@@ -94,7 +94,7 @@ class Receiver:
 
     def receive_within(
         self,
-        bring: Callable[[Connection], Iterable[Record | Rejected]],
+        bring: Callable[[Connection], Iterable[Record | RejectedInput]],
         origin: str,
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
@@ -111,7 +111,7 @@ class Receiver:
     def _receive(
         self,
         conn: Connection,
-        records: Iterable[Record | Rejected],
+        records: Iterable[Record | RejectedInput],
         origin: str,
         audit_records: Callable[[Received], Iterable[AuditRecord]],
     ) -> Received:
@@ -143,13 +143,13 @@ class _Intake:
         self._rejected: Counter[tuple[str, str]] = Counter()
         self.skipped: Counter[str] = Counter()
 
-    def take(self, item: Record | Rejected, writer: PartWriter, letters: DeadLetterBuffer) -> None:
-        if isinstance(item, Rejected):
+    def take(self, item: Record | RejectedInput, writer: PartWriter, letters: DeadLetterBuffer) -> None:
+        if isinstance(item, RejectedInput):
             key = self._window(item.arrived).key
             self._rejected[item.resource_type, key] += 1
             letters.add(self._letter(item, key))
         elif item.resource_type not in self._types:
-            self.skipped[told_type(item.resource_type)] += 1
+            self.skipped[known_resource_type(item.resource_type)] += 1
         else:
             moment = item.as_of if item.as_of < self._now else item.arrived
             writer.add(item.resource_type, self._window(moment).key, item.body, item.last_updated)
@@ -188,7 +188,7 @@ class _Intake:
     def _window(self, moment: datetime) -> Window:
         return self._scheme.window_at(min(moment, self._now))
 
-    def _letter(self, item: Rejected, partition_key: str) -> DeadLetter:
+    def _letter(self, item: RejectedInput, partition_key: str) -> DeadLetter:
         return DeadLetter(
             resource_type=item.resource_type,
             resource_id=item.resource_id,

@@ -6,7 +6,7 @@ from itertools import islice
 
 from psycopg import sql
 
-from fhir_assets.fhir.record import read_header, read_instant
+from fhir_assets.fhir.record import parse_instant, read_header
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
@@ -189,7 +189,7 @@ def _expected(
                     places = (_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
                     line = next((instead[place] for place in places if place in instead), line)
                 header = read_header(line)
-                moment = read_instant(header.meta.lastUpdated) if header.meta else None
+                moment = parse_instant(header.meta.lastUpdated) if header.meta else None
                 identity = NULL if header.id is None else plain_text(header.id)
                 yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
 

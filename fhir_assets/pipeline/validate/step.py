@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from fhir_assets.fhir.record import Malformed, read_header
+from fhir_assets.fhir.record import MalformedResource, read_header
 from fhir_assets.fhir.validation import Issue, Validator, Verdict
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.refresh import Refresh
@@ -212,7 +212,7 @@ def build_dead_letter(
 def _readable_id(line: bytes) -> str | None:
     try:
         return read_header(line).id
-    except Malformed:
+    except MalformedResource:
         return None
 
 

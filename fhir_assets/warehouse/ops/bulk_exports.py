@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from fhir_assets.fhir.bulk.client import ExportManifest, ExportRequest, manifest_json, manifest_of
+from fhir_assets.fhir.bulk.client import ExportManifest, ExportRequest, manifest_from_json, manifest_to_json
 from fhir_assets.storage.manifest import Part
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -97,7 +97,7 @@ def ready(conn: Connection, export_id: str, manifest: ExportManifest) -> None:
     """The server has the export ready. Commits."""
     conn.execute(
         "UPDATE ops.bulk_exports SET status = 'downloading', manifest = %s, transaction_time = %s WHERE id = %s",
-        [Jsonb(manifest_json(manifest)), manifest.transaction_time, export_id],
+        [Jsonb(manifest_to_json(manifest)), manifest.transaction_time, export_id],
     )
     conn.commit()
 
@@ -164,5 +164,5 @@ def forget_parts(conn: Connection, export_id: str) -> None:
 
 def _export(row: Sequence[Any]) -> BulkExport:
     export_id, base_url, status_url, status, since, requested_at, moment, manifest, done = row
-    known = manifest_of(manifest) if manifest else None
+    known = manifest_from_json(manifest) if manifest else None
     return BulkExport(export_id, base_url, status_url, status, since, requested_at, moment, known, frozenset(done))

@@ -12,7 +12,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from fhir_assets.fhir.record import Malformed, read_header, read_instant
+from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
 
@@ -308,9 +308,9 @@ def _last_updated(resource: bytes | None) -> datetime | None:
         return None
     try:
         meta = read_header(resource).meta
-    except Malformed:
+    except MalformedResource:
         return None
-    return read_instant(meta.lastUpdated) if meta else None
+    return parse_instant(meta.lastUpdated) if meta else None
 
 
 def _storable(text: str) -> str:

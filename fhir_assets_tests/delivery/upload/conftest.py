@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from fhir_assets.cli.upload import upload
-from fhir_assets.fhir.bundles import same_content
+from fhir_assets.fhir.bundles import has_same_content
 
 Resource = Mapping[str, Any]
 
@@ -121,4 +121,4 @@ def lines_of(folder: Path) -> dict[str, bytes]:
 def assert_same(sent: Mapping[str, bytes], held: Mapping[str, bytes]) -> None:
     """Each resource that was sent is held with the same content, and no other."""
     assert sent.keys() == held.keys()
-    assert [name for name, body in sent.items() if not same_content(body, held[name])] == []
+    assert [name for name, body in sent.items() if not has_same_content(body, held[name])] == []

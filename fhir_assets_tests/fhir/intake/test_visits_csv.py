@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.fhir.intake import schemas, visits_csv
-from fhir_assets.fhir.intake.visits_csv import BadRow, GoodRow
+from fhir_assets.fhir.intake.visits_csv import InvalidRow, ValidRow
 
 HEADER = "mrn,first_name,last_name,birth_date,visit_account_number,visit_date,reason"
 ADA = {
@@ -42,17 +42,19 @@ visits = st.fixed_dictionaries(
 )
 
 
-def read(content: bytes | str, *, chunk: int = 1 << 20) -> list[GoodRow | BadRow]:
+def read(content: bytes | str, *, chunk: int = 1 << 20) -> list[ValidRow | InvalidRow]:
     data = content.encode() if isinstance(content, str) else content
     return list(visits_csv.read(data[start : start + chunk] for start in range(0, len(data), chunk)))
 
 
-def good(rows: list[GoodRow | BadRow]) -> list[dict[str, str]]:
-    return [dict(row.values) for row in rows if isinstance(row, GoodRow)]
+def good(rows: list[ValidRow | InvalidRow]) -> list[dict[str, str]]:
+    return [dict(row.values) for row in rows if isinstance(row, ValidRow)]
 
 
-def bad(rows: list[GoodRow | BadRow]) -> list[tuple[int, str, tuple[str, ...]]]:
-    return [(row.line, row.rule, tuple(said for _, said in row.problems)) for row in rows if isinstance(row, BadRow)]
+def bad(rows: list[ValidRow | InvalidRow]) -> list[tuple[int, str, tuple[str, ...]]]:
+    return [
+        (row.line, row.rule, tuple(said for _, said in row.problems)) for row in rows if isinstance(row, InvalidRow)
+    ]
 
 
 @given(st.lists(visits, max_size=8), st.integers(1, 50))
@@ -73,7 +75,7 @@ def values() -> st.SearchStrategy[object]:
 
 @given(values() | visits)
 def test_the_fast_check_and_the_json_schema_are_of_one_mind(row: dict[str, object]) -> None:
-    assert visits_csv.errors(row) == tuple((each.path, each.message) for each in schemas.errors("visit", row))
+    assert visits_csv.find_errors(row) == tuple((each.path, each.message) for each in schemas.find_errors("visit", row))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_the_fast_check_and_the_json_schema_are_of_one_mind(row: dict[str, objec
     ],
 )
 def test_dialects_that_spreadsheets_write_are_one(content: str) -> None:
-    assert read(content) == [GoodRow(next(n for n, line in enumerate(content.split("\n"), 1) if "Ada" in line), ADA)]
+    assert read(content) == [ValidRow(next(n for n, line in enumerate(content.split("\n"), 1) if "Ada" in line), ADA)]
 
 
 def test_a_quote_within_a_value_is_a_character_wherever_the_row_stands() -> None:
@@ -102,7 +104,7 @@ def test_the_reason_is_the_only_column_that_may_be_missing() -> None:
     shorter = HEADER.removesuffix(",reason")
     assert len(good(read(f"{shorter}\n{ROW.removesuffix(',fever')}\n"))) == 1
     (row,) = read(f"first_name,reason,shoe_size\n{ROW}\n")
-    assert isinstance(row, BadRow)
+    assert isinstance(row, InvalidRow)
     assert (row.line, row.rule) == (1, "csv-header")
     assert "the header lacks mrn, last_name, birth_date, visit_account_number, visit_date" in row.problems[0][1]
     assert "1 columns that are not known" in row.problems[1][1]
@@ -110,13 +112,13 @@ def test_the_reason_is_the_only_column_that_may_be_missing() -> None:
 
 def test_a_file_without_a_header_is_refused_and_its_first_line_not_quoted() -> None:
     (row,) = read(f"{ROW}\n{ROW}\n")
-    assert isinstance(row, BadRow)
+    assert isinstance(row, InvalidRow)
     assert "Lovelace" not in str(row)
 
 
 def test_all_problems_of_a_row_are_told_with_its_line_and_without_its_values() -> None:
     rows = read(f"{HEADER}\n{ROW}\n,Ada,Lovelace,1815-13-10,V2, 5.1.2024,\n{ROW}\n")
-    (row,) = [row for row in rows if isinstance(row, BadRow)]
+    (row,) = [row for row in rows if isinstance(row, InvalidRow)]
     assert row.line == 3
     assert {column for column, _ in row.problems} == {"", "birth_date", "visit_date"}
     assert ("", "mrn is required") in row.problems

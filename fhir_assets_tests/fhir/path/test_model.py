@@ -1,4 +1,4 @@
-from fhir_assets.fhir.model import nearest, r4
+from fhir_assets.fhir.model import r4, suggest_name
 
 
 def test_a_nested_type_is_named_by_its_path() -> None:
@@ -44,5 +44,5 @@ def test_every_type_of_every_element_is_known() -> None:
 
 
 def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
-    assert nearest("birthdate", ["birthDate", "id"]) == '; did you mean "birthDate"?'
-    assert nearest("zzz", ["birthDate", "id"]) == ""
+    assert suggest_name("birthdate", ["birthDate", "id"]) == '; did you mean "birthDate"?'
+    assert suggest_name("zzz", ["birthDate", "id"]) == ""

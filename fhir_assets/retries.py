@@ -33,7 +33,7 @@ class RetryPolicy:
         return min(self.max_wait, self.first_wait * 2.0 ** (failures - 1)) * (0.5 + jitter / 2)
 
 
-class PassingFailure(Exception):
+class TransientFailure(Exception):
     """One attempt failed in a way that the next may not.
 
     ``reason`` says what happened, as the middle of a sentence; ``advice`` what to do if it never works;
@@ -78,7 +78,7 @@ class Retrier:
         while True:
             try:
                 return attempt()
-            except PassingFailure as failure:
+            except TransientFailure as failure:
                 tried += 1
                 wait = policy.wait(tried, failure.retry_after, self.jitter())
                 elapsed = self.clock() - started
@@ -89,7 +89,7 @@ class Retrier:
                     raise failure.final(f"{what}: {failure.reason} (tried {times}){advice}") from None
             self.sleep(wait)
 
-    def wait_or_raise(self, what: str, failures: int, failure: PassingFailure) -> None:
+    def wait_or_raise(self, what: str, failures: int, failure: TransientFailure) -> None:
         """For a caller with a loop of its own: wait after so many failures in a row, or raise the final error."""
         if failures >= min(self.policy.attempts, failure.attempts or self.policy.attempts):
             advice = f"; {failure.advice}" if failure.advice else ""
