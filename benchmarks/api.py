@@ -27,7 +27,7 @@ from fhir_assets.ingestion import Ingestion
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets_tests.api.conftest import environment, free_port
+from fhir_assets_tests.support.api import api_environment, free_port
 
 GOAL_INTAKE = 5_000
 GOAL_P99 = 0.020
@@ -54,7 +54,7 @@ def main(patients: int, seconds: float) -> int:
         values["db_url"] = warehouse.url()
         port = free_port()
         command = [str(Path(sys.executable).with_name("fhir-assets")), "api", "--port", str(port), "--workers", "2"]
-        with subprocess.Popen(command, env=environment(values), cwd=folder, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command, env=api_environment(values), cwd=folder, stderr=subprocess.DEVNULL) as process:
             try:
                 call = _caller(port, secret)
                 _until_live(port)

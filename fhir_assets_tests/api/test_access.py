@@ -9,7 +9,7 @@ from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, Role, new_token, pa
 from fhir_assets.api.app import create_app, routes_of
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import load_settings
-from fhir_assets_tests.api.conftest import ROLES, TOKENS, Api, Serve
+from fhir_assets_tests.support.api import ROLES, TOKENS, Api, Serve
 
 PROBLEM = "application/problem+json"
 

@@ -7,7 +7,7 @@ import pytest
 
 from fhir_assets.api.app import create_app, document, routes_of
 from fhir_assets.settings import load_settings
-from fhir_assets_tests.api.conftest import TOKENS, Serve
+from fhir_assets_tests.support.api import TOKENS, Serve
 from fhir_assets_tests.support.api_fuzz import fuzz
 
 NEEDS_DAGSTER = frozenset(

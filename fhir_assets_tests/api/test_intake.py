@@ -7,7 +7,7 @@ import pytest
 
 from fhir_assets.deployment.store import store_of
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.api.conftest import Api, Serve
+from fhir_assets_tests.support.api import Api, Serve
 
 ADA = {
     "resourceType": "Patient",

@@ -11,7 +11,7 @@ from psycopg import sql
 from fhir_assets.api import context
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, free_port
 
 RECORD = {"records": [{"resourceType": "Patient", "mrn": "SECRET-MRN", "name": "Ada SECRET"}]}
 
@@ -25,7 +25,7 @@ def api(database: str, tmp_path: Path) -> Iterator[Api]:
         api_tokens=TOKENS,
         dagster_webserver_url=f"http://127.0.0.1:{free_port()}",
     )
-    with served(settings) as running:
+    with api_in_threads(settings) as running:
         yield running
 
 

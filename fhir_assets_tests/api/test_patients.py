@@ -21,8 +21,8 @@ from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets.warehouse.postgres.queries.patient_directory import Directory, Search
 from fhir_assets.warehouse.postgres.tables import deletions
-from fhir_assets_tests.api.conftest import TOKENS, Api, served
-from fhir_assets_tests.conftest import fresh_database
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
+from fhir_assets_tests.support.databases import fresh_database
 
 CROWD = 23
 V2_0203 = "http://terminology.hl7.org/CodeSystem/v2-0203"
@@ -93,7 +93,7 @@ def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pyte
         )
         (home / "dagster").mkdir()
         shutil.copyfile(dagster_yaml(), home / "dagster" / "dagster.yaml")
-        with served(settings) as api, dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        with api_in_threads(settings) as api, dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
             yield _filled(api, instance)
 
 

@@ -11,8 +11,8 @@ from psycopg import sql
 from fhir_assets.deployment.landing import landing_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.api.conftest import Api, Serve
 from fhir_assets_tests.pipeline.test_visits import visit
+from fhir_assets_tests.support.api import Api, Serve
 
 
 def files(api: Api) -> list[Path]:
@@ -26,8 +26,8 @@ def receive(api: Api) -> None:
 
 
 @pytest.fixture
-def api(serve_here: Serve) -> Api:
-    return serve_here()
+def api(serve_in_threads: Serve) -> Api:
+    return serve_in_threads()
 
 
 def test_a_list_becomes_a_csv_file_that_is_complete_at_once(api: Api) -> None:
@@ -101,26 +101,26 @@ def test_a_post_that_comes_again_with_its_key_is_one_file(api: Api) -> None:
     assert len(files(api)) == 1
 
 
-def test_more_than_the_limits_is_413(serve_here: Serve) -> None:
-    api = serve_here(api_max_records=2, api_max_body_bytes=2048)
+def test_more_than_the_limits_is_413(serve_in_threads: Serve) -> None:
+    api = serve_in_threads(api_max_records=2, api_max_body_bytes=2048)
     assert api.post("/ingest", json=[visit("1", f"V{n}") for n in range(3)]).json()["max_records"] == 2
     assert api.post("/ingest", data=b" " * 4096).json()["max_bytes"] == 2048
     assert files(api) == []
 
 
-def test_without_a_landing_zone_it_says_what_to_set(serve_here: Serve) -> None:
+def test_without_a_landing_zone_it_says_what_to_set(serve_in_threads: Serve) -> None:
     for settings, said in (
         ({"fhir_landing_url": ""}, "FHIR_LANDING_URL"),
         ({"fhir_resource_types": "Patient"}, "FHIR_RESOURCE_TYPES lacks Encounter"),
     ):
-        answer = serve_here(**settings).post("/ingest", json=[visit("1", "V1")])
+        answer = serve_in_threads(**settings).post("/ingest", json=[visit("1", "V1")])
         assert answer.status_code == 503
         assert said in answer.json()["detail"]
 
 
-def test_a_zone_that_takes_nothing_is_503_and_leaves_no_task(serve_here: Serve, tmp_path: Path) -> None:
+def test_a_zone_that_takes_nothing_is_503_and_leaves_no_task(serve_in_threads: Serve, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    api = serve_here(fhir_landing_url=str(tmp_path / "file" / "zone"))
+    api = serve_in_threads(fhir_landing_url=str(tmp_path / "file" / "zone"))
     answer = api.post("/ingest", json=[visit("1", "V1")])
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     assert api.settings.db_url
@@ -128,8 +128,8 @@ def test_a_zone_that_takes_nothing_is_503_and_leaves_no_task(serve_here: Serve, 
         assert conn.execute("SELECT FROM ops.visit_posts").fetchall() == []
 
 
-def test_a_bucket_as_landing_zone_takes_the_file_too(serve_here: Serve, s3_url: str) -> None:
-    api = serve_here(fhir_landing_url=s3_url)
+def test_a_bucket_as_landing_zone_takes_the_file_too(serve_in_threads: Serve, s3_url: str) -> None:
+    api = serve_in_threads(fhir_landing_url=s3_url)
     name = api.post("/ingest", json=[visit("1", "V1")]).json()["csv_filename"]
     bucket, prefix = s3_url.removeprefix("s3://").split("/", 1)
     content = boto3.client("s3").get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()

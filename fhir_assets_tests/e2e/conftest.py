@@ -17,7 +17,7 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
-from fhir_assets_tests.conftest import dagster_instance
+from fhir_assets_tests.support.databases import dagster_instance
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 

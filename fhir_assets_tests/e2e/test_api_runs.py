@@ -17,8 +17,8 @@ import requests
 
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.api.conftest import TOKENS, Api, free_port, served
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, free_port
 from fhir_assets_tests.support.api_fuzz import fuzz
 from fhir_assets_tests.support.content import instant, patient
 from fhir_assets_tests.support.daemon import until
@@ -100,7 +100,7 @@ def test_runs_are_started_waited_for_looked_at_replayed_and_exported(deploy: Dep
         changed["FHIR_LAST_UPDATED_GTE"] = DAY.isoformat()
         with webserver(deployment, tmp_path / "webserver.log", **changed) as url:
             settings = deployment.settings.model_copy(update={"dagster_webserver_url": url})
-            with served(settings) as api:
+            with api_in_threads(settings) as api:
                 _queued(api)
                 with daemon(deployment, tmp_path / "daemon.log", **changed):
                     run_id = _loaded(api)
@@ -113,7 +113,7 @@ def test_runs_are_started_waited_for_looked_at_replayed_and_exported(deploy: Dep
                 refused = {label for label, statuses in seen.items() if not statuses & {200, 202}}
                 assert refused <= {"POST /fhir", "GET /ingest/tasks/{task_id}"}
                 assert api.get("/health").json()["dagster"] is True
-        with served(settings) as api:
+        with api_in_threads(settings) as api:
             _without_dagster(api, run_id)
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,14 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.api.conftest import Serve, serve
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.test_alerts import Watch, receiver
+from fhir_assets_tests.support.api import Serve, api_processes
 from fhir_assets_tests.support.canaries import Canaries, Population
 from fhir_assets_tests.support.content import add
 from fhir_assets_tests.support.echoing_server import Parrot, parrot
 from fhir_assets_tests.support.landing import LandingZone, definitions, receive, tick
 from fhir_assets_tests.support.leak_scan import PLACES, Site
-
-__all__ = ["serve"]
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 TYPES = "Patient,Practitioner,Encounter,Observation,DocumentReference,DiagnosticReport,Coverage"
@@ -52,6 +50,12 @@ def leaks(site: Site, canaries: Canaries, *places: str) -> set[tuple[str, str, s
 @pytest.fixture
 def canaries() -> Canaries:
     return Canaries()
+
+
+@pytest.fixture
+def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
+    with api_processes(database, tmp_path) as start:
+        yield start
 
 
 def site_of(deployment: Deployment, folder: Path) -> Site:

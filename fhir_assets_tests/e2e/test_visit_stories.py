@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.intake import visits_csv
-from fhir_assets_tests.api.conftest import Api, api_process, values
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.pipeline.test_visits import visit
+from fhir_assets_tests.support.api import Api, api_process, api_settings
 from fhir_assets_tests.support.daemon import until
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
@@ -73,7 +73,7 @@ def hospital(deploy: Deploy, tmp_path: Path, s3_url: str) -> Iterator[Hospital]:
     }
     deployment = deploy(**settings)
     changed = {name.upper(): str(value) for name, value in settings.items()} | {"FHIR_SCHEDULE": NEVER}
-    served = values(deployment.url, tmp_path, {**settings, "fhir_assets_home": deployment.settings.home})
+    served = api_settings(deployment.url, tmp_path, {**settings, "fhir_assets_home": deployment.settings.home})
     with daemon(deployment, tmp_path / "daemon.log", **changed), api_process(served, tmp_path) as api:
         yield Hospital(api, deployment, zone)
 

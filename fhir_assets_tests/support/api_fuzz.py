@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from fhir_assets_tests.api.conftest import Api, secret
+from fhir_assets_tests.support.api import Api, role_secret
 
 CHECKS = [
     status_code_conformance,
@@ -75,7 +75,7 @@ def _ask(api: Api, label: str, statuses: set[int], unavailable: frozenset[str]) 
     def ask(case: Case[Any]) -> None:
         if isinstance(case.query, dict) and "wait" in case.query:
             case.query["wait"] = 0
-        response = case.call(base_url=api.url, headers={"Authorization": f"Bearer {secret('admin')}"}, timeout=120)
+        response = case.call(base_url=api.url, headers={"Authorization": f"Bearer {role_secret('admin')}"}, timeout=120)
         statuses.add(response.status_code)
         assert response.status_code < 500 or (response.status_code == 503 and label in unavailable), (
             f"{label} answered {response.status_code}: {response.text}"
