@@ -92,7 +92,7 @@ def _load(home: Path, url: str) -> None:
         refresh=Refresh.FULL,
         reject=lambda letters: None,
     )
-    [update] = fetcher.fetch(["Observation"], windows)
+    [update] = fetcher.run(["Observation"], windows)
     validation = ValidateStep(
         store,
         Validator(),
@@ -102,7 +102,7 @@ def _load(home: Path, url: str) -> None:
         refresh=Refresh.FULL,
         workers=WorkerPool(settings.workers),
     )
-    validation.validate("Observation", update.manifests)
+    validation.run("Observation", update.manifests)
     print(json.dumps({"peak_mib": peak_mib(), "seconds": perf_counter() - started, "download": download}))
 
 

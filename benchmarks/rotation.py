@@ -69,7 +69,7 @@ def _rotate(home: Path) -> None:
     warehouse, store, views = Warehouse(settings), store_of(settings), build_views(settings).views
     warehouse.url()
     started = perf_counter()
-    rotated = ReencryptStep(warehouse.connect, store, views, actor="benchmark").rotate()
+    rotated = ReencryptStep(warehouse.connect, store, views, actor="benchmark").run()
     seconds = perf_counter() - started
     print(
         json.dumps(

@@ -78,7 +78,7 @@ def _round(workers: WorkerPool, batches: dict[str, list[list[bytes]]]) -> dict[s
             seconds=60,
         )
         for _, batch, rows in made:
-            assert len(rows.block) + len(rows.undone) == len(batch.lines)
+            assert len(rows.block) + len(rows.rejected) == len(batch.lines)
     return {"validation": between - started, "views": perf_counter() - between}
 
 

@@ -157,7 +157,7 @@ class Ingestion:
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Bring the tables to what consent says now, where no run does so."""
         sweep = ConsentStep(self._warehouse.connect, views, self._settings.gate, run_id=actor, actor=actor)
-        sweep.sweep(datetime.now(UTC))
+        sweep.run(datetime.now(UTC))
 
     def _run(
         self,

@@ -173,7 +173,7 @@ def ingest_records(context: ContextOf, caller: CallerOf, body: Body, key: Key = 
         except Unreadable as error:
             raise Problem(400, str(error)) from None
         require_few(context, len(bodies))
-        judged = _judge(context, origin).judge(bodies)
+        judged = _judge(context, origin).validate_bodies(bodies)
         _receive(context, caller, origin, judged, key)
         results = [
             {
@@ -224,15 +224,15 @@ def ingest_fhir(context: ContextOf, caller: CallerOf, body: Body, key: Key = Non
         except Unreadable as error:
             return _outcome(400, [Issue("json", "error", "Resource", str(error))])
         require_few(context, len(posted.entries))
-        judged = _judge(context, origin).judge_entries(posted.entries)
+        judged = _judge(context, origin).validate_entries(posted.entries)
         issues = [
             replace(issue, path=f"Bundle.entry[{place}].resource" + issue.path[len(issue.path.split(".")[0]) :])
-            if posted.bundle
+            if posted.is_bundle
             else issue
             for place, each in enumerate(judged)
             for issue in each.issues
         ]
-        if not all(each.accepted for each in judged) and (posted.whole or not any(each.accepted for each in judged)):
+        if not all(each.accepted for each in judged) and (posted.atomic or not any(each.accepted for each in judged)):
             return _outcome(422, issues)
         _receive(context, caller, origin, judged, key)
         return _outcome(200, issues)

@@ -44,7 +44,7 @@ def apply(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = 
         run_id="cli",
         actor=f"cli:{getpass.getuser()}",
     )
-    swept = sweep.sweep(datetime.now(UTC))
+    swept = sweep.run(datetime.now(UTC))
     facts = {
         "patients": swept.patients,
         "decisions_changed": swept.decisions,

@@ -136,7 +136,7 @@ def edit(
     change = Correction(
         patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
     )
-    corrected = correcting.edit(letter, change)
+    corrected = correcting.run(letter, change)
     received = corrected.stage == "fetch"
     if json:
         print_json({"id": letter, "corrected_by": change.by, "received": received})

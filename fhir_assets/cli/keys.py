@@ -68,8 +68,8 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
             store_of(settings),
             build_views(settings).views,
             actor=f"cli:{getpass.getuser()}",
-            tell=watch,
-        ).rotate()
+            on_progress=watch,
+        ).run()
     if json:
         print_json(
             {
@@ -95,8 +95,8 @@ def _rows(settings: Settings, found: KeyUsage) -> list[dict[str, object]]:
             "key": key or _CLEAR,
             "set": key is None or key in ids,
             "newest": key is not None and key == settings.cipher.key_id,
-            "needed": key is not None and (key == settings.cipher.key_id or found.needs(key)),
-            **found.of(key),
+            "needed": key is not None and (key == settings.cipher.key_id or found.is_used(key)),
+            **found.count_by_location(key),
         }
         for key in dict.fromkeys([*ids, *found.keys])
     ]
@@ -109,16 +109,17 @@ def _advice(settings: Settings, found: KeyUsage) -> Iterator[str]:
         return
     newest, *older = [key.id for key in settings.cipher.keys]
     for key in older:
-        if found.needs(key):
+        if found.is_used(key):
             yield f"Key {key} is still needed: `fhir-assets keys rotate` makes it dispensable."
         else:
             yield f"Key {key} is no longer needed: take it out of PHI_ENCRYPTION_KEYS."
     for missing in [key for key in found.keys if key not in (newest, *older, None)]:
         yield (
-            f"Key {missing} is missing: it seals {_counted(found.of(missing))}. Add it to PHI_ENCRYPTION_KEYS as the "
-            "last one, then `fhir-assets keys rotate`; if it is lost, load the windows again with a full refresh."
+            f"Key {missing} is missing: it seals {_counted(found.count_by_location(missing))}. Add it to "
+            "PHI_ENCRYPTION_KEYS as the last one, then `fhir-assets keys rotate`; if it is lost, load the windows "
+            "again with a full refresh."
         )
-    clear = found.of(None)
+    clear = found.count_by_location(None)
     if not settings.phi_encrypt_store:
         del clear["parts"]
     if any(clear.values()):

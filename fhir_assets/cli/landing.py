@@ -46,10 +46,10 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
     settings = load_settings()
     warehouse = Warehouse(settings)
     landing = landing_of(settings, warehouse)
-    landing.look(complete=True)
+    landing.scan(assume_complete=True)
     totals: dict[str, int] = {"files": 0, "failed": 0, "known_before": 0, "rows": 0, "rejected": 0, "deleted": 0}
     while True:
-        landed = landing.receive(str(uuid4()))
+        landed = landing.run(str(uuid4()))
         for name in totals:
             totals[name] += getattr(landed, name)
         if not landed.files:

@@ -42,8 +42,8 @@ def fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.Jo
         found: Counter[str] = Counter()
         deleted: Counter[str] = Counter()
         with sanitized_errors():
-            for batch in missing.fetch():
-                asked[batch.resource_type] += batch.asked
+            for batch in missing.run():
+                asked[batch.resource_type] += batch.requested
                 found[batch.resource_type] += batch.found
                 deleted[batch.resource_type] += batch.deleted
                 yield from materializations(batch.received)

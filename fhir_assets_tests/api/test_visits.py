@@ -21,8 +21,8 @@ def files(api: Api) -> list[Path]:
 
 def receive(api: Api) -> None:
     landing = landing_of(api.settings, Warehouse(api.settings))
-    assert landing.look() == len(files(api))
-    landing.receive("run")
+    assert landing.scan() == len(files(api))
+    landing.run("run")
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_a_bucket_as_landing_zone_takes_the_file_too(serve_in_threads: Serve, s3
     content = boto3.client("s3").get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
     assert content.startswith(b"mrn,first_name,")
     landing = landing_of(api.settings, Warehouse(api.settings))
-    assert landing.look() == 1
-    assert landing.receive("run").rows == 2
+    assert landing.scan() == 1
+    assert landing.run("run").rows == 2
 
 
 def test_a_post_is_on_record_and_neither_log_nor_ledger_nor_name_holds_a_patient(

@@ -100,11 +100,13 @@ class Hospital:
         facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": WorkerPool(1)}
         validation = ValidateStep(self.store, Validator(), self.connect, now=DAY, **facts)
         raw = self.store.manifests("raw", "Patient", [KEY])
-        commit_update(self.connect, self.store, validation.validate("Patient", raw))
+        commit_update(self.connect, self.store, validation.run("Patient", raw))
         validated = self.store.manifests("validated", "Patient", [KEY])
         window = self.settings.window_scheme.window(KEY)
-        loading = LoadStep(self.store, self.connect, PATIENTS, whole=True, gate=gate or ConsentGate(), **facts)
-        loading.load("Patient", [window], validated)
+        loading = LoadStep(
+            self.store, self.connect, PATIENTS, all_views=True, consent_gate=gate or ConsentGate(), **facts
+        )
+        loading.run("Patient", [window], validated)
 
     def lose(self, stage: str, identity: str = "b") -> int:
         """A dead letter of a run; returns its id."""
@@ -163,7 +165,7 @@ def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
 
 
 def sweep(hospital: Hospital, policy: Policy) -> None:
-    ConsentStep(hospital.connect, ALL, ConsentGate(policy), run_id="run", actor="pipeline").sweep(DAY)
+    ConsentStep(hospital.connect, ALL, ConsentGate(policy), run_id="run", actor="pipeline").run(DAY)
 
 
 def export(hospital: Hospital) -> None:
@@ -186,7 +188,7 @@ def delete(hospital: Hospital) -> None:
 
 
 def heal(hospital: Hospital) -> None:
-    ReplayLoadStep(hospital.connect, PATIENTS, run_id="healing", also_open=True).load(
+    ReplayLoadStep(hospital.connect, PATIENTS, run_id="healing", also_open=True).run(
         "Patient", [hospital.settings.window_scheme.window(KEY)]
     )
 

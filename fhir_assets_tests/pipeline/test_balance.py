@@ -13,10 +13,10 @@ GOOD = WindowCounts(
     repeated=1,
     rejected=1,
     raw=8,
-    judged=8,
+    validated=8,
     valid=6,
     dead=2,
-    undone=1,
+    not_loaded=1,
     missing=0,
 )
 
@@ -35,8 +35,8 @@ def test_a_source_that_cannot_count_is_no_fault() -> None:
     [
         ({"server_total": 12}, "the server counts 12 but gave 10: materialize raw"),
         ({"server_total": 9}, "the server counts 9 but gave 10: materialize raw"),
-        ({"raw": 7, "judged": 7, "valid": 5}, "8 were received but raw holds 7"),
-        ({"judged": 7, "valid": 5}, "raw holds 8 but 7 were validated"),
+        ({"raw": 7, "validated": 7, "valid": 5}, "8 were received but raw holds 7"),
+        ({"validated": 7, "valid": 5}, "raw holds 8 but 7 were validated"),
         ({"dead": 1}, "8 were validated but 6 are valid, 1 dead and 0 withheld"),
         ({"missing": 3}, "3 valid resources are not in the tables: materialize normalized again"),
     ],

@@ -235,7 +235,7 @@ def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
     server: SandboxServer, store: Store, database: str
 ) -> None:
     said: list[str] = []
-    ids(source(server.url, store, database, say=said.append))
+    ids(source(server.url, store, database, on_progress=said.append))
     texts = [line.partition(": ")[2] for line in said]
     assert texts[0] == "the server has taken it"
     assert texts[1:3] == ["33 % done", "66 % done"]
@@ -249,7 +249,7 @@ def test_a_long_download_is_told_of_now_and_then_and_not_file_by_file(
     said: list[str] = []
     slow = Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.FILE}), seconds=0.02)
     with SandboxServer([patient(f"p{n}", START) for n in range(60)], export_file_resources=1, faults=(slow,)) as server:
-        ids(source(server.url, store, database, say=said.append, connections=1))
+        ids(source(server.url, store, database, on_progress=said.append, connections=1))
     told = [line for line in said if "downloaded" in line]
     assert 2 <= len(told) < 40
     assert " of 60 files" in told[0]

@@ -73,7 +73,7 @@ class Tables:
         return total
 
     def sweep(self, now: datetime = START) -> ConsentResult:
-        return ConsentStep(self.connect, VIEWS, self.gate, run_id="sweep", actor="test").sweep(now)
+        return ConsentStep(self.connect, VIEWS, self.gate, run_id="sweep", actor="test").run(now)
 
     def all(self, query: str) -> set[Any]:
         with self.connect() as conn:
@@ -271,8 +271,8 @@ def test_what_a_replay_heals_is_withheld_too(database: str) -> None:
     with tables.connect() as conn:
         dead_letters.record(conn, "failed", letters)
     of_patients = [each for each in VIEWS if each.resource_type == "Patient"]
-    replay = ReplayLoadStep(tables.connect, of_patients, run_id="replay", also_open=True, gate=OPT_IN)
-    assert replay.load("Patient", [Window(None, START, "k")]) == 3
+    replay = ReplayLoadStep(tables.connect, of_patients, run_id="replay", also_open=True, consent_gate=OPT_IN)
+    assert replay.run("Patient", [Window(None, START, "k")]) == 3
     assert tables.all("SELECT gender FROM fhir.patient") == {"male"}
     assert tables.shown() == OF_A | NOBODYS | {"Consent/c"}
     assert tables.held() == OF_B | {"Patient/new"}

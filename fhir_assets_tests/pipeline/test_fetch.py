@@ -59,7 +59,7 @@ def fetch(
         refresh=refresh,
         reject=(letters if letters is not None else []).extend,
     )
-    (update,) = fetcher.fetch(["Patient"], WindowRange(DAYS[:days]))
+    (update,) = fetcher.run(["Patient"], WindowRange(DAYS[:days]))
     store.commit(update.manifests)
     return update
 
@@ -110,7 +110,7 @@ def test_a_full_refresh_fetches_the_open_window_anew(server: SandboxServer, stor
     after = store.manifest("raw", "Patient", "2024-01-05")
     assert asked(server)[-1] == ("2024-01-05T00:00:00.000Z", "2024-01-05T12:00:00.000Z")
     assert ids(store) == ["a"]
-    assert update.anew == ("2024-01-05",)
+    assert update.refetched_keys == ("2024-01-05",)
     assert before
     assert after
     assert not set(before.parts) & set(after.parts)
@@ -163,7 +163,7 @@ def test_an_update_while_the_window_is_read_is_no_fault(server: SandboxServer, s
         refresh=Refresh.MISSING,
         reject=lambda letters: None,
     )
-    (update,) = fetcher.fetch(["Patient"], WindowRange(DAYS[:1]))
+    (update,) = fetcher.run(["Patient"], WindowRange(DAYS[:1]))
     (made,) = update.fetches.values()
     assert (made.server_total, made.matched) == (0, 0)
 

@@ -79,7 +79,7 @@ def test_what_is_received_goes_into_the_windows_of_its_last_updated_or_else_of_i
 def test_an_origin_is_received_once_and_its_records_are_not_even_read_again(store: Store, receiver: Receiver) -> None:
     first = receiver.receive([record("a")], "landing:x")
     again = receiver.receive((pytest.fail("was read") for _ in "x"), "landing:x")
-    assert (again.items, again.again) == (first.items, True)
+    assert (again.items, again.already_received) == (first.items, True)
     assert ids(store) == ["a"]
     receiver.receive([record("b")], "landing:y")
     assert ids(store) == ["a", "b"]
@@ -132,7 +132,7 @@ def test_one_origin_received_by_many_at_once_is_there_once(store: Store, receive
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: receiver.receive([record("a")], "api:1"), range(8)))
     assert ids(store) == ["a"]
-    assert sorted(result.again for result in results) == [False] + [True] * 7
+    assert sorted(result.already_received for result in results) == [False] + [True] * 7
 
 
 def test_a_window_that_is_fetched_anew_keeps_what_was_received(store: Store, receiver: Receiver, database: str) -> None:

@@ -57,7 +57,7 @@ def test_everything_is_sealed_with_the_newest_key_and_opens_without_the_older_on
     with opened(place.url, OLD) as conn:
         fill(conn, place.store(OLD))
         before = everything(conn, place.store(OLD))
-    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert rotated.left_over == 0
     assert not rotated.refused
     assert rotated.sealed == {
@@ -80,7 +80,7 @@ def test_blind_indexes_and_fingerprints_outlive_the_rotation(place: Place) -> No
     with opened(place.url, OLD) as conn:
         fill(conn, place.store(OLD))
         before = rows(conn, "SELECT _resource_key, mrn_index FROM fhir.patient ORDER BY 1")
-    rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT _resource_key, mrn_index FROM fhir.patient ORDER BY 1") == before
         dead_letters.record(conn, "again", [LETTER])
@@ -91,10 +91,10 @@ def test_blind_indexes_and_fingerprints_outlive_the_rotation(place: Place) -> No
 def test_a_second_rotation_finds_nothing_to_do(place: Place) -> None:
     with opened(place.url, OLD) as conn:
         fill(conn, place.store(OLD))
-    rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     with opened(place.url, NEW) as conn:
         before = rows(conn, "SELECT xmin::text FROM fhir.resource")
-    again = rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    again = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert (again.sealed.total(), again.left_over) == (0, 0)
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT xmin::text FROM fhir.resource") == before
@@ -107,7 +107,7 @@ def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
         facts = everything(conn, place.store())["facts"]
     with opened(place.url, NEW) as conn:
         view_tables.apply_changes(conn, VIEWS)
-    rotated = rotator(place.url, place.store(NEW), NEW).rotate()
+    rotated = rotator(place.url, place.store(NEW), NEW).run()
     assert rotated.left_over == 0
     assert rotated.from_clear == rotated.sealed
     with opened(place.url, NEW) as conn:
@@ -125,7 +125,7 @@ def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
 def test_a_letter_and_its_correction_from_before_there_were_keys_are_known_again_afterwards(place: Place) -> None:
     with connect(place.url) as conn:
         fill(conn, place.store())
-    rotator(place.url, place.store(NEW), NEW).rotate()
+    rotator(place.url, place.store(NEW), NEW).run()
     with opened(place.url, NEW) as conn:
         dead_letters.record(conn, "again", [LETTER])
         assert rows(conn, "SELECT attempts FROM ops.dead_letters") == [(2,)]
@@ -139,7 +139,7 @@ def test_a_letter_that_failed_again_before_the_rotation_loses_neither_of_its_row
     with opened(place.url, NEW) as conn:
         dead_letters.record(conn, "again", [LETTER])
         conn.commit()
-    assert rotator(place.url, place.store(NEW), NEW).rotate().left_over == 0
+    assert rotator(place.url, place.store(NEW), NEW).run().left_over == 0
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT attempts, sealed_by FROM ops.dead_letters") == [(1, NEW_ID), (1, NEW_ID)]
         known = corrections.by_fingerprint(conn, "Patient", ["validate"], [DAY])
@@ -153,7 +153,7 @@ def test_columns_that_keys_give_another_type_are_asked_for_before_anything_is_do
     with connect(place.url) as conn:
         load_people(conn, range(3), [birth])
     with pytest.raises(ViewError, match="migrate --apply-view-changes"):
-        rotator(place.url, place.store(NEW), NEW, views=[birth]).rotate()
+        rotator(place.url, place.store(NEW), NEW, views=[birth]).run()
 
 
 def test_rows_of_a_view_that_a_partial_load_left_with_the_older_key_are_sealed_too(place: Place) -> None:
@@ -162,8 +162,8 @@ def test_rows_of_a_view_that_a_partial_load_left_with_the_older_key_are_sealed_t
     with opened(place.url, NEW, OLD) as conn:
         load_people(conn, range(5), [VIEWS[0]], version="2")
         found = count_key_usage(conn, place.store(NEW, OLD), VIEWS)
-        assert (found.of(OLD_ID)["resources"], found.of(OLD_ID)["rows"]) == (0, 10)
-    assert rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate().left_over == 0
+        assert (found.count_by_location(OLD_ID)["resources"], found.count_by_location(OLD_ID)["rows"]) == (0, 10)
+    assert rotator(place.url, place.store(NEW, OLD), NEW, OLD).run().left_over == 0
     with opened(place.url, NEW) as conn:
         tokens = rows(conn, "SELECT family FROM fhir.patient_name")
         assert len([cipher_of(conn).read_token(str(token)) for (token,) in tokens]) == 10
@@ -174,14 +174,14 @@ def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place
         fill(conn, place.store(OLD))
         lose(conn, 4, "0badc0de")
         before = rows(conn, "SELECT resource FROM fhir.resource WHERE sealed_by = '0badc0de'")
-    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert rotated.sealed["resources"] == 26
     assert rotated.left_over == 4
     assert rotated.sealed["rows"] == 4 * 3
-    assert rotated.usage.of("0badc0de")["resources"] == 4
+    assert rotated.usage.count_by_location("0badc0de")["resources"] == 4
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT resource FROM fhir.resource WHERE sealed_by = '0badc0de'") == before
-        assert not count_key_usage(conn, place.store(NEW), VIEWS).needs(OLD_ID)
+        assert not count_key_usage(conn, place.store(NEW), VIEWS).is_used(OLD_ID)
         names = rows(conn, "SELECT family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
         assert {cipher_of(conn).read_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
 
@@ -194,7 +194,7 @@ def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Pl
             " WHERE id = 'p00003'"
         )
         conn.commit()
-    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert rotated.sealed["resources"] == 9
     [(why, count)] = rotated.refused.items()
     assert (count, why.startswith("Patient: sealed patient data is damaged")) == (1, True)
@@ -215,7 +215,7 @@ def test_a_damaged_part_stays_as_it_is_and_is_named(place: Place, damage: str) -
     else:
         content[-3] ^= 1
     path.write_bytes(content)
-    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).rotate()
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert (rotated.sealed["parts"], rotated.left_over) == (0, 1)
     assert all(name in why for why in rotated.refused)
     assert path.read_bytes() == content
@@ -231,7 +231,7 @@ def test_the_store_is_sealed_in_a_bucket_too(place: Place, s3_url: str) -> None:
         return store_of(load_settings(fhir_store_url=s3_url, phi_encryption_keys=",".join(keys)))
 
     names = [write_part(bucket(OLD), b"Smith", layer, 20_000) for layer in ("raw", "validated")]
-    assert rotator(place.url, bucket(NEW, OLD), NEW, OLD).rotate().sealed["parts"] == 2
+    assert rotator(place.url, bucket(NEW, OLD), NEW, OLD).run().sealed["parts"] == 2
     store = bucket(NEW)
     assert sorted(n for layer in ("raw", "validated") for n in store.blobs.names(layer) if "part" in n) == sorted(names)
     for layer in ("raw", "validated"):
@@ -244,14 +244,14 @@ def test_with_the_store_in_the_clear_by_choice_only_sealed_parts_are_sealed_anew
     write_part(place.store(OLD), b"Smith", "raw")
     clear = write_part(store_at(place.folder, NO_ENCRYPTION), b"Smith", "validated")
     in_the_clear = Cipher(parse_keys([NEW, OLD])).reading_only()
-    rotated = rotator(place.url, store_at(place.folder, in_the_clear), NEW, OLD).rotate()
+    rotated = rotator(place.url, store_at(place.folder, in_the_clear), NEW, OLD).run()
     assert (rotated.sealed["parts"], rotated.left_over) == (1, 0)
     assert not (place.folder / clear).read_bytes().startswith(b"FSP1")
 
 
 def test_without_keys_there_is_nothing_to_rotate_to(place: Place) -> None:
     with pytest.raises(ConfigurationError, match="keys new"):
-        ReencryptStep(lambda: connect(place.url), place.store(), VIEWS, actor="test").rotate()
+        ReencryptStep(lambda: connect(place.url), place.store(), VIEWS, actor="test").run()
 
 
 def test_two_rotations_at_once_are_refused(place: Place) -> None:
@@ -259,7 +259,7 @@ def test_two_rotations_at_once_are_refused(place: Place) -> None:
     guard.autocommit = True
     with guard, key_rotations.alone(guard):
         with pytest.raises(TransientError, match="keys status"):
-            rotator(place.url, place.store(NEW), NEW).rotate()
+            rotator(place.url, place.store(NEW), NEW).run()
 
 
 def test_rows_of_a_view_that_is_gone_and_rows_without_a_resource_are_sealed_token_by_token(place: Place) -> None:
@@ -267,7 +267,7 @@ def test_rows_of_a_view_that_is_gone_and_rows_without_a_resource_are_sealed_toke
         load_people(conn, range(5))
         conn.execute("DELETE FROM fhir.resource WHERE id = 'p00000'")
         before = rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1")
-    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0]]).rotate()
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0]]).run()
     assert (rotated.sealed["resources"], rotated.sealed["rows"], rotated.left_over) == (4, 1 + 10, 0)
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1") == before
@@ -280,7 +280,7 @@ def test_a_resource_that_its_views_refuse_by_now_is_sealed_and_keeps_its_rows(pl
     with opened(place.url, OLD) as conn:
         load_people(conn, range(5))
     stricter = view("patient_name", "Patient", encrypted("family", "name.family"))
-    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0], stricter]).rotate()
+    rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0], stricter]).run()
     assert (rotated.left_over, rotated.sealed["resources"], rotated.sealed["rows"]) == (0, 5, 15)
     assert not rotated.refused
     with opened(place.url, NEW) as conn:
@@ -310,8 +310,8 @@ def test_progress_is_kept_where_others_see_it(place: Place) -> None:
     each: Callable[[key_rotations.Rotation], None] = seen.append
     cipher = keyring(place.url, NEW, OLD)
     ReencryptStep(
-        lambda: connect(place.url, cipher=cipher), place.store(NEW, OLD), VIEWS, actor="test", tell=each
-    ).rotate()
+        lambda: connect(place.url, cipher=cipher), place.store(NEW, OLD), VIEWS, actor="test", on_progress=each
+    ).run()
     assert [(p.doing, p.total, p.done, p.at_work) for p in seen] == [
         ("Patient", 2501, done, True) for done in (1000, 2000, 2500)
     ]
@@ -327,4 +327,4 @@ def test_only_the_name_table_counts_as_sealed_where_others_hold_nothing(place: P
     with opened(place.url, NEW) as conn:
         load_people(conn, range(2), [plain, NAME])
         assert rows(conn, "SELECT count(*) FROM fhir.patient_plain") == [(2,)]
-        assert count_key_usage(conn, place.store(NEW), [plain, NAME]).of(NEW_ID)["rows"] == 4
+        assert count_key_usage(conn, place.store(NEW), [plain, NAME]).count_by_location(NEW_ID)["rows"] == 4

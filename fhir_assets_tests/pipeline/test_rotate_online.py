@@ -53,7 +53,7 @@ def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database
         loader = Loader(conn, "Patient", VIEWS, run_id="newer")
         loader.add([rows_of(VIEWS, person(n, family="Newer", **NEWER)) for n in range(5)], "2024-02-01")
         loader.finish()
-        rotating = threading.Thread(target=(rotation := rotator(database, store, NEW, OLD, patience=600)).rotate)
+        rotating = threading.Thread(target=(rotation := rotator(database, store, NEW, OLD, busy_timeout=600)).run)
         rotating.start()
         wait_until(database, "SELECT FROM ops.key_rotations WHERE done >= 15")
         assert rotating.is_alive()
@@ -72,10 +72,10 @@ def test_rows_that_a_load_holds_for_good_are_left_to_the_next_rotation(database:
     with opened(database, OLD) as conn:
         load_people(conn, range(5))
         conn.execute("SELECT FROM fhir.resource WHERE id = 'p00002' FOR UPDATE")
-        rotated = rotator(database, store, NEW, OLD, patience=0.2).rotate()
+        rotated = rotator(database, store, NEW, OLD, busy_timeout=0.2).run()
         assert (rotated.sealed["resources"], rotated.busy["Patient"]) == (4, 1)
-        assert rotated.usage.needs(OLD_ID)
-    assert rotator(database, store, NEW, OLD).rotate().left_over == 0
+        assert rotated.usage.is_used(OLD_ID)
+    assert rotator(database, store, NEW, OLD).run().left_over == 0
 
 
 def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(database: str, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(da
     loading = threading.Thread(target=keep_loading)
     loading.start()
     try:
-        rotated = rotator(database, store, NEW, OLD, patience=600).rotate()
+        rotated = rotator(database, store, NEW, OLD, busy_timeout=600).run()
     finally:
         ended.set()
         loading.join()
@@ -120,12 +120,12 @@ def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str,
             load_people(stale, range(3, 5))
 
         rotated = ReencryptStep(
-            lambda: connect(database, cipher=cipher), store, VIEWS, actor="test", tell=write_again
-        ).rotate()
-        assert rotated.usage.of(OLD_ID)["resources"] == 2
+            lambda: connect(database, cipher=cipher), store, VIEWS, actor="test", on_progress=write_again
+        ).run()
+        assert rotated.usage.count_by_location(OLD_ID)["resources"] == 2
         assert rotated.left_over > 0
     with opened(database, NEW, OLD):
-        assert rotator(database, store, NEW, OLD).rotate().left_over == 0
+        assert rotator(database, store, NEW, OLD).run().left_over == 0
 
 
 def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -> None:
@@ -143,11 +143,11 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
         halfway = count_key_usage(conn, store, VIEWS)
     assert stopped is not None
     assert (stopped.at_work, stopped.ended_at) == (False, None)
-    assert 0 < halfway.of(NEW_ID)["resources"] < 4000
-    assert halfway.of(NEW_ID)["rows"] == 3 * halfway.of(NEW_ID)["resources"]
-    rotated = rotator(database, store, NEW, OLD).rotate()
+    assert 0 < halfway.count_by_location(NEW_ID)["resources"] < 4000
+    assert halfway.count_by_location(NEW_ID)["rows"] == 3 * halfway.count_by_location(NEW_ID)["resources"]
+    rotated = rotator(database, store, NEW, OLD).run()
     assert rotated.left_over == 0
-    assert rotated.sealed["resources"] == 4000 - halfway.of(NEW_ID)["resources"]
+    assert rotated.sealed["resources"] == 4000 - halfway.count_by_location(NEW_ID)["resources"]
     with opened(database, NEW) as conn:
         assert count_key_usage(conn, store, VIEWS).keys == [NEW_ID]
         assert everything(conn, store_at(tmp_path, Cipher(parse_keys([NEW])))) == before
@@ -156,4 +156,4 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
 
 if __name__ == "__main__":
     both = os.environ["KEYS"].split(",")
-    rotator(sys.argv[1], store_at(Path(sys.argv[2]), Cipher(parse_keys(both))), *both).rotate()
+    rotator(sys.argv[1], store_at(Path(sys.argv[2]), Cipher(parse_keys(both))), *both).run()

@@ -35,7 +35,7 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
     store: Store, database: str, conn: Connection
 ) -> None:
     given = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
-    done = DeletionLog(store, lambda: connect(database)).bury(iter(given), run_id="r")
+    done = DeletionLog(store, lambda: connect(database)).record(iter(given), run_id="r")
     assert dict(done.unseen) == {"Patient": 1, "Observation": 1}
     expected = {("Patient", "p1"): AT, ("Observation", "o1"): AT + timedelta(days=1)}
     assert buried(database) == expected
@@ -43,14 +43,14 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
     conn.commit()
     again = DeletionLog(store, lambda: connect(database))
     for name in ("Patient", "Observation", "Encounter"):
-        again.restore(conn, name, run_id="r2")
+        again.apply_pending(conn, name, run_id="r2")
     assert buried(database) == expected
     assert conn.execute("SELECT version_id FROM fhir.resource WHERE id = 'p1'").fetchone() == ("3",)
-    assert not again.restore(conn, "Patient", run_id="r3").unseen, "a part is applied once"
+    assert not again.apply_pending(conn, "Patient", run_id="r3").unseen, "a part is applied once"
 
 
 def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:
-    DeletionLog(store, lambda: connect(database)).bury([Deletion("Patient", "p1", AT)], run_id="r")
+    DeletionLog(store, lambda: connect(database)).record([Deletion("Patient", "p1", AT)], run_id="r")
     assert [key is not None for _, key in sealed_parts(store)] == [True]
 
 
@@ -60,13 +60,13 @@ def test_what_breaks_off_keeps_none(store: Store, database: str) -> None:
         raise NotFhir("broken")
 
     with pytest.raises(NotFhir):
-        DeletionLog(store, lambda: connect(database)).bury(broken(), run_id="r")
+        DeletionLog(store, lambda: connect(database)).record(broken(), run_id="r")
     assert buried(database) == {}
     assert store.manifest("deleted", "Patient", "all") is None
 
 
 def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str, tmp_path: Path) -> None:
-    DeletionLog(store, lambda: connect(database)).bury([Deletion("../../Evil", "p1", AT)], run_id="r")
+    DeletionLog(store, lambda: connect(database)).record([Deletion("../../Evil", "p1", AT)], run_id="r")
     assert buried(database) == {}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -77,7 +77,7 @@ def test_many_small_parts_are_joined_and_none_is_lost(
     monkeypatch.setattr(deletion_log, "MANY_PARTS", 4)
     mine = DeletionLog(store, lambda: connect(database))
     for n in range(10):
-        mine.bury([Deletion("Patient", f"p{n}", AT)], run_id="r")
+        mine.record([Deletion("Patient", f"p{n}", AT)], run_id="r")
     manifest = store.manifest("deleted", "Patient", "all")
     assert manifest is not None
     assert len(manifest.parts) < 4

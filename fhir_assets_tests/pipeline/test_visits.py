@@ -64,8 +64,8 @@ class World:
         os.utime(path, (moment, moment))
 
     def receive(self) -> None:
-        self.landing.look(complete=True)
-        self.landing.receive("run")
+        self.landing.scan(assume_complete=True)
+        self.landing.run("run")
 
     def query(self, statement: str) -> list[tuple[object, ...]]:
         with connect(self.url) as conn:
@@ -223,7 +223,7 @@ def test_a_file_of_a_batch_that_cannot_be_read_is_named_and_the_others_go_on(
 ) -> None:
     for name in "abc":
         world.put(f"{name}.csv", [visit(name, f"V{name}")])
-    world.landing.look(complete=True)
+    world.landing.scan(assume_complete=True)
     (world.folder / "a.csv").unlink()
     read = formats.read
 
@@ -234,7 +234,7 @@ def test_a_file_of_a_batch_that_cannot_be_read_is_named_and_the_others_go_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(formats, "read", changed)
-        landed = world.landing.receive("run")
+        landed = world.landing.run("run")
     assert (landed.files, landed.failed, landed.rows) == (3, 2, 2)
     assert world.query("SELECT name, status FROM ops.landing_files ORDER BY 1") == [
         ("a.csv", "failed"), ("b.csv", "failed"), ("c.csv", "loaded")
@@ -246,9 +246,9 @@ def test_files_received_at_once_keep_one_patient_an_mrn_and_one_visit_a_number(t
     worlds = [World(tmp_path, database) for _ in range(6)]
     for number, each in enumerate(worlds):
         each.put(f"{number}.csv", [visit(str(n), f"V{n}") for n in random.Random(number).sample(range(30), 25)])
-    worlds[0].landing.look(complete=True)
+    worlds[0].landing.scan(assume_complete=True)
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda each: each.landing.receive("run"), worlds))
+        list(pool.map(lambda each: each.landing.run("run"), worlds))
     for name in ("Patient", "Encounter"):
         ids = [each["id"] for each in worlds[0].raw(name)]
         assert len(ids) == len(set(ids)) == 30

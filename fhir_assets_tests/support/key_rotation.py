@@ -146,9 +146,11 @@ def _bytes(value: str) -> bytes:
     return from_json(value)
 
 
-def rotator(url: str, store: Store, *keys: str, views: Sequence[View] = VIEWS, patience: float = 5.0) -> ReencryptStep:
+def rotator(
+    url: str, store: Store, *keys: str, views: Sequence[View] = VIEWS, busy_timeout: float = 5.0
+) -> ReencryptStep:
     cipher = keyring(url, *keys)
-    return ReencryptStep(lambda: connect(url, cipher=cipher), store, views, actor="test", patience=patience)
+    return ReencryptStep(lambda: connect(url, cipher=cipher), store, views, actor="test", busy_timeout=busy_timeout)
 
 
 def lose(conn: Connection, count: int, key_id: str) -> None:

@@ -53,7 +53,7 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
 
         started = perf_counter()
         with sanitized_errors():
-            landed = landing_of(settings, warehouse).receive(context.run.run_id, listen=report)
+            landed = landing_of(settings, warehouse).run(context.run.run_id, on_received=report)
         with sanitized_errors(), warehouse.connect() as conn:
             found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
         yield dg.MaterializeResult(metadata=_metadata(landed, perf_counter() - started), check_results=[checked(found)])
@@ -74,7 +74,7 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
     )
     def load_landing(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with sanitized_errors():
-            waiting = landing_of(settings, warehouse).look()
+            waiting = landing_of(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
             found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
         # A letter that was settled meanwhile turns the check green without a run.

@@ -77,31 +77,31 @@ def _normalized(
                     store,
                     warehouse.connect,
                     wanted,
-                    whole=len(wanted) == len(views),
+                    all_views=len(wanted) == len(views),
                     run_id=facts.run_id,
                     refresh=facts.refresh,
                     workers=workers,
-                    gate=settings.gate,
+                    consent_gate=settings.gate,
                 )
                 sweep = ConsentStep(
                     warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
                 )
-                sweep.sweep(datetime.now(UTC))
+                sweep.run(datetime.now(UTC))
                 with warehouse.table_loads.slot():
-                    loaded = loading.load(name, facts.windows.windows, validated)
+                    loaded = loading.run(name, facts.windows.windows, validated)
                 if name == "Consent":
-                    sweep.sweep(datetime.now(UTC))
+                    sweep.run(datetime.now(UTC))
                 if facts.replay and len(wanted) == len(views):
                     replay = ReplayLoadStep(
                         warehouse.connect,
                         wanted,
                         run_id=facts.run_id,
                         also_open=facts.replay == "open",
-                        gate=settings.gate,
+                        consent_gate=settings.gate,
                     )
                     with warehouse.table_loads.slot():
-                        replay.load(name, facts.windows.windows)
-                settled = sorted(loaded.settled.difference(facts.partition_keys))[:OTHER_WINDOWS]
+                        replay.run(name, facts.windows.windows)
+                settled = sorted(loaded.settled_windows.difference(facts.partition_keys))[:OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:
                     rows = {view.name: row_count(conn, view) for view in wanted}
@@ -139,7 +139,7 @@ def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]
         "updated": dg.IntMetadataValue(loaded.updated),
         "superseded": dg.IntMetadataValue(loaded.superseded),
         "withheld": dg.IntMetadataValue(loaded.withheld),
-        "dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead.most_common())),
+        "dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead_by_rule.most_common())),
         "seconds": dg.FloatMetadataValue(round(seconds, 3)),
         "resources_per_second": dg.IntMetadataValue(round(loaded.resources / seconds) if seconds else 0),
     }

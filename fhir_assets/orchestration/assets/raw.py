@@ -63,7 +63,9 @@ def _raw(
         started = perf_counter()
         if isinstance(source, BulkSource):
             # Dagster's own logger is silenced (dagster.yaml): how far an export is stands among the step's events.
-            source.say = lambda text: context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
+            source.on_progress = lambda text: context.log_event(
+                dg.AssetObservation(["raw", types[0].key], description=text)
+            )
         with recorded(facts, warehouse, wanted):
             offered = source.offered()
             for name in wanted:
@@ -79,7 +81,7 @@ def _raw(
                 refresh=facts.refresh,
                 reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
             )
-            updates = {update.resource_type: update for update in fetcher.fetch(here, facts.windows)}
+            updates = {update.resource_type: update for update in fetcher.run(here, facts.windows)}
             history = open_history(settings, warehouse)
             deleted = (
                 apply_server_deletions(
@@ -110,7 +112,7 @@ def _raw(
                     | ({"deleted": deleted[name]} if name in deleted else {}),
                 )
                 with warehouse.connect() as conn:
-                    dead_letters.settle(conn, facts.run_id, name, "fetch", update.anew)
+                    dead_letters.settle(conn, facts.run_id, name, "fetch", update.refetched_keys)
                     runs.count(
                         conn,
                         facts.run_id,
@@ -134,8 +136,8 @@ def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, 
         "seconds": round(seconds, 3),
         "rows_per_second": round(fetched / seconds) if seconds else 0,
     }
-    if update.outside:
-        metadata["older_than_FHIR_LAST_UPDATED_GTE"] = update.outside
+    if update.before_first_window:
+        metadata["older_than_FHIR_LAST_UPDATED_GTE"] = update.before_first_window
     if skipped:
         metadata["skipped"] = "the source does not offer this type"
     return metadata

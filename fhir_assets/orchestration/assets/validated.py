@@ -64,10 +64,10 @@ def _validated(
             if facts.replay:
                 update, counts = _replay(facts, store, validator, warehouse, validation, name, raw)
             else:
-                update = validation.validate(name, raw)
+                update = validation.run(name, raw)
                 counts = _counts(update)
             with warehouse.connect() as conn:
-                dead_letters.settle(conn, facts.run_id, name, "validate", update.judged)
+                dead_letters.settle(conn, facts.run_id, name, "validate", update.revalidated_keys)
                 runs.count(conn, facts.run_id, name, counts)
             for manifest in update.manifests:
                 if manifest.validated:
@@ -99,14 +99,14 @@ def _replay(
         also_open=facts.replay == "open",
     )
     behind = replay.behind(name, raw)
-    update = validation.validate(name, behind)
-    found = replay.validate(name, sorted({m.partition_key for m in raw}.difference(m.partition_key for m in behind)))
+    update = validation.run(name, behind)
+    found = replay.run(name, sorted({m.partition_key for m in raw}.difference(m.partition_key for m in behind)))
     counts = _counts(update)
     for manifest in found.update.manifests:
         key = manifest.partition_key
-        counts[key] = {"valid": found.healed[key], "dead": found.failed[key]}
+        counts[key] = {"valid": found.resolved[key], "dead": found.failed[key]}
     manifests = update.manifests + found.update.manifests
-    return ValidatedUpdate(name, manifests, update.judged, {**update.bases, **found.update.bases}), counts
+    return ValidatedUpdate(name, manifests, update.revalidated_keys, {**update.bases, **found.update.bases}), counts
 
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:

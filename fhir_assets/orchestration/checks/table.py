@@ -254,13 +254,13 @@ class _Judge:
         unusual = [each for each in volumes if each.unusual]
         said = "no window stands out"
         if unusual:
-            said = "; ".join(f"{each.partition_key} brought {each.said}" for each in unusual[:3])
+            said = "; ".join(f"{each.partition_key} brought {each.description}" for each in unusual[:3])
             said += (
                 ". See whether the source was complete then; if not, materialize raw, validated and normalized again"
             )
         table = rows_table(
             ("window", "resources:int", "least_before:int", "most_before:int"),
-            [(each.partition_key, each.rows, each.least, each.most) for each in unusual or volumes],
+            [(each.partition_key, each.rows, each.lowest, each.highest) for each in unusual or volumes],
         )
         found = {"unusual_windows": len(unusual), "by_window": table}
         return self._said(VOLUME, not unusual, said, found, severity=dg.AssetCheckSeverity.WARN)

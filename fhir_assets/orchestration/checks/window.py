@@ -27,7 +27,7 @@ SAMPLE = 20
 """How many windows a check's table shows at most; it says how many there are."""
 
 _COLUMNS = (
-    *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "undone"),
+    *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
     *("deleted", "loaded", "missing"),
 )
 
@@ -101,7 +101,7 @@ class WindowChecks:
         return dg.AssetKey(["normalized", self.resource_type.key])
 
     def _rate(self, balances: Sequence[WindowCounts], leading: dict[str, list[LeadingRule]]) -> "_Found":
-        total = sum(balance.judged + balance.rejected for balance in balances)
+        total = sum(balance.validated + balance.rejected for balance in balances)
         letters = _summed([rule for balance in balances for rule in leading.get(balance.partition_key, [])])
         dead = sum(rule.letters for rule in letters)
         rate = dead / total if total else float(bool(dead))
@@ -139,7 +139,7 @@ class WindowChecks:
                     {
                         "by_window": rows_table(
                             ("window", "letters:int", "resources:int"),
-                            [(b.partition_key, count, b.judged + b.rejected) for count, b in windows[:SAMPLE]],
+                            [(b.partition_key, count, b.validated + b.rejected) for count, b in windows[:SAMPLE]],
                         )
                     }
                     if len(balances) > 1

@@ -25,7 +25,7 @@ def apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
             warehouse.connect, views.views, settings.gate, run_id=context.run_id, actor=f"job:{APPLY_CONSENT}"
         )
         with sanitized_errors():
-            swept = sweep.sweep(datetime.now(UTC))
+            swept = sweep.run(datetime.now(UTC))
         context.add_output_metadata(
             {
                 "patients": swept.patients,

@@ -56,7 +56,7 @@ class ConsentStep:
         self._views = sorted(views, key=lambda view: view.resource_type)
         self._make_rows: dict[str, RowBuilder] = {}
 
-    def sweep(self, now: datetime) -> ConsentResult:
+    def run(self, now: datetime) -> ConsentResult:
         """Carry out what is due at ``now``. Raises DatabaseUnavailable, ViewError or SealingError."""
         swept = ConsentResult()
         with self._connect() as conn:
@@ -166,7 +166,7 @@ class ConsentStep:
         loader = Loader(conn, resource_type, views, run_id=self._run_id, mend=True)
         bad = loader.take(rows.block, batch.lines, batch.partition_key)
         loader.finish()
-        letters = [undone.letter(resource_type, batch) for undone in rows.undone]
+        letters = [undone.build_dead_letter(resource_type, batch) for undone in rows.rejected]
         letters += [build_unloadable_dead_letter(resource_type, item) for item in [*bad, *loader.late()]]
         dead_letters.record(conn, self._run_id, letters)
 

@@ -35,7 +35,7 @@ class CorrectionStep:
         self._validator = validator
         self._receiver = receiver
 
-    def edit(self, letter_id: int, edit: Correction) -> StoredDeadLetter:
+    def run(self, letter_id: int, edit: Correction) -> StoredDeadLetter:
         """Keep a correction; the original is kept beside it. A patch is applied to the last correction, if there is
         one. A letter of stage ``fetch`` never reached raw: its correction is received there at once, and resolves it.
 

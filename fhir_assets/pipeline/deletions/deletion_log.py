@@ -55,7 +55,7 @@ class DeletionLog:
         self._connect = connect
         self._now = now
 
-    def bury(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> Deleted:
+    def record(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> Deleted:
         """Keep deletions, streamed, then apply them; what cannot be applied now, the next load of the type does.
 
         Types that the catalog does not have are left out: there is nothing of them anywhere. Raises StoreError,
@@ -64,10 +64,10 @@ class DeletionLog:
         total = Deleted()
         for name in self._keep(deletions, run_id):
             with closing(self._connect()) as conn:
-                total.update(self.restore(conn, name, run_id=run_id, actor=actor))
+                total.update(self.apply_pending(conn, name, run_id=run_id, actor=actor))
         return total
 
-    def restore(self, conn: Connection, resource_type: str, *, run_id: str, actor: str = "pipeline") -> Deleted:
+    def apply_pending(self, conn: Connection, resource_type: str, *, run_id: str, actor: str = "pipeline") -> Deleted:
         """Apply those deletions of a type that the store has and the database does not know. Commits ``conn``."""
         total = Deleted()
         manifest = self._store.manifest(LAYER, resource_type, PARTITION)

@@ -35,7 +35,7 @@ def apply_server_deletions(
             begin = deletions.applied_until(conn, name) or now
             conn.commit()
         found = history.fetch_since(name, begin - overlap)
-        gone[name] = tombstones.bury(found, run_id=run_id).gone[name]
+        gone[name] = tombstones.record(found, run_id=run_id).gone[name]
         with closing(connect()) as conn, conn.transaction():
             # A server whose clock is behind ours dates what it deletes now before our now.
             deletions.advance(conn, name, min(now, history.asked_at or now), run_id)

@@ -38,14 +38,14 @@ class Download:
         manifest: ExportManifest,
         *,
         connections: int,
-        say: Callable[[str], None],
+        on_progress: Callable[[str], None],
     ) -> None:
         self._client = client
         self._store = store
         self._export_id = export_id
         self._manifest = manifest
         self._connections = connections
-        self._say = say
+        self._on_progress = on_progress
 
     def groups(self, done: Collection[int]) -> Iterator[tuple[Mapping[str, Sequence[Part]], Sequence[int]]]:
         """Fetch the files but those that are ``done``, a group after the other: the parts in the store that hold it, by
@@ -54,7 +54,7 @@ class Download:
         Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; of the group under way nothing is kept then.
         """
         todo = [(n, file) for n, file in enumerate(self._manifest.output) if n not in done]
-        progress = _Progress(self._say, len(self._manifest.output), len(done))
+        progress = _Progress(self._on_progress, len(self._manifest.output), len(done))
         with (
             self._client.open_downloads() as downloads,
             ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
@@ -84,7 +84,7 @@ class Download:
 class _Progress:
     """How far a download is. Several threads tell it what came; the one that waits for them says it, now and then."""
 
-    say: Callable[[str], None]
+    on_progress: Callable[[str], None]
     files: int
     done: int
     resources: int = 0
@@ -113,7 +113,9 @@ class _Progress:
         """Say where it stands."""
         self.said = time.monotonic()
         mib = self.size / 2**20
-        self.say(f"downloaded {self.done:,} of {self.files:,} files, {self.resources:,} resources, {mib:,.1f} MiB")
+        self.on_progress(
+            f"downloaded {self.done:,} of {self.files:,} files, {self.resources:,} resources, {mib:,.1f} MiB"
+        )
 
 
 @dataclass(slots=True)

@@ -76,7 +76,7 @@ class BulkSource:
         limit: timedelta = timedelta(days=30),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], None] = time.sleep,
-        say: Callable[[str], None] = lambda _: None,
+        on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._base_url = client.base_url
         self._client = BulkClient(client)
@@ -90,7 +90,7 @@ class BulkSource:
         self._now = now
         self._sleep = sleep
         self._chosen: BulkExport | None = None
-        self.say = say
+        self.on_progress = on_progress
         """Hears how far an export is, besides the log."""
 
     def offered(self) -> None:
@@ -165,7 +165,7 @@ class BulkSource:
 
     def _tell(self, text: str) -> None:
         _log.info(text)
-        self.say(text)
+        self.on_progress(text)
 
     def _asked_for(self, conn: Connection, request: ExportRequest) -> BulkExport:
         at = self._now()
@@ -233,7 +233,7 @@ class BulkSource:
             export.id,
             manifest,
             connections=self._connections,
-            say=lambda text: self._tell(f"export {export.id}: {text}"),
+            on_progress=lambda text: self._tell(f"export {export.id}: {text}"),
         )
         for parts, files in download.groups(export.files_done):
             bulk_exports.store_parts(conn, export.id, parts, files)
@@ -243,7 +243,7 @@ class BulkSource:
         with self._client.open_downloads() as downloads:
             gone = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
             tombstones = DeletionLog(self._store, self._connect)
-            tombstones.bury(_deletions(gone, manifest.transaction_time), run_id=export.id, actor="bulk export")
+            tombstones.record(_deletions(gone, manifest.transaction_time), run_id=export.id, actor="bulk export")
             with conn.transaction():
                 for file in manifest.errors:
                     lines = self._all_lines(downloads, file, manifest)

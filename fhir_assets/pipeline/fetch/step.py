@@ -41,11 +41,11 @@ class RawUpdate:
     manifests: tuple[Manifest, ...]
     fetches: Mapping[str, Fetch]
     """By partition key; a window that needed nothing has none."""
-    anew: tuple[str, ...] = ()
+    refetched_keys: tuple[str, ...] = ()
     """The keys of the windows that were read from their start, so that earlier dead letters can be settled."""
     bases: Mapping[str, Manifest | None] = field(default_factory=dict)
     """By partition key, what each manifest was made from: see pipeline.partition_commit."""
-    outside: int = 0
+    before_first_window: int = 0
     """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
 
 
@@ -72,7 +72,7 @@ class FetchStep:
         self._letters = DeadLetterBuffer(reject)
 
     @infrequent_gc()
-    def fetch(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
+    def run(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
         """Read what the windows lack and write it as parts; the caller commits the manifests.
 
         Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are then as before.

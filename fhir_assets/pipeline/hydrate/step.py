@@ -41,7 +41,7 @@ class HydratedBatch:
     """
 
     resource_type: str
-    asked: int
+    requested: int
     found: int
     received: Received
     deleted: int = 0
@@ -67,7 +67,7 @@ class HydrateStep:
         self._receiver = receiver
         self._run_id = run_id
 
-    def fetch(self) -> Iterator[HydratedBatch]:
+    def run(self) -> Iterator[HydratedBatch]:
         """Ask for all of it, Patients first; yields what came of each batch, which is in raw then.
 
         Nothing is asked for twice in a day. Raises what the source and the receiver raise.
@@ -90,7 +90,7 @@ class HydrateStep:
         received = self._receiver.receive(given(), f"missing:{self._run_id}/{name}/{number}")
         lacking = [identity for identity in ids if identity not in found][:READS_AT_ONCE]
         gone = list(self._source.find_deleted(name, lacking))
-        self._receiver.tombstones.bury(gone, run_id=self._run_id)
+        self._receiver.deletion_log.record(gone, run_id=self._run_id)
         with self._connect() as conn:
             quality.asked_for(conn, self._run_id, name, ids)
         return HydratedBatch(name, len(ids), len(found), received, len(gone))

@@ -66,15 +66,15 @@ class LandingStep:
         self._max_bytes = max_bytes
         self._now = now
 
-    def look(self, *, complete: bool = False) -> int:
+    def scan(self, *, assume_complete: bool = False) -> int:
         """Note what lies in the zone; returns how many files wait. With ``complete`` all are taken as complete, else
         those that did not change since the last look, or have a ``.done`` beside.
         """
         with closing(self._connect()) as conn, conn.transaction():
-            landing_files.see(conn, self._zone.url, self._files(complete))
+            landing_files.see(conn, self._zone.url, self._files(assume_complete))
             return len(landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
 
-    def receive(self, run_id: str, *, listen: Callable[[Received], None] = lambda _: None) -> LandingResult:
+    def run(self, run_id: str, *, on_received: Callable[[Received], None] = lambda _: None) -> LandingResult:
         """Receive the files that wait, the oldest first, those of visits together. One that cannot be read is noted,
         and the others go on.
 
@@ -87,15 +87,15 @@ class LandingStep:
         for file in waiting:
             if not formats.is_visits_file(file.name):
                 with self._noting(file, run_id, landed):
-                    self._tell(self._receive(file, run_id, landed), listen)
+                    self._tell(self._receive(file, run_id, landed), on_received)
         for batch, files in self._batches([file for file in waiting if formats.is_visits_file(file.name)]):
             if received := self._receive_batch(batch, files, run_id, landed):
-                self._tell(received, listen)
+                self._tell(received, on_received)
         return landed
 
-    def _tell(self, received: Received, listen: Callable[[Received], None]) -> None:
-        if not received.again:
-            listen(received)
+    def _tell(self, received: Received, on_received: Callable[[Received], None]) -> None:
+        if not received.already_received:
+            on_received(received)
 
     @contextmanager
     def _noting(self, file: ReadyFile, run_id: str, landed: LandingResult) -> Iterator[None]:
@@ -136,7 +136,7 @@ class LandingStep:
 
         received = self._receiver.receive(resources(), origin)
         counts = {"rows": received.rows, "rejected": received.rejected, "deleted": buried}
-        self._settle(file, sha256, counts, received.again, run_id, landed, received.skipped)
+        self._settle(file, sha256, counts, received.already_received, run_id, landed, received.skipped)
         return received
 
     def _batches(self, files: Sequence[ReadyFile]) -> Iterator[tuple[str, list[ReadyFile]]]:
@@ -186,7 +186,7 @@ class LandingStep:
         received = None
         while rest and received is None:
             try:
-                received = self._receiver.receive_within(resources, received_as)
+                received = self._receiver.receive_in_transaction(resources, received_as)
             except FhirAssetsError as error:
                 if at is None or isinstance(error, TransientError):
                     raise
@@ -255,7 +255,7 @@ class LandingStep:
 
     def _bury(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:
-            self._receiver.tombstones.bury(deletions, run_id=origin, actor=CHANNEL)
+            self._receiver.deletion_log.record(deletions, run_id=origin, actor=CHANNEL)
         return len(deletions)
 
 

@@ -35,14 +35,14 @@ class Batch(NamedTuple):
 class RejectedLine(NamedTuple):
     """A line that no rows can be made of, by its place in the batch, and why."""
 
-    place: int
+    position: int
     resource_id: str | None
     stage: Stage
     rule: str
     path: str
     message: str
 
-    def letter(self, resource_type: str, batch: Batch) -> DeadLetter:
+    def build_dead_letter(self, resource_type: str, batch: Batch) -> DeadLetter:
         """The dead letter of the line."""
         return DeadLetter(
             resource_type=resource_type,
@@ -51,7 +51,7 @@ class RejectedLine(NamedTuple):
             rule=self.rule,
             path=self.path,
             message=self.message,
-            resource=batch.lines[self.place],
+            resource=batch.lines[self.position],
             partition_key=batch.partition_key,
         )
 
@@ -60,7 +60,7 @@ class BuiltRows(NamedTuple):
     """What came of a batch: the resources that are ready to be copied, and the lines left undone."""
 
     block: Block
-    undone: list[RejectedLine]
+    rejected: list[RejectedLine]
 
 
 class RowBuilder:

@@ -47,8 +47,8 @@ class LoadResult:
     superseded: int = 0
     withheld: int = 0
     rows: Counter[str] = field(default_factory=Counter)
-    dead: Counter[str] = field(default_factory=Counter)
-    settled: set[str] = field(default_factory=set)
+    dead_by_rule: Counter[str] = field(default_factory=Counter)
+    settled_windows: set[str] = field(default_factory=set)
     """Keys of windows, of this load or not, whose dead letters newer versions settled."""
 
 
@@ -82,11 +82,11 @@ class LoadStep:
         connect: Callable[[], Connection],
         views: Sequence[View],
         *,
-        whole: bool,
+        all_views: bool,
         run_id: str,
         refresh: Refresh,
         workers: WorkerPool,
-        gate: ConsentGate = OPEN,
+        consent_gate: ConsentGate = OPEN,
     ) -> None:
         self._store = store
         self._connect = connect
@@ -94,13 +94,13 @@ class LoadStep:
         self._make_rows: RowBuilder | None = None
         self._workers = workers
         self._ruleset = compute_views_ruleset(views)
-        self._whole = whole
+        self._all_views = all_views
         self._run_id = run_id
         self._refresh = refresh
-        self._gate = gate
+        self._consent_gate = consent_gate
 
     @infrequent_gc()
-    def load(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> LoadResult:
+    def run(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> LoadResult:
         """Load what of the windows is not loaded yet, or all of it.
 
         Raises DatabaseUnavailable, ViewError or StoreError; windows whose transaction was not committed are as before.
@@ -109,7 +109,7 @@ class LoadStep:
         with self._connect() as conn:
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
-            DeletionLog(self._store, self._connect).restore(conn, resource_type, run_id=self._run_id)
+            DeletionLog(self._store, self._connect).apply_pending(conn, resource_type, run_id=self._run_id)
             for group in _transactions(self._tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
                     self._load_group(conn, resource_type, group, total)
@@ -142,7 +142,7 @@ class LoadStep:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
         dead: Counter[str] = Counter()
         again = any(task.again for task in group)
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again, gate=self._gate)
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again, gate=self._consent_gate)
 
         corrections = Corrections(self._connect, resource_type, STAGES, [task.window.key for task in group])
         arrived = {task.window.key: task.window.start or task.window.end for task in group}
@@ -163,13 +163,13 @@ class LoadStep:
                 dead_letters.record(
                     conn, self._run_id, (replace(letter, judged_by=self._ruleset) for letter in letters)
                 )
-                total.dead.update(letter.rule for letter in letters)
+                total.dead_by_rule.update(letter.rule for letter in letters)
                 dead.update(letter.partition_key for letter in letters)
 
         with loader:
             for _, batch, rows in self._rows(conn, group):
                 found = loader.take(rows.block, batch.lines, batch.partition_key)
-                bury([undone.letter(resource_type, batch) for undone in rows.undone])
+                bury([undone.build_dead_letter(resource_type, batch) for undone in rows.rejected])
                 bury([build_unloadable_dead_letter(resource_type, item) for item in found])
                 total.resources += len(batch.lines)
             counts = loader.finish()
@@ -180,8 +180,8 @@ class LoadStep:
         for stage in STAGES:
             dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
         keys = [task.window.key for task in group]
-        total.settled |= replays.supersede(conn, self._run_id, resource_type, keys)
-        if self._whole:
+        total.settled_windows |= replays.supersede(conn, self._run_id, resource_type, keys)
+        if self._all_views:
             self._remember(conn, resource_type, group)
             self._heal(conn, resource_type, group)
         held = consents.counts(conn, resource_type, [task.window.key for task in group])

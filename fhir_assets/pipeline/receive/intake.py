@@ -53,11 +53,11 @@ class IntakeValidator:
         self._origin = origin
         self._now = now
 
-    def judge(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
+    def validate_bodies(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
         """Each of them: a FHIR resource, or a patient record."""
         return [self._one(place, to_single_line(body)) for place, body in enumerate(bodies)]
 
-    def judge_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
+    def validate_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
         """As ``judge``, of the entries of a Bundle: a full URL and a resource each. References to full URLs that are
         ``urn:uuid:…`` become those to the ids that the resources have here.
         """
@@ -73,7 +73,7 @@ class IntakeValidator:
         def resolved(found: re.Match[bytes]) -> bytes:
             return known.get(found[1], found[0])
 
-        return self.judge(_URN.sub(resolved, body) if known else body for _, body in entries)
+        return self.validate_bodies(_URN.sub(resolved, body) if known else body for _, body in entries)
 
     def _one(self, place: int, body: bytes) -> ValidatedRecord:
         try:
@@ -154,11 +154,11 @@ def read_submission(body: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class PostedBody:
-    """What was posted to a FHIR endpoint: entries with full URL and body. ``whole``: all of them, or none."""
+    """What was posted to a FHIR endpoint: entries with full URL and body. ``atomic``: all of them, or none."""
 
     entries: tuple[tuple[str | None, bytes], ...]
-    whole: bool
-    bundle: bool
+    atomic: bool
+    is_bundle: bool
 
 
 def read_posted(body: bytes) -> PostedBody:
@@ -168,7 +168,7 @@ def read_posted(body: bytes) -> PostedBody:
     except MalformedResource as error:
         raise Unreadable(str(error)) from None
     if header.resourceType != "Bundle":
-        return PostedBody(((None, body),), whole=True, bundle=False)
+        return PostedBody(((None, body),), atomic=True, is_bundle=False)
     bundle = _decoded(body, _BUNDLE)
     if bundle.type not in ("batch", "transaction", "collection"):
         raise Unreadable("a Bundle that is taken is of type batch, transaction or collection")
@@ -177,7 +177,7 @@ def read_posted(body: bytes) -> PostedBody:
         if bytes(each.resource) == b"null" or str((each.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
             raise Unreadable("every entry brings a resource, and asks for PUT or POST if for anything")
         entries.append((each.fullUrl, bytes(each.resource)))
-    return PostedBody(tuple(entries), whole=bundle.type == "transaction", bundle=True)
+    return PostedBody(tuple(entries), atomic=bundle.type == "transaction", is_bundle=True)
 
 
 _SUBMISSION = msgspec.json.Decoder(_Submission)

@@ -38,7 +38,7 @@ class Received:
     origin: str
     items: tuple[Receiving, ...]
     skipped: Counter[str] = field(default_factory=Counter)
-    again: bool = False
+    already_received: bool = False
 
     @property
     def rows(self) -> int:
@@ -69,7 +69,7 @@ class Receiver:
         self.resource_types = frozenset(resource_types)
         """Those that are loaded here; resources of others are counted, and go no further."""
         self._now = now
-        self.tombstones = DeletionLog(store, connect, now=now)
+        self.deletion_log = DeletionLog(store, connect, now=now)
         """What the same doors bring of deletions."""
 
     def receive(
@@ -90,9 +90,9 @@ class Receiver:
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and what ``records`` raises.
         """
-        return self.receive_within(lambda _: records, origin, audit_records=audit_records)
+        return self.receive_in_transaction(lambda _: records, origin, audit_records=audit_records)
 
-    def receive_within(
+    def receive_in_transaction(
         self,
         bring: Callable[[Connection], Iterable[Record | RejectedInput]],
         origin: str,
@@ -105,7 +105,7 @@ class Receiver:
         with closing(self._connect()) as conn:
             received.hold(conn, origin)
             if before := received.of_origin(conn, origin):
-                return Received(origin, tuple(before), again=True)
+                return Received(origin, tuple(before), already_received=True)
             return self._receive(conn, bring(conn), origin, audit_records)
 
     def _receive(

@@ -37,10 +37,10 @@ class WindowCounts:
     repeated: int
     rejected: int
     raw: int
-    judged: int
+    validated: int
     valid: int
     dead: int
-    undone: int
+    not_loaded: int
     missing: int
     withheld: int = 0
     received: int = 0
@@ -49,7 +49,7 @@ class WindowCounts:
     @property
     def loaded(self) -> int:
         """The valid resources that are in the tables."""
-        return self.valid - self.undone - self.missing - self.deleted
+        return self.valid - self.not_loaded - self.missing - self.deleted
 
     @property
     def faults(self) -> list[str]:
@@ -61,11 +61,11 @@ class WindowCounts:
         came = self.matched + self.received - self.repeated - self.rejected
         if self.raw != came:
             faults.append(f"{came} were received but raw holds {self.raw}: {again}")
-        if self.raw != self.judged:
-            faults.append(f"raw holds {self.raw} but {self.judged} were validated: materialize validated again")
-        if self.judged != self.valid + self.dead + self.withheld:
+        if self.raw != self.validated:
+            faults.append(f"raw holds {self.raw} but {self.validated} were validated: materialize validated again")
+        if self.validated != self.valid + self.dead + self.withheld:
             faults.append(
-                f"{self.judged} were validated but {self.valid} are valid, {self.dead} dead and "
+                f"{self.validated} were validated but {self.valid} are valid, {self.dead} dead and "
                 f"{self.withheld} withheld: materialize validated again"
             )
         if self.missing:

@@ -20,23 +20,23 @@ class WindowVolume:
 
     partition_key: str
     rows: int
-    least: int | None
-    most: int | None
+    lowest: int | None
+    highest: int | None
 
     @property
     def unusual(self) -> bool:
         """Less than half of the least or more than twice the most."""
-        if self.least is None or self.most is None:
+        if self.lowest is None or self.highest is None:
             return False
-        too_few = self.rows < self.least / FACTOR and self.least >= FEWEST_ROWS
-        return too_few or (self.rows > self.most * FACTOR and self.rows >= FEWEST_ROWS)
+        too_few = self.rows < self.lowest / FACTOR and self.lowest >= FEWEST_ROWS
+        return too_few or (self.rows > self.highest * FACTOR and self.rows >= FEWEST_ROWS)
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """In words."""
-        if self.least is None:
+        if self.lowest is None:
             return "too few windows before it to compare with"
-        words = f"where the windows before it brought {self.least} to {self.most}"
+        words = f"where the windows before it brought {self.lowest} to {self.highest}"
         return f"{self.rows} resources, {words}" if self.unusual else f"usual, {words}"
 
 

@@ -32,7 +32,7 @@ from fhir_assets.warehouse.postgres.tables.loading import Loader
 LOCK_TIMEOUT_MS = 500
 """Less than Postgres's deadlock_timeout: in a deadlock it is always the rotation that gives way."""
 
-PATIENCE_SECONDS = 60.0
+BUSY_TIMEOUT_SECONDS = 60.0
 """How long rows that a load holds are waited for, without any progress."""
 
 RESOURCES = "resources"
@@ -57,13 +57,13 @@ class KeyUsage:
         """Every key that seals anything."""
         return list(dict.fromkeys(key for counts in self.found.values() for key, count in counts.items() if count))
 
-    def of(self, key: str | None) -> dict[str, int]:
+    def count_by_location(self, key: str | None) -> dict[str, int]:
         """How many a key seals in each place."""
         return {place: counts[key] for place, counts in self.found.items()}
 
-    def needs(self, key: str | None) -> bool:
+    def is_used(self, key: str | None) -> bool:
         """Whether anything is sealed by a key."""
-        return any(self.of(key).values())
+        return any(self.count_by_location(key).values())
 
 
 @dataclass(slots=True)
@@ -99,8 +99,8 @@ class ReencryptStep:
         views: Sequence[View],
         *,
         actor: str,
-        tell: Callable[[key_rotations.Rotation], None] = lambda progress: None,
-        patience: float = PATIENCE_SECONDS,
+        on_progress: Callable[[key_rotations.Rotation], None] = lambda progress: None,
+        busy_timeout: float = BUSY_TIMEOUT_SECONDS,
     ) -> None:
         self._connect = connect
         self._store = store
@@ -109,13 +109,13 @@ class ReencryptStep:
         for view in views:
             self._of_type[view.resource_type].append(view)
         self._actor = actor
-        self._tell = tell
-        self._patience = patience
+        self._on_progress = on_progress
+        self._busy_timeout = busy_timeout
         self._rotation = 0
         self.done = ReencryptResult()
         """What it did so far."""
 
-    def rotate(self) -> ReencryptResult:
+    def run(self) -> ReencryptResult:
         """Seal everything with the newest key; what cannot be stays as it is, and is told.
 
         Raises ConfigurationError without keys, TransientError if a rotation is under way already, ViewError if a
@@ -192,8 +192,8 @@ class ReencryptStep:
                 if batch:
                     refused += batch.refused
             conn.commit()
-            if held and monotonic() - progressed < self._patience:
-                sleep(min(1.0, self._patience / 10))
+            if held and monotonic() - progressed < self._busy_timeout:
+                sleep(min(1.0, self._busy_timeout / 10))
                 continue
             # A resource that is refused comes once more with each of its tables.
             self.done.refused |= Counter({f"{label}: {why}": n for why, n in refused.items()})
@@ -247,7 +247,7 @@ class ReencryptStep:
         done.sealed = loader.finish().updated
         unloadable += loader.late()
         ids = list(sealed_with)
-        without_rows = {ids[each.place]: f"{each.path}: {each.message}" for each in made.undone}
+        without_rows = {ids[each.position]: f"{each.path}: {each.message}" for each in made.rejected}
         without_rows |= {each.resource_id: f"{each.view or 'resource'}: {each.message}" for each in unloadable}
         done.refused.update(why for key, why in without_rows.items() if sealed_with[key] is None)
         newest = cipher.key_id
@@ -282,11 +282,15 @@ class ReencryptStep:
         progress = key_rotations.latest(conn)
         conn.commit()
         if progress:
-            self._tell(progress)
+            self._on_progress(progress)
 
     def _end(self, conn: Connection, found: KeyUsage, cipher: Cipher) -> None:
         """Say what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
-        needed = [key.id for key in cipher.keys[1:] if any(n for p, n in found.of(key.id).items() if p != SECRET)]
+        needed = [
+            key.id
+            for key in cipher.keys[1:]
+            if any(n for p, n in found.count_by_location(key.id).items() if p != SECRET)
+        ]
         if not needed and encryption_secret.reencrypt(conn, cipher):
             self._note(conn, SECRET, 1, 0, SECRET)
             found = KeyUsage({**found.found, SECRET: Counter({cipher.key_id: 1})})

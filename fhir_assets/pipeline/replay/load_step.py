@@ -32,15 +32,15 @@ class ReplayLoadStep:
         *,
         run_id: str,
         also_open: bool,
-        gate: ConsentGate = OPEN,
+        consent_gate: ConsentGate = OPEN,
     ) -> None:
         self._connect = connect
         self._views = views
-        self._gate = gate
+        self._consent_gate = consent_gate
         self._run_id = run_id
         self._also_open = also_open
 
-    def load(self, resource_type: str, windows: Sequence[Window]) -> int:
+    def run(self, resource_type: str, windows: Sequence[Window]) -> int:
         """Load the letters of some windows, a few hundred a transaction; what fails again is open again. Returns how
         many healed. Raises DatabaseUnavailable, ViewError or SealingError.
         """
@@ -72,13 +72,13 @@ class ReplayLoadStep:
         letters: Sequence[Claimed],
         arrived: Mapping[str, datetime],
     ) -> int:
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True, gate=self._gate)
+        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True, gate=self._consent_gate)
         failed: dict[int, Failed] = {}
         by_place = {(letter.partition_key, letter.body): letter for letter in letters}
         refused = []
         for letter in letters:
             made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
-            for undone in made.undone:
+            for undone in made.rejected:
                 failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
             refused += loader.take(made.block, [letter.body], letter.partition_key)
         counts = loader.finish()

@@ -29,7 +29,7 @@ class ReplayResult:
     """What became of the letters: ``update`` is not yet visible; by partition key, how many healed and failed."""
 
     update: ValidatedUpdate
-    healed: Counter[str]
+    resolved: Counter[str]
     failed: Counter[str]
 
 
@@ -66,7 +66,7 @@ class ReplayValidateStep:
         return found
 
     @infrequent_gc()
-    def validate(self, resource_type: str, partition_keys: Sequence[str]) -> ReplayResult:
+    def run(self, resource_type: str, partition_keys: Sequence[str]) -> ReplayResult:
         """Judge the letters of some partitions; the caller commits the manifests of those where some healed.
 
         What fails again is open again when this returns. Raises StoreError, DatabaseUnavailable or SealingError.

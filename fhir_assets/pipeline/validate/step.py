@@ -28,7 +28,7 @@ class ValidatedUpdate:
 
     resource_type: str
     manifests: tuple[Manifest, ...]
-    judged: tuple[str, ...]
+    revalidated_keys: tuple[str, ...]
     bases: Mapping[str, Manifest | None]
     """By partition key, the validated partition that was there before: see pipeline.partition_commit."""
 
@@ -74,7 +74,7 @@ class ValidateStep:
         self._letters = DeadLetterBuffer(lambda letters: dead_letters.record_now(connect, run_id, letters))
 
     @infrequent_gc()
-    def validate(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
+    def run(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
         """Judge what of the raw partitions is not judged yet, or all of it; the caller commits the manifests.
 
         Raises StoreError; the partitions are then as before.
