@@ -108,7 +108,7 @@ class Downloads:
                 self._mine.call_slot = False
 
     def _turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if getattr(self._mine, "turn", False) else self._client.call_slot()
+        return nullcontext() if getattr(self._mine, "call_slot", False) else self._client.call_slot()
 
     def read_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
         """The lines of a file of any size, blank ones left out, some at a time, in bounded memory.
