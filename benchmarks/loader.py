@@ -18,6 +18,7 @@ import msgspec
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import TypeViews, View, load_views
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db import embedded, migrations
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
@@ -84,7 +85,7 @@ def main(total: int) -> None:
 
 
 def _encode(views: list[View], items: list[tuple[Record, ViewRows]]) -> None:
-    encoders = [row_encoder(view) for view in views]
+    encoders = [row_encoder(view, NO_ENCRYPTION) for view in views]
     for _, rows in items:
         for encoder, view_rows in zip(encoders, rows, strict=True):
             for row in view_rows:
@@ -92,7 +93,7 @@ def _encode(views: list[View], items: list[tuple[Record, ViewRows]]) -> None:
 
 
 def _load(url: str, views: list[View], items: list[tuple[Record, ViewRows]]) -> None:
-    with connect(url) as conn:
+    with connect(url, cipher=NO_ENCRYPTION) as conn:
         ensure_tables(conn, views)
         conn.commit()
         with Loader(conn, "Observation", views, run_id="benchmark") as loader:

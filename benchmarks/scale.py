@@ -17,6 +17,7 @@ from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
 from fhir_assets.deployment.store import blobs_at
 from fhir_assets.deployment.views import build_views
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db import embedded
@@ -65,7 +66,7 @@ def _measured(home: Path, resources: int, workers: int) -> tuple[Load, dict[str,
     with meter.watching():
         done = load(home, source, listener=meter.hear, fhir_workers=workers)
     settings = load_settings(fhir_assets_home=home, db_url=None)
-    with meter.part("lake"), connect(embedded.ensure(home)) as conn:
+    with meter.part("lake"), connect(embedded.ensure(home), cipher=NO_ENCRYPTION) as conn:
         for view in build_views(settings).views:
             writer.update(conn, blobs_at(settings, str(home / "lake")), view, [], run_id="scale", actor="benchmark")
     million = 1_000_000 / done.resources

@@ -15,6 +15,7 @@
         ├── NotFhir               an answer or a file that is not what FHIR promises
         ├── StoreError            the store cannot be read or written (disk full, rights, damaged part)
         ├── SealingError          patient data that is sealed with a key that is missing, or was altered
+        ├── MissingCipher         patient data was to be read or written through a connection without a cipher
         ├── FhirPathError         an expression that cannot be parsed, resolved or evaluated
         ├── CorrectionRefused     an edit of a dead letter that is no correction
         └── ViewError             a ViewDefinition that is invalid, or a table that it no longer fits
@@ -74,6 +75,10 @@ class StoreError(PermanentError):
 
 class EncryptionError(PermanentError):
     """Patient data is sealed with a key that is missing, or was altered."""
+
+
+class MissingCipher(PermanentError):
+    """Patient data was to be read or written through a connection without a cipher: an error of the program."""
 
 
 class FhirPathError(PermanentError):

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import settings
 
 from fhir_assets.logs import JsonFormatter
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db import embedded
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets_tests.support.databases import ensure_template, fresh_database
 
 # CI generates the same examples in every run, so that its verdict is repeatable; other runs generate new ones.
@@ -74,10 +75,10 @@ def database(postgres: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def conn(database: str) -> Iterator[Connection]:
-    """A connection to the test's own database."""
-    with connect(database) as connection:
-        yield connection
+def conn(database: str) -> Iterator[Session]:
+    """A session without encryption in the test's own database."""
+    with connect(database, cipher=NO_ENCRYPTION) as session:
+        yield session
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from fhir_assets.settings import Settings
 from fhir_assets.storage.landing_zone import Zone
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, visits
-from fhir_assets.warehouse.postgres.db.connections import Connection, connection_pool
+from fhir_assets.warehouse.postgres.db.connections import Session, connection_pool
 from fhir_assets.warehouse.postgres.db.group_commit import GroupCommit
 from fhir_assets.warehouse.postgres.queries.patient_directory import Directory
 
@@ -96,7 +96,7 @@ class AppContext:
         return self.warehouse.cipher().identity(resource_type, number)
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
+    def connection(self) -> Iterator[Session]:
         """A pooled connection; what was done is committed unless it raises. Raises DatabaseUnavailable."""
         try:
             with self._opened().connection(timeout=PATIENCE_SECONDS) as conn:

@@ -12,7 +12,7 @@ from fhir_assets.api.context import AppContext, Caller, CallerOf, ContextOf
 from fhir_assets.api.problems import Problem, answers
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.warehouse.ops import audit_log
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import patient_directory, patients
 from fhir_assets.warehouse.postgres.queries.patient_directory import Search
 from fhir_assets.warehouse.postgres.queries.patients import Absence
@@ -163,11 +163,11 @@ def _one(context: AppContext, caller: Caller, patient_id: str) -> Response:
     return Response(orjson.dumps(found[0]), media_type="application/json")
 
 
-def _action(conn: Connection) -> Action:
+def _action(conn: Session) -> Action:
     return "decrypt" if cipher_of(conn).on else "read"
 
 
-def _audit_record(conn: Connection, caller: Caller, patient_id: str, **detail: int | bool) -> AuditRecord:
+def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int | bool) -> AuditRecord:
     return AuditRecord(
         _action(conn),
         caller.actor,
@@ -178,7 +178,7 @@ def _audit_record(conn: Connection, caller: Caller, patient_id: str, **detail: i
     )
 
 
-def _patients(conn: Connection, ids: Sequence[str]) -> list[dict[str, Any]]:
+def _patients(conn: Session, ids: Sequence[str]) -> list[dict[str, Any]]:
     people = {each.id: orjson.loads(each.body) for each in patient_directory.of_patients(conn, "Patient", ids)}
     visits: dict[str, list[dict[str, Any]]] = {}
     for each in patient_directory.of_patients(conn, "Encounter", ids):

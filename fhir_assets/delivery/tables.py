@@ -24,7 +24,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 _ACTOR = "pipeline"
 
@@ -47,7 +47,7 @@ class DeliverStep:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         client: FhirClient,
         *,
         run_id: str,

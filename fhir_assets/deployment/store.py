@@ -5,7 +5,7 @@ from functools import partial
 from fhir_assets.settings import Settings
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.s3 import Bucket, S3Client
-from fhir_assets.storage.store import Store, open_store
+from fhir_assets.storage.store import Store, open_blobs, open_store
 
 _ATTEMPTS = 8
 
@@ -17,7 +17,7 @@ def store_of(settings: Settings) -> Store:
 
 def blobs_at(settings: Settings, url: str) -> Blobs:
     """A folder, or ``s3://bucket/prefix``, for files that are not partitions. Raises ConfigurationError."""
-    return open_store(url, bucket=partial(bucket_of, settings)).blobs
+    return open_blobs(url, bucket=partial(bucket_of, settings))
 
 
 def bucket_of(settings: Settings, url: str) -> Bucket:

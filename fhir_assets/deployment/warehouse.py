@@ -52,7 +52,7 @@ class Warehouse:
         self.url()
         return self._cipher
 
-    def connect(self) -> connections.Connection:
+    def connect(self) -> connections.Session:
         """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
         return connections.borrow(self.url(), cipher=self.cipher())
 

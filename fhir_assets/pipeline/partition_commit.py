@@ -16,7 +16,7 @@ from fhir_assets.errors import Overtaken
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store, folder
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 _AT_ONCE = 100
 """How many partitions are committed under one transaction's locks."""
@@ -35,7 +35,7 @@ class PartitionUpdate(Protocol):
     def bases(self) -> Mapping[str, Manifest | None]: ...
 
 
-def commit_update(connect: Callable[[], Connection], store: Store, update: PartitionUpdate) -> list[Manifest]:
+def commit_update(connect: Callable[[], Session], store: Store, update: PartitionUpdate) -> list[Manifest]:
     """Make the partitions of an update visible, each in one step; returns them as they are now.
 
     Raises Overtaken where another run's work cannot be kept beside it, DatabaseUnavailable, or StoreError.
@@ -47,7 +47,7 @@ def commit_update(connect: Callable[[], Connection], store: Store, update: Parti
 
 
 def rewrite_partitions(
-    connect: Callable[[], Connection],
+    connect: Callable[[], Session],
     store: Store,
     manifests: Sequence[Manifest],
     merge: Callable[[Manifest, Manifest | None], Manifest],

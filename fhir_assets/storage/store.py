@@ -10,7 +10,7 @@ from isal import igzip, isal_zlib
 
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, StoreError
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
 from fhir_assets.storage.encrypted_parts import opened
 from fhir_assets.storage.manifest import Manifest, Part
@@ -60,7 +60,7 @@ def folder(layer: str, resource_type: str, partition_key: str) -> str:
 class Store:
     """Reads and commits partitions. Writing their parts is PartWriter's. ``sealing`` opens and seals the parts."""
 
-    def __init__(self, blobs: Blobs, cipher: Cipher = NO_ENCRYPTION) -> None:
+    def __init__(self, blobs: Blobs, cipher: Cipher) -> None:
         self.blobs = blobs
         self.cipher = cipher
 
@@ -140,16 +140,24 @@ class Store:
         )
 
 
-def open_store(url: str, cipher: Cipher = NO_ENCRYPTION, *, bucket: Callable[[str], Bucket] | None = None) -> Store:
-    """The store at ``url``: a folder, or ``s3://bucket/prefix`` where ``bucket`` opens one; its parts are sealed if
-    there are keys.
+OpenBucket = Callable[[str], Bucket]
+"""Return the bucket at ``s3://bucket/prefix``."""
 
-    Raises ConfigurationError for a scheme that is not served.
+
+def open_store(url: str, cipher: Cipher, *, bucket: OpenBucket | None = None) -> Store:
+    """Return the store at ``url``, whose parts ``cipher`` encrypts and decrypts. Raises as ``open_blobs`` does."""
+    return Store(open_blobs(url, bucket=bucket), cipher)
+
+
+def open_blobs(url: str, *, bucket: OpenBucket | None = None) -> Blobs:
+    """Return the files at ``url``: a folder, or ``s3://bucket/prefix``, which ``bucket`` opens.
+
+    Raises ConfigurationError for another scheme.
     """
     if url.startswith("s3://") and bucket is not None:
-        return Store(S3Blobs(bucket(url)), cipher)
+        return S3Blobs(bucket(url))
     if "://" in url and not url.startswith("file://"):
         raise ConfigurationError(
-            f"FHIR_STORE_URL: {url.split('://')[0]}:// is not served; give a folder or s3://bucket/prefix"
+            f"FHIR_STORE_URL: {url.split('://')[0]}:// is not supported; set a folder or s3://bucket/prefix"
         )
-    return Store(LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute()), cipher)
+    return LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute())

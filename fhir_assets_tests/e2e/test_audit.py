@@ -43,7 +43,7 @@ from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.lake import writer as lake
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, runs
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
@@ -85,7 +85,7 @@ class Hospital:
         self.target = LocalBlobs(folder / "exports")
         self.url = url
 
-    def connect(self) -> Connection:
+    def connect(self) -> Session:
         return connect(self.url, cipher=self.cipher)
 
     def receive(self, *resources: dict[str, Any], origin: str = "test:1") -> None:

@@ -16,6 +16,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.orchestration.tags import REPLAY_TAG
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
 from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter
@@ -176,7 +177,7 @@ def test_equal_lines_heal_together(deploy: Deploy, tmp_path: Path, monkeypatch: 
     deployment.ingest()
     (letter,) = letters(deployment)
     assert letter.occurrences == 3
-    with connect(deployment.url) as conn:
+    with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
         body = dead_letters.resource(conn, letter.id)
         assert body
         corrections.keep(conn, letter.id, body.replace(b"wrong", b"male"), by="anna")

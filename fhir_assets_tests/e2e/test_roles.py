@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from fhir_assets.deployment.views import build_views
 from fhir_assets.ingestion import failed
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -29,7 +30,7 @@ def test_a_loader_fetches_validates_and_loads_with_dead_letters_consent_and_chec
             fhir_resource_types="Patient,Consent",
             consent_policy="opt-out",
         )
-        with connect(owner.url, autocommit=True) as conn:
+        with connect(owner.url, autocommit=True, cipher=NO_ENCRYPTION) as conn:
             conn.execute(sql.SQL("CREATE ROLE {} LOGIN IN ROLE fhir_loader").format(sql.Identifier(name)))
             view_tables.ensure_tables(conn, build_views(owner.settings).views[:20])
         try:
@@ -40,5 +41,5 @@ def test_a_loader_fetches_validates_and_loads_with_dead_letters_consent_and_chec
             assert loader.unreconciled(outcome) == []
             assert (owner.loaded(), owner.dead()) == ({"Patient": 3}, {"required-binding": 1})
         finally:
-            with connect(owner.url, autocommit=True) as conn:
+            with connect(owner.url, autocommit=True, cipher=NO_ENCRYPTION) as conn:
                 conn.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))

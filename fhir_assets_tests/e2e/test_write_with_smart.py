@@ -13,6 +13,7 @@ from fhir_assets.delivery.connector.server import FhirServer, Passing
 from fhir_assets.delivery.connector.setup import connector_of
 from fhir_assets.errors import ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.sandbox.smart import Smart
@@ -80,7 +81,7 @@ def test_the_delivery_has_an_account_of_its_own(deploy: Deploy, key: tuple[Path,
 
 def test_the_connector_outlives_its_token(database: str, tmp_path: Path) -> None:
     smart = Smart({"client": "s3cret"}, lifetime=0.3)
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         outbox.install(conn)
         for n in range(30):
             conn.execute(
@@ -95,11 +96,11 @@ def test_the_connector_outlives_its_token(database: str, tmp_path: Path) -> None
             fhir_auth_client_id="client",
             fhir_auth_client_secret="s3cret",
         )
-        with closing(connector_of(settings, lambda: connect(database), workers=2)) as connector:
+        with closing(connector_of(settings, lambda: connect(database, cipher=NO_ENCRYPTION), workers=2)) as connector:
             connector.run(until_empty=True)
         assert server.stats()["resources"] == {"Patient": 30}
     assert smart.issued > 1
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         assert conn.execute("SELECT count(*) FROM health.fhir_dlq").fetchone() == (0,)
 
 

@@ -16,6 +16,7 @@ from fhir_assets.fhir.client.http import FhirClient, HttpStatusError
 from fhir_assets.fhir.record import Record
 from fhir_assets.pipeline.fetch import bulk_download
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
@@ -52,7 +53,7 @@ def test_every_fault_of_the_sandbox_is_a_case_or_one_of_pages() -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
+    return open_store(str(tmp_path / "store"), NO_ENCRYPTION)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def source(url: str, store: Store, database: str, **options: Any) -> BulkSource:
         pass
 
     client = FhirClient(url, retrier=_QUICK, timeout=5)
-    return BulkSource(client, store, lambda: connect(database), **{"sleep": pause, **options})
+    return BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION), **{"sleep": pause, **options})
 
 
 def ids(source: BulkSource) -> list[str]:
@@ -266,7 +267,11 @@ def test_small_files_share_a_turn(store: Store, database: str) -> None:
 
     with SandboxServer([patient(f"p{n}", START) for n in range(100)], export_file_resources=1) as server:
         client = FhirClient(server.url, call_slot=turn)
-        found = ids(BulkSource(client, store, lambda: connect(database), connections=1, sleep=lambda _: None))
+        found = ids(
+            BulkSource(
+                client, store, lambda: connect(database, cipher=NO_ENCRYPTION), connections=1, sleep=lambda _: None
+            )
+        )
     assert len(found) == 100
     assert len(turns) < 10
 

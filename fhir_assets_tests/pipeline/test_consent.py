@@ -16,11 +16,11 @@ from fhir_assets.pipeline.consent.step import ConsentResult, ConsentStep
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate, Policy, Purpose
-from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.warehouse.postgres.tables.deletions import Deletion
 from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader
@@ -50,7 +50,7 @@ class Tables:
         with self.connect() as conn:
             ensure_tables(conn, VIEWS)
 
-    def connect(self) -> Connection:
+    def connect(self) -> Session:
         return connect(self.url, cipher=self.cipher)
 
     def load(self, *resources: dict[str, Any]) -> LoadCounts:
@@ -367,7 +367,7 @@ def story(database: str, seed: int, gate: ConsentGate, *, patients: int, steps: 
     """Consents come, are narrowed, revoked, run out and contradict each other, for half of the patients at a time."""
     chance = random.Random(seed)
     people = [f"p{number}" for number in range(patients)]
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         for table in ("consents", "consent_records", "consent_changes", "consent_policy", "withheld"):
             conn.execute(f"DELETE FROM ops.{table}".encode())
         ensure_tables(conn, VIEWS)

@@ -12,6 +12,7 @@ from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store
@@ -36,7 +37,7 @@ def server() -> Iterator[SandboxServer]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path))
+    return open_store(str(tmp_path), NO_ENCRYPTION)
 
 
 def fetch(

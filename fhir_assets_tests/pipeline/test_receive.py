@@ -13,6 +13,7 @@ from fhir_assets.fhir.record import Record, RejectedInput, build_record, read_he
 from fhir_assets.pipeline.fetch.step import RawUpdate
 from fhir_assets.pipeline.partition_commit import commit_update, merge_manifests
 from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part, Validated
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops import dead_letters, received
@@ -26,12 +27,14 @@ KEY = "2024-01-05"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path))
+    return open_store(str(tmp_path), NO_ENCRYPTION)
 
 
 @pytest.fixture
 def receiver(store: Store, database: str) -> Receiver:
-    return Receiver(store, lambda: connect(database), SCHEME, ["Patient", "Encounter"], now=lambda: NOW)
+    return Receiver(
+        store, lambda: connect(database, cipher=NO_ENCRYPTION), SCHEME, ["Patient", "Encounter"], now=lambda: NOW
+    )
 
 
 def record(identity: str, updated: str | None = f"{KEY}T10:00:00Z", *, kind: str = "Patient") -> Record:
@@ -137,7 +140,9 @@ def test_one_origin_received_by_many_at_once_is_there_once(store: Store, receive
 
 def test_a_window_that_is_fetched_anew_keeps_what_was_received(store: Store, receiver: Receiver, database: str) -> None:
     def commit_fetch(mine: Manifest, base: Manifest | None) -> None:
-        commit_update(lambda: connect(database), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base}))
+        commit_update(
+            lambda: connect(database, cipher=NO_ENCRYPTION), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base})
+        )
 
     receiver.receive([record("a")], "landing:x")
     commit_fetch(fetched(store, "one"), None)

@@ -101,7 +101,7 @@ def test_a_second_rotation_finds_nothing_to_do(place: Place) -> None:
 
 
 def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
-    with connect(place.url) as conn:
+    with connect(place.url, cipher=NO_ENCRYPTION) as conn:
         fill(conn, place.store())
         assert rows(conn, "SELECT count(*) FROM fhir.patient_name WHERE family LIKE 'Family%'") == [(60,)]
         facts = everything(conn, place.store())["facts"]
@@ -123,7 +123,7 @@ def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
 
 
 def test_a_letter_and_its_correction_from_before_there_were_keys_are_known_again_afterwards(place: Place) -> None:
-    with connect(place.url) as conn:
+    with connect(place.url, cipher=NO_ENCRYPTION) as conn:
         fill(conn, place.store())
     rotator(place.url, place.store(NEW), NEW).run()
     with opened(place.url, NEW) as conn:
@@ -134,7 +134,7 @@ def test_a_letter_and_its_correction_from_before_there_were_keys_are_known_again
 
 
 def test_a_letter_that_failed_again_before_the_rotation_loses_neither_of_its_rows(place: Place) -> None:
-    with connect(place.url) as conn:
+    with connect(place.url, cipher=NO_ENCRYPTION) as conn:
         fill(conn, place.store())
     with opened(place.url, NEW) as conn:
         dead_letters.record(conn, "again", [LETTER])
@@ -144,13 +144,15 @@ def test_a_letter_that_failed_again_before_the_rotation_loses_neither_of_its_row
         assert rows(conn, "SELECT attempts, sealed_by FROM ops.dead_letters") == [(1, NEW_ID), (1, NEW_ID)]
         known = corrections.by_fingerprint(conn, "Patient", ["validate"], [DAY])
         assert LETTER.fingerprint(cipher_of(conn)) in known[DAY]
-        assert LETTER.fingerprint() not in {fp for (fp,) in rows(conn, "SELECT fingerprint FROM ops.dead_letters")}
+        assert LETTER.fingerprint(NO_ENCRYPTION) not in {
+            fp for (fp,) in rows(conn, "SELECT fingerprint FROM ops.dead_letters")
+        }
 
 
 def test_columns_that_keys_give_another_type_are_asked_for_before_anything_is_done(place: Place) -> None:
     born = {**column("born", "birthDate", "date"), "tag": [{"name": "phi", "value": "encrypt"}]}
     birth = view("patient_birth", "Patient", born)
-    with connect(place.url) as conn:
+    with connect(place.url, cipher=NO_ENCRYPTION) as conn:
         load_people(conn, range(3), [birth])
     with pytest.raises(ViewError, match="migrate --apply-view-changes"):
         rotator(place.url, place.store(NEW), NEW, views=[birth]).run()
@@ -251,7 +253,7 @@ def test_with_the_store_in_the_clear_by_choice_only_sealed_parts_are_sealed_anew
 
 def test_without_keys_there_is_nothing_to_rotate_to(place: Place) -> None:
     with pytest.raises(ConfigurationError, match="keys new"):
-        ReencryptStep(lambda: connect(place.url), place.store(), VIEWS, actor="test").run()
+        ReencryptStep(lambda: connect(place.url, cipher=NO_ENCRYPTION), place.store(), VIEWS, actor="test").run()
 
 
 def test_two_rotations_at_once_are_refused(place: Place) -> None:
@@ -316,7 +318,7 @@ def test_progress_is_kept_where_others_see_it(place: Place) -> None:
         ("Patient", 2501, done, True) for done in (1000, 2000, 2500)
     ]
     assert all(p.seconds_left is not None and p.rate > 0 for p in seen)
-    with connect(place.url) as conn:
+    with connect(place.url, cipher=NO_ENCRYPTION) as conn:
         last = key_rotations.latest(conn)
     assert last is not None
     assert (last.left_over, last.at_work, last.done) == (0, False, 2501)

@@ -11,11 +11,11 @@ from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.pipeline.deletions import deletion_log
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
-from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.reencrypt import sealed_parts
 from fhir_assets.storage.store import Store, open_store
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 
 AT = datetime(2024, 1, 5, 10, 30, 0, 123000, tzinfo=UTC)
 
@@ -25,6 +25,10 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"), Cipher(parse_keys([Fernet.generate_key().decode()])))
 
 
+def open_log(store: Store, url: str) -> DeletionLog:
+    return DeletionLog(store, lambda: connect(url, cipher=NO_ENCRYPTION))
+
+
 def buried(url: str) -> dict[tuple[str, str], datetime]:
     with connect(url) as conn:
         rows = conn.execute("SELECT resource_type, id, deleted_at FROM fhir.resource").fetchall()
@@ -32,16 +36,16 @@ def buried(url: str) -> dict[tuple[str, str], datetime]:
 
 
 def test_another_database_learns_them_from_the_store_with_time_and_version(
-    store: Store, database: str, conn: Connection
+    store: Store, database: str, conn: Session
 ) -> None:
     given = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
-    done = DeletionLog(store, lambda: connect(database)).record(iter(given), run_id="r")
+    done = open_log(store, database).record(iter(given), run_id="r")
     assert dict(done.unseen) == {"Patient": 1, "Observation": 1}
     expected = {("Patient", "p1"): AT, ("Observation", "o1"): AT + timedelta(days=1)}
     assert buried(database) == expected
     conn.execute("TRUNCATE fhir.resource, ops.deletion_parts")
     conn.commit()
-    again = DeletionLog(store, lambda: connect(database))
+    again = open_log(store, database)
     for name in ("Patient", "Observation", "Encounter"):
         again.apply_pending(conn, name, run_id="r2")
     assert buried(database) == expected
@@ -50,7 +54,7 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
 
 
 def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:
-    DeletionLog(store, lambda: connect(database)).record([Deletion("Patient", "p1", AT)], run_id="r")
+    open_log(store, database).record([Deletion("Patient", "p1", AT)], run_id="r")
     assert [key is not None for _, key in sealed_parts(store)] == [True]
 
 
@@ -60,13 +64,13 @@ def test_what_breaks_off_keeps_none(store: Store, database: str) -> None:
         raise NotFhir("broken")
 
     with pytest.raises(NotFhir):
-        DeletionLog(store, lambda: connect(database)).record(broken(), run_id="r")
+        open_log(store, database).record(broken(), run_id="r")
     assert buried(database) == {}
     assert store.manifest("deleted", "Patient", "all") is None
 
 
 def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str, tmp_path: Path) -> None:
-    DeletionLog(store, lambda: connect(database)).record([Deletion("../../Evil", "p1", AT)], run_id="r")
+    open_log(store, database).record([Deletion("../../Evil", "p1", AT)], run_id="r")
     assert buried(database) == {}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -75,7 +79,7 @@ def test_many_small_parts_are_joined_and_none_is_lost(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deletion_log, "MANY_PARTS", 4)
-    mine = DeletionLog(store, lambda: connect(database))
+    mine = open_log(store, database)
     for n in range(10):
         mine.record([Deletion("Patient", f"p{n}", AT)], run_id="r")
     manifest = store.manifest("deleted", "Patient", "all")

@@ -21,6 +21,7 @@ from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.pipeline.landing.step import LandingStep
 from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.storage.landing_zone import open_zone
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops import landing_files, received, visits
@@ -52,10 +53,12 @@ class World:
         self.url = database
         self.folder = folder / "landing"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.store: Store = open_store(str(folder / "store"))
-        receiver = Receiver(self.store, lambda: connect(database), SCHEME, types, now=lambda: NOW)
+        self.store: Store = open_store(str(folder / "store"), NO_ENCRYPTION)
+        receiver = Receiver(self.store, lambda: connect(database, cipher=NO_ENCRYPTION), SCHEME, types, now=lambda: NOW)
         zone = open_zone(str(self.folder), bucket=lambda url: pytest.fail(url))
-        self.landing = LandingStep(zone, receiver, lambda: connect(database), max_bytes=1 << 20, now=lambda: NOW)
+        self.landing = LandingStep(
+            zone, receiver, lambda: connect(database, cipher=NO_ENCRYPTION), max_bytes=1 << 20, now=lambda: NOW
+        )
 
     def put(self, name: str, content: bytes | Sequence[Row], *, hours: int = 0) -> None:
         path = self.folder / name
@@ -270,7 +273,7 @@ def test_what_was_deleted_is_news_when_it_comes_again(world: World) -> None:
     world.receive()
     (patient,), (encounter,) = world.raw("Patient"), world.raw("Encounter")
     gone = [Deletion("Patient", str(patient["id"]), NOW), Deletion("Encounter", str(encounter["id"]), NOW)]
-    deletions.bury(lambda: connect(world.url), gone, run_id="test")
+    deletions.bury(lambda: connect(world.url, cipher=NO_ENCRYPTION), gone, run_id="test")
     world.put("b.csv", [visit("1", "V1"), visit("1", "V2")], hours=1)
     world.receive()
     assert world.counts() == {"patients": 2, "visits": 3}

@@ -6,6 +6,7 @@ import pytest
 
 from fhir_assets.deployment.store import bucket_of
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest
 from fhir_assets.storage.orphans import unnamed_parts
@@ -18,9 +19,9 @@ NOW = datetime(2024, 1, 2, tzinfo=UTC)
 @pytest.fixture(params=["folder", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
+        return open_store(str(tmp_path / "store"), NO_ENCRYPTION)
     url = request.getfixturevalue("s3_url")
-    return open_store(url, bucket=lambda url: bucket_of(load_settings(), url))
+    return open_store(url, NO_ENCRYPTION, bucket=lambda url: bucket_of(load_settings(), url))
 
 
 def files(store: Store) -> list[str]:
@@ -133,16 +134,16 @@ def test_a_damaged_manifest_says_what_to_do_without_the_loss_of_a_part(store: St
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
-        write(open_store(str(tmp_path / "file" / "store")), "k", lines(1))
+        write(open_store(str(tmp_path / "file" / "store"), NO_ENCRYPTION), "k", lines(1))
 
 
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="FHIR_STORE_URL"):
-        open_store("ftp://somewhere")
+        open_store("ftp://somewhere", NO_ENCRYPTION)
 
 
 def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
+    store = open_store(str(tmp_path), NO_ENCRYPTION)
     manifest = write(store, "2024-01-01", lines(1))
     left = "raw/patient/2024-01-01/.manifest.json.0a1b.tmp"
     (tmp_path / left).write_bytes(b"{")
@@ -153,7 +154,7 @@ def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(str(tmp_path))
+    store = open_store(str(tmp_path), NO_ENCRYPTION)
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")

@@ -7,14 +7,14 @@ from pathlib import Path
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reencrypt.step import ReencryptStep
-from fhir_assets.privacy.encryption import Cipher, as_json
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops import corrections, dead_letters, encryption_secret, idempotency
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of, connect
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of, connect
 from fhir_assets_tests.support.views import column, load, patient, view
 
 DAY = "2024-01-01"
@@ -42,9 +42,9 @@ def keyring(url: str, *keys: str) -> Cipher:
         return encryption_secret.unlock(conn, Cipher(parse_keys(keys)))
 
 
-def opened(url: str, *keys: str) -> Connection:
+def opened(url: str, *keys: str) -> Session:
     """A connection with some keys, or none."""
-    return connect(url, cipher=keyring(url, *keys)) if keys else connect(url)
+    return connect(url, cipher=keyring(url, *keys) if keys else NO_ENCRYPTION)
 
 
 def store_at(folder: Path, cipher: Cipher) -> Store:
@@ -56,7 +56,7 @@ def person(number: int, version: str = "1", family: str | None = None, updated: 
     return patient(f"p{number:05}", updated, version, identifier=[{"value": f"MRN-{number}"}], name=names)
 
 
-def load_people(conn: Connection, numbers: Sequence[int], views: Sequence[View] = VIEWS, **options: str) -> None:
+def load_people(conn: Session, numbers: Sequence[int], views: Sequence[View] = VIEWS, **options: str) -> None:
     load(conn, *(person(number, **options) for number in numbers), views=tuple(views))
     conn.commit()
 
@@ -65,7 +65,7 @@ LETTER = DeadLetter("Patient", "bad", "validate", "structure", "Patient", "wrong
 CORRECTED = b'{"id": "bad", "name": [{"family": "Smith"}]}'
 
 
-def fill(conn: Connection, store: Store, people: int = 30) -> None:
+def fill(conn: Session, store: Store, people: int = 30) -> None:
     """Something in every place."""
     load_people(conn, range(people))
     encrypt_content = cipher_of(conn)

@@ -9,7 +9,7 @@ import msgspec
 
 from fhir_assets.fhir.record import Record, parse_instant
 from fhir_assets.fhir.views import TypeViews, View, parse_view
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
 from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader, Unloadable
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
@@ -67,7 +67,7 @@ def rows_of(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:
 
 
 def load(
-    conn: Connection, *records: Record, views: tuple[View, ...] = PATIENTS, run_id: str = "run", key: str = "2024-01-01"
+    conn: Session, *records: Record, views: tuple[View, ...] = PATIENTS, run_id: str = "run", key: str = "2024-01-01"
 ) -> tuple[LoadCounts, list[Unloadable]]:
     """Load and commit."""
     ensure_tables(conn, views)

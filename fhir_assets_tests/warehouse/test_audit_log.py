@@ -15,7 +15,7 @@ from fhir_assets.privacy.audit import AuditRecord, Fault
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 from fhir_assets.warehouse.postgres.queries.patients import read_patient
 from fhir_assets_tests.support.views import load, patient, select
 
@@ -23,7 +23,7 @@ CIPHER = Cipher(parse_keys([new_key()]), new_secret())
 
 
 @pytest.fixture(params=[NO_ENCRYPTION, CIPHER], ids=["without keys", "with keys"])
-def log(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
+def log(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
     with connect(database, autocommit=True, cipher=request.param) as conn:
         for number in range(10):
             audit_log.record(
@@ -39,7 +39,7 @@ def tamper(conn: Connection, statement: str) -> None:
     conn.execute("ALTER TABLE ops.audit_log ENABLE TRIGGER USER")
 
 
-def test_a_log_that_nobody_touched_is_whole(log: Connection) -> None:
+def test_a_log_that_nobody_touched_is_whole(log: Session) -> None:
     assert audit_log.first_fault(log) is None
     assert audit_log.head(log)[0] == 10
 
@@ -55,18 +55,18 @@ def test_a_log_that_nobody_touched_is_whole(log: Connection) -> None:
         "link = decode(repeat('00', 32), 'hex')",
     ],
 )
-def test_an_altered_record_is_found(log: Connection, change: str) -> None:
+def test_an_altered_record_is_found(log: Session, change: str) -> None:
     tamper(log, f"UPDATE ops.audit_log SET {change} WHERE seq = 4")
     assert audit_log.first_fault(log) == Fault(4, "altered")
 
 
 @pytest.mark.parametrize("seq", [1, 5, 10])
-def test_a_deleted_record_is_found_also_the_last_one(log: Connection, seq: int) -> None:
+def test_a_deleted_record_is_found_also_the_last_one(log: Session, seq: int) -> None:
     tamper(log, f"DELETE FROM ops.audit_log WHERE seq = {seq}")
     assert audit_log.first_fault(log) == Fault(seq, "missing")
 
 
-def test_an_inserted_record_is_found(log: Connection) -> None:
+def test_an_inserted_record_is_found(log: Session) -> None:
     copied = "action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
     tamper(
         log, f"INSERT INTO ops.audit_log (seq, at, {copied}) SELECT 11, at, {copied} FROM ops.audit_log WHERE seq = 3"
@@ -74,7 +74,7 @@ def test_an_inserted_record_is_found(log: Connection) -> None:
     assert audit_log.first_fault(log) == Fault(11, "inserted")
 
 
-def test_a_record_pushed_in_between_is_found(log: Connection) -> None:
+def test_a_record_pushed_in_between_is_found(log: Session) -> None:
     copied = "action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
     tamper(
         log,
@@ -88,7 +88,7 @@ def test_a_record_pushed_in_between_is_found(log: Connection) -> None:
 def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
     with connect(database, autocommit=True, cipher=CIPHER) as conn:
         audit_log.record(conn, AuditRecord("read", "test"), AuditRecord("export", "thief", count=1000))
-    with connect(database, autocommit=True) as conn:
+    with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         tamper(conn, "DELETE FROM ops.audit_log WHERE seq = 2")
         conn.execute("UPDATE ops.audit_head h SET seq = 1, link = l.link FROM ops.audit_log l WHERE l.seq = 1")
         audit_log.record(conn, AuditRecord("read", "nobody"))
@@ -103,7 +103,7 @@ def verified(url: str, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_the_command_finds_what_was_changed_and_what_was_cut_off_since_it_was_noted(database: str) -> None:
-    with connect(database, autocommit=True) as conn:
+    with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         audit_log.record(conn, *(AuditRecord("read", f"test {number}") for number in range(5)))
         code, said = verified(database)
         assert (code, said["records"], said["fault"]) == (0, 5, None)
@@ -126,7 +126,7 @@ def test_the_command_finds_what_was_changed_and_what_was_cut_off_since_it_was_no
 
 
 def test_records_from_before_the_first_key_stay_true(database: str) -> None:
-    with connect(database, autocommit=True) as conn:
+    with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         audit_log.record(conn, AuditRecord("read", "test"))
     with connect(database, autocommit=True, cipher=CIPHER) as conn:
         audit_log.record(conn, AuditRecord("read", "test"))
@@ -148,7 +148,7 @@ def test_the_log_can_only_be_appended_to(log: Connection, statement: str) -> Non
         log.execute(statement.encode())
 
 
-def test_a_deed_that_was_undone_is_not_on_record(conn: Connection) -> None:
+def test_a_deed_that_was_undone_is_not_on_record(conn: Session) -> None:
     audit_log.record(conn, AuditRecord("delete", "test"))
     conn.rollback()
     assert audit_log.head(conn)[0] == 0
@@ -156,7 +156,7 @@ def test_a_deed_that_was_undone_is_not_on_record(conn: Connection) -> None:
 
 def test_many_at_once_make_one_chain(database: str) -> None:
     def work(number: int) -> None:
-        with connect(database) as conn:
+        with connect(database, cipher=NO_ENCRYPTION) as conn:
             for _ in range(20):
                 audit_log.record(
                     conn, AuditRecord("read", f"worker {number}"), AuditRecord("update", "nothing", count=0)
@@ -165,7 +165,7 @@ def test_many_at_once_make_one_chain(database: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         assert audit_log.first_fault(conn) is None
         assert audit_log.head(conn)[0] == 80
 

@@ -1,9 +1,13 @@
-"""Every way a connection can fail ends in one sentence without the password."""
+"""Connections: every failure is one sentence without the password, and patient data needs an explicit cipher."""
 
 import pytest
 
-from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
-from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url, with_database
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError, MissingCipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.warehouse.ops import dead_letters
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import cipher_of, connect, normalise_url, with_database
 
 
 def test_a_connection_speaks_utc(database: str) -> None:
@@ -42,3 +46,22 @@ def test_a_missing_database_and_an_unknown_user_are_told_apart_from_a_server_tha
         with pytest.raises(ConfigurationError, match="does not exist there") as caught:
             connect(url)
         assert "hunter2" not in str(caught.value)
+
+
+def test_a_plain_connection_has_no_cipher(database: str) -> None:
+    with connect(database) as conn, pytest.raises(MissingCipher, match=r"open it through Warehouse\.connect"):
+        cipher_of(conn)
+
+
+@pytest.mark.parametrize("cipher", [NO_ENCRYPTION, Cipher(parse_keys([new_key()]))])
+def test_a_session_carries_the_cipher_that_it_was_opened_with(database: str, cipher: Cipher) -> None:
+    with connect(database, cipher=cipher) as session:
+        assert cipher_of(session) is cipher
+
+
+def test_a_dead_letter_is_not_recorded_through_a_plain_connection(database: str) -> None:
+    dead_letter = DeadLetter("Patient", "a", "validate", "structure", "Patient", "wrong", b"{}", "2024-01-01")
+    with connect(database) as conn, pytest.raises(MissingCipher):
+        dead_letters.record(conn, "run", [dead_letter])  # type: ignore[arg-type]
+    with connect(database) as conn:
+        assert conn.execute("SELECT count(*) FROM ops.dead_letters").fetchone() == (0,)

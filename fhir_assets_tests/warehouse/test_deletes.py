@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.warehouse.postgres.tables.deletions import Deletion
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
@@ -23,11 +23,11 @@ def at(hours: float) -> datetime:
     return NOON + timedelta(hours=hours)
 
 
-def load(conn: Connection, moment: datetime, *, version: str | None = None, family: str = "x") -> None:
+def load(conn: Session, moment: datetime, *, version: str | None = None, family: str = "x") -> None:
     views.load(conn, patient("a", moment.isoformat(), version, name=[{"family": family}]))
 
 
-def delete(conn: Connection, moment: datetime, *, version: str | None = None, identity: str = "a") -> deletions.Deleted:
+def delete(conn: Session, moment: datetime, *, version: str | None = None, identity: str = "a") -> deletions.Deleted:
     return deletions.apply(conn, [Deletion("Patient", identity, moment, version)], run_id="run")
 
 
@@ -39,12 +39,12 @@ def rows(conn: Connection) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _tables(conn: Connection) -> None:
+def _tables(conn: Session) -> None:
     ensure_tables(conn, PATIENTS)
     conn.commit()
 
 
-def test_a_deletion_takes_the_rows_of_all_views_and_leaves_a_tombstone_with_its_time(conn: Connection) -> None:
+def test_a_deletion_takes_the_rows_of_all_views_and_leaves_a_tombstone_with_its_time(conn: Session) -> None:
     load(conn, at(0))
     found = delete(conn, at(1))
     assert (found.gone, found.unseen, found.stale) == ({"Patient": 1}, {}, {"Patient": 0})
@@ -54,7 +54,7 @@ def test_a_deletion_takes_the_rows_of_all_views_and_leaves_a_tombstone_with_its_
     assert list(resources.of_type(conn, "Patient")) == []
 
 
-def test_versions_and_a_deletion_end_the_same_in_every_order(conn: Connection) -> None:
+def test_versions_and_a_deletion_end_the_same_in_every_order(conn: Session) -> None:
     steps: list[Step] = [
         lambda: load(conn, at(0)),
         lambda: load(conn, at(1)),
@@ -67,7 +67,7 @@ def test_versions_and_a_deletion_end_the_same_in_every_order(conn: Connection) -
         conn.execute("DELETE FROM fhir.resource")
 
 
-def test_a_version_newer_than_the_deletion_brings_the_resource_back_in_every_order(conn: Connection) -> None:
+def test_a_version_newer_than_the_deletion_brings_the_resource_back_in_every_order(conn: Session) -> None:
     steps: list[Step] = [
         lambda: load(conn, at(0)),
         lambda: delete(conn, at(1)),
@@ -83,7 +83,7 @@ def test_a_version_newer_than_the_deletion_brings_the_resource_back_in_every_ord
         conn.execute("TRUNCATE fhir.resource, fhir.patient, fhir.patient_name")
 
 
-def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(conn: Connection) -> None:
+def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(conn: Session) -> None:
     load(conn, at(0), version="3")
     assert delete(conn, at(0), version="2").stale == {"Patient": 1}
     delete(conn, at(0), version="4")
@@ -96,14 +96,14 @@ def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(
     assert rows(conn) == [0, 0, 0]
 
 
-def test_a_deletion_before_the_resource_was_ever_seen_keeps_it_out(conn: Connection) -> None:
+def test_a_deletion_before_the_resource_was_ever_seen_keeps_it_out(conn: Session) -> None:
     assert delete(conn, at(1)).unseen == {"Patient": 1}
     load(conn, at(0))
     assert rows(conn) == [0, 0, 0]
     assert delete(conn, at(1)).stale == {"Patient": 1}
 
 
-def test_a_deletion_is_a_record_of_the_audit_log_and_one_that_did_nothing_is_none(conn: Connection) -> None:
+def test_a_deletion_is_a_record_of_the_audit_log_and_one_that_did_nothing_is_none(conn: Session) -> None:
     load(conn, at(0))
     delete(conn, at(1))
     delete(conn, at(1))
@@ -111,7 +111,7 @@ def test_a_deletion_is_a_record_of_the_audit_log_and_one_that_did_nothing_is_non
     assert found == [("delete", "Patient", 1, "run")]
 
 
-def test_many_deletions_of_many_types_at_once_and_ids_that_no_table_can_hold(conn: Connection) -> None:
+def test_many_deletions_of_many_types_at_once_and_ids_that_no_table_can_hold(conn: Session) -> None:
     load(conn, at(0))
     many = [Deletion(name, f"r{n}", at(1)) for n in range(6000) for name in ("Patient", "Observation")]
     found = deletions.apply(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg import Connection, errors
 
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.tables.encoding import Refused, check_escapes, row_encoder
 from fhir_assets_tests.support.views import column, view
 
@@ -50,7 +51,7 @@ CASES = [pytest.param(kind, value, id=f"{kind}-{n}") for kind in VALUES for n, v
 
 @pytest.mark.parametrize(("kind", "value"), CASES)
 def test_postgres_takes_whatever_is_not_refused(conn: Connection[Any], kind: str, value: object) -> None:
-    encoder = row_encoder(view("v", "Patient", column("x", "birthDate", kind)))
+    encoder = row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
     precision = ", p text" if kind in ("date", "dateTime") else ""
     conn.execute(f"CREATE TEMP TABLE t (x {TYPES[kind]}{precision})".encode())
     try:
@@ -81,7 +82,7 @@ def test_postgres_takes_whatever_is_not_refused(conn: Connection[Any], kind: str
     ],
 )
 def test_what_is_no_value_of_its_type_is_refused_without_being_quoted(kind: str, value: object) -> None:
-    encoder = row_encoder(view("v", "Patient", column("x", "birthDate", kind)))
+    encoder = row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
     with pytest.raises(Refused) as caught:
         encoder((value,))
     assert caught.value.args[1] == 0

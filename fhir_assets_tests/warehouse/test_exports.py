@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.exports.export import Export
@@ -131,8 +132,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(loaded: Deployment, t
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    target = open_store(str(tmp_path / "out")).blobs
+    target = open_store(str(tmp_path / "out"), NO_ENCRYPTION).blobs
     target.put("manifest.json", b"of an earlier export")
-    with connect(loaded.url) as conn, pytest.raises(StoreError, match="No space left"):
+    with connect(loaded.url, cipher=NO_ENCRYPTION) as conn, pytest.raises(StoreError, match="No space left"):
         Export(conn, loaded.store, target, "", actor="test", withholding=False).write("x.ndjson", "Patient", breaks)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

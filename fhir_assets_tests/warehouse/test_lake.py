@@ -24,7 +24,7 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.lake.writer import Written
 from fhir_assets.warehouse.ops import encryption_secret
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
 from fhir_assets_tests.support.views import PATIENTS, load, patient
@@ -61,7 +61,7 @@ def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection
             yield conn
 
 
-def update(conn: Connection, url: str, view: View, *wanted: str) -> Written:
+def update(conn: Session, url: str, view: View, *wanted: str) -> Written:
     return writer.update(conn, blobs_at(load_settings(), url), view, wanted, run_id="run", actor="test")
 
 
@@ -73,7 +73,7 @@ def saturated_records(resource_type: str) -> Iterator[Record]:
 
 
 @pytest.mark.slow
-def test_duckdb_reads_the_rows_of_every_shipped_view(either: Connection, tmp_path: Path) -> None:
+def test_duckdb_reads_the_rows_of_every_shipped_view(either: Session, tmp_path: Path) -> None:
     different, filled = [], 0
     for resource_type in (each.name for each in CATALOG):
         views = tuple(of_type(resource_type))
@@ -110,7 +110,7 @@ def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(dat
         assert [word for word in (b"O'Hara", b"MRN-1", b"078-05-1120") if word in content] == []
 
 
-def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Connection, tmp_path: Path) -> None:
+def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Session, tmp_path: Path) -> None:
     for day in DAYS:
         load(conn, patient(f"p{day}"), key=day)
     assert update(conn, str(tmp_path), PATIENTS[0]).windows == 2
@@ -123,7 +123,7 @@ def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Connec
 
 
 @pytest.mark.slow
-def test_a_writer_killed_at_any_moment_leaves_whole_files(database: str, conn: Connection, tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_moment_leaves_whole_files(database: str, conn: Session, tmp_path: Path) -> None:
     views = tuple(of_type("Patient"))
     for day in range(1, 6):
         people = [patient(f"p{day}-{n}", gender="other") for n in range(50)]
@@ -144,7 +144,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(database: str, conn: C
     assert in_lake(url, "patient") == expected
 
 
-def test_a_lake_in_a_bucket_is_one_table_too(conn: Connection, s3_server: str, s3_url: str) -> None:
+def test_a_lake_in_a_bucket_is_one_table_too(conn: Session, s3_server: str, s3_url: str) -> None:
     for day in DAYS:
         load(conn, *(patient(f"{day}-{n}", gender="female") for n in range(3)), key=day)
     update(conn, s3_url, PATIENTS[0])

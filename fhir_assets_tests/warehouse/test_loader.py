@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import loading as loader_module
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
@@ -35,7 +36,7 @@ def named(key: str, *families: str, **more: Any) -> Record:
     return patient(key, name=[{"family": family} for family in families], **more)
 
 
-def test_a_resource_goes_whole_into_resource_and_into_every_view(conn: Connection) -> None:
+def test_a_resource_goes_whole_into_resource_and_into_every_view(conn: Session) -> None:
     counts, bad = load(conn, named("a", "One", "Two", gender="female"), named("b"))
     assert (counts.inserted, counts.updated, counts.superseded, counts.unloadable, bad) == (2, 0, 0, 0, [])
     assert counts.rows == {"patient": 2, "patient_name": 2}
@@ -44,7 +45,7 @@ def test_a_resource_goes_whole_into_resource_and_into_every_view(conn: Connectio
     assert select(conn, "SELECT DISTINCT partition_key, run_id FROM fhir.resource") == [("2024-01-01", "run")]
 
 
-def test_values_are_typed_and_a_partial_date_stays_known_as_one(conn: Connection) -> None:
+def test_values_are_typed_and_a_partial_date_stays_known_as_one(conn: Session) -> None:
     load(
         conn,
         patient("y", birthDate="1980", deceasedDateTime="2020-05"),
@@ -61,7 +62,7 @@ def test_values_are_typed_and_a_partial_date_stays_known_as_one(conn: Connection
     ]
 
 
-def test_a_newer_version_replaces_all_rows_and_an_older_one_none(conn: Connection) -> None:
+def test_a_newer_version_replaces_all_rows_and_an_older_one_none(conn: Session) -> None:
     load(conn, named("a", "Old", "Older"))
     newer = named("a", "New", updated="2024-02-01T00:00:00Z", version="2")
     counts, _ = load(conn, newer)
@@ -72,7 +73,7 @@ def test_a_newer_version_replaces_all_rows_and_an_older_one_none(conn: Connectio
     assert counts.rows == {"patient": 0, "patient_name": 0}
 
 
-def test_loading_twice_changes_nothing(conn: Connection) -> None:
+def test_loading_twice_changes_nothing(conn: Session) -> None:
     records = [named(f"p{n}", "A", "B", gender="male") for n in range(50)]
     load(conn, *records)
     before = [select(conn, query) for query in (NAMES, STORED)]
@@ -80,14 +81,14 @@ def test_loading_twice_changes_nothing(conn: Connection) -> None:
     assert [select(conn, query) for query in (NAMES, STORED)] == before
 
 
-def test_loading_again_brings_back_rows_that_somebody_deleted(conn: Connection) -> None:
+def test_loading_again_brings_back_rows_that_somebody_deleted(conn: Session) -> None:
     load(conn, named("a", "One"))
     conn.execute("DELETE FROM fhir.patient_name")
     load(conn, named("a", "One"))
     assert select(conn, NAMES) == [("a", "One")]
 
 
-def test_versions_of_one_instant_are_ordered_by_number_not_as_text(conn: Connection) -> None:
+def test_versions_of_one_instant_are_ordered_by_number_not_as_text(conn: Session) -> None:
     load(conn, named("a", "Ten", version="10"))
     counts, _ = load(conn, named("a", "Nine", version="9"))
     assert counts.superseded == 1
@@ -95,14 +96,14 @@ def test_versions_of_one_instant_are_ordered_by_number_not_as_text(conn: Connect
     assert select(conn, NAMES) == [("a", "Ten"), ("b", "Text"), ("c", "Huge")]
 
 
-def test_of_versions_in_one_load_the_newest_wins_whatever_their_order(conn: Connection) -> None:
+def test_of_versions_in_one_load_the_newest_wins_whatever_their_order(conn: Session) -> None:
     versions = [named("a", f"V{n}", version=str(n), updated=f"2024-01-0{n}T00:00:00Z") for n in (2, 3, 1)]
     counts, _ = load(conn, *versions)
     assert (counts.inserted, counts.superseded) == (1, 2)
     assert select(conn, NAMES) == [("a", "V3")]
 
 
-def test_chunks_make_no_difference(conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_make_no_difference(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 3)
     records = [named(f"p{n % 7}", f"V{n}", version=str(n)) for n in range(20)]
     counts, _ = load(conn, *records)
@@ -113,7 +114,10 @@ def test_chunks_make_no_difference(conn: Connection, monkeypatch: pytest.MonkeyP
 
 def test_a_load_is_seen_whole_or_not_at_all(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 2)
-    with connect(database) as conn, connect(database, autocommit=True) as other:
+    with (
+        connect(database, cipher=NO_ENCRYPTION) as conn,
+        connect(database, autocommit=True, cipher=NO_ENCRYPTION) as other,
+    ):
         ensure_tables(conn, PATIENTS)
         conn.commit()
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
@@ -126,7 +130,7 @@ def test_a_load_is_seen_whole_or_not_at_all(database: str, monkeypatch: pytest.M
 
 
 def test_writing_beside_the_callers_work_ends_in_the_same_tables(
-    conn: Connection, monkeypatch: pytest.MonkeyPatch
+    conn: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 10)
     ensure_tables(conn, PATIENTS)
@@ -148,9 +152,7 @@ def test_writing_beside_the_callers_work_ends_in_the_same_tables(
     assert select(conn, "SELECT min(version_number), max(version_number) FROM fhir.resource") == [(130, 199)]
 
 
-def test_a_caller_that_fails_beside_a_write_rolls_back_cleanly(
-    conn: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_caller_that_fails_beside_a_write_rolls_back_cleanly(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 500)
     ensure_tables(conn, PATIENTS)
     conn.commit()
@@ -181,7 +183,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("more", BAD.values(), ids=BAD.keys())
-def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Connection, more: dict[str, Any]) -> None:
+def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Session, more: dict[str, Any]) -> None:
     bad = patient("bad", **more)
     if "x" in more:
         bad = Record("Patient", "bad", "1", bad.last_updated, bad.arrived, bad.body.replace(b": 0", b": 1e200000"))
@@ -203,12 +205,12 @@ def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Co
 _PATIENT_FIELDS = ("gender", "birthDate", "deceasedDateTime", "active", "multipleBirthInteger", "updated", "given")
 
 
-def test_an_unloadable_value_names_its_view_and_column(conn: Connection) -> None:
+def test_an_unloadable_value_names_its_view_and_column(conn: Session) -> None:
     _, bad = load(conn, patient("bad", birthDate="2023-02-29"))
     assert [(each.view, each.column) for each in bad] == [("patient", "born")]
 
 
-def test_what_only_postgres_refuses_is_found_in_the_midst_of_thousands(conn: Connection) -> None:
+def test_what_only_postgres_refuses_is_found_in_the_midst_of_thousands(conn: Session) -> None:
     records = [named(f"p{n:04}", "A", x=0) for n in range(1000)]
     for n in (0, 511, 999):
         each = records[n]
@@ -220,7 +222,7 @@ def test_what_only_postgres_refuses_is_found_in_the_midst_of_thousands(conn: Con
     assert all("1e200000" not in each.message for each in bad)
 
 
-def test_decimals_keep_their_digits_in_columns_and_in_the_json(conn: Connection) -> None:
+def test_decimals_keep_their_digits_in_columns_and_in_the_json(conn: Session) -> None:
     weights = view("weight", "Observation", column("value", "value.ofType(Quantity).value", "decimal"))
     body = b'{"resourceType": "Observation", "id": "o", "valueQuantity": {"value": 1.10}}'
     base = patient("o")
@@ -229,7 +231,7 @@ def test_decimals_keep_their_digits_in_columns_and_in_the_json(conn: Connection)
     assert select(conn, "SELECT resource->'valueQuantity'->>'value' FROM fhir.resource") == [("1.10",)]
 
 
-def test_a_type_beyond_the_catalog_can_be_loaded(conn: Connection) -> None:
+def test_a_type_beyond_the_catalog_can_be_loaded(conn: Session) -> None:
     flags = view("flag", "Flag", column("status", "status", "code"))
     base = patient("f")
     body = b'{"resourceType": "Flag", "id": "f", "status": "active"}'
@@ -240,14 +242,14 @@ def test_a_type_beyond_the_catalog_can_be_loaded(conn: Connection) -> None:
 
 def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str) -> None:
     """Each connection has the newer version of every other resource; both start together, over and over."""
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         ensure_tables(conn, PATIENTS)
     rounds, size = 8, 60
     barrier = Barrier(2)
 
     def work(worker: int) -> int:
         done = 0
-        with connect(database) as conn:
+        with connect(database, cipher=NO_ENCRYPTION) as conn:
             for number in range(rounds):
                 records = []
                 for n in range(size):
@@ -266,7 +268,7 @@ def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, (0, 1))) == [rounds * size] * 2
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         newest = f"V{2 * rounds}"
         assert select(conn, "SELECT family, count(*) FROM fhir.patient_name GROUP BY 1 ORDER BY 1") == [
             (newest, size),
@@ -277,7 +279,11 @@ def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str
 
 def test_a_resource_that_another_load_brings_in_this_moment_is_merged_with_it(database: str) -> None:
     """The first load has not committed: the second does not see its rows, and has to wait for them."""
-    with connect(database) as first, connect(database) as second, connect(database, autocommit=True) as other:
+    with (
+        connect(database, cipher=NO_ENCRYPTION) as first,
+        connect(database, cipher=NO_ENCRYPTION) as second,
+        connect(database, autocommit=True, cipher=NO_ENCRYPTION) as other,
+    ):
         ensure_tables(first, PATIENTS)
         first.commit()
         waiting = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = {second.info.backend_pid}"
@@ -295,22 +301,22 @@ def test_a_resource_that_another_load_brings_in_this_moment_is_merged_with_it(da
 
 
 def test_a_server_that_goes_away_is_a_transient_error_and_leaves_nothing(database: str) -> None:
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         ensure_tables(conn, PATIENTS)
-    conn = connect(database)
+    conn = connect(database, cipher=NO_ENCRYPTION)
     loader = Loader(conn, "Patient", PATIENTS, run_id="run")
     loader.add([rows_of(PATIENTS, named("a", "One"))], "w")
-    with connect(database, autocommit=True) as other:
+    with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as other:
         other.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
     with pytest.raises(DatabaseUnavailable, match="run it again"):
         loader.finish()
-    with connect(database) as other:
+    with connect(database, cipher=NO_ENCRYPTION) as other:
         assert select(other, "SELECT count(*) FROM fhir.resource") == [(0,)]
 
 
 @pytest.fixture
-def prepared(database: str) -> Iterator[Connection]:
-    with connect(database) as conn:
+def prepared(database: str) -> Iterator[Session]:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         ensure_tables(conn, TEXT_VIEW)
         conn.commit()
         yield conn
@@ -332,7 +338,7 @@ _texts = st.text(st.characters(), max_size=12)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(language=_texts, given_names=st.lists(_texts, min_size=1, max_size=3), born=st.text("0123456789-", max_size=11))
 def test_any_text_comes_back_as_it_was_or_is_told_apart(
-    prepared: Connection, language: str, given_names: list[str], born: str
+    prepared: Session, language: str, given_names: list[str], born: str
 ) -> None:
     """Backslashes, quotes, line ends, NUL, surrogates: nothing breaks a COPY or changes on its way."""
     record = patient("p", language=language, name=[{"given": given_names}], birthDate=born)

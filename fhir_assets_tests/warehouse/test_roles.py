@@ -16,12 +16,12 @@ from fhir_assets.cli.main import app
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres.db import embedded, migrations, roles
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect, with_database
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect, with_database
 from fhir_assets.warehouse.postgres.tables import deletions, view_tables
 from fhir_assets_tests.support.key_rotation import LETTER, PATIENT, VIEWS, fill, load_people, store_at
 from fhir_assets_tests.support.views import column, load, patient, view
@@ -167,14 +167,14 @@ def test_nobody_but_the_owner_can_even_try_to_change_the_audit_log(filled: str, 
 
 
 def test_a_table_that_a_loader_makes_is_there_for_readers_and_for_other_loaders(database: str, user: User) -> None:
-    with connect(user(roles.LOADER)) as conn:
+    with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as conn:
         load(conn, patient("a", gender="male"), views=(PATIENT,))
     wider = view(
         "patient", "Patient", *PATIENT.definition["select"][0]["column"], column("active", "active", "boolean")
     )
-    with connect(user(roles.LOADER)) as conn:
+    with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as conn:
         view_tables.ensure_tables(conn, [wider])
-    with connect(user(roles.READER)) as conn:
+    with connect(user(roles.READER), cipher=NO_ENCRYPTION) as conn:
         assert conn.execute("SELECT gender, active FROM fhir.patient").fetchall() == [("male", None)]
 
 
@@ -191,12 +191,12 @@ def test_a_reader_who_tries_our_commands_is_told_which_role_they_need(database: 
         migrations.upgrade(user(roles.READER))
 
 
-def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(conn: Connection, user: User) -> None:
+def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(conn: Session, user: User) -> None:
     view_tables.ensure_tables(conn, VIEWS)
     conn.execute("ALTER TABLE fhir.patient OWNER TO postgres")
     conn.commit()
     wider = view("patient", "Patient", column("active", "active", "boolean"))
-    with connect(user(roles.LOADER)) as loader:
+    with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as loader:
         with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns"):
             view_tables.apply_changes(loader, [wider])
 
@@ -229,11 +229,11 @@ def test_a_migration_by_a_user_who_may_not_make_roles_goes_on_and_says_so(
     said = CliRunner().invoke(app, ["migrate"], catch_exceptions=False)
     assert said.exit_code == 0
     assert "CREATE ROLE fhir_reader NOLOGIN; CREATE ROLE fhir_operator NOLOGIN" in said.output
-    with connect(own_server, autocommit=True) as conn:
+    with connect(own_server, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         for role in roles.ROLES:
             conn.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
     assert "CREATE ROLE" not in CliRunner().invoke(app, ["migrate"], catch_exceptions=False).output
-    with connect(plain) as conn:
+    with connect(plain, cipher=NO_ENCRYPTION) as conn:
         load_people(conn, range(2))
         for role, table in ((roles.READER, "fhir.patient_name"), (roles.OPERATOR, "ops.dead_letters")):
             allowed = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, table]).fetchone()

@@ -12,7 +12,7 @@ from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import dead_letters, encryption_secret
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of, connect
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of, connect
 from fhir_assets.warehouse.postgres.tables.view_tables import apply_changes, ensure_tables
 from fhir_assets_tests.support.views import column, load, patient, select, view
 
@@ -56,7 +56,7 @@ def sealed(database: str) -> Iterator[Connection]:
         yield conn
 
 
-def test_every_tag_does_what_it_says(sealed: Connection) -> None:
+def test_every_tag_does_what_it_says(sealed: Session) -> None:
     load(sealed, PERSON, views=(SECRETS,))
     cipher = cipher_of(sealed)
     [(family, mrn, mrn_index, ssn, born, precision, died, multiple, note, gender)] = select(
@@ -72,7 +72,7 @@ def test_every_tag_does_what_it_says(sealed: Connection) -> None:
     assert (note, gender) == (None, "female")
 
 
-def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Connection) -> None:
+def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Session) -> None:
     load(sealed, PERSON, views=(SECRETS,))
     [(kind, text, sealed_by)] = select(
         sealed, "SELECT jsonb_typeof(resource), resource::text, sealed_by FROM fhir.resource"
@@ -86,18 +86,18 @@ def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Connection
     assert [each.body for each in resources.of_type(sealed, "Patient")] == [PERSON.body]
 
 
-def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(sealed: Connection) -> None:
+def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(sealed: Session) -> None:
     letter = DeadLetter("Patient", "a", "validate", "structure", "Patient", "wrong", PERSON.body, "2024-01-01")
     for run in ("one", "two"):
         dead_letters.record(sealed, run, [letter])
     [(number, attempts, stored)] = select(sealed, "SELECT id, attempts, resource FROM ops.dead_letters")
     assert attempts == 2
     assert b"MRN" not in stored
-    assert letter.fingerprint(cipher_of(sealed)) != letter.fingerprint()
+    assert letter.fingerprint(cipher_of(sealed)) != letter.fingerprint(NO_ENCRYPTION)
     assert dead_letters.resource(sealed, number) == PERSON.body
 
 
-def test_without_keys_all_is_in_the_clear_as_before(conn: Connection) -> None:
+def test_without_keys_all_is_in_the_clear_as_before(conn: Session) -> None:
     load(conn, PERSON, views=(SECRETS,))
     assert select(conn, "SELECT mrn, ssn, born::text, multiple FROM fhir.patient") == [
         ("MRN-1", "078-05-1120", "1980-02-29", 2)
@@ -105,7 +105,7 @@ def test_without_keys_all_is_in_the_clear_as_before(conn: Connection) -> None:
 
 
 def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> None:
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         load(conn, PERSON, views=(SECRETS,))
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
     with connect(database, cipher=cipher) as conn:
@@ -134,7 +134,7 @@ def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
         ).index("x")
 
 
-def test_an_unknown_tag_is_refused(sealed: Connection) -> None:
+def test_an_unknown_tag_is_refused(sealed: Session) -> None:
     wrong: View = parse_view(view("w", "Patient", tagged("x", "gender", "code", phi="hide")).definition)
     with pytest.raises(ViewError, match="tag phi is hide"):
         ensure_tables(sealed, [wrong])

@@ -6,8 +6,9 @@ import pytest
 
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import View, load_views
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.ops import checkpoints
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets_tests.support.views import PATIENT, PATIENTS, column, load, patient, select, view
@@ -23,7 +24,7 @@ def _columns(conn: Connection, table: str) -> dict[str, str]:
     )
 
 
-def test_columns_are_typed_and_partial_dates_have_their_precision(conn: Connection) -> None:
+def test_columns_are_typed_and_partial_dates_have_their_precision(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
     assert _columns(conn, "patient") == {
         "_resource_key": "text",
@@ -39,7 +40,7 @@ def test_columns_are_typed_and_partial_dates_have_their_precision(conn: Connecti
     }
 
 
-def test_indexes_and_comments_come_from_the_view(conn: Connection) -> None:
+def test_indexes_and_comments_come_from_the_view(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
     indexes = select(conn, "SELECT indexdef FROM pg_indexes WHERE schemaname = 'fhir' AND tablename = 'patient'")
     assert {definition.split("USING ")[1] for (definition,) in indexes} == {
@@ -51,14 +52,14 @@ def test_indexes_and_comments_come_from_the_view(conn: Connection) -> None:
     assert select(conn, comments) == [("The table patient", "Administrative gender")]
 
 
-def test_every_shipped_view_has_a_table_that_fits_it(conn: Connection) -> None:
+def test_every_shipped_view_has_a_table_that_fits_it(conn: Session) -> None:
     views = load_views([sql_folder() / "views"]).views
     assert views
     view_tables.ensure_tables(conn, views)
     assert [difference for each in views for difference in view_tables.drift(conn, each)] == []
 
 
-def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Connection) -> None:
+def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
     conn.commit()
     view_tables.ensure_tables(conn, PATIENTS)
@@ -69,12 +70,12 @@ def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Connection) -> N
 
 def test_several_processes_may_do_it_at_once(database: str) -> None:
     def work(_: int) -> None:
-        with connect(database) as conn:
+        with connect(database, cipher=NO_ENCRYPTION) as conn:
             view_tables.ensure_tables(conn, PATIENTS)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    with connect(database) as conn:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
         assert view_tables.drift(conn, PATIENT) == []
 
 
@@ -82,7 +83,7 @@ def _changed(*columns: dict[str, object]) -> View:
     return view("patient", "Patient", *columns)
 
 
-def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Connection) -> None:
+def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Session) -> None:
     small = _changed(column("gender", "gender", "code"))
     load(conn, patient("a", gender="male"), views=(small,))
     _remember(conn)
@@ -93,7 +94,7 @@ def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Connect
     assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
 
 
-def test_a_view_of_other_paths_but_the_same_columns_makes_its_rows_stale(conn: Connection) -> None:
+def test_a_view_of_other_paths_but_the_same_columns_makes_its_rows_stale(conn: Session) -> None:
     view_tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
     _remember(conn)
     view_tables.ensure_tables(conn, [_changed(column("who", "language", "code"))])
@@ -113,7 +114,7 @@ def _remember(conn: Connection) -> None:
     [_changed(column("gender", "gender = 'male'", "boolean")), _changed(column("sex", "gender", "code"))],
     ids=["another type", "a column less"],
 )
-def test_what_would_lose_data_is_refused_until_it_is_asked_for(conn: Connection, changed: View) -> None:
+def test_what_would_lose_data_is_refused_until_it_is_asked_for(conn: Session, changed: View) -> None:
     original = _changed(column("gender", "gender", "code"))
     load(conn, patient("a", gender="male"), views=(original,))
     with pytest.raises(ViewError, match=r"gender.*--apply-view-changes"):
@@ -126,7 +127,7 @@ def test_what_would_lose_data_is_refused_until_it_is_asked_for(conn: Connection,
     assert list(_columns(conn, "patient")) == ["_resource_key", changed.columns[0].name]
 
 
-def test_drift_by_hand_is_seen(conn: Connection) -> None:
+def test_drift_by_hand_is_seen(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
     conn.execute("ALTER TABLE fhir.patient DROP COLUMN active")
     conn.execute("ALTER TABLE fhir.patient ALTER COLUMN birth_order TYPE bigint")
@@ -157,6 +158,6 @@ def test_drift_by_hand_is_seen(conn: Connection) -> None:
         ),
     ],
 )
-def test_names_that_cannot_be_tables_are_refused(conn: Connection, wrong: View, words: str) -> None:
+def test_names_that_cannot_be_tables_are_refused(conn: Session, wrong: View, words: str) -> None:
     with pytest.raises(ViewError, match=words):
         view_tables.ensure_tables(conn, [wrong])

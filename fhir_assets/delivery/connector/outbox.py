@@ -16,12 +16,12 @@ from psycopg import sql
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 
 CHANNEL = "fhir_outbox"
 
-Connect = Callable[[], Connection]
+Connect = Callable[[], Session]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import orjson
 from fhir_assets.delivery.upload.files import Unusable
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.privacy.encryption import Cipher
 
 _SCHEMA = """
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
@@ -94,7 +94,7 @@ class Failure:
 class Journal:
     """The state of one upload; used by one thread. ``path`` None keeps it in a temporary file."""
 
-    def __init__(self, path: Path | None = None, *, cipher: Cipher = NO_ENCRYPTION) -> None:
+    def __init__(self, path: Path | None = None, *, cipher: Cipher) -> None:
         self._cipher = cipher
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

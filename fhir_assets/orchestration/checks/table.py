@@ -21,7 +21,7 @@ from fhir_assets.orchestration.run_context import sanitized_errors
 from fhir_assets.pipeline.reconcile.window_volume import compare_volumes
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, run_history
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.queries import quality
 from fhir_assets.warehouse.postgres.tables import plaintext_scan, view_tables
 from fhir_assets.windows import Window, WindowScheme
@@ -97,7 +97,7 @@ class _Judge:
         self._views = views
         self._source = source
 
-    def result(self, conn: Connection, there: frozenset[str], name: str) -> dg.AssetCheckResult:
+    def result(self, conn: Session, there: frozenset[str], name: str) -> dg.AssetCheckResult:
         """What one check says, of the tables that are there."""
         if name == FRESH:
             return self._fresh(conn)
@@ -172,7 +172,7 @@ class _Judge:
         )
         return self._said(NO_FAILED_PARTITIONS, not left, said, {"failed_partitions": len(left), "sample": table})
 
-    def _schema_matches(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
+    def _schema_matches(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
         found = [each for view in present for each in view_tables.drift(conn, view)]
         said = f"{len(present)} tables fit their views"
         if found:
@@ -196,7 +196,7 @@ class _Judge:
             )
         return self._said(NO_DUPLICATES, not twice, said, {"duplicates": twice})
 
-    def _no_plaintext_phi(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
+    def _no_plaintext_phi(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
         if not self._settings.cipher.on:
             return self._said(NO_PLAINTEXT_PHI, True, "there are no keys: everything is in the clear")
         misfits = [view.name for view in present if view_tables.drift(conn, view)]

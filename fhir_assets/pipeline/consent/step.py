@@ -17,7 +17,7 @@ from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, consents, dead_letters
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -47,7 +47,7 @@ class ConsentStep:
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], views: Sequence[View], gate: ConsentGate, *, run_id: str, actor: str
+        self, connect: Callable[[], Session], views: Sequence[View], gate: ConsentGate, *, run_id: str, actor: str
     ) -> None:
         self._connect = connect
         self._gate = gate
@@ -79,7 +79,7 @@ class ConsentStep:
                 self._follow(conn, swept)
         return swept
 
-    def _decide(self, conn: Connection, patients: Sequence[str], now: datetime, swept: ConsentResult) -> None:
+    def _decide(self, conn: Session, patients: Sequence[str], now: datetime, swept: ConsentResult) -> None:
         changed = consents.decide_on(conn, patients, now)
         swept.patients += len(patients)
         swept.decisions += changed
@@ -89,7 +89,7 @@ class ConsentStep:
         swept.released += sum(released.values())
         self._record(conn, changed, taken, released)
 
-    def _follow(self, conn: Connection, swept: ConsentResult) -> None:
+    def _follow(self, conn: Session, swept: ConsentResult) -> None:
         """The policy is another one: all of the tables, and all that is withheld, is looked through."""
         while True:
             with conn.transaction():
@@ -111,7 +111,7 @@ class ConsentStep:
             consents.follow(conn, self._gate)
         conn.commit()
 
-    def _record(self, conn: Connection, decisions: int, taken: Mapping[str, int], released: Mapping[str, int]) -> None:
+    def _record(self, conn: Session, decisions: int, taken: Mapping[str, int], released: Mapping[str, int]) -> None:
         audit_log.record(
             conn,
             AuditRecord("consent decision", self._actor, "Consent", count=decisions, run_id=self._run_id),
@@ -126,7 +126,7 @@ class ConsentStep:
         )
 
     def _release(
-        self, conn: Connection, *, patients: Sequence[str] | None = None, limit: int | None = None
+        self, conn: Session, *, patients: Sequence[str] | None = None, limit: int | None = None
     ) -> dict[str, int]:
         """Bring into the tables what of some patients (None: of all) is withheld and need not be. By type."""
         cipher = cipher_of(conn)
@@ -156,7 +156,7 @@ class ConsentStep:
                 break
         return released
 
-    def _load(self, conn: Connection, resource_type: str, batch: Batch) -> None:
+    def _load(self, conn: Session, resource_type: str, batch: Batch) -> None:
         """Load released resources; one that does not load becomes a dead letter, as it would have."""
         views = [view for view in self._views if view.resource_type == resource_type]
         make = self._make_rows.get(resource_type)
@@ -170,7 +170,7 @@ class ConsentStep:
         letters += [build_unloadable_dead_letter(resource_type, item) for item in [*bad, *loader.late()]]
         dead_letters.record(conn, self._run_id, letters)
 
-    def _take_stock(self, conn: Connection) -> None:
+    def _take_stock(self, conn: Session) -> None:
         """A policy is switched on: look up what nobody looked at before, in batches."""
         cipher = cipher_of(conn)
         query = (

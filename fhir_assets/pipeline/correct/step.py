@@ -13,7 +13,7 @@ from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import StoredDeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Session
 
 CORRECTABLE = ("fetch", *replays.REPLAYED)
 
@@ -30,7 +30,7 @@ class Correction:
 class CorrectionStep:
     """Takes edits of dead letters."""
 
-    def __init__(self, connect: Callable[[], Connection], validator: Validator, receiver: Receiver) -> None:
+    def __init__(self, connect: Callable[[], Session], validator: Validator, receiver: Receiver) -> None:
         self._connect = connect
         self._validator = validator
         self._receiver = receiver
@@ -64,7 +64,7 @@ class CorrectionStep:
             )
         return letter
 
-    def _corrected(self, conn: Connection, letter: StoredDeadLetter, edit: Correction) -> bytes:
+    def _corrected(self, conn: Session, letter: StoredDeadLetter, edit: Correction) -> bytes:
         if edit.resource is not None:
             body = to_single_line(edit.resource)
         else:

@@ -17,7 +17,7 @@ from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter, lines_of
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.tables import deletions as deletes
 from fhir_assets.warehouse.postgres.tables.deletions import Deleted
 
@@ -47,7 +47,7 @@ class DeletionLog:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:

@@ -6,12 +6,12 @@ from datetime import datetime, timedelta
 
 from fhir_assets.fhir.search.history import DeletionHistory
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Session
 from fhir_assets.warehouse.postgres.tables import deletions
 
 
 def apply_server_deletions(
-    connect: Callable[[], Connection],
+    connect: Callable[[], Session],
     tombstones: DeletionLog,
     history: DeletionHistory,
     resource_types: Sequence[str],

@@ -44,7 +44,7 @@ from fhir_assets.storage.store import Store, folder
 from fhir_assets.warehouse.ops import bulk_exports, dead_letters
 from fhir_assets.warehouse.ops.bulk_exports import BulkExport
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.windows import Interval
 
 _DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
@@ -67,7 +67,7 @@ class BulkSource:
         self,
         client: FhirClient,
         store: Store,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         *,
         level: str = "system",
         type_filter: str = "",
@@ -174,7 +174,7 @@ class BulkSource:
         self._tell(f"export {export.id}: the server has taken it")
         return export
 
-    def _finished(self, conn: Connection, export: BulkExport) -> BulkExport:
+    def _finished(self, conn: Session, export: BulkExport) -> BulkExport:
         """The export, in the store as a whole."""
         try:
             manifest = export.manifest or self._awaited(conn, export)
@@ -238,7 +238,7 @@ class BulkSource:
         for parts, files in download.groups(export.files_done):
             bulk_exports.store_parts(conn, export.id, parts, files)
 
-    def _apply(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
+    def _apply(self, conn: Session, export: BulkExport, manifest: ExportManifest) -> None:
         """What the export says besides: deletions, and the server's own errors."""
         with self._client.open_downloads() as downloads:
             gone = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))

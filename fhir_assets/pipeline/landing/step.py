@@ -20,7 +20,7 @@ from fhir_assets.storage.landing_zone import DONE, FoundFile, Zone
 from fhir_assets.warehouse.ops import landing_files
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Session
 
 CHANNEL = "landing"
 FILES_AT_ONCE = 1000
@@ -54,7 +54,7 @@ class LandingStep:
         self,
         zone: Zone,
         receiver: Receiver,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         *,
         max_bytes: int,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -173,7 +173,7 @@ class LandingStep:
         received_as = f"{CHANNEL}:batch-{batch}"
         at: ReadyFile | None = None
 
-        def resources(conn: Connection) -> Iterator[Record | RejectedInput]:
+        def resources(conn: Session) -> Iterator[Record | RejectedInput]:
             nonlocal at
             for file in rest:
                 at = file

@@ -21,7 +21,7 @@ from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops import visits
 from fhir_assets.warehouse.ops.visits import Brought, KnownVisit, Person
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 CONFLICT = "visit-conflict"
 """Rule of the dead letter of a visit whose account number is known with other content."""
@@ -30,7 +30,7 @@ _AT_ONCE = 2000
 
 
 def read_new_resources(
-    conn: Connection, items: Iterable[FileItem], origin: str, received_as: str, resource_types: Collection[str]
+    conn: Session, items: Iterable[FileItem], origin: str, received_as: str, resource_types: Collection[str]
 ) -> Iterator[Record | RejectedInput]:
     """What a file of visits holds, as the resources that are news; nothing if it was received before. Writes the ledger
     through ``conn``, in the caller's transaction: of the types that the deployment loads, so that those it does not
@@ -51,7 +51,7 @@ def read_new_resources(
 
 
 def _read(
-    conn: Connection, items: Iterable[FileItem], origin: str, resource_types: Collection[str], counts: Brought
+    conn: Session, items: Iterable[FileItem], origin: str, resource_types: Collection[str], counts: Brought
 ) -> Iterator[Record | RejectedInput]:
     waiting: list[Visit] = []
     for item in items:
@@ -68,7 +68,7 @@ def _read(
 
 
 def _entered(
-    conn: Connection, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
+    conn: Session, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
 ) -> Iterator[Record | RejectedInput]:
     rows = [_hashed(visit, cipher_of(conn)) for visit in batch]
     known = visits.visits(conn, [row.visit.id for row in rows])

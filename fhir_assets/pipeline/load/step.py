@@ -19,7 +19,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, checkpoints, consents, dead_letters, received, replays, runs
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block
 from fhir_assets.warehouse.postgres.tables.loading import OPEN, LoadCounts, Loader, Unloadable
@@ -79,7 +79,7 @@ class LoadStep:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         views: Sequence[View],
         *,
         all_views: bool,
@@ -138,7 +138,7 @@ class LoadStep:
                 fetched.until if raw and fetched and _covers(manifest, raw) else None,
             )
 
-    def _load_group(self, conn: Connection, resource_type: str, group: Sequence[_Task], total: LoadResult) -> None:
+    def _load_group(self, conn: Session, resource_type: str, group: Sequence[_Task], total: LoadResult) -> None:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
         dead: Counter[str] = Counter()
         again = any(task.again for task in group)
@@ -208,7 +208,7 @@ class LoadStep:
         total.withheld += counts.withheld.total()
         total.rows.update(counts.rows)
 
-    def _rows(self, conn: Connection, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, BuiltRows]]:
+    def _rows(self, conn: Session, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, BuiltRows]]:
         """What the views make of the windows' resources, in order, while earlier ones are written."""
         if not any(task.rows for task in group):
             return iter(())
@@ -225,7 +225,7 @@ class LoadStep:
         )
 
     def _block_of(
-        self, conn: Connection, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
+        self, conn: Session, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
     ) -> Block | None:
         """What the views make of a corrected resource; None if it is refused as well."""
         self._make_rows = self._make_rows or RowBuilder(self._views, cipher_of(conn))

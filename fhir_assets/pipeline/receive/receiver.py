@@ -24,7 +24,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters, received
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.ops.received import Receiving
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Session
 from fhir_assets.windows import Window, WindowScheme
 
 
@@ -57,7 +57,7 @@ class Receiver:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         scheme: WindowScheme,
         resource_types: Sequence[str],
         *,
@@ -94,7 +94,7 @@ class Receiver:
 
     def receive_in_transaction(
         self,
-        bring: Callable[[Connection], Iterable[Record | RejectedInput]],
+        bring: Callable[[Session], Iterable[Record | RejectedInput]],
         origin: str,
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
@@ -110,7 +110,7 @@ class Receiver:
 
     def _receive(
         self,
-        conn: Connection,
+        conn: Session,
         records: Iterable[Record | RejectedInput],
         origin: str,
         audit_records: Callable[[Received], Iterable[AuditRecord]],

@@ -12,7 +12,7 @@ from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
 
 STAGES = ("transform", "load")
@@ -74,7 +74,7 @@ class WindowCounts:
 
 
 def reconcile(
-    conn: Connection,
+    conn: Session,
     store: Store,
     resource_type: str,
     partition_keys: Sequence[str],
@@ -136,7 +136,7 @@ class AbsentCounts:
 
 
 def _absent(
-    conn: Connection, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
+    conn: Session, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
 ) -> dict[str, AbsentCounts]:
     """By partition key, how many validated resources the tables lack, less those that are dead letters."""
     if not any(manifest.parts for manifest in validated):

@@ -24,7 +24,7 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage import reencrypt
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -94,7 +94,7 @@ class ReencryptStep:
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         store: Store,
         views: Sequence[View],
         *,
@@ -139,7 +139,7 @@ class ReencryptStep:
                 self._end(conn, count_key_usage(guard, self._store, self._views), cipher)
         return self.done
 
-    def _all(self, conn: Connection, cipher: Cipher) -> None:
+    def _all(self, conn: Session, cipher: Cipher) -> None:
         older = [key.id for key in cipher.keys[1:]]
         newest = cipher.keys[0].id
         for place in reencryption.PLACES:
@@ -170,7 +170,7 @@ class ReencryptStep:
 
     def _sweep(
         self,
-        conn: Connection,
+        conn: Session,
         place: str,
         label: str,
         following: Callable[[reencryption.Key | None], list[reencryption.Key]],
@@ -201,7 +201,7 @@ class ReencryptStep:
             return
 
     def _one(
-        self, conn: Connection, place: str, label: str, encrypt_content: Callable[[], reencryption.Batch]
+        self, conn: Session, place: str, label: str, encrypt_content: Callable[[], reencryption.Batch]
     ) -> reencryption.Batch | None:
         """One batch and its record; None if somebody else held a lock that it needs."""
         try:
@@ -226,7 +226,7 @@ class ReencryptStep:
         return batch
 
     def _remake(
-        self, conn: Connection, resource_type: str, make: RowBuilder, keys: Sequence[reencryption.Key]
+        self, conn: Session, resource_type: str, make: RowBuilder, keys: Sequence[reencryption.Key]
     ) -> reencryption.Batch:
         """Seal resources, and make the rows of all of their views anew; where that fails, the resources alone."""
         cipher = cipher_of(conn)
@@ -258,7 +258,7 @@ class ReencryptStep:
         done.from_clear = min(list(sealed_with.values()).count(None), done.sealed)
         return done
 
-    def _parts(self, conn: Connection, cipher: Cipher) -> None:
+    def _parts(self, conn: Session, cipher: Cipher) -> None:
         openable = {key.id for key in cipher.keys[1:]} | ({None} if self._store.cipher.on else set())
         to_do = (part for part in reencrypt.sealed_parts(self._store) if part[1] in openable)
         results = reencrypt.reencrypt(self._store, to_do, cipher)
@@ -272,7 +272,7 @@ class ReencryptStep:
             self.done.refused.update(str(error) for _, _, error in group if error is not None)
             self._report(conn)
 
-    def _note(self, conn: Connection, place: str, sealed: int, from_clear: int, label: str) -> None:
+    def _note(self, conn: Session, place: str, sealed: int, from_clear: int, label: str) -> None:
         key_rotations.advance(conn, self._rotation, label, sealed)
         detail = {"place": place, "key": cipher_of(conn).key_id, "from_clear": from_clear, "rotation": self._rotation}
         resource_type = label if place == RESOURCES else None
@@ -284,7 +284,7 @@ class ReencryptStep:
         if progress:
             self._on_progress(progress)
 
-    def _end(self, conn: Connection, found: KeyUsage, cipher: Cipher) -> None:
+    def _end(self, conn: Session, found: KeyUsage, cipher: Cipher) -> None:
         """Say what is left. The secret comes last: until then nobody can take an older key away unnoticed."""
         needed = [
             key.id

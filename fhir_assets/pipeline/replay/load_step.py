@@ -16,7 +16,7 @@ from fhir_assets.pipeline.load.step import compute_views_ruleset, load_audit_rec
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import OPEN, Loader
 from fhir_assets.windows import Window
@@ -27,7 +27,7 @@ class ReplayLoadStep:
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         views: Sequence[View],
         *,
         run_id: str,
@@ -66,7 +66,7 @@ class ReplayLoadStep:
 
     def _load(
         self,
-        conn: Connection,
+        conn: Session,
         make: RowBuilder,
         resource_type: str,
         letters: Sequence[Claimed],

@@ -19,7 +19,7 @@ from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Session
 
 STAGE = "validate"
 
@@ -40,7 +40,7 @@ class ReplayValidateStep:
         self,
         store: Store,
         validator: Validator,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         *,
         run_id: str,
         now: datetime,

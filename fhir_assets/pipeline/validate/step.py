@@ -17,7 +17,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class ValidateStep:
         self,
         store: Store,
         validator: Validator,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Session],
         *,
         run_id: str,
         now: datetime,

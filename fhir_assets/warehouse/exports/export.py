@@ -21,7 +21,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import layout_of
 
@@ -50,7 +50,7 @@ class Export:
 
     def __init__(
         self,
-        conn: Connection,
+        conn: Session,
         store: Store,
         target: Blobs,
         folder: str,

@@ -18,7 +18,7 @@ from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, layout_of
 
@@ -47,7 +47,7 @@ class Written:
     bytes: int = 0
 
 
-def update(conn: Connection, target: Blobs, view: View, wanted: Collection[str], *, run_id: str, actor: str) -> Written:
+def update(conn: Session, target: Blobs, view: View, wanted: Collection[str], *, run_id: str, actor: str) -> Written:
     """Write the ``wanted`` windows of a view, and all others that are no longer what their table holds.
 
     Each file is replaced in one step, all from one snapshot of the database. Raises StoreError.
@@ -78,7 +78,7 @@ def update(conn: Connection, target: Blobs, view: View, wanted: Collection[str],
 class _Lake:
     """The folder of one view."""
 
-    def __init__(self, conn: Connection, target: Blobs, view: View) -> None:
+    def __init__(self, conn: Session, target: Blobs, view: View) -> None:
         self._conn = conn
         self._target = target
         self._view = view

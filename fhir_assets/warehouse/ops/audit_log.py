@@ -6,17 +6,16 @@ from datetime import datetime
 from itertools import chain
 from typing import Any
 
-import psycopg
 from psycopg.types.json import Jsonb
 
 from fhir_assets.privacy.audit import Action, AuditRecord, Entry, Fault, link, verify
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 _COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
 _LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
 
 
-def record(conn: psycopg.Connection[Any], *audit_records: AuditRecord) -> None:
+def record(conn: Session, *audit_records: AuditRecord) -> None:
     """Append deeds. Call it last in the transaction of the deed: until that ends, other records wait.
 
     What does a thing many times over records it once, with a count; a deed of count 0 is left out.
@@ -58,12 +57,12 @@ def record(conn: psycopg.Connection[Any], *audit_records: AuditRecord) -> None:
         conn.execute("UPDATE ops.audit_head SET seq = %s, link = %s", [seq, previous])
 
 
-def subject(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) -> str:
+def subject(conn: Session, resource_type: str, resource_id: str) -> str:
     """The keyed hash by which the log names a resource."""
     return cipher_of(conn).subject(resource_type, resource_id)
 
 
-def first_fault(conn: Connection) -> Fault | None:
+def first_fault(conn: Session) -> Fault | None:
     """The first record that was altered, is missing or was inserted; None if the log is whole."""
     query = f"SELECT h.seq, h.link, l.* FROM ops.audit_head h LEFT JOIN ({_LOG}) l ON true ORDER BY l.seq"  # noqa: S608
     with conn.transaction(), conn.cursor(name="audit") as cursor:

@@ -26,7 +26,7 @@ from fhir_assets.privacy.consent import (
     read_consent,
 )
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 
 _parse = msgspec.json.Decoder(dict[str, Any]).decode
@@ -190,7 +190,7 @@ def due(conn: Connection, at: datetime, limit: int) -> list[str]:
     return [patient for (patient,) in rows]
 
 
-def decide_on(conn: Connection, patients: Sequence[str], at: datetime) -> int:
+def decide_on(conn: Session, patients: Sequence[str], at: datetime) -> int:
     """Decide on patients by what their consents say at a moment. Returns how many decisions are other ones now."""
     known = _consents(conn, patients)
     versions: dict[str, str | None] = {}
@@ -233,7 +233,7 @@ def decide_on(conn: Connection, patients: Sequence[str], at: datetime) -> int:
     return changed
 
 
-def _consents(conn: Connection, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
+def _consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
     """What each patient's Consents say, with their versions."""
     cipher = cipher_of(conn)
     found: dict[str, list[tuple[Consent, str | None]]] = {}

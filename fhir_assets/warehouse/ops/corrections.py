@@ -7,9 +7,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
-from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Correction:
     corrected_at: datetime
 
 
-def keep(conn: Connection, letter_id: int, resource: bytes, *, by: str) -> None:
+def keep(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
     """From now on ``resource`` takes the place of the letter's; an earlier correction of it is replaced, the original
     kept.
     """
@@ -37,7 +37,7 @@ def keep(conn: Connection, letter_id: int, resource: bytes, *, by: str) -> None:
     )
 
 
-def of_letter(conn: Connection, letter_id: int) -> Correction | None:
+def of_letter(conn: Session, letter_id: int) -> Correction | None:
     """The correction of a letter; None if it has none. Raises SealingError."""
     row = conn.execute(
         "SELECT c.resource, c.corrected_by, c.corrected_at FROM ops.corrections c"
@@ -48,7 +48,7 @@ def of_letter(conn: Connection, letter_id: int) -> Correction | None:
 
 
 def by_fingerprint(
-    conn: Connection, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
+    conn: Session, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
 ) -> dict[str, dict[bytes, bytes]]:
     """By partition key, what takes whose place. Raises SealingError."""
     found: dict[str, dict[bytes, bytes]] = {}
@@ -68,12 +68,12 @@ class Corrections:
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], resource_type: str, stages: Sequence[str], keys: Sequence[str]
+        self, connect: Callable[[], Session], resource_type: str, stages: Sequence[str], keys: Sequence[str]
     ) -> None:
         self._connect = connect
         self._scope = [resource_type, list(stages), list(keys)]
         self._known: dict[str, set[bytes]] | None = None
-        self._cipher = NO_ENCRYPTION
+        self._cipher: Cipher | None = None
 
     def any_in(self, partition_key: str) -> bool:
         """Whether there are any for a partition."""
@@ -83,6 +83,7 @@ class Corrections:
         """What takes the place of the letter's resource; None if nothing does. Raises SealingError."""
         if not self.any_in(letter.partition_key):
             return None
+        assert self._cipher is not None
         fingerprint = letter.fingerprint(self._cipher)
         if fingerprint not in self._fingerprints()[letter.partition_key]:
             return None

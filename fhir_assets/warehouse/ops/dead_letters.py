@@ -13,8 +13,8 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
 Status = Literal["open", "replaying", "resolved", "discarded"]
@@ -46,7 +46,7 @@ class DeadLetter:
     origin: str | None = None
     judged_by: str = ""
 
-    def fingerprint(self, cipher: Cipher = NO_ENCRYPTION) -> bytes:
+    def fingerprint(self, cipher: Cipher) -> bytes:
         """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
         content = self.resource
         if content is None:
@@ -58,7 +58,7 @@ class DeadLetter:
 _UTF8 = ("utf-8", "backslashreplace")
 
 
-def record(conn: Connection, run_id: str, letters: Iterable[DeadLetter]) -> None:
+def record(conn: Session, run_id: str, letters: Iterable[DeadLetter]) -> None:
     """Keep the letters. One that is known already has failed once more (``attempts``), and is open again unless it
     was discarded; ``occurrences`` is how often its content came in this run.
     """
@@ -67,7 +67,7 @@ def record(conn: Connection, run_id: str, letters: Iterable[DeadLetter]) -> None
         _record(conn, run_id, chunk)
 
 
-def record_now(connect: Callable[[], Connection], run_id: str, letters: Sequence[DeadLetter]) -> None:
+def record_now(connect: Callable[[], Session], run_id: str, letters: Sequence[DeadLetter]) -> None:
     """As ``record``, committed at once on a connection of its own, whatever becomes of the caller's work."""
     with closing(connect()) as conn, conn.transaction():
         record(conn, run_id, letters)
@@ -192,7 +192,7 @@ def get(conn: Connection, letter_id: int) -> tuple[StoredDeadLetter, list[dict[s
     return None if row is None else (StoredDeadLetter(*row[:-1]), row[-1])
 
 
-def resource(conn: Connection, letter_id: int) -> bytes | None:
+def resource(conn: Session, letter_id: int) -> bytes | None:
     """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id, SealingError."""
     row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
     if row is None:
@@ -200,7 +200,7 @@ def resource(conn: Connection, letter_id: int) -> bytes | None:
     return None if row[0] is None else cipher_of(conn).decrypt_content(bytes(row[0]))
 
 
-def stream(conn: Connection, selection: Selection) -> Iterator[tuple[StoredDeadLetter, bytes | None]]:
+def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLetter, bytes | None]]:
     """The letters of a selection with their resources, the oldest first, streamed. Raises SealingError."""
     where, params = selection.where()
     columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
@@ -228,7 +228,7 @@ def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
     ]
 
 
-def _record(conn: Connection, run_id: str, letters: Sequence[DeadLetter]) -> None:
+def _record(conn: Session, run_id: str, letters: Sequence[DeadLetter]) -> None:
     cipher = cipher_of(conn)
     unique: dict[bytes, list[Any]] = {}
     for letter in letters:

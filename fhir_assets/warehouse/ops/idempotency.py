@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 KEPT = timedelta(days=1)
 
@@ -21,12 +21,12 @@ class Request:
     body: bytes
 
     @classmethod
-    def of(cls, conn: Connection, caller: str, path: str, key: str, body: bytes) -> "Request":
+    def of(cls, conn: Session, caller: str, path: str, key: str, body: bytes) -> "Request":
         cipher = cipher_of(conn)
         return cls(cipher.fingerprint("\0".join((caller, path, key)).encode()), cipher.fingerprint(body))
 
 
-def begin(conn: Connection, request: Request) -> tuple[int, bytes] | None:
+def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
     """Wait until the same request is not under way elsewhere; then the status and the answer that it had, if it was
     answered. Nobody else begins it until the transaction ends. Raises AnotherBody, SealingError.
     """
@@ -44,7 +44,7 @@ def begin(conn: Connection, request: Request) -> tuple[int, bytes] | None:
     return row[1], cipher_of(conn).decrypt_content(bytes(row[2]))
 
 
-def end(conn: Connection, request: Request, status: int, answer: bytes) -> None:
+def end(conn: Session, request: Request, status: int, answer: bytes) -> None:
     """The request was answered so. What is older than a day is forgotten."""
     cipher = cipher_of(conn)
     conn.execute(

@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 
 from fhir_assets.errors import TransientError
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def alone(conn: Connection) -> Iterator[None]:
         conn.execute("SELECT pg_advisory_unlock(%s)", [advisory_locks.KEY_ROTATION])
 
 
-def begin(conn: Connection, actor: str, total: int) -> int:
+def begin(conn: Session, actor: str, total: int) -> int:
     """Note that a rotation to the newest key begins. Returns its id."""
     row = conn.execute(
         "INSERT INTO ops.key_rotations (key_id, actor, total) VALUES (%s, %s, %s) RETURNING id",

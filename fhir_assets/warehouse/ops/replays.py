@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 REPLAYED = ("validate", "transform", "load")
 """The stages whose letters are judged again from their bytes. Those of ``fetch`` come anew with their window, or when
@@ -166,7 +166,7 @@ def claim(
 
 
 def claimed(
-    conn: Connection, run_id: str, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
+    conn: Session, run_id: str, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
 ) -> Iterator[list[Claimed]]:
     """The letters that a run has claimed in some partitions, by partition, streamed on ``conn``, which is in a
     transaction meanwhile. Raises SealingError.

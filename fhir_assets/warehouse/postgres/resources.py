@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import psycopg
 from psycopg import sql
 
 from fhir_assets.privacy.encryption import Cipher, from_json
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 _STREAMED = 500
 
@@ -45,7 +44,7 @@ def open_text(text: str, sealed_by: str | None, cipher: Cipher) -> bytes:
     return text.encode() if sealed_by is None else cipher.decrypt_content(from_json(text))
 
 
-def read(conn: psycopg.Connection[Any], resource_type: str, resource_id: str) -> StoredResource | None:
+def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource | None:
     """A resource, None if the tables do not have it. Raises SealingError."""
     row = conn.execute(
         sql.SQL("SELECT {} FROM fhir.resource WHERE resource_type = %s AND id = %s AND resource IS NOT NULL").format(
@@ -74,7 +73,7 @@ def standing(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[s
     return {identity: Standing(as_of, key) for identity, as_of, key in rows}
 
 
-def of_patient(conn: Connection, patient_id: str) -> Iterator[StoredResource]:
+def of_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
     """Every resource of a patient's compartment, the patient first, streamed. Raises SealingError."""
     query = sql.SQL(
         "SELECT {} FROM fhir.resource WHERE (patients[1] = %(id)s"
@@ -85,7 +84,7 @@ def of_patient(conn: Connection, patient_id: str) -> Iterator[StoredResource]:
 
 
 def of_type(
-    conn: Connection, resource_type: str, *, partition_keys: Sequence[str] | None = None
+    conn: Session, resource_type: str, *, partition_keys: Sequence[str] | None = None
 ) -> Iterator[StoredResource]:
     """Every resource of a type, of some partitions if given, in the order of ids, streamed. Raises SealingError."""
     query = sql.SQL(
@@ -94,7 +93,7 @@ def of_type(
     yield from _streamed(conn, query, {"type": resource_type, "keys": partition_keys and list(partition_keys)})
 
 
-def _streamed(conn: Connection, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
+def _streamed(conn: Session, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
     cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="resources") as cursor:
         cursor.itersize = _STREAMED

@@ -15,9 +15,10 @@ import requests
 
 from fhir_assets.delivery.connector import outbox
 from fhir_assets.delivery.connector.setup import OwnConnector, connector_of
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 
 MRN = "https://hospital.example.org/mrn"
 
@@ -30,8 +31,8 @@ class Hospital:
     server: SandboxServer
     settings: Settings
 
-    def connect(self) -> Connection:
-        return connect(self.url)
+    def connect(self) -> Session:
+        return connect(self.url, cipher=NO_ENCRYPTION)
 
     def execute(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
         with self.connect() as conn:

@@ -1,21 +1,26 @@
-"""Connections to Postgres, with one clear sentence when there is none."""
+"""Connections to Postgres.
+
+``connect(url)`` opens a plain connection. ``connect(url, cipher=…)`` opens a ``Session``, a connection that carries the
+cipher of the patient data that is read and written through it. Functions that touch patient data take a ``Session``, so
+that mypy refuses a plain connection there; at run time ``cipher_of`` raises ``MissingCipher``.
+"""
 
 import re
-from typing import Any
+from typing import Any, overload
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
 from psycopg_pool import ConnectionPool
 
-from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, MissingCipher
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 
 OLDEST_SERVER = 15
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-"""A connection to the warehouse. It carries the keys for what is read and written through it: ``sealing_of``."""
+"""Any connection to a database of the project. No patient data is read or written through one without a cipher."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _HINTS = (
@@ -26,8 +31,13 @@ _HINTS = (
 )
 
 
-class _Sealed(psycopg.Connection[tuple[Any, ...]]):
-    cipher: Cipher = NO_ENCRYPTION
+class Session(psycopg.Connection[tuple[Any, ...]]):
+    """A connection with the cipher of the patient data that is read and written through it.
+
+    Without encryption keys the cipher is ``NO_ENCRYPTION``, which is set explicitly as well.
+    """
+
+    cipher: Cipher
     kept_as: str | None = None
     """Where it waits for the next use when it is closed; None if it is closed then."""
 
@@ -54,14 +64,26 @@ def with_database(url: str, database: str) -> str:
     return urlunsplit(parts._replace(path=f"/{quote(database, safe='')}"))
 
 
-def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher = NO_ENCRYPTION) -> Connection:
-    """An open connection that speaks UTC; patient data goes through ``sealing`` on its way in and out.
+@overload
+def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: None = None) -> Connection: ...
 
-    Raises DatabaseUnavailable if the server cannot be reached, ConfigurationError if it refuses us (password, rights,
-    a database that is not there) or is too old. Neither message holds the password.
+
+@overload
+def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher) -> Session: ...
+
+
+def connect(
+    url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher | None = None
+) -> Connection | Session:
+    """Open a connection with the time zone UTC: a ``Session`` if ``cipher`` is given, else a plain connection.
+
+    ``timeout`` is in seconds. Raises DatabaseUnavailable if the server cannot be reached, and ConfigurationError if it
+    refuses the connection (password, rights, a missing database) or is older than ``OLDEST_SERVER``. Neither message
+    contains the password.
     """
+    kind: type[Connection] = psycopg.Connection if cipher is None else Session
     try:
-        connection = _Sealed.connect(
+        connection = kind.connect(
             normalise_url(url),
             autocommit=autocommit,
             connect_timeout=timeout,
@@ -76,14 +98,16 @@ def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Ci
         version = connection.info.server_version // 10_000
         connection.close()
         raise ConfigurationError(f"Postgres {version} at {_place(url)} is too old: {OLDEST_SERVER} or newer is needed")
-    connection.cipher = cipher
+    if cipher is not None:
+        assert isinstance(connection, Session)
+        connection.cipher = cipher
     return connection
 
 
-def borrow(url: str, *, cipher: Cipher = NO_ENCRYPTION) -> Connection:
+def borrow(url: str, *, cipher: Cipher) -> Session:
     """As ``connect``: a connection of this process that was given back by ``close``, as good as new, or a new one."""
-    connection = CONNECTION_CACHE.take(url) or connect(url)
-    assert isinstance(connection, _Sealed)
+    connection = CONNECTION_CACHE.take(url) or connect(url, cipher=cipher)
+    assert isinstance(connection, Session)
     connection.cipher = cipher
     connection.kept_as = url
     # Prepared statements do not outlive the caller, who seldom says the same thing six times.
@@ -91,15 +115,15 @@ def borrow(url: str, *, cipher: Cipher = NO_ENCRYPTION) -> Connection:
     return connection
 
 
-def connection_pool(url: str, *, cipher: Cipher = NO_ENCRYPTION, size: int = 8) -> ConnectionPool[_Sealed]:
-    """Up to ``size`` connections for a process that serves many short requests; closed until it is opened."""
+def connection_pool(url: str, *, cipher: Cipher, size: int = 8) -> ConnectionPool[Session]:
+    """Return a pool of up to ``size`` sessions for a process that serves many short requests. It is not yet open."""
 
-    def carry_keys(connection: _Sealed) -> None:
+    def set_cipher(connection: Session) -> None:
         connection.cipher = cipher
 
     return ConnectionPool(
         normalise_url(url),
-        connection_class=_Sealed,
+        connection_class=Session,
         kwargs={
             "connect_timeout": 10,
             "application_name": "fhir_assets",
@@ -111,15 +135,17 @@ def connection_pool(url: str, *, cipher: Cipher = NO_ENCRYPTION, size: int = 8) 
         max_idle=60,
         # Or it would wait, once the database is back, as long again as that was away.
         reconnect_timeout=2,
-        configure=carry_keys,
+        configure=set_cipher,
         check=ConnectionPool.check_connection,
         open=False,
     )
 
 
-def cipher_of(conn: psycopg.Connection[Any]) -> Cipher:
-    """What seals the patient data that goes through a connection."""
-    return conn.cipher if isinstance(conn, _Sealed) else NO_ENCRYPTION
+def cipher_of(conn: Connection) -> Cipher:
+    """Return the cipher of a session. Raises MissingCipher for a connection that was opened without one."""
+    if not isinstance(conn, Session):
+        raise MissingCipher("this connection has no cipher: open it through Warehouse.connect")
+    return conn.cipher
 
 
 def ensure_database(url: str, name: str) -> None:

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
 
 STRIDE = 500
@@ -57,7 +57,7 @@ class _Marks:
 class Directory:
     """Pages of patients. One for a process; ``connect`` gives the connection that its remembered ids are read with."""
 
-    def __init__(self, connect: Callable[[], Connection], *, fresh_seconds: float = FRESH_SECONDS) -> None:
+    def __init__(self, connect: Callable[[], Session], *, fresh_seconds: float = FRESH_SECONDS) -> None:
         self._connect = connect
         self._fresh = fresh_seconds
         self._marks: _Marks | None = None
@@ -77,7 +77,7 @@ class Directory:
         begin = marks.ids[skip // STRIDE]
         return Page(marks.total, _following(conn, sql.SQL("id >= %s"), [begin], size, skip % STRIDE))
 
-    def find(self, conn: Connection, search: Search, number: int, size: int, *, after: str | None = None) -> Page:
+    def find(self, conn: Session, search: Search, number: int, size: int, *, after: str | None = None) -> Page:
         """The page ``number`` (from 1), or the one after an id, of those known by ``search``: found by index, also
         where it is sealed.
         """
@@ -158,7 +158,7 @@ def _read(conn: Connection) -> _Marks:
     return _Marks(monotonic(), total, tuple(identity for n, identity in rows if n % STRIDE == 1))
 
 
-def of_patients(conn: Connection, resource_type: str, ids: Sequence[str]) -> list[StoredResource]:
+def of_patients(conn: Session, resource_type: str, ids: Sequence[str]) -> list[StoredResource]:
     """The resources of a type in the compartments of some patients, in the order of ids. Raises SealingError."""
     rows = conn.execute(
         sql.SQL(

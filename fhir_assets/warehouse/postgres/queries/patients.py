@@ -10,14 +10,14 @@ from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, consents
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
 
 __all__ = ["Absence", "find_patients", "read_patient", "read_resource", "refused", "why_absent"]
 
 
 def read_patient(
-    conn: Connection, patient_id: str, *, actor: str, everything: bool = False, request_id: str | None = None
+    conn: Session, patient_id: str, *, actor: str, everything: bool = False, request_id: str | None = None
 ) -> list[StoredResource]:
     """The Patient, and with ``everything`` all resources of its compartment; empty if the tables do not have it.
 
@@ -35,7 +35,7 @@ def read_patient(
 
 
 def read_resource(
-    conn: Connection, resource_type: str, resource_id: str, *, actor: str, request_id: str | None = None
+    conn: Session, resource_type: str, resource_id: str, *, actor: str, request_id: str | None = None
 ) -> StoredResource | None:
     """One resource, None if the tables do not have it; on record as ``read_patient``. Commits."""
     with conn.transaction():
@@ -45,7 +45,7 @@ def read_resource(
     return found
 
 
-def find_patients(conn: Connection, identifier: str) -> Sequence[str]:
+def find_patients(conn: Session, identifier: str) -> Sequence[str]:
     """The ids of the patients that bear an identifier (of the view ``patient_identifier``), found by blind index."""
     cipher = cipher_of(conn)
     column, value = ("value_index", cipher.index(identifier)) if cipher.on else ("value", identifier)
@@ -59,7 +59,7 @@ def find_patients(conn: Connection, identifier: str) -> Sequence[str]:
 
 
 def _record(
-    conn: Connection, resource_type: str, resource_id: str, actor: str, found: int, request_id: str | None
+    conn: Session, resource_type: str, resource_id: str, actor: str, found: int, request_id: str | None
 ) -> None:
     audit_log.record(
         conn,

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres.tables.encoding import (
     LONGEST_INDEXED,
     NULL,
@@ -113,7 +113,7 @@ class Unfit(Exception):
 class Preparation:
     """Prepares resources of one type with their rows of ``views``, sealed if there are keys. Pickles as these two."""
 
-    def __init__(self, views: Sequence[View], cipher: Cipher = NO_ENCRYPTION) -> None:
+    def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
         self.views = tuple(views)
         self.cipher = cipher
         self._columns = [[column.name for column in view.columns] for view in views]

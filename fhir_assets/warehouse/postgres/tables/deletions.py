@@ -18,7 +18,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, consents, visits
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import version_number
 from fhir_assets.warehouse.postgres.tables.encoding import LONGEST_INDEXED
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
@@ -45,7 +45,7 @@ class Deleted:
 
 
 def apply(
-    conn: Connection, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", partition_key: str = ""
+    conn: Session, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", partition_key: str = ""
 ) -> Deleted:
     """Apply deletions in the caller's transaction: seen together with all that it writes, or not at all.
 
@@ -63,7 +63,7 @@ def apply(
 
 
 def bury(
-    connect: Callable[[], Connection], deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
+    connect: Callable[[], Session], deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
 ) -> Deleted:
     """Apply some thousands of deletions in a transaction of their own, again where it crossed a load.
 

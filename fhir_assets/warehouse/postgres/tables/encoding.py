@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from fhir_assets.fhir.views import Column, View
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
+from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.warehouse.postgres.tables.layout import PARTIAL, Kind, Phi, has_blind_index, holds_phi, kind_of, phi_of
 
 Cell = Callable[[object], str]
@@ -35,7 +35,7 @@ class Refused(ValueError):
     """A value that does not fit its column; says why, without the value."""
 
 
-def row_encoder(view: View, cipher: Cipher = NO_ENCRYPTION) -> Callable[[Sequence[object]], str]:
+def row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]:
     """The function from a row of the view to its COPY line, without the key column and the line feed. What the view
     tags as patient data goes through ``sealing``.
 
@@ -82,7 +82,7 @@ def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
     return Refused("a row with another number of columns than the view", 0)
 
 
-def body_line(body: bytes, cipher: Cipher = NO_ENCRYPTION) -> bytes:
+def body_line(body: bytes, cipher: Cipher) -> bytes:
     """A resource's JSON, sealed, as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
     if cipher.on:
         if b"\\u" in body:

@@ -23,7 +23,7 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables.chunks import NOTHING, Chunk, Piece, newest
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation, Prepared, Unfit, ViewRows
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
@@ -98,7 +98,7 @@ class Loader:
 
     def __init__(
         self,
-        conn: Connection,
+        conn: Session,
         resource_type: str,
         views: Sequence[View],
         *,

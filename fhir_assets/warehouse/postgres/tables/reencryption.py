@@ -14,9 +14,9 @@ from psycopg import sql
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import Cipher, as_json
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, SEALED_BY, holds_phi
 
@@ -203,7 +203,7 @@ def lock_resources(
     return rows, max(0, found[0] - len(rows)) if found else 0
 
 
-def seal_resources(conn: Connection, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
+def seal_resources(conn: Session, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
     """Seal resources, by their ids, with the newest key, and leave their rows as they are. Returns how many."""
     cipher = cipher_of(conn)
     with conn.cursor() as cursor:
@@ -217,7 +217,7 @@ def seal_resources(conn: Connection, resource_type: str, resources: Iterable[tup
         return max(0, cursor.rowcount)
 
 
-def seal_rows(conn: Connection, table: str, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Key]) -> Batch:
     """Seal with the newest key, token by token, rows that cannot be made anew: their resource cannot be opened, is not
     there, or their view is gone. ``keys`` are of their resources.
     """
@@ -260,7 +260,7 @@ def seal_rows(conn: Connection, table: str, older: Sequence[str], keys: Sequence
     return batch
 
 
-def encrypt_content(conn: Connection, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+def encrypt_content(conn: Session, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
     """Seal these rows of a place with the newest key, where they are still in the clear or sealed by ``older`` ones."""
     cipher = cipher_of(conn)
     contents: Sequence[sql.Composable] = [sql.Identifier(each) for each in place.contents]
@@ -320,7 +320,7 @@ def _resealed(stored: Any, sealed_by: str | None, place: Place, cipher: Cipher) 
     return as_json(cipher.encrypt_content(open_text(stored, sealed_by, cipher))).decode()
 
 
-def _letters(conn: Connection, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
+def _letters(conn: Session, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
     """Fingerprints of letters that were kept without keys: what they are, and what they would be with keys."""
     rows = conn.execute(
         "SELECT fingerprint, resource_type, resource_id, stage, rule, path, message, resource, partition_key"
@@ -330,7 +330,7 @@ def _letters(conn: Connection, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
     return [_fingerprints(conn, bytes(row[0]), DeadLetter(*row[1:])) for row in rows]
 
 
-def _corrected(conn: Connection, fingerprints: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+def _corrected(conn: Session, fingerprints: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """As ``_letters``, of corrections whose letters are gone: the others went along with theirs."""
     rows = conn.execute(
         "SELECT fingerprint, resource_type, NULL, stage, '', '', '', original, partition_key FROM ops.corrections"
@@ -338,20 +338,20 @@ def _corrected(conn: Connection, fingerprints: Sequence[bytes]) -> list[tuple[by
         [list(fingerprints)],
     )
     found = ((bytes(row[0]), DeadLetter(*row[1:])) for row in rows)
-    return [_fingerprints(conn, old, letter) for old, letter in found if old == letter.fingerprint()]
+    return [_fingerprints(conn, old, letter) for old, letter in found if old == letter.fingerprint(NO_ENCRYPTION)]
 
 
-def _fingerprints(conn: Connection, old: bytes, letter: DeadLetter) -> tuple[bytes, bytes]:
+def _fingerprints(conn: Session, old: bytes, letter: DeadLetter) -> tuple[bytes, bytes]:
     return old, letter.fingerprint(cipher_of(conn))
 
 
-_FINGERPRINTS: Mapping[str, Callable[[Connection, Sequence[Any]], list[tuple[bytes, bytes]]]] = {
+_FINGERPRINTS: Mapping[str, Callable[[Session, Sequence[Any]], list[tuple[bytes, bytes]]]] = {
     "dead_letters": _letters,
     "corrections": _corrected,
 }
 
 
-def _rename(conn: Connection, place: Place, fingerprints: Sequence[tuple[bytes, bytes]]) -> None:
+def _rename(conn: Session, place: Place, fingerprints: Sequence[tuple[bytes, bytes]]) -> None:
     """Give rows the fingerprints that what fails from now on has. Where the same has failed since, the older row gets
     one of its own: nothing of it is lost, and no unkeyed hash of patient data stays.
     """

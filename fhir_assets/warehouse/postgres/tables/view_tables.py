@@ -11,7 +11,7 @@ from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.ops.checkpoints import forget_parts
 from fhir_assets.warehouse.postgres.db import roles
-from fhir_assets.warehouse.postgres.db.connections import Connection, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, TableColumn, TableLayout, column_type, layout_of
 
@@ -46,7 +46,7 @@ class Drift:
         return f"column {self.name} is {self.found} in the table but {self.wanted} in the view"
 
 
-def ensure_tables(conn: Connection, views: Iterable[View]) -> None:
+def ensure_tables(conn: Session, views: Iterable[View]) -> None:
     """Make what is missing: tables, columns, indexes, comments. One cheap query if there is nothing to do.
 
     What a changed view makes stale is forgotten in ``ops.loaded_parts``, so that the next load brings it anew.
@@ -56,7 +56,7 @@ def ensure_tables(conn: Connection, views: Iterable[View]) -> None:
     _bring_up(conn, _layouts(conn, views), destroy=False)
 
 
-def apply_changes(conn: Connection, views: Iterable[View]) -> list[Drift]:
+def apply_changes(conn: Session, views: Iterable[View]) -> list[Drift]:
     """As ``ensure_tables``, and drops columns that a view lacks and remakes those of another type, empty.
 
     Returns what was different. The rows fill again as the windows are loaded again.
@@ -74,16 +74,16 @@ def row_count(conn: Connection, view: View) -> int:
     return int(found[0]) if found else 0
 
 
-def drift(conn: Connection, view: View) -> list[Drift]:
+def drift(conn: Session, view: View) -> list[Drift]:
     """How the table differs from its view; empty if it fits."""
     return _drift(conn, *_layouts(conn, [view]))
 
 
-def _layouts(conn: Connection, views: Iterable[View]) -> list[TableLayout]:
+def _layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
     return [layout_of(view, sealed=cipher_of(conn).on) for view in views]
 
 
-def _bring_up(conn: Connection, layouts: Sequence[TableLayout], *, destroy: bool) -> list[Drift]:
+def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -> list[Drift]:
     changes: list[Drift] = []
     with conn.transaction():
         if not _unfit(conn, layouts):
