@@ -50,7 +50,7 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml requirements/dev.lock
 # The lock files: every version with its hashes, for all Pythons from 3.11 on; no address of a package index.
 UV = $(or $(shell command -v uv),$(BIN)/uv)
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-header \
-  --no-annotate --no-emit-index-url pyproject.toml
+  --no-annotate --no-emit-index-url --no-strip-extras pyproject.toml
 lock: ## Resolve requirements/*.lock again, from pyproject.toml
 	command -v uv >/dev/null || $(PIP) uv
 	$(COMPILE) --extra embedded --extra parquet --extra celery --extra k8s -o requirements/runtime.lock

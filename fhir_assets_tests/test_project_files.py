@@ -25,7 +25,8 @@ def test_the_lock_files_name_every_dependency_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     locked = {
-        lock.stem: {line.partition("==")[0] for line in lock.read_text().splitlines() if "==" in line} for lock in LOCKS
+        lock.stem: set(re.findall(r"^([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==", lock.read_text(), re.MULTILINE))
+        for lock in LOCKS
     }
 
     def missing(requirements: list[str], lock: str) -> set[str]:
