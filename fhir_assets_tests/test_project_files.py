@@ -25,7 +25,7 @@ def test_the_lock_files_name_every_dependency_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     locked = {
-        lock.stem: set(re.findall(r"^([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==", lock.read_text(), re.MULTILINE))
+        lock.stem: set(re.findall(r"^([a-z0-9-]+)(?:\[[a-z0-9, -]+\])?==", lock.read_text(), re.MULTILINE))
         for lock in LOCKS
     }
 
