@@ -92,21 +92,21 @@ def story(hospital: Hospital, *, changes: int, writers: int, people: int, kills:
     processed = "SELECT count(*) FROM health.fhir_processed_event"
     for _ in range(kills):
         before = hospital.execute(processed)
-        deadline = time.monotonic() + 60
+        # The kill comes at a point of the work, however long that takes: after the first change since the last kill.
         while hospital.execute(processed) == before and (hospital.waiting() or any(w.is_alive() for w in crew)):
-            assert time.monotonic() < deadline, "the connector does not come on"
+            assert connector.poll() is None, "the connector ended by itself"
+            time.sleep(0.01)
         connector.send_signal(signal.SIGKILL)
         connector.communicate()
         connector = hospital.process(CONNECTOR_MAX_WAIT_SECONDS="0.5")
     for writer in crew:
         writer.join()
         assert writer.error is None
-    deadline = time.monotonic() + 300
     while hospital.waiting():
-        assert time.monotonic() < deadline, "the outbox does not drain"
+        assert connector.poll() is None, "the connector ended by itself"
         time.sleep(0.1)
     connector.send_signal(signal.SIGTERM)
-    _, errors = connector.communicate(timeout=60)
+    _, errors = connector.communicate()
     assert connector.returncode == 0, errors.decode()
     assert hospital.dead() == []
     hospital.server.set_faults()

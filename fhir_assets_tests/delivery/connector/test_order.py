@@ -13,7 +13,7 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.delivery.connector.conftest import Hospital
 
-LONG = 60.0
+LONG = 600.0
 
 
 def until(condition: Callable[[], bool]) -> None:

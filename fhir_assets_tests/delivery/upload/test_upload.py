@@ -389,10 +389,11 @@ def test_an_upload_that_is_killed_in_the_middle_is_resumed_and_complete(
 ) -> None:
     upload_of.home.joinpath("input").symlink_to(population)
     sent = lines_of(population)
-    slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=0.05)
+    # From a third of the batches on the server takes so long that the kill cannot come after the last one.
+    slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=3, after=len(sent) // 30)
     with SandboxServer(faults=(slow,), referential_integrity=True) as server:
         process = command(upload_of, server.url, "--batch-size", "10")
-        while sent_so_far(server) < len(sent) // 3:
+        while sent_so_far(server) < len(sent) // 4:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
@@ -421,14 +422,16 @@ def test_an_upload_that_is_killed_in_the_middle_is_resumed_and_complete(
 def test_synthea_with_faults_comes_back_as_it_was_sent(upload_of: Upload, kill: bool) -> None:
     upload_of.home.joinpath("input").symlink_to(SYNTHEA)
     sent = lines_of(SYNTHEA)
-    with SandboxServer(faults=EVERY_FAULT) as server:
+    slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=3, after=len(sent) // 200)
+    with SandboxServer(faults=(*EVERY_FAULT, slow) if kill else EVERY_FAULT) as server:
         if kill:
             process = command(upload_of, server.url)
-            while sent_so_far(server) < len(sent) // 2:
+            while sent_so_far(server) < len(sent) // 4:
                 assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             process.wait()
+            server.set_faults(*EVERY_FAULT)
         summary = upload_of(*(["--resume"] if kill else []), url=server.url)
         server.set_faults()
         assert_same(sent, read_back(server.url, {name.split("/")[0] for name in sent}))
