@@ -1,31 +1,31 @@
-"""Dead letters on their way to the database."""
+"""A buffer of dead letters, so that a step writes them to the database in batches."""
 
 from collections.abc import Callable, Sequence
 
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 
-DEAD_LETTERS_AT_ONCE = 1000
-"""How many dead letters are held before they are written."""
+DEAD_LETTERS_PER_BATCH = 1000
+"""How many dead letters are held in memory before they are written."""
 
 WriteDeadLetters = Callable[[Sequence[DeadLetter]], None]
-"""Writes dead letters; what it was given is safe when it returns."""
+"""Writes dead letters to the database and commits them before it returns."""
 
 
 class DeadLetterBuffer:
-    """Collects dead letters and hands them on by the thousand."""
+    """Collects dead letters and passes them to ``write`` in batches of DEAD_LETTERS_PER_BATCH."""
 
-    def __init__(self, reject: WriteDeadLetters) -> None:
-        self._reject = reject
-        self._letters: list[DeadLetter] = []
+    def __init__(self, write: WriteDeadLetters) -> None:
+        self._write = write
+        self._dead_letters: list[DeadLetter] = []
 
-    def add(self, letter: DeadLetter) -> None:
-        """Take one."""
-        self._letters.append(letter)
-        if len(self._letters) >= DEAD_LETTERS_AT_ONCE:
+    def add(self, dead_letter: DeadLetter) -> None:
+        """Add one dead letter; a full buffer is written."""
+        self._dead_letters.append(dead_letter)
+        if len(self._dead_letters) >= DEAD_LETTERS_PER_BATCH:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what is held."""
-        if self._letters:
-            self._reject(self._letters)
-            self._letters = []
+        """Write the dead letters in the buffer."""
+        if self._dead_letters:
+            self._write(self._dead_letters)
+            self._dead_letters = []

@@ -1,8 +1,8 @@
-"""Partitions become visible: each is read, merged and written under a lock that all machines share.
+"""Make new partitions visible: read the current manifests, merge and write them under locks that all machines share.
 
-Two runs may work on one window at once (a load and a landing file, a backfill and the schedule). Each made its
-manifest from the one it read at its beginning, its *base*. What others committed since is merged, never overwritten;
-where it cannot be, the commit raises Overtaken and changes nothing.
+Two runs may work on the same partition at once (a load and a landing file, a backfill and the schedule). Each run
+builds its new manifest from the manifest that it read at its start, its *base*. Commits of other runs since then are
+merged, never overwritten. If they cannot be merged, the commit raises Overtaken and changes nothing.
 """
 
 from collections import Counter
@@ -18,32 +18,39 @@ from fhir_assets.storage.store import Store, folder
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
-_AT_ONCE = 100
-"""How many partitions are committed under one transaction's locks."""
+_PARTITIONS_PER_TRANSACTION = 100
 
 
 class PartitionUpdate(Protocol):
-    """New partitions of one type, written but not yet visible."""
+    """New partitions of one resource type whose parts are written and whose manifests are not committed yet."""
 
     @property
-    def resource_type(self) -> str: ...
+    def resource_type(self) -> str:
+        """The type of the resources in the partitions."""
+        ...
 
     @property
-    def manifests(self) -> tuple[Manifest, ...]: ...
+    def manifests(self) -> tuple[Manifest, ...]:
+        """The manifests to commit."""
+        ...
 
     @property
-    def bases(self) -> Mapping[str, Manifest | None]: ...
+    def bases(self) -> Mapping[str, Manifest | None]:
+        """By partition key, the manifest from which the new one was built; None for a new partition."""
+        ...
 
 
 def commit_update(connect: Callable[[], Session], store: Store, update: PartitionUpdate) -> list[Manifest]:
-    """Make the partitions of an update visible, each in one step; returns them as they are now.
+    """Commit the manifests of an update, each in one atomic step, and return them as committed.
 
-    Raises Overtaken where another run's work cannot be kept beside it, DatabaseUnavailable, or StoreError.
+    Raises Overtaken if another run's commit cannot be merged, DatabaseUnavailable, or StoreError.
     """
     bases = update.bases
-    return rewrite_partitions(
-        connect, store, update.manifests, lambda mine, now: merge_manifests(mine, bases.get(mine.partition_key), now)
-    )
+
+    def merge(mine: Manifest, current: Manifest | None) -> Manifest:
+        return merge_manifests(mine, bases.get(mine.partition_key), current)
+
+    return rewrite_partitions(connect, store, update.manifests, merge)
 
 
 def rewrite_partitions(
@@ -52,98 +59,109 @@ def rewrite_partitions(
     manifests: Sequence[Manifest],
     merge: Callable[[Manifest, Manifest | None], Manifest],
 ) -> list[Manifest]:
-    """Replace partitions by what ``merge`` makes of each new manifest and the present one, under their locks."""
+    """Replace partitions while their locks are held, and return the manifests as committed.
+
+    ``merge`` receives each new manifest and the current one (None for a new partition) and returns the one to commit.
+    """
     written: list[Manifest] = []
     with closing(connect()) as conn:
-        for start in range(0, len(manifests), _AT_ONCE):
-            group = manifests[start : start + _AT_ONCE]
-            with _locked(conn, group):
-                results = [merge(mine, now) for mine, now in zip(group, store.present(group), strict=True)]
-                store.commit(results)
-            written += results
+        for start in range(0, len(manifests), _PARTITIONS_PER_TRANSACTION):
+            group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
+            with _partition_locks(conn, group):
+                merged = [merge(mine, current) for mine, current in zip(group, store.present(group), strict=True)]
+                store.commit(merged)
+            written += merged
     return written
 
 
-def merge_manifests(mine: Manifest, base: Manifest | None, now: Manifest | None) -> Manifest:
-    """A run's manifest beside what became of the partition since the run read ``base``. Raises Overtaken."""
+def merge_manifests(mine: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
+    """Merge a run's new manifest with the commits of other runs.
+
+    ``base`` is the manifest that the run read at its start, ``current`` the one that is committed now; None where the
+    partition does not exist. Raises Overtaken if both changes cannot be kept.
+    """
     if mine.layer == "raw":
-        return _merged_raw(mine, base, now)
-    return _merged_validated(mine, base, now)
+        return _merge_raw(mine, base, current)
+    return _merge_validated(mine, base, current)
 
 
-def _merged_raw(mine: Manifest, base: Manifest | None, now: Manifest | None) -> Manifest:
-    """What was received stays, whatever was fetched; an extension is put at the end of what is there."""
-    if now is None or now == base:
+def _merge_raw(mine: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
+    """Keep all received parts, and append an extension to the parts that are committed now."""
+    if current is None or current == base:
         return mine
-    received = tuple(part for part in now.parts if part.origin is not None)
+    received = tuple(part for part in current.parts if part.origin is not None)
     fetched = mine.fetched
-    if base is None or base.fetched is None or fetched is None or now.fetched is None:
+    if base is None or base.fetched is None or fetched is None or current.fetched is None:
         parts = tuple(part for part in mine.parts if part.origin is None)
-        return msgspec.structs.replace(mine, parts=parts + received, receipts=now.receipts)
-    before = base.fetched.fetches
-    fetches = fetched.fetches[len(before) :]
-    until = now.fetched.until
-    complete = now.fetched.complete
+        return msgspec.structs.replace(mine, parts=parts + received, receipts=current.receipts)
+    base_fetches = base.fetched.fetches
+    fetches = fetched.fetches[len(base_fetches) :]
+    until = current.fetched.until
+    complete = current.fetched.complete
     for fetch in fetches:
         if (fetch.start is None or fetch.start <= until) and fetch.end >= until:
             until, complete = fetch.end, complete or fetched.complete
     return msgspec.structs.replace(
         mine,
-        parts=now.parts + _added(mine, base),
+        parts=current.parts + _added_parts(mine, base),
         fetched=msgspec.structs.replace(
-            fetched, until=until, complete=complete, fetches=(*now.fetched.fetches, *fetches)
+            fetched, until=until, complete=complete, fetches=(*current.fetched.fetches, *fetches)
         ),
-        receipts=now.receipts,
+        receipts=current.receipts,
     )
 
 
-def _merged_validated(mine: Manifest, base: Manifest | None, now: Manifest | None) -> Manifest:
-    if now is None or now == base or mine.validated is None or now.validated is None:
+def _merge_validated(mine: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
+    """Keep the manifest with more inputs, or add up two extensions of the same base by different inputs."""
+    if current is None or current == base or mine.validated is None or current.validated is None:
         return mine
-    same_rules = mine.validated.rules_version == now.validated.rules_version
-    ours, theirs = set(mine.validated.inputs), set(now.validated.inputs)
-    if same_rules and theirs >= ours:
-        return now
-    if ours >= theirs:
+    same_rules = mine.validated.rules_version == current.validated.rules_version
+    my_inputs, current_inputs = set(mine.validated.inputs), set(current.validated.inputs)
+    if same_rules and current_inputs >= my_inputs:
+        return current
+    if my_inputs >= current_inputs:
         return mine
     common = base.validated if base else None
-    before = set(common.inputs) if common else set()
-    old = {part.name for part in base.parts} if base else set()
-    extended = all(old.issubset(part.name for part in each.parts) for each in (mine, now))
-    if not same_rules or not extended or (ours & theirs) - before:
+    common_inputs = set(common.inputs) if common else set()
+    base_parts = {part.name for part in base.parts} if base else set()
+    extended = all(base_parts.issubset(part.name for part in manifest.parts) for manifest in (mine, current))
+    if not same_rules or not extended or (my_inputs & current_inputs) - common_inputs:
         raise Overtaken(
-            f"another run validated {mine.resource_type} of {mine.partition_key} in the meantime, from other raw "
-            "parts: run it again"
+            f"another run validated {mine.resource_type} of {mine.partition_key} at the same time, from other raw "
+            "parts: start this run again"
         )
     return msgspec.structs.replace(
         mine,
-        parts=now.parts + (_added(mine, base) if base else mine.parts),
+        parts=current.parts + (_added_parts(mine, base) if base else mine.parts),
         validated=msgspec.structs.replace(
             mine.validated,
-            inputs=(*now.validated.inputs, *(name for name in mine.validated.inputs if name not in theirs)),
-            rows_in=now.validated.rows_in + mine.validated.rows_in - (common.rows_in if common else 0),
-            dead=_sum(now.validated.dead, mine.validated.dead, common.dead if common else {}),
-            warnings=_sum(now.validated.warnings, mine.validated.warnings, common.warnings if common else {}),
+            inputs=(*current.validated.inputs, *(name for name in mine.validated.inputs if name not in current_inputs)),
+            rows_in=current.validated.rows_in + mine.validated.rows_in - (common.rows_in if common else 0),
+            dead=_add_counts(current.validated.dead, mine.validated.dead, common.dead if common else {}),
+            warnings=_add_counts(
+                current.validated.warnings, mine.validated.warnings, common.warnings if common else {}
+            ),
         ),
     )
 
 
-def _added(mine: Manifest, base: Manifest) -> tuple[Part, ...]:
-    known = {part.name for part in base.parts}
-    return tuple(part for part in mine.parts if part.name not in known)
+def _added_parts(mine: Manifest, base: Manifest) -> tuple[Part, ...]:
+    base_names = {part.name for part in base.parts}
+    return tuple(part for part in mine.parts if part.name not in base_names)
 
 
-def _sum(theirs: Mapping[str, int], ours: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
-    total = Counter(theirs)
-    total.update(ours)
+def _add_counts(current: Mapping[str, int], mine: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
+    """Add the counts by rule of two manifests, less those of the base that both contain."""
+    total = Counter(current)
+    total.update(mine)
     total.subtract(common)
     return {rule: count for rule, count in total.items() if count}
 
 
 @contextmanager
-def _locked(conn: Connection, manifests: Sequence[Manifest]) -> Iterator[None]:
-    """Hold the partitions' locks, taken in one order everywhere so that two commits never wait crosswise."""
-    names = [folder(each.layer, each.resource_type, each.partition_key) for each in manifests]
+def _partition_locks(conn: Connection, manifests: Sequence[Manifest]) -> Iterator[None]:
+    """Hold the locks of the partitions. All commits take them in the same order, so that they cannot deadlock."""
+    names = [folder(manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests]
     with conn.transaction():
         conn.execute(
             "SELECT pg_advisory_xact_lock(%s, key) FROM"

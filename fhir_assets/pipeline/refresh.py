@@ -4,15 +4,15 @@ from enum import StrEnum
 
 
 class Refresh(StrEnum):
-    """How much of what is already there is done again."""
+    """Which partitions a run processes again although they exist."""
 
     MISSING = "missing"
-    """Only what is not there yet: a complete window is left alone, an open one extended. Scheduled loads."""
+    """Process new data only: complete windows are skipped, open windows are extended. Scheduled loads use this."""
 
     WINDOW = "window"
-    """A complete window is fetched anew, an open one extended; either is validated and loaded anew. What
-    ``materialize`` means.
+    """Fetch complete windows again and extend open ones; validate and load both again. The default of a
+    materialization.
     """
 
     FULL = "full"
-    """Everything anew."""
+    """Fetch, validate and load every window again from its start."""

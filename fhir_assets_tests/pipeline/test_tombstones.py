@@ -78,7 +78,7 @@ def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str,
 def test_many_small_parts_are_joined_and_none_is_lost(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deletion_log, "MANY_PARTS", 4)
+    monkeypatch.setattr(deletion_log, "MAX_SMALL_PARTS", 4)
     mine = open_log(store, database)
     for n in range(10):
         mine.record([Deletion("Patient", f"p{n}", AT)], run_id="r")

@@ -1,7 +1,8 @@
-"""Deletions are data as resources are: they are kept in the store, layer ``deleted``, before the tables hear of them.
+"""The log of deletions: layer ``deleted`` of the store, written before the deletions are applied to the tables.
 
-So tables that are built anew from the store end without what was deleted, though raw has it still. A type's deletions
-are one partition; ``ops.deletion_parts`` says which of its parts a database knows.
+Tables that are rebuilt from the store therefore lack the deleted resources, although the raw layer still has them.
+The deletions of one resource type form one partition. ``ops.deletion_parts`` lists the parts that a database has
+applied.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,15 +24,15 @@ from fhir_assets.warehouse.postgres.tables.deletions import Deleted
 
 LAYER = "deleted"
 PARTITION = "all"
-MANY_PARTS = 64
-"""From so many small parts on they are joined into one."""
+MAX_SMALL_PARTS = 64
+"""A partition with this many small parts is compacted: the small parts are merged into one."""
 
-_SMALL_BYTES = 1 << 20
-_AT_ONCE = 5000
+_SMALL_PART_BYTES = 1 << 20
+_DELETIONS_PER_BATCH = 5000
 
 
 class _Line(msgspec.Struct, omit_defaults=True):
-    """A deletion in the store."""
+    """One deletion as a line of NDJSON in the store."""
 
     id: str
     deleted: datetime
@@ -42,7 +43,7 @@ _decoder = msgspec.json.Decoder(_Line)
 
 
 class DeletionLog:
-    """Keeps deletions in ``store`` and applies them to the tables behind ``connect``."""
+    """Records deletions in a store and applies them to the tables of a database."""
 
     def __init__(
         self,
@@ -56,76 +57,77 @@ class DeletionLog:
         self._now = now
 
     def record(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> Deleted:
-        """Keep deletions, streamed, then apply them; what cannot be applied now, the next load of the type does.
+        """Write deletions to the store, streamed, then apply them to the tables. Return what was deleted.
 
-        Types that the catalog does not have are left out: there is nothing of them anywhere. Raises StoreError,
-        DatabaseUnavailable, and what ``deletions`` raises; nothing is kept then.
+        Deletions that are stored but could not be applied are applied by the next load of the type. Types that are not
+        in the catalog are ignored. Raises StoreError, DatabaseUnavailable, and every error of ``deletions``; nothing
+        is stored then.
         """
         total = Deleted()
-        for name in self._keep(deletions, run_id):
+        for name in self._store_deletions(deletions, run_id):
             with closing(self._connect()) as conn:
                 total.update(self.apply_pending(conn, name, run_id=run_id, actor=actor))
         return total
 
     def apply_pending(self, conn: Connection, resource_type: str, *, run_id: str, actor: str = "pipeline") -> Deleted:
-        """Apply those deletions of a type that the store has and the database does not know. Commits ``conn``."""
+        """Apply the deletions of a type that are in the store and not yet in the database. Commits ``conn``."""
         total = Deleted()
         manifest = self._store.manifest(LAYER, resource_type, PARTITION)
         if manifest is None:
             return total
-        new = set(deletes.unknown_parts(conn, [part.name for part in manifest.parts]))
+        unapplied = set(deletes.unknown_parts(conn, [part.name for part in manifest.parts]))
         conn.commit()
         for part in manifest.parts:
-            if part.name not in new:
+            if part.name not in unapplied:
                 continue
-            rest = self._deletions(resource_type, part)
-            while chunk := list(islice(rest, _AT_ONCE)):
+            deletions = self._read_deletions(resource_type, part)
+            while chunk := list(islice(deletions, _DELETIONS_PER_BATCH)):
                 total.update(deletes.bury(self._connect, chunk, run_id=run_id, actor=actor))
             deletes.know_part(conn, part.name)
             conn.commit()
         return total
 
-    def _keep(self, deletions: Iterable[Deletion], run_id: str) -> list[str]:
-        """Put deletions into the store; returns their types."""
+    def _store_deletions(self, deletions: Iterable[Deletion], run_id: str) -> list[str]:
+        """Write deletions to the store and return their resource types."""
         with PartWriter(self._store, LAYER) as writer:
-            for each in deletions:
-                if each.resource_type in BY_NAME:
-                    line = msgspec.json.encode(_Line(each.id, each.at, each.version_id))
-                    writer.add(each.resource_type, PARTITION, line, each.at)
+            for deletion in deletions:
+                if deletion.resource_type in BY_NAME:
+                    line = msgspec.json.encode(_Line(deletion.id, deletion.at, deletion.version_id))
+                    writer.add(deletion.resource_type, PARTITION, line, deletion.at)
             parts = {name: of_type for (name, _), of_type in writer.finish().items()}
-        mine = [self._manifest(name, run_id, of_type) for name, of_type in sorted(parts.items())]
-        for manifest in rewrite_partitions(self._connect, self._store, mine, _added):
-            if sum(part.bytes < _SMALL_BYTES for part in manifest.parts) >= MANY_PARTS:
-                self._join(manifest, run_id)
+        manifests = [self._manifest(name, run_id, of_type) for name, of_type in sorted(parts.items())]
+        for manifest in rewrite_partitions(self._connect, self._store, manifests, _append_parts):
+            if sum(part.bytes < _SMALL_PART_BYTES for part in manifest.parts) >= MAX_SMALL_PARTS:
+                self._compact(manifest, run_id)
         return sorted(parts)
 
-    def _join(self, manifest: Manifest, run_id: str) -> None:
-        """Many small parts become one: each costs a call to read and a place in the manifest."""
+    def _compact(self, manifest: Manifest, run_id: str) -> None:
+        """Merge the small parts into one, because every part costs a read and an entry in the manifest."""
         name = manifest.resource_type
-        small = [part for part in manifest.parts if part.bytes < _SMALL_BYTES]
+        small = [part for part in manifest.parts if part.bytes < _SMALL_PART_BYTES]
         with PartWriter(self._store, LAYER) as writer:
             for line in lines_of(self._store.batches(small)):
                 writer.add(name, PARTITION, line, _decoder.decode(line).deleted)
-            joined = writer.finish()[name, PARTITION]
-        gone = {part.name for part in small}
+            merged = writer.finish()[name, PARTITION]
+        small_names = {part.name for part in small}
 
-        def merge(mine: Manifest, now: Manifest | None) -> Manifest:
-            there = now.parts if now else ()
-            if not gone.issubset(part.name for part in there):
-                return now or mine  # somebody else joined them
-            rest = tuple(part for part in there if part.name not in gone)
-            return msgspec.structs.replace(mine, parts=(*rest, *mine.parts))
+        def merge(mine: Manifest, current: Manifest | None) -> Manifest:
+            parts = current.parts if current else ()
+            if not small_names.issubset(part.name for part in parts):
+                return current or mine  # another process compacted the partition
+            kept = tuple(part for part in parts if part.name not in small_names)
+            return msgspec.structs.replace(mine, parts=(*kept, *mine.parts))
 
-        rewrite_partitions(self._connect, self._store, [self._manifest(name, run_id, joined)], merge)
+        rewrite_partitions(self._connect, self._store, [self._manifest(name, run_id, merged)], merge)
 
     def _manifest(self, resource_type: str, run_id: str, parts: Sequence[Part]) -> Manifest:
         return Manifest(LAYER, resource_type, PARTITION, run_id, self._now(), tuple(parts))
 
-    def _deletions(self, resource_type: str, part: Part) -> Iterator[Deletion]:
+    def _read_deletions(self, resource_type: str, part: Part) -> Iterator[Deletion]:
         for line in lines_of(self._store.batches([part])):
-            found = _decoder.decode(line)
-            yield Deletion(resource_type, found.id, found.deleted, found.versionId)
+            deletion = _decoder.decode(line)
+            yield Deletion(resource_type, deletion.id, deletion.deleted, deletion.versionId)
 
 
-def _added(mine: Manifest, now: Manifest | None) -> Manifest:
-    return msgspec.structs.replace(mine, parts=(*now.parts, *mine.parts)) if now else mine
+def _append_parts(mine: Manifest, current: Manifest | None) -> Manifest:
+    return msgspec.structs.replace(mine, parts=(*current.parts, *mine.parts)) if current else mine

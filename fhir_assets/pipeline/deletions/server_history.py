@@ -1,4 +1,4 @@
-"""What a server deleted since the last look, out of its history and into the tables."""
+"""Apply the deletions in the history of a FHIR server to the tables."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -12,7 +12,7 @@ from fhir_assets.warehouse.postgres.tables import deletions
 
 def apply_server_deletions(
     connect: Callable[[], Session],
-    tombstones: DeletionLog,
+    deletion_log: DeletionLog,
     history: DeletionHistory,
     resource_types: Sequence[str],
     *,
@@ -20,23 +20,23 @@ def apply_server_deletions(
     now: datetime,
     overlap: timedelta,
 ) -> dict[str, int]:
-    """Apply what was deleted of each type since the last time; returns by type how many resources left the tables.
+    """Apply the deletions of each type since the last call, and return by type how many resources left the tables.
 
-    The first time, since the first load of the type: what was deleted before it was never loaded. Types whose history
-    the server does not offer are left out. Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable;
-    types that were done by then stay done.
+    The first call for a type starts at its first load. Types without a history interaction on the server are skipped.
+    Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable; the types before the failing one are
+    complete then.
     """
-    offered = history.offered()
-    gone = {}
+    offered_types = history.offered()
+    deleted = {}
     for name in resource_types:
-        if offered is not None and name not in offered:
+        if offered_types is not None and name not in offered_types:
             continue
         with closing(connect()) as conn:
             begin = deletions.applied_until(conn, name) or now
             conn.commit()
-        found = history.fetch_since(name, begin - overlap)
-        gone[name] = tombstones.record(found, run_id=run_id).gone[name]
+        new_deletions = history.fetch_since(name, begin - overlap)
+        deleted[name] = deletion_log.record(new_deletions, run_id=run_id).gone[name]
         with closing(connect()) as conn, conn.transaction():
-            # A server whose clock is behind ours dates what it deletes now before our now.
+            # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
             deletions.advance(conn, name, min(now, history.asked_at or now), run_id)
-    return gone
+    return deleted

@@ -1,4 +1,4 @@
-"""What of a window still has to be fetched."""
+"""Plan which interval of each window has to be fetched."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fhir_assets.windows import Interval, Window
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A stretch of one window to fetch. ``base`` is the partition that it extends, None for a new one."""
+    """An interval of one window to fetch. ``base`` is the partition that it extends, None if it writes a new one."""
 
     window: Window
     interval: Interval
@@ -27,19 +27,21 @@ def plan_window(
     refresh: Refresh,
     source_state: str | None,
 ) -> Planned | None:
-    """What to fetch of ``window`` now; None if nothing. An extension begins ``overlap`` before the checkpoint,
-    for resources that were committed late under an earlier ``lastUpdated``.
+    """Return the interval of ``window`` to fetch now, or None if the window is complete or in the future.
+
+    An extension starts ``overlap`` before the end of the last fetch, because a server may commit a resource late, with
+    an earlier ``lastUpdated``. ``source_state`` is Source.state: a source that has one is always read from the start.
     """
     if window.start is not None and window.start >= now:
         return None
-    anew = Planned(window, Interval(window.start, min(window.end, now)), None)
+    from_start = Planned(window, Interval(window.start, min(window.end, now)), None)
     fetched = existing.fetched if existing else None
     if fetched is None or refresh is Refresh.FULL:
-        return anew
+        return from_start
     if fetched.complete and fetched.source_state == source_state:
-        return None if refresh is Refresh.MISSING else anew
+        return None if refresh is Refresh.MISSING else from_start
     if source_state is not None or fetched.complete:
-        return anew
+        return from_start
     start = fetched.until - overlap
     if window.start is not None:
         start = max(start, window.start)
@@ -47,24 +49,24 @@ def plan_window(
 
 
 def is_complete(window: Window, *, now: datetime, overlap: timedelta) -> bool:
-    """Whether a window fetched at ``now`` can receive nothing more: it ended, and the late commits are in."""
+    """Return whether the window and the overlap for late commits had ended at ``now``, so that a fetch is final."""
     return now >= window.end + overlap
 
 
 def split_at_gaps(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
-    """Planned windows in runs without a gap, so that each run is one request to the source."""
-    run: list[Planned] = []
+    """Group planned windows into sequences without a gap, so that the source is queried once for each sequence."""
+    sequence: list[Planned] = []
     for item in planned:
-        if run and run[-1].interval.end != item.interval.start:
-            yield run
-            run = []
-        run.append(item)
-    if run:
-        yield run
+        if sequence and sequence[-1].interval.end != item.interval.start:
+            yield sequence
+            sequence = []
+        sequence.append(item)
+    if sequence:
+        yield sequence
 
 
 def covering_interval(planned: Iterable[Planned]) -> Interval:
-    """The shortest interval that covers all the planned ones."""
+    """Return the shortest interval that covers all planned ones."""
     intervals = [item.interval for item in planned]
     starts = [interval.start for interval in intervals]
     known = [start for start in starts if start is not None]
