@@ -146,6 +146,7 @@ def _load(settings: Settings) -> float:
     instance = config.instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     due = ingestion.due()
+    ingestion.begin_checkpoints(due)
     started = perf_counter()
     outcomes = [ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark") for windows in due]
     seconds = perf_counter() - started

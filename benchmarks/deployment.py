@@ -60,6 +60,7 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
         before = processor_seconds(home)
         started = perf_counter()
         due = ingestion.due()
+        ingestion.begin_checkpoints(due)
         parts["what is due"] = perf_counter() - started
         outcomes = [
             ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark", listener=listener)

@@ -22,7 +22,13 @@ from fhir_assets.orchestration.received_windows import ReceivedWindows, assets_o
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.pipeline.consent.step import ConsentStep
-from fhir_assets.pipeline.due_windows import find_due_windows, group_consecutive_windows, split_into_runs
+from fhir_assets.pipeline.due_windows import (
+    DueWindows,
+    begin_checkpoints,
+    find_due_windows,
+    group_consecutive_windows,
+    split_into_runs,
+)
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received, replays
@@ -52,7 +58,7 @@ class Ingestion:
 
     def due(
         self, *, first: datetime | None = None, last: datetime | None = None, all_windows: bool = False
-    ) -> list[WindowRange]:
+    ) -> DueWindows:
         """The windows to load: those between ``first`` and ``last``; else from the checkpoints to now, or with
         ``all_windows`` from the source's oldest resource on.
         """
@@ -68,7 +74,12 @@ class Ingestion:
         extent = source.extent(self._settings.fhir_resource_types) if first is None or last is None else None
         first = first or (extent.start if extent and extent.start else now)
         last = last or (extent.end if extent and source.state() is not None else now)
-        return split_into_runs(scheme, scheme.between(first, min(last, now)))
+        return DueWindows(tuple(split_into_runs(scheme, scheme.between(first, min(last, now)))))
+
+    def begin_checkpoints(self, due: DueWindows) -> None:
+        """Begin the checkpoints of the types that are loaded for the first time."""
+        with self._warehouse.connect() as conn:
+            begin_checkpoints(conn, due)
 
     def not_offered(self) -> list[str]:
         """The types that are asked for but that the source does not offer; they are skipped."""

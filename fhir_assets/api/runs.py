@@ -22,7 +22,7 @@ from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL
 from fhir_assets.orchestration.received_windows import assets_of
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
-from fhir_assets.pipeline.due_windows import find_due_windows
+from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.exports.export import Export, folder_of_run, windows_of_run
@@ -226,6 +226,7 @@ def _load(context: AppContext, caller: Caller, name: str) -> list[str]:
             now=datetime.now(UTC),
             overlap=settings.overlap,
         )
+        begin_checkpoints(conn, due)
     assets = [["raw", BY_NAME[name].key], *(list(key.path) for key in assets_of(context.asset_graph, [name]))]
     started = []
     for windows in due:

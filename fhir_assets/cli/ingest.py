@@ -75,6 +75,7 @@ def load_due(
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with _export_told():
         due = ingestion.due(first=first, last=last, all_windows=full_refresh)
+    ingestion.begin_checkpoints(due)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
     if due and not quiet and (missing := ingestion.not_offered()):

@@ -11,7 +11,7 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.source import Source
 from fhir_assets.orchestration.dead_runs import give_up_dead_runs
 from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
-from fhir_assets.pipeline.due_windows import find_due_windows
+from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
 from fhir_assets.settings import Settings
 
 
@@ -49,6 +49,7 @@ def incremental_load_schedule(
                 now=now,
                 overlap=settings.overlap,
             )
+            begin_checkpoints(conn, due)
         if not due:
             yield dg.SkipReason("every window is loaded")
         for windows in due:

@@ -1,6 +1,7 @@
-"""Which windows have to be loaded now."""
+"""Find the windows that have to be loaded now, and begin the checkpoints of types without one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import islice
 
@@ -11,6 +12,26 @@ from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.windows import Window, WindowRange, WindowScheme
 
 
+@dataclass(frozen=True, slots=True)
+class DueWindows:
+    """The windows to load, in ranges of one run each. Iterates over the ranges.
+
+    ``new_types`` have no valid checkpoint yet: ``begin_checkpoints`` begins theirs at ``new_start``, for a source in
+    the state ``source_state`` (see Source.state).
+    """
+
+    ranges: tuple[WindowRange, ...]
+    new_types: tuple[str, ...] = ()
+    new_start: datetime | None = None
+    source_state: str | None = None
+
+    def __iter__(self) -> Iterator[WindowRange]:
+        return iter(self.ranges)
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+
 def find_due_windows(
     conn: psycopg.Connection,
     source: Source,
@@ -19,40 +40,53 @@ def find_due_windows(
     *,
     now: datetime,
     overlap: timedelta,
-) -> list[WindowRange]:
-    """Every window from the checkpoints to now, in ranges for one run each; empty if all is loaded.
+) -> DueWindows:
+    """Find every window from the checkpoints to ``now``; no ranges if everything is loaded. Writes nothing.
 
-    A type without a checkpoint, and every type of a source whose files changed, begins at the oldest resource
-    that the source holds; so no window is asked for that cannot have anything in it.
+    A type without a checkpoint, and every type of a source whose files changed, starts at the window of the oldest
+    resource in the source. Other types start ``overlap`` before their checkpoint, for resources that the source
+    committed late. Call ``begin_checkpoints`` with the result before the windows are loaded.
+
+    Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable.
     """
     offered = source.offered()
     types = [name for name in resource_types if offered is None or name in offered]
     state = source.state()
     known = checkpoints.get(conn, types)
-    begin = [name for name in types if name not in known or known[name].source_state != state]
-    extent = source.extent(begin if state is None else types) if begin or state is not None else None
-    if begin:
-        start = extent.start if extent and extent.start else now
-        checkpoints.begin(conn, begin, scheme.window_at(start).start or scheme.start, source_state=state)
-        known = checkpoints.get(conn, types)
-    if not known:
-        return []
+    new_types = [name for name in types if name not in known or known[name].source_state != state]
+    extent = source.extent(new_types if state is None else types) if new_types or state is not None else None
+    starts = [checkpoint.loaded_until - overlap for name, checkpoint in known.items() if name not in new_types]
+    ends = [checkpoint.loaded_until for name, checkpoint in known.items() if name not in new_types]
+    new_start = None
+    if new_types:
+        oldest = extent.start if extent and extent.start else now
+        new_start = scheme.window_at(oldest).start or scheme.start
+        starts.append(new_start)
+        ends.append(new_start)
+    nothing_due = DueWindows((), tuple(new_types), new_start, state)
+    if not starts:
+        return nothing_due
     last = now
     if state is not None:
         if extent is None:
-            return []
-        # What is older than all windows belongs into the first.
+            return nothing_due
+        # Resources that are older than all windows belong to the first window.
         end = max(extent.end, scheme.start + timedelta(microseconds=1))
-        if min(checkpoint.loaded_until for checkpoint in known.values()) >= end:
-            return []
+        if min(ends) >= end:
+            return nothing_due
         last = min(end, now)
-    # A checkpoint that has only begun has nothing before it that could come late.
-    first = min(each.loaded_until - (timedelta(0) if name in begin else overlap) for name, each in known.items())
-    return split_into_runs(scheme, scheme.between(min(first, last), last))
+    ranges = split_into_runs(scheme, scheme.between(min(*starts, last), last))
+    return replace(nothing_due, ranges=tuple(ranges))
+
+
+def begin_checkpoints(conn: psycopg.Connection, due: DueWindows) -> None:
+    """Write the checkpoints of the types that are loaded for the first time; loads advance them. Does not commit."""
+    if due.new_start is not None:
+        checkpoints.begin(conn, due.new_types, due.new_start, source_state=due.source_state)
 
 
 def group_consecutive_windows(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
-    """The windows of some partition keys in ranges that follow one another, for one run each."""
+    """Group the windows of partition keys into ranges of consecutive windows, one run each."""
     stretches: list[list[Window]] = []
     for window in sorted((scheme.window(key) for key in set(partition_keys)), key=lambda window: window.end):
         if stretches and stretches[-1][-1].end == window.start:
@@ -63,6 +97,6 @@ def group_consecutive_windows(scheme: WindowScheme, partition_keys: Iterable[str
 
 
 def split_into_runs(scheme: WindowScheme, windows: Iterable[Window]) -> list[WindowRange]:
-    """Windows in ranges for one run each."""
-    rest = iter(windows)
-    return [WindowRange(part) for part in iter(lambda: list(islice(rest, scheme.per_run)), [])]
+    """Split consecutive windows into ranges of at most ``scheme.per_run`` windows, one run each."""
+    remaining = iter(windows)
+    return [WindowRange(part) for part in iter(lambda: list(islice(remaining, scheme.per_run)), [])]

@@ -72,6 +72,7 @@ class Deployment:
         """What `fhir-assets ingest` does."""
         ingestion = self.ingestion()
         due = ingestion.due(first=first, last=last, all_windows=refresh is Refresh.FULL)
+        ingestion.begin_checkpoints(due)
         return [ingestion.load(windows, refresh=refresh, triggered_by="test") for windows in due]
 
     def query(self, statement: str, *params: object) -> list[Row]:
