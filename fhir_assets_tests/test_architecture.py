@@ -1,11 +1,14 @@
 """The rooms of docs/architecture.md: which room may import which, and no cycle between folders."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from fhir_assets.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
@@ -134,3 +137,12 @@ def test_the_rooms_below_work_without_dagster(room: str) -> None:
         if module.partition(".")[0] == room:
             names = [name for name in _imports(path) if name.split(".")[0].startswith("dagster")]
             assert names in ([], ["dagster_aws.s3.S3Resource"]), f"{module} imports {names}"
+
+
+def test_the_pure_layer_names_no_environment_variable_of_the_settings() -> None:
+    variables = re.compile(
+        rf"\b(?:{'|'.join(name.upper() for name in Settings.model_fields)}|FHIR_AUTH_|FHIR_DELIVERY_)"
+    )
+    for module, path in MODULES.items():
+        if module.partition(".")[0] == "fhir":
+            assert variables.findall(path.read_text()) == [], f"{module} names settings: pass ServerLabels instead"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from fhir_assets.deployment.labels import DELIVERY_LABELS, SOURCE_LABELS
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.auth.credentials import Credentials, build_credentials
 from fhir_assets.fhir.auth.smart import BackendServices, parse_private_key
+from fhir_assets.fhir.labels import ServerLabels
 from fhir_assets.settings import Settings
 
 
@@ -16,6 +18,11 @@ class Account(StrEnum):
 
     SOURCE = "fhir_auth"
     DELIVERY = "fhir_delivery"
+
+    @property
+    def labels(self) -> ServerLabels:
+        """The settings that messages about the account's server name."""
+        return SOURCE_LABELS if self is Account.SOURCE else DELIVERY_LABELS
 
 
 class Scope(StrEnum):
@@ -38,7 +45,7 @@ def credentials_of(
 
     client_id = text("client_id")
     if not client_id:
-        return build_credentials(text("username"), text("password"), text("token"))
+        return build_credentials(text("username"), text("password"), text("token"), labels=account.labels)
     key, secret = text("private_key") or _content(settings, account), text("client_secret")
     word = account.upper()
     if (key is None) == (secret is None):
@@ -46,10 +53,11 @@ def credentials_of(
     return BackendServices(
         url,
         client_id,
-        key=parse_private_key(key, text("key_id")) if key else None,
+        key=parse_private_key(key, text("key_id"), labels=account.labels) if key else None,
         secret=secret,
         token_url=text("token_url"),
         scope=text("scope") or scope,
+        labels=account.labels,
     )
 
 

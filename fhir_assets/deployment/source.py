@@ -1,8 +1,10 @@
 """The source of a deployment, as FHIR_SOURCE names it."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from fhir_assets.deployment.credentials import credentials_of
+from fhir_assets.deployment.labels import SOURCE_LABELS
 from fhir_assets.deployment.store import store_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.bulk.client import validate_level
@@ -17,14 +19,21 @@ from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.storage.store import Store
 
 
-def open_source(settings: Settings, *, store: Store | None = None, warehouse: Warehouse | None = None) -> Source:
-    """The Source of the settings. Raises ConfigurationError; calls nothing yet.
+def open_source(
+    settings: Settings,
+    *,
+    store: Store | None = None,
+    warehouse: Warehouse | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Source:
+    """Return the source of the settings; no request is sent. Raises ConfigurationError.
 
-    An export is kept in ``store``; it is noted, and calls take their turns, in ``warehouse``. Unset: the settings' own.
+    A bulk export is stored in ``store`` and recorded in ``warehouse``, which also limits the calls to the server; by
+    default both are those of the settings. ``on_progress`` receives a sentence whenever an export makes progress.
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:
-        return NdjsonSource(location)
+        return NdjsonSource(location, labels=SOURCE_LABELS)
     warehouse = warehouse or Warehouse(settings)
     client = open_client(settings, warehouse)
     if settings.fhir_source is SourceKind.SEARCH:
@@ -33,11 +42,12 @@ def open_source(settings: Settings, *, store: Store | None = None, warehouse: Wa
         client,
         store or store_of(settings),
         warehouse.connect,
-        level=validate_level(settings.fhir_bulk_level),
+        level=validate_level(settings.fhir_bulk_level, SOURCE_LABELS),
         type_filter=settings.fhir_bulk_type_filter,
         connections=settings.fhir_max_connections,
         fresh=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
         limit=timedelta(days=settings.fhir_bulk_days),
+        on_progress=on_progress,
     )
 
 
@@ -59,4 +69,5 @@ def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),
         connections=settings.fhir_max_connections,
         call_slot=warehouse.source_calls.slot,
+        labels=SOURCE_LABELS,
     )

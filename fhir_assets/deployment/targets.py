@@ -1,16 +1,12 @@
 """The FHIR servers that are written to."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import Event
 
 from fhir_assets.deployment.credentials import Account, Scope, credentials_of
-from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings
-
-_OF_A_SERVER = (ServerUnavailable, ServerRefused, NotFhir, ConfigurationError)
 
 
 def upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
@@ -25,25 +21,12 @@ def delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirCli
     return _client(settings, settings.fhir_delivery_url, Account.DELIVERY, workers, stop)
 
 
-@contextmanager
-def delivering() -> Iterator[None]:
-    """Errors of the server at FHIR_DELIVERY_URL name its own settings."""
-    try:
-        yield
-    except _OF_A_SERVER as error:
-        kind = next(kind for kind in _OF_A_SERVER if isinstance(error, kind))
-        text = str(error).replace("FHIR_BASE_URL", "FHIR_DELIVERY_URL").replace("FHIR_AUTH_", "FHIR_DELIVERY_")
-        raise kind(text) from None
-
-
 def _client(settings: Settings, url: str, account: Account, workers: int, stop: Event) -> FhirClient:
-    def sleep(seconds: float) -> None:
-        stop.wait(seconds)
-
     return FhirClient(
         url,
         credentials=credentials_of(settings, url, account=account, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
-        retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts), sleep=sleep),
+        retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts), sleep=stop.wait),
         connections=workers,
+        labels=account.labels,
     )

@@ -8,7 +8,8 @@ import pytest
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Bearer, Credentials
 from fhir_assets.fhir.bulk.downloads import Downloads
-from fhir_assets.fhir.client.http import FhirClient, HttpStatusError
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer
 
@@ -121,6 +122,7 @@ def test_a_token_is_not_sent_to_another_origin_without_tls(elsewhere: ScriptedSe
 
 class _Renewed(Credentials):
     def __init__(self) -> None:
+        super().__init__()
         self.tokens = iter("abc")
         self.token = next(self.tokens)
 

@@ -184,9 +184,9 @@ def test_a_json_file_is_one_resource_over_many_lines(tmp_path: Path) -> None:
 def test_nothing_to_read_is_a_bad_setting(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     source = NdjsonSource(str(tmp_path / name))
-    with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
+    with pytest.raises(ConfigurationError, match="the base URL"):
         source.state()
-    with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
+    with pytest.raises(ConfigurationError, match="the base URL"):
         list(source.fetch(["Patient"], ALWAYS))
 
 

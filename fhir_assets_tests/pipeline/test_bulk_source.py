@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
 from fhir_assets.fhir.bulk.client import ExportFailed, ExportGone
-from fhir_assets.fhir.client.http import FhirClient, HttpStatusError
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.fhir.record import Record
 from fhir_assets.pipeline.fetch import bulk_download
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
@@ -139,7 +140,7 @@ def test_an_export_that_the_server_forgot_is_asked_for_anew(
 
 def test_a_server_that_forgets_every_export_is_an_error(server: SandboxServer, store: Store, database: str) -> None:
     server.set_faults(Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.POLL})))
-    with pytest.raises(ExportGone, match="knows the export no more"):
+    with pytest.raises(ExportGone, match="no longer has the export"):
         ids(source(server.url, store, database))
     assert server.stats()["kick_offs"] == 3
 
@@ -207,7 +208,7 @@ def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None 
 def test_a_manifest_that_is_none_is_an_error_and_the_next_run_asks_anew(
     store: Store, database: str, conn: Connection, wrong: dict[str, Any]
 ) -> None:
-    with scripted({**MANIFEST, **wrong}) as server, pytest.raises(NotFhir, match="no manifest of Bulk Data Access"):
+    with scripted({**MANIFEST, **wrong}) as server, pytest.raises(NotFhir, match="not a manifest of Bulk Data Access"):
         ids(source(server.url, store, database))
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
 

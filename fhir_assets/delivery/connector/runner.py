@@ -101,7 +101,7 @@ class Connector:
                         return
                 except (psycopg.OperationalError, DatabaseUnavailable) as error:
                     lost = 1 if session and session.settled else lost + 1
-                    wait = _RECONNECT.wait(min(lost, 20), None, random.random())
+                    wait = _RECONNECT.wait_seconds(lost)
                     _log.warning(
                         "the database is gone: waiting for it", extra={"seconds": round(wait, 1)}, exc_info=error
                     )
@@ -296,7 +296,7 @@ class _Session:
 
     def _wait(self, failed: _Failed) -> float:
         failures = min(failed.change.claim.attempts, 30)
-        return self._pace.policy.wait(failures, failed.failure.retry_after, random.random())
+        return self._pace.policy.wait_seconds(failures, failed.failure.retry_after)
 
     def _throttle(self, done: Sequence[Acknowledged], failed: Sequence[_Failed]) -> None:
         """While the server fails for everyone, little is claimed: the backlog needs no attempts to be counted."""

@@ -4,7 +4,6 @@ What the server refuses for now is held and tried again: entries whose reference
 that failed in passing. Entries that refer to one another in circles are put without those references first.
 """
 
-import random
 import threading
 import time
 import zlib
@@ -20,7 +19,8 @@ from fhir_assets.delivery.upload.journal import BatchKey, Done, Held, Journal
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult
-from fhir_assets.fhir.client.http import FhirClient, FhirResponse, invalid_json_failure
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.response import FhirResponse, invalid_json_failure
 from fhir_assets.retries import RetryPolicy, TransientFailure
 
 T = TypeVar("T")
@@ -219,7 +219,7 @@ class Uploader:
                 else:
                     done.failed.append((entry, result))
             if again:
-                self.stop.wait(ENTRY_RETRIES.wait(tried, None, random.random()))
+                self.stop.wait(ENTRY_RETRIES.wait_seconds(tried))
             pending = again
         if pending:
             raise ServerUnavailable("the upload was interrupted")

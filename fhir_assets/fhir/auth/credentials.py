@@ -1,4 +1,7 @@
-"""How a client shows who it is. The client sends credentials to the origin of its base URL only."""
+"""HTTP credentials of a FHIR client: none, Basic or a fixed Bearer token.
+
+The client sends credentials to the origin of its base URL only. Tokens that a client requests belong in ``smart``.
+"""
 
 import re
 from base64 import b64encode
@@ -7,40 +10,51 @@ from requests import PreparedRequest
 from requests.auth import AuthBase
 
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 
 _SCHEME = re.compile(r"^\s*Bearer\s+", re.IGNORECASE)
 _TOKEN = re.compile(r"[!-~]+")
 
 
 class Credentials(AuthBase):
-    """No credentials, and what all kinds have in common.
+    """No credentials; the base class of all other kinds.
 
-    Always given to requests, also when empty: it would otherwise take some from ``~/.netrc`` unseen.
+    Requests are always given an instance, even without credentials: otherwise ``requests`` reads ``~/.netrc``.
     """
 
-    remedy = "it asks for credentials: set FHIR_AUTH_TOKEN, or FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
-    """The rest of a sentence that begins with "the server answered 401", naming the settings to look at."""
+    def __init__(self, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
+        self.labels = labels
+
+    @property
+    def remedy(self) -> str:
+        """What to do after status 401: the rest of a sentence that begins with "the server answered 401"."""
+        return f"it asks for credentials: set {self.labels.token}, or {self.labels.username} and {self.labels.password}"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Sign a request."""
         return request
 
     def renew(self) -> bool:
-        """Get fresh credentials after a 401; True if there are some, and the request is worth another try."""
+        """Get new credentials after status 401. Return True if the request is worth another attempt."""
         return False
 
 
 class Basic(Credentials):
-    """User name and password, UTF-8 (https://www.rfc-editor.org/rfc/rfc7617). Raises ConfigurationError for a colon
-    in the name: a server would take what follows for the password.
+    """A user name and a password in UTF-8 (https://www.rfc-editor.org/rfc/rfc7617).
+
+    Raises ConfigurationError if the user name contains a colon: a server would read the rest as the password.
     """
 
-    remedy = "it refuses the user name or the password: check FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD"
-
-    def __init__(self, username: str, password: str) -> None:
+    def __init__(self, username: str, password: str, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
+        super().__init__(labels=labels)
         if ":" in username:
-            raise ConfigurationError("FHIR_AUTH_USERNAME has a colon, which Basic authentication cannot send")
+            raise ConfigurationError(f"{labels.username} has a colon, which Basic authentication cannot send")
         self._header = "Basic " + b64encode(f"{username}:{password}".encode()).decode()
+
+    @property
+    def remedy(self) -> str:
+        """What to do after status 401."""
+        return f"it refuses the user name or the password: check {self.labels.username} and {self.labels.password}"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Sign a request."""
@@ -51,16 +65,22 @@ class Basic(Credentials):
 class Bearer(Credentials):
     """A fixed token (https://www.rfc-editor.org/rfc/rfc6750), with or without the word Bearer before it.
 
-    Raises ConfigurationError for characters that cannot stand in a header.
+    Raises ConfigurationError if the token is empty or contains characters that a header cannot hold.
     """
 
-    remedy = "it refuses the token: check FHIR_AUTH_TOKEN, it may have expired"
-
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
+        super().__init__(labels=labels)
         bare = _SCHEME.sub("", token).strip()
         if not _TOKEN.fullmatch(bare):
-            raise ConfigurationError("FHIR_AUTH_TOKEN is not a token: it is empty, or has blanks or odd characters")
+            raise ConfigurationError(
+                f"{labels.token} is not a token: it is empty, or contains blanks or characters outside of ASCII"
+            )
         self._header = f"Bearer {bare}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do after status 401."""
+        return f"it refuses the token: check {self.labels.token}, it may have expired"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         """Sign a request."""
@@ -69,11 +89,18 @@ class Bearer(Credentials):
 
 
 def build_credentials(
-    username: str | None = None, password: str | None = None, token: str | None = None
+    username: str | None = None,
+    password: str | None = None,
+    token: str | None = None,
+    *,
+    labels: ServerLabels = DEFAULT_LABELS,
 ) -> Credentials:
-    """The credentials that the settings FHIR_AUTH_* describe."""
+    """Return Bearer credentials if there is a token, else Basic if there is a user name, else none.
+
+    Raises ConfigurationError for a value that cannot be sent.
+    """
     if token:
-        return Bearer(token)
+        return Bearer(token, labels=labels)
     if username:
-        return Basic(username, password or "")
-    return Credentials()
+        return Basic(username, password or "", labels=labels)
+    return Credentials(labels=labels)

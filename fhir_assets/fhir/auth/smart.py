@@ -1,4 +1,4 @@
-"""SMART Backend Services: a token for what a client signs, or for its secret
+"""SMART Backend Services: access tokens for a client that signs an assertion or that has a secret
 (https://hl7.org/fhir/smart-app-launch/backend-services.html).
 """
 
@@ -15,23 +15,30 @@ from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, RSAKey, import_key
 from requests import PreparedRequest
 
-from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
+from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused
 from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 
-_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+TOKEN_POLICY = RetryPolicy(attempts=4, first_wait=1, max_wait=4, max_retry_after=60, budget=240)
+"""Retries of a request for a token. Other threads wait for the token meanwhile, so the policy is short."""
+
+_ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _ASSERTION_SECONDS = 240
-_EARLY = 0.2
-"""A token is renewed when this share of its life is left, at most _EARLY_SECONDS."""
-_EARLY_SECONDS = 60.0
-_TIMEOUT = 30
+_DEFAULT_LIFETIME = 300
+_RENEWAL_SHARE = 0.2
+"""A token is renewed when this share of its lifetime is left, but at most ``_RENEWAL_SECONDS`` before its end."""
+_RENEWAL_SECONDS = 60.0
+_TIMEOUT_SECONDS = 30
 
 Key = RSAKey | ECKey
 
 
-def parse_private_key(text: str, key_id: str | None = None) -> Key:
-    """A private key from PEM or a JWK: RSA signs with RS384, an elliptic curve (P-384) with ES384.
+def parse_private_key(text: str, key_id: str | None = None, *, labels: ServerLabels = DEFAULT_LABELS) -> Key:
+    """Parse a private key from PEM or a JWK. An RSA key signs with RS384, an elliptic-curve key (P-384) with ES384.
 
-    Raises ConfigurationError, without the key.
+    ``key_id`` is the ``kid`` of the key if its JWK does not say. Raises ConfigurationError; no message contains the
+    key.
     """
     content = text.strip()
     try:
@@ -41,19 +48,20 @@ def parse_private_key(text: str, key_id: str | None = None) -> Key:
         elif "RSA" in content.partition("\n")[0]:
             key = RSAKey.import_key(content, parameters)
         else:
-            key = _of_pem(content, parameters)
+            key = _parse_pem(content, parameters)
     except (ValueError, JoseError):
         raise ConfigurationError(
-            "FHIR_AUTH_PRIVATE_KEY is neither a private key in PEM nor a JWK: give one of RSA or of the curve P-384"
+            f"{labels.private_key} is neither a private key in PEM nor a JWK: give an RSA key or a key of the curve "
+            "P-384"
         ) from None
     if not isinstance(key, RSAKey | ECKey) or not key.is_private:
-        raise ConfigurationError("FHIR_AUTH_PRIVATE_KEY is no private key of RSA or of an elliptic curve")
+        raise ConfigurationError(f"{labels.private_key} is not a private key of RSA or of an elliptic curve")
     if isinstance(key, ECKey) and key.curve_name != "P-384":
-        raise ConfigurationError(f"FHIR_AUTH_PRIVATE_KEY is of the curve {key.curve_name}; ES384 needs P-384")
+        raise ConfigurationError(f"{labels.private_key} is of the curve {key.curve_name}; ES384 needs P-384")
     return key
 
 
-def _of_pem(content: str, parameters: Any) -> Key:
+def _parse_pem(content: str, parameters: Any) -> Key:
     try:
         return RSAKey.import_key(content, parameters)
     except (ValueError, JoseError):
@@ -61,16 +69,11 @@ def _of_pem(content: str, parameters: Any) -> Key:
 
 
 class BackendServices(Credentials):
-    """Tokens of a client that signs with a private ``key``, or that has a ``secret``. A token is kept until shortly
-    before its end, shared by all threads, and a new one is got in the middle of whatever goes on.
+    """Access tokens of a client that signs with a private ``key`` or that has a ``secret``.
 
-    ``token_url``: unset, it is discovered at the FHIR server.
+    All threads share one token. It is renewed shortly before its end, during any request. ``token_url`` None means
+    that the token endpoint is discovered at the FHIR server.
     """
-
-    remedy = (
-        "it refuses the token: check FHIR_AUTH_CLIENT_ID, its key or secret and FHIR_AUTH_SCOPE, and that the "
-        "client is registered there"
-    )
 
     def __init__(
         self,
@@ -81,52 +84,66 @@ class BackendServices(Credentials):
         secret: str | None = None,
         token_url: str | None = None,
         scope: str = "system/*.read",
+        labels: ServerLabels = DEFAULT_LABELS,
+        retrier: Retrier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(labels=labels)
         self._base_url = base_url.rstrip("/")
         self._client_id = client_id
         self._key = key
         self._secret = secret
         self._token_url = token_url
         self._scope = scope
+        self._retrier = retrier or Retrier(TOKEN_POLICY)
         self._clock = clock
         self._token: str | None = None
         self._renew_at = 0.0
         self._lock = Lock()
 
+    @property
+    def remedy(self) -> str:
+        """What to do after status 401."""
+        return (
+            f"it refuses the token: check {self.labels.client_id}, its key or secret and {self.labels.scope}, and that "
+            "the client is registered there"
+        )
+
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
-        """Sign a request with a token that is good still. Raises ServerUnavailable, ServerRefused."""
+        """Sign a request with a valid token. Raises ServerUnavailable, ServerRefused or NotFhir."""
         with self._lock:
             if self._token is None or self._clock() >= self._renew_at:
-                self._get_token()
+                self._request_token()
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
 
     def renew(self) -> bool:
-        """Forget the token that was refused."""
+        """Discard a token that the server refused."""
         with self._lock:
             self._token = None
         return True
 
-    def _get_token(self) -> None:
-        url = self._token_url = self._token_url or self._discovered()
+    def _request_token(self) -> None:
+        url = self._token_url = self._token_url or self._discover_token_url()
         form = {"grant_type": "client_credentials", "scope": self._scope}
         auth: Credentials | tuple[str, str] = Credentials()
         if self._key is not None:
-            form |= {"client_assertion_type": _ASSERTION, "client_assertion": self._assertion(url, self._key)}
+            form |= {"client_assertion_type": _ASSERTION_TYPE, "client_assertion": self._sign_assertion(url, self._key)}
         else:
             auth = (self._client_id, self._secret or "")
-        answer = _call("POST", url, data=form, auth=auth)
-        if answer.status_code in (400, 401, 403):
-            raise ServerRefused(f"the token endpoint of {self._base_url} answered {answer.status_code}: {self.remedy}")
-        found = _document(answer, "token endpoint", self._base_url)
-        token, lifetime = found.get("access_token"), found.get("expires_in", 300)
+        response = self._call("POST", url, "token endpoint", data=form, auth=auth)
+        if response.status_code in (400, 401, 403):
+            raise ServerRefused(
+                f"the token endpoint of {self._base_url} answered {response.status_code}: {self.remedy}"
+            )
+        document = self._read_object(response, "token endpoint")
+        token, lifetime = document.get("access_token"), document.get("expires_in", _DEFAULT_LIFETIME)
         if not isinstance(token, str) or not isinstance(lifetime, int | float):
-            raise NotFhir(f"the token endpoint of {self._base_url} gives no token: is FHIR_AUTH_TOKEN_URL right?")
+            raise NotFhir(f"the token endpoint of {self._base_url} gives no token: is {self.labels.token_url} right?")
         self._token = token
-        self._renew_at = self._clock() + lifetime - min(lifetime * _EARLY, _EARLY_SECONDS)
+        self._renew_at = self._clock() + lifetime - min(lifetime * _RENEWAL_SHARE, _RENEWAL_SECONDS)
 
-    def _assertion(self, audience: str, key: Key) -> str:
+    def _sign_assertion(self, audience: str, key: Key) -> str:
         now = int(time.time())
         algorithm = "RS384" if isinstance(key, RSAKey) else "ES384"
         header = {"alg": algorithm, "typ": "JWT", **({"kid": key.kid} if key.kid else {})}
@@ -140,32 +157,43 @@ class BackendServices(Credentials):
         }
         return jwt.encode(header, claims, key, algorithms=[algorithm])
 
-    def _discovered(self) -> str:
-        answer = _call("GET", f"{self._base_url}/.well-known/smart-configuration", auth=Credentials())
-        url = _document(answer, "SMART configuration", self._base_url).get("token_endpoint")
-        if not isinstance(url, str):
-            raise NotFhir(f"{self._base_url} names no token endpoint: set FHIR_AUTH_TOKEN_URL")
-        return url
+    def _discover_token_url(self) -> str:
+        url = f"{self._base_url}/.well-known/smart-configuration"
+        response = self._call("GET", url, "SMART configuration", auth=Credentials())
+        token_url = self._read_object(response, "SMART configuration").get("token_endpoint")
+        if not isinstance(token_url, str):
+            raise NotFhir(f"{self._base_url} names no token endpoint: set {self.labels.token_url}")
+        return token_url
 
+    def _call(self, method: str, url: str, name: str, **options: Any) -> requests.Response:
+        """Return the response of any status that another attempt would not change. Raises ServerUnavailable."""
+        advice = f"is the server that issues tokens up, and is {self.labels.token_url} right?"
 
-def _call(method: str, url: str, **options: Any) -> requests.Response:
-    for attempt in range(4):
-        if attempt:
-            time.sleep(0.5 * 2**attempt)
+        def attempt() -> requests.Response:
+            try:
+                response = requests.request(
+                    method, url, timeout=_TIMEOUT_SECONDS, headers={"Accept": "application/json"}, **options
+                )
+            except requests.RequestException:
+                raise TransientFailure("no answer", advice=advice) from None
+            if response.status_code >= 500 or response.status_code == 429:
+                raise TransientFailure(
+                    f"the server answered {response.status_code}",
+                    advice=advice,
+                    retry_after=read_retry_after(response.headers.get("Retry-After")),
+                )
+            return response
+
+        return self._retrier.run(f"the {name} of {self._base_url}", attempt)
+
+    def _read_object(self, response: requests.Response, name: str) -> dict[str, Any]:
         try:
-            answer = requests.request(method, url, timeout=_TIMEOUT, headers={"Accept": "application/json"}, **options)
-        except requests.RequestException:
-            continue
-        if answer.status_code < 500 and answer.status_code != 429:
-            return answer
-    raise ServerUnavailable("the server that gives the tokens does not answer: is it up, is FHIR_AUTH_TOKEN_URL right?")
-
-
-def _document(answer: requests.Response, what: str, base_url: str) -> dict[str, Any]:
-    try:
-        found = answer.json() if answer.ok else None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise NotFhir(f"{base_url}: no {what} there ({answer.status_code}): set FHIR_AUTH_TOKEN_URL, or FHIR_BASE_URL")
-    return found
+            document = response.json() if response.ok else None
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise NotFhir(
+                f"{self._base_url}: no {name} there ({response.status_code}): set {self.labels.token_url}, or "
+                f"{self.labels.base_url}"
+            )
+        return document

@@ -1,7 +1,7 @@
-"""Downloading the files of an export, many small ones as well as large ones.
+"""Downloads of the files of a bulk export, many small files as well as large ones.
 
-requests takes half a millisecond of processor time for a call, which is as much as fifty resources take. Where no proxy
-stands before the files, they are therefore read through the standard library's own HTTP connections.
+A call of ``requests`` takes half a millisecond of processor time, as long as the download of fifty resources. Files are
+therefore read through the HTTP connections of the standard library, unless a proxy is configured for their URL.
 """
 
 import re
@@ -27,44 +27,46 @@ from urllib3.exceptions import HTTPError
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.auth.credentials import Credentials
-from fhir_assets.fhir.client.http import FhirClient, HttpStatusError, format_origin, parse_origin
+from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.origin import Origin, format_origin, parse_origin
+from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.retries import TransientFailure
 
-Origin = tuple[str, str, int | None]
-
-_CHUNK = 1 << 18
+_CHUNK_BYTES = 1 << 18
 _MAX_REDIRECTS = 5
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {"Accept": "application/fhir+ndjson", "Accept-Encoding": "gzip", "User-Agent": "fhir-assets"}
-_TO_QUOTE = re.compile(r"[^!-~]")
-_BROKEN = (OSError, HTTPException, HTTPError, RequestException)
-_WHAT = "an exported file"
+_UNQUOTED = re.compile(r"[^!-~]")
+_CONNECTION_ERRORS = (OSError, HTTPException, HTTPError, RequestException)
+_FILE = "an exported file"
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where a file is, taken apart once. Raises NotFhir if it is no URL."""
+    """The parsed URL of a file."""
 
     url: str
     origin: Origin
     path: str
 
     @classmethod
-    def of(cls, url: str) -> Self:
-        """The target of a URL."""
-        quoted = requote_uri(url) if _TO_QUOTE.search(url) else url
+    def parse(cls, url: str) -> Self:
+        """Parse a URL. Raises NotFhir if it is not an HTTP URL."""
+        quoted = requote_uri(url) if _UNQUOTED.search(url) else url
         scheme, _, rest = quoted.partition("://")
         host, slash, path = rest.partition("/")
-        found = cls(url, parse_origin(f"{scheme}://{host}"), f"{slash}{path}" or "/")
-        if found.origin[0] not in ("http", "https") or not found.origin[1]:
-            raise NotFhir("the manifest of an export names a file that is no URL: run again to ask for a new export")
-        return found
+        target = cls(url, parse_origin(f"{scheme}://{host}"), f"{slash}{path}" or "/")
+        if target.origin[0] not in ("http", "https") or not target.origin[1]:
+            raise NotFhir("the manifest of an export names a file without a URL: run again to request a new export")
+        return target
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
-    """An answer whose body is read by ``read`` (at most so many bytes, decompressed; none at the end). ``headers``
-    are those of an answer that is no file.
+class _Response:
+    """A response whose body is streamed.
+
+    ``read(size)`` returns at most ``size`` decompressed bytes, and none at the end. ``headers`` are read for responses
+    other than status 200 only.
     """
 
     status: int
@@ -73,17 +75,18 @@ class _Reply:
 
 
 class Downloads:
-    """Files that a server's exports name. One serves several threads; connections are kept for the next file, and
-    closed at the end of the ``with`` block.
+    """The connections over which the files of an export are read, used in a ``with`` block.
+
+    One instance serves several threads. Connections are kept for the next file and closed at the end of the block.
     """
 
     def __init__(self, client: FhirClient) -> None:
         self._client = client
-        self._kept: dict[Origin, list[HTTPConnection]] = defaultdict(list)
+        self._idle: dict[Origin, list[HTTPConnection]] = defaultdict(list)
         self._proxied: dict[Origin, bool] = {}
         self._tls: ssl.SSLContext | None = None
         self._lock = Lock()
-        self._mine = local()
+        self._thread = local()
 
     def __enter__(self) -> Self:
         return self
@@ -92,56 +95,59 @@ class Downloads:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            for connections in self._kept.values():
+            for connections in self._idle.values():
                 for connection in connections:
                     connection.close()
-            self._kept.clear()
+            self._idle.clear()
 
     @contextmanager
     def share_slot(self) -> Iterator[None]:
-        """Files that this thread downloads meanwhile are one call: waiting for a turn costs as much as a small file."""
+        """Count all files that this thread reads in the ``with`` block as one call of the client.
+
+        Waiting for a slot takes as long as the download of a small file.
+        """
         with self._client.call_slot():
-            self._mine.call_slot = True
+            self._thread.has_slot = True
             try:
                 yield
             finally:
-                self._mine.call_slot = False
+                self._thread.has_slot = False
 
-    def _turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if getattr(self._mine, "call_slot", False) else self._client.call_slot()
+    def _call_slot(self) -> AbstractContextManager[None]:
+        return nullcontext() if getattr(self._thread, "has_slot", False) else self._client.call_slot()
 
     def read_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
-        """The lines of a file of any size, blank ones left out, some at a time, in bounded memory.
+        """Read the lines of a file of any size in batches, without blank lines, in bounded memory.
 
-        A connection that breaks, and a file that ends before its ``expected`` lines, is opened again, and what was
-        given already is passed over. A file on another origin gets the credentials only if ``authorized``, and over
-        https. Raises Refusal, ServerUnavailable or NotFhir.
+        If the connection breaks, or if the file ends before its ``expected`` lines, the file is opened again and the
+        lines that were returned before are skipped. Credentials are sent to another origin only if ``authorized``, and
+        over https. Raises HttpStatusError, ServerUnavailable or NotFhir.
         """
-        given = failures = 0
+        returned = failures = 0
         while True:
             try:
-                for lines in self._lines_from(url, authorized, given):
-                    given += len(lines)
+                for lines in self._attempt(url, authorized, returned):
+                    returned += len(lines)
                     failures = 0
                     yield lines
-                if expected is None or given >= expected:
+                if expected is None or returned >= expected:
                     return
                 raise TransientFailure(
-                    f"the file ends after {given} of {expected} resources",
-                    advice="the server's manifest and its files differ: run again to ask for a new export",
+                    f"the file ends after {returned} of {expected} resources",
+                    advice="the server's manifest and its files differ: run again to request a new export",
                     final=NotFhir,
                 )
             except TransientFailure as failure:
                 failures += 1
-                self._client.retrier.wait_or_raise(f"GET {format_origin(url)}, {_WHAT}", failures, failure)
+                self._client.retrier.wait_or_raise(f"GET {format_origin(url)}, {_FILE}", failures, failure)
 
-    def _lines_from(self, url: str, authorized: bool, skip: int) -> Iterator[list[bytes]]:
-        """One attempt at a file, without its first ``skip`` lines."""
+    def _attempt(self, url: str, authorized: bool, skip: int) -> Iterator[list[bytes]]:
+        """Read a file once, without its first ``skip`` lines. Raises TransientFailure."""
         try:
-            with self._opened(url, authorized) as reply:
+            with self._open(url, authorized) as response:
                 rest = b""
                 first = True
-                while chunk := reply.read(_CHUNK):
+                while chunk := response.read(_CHUNK_BYTES):
                     if first and chunk.lstrip().startswith(b"<"):
                         raise TransientFailure(
                             "the file is HTML or XML, not NDJSON",
@@ -152,53 +158,56 @@ class Downloads:
                     head, *lines = chunk.split(b"\n")
                     rest += head
                     if lines:
-                        whole = [line for line in (rest, *lines[:-1]) if line.strip()]
+                        complete = [line for line in (rest, *lines[:-1]) if line.strip()]
                         rest = lines[-1]
-                        if skip >= len(whole):
-                            skip -= len(whole)
+                        if skip >= len(complete):
+                            skip -= len(complete)
                         else:
-                            yield whole[skip:]
+                            yield complete[skip:]
                             skip = 0
                 if rest.strip() and not _is_json(rest):
                     raise TransientFailure(
                         "the file ends in the middle of a line",
-                        advice="the server cuts it off: run again to ask for a new export",
+                        advice="the server cuts it off: run again to request a new export",
                         final=NotFhir,
                     )
                 if rest.strip() and not skip:
                     yield [rest]
-        except _BROKEN as error:
+        except _CONNECTION_ERRORS as error:
             raise TransientFailure(f"the file broke off ({type(error).__name__})") from None
 
     @contextmanager
-    def _opened(self, url: str, authorized: bool) -> Iterator[_Reply]:
-        """The answer that holds the file, after redirects. Raises Refusal, NotFhir, PassingFailure."""
-        target = _Target.of(url)
+    def _open(self, url: str, authorized: bool) -> Iterator[_Response]:
+        """Yield the response that holds the file, after redirects.
+
+        Raises HttpStatusError, NotFhir or TransientFailure.
+        """
+        target = _Target.parse(url)
         own = self._client.origin
         trusted = {target.origin, own} if authorized else {own}
         renewable = True
         for _ in range(_MAX_REDIRECTS):
-            known = target.origin in trusted
-            if known and target.origin != own and target.origin[0] != "https":
+            is_trusted = target.origin in trusted
+            if is_trusted and target.origin != own and target.origin[0] != "https":
                 raise NotFhir(
-                    f"{self._client.base_url} wants its token sent to {format_origin(url)} without TLS: this is "
-                    "not done"
+                    f"{self._client.base_url} wants its token sent to {format_origin(url)} without TLS; the "
+                    "token is not sent"
                 )
-            credentials = self._client.credentials if known else Credentials()
-            with self._turn(), self._get(target, credentials) as reply:
-                if reply.status == 200:
-                    yield reply
+            credentials = self._client.credentials if is_trusted else Credentials()
+            with self._call_slot(), self._get(target, credentials) as response:
+                if response.status == 200:
+                    yield response
                     return
-                if reply.status in _REDIRECTS:
-                    target = _redirected(target, reply)
-                elif reply.status == 401 and known and renewable and self._client.credentials.renew():
+                if response.status in _REDIRECT_STATUS:
+                    target = _redirect(target, response)
+                elif response.status == 401 and is_trusted and renewable and self._client.credentials.renew():
                     renewable = False
                 else:
-                    self._client.raise_for_status(reply.status, reply.headers, "GET", _WHAT)
-        raise HttpStatusError(f"GET {format_origin(url)}, {_WHAT}: redirected in a circle", 310)
+                    self._client.raise_for_status(response.status, response.headers, "GET", _FILE)
+        raise HttpStatusError(f"GET {format_origin(url)}, {_FILE}: redirected in a circle", 310)
 
     @contextmanager
-    def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Reply]:
+    def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Response]:
         if self._has_proxy(target):
             with self._client.session.get(
                 target.url,
@@ -207,52 +216,52 @@ class Downloads:
                 timeout=self._client.timeout,
                 allow_redirects=False,
                 stream=True,
-            ) as response:
-                raw = response.raw
-                yield _Reply(response.status_code, response.headers, lambda size: raw.read1(size, decode_content=True))
+            ) as proxied:
+                raw = proxied.raw
+                yield _Response(proxied.status_code, proxied.headers, lambda size: raw.read1(size, decode_content=True))
             return
-        connection, answer = self._asked(target, credentials)
+        connection, response = self._request(target, credentials)
         try:
-            headers = {} if answer.status == 200 else CaseInsensitiveDict(answer.headers.items())
-            yield _Reply(answer.status, headers, _reader(answer))
+            headers = {} if response.status == 200 else CaseInsensitiveDict(response.headers.items())
+            yield _Response(response.status, headers, _body_reader(response))
         except BaseException:
             connection.close()
             raise
-        if answer.isclosed():
+        if response.isclosed():
             with self._lock:
-                self._kept[target.origin].append(connection)
+                self._idle[target.origin].append(connection)
         else:
             connection.close()
 
-    def _asked(self, target: _Target, credentials: Credentials) -> tuple[HTTPConnection, HTTPResponse]:
-        """The connection and its answer. One that was kept may be closed by now: then there is another."""
+    def _request(self, target: _Target, credentials: Credentials) -> tuple[HTTPConnection, HTTPResponse]:
+        """Send a request. If the server has closed an idle connection, another connection is used."""
         request = PreparedRequest()
         request.headers = CaseInsensitiveDict()
         credentials(request)
         headers = {**_HEADERS, **request.headers}
         while True:
             with self._lock:
-                kept = self._kept[target.origin].pop() if self._kept[target.origin] else None
-            connection = kept or self._connection(target)
+                idle = self._idle[target.origin].pop() if self._idle[target.origin] else None
+            connection = idle or self._connect(target)
             try:
                 connection.request("GET", target.path, headers=headers)
                 return connection, connection.getresponse()
             except BaseException as error:
                 connection.close()
-                if kept is None or not isinstance(error, OSError | HTTPException):
+                if idle is None or not isinstance(error, OSError | HTTPException):
                     raise
 
-    def _connection(self, target: _Target) -> HTTPConnection:
+    def _connect(self, target: _Target) -> HTTPConnection:
         scheme, host, port = target.origin
         timeout = self._client.timeout[1]
         if scheme == "http":
             return HTTPConnection(host, port, timeout=timeout)
         with self._lock:
             if self._tls is None:
-                named = self._client.session.merge_environment_settings(target.url, {}, None, None, None)["verify"]
-                trusted = named if isinstance(named, str) else DEFAULT_CA_BUNDLE_PATH
+                configured = self._client.session.merge_environment_settings(target.url, {}, None, None, None)["verify"]
+                authorities = configured if isinstance(configured, str) else DEFAULT_CA_BUNDLE_PATH
                 self._tls = ssl.create_default_context()
-                self._tls.load_verify_locations(**{"capath" if isdir(trusted) else "cafile": trusted})
+                self._tls.load_verify_locations(**{"capath" if isdir(authorities) else "cafile": authorities})
         return HTTPSConnection(host, port, timeout=timeout, context=self._tls)
 
     def _has_proxy(self, target: _Target) -> bool:
@@ -261,27 +270,27 @@ class Downloads:
         return self._proxied[target.origin]
 
 
-def _reader(answer: HTTPResponse) -> Callable[[int], bytes]:
-    if answer.headers.get("Content-Encoding"):
-        packed = urllib3.HTTPResponse(body=answer, headers=dict(answer.headers), preload_content=False)
-        return lambda size: packed.read(size, decode_content=True)
+def _body_reader(response: HTTPResponse) -> Callable[[int], bytes]:
+    if response.headers.get("Content-Encoding"):
+        encoded = urllib3.HTTPResponse(body=response, headers=dict(response.headers), preload_content=False)
+        return lambda size: encoded.read(size, decode_content=True)
 
     def read(size: int) -> bytes:
-        content = answer.read(size)
-        if not content and answer.length:
+        content = response.read(size)
+        if not content and response.length:
             raise TransientFailure("the file broke off before its end")
         return content
 
     return read
 
 
-def _redirected(target: _Target, reply: _Reply) -> _Target:
-    found = _Target.of(urljoin(target.url, reply.headers.get("Location") or ""))
-    if target.origin[0] == "https" and found.origin[0] != "https":
+def _redirect(target: _Target, response: _Response) -> _Target:
+    redirected = _Target.parse(urljoin(target.url, response.headers.get("Location") or ""))
+    if target.origin[0] == "https" and redirected.origin[0] != "https":
         raise NotFhir(
-            f"{format_origin(target.url)} redirects an exported file to an address without TLS: this is not done"
+            f"{format_origin(target.url)} redirects an exported file to an address without TLS, which is not followed"
         )
-    return found
+    return redirected
 
 
 def _is_json(line: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""What a FHIR server says it can do (https://hl7.org/fhir/R4/capabilitystatement.html)."""
+"""The capabilities that a FHIR server declares (https://hl7.org/fhir/R4/capabilitystatement.html)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,18 +6,23 @@ from dataclasses import dataclass
 import msgspec
 
 from fhir_assets.errors import NotFhir
+from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """``interactions`` holds the interaction codes by resource type; None for a type that lists none."""
+    """The FHIR version and the interactions of a server.
+
+    ``interactions`` maps a resource type to its interaction codes, or to None if the server lists none for the type.
+    """
 
     fhir_version: str | None
     interactions: Mapping[str, frozenset[str] | None]
 
     def offers(self, interaction: str) -> frozenset[str] | None:
-        """The types that have the interaction (``search-type``, ``read``, ``update``…), or do not say what they
-        have; None if the server names no types at all.
+        """Return the types that have an interaction such as ``search-type``, ``read`` or ``update``.
+
+        A type without a list of interactions counts as having it. Returns None if the server names no types at all.
         """
         if not self.interactions:
             return None
@@ -47,24 +52,30 @@ class _CapabilityStatement(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_CapabilityStatement)
 
 
-def read_capabilities(body: bytes) -> Capabilities:
-    """Read a CapabilityStatement. Raises ValueError if it is not JSON, NotFhir if it is not R4's: the rest of a
-    sentence that begins with the server's name.
+def parse_capabilities(body: bytes, labels: ServerLabels = DEFAULT_LABELS) -> Capabilities:
+    """Parse a CapabilityStatement of R4.
+
+    Raises ValueError if ``body`` is not JSON, and NotFhir if it is any other JSON. The message of NotFhir is the rest
+    of a sentence that begins with the server's URL.
     """
     try:
         statement = _decoder.decode(body)
     except msgspec.ValidationError:
-        raise NotFhir("answers /metadata with JSON that is no CapabilityStatement: is FHIR_BASE_URL right?") from None
+        raise NotFhir(
+            f"answers /metadata with JSON that is no CapabilityStatement: is {labels.base_url} right?"
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("not JSON") from None
     if statement.resourceType != "CapabilityStatement":
-        raise NotFhir("answers /metadata with another resource than a CapabilityStatement: is FHIR_BASE_URL right?")
+        raise NotFhir(
+            f"answers /metadata with another resource than a CapabilityStatement: is {labels.base_url} right?"
+        )
     if statement.fhirVersion and not statement.fhirVersion.startswith("4."):
         raise NotFhir("serves another version than FHIR R4 (4.0 or 4.3): is there an R4 base URL?")
     return Capabilities(
         statement.fhirVersion,
         {
-            resource.type: frozenset(each.code for each in resource.interaction) or None
+            resource.type: frozenset(interaction.code for interaction in resource.interaction) or None
             for rest in statement.rest
             if rest.mode == "server"
             for resource in rest.resource

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.fhir.lines import DamagedFile, read_lines
 from fhir_assets.fhir.model import known_resource_type
 from fhir_assets.fhir.record import (
@@ -69,10 +70,12 @@ class NdjsonSource:
         location: str,
         *,
         max_line_bytes: int = MAX_LINE_BYTES,
+        labels: ServerLabels = DEFAULT_LABELS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._location = location
         self._max_line_bytes = max_line_bytes
+        self._labels = labels
         self._now = now
         self._extents: dict[tuple[str, frozenset[str]], Interval | None] = {}
         self.skipped: Counter[str] = Counter()
@@ -144,8 +147,10 @@ class NdjsonSource:
         if files:
             return files
         if root.is_dir():
-            raise ConfigurationError(f"FHIR_BASE_URL: the folder {root} holds no .ndjson or .ndjson.gz file")
-        raise ConfigurationError(f"FHIR_BASE_URL: there is no file, folder or match of a glob at {self._location}")
+            raise ConfigurationError(f"{self._labels.base_url}: the folder {root} holds no .ndjson or .ndjson.gz file")
+        raise ConfigurationError(
+            f"{self._labels.base_url}: there is no file, folder or match of a glob at {self._location}"
+        )
 
     def _read(self, file: _File, wanted: list[str]) -> Iterator[Record | RejectedInput]:
         """What a file holds of the wanted types, at any time."""
@@ -166,7 +171,7 @@ class NdjsonSource:
         except DamagedFile as error:
             yield reader.rejected("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
-            raise ConfigurationError(f"FHIR_BASE_URL: {file.name} cannot be read: {error.strerror}") from None
+            raise ConfigurationError(f"{self._labels.base_url}: {file.name} cannot be read: {error.strerror}") from None
 
     def _whole(self, file: _File) -> bytes | None:
         """A file that holds one resource, over many lines perhaps."""

@@ -12,7 +12,7 @@ DeriveId = Callable[[str, str], str]
 
 PURPOSES: Mapping[str, str] = {"data_sharing": "data-sharing", "research": "research"}
 PURPOSE_SYSTEM = "https://fhir-assets.dev/CodeSystem/consent-purpose"
-CONSENT_POLICY = "https://fhir-assets.dev/policy/intake"
+INTAKE_POLICY = "https://fhir-assets.dev/policy/intake"
 MRN_SYSTEM = "https://fhir-assets.dev/NamingSystem/mrn"
 ACCOUNT_SYSTEM = "https://fhir-assets.dev/NamingSystem/visit-account-number"
 _V2_0203 = "http://terminology.hl7.org/CodeSystem/v2-0203"
@@ -116,7 +116,7 @@ def _consent(consent: Mapping[str, bool], patient_id: str, consent_id: str, now:
         "category": [{"coding": [{"system": "http://loinc.org", "code": "59284-0", "display": "Consent Document"}]}],
         "patient": {"reference": f"Patient/{patient_id}"},
         "dateTime": now,
-        "policy": [{"uri": CONSENT_POLICY}],
+        "policy": [{"uri": INTAKE_POLICY}],
         "provision": {
             "provision": [
                 {

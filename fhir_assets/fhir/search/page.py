@@ -1,4 +1,4 @@
-"""One page of a search: a Bundle of type searchset, each resource as the very bytes that came
+"""One page of a search: a Bundle of type searchset, whose resources keep the bytes that the server sent
 (https://hl7.org/fhir/R4/search.html#return).
 """
 
@@ -9,7 +9,7 @@ from datetime import datetime
 import msgspec
 
 from fhir_assets.errors import NotFhir
-from fhir_assets.fhir.client.http import FhirResponse, invalid_json_failure
+from fhir_assets.fhir.client.response import FhirResponse, invalid_json_failure
 
 
 class _Link(msgspec.Struct):
@@ -22,7 +22,7 @@ class _Search(msgspec.Struct):
 
 
 class SearchEntry(msgspec.Struct):
-    """An entry: ``resource`` is empty where there is none."""
+    """An entry of a page. ``resource`` is empty if the entry has none."""
 
     resource: msgspec.Raw = msgspec.Raw()
     search: _Search | None = None
@@ -41,8 +41,8 @@ class _Bundle(msgspec.Struct):
     entry: list[SearchEntry] = []
 
 
-class _LooseBundle(msgspec.Struct):
-    """As _Bundle, but each entry is decoded by itself, so that one odd entry does not spoil the page."""
+class _LenientBundle(msgspec.Struct):
+    """A Bundle whose entries are decoded one by one, so that a malformed entry does not make the page unreadable."""
 
     resourceType: str = ""  # noqa: N815
     type: str = ""
@@ -52,50 +52,57 @@ class _LooseBundle(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Bundle)
-_loose_decoder = msgspec.json.Decoder(_LooseBundle)
+_lenient_decoder = msgspec.json.Decoder(_LenientBundle)
 _entry_decoder = msgspec.json.Decoder(SearchEntry)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchPage:
-    """``url`` is where the page came from, ``next_link`` its link as it stands there; ``date`` the server's clock."""
+    """A page of a search.
+
+    ``url`` is the address of the page; ``next_link`` the URL of the next page as the server wrote it, None on the last
+    page; ``date`` the time of the server's clock.
+    """
 
     url: str
     entries: list[SearchEntry | msgspec.Raw]
-    """An entry that has not the form of one stays Raw."""
+    """The entries in their order. An entry that is not an object of the right form is a ``msgspec.Raw``."""
     next_link: str | None
     total: int | None
     date: datetime | None
 
 
-def parse_search_page(answer: FhirResponse) -> SearchPage:
-    """Read a page. Raises PassingFailure for a body that is not whole JSON, NotFhir for any other content."""
+def parse_search_page(response: FhirResponse) -> SearchPage:
+    """Parse a page of a search.
+
+    Raises TransientFailure if the body is not complete JSON, and NotFhir if it is any other JSON.
+    """
     try:
-        bundle, entries = _read(answer.body)
+        bundle, entries = _decode(response.body)
     except msgspec.ValidationError as error:
-        raise NotFhir(f"the server answered a search with JSON that is no Bundle: {error}") from None
+        raise NotFhir(f"the server answered a search with JSON that is not a Bundle: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise invalid_json_failure(answer) from None
+        raise invalid_json_failure(response) from None
     except RecursionError:
         raise NotFhir("the server answered a search with JSON that is nested too deeply to be read") from None
     if bundle.resourceType == "OperationOutcome":
         raise NotFhir("the server answered a search with an OperationOutcome: its log says why")
     if bundle.resourceType != "Bundle" or bundle.type != "searchset":
-        raise NotFhir("the server answered a search with something else than a Bundle of type searchset")
-    following = next((link.url for link in bundle.link if link.relation == "next" and link.url), None)
-    return SearchPage(answer.url, entries, following, bundle.total, answer.date)
+        raise NotFhir("the server answered a search with something other than a Bundle of type searchset")
+    next_link = next((link.url for link in bundle.link if link.relation == "next" and link.url), None)
+    return SearchPage(response.url, entries, next_link, bundle.total, response.date)
 
 
-def _read(body: bytes) -> tuple[_Bundle | _LooseBundle, list[SearchEntry | msgspec.Raw]]:
+def _decode(body: bytes) -> tuple[_Bundle | _LenientBundle, list[SearchEntry | msgspec.Raw]]:
     try:
         bundle = _decoder.decode(body)
     except msgspec.ValidationError:
-        loose = _loose_decoder.decode(body)
-        return loose, list(_read_entries(loose.entry))
+        lenient = _lenient_decoder.decode(body)
+        return lenient, list(_decode_entries(lenient.entry))
     return bundle, list(bundle.entry)
 
 
-def _read_entries(entries: list[msgspec.Raw]) -> Iterator[SearchEntry | msgspec.Raw]:
+def _decode_entries(entries: list[msgspec.Raw]) -> Iterator[SearchEntry | msgspec.Raw]:
     for raw in entries:
         try:
             yield _entry_decoder.decode(raw)

@@ -1,16 +1,16 @@
-"""Which versions of resources were seen already."""
+"""A compact set of the resource versions that a search has returned."""
 
 from array import array
 from collections.abc import Hashable
 
-_WORD = 0xFFFF_FFFF_FFFF_FFFF
+_MASK_64 = 0xFFFF_FFFF_FFFF_FFFF
 
 
 class SeenVersions:
-    """A set of 64-bit hashes in one flat table: 12 to 24 bytes a key, a fifth of what a Python set takes, so that
-    a window of a million resources costs 16 MB and no order of the server's answers has to be trusted.
+    """A set of 64-bit hashes in one flat hash table.
 
-    Two keys among a million share a hash once in 30 million sets.
+    A key takes 12 to 24 bytes, a fifth of its size in a Python set: a window of a million resources costs 16 MB. Two
+    keys among a million share a hash in one of 30 million sets.
     """
 
     def __init__(self) -> None:
@@ -21,23 +21,24 @@ class SeenVersions:
         return self._size
 
     def add(self, key: Hashable) -> bool:
-        """Remember a key; True if it is new."""
-        if not self._place(hash(key) & _WORD or 1):
+        """Add a key. Return True if it is new."""
+        if not self._insert(hash(key) & _MASK_64 or 1):
             return False
         self._size += 1
         if self._size * 3 > len(self._slots) * 2:
             self._grow()
         return True
 
-    def _place(self, word: int) -> bool:
+    def _insert(self, word: int) -> bool:
+        """Insert a hash by linear probing; 0 marks a free slot."""
         slots = self._slots
         mask = len(slots) - 1
-        at = word & mask
-        while held := slots[at]:
+        index = word & mask
+        while held := slots[index]:
             if held == word:
                 return False
-            at = (at + 1) & mask
-        slots[at] = word
+            index = (index + 1) & mask
+        slots[index] = word
         return True
 
     def _grow(self) -> None:
@@ -45,4 +46,4 @@ class SeenVersions:
         self._slots = array("Q", bytes(16 * len(old)))
         for word in old:
             if word:
-                self._place(word)
+                self._insert(word)

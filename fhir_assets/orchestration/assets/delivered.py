@@ -12,7 +12,7 @@ import dagster as dg
 
 from fhir_assets.catalog import BY_KEY, BY_NAME
 from fhir_assets.delivery.tables import DeliverStep
-from fhir_assets.deployment.targets import delivering, delivery_client
+from fhir_assets.deployment.targets import delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.run_context import RunContext, recorded
@@ -60,7 +60,7 @@ def delivered_assets(
         wanted = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
         client = delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
-        with recorded(facts, warehouse, list(wanted)), delivering(), client:
+        with recorded(facts, warehouse, list(wanted)), client:
             delivery = DeliverStep(
                 store,
                 warehouse.connect,

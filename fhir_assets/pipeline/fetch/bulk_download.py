@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from threading import Event, Lock
 
-from fhir_assets.fhir.bulk.client import BulkClient, ExportFile, ExportManifest
+from fhir_assets.fhir.bulk.client import BulkClient
 from fhir_assets.fhir.bulk.downloads import Downloads
+from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.part_writer import PartWriter

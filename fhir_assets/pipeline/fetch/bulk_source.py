@@ -17,16 +17,9 @@ from uuid import uuid4
 import orjson
 
 from fhir_assets.errors import FhirAssetsError, NotFhir, ServerUnavailable
-from fhir_assets.fhir.bulk.client import (
-    BulkClient,
-    ExportFailed,
-    ExportFile,
-    ExportGone,
-    ExportManifest,
-    ExportPending,
-    ExportRequest,
-)
+from fhir_assets.fhir.bulk.client import BulkClient, ExportFailed, ExportGone, ExportPending
 from fhir_assets.fhir.bulk.downloads import Downloads
+from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest, ExportRequest
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import (
     Deletion,

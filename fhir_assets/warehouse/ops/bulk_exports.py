@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from fhir_assets.fhir.bulk.client import ExportManifest, ExportRequest, manifest_from_json, manifest_to_json
+from fhir_assets.fhir.bulk.manifest import ExportManifest, ExportRequest, manifest_from_json, manifest_to_json
 from fhir_assets.storage.manifest import Part
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection

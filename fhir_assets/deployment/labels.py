@@ -1,0 +1,36 @@
+"""The environment variables that error messages of FHIR clients name, for each account of the deployment."""
+
+from fhir_assets.fhir.labels import ServerLabels
+
+SOURCE_LABELS = ServerLabels(
+    base_url="FHIR_BASE_URL",
+    username="FHIR_AUTH_USERNAME",
+    password="FHIR_AUTH_PASSWORD",
+    token="FHIR_AUTH_TOKEN",
+    client_id="FHIR_AUTH_CLIENT_ID",
+    private_key="FHIR_AUTH_PRIVATE_KEY",
+    scope="FHIR_AUTH_SCOPE",
+    token_url="FHIR_AUTH_TOKEN_URL",
+    timeout="FHIR_TIMEOUT_SECONDS",
+    page_size="FHIR_PAGE_SIZE",
+    resource_types="FHIR_RESOURCE_TYPES",
+    deletions="FHIR_DELETES",
+    export_level="FHIR_BULK_LEVEL",
+    file_source="FHIR_SOURCE=ndjson",
+)
+"""The server that resources are loaded from, and that `fhir-assets upload` writes to."""
+
+DELIVERY_LABELS = ServerLabels(
+    base_url="FHIR_DELIVERY_URL",
+    username="FHIR_DELIVERY_USERNAME",
+    password="FHIR_DELIVERY_PASSWORD",
+    token="FHIR_DELIVERY_TOKEN",
+    client_id="FHIR_DELIVERY_CLIENT_ID",
+    private_key="FHIR_DELIVERY_PRIVATE_KEY",
+    scope="FHIR_DELIVERY_SCOPE",
+    token_url="FHIR_DELIVERY_TOKEN_URL",
+    timeout="FHIR_TIMEOUT_SECONDS",
+    page_size="FHIR_PAGE_SIZE",
+    resource_types="FHIR_RESOURCE_TYPES",
+)
+"""The server that the assets ``delivered/<type>`` write to."""

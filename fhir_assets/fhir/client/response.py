@@ -1,0 +1,62 @@
+"""Responses of a FHIR server, and the errors that their status or their body means."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from fhir_assets.errors import NotFhir, ServerRefused
+from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.retries import TransientFailure
+
+
+class HttpStatusError(ServerRefused):
+    """A ServerRefused that keeps the HTTP status, for callers that handle some of them, such as 404, 410 or 412."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class FhirResponse:
+    """A complete response. ``url`` is its address after redirects; ``body`` is decompressed.
+
+    ``labels`` are the settings to name in messages about the response.
+    """
+
+    url: str
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    labels: ServerLabels = DEFAULT_LABELS
+
+    @property
+    def date(self) -> datetime | None:
+        """The time of the server's clock when it answered, in UTC; None if there is no Date header to read."""
+        try:
+            moment = parsedate_to_datetime(self.headers.get("Date", ""))
+        except ValueError:
+            return None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def invalid_json_failure(response: FhirResponse) -> TransientFailure:
+    """Return the failure to raise for a body that is not complete JSON: cut off, or another format such as HTML."""
+    base_url = response.labels.base_url
+    start = response.body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"<"):
+        kind = "HTML" if b"<html" in start.lower() or b"<!doctype" in start.lower() else "XML"
+        return TransientFailure(
+            f"the answer is {kind}, not FHIR in JSON",
+            advice=f"is {base_url} the base of a FHIR server, without a login page before it?",
+            final=NotFhir,
+        )
+    if not start.startswith(b"{"):
+        reason = "the answer is not FHIR in JSON" if start else "the answer is empty"
+        return TransientFailure(reason, advice=f"is {base_url} the base of a FHIR server?", final=NotFhir)
+    return TransientFailure(
+        "the answer is incomplete JSON",
+        advice=f"it is cut off or damaged on the way: a smaller {response.labels.page_size} may help",
+        final=NotFhir,
+    )
