@@ -1,4 +1,8 @@
-"""Trying again what failed in passing: growing, jittered waits, and a server's own wish for how long to stay away."""
+"""Retries of calls that may succeed later: growing waits with jitter, and the wait that a server asks for.
+
+One ``Retrier`` serves every client of the project, so that all of them honour Retry-After, stay within a budget of time
+and stop when the program stops.
+"""
 
 import random
 import time
@@ -12,10 +16,12 @@ from fhir_assets.errors import FhirAssetsError, ServerUnavailable
 
 T = TypeVar("T")
 
+_MAX_DOUBLINGS = 60
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a call is tried, and how long it may wait in between; all times in seconds.
+    """How often a call is attempted, and how long to wait between attempts; all times in seconds.
 
     ``budget`` bounds the whole call: no wait begins that would end after it.
     """
@@ -26,19 +32,26 @@ class RetryPolicy:
     max_retry_after: float = 300
     budget: float = 900
 
-    def wait(self, failures: int, retry_after: float | None, jitter: float) -> float:
-        """The wait after so many failures; ``jitter`` (0 to 1) keeps many clients from coming back at once."""
+    def wait_seconds(self, failures: int, retry_after: float | None = None, jitter: float | None = None) -> float:
+        """Return the wait after ``failures`` failures in a row.
+
+        ``retry_after`` is the wait that the server asked for; it is cut to ``max_retry_after``. ``jitter`` from 0 to 1
+        keeps many clients from returning at the same time; None draws a random one.
+        """
+        if jitter is None:
+            jitter = random.random()
         if retry_after is not None:
             return min(retry_after, self.max_retry_after) * (1 + jitter / 10)
-        return min(self.max_wait, self.first_wait * 2.0 ** (failures - 1)) * (0.5 + jitter / 2)
+        doubled = self.first_wait * 2.0 ** min(failures - 1, _MAX_DOUBLINGS)
+        return min(self.max_wait, doubled) * (0.5 + jitter / 2)
 
 
 class TransientFailure(Exception):
-    """One attempt failed in a way that the next may not.
+    """One attempt failed in a way that another attempt may not.
 
-    ``reason`` says what happened, as the middle of a sentence; ``advice`` what to do if it never works;
-    ``final`` is the error that is raised then. ``attempts`` gives up earlier than the policy, where more are of
-    little use.
+    ``reason`` says what happened, as the middle of a sentence. ``advice`` says what to do if every attempt fails.
+    ``retry_after`` is the wait in seconds that the server asked for. ``attempts``, if set, is a lower limit than the
+    policy's, for a failure that few attempts decide. ``final`` is the error to raise after the last attempt.
     """
 
     def __init__(
@@ -60,46 +73,58 @@ class TransientFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Retrier:
-    """Runs calls under a policy. ``sleep``, ``clock`` and ``jitter`` are there for tests."""
+    """Runs calls under a policy.
+
+    ``sleep`` waits for some seconds. If it returns True the program stops and no further attempt is made:
+    ``threading.Event.wait`` fits. ``clock`` and ``jitter`` are replaced in tests.
+    """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
     jitter: Callable[[], float] = random.random
 
-    def run(self, what: str, attempt: Callable[[], T], policy: RetryPolicy | None = None) -> T:
-        """What ``attempt`` returns; it raises PassingFailure where another attempt makes sense.
+    def run(self, description: str, attempt: Callable[[], T], policy: RetryPolicy | None = None) -> T:
+        """Return the result of ``attempt``, which raises TransientFailure where another attempt makes sense.
 
-        Raises the failure's final error, with how often and how long ``what`` was tried, once the policy is used up.
+        ``description`` names the call in messages. After the last attempt, raises the failure's final error with the
+        number of attempts and the time that they took.
         """
         policy = policy or self.policy
         started = self.clock()
-        tried = 0
+        failures = 0
         while True:
             try:
                 return attempt()
             except TransientFailure as failure:
-                tried += 1
-                wait = policy.wait(tried, failure.retry_after, self.jitter())
+                failures += 1
+                wait = policy.wait_seconds(failures, failure.retry_after, self.jitter())
                 elapsed = self.clock() - started
                 attempts = min(policy.attempts, failure.attempts or policy.attempts)
-                if tried >= attempts or elapsed + wait > policy.budget:
-                    times = "once" if tried == 1 else f"{tried} times over {elapsed:.0f} s"
-                    advice = f"; {failure.advice}" if failure.advice else ""
-                    raise failure.final(f"{what}: {failure.reason} (tried {times}){advice}") from None
-            self.sleep(wait)
+                if failures >= attempts or elapsed + wait > policy.budget or self.sleep(wait) is True:
+                    times = "once" if failures == 1 else f"{failures} times over {elapsed:.0f} s"
+                    raise _final_error(description, failure, times) from None
 
-    def wait_or_raise(self, what: str, failures: int, failure: TransientFailure) -> None:
-        """For a caller with a loop of its own: wait after so many failures in a row, or raise the final error."""
-        if failures >= min(self.policy.attempts, failure.attempts or self.policy.attempts):
-            advice = f"; {failure.advice}" if failure.advice else ""
-            raise failure.final(f"{what}: {failure.reason} (tried {failures} times){advice}") from None
-        self.sleep(self.policy.wait(failures, failure.retry_after, self.jitter()))
+    def wait_or_raise(self, description: str, failures: int, failure: TransientFailure) -> None:
+        """Wait after ``failures`` failures in a row, or raise the final error if they are too many.
+
+        For callers that keep the loop themselves because an attempt continues where the last one ended.
+        """
+        attempts = min(self.policy.attempts, failure.attempts or self.policy.attempts)
+        wait = self.policy.wait_seconds(failures, failure.retry_after, self.jitter())
+        if failures >= attempts or self.sleep(wait) is True:
+            raise _final_error(description, failure, f"{failures} times") from None
+
+
+def _final_error(description: str, failure: TransientFailure, times: str) -> FhirAssetsError:
+    advice = f"; {failure.advice}" if failure.advice else ""
+    return failure.final(f"{description}: {failure.reason} (tried {times}){advice}")
 
 
 def read_retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """The seconds that a Retry-After header asks for, given as a number or as an HTTP date; None without one
-    that can be read (https://www.rfc-editor.org/rfc/rfc9110#field.retry-after).
+    """Return the seconds that a Retry-After header asks for, given as a number or as an HTTP date.
+
+    Returns None if there is no header or it cannot be read (https://www.rfc-editor.org/rfc/rfc9110#field.retry-after).
     """
     if not value:
         return None
