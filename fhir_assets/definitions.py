@@ -29,6 +29,7 @@ from fhir_assets.orchestration.io_managers.postgres import PostgresIOManager
 from fhir_assets.orchestration.jobs import check_tables, incremental_load, load_received, replay_dead_letters
 from fhir_assets.orchestration.missing_references import fetch_missing_references
 from fhir_assets.orchestration.partitions import partitions_definition
+from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.schedules import check_tables_schedule, incremental_load_schedule
 from fhir_assets.orchestration.sensors.alerts import alerts_sensor
 from fhir_assets.orchestration.sensors.consent import apply_consent, consent_sensor
@@ -74,7 +75,8 @@ def build_definitions(
 def _build(
     settings: Settings, views: ViewSet, warehouse: Warehouse, source: Callable[[], Source] | None
 ) -> dg.Definitions:
-    source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse))
+    progress = ProgressRelay()
+    source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
     partitions = partitions_definition(settings.window_scheme)
     store = store_of(settings)
     checks = table_checks(settings, views.views, source, warehouse)
@@ -97,7 +99,9 @@ def _build(
 
     loading = dg.Definitions(
         assets=[
-            *raw_assets(settings, partitions, one_pass=settings.fhir_source is not SourceKind.SEARCH),
+            *raw_assets(
+                settings, partitions, one_pass=settings.fhir_source is not SourceKind.SEARCH, progress=progress
+            ),
             *validated_assets(settings, partitions),
             *normalized_assets(settings, partitions, views.views),
             *delivered,

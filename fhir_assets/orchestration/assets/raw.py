@@ -9,11 +9,11 @@ from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.deployment.source import open_history
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
+from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.deletions.server_history import apply_server_deletions
-from fhir_assets.pipeline.fetch.bulk_source import BulkSource
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
@@ -21,16 +21,19 @@ from fhir_assets.warehouse.ops import dead_letters, runs
 
 
 def raw_assets(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], *, one_pass: bool
+    settings: Settings, partitions: dg.PartitionsDefinition[str], *, one_pass: bool, progress: ProgressRelay
 ) -> list[dg.AssetsDefinition]:
     """The raw layer: a step a type, or a single step where the source gives all types in one pass."""
     types = [BY_NAME[name] for name in settings.fhir_resource_types]
     groups = [types] if one_pass else [[resource_type] for resource_type in types]
-    return [_raw(settings, partitions, group) for group in groups]
+    return [_raw(settings, partitions, group, progress) for group in groups]
 
 
 def _raw(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], types: Sequence[ResourceType]
+    settings: Settings,
+    partitions: dg.PartitionsDefinition[str],
+    types: Sequence[ResourceType],
+    progress: ProgressRelay,
 ) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=f"raw__{types[0].key}" if len(types) == 1 else "raw",
@@ -61,11 +64,6 @@ def _raw(
         wanted = [BY_KEY[name].name for name in sorted(context.op_execution_context.selected_output_names)]
         wanted = [t.name for t in types if t.name in wanted]
         started = perf_counter()
-        if isinstance(source, BulkSource):
-            # Dagster's own logger is silenced (dagster.yaml): how far an export is stands among the step's events.
-            source.on_progress = lambda text: context.log_event(
-                dg.AssetObservation(["raw", types[0].key], description=text)
-            )
         with recorded(facts, warehouse, wanted):
             offered = source.offered()
             for name in wanted:
@@ -81,7 +79,11 @@ def _raw(
                 refresh=facts.refresh,
                 reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
             )
-            updates = {update.resource_type: update for update in fetcher.run(here, facts.windows)}
+            # dagster.yaml silences Dagster's own logger: the progress of an export appears among the step's events.
+            with progress.send_to(
+                lambda text: context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
+            ):
+                updates = {update.resource_type: update for update in fetcher.run(here, facts.windows)}
             history = open_history(settings, warehouse)
             deleted = (
                 apply_server_deletions(
