@@ -101,6 +101,15 @@ def test_a_view_of_other_paths_but_the_same_columns_makes_its_rows_stale(conn: S
     assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
 
 
+def test_a_new_comment_or_index_leaves_the_windows_loaded(conn: Session) -> None:
+    view_tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
+    _remember(conn)
+    commented = _changed(column("who", "gender", "code", description="Administrative gender", index=True))
+    view_tables.ensure_tables(conn, [commented])
+    assert view_tables.drift(conn, commented) == []
+    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
+
+
 def _remember(conn: Connection) -> None:
     conn.execute(
         "INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)"

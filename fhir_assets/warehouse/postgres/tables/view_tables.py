@@ -49,7 +49,8 @@ class Drift:
 def ensure_tables(conn: Session, views: Iterable[View]) -> None:
     """Make what is missing: tables, columns, indexes, comments. One cheap query if there is nothing to do.
 
-    What a changed view makes stale is forgotten in ``ops.loaded_parts``, so that the next load brings it anew.
+    Rows that a changed view makes stale (another expression, another column) are forgotten in ``ops.loaded_parts``, so
+    that the next load writes them again; a changed comment or index makes no row stale.
     Committed at once if ``conn`` is outside of a transaction; several processes may do so together.
     Raises ViewError if a column's type changed or a column is gone from the view; nothing is changed then.
     """
@@ -89,9 +90,11 @@ def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -
         if not _unfit(conn, layouts):
             return changes
         lock_schema(conn)
-        unfit = _unfit(conn, layouts)
-        for layout in unfit:
+        stale_types: set[str] = set()
+        for layout, applied in _unfit(conn, layouts):
             changes += (differences := _drift(conn, layout))
+            if _meaning(applied) != layout.meaning or any(each.what != "index" and each.wanted for each in differences):
+                stale_types.add(layout.resource_type)
             lossy = [each for each in differences if not each.safe]
             if lossy and not destroy:
                 raise ViewError(
@@ -110,13 +113,13 @@ def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -
                     f"The user of DB_URL may not make or change table {SCHEMA}.{layout.name}: "
                     "run `fhir-assets migrate` as the user that owns the schema, or grant it fhir_loader"
                 ) from None
-        for resource_type in sorted({layout.resource_type for layout in unfit}):
+        for resource_type in sorted(stale_types):
             forget_parts(conn, resource_type)
     return changes
 
 
-def _unfit(conn: Connection, layouts: Sequence[TableLayout]) -> list[TableLayout]:
-    """The layouts that are not the ones last applied."""
+def _unfit(conn: Connection, layouts: Sequence[TableLayout]) -> list[tuple[TableLayout, str | None]]:
+    """The layouts that differ from those last applied, each with the stamp of the one applied, None if none was."""
     names = [layout.name for layout in layouts]
     applied: dict[str, str] = dict(
         conn.execute(
@@ -125,11 +128,15 @@ def _unfit(conn: Connection, layouts: Sequence[TableLayout]) -> list[TableLayout
             [names],
         ).fetchall()
     )
-    return [layout for layout in layouts if applied.get(layout.name) != _stamp(layout)]
+    return [(layout, applied.get(layout.name)) for layout in layouts if applied.get(layout.name) != _stamp(layout)]
 
 
 def _stamp(layout: TableLayout) -> str:
     return f"{layout.shape}:{layout.meaning}"
+
+
+def _meaning(stamp: str | None) -> str | None:
+    return None if stamp is None else stamp.partition(":")[2]
 
 
 def _drift(conn: Connection, layout: TableLayout) -> list[Drift]:
