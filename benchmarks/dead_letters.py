@@ -32,7 +32,7 @@ LIMIT_MS = 200
 _RUN = "11111111-0000-0000-0000-000000000007"
 _FILL = """
     INSERT INTO ops.dead_letters (fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource,
-        partition_key, run_id, first_run_id, status, occurrences, attempts, first_failure, last_failure, judged_by)
+        partition_key, run_id, first_run_id, status, occurrences, attempts, first_failure, last_failure, ruleset)
     SELECT decode(md5(n::text), 'hex'), (ARRAY['Patient', 'Encounter', 'Condition', 'Observation'])[n %% 4 + 1],
         'r' || n, (ARRAY['validate', 'validate', 'validate', 'transform', 'load', 'fetch'])[n %% 6 + 1],
         (ARRAY['required-binding', 'cardinality', 'invariant:obs-6', 'structure', 'primitive'])[n %% 5 + 1],

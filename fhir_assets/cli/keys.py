@@ -153,7 +153,7 @@ def _said(rotation: Rotation) -> str:
     if not rotation.at_work:
         return f"{done}, stopped {rotation.updated_at:%Y-%m-%d %H:%M:%S} UTC: `fhir-assets keys rotate` goes on"
     left = "" if rotation.seconds_left is None else f", about {rotation.seconds_left:,.0f} s left"
-    return f"{done}, {rotation.doing}, {rotation.rate:,.0f}/s{left}"
+    return f"{done}, {rotation.current_step}, {rotation.rate:,.0f}/s{left}"
 
 
 class _Watch:
@@ -166,7 +166,7 @@ class _Watch:
         self._next = monotonic() + _EVERY_SECONDS
 
     def __call__(self, rotation: Rotation) -> None:
-        self._bars.update(self._task, description=rotation.doing, completed=rotation.done, total=rotation.total)
+        self._bars.update(self._task, description=rotation.current_step, completed=rotation.done, total=rotation.total)
         if not self._quiet and self._bars.disable and monotonic() >= self._next:
             self._next = monotonic() + _EVERY_SECONDS
             console.print(_said(rotation), markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ def build_validator(settings: Settings) -> Validator:
 def current_rulesets(settings: Settings, views: ViewSet) -> list[tuple[str, str, str]]:
     """List the rulesets in force: (resource type, stage, ruleset).
 
-    A dead letter whose ``judged_by`` differs from the ruleset of its resource type and stage failed under other rules
+    A dead letter whose ``ruleset`` differs from the ruleset of its resource type and stage failed under other rules
     or views; a replay may resolve it.
     """
     rulesets = []

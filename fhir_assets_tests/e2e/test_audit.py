@@ -147,7 +147,8 @@ STATE = {
     "fhir.patient_name": "_resource_key, family",
     "ops.received": "origin, resource_type",
     "ops.corrections": "fingerprint, resource",
-    "ops.dead_letters": "id, status IN ('resolved', 'discarded'), marked_at IS NOT NULL AND claimed_by IS NULL",
+    "ops.dead_letters": "id, status IN ('resolved', 'discarded'),"
+    " replay_requested_at IS NOT NULL AND claimed_by IS NULL",
     "ops.consents": "patient_id, decision",
     "ops.withheld": "resource_type, id",
 }

@@ -135,7 +135,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     store = store_at(tmp_path, Cipher(parse_keys([NEW, OLD])))
     environment = {**os.environ, "KEYS": f"{NEW},{OLD}"}
     process = subprocess.Popen([sys.executable, "-m", __name__, database, str(tmp_path)], env=environment)
-    wait_until(database, "SELECT FROM ops.key_rotations WHERE doing = 'Patient'")
+    wait_until(database, "SELECT FROM ops.key_rotations WHERE current_step = 'Patient'")
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with opened(database, NEW, OLD) as conn:

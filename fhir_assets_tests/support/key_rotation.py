@@ -76,12 +76,12 @@ def fill(conn: Session, store: Store, people: int = 30) -> None:
     )
     for number in range(3):
         conn.execute(
-            "INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, sealed_by, patients, resource)"
+            "INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, key_id, patients, resource)"
             " VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)",
             [f"w{number}", DAY, encrypt_content.key_id, body],
         )
     conn.execute(
-        "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, sealed_by)"
+        "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, key_id)"
         " VALUES ('c', 'p', now(), %s::jsonb, %s)",
         [body, encrypt_content.key_id],
     )
@@ -109,16 +109,16 @@ def everything(conn: Connection, store: Store) -> dict[str, object]:
 
     def text(query: str) -> list[object]:
         found = []
-        for sealed_by, value in conn.execute(query.encode()).fetchall():
+        for key_id, value in conn.execute(query.encode()).fetchall():
             found.append(
-                (value.encode() if sealed_by is None else cipher.decrypt_content(_bytes(value))).replace(b" ", b"")
+                (value.encode() if key_id is None else cipher.decrypt_content(_bytes(value))).replace(b" ", b"")
             )
         return found
 
     def binary(query: str) -> list[object]:
         return [cipher.decrypt_content(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
 
-    shown = "sealed_by, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END"
+    shown = "key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
     tokens = conn.execute("SELECT _resource_key, mrn FROM fhir.patient ORDER BY 1").fetchall()
     names = conn.execute("SELECT _resource_key, family FROM fhir.patient_name").fetchall()
     parts = store.manifest("raw", "Patient", DAY)
@@ -156,7 +156,7 @@ def rotator(
 def lose(conn: Connection, count: int, key_id: str) -> None:
     """Pretend that a key which nobody has sealed some resources: the id in their bytes is another one."""
     conn.execute(
-        "UPDATE fhir.resource SET sealed_by = %(key)s, resource = to_jsonb(encode('FS1'::bytea"
+        "UPDATE fhir.resource SET key_id = %(key)s, resource = to_jsonb(encode('FS1'::bytea"
         " || decode(%(key)s, 'hex') || substring(decode(resource #>> '{}', 'base64') FROM 8), 'base64'))"
         " WHERE id IN (SELECT id FROM fhir.resource ORDER BY id LIMIT %(count)s)",
         {"key": key_id, "count": count},

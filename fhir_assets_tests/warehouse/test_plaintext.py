@@ -54,7 +54,7 @@ def test_one_value_in_the_clear_is_found_in_its_column(sealed: Connection, colum
     assert [(each.column, each.plain) for each in found if each.plain] == [(column, 1)]
 
 
-@pytest.mark.parametrize("change", ["resource = '{}'", "sealed_by = NULL"])
+@pytest.mark.parametrize("change", ["resource = '{}'", "key_id = NULL"])
 def test_a_resource_in_the_clear_is_found(sealed: Connection, change: str) -> None:
     sealed.execute(f"UPDATE fhir.resource SET {change} WHERE id = 'a'".encode())
     assert plaintext_scan.in_resources(sealed, "Patient") == [

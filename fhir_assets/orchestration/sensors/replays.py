@@ -25,7 +25,7 @@ DEAD_LETTERS_AT_ONCE = 100_000
 """How many letters one tick marks after an upgrade."""
 
 Rulesets = Sequence[tuple[str, str, str]]
-"""Resource type, stage, and what judges it now: see ``judged_by`` of dead letters."""
+"""Resource type, stage, and what judges it now: see ``ruleset`` of dead letters."""
 
 
 def replay_dead_letters_sensor(

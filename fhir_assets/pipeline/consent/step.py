@@ -133,7 +133,7 @@ class ConsentStep:
         released: dict[str, int] = {}
         query = sql.SQL(
             "SELECT w.resource_type, w.partition_key, w.id, w.as_of,"
-            " CASE WHEN w.sealed_by IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END, w.sealed_by"
+            " CASE WHEN w.key_id IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END, w.key_id"
             " FROM ops.withheld w WHERE {of_them} AND NOT ({withheld})"
             " ORDER BY w.resource_type, w.partition_key, w.id LIMIT %(limit)s"
         ).format(
@@ -144,7 +144,7 @@ class ConsentStep:
         while rows := conn.execute(query, params).fetchall():
             for (resource_type, partition_key), of_them in groupby(rows, key=lambda row: (str(row[0]), str(row[1]))):
                 some = list(of_them)
-                bodies = [open_text(text, sealed_by, cipher) for *_, text, sealed_by in some]
+                bodies = [open_text(text, key_id, cipher) for *_, text, key_id in some]
                 # Resources without lastUpdated have the earliest time that their window knows.
                 self._load(conn, resource_type, Batch(bodies, partition_key, min(row[3] for row in some)))
                 conn.execute(
@@ -174,8 +174,8 @@ class ConsentStep:
         """A policy is switched on: look up what nobody looked at before, in batches."""
         cipher = cipher_of(conn)
         query = (
-            "SELECT resource_type, id, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END,"
-            " sealed_by FROM fhir.resource WHERE patients IS NULL AND resource IS NOT NULL LIMIT %s FOR UPDATE"
+            "SELECT resource_type, id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,"
+            " key_id FROM fhir.resource WHERE patients IS NULL AND resource IS NOT NULL LIMIT %s FOR UPDATE"
         )
         while True:
             with conn.transaction():
@@ -184,15 +184,15 @@ class ConsentStep:
                     cursor.executemany(
                         "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s",
                         [
-                            (list(find_patient_ids(_parse(open_text(text, sealed_by, cipher)))), resource_type, key)
-                            for resource_type, key, text, sealed_by in rows
+                            (list(find_patient_ids(_parse(open_text(text, key_id, cipher)))), resource_type, key)
+                            for resource_type, key, text, key_id in rows
                         ],
                     )
             if not rows:
                 break
         with conn.transaction():
             for statement in consents.record_statements(
-                sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "sealed_by")
+                sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "key_id")
             ):
                 conn.execute(statement)
         conn.commit()

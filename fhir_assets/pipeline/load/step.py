@@ -160,9 +160,7 @@ class LoadStep:
                     bury([build_unloadable_dead_letter(resource_type, item) for item in refused])
             if letters:
                 loader.wait()
-                dead_letters.record(
-                    conn, self._run_id, (replace(letter, judged_by=self._ruleset) for letter in letters)
-                )
+                dead_letters.record(conn, self._run_id, (replace(letter, ruleset=self._ruleset) for letter in letters))
                 total.dead_by_rule.update(letter.rule for letter in letters)
                 dead.update(letter.partition_key for letter in letters)
 

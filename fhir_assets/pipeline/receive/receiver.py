@@ -82,7 +82,7 @@ class Receiver:
         """Take everything that ``origin`` brings, streamed: all of it is in raw and in the dead letters afterwards, or
         nothing counts as received and the origin may come again.
 
-        An origin is ``<door>:<identity>`` (``landing:<sha256>``, ``api:<request>``), and the same content for ever:
+        An origin is ``<channel>:<identity>`` (``landing:<sha256>``, ``api:<request>``), and the same content for ever:
         the second time nothing is done, and records are not read. Resources go into the window of their
         ``lastUpdated``, or of their arrival where they have none or one in the future.
 

@@ -234,13 +234,13 @@ class ReencryptStep:
         done = reencryption.Batch(0, 0, passed_over, Counter())
         bodies = []
         sealed_with = {}
-        for resource_id, sealed_by, text in rows:
+        for resource_id, key_id, text in rows:
             try:
-                bodies.append(open_text(text, sealed_by, cipher))
+                bodies.append(open_text(text, key_id, cipher))
             except EncryptionError as error:
                 done.refused[str(error)] += 1
                 continue
-            sealed_with[resource_id] = sealed_by
+            sealed_with[resource_id] = key_id
         made = make(Batch(bodies, "", _EPOCH))
         loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reencrypt=True)
         unloadable = loader.take(made.block, bodies, "")

@@ -110,11 +110,11 @@ class ReplayValidateStep:
                 tally.warnings.update(issue.rule for issue in verdict.issues)
                 continue
             again = build_dead_letter(
-                resource_type, letter.partition_key, letter.body, verdict, judged_by=self._validator.ruleset
+                resource_type, letter.partition_key, letter.body, verdict, ruleset=self._validator.ruleset
             )
             tally.failed += 1
             tally.dead[again.rule] += letter.occurrences
-            failed.append(Failed(letter.id, again.rule, again.path, again.message, again.issues, again.judged_by))
+            failed.append(Failed(letter.id, again.rule, again.path, again.message, again.issues, again.ruleset))
         return failed
 
     def _manifest(self, base: Manifest, tally: "_Tally", parts: tuple[Part, ...]) -> Manifest:

@@ -135,7 +135,7 @@ class ValidateStep:
             verdict = Verdict(lines[place], issues)
             if not verdict.valid:
                 refused.add(place)
-                letter = build_dead_letter(name, key, lines[place], verdict, judged_by=self._validator.ruleset)
+                letter = build_dead_letter(name, key, lines[place], verdict, ruleset=self._validator.ruleset)
                 corrected = corrections.find(letter)
                 if corrected is not None and self._validator.check(corrected).valid:
                     writer.add(name, key, corrected, None)
@@ -191,7 +191,7 @@ class _State:
 
 
 def build_dead_letter(
-    resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, judged_by: str
+    resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, ruleset: str
 ) -> DeadLetter:
     """The dead letter of a resource that was refused: its first error leads, all issues come with it."""
     first = next(issue for issue in verdict.issues if issue.severity == "error")
@@ -205,7 +205,7 @@ def build_dead_letter(
         resource=line,
         partition_key=partition_key,
         issues=[_as_json(issue) for issue in verdict.issues],
-        judged_by=judged_by,
+        ruleset=ruleset,
     )
 
 

@@ -67,9 +67,9 @@ _FACTS = "id, version_id, version_number, last_updated, as_of, partition_key"
 _NEWER = "(excluded.as_of, coalesce(excluded.version_number, 0)) >= (known.as_of, coalesce(known.version_number, 0))"
 
 
-def record_statements(source: sql.Composable, sealed_by: sql.Composable) -> tuple[sql.Composed, ...]:
+def record_statements(source: sql.Composable, key_id: sql.Composable) -> tuple[sql.Composed, ...]:
     """Statements that note the Consents in ``source`` (``s``, with the columns of ``fhir.resource``), whoever they
-    are about; ``sealed_by`` names the key that seals them.
+    are about; ``key_id`` names the key that seals them.
     """
     about = sql.SQL("s.patients[1] <> {}").format(sql.Literal(UNKNOWN_PATIENT))
     return (
@@ -81,15 +81,15 @@ def record_statements(source: sql.Composable, sealed_by: sql.Composable) -> tupl
         ).format(source=source, about=about),
         sql.SQL(
             "INSERT INTO ops.consent_records AS known"
-            " (consent_id, patient_id, version_id, version_number, as_of, resource, sealed_by)"
+            " (consent_id, patient_id, version_id, version_number, as_of, resource, key_id)"
             " SELECT s.id, s.patients[1], s.version_id, s.version_number, s.as_of, s.resource,"
-            " {sealed_by} FROM {source} s WHERE {about} AND s.resource IS NOT NULL"
+            " {key_id} FROM {source} s WHERE {about} AND s.resource IS NOT NULL"
             " AND NOT EXISTS (SELECT FROM fhir.resource_consent r WHERE r.id = s.id AND r.deleted_at IS NOT NULL"
             " AND r.as_of >= s.as_of)"
             " ON CONFLICT (consent_id) DO UPDATE SET patient_id = excluded.patient_id,"
             " version_id = excluded.version_id, version_number = excluded.version_number, as_of = excluded.as_of,"
-            " resource = excluded.resource, sealed_by = excluded.sealed_by WHERE {newer}"
-        ).format(source=source, about=about, sealed_by=sealed_by, newer=sql.SQL(_NEWER)),
+            " resource = excluded.resource, key_id = excluded.key_id WHERE {newer}"
+        ).format(source=source, about=about, key_id=key_id, newer=sql.SQL(_NEWER)),
     )
 
 
@@ -98,7 +98,7 @@ class ConsentGateStatements:
     """What a load runs on a chunk in its stage, before the rest goes into ``table``."""
 
     withhold: sql.Composed
-    """Moves to ``ops.withheld`` what is withheld; gives its ids. Takes ``run`` and ``sealed_by``."""
+    """Moves to ``ops.withheld`` what is withheld; gives its ids. Takes ``run`` and ``key_id``."""
     superseded: sql.Composed
     """Takes out of the stage what is older than its version in ``ops.withheld``."""
     released: sql.Composed
@@ -125,12 +125,12 @@ def gate_statements(
     return ConsentGateStatements(
         sql.SQL(
             "WITH gone AS (DELETE FROM {stage} s WHERE {withheld} RETURNING s.*), kept AS ("
-            "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, sealed_by, patients, resource)"
-            " SELECT {type}, {facts}, %(run)s, %(sealed_by)s, patients, resource FROM gone"
+            "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, key_id, patients, resource)"
+            " SELECT {type}, {facts}, %(run)s, %(key_id)s, patients, resource FROM gone"
             " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
             " version_number = excluded.version_number, last_updated = excluded.last_updated,"
             " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
-            " sealed_by = excluded.sealed_by, patients = excluded.patients, resource = excluded.resource"
+            " key_id = excluded.key_id, patients = excluded.patients, resource = excluded.resource"
             " WHERE {newer}) SELECT id FROM gone"
         ).format(withheld=withheld(gate, "s"), newer=sql.SQL(_NEWER), **words),
         sql.SQL(
@@ -238,12 +238,12 @@ def _consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple
     cipher = cipher_of(conn)
     found: dict[str, list[tuple[Consent, str | None]]] = {}
     rows = conn.execute(
-        "SELECT patient_id, version_id, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END,"
-        " sealed_by FROM ops.consent_records WHERE patient_id = ANY(%s)",
+        "SELECT patient_id, version_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,"
+        " key_id FROM ops.consent_records WHERE patient_id = ANY(%s)",
         [list(patients)],
     )
-    for patient, version, text, sealed_by in rows:
-        consent = read_consent(_parse(open_text(text, sealed_by, cipher)), patient)
+    for patient, version, text, key_id in rows:
+        consent = read_consent(_parse(open_text(text, key_id, cipher)), patient)
         if consent:
             found.setdefault(patient, []).append((consent, version))
     return found
@@ -293,8 +293,8 @@ def take_back(
         "WITH gone AS (DELETE FROM fhir.resource WHERE (resource_type, id) IN ("
         "SELECT r.resource_type, r.id FROM fhir.resource r WHERE {of_them} AND {withheld} AND r.resource IS NOT NULL"
         " LIMIT %(limit)s) RETURNING *), kept AS ("
-        "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, sealed_by, patients, resource)"
-        " SELECT resource_type, {facts}, run_id, sealed_by, patients, resource FROM gone"
+        "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, key_id, patients, resource)"
+        " SELECT resource_type, {facts}, run_id, key_id, patients, resource FROM gone"
         " ON CONFLICT (resource_type, id) DO NOTHING) SELECT resource_type, array_agg(id) FROM gone GROUP BY 1"
     ).format(of_them=of_them, withheld=withheld(gate, "r"), facts=sql.SQL(_FACTS))
     gone = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()

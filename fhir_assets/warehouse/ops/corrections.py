@@ -28,10 +28,10 @@ def keep(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
     cipher = cipher_of(conn)
     conn.execute(
         "INSERT INTO ops.corrections"
-        " (fingerprint, resource_type, stage, partition_key, original, resource, sealed_by, corrected_by)"
+        " (fingerprint, resource_type, stage, partition_key, original, resource, key_id, corrected_by)"
         " SELECT fingerprint, resource_type, stage, partition_key, resource, %(resource)s, %(key)s, %(by)s"
         " FROM ops.dead_letters WHERE id = %(id)s"
-        " ON CONFLICT (fingerprint) DO UPDATE SET resource = excluded.resource, sealed_by = excluded.sealed_by,"
+        " ON CONFLICT (fingerprint) DO UPDATE SET resource = excluded.resource, key_id = excluded.key_id,"
         " corrected_by = excluded.corrected_by, corrected_at = now()",
         {"id": letter_id, "resource": cipher.encrypt_content(resource), "key": cipher.key_id, "by": by},
     )

@@ -31,7 +31,7 @@ class DeadLetter:
 
     ``path``, ``message`` and ``issues`` hold no patient data; ``rule`` and ``path`` are of the issue that leads.
     ``origin`` says by what it was received, None if it was fetched from the configured source.
-    ``judged_by`` names the rules or views that refused it: others may not.
+    ``ruleset`` names the rules or views that refused it: others may not.
     """
 
     resource_type: str
@@ -44,7 +44,7 @@ class DeadLetter:
     partition_key: str
     issues: list[dict[str, str]] = field(default_factory=list)
     origin: str | None = None
-    judged_by: str = ""
+    ruleset: str = ""
 
     def fingerprint(self, cipher: Cipher) -> bytes:
         """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
@@ -82,7 +82,7 @@ def settle(conn: Connection, run_id: str, resource_type: str, stage: str, partit
     return conn.execute(
         "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
         " resolution = CASE WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint)"
-        " THEN 'corrected' ELSE 'did not fail again' END, claimed_by = NULL, marked_at = NULL"
+        " THEN 'corrected' ELSE 'did not fail again' END, claimed_by = NULL, replay_requested_at = NULL"
         " WHERE resource_type = %(type)s AND stage = %(stage)s AND partition_key = ANY(%(keys)s)"
         " AND status IN ('open', 'replaying') AND run_id <> %(run)s AND (stage <> 'fetch' OR origin IS NULL)",
         {"run": run_id, "type": resource_type, "stage": stage, "keys": list(partition_keys)},
@@ -249,7 +249,7 @@ def _record(conn: Session, run_id: str, letters: Sequence[DeadLetter]) -> None:
             _storable(letter.partition_key),
             letter.origin,
             _last_updated(letter.resource),
-            letter.judged_by,
+            letter.ruleset,
             1,
         ]
     with conn.transaction() if conn.autocommit else nullcontext(), conn.cursor() as cursor:
@@ -266,7 +266,7 @@ def _record(conn: Session, run_id: str, letters: Sequence[DeadLetter]) -> None:
 _STAGE = """
     CREATE TEMPORARY TABLE IF NOT EXISTS stage_dead_letters (
         fingerprint bytea, resource_type text, resource_id text, stage text, rule text, path text, message text,
-        issues jsonb, resource bytea, partition_key text, origin text, last_updated timestamptz, judged_by text,
+        issues jsonb, resource bytea, partition_key text, origin text, last_updated timestamptz, ruleset text,
         occurrences bigint
     ) ON COMMIT DROP
 """
@@ -274,7 +274,7 @@ _STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "text", "times
 _UPSERT = sql.SQL("""
     INSERT INTO ops.dead_letters AS known (
         fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
-        origin, last_updated, judged_by, occurrences, run_id, first_run_id, sealed_by
+        origin, last_updated, ruleset, occurrences, run_id, first_run_id, key_id
     )
     SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
     ON CONFLICT (fingerprint) DO UPDATE SET
@@ -284,9 +284,9 @@ _UPSERT = sql.SQL("""
         message = excluded.message,
         issues = excluded.issues,
         resource = excluded.resource,
-        sealed_by = excluded.sealed_by,
+        key_id = excluded.key_id,
         origin = excluded.origin,
-        judged_by = excluded.judged_by,
+        ruleset = excluded.ruleset,
         run_id = excluded.run_id,
         status = CASE WHEN {stays} THEN known.status ELSE 'open' END,
         occurrences = excluded.occurrences + CASE WHEN known.run_id = excluded.run_id THEN known.occurrences ELSE 0 END,
@@ -296,7 +296,7 @@ _UPSERT = sql.SQL("""
         resolved_run_id = CASE WHEN {stays} THEN known.resolved_run_id END,
         resolution = CASE WHEN {stays} THEN known.resolution END,
         claimed_by = NULL,
-        marked_at = NULL
+        replay_requested_at = NULL
 """).format(
     # What was corrected at the door has come in corrected: that it is refused again when its window is read is known.
     stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'")

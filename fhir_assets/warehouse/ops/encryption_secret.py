@@ -48,7 +48,7 @@ def reencrypt(conn: Connection, cipher: Cipher) -> bool:
         if sealed is None or sealed[0] == cipher.key_id:
             return False
         conn.execute(
-            "UPDATE ops.encryption SET key_id = %s, secret = %s, sealed_at = now()",
+            "UPDATE ops.encryption SET key_id = %s, secret = %s, encrypted_at = now()",
             [cipher.key_id, cipher.encrypt(cipher.decrypt(sealed[1]))],
         )
         return True

@@ -48,9 +48,9 @@ def end(conn: Session, request: Request, status: int, answer: bytes) -> None:
     """The request was answered so. What is older than a day is forgotten."""
     cipher = cipher_of(conn)
     conn.execute(
-        "INSERT INTO ops.idempotency AS known (key, body, status, answer, sealed_by) VALUES (%s, %s, %s, %s, %s)"
+        "INSERT INTO ops.idempotency AS known (key, body, status, answer, key_id) VALUES (%s, %s, %s, %s, %s)"
         " ON CONFLICT (key) DO UPDATE SET body = excluded.body, status = excluded.status, answer = excluded.answer,"
-        " sealed_by = excluded.sealed_by, answered_at = now()",
+        " key_id = excluded.key_id, answered_at = now()",
         [request.key, request.body, status, cipher.encrypt_content(answer), cipher.key_id],
     )
     conn.execute(

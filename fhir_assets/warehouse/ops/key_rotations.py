@@ -19,7 +19,7 @@ class Rotation:
     id: int
     key_id: str
     actor: str
-    doing: str
+    current_step: str
     total: int
     done: int
     left_over: int | None
@@ -62,19 +62,19 @@ def begin(conn: Session, actor: str, total: int) -> int:
     return int(row[0])
 
 
-def advance(conn: Connection, rotation: int, doing: str, done: int) -> None:
+def advance(conn: Connection, rotation: int, current_step: str, done: int) -> None:
     """So many more are done."""
     conn.execute(
-        "UPDATE ops.key_rotations SET doing = %s, done = done + %s, total = greatest(total, done + %s),"
+        "UPDATE ops.key_rotations SET current_step = %s, done = done + %s, total = greatest(total, done + %s),"
         " updated_at = clock_timestamp() WHERE id = %s",
-        [doing, done, done, rotation],
+        [current_step, done, done, rotation],
     )
 
 
 def end(conn: Connection, rotation: int, left_over: int) -> None:
     """It ended, and could not seal so many."""
     conn.execute(
-        "UPDATE ops.key_rotations SET doing = '', left_over = %s, updated_at = clock_timestamp(),"
+        "UPDATE ops.key_rotations SET current_step = '', left_over = %s, updated_at = clock_timestamp(),"
         " ended_at = clock_timestamp() WHERE id = %s",
         [left_over, rotation],
     )

@@ -51,14 +51,14 @@ def of_origin(conn: Connection, origin: str) -> list[Receiving]:
 
 def note(conn: Connection, origin: str, items: Sequence[Receiving]) -> None:
     """The origin was received whole, and this is all that it brought. What holds no resource needs no run."""
-    door = origin.partition(":")[0]
+    channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO ops.received (origin, door, resource_type, partition_key, parts, rows, rejected, loaded_at)"
+            "INSERT INTO ops.received (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)"
             " VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)"
             " ON CONFLICT (origin, resource_type, partition_key) DO NOTHING",
             [
-                (origin, door, i.resource_type, i.partition_key, list(i.parts), i.rows, i.rejected, not i.parts)
+                (origin, channel, i.resource_type, i.partition_key, list(i.parts), i.rows, i.rejected, not i.parts)
                 for i in items
             ],
         )

@@ -56,7 +56,7 @@ class Failed:
     path: str
     message: str
     issues: Sequence[Mapping[str, str]]
-    judged_by: str
+    ruleset: str
 
 
 def _replayable(selection: Selection, left_by: Sequence[str] = ()) -> tuple[sql.Composed, dict[str, object]]:
@@ -90,7 +90,8 @@ def mark(conn: Connection, selection: Selection, *, claimed_by: str | None = Non
     where, params = _replayable(selection)
     return conn.execute(
         sql.SQL(
-            "UPDATE ops.dead_letters SET status = 'replaying', marked_at = now(), claimed_by = %(claimed_by)s WHERE {}"
+            "UPDATE ops.dead_letters SET status = 'replaying', replay_requested_at = now(),"
+            " claimed_by = %(claimed_by)s WHERE {}"
         ).format(where),
         {**params, "claimed_by": claimed_by},
     ).rowcount
@@ -99,7 +100,7 @@ def mark(conn: Connection, selection: Selection, *, claimed_by: str | None = Non
 def marked(conn: Connection) -> list[Marked]:
     """What waits for a replay that no living run does, by window and type."""
     rows = conn.execute(
-        "SELECT resource_type, partition_key, count(*), max(marked_at) FROM ops.dead_letters"
+        "SELECT resource_type, partition_key, count(*), max(replay_requested_at) FROM ops.dead_letters"
         " WHERE status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%s)) GROUP BY 1, 2 ORDER BY 2, 1",
         [_dead_claimers(conn)],
     )
@@ -109,7 +110,7 @@ def marked(conn: Connection) -> list[Marked]:
 def release(conn: Connection, resource_types: Sequence[str], partition_keys: Sequence[str]) -> int:
     """Give up replays that no living run does: their letters are open again."""
     return conn.execute(
-        "UPDATE ops.dead_letters SET status = 'open', marked_at = NULL, claimed_by = NULL"
+        "UPDATE ops.dead_letters SET status = 'open', replay_requested_at = NULL, claimed_by = NULL"
         " WHERE status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%s))"
         " AND resource_type = ANY(%s) AND partition_key = ANY(%s)",
         [_dead_claimers(conn), list(resource_types), list(partition_keys)],
@@ -119,7 +120,7 @@ def release(conn: Connection, resource_types: Sequence[str], partition_keys: Seq
 def release_own(conn: Connection, run_id: str) -> int:
     """What a run claimed and did not come to is open again."""
     return conn.execute(
-        "UPDATE ops.dead_letters SET status = 'open', marked_at = NULL, claimed_by = NULL"
+        "UPDATE ops.dead_letters SET status = 'open', replay_requested_at = NULL, claimed_by = NULL"
         " WHERE status = 'replaying' AND claimed_by = %s",
         [run_id],
     ).rowcount
@@ -144,7 +145,7 @@ def claim(
         free = [claimer for claimer in dead if claimer not in healed_by[key]]
         conn.execute(
             "UPDATE ops.dead_letters SET status = 'replaying', claimed_by = %(run)s,"
-            " marked_at = coalesce(marked_at, now())"
+            " replay_requested_at = coalesce(replay_requested_at, now())"
             " WHERE resource_type = %(type)s AND stage = ANY(%(stages)s) AND partition_key = %(key)s AND"
             " ((status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%(free)s)))"
             "  OR (%(open)s AND status = 'open'))",
@@ -194,15 +195,15 @@ def failed(conn: Connection, run_id: str, letters: Sequence[Failed]) -> None:
     with conn.cursor() as cursor:
         cursor.execute(
             "CREATE TEMPORARY TABLE IF NOT EXISTS failed_again"
-            " (id bigint, rule text, path text, message text, issues jsonb, judged_by text) ON COMMIT DROP"
+            " (id bigint, rule text, path text, message text, issues jsonb, ruleset text) ON COMMIT DROP"
         )
         with cursor.copy("COPY pg_temp.failed_again FROM STDIN") as copy:
             for each in letters:
                 issues = Jsonb([dict(issue) for issue in each.issues])
-                copy.write_row((each.id, each.rule, each.path, each.message, issues, each.judged_by))
+                copy.write_row((each.id, each.rule, each.path, each.message, issues, each.ruleset))
         cursor.execute(
-            "UPDATE ops.dead_letters d SET status = 'open', marked_at = NULL, claimed_by = NULL, run_id = %s,"
-            " rule = f.rule, path = f.path, message = f.message, issues = f.issues, judged_by = f.judged_by,"
+            "UPDATE ops.dead_letters d SET status = 'open', replay_requested_at = NULL, claimed_by = NULL, run_id = %s,"
+            " rule = f.rule, path = f.path, message = f.message, issues = f.issues, ruleset = f.ruleset,"
             " attempts = attempts + 1, last_failure = now() FROM pg_temp.failed_again f WHERE d.id = f.id",
             [run_id],
         )
@@ -217,7 +218,7 @@ def healed(
     for key in sorted(runs_by_key):
         total += conn.execute(
             "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
-            " marked_at = NULL, claimed_by = NULL, resolution ="
+            " replay_requested_at = NULL, claimed_by = NULL, resolution ="
             " CASE WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint)"
             " THEN 'corrected' ELSE 'replayed' END"
             " WHERE resource_type = %(type)s AND stage = ANY(%(stages)s) AND partition_key = %(key)s"
@@ -246,7 +247,7 @@ def supersede(conn: Connection, run_id: str, resource_type: str, partition_keys:
         return set()
     statement = sql.SQL(
         "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
-        " resolution = 'superseded by a newer version', marked_at = NULL, claimed_by = NULL"
+        " resolution = 'superseded by a newer version', replay_requested_at = NULL, claimed_by = NULL"
         " FROM fhir.resource r WHERE d.resource_type = %(type)s AND d.status IN ('open', 'replaying')"
         " AND d.stage = ANY(%(stages)s) AND r.resource_type = %(type)s AND r.id = d.resource_id"
         " AND r.as_of > d.last_updated AND {} = ANY(%(keys)s) RETURNING d.partition_key"
@@ -263,7 +264,7 @@ def healed_letters(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
     """These letters of the run are in the tables now: resolved."""
     conn.execute(
         "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
-        " marked_at = NULL, claimed_by = NULL, resolution ="
+        " replay_requested_at = NULL, claimed_by = NULL, resolution ="
         " CASE WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint)"
         " THEN 'corrected' ELSE 'replayed' END WHERE id = ANY(%(ids)s) AND claimed_by = %(run)s",
         {"run": run_id, "ids": list(ids)},
@@ -304,18 +305,18 @@ def discard(conn: Connection, selection: Selection, *, reason: str, by: str) -> 
     return conn.execute(
         sql.SQL(
             "UPDATE ops.dead_letters SET status = 'discarded', resolution = %(why)s, resolved_at = now(),"
-            " resolved_run_id = NULL, marked_at = NULL, claimed_by = NULL WHERE {} AND status = 'open'"
+            " resolved_run_id = NULL, replay_requested_at = NULL, claimed_by = NULL WHERE {} AND status = 'open'"
         ).format(where),
         {**params, "why": f"discarded by {by}: {reason}"},
     ).rowcount
 
 
 def outdated(conn: Connection, judges: Sequence[tuple[str, str, str]], *, limit: int) -> list[int]:
-    """Ids of open letters that failed under other rules or views than the present ones: type, stage, judged_by."""
+    """Ids of open letters that failed under other rules or views than the present ones: type, stage, ruleset."""
     types, stages, present = zip(*judges, strict=True) if judges else ((), (), ())
     one_side = (
         "(SELECT id FROM ops.dead_letters d WHERE d.status = 'open' AND d.stage = judge.stage"
-        " AND d.resource_type = judge.resource_type AND d.judged_by {} judge.present LIMIT %(limit)s)"
+        " AND d.resource_type = judge.resource_type AND d.ruleset {} judge.present LIMIT %(limit)s)"
     )
     rows = conn.execute(
         sql.SQL(

@@ -27,21 +27,21 @@ class StoredResource:
 
 COLUMNS = sql.SQL(
     "resource_type, id, version_id, last_updated, partition_key,"
-    " CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END, sealed_by"
+    " CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END, key_id"
 )
 """What ``opened`` reads of ``fhir.resource``."""
 
 
 def opened(row: Sequence[Any], cipher: Cipher) -> StoredResource:
     """The resource of a row of COLUMNS. Raises SealingError."""
-    resource_type, resource_id, version_id, last_updated, partition_key, text, sealed_by = row
-    body = open_text(text, sealed_by, cipher)
+    resource_type, resource_id, version_id, last_updated, partition_key, text, key_id = row
+    body = open_text(text, key_id, cipher)
     return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body)
 
 
-def open_text(text: str, sealed_by: str | None, cipher: Cipher) -> bytes:
+def open_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:
     """The JSON of a resource whose column holds ``text``. Raises SealingError."""
-    return text.encode() if sealed_by is None else cipher.decrypt_content(from_json(text))
+    return text.encode() if key_id is None else cipher.decrypt_content(from_json(text))
 
 
 def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource | None:

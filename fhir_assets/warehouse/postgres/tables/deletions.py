@@ -195,7 +195,7 @@ _UPSERT = """
         loaded_at = excluded.loaded_at,
         deleted_at = excluded.deleted_at,
         patients = excluded.patients,
-        sealed_by = NULL,
+        key_id = NULL,
         resource = NULL
     WHERE stored.deleted_at IS NULL AND (
         excluded.as_of > stored.as_of

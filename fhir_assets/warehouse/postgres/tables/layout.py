@@ -8,7 +8,7 @@ from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import Column, View
 
 KEY_COLUMN = "_resource_key"
-SEALED_BY = "_sealed_by"
+KEY_ID_COLUMN = "_key_id"
 """In tables that hold patient data, where there are keys: which of them sealed the row."""
 
 _LONGEST_NAME = 63
@@ -178,7 +178,7 @@ def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
             columns.append(TableColumn(f"{column.name}_precision", "text", f"What {column.name} is known to: {grain}"))
     if sealed and holds_phi(view):
-        columns.append(TableColumn(SEALED_BY, "text", "Id of the key that sealed the row; null: not sealed yet"))
+        columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that sealed the row; null: not sealed yet"))
     seen: set[str] = set()
     for each in columns:
         _check_length(each.name, f"view {view.name}, column {each.name}")

@@ -37,20 +37,20 @@ class LoadStatements:
             " AND id = ANY(ARRAY(SELECT jsonb_array_elements_text(%s)))"
         ).format(table, sql.Literal(resource_type))
         self.copy_new = sql.SQL(
-            "COPY {} (resource_type, run_id, loaded_at, sealed_by, id, version_id, version_number, last_updated, as_of,"
+            "COPY {} (resource_type, run_id, loaded_at, key_id, id, version_id, version_number, last_updated, as_of,"
             " partition_key, patients, resource) FROM STDIN"
         ).format(table)
         self.upsert = sql.SQL(
             "INSERT INTO {table} AS stored (resource_type, id, version_id, version_number, last_updated, as_of,"
-            " partition_key, run_id, loaded_at, sealed_by, patients, resource)"
+            " partition_key, run_id, loaded_at, key_id, patients, resource)"
             " SELECT {type}, id, version_id, version_number, last_updated, as_of, partition_key, %(run)s,"
-            " clock_timestamp(), %(sealed_by)s, patients, resource FROM {stage}"
+            " clock_timestamp(), %(key_id)s, patients, resource FROM {stage}"
             # So that two loads do not wait for each other crosswise.
             ' ORDER BY id COLLATE "C"'
             " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
             " version_number = excluded.version_number, last_updated = excluded.last_updated,"
             " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
-            " loaded_at = excluded.loaded_at, sealed_by = excluded.sealed_by, patients = excluded.patients,"
+            " loaded_at = excluded.loaded_at, key_id = excluded.key_id, patients = excluded.patients,"
             " deleted_at = NULL, resource = excluded.resource"
             " WHERE (excluded.as_of, coalesce(excluded.version_number, 0))"
             " >= (stored.as_of, coalesce(stored.version_number, 0))"
@@ -60,13 +60,13 @@ class LoadStatements:
         ).format(table=table, type=sql.Literal(resource_type), stage=stage)
         if reencrypt:
             self.upsert = sql.SQL(
-                "UPDATE {table} stored SET resource = s.resource, sealed_by = %(sealed_by)s FROM {stage} s"
+                "UPDATE {table} stored SET resource = s.resource, key_id = %(key_id)s FROM {stage} s"
                 " WHERE stored.resource_type = {type} AND stored.id = s.id AND stored.resource IS NOT NULL"
                 " RETURNING stored.id, false"
             ).format(table=table, type=sql.Literal(resource_type), stage=stage)
         self.consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent" and not reencrypt:
-            self.consents = consents.record_statements(stage, sql.Placeholder("sealed_by"))
+            self.consents = consents.record_statements(stage, sql.Placeholder("key_id"))
         self.gate = consents.gate_statements(gate, resource_type, table, stage) if gate.closed else None
         self.may_insert = not (self.consents or self.gate or reencrypt)
         self.views = [_of_view(view, sealed=sealed) for view in views]

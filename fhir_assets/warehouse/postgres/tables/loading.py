@@ -109,7 +109,7 @@ class Loader:
     ) -> None:
         self._conn = conn
         self._resource_type, self._run_id = resource_type, plain_text(run_id)
-        self._params = {"run": run_id, "sealed_by": cipher_of(conn).key_id}
+        self._params = {"run": run_id, "key_id": cipher_of(conn).key_id}
         self._mend = mend
         self._definitions = views
         self._views = [view.name for view in views]

@@ -52,7 +52,7 @@ def in_view(conn: Connection, view: View) -> list[Sampled]:
 def in_resources(conn: Connection, resource_type: str) -> list[Sampled]:
     """The whole resources of a type."""
     known = BY_NAME.get(resource_type)
-    test = sql.SQL("jsonb_typeof(resource) <> 'string' OR sealed_by IS NULL").format()
+    test = sql.SQL("jsonb_typeof(resource) <> 'string' OR key_id IS NULL").format()
     return _sampled(conn, f"resource_{known.key}" if known else "resource_other", {"resource": test})
 
 

@@ -18,20 +18,20 @@ from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, SEALED_BY, holds_phi
+from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, holds_phi
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 4 << 20
 Key = tuple[Any, ...]
 
 
-_RESEALED = "(sealed_by IS NULL OR sealed_by = ANY(%(older)s))"
+_RESEALED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
 _ORIGINAL = "CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex') END"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A table of ``ops`` with sealed ``contents``, jsonb or bytea, and ``sealed_by``; ``todo`` says which of its rows
+    """A table of ``ops`` with sealed ``contents``, jsonb or bytea, and ``key_id``; ``todo`` says which of its rows
     are not sealed by the newest key.
     """
 
@@ -78,18 +78,18 @@ def counts(conn: Connection, views: Sequence[View]) -> dict[str, Counter[str | N
     """By place, how many rows each key seals, by its id; None: those in the clear. ``rows`` are those of the views'
     tables that hold patient data.
     """
-    found = {"resources": _counted(conn, sql.SQL("SELECT sealed_by FROM fhir.resource WHERE resource IS NOT NULL"))}
+    found = {"resources": _counted(conn, sql.SQL("SELECT key_id FROM fhir.resource WHERE resource IS NOT NULL"))}
     found["rows"] = Counter[str | None]()
     for table, has_column in tables_with_phi(conn, views).items():
-        column = sql.Identifier(SEALED_BY) if has_column else sql.SQL("NULL::text")
+        column = sql.Identifier(KEY_ID_COLUMN) if has_column else sql.SQL("NULL::text")
         found["rows"] += _counted(conn, sql.SQL("SELECT {} FROM {}").format(column, sql.Identifier("fhir", table)))
     for place in PLACES:
-        found[place.name] = _counted(conn, sql.SQL("SELECT sealed_by FROM {}").format(_table(place)))
+        found[place.name] = _counted(conn, sql.SQL("SELECT key_id FROM {}").format(_table(place)))
     found["corrections"] += _counted(
         conn,
         sql.SQL(
-            "SELECT k FROM (SELECT {} AS k, sealed_by FROM ops.corrections WHERE original IS NOT NULL) o"
-            " WHERE k IS DISTINCT FROM sealed_by"
+            "SELECT k FROM (SELECT {} AS k, key_id FROM ops.corrections WHERE original IS NOT NULL) o"
+            " WHERE k IS DISTINCT FROM key_id"
         ).format(sql.SQL(_ORIGINAL)),
     )
     return found
@@ -102,7 +102,7 @@ def tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, bool]:
     rows = conn.execute(
         "SELECT relname, EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = %s AND NOT attisdropped)"
         " FROM pg_class c WHERE relnamespace = 'fhir'::regnamespace AND relkind = 'r' ORDER BY 1",
-        [SEALED_BY],
+        [KEY_ID_COLUMN],
     )
     ours = {view.name for view in views if holds_phi(view)}
     return {name: has_column for name, has_column in rows if has_column or name in ours}
@@ -137,8 +137,8 @@ def next_with_rows(conn: Connection, table: str, newest: str, after: Key | None)
     """The ids of some resources, after that one, that have rows in a table which another key sealed, or none."""
     query = sql.SQL(
         "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s"
-        " AND {sealed_by} IS DISTINCT FROM %(newest)s ORDER BY 1 LIMIT %(limit)s"
-    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), sealed_by=sql.Identifier(SEALED_BY))
+        " AND {key_id} IS DISTINCT FROM %(newest)s ORDER BY 1 LIMIT %(limit)s"
+    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN))
     limit = BATCH_ROWS // 10
     return list(conn.execute(query, {"after": after[0] if after else "", "newest": newest, "limit": limit}))
 
@@ -146,9 +146,9 @@ def next_with_rows(conn: Connection, table: str, newest: str, after: Key | None)
 def next_left_over(conn: Connection, table: str, older: Sequence[str], after: Key | None) -> list[Key]:
     """As ``next_with_rows``, of rows that one of the ``older`` keys sealed."""
     query = sql.SQL(
-        "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s AND {sealed_by} = ANY(%(older)s)"
+        "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s AND {key_id} = ANY(%(older)s)"
         " ORDER BY 1 LIMIT %(limit)s"
-    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), sealed_by=sql.Identifier(SEALED_BY))
+    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN))
     limit = BATCH_ROWS // 10
     return list(conn.execute(query, {"after": after[0] if after else "", "older": list(older), "limit": limit}))
 
@@ -193,7 +193,7 @@ def lock_resources(
     which = {"type": resource_type, "ids": [key for (key,) in keys]}
     there = "FROM fhir.resource WHERE resource_type = %(type)s AND id = ANY(%(ids)s) AND resource IS NOT NULL"
     rows = conn.execute(
-        "SELECT id, sealed_by, CASE WHEN sealed_by IS NULL THEN resource::text ELSE resource #>> '{}' END"
+        "SELECT id, key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
         f" {there} ORDER BY id FOR UPDATE SKIP LOCKED",
         which,
     ).fetchall()
@@ -208,7 +208,7 @@ def seal_resources(conn: Session, resource_type: str, resources: Iterable[tuple[
     cipher = cipher_of(conn)
     with conn.cursor() as cursor:
         cursor.executemany(
-            "UPDATE fhir.resource SET resource = %s::jsonb, sealed_by = %s WHERE resource_type = %s AND id = %s",
+            "UPDATE fhir.resource SET resource = %s::jsonb, key_id = %s WHERE resource_type = %s AND id = %s",
             [
                 (as_json(cipher.encrypt_content(body)).decode(), cipher.key_id, resource_type, key)
                 for key, body in resources
@@ -228,17 +228,17 @@ def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Ke
         for (name,) in conn.execute(
             "SELECT attname FROM pg_attribute WHERE attrelid = format('fhir.%%I', %s::text)::regclass AND attnum > 0"
             " AND NOT attisdropped AND atttypid = 'text'::regtype AND attname <> ALL(%s) ORDER BY attnum",
-            [table, [KEY_COLUMN, SEALED_BY]],
+            [table, [KEY_COLUMN, KEY_ID_COLUMN]],
         )
     ]
     rows = conn.execute(
         sql.SQL(
-            "SELECT ctid, {columns} FROM {table} WHERE {key} = ANY(%s) AND {sealed_by} = ANY(%s) FOR UPDATE SKIP LOCKED"
+            "SELECT ctid, {columns} FROM {table} WHERE {key} = ANY(%s) AND {key_id} = ANY(%s) FOR UPDATE SKIP LOCKED"
         ).format(
             columns=sql.SQL(", ").join(names),
             table=target,
             key=sql.Identifier(KEY_COLUMN),
-            sealed_by=sql.Identifier(SEALED_BY),
+            key_id=sql.Identifier(KEY_ID_COLUMN),
         ),
         [[key for (key,) in keys], list(older)],
     ).fetchall()
@@ -253,7 +253,7 @@ def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Ke
     update = sql.SQL("UPDATE {} SET {}, {} = %s WHERE ctid = %s").format(
         target,
         sql.SQL(", ").join([sql.SQL("{} = %s").format(name) for name in names]),
-        sql.Identifier(SEALED_BY),
+        sql.Identifier(KEY_ID_COLUMN),
     )
     with conn.cursor() as cursor:
         cursor.executemany(update, updates)
@@ -265,10 +265,10 @@ def encrypt_content(conn: Session, place: Place, older: Sequence[str], keys: Seq
     cipher = cipher_of(conn)
     contents: Sequence[sql.Composable] = [sql.Identifier(each) for each in place.contents]
     if place.json:
-        text = sql.SQL("CASE WHEN sealed_by IS NULL THEN {0}::text ELSE {0} #>> '{{}}' END")
+        text = sql.SQL("CASE WHEN key_id IS NULL THEN {0}::text ELSE {0} #>> '{{}}' END")
         contents = [text.format(each) for each in contents]
     query = sql.SQL(
-        "SELECT sealed_by, {key}, {contents} FROM {table} WHERE ({key}) IN (VALUES {keys}) AND {todo}"
+        "SELECT key_id, {key}, {contents} FROM {table} WHERE ({key}) IN (VALUES {keys}) AND {todo}"
         " FOR UPDATE SKIP LOCKED"
     ).format(
         key=_key(place),
@@ -282,19 +282,19 @@ def encrypt_content(conn: Session, place: Place, older: Sequence[str], keys: Seq
     updates = []
     from_clear = []
     width = len(place.key)
-    for sealed_by, *row in rows:
+    for key_id, *row in rows:
         key, stored = row[:width], row[width:]
         try:
-            updates.append([*(_resealed(each, sealed_by, place, cipher) for each in stored), cipher.key_id, *key])
+            updates.append([*(_resealed(each, key_id, place, cipher) for each in stored), cipher.key_id, *key])
         except EncryptionError as error:
             batch.refused[str(error)] += 1
             continue
         batch.sealed += 1
-        if sealed_by is None:
+        if key_id is None:
             batch.from_clear += 1
             from_clear.append(key[0])
     fingerprints = _FINGERPRINTS[place.name](conn, from_clear) if place.name in _FINGERPRINTS and from_clear else []
-    update = sql.SQL("UPDATE {} SET {}, sealed_by = %s WHERE ({}) = ({})").format(
+    update = sql.SQL("UPDATE {} SET {}, key_id = %s WHERE ({}) = ({})").format(
         _table(place),
         sql.SQL(", ").join(
             [
@@ -312,12 +312,12 @@ def encrypt_content(conn: Session, place: Place, older: Sequence[str], keys: Seq
     return batch
 
 
-def _resealed(stored: Any, sealed_by: str | None, place: Place, cipher: Cipher) -> Any:
+def _resealed(stored: Any, key_id: str | None, place: Place, cipher: Cipher) -> Any:
     if stored is None:
         return None
     if not place.json:
         return cipher.reencrypt(bytes(stored))
-    return as_json(cipher.encrypt_content(open_text(stored, sealed_by, cipher))).decode()
+    return as_json(cipher.encrypt_content(open_text(stored, key_id, cipher))).decode()
 
 
 def _letters(conn: Session, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:

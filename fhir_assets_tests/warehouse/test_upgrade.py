@@ -1,0 +1,136 @@
+"""A database of the previous revision, with rows in it, works after the upgrade as it did before."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from fhir_assets.fhir.views import parse_view
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.warehouse.ops import checkpoints, dead_letters, encryption_secret, replays
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
+from fhir_assets.warehouse.postgres import resources
+from fhir_assets.warehouse.postgres.db import migrations
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
+from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, layout_of
+from fhir_assets.warehouse.postgres.tables.view_tables import drift, ensure_tables
+from fhir_assets_tests.support.views import load, patient, select
+
+OLD_COLUMN_NAMES = [
+    ("fhir.resource", "key_id", "sealed_by"),
+    ("ops.dead_letters", "key_id", "sealed_by"),
+    ("ops.corrections", "key_id", "sealed_by"),
+    ("ops.idempotency", "key_id", "sealed_by"),
+    ("ops.consent_records", "key_id", "sealed_by"),
+    ("ops.withheld", "key_id", "sealed_by"),
+    ("ops.encryption", "encrypted_at", "sealed_at"),
+    ("ops.key_rotations", "current_step", "doing"),
+    ("ops.dead_letters", "ruleset", "judged_by"),
+    ("ops.dead_letters", "replay_requested_at", "marked_at"),
+    ("ops.received", "channel", "door"),
+]
+VIEW = parse_view(
+    {
+        "resourceType": "ViewDefinition",
+        "name": "patient",
+        "status": "active",
+        "resource": "Patient",
+        "select": [
+            {
+                "column": [
+                    {"name": "gender", "path": "gender", "type": "code"},
+                    {
+                        "name": "family",
+                        "path": "name.first().family",
+                        "type": "string",
+                        "tag": [{"name": "phi", "value": "encrypt"}],
+                    },
+                ]
+            }
+        ],
+    }
+)
+DEAD_LETTER = DeadLetter(
+    resource_type="Patient",
+    resource_id="b",
+    stage="validate",
+    rule="cardinality",
+    path="Patient.name",
+    message="is missing",
+    resource=b'{"resourceType": "Patient", "id": "b"}',
+    partition_key="2024-01-01",
+    ruleset="rules",
+)
+
+
+@pytest.fixture(params=["without keys", "with keys"])
+def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
+    cipher = NO_ENCRYPTION
+    if request.param == "with keys":
+        with connect(database) as conn:
+            cipher = encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
+    with connect(database, cipher=cipher) as session:
+        yield session
+
+
+def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
+    """Give columns, indexes and the noted layout of the view's table the names that revision 0019 gives them."""
+    for table, new, old in OLD_COLUMN_NAMES:
+        session.execute(f"ALTER TABLE {table} RENAME COLUMN {new} TO {old}".encode())
+    session.execute(
+        "ALTER INDEX ops.dead_letters_stage_resource_type_ruleset_idx"
+        " RENAME TO dead_letters_stage_resource_type_judged_by_idx"
+    )
+    session.execute("ALTER INDEX ops.incidents_unannounced RENAME TO incidents_untold")
+    layout = layout_of(VIEW, sealed=encrypted)
+    if encrypted:
+        session.execute("ALTER TABLE fhir.patient RENAME COLUMN _key_id TO _sealed_by")
+        columns = [replace(c, name="_sealed_by") if c.name == KEY_ID_COLUMN else c for c in layout.columns]
+        layout = replace(layout, columns=tuple(columns))
+    session.execute("UPDATE ops.view_tables SET layout = %s", [f"{layout.shape}:{layout.meaning}"])
+    session.execute("UPDATE ops.alembic_version SET version_num = '0019'")
+    session.commit()
+
+
+def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database: str, session: Session) -> None:
+    encrypted = session.cipher.on
+    load(session, patient("a", gender="female", name=[{"family": "Old"}]), views=(VIEW,))
+    dead_letters.record(session, "run", [DEAD_LETTER])
+    session.execute(
+        "INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)"
+        " VALUES ('Patient', '2024-01-01', 'part', 1, 'run')"
+    )
+    before = resources.read(session, "Patient", "a")
+    session.commit()
+    restore_revision_0019(session, encrypted=encrypted)
+    assert not migrations.is_current(database)
+
+    migrations.upgrade(database)
+
+    assert migrations.is_current(database)
+    assert drift(session, VIEW) == []
+    ensure_tables(session, [VIEW])
+    assert checkpoints.loaded_parts(session, "Patient", ["2024-01-01"]) == {"2024-01-01": frozenset({"part"})}
+    assert before is not None
+    assert resources.read(session, "Patient", "a") == before
+    [dead_letter] = dead_letters.find(session, Selection())
+    assert dead_letters.resource(session, dead_letter.id) == DEAD_LETTER.resource
+    assert replays.outdated(session, [("Patient", "validate", "rules")], limit=10) == []
+    assert replays.outdated(session, [("Patient", "validate", "new rules")], limit=10) == [dead_letter.id]
+    assert replays.mark(session, Selection()) == 1
+    session.commit()
+    load(session, patient("a", "2024-01-02T00:00:00Z", "2", gender="male"), patient("c"), views=(VIEW,))
+    assert select(session, "SELECT _resource_key, gender FROM fhir.patient ORDER BY 1") == [("a", "male"), ("c", None)]
+    key_ids = {key_id for (key_id,) in select(session, "SELECT key_id FROM fhir.resource")}
+    assert key_ids == {session.cipher.key_id}
+
+
+def test_no_column_of_a_migrated_database_has_an_old_name(database: str, session: Session) -> None:
+    load(session, patient("a"), views=(VIEW,))
+    names = select(
+        session,
+        "SELECT DISTINCT column_name FROM information_schema.columns WHERE table_schema IN ('fhir', 'ops')"
+        " AND column_name ~ 'seal|judge|marked|door|doing|heal|bur(y|ied)|letter'",
+    )
+    assert names == []
