@@ -9,7 +9,6 @@ import argparse
 import json
 import subprocess
 import sys
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import perf_counter
@@ -74,8 +73,7 @@ def _load(home: Path, url: str) -> None:
         db_url=None,
     )
     warehouse, store = Warehouse(settings), store_of(settings)
-    with closing(warehouse.connect()):
-        pass
+    warehouse.url()
     source = open_source(settings, store=store, warehouse=warehouse)
     now = datetime.now(UTC)
     started = perf_counter()

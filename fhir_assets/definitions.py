@@ -94,7 +94,7 @@ def _build(
 
     @dg.resource
     def warehouse_resource(context: dg.InitResourceContext) -> Iterator[Warehouse]:
-        with warehouse.held_for(context.run.run_id if context.run else "") as held:
+        with warehouse.hold_run(context.run.run_id if context.run else "") as held:
             yield held
 
     loading = dg.Definitions(

@@ -118,7 +118,7 @@ class Ingestion:
         with self._warehouse.connect() as conn:
             give_up_dead_runs(self._instance, conn)
         run_id = str(uuid4())
-        with self._warehouse.held_for(run_id):
+        with self._warehouse.hold_run(run_id):
             result = self._definitions.resolve_job_def(FETCH_MISSING_REFERENCES).execute_in_process(
                 instance=self._instance, raise_on_error=False, tags={TRIGGER_TAG: triggered_by}, run_id=run_id
             )
@@ -188,7 +188,7 @@ class Ingestion:
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
-        with self._warehouse.held_for(run_id), self._claimed(run_id, claim):
+        with self._warehouse.hold_run(run_id), self._claimed(run_id, claim):
             result = self._definitions.resolve_job_def(job).execute_in_process(
                 instance=self._instance,
                 raise_on_error=False,

@@ -63,7 +63,7 @@ def list_letters(
     """The dead letters that match, those that failed last first."""
     chosen = _selection(None, run, resource_type, stage, rule, window, since, until)
     warehouse = Warehouse(load_settings())
-    with warehouse.look() as conn:
+    with warehouse.connect_read_only() as conn:
         chosen = _whole_run(warehouse, replace(chosen, status=None if status == "all" else status))
         found = [asdict(letter) for letter in dead_letters.find(conn, chosen, limit=limit)]
     if json:
@@ -275,7 +275,7 @@ def _whole_run(warehouse: Warehouse, chosen: Selection) -> Selection:
     """The selection with the whole id of its run. Raises ConfigurationError if several begin so."""
     if chosen.run_id is None:
         return chosen
-    with warehouse.look() as conn:
+    with warehouse.connect_read_only() as conn:
         found = runs.beginning_with(conn, chosen.run_id)
     if len(found) > 1:
         raise ConfigurationError(f"several runs begin with {chosen.run_id}: give more of the id")

@@ -22,7 +22,9 @@ def migrate(
     settings = load_settings()
     config.ensure_dagster_database(settings)
     views = build_views(settings)
-    with Warehouse(settings).connect() as conn:
+    warehouse = Warehouse(settings)
+    warehouse.migrate()
+    with warehouse.connect() as conn:
         if apply_view_changes:
             view_tables.apply_changes(conn, views.views)
         else:

@@ -41,7 +41,7 @@ def list_runs(
 ) -> None:
     """The latest runs, newest first."""
     settings = load_settings()
-    with Warehouse(settings).look() as conn:
+    with Warehouse(settings).connect_read_only() as conn:
         found = run_history.latest(
             conn,
             limit=limit,
@@ -63,7 +63,7 @@ def show(
 ) -> None:
     """One run, by resource type: its counts, its checkpoints, what of it is a dead letter still."""
     settings = load_settings()
-    with Warehouse(settings).look() as conn:
+    with Warehouse(settings).connect_read_only() as conn:
         found = run_history.by_type(conn, run_id)
         reasons = runs.errors(conn, found[0]["run_id"]) if found else {}
     if not found:

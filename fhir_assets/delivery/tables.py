@@ -4,8 +4,7 @@ Read from the validated parts, and held against ``fhir.resource``: what the tabl
 does not leave, nor does a version that a newer one has replaced.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -24,7 +23,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
 _ACTOR = "pipeline"
 
@@ -47,7 +46,7 @@ class DeliverStep:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         client: FhirClient,
         *,
         run_id: str,
@@ -83,7 +82,7 @@ class DeliverStep:
         if not steps:
             return counts
         self._client.capabilities()
-        with closing(self._connect()) as conn, Journal(cipher=self._store.cipher) as journal:
+        with self._connect() as conn, Journal(cipher=self._store.cipher) as journal:
             conn.autocommit = True
 
             def read(name: str, resource_type: str) -> Iterator[BundleEntry]:
@@ -161,7 +160,7 @@ class DeliverStep:
         keys: dict[str, list[str]] = {}
         for manifest in manifests:
             keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)
-        with closing(self._connect()) as conn, conn.transaction():
+        with self._connect() as conn, conn.transaction():
             if self._refresh is not Refresh.MISSING:
                 for name, of_type in keys.items():
                     dead_letters.settle(conn, self._run_id, name, "deliver", of_type)

@@ -1,7 +1,7 @@
-"""The database of a deployment: DB_URL's, or the embedded one, migrated before its first use."""
+"""The database of a deployment: the one at DB_URL, or the embedded one."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -11,11 +11,12 @@ from fhir_assets.warehouse.ops import encryption_secret, runs
 from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, migrations
 from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 
-DATABASE = "fhir_assets"
-
 
 class Warehouse:
-    """Opens connections. Making one touches nothing; the first connection starts and migrates what is needed.
+    """Opens connections to the database of a deployment. Creating the object opens none.
+
+    A database at DB_URL is migrated by ``migrate`` alone (`fhir-assets migrate`). The embedded database belongs to the
+    deployment: it is started and migrated when it is first opened for writing.
 
     ``source_calls`` limits calls of the FHIR server and ``table_loads`` limits loads into the tables, both over all
     processes that share the database.
@@ -35,44 +36,54 @@ class Warehouse:
         )
 
     def url(self) -> str:
-        """The URL of the running, migrated database. Raises DatabaseUnavailable; ConfigurationError if it is sealed
-        with a key that is missing.
+        """Return the URL of the running database.
+
+        Raises DatabaseUnavailable, and ConfigurationError if its schema is not at the revision of this version, or if
+        it is encrypted with a key that is missing.
         """
         with self._lock:
             if self._url is None:
-                url = self._db_url or embedded.ensure(self._home)
-                migrations.upgrade(url)
+                if self._db_url:
+                    url = self._db_url
+                    migrations.require_current(url)
+                else:
+                    url = embedded.ensure(self._home)
+                    migrations.upgrade(url)
                 with connections.connect(url) as conn:
                     self._cipher = encryption_secret.unlock(conn, self._cipher)
                 self._url = url
             return self._url
 
     def cipher(self) -> Cipher:
-        """What seals the patient data in this database. Raises as ``url`` does."""
+        """Return the cipher of the patient data in this database. Raises as ``url`` does."""
         self.url()
         return self._cipher
 
-    def connect(self) -> connections.Session:
-        """A connection for the caller alone, not in autocommit, that carries the keys. Raises as ``url`` does."""
-        return connections.borrow(self.url(), cipher=self.cipher())
+    def connect(self) -> AbstractContextManager[connections.Session]:
+        """Lend a session for a ``with`` block; see ``connections.borrow_session``. Raises as ``url`` does."""
+        return connections.borrow_session(self.url(), cipher=self.cipher())
 
-    def look(self) -> connections.Connection:
-        """A connection that needs no keys and can only read: for who looks after runs and dead letters.
+    def connect_read_only(self) -> connections.Connection:
+        """Open a read-only connection without a cipher, for listing runs and dead letters. It changes no schema.
 
-        Raises DatabaseUnavailable or ConfigurationError.
+        Raises DatabaseUnavailable, and ConfigurationError if the schema is not at the revision of this version.
         """
         url = self._db_url or embedded.ensure(self._home)
-        migrations.upgrade(url)
+        migrations.require_current(url)
         conn = connections.connect(url)
         conn.read_only = True
         return conn
 
-    def _connect_for_slots(self) -> connections.Connection:
-        return connections.connect(self.url(), autocommit=True)
+    def migrate(self) -> None:
+        """Create or upgrade the schema. Raises as ``migrations.upgrade`` does."""
+        migrations.upgrade(self._db_url or embedded.ensure(self._home))
 
     @contextmanager
-    def held_for(self, run_id: str) -> Iterator["Warehouse"]:
-        """The warehouse, for a run that counts as living meanwhile. Raises DatabaseUnavailable."""
+    def hold_run(self, run_id: str) -> Iterator["Warehouse"]:
+        """Mark a run as alive for the ``with`` block. Raises DatabaseUnavailable."""
         with connections.connect(self.url(), autocommit=True) as conn:
             runs.hold(conn, run_id)
             yield self
+
+    def _connect_for_slots(self) -> connections.Connection:
+        return connections.connect(self.url(), autocommit=True)

@@ -6,8 +6,8 @@ series; a database that cannot be reached gives ``fhir_database_up 0`` and nothi
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from threading import Lock
 from typing import Any, LiteralString
@@ -20,7 +20,7 @@ from fhir_assets.errors import FhirAssetsError
 from fhir_assets.metrics.exposition import REGISTRY
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db import connections, embedded
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenConnection
 from fhir_assets.windows import WindowScheme
 
 MAX_AGE = 5.0
@@ -91,8 +91,8 @@ class DatabaseCollector(Collector):
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
-        connect_dagster: Callable[[], Connection] | None,
+        connect: OpenConnection,
+        connect_dagster: OpenConnection | None,
         scheme: WindowScheme,
     ) -> None:
         self._connect = connect
@@ -117,7 +117,7 @@ class DatabaseCollector(Collector):
     def _read(self) -> list[Metric]:
         up = GaugeMetricFamily("fhir_database_up", "1 if the database answered")
         try:
-            with closing(self._connect()) as conn:
+            with self._connect() as conn:
                 conn.autocommit = True
                 found = [*self._from_tables(conn)]
         except (psycopg.Error, FhirAssetsError):
@@ -148,7 +148,7 @@ class DatabaseCollector(Collector):
         if self._connect_dagster is None:
             return
         try:
-            with closing(self._connect_dagster()) as conn:
+            with self._connect_dagster() as conn:
                 rows = _rows(conn, _CHECKS)
         except (psycopg.Error, FhirAssetsError):
             return
@@ -161,13 +161,13 @@ class DatabaseCollector(Collector):
             yield _filled(results, [(check, status.lower(), count) for check, status, count in rows])
 
 
-def observer_of(settings: Settings, connect: Callable[[], Connection]) -> DatabaseCollector:
+def observer_of(settings: Settings, connect: OpenConnection) -> DatabaseCollector:
     """The database's metrics, for whoever asks for them by himself."""
     return DatabaseCollector(connect, lambda: connections.connect(_dagster_url(settings)), settings.window_scheme)
 
 
 @contextmanager
-def observe_database(settings: Settings, connect: Callable[[], Connection]) -> Iterator[None]:
+def observe_database(settings: Settings, connect: OpenConnection) -> Iterator[None]:
     """Add the database's metrics to the process's registry while the block runs."""
     collector = observer_of(settings, connect)
     REGISTRY.register(collector)

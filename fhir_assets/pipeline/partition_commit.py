@@ -7,7 +7,7 @@ merged, never overwritten. If they cannot be merged, the commit raises Overtaken
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
@@ -16,7 +16,7 @@ from fhir_assets.errors import Overtaken
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store, folder
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
 _PARTITIONS_PER_TRANSACTION = 100
 
@@ -40,7 +40,7 @@ class PartitionUpdate(Protocol):
         ...
 
 
-def commit_update(connect: Callable[[], Session], store: Store, update: PartitionUpdate) -> list[Manifest]:
+def commit_update(connect: OpenSession, store: Store, update: PartitionUpdate) -> list[Manifest]:
     """Commit the manifests of an update, each in one atomic step, and return them as committed.
 
     Raises Overtaken if another run's commit cannot be merged, DatabaseUnavailable, or StoreError.
@@ -54,7 +54,7 @@ def commit_update(connect: Callable[[], Session], store: Store, update: Partitio
 
 
 def rewrite_partitions(
-    connect: Callable[[], Session],
+    connect: OpenSession,
     store: Store,
     manifests: Sequence[Manifest],
     merge: Callable[[Manifest, Manifest | None], Manifest],
@@ -64,7 +64,7 @@ def rewrite_partitions(
     ``merge`` receives each new manifest and the current one (None for a new partition) and returns the one to commit.
     """
     written: list[Manifest] = []
-    with closing(connect()) as conn:
+    with connect() as conn:
         for start in range(0, len(manifests), _PARTITIONS_PER_TRANSACTION):
             group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
             with _partition_locks(conn, group):

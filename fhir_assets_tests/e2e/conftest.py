@@ -16,6 +16,7 @@ from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.postgres.db import migrations
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.support.databases import dagster_instance
 
@@ -150,6 +151,7 @@ def deploy(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv("DAGSTER_POSTGRES_URL", normalise_url(url or database, "psycopg2"))
         instance = dagster_instance(folder / "dagster", url or database)
         instances.append(instance)
+        migrations.upgrade(url or database)
         values = {"db_url": url or database, "fhir_assets_home": folder, "fhir_overlap_seconds": 0, **settings}
         return Deployment(load_settings(**values), instance)
 

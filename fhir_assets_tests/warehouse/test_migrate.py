@@ -4,20 +4,25 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from psycopg import sql
+from typer.testing import CliRunner
 
 from fhir_assets.catalog import CATALOG
+from fhir_assets.cli.main import app
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import migrations
 from fhir_assets.warehouse.postgres.db.connections import connect
 
 
 def test_an_empty_database_becomes_current(empty_database: str) -> None:
-    assert migrations.current(empty_database) is None
+    assert migrations.read_revision(empty_database) is None
     assert not migrations.is_current(empty_database)
     migrations.upgrade(empty_database)
     assert migrations.is_current(empty_database)
@@ -29,9 +34,9 @@ def test_an_empty_database_becomes_current(empty_database: str) -> None:
 
 
 def test_migrating_again_changes_nothing(database: str) -> None:
-    before = migrations.current(database)
+    before = migrations.read_revision(database)
     migrations.upgrade(database)
-    assert migrations.current(database) == before
+    assert migrations.read_revision(database) == before
 
 
 def test_several_processes_may_migrate_at_once(empty_database: str) -> None:
@@ -79,3 +84,50 @@ def test_migrations_are_found_inside_an_installed_package(empty_database: str, t
     )
     assert done.stdout.strip() == str(tmp_path / "fhir_assets" / "sql")
     assert migrations.is_current(empty_database)
+
+
+@pytest.fixture
+def old_database(database: str) -> str:
+    with connect(database) as conn:
+        conn.execute("UPDATE ops.alembic_version SET version_num = '0001'")
+    return database
+
+
+@pytest.mark.parametrize("open_connection", [Warehouse.connect, Warehouse.connect_read_only])
+def test_an_old_schema_at_db_url_is_reported_and_left_alone(
+    old_database: str, tmp_path: Path, open_connection: Callable[[Warehouse], object]
+) -> None:
+    warehouse = Warehouse(load_settings(db_url=old_database, fhir_assets_home=tmp_path))
+    message = r"at revision 0001, this version needs \d{4}: run `fhir-assets migrate`"
+    with pytest.raises(ConfigurationError, match=message):
+        open_connection(warehouse)
+    assert migrations.read_revision(old_database) == "0001"
+
+
+@pytest.mark.parametrize("open_connection", [Warehouse.connect, Warehouse.connect_read_only])
+def test_a_missing_schema_at_db_url_is_reported_and_not_created(
+    empty_database: str, tmp_path: Path, open_connection: Callable[[Warehouse], object]
+) -> None:
+    warehouse = Warehouse(load_settings(db_url=empty_database, fhir_assets_home=tmp_path))
+    with pytest.raises(ConfigurationError, match="no schema yet: run `fhir-assets migrate`"):
+        open_connection(warehouse)
+    assert migrations.read_revision(empty_database) is None
+
+
+def test_a_missing_partition_is_reported_by_its_type(database: str) -> None:
+    with connect(database) as conn:
+        conn.execute("DROP TABLE fhir.resource_patient")
+    with pytest.raises(ConfigurationError, match=r"no partition of fhir\.resource for Patient: run"):
+        migrations.require_current(database)
+
+
+def test_the_command_migrates_an_empty_database(
+    empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_URL", empty_database)
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", empty_database)
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
+    assert CliRunner().invoke(app, ["migrate"], catch_exceptions=False).exit_code == 0
+    assert migrations.is_current(empty_database)
+    with Warehouse(load_settings()).connect() as session:
+        assert session.execute("SELECT count(*) FROM fhir.patient").fetchone() == (0,)

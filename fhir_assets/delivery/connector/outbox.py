@@ -5,7 +5,7 @@ connector that was killed are free again at once, without a clock. The connectio
 being delivered, so that two records between which an identifier moves are never under way together.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,12 +16,12 @@ from psycopg import sql
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 
 CHANNEL = "fhir_outbox"
 
-Connect = Callable[[], Session]
+Connect = OpenSession
 
 
 @dataclass(frozen=True, slots=True)

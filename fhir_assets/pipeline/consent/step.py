@@ -1,6 +1,6 @@
 """Consent carried out: whose decision changed, his resources leave the tables or come into them, children included."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -17,7 +17,7 @@ from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, consents, dead_letters
-from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -47,7 +47,7 @@ class ConsentStep:
     """
 
     def __init__(
-        self, connect: Callable[[], Session], views: Sequence[View], gate: ConsentGate, *, run_id: str, actor: str
+        self, connect: OpenSession, views: Sequence[View], gate: ConsentGate, *, run_id: str, actor: str
     ) -> None:
         self._connect = connect
         self._gate = gate

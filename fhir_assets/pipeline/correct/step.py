@@ -1,6 +1,5 @@
 """Corrections of dead letters by hand: what is accepted as one, and how it comes in."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -13,7 +12,7 @@ from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import StoredDeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 
 CORRECTABLE = ("fetch", *replays.REPLAYED)
 
@@ -30,7 +29,7 @@ class Correction:
 class CorrectionStep:
     """Takes edits of dead letters."""
 
-    def __init__(self, connect: Callable[[], Session], validator: Validator, receiver: Receiver) -> None:
+    def __init__(self, connect: OpenSession, validator: Validator, receiver: Receiver) -> None:
         self._connect = connect
         self._validator = validator
         self._receiver = receiver

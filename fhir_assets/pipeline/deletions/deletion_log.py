@@ -6,7 +6,6 @@ applied.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -18,7 +17,7 @@ from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter, lines_of
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.tables import deletions as deletes
 from fhir_assets.warehouse.postgres.tables.deletions import Deleted
 
@@ -48,7 +47,7 @@ class DeletionLog:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -65,7 +64,7 @@ class DeletionLog:
         """
         total = Deleted()
         for name in self._store_deletions(deletions, run_id):
-            with closing(self._connect()) as conn:
+            with self._connect() as conn:
                 total.update(self.apply_pending(conn, name, run_id=run_id, actor=actor))
         return total
 

@@ -1,17 +1,16 @@
 """Apply the deletions in the history of a FHIR server to the tables."""
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from fhir_assets.fhir.search.history import DeletionHistory
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession
 from fhir_assets.warehouse.postgres.tables import deletions
 
 
 def apply_server_deletions(
-    connect: Callable[[], Session],
+    connect: OpenSession,
     deletion_log: DeletionLog,
     history: DeletionHistory,
     resource_types: Sequence[str],
@@ -31,12 +30,12 @@ def apply_server_deletions(
     for name in resource_types:
         if offered_types is not None and name not in offered_types:
             continue
-        with closing(connect()) as conn:
+        with connect() as conn:
             begin = deletions.applied_until(conn, name) or now
             conn.commit()
         new_deletions = history.fetch_since(name, begin - overlap)
         deleted[name] = deletion_log.record(new_deletions, run_id=run_id).gone[name]
-        with closing(connect()) as conn, conn.transaction():
+        with connect() as conn, conn.transaction():
             # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
             deletions.advance(conn, name, min(now, history.asked_at or now), run_id)
     return deleted

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -37,7 +37,7 @@ from fhir_assets.storage.store import Store, folder
 from fhir_assets.warehouse.ops import bulk_exports, dead_letters
 from fhir_assets.warehouse.ops.bulk_exports import BulkExport
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.windows import Interval
 
 _DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
@@ -60,7 +60,7 @@ class BulkSource:
         self,
         client: FhirClient,
         store: Store,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         *,
         level: str = "system",
         type_filter: str = "",
@@ -98,7 +98,7 @@ class BulkSource:
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
         """From the oldest resource to the export's transaction time. Exports everything if that was not done yet."""
         export = self._export(resource_types, None, self._now())
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             firsts = [part.first for _, part in bulk_exports.parts(conn, export.id) if part.first]
         assert export.transaction_time is not None
         return Interval(min(firsts), export.transaction_time) if firsts else None
@@ -112,7 +112,7 @@ class BulkSource:
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """The resources of the interval, out of the export that ``until`` found."""
         export = self._chosen or self._export(resource_types, interval.start, min(interval.end, self._now()))
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             stored = bulk_exports.parts(conn, export.id)
         for resource_type, part in stored:
             if resource_type in resource_types and _may_hold(part, interval):
@@ -139,7 +139,7 @@ class BulkSource:
     def _export(self, resource_types: Sequence[str], since: datetime | None, until: datetime) -> BulkExport:
         """An export that holds the types, all that was updated since; found, taken up or asked for."""
         request = ExportRequest(self._level, tuple(resource_types), since, self._type_filter)
-        with closing(self._connect()) as conn, bulk_exports.alone(conn, self._base_url):
+        with self._connect() as conn, bulk_exports.alone(conn, self._base_url):
             if found := bulk_exports.find(conn, self._base_url, request, ["done"], until=until):
                 return found
             recent = bulk_exports.find(conn, self._base_url, request, ["done"])

@@ -1,6 +1,6 @@
 """References that lead nowhere: their targets are asked for by id, and received as all that does not come by window."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +8,7 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession
 from fhir_assets.warehouse.postgres.queries import quality
 from fhir_assets.warehouse.postgres.tables import view_tables
 
@@ -52,7 +52,7 @@ class HydrateStep:
 
     def __init__(
         self,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         views: Sequence[View],
         resource_types: Sequence[str],
         source: ReadsById,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import BinaryIO
@@ -20,7 +20,7 @@ from fhir_assets.storage.landing_zone import DONE, FoundFile, Zone
 from fhir_assets.warehouse.ops import landing_files
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 
 CHANNEL = "landing"
 FILES_AT_ONCE = 1000
@@ -54,7 +54,7 @@ class LandingStep:
         self,
         zone: Zone,
         receiver: Receiver,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         *,
         max_bytes: int,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -70,7 +70,7 @@ class LandingStep:
         """Note what lies in the zone; returns how many files wait. With ``complete`` all are taken as complete, else
         those that did not change since the last look, or have a ``.done`` beside.
         """
-        with closing(self._connect()) as conn, conn.transaction():
+        with self._connect() as conn, conn.transaction():
             landing_files.see(conn, self._zone.url, self._files(assume_complete))
             return len(landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
 
@@ -81,7 +81,7 @@ class LandingStep:
         Raises DatabaseUnavailable.
         """
         landed = LandingResult()
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             waiting = landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
         landed.files = len(waiting)
         for file in waiting:
@@ -106,7 +106,7 @@ class LandingStep:
             raise
         except FhirAssetsError as error:
             landed.failed += 1
-            with closing(self._connect()) as conn, conn.transaction():
+            with self._connect() as conn, conn.transaction():
                 landing_files.failed(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
     def _files(self, complete: bool) -> Iterator[tuple[FoundFile, bool]]:
@@ -156,7 +156,7 @@ class LandingStep:
         yield from broken_off.items()
         for together in fresh:
             batch = uuid4().hex
-            with closing(self._connect()) as conn, conn.transaction():
+            with self._connect() as conn, conn.transaction():
                 joined = landing_files.join(conn, self._zone.url, together, batch)
             if joined:
                 yield batch, joined
@@ -194,7 +194,7 @@ class LandingStep:
                 rest = [file for file in rest if file is not at]
                 with self._noting(at, run_id, landed):
                     raise
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             known = ledger.files(conn, [f"{CHANNEL}:{whole[file.name]}" for file in rest])
         taken = set[str]()
         for file in rest:
@@ -236,7 +236,7 @@ class LandingStep:
         landed: LandingResult,
         skipped: Mapping[str, int],
     ) -> None:
-        with closing(self._connect()) as conn, conn.transaction():
+        with self._connect() as conn, conn.transaction():
             landing_files.loaded(
                 conn,
                 self._zone.url,

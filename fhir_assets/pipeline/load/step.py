@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -19,7 +19,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, checkpoints, consents, dead_letters, received, replays, runs
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block
 from fhir_assets.warehouse.postgres.tables.loading import OPEN, LoadCounts, Loader, Unloadable
@@ -79,7 +79,7 @@ class LoadStep:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         views: Sequence[View],
         *,
         all_views: bool,

@@ -6,7 +6,6 @@ Landing files, intake, missing references and corrections all come through ``rec
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -24,7 +23,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters, received
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.ops.received import Receiving
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 from fhir_assets.windows import Window, WindowScheme
 
 
@@ -57,7 +56,7 @@ class Receiver:
     def __init__(
         self,
         store: Store,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         scheme: WindowScheme,
         resource_types: Sequence[str],
         *,
@@ -102,7 +101,7 @@ class Receiver:
         """As ``receive``, of what ``bring`` makes: what it writes through the connection that it is given is committed
         together with the note that the origin was received, or not at all.
         """
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             received.hold(conn, origin)
             if before := received.of_origin(conn, origin):
                 return Received(origin, tuple(before), already_received=True)

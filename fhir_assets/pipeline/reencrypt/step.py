@@ -7,7 +7,6 @@ data, so a rotation that was stopped, however, goes on where it was. Each batch 
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -24,7 +23,7 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage import reencrypt
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -94,7 +93,7 @@ class ReencryptStep:
 
     def __init__(
         self,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         store: Store,
         views: Sequence[View],
         *,
@@ -121,7 +120,7 @@ class ReencryptStep:
         Raises ConfigurationError without keys, TransientError if a rotation is under way already, ViewError if a
         table does not fit its view, DatabaseUnavailable, or StoreError.
         """
-        with closing(self._connect()) as conn, closing(self._connect()) as guard:
+        with self._connect() as conn, self._connect() as guard:
             cipher = cipher_of(conn)
             if not cipher.on:
                 raise ConfigurationError(

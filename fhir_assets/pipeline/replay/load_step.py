@@ -5,8 +5,7 @@ as any other part does. The manifest names the run (``replay:<run>``), so that a
 commit is not done twice: a letter that is still held by a run which the manifest names has healed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from fhir_assets.fhir.views import View
@@ -16,7 +15,7 @@ from fhir_assets.pipeline.load.step import compute_views_ruleset, load_audit_rec
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
-from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import OPEN, Loader
 from fhir_assets.windows import Window
@@ -27,7 +26,7 @@ class ReplayLoadStep:
 
     def __init__(
         self,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         views: Sequence[View],
         *,
         run_id: str,
@@ -45,7 +44,7 @@ class ReplayLoadStep:
         many healed. Raises DatabaseUnavailable, ViewError or SealingError.
         """
         arrived = {window.key: window.start or window.end for window in windows}
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             healed_by: dict[str, list[str]] = {key: [] for key in arrived}
             claimed = replays.claim(
                 conn, self._run_id, resource_type, LOAD_STAGES, healed_by, also_open=self._also_open
@@ -57,7 +56,7 @@ class ReplayLoadStep:
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
         healed = 0
-        with closing(self._connect()) as reading, closing(self._connect()) as writing:
+        with self._connect() as reading, self._connect() as writing:
             make = RowBuilder(self._views, cipher_of(writing))
             for letters in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
                 with writing.transaction():

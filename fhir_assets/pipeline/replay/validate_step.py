@@ -6,8 +6,7 @@ commit is not done twice: a letter that is still held by a run which the manifes
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -19,7 +18,7 @@ from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 STAGE = "validate"
 
@@ -40,7 +39,7 @@ class ReplayValidateStep:
         self,
         store: Store,
         validator: Validator,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         *,
         run_id: str,
         now: datetime,
@@ -73,12 +72,12 @@ class ReplayValidateStep:
         """
         manifests = {m.partition_key: m for m in self._store.manifests("validated", resource_type, partition_keys)}
         tallies = {key: _Tally() for key in manifests}
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             healed_by = {key: m.validated.replays if m.validated else [] for key, m in manifests.items()}
             replays.claim(conn, self._run_id, resource_type, [STAGE], healed_by, also_open=self._also_open)
             replays.note_origin(conn, self._run_id, resource_type, partition_keys)
             conn.commit()
-        with closing(self._connect()) as reading, closing(self._connect()) as writing:
+        with self._connect() as reading, self._connect() as writing:
             with PartWriter(self._store, "validated") as writer:
                 for letters in replays.claimed(reading, self._run_id, resource_type, [STAGE], list(manifests)):
                     failed = self._judge(resource_type, letters, tallies, writer)

@@ -1,7 +1,7 @@
 """raw -> validated: every resource is either kept, as its received bytes, or becomes a dead letter."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,7 +17,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class ValidateStep:
         self,
         store: Store,
         validator: Validator,
-        connect: Callable[[], Session],
+        connect: OpenSession,
         *,
         run_id: str,
         now: datetime,

@@ -2,14 +2,13 @@
 the original's place whenever that is judged again, in a replay or when its window is materialized anew.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,7 @@ class Corrections:
     first resource is refused; the resources are read one by one.
     """
 
-    def __init__(
-        self, connect: Callable[[], Session], resource_type: str, stages: Sequence[str], keys: Sequence[str]
-    ) -> None:
+    def __init__(self, connect: OpenSession, resource_type: str, stages: Sequence[str], keys: Sequence[str]) -> None:
         self._connect = connect
         self._scope = [resource_type, list(stages), list(keys)]
         self._known: dict[str, set[bytes]] | None = None
@@ -87,14 +84,14 @@ class Corrections:
         fingerprint = letter.fingerprint(self._cipher)
         if fingerprint not in self._fingerprints()[letter.partition_key]:
             return None
-        with closing(self._connect()) as conn:
+        with self._connect() as conn:
             row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
             return None if row is None else self._cipher.decrypt_content(bytes(row[0]))
 
     def _fingerprints(self) -> dict[str, set[bytes]]:
         if self._known is None:
             self._known = {}
-            with closing(self._connect()) as conn:
+            with self._connect() as conn:
                 self._cipher = cipher_of(conn)
                 rows = conn.execute(
                     "SELECT partition_key, fingerprint FROM ops.corrections"

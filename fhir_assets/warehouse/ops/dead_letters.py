@@ -1,8 +1,8 @@
 """Dead letters: what could not go on, each with its reason and its bytes, to be listed, settled and replayed."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import islice
@@ -14,7 +14,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
 Status = Literal["open", "replaying", "resolved", "discarded"]
@@ -67,9 +67,9 @@ def record(conn: Session, run_id: str, letters: Iterable[DeadLetter]) -> None:
         _record(conn, run_id, chunk)
 
 
-def record_now(connect: Callable[[], Session], run_id: str, letters: Sequence[DeadLetter]) -> None:
+def record_now(connect: OpenSession, run_id: str, letters: Sequence[DeadLetter]) -> None:
     """As ``record``, committed at once on a connection of its own, whatever becomes of the caller's work."""
-    with closing(connect()) as conn, conn.transaction():
+    with connect() as conn, conn.transaction():
         record(conn, run_id, letters)
 
 

@@ -31,8 +31,8 @@ def call(*arguments: str) -> str:
     return done.stdout
 
 
-def test_the_outbox_has_to_be_installed_first(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DB_URL", empty_database)
+def test_the_outbox_has_to_be_installed_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_URL", database)
     with pytest.raises(ConfigurationError, match="connector install"):
         CliRunner().invoke(app, ["status"], catch_exceptions=False)
     call("install")

@@ -1,15 +1,17 @@
-"""Connections that wait to be used again.
+"""Idle connections of this process, kept for reuse.
 
-A load asks for a connection at nearly every statement, from several threads and one inside the other. A new one starts
-a process of Postgres that has to read its catalogs first: that costs several times the statement. A pool of a fixed
-size would let nested askers wait for each other; this one only keeps what was given back, needs no thread, and a new
-connection is made, or says why not, where it is asked for.
+A load opens a connection for nearly every statement, from several threads and one inside the other; a new connection
+costs several times as much as the statement. ``psycopg_pool.ConnectionPool`` is equally fast for idle connections, but
+it is slower for the first one (5.9 ms against 4.3 ms). Where the server is down it reports a timeout after ten seconds
+and no reason, while a connection that is opened here reports the reason at once; in a pool of a fixed size, nested
+requests of several threads can wait for each other forever.
 """
 
 import atexit
 import os
 import selectors
 from collections import deque
+from collections.abc import Iterable
 from threading import Lock
 from time import monotonic
 from typing import Any, NamedTuple
@@ -17,77 +19,80 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.pq import PipelineStatus, TransactionStatus
 
-ROOM = 8
-"""Connections that wait at most, in the whole process."""
+MAX_IDLE = 8
+"""The most connections that the whole process keeps idle."""
 
-SECONDS = 60.0
-"""A connection that nobody asked for in so long is closed when the next one comes or goes."""
+MAX_IDLE_SECONDS = 60.0
+"""A connection that is idle for longer is closed at the next ``take`` or ``put``."""
 
 _Connection = psycopg.Connection[Any]
 
 
-class _Waiting(NamedTuple):
+class _Idle(NamedTuple):
     key: str
     since: float
     connection: _Connection
 
 
 class ConnectionCache:
-    """Idle connections by where they lead. Safe for threads; a forked child begins without any."""
+    """Idle connections by key. Safe for threads; a forked child process starts with an empty cache."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._waiting: deque[_Waiting] = deque()
+        self._idle: deque[_Idle] = deque()
 
     def take(self, key: str) -> _Connection | None:
-        """A connection that is as a new one, and there; None if none waits."""
+        """Remove and return an open connection in its initial state, or None if no connection is idle."""
         while True:
             with self._lock:
-                old = self._outdated()
-                found = next((each for each in reversed(self._waiting) if each.key == key), None)
-                if found:
-                    self._waiting.remove(found)
-            _close(old)
-            if found is None:
+                expired = self._remove_expired()
+                entry = next((entry for entry in reversed(self._idle) if entry.key == key), None)
+                if entry:
+                    self._idle.remove(entry)
+            _close(expired)
+            if entry is None:
                 return None
-            if _is_there(found.connection):
-                return found.connection
-            _close([found])
+            if _is_connected(entry.connection):
+                return entry.connection
+            _close([entry])
 
-    def keep(self, key: str, connection: _Connection) -> bool:
-        """Keep a connection that is done with, as if it were new: what was not committed is rolled back, and locks,
-        settings and temporary tables are gone. False if it is of no more use.
+    def put(self, key: str, connection: _Connection) -> None:
+        """Keep a connection for reuse, or close it if it is broken.
+
+        The connection is reset to its initial state: an open transaction is rolled back, and locks, settings and
+        temporary tables are dropped.
         """
-        if not _as_new(connection):
-            return False
+        if not _reset(connection):
+            connection.close()
+            return
         with self._lock:
-            self._waiting.append(_Waiting(key, monotonic(), connection))
-            old = self._outdated()
-        _close(old)
-        return True
+            self._idle.append(_Idle(key, monotonic(), connection))
+            expired = self._remove_expired()
+        _close(expired)
 
     def clear(self) -> None:
-        """Close all that wait."""
+        """Close all idle connections."""
         with self._lock:
-            old = list(self._waiting)
-            self._waiting.clear()
-        _close(old)
+            entries = list(self._idle)
+            self._idle.clear()
+        _close(entries)
 
     def forget(self) -> None:
-        """After a fork they are the parent's: leave them to it."""
+        """Drop all connections without closing them: after a fork they belong to the parent process."""
         self._lock = Lock()
-        self._waiting = deque()
+        self._idle = deque()
 
-    def _outdated(self) -> list[_Waiting]:
-        """Taken out: those beyond the room, and those that waited too long, which are first in the row."""
-        since = monotonic() - SECONDS
-        old = []
-        while self._waiting and (len(self._waiting) > ROOM or self._waiting[0].since < since):
-            old.append(self._waiting.popleft())
-        return old
+    def _remove_expired(self) -> list[_Idle]:
+        """Remove and return the connections over ``MAX_IDLE`` and those idle too long; the oldest are first."""
+        since = monotonic() - MAX_IDLE_SECONDS
+        expired = []
+        while self._idle and (len(self._idle) > MAX_IDLE or self._idle[0].since < since):
+            expired.append(self._idle.popleft())
+        return expired
 
 
-def _as_new(connection: _Connection) -> bool:
+def _reset(connection: _Connection) -> bool:
+    """Reset a connection to its initial state. Return False if that is impossible."""
     if connection.closed or connection.pgconn.pipeline_status != PipelineStatus.OFF:
         return False
     status = connection.pgconn.transaction_status
@@ -104,8 +109,8 @@ def _as_new(connection: _Connection) -> bool:
     return True
 
 
-def _is_there(connection: _Connection) -> bool:
-    """Whether the server still holds the other end: of one that ended, its farewell waits to be read."""
+def _is_connected(connection: _Connection) -> bool:
+    """Return whether the server still holds its end: on an ended connection, its last message waits to be read."""
     if connection.closed:
         return False
     with selectors.DefaultSelector() as selector:
@@ -113,13 +118,13 @@ def _is_there(connection: _Connection) -> bool:
         return not selector.select(0)
 
 
-def _close(waiting: list[_Waiting]) -> None:
-    for each in waiting:
-        each.connection.close()
+def _close(entries: Iterable[_Idle]) -> None:
+    for entry in entries:
+        entry.connection.close()
 
 
 CONNECTION_CACHE = ConnectionCache()
-"""This process's."""
+"""The cache of this process."""
 
 atexit.register(CONNECTION_CACHE.clear)
 if hasattr(os, "register_at_fork"):

@@ -6,6 +6,8 @@ that mypy refuses a plain connection there; at run time ``cipher_of`` raises ``M
 """
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, overload
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -18,15 +20,17 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 
 OLDEST_SERVER = 15
+"""The oldest major version of Postgres that is supported."""
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 """Any connection to a database of the project. No patient data is read or written through one without a cipher."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
+_OPTIONS: dict[str, Any] = {"application_name": "fhir_assets", "options": "-c TimeZone=UTC -c DateStyle=ISO"}
 _HINTS = (
     ("password authentication failed", "the user or the password in DB_URL is wrong"),
-    ("no password supplied", "DB_URL holds no password, and the server asks for one"),
-    ("no pg_hba.conf entry", "the server does not admit this user from here (pg_hba.conf)"),
+    ("no password supplied", "the server requires a password, and DB_URL contains none"),
+    ("no pg_hba.conf entry", "the server does not admit this user from this host (pg_hba.conf)"),
     ('" does not exist', "the database or the user in DB_URL does not exist there: create it first"),
 )
 
@@ -38,20 +42,19 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
     """
 
     cipher: Cipher
-    kept_as: str | None = None
-    """Where it waits for the next use when it is closed; None if it is closed then."""
 
-    def close(self) -> None:
-        """Give the connection back, or end it."""
-        key, self.kept_as = self.kept_as, None
-        if key is None or not CONNECTION_CACHE.keep(key, self):
-            super().close()
+
+OpenConnection = Callable[[], AbstractContextManager[Connection]]
+"""Open a connection for a ``with`` block, at whose end it is closed or returned to where it came from."""
+
+OpenSession = Callable[[], AbstractContextManager[Session]]
+"""Open a session for a ``with`` block, at whose end the transaction is committed, or rolled back after an error."""
 
 
 def normalise_url(url: str, driver: str | None = None) -> str:
-    """``url`` with the scheme that a library wants: plain for psycopg, ``postgresql+<driver>`` for SQLAlchemy.
+    """Return ``url`` with the scheme ``postgresql``, or ``postgresql+<driver>`` for SQLAlchemy.
 
-    Raises ConfigurationError if it is not a Postgres URL.
+    Raises ConfigurationError if it is not the URL of a Postgres database.
     """
     if not _SCHEME.match(url):
         raise ConfigurationError("DB_URL must look like postgresql://user:password@host:5432/database")
@@ -59,7 +62,7 @@ def normalise_url(url: str, driver: str | None = None) -> str:
 
 
 def with_database(url: str, database: str) -> str:
-    """``url`` with the database's name replaced."""
+    """Return ``url`` with another database name."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"/{quote(database, safe='')}"))
 
@@ -83,57 +86,58 @@ def connect(
     """
     kind: type[Connection] = psycopg.Connection if cipher is None else Session
     try:
-        connection = kind.connect(
-            normalise_url(url),
-            autocommit=autocommit,
-            connect_timeout=timeout,
-            application_name="fhir_assets",
-            options="-c TimeZone=UTC -c DateStyle=ISO",
-        )
+        connection = kind.connect(normalise_url(url), autocommit=autocommit, connect_timeout=timeout, **_OPTIONS)
     except psycopg.OperationalError as error:
-        raise _explained(url, error) from None
+        raise _explain(url, error) from None
     except psycopg.Error:
-        raise ConfigurationError(f"DB_URL cannot be understood: {_place(url)}") from None
-    if connection.info.server_version // 10_000 < OLDEST_SERVER:
-        version = connection.info.server_version // 10_000
+        raise ConfigurationError(f"DB_URL cannot be parsed: {_describe(url)}") from None
+    version = connection.info.server_version // 10_000
+    if version < OLDEST_SERVER:
         connection.close()
-        raise ConfigurationError(f"Postgres {version} at {_place(url)} is too old: {OLDEST_SERVER} or newer is needed")
+        raise ConfigurationError(
+            f"Postgres {version} at {_describe(url)} is too old: {OLDEST_SERVER} or newer is required"
+        )
     if cipher is not None:
         assert isinstance(connection, Session)
         connection.cipher = cipher
     return connection
 
 
-def borrow(url: str, *, cipher: Cipher) -> Session:
-    """As ``connect``: a connection of this process that was given back by ``close``, as good as new, or a new one."""
-    connection = CONNECTION_CACHE.take(url) or connect(url, cipher=cipher)
-    assert isinstance(connection, Session)
-    connection.cipher = cipher
-    connection.kept_as = url
-    # Prepared statements do not outlive the caller, who seldom says the same thing six times.
-    connection.prepare_threshold = None
-    return connection
+@contextmanager
+def borrow_session(url: str, *, cipher: Cipher) -> Iterator[Session]:
+    """Lend a session for a ``with`` block: an idle connection of this process, or a new one.
+
+    At the end of the block the transaction is committed, or rolled back after an error, and the connection is returned
+    to the cache of the process. Raises as ``connect`` does.
+    """
+    session = CONNECTION_CACHE.take(url) or connect(url, cipher=cipher)
+    assert isinstance(session, Session)
+    session.cipher = cipher
+    # Prepared statements end with the block, and few blocks run a statement often enough to profit from one.
+    session.prepare_threshold = None
+    try:
+        yield session
+        if not session.closed:
+            session.commit()
+    finally:
+        CONNECTION_CACHE.put(url, session)
 
 
 def connection_pool(url: str, *, cipher: Cipher, size: int = 8) -> ConnectionPool[Session]:
     """Return a pool of up to ``size`` sessions for a process that serves many short requests. It is not yet open."""
 
-    def set_cipher(connection: Session) -> None:
-        connection.cipher = cipher
+    def set_cipher(session: Session) -> None:
+        session.cipher = cipher
 
     return ConnectionPool(
         normalise_url(url),
         connection_class=Session,
-        kwargs={
-            "connect_timeout": 10,
-            "application_name": "fhir_assets",
-            "options": "-c TimeZone=UTC -c DateStyle=ISO",
-        },
+        kwargs={"connect_timeout": 10, **_OPTIONS},
         min_size=1,
         max_size=size,
         timeout=10,
         max_idle=60,
-        # Or it would wait, once the database is back, as long again as that was away.
+        # The default retries with growing pauses, so that a pool stays down long after the database is back.
         reconnect_timeout=2,
         configure=set_cipher,
         check=ConnectionPool.check_connection,
@@ -149,9 +153,9 @@ def cipher_of(conn: Connection) -> Cipher:
 
 
 def ensure_database(url: str, name: str) -> None:
-    """Create the database ``name`` on the server of ``url`` if it is not there.
+    """Create the database ``name`` on the server of ``url`` unless it exists.
 
-    Raises DatabaseUnavailable, or ConfigurationError if the user may not.
+    Raises DatabaseUnavailable, or ConfigurationError if the user lacks the right.
     """
     with connect(url, autocommit=True) as conn:
         if conn.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone() is not None:
@@ -162,27 +166,27 @@ def ensure_database(url: str, name: str) -> None:
             return
         except psycopg.errors.InsufficientPrivilege:
             raise ConfigurationError(
-                f"The user of DB_URL may not create the database {name} at {_place(url)}: "
+                f"The user of DB_URL may not create the database {name} at {_describe(url)}: "
                 f"have an administrator run `CREATE DATABASE {name}`"
             ) from None
 
 
-def _explained(url: str, error: psycopg.OperationalError) -> ConfigurationError | DatabaseUnavailable:
+def _explain(url: str, error: psycopg.OperationalError) -> ConfigurationError | DatabaseUnavailable:
     text = str(error)
     for sign, reason in _HINTS:
         if sign in text:
-            return ConfigurationError(f"Postgres at {_place(url)} refused the connection: {reason}")
+            return ConfigurationError(f"Postgres at {_describe(url)} refused the connection: {reason}")
     reason = text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
     password = urlsplit(url).password
     if password:
         reason = reason.replace(password, "***")
     return DatabaseUnavailable(
-        f"Postgres at {_place(url)} cannot be reached ({reason}): start it, or correct DB_URL, then try again"
+        f"Postgres at {_describe(url)} cannot be reached ({reason}): start it, or correct DB_URL, then try again"
     )
 
 
-def _place(url: str) -> str:
-    """Host and database of a URL, without the user's secrets."""
+def _describe(url: str) -> str:
+    """Return host, port and database of a URL, without user and password."""
     try:
         info = psycopg.conninfo.conninfo_to_dict(normalise_url(url))
     except (psycopg.Error, ConfigurationError):

@@ -1,5 +1,6 @@
-"""The schema's migrations: Alembic, from ``sql/migrations``, plus one partition of fhir.resource a catalog type."""
+"""Migrations of the schema: Alembic revisions in ``sql/migrations``, and a partition of fhir.resource for each type."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import psycopg
@@ -18,7 +19,10 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, connect, n
 
 
 def sql_folder() -> Path:
-    """``sql/`` of the checkout, or its copy inside the installed package."""
+    """Return the folder ``sql/`` of the checkout, or its copy inside the installed package.
+
+    Raises ConfigurationError if neither exists.
+    """
     package = Path(__file__).resolve().parents[3]
     for folder in (package / "sql", package.parent / "sql"):
         if (folder / "migrations" / "env.py").is_file():
@@ -27,10 +31,11 @@ def sql_folder() -> Path:
 
 
 def upgrade(url: str) -> None:
-    """Bring the database to the newest schema, in one transaction. Several processes may do so at once; where there
-    is nothing to do, those may too that have no rights to.
+    """Upgrade the database to the newest schema, in one transaction.
 
-    Raises DatabaseUnavailable, or ConfigurationError if the user lacks a right or the schema is newer than this code.
+    Several processes may call this at once. A database that is current is left alone, so that a user without rights to
+    the schema may call this too. Raises DatabaseUnavailable, or ConfigurationError if the user lacks a right or the
+    schema is newer than this version.
     """
     if is_current(url):
         return
@@ -39,13 +44,9 @@ def upgrade(url: str) -> None:
         with engine.begin() as connection:
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": advisory_locks.SCHEMA})
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS ops"))
-            known = {script.revision for script in _scripts().walk_revisions()}
             heads = _heads(connection)
-            if heads - known:
-                raise ConfigurationError(
-                    f"The database's schema ({', '.join(sorted(heads))}) is newer than this installation: "
-                    "upgrade fhir-assets"
-                )
+            if heads - _known_revisions():
+                raise _newer(heads)
             config = _config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -64,25 +65,44 @@ def upgrade(url: str) -> None:
         engine.dispose()
 
 
-def current(url: str) -> str | None:
-    """The revision that the database is at; None before the first migration."""
+def require_current(url: str) -> None:
+    """Check that the database has the schema of this version, and change nothing.
+
+    Raises ConfigurationError if the schema is missing, older or newer, or if the user may not read its revision, and
+    DatabaseUnavailable.
+    """
+    with connect(url) as conn:
+        revision, missing = _read_state(conn)
+    needed = _scripts().get_current_head()
+    if revision is None:
+        raise ConfigurationError("The database has no schema yet: run `fhir-assets migrate`")
+    if revision not in _known_revisions():
+        raise _newer([revision])
+    if revision != needed:
+        raise ConfigurationError(
+            f"The database's schema is at revision {revision}, this version needs {needed}: run `fhir-assets migrate`"
+        )
+    if missing:
+        raise ConfigurationError(
+            f"The database has no partition of fhir.resource for {', '.join(missing)}: run `fhir-assets migrate`"
+        )
+
+
+def read_revision(url: str) -> str | None:
+    """Return the revision of the database's schema, or None before the first migration."""
     with connect(url) as conn:
         return _revision(conn)
 
 
 def is_current(url: str) -> bool:
-    """Whether ``upgrade`` has nothing to do. Raises ConfigurationError if the user may not even look."""
+    """Return whether ``upgrade`` has nothing to do. Raises ConfigurationError if the user may not read the revision."""
     with connect(url) as conn:
-        try:
-            return _revision(conn) == _scripts().get_current_head() and not _missing_partitions(conn)
-        except psycopg.errors.InsufficientPrivilege:
-            raise ConfigurationError(
-                "The user of DB_URL has no rights to schema ops: grant it the role fhir_loader, or fhir_operator"
-            ) from None
+        revision, missing = _read_state(conn)
+    return revision == _scripts().get_current_head() and not missing
 
 
 def lock_schema(conn: Connection) -> None:
-    """Wait for the right to change tables, until the transaction ends."""
+    """Wait for the lock on changes of the schema, and hold it until the end of the transaction."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.SCHEMA])
 
 
@@ -97,22 +117,45 @@ def _scripts() -> ScriptDirectory:
     return ScriptDirectory.from_config(_config())
 
 
+def _known_revisions() -> set[str]:
+    return {script.revision for script in _scripts().walk_revisions()}
+
+
+def _newer(revisions: Iterable[str]) -> ConfigurationError:
+    return ConfigurationError(
+        f"The database's schema ({', '.join(sorted(revisions))}) is newer than this installation: upgrade fhir-assets"
+    )
+
+
 def _heads(connection: sqlalchemy.Connection) -> set[str]:
     context = MigrationContext.configure(connection, opts={"version_table_schema": "ops"})
     return set(context.get_current_heads())
 
 
+def _read_state(conn: Connection) -> tuple[str | None, list[str]]:
+    """Return the revision and the resource types whose partition is missing."""
+    try:
+        revision = _revision(conn)
+        return revision, _missing_partitions(conn) if revision else []
+    except psycopg.errors.InsufficientPrivilege:
+        raise ConfigurationError(
+            "The user of DB_URL has no rights to schema ops: grant it the role fhir_loader, or fhir_operator"
+        ) from None
+
+
 def _revision(conn: Connection) -> str | None:
-    there = conn.execute("SELECT to_regclass('ops.alembic_version')").fetchone()
-    if there is None or there[0] is None:
+    table = conn.execute("SELECT to_regclass('ops.alembic_version')").fetchone()
+    if table is None or table[0] is None:
         return None
     row = conn.execute("SELECT version_num FROM ops.alembic_version").fetchone()
     return str(row[0]) if row else None
 
 
 def _missing_partitions(conn: Connection) -> list[str]:
-    there = {row[0] for row in conn.execute("SELECT relname FROM pg_class WHERE relnamespace = 'fhir'::regnamespace")}
-    return [t.name for t in CATALOG if f"resource_{t.key}" not in there]
+    # fhir is absent in a database whose revision is older than the one that creates it.
+    rows = conn.execute("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('fhir')")
+    tables = {name for (name,) in rows}
+    return [resource_type.name for resource_type in CATALOG if f"resource_{resource_type.key}" not in tables]
 
 
 def _create_partitions(conn: Connection) -> None:

@@ -4,7 +4,7 @@ Of all patients every ``STRIDE``-th id is remembered for some seconds. A page be
 so that Postgres skips STRIDE rows of an index at most, and ``total`` is known without counting.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from threading import Lock, Thread
 from time import monotonic
@@ -14,7 +14,7 @@ from psycopg import sql
 
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
 
 STRIDE = 500
@@ -57,7 +57,7 @@ class _Marks:
 class Directory:
     """Pages of patients. One for a process; ``connect`` gives the connection that its remembered ids are read with."""
 
-    def __init__(self, connect: Callable[[], Session], *, fresh_seconds: float = FRESH_SECONDS) -> None:
+    def __init__(self, connect: OpenSession, *, fresh_seconds: float = FRESH_SECONDS) -> None:
         self._connect = connect
         self._fresh = fresh_seconds
         self._marks: _Marks | None = None

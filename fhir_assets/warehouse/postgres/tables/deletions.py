@@ -5,8 +5,7 @@ bring the resource back, whenever it arrives, and one that is newer does.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -18,7 +17,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, consents, visits
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import version_number
 from fhir_assets.warehouse.postgres.tables.encoding import LONGEST_INDEXED
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
@@ -62,16 +61,14 @@ def apply(
     return total
 
 
-def bury(
-    connect: Callable[[], Session], deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
-) -> Deleted:
+def bury(connect: OpenSession, deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline") -> Deleted:
     """Apply some thousands of deletions in a transaction of their own, again where it crossed a load.
 
     Raises DatabaseUnavailable.
     """
     for _ in range(_CROSSINGS):
         try:
-            with closing(connect()) as conn, conn.transaction():
+            with connect() as conn, conn.transaction():
                 return apply(conn, deletions, run_id=run_id, actor=actor)
         except psycopg.errors.DeadlockDetected:
             continue
