@@ -70,6 +70,8 @@ class Directory:
         """
         marks = self._current(conn)
         skip = (number - 1) * size
+        if not marks.total:
+            return Page(0, ())
         if after is not None:
             return Page(marks.total, _following(conn, sql.SQL("id > %s"), [after], size, 0))
         if skip >= marks.total:
