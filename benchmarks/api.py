@@ -20,7 +20,7 @@ import orjson
 from psycopg import sql
 
 from benchmarks.machine import scratch
-from fhir_assets.api.access import Role, new_token
+from fhir_assets.api.access import Role, create_token
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion
@@ -39,7 +39,7 @@ KNOWN = 2_000
 def main(patients: int, seconds: float) -> int:
     """Print figures beside the goals; always 0, as shared cores say little about either."""
     logging.disable(logging.ERROR)
-    secret, entry = new_token("benchmark", Role.ADMIN)
+    secret, entry = create_token("benchmark", Role.ADMIN)
     with scratch() as folder:
         values: dict[str, object] = {
             "fhir_assets_home": folder,

@@ -1,4 +1,10 @@
-"""The HTTP API: intake, look-ups, runs. See app.py."""
+"""The HTTP API: intake of records, patient look-ups and runs.
 
-WORKERS = "FHIR_ASSETS_API_WORKERS"
-"""Environment variable: how many worker processes share a token's rate. `fhir-assets api` sets it for its own."""
+``app.py`` assembles the application. The modules of routes parse requests, call ``pipeline`` and ``warehouse``, and
+build answers; SQL and business rules do not belong here.
+"""
+
+WORKERS_VARIABLE = "FHIR_ASSETS_API_WORKERS"
+"""Environment variable with the number of worker processes that share the request rate of a token. `fhir-assets api`
+sets it for its workers.
+"""

@@ -1,7 +1,8 @@
-"""Who may do what: tokens, roles, and the one table of the routes.
+"""Authentication and authorization: tokens, roles, request rates, and the roles that each route requires.
 
-A token is ``name:role:sha256 of the secret`` in API_TOKENS; the secret itself is nowhere kept. Whoever presents none
-that fits gets 401 before anything else is looked at; whoever may not, 403.
+An entry of API_TOKENS is ``name:role:sha256``, with the SHA-256 of the token's secret; the secret itself is stored
+nowhere. A request without a known token gets 401 before anything else of it is read; a request whose role does not
+suffice gets 403.
 """
 
 import base64
@@ -17,12 +18,12 @@ from time import monotonic
 
 from fhir_assets.errors import ConfigurationError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}").fullmatch
-_DIGEST = re.compile(r"[0-9a-fA-F]{64}").fullmatch
+_is_name = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}").fullmatch
+_is_digest = re.compile(r"[0-9a-fA-F]{64}").fullmatch
 
 
 class Role(StrEnum):
-    """What a token is for. ``admin`` may do everything."""
+    """The role of a token. ``ROUTE_ROLES`` lists the routes of each; ``admin`` may call every route."""
 
     READER = "reader"
     OPERATOR = "operator"
@@ -35,7 +36,7 @@ _OPERATE = frozenset({Role.OPERATOR, Role.ADMIN})
 _INTAKE = frozenset({Role.INGESTER, Role.ADMIN})
 _ALL = frozenset(Role)
 
-ACCESS: Mapping[tuple[str, str], frozenset[Role]] = {
+ROUTE_ROLES: Mapping[tuple[str, str], frozenset[Role]] = {
     ("POST", "/ingest"): _INTAKE,
     ("GET", "/ingest/tasks/{task_id}"): _INTAKE | _OPERATE,
     ("POST", "/api/v1/ingest"): _INTAKE,
@@ -54,15 +55,15 @@ ACCESS: Mapping[tuple[str, str], frozenset[Role]] = {
     ("GET", "/docs"): _ALL,
     ("GET", "/openapi.json"): _ALL,
 }
-"""Who may call which route. A route that is not here is served to nobody: the application does not start with it."""
+"""The roles that may call each route. The application does not start with a route that is missing here."""
 
-OPEN = frozenset({"/health", "/health/live", "/health/ready"})
+PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """The paths that need no token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One of API_TOKENS."""
+    """One entry of API_TOKENS."""
 
     name: str
     role: Role
@@ -70,72 +71,90 @@ class Token:
 
     @property
     def actor(self) -> str:
-        """As the audit log names it."""
+        """The token's name in the audit log."""
         return f"api:{self.name}"
 
 
 def parse_tokens(text: str) -> tuple[Token, ...]:
-    """The tokens of API_TOKENS. Raises ConfigurationError, which names a token by its place only."""
-    found = []
-    for place, part in enumerate((each.strip() for each in text.split(",") if each.strip()), start=1):
-        name, _, rest = part.partition(":")
+    """Parse API_TOKENS, entries ``name:role:sha256`` separated by commas.
+
+    Raises ConfigurationError if an entry is malformed, or if two entries share a name or a secret. The message names an
+    entry by its position only.
+    """
+    tokens = []
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    for position, entry in enumerate(entries, start=1):
+        name, _, rest = entry.partition(":")
         role, _, digest = rest.partition(":")
-        if not _NAME(name) or role not in {each.value for each in Role} or not _DIGEST(digest):
+        if not _is_name(name) or role not in {known.value for known in Role} or not _is_digest(digest):
             raise ConfigurationError(
-                f"token {place} of API_TOKENS is malformed: it is name:role:sha256, the role one of "
-                f"{', '.join(Role)}; `fhir-assets api token NAME ROLE` makes one"
+                f"token {position} of API_TOKENS is malformed: an entry is name:role:sha256, with one of the roles "
+                f"{', '.join(Role)}; `fhir-assets api token NAME ROLE` creates one"
             )
-        found.append(Token(name, Role(role), bytes.fromhex(digest)))
-    if len({token.name for token in found}) < len(found) or len({token.sha256 for token in found}) < len(found):
-        raise ConfigurationError("API_TOKENS holds two tokens of one name or one secret: each needs its own")
-    return tuple(found)
+        tokens.append(Token(name, Role(role), bytes.fromhex(digest)))
+    if len({token.name for token in tokens}) < len(tokens) or len({token.sha256 for token in tokens}) < len(tokens):
+        raise ConfigurationError(
+            "two entries of API_TOKENS have the same name or the same secret: give each entry its own"
+        )
+    return tuple(tokens)
 
 
-def new_token(name: str, role: Role) -> tuple[str, str]:
-    """A fresh secret, and the entry of API_TOKENS for it. Raises ConfigurationError for an unusable name."""
-    if not _NAME(name):
-        raise ConfigurationError("a token's name is 1 to 64 letters, digits and . _ @ -, such as a service's name")
+def create_token(name: str, role: Role) -> tuple[str, str]:
+    """Return a new random secret and its entry for API_TOKENS. Raises ConfigurationError if the name is not valid."""
+    if not _is_name(name):
+        raise ConfigurationError(
+            "a token's name has 1 to 64 characters: letters, digits and . _ @ -, for example the name of a service"
+        )
     secret = secrets.token_urlsafe(32)
     return secret, f"{name}:{role.value}:{hashlib.sha256(secret.encode()).hexdigest()}"
 
 
-class Gatekeeper:
-    """Knows the tokens, and how fast each has been calling."""
+class Authenticator:
+    """Finds the token that an Authorization header presents."""
+
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        self._tokens = tuple(tokens)
+
+    def authenticate(self, authorization: str) -> Token | None:
+        """Return the token of an Authorization header, or None if the header presents no known token.
+
+        The secret is the credential of the Bearer scheme, or the password of the Basic scheme, which browsers use.
+        """
+        secret = _read_secret(authorization)
+        if secret is None:
+            return None
+        digest = hashlib.sha256(secret).digest()
+        authenticated = None
+        for token in self._tokens:
+            # The loop compares all tokens, so that its duration does not depend on which token matches.
+            if hmac.compare_digest(token.sha256, digest):
+                authenticated = token
+        return authenticated
+
+
+class RateLimiter:
+    """A token bucket for each API token."""
 
     def __init__(
         self, tokens: Sequence[Token], *, rate: float, burst: float | None = None, now: Callable[[], float] = monotonic
     ) -> None:
-        """``rate``: requests a second of one token; ``burst``: how many may come at once; unset: those of 2 s."""
-        self._tokens = tuple(tokens)
+        """Allow each token ``rate`` requests a second, and ``burst`` requests at once (default: those of 2 seconds)."""
         self._rate = rate
         self._burst = max(1.0, 2 * rate if burst is None else burst)
         self._now = now
-        self._left = {token.name: (self._burst, now()) for token in tokens}
+        self._buckets = {token.name: (self._burst, now()) for token in tokens}
 
-    def recognize(self, authorization: str) -> Token | None:
-        """The token that an Authorization header presents: as Bearer, or as the password of Basic, for browsers."""
-        secret = _secret(authorization)
-        if secret is None:
-            return None
-        digest = hashlib.sha256(secret).digest()
-        found = None
-        for token in self._tokens:
-            # All are compared, so that the time does not tell which came close.
-            if hmac.compare_digest(token.sha256, digest):
-                found = token
-        return found
-
-    def wait(self, token: Token) -> float:
-        """0 if the token may call now, else the seconds until it may."""
-        left, since = self._left[token.name]
+    def take(self, token: Token) -> float:
+        """Count a request of the token. Return 0 if it is allowed, else the seconds until the next one is."""
+        available, since = self._buckets[token.name]
         now = self._now()
-        left = min(self._burst, left + (now - since) * self._rate)
-        allowed = left >= 1
-        self._left[token.name] = (left - 1 if allowed else left, now)
-        return 0.0 if allowed else (1 - left) / self._rate
+        available = min(self._burst, available + (now - since) * self._rate)
+        allowed = available >= 1
+        self._buckets[token.name] = (available - 1 if allowed else available, now)
+        return 0.0 if allowed else (1 - available) / self._rate
 
 
-def _secret(authorization: str) -> bytes | None:
+def _read_secret(authorization: str) -> bytes | None:
     scheme, _, value = authorization.strip().partition(" ")
     value = value.strip()
     if not value:

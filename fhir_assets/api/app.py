@@ -1,4 +1,4 @@
-"""Puts the HTTP API together. Importing this touches nothing; ``create_app`` neither, until it is asked something."""
+"""Assembly of the HTTP API. Importing this module and creating the application open no connection and no file."""
 
 import os
 from collections.abc import AsyncIterator
@@ -11,10 +11,10 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 
 from fhir_assets import logs
-from fhir_assets.api import WORKERS, health, intake, patients, problems, runs, visits
-from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, parse_tokens
+from fhir_assets.api import WORKERS_VARIABLE, exports, health, intake, patients, problems, runs, visits
+from fhir_assets.api.access import PUBLIC_PATHS, ROUTE_ROLES, Authenticator, RateLimiter, parse_tokens
 from fhir_assets.api.context import AppContext
-from fhir_assets.api.middleware import Guard
+from fhir_assets.api.middleware import RequestMiddleware
 from fhir_assets.api.problems import Problem, ProblemDocument
 from fhir_assets.settings import Settings, load_settings
 
@@ -22,7 +22,10 @@ VERSION = "1.0.0"
 
 
 def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
-    """The application. Raises ConfigurationError for malformed API_TOKENS."""
+    """Build the application. ``workers`` is the number of processes that share the request rate of a token.
+
+    Raises ConfigurationError if API_TOKENS is malformed.
+    """
     context = AppContext(settings)
     tokens = parse_tokens(settings.api_tokens.get_secret_value() if settings.api_tokens else "")
 
@@ -34,93 +37,94 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
     app = FastAPI(
         title="fhir_assets",
         version=VERSION,
-        summary="FHIR data into tables one can trust: intake, look-ups, runs",
+        summary="FHIR data in Postgres tables: intake of records, patient look-ups, runs",
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        dependencies=[Depends(_allowed)],
+        dependencies=[Depends(_require_role)],
         redirect_slashes=False,
     )
     app.state.context = context
-    for module in (visits, intake, patients, runs, health):
+    for module in (visits, intake, patients, runs, exports, health):
         app.include_router(module.router)
     if settings.api_docs:
-        _serve_docs(app)
-    problems.install(app)
-    _require_access(app)
+        _add_docs_routes(app)
+    problems.install_handlers(app)
+    _require_roles_of_all_routes(app)
     app.add_middleware(
-        Guard,
-        gatekeeper=Gatekeeper(tokens, rate=settings.api_rate_limit / workers),
+        RequestMiddleware,
+        authenticator=Authenticator(tokens),
+        rate_limiter=RateLimiter(tokens, rate=settings.api_rate_limit / workers),
         max_body=settings.api_max_body_bytes,
     )
     return app
 
 
-def serve() -> FastAPI:
-    """What a worker process of `fhir-assets api` serves: the settings of its environment."""
+def create_worker_app() -> FastAPI:
+    """Build the application of a worker process of `fhir-assets api`, from the settings of its environment."""
     settings = load_settings()
     logs.configure("api", settings.log_level)
-    return create_app(settings, workers=int(os.environ.get(WORKERS, "1")))
+    return create_app(settings, workers=int(os.environ.get(WORKERS_VARIABLE, "1")))
 
 
-def _allowed(request: Request) -> None:
-    """Whether the caller's role may call the route. It is asked before anything of the request is read."""
+def _require_role(request: Request) -> None:
+    """Raise Problem unless the caller's role may call the route. Runs before the body of the request is read."""
     route = request.scope["route"]
-    if route.path in OPEN:
+    if route.path in PUBLIC_PATHS:
         return
     token = request.scope["fhir_assets.token"]
-    allowed = ACCESS[request.method, route.path]
+    allowed = ROUTE_ROLES[request.method, route.path]
     if token.role not in allowed:
         roles = " or ".join(sorted(allowed))
-        raise Problem(403, f"a token of role {token.role} may not do this: it needs {roles}")
+        raise Problem(403, f"a token of role {token.role} may not call this operation: it needs the role {roles}")
 
 
-def _require_access(app: FastAPI) -> None:
-    """A route that nobody decided on stops the application from starting."""
-    for route in routes_of(app):
+def _require_roles_of_all_routes(app: FastAPI) -> None:
+    """Raise AssertionError if ROUTE_ROLES does not list a route."""
+    for route in list_routes(app):
         for method in route.methods or ():
-            if route.path not in OPEN and (method, route.path) not in ACCESS:
-                raise AssertionError(f"{method} {route.path} is not in api.access.ACCESS: say who may call it")
+            if route.path not in PUBLIC_PATHS and (method, route.path) not in ROUTE_ROLES:
+                raise AssertionError(f"{method} {route.path} is not in api.access.ROUTE_ROLES: add its roles there")
 
 
-def routes_of(app: FastAPI) -> list[APIRoute]:
-    """Every route of the application. Raises AssertionError for one of a kind whose access nobody checks."""
-    found: list[APIRoute] = []
-    waiting = list(app.routes)
-    while waiting:
-        route = waiting.pop(0)
-        # Newer versions of FastAPI keep an included router whole.
+def list_routes(app: FastAPI) -> list[APIRoute]:
+    """Return all routes of the application. Raises AssertionError for a kind of route that has no role check."""
+    routes: list[APIRoute] = []
+    pending = list(app.routes)
+    while pending:
+        route = pending.pop(0)
+        # Newer versions of FastAPI list an included router as one route.
         router = getattr(route, "original_router", None)
         if router is not None:
-            waiting[:0] = router.routes
+            pending[:0] = router.routes
         elif isinstance(route, APIRoute):
-            found.append(route)
+            routes.append(route)
         else:
-            raise AssertionError(f"a route of type {type(route).__name__}: api.access does not guard it")
-    return found
+            raise AssertionError(f"api.access does not check the roles of a route of type {type(route).__name__}")
+    return routes
 
 
-def _serve_docs(app: FastAPI) -> None:
+def _add_docs_routes(app: FastAPI) -> None:
     @app.get("/openapi.json", include_in_schema=False)
     def openapi() -> JSONResponse:
-        return JSONResponse(document(app))
+        return JSONResponse(build_openapi(app))
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
         return get_swagger_ui_html(openapi_url="/openapi.json", title="fhir_assets")
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: every operation needs a bearer token, but those of OPEN."""
-    content = app.openapi()
-    schemas = content.setdefault("components", {}).setdefault("schemas", {})
+def build_openapi(app: FastAPI) -> dict[str, Any]:
+    """Build the OpenAPI document. Every operation except those of PUBLIC_PATHS requires a bearer token."""
+    document = app.openapi()
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas["Problem"] = ProblemDocument.model_json_schema(ref_template="#/components/schemas/{model}")
     for name, schema in schemas["Problem"].pop("$defs", {}).items():
         schemas[name] = schema
-    content["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    for path, operations in content["paths"].items():
-        if path not in OPEN:
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        if path not in PUBLIC_PATHS:
             for operation in operations.values():
                 operation["security"] = [{"token": []}]
-    return content
+    return document

@@ -1,4 +1,7 @@
-"""What the routes work with, opened once a process: the database, the doors into raw, Dagster."""
+"""Objects that the routes of one process share: settings, warehouse, store, audit log and the client of Dagster.
+
+Routes get them through the FastAPI dependencies at the end of this module.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,117 +39,137 @@ from fhir_assets.warehouse.postgres.db.group_commit import GroupCommit
 from fhir_assets.warehouse.postgres.queries.patient_directory import Directory
 
 POOL_SIZE = 8
-PATIENCE_SECONDS = 5
-"""How long a request waits for a connection until the database counts as away."""
+CONNECTION_TIMEOUT_SECONDS = 5
+"""How long a request waits for a connection before the database counts as unavailable."""
 
-WAITING = 8
-"""How many requests may wait for runs to end, of the 40 threads that answer requests."""
-_DOWN = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
+MAX_WAITING_REQUESTS = 8
+"""How many requests may wait for runs to end. Each occupies one of the 40 threads that answer requests."""
+_DATABASE_UNAVAILABLE = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
-    """What one request brings, and what is to be on record of it."""
+class Submission:
+    """The accepted records of one request, and the audit records to write with them."""
 
     records: Sequence[Record]
     audit_records: Sequence[AuditRecord]
 
 
 class AppContext:
-    """Made without touching anything: what is asked for first is opened first."""
+    """What the routes of one process share. Each part is opened on its first use; creating a context opens nothing."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.warehouse = Warehouse(settings)
         self.directory = Directory(self.warehouse.connect)
-        self.waiting = BoundedSemaphore(WAITING)
-        self._record = GroupCommit(self._note)
-        self._received = GroupCommit(self._receive_all)
+        self.wait_slots = BoundedSemaphore(MAX_WAITING_REQUESTS)
+        self._audit_commits = GroupCommit(self._write_audit_records)
+        self._receive_commits = GroupCommit(self._receive_group)
         self._pool: ConnectionPool[Any] | None = None
         self._collector: DatabaseCollector | None = None
         self._lock = Lock()
 
     @cached_property
     def store(self) -> Store:
+        """The store of partitions."""
         return store_of(self.settings)
 
     @cached_property
     def validator(self) -> Validator:
+        """The validator of R4 resources."""
         return build_validator(self.settings)
 
     @cached_property
     def receiver(self) -> Receiver:
+        """The receiver that writes records to ``raw``."""
         return receiver_of(self.settings, self.warehouse)
 
     @cached_property
     def zone(self) -> Zone:
-        """The landing zone. Raises ConfigurationError if there is none."""
+        """The landing zone. Raises ConfigurationError if FHIR_LANDING_URL is not set."""
         return zone_of(self.settings)
 
     @cached_property
     def dagster(self) -> DagsterClient:
+        """The client of the Dagster webserver."""
         return DagsterClient(self.settings.dagster_webserver_url or self.settings.dagster_ui_url)
 
     @cached_property
     def asset_graph(self) -> AssetGraph:
+        """The graph of the deployment's assets."""
         return build_definitions(self.settings).resolve_asset_graph()
 
-    def identify(self, resource_type: str, number: str) -> str:
-        """The id of the resource that is known by a number. Raises DatabaseUnavailable: the key is in the database."""
+    def derive_id(self, resource_type: str, number: str) -> str:
+        """Return the resource id that follows from an identifier, such as an MRN. Raises DatabaseUnavailable, because
+        the database holds the secret of the derivation.
+        """
         return self.warehouse.cipher().identity(resource_type, number)
 
     @contextmanager
     def connection(self) -> Iterator[Session]:
-        """A pooled connection; what was done is committed unless it raises. Raises DatabaseUnavailable."""
+        """Borrow a pooled connection. The transaction is committed at the end, or rolled back if the block raises.
+
+        Raises DatabaseUnavailable.
+        """
         try:
-            with self._opened().connection(timeout=PATIENCE_SECONDS) as conn:
+            with self._open_pool().connection(timeout=CONNECTION_TIMEOUT_SECONDS) as conn:
                 yield conn
         except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError):
-            raise DatabaseUnavailable(_DOWN) from None
+            raise DatabaseUnavailable(_DATABASE_UNAVAILABLE) from None
 
-    def note(self, *audit_records: AuditRecord) -> None:
-        """Deeds on record, before anybody hears of them. Raises DatabaseUnavailable."""
-        self._record.do(audit_records)
+    def record_audit(self, *audit_records: AuditRecord) -> None:
+        """Write audit records, before the caller gets the data that they are about. Raises DatabaseUnavailable."""
+        self._audit_commits.do(audit_records)
 
-    def _note(self, asked: Sequence[Sequence[AuditRecord]]) -> list[None]:
-        # Each commit of the log keeps all others waiting: those who read at the same time share one.
+    def _write_audit_records(self, groups: Sequence[Sequence[AuditRecord]]) -> list[None]:
+        # Every commit of the audit log blocks all others, so simultaneous requests share one.
         with self.connection() as conn:
-            audit_log.record(conn, *(audit_record for audit_records in asked for audit_record in audit_records))
-        return [None] * len(asked)
+            audit_log.record(conn, *(audit_record for group in groups for audit_record in group))
+        return [None] * len(groups)
 
-    def receive_together(self, posted: Posted) -> None:
-        """As ``receive``, together with what others post at the same time: one part, one commit for all of them."""
-        self._received.do(posted)
+    def receive_grouped(self, submission: Submission) -> None:
+        """Receive a submission together with those of simultaneous requests: one part and one commit for all of them.
 
-    def _receive_all(self, posts: Sequence[Posted]) -> list[None]:
-        self.receive(posts, f"api:{uuid4().hex}")
-        return [None] * len(posts)
+        Raises as ``receive`` does.
+        """
+        self._receive_commits.do(submission)
 
-    def receive(self, posts: Sequence[Posted], origin: str) -> None:
-        """Everything is in raw and on record when it returns, or nothing is. Raises StoreError, DatabaseUnavailable."""
-        records = [record for post in posts for record in post.records]
-        if people := [record for record in records if record.resource_type == "Patient"]:
+    def _receive_group(self, submissions: Sequence[Submission]) -> list[None]:
+        self.receive(submissions, f"api:{uuid4().hex}")
+        return [None] * len(submissions)
+
+    def receive(self, submissions: Sequence[Submission], origin: str) -> None:
+        """Write the records of all submissions to ``raw`` and their audit records to the log, or write nothing.
+
+        Raises StoreError or DatabaseUnavailable.
+        """
+        records = [record for submission in submissions for record in submission.records]
+        if patients := [record for record in records if record.resource_type == "Patient"]:
             with self.connection() as conn:
-                visits.said_elsewhere(conn, [each.id for each in people], max(each.as_of for each in people))
+                visits.said_elsewhere(
+                    conn, [patient.id for patient in patients], max(patient.as_of for patient in patients)
+                )
         self.receiver.receive(
             records,
             origin,
-            audit_records=lambda _: (audit_record for post in posts for audit_record in post.audit_records),
+            audit_records=lambda _: (
+                audit_record for submission in submissions for audit_record in submission.audit_records
+            ),
         )
 
-    def metrics(self) -> tuple[bytes, str]:
-        """What Prometheus is told, and its content type."""
+    def render_metrics(self) -> tuple[bytes, str]:
+        """Return the metrics in an exposition format of Prometheus, and its content type."""
         with self._lock:
             if self._collector is None:
                 self._collector = observer_of(self.settings, self.warehouse.connect)
         return exposition(self._collector)
 
     def close(self) -> None:
-        """End what was opened."""
+        """Close the connection pool."""
         if self._pool is not None:
             self._pool.close()
 
-    def _opened(self) -> ConnectionPool[Any]:
+    def _open_pool(self) -> ConnectionPool[Any]:
         with self._lock:
             if self._pool is None:
                 pool = connection_pool(self.warehouse.url(), cipher=self.warehouse.cipher(), size=POOL_SIZE)
@@ -157,28 +180,29 @@ class AppContext:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, and which of its requests this is."""
+    """The token that a request presents, and the id of the request."""
 
     token: Token
     request_id: str
 
     @property
     def actor(self) -> str:
+        """The caller's name in the audit log."""
         return self.token.actor
 
 
-def _context(request: Request) -> AppContext:
+def _get_context(request: Request) -> AppContext:
     return cast(AppContext, request.app.state.context)
 
 
-def _caller(request: Request) -> Caller:
+def _get_caller(request: Request) -> Caller:
     return Caller(request.scope["fhir_assets.token"], request.scope["fhir_assets.request_id"])
 
 
-async def _body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     return await request.body()
 
 
-ContextOf = Annotated[AppContext, Depends(_context)]
-CallerOf = Annotated[Caller, Depends(_caller)]
-Body = Annotated[bytes, Depends(_body)]
+Context = Annotated[AppContext, Depends(_get_context)]
+CurrentCaller = Annotated[Caller, Depends(_get_caller)]
+RawBody = Annotated[bytes, Depends(_read_body)]

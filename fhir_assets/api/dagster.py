@@ -1,4 +1,4 @@
-"""The running Dagster instance, through its webserver's own GraphQL."""
+"""A client of the Dagster webserver: starts runs and reads their status through its GraphQL API."""
 
 from collections.abc import Mapping, Sequence
 from time import monotonic, sleep
@@ -9,7 +9,8 @@ import requests
 from fhir_assets.errors import DagsterUnavailable
 
 FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
-_LOOK_SECONDS = 0.5
+"""The statuses of a run that has ended."""
+_POLL_SECONDS = 0.5
 
 _REPOSITORIES = """
 query { repositoriesOrError { __typename ... on RepositoryConnection {
@@ -23,18 +24,21 @@ _STATUS = "query ($id: ID!) { runOrError(runId: $id) { __typename ... on Run { s
 
 
 class DagsterClient:
-    """Starts runs and looks at them. Threads may share one."""
+    """Starts runs and reads their status. Threads may share a client."""
 
     def __init__(self, url: str, *, timeout: float = 30) -> None:
         self.url = url.rstrip("/")
         self._timeout = timeout
-        self._places: dict[str, tuple[str, str]] = {}
+        self._repository_of_job: dict[str, tuple[str, str]] = {}
 
     def launch(
         self, job: str, *, assets: Sequence[Sequence[str]] | None = None, tags: Mapping[str, str] | None = None
     ) -> str:
-        """Start a run of a job, of some of its assets if given. Returns its id. Raises DagsterUnavailable."""
-        location, repository = self._place(job)
+        """Start a run of a job and return the run's id.
+
+        ``assets`` are the paths of the asset keys to materialize, all of the job by default. Raises DagsterUnavailable.
+        """
+        location, repository = self._find_repository(job)
         selector: dict[str, Any] = {
             "jobName": job,
             "repositoryName": repository,
@@ -44,51 +48,54 @@ class DagsterClient:
             selector["assetSelection"] = [{"path": list(path)} for path in assets]
         metadata = {"tags": [{"key": key, "value": value} for key, value in (tags or {}).items()]}
         params = {"selector": selector, "executionMetadata": metadata, "runConfigData": {}}
-        found = self._ask(_LAUNCH, {"params": params})["launchRun"]
-        if found["__typename"] != "LaunchRunSuccess":
-            self._places.clear()
-            raise DagsterUnavailable(f"Dagster at {self.url} did not start {job}: {found['__typename']}")
-        return str(found["run"]["runId"])
+        result = self._query(_LAUNCH, {"params": params})["launchRun"]
+        if result["__typename"] != "LaunchRunSuccess":
+            self._repository_of_job.clear()
+            raise DagsterUnavailable(f"Dagster at {self.url} did not start {job}: {result['__typename']}")
+        return str(result["run"]["runId"])
 
     def status(self, run_id: str) -> str | None:
-        """The run's status as Dagster names it; None if it knows no such run. Raises DagsterUnavailable."""
-        found = self._ask(_STATUS, {"id": run_id})["runOrError"]
-        return str(found["status"]) if found["__typename"] == "Run" else None
+        """Return Dagster's status of a run, or None if there is no such run. Raises DagsterUnavailable."""
+        result = self._query(_STATUS, {"id": run_id})["runOrError"]
+        return str(result["status"]) if result["__typename"] == "Run" else None
 
     def wait(self, run_id: str, seconds: float) -> str | None:
-        """The run's status when it has ended, or after ``seconds``. Raises DagsterUnavailable."""
-        until = monotonic() + seconds
-        while (status := self.status(run_id)) not in FINISHED and monotonic() < until:
-            sleep(min(_LOOK_SECONDS, max(0.0, until - monotonic())))
+        """Wait until a run has ended, at most ``seconds``, and return its status. Raises DagsterUnavailable."""
+        deadline = monotonic() + seconds
+        while (status := self.status(run_id)) not in FINISHED and monotonic() < deadline:
+            sleep(min(_POLL_SECONDS, max(0.0, deadline - monotonic())))
         return status
 
     def is_ready(self) -> bool:
-        """Whether the webserver answers, and has the project's jobs."""
+        """Return whether the webserver answers and has a code location loaded."""
         try:
             return bool(self._repositories())
         except DagsterUnavailable:
             return False
 
     def link(self, run_id: str) -> str:
-        """The run's page in the UI."""
+        """Return the URL of the run's page in the Dagster UI."""
         return f"{self.url}/runs/{run_id}"
 
-    def _place(self, job: str) -> tuple[str, str]:
-        if job not in self._places:
+    def _find_repository(self, job: str) -> tuple[str, str]:
+        """Return the names of the code location and the repository of a job."""
+        if job not in self._repository_of_job:
             for node in self._repositories():
-                self._places |= {each["name"]: (node["location"]["name"], node["name"]) for each in node["jobs"]}
+                self._repository_of_job |= {
+                    named_job["name"]: (node["location"]["name"], node["name"]) for named_job in node["jobs"]
+                }
         try:
-            return self._places[job]
+            return self._repository_of_job[job]
         except KeyError:
             raise DagsterUnavailable(
-                f"Dagster at {self.url} has no job {job}: its code location is not loaded, or is another one"
+                f"Dagster at {self.url} has no job {job}: see in its UI that the code location of fhir_assets is loaded"
             ) from None
 
     def _repositories(self) -> list[dict[str, Any]]:
-        found = self._ask(_REPOSITORIES, {})["repositoriesOrError"]
-        return list(found.get("nodes", []))
+        result = self._query(_REPOSITORIES, {})["repositoriesOrError"]
+        return list(result.get("nodes", []))
 
-    def _ask(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    def _query(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         try:
             answer = requests.post(
                 f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=self._timeout

@@ -1,4 +1,4 @@
-"""Whether the service lives, and whether what it needs is there. Needs no token, and tells no more than that."""
+"""Routes of liveness, readiness and metrics. The health routes need no token and return booleans only."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from fhir_assets.api.context import ContextOf
-from fhir_assets.api.problems import answers
+from fhir_assets.api.context import Context
+from fhir_assets.api.problems import problem_responses
 from fhir_assets.errors import FhirAssetsError
 
 router = APIRouter(tags=["health"])
 
 
 class Health(BaseModel):
-    """``live`` always, if it can be asked; ``ready`` if all parts are there."""
+    """Readiness: `ready` if the database, the store and Dagster are available; `live` is always true."""
 
     live: bool = True
     ready: bool
@@ -25,14 +25,14 @@ class Health(BaseModel):
 
 
 class Live(BaseModel):
-    """The process answers."""
+    """Liveness: the process problem_responses."""
 
     live: bool = True
 
 
 @router.get("/health/live", response_model=Live, summary="Does the process answer?")
 def live() -> Response:
-    """For a liveness probe: it asks nobody else."""
+    """For a liveness probe. It does not contact the database, the store or Dagster."""
     return Response(b'{"live":true}', media_type="application/json")
 
 
@@ -42,8 +42,8 @@ def live() -> Response:
     responses={503: {"model": Health, "description": "Not ready"}},
     summary="Is it ready?",
 )
-def health(context: ContextOf) -> Response:
-    """503 while database, store or Dagster is missing."""
+def health(context: Context) -> Response:
+    """The status is 503 while the database, the store or Dagster is not available."""
     return _health(context)
 
 
@@ -53,44 +53,48 @@ def health(context: ContextOf) -> Response:
     responses={503: {"model": Health, "description": "Not ready"}},
     summary="Is it ready?",
 )
-def ready(context: ContextOf) -> Response:
-    """The same, for a readiness probe."""
+def ready(context: Context) -> Response:
+    """The same answer as `/health`, for a readiness probe."""
     return _health(context)
 
 
 @router.get(
     "/metrics",
     response_class=PlainTextResponse,
-    responses={**answers(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={**problem_responses(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     summary="Metrics for Prometheus",
 )
-def metrics(context: ContextOf) -> Response:
-    """What the database knows of loads, dead letters, the outbox and checks; Prometheus presents a token of role
+def metrics(context: Context) -> Response:
+    """Metrics of loads, dead letters, the outbox and checks, read from the database. Prometheus sends a token of role
     `operator` (`authorization` in its configuration).
     """
-    content, content_type = context.metrics()
+    content, content_type = context.render_metrics()
     return Response(content, media_type=content_type)
 
 
-def _health(context: ContextOf) -> Response:
+def _health(context: Context) -> Response:
     def database() -> bool:
         with context.connection() as conn:
             return conn.execute("SELECT 1").fetchone() is not None
 
     def store() -> bool:
-        # The folder in which parts are written is there, and what is kept can be read.
+        # Parts can be written to the temporary folder, and blobs can be read.
         context.store.blobs.spool()
         context.store.blobs.get("health")
         return True
 
-    found = {"database": _holds(database), "store": _holds(store), "dagster": _holds(context.dagster.is_ready)}
-    ready = all(found.values())
+    available = {
+        "database": _passes(database),
+        "store": _passes(store),
+        "dagster": _passes(context.dagster.is_ready),
+    }
+    ready = all(available.values())
     return Response(
-        orjson.dumps({"live": True, "ready": ready, **found}), 200 if ready else 503, media_type="application/json"
+        orjson.dumps({"live": True, "ready": ready, **available}), 200 if ready else 503, media_type="application/json"
     )
 
 
-def _holds(check: Callable[[], bool]) -> bool:
+def _passes(check: Callable[[], bool]) -> bool:
     try:
         return check()
     except FhirAssetsError:

@@ -1,4 +1,7 @@
-"""What every request passes before a route is looked for: its id, its token, its size; and what every answer bears."""
+"""ASGI middleware for every request: request id, authentication, rate and size limits, security headers, access log.
+
+It also turns unexpected exceptions into an answer 500 that contains no patient data.
+"""
 
 import logging
 import re
@@ -9,7 +12,7 @@ from traceback import extract_tb
 from typing import Any
 from uuid import uuid4
 
-from fhir_assets.api.access import OPEN, Gatekeeper, Token
+from fhir_assets.api.access import PUBLIC_PATHS, Authenticator, RateLimiter, Token
 from fhir_assets.api.problems import Problem
 
 Scope = MutableMapping[str, Any]
@@ -19,7 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
+_is_request_id = re.compile(rb"[A-Za-z0-9._-]{1,64}").fullmatch
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -36,12 +39,17 @@ _CSP_DOCS = (
 )
 
 
-class Guard:
-    """Pure ASGI: nothing of a request is read before its token is known, and no more than it may have."""
+class RequestMiddleware:
+    """Pure ASGI, because no byte of a body is read before the request is authenticated, and at most ``max_body`` bytes
+    are read of it.
+    """
 
-    def __init__(self, app: Application, *, gatekeeper: Gatekeeper, max_body: int) -> None:
+    def __init__(
+        self, app: Application, *, authenticator: Authenticator, rate_limiter: RateLimiter, max_body: int
+    ) -> None:
         self._app = app
-        self._gatekeeper = gatekeeper
+        self._authenticator = authenticator
+        self._rate_limiter = rate_limiter
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,31 +57,31 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given.decode() if _REQUEST_ID(given) else uuid4().hex
+        sent_id = headers.get(b"x-request-id", b"")
+        request_id = sent_id.decode() if _is_request_id(sent_id) else uuid4().hex
         scope["fhir_assets.request_id"] = request_id
-        answer = _Answer(send, request_id, docs=scope["path"] == "/docs")
+        answer = _Responder(send, request_id, docs=scope["path"] == "/docs")
         started = perf_counter()
         token: Token | None = None
         try:
-            token = self._admit(scope, headers)
+            token = self._authenticate(scope, headers)
             scope["fhir_assets.token"] = token
-            await self._app(scope, self._limited(headers, receive), answer)
+            await self._app(scope, self._limit_body(headers, receive), answer)
         except Problem as problem:
             await self._refuse(scope, receive, answer, problem, request_id)
         except Exception as error:
-            place = extract_tb(error.__traceback__)[-1]
-            # Neither the message nor the trace: either may quote what it choked on.
+            frame = extract_tb(error.__traceback__)[-1]
+            # The log gets neither the message nor the stack trace, because either may quote patient data.
             _log.error(
                 "a request failed",
                 extra={
                     "request": request_id,
                     "error": type(error).__name__,
-                    "place": f"{Path(place.filename).name}:{place.lineno}",
+                    "place": f"{Path(frame.filename).name}:{frame.lineno}",
                 },
             )
-            fault = Problem(500, "this is a fault of the service, and is in its log under the request's id")
-            await self._refuse(scope, receive, answer, fault, request_id)
+            defect = Problem(500, "the service has a defect: its log has the error under this request's id")
+            await self._refuse(scope, receive, answer, defect, request_id)
         finally:
             route = scope.get("route")
             _log.info(
@@ -81,7 +89,7 @@ class Guard:
                 extra={
                     "request": request_id,
                     "method": scope["method"],
-                    # The path as the route names it: ids and searches of patients stay out of the log.
+                    # The path template of the route, so that ids and search parameters stay out of the log.
                     "route": getattr(route, "path", "-"),
                     "status": answer.status,
                     "token": token.name if token else None,
@@ -89,51 +97,54 @@ class Guard:
                 },
             )
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> Token | None:
-        if scope["path"] in OPEN:
+    def _authenticate(self, scope: Scope, headers: dict[bytes, bytes]) -> Token | None:
+        if scope["path"] in PUBLIC_PATHS:
             return None
-        token = self._gatekeeper.recognize(headers.get(b"authorization", b"").decode("latin-1"))
+        token = self._authenticator.authenticate(headers.get(b"authorization", b"").decode("latin-1"))
         if token is None:
-            kind = "Basic" if scope["path"] in ("/docs", "/openapi.json") else "Bearer"
+            scheme = "Basic" if scope["path"] in ("/docs", "/openapi.json") else "Bearer"
             raise Problem(
                 401,
                 "a bearer token is needed: Authorization: Bearer <token>",
-                headers={"WWW-Authenticate": f'{kind} realm="fhir_assets"'},
+                headers={"WWW-Authenticate": f'{scheme} realm="fhir_assets"'},
             )
-        if wait := self._gatekeeper.wait(token):
+        if wait := self._rate_limiter.take(token):
             raise Problem(
-                429, "this token calls too often: wait as Retry-After says", headers={"Retry-After": str(int(wait) + 1)}
+                429,
+                "this token sends too many requests: wait the seconds of Retry-After",
+                headers={"Retry-After": str(int(wait) + 1)},
             )
         return token
 
-    def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """``receive`` that gives no more than the limit, whatever Content-Length says or leaves out."""
+    def _limit_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Return a ``receive`` that raises Problem after ``max_body`` bytes, whatever Content-Length is."""
         limit = self._max_body
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
-        taken = 0
+        received = 0
 
         async def limited() -> Message:
-            nonlocal taken
+            nonlocal received
             message = await receive()
             if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
-                if taken > limit:
+                received += len(message.get("body", b""))
+                if received > limit:
                     raise _too_large(limit)
             return message
 
         return limited
 
     async def _refuse(
-        self, scope: Scope, receive: Receive, answer: "_Answer", problem: Problem, request_id: str
+        self, scope: Scope, receive: Receive, answer: "_Responder", problem: Problem, request_id: str
     ) -> None:
+        """Answer with the problem, unless an answer has begun."""
         if not answer.status:
             await problem.response(request_id)(scope, receive, answer)
 
 
-class _Answer:
-    """``send`` that adds what every answer bears, and remembers its status."""
+class _Responder:
+    """A ``send`` that adds the headers of every response and keeps the response's status."""
 
     def __init__(self, send: Send, request_id: str, *, docs: bool) -> None:
         self._send = send

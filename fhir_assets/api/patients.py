@@ -1,4 +1,7 @@
-"""Look-ups of patients: decrypted for those who may read, consent-gated, every one on record."""
+"""Routes that look up patients.
+
+They apply consent, decrypt the data, and write an audit record for every patient that is returned or refused.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -8,8 +11,8 @@ import orjson
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.context import AppContext, Caller, CallerOf, ContextOf
-from fhir_assets.api.problems import Problem, answers
+from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
+from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
@@ -19,15 +22,15 @@ from fhir_assets.warehouse.postgres.queries.patients import Absence
 
 router = APIRouter(tags=["patients"])
 
-ID = r"^[A-Za-z0-9\-.]{1,64}$"
+ID_PATTERN = r"^[A-Za-z0-9\-.]{1,64}$"
 LAST_PAGE = 10_000_000
 
-PatientId = Annotated[str, Path(pattern=ID, examples=["example"])]
-Known = Annotated[str | None, Query(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
+PatientId = Annotated[str, Path(pattern=ID_PATTERN, examples=["example"])]
+SearchTerm = Annotated[str | None, Query(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 
 
 class Person(BaseModel):
-    """Who somebody is."""
+    """The demographics of a patient."""
 
     first_name: str | None = None
     last_name: str | None = None
@@ -37,7 +40,7 @@ class Person(BaseModel):
 
 
 class Visit(BaseModel):
-    """One encounter."""
+    """An encounter."""
 
     id: str
     visit_account_number: str | None = None
@@ -47,7 +50,7 @@ class Visit(BaseModel):
 
 
 class Patient(BaseModel):
-    """A patient with all visits, the latest first."""
+    """A patient with all visits, newest first."""
 
     id: str
     mrn: str | None = None
@@ -56,64 +59,70 @@ class Patient(BaseModel):
 
 
 class PatientPage(BaseModel):
-    """One page, in the order of ids."""
+    """A page of patients, ordered by id."""
 
-    total: int = Field(description="How many there are; may be half a minute old where nothing is searched for")
+    total: int = Field(description="The number of patients; without a search it may be up to 30 seconds old")
     page: int
     page_size: int
     patients: list[Patient]
     next: str | None = Field(
-        description="Where the next page is; following it meets every patient once, whoever comes or goes meanwhile",
+        description="The URL of the next page. A client that follows it gets every patient exactly once, also if "
+        "patients are added or removed meanwhile",
         examples=["/patients?page=2&page_size=20&after=example"],
     )
 
 
-@router.get("/patients", response_model=PatientPage, responses=answers(), summary="Look patients up")
+@router.get("/patients", response_model=PatientPage, responses=problem_responses(), summary="Look patients up")
 def list_patients(
-    context: ContextOf,
-    caller: CallerOf,
+    context: Context,
+    caller: CurrentCaller,
     page: Annotated[int, Query(ge=1, le=LAST_PAGE)] = 1,
     page_size: Annotated[int, Query(ge=1, le=200)] = 20,
-    mrn: Annotated[Known, Query(description="Medical record number, as it is written")] = None,
+    mrn: Annotated[SearchTerm, Query(description="Medical record number; case matters")] = None,
     first_name: Annotated[
-        Known, Query(description="The first given name, or all of them; capitals do not matter")
+        SearchTerm, Query(description="The first given name, or all given names; case does not matter")
     ] = None,
-    last_name: Annotated[Known, Query(description="Family name; capitals do not matter")] = None,
+    last_name: Annotated[SearchTerm, Query(description="Family name; case does not matter")] = None,
     after: Annotated[
-        str | None, Query(pattern=ID, description="Begin after this id, whatever `page` says: `next` does so")
+        str | None,
+        Query(
+            pattern=ID_PATTERN, description="Return the patients after this id, whatever `page` is; `next` contains it"
+        ),
     ] = None,
 ) -> Response:
-    """All patients, or those who are known by what is given, by whole words, since what is encrypted is found by
-    equality alone. The first page and the last are as fast as each other. Whom consent withholds is not listed.
+    """All patients, or those that match all search parameters. Names match as a whole, because encrypted values can
+    only be compared for equality. All pages are equally fast. Patients whose data consent withholds are not listed.
     """
     search = Search(mrn=mrn, given=first_name, family=last_name)
     with context.connection() as conn:
         if search:
-            found = context.directory.find(conn, search, page, page_size, after=after)
+            result = context.directory.find(conn, search, page, page_size, after=after)
         else:
-            found = context.directory.page(conn, page, page_size, after=after)
-        withheld = patients.refused(conn, context.settings.gate, found.ids)
-        people = _patients(conn, [each for each in found.ids if each not in withheld])
-        audit_records = [_audit_record(conn, caller, person["id"], page=page) for person in people]
-        nobody = AuditRecord(_action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0})
-    context.note(*(audit_records or [nobody]))
-    following = None
-    if len(found.ids) == page_size:
-        given = {"mrn": mrn, "first_name": first_name, "last_name": last_name}
-        following = "/patients?" + urlencode(
+            result = context.directory.page(conn, page, page_size, after=after)
+        withheld = patients.refused(conn, context.settings.gate, result.ids)
+        found = _read_patients(conn, [patient_id for patient_id in result.ids if patient_id not in withheld])
+        audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in found]
+        empty_search = AuditRecord(
+            _action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0}
+        )
+    context.record_audit(*(audit_records or [empty_search]))
+    next_page = None
+    if len(result.ids) == page_size:
+        terms = {"mrn": mrn, "first_name": first_name, "last_name": last_name}
+        next_page = "/patients?" + urlencode(
             {
                 "page": min(page + 1, LAST_PAGE),
                 "page_size": page_size,
-                **{name: value for name, value in given.items() if value is not None},
-                "after": found.ids[-1],
+                **{name: value for name, value in terms.items() if value is not None},
+                "after": result.ids[-1],
             }
         )
     content = {
-        "total": found.total,
+        "total": result.total,
         "page": page,
         "page_size": page_size,
-        "patients": people,
-        "next": following,
+        "patients": found,
+        "next": next_page,
     }
     return Response(orjson.dumps(content), media_type="application/json")
 
@@ -121,45 +130,45 @@ def list_patients(
 @router.get(
     "/patients/{patient_id}",
     response_model=Patient,
-    responses=answers(404, 410),
+    responses=problem_responses(404, 410),
     summary="One patient with visits",
 )
-def one_patient(context: ContextOf, caller: CallerOf, patient_id: PatientId) -> Response:
-    """403 if consent withholds the patient, 410 if the source deleted it."""
-    return _one(context, caller, patient_id)
+def one_patient(context: Context, caller: CurrentCaller, patient_id: PatientId) -> Response:
+    """The status is 403 if consent withholds the patient, and 410 if the source deleted the patient."""
+    return _answer_patient(context, caller, patient_id)
 
 
 @router.get(
     "/api/v1/patients/{patient_id}",
     response_model=Patient,
-    responses=answers(404, 410),
+    responses=problem_responses(404, 410),
     summary="One patient with visits",
 )
-def one_patient_v1(context: ContextOf, caller: CallerOf, patient_id: PatientId) -> Response:
-    """The same as `/patients/{patient_id}`."""
-    return _one(context, caller, patient_id)
+def one_patient_v1(context: Context, caller: CurrentCaller, patient_id: PatientId) -> Response:
+    """The same answer as `/patients/{patient_id}`."""
+    return _answer_patient(context, caller, patient_id)
 
 
-def _one(context: AppContext, caller: Caller, patient_id: str) -> Response:
+def _answer_patient(context: AppContext, caller: Caller, patient_id: str) -> Response:
     gate = context.settings.gate
     with context.connection() as conn:
         withheld = patients.refused(conn, gate, [patient_id])
-        found = [] if withheld else _patients(conn, [patient_id])
+        found = [] if withheld else _read_patients(conn, [patient_id])
         absence = Absence() if found else patients.why_absent(conn, patient_id)
-        # Under a gate that is closed for strangers, only whoever is known is said to be withheld.
+        # A policy that denies by default withholds unknown ids too: for them the answer is 404, as for any unknown id.
         refused = absence.withheld or bool(withheld and patient_directory.of_patients(conn, "Patient", [patient_id]))
         audit_record = _audit_record(conn, caller, patient_id, found=len(found), refused=refused)
-    context.note(audit_record)
+    context.record_audit(audit_record)
     if refused:
         raise Problem(
             403,
-            f"the patient's consent does not allow this (CONSENT_POLICY is {gate.policy}, for {gate.purpose})",
+            f"the patient's consent does not allow this access (CONSENT_POLICY is {gate.policy}, for {gate.purpose})",
             more={"reason": "consent"},
         )
     if absence.deleted:
         raise Problem(410, "the source deleted this patient")
     if not found:
-        raise Problem(404, "there is no such patient")
+        raise Problem(404, "there is no patient with this id")
     return Response(orjson.dumps(found[0]), media_type="application/json")
 
 
@@ -178,31 +187,34 @@ def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int 
     )
 
 
-def _patients(conn: Session, ids: Sequence[str]) -> list[dict[str, Any]]:
-    people = {each.id: orjson.loads(each.body) for each in patient_directory.of_patients(conn, "Patient", ids)}
+def _read_patients(conn: Session, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the patients that are in the tables with their visits, in the order of ``ids``."""
+    by_id = {row.id: orjson.loads(row.body) for row in patient_directory.of_patients(conn, "Patient", ids)}
     visits: dict[str, list[dict[str, Any]]] = {}
-    for each in patient_directory.of_patients(conn, "Encounter", ids):
-        encounter = orjson.loads(each.body)
-        whose = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
-        visits.setdefault(whose, []).append(_visit(encounter))
+    for row in patient_directory.of_patients(conn, "Encounter", ids):
+        encounter = orjson.loads(row.body)
+        patient_id = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
+        visits.setdefault(patient_id, []).append(_visit(encounter))
     return [
         {
-            "id": identity,
-            "mrn": _number(people[identity], "MR"),
-            "person": _person(people[identity]),
-            "visits": sorted(visits.get(identity, []), key=lambda v: (v["visit_date"] or "", v["id"]), reverse=True),
+            "id": patient_id,
+            "mrn": _identifier(by_id[patient_id], "MR"),
+            "person": _person(by_id[patient_id]),
+            "visits": sorted(
+                visits.get(patient_id, []), key=lambda visit: (visit["visit_date"] or "", visit["id"]), reverse=True
+            ),
         }
-        for identity in ids
-        if identity in people
+        for patient_id in ids
+        if patient_id in by_id
     ]
 
 
 def _person(patient: dict[str, Any]) -> dict[str, Any]:
     names = patient.get("name") or [{}]
-    name = next((each for each in names if each.get("use") in ("official", "usual", None)), names[0])
+    name = next((candidate for candidate in names if candidate.get("use") in ("official", "usual", None)), names[0])
     deceased = patient.get("deceasedBoolean")
     return {
-        "first_name": " ".join(each for each in name.get("given") or [] if each) or None,
+        "first_name": " ".join(given for given in name.get("given") or [] if given) or None,
         "last_name": name.get("family"),
         "birth_date": patient.get("birthDate"),
         "gender": patient.get("gender"),
@@ -212,21 +224,21 @@ def _person(patient: dict[str, Any]) -> dict[str, Any]:
 
 def _visit(encounter: dict[str, Any]) -> dict[str, Any]:
     reason = (encounter.get("reasonCode") or [{}])[0]
-    coded = next((each.get("display") for each in reason.get("coding") or [] if each.get("display")), None)
+    display = next((coding.get("display") for coding in reason.get("coding") or [] if coding.get("display")), None)
     return {
         "id": encounter["id"],
-        "visit_account_number": _number(encounter, "AN"),
+        "visit_account_number": _identifier(encounter, "AN"),
         "visit_date": (encounter.get("period") or {}).get("start"),
         "status": encounter.get("status"),
-        "reason": reason.get("text") or coded,
+        "reason": reason.get("text") or display,
     }
 
 
-def _number(resource: dict[str, Any], kind: str) -> str | None:
-    """The first identifier of a type of v2-0203."""
+def _identifier(resource: dict[str, Any], type_code: str) -> str | None:
+    """Return the first identifier of a type, a code of HL7 v2 table 0203."""
     for identifier in resource.get("identifier") or []:
-        codes = {each.get("code") for each in (identifier.get("type") or {}).get("coding") or []}
-        if kind in codes:
+        codes = {coding.get("code") for coding in (identifier.get("type") or {}).get("coding") or []}
+        if type_code in codes:
             value = identifier.get("value")
             return value if isinstance(value, str) else None
     return None

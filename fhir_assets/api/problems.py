@@ -1,4 +1,7 @@
-"""Errors as RFC 9457 problems: what happened and what to do, never a value of the request, never a stack trace."""
+"""Errors as problem details (RFC 9457).
+
+A problem says what happened and what to do next. It never contains a value of the request or a stack trace.
+"""
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -23,14 +26,14 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class FieldError(BaseModel):
-    """One thing that is wrong with a request: where, and what is expected there."""
+    """An invalid part of a request: its path, and what is expected there."""
 
-    path: str = Field(description="Where: a JSON Pointer into the body, or `query.<name>`", examples=["/0/mrn"])
-    message: str = Field(description="What is expected there. Never holds what was sent")
+    path: str = Field(description="A JSON Pointer into the body, or `query.<name>`", examples=["/0/mrn"])
+    message: str = Field(description="What is expected there; never the value that was sent")
 
 
 class ProblemDocument(BaseModel):
-    """RFC 9457."""
+    """Problem details (RFC 9457, section 3), with the members `request_id` and `errors`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -43,7 +46,10 @@ class ProblemDocument(BaseModel):
 
 
 class Problem(Exception):
-    """An answer that is no success. ``more`` goes into the document as further members."""
+    """An error that becomes a response with problem details.
+
+    ``errors`` lists invalid parts of the request; ``more`` holds extension members (RFC 9457, section 3.2).
+    """
 
     def __init__(
         self,
@@ -62,7 +68,7 @@ class Problem(Exception):
         self.more = dict(more or {})
 
     def response(self, request_id: str | None = None) -> Response:
-        """The document."""
+        """Build the response with the problem details."""
         content: dict[str, Any] = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
@@ -77,11 +83,11 @@ class Problem(Exception):
         return Response(orjson.dumps(content), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
-def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The problems that an operation documents, beside those that every one has."""
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI responses of an operation: ``statuses``, and those that every operation has."""
     return {
         status: {
-            "description": _MEANS[status],
+            "description": _DESCRIPTIONS[status],
             "content": {
                 MEDIA_TYPE: {
                     "schema": {"$ref": "#/components/schemas/Problem"},
@@ -89,35 +95,35 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
                         "type": "about:blank",
                         "title": HTTPStatus(status).phrase,
                         "status": status,
-                        "detail": _MEANS[status],
+                        "detail": _DESCRIPTIONS[status],
                         "request_id": "4a9d0c3c1b6f1f7d11",
                     },
                 }
             },
         }
-        for status in sorted({*_ALWAYS, *statuses})
+        for status in sorted({*_COMMON_STATUSES, *statuses})
     }
 
 
-_ALWAYS = (401, 403, 409, 413, 422, 429, 500, 503)
-_MEANS = {
-    400: "the request's form is not what this operation takes",
+_COMMON_STATUSES = (401, 403, 409, 413, 422, 429, 500, 503)
+_DESCRIPTIONS = {
+    400: "the request does not have the form that this operation takes",
     401: "a bearer token is needed",
-    403: "the token's role may not do this, or the patient's consent does not allow it: then `reason` is `consent`",
-    404: "there is no such thing",
-    409: "a setting that this needs is missing or contradicts it",
-    410: "the source deleted it",
-    413: "the body or the list is longer than API_MAX_BODY_BYTES or API_MAX_RECORDS allow",
-    422: "a parameter is not of the kind that is asked for; `errors` says which",
-    429: "the token calls more often than API_RATE_LIMIT allows: wait as Retry-After says",
-    500: "a fault of the service; its log has it under the request's id",
-    502: "the FHIR server refused, or answered what is no FHIR",
-    503: "the database, the store, Dagster or the FHIR server is not there: try again as Retry-After says",
+    403: "the token's role may not call this operation; or the patient's consent denies it: then `reason` is `consent`",
+    404: "there is no resource with this id",
+    409: "a setting that this operation needs is missing, or does not allow it",
+    410: "the source deleted the resource",
+    413: "the body is larger than API_MAX_BODY_BYTES, or has more records than API_MAX_RECORDS",
+    422: "a parameter is not valid; `errors` lists the invalid ones",
+    429: "the token sends more requests than API_RATE_LIMIT allows: wait the seconds of Retry-After",
+    500: "a defect of the service: its log has the error under the request's id",
+    502: "the FHIR server refused the request, or its answer is not FHIR",
+    503: "the database, the store, Dagster or the FHIR server is not available: wait the seconds of Retry-After",
 }
 
 
-def of_error(error: FhirAssetsError) -> Problem:
-    """An error of the project: its message names no patient, and says what to do."""
+def problem_from_error(error: FhirAssetsError) -> Problem:
+    """Return the problem for an error of the project, whose message says what to do and contains no patient data."""
     if isinstance(error, TransientError):
         return Problem(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, ServerRefused | NotFhir):
@@ -129,41 +135,43 @@ def of_error(error: FhirAssetsError) -> Problem:
     return Problem(500, str(error))
 
 
-def install(app: FastAPI) -> None:
-    """Every error of the application becomes a problem; what nobody expected is the middleware's."""
+def install_handlers(app: FastAPI) -> None:
+    """Install the handlers that turn errors into problems. The middleware handles all other exceptions."""
 
     @app.exception_handler(Problem)
-    async def of_problem(request: Request, error: Problem) -> Response:
+    async def handle_problem(request: Request, error: Problem) -> Response:
         return error.response(_request_id(request))
 
     @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> Response:
-        # The router's own: no such path, no such method.
-        detail = {404: "there is nothing here", 405: "this path knows other methods"}.get(error.status_code, "")
+    async def handle_http_exception(request: Request, error: HTTPException) -> Response:
+        # Errors of the router: an unknown path or method.
+        detail = {404: "this path does not exist", 405: "this path does not have this method"}.get(
+            error.status_code, ""
+        )
         return Problem(error.status_code, detail, headers=error.headers).response(_request_id(request))
 
     @app.exception_handler(RequestValidationError)
-    async def of_validation(request: Request, error: RequestValidationError) -> Response:
-        # ``msg`` of a validator may quote its input, so only the kinds that pydantic has itself are told.
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
+        # ``msg`` of a validator may quote its input, so the message is built from pydantic's type of error.
         errors = [
-            FieldError(path=".".join(map(str, each["loc"])), message=_said(each["type"], each.get("ctx") or {}))
-            for each in error.errors()
+            FieldError(
+                path=".".join(map(str, invalid["loc"])), message=_describe(invalid["type"], invalid.get("ctx") or {})
+            )
+            for invalid in error.errors()
         ]
-        return Problem(422, "the request does not fit what this operation takes", errors=errors).response(
-            _request_id(request)
-        )
+        return Problem(422, "the request is not valid: see `errors`", errors=errors).response(_request_id(request))
 
     @app.exception_handler(FhirAssetsError)
-    async def of_project(request: Request, error: FhirAssetsError) -> Response:
-        return of_error(error).response(_request_id(request))
+    async def handle_project_error(request: Request, error: FhirAssetsError) -> Response:
+        return problem_from_error(error).response(_request_id(request))
 
 
-def _said(kind: str, context: Mapping[str, Any]) -> str:
+def _describe(kind: str, context: Mapping[str, Any]) -> str:
     limits = [f"{name} {context[name]}" for name in ("ge", "le", "gt", "lt", "min_length", "max_length", "expected")
               if name in context]  # fmt: skip
     return " ".join([kind.replace("_", " "), *limits])
 
 
 def _request_id(request: Request) -> str | None:
-    found = request.scope.get("fhir_assets.request_id")
-    return found if isinstance(found, str) else None
+    request_id = request.scope.get("fhir_assets.request_id")
+    return request_id if isinstance(request_id, str) else None

@@ -1,4 +1,4 @@
-"""What the routes of runs.py answer."""
+"""Answers of the routes of runs.py and exports.py."""
 
 from datetime import datetime
 from typing import Literal
@@ -9,7 +9,9 @@ RUN_EXAMPLE = "2f8c0e4e-6f0a-4a57-9d0c-3c1b6f1f7d11"
 
 
 class TypeCounts(BaseModel):
-    """What a run did with a type, over all its windows. `server_total` is null where the source does not say."""
+    """The counts of a run for one resource type, over all of its windows. `server_total` is null if the source does
+    not report a total.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -29,12 +31,12 @@ class TypeCounts(BaseModel):
     seconds: float | None
     started_at: datetime
     finished_at: datetime | None
-    error: str | None = Field(None, description="Why it failed; never holds patient data")
-    dead_letters: dict[str, int] | None = Field(None, description="Those not resolved, by stage")
+    error: str | None = Field(None, description="Why the run failed; without patient data")
+    dead_letters: dict[str, int] | None = Field(None, description="Unresolved dead letters by stage")
 
 
 class RunSummary(BaseModel):
-    """A run over all its types; of one type where that was asked for."""
+    """The counts of a run over all resource types, or for the requested type."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -54,24 +56,25 @@ class RunSummary(BaseModel):
 
 
 class RunList(BaseModel):
-    """Runs, the newest first."""
+    """Runs, newest first."""
 
     runs: list[RunSummary]
 
 
 class Run(BaseModel):
-    """A run by resource type; `types` is empty until it has begun."""
+    """A run by resource type. `types` is empty until the run has started."""
 
     run_id: str = Field(examples=[RUN_EXAMPLE])
     status: str | None = Field(
-        description="As Dagster has it; null while Dagster cannot be asked", examples=["QUEUED", "STARTED", "SUCCESS"]
+        description="The status in Dagster; null while Dagster is not available",
+        examples=["QUEUED", "STARTED", "SUCCESS"],
     )
-    dagster: str = Field(description="Its page in the Dagster UI")
+    dagster: str = Field(description="The URL of the run in the Dagster UI")
     types: list[TypeCounts]
 
 
-class Letter(BaseModel):
-    """A dead letter without the resource."""
+class DeadLetter(BaseModel):
+    """A dead letter, without its resource."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -91,14 +94,14 @@ class Letter(BaseModel):
     last_failure: datetime
 
 
-class Letters(BaseModel):
-    """Dead letters, those that failed last first."""
+class DeadLetterList(BaseModel):
+    """Dead letters, the latest failures first."""
 
-    dead_letters: list[Letter]
+    dead_letters: list[DeadLetter]
 
 
 class Replay(BaseModel):
-    """How many letters wait for the sensor now."""
+    """The number of dead letters that are marked for the sensor."""
 
     run_id: str
     marked: int
@@ -106,7 +109,7 @@ class Replay(BaseModel):
 
 
 class File(BaseModel):
-    """A file of an export; `rows` are its lines or table rows."""
+    """A file of an export. `rows` is the number of its lines or table rows."""
 
     name: str
     rows: int
@@ -115,24 +118,26 @@ class File(BaseModel):
 
 
 class Exported(BaseModel):
-    """Where the files are, beside a manifest that names them."""
+    """The folder of an export, with its files. The folder also contains a manifest that lists them."""
 
     folder: str
     files: list[File]
 
 
 class StartedRun(BaseModel):
-    """A run that was started; `status` is Dagster's, null if it was not waited for."""
+    """A started run. `status` is its status in Dagster; null if the request did not wait for the run."""
 
     run_id: str = Field(examples=[RUN_EXAMPLE])
     status: str | None = Field(None, examples=["QUEUED", "SUCCESS", "FAILURE"])
-    summary: str = Field(description="Where its summary is", examples=[f"/runs/{RUN_EXAMPLE}"])
-    dagster: str = Field(description="Its page in the Dagster UI")
-    counts: list[TypeCounts] | None = Field(None, description="With `wait`, once the run has ended")
+    summary: str = Field(description="The path of the run's summary", examples=[f"/runs/{RUN_EXAMPLE}"])
+    dagster: str = Field(description="The URL of the run in the Dagster UI")
+    counts: list[TypeCounts] | None = Field(
+        None, description="The run's counts, if the request waited until the run ended"
+    )
 
 
 class Started(BaseModel):
-    """What was started: `run_id` is the first of `runs`; a range of more than 100 windows is several runs."""
+    """The started runs. `run_id` is the first of `runs`. Every run loads at most 100 windows."""
 
-    run_id: str | None = Field(description="Null if nothing was due")
+    run_id: str | None = Field(description="Null if no window was due")
     runs: list[StartedRun]

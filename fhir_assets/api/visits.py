@@ -1,4 +1,4 @@
-"""Visits that are posted: a list becomes a CSV file of the landing zone, from where Dagster takes it on."""
+"""Routes that take lists of visits. A list is written to the landing zone as a CSV file, which Dagster loads."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -8,9 +8,11 @@ import orjson
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, Field
 
-from fhir_assets.api.context import AppContext, Body, Caller, CallerOf, ContextOf
-from fhir_assets.api.intake import Key, once, require_few
-from fhir_assets.api.problems import FieldError, Problem, answers
+from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, RawBody
+from fhir_assets.api.idempotency import IdempotencyKey, answer_once
+from fhir_assets.api.intake import require_record_limit
+from fhir_assets.api.intake_models import without_keywords
+from fhir_assets.api.problems import FieldError, Problem, problem_responses
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import load_schema
@@ -20,56 +22,58 @@ from fhir_assets.warehouse.ops.visits import FileState, Post
 
 router = APIRouter(tags=["visits"])
 
-_NEEDED = ("Patient", "Encounter")
-_TASK = "20260131T101500.000000Z-3f9a1c2b7d604e58"
+_REQUIRED_TYPES = ("Patient", "Encounter")
+_TASK_EXAMPLE = "20260131T101500.000000Z-3f9a1c2b7d604e58"
 
 
 class RejectedVisit(BaseModel):
-    """A record that was not taken, and all that is wrong with it."""
+    """A record that is not a valid visit, with all of its errors."""
 
     index: int
     errors: list[FieldError]
 
 
 class VisitsReceived(BaseModel):
-    """The answer to a list of visits: those that are no visits are in ``rejected``, all others in the file."""
+    """The answer to a list of visits: the invalid records are in `rejected`, and the others are in the file."""
 
     records_received: int = Field(examples=[2])
     records_rejected: int = Field(examples=[0])
-    csv_filename: str = Field(examples=[f"visits-{_TASK}.csv"])
-    task_id: str = Field(description="The task to follow at /ingest/tasks/{task_id}", examples=[_TASK])
+    csv_filename: str = Field(examples=[f"visits-{_TASK_EXAMPLE}.csv"])
+    task_id: str = Field(
+        description="The id of the task; its status is at /ingest/tasks/{task_id}", examples=[_TASK_EXAMPLE]
+    )
     rejected: list[RejectedVisit] = Field(examples=[[]])
 
 
 class Counts(BaseModel):
-    """What the file brought."""
+    """The number of records of each kind in the file."""
 
-    patients: int = Field(description="Persons that were not known before")
-    updates: int = Field(description="Records that say something new of a known person")
-    outdated: int = Field(description="Records that say of a person what a newer file contradicts")
-    visits: int = Field(description="Visits that were not known before")
-    repeats: int = Field(description="Visits that were known, with the same content: nothing to do")
-    conflicts: int = Field(description="Visits that were known with other content: dead letters")
+    patients: int = Field(description="New patients")
+    updates: int = Field(description="Records with new data of a known patient")
+    outdated: int = Field(description="Records with patient data that a newer file contradicts")
+    visits: int = Field(description="New visits")
+    repeats: int = Field(description="Known visits with the same content: nothing to load")
+    conflicts: int = Field(description="Known visits with other content: dead letters")
 
 
 class VisitsTask(BaseModel):
-    """How far a posted list is."""
+    """The progress of a posted list of visits."""
 
-    task_id: str = Field(examples=[_TASK])
-    csv_filename: str = Field(examples=[f"visits-{_TASK}.csv"])
+    task_id: str = Field(examples=[_TASK_EXAMPLE])
+    csv_filename: str = Field(examples=[f"visits-{_TASK_EXAMPLE}.csv"])
     status: Literal["waiting", "received", "loaded", "failed"] = Field(
-        description="`waiting` for Dagster; `received`: in raw; `loaded`: in the tables; `failed`: tried again later"
+        description="`waiting` for Dagster; `received`: in raw; `loaded`: in the tables; `failed`: will be tried again"
     )
     records_received: int
     records_rejected: int
     counts: Counts
     dead_letters: int = Field(description="Rows of the file that became dead letters")
-    known_before: bool = Field(description="The same list had been received before: nothing was done")
-    run_id: str | None = Field(description="The Dagster run that received it")
+    known_before: bool = Field(description="The same list was received before: nothing was loaded")
+    run_id: str | None = Field(description="The Dagster run that received the file")
     error: str | None
 
 
-_BODY: dict[str, Any] = {
+_VISITS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -77,7 +81,7 @@ _BODY: dict[str, Any] = {
                 "schema": {
                     "type": "array",
                     "minItems": 1,
-                    "items": {k: v for k, v in load_schema("visit").items() if not k.startswith("$")},
+                    "items": without_keywords(load_schema("visit")),
                 },
                 "example": [
                     {
@@ -100,56 +104,60 @@ _BODY: dict[str, Any] = {
     "/ingest",
     status_code=202,
     response_model=VisitsReceived,
-    responses=answers(400),
-    openapi_extra=_BODY,
+    responses=problem_responses(400),
+    openapi_extra=_VISITS_BODY,
     summary="Post visits",
 )
-def ingest_visits(context: ContextOf, caller: CallerOf, body: Body, key: Key = None) -> Response:
-    """A list of visits. Records that are no visits are rejected in the answer with all that is wrong with each, and
-    the others are taken: they are a CSV file in the landing zone when the answer comes, which Dagster loads. If none
-    is a visit the answer is 422.
+def ingest_visits(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
+    """A list of visits. The answer lists the invalid records, each with all of its errors. The other records are in a
+    CSV file in the landing zone before the answer is sent, and Dagster loads that file. If all records are invalid, the
+    status is 422 and no file is written.
     """
 
     def work(_: str) -> Response:
         _require_zone(context)
-        records = _listed(body)
-        require_few(context, len(records))
-        wrong = [(index, found) for index, record in enumerate(records) if (found := visits_csv.find_errors(record))]
-        if len(wrong) == len(records):
-            errors = [
-                FieldError(path=f"/{index}{path}", message=said) for index, found in wrong for path, said in found
+        records = _parse_records(body)
+        require_record_limit(context, len(records))
+        errors = {index: found for index, record in enumerate(records) if (found := visits_csv.find_errors(record))}
+        if len(errors) == len(records):
+            field_errors = [
+                FieldError(path=f"/{index}{path}", message=message)
+                for index, record_errors in errors.items()
+                for path, message in record_errors
             ]
-            raise Problem(422, "none of the records is a visit, so nothing was taken", errors=errors)
-        bad = {index for index, _ in wrong}
-        good = [record for index, record in enumerate(records) if index not in bad]
-        post = _put(context, caller, good, len(records))
+            raise Problem(422, "no record is a valid visit, so no file was written", errors=field_errors)
+        valid = [record for index, record in enumerate(records) if index not in errors]
+        post = _write_file(context, caller, valid, len(records))
         content = {
             "records_received": post.records,
             "records_rejected": post.rejected,
             "csv_filename": post.csv_filename,
             "task_id": post.task_id,
             "rejected": [
-                {"index": index, "errors": [{"path": path, "message": said} for path, said in found]}
-                for index, found in wrong
+                {"index": index, "errors": [{"path": path, "message": message} for path, message in record_errors]}
+                for index, record_errors in errors.items()
             ],
         }
         return Response(orjson.dumps(content), 202, media_type="application/json")
 
-    return once(context, caller, "/ingest", key, body, work)
+    return answer_once(context, caller, "/ingest", key, body, work)
 
 
 @router.get(
-    "/ingest/tasks/{task_id}", response_model=VisitsTask, responses=answers(404), summary="How far a posted list is"
+    "/ingest/tasks/{task_id}",
+    response_model=VisitsTask,
+    responses=problem_responses(404),
+    summary="The progress of a posted list",
 )
 def visits_task(
-    context: ContextOf,
-    task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK])],
+    context: Context,
+    task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK_EXAMPLE])],
 ) -> Response:
-    """What became of the file: whether it is in the tables, and what it brought."""
+    """Whether the file is in the tables, and the number of its records of each kind."""
     with context.connection() as conn:
         post = visits.post(conn, task_id)
         if post is None:
-            raise Problem(404, "there is no such task")
+            raise Problem(404, "there is no task with this id")
         state = visits.file_state(conn, post.zone, post.csv_filename)
     content = {
         "task_id": post.task_id,
@@ -166,37 +174,38 @@ def visits_task(
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _put(context: AppContext, caller: Caller, good: list[dict[str, str]], count: int) -> Post:
-    # The time leads, so that files of one second are taken in the order in which they were posted.
+def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]], count: int) -> Post:
+    """Write the valid visits of a list of ``count`` records to the landing zone, and record the post."""
+    # The id begins with the time, because the landing zone is read in the order of file names.
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
-    post = Post(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(good), caller.token.name)
-    audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(good), request_id=caller.request_id)
+    post = Post(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(valid), caller.token.name)
+    audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(valid), request_id=caller.request_id)
     with context.connection() as conn:
         visits.posted(conn, post)
         try:
-            context.zone.put(post.csv_filename, visits_csv.write(good))
+            context.zone.put(post.csv_filename, visits_csv.write(valid))
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
-    context.note(audit_record)
+    context.record_audit(audit_record)
     return post
 
 
-def _listed(body: bytes) -> list[Any]:
+def _parse_records(body: bytes) -> list[Any]:
     try:
         records = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise Problem(400, "not JSON: a list of visits is taken") from None
+        raise Problem(400, "the body is not JSON: send a list of visits") from None
     if not isinstance(records, list) or not records:
-        raise Problem(400, "a list of one visit or more is taken")
+        raise Problem(400, "the body is not a list of at least one visit")
     return records
 
 
 def _require_zone(context: AppContext) -> None:
     settings = context.settings
     if not settings.fhir_landing_url:
-        raise Problem(503, "visits are not taken here: FHIR_LANDING_URL is not set to a folder or s3://bucket/prefix")
-    if missing := [name for name in _NEEDED if name not in settings.fhir_resource_types]:
-        raise Problem(503, f"visits are not taken here: FHIR_RESOURCE_TYPES lacks {' and '.join(missing)}")
+        raise Problem(503, "visits are not accepted here: set FHIR_LANDING_URL to a folder or s3://bucket/prefix")
+    if missing := [name for name in _REQUIRED_TYPES if name not in settings.fhir_resource_types]:
+        raise Problem(503, f"visits are not accepted here: FHIR_RESOURCE_TYPES lacks {' and '.join(missing)}")
 
 
 def _status(state: FileState) -> str:

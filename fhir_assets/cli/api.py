@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets.api import WORKERS
-from fhir_assets.api.access import Role, new_token, parse_tokens
+from fhir_assets.api import WORKERS_VARIABLE
+from fhir_assets.api.access import Role, create_token, parse_tokens
 from fhir_assets.cli.output import console, print_json
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -36,10 +36,10 @@ def serve(
         )
     warehouse = Warehouse(settings)
     warehouse.url()
-    os.environ[WORKERS] = str(workers)
+    os.environ[WORKERS_VARIABLE] = str(workers)
     with observe_database(settings, warehouse.connect), served(settings.metrics_host, settings.metrics_port):
         uvicorn.run(
-            "fhir_assets.api.app:serve",
+            "fhir_assets.api.app:create_worker_app",
             factory=True,
             host=host or settings.api_host,
             port=settings.api_port if port is None else port,
@@ -60,7 +60,7 @@ def token(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
     """Make a token: the secret for the caller, and its entry in API_TOKENS for this side. The secret is shown once."""
-    secret, entry = new_token(name, role)
+    secret, entry = create_token(name, role)
     if json:
         print_json({"token": secret, "entry": entry})
         return

@@ -5,8 +5,16 @@ import re
 import pytest
 
 from fhir_assets.api import app as application
-from fhir_assets.api.access import ACCESS, OPEN, Gatekeeper, Role, new_token, parse_tokens
-from fhir_assets.api.app import create_app, routes_of
+from fhir_assets.api.access import (
+    PUBLIC_PATHS,
+    ROUTE_ROLES,
+    Authenticator,
+    RateLimiter,
+    Role,
+    create_token,
+    parse_tokens,
+)
+from fhir_assets.api.app import create_app, list_routes
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.api import ROLES, TOKENS, Api, Serve
@@ -15,14 +23,14 @@ PROBLEM = "application/problem+json"
 
 
 def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(api: Api) -> None:
-    routes = routes_of(create_app(api.settings))
+    routes = list_routes(create_app(api.settings))
     asked = 0
     for route in routes:
         path = re.sub(r"\{[^}]+\}", "x", route.path)
         for method in route.methods or ():
-            if route.path in OPEN:
+            if route.path in PUBLIC_PATHS:
                 continue
-            allowed = ACCESS[method, route.path]
+            allowed = ROUTE_ROLES[method, route.path]
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic d3Jvbmc6d3Jvbmc="}):
                 answer = api.call(method, path, role=None, headers=headers, data=b"{")
                 assert (answer.status_code, answer.headers["Content-Type"]) == (401, PROBLEM), (method, path)
@@ -32,20 +40,20 @@ def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(api: Api) -
                     answer = api.call(method, path, role=role, data=b"{")
                     assert (answer.status_code, answer.headers["Content-Type"]) == (403, PROBLEM), (method, path, role)
                     asked += 1
-    assert asked > len(ACCESS)
+    assert asked > len(ROUTE_ROLES)
     assert api.get("/nowhere", role=None).status_code == 401
     assert api.get("/nowhere").status_code == 404
 
 
 def test_the_table_names_no_route_that_is_not_there_and_the_admin_may_call_all() -> None:
     app = create_app(load_settings(api_tokens=TOKENS))
-    there = {(method, route.path) for route in routes_of(app) for method in route.methods or ()}
-    assert set(ACCESS) == {each for each in there if each[1] not in OPEN}
-    assert all(Role.ADMIN in allowed for allowed in ACCESS.values())
+    there = {(method, route.path) for route in list_routes(app) for method in route.methods or ()}
+    assert set(ROUTE_ROLES) == {each for each in there if each[1] not in PUBLIC_PATHS}
+    assert all(Role.ADMIN in allowed for allowed in ROUTE_ROLES.values())
 
 
 def test_a_route_that_nobody_decided_on_stops_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(application, "ACCESS", {k: v for k, v in ACCESS.items() if k[1] != "/patients"})
+    monkeypatch.setattr(application, "ROUTE_ROLES", {k: v for k, v in ROUTE_ROLES.items() if k[1] != "/patients"})
     with pytest.raises(AssertionError, match="GET /patients"):
         create_app(load_settings(api_tokens=TOKENS))
 
@@ -53,17 +61,17 @@ def test_a_route_that_nobody_decided_on_stops_the_application(monkeypatch: pytes
 def test_docs_can_be_switched_off_and_need_a_token_where_they_are_served() -> None:
     served = create_app(load_settings(api_tokens=TOKENS))
     bare = create_app(load_settings(api_tokens=TOKENS, api_docs=False))
-    assert {r.path for r in routes_of(served)} - {r.path for r in routes_of(bare)} == {"/docs", "/openapi.json"}
+    assert {r.path for r in list_routes(served)} - {r.path for r in list_routes(bare)} == {"/docs", "/openapi.json"}
 
 
 def test_a_token_is_kept_as_its_hash_only() -> None:
-    secret, entry = new_token("lab", Role.INGESTER)
+    secret, entry = create_token("lab", Role.INGESTER)
     assert secret not in entry
     (token,) = parse_tokens(entry)
-    keeper = Gatekeeper([token], rate=1)
-    assert keeper.recognize(f"Bearer {secret}") == token
-    assert keeper.recognize(f"bearer {secret}x") is None
-    assert keeper.recognize(secret) is None
+    authenticator = Authenticator([token])
+    assert authenticator.authenticate(f"Bearer {secret}") == token
+    assert authenticator.authenticate(f"bearer {secret}x") is None
+    assert authenticator.authenticate(secret) is None
 
 
 @pytest.mark.parametrize("text", ["lab", "lab:boss:" + "0" * 64, "lab:reader:xyz", "a b:reader:" + "0" * 64])
@@ -76,12 +84,12 @@ def test_a_malformed_token_is_named_by_its_place_only(text: str) -> None:
 def test_a_token_that_calls_too_often_waits_and_another_does_not() -> None:
     now = 0.0
     one, other = parse_tokens(f"one:reader:{'0' * 64},other:reader:{'1' * 64}")
-    keeper = Gatekeeper([one, other], rate=10, burst=2, now=lambda: now)
-    assert [keeper.wait(one) for _ in range(2)] == [0.0, 0.0]
-    assert keeper.wait(one) == pytest.approx(0.1)
-    assert keeper.wait(other) == 0.0
+    limiter = RateLimiter([one, other], rate=10, burst=2, now=lambda: now)
+    assert [limiter.take(one) for _ in range(2)] == [0.0, 0.0]
+    assert limiter.take(one) == pytest.approx(0.1)
+    assert limiter.take(other) == 0.0
     now = 0.1
-    assert keeper.wait(one) == 0.0
+    assert limiter.take(one) == 0.0
 
 
 def test_too_many_calls_are_answered_429_with_the_time_to_wait(serve: Serve) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fhir_assets.api.app import create_app, document, routes_of
+from fhir_assets.api.app import build_openapi, create_app, list_routes
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.api import TOKENS, Serve
 from fhir_assets_tests.support.api_fuzz import fuzz
@@ -23,12 +23,12 @@ NEEDS_DAGSTER = frozenset(
 
 @pytest.fixture(scope="module")
 def described() -> dict[str, Any]:
-    return document(create_app(load_settings(api_tokens=TOKENS)))
+    return build_openapi(create_app(load_settings(api_tokens=TOKENS)))
 
 
 def test_every_route_is_in_the_document_but_the_documents_own(described: dict[str, Any]) -> None:
     app = create_app(load_settings(api_tokens=TOKENS))
-    there = {(m.lower(), r.path) for r in routes_of(app) for m in r.methods or ()}
+    there = {(m.lower(), r.path) for r in list_routes(app) for m in r.methods or ()}
     told = {(method, path) for path, operations in described["paths"].items() for method in operations}
     assert there - told == {("get", "/docs"), ("get", "/openapi.json")}
 

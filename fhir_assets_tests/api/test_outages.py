@@ -49,7 +49,7 @@ def test_while_the_database_is_away_answers_are_problems_without_data_and_traces
     assert api.get("/patients?mrn=SECRET-MRN").status_code == 200
     assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
     with database_away(postgres, database), monkeypatch.context() as impatient:
-        impatient.setattr(context, "PATIENCE_SECONDS", 0.5)
+        impatient.setattr(context, "CONNECTION_TIMEOUT_SECONDS", 0.5)
         answers = [
             api.get("/patients?mrn=SECRET-MRN"),
             api.get("/patients/SECRET-MRN"),

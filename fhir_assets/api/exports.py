@@ -1,0 +1,82 @@
+"""The route that exports a resource type to files."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Query, Response
+
+from fhir_assets.api.context import Context, CurrentCaller
+from fhir_assets.api.problems import Problem, problem_responses
+from fhir_assets.api.resource_types import TypeName, find_resource_type
+from fhir_assets.api.run_ids import find_run_id
+from fhir_assets.api.run_models import Exported
+from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.views import build_views
+from fhir_assets.warehouse.exports.export import Export, folder_of_run, windows_of_run
+from fhir_assets.warehouse.postgres.tables import view_tables
+
+router = APIRouter(tags=["runs"])
+
+
+@router.post(
+    "/export/{resource_type}",
+    response_model=Exported,
+    responses=problem_responses(404),
+    summary="Export a type to files",
+)
+def export_type(
+    context: Context,
+    caller: CurrentCaller,
+    resource_type: TypeName,
+    run_id: Annotated[
+        str | None, Query(pattern=r"^[A-Za-z0-9\-]{1,64}$", description="Export only the windows of this run")
+    ] = None,
+    include_raw: Annotated[bool, Query(description="Export the resources as received")] = False,
+    include_normalized: Annotated[bool, Query(description="Export the tables, as Parquet")] = True,
+) -> Response:
+    """Files are written to FHIR_EXPORT_URL: the valid resources, and the raw resources and tables on request. Resources
+    that consent withholds are left out.
+    """
+    name = find_resource_type(context.settings.fhir_resource_types, resource_type)
+    if not context.settings.fhir_export_url:
+        raise Problem(
+            409, "FHIR_EXPORT_URL is not set: set it to the folder or s3://bucket/prefix that exports are written to"
+        )
+    views = [view for view in build_views(context.settings).views if view.resource_type == name]
+    target = blobs_at(context.settings, context.settings.fhir_export_url)
+    with context.connection() as conn:
+        keys: list[str] | None = None
+        full_run_id = ""
+        folder = f"exports/{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        if run_id:
+            full_run_id, keys_by_type = windows_of_run(conn, find_run_id(conn, run_id))
+            keys, folder = keys_by_type.get(name, []), folder_of_run(full_run_id, datetime.now(UTC))
+        view_tables.ensure_tables(conn, views)
+        conn.commit()
+        withholding = context.settings.gate.closed
+        if include_raw and withholding:
+            raise Problem(
+                409,
+                "CONSENT_POLICY is on, and raw also contains resources that consent withholds: leave include_raw out",
+            )
+        export = Export(
+            conn,
+            context.store,
+            target,
+            folder,
+            run_id=full_run_id,
+            actor=caller.actor,
+            withholding=withholding,
+            manifest=f"{name}.manifest.json",
+        )
+        type_export = export.of(name, keys)
+        files = [type_export.valid()]
+        if include_raw:
+            files.append(type_export.raw())
+        if include_normalized:
+            files += [type_export.table(view, "parquet") for view in views]
+        written_folder = export.finish()
+    content = {"folder": written_folder, "files": [asdict(file) for file in files]}
+    return Response(orjson.dumps(content, default=str), media_type="application/json")

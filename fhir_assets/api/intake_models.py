@@ -1,0 +1,130 @@
+"""Answers of the routes of intake.py, and the OpenAPI descriptions of their request bodies."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from fhir_assets.fhir.intake.schemas import load_schema
+
+FHIR_JSON = "application/fhir+json"
+
+
+def without_keywords(json_schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON Schema without its ``$`` keywords, as OpenAPI embeds it."""
+    return {name: value for name, value in json_schema.items() if not name.startswith("$")}
+
+
+class IssueFound(BaseModel):
+    """An issue that validation found. It never contains a value of the record."""
+
+    severity: Literal["error", "warning"]
+    rule: str = Field(examples=["required-binding"])
+    path: str = Field(examples=["Patient.gender"])
+    message: str
+
+
+class RecordResult(BaseModel):
+    """The result for one record: accepted, or rejected with its issues."""
+
+    index: int
+    status: Literal["accepted", "rejected"]
+    resource_type: str | None = Field(examples=["Patient"])
+    id: str | None = Field(description="The id of the resource, for look-ups")
+    issues: list[IssueFound]
+
+
+class IntakeResult(BaseModel):
+    """The answer to a submission. Accepted records are stored in `raw`, and a later run loads them into the tables."""
+
+    request_id: str
+    accepted: int
+    rejected: int
+    results: list[RecordResult]
+
+
+RECORDS_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["records"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "records": {
+                            "type": "array",
+                            "items": {
+                                "anyOf": [
+                                    without_keywords(load_schema("patient_record")),
+                                    {
+                                        "type": "object",
+                                        "title": "A FHIR R4 resource",
+                                        "required": ["resourceType"],
+                                        "properties": {"resourceType": {"type": "string"}},
+                                    },
+                                ]
+                            },
+                        }
+                    },
+                },
+                "example": {
+                    "records": [
+                        {
+                            "resourceType": "Patient",
+                            "mrn": "MRN-0001",
+                            "name": {"first": "Ada", "last": "Example"},
+                            "birthDate": "1970-01-31",
+                            "gender": "female",
+                            "consent": {"data_sharing": True, "research": False},
+                        },
+                        {
+                            "resourceType": "Observation",
+                            "status": "final",
+                            "code": {"text": "Heart rate"},
+                            "subject": {"reference": "Patient/example"},
+                        },
+                    ]
+                },
+            }
+        },
+    }
+}
+FHIR_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            FHIR_JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["resourceType"],
+                    "properties": {"resourceType": {"type": "string"}},
+                },
+                "example": {"resourceType": "Patient", "id": "example", "gender": "female"},
+            }
+        },
+    }
+}
+OPERATION_OUTCOME = {
+    "content": {
+        FHIR_JSON: {
+            "schema": {
+                "type": "object",
+                "required": ["resourceType", "issue"],
+                "properties": {"resourceType": {"const": "OperationOutcome"}, "issue": {"type": "array"}},
+            },
+            "example": {
+                "resourceType": "OperationOutcome",
+                "issue": [
+                    {
+                        "severity": "error",
+                        "code": "code-invalid",
+                        "diagnostics": "not one of the codes that are allowed here",
+                        "expression": ["Bundle.entry[1].resource.gender"],
+                    }
+                ],
+            },
+        }
+    }
+}
