@@ -239,7 +239,7 @@ def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
     said: list[str] = []
     ids(source(server.url, store, database, on_progress=said.append))
     texts = [line.partition(": ")[2] for line in said]
-    assert texts[0] == "the server has taken it"
+    assert texts[0] == "the server has accepted the request"
     assert texts[1:3] == ["33 % done", "66 % done"]
     assert texts[-1].startswith(f"downloaded 5 of 5 files, {COUNT} resources, 0.0 MiB")
 
@@ -247,7 +247,7 @@ def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
 def test_a_long_download_is_told_of_now_and_then_and_not_file_by_file(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_download, "SAY_EVERY", 0.05)
+    monkeypatch.setattr(bulk_download, "PROGRESS_INTERVAL", 0.05)
     said: list[str] = []
     slow = Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.FILE}), seconds=0.02)
     with SandboxServer([patient(f"p{n}", START) for n in range(60)], export_file_resources=1, faults=(slow,)) as server:

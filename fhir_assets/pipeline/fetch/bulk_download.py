@@ -1,4 +1,4 @@
-"""The files of an export into the store: several at once, in groups, each of which is kept or fetched again whole."""
+"""Download the files of a bulk export into the store, in parallel and in groups that are stored atomically."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,17 +19,20 @@ from fhir_assets.storage.store import Store
 LAYER = "bulk"
 GROUP_RESOURCES = 200_000
 GROUP_FILES = 2_000
-"""Files are stored in groups of about so many resources or files: at most one group is fetched again after a kill."""
+"""A group ends at about this many resources or files. After a kill at most one group is downloaded again."""
 
-SAY_EVERY = 5.0
-"""Seconds between two lines about a download."""
+PROGRESS_INTERVAL = 5.0
+"""Seconds between two progress reports of a download."""
 
 BATCH_RESOURCES = 500
-"""Small files are downloaded by one thread until they hold so many."""
+"""Small files are downloaded one after another in one thread until they have this many resources."""
 
 
 class Download:
-    """Downloads what an export's manifest lists; ``say`` hears now and then how far it is."""
+    """Downloads the output files of a bulk export manifest into layer ``bulk`` of the store.
+
+    ``on_progress`` receives a line of text every few seconds.
+    """
 
     def __init__(
         self,
@@ -49,25 +52,25 @@ class Download:
         self._on_progress = on_progress
 
     def groups(self, done: Collection[int]) -> Iterator[tuple[Mapping[str, Sequence[Part]], Sequence[int]]]:
-        """Fetch the files but those that are ``done``, a group after the other: the parts in the store that hold it, by
-        resource type, and which of the manifest's files these are.
+        """Download the files whose indexes are not in ``done``. Yield, for each group, its parts by resource type and
+        the indexes of its files in the manifest.
 
-        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; of the group under way nothing is kept then.
+        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; nothing of the current group is stored then.
         """
-        todo = [(n, file) for n, file in enumerate(self._manifest.output) if n not in done]
+        pending = [(index, file) for index, file in enumerate(self._manifest.output) if index not in done]
         progress = _Progress(self._on_progress, len(self._manifest.output), len(done))
         with (
             self._client.open_downloads() as downloads,
             ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
         ):
-            for group in _groups(todo):
+            for group in _groups(pending):
                 with PartWriter(self._store, LAYER) as writer:
                     fetch = _Fetch(self._client, downloads, writer, progress, self._export_id, self._manifest)
                     jobs = [pool.submit(fetch, files) for files in _batches([file for _, file in group])]
                     try:
                         progress.wait(jobs)
                     finally:
-                        # Whether one failed or somebody cancels the run: the writer is given up, nobody writes on.
+                        # After a failure or a cancellation the writer is discarded, so that no thread may write to it.
                         if not all(job.done() for job in jobs):
                             fetch.stop.set()
                             for job in jobs:
@@ -77,13 +80,13 @@ class Download:
                         if not job.cancelled():
                             job.result()
                     stored = {name: parts for (name, _), parts in writer.finish().items()}
-                yield stored, [n for n, _ in group]
-        progress.tell()
+                yield stored, [index for index, _ in group]
+        progress.report()
 
 
 @dataclass(slots=True)
 class _Progress:
-    """How far a download is. Several threads tell it what came; the one that waits for them says it, now and then."""
+    """The progress of a download: download threads add to it, the waiting thread reports it."""
 
     on_progress: Callable[[str], None]
     files: int
@@ -91,28 +94,28 @@ class _Progress:
     resources: int = 0
     size: int = 0
     lock: Lock = field(default_factory=Lock)
-    said: float = field(default_factory=time.monotonic)
+    reported_at: float = field(default_factory=time.monotonic)
 
-    def came(self, lines: Sequence[bytes], *, files: int = 0) -> None:
-        """So many lines, and so many files that are whole now."""
+    def add(self, lines: Sequence[bytes], *, files: int = 0) -> None:
+        """Count downloaded lines and completed files."""
         with self.lock:
             self.resources += len(lines)
             self.size += sum(map(len, lines)) + len(lines)
             self.done += files
 
     def wait(self, jobs: Sequence[Future[None]]) -> None:
-        """Wait until all are done, or one failed; meanwhile say every few seconds where it stands."""
-        rest = set(jobs)
-        while rest:
-            done, rest = wait(rest, timeout=SAY_EVERY, return_when=FIRST_EXCEPTION)
+        """Wait until all jobs are done or one failed, and report the progress every few seconds."""
+        pending = set(jobs)
+        while pending:
+            done, pending = wait(pending, timeout=PROGRESS_INTERVAL, return_when=FIRST_EXCEPTION)
             if any(job.exception() for job in done):
                 return
-            if time.monotonic() - self.said >= SAY_EVERY:
-                self.tell()
+            if time.monotonic() - self.reported_at >= PROGRESS_INTERVAL:
+                self.report()
 
-    def tell(self) -> None:
-        """Say where it stands."""
-        self.said = time.monotonic()
+    def report(self) -> None:
+        """Report the progress now."""
+        self.reported_at = time.monotonic()
         mib = self.size / 2**20
         self.on_progress(
             f"downloaded {self.done:,} of {self.files:,} files, {self.resources:,} resources, {mib:,.1f} MiB"
@@ -121,7 +124,7 @@ class _Progress:
 
 @dataclass(slots=True)
 class _Fetch:
-    """Writes files of an export into the store, several at once, until it is told to stop."""
+    """Downloads files of an export to the store; called by several threads, until ``stop`` is set."""
 
     client: BulkClient
     downloads: Downloads
@@ -138,29 +141,30 @@ class _Fetch:
                 self._fetch(file)
 
     def _fetch(self, file: ExportFile) -> None:
-        arrived = arrival(self.manifest.transaction_time)
+        arrived = default_last_updated(self.manifest.transaction_time)
         for lines in self.client.read_lines(self.downloads, file, needs_token=self.manifest.needs_token):
-            dated = [(line, _moment(line) or arrived) for line in lines]
+            dated = [(line, _read_last_updated(line) or arrived) for line in lines]
             with self.lock:
                 if self.stop.is_set():
                     return
                 for line, moment in dated:
                     self.writer.add(file.resource_type, self.export_id, line, moment)
-            self.progress.came(lines)
-        self.progress.came((), files=1)
+            self.progress.add(lines)
+        self.progress.add((), files=1)
 
 
-def arrival(transaction_time: datetime | None) -> datetime:
-    """When a resource without lastUpdated counts as updated: in the last moment that the export covers."""
+def default_last_updated(transaction_time: datetime | None) -> datetime:
+    """Return the time that stands for a missing lastUpdated: the last moment that the export covers."""
     assert transaction_time is not None
     return transaction_time - timedelta(milliseconds=1)
 
 
 def _groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int, ExportFile]]]:
+    """Split files into groups of GROUP_RESOURCES resources or GROUP_FILES files."""
     group: list[tuple[int, ExportFile]] = []
     resources = 0
-    for n, file in files:
-        group.append((n, file))
+    for index, file in files:
+        group.append((index, file))
         resources += file.count or GROUP_RESOURCES // 10
         if resources >= GROUP_RESOURCES or len(group) >= GROUP_FILES:
             yield group
@@ -170,7 +174,7 @@ def _groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int,
 
 
 def _batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
-    """Files for one thread after the other: a large one, or some small ones."""
+    """Split files into batches for one thread each: one large file, or several small ones."""
     batch: list[ExportFile] = []
     resources = 0
     for file in files:
@@ -183,7 +187,7 @@ def _batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
         yield batch
 
 
-def _moment(line: bytes) -> datetime | None:
+def _read_last_updated(line: bytes) -> datetime | None:
     with suppress(MalformedResource):
         meta = read_header(line).meta
         return parse_instant(meta.lastUpdated) if meta else None

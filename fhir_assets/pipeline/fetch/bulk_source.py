@@ -1,7 +1,8 @@
-"""The source ``bulk``: one export of the server, downloaded into the store once, read from there window by window.
+"""The source ``bulk``: a bulk export (FHIR Bulk Data Access, ``$export``) that is downloaded into the store once and
+read from there window by window.
 
-Whatever ends a run, the next one goes on with the same export: its status URL is kept from the first moment, and
-files that are stored are not fetched again. Only who cancels a run cancels the export.
+After a failed run the next run continues the same export: its status URL is in the database from the kick-off on, and
+stored files are not downloaded again. The export is cancelled only if a person cancels the run.
 """
 
 import logging
@@ -31,7 +32,7 @@ from fhir_assets.fhir.record import (
     read_header,
 )
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
-from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, arrival
+from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, default_last_updated
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.store import Store, folder
 from fhir_assets.warehouse.ops import bulk_exports, dead_letters
@@ -42,15 +43,15 @@ from fhir_assets.windows import Interval
 
 _DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
 _KEPT = timedelta(days=1)
-"""How long an export stays in the store, for runs that read it."""
+"""How long a completed export stays in the store for the runs that read it."""
 _log = logging.getLogger(__name__)
 
 
 class BulkSource:
-    """Resources by ``$export``.
+    """Reads resources from a bulk export of a FHIR server.
 
-    An export that is younger than ``fresh`` serves every run; after that a new one is asked for, of what was updated
-    since the interval begins. An export takes at most ``limit``.
+    An export that was requested less than ``fresh`` ago serves every run. Later runs request a new export of the
+    resources that were updated since the start of their interval. An export that takes longer than ``limit`` fails.
     """
 
     name = "bulk"
@@ -84,19 +85,19 @@ class BulkSource:
         self._sleep = sleep
         self._chosen: BulkExport | None = None
         self.on_progress = on_progress
-        """Hears how far an export is, besides the log."""
+        """Receives the progress of an export as text, in addition to the log."""
 
     def offered(self) -> None:
-        """Nothing: what an export lacks is not there."""
+        """Return None: the server exports every type that it has."""
 
     def state(self) -> None:
-        """Nothing: a server is asked by interval."""
+        """Return None: a server is read by interval."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
-        """Nothing: the manifest's counts are of files, and were held against them when these were stored."""
+        """Return None: a manifest has counts of files only, which are checked during the download."""
 
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """From the oldest resource to the export's transaction time. Exports everything if that was not done yet."""
+        """Return the interval from the oldest resource to the transaction time of a complete export, made if needed."""
         export = self._export(resource_types, None, self._now())
         with self._connect() as conn:
             firsts = [part.first for _, part in bulk_exports.parts(conn, export.id) if part.first]
@@ -104,19 +105,19 @@ class BulkSource:
         return Interval(min(firsts), export.transaction_time) if firsts else None
 
     def until(self, resource_types: Sequence[str], interval: Interval) -> datetime:
-        """The transaction time of the export that serves the interval; it is made if there is none."""
+        """Return the transaction time of the export that covers the interval. The export is made if needed."""
         export = self._chosen = self._export(resource_types, interval.start, min(interval.end, self._now()))
         assert export.transaction_time is not None
         return export.transaction_time
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """The resources of the interval, out of the export that ``until`` found."""
+        """Yield the resources of the interval from the export that ``until`` chose."""
         export = self._chosen or self._export(resource_types, interval.start, min(interval.end, self._now()))
         with self._connect() as conn:
             stored = bulk_exports.parts(conn, export.id)
         for resource_type, part in stored:
             if resource_type in resource_types and _may_hold(part, interval):
-                for item in self._read(resource_type, part, arrival(export.transaction_time)):
+                for item in self._read(resource_type, part, default_last_updated(export.transaction_time)):
                     if (item.as_of if isinstance(item, Record) else item.arrived) in interval:
                         yield item
 
@@ -125,98 +126,98 @@ class BulkSource:
         for batch in self._store.batches([part]):
             for line in batch:
                 number += 1
-                place = f"{part.name.rpartition('/')[2]}:{number}"
+                location = f"{part.name.rpartition('/')[2]}:{number}"
                 try:
                     header = read_header(line)
                     if header.resourceType != resource_type:
                         raise MalformedResource(
-                            "a resource of another type than the export's manifest says", "structure"
+                            "its resourceType is not the type in the export's manifest", "structure"
                         )
                     yield build_record(line, header, arrived)
                 except MalformedResource as error:
-                    yield RejectedInput(resource_type, None, error.rule, place, str(error), arrived, line)
+                    yield RejectedInput(resource_type, None, error.rule, location, str(error), arrived, line)
 
     def _export(self, resource_types: Sequence[str], since: datetime | None, until: datetime) -> BulkExport:
-        """An export that holds the types, all that was updated since; found, taken up or asked for."""
+        """Return a complete export of the types since ``since``: an existing one, a continued one, or a new one."""
         request = ExportRequest(self._level, tuple(resource_types), since, self._type_filter)
         with self._connect() as conn, bulk_exports.alone(conn, self._base_url):
-            if found := bulk_exports.find(conn, self._base_url, request, ["done"], until=until):
-                return found
+            if export := bulk_exports.find(conn, self._base_url, request, ["done"], until=until):
+                return export
             recent = bulk_exports.find(conn, self._base_url, request, ["done"])
             if recent and self._now() - recent.requested_at < self._fresh:
                 return recent
             export = bulk_exports.find(conn, self._base_url, request, ["waiting", "downloading"])
             for last in (False, False, True):
                 try:
-                    return self._finished(conn, export or self._asked_for(conn, request))
+                    return self._complete(conn, export or self._kick_off(conn, request))
                 except ExportGone as error:
                     if last:
                         raise
-                    self._tell(f"export: {error}")
+                    self._report(f"export: {error}")
                     export = None
-            raise AssertionError("the last try returns or raises")
+            raise AssertionError("the last attempt returns or raises")
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         _log.info(text)
         self.on_progress(text)
 
-    def _asked_for(self, conn: Connection, request: ExportRequest) -> BulkExport:
+    def _kick_off(self, conn: Connection, request: ExportRequest) -> BulkExport:
         at = self._now()
         status_url = self._client.kick_off(request)
         export = bulk_exports.begin(conn, uuid4().hex[:12], self._base_url, request, status_url, at)
-        self._tell(f"export {export.id}: the server has taken it")
+        self._report(f"export {export.id}: the server has accepted the request")
         return export
 
-    def _finished(self, conn: Session, export: BulkExport) -> BulkExport:
-        """The export, in the store as a whole."""
+    def _complete(self, conn: Session, export: BulkExport) -> BulkExport:
+        """Download the export into the store, apply its deletions and errors, and return it."""
         try:
-            manifest = export.manifest or self._awaited(conn, export)
+            manifest = export.manifest or self._await_manifest(conn, export)
             self._download(conn, export, manifest)
             self._apply(conn, export, manifest)
         except (ExportFailed, NotFhir) as error:
             conn.rollback()
             bulk_exports.end(conn, export.id, "failed", error=str(error))
             if not isinstance(error, ExportGone):
-                self._forget(export)
+                self._delete_job(export)
             raise
         except Exception:
-            raise  # the next run takes it up
+            raise  # the next run continues the export
         except BaseException:
-            # Cancelled by a person: nobody is going to take it up.
+            # A person cancelled the run: no later run continues the export.
             conn.rollback()
             bulk_exports.end(conn, export.id, "cancelled")
-            self._forget(export)
+            self._delete_job(export)
             raise
         bulk_exports.end(conn, export.id, "done")
-        self._forget(export)
-        self._clear(conn)
+        self._delete_job(export)
+        self._remove_outdated(conn)
         return replace(export, status="done", manifest=manifest, transaction_time=manifest.transaction_time)
 
-    def _awaited(self, conn: Connection, export: BulkExport) -> ExportManifest:
-        tried = 0
-        said = ""
+    def _await_manifest(self, conn: Connection, export: BulkExport) -> ExportManifest:
+        polls = 0
+        reported = ""
         while True:
             try:
-                found = self._client.poll(export.status_url, tried)
+                answer = self._client.poll(export.status_url, polls)
             except ServerUnavailable:
                 self._check_limit(export)
                 raise
-            if not isinstance(found, ExportPending):
-                bulk_exports.ready(conn, export.id, found)
-                return found
-            if found.progress and found.progress != said:
-                said = found.progress
-                self._tell(f"export {export.id}: {said}")
+            if not isinstance(answer, ExportPending):
+                bulk_exports.ready(conn, export.id, answer)
+                return answer
+            if answer.progress and answer.progress != reported:
+                reported = answer.progress
+                self._report(f"export {export.id}: {reported}")
             self._check_limit(export)
-            tried += 1
-            self._sleep(found.seconds)
+            polls += 1
+            self._sleep(answer.seconds)
 
     def _check_limit(self, export: BulkExport) -> None:
         if self._now() - export.requested_at > self._limit:
             raise ExportFailed(
                 f"the server has not had the export ready for {self._limit / timedelta(days=1):g} days "
-                "(FHIR_BULK_DAYS), so it is given up: ask its administrator what became of it, and run again to ask "
-                "for a new one"
+                "(FHIR_BULK_DAYS), so the export was abandoned: ask its administrator, and run again to "
+                "request a new one"
             )
 
     def _download(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
@@ -226,35 +227,37 @@ class BulkSource:
             export.id,
             manifest,
             connections=self._connections,
-            on_progress=lambda text: self._tell(f"export {export.id}: {text}"),
+            on_progress=lambda text: self._report(f"export {export.id}: {text}"),
         )
         for parts, files in download.groups(export.files_done):
             bulk_exports.store_parts(conn, export.id, parts, files)
 
     def _apply(self, conn: Session, export: BulkExport, manifest: ExportManifest) -> None:
-        """What the export says besides: deletions, and the server's own errors."""
+        """Apply the deletions of the export, and record the server's errors as dead letters."""
         with self._client.open_downloads() as downloads:
-            gone = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
-            tombstones = DeletionLog(self._store, self._connect)
-            tombstones.record(_deletions(gone, manifest.transaction_time), run_id=export.id, actor="bulk export")
+            deleted = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
+            deletion_log = DeletionLog(self._store, self._connect)
+            deletion_log.record(
+                _read_deletions(deleted, manifest.transaction_time), run_id=export.id, actor="bulk export"
+            )
             with conn.transaction():
                 for file in manifest.errors:
                     lines = self._all_lines(downloads, file, manifest)
-                    dead_letters.record(conn, export.id, (_letter(line, export.id) for line in lines))
+                    dead_letters.record(conn, export.id, (_build_dead_letter(line, export.id) for line in lines))
 
     def _all_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
         for lines in self._client.read_lines(downloads, file, needs_token=manifest.needs_token):
             yield from lines
 
-    def _forget(self, export: BulkExport) -> None:
+    def _delete_job(self, export: BulkExport) -> None:
         with suppress(FhirAssetsError):
             self._client.delete_export(export.status_url)
 
-    def _clear(self, conn: Connection) -> None:
-        """Take away what nobody reads any more."""
+    def _remove_outdated(self, conn: Connection) -> None:
+        """Delete exports from the store that are older than _KEPT."""
         for export_id in bulk_exports.outdated(conn, self._base_url, self._now() - _KEPT):
             types = {resource_type for resource_type, _ in bulk_exports.parts(conn, export_id)}
-            for resource_type in types:  # with what a kill left there between a part and its being noted
+            for resource_type in types:  # also parts that a killed process wrote but did not record
                 for name in list(self._store.blobs.names(folder(LAYER, resource_type, export_id))):
                     self._store.blobs.delete(name)
             bulk_exports.forget_parts(conn, export_id)
@@ -266,26 +269,28 @@ def _may_hold(part: Part, interval: Interval) -> bool:
     return part.first < interval.end and (interval.start is None or part.last >= interval.start)
 
 
-def _deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
-    """The deletions of transaction Bundles, a line each. Raises NotFhir."""
+def _read_deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
+    """Yield the deletions of transaction Bundles, one Bundle a line. Raises NotFhir."""
     for line in lines:
         try:
             bundle = orjson.loads(line)
             moment = parse_instant((bundle.get("meta") or {}).get("lastUpdated")) or at
             for entry in bundle.get("entry", ()):
                 if entry["request"]["method"] == "DELETE":
-                    found = _DELETED.search(entry["request"]["url"])
-                    if found is None:
+                    match = _DELETED.search(entry["request"]["url"])
+                    if match is None:
                         raise ValueError
-                    yield Deletion(found["type"], found["id"], moment)
+                    yield Deletion(match["type"], match["id"], moment)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise NotFhir("a file of deletions in the export is not of Bundles as Bulk Data Access has them") from None
+            raise NotFhir(
+                "a `deleted` file of the export does not contain transaction Bundles as Bulk Data Access requires"
+            ) from None
 
 
-def _letter(line: bytes, export_id: str) -> DeadLetter:
-    """The server's own complaint. What it says may quote a patient: it is kept with the letter, not in its message."""
+def _build_dead_letter(line: bytes, export_id: str) -> DeadLetter:
+    """Build the dead letter of an OperationOutcome. The message has its codes only: its text may hold patient data."""
     codes: list[str] = []
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         codes = [str(issue["code"])[:40] for issue in islice(orjson.loads(line)["issue"], 5)]
-    said = f"the server could not export something ({', '.join(codes) or 'no code'}): ask its administrator"
-    return DeadLetter("OperationOutcome", None, "export", "export-error", f"export {export_id}", said, line, "")
+    message = f"the server could not export a resource ({', '.join(codes) or 'no code'}): ask its administrator"
+    return DeadLetter("OperationOutcome", None, "export", "export-error", f"export {export_id}", message, line, "")

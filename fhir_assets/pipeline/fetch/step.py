@@ -1,4 +1,4 @@
-"""Source -> raw: a range of windows read in one pass, split into its partitions as it streams."""
+"""Source to raw: read a range of windows from a source and write each resource to the partition of its window."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +17,17 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.windows import Interval, WindowRange
 
 _ROUNDING = timedelta(seconds=1)
-"""A source may round the start of an interval down, and give what lies just before it."""
+"""A source may round the start of an interval down and return resources from just before it."""
 
 _Version = tuple[str, str | None, datetime | None]
 
 
 @dataclass(slots=True)
 class _Progress:
-    """What came of one planned window so far."""
+    """The counts of one planned window during the fetch, and the resource versions that its partition already has."""
 
     planned: Planned
-    seen: set[_Version] = field(default_factory=set)
+    stored_versions: set[_Version] = field(default_factory=set)
     matched: int = 0
     repeated: int = 0
     rejected: int = 0
@@ -35,22 +35,26 @@ class _Progress:
 
 @dataclass(frozen=True, slots=True)
 class RawUpdate:
-    """The new partitions of one type, not yet visible, and what the fetch found out about each."""
+    """The new raw partitions of one resource type, with manifests to commit, and the counts of the fetch."""
 
     resource_type: str
     manifests: tuple[Manifest, ...]
     fetches: Mapping[str, Fetch]
-    """By partition key; a window that needed nothing has none."""
+    """By partition key, the counts of the fetch. Windows that were complete already are absent."""
     refetched_keys: tuple[str, ...] = ()
-    """The keys of the windows that were read from their start, so that earlier dead letters can be settled."""
+    """The keys of the windows that were read from their start, so that their earlier dead letters can be settled."""
     bases: Mapping[str, Manifest | None] = field(default_factory=dict)
-    """By partition key, what each manifest was made from: see pipeline.partition_commit."""
+    """By partition key, the manifest that was extended, or None: see pipeline.partition_commit."""
     before_first_window: int = 0
-    """Resources older than the first window, left out as FHIR_LAST_UPDATED_GTE asks."""
+    """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
 
 
 class FetchStep:
-    """Fetches windows from a source into the raw layer of a store."""
+    """Fetches windows from a source into the raw layer of a store.
+
+    ``now`` bounds the open window, ``overlap`` is how far an extension reaches back, and ``reject`` writes the dead
+    letters of entries that are not resources.
+    """
 
     def __init__(
         self,
@@ -69,32 +73,32 @@ class FetchStep:
         self._now = now
         self._overlap = overlap
         self._refresh = refresh
-        self._letters = DeadLetterBuffer(reject)
+        self._dead_letters = DeadLetterBuffer(reject)
 
     @infrequent_gc()
     def run(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
-        """Read what the windows lack and write it as parts; the caller commits the manifests.
+        """Fetch the missing intervals of the windows and write them as parts. The caller commits the manifests.
 
-        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are then as before.
+        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are unchanged then.
         """
         state = self._source.state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
         planned = [progress.planned for plan in plans.values() for progress in plan.values()]
         until = self._source.until(resource_types, covering_interval(planned)) if planned else None
         if until is not None and until < self._now:
-            # What the source cannot know of yet is not fetched, and stays due.
+            # The source knows resources up to `until` only; the rest of the interval stays due.
             self._now = until
             plans = {name: self._plan(name, windows, state) for name in resource_types}
-        outside = dict.fromkeys(resource_types, 0)
+        before_first_window = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         with PartWriter(self._store, "raw") as writer:
             for request in self._requests(plans, windows):
                 for item in self._source.fetch(request.names, request.interval):
-                    self._place(item, windows, plans, outside, writer)
+                    self._store_item(item, windows, plans, before_first_window, writer)
                 for name in request.names:
-                    stretch = request.stretch or list(plans[name].values())
-                    fetches[name] |= self._settle(name, stretch, request.total)
-            self._letters.flush()
+                    requested = request.windows or list(plans[name].values())
+                    fetches[name] |= self._count_fetches(name, requested, request.total)
+            self._dead_letters.flush()
             parts = writer.finish()
         return [
             RawUpdate(
@@ -106,32 +110,32 @@ class FetchStep:
                 fetches[name],
                 tuple(key for key, progress in plan.items() if progress.planned.base is None),
                 {key: progress.planned.base for key, progress in plan.items()},
-                outside[name],
+                before_first_window[name],
             )
             for name, plan in plans.items()
         ]
 
     def _requests(self, plans: Mapping[str, Mapping[str, _Progress]], windows: WindowRange) -> Iterator["_Request"]:
-        """What to ask the source for: everything at once, or a type and an unbroken stretch at a time."""
+        """Yield one request for everything, or one for each type and sequence of windows without a gap."""
         if self._source.one_pass:
-            wanted = [name for name, plan in plans.items() if plan]
-            if wanted:
-                whole = covering_interval(p.planned for name in wanted for p in plans[name].values())
+            names = [name for name, plan in plans.items() if plan]
+            if names:
+                interval = covering_interval(p.planned for name in names for p in plans[name].values())
                 if windows.from_first:
-                    # What bears no lastUpdated and is older than all windows belongs into the first.
-                    whole = Interval(None, whole.end)
-                yield _Request(wanted, whole, None, None)
+                    # Resources that are older than all windows belong to the first window.
+                    interval = Interval(None, interval.end)
+                yield _Request(names, interval, None, None)
             return
         for name, plan in plans.items():
-            for run in split_at_gaps(progress.planned for progress in plan.values()):
-                interval = covering_interval(run)
+            for sequence in split_at_gaps(progress.planned for progress in plan.values()):
+                interval = covering_interval(sequence)
                 total = self._source.count(name, interval)
-                yield _Request([name], interval, [plan[p.window.key] for p in run], total)
+                yield _Request([name], interval, [plan[p.window.key] for p in sequence], total)
 
     def _plan(self, name: str, windows: WindowRange, state: str | None) -> dict[str, _Progress]:
         plan = {}
         keys = [window.key for window in windows.windows]
-        existing = {each.partition_key: each for each in self._store.manifests("raw", name, keys)}
+        existing = {manifest.partition_key: manifest for manifest in self._store.manifests("raw", name, keys)}
         for window in windows.windows:
             planned = plan_window(
                 window,
@@ -142,37 +146,37 @@ class FetchStep:
                 source_state=state,
             )
             if planned:
-                plan[window.key] = _Progress(planned, self._seen(planned))
+                plan[window.key] = _Progress(planned, self._read_stored_versions(planned))
         return plan
 
-    def _seen(self, planned: Planned) -> set[_Version]:
-        """The versions that the partition has already from the overlap, which the source will give again."""
+    def _read_stored_versions(self, planned: Planned) -> set[_Version]:
+        """Return the resource versions in the overlap: the partition has them, and the source returns them again."""
         if planned.base is None or planned.interval.start is None:
             return set()
         since = planned.interval.start - _ROUNDING
         fetched = (part for part in planned.base.parts if part.origin is None)
-        again = [part for part in fetched if part.last is None or part.last >= since]
-        seen = set()
-        for batch in self._store.batches(again):
+        overlapping = [part for part in fetched if part.last is None or part.last >= since]
+        versions = set()
+        for batch in self._store.batches(overlapping):
             for line in batch:
                 header = read_header(line)
                 meta = header.meta
                 moment = parse_instant(meta.lastUpdated) if meta else None
-                seen.add((header.id or "", meta.versionId if meta else None, moment))
-        return seen
+                versions.add((header.id or "", meta.versionId if meta else None, moment))
+        return versions
 
-    def _place(
+    def _store_item(
         self,
         item: Record | RejectedInput,
         windows: WindowRange,
         plans: Mapping[str, Mapping[str, _Progress]],
-        outside: dict[str, int],
+        before_first_window: dict[str, int],
         writer: PartWriter,
     ) -> None:
         moment = item.last_updated if isinstance(item, Record) else None
         window = windows.nearest(item.arrived) if moment is None else windows.place(moment)
         if window is None:
-            outside[item.resource_type] += 1
+            before_first_window[item.resource_type] += 1
             return
         progress = plans[item.resource_type].get(window.key)
         if progress is None:
@@ -180,26 +184,26 @@ class FetchStep:
         progress.matched += 1
         if isinstance(item, RejectedInput):
             progress.rejected += 1
-            self._letters.add(_letter(item, window.key))
+            self._dead_letters.add(_build_dead_letter(item, window.key))
             return
-        if progress.seen and (item.id, item.version_id, item.last_updated) in progress.seen:
+        if progress.stored_versions and (item.id, item.version_id, item.last_updated) in progress.stored_versions:
             progress.repeated += 1
             return
         writer.add(item.resource_type, window.key, item.body, moment)
 
-    def _settle(self, name: str, stretch: list[_Progress], before: int | None) -> dict[str, Fetch]:
-        """Compare what came with what the source says it has: for the stretch, and where that differs by window.
+    def _count_fetches(self, name: str, windows: list[_Progress], before: int | None) -> dict[str, Fetch]:
+        """Compare the fetched count with the source's total: for all windows at once, and by window if that differs.
 
-        A resource that is updated meanwhile leaves its window, so a number between the totals before and
-        after the reading is right too.
+        ``before`` is the source's total before the fetch. A resource that is updated during the fetch leaves its
+        window, so every count between the totals before and after the fetch is correct.
         """
-        matched = sum(progress.matched for progress in stretch)
+        matched = sum(progress.matched for progress in windows)
         agreed = before == matched
         if before is not None and not agreed:
-            after = self._source.count(name, covering_interval(progress.planned for progress in stretch))
+            after = self._source.count(name, covering_interval(progress.planned for progress in windows))
             agreed = after is not None and min(before, after) <= matched <= max(before, after)
         fetches = {}
-        for progress in stretch:
+        for progress in windows:
             planned = progress.planned
             if before is None:
                 total = None
@@ -238,15 +242,15 @@ class FetchStep:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One asking of the source; ``stretch`` and ``total`` where it is for one type."""
+    """One query of the source. ``windows`` and the source's ``total`` are known only for a query of one type."""
 
     names: list[str]
     interval: Interval
-    stretch: list[_Progress] | None
+    windows: list[_Progress] | None
     total: int | None
 
 
-def _letter(item: RejectedInput, partition_key: str) -> DeadLetter:
+def _build_dead_letter(item: RejectedInput, partition_key: str) -> DeadLetter:
     return DeadLetter(
         resource_type=item.resource_type,
         resource_id=item.resource_id,

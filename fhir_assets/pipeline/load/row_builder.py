@@ -1,4 +1,4 @@
-"""The job of a worker in a load: a batch of valid lines in, resources and rows ready to be copied out."""
+"""Build the table rows of batches of valid resources; runs in the worker processes of a load."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,11 +16,11 @@ from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
-_NO_ID = "the resource has no id, so no row could be told from another: give it one at the source or by `edit`"
+_NO_ID = "the resource has no id, so its rows would have no key: give it one at the source or by `edit`"
 
 
 class Batch(NamedTuple):
-    """Lines of one partition; ``arrived`` dates those without ``lastUpdated``."""
+    """Lines of one partition. ``arrived`` stands for a missing ``lastUpdated``."""
 
     lines: list[bytes]
     partition_key: str
@@ -28,12 +28,12 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size of the lines in bytes, without line feeds."""
         return sum(map(len, self.lines))
 
 
 class RejectedLine(NamedTuple):
-    """A line that no rows can be made of, by its place in the batch, and why."""
+    """A line that cannot be turned into rows: its index in the batch, and the reason as a dead letter has it."""
 
     position: int
     resource_id: str | None
@@ -43,7 +43,7 @@ class RejectedLine(NamedTuple):
     message: str
 
     def build_dead_letter(self, resource_type: str, batch: Batch) -> DeadLetter:
-        """The dead letter of the line."""
+        """Build the dead letter of the line."""
         return DeadLetter(
             resource_type=resource_type,
             resource_id=self.resource_id,
@@ -57,14 +57,17 @@ class RejectedLine(NamedTuple):
 
 
 class BuiltRows(NamedTuple):
-    """What came of a batch: the resources that are ready to be copied, and the lines left undone."""
+    """The result of a batch: a block of resources and rows that is ready for COPY, and the rejected lines."""
 
     block: Block
     rejected: list[RejectedLine]
 
 
 class RowBuilder:
-    """Makes the rows of all ``views`` of one type, sealed if there are keys. Pickles as views and keys."""
+    """Builds the rows of all ``views`` of one resource type, with encrypted columns if ``cipher`` has keys.
+
+    Pickles as its views and cipher.
+    """
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
         self._views = TypeViews(views, empty_join=False)
@@ -74,31 +77,31 @@ class RowBuilder:
         return RowBuilder, (self._preparation.views, self._preparation.cipher)
 
     def __call__(self, batch: Batch) -> BuiltRows:
-        prepared, undone = [], []
-        for place, line in enumerate(batch.lines):
+        prepared, rejected = [], []
+        for index, line in enumerate(batch.lines):
             resource = _parse(line)
-            record = _record(resource, line, batch.arrived)
+            record = _build_record(resource, line, batch.arrived)
             if record is None:
-                undone.append(RejectedLine(place, None, "transform", "id", "id", _NO_ID))
+                rejected.append(RejectedLine(index, None, "transform", "id", "id", _NO_ID))
                 continue
             try:
                 rows = self._views.rows(resource)
-                prepared.append((place, self._preparation.prepare(record, batch.partition_key, rows)))
+                prepared.append((index, self._preparation.prepare(record, batch.partition_key, rows)))
             except RowError as error:
-                where = f"{error.view}.{error.column}"
-                undone.append(RejectedLine(place, record.id, "transform", "view", where, error.message))
+                path = f"{error.view}.{error.column}"
+                rejected.append(RejectedLine(index, record.id, "transform", "view", path, error.message))
             except Unfit as unfit:
-                where = format_column_path(unfit.view, unfit.column)
-                undone.append(RejectedLine(place, record.id, "load", "unloadable", where, unfit.message))
-        return BuiltRows(Block.of(prepared, len(self._preparation.views)), undone)
+                path = format_column_path(unfit.view, unfit.column)
+                rejected.append(RejectedLine(index, record.id, "load", "unloadable", path, unfit.message))
+        return BuiltRows(Block.of(prepared, len(self._preparation.views)), rejected)
 
 
 def format_column_path(view: str | None, column: str | None) -> str:
-    """The path of a dead letter of stage ``load``."""
+    """Return ``view.column`` as the path of a dead letter, or ``resource`` if no view is concerned."""
     return f"{view}.{column}" if view else "resource"
 
 
-def _record(resource: dict[str, Any], line: bytes, arrived: datetime) -> Record | None:
+def _build_record(resource: dict[str, Any], line: bytes, arrived: datetime) -> Record | None:
     identity = resource.get("id")
     if identity is None:
         return None

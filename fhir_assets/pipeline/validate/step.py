@@ -1,4 +1,4 @@
-"""raw -> validated: every resource is either kept, as its received bytes, or becomes a dead letter."""
+"""Raw to validated: copy each valid resource byte for byte, and record each invalid one as a dead letter."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,36 +22,38 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 @dataclass(frozen=True, slots=True)
 class ValidatedUpdate:
-    """The new partitions of one type, not yet visible. ``judged`` are the keys whose whole partition was judged,
-    so that its earlier dead letters that did not fail again are settled.
-    """
+    """The new validated partitions of one resource type, with manifests to commit."""
 
     resource_type: str
     manifests: tuple[Manifest, ...]
     revalidated_keys: tuple[str, ...]
+    """The keys of the partitions that were validated from their start, so that their earlier dead letters that did not
+    fail again can be settled.
+    """
     bases: Mapping[str, Manifest | None]
-    """By partition key, the validated partition that was there before: see pipeline.partition_commit."""
+    """By partition key, the validated partition that existed before, or None: see pipeline.partition_commit."""
 
 
 _BYTES_PER_SECOND = 50e6
+"""About how fast one process validates, to decide whether worker processes are worth their start."""
 
-Found = list[tuple[int, tuple[Issue, ...]]]
-"""The lines of a batch that have issues, each with its place in it."""
+LineIssues = list[tuple[int, tuple[Issue, ...]]]
+"""The issues of a batch, for each line that has any: its index in the batch and its issues."""
 
 
 @dataclass(frozen=True)
 class LineValidator:
-    """The job of a worker: a batch of lines in, what is wrong with them out."""
+    """Validates batches of lines; runs in worker processes."""
 
     validator: Validator
 
-    def __call__(self, lines: list[bytes]) -> Found:
+    def __call__(self, lines: list[bytes]) -> LineIssues:
         check = self.validator.check
-        return [(place, verdict.issues) for place, line in enumerate(lines) if (verdict := check(line)).issues]
+        return [(index, verdict.issues) for index, line in enumerate(lines) if (verdict := check(line)).issues]
 
 
 class ValidateStep:
-    """Judges raw partitions of one type after the other."""
+    """Validates raw partitions, one resource type for each call."""
 
     def __init__(
         self,
@@ -71,28 +73,29 @@ class ValidateStep:
         self._run_id = run_id
         self._now = now
         self._refresh = refresh
-        self._letters = DeadLetterBuffer(lambda letters: dead_letters.record_now(connect, run_id, letters))
+        self._dead_letters = DeadLetterBuffer(lambda batch: dead_letters.record_now(connect, run_id, batch))
 
     @infrequent_gc()
     def run(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
-        """Judge what of the raw partitions is not judged yet, or all of it; the caller commits the manifests.
+        """Validate the raw parts that are not validated yet, or all parts, as ``refresh`` says. The caller commits the
+        manifests; dead letters are written before this returns.
 
-        Raises StoreError; the partitions are then as before.
+        Raises StoreError, DatabaseUnavailable or WorkerLost; the partitions are unchanged then.
         """
         states = list(self._states(resource_type, raw))
         corrections = Corrections(
             self._connect, resource_type, ["validate"], [state.raw.partition_key for state in states]
         )
-        judged = self._workers.map(
+        results = self._workers.map(
             LineValidator(self._validator),
-            ((state, lines) for state in states for lines in self._store.batches(state.todo)),
+            ((state, lines) for state in states for lines in self._store.batches(state.pending)),
             weigh=lambda lines: sum(map(len, lines)),
-            seconds=sum(part.bytes for state in states for part in state.todo) / _BYTES_PER_SECOND,
+            seconds=sum(part.bytes for state in states for part in state.pending) / _BYTES_PER_SECOND,
         )
         with PartWriter(self._store, "validated") as writer:
-            for state, lines, found in judged:
-                self._sort(state, lines, found, corrections, writer)
-            self._letters.flush()
+            for state, lines, line_issues in results:
+                self._store_batch(state, lines, line_issues, corrections, writer)
+            self._dead_letters.flush()
             parts = writer.finish()
         return ValidatedUpdate(
             resource_type,
@@ -102,19 +105,19 @@ class ValidateStep:
         )
 
     def _states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_State"]:
-        """The partitions that have something to judge, or were never written."""
+        """Yield the partitions that have parts to validate, or that do not exist yet."""
         keys = [manifest.partition_key for manifest in raw]
-        there = {each.partition_key: each for each in self._store.manifests("validated", resource_type, keys)}
+        existing_by_key = {m.partition_key: m for m in self._store.manifests("validated", resource_type, keys)}
         for manifest in raw:
-            existing = there.get(manifest.partition_key)
-            base = self._extended(manifest, existing)
+            existing = existing_by_key.get(manifest.partition_key)
+            base = self._find_base(manifest, existing)
             done = base.validated.inputs if base and base.validated else ()
-            todo = [part for part in manifest.parts if part.name not in done]
-            if base is None or todo:
-                yield _State(manifest, existing, base, todo)
+            pending = [part for part in manifest.parts if part.name not in done]
+            if base is None or pending:
+                yield _State(manifest, existing, base, pending)
 
-    def _extended(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:
-        """The validated partition that only lacks new raw parts; None where all has to be judged."""
+    def _find_base(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:
+        """Return the validated partition if new raw parts only extend it; None if all parts have to be validated."""
         if existing is None or existing.validated is None or self._refresh is not Refresh.MISSING:
             return None
         if existing.validated.rules_version != self._validator.rules_version:
@@ -122,36 +125,36 @@ class ValidateStep:
         names = {part.name for part in raw.parts}
         return existing if names.issuperset(existing.validated.raw_parts) else None
 
-    def _sort(
-        self, state: "_State", lines: list[bytes], found: Found, corrections: Corrections, writer: PartWriter
+    def _store_batch(
+        self, state: "_State", lines: list[bytes], line_issues: LineIssues, corrections: Corrections, writer: PartWriter
     ) -> None:
-        """Keep the valid lines of a batch, byte for byte; make dead letters of the others, unless they were corrected
-        by hand before.
+        """Write the valid lines of a batch byte for byte. Record the others as dead letters, or write their corrections
+        where a person corrected them before.
         """
         state.rows += len(lines)
         name, key = state.raw.resource_type, state.raw.partition_key
-        refused = set()
-        for place, issues in found:
-            verdict = Verdict(lines[place], issues)
+        invalid = set()
+        for index, issues in line_issues:
+            verdict = Verdict(lines[index], issues)
             if not verdict.valid:
-                refused.add(place)
-                letter = build_dead_letter(name, key, lines[place], verdict, ruleset=self._validator.ruleset)
-                corrected = corrections.find(letter)
+                invalid.add(index)
+                dead_letter = build_dead_letter(name, key, lines[index], verdict, ruleset=self._validator.ruleset)
+                corrected = corrections.find(dead_letter)
                 if corrected is not None and self._validator.check(corrected).valid:
                     writer.add(name, key, corrected, None)
                 else:
-                    state.dead[letter.rule] += 1
-                    self._letters.add(letter)
+                    state.dead[dead_letter.rule] += 1
+                    self._dead_letters.add(dead_letter)
             state.warnings.update(issue.rule for issue in issues if issue.severity == "warning")
-        for place, line in enumerate(lines):
-            if place not in refused:
+        for index, line in enumerate(lines):
+            if index not in invalid:
                 writer.add(name, key, line, None)
 
     def _manifest(self, state: "_State", parts: tuple[Part, ...]) -> Manifest:
         raw, base = state.raw, state.base
         replays: list[str] = []
         if base and base.validated:
-            state.add(base.validated)
+            state.add_counts(base.validated)
             replays = [REPLAY + run for run in base.validated.replays]
         return Manifest(
             "validated",
@@ -171,20 +174,24 @@ class ValidateStep:
 
 
 class _State:
-    """A raw partition, the validated one that is there and the one that it extends, the parts to judge, and what
-    judging them came to.
+    """A raw partition during its validation.
+
+    ``existing`` is the validated partition in the store, ``base`` the one that is extended (None: all parts are
+    validated), ``pending`` the raw parts to validate. The counts include those of the base in the end.
     """
 
-    def __init__(self, raw: Manifest, existing: Manifest | None, base: Manifest | None, todo: Sequence[Part]) -> None:
+    def __init__(
+        self, raw: Manifest, existing: Manifest | None, base: Manifest | None, pending: Sequence[Part]
+    ) -> None:
         self.raw = raw
         self.existing = existing
         self.base = base
-        self.todo = todo
+        self.pending = pending
         self.rows = 0
         self.dead: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
 
-    def add(self, earlier: Validated) -> None:
+    def add_counts(self, earlier: Validated) -> None:
         self.rows += earlier.rows_in
         self.dead.update(earlier.dead)
         self.warnings.update(earlier.warnings)
@@ -193,7 +200,7 @@ class _State:
 def build_dead_letter(
     resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, ruleset: str
 ) -> DeadLetter:
-    """The dead letter of a resource that was refused: its first error leads, all issues come with it."""
+    """Build the dead letter of an invalid resource from its first error; all of its issues are attached."""
     first = next(issue for issue in verdict.issues if issue.severity == "error")
     return DeadLetter(
         resource_type=resource_type,
@@ -204,7 +211,7 @@ def build_dead_letter(
         message=first.message,
         resource=line,
         partition_key=partition_key,
-        issues=[_as_json(issue) for issue in verdict.issues],
+        issues=[_to_json(issue) for issue in verdict.issues],
         ruleset=ruleset,
     )
 
@@ -216,5 +223,5 @@ def _readable_id(line: bytes) -> str | None:
         return None
 
 
-def _as_json(issue: Issue) -> dict[str, str]:
+def _to_json(issue: Issue) -> dict[str, str]:
     return {"rule": issue.rule, "severity": issue.severity, "path": issue.path, "message": issue.message}
