@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from fhir_assets.fhir.record import Record
-from fhir_assets.fhir.views import TypeViews, View, load_views
+from fhir_assets.fhir.views import CompiledViews, View, load_views
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db import embedded, migrations
 from fhir_assets.warehouse.postgres.db.connections import connect
@@ -63,7 +63,7 @@ def observation(number: int) -> Record:
 def main(total: int) -> None:
     """Print the table."""
     views = [v for v in load_views([migrations.sql_folder() / "views"]).views if v.resource_type == "Observation"]
-    compiled = TypeViews(views)
+    compiled = CompiledViews(views)
     parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
     records = [observation(number) for number in range(total)]
     items: list[tuple[Record, ViewRows]] = [(record, compiled.rows(parse(record.body))) for record in records]

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from benchmarks.population import sample
-from fhir_assets.fhir.views import TypeViews, parse_view
+from fhir_assets.fhir.views import CompiledViews, parse_view
 
 ENCOUNTER_FLAT: dict[str, Any] = {
     "resource": "Encounter",
@@ -119,7 +119,7 @@ def measure(name: str, folder: Path, *, limit: int = 1000) -> Result:
     few = resources[:limit]
     # The clock of processor time is too coarse for the few microseconds that 25 Patients take.
     resources *= -(-_AT_LEAST // len(resources))
-    rows = TypeViews([parse_view(definition)]).rows
+    rows = CompiledViews([parse_view(definition)]).rows
     ours = _best(lambda: [rows(resource) for resource in resources], seconds=1)
     theirs = _best(lambda: sqlonfhir.evaluate(few, definition), seconds=1)
     return Result(name, len(resources), len(resources) / ours, len(few) / theirs)

@@ -11,7 +11,7 @@ from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, 
 from fhir_assets.api.idempotency import IdempotencyKey, answer_once
 from fhir_assets.api.intake_models import FHIR_BODY, FHIR_JSON, OPERATION_OUTCOME, RECORDS_BODY, IntakeResult
 from fhir_assets.api.problems import Problem, problem_responses
-from fhir_assets.fhir.validation.issues import Issue, operation_outcome
+from fhir_assets.fhir.validation.issues import Issue, build_operation_outcome
 from fhir_assets.pipeline.receive.intake import (
     IntakeValidator,
     Unreadable,
@@ -129,7 +129,7 @@ def _locate_in_bundle(issue: Issue, index: int) -> Issue:
 
 
 def _outcome(status: int, issues: Sequence[Issue]) -> Response:
-    return Response(orjson.dumps(operation_outcome(issues)), status, media_type=FHIR_JSON)
+    return Response(orjson.dumps(build_operation_outcome(issues)), status, media_type=FHIR_JSON)
 
 
 def _build_validator(context: AppContext, origin: str) -> IntakeValidator:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.validation.report import Tally, check_files, outcome
+from fhir_assets.fhir.validation.report import ValidationSummary, locate_outcome, validate_files
 from fhir_assets.settings import load_settings
 
 
@@ -28,7 +28,7 @@ def validate(
         max_bytes=settings.validation_max_bytes,
         max_depth=settings.validation_max_depth,
     )
-    tally = Tally()
+    tally = ValidationSummary()
     try:
         sink = outcomes.open("wb") if outcomes else None
     except OSError as error:
@@ -39,10 +39,10 @@ def validate(
     )  # fmt: skip
     with bar:
         for file in bar.track(files, description="Validating"):
-            for checked in check_files([file], validator):
-                tally.add(checked.verdict)
-                if sink and checked.verdict.issues:
-                    sink.write(orjson.dumps(outcome(checked)) + b"\n")
+            for checked in validate_files([file], validator):
+                tally.add(checked.result)
+                if sink and checked.result.issues:
+                    sink.write(orjson.dumps(locate_outcome(checked)) + b"\n")
     if sink:
         sink.close()
     if json:

@@ -10,8 +10,7 @@ from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.deployment.views import build_views
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import RowError, check_view, read_definition, read_view
-from fhir_assets.fhir.views.try_out import Format, write
-from fhir_assets.fhir.views.try_out import run as rows_of
+from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 from fhir_assets.settings import load_settings
 
 app = typer.Typer(help="SQL-on-FHIR ViewDefinitions: list, check, try.", no_args_is_help=True)
@@ -56,7 +55,7 @@ def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files"
             continue
         for problem in problems:
             errors.print(
-                f"{path}: {problem.place}: {problem.severity}: {problem.message}", markup=False, soft_wrap=True
+                f"{path}: {problem.location}: {problem.severity}: {problem.message}", markup=False, soft_wrap=True
             )
         if any(problem.severity == "error" for problem in problems):
             invalid += 1
@@ -85,11 +84,11 @@ def run(
         refused += 1
         errors.print(f"{place}: {error}", markup=False, soft_wrap=True)
 
-    rows = rows_of(definition, data, refused=refuse)
+    rows = run_view(definition, data, refused=refuse)
     if output:
         with output.open("wb") as file:
-            write(rows, definition.columns, form, file)
+            write_rows(rows, definition.columns, form, file)
     else:
-        write(rows, definition.columns, form, sys.stdout.buffer)
+        write_rows(rows, definition.columns, form, sys.stdout.buffer)
     if refused:
         raise typer.Exit(1)

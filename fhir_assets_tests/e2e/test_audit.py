@@ -23,7 +23,7 @@ from fhir_assets.cli import dead_letters as letters_command
 from fhir_assets.cli import patient as patient_command
 from fhir_assets.fhir.record import Deletion, build_record, read_header
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.views import TypeViews
+from fhir_assets.fhir.views import CompiledViews
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.partition_commit import commit_update
@@ -161,7 +161,7 @@ def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
     with hospital.connect() as conn:
         ensure_tables(conn, ALL)
         loader = Loader(conn, "Consent", [CONSENT], run_id="run", gate=ConsentGate(policy))
-        loader.add([(record(resource), TypeViews([CONSENT]).rows(resource))], KEY)
+        loader.add([(record(resource), CompiledViews([CONSENT]).rows(resource))], KEY)
         loader.finish()
 
 

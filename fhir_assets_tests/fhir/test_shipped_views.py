@@ -14,7 +14,7 @@ import pytest
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.fhir.model import r4
 from fhir_assets.fhir.path import CompiledPath, compile_path
-from fhir_assets.fhir.views import Column, TypeViews, View, load_views
+from fhir_assets.fhir.views import Column, CompiledViews, View, load_views
 from fhir_assets.sandbox.population import generate
 from fhir_assets_tests.support.saturated_resources import Resource, saturated, saturated_resources
 
@@ -66,8 +66,8 @@ def of_type(resource_type: str) -> list[View]:
 
 
 @cache
-def type_views(resource_type: str) -> TypeViews:
-    return TypeViews(of_type(resource_type), empty_join=False)
+def type_views(resource_type: str) -> CompiledViews:
+    return CompiledViews(of_type(resource_type), empty_join=False)
 
 
 def rows(resource: Resource) -> dict[str, list[Row]]:

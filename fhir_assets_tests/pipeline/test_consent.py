@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.record import Record
-from fhir_assets.fhir.views import TypeViews
+from fhir_assets.fhir.views import CompiledViews
 from fhir_assets.pipeline.consent.step import ConsentResult, ConsentStep
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.privacy.audit import AuditRecord
@@ -60,7 +60,7 @@ class Tables:
             by_type.setdefault(resource["resourceType"], []).append(resource)
         for name, some in by_type.items():
             views = [each for each in VIEWS if each.resource_type == name]
-            rows = TypeViews(views)
+            rows = CompiledViews(views)
             with self.connect() as conn, conn.transaction():
                 loader = Loader(conn, name, views, run_id="run", gate=self.gate)
                 assert not loader.add([(record(each), rows.rows(each)) for each in some], "2024-01-01")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fhir_assets.errors import PermanentError
-from fhir_assets.fhir.views import TypeViews, parse_view
+from fhir_assets.fhir.views import CompiledViews, parse_view
 
 _KNOWN_KINDS = {"expect", "expectCount", "expectError", "expectColumns"}
 
@@ -55,7 +55,7 @@ def why_it_fails(case: Case) -> str | None:
     test = case.test
     try:
         view = parse_view(test["view"])
-        run: Callable[[dict[str, Any]], list[list[tuple[object, ...]]]] = TypeViews([view]).rows
+        run: Callable[[dict[str, Any]], list[list[tuple[object, ...]]]] = CompiledViews([view]).rows
         names = [column.name for column in view.columns]
         rows = [
             dict(zip(names, row, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from fhir_assets.fhir.record import Record, parse_instant
-from fhir_assets.fhir.views import TypeViews, View, parse_view
+from fhir_assets.fhir.views import CompiledViews, View, parse_view
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
 from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader, Unloadable
@@ -63,7 +63,7 @@ def patient(key: str, updated: str | None = "2024-01-01T00:00:00Z", version: str
 
 def rows_of(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:
     """What a Loader takes."""
-    return record, TypeViews(views).rows(_parse(record.body))
+    return record, CompiledViews(views).rows(_parse(record.body))
 
 
 def load(
@@ -71,7 +71,7 @@ def load(
 ) -> tuple[LoadCounts, list[Unloadable]]:
     """Load and commit."""
     ensure_tables(conn, views)
-    compiled = TypeViews(views)
+    compiled = CompiledViews(views)
     with conn.transaction():
         loader = Loader(conn, records[0].resource_type, views, run_id=run_id)
         bad: list[Unloadable] = []

@@ -1,25 +1,29 @@
-"""The Python source that a compiler writes: lines, indentation, names, and values that are computed only once."""
+"""The emitter of generated Python source: lines, indentation, names, and reuse of values already computed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
 EMPTY = "EMPTY"
-"""The name under which generated code knows an empty dict: what a missing element's elements are read from."""
+"""The name of an empty dict in generated code. Elements of a missing element are read from it."""
 
 
 class Emitter:
-    """Statements of one generated function.
+    """The statements of one generated function.
 
-    Expressions are emitted as statements that leave their value under a name; such a name is never assigned twice,
-    so that the same text means the same value and is computed once in a scope (``let``).
+    An expression is emitted as statements that assign its value to a name. A name assigned by ``let`` is never
+    assigned again, so equal text means an equal value and is computed once in a scope.
+
+    ``focus``, ``index``, ``total``, ``context``, ``resource``, ``root`` and ``row_index`` are the names that
+    ``$this``, ``$index``, ``$total``, ``%context``, ``%resource``, ``%rootResource`` and ``%rowIndex`` have at this
+    point of the function.
     """
 
     def __init__(self, focus: str, resource: str, root: str) -> None:
         self.lines: list[str] = []
-        self.places: list[object] = []
-        """For each line, what ``place`` was when it was written."""
-        self.place: object = None
+        self.line_origins: list[object] = []
+        """For each line, the value of ``origin`` when the line was written. Errors are attributed by it."""
+        self.origin: object = None
         self.namespace: dict[str, object] = {EMPTY: {}}
         self.focus = focus
         self.index: str | None = None
@@ -36,38 +40,38 @@ class Emitter:
         self._kept: list[object] = []
 
     def line(self, text: str) -> None:
-        """One statement at the current depth."""
+        """Append one statement at the current indentation."""
         self._insert(len(self.lines), self.depth, text)
 
     def _insert(self, at: int, depth: int, text: str) -> None:
         self.lines.insert(at, "    " * depth + text)
-        self.places.insert(at, self.place)
+        self.line_origins.insert(at, self.origin)
 
-    def fresh(self) -> str:
-        """A name that nothing else bears."""
+    def new_name(self) -> str:
+        """Return a name that is not used yet."""
         self._names += 1
         return f"v{self._names}"
 
     def let(self, text: str) -> str:
-        """The name of the value of ``text``, computed here or earlier in an enclosing scope."""
+        """Return a name that holds the value of ``text``, assigned here or earlier in an enclosing scope."""
         if text.isidentifier():
             return text
         for scope in reversed(self._scopes):
             if text in scope:
                 return scope[text]
-        name = self.fresh()
+        name = self.new_name()
         self.line(f"{name} = {text}")
         self._scopes[-1][text] = name
         return name
 
-    def start(self, text: str) -> str:
-        """A fresh name for a value that following statements change: a list, a flag, a counter."""
-        name = self.fresh()
+    def declare(self, text: str) -> str:
+        """Assign ``text`` to a new name that later statements may change: a list, a flag, a counter."""
+        name = self.new_name()
         self.line(f"{name} = {text}")
         return name
 
     def bind(self, value: object) -> str:
-        """The name under which generated code knows an object."""
+        """Return the name of an object in the namespace of the generated code."""
         key = id(value)
         if key not in self._bound:
             name = getattr(value, "__name__", "")
@@ -80,7 +84,7 @@ class Emitter:
 
     @contextmanager
     def block(self, header: str) -> Iterator[None]:
-        """Statements under ``header`` (``if …:``, ``for …:``)."""
+        """Indent the statements written inside under ``header`` (``if …:``, ``for …:``)."""
         self.line(header)
         before = len(self.lines)
         self.depth += 1
@@ -95,7 +99,7 @@ class Emitter:
 
     @contextmanager
     def iterating(self, focus: str, row_index: str | None) -> Iterator[None]:
-        """Like ``focused``, for a view's ``forEach``: ``%context`` and ``%rowIndex`` move too."""
+        """Like ``focused``, for the ``forEach`` of a view: also rebind ``%context`` and ``%rowIndex``."""
         before = self.context, self.row_index
         self.context, self.row_index = focus, row_index or self.row_index
         with self.focused(focus):
@@ -104,7 +108,7 @@ class Emitter:
 
     @contextmanager
     def focused(self, focus: str, index: str | None = None) -> Iterator[None]:
-        """``$this`` and ``$index`` are these names for a while."""
+        """Bind ``$this`` and ``$index`` to these names inside the ``with`` block."""
         before = self.focus, self.index
         self.focus, self.index = focus, index
         try:
@@ -113,7 +117,10 @@ class Emitter:
             self.focus, self.index = before
 
     def guarded(self, guard: str, emit: Callable[[], tuple[str, str]], otherwise: tuple[str, str]) -> tuple[str, str]:
-        """A pair of conditions; the statements that lead to them run only if ``guard`` holds, else ``otherwise``."""
+        """Emit a pair of conditions whose statements run only if ``guard`` is true.
+
+        Returns the names of the two conditions; they have the values ``otherwise`` where ``guard`` is false.
+        """
         at = len(self.lines)
         self.depth += 1
         self._scopes.append({})
@@ -122,7 +129,7 @@ class Emitter:
         self.depth -= 1
         if len(self.lines) == at:
             return pair
-        first, second = self.fresh(), self.fresh()
+        first, second = self.new_name(), self.new_name()
         self._insert(at, self.depth, f"if {guard}:")
         self._insert(len(self.lines), self.depth + 1, f"{first} = {pair[0]}; {second} = {pair[1]}")
         self.line("else:")
@@ -130,7 +137,7 @@ class Emitter:
         return first, second
 
     def function(self, name: str, parameters: str) -> Callable[..., object]:
-        """The function whose body the lines are."""
+        """Compile the lines to a function. Its source is its attribute ``__source__``."""
         source = "\n".join([f"def {name}({parameters}):", *(self.lines or ["    pass"])])
         code: CodeType = compile(source, f"<{name}>", "exec")
         namespace = dict(self.namespace)

@@ -1,4 +1,7 @@
-"""Equality, equivalence and order of values as JSON holds them (FHIRPath sections 6.1 and 6.2)."""
+"""Equality, equivalence and order of JSON values (FHIRPath sections 6.1 and 6.2).
+
+Dates and times compare by other rules: see ``date_times``.
+"""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from decimal import Decimal
@@ -10,17 +13,17 @@ Number = int | float | Decimal
 
 
 def exact(value: Number) -> Decimal:
-    """A number with the digits that were written."""
+    """Convert a number to a Decimal with the digits as written in JSON."""
     return value if type(value) is Decimal else Decimal(repr(value) if type(value) is float else value)
 
 
 def is_number(value: object) -> bool:
-    """True for a JSON number; Python's bool is none."""
+    """Return True for a JSON number. A bool is not a number, although it is an int in Python."""
     return type(value) in (int, float, Decimal)
 
 
 def is_quantity(value: object) -> bool:
-    """True for what looks like a Quantity."""
+    """Return True if the value has the elements of a Quantity."""
     return type(value) is dict and "value" in value and value.keys() <= _QUANTITY
 
 
@@ -32,7 +35,7 @@ def _unit(quantity: dict[str, Any]) -> object:
 
 
 def equal(left: Any, right: Any) -> bool | None:
-    """Whether two values are the same; None if their units cannot be compared."""
+    """Compare two values with ``=``; None if both are quantities of different units."""
     if is_number(left) and is_number(right):
         return left == right or exact(left) == exact(right)
     if type(left) is not type(right):
@@ -43,7 +46,7 @@ def equal(left: Any, right: Any) -> bool | None:
 
 
 def key(value: Any) -> Hashable:
-    """What equal values have in common."""
+    """Return a hashable key; equal values have equal keys."""
     if type(value) is dict:
         return ("{}", frozenset((name, key(item)) for name, item in value.items() if name != "id"))
     if type(value) is list:
@@ -56,7 +59,7 @@ def key(value: Any) -> Hashable:
 def equal_lists(
     left: Sequence[Any], right: Sequence[Any], compare: Callable[[Any, Any], bool | None] = equal
 ) -> bool | None:
-    """Item by item, in order; None if one is empty or a pair cannot be compared."""
+    """Compare two collections with ``=``, item by item in order; None if one is empty or two items are incomparable."""
     if not left or not right:
         return None
     if len(left) != len(right):
@@ -66,7 +69,11 @@ def equal_lists(
 
 
 def equivalent(left: Any, right: Any) -> bool:
-    """``~`` of two values: case and white space of text, and digits beyond the shorter decimal, do not count."""
+    """Compare two values with ``~``.
+
+    Strings are compared without regard to case and white space, decimals rounded to the precision of the less
+    precise one.
+    """
     if type(left) is str and type(right) is str:
         return " ".join(left.split()).lower() == " ".join(right.split()).lower()
     if is_number(left) and is_number(right):
@@ -83,20 +90,23 @@ def equivalent(left: Any, right: Any) -> bool:
 
 
 def equivalent_lists(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    """``~``: the same items in any order."""
+    """Compare two collections with ``~``: the same items in any order."""
     rest = list(right)
     if len(left) != len(rest):
         return False
     for item in left:
-        found = next((n for n, other in enumerate(rest) if equivalent(item, other)), None)
-        if found is None:
+        match = next((n for n, other in enumerate(rest) if equivalent(item, other)), None)
+        if match is None:
             return False
-        del rest[found]
+        del rest[match]
     return True
 
 
 def order(left: Any, right: Any) -> int | None:
-    """Negative, 0 or positive; None for quantities of different units. Raises FhirPathError if there is no order."""
+    """Return a negative number, 0 or a positive number as ``left`` is less than, equal to or greater than ``right``.
+
+    Returns None for quantities of different units. Raises FhirPathError if the types have no order.
+    """
     if is_number(left) and is_number(right):
         a, b = exact(left), exact(right)
         return (a > b) - (a < b)
@@ -110,13 +120,13 @@ def order(left: Any, right: Any) -> int | None:
 
 
 def contains(items: Iterable[Any], wanted: Any) -> bool:
-    """Whether an item equals the wanted value."""
+    """Return True if an item equals the wanted value."""
     return any(equal(item, wanted) is True for item in items)
 
 
 def distinct(items: Iterable[Any]) -> list[Any]:
-    """Each value once, in the order of their first appearance."""
-    found: dict[Hashable, Any] = {}
+    """Return each value once, in the order of first occurrence."""
+    by_key: dict[Hashable, Any] = {}
     for item in items:
-        found.setdefault(key(item), item)
-    return list(found.values())
+        by_key.setdefault(key(item), item)
+    return list(by_key.values())

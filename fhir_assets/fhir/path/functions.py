@@ -1,28 +1,31 @@
-"""The functions of FHIRPath and FHIR, each by what it needs and what it gives.
+"""Tables of the functions of FHIRPath and FHIR, with their arguments and result types.
 
-A function of single values is a row of ``SCALARS``, one of whole collections a row of ``COLLECTIONS``. Those that
-take criteria, types or no input at all are with the resolver.
+``SCALARS`` holds functions of single values, ``COLLECTIONS`` functions of collections, ``VALUES`` functions without
+input. Functions that take criteria or types are in ``resolver``.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fhir_assets.fhir.path import equality, moments, runtime, scalars
-from fhir_assets.fhir.path.nodes import Types
-from fhir_assets.fhir.path.steps import Template
+from fhir_assets.fhir.path import date_times, equality, runtime, scalar_functions
+from fhir_assets.fhir.path.expressions import Types
+from fhir_assets.fhir.path.invocation_expressions import Template
 
 _BOOLEAN: Types = frozenset({"boolean"})
 _INTEGER: Types = frozenset({"integer"})
 _DECIMAL: Types = frozenset({"decimal"})
 _STRING: Types = frozenset({"string"})
 SAME: Types = frozenset({"same as the input"})
-"""The function gives values of the type of its input."""
+"""The marker of functions whose result has the type of their input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """``least`` and ``most`` count the arguments; ``many`` says that the result is a collection; ``takes`` is the kind
-    of its input, if it takes only one.
+    """The signature of a FHIRPath function.
+
+    ``template`` computes the result; ``types`` are its FHIR types, None if they are not known. ``least`` and ``most``
+    are the numbers of arguments allowed. ``many`` is True if the result is a collection. ``takes`` is the kind of
+    input (``text``, ``number``), None if any is allowed.
     """
 
     template: Template
@@ -35,7 +38,7 @@ class Function:
 
 SCALARS: dict[str, Function] = {
     "indexOf": Function("{0}.find({1})", _INTEGER, 1, 1, takes="text"),
-    "substring": Function(scalars.substring, _STRING, 1, 2, takes="text"),
+    "substring": Function(scalar_functions.substring, _STRING, 1, 2, takes="text"),
     "startsWith": Function("{0}.startswith({1})", _BOOLEAN, 1, 1, takes="text"),
     "endsWith": Function("{0}.endswith({1})", _BOOLEAN, 1, 1, takes="text"),
     "contains": Function("{1} in {0}", _BOOLEAN, 1, 1, takes="text"),
@@ -43,40 +46,43 @@ SCALARS: dict[str, Function] = {
     "lower": Function("{0}.lower()", _STRING, takes="text"),
     "trim": Function("{0}.strip()", _STRING, takes="text"),
     "replace": Function("{0}.replace({1}, {2})", _STRING, 2, 2, takes="text"),
-    "matches": Function(scalars.matches, _BOOLEAN, 1, 1, takes="text"),
-    "matchesFull": Function(scalars.matches_full, _BOOLEAN, 1, 1, takes="text"),
-    "replaceMatches": Function(scalars.replace_matches, _STRING, 2, 2, takes="text"),
+    "matches": Function(scalar_functions.matches, _BOOLEAN, 1, 1, takes="text"),
+    "matchesFull": Function(scalar_functions.matches_full, _BOOLEAN, 1, 1, takes="text"),
+    "replaceMatches": Function(scalar_functions.replace_matches, _STRING, 2, 2, takes="text"),
     "length": Function("len({0})", _INTEGER, takes="text"),
     "toChars": Function("list({0})", _STRING, many=True, takes="text"),
     "split": Function("{0}.split({1})", _STRING, 1, 1, many=True, takes="text"),
-    "encode": Function(scalars.encode, _STRING, 1, 1, takes="text"),
-    "decode": Function(scalars.decode, _STRING, 1, 1, takes="text"),
-    "escape": Function(scalars.escape, _STRING, 1, 1, takes="text"),
-    "toString": Function(scalars.to_string, _STRING),
-    "toInteger": Function(scalars.to_integer, _INTEGER),
-    "toDecimal": Function(scalars.to_decimal, _DECIMAL),
-    "toBoolean": Function(scalars.to_boolean, _BOOLEAN),
-    "toDate": Function(scalars.to_date, frozenset({"date"})),
-    "toDateTime": Function(scalars.to_date_time, frozenset({"dateTime"})),
-    "toTime": Function(scalars.to_time, frozenset({"time"})),
-    "abs": Function(scalars.absolute, SAME, takes="number"),
-    "ceiling": Function(scalars.ceiling, _INTEGER, takes="number"),
-    "floor": Function(scalars.floor, _INTEGER, takes="number"),
-    "truncate": Function(scalars.truncate, _INTEGER, takes="number"),
-    "round": Function(scalars.round_, _DECIMAL, 0, 1, takes="number"),
-    "sqrt": Function(scalars.sqrt, _DECIMAL, takes="number"),
-    "exp": Function(scalars.exp, _DECIMAL, takes="number"),
-    "ln": Function(scalars.ln, _DECIMAL, takes="number"),
-    "log": Function(scalars.log, _DECIMAL, 1, 1, takes="number"),
-    "power": Function(scalars.power, SAME, 1, 1, takes="number"),
-    "comparable": Function(scalars.comparable, _BOOLEAN, 1, 1),
+    "encode": Function(scalar_functions.encode, _STRING, 1, 1, takes="text"),
+    "decode": Function(scalar_functions.decode, _STRING, 1, 1, takes="text"),
+    "escape": Function(scalar_functions.escape, _STRING, 1, 1, takes="text"),
+    "toString": Function(scalar_functions.to_string, _STRING),
+    "toInteger": Function(scalar_functions.to_integer, _INTEGER),
+    "toDecimal": Function(scalar_functions.to_decimal, _DECIMAL),
+    "toBoolean": Function(scalar_functions.to_boolean, _BOOLEAN),
+    "toDate": Function(scalar_functions.to_date, frozenset({"date"})),
+    "toDateTime": Function(scalar_functions.to_date_time, frozenset({"dateTime"})),
+    "toTime": Function(scalar_functions.to_time, frozenset({"time"})),
+    "abs": Function(scalar_functions.absolute, SAME, takes="number"),
+    "ceiling": Function(scalar_functions.ceiling, _INTEGER, takes="number"),
+    "floor": Function(scalar_functions.floor, _INTEGER, takes="number"),
+    "truncate": Function(scalar_functions.truncate, _INTEGER, takes="number"),
+    "round": Function(scalar_functions.round_, _DECIMAL, 0, 1, takes="number"),
+    "sqrt": Function(scalar_functions.sqrt, _DECIMAL, takes="number"),
+    "exp": Function(scalar_functions.exp, _DECIMAL, takes="number"),
+    "ln": Function(scalar_functions.ln, _DECIMAL, takes="number"),
+    "log": Function(scalar_functions.log, _DECIMAL, 1, 1, takes="number"),
+    "power": Function(scalar_functions.power, SAME, 1, 1, takes="number"),
+    "comparable": Function(scalar_functions.comparable, _BOOLEAN, 1, 1),
     "getResourceKey": Function(runtime.resource_key, _STRING),
     "getValue": Function("{0}", SAME),
 }
 SCALARS |= {
-    f"convertsTo{name}": Function(scalars.converts(SCALARS[f"to{name}"].template), _BOOLEAN)
+    f"convertsTo{name}": Function(scalar_functions.build_converts_to(SCALARS[f"to{name}"].template), _BOOLEAN)
     for name in ("String", "Integer", "Decimal", "Boolean", "Date", "DateTime", "Time")
 }
+"""By name. A template gets the input as ``{0}`` and the arguments as ``{1}``, ``{2}``. An empty operand makes the
+result empty.
+"""
 
 COLLECTIONS: dict[str, Function] = {
     "distinct": Function(equality.distinct, SAME, many=True),
@@ -93,18 +99,21 @@ COLLECTIONS: dict[str, Function] = {
     "allFalse": Function("all(v is False for v in {0})", _BOOLEAN),
     "anyFalse": Function("any(v is False for v in {0})", _BOOLEAN),
 }
+"""By name. A template gets the input collection as ``{0}`` and the argument collection as ``{1}``."""
 
 BOUNDARIES: dict[str, Callable[..., object]] = {
-    "date": moments.date_boundary,
-    "dateTime": moments.date_time_boundary,
-    "instant": moments.date_time_boundary,
-    "time": moments.time_boundary,
-    "decimal": moments.decimal_boundary,
-    "integer": moments.decimal_boundary,
+    "date": date_times.date_boundary,
+    "dateTime": date_times.date_time_boundary,
+    "instant": date_times.date_time_boundary,
+    "time": date_times.time_boundary,
+    "decimal": date_times.decimal_boundary,
+    "integer": date_times.decimal_boundary,
 }
+"""By the type of the input, the function behind ``lowBoundary()`` and ``highBoundary()``."""
 
 VALUES: dict[str, Function] = {
-    "now": Function(scalars.now, frozenset({"dateTime"})),
-    "today": Function(scalars.today, frozenset({"date"})),
-    "timeOfDay": Function(scalars.time_of_day, frozenset({"time"})),
+    "now": Function(scalar_functions.now, frozenset({"dateTime"})),
+    "today": Function(scalar_functions.today, frozenset({"date"})),
+    "timeOfDay": Function(scalar_functions.time_of_day, frozenset({"time"})),
 }
+"""By name: functions without input."""

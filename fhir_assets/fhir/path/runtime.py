@@ -1,4 +1,4 @@
-"""What generated code calls to reach into a resource: collections, choices, references, trees."""
+"""Runtime support for generated code: collections, choice elements, references and tree traversal."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -14,22 +14,22 @@ JSON_TYPES: Mapping[str, tuple[type, ...]] = {
     "integer": (int,),
     "decimal": (int, float, Decimal),
 }
-"""What holds a primitive in parsed JSON; all others are strings."""
+"""The Python types of parsed JSON for primitive FHIR types; all other primitive types are strings."""
 
 
 NOT_FHIR = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What generated code raises on a resource whose elements are not of the types that R4 gives them."""
+"""The errors that generated code may raise on a resource whose elements do not have the types that R4 defines."""
 
 
 def only(items: Sequence[Any]) -> Any:
-    """The one item, or None. Raises FhirPathError if there are several."""
+    """Return the only item, or None if there is none. Raises FhirPathError if there are several."""
     if len(items) > 1:
         raise FhirPathError("several values where one is allowed")
     return items[0] if items else None
 
 
 def at(items: Sequence[Any] | None, index: int | None) -> Any:
-    """The item at an index, or None."""
+    """Return the item at an index, or None."""
     return items[index] if items and index is not None and 0 <= index < len(items) else None
 
 
@@ -39,20 +39,20 @@ def _interned(names: frozenset[str]) -> frozenset[str]:
 
 
 def name_set(names: Iterable[str]) -> frozenset[str]:
-    """The same object for the same names, so that generated code holds it once."""
+    """Return one shared set for equal names, so that generated code binds it once."""
     return _interned(frozenset(names))
 
 
-def choice(parent: Mapping[str, Any], names: frozenset[str]) -> Any:
-    """The value of a choice element: under whichever of its names it is."""
+def get_choice(parent: Mapping[str, Any], names: frozenset[str]) -> Any:
+    """Return the value of a choice element (``value[x]``), whose JSON names are given; None if it is absent."""
     for name in parent:
         if name in names:
             return parent[name]
     return None
 
 
-def nodes(values: Sequence[Any] | None, extras: Sequence[Any] | None) -> Sequence[Any]:
-    """The items of an array of primitives; None for each that has only extensions."""
+def pad_primitives(values: Sequence[Any] | None, extras: Sequence[Any] | None) -> Sequence[Any]:
+    """Return the items of an array of primitives, with None for each item that has only extensions."""
     if not extras:
         return values or ()
     values = values or ()
@@ -60,52 +60,55 @@ def nodes(values: Sequence[Any] | None, extras: Sequence[Any] | None) -> Sequenc
 
 
 def resource_in(item: Any, types: frozenset[str]) -> bool:
-    """Whether the item is a resource of one of the types."""
+    """Return True if the item is a resource of one of the types."""
     return type(item) is dict and item.get("resourceType") in types
 
 
 def members(parent: Any, name: str) -> Iterator[Any]:
-    """The elements of a name in an object of unknown type, a choice by its first part."""
+    """Yield the values of an element in an object of unknown type.
+
+    A choice element (``value[x]``) matches by its name without the type.
+    """
     if type(parent) is not dict:
         return
-    found = parent.get(name)
-    if found is None:
+    element = parent.get(name)
+    if element is None:
         for key_, value in parent.items():
             if key_.startswith(name) and key_[len(name) : len(name) + 1].isupper():
-                found = value
+                element = value
                 break
-    for item in found if type(found) is list else (found,):
+    for item in element if type(element) is list else (element,):
         if item is not None:
             yield item
 
 
 def children(items: Iterable[Any]) -> list[Any]:
-    """All immediate children; a primitive that has only extensions is represented by them."""
-    found: list[Any] = []
+    """Return all immediate children. A primitive that has only extensions is represented by its ``_name`` object."""
+    result: list[Any] = []
     for item in items:
         if type(item) is not dict:
             continue
         for name, value in item.items():
             if name == "resourceType" or (name[0] == "_" and name[1:] in item):
                 continue
-            found.extend([v for v in value if v is not None] if type(value) is list else (value,))
-    return found
+            result.extend([v for v in value if v is not None] if type(value) is list else (value,))
+    return result
 
 
 def descendants(items: Iterable[Any]) -> list[Any]:
-    """The children, their children, and so on; parents come first."""
-    found: list[Any] = []
+    """Return the children, their children, and so on, level by level."""
+    result: list[Any] = []
     level = children(items)
     while level:
-        found += level
+        result += level
         level = children(level)
-    return found
+    return result
 
 
 def descendants_of(items: Iterable[Any], type_name: str, wanted: str) -> list[Any]:
-    """The descendants of one type, found by following the types of the elements."""
+    """Return the descendants of the wanted type. ``type_name`` is the type of the items, if they are not resources."""
     model = r4()
-    found: list[Any] = []
+    result: list[Any] = []
 
     def walk(item: dict[str, Any], at: str) -> None:
         type_ = model.types.get(item.get("resourceType", at))
@@ -113,72 +116,73 @@ def descendants_of(items: Iterable[Any], type_name: str, wanted: str) -> list[An
             element = type_.json.get(name) if type_ else None
             if element is None:
                 continue
-            for each in value if type(value) is list else (value,):
-                child = each.get("resourceType", element[1]) if type(each) is dict else element[1]
-                if each is not None and model.is_a(child, wanted):
-                    found.append(each)
-                if type(each) is dict:
-                    walk(each, child)
+            for child in value if type(value) is list else (value,):
+                child_type = child.get("resourceType", element[1]) if type(child) is dict else element[1]
+                if child is not None and model.is_a(child_type, wanted):
+                    result.append(child)
+                if type(child) is dict:
+                    walk(child, child_type)
 
     for item in items:
         walk(item, type_name)
-    return found
+    return result
 
 
 class Seen:
-    """Values met so far."""
+    """A set of FHIRPath values, compared with ``=``."""
 
     def __init__(self) -> None:
         self._keys: set[object] = set()
 
     def add(self, value: Any) -> bool:
-        """True if the value is new."""
-        found = key(value)
-        if found in self._keys:
+        """Add a value; return True if it is new."""
+        value_key = key(value)
+        if value_key in self._keys:
             return False
-        self._keys.add(found)
+        self._keys.add(value_key)
         return True
 
 
 def subset(items: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether each item is among the others."""
+    """Return True if each item is among the others."""
     known = {key(other) for other in others}
     return all(key(item) in known for item in items)
 
 
 def superset(items: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether each of the others is among the items."""
+    """Return True if each of the others is among the items."""
     return subset(others, items)
 
 
 def intersect(items: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """The items that are among the others, each once."""
+    """Return the items that are among the others, each distinct item once."""
     known, seen = {key(other) for other in others}, Seen()
     return [item for item in items if key(item) in known and seen.add(item)]
 
 
 def exclude(items: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """The items that are not among the others."""
+    """Return the items that are not among the others."""
     known = {key(other) for other in others}
     return [item for item in items if key(item) not in known]
 
 
 def is_distinct(items: Sequence[Any]) -> bool:
-    """Whether no item comes twice."""
+    """Return True if all items are distinct."""
     return len({key(item) for item in items}) == len(items)
 
 
 def resource_key(resource: Any) -> str | None:
-    """The ``id`` of a resource: what ``getReferenceKey()`` of a reference to it gives."""
+    """Return the ``id`` of a resource (``getResourceKey()``). It equals the ``reference_key`` of a reference to it."""
     return resource.get("id") if type(resource) is dict and "resourceType" in resource else None
 
 
 def reference_key(reference: Mapping[str, Any], wanted: str | None = None) -> str | None:
-    """The id that a literal reference names, if it names a resource of the wanted type.
+    """Return the id in a literal reference (``getReferenceKey()``), None if it refers to another type than ``wanted``.
 
-    ``Type/id``, ``http://server/Type/id``, each with or without ``/_history/version``. A ``urn:uuid:`` or
-    ``urn:oid:`` gives the whole urn, if ``type`` says the wanted type or none is wanted: it names the resource as it
-    was before a server gave it an id. A contained resource (``#id``) has no row of its own, so it gives nothing.
+    A literal reference is ``Type/id`` or ``http://server/Type/id``, each with or without ``/_history/version``.
+    The key of a ``urn:uuid:`` or ``urn:oid:`` reference is the URN itself, provided that ``Reference.type`` equals
+    ``wanted`` or ``wanted`` is None. A reference to a contained resource (``#id``) has no key, because a contained
+    resource has no row.
     """
     literal = reference.get("reference")
     if type(literal) is not str or literal.startswith("#"):
@@ -192,18 +196,20 @@ def reference_key(reference: Mapping[str, Any], wanted: str | None = None) -> st
 
 
 def resolve(references: Iterable[Any], resource: Mapping[str, Any]) -> list[Any]:
-    """What references point to, without leaving the resource: a contained resource whole, any other resource as its
-    type and id. References of unknown types are skipped.
+    """Resolve references without access to other resources (``resolve()``).
+
+    A reference to a contained resource gives that resource; any other reference gives an object with the
+    ``resourceType`` and the ``id`` only. References to unknown types are skipped.
     """
-    found: list[Any] = []
+    targets: list[Any] = []
     for reference in references:
         literal = reference.get("reference") if type(reference) is dict else reference
         if type(literal) is not str:
             continue
         if literal.startswith("#"):
-            found += [each for each in resource.get("contained", ()) if each.get("id") == literal[1:]]
+            targets += [item for item in resource.get("contained", ()) if item.get("id") == literal[1:]]
             continue
         parts = literal.split("/_history/", 1)[0].split("/")
         if len(parts) > 1 and parts[-2] in r4().types:
-            found.append({"resourceType": parts[-2], "id": parts[-1]})
-    return found
+            targets.append({"resourceType": parts[-2], "id": parts[-1]})
+    return targets

@@ -1,7 +1,7 @@
-"""FHIRPath text to a syntax tree (http://hl7.org/fhirpath/N1, grammar in appendix A).
+"""The syntax tree of FHIRPath and its parser (http://hl7.org/fhirpath/N1, grammar in appendix A).
 
-A parser of its own, by operator precedence: it starts in microseconds, accepts the whole expression or none of it,
-and says where an expression is wrong.
+The parser is a hand-written operator-precedence parser. It starts in microseconds and reports the position of an
+error in the expression.
 """
 
 import re
@@ -14,14 +14,14 @@ from fhir_assets.errors import FhirPathError
 
 @dataclass(frozen=True, slots=True)
 class Syntax:
-    """A node of the tree; ``at`` is its offset in the expression."""
+    """A node of the syntax tree; ``at`` is its offset in the expression."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
 class Literal(Syntax):
-    """A value with its FHIR type; ``unit`` for a quantity. Type ``empty`` for ``{}``."""
+    """A literal with its FHIR type, and a ``unit`` if it is a quantity. The type of ``{}`` is ``empty``."""
 
     type: str
     value: str | bool | int | Decimal | None
@@ -176,7 +176,7 @@ class _Parser:
         return self.tokens[self.position]
 
     def fail(self, expected: str) -> FhirPathError:
-        found = f'"{self.token.text}"' if self.token.text else "its end"
+        found = f'"{self.token.text}"' if self.token.text else "the end"
         return FhirPathError(
             f'cannot read the expression "{self.text}" at character {self.token.at + 1}: '
             f"expected {expected}, found {found}"
@@ -198,7 +198,7 @@ class _Parser:
         self.position += 1
         return token
 
-    def whole(self) -> Syntax:
+    def parse(self) -> Syntax:
         tree = self.expression(0)
         if self.token.kind != "end":
             raise self.fail("an operator or the end")
@@ -283,7 +283,7 @@ class _Parser:
             case "string":
                 return Literal(at, "string", _unescape(token.text[1:-1]))
             case "date" | "time" | "datetime":
-                return self.moment(token)
+                return self.date_or_time(token)
             case "number":
                 return self.number(token)
             case "special":
@@ -294,7 +294,7 @@ class _Parser:
         self.position -= 1
         raise self.fail("a term")
 
-    def moment(self, token: _Token) -> Literal:
+    def date_or_time(self, token: _Token) -> Literal:
         type_ = {"date": "date", "time": "time", "datetime": "dateTime"}[token.kind]
         return Literal(token.at, type_, token.text.lstrip("@").removeprefix("T").removesuffix("T"))
 
@@ -308,16 +308,16 @@ class _Parser:
 
 
 def parse(expression: str) -> Syntax:
-    """The syntax tree of an expression. Raises FhirPathError with the place and what was expected there."""
-    return _Parser(expression).whole()
+    """Parse an expression. Raises FhirPathError with the position of the error and the expected token."""
+    return _Parser(expression).parse()
 
 
-def specials(tree: Syntax) -> Iterator[str]:
-    """The ``$this``, ``$index``, ``$total`` within a tree."""
+def find_specials(tree: Syntax) -> Iterator[str]:
+    """Yield each ``$this``, ``$index`` and ``$total`` in a tree."""
     if isinstance(tree, Special):
         yield tree.name
     for name in tree.__slots__:
         inner = getattr(tree, name)
-        for each in inner if isinstance(inner, tuple) else (inner,):
-            if isinstance(each, Syntax):
-                yield from specials(each)
+        for child in inner if isinstance(inner, tuple) else (inner,):
+            if isinstance(child, Syntax):
+                yield from find_specials(child)

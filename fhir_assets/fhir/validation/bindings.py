@@ -24,7 +24,7 @@ GRAMMARS: dict[str, tuple[str, Callable[[str], object]]] = {
 
 
 @cache
-def codes_of(value_set: str) -> Collection[str] | None:
+def list_codes(value_set: str) -> Collection[str] | None:
     """The codes of a value set, whatever their system; None if it has a grammar instead."""
     systems = load_rules().value_sets[value_set]
     return None if systems is None else frozenset().union(*systems.values())
@@ -32,7 +32,7 @@ def codes_of(value_set: str) -> Collection[str] | None:
 
 def allows_code(value_set: str, code: str) -> bool:
     """Is the code in the value set? (An element of type ``code`` implies its system.)"""
-    codes = codes_of(value_set)
+    codes = list_codes(value_set)
     return code in codes if codes is not None else bool(GRAMMARS[value_set][1](code))
 
 

@@ -36,7 +36,7 @@ class Issue:
     message: str
 
 
-def operation_outcome(issues: Iterable[Issue]) -> dict[str, Any]:
+def build_operation_outcome(issues: Iterable[Issue]) -> dict[str, Any]:
     """The issues as an OperationOutcome (https://hl7.org/fhir/R4/operationoutcome.html).
 
     ``details.text`` holds the message, ``diagnostics`` the rule. No issues give one of severity ``information``,

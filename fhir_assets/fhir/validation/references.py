@@ -18,7 +18,7 @@ ANY = ""
 
 
 @lru_cache(maxsize=65_536)
-def literal_target(reference: str) -> str | None:
+def resolve_target_type(reference: str) -> str | None:
     """The resource type that a reference names (``Patient/1``, ``https://…/Patient/1/_history/2``,
     ``Patient?identifier=…``), ANY where it names none (``urn:uuid:…``, ``#contained``, other URLs), None if it
     is no reference, or one to a type that R4 has not.

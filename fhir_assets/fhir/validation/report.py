@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 import msgspec
 
 from fhir_assets.errors import NotFhir
-from fhir_assets.fhir.validation.issues import Issue, operation_outcome
-from fhir_assets.fhir.validation.validator import Validator, Verdict
+from fhir_assets.fhir.validation.issues import Issue, build_operation_outcome
+from fhir_assets.fhir.validation.validator import ValidationResult, Validator
 
 _INDEX = re.compile(r"\[\d+\]")
 
 
-class Checked(NamedTuple):
+class CheckedResource(NamedTuple):
     """One resource of a file: ``line`` counts from 1; in a Bundle, ``entry`` counts its entries from 0."""
 
     file: Path
     line: int
     entry: int | None
-    verdict: Verdict
+    result: ValidationResult
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """``patients.ndjson.gz:17``, ``bundle.json:1 entry[3]``."""
         return f"{self.file}:{self.line}" + ("" if self.entry is None else f" entry[{self.entry}]")
 
@@ -39,7 +39,7 @@ class _Bundle(msgspec.Struct, tag_field="resourceType", tag="Bundle"):
     entry: list[_Entry] = []
 
 
-def check_files(files: Iterable[Path], validator: Validator) -> Iterator[Checked]:
+def validate_files(files: Iterable[Path], validator: Validator) -> Iterator[CheckedResource]:
     """Each resource of the files in turn, with its verdict.
 
     Files are NDJSON (blank lines are skipped) or one JSON document, gzipped or not, told apart by their content. A
@@ -76,8 +76,8 @@ def _is_document(line: bytes) -> bool:
     return line.strip().endswith(b"}")
 
 
-def _check_document(file: Path, line: int, body: bytes, validator: Validator) -> Iterator[Checked]:
-    verdict = None
+def _check_document(file: Path, line: int, body: bytes, validator: Validator) -> Iterator[CheckedResource]:
+    result = None
     if b'"Bundle"' in body:
         try:
             entries = msgspec.json.decode(body, type=_Bundle).entry
@@ -85,28 +85,28 @@ def _check_document(file: Path, line: int, body: bytes, validator: Validator) ->
             entries = []
         for number, entry in enumerate(entries):
             if isinstance(entry.resource, msgspec.Raw):
-                yield Checked(file, line, number, validator.check(bytes(entry.resource)))
+                yield CheckedResource(file, line, number, validator.check(bytes(entry.resource)))
         if entries:
             whole = validator.check(body)
             outside = tuple(issue for issue in whole.issues if not issue.path.startswith("Bundle.entry["))
-            verdict = Verdict(body, outside) if outside else None
-            if verdict is None:
+            result = ValidationResult(body, outside) if outside else None
+            if result is None:
                 return
-    yield Checked(file, line, None, verdict or validator.check(body))
+    yield CheckedResource(file, line, None, result or validator.check(body))
 
 
 @dataclass
-class Tally:
+class ValidationSummary:
     """Counts what was found. ``findings`` counts (severity, rule, path without indexes)."""
 
     resources: int = 0
     invalid: int = 0
     findings: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, result: ValidationResult) -> None:
         self.resources += 1
-        self.invalid += not verdict.valid
-        for issue in verdict.issues:
+        self.invalid += not result.valid
+        for issue in result.issues:
             self.findings[issue.severity, issue.rule, _INDEX.sub("", issue.path)] += 1
 
     def rows(self) -> list[dict[str, Any]]:
@@ -118,12 +118,12 @@ class Tally:
         ]
 
 
-def outcome(checked: Checked) -> dict[str, Any]:
+def locate_outcome(checked: CheckedResource) -> dict[str, Any]:
     """The issues of a checked resource as an OperationOutcome that says in which file and line it stands."""
-    found = operation_outcome(checked.verdict.issues)
+    found = build_operation_outcome(checked.result.issues)
     for issue in found["issue"]:
-        issue["location"] = [checked.place]
+        issue["location"] = [checked.location]
     return found
 
 
-__all__ = ["Checked", "Issue", "Tally", "check_files", "outcome"]
+__all__ = ["CheckedResource", "Issue", "ValidationSummary", "locate_outcome", "validate_files"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.validation.fast import FastPath
+from fhir_assets.fhir.validation.fast_path import FastPath
 from fhir_assets.fhir.validation.issues import JSON, Issue
-from fhir_assets.fhir.validation.json_text import BrokenJson, parse_strictly
 from fhir_assets.fhir.validation.rules import load_rules
+from fhir_assets.fhir.validation.strict_json import InvalidJson, parse_strictly
 from fhir_assets.fhir.validation.walker import Walker
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -20,7 +20,7 @@ MAX_DEPTH = 100
 _parse = msgspec.json.Decoder(float_hook=Decimal).decode
 
 
-class Verdict:
+class ValidationResult:
     """What the validation says of one body.
 
     ``resource`` is the parsed JSON, fractions as Decimal with their digits; None if the JSON itself is broken (rule
@@ -34,7 +34,7 @@ class Verdict:
         self.issues = issues
 
     def __repr__(self) -> str:
-        return f"Verdict(issues={self.issues!r})"
+        return f"ValidationResult(issues={self.issues!r})"
 
     @property
     def valid(self) -> bool:
@@ -82,22 +82,22 @@ class Validator:
         settings = repr((self.warn_rules, self.max_bytes, self.max_depth)).encode()
         return f"{self.rules_version}-{hashlib.sha256(settings).hexdigest()[:8]}"
 
-    def check(self, body: bytes) -> Verdict:
+    def check(self, body: bytes) -> ValidationResult:
         """The verdict on one resource as JSON. Never raises, whatever the bytes."""
         if len(body) <= self.max_bytes and self._fast.accepts(body):
-            return Verdict(body)
+            return ValidationResult(body)
         return self.explain(body)
 
-    def explain(self, body: bytes) -> Verdict:
+    def explain(self, body: bytes) -> ValidationResult:
         """As ``check``, always by the walk that finds all issues."""
         if len(body) > self.max_bytes:
             return _broken(body, f"the resource is larger than {self.max_bytes} bytes", "")
         try:
             value = parse_strictly(body, self.max_depth)
-        except BrokenJson as error:
+        except InvalidJson as error:
             return _broken(body, error.message, error.path)
         issues = Walker(load_rules()).walk(value)
-        return Verdict(body, tuple(map(self._demote, issues)))
+        return ValidationResult(body, tuple(map(self._demote, issues)))
 
     def _demote(self, issue: Issue) -> Issue:
         if issue.severity == "error" and self.warn_rules and self._is_warning(issue):
@@ -117,5 +117,5 @@ def _without_indexes(path: str) -> str:
     return "".join(part.partition("]")[2] if n else part for n, part in enumerate(path.split("[")))
 
 
-def _broken(body: bytes, message: str, path: str) -> Verdict:
-    return Verdict(body, (Issue(JSON, "error", path or "Resource", message),))
+def _broken(body: bytes, message: str, path: str) -> ValidationResult:
+    return ValidationResult(body, (Issue(JSON, "error", path or "Resource", message),))

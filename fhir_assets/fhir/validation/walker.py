@@ -18,10 +18,10 @@ from fhir_assets.fhir.validation.issues import (
     Issue,
     Severity,
 )
-from fhir_assets.fhir.validation.json_text import child_path
 from fhir_assets.fhir.validation.primitives import check_primitive
-from fhir_assets.fhir.validation.references import ANY, literal_target
+from fhir_assets.fhir.validation.references import ANY, resolve_target_type
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element, Rules, Structure
+from fhir_assets.fhir.validation.strict_json import child_path
 
 Json = dict[str, Any]
 
@@ -74,8 +74,8 @@ class Walker:
         before = len(self.issues)
         self._object(self.rules.structure(name), value, path or name, scope)
         scope.broken = len(self.issues) > before
-        for structure, focus, place in scope.pending:
-            self._invariants(structure.name, structure.invariants, focus, place, scope)
+        for structure, focus, location in scope.pending:
+            self._invariants(structure.name, structure.invariants, focus, location, scope)
         return None
 
     # elements
@@ -114,16 +114,16 @@ class Walker:
     def _complex(self, element: Element, type_: str, value: Any, path: str, scope: Scope) -> None:
         if not self._has_right_shape(element, value, path):
             return
-        for item, place in _items(element, value, path):
+        for item, location in _items(element, value, path):
             if item is None:
-                self.add(STRUCTURE, place, "null is not allowed; leave the element out")
+                self.add(STRUCTURE, location, "null is not allowed; leave the element out")
             elif type_ == "Resource":
-                self._nested(element, item, place, scope)
+                self._nested(element, item, location, scope)
             else:
                 structure = self.rules.structure(type_)
-                self._object(structure, item, place, scope)
+                self._object(structure, item, location, scope)
                 if isinstance(item, dict):
-                    self._check_complex(element, type_, item, place, scope)
+                    self._check_complex(element, type_, item, location, scope)
 
     def _nested(self, element: Element, item: Any, path: str, scope: Scope) -> None:
         if element.name != "contained":
@@ -166,12 +166,17 @@ class Walker:
         for n in range(max(len(values), len(companions))):
             item = values[n] if n < len(values) else None
             extra = companions[n] if n < len(companions) else None
-            place = f"{path}[{n}]"
+            location = f"{path}[{n}]"
             if item is None and extra is None:
-                self.add(STRUCTURE, place, "null is only allowed where an extension stands in its place")
+                self.add(STRUCTURE, location, "null is only allowed where an extension stands in its place")
             else:
                 self._one_primitive(
-                    element, type_, NOTHING if item is None else item, NOTHING if extra is None else extra, place, scope
+                    element,
+                    type_,
+                    NOTHING if item is None else item,
+                    NOTHING if extra is None else extra,
+                    location,
+                    scope,
                 )
 
     def _one_primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
@@ -214,7 +219,7 @@ class Walker:
         named = stated if isinstance(stated, str) and stated in self.rules.resource_types else ANY
         found = ANY
         if isinstance(reference, str):
-            target = literal_target(reference)
+            target = resolve_target_type(reference)
             if target is None:
                 self.add(REFERENCE_TARGET, path, "expected Type/id with a type of R4, an absolute URL, or # and an id")
                 return

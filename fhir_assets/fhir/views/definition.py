@@ -15,10 +15,10 @@ from typing import Any, Literal
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import FhirPathError, ViewError
 from fhir_assets.fhir.model import r4, suggest_name
-from fhir_assets.fhir.path.compiled import Fallback, typed
-from fhir_assets.fhir.path.logic import kind
-from fhir_assets.fhir.path.nodes import Constant, Counter, Expr, Nothing, Types
-from fhir_assets.fhir.path.resolve import type_name
+from fhir_assets.fhir.path.boolean_expressions import kind
+from fhir_assets.fhir.path.compiler import Fallback, resolve_expression
+from fhir_assets.fhir.path.expressions import Constant, EmptyCollection, Expression, IndexVariable, Types
+from fhir_assets.fhir.path.resolver import resolve_type_name
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _UNTYPED = "string"
@@ -42,15 +42,15 @@ class Filled:
     """A column and the path that fills it."""
 
     column: Column
-    path: Expr
+    path: Expression
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
     """The paths of ``repeat``: at the focus, and at each element found (one that a type lacks is left out)."""
 
-    first: tuple[Expr, ...]
-    again: tuple[Expr, ...]
+    first: tuple[Expression, ...]
+    again: tuple[Expression, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Select:
     """One ``select``: what it iterates over, then its own columns, its nested selects and its union."""
 
     iteration: Iteration | None
-    over: Expr | Repeated | None
+    over: Expression | Repeated | None
     filled: tuple[Filled, ...]
     selects: tuple["Select", ...]
     union: tuple["Select", ...]
@@ -76,7 +76,7 @@ class Select:
     def indexes(self) -> tuple[bool, ...]:
         """For each column, whether it is ``%rowIndex`` itself."""
         return (
-            *(isinstance(filled.path, Counter) for filled in self.filled),
+            *(isinstance(filled.path, IndexVariable) for filled in self.filled),
             *(index for select in self.selects for index in select.indexes),
             *(self.union[0].indexes if self.union else ()),
         )
@@ -86,7 +86,7 @@ class Select:
 class Plan:
     """What a view does with a resource, resolved."""
 
-    where: tuple[Expr, ...]
+    where: tuple[Expression, ...]
     selects: tuple[Select, ...]
 
 
@@ -117,7 +117,7 @@ class View:
 class Problem:
     """What is wrong with a ViewDefinition, and where: ``select[0].column[1].path``. A warning does not stop it."""
 
-    place: str
+    location: str
     message: str
     severity: Literal["error", "warning"] = "error"
 
@@ -177,7 +177,7 @@ class _Reader:
     def __init__(self, definition: dict[str, Any], path: Path | None) -> None:
         self.definition = definition
         self.path = path
-        self.constants: dict[str, Expr] = {"rowIndex": Counter("row_index")}
+        self.constants: dict[str, Expression] = {"rowIndex": IndexVariable("row_index")}
         self.fallbacks: list[str] = []
         self.problems: list[Problem] = []
         self.resource = ""
@@ -185,15 +185,15 @@ class _Reader:
     def say(self, problem: Problem) -> str:
         name = self.definition.get("name") if isinstance(self.definition, dict) else None
         where = str(self.path) if self.path else f"view {name}" if isinstance(name, str) else "the ViewDefinition"
-        return ": ".join(part for part in (where, problem.place, problem.message) if part)
+        return ": ".join(part for part in (where, problem.location, problem.message) if part)
 
-    def fail(self, place: str, message: str) -> _Stop:
-        self.problems.append(Problem(place, message))
+    def fail(self, location: str, message: str) -> _Stop:
+        self.problems.append(Problem(location, message))
         return _Stop()
 
-    def note(self, place: str, message: str, severity: Literal["error", "warning"] = "error") -> None:
+    def note(self, location: str, message: str, severity: Literal["error", "warning"] = "error") -> None:
         """A problem that does not keep the rest from being read."""
-        self.problems.append(Problem(place, message, severity))
+        self.problems.append(Problem(location, message, severity))
 
     def view(self) -> View:
         definition = self.definition
@@ -241,91 +241,92 @@ class _Reader:
                 self.note("select", f'two columns have the name "{column.name}"')
             seen.add(column.name)
 
-    def text(self, node: dict[str, Any], key: str, place: str) -> str:
+    def text(self, node: dict[str, Any], key: str, location: str) -> str:
         value = node.get(key)
-        at = f"{place}.{key}" if place else key
+        at = f"{location}.{key}" if location else key
         if value is None:
             raise self.fail(at, "is missing")
         if not isinstance(value, str) or not value:
             raise self.fail(at, f"must be text, not {type(value).__name__}")
         return value
 
-    def objects(self, node: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
+    def objects(self, node: dict[str, Any], key: str, location: str) -> list[dict[str, Any]]:
         value = node.get(key, [])
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-            raise self.fail(f"{place}.{key}" if place else key, "must be an array of objects")
+            raise self.fail(f"{location}.{key}" if location else key, "must be an array of objects")
         return value
 
     def read_constants(self) -> None:
         for n, node in enumerate(self.objects(self.definition, "constant", "")):
-            place = f"constant[{n}]"
-            name = self.text(node, "name", place)
+            location = f"constant[{n}]"
+            name = self.text(node, "name", location)
             values = [key for key in node if key.startswith("value")]
             if not _NAME.fullmatch(name) or len(values) != 1:
-                raise self.fail(place, "must have a name of letters, digits and underscores, and one value[x]")
+                raise self.fail(location, "must have a name of letters, digits and underscores, and one value[x]")
             type_ = values[0].removeprefix("value")
             type_ = type_[:1].lower() + type_[1:]
             if not r4().is_primitive(type_) or isinstance(node[values[0]], dict | list | None):
-                raise self.fail(f"{place}.{values[0]}", "must be a primitive value: valueString, valueInteger, …")
+                raise self.fail(f"{location}.{values[0]}", "must be a primitive value: valueString, valueInteger, …")
             self.constants[name] = Constant(node[values[0]], frozenset({type_}))
 
-    def expression(self, text: object, place: str, focus: Types) -> Expr:
+    def expression(self, text: object, location: str, focus: Types) -> Expression:
         if not isinstance(text, str):
-            raise self.fail(place, f"must be a FHIRPath expression, not {type(text).__name__}")
+            raise self.fail(location, f"must be a FHIRPath expression, not {type(text).__name__}")
         try:
             expr = self.typed(text, focus)
         except FhirPathError as error:
-            self.note(place, str(error))
-            return Nothing(many=True, types=None)
+            self.note(location, str(error))
+            return EmptyCollection(many=True, types=None)
         if isinstance(expr, Fallback):
             self.fallbacks.append(text)
-            self.note(place, "runs in fhirpathpy, far slower than compiled paths", "warning")
+            self.note(location, "runs in fhirpathpy, far slower than compiled paths", "warning")
         return expr
 
-    def condition(self, node: dict[str, Any], place: str, focus: Types) -> Expr:
-        expr = self.expression(self.text(node, "path", place), f"{place}.path", focus)
+    def condition(self, node: dict[str, Any], location: str, focus: Types) -> Expression:
+        expr = self.expression(self.text(node, "path", location), f"{location}.path", focus)
         if expr.types is not None and expr.types - {"boolean"}:
-            self.note(f"{place}.path", f"must give a boolean, not {' or '.join(sorted(expr.types))}")
+            self.note(f"{location}.path", f"must give a boolean, not {' or '.join(sorted(expr.types))}")
         return expr
 
-    def selects(self, node: dict[str, Any], key: str, place: str, focus: Types) -> tuple[Select, ...]:
-        prefix = f"{place}.{key}" if place else key
+    def selects(self, node: dict[str, Any], key: str, location: str, focus: Types) -> tuple[Select, ...]:
+        prefix = f"{location}.{key}" if location else key
         return tuple(
-            self.select(each, f"{prefix}[{n}]", focus) for n, each in enumerate(self.objects(node, key, place))
+            self.select(each, f"{prefix}[{n}]", focus) for n, each in enumerate(self.objects(node, key, location))
         )
 
-    def select(self, node: dict[str, Any], place: str, focus: Types) -> Select:
+    def select(self, node: dict[str, Any], location: str, focus: Types) -> Select:
         iterations: list[Iteration] = [key for key in ("forEach", "forEachOrNull", "repeat") if key in node]
         if len(iterations) > 1:
-            raise self.fail(place, f"has both {' and '.join(iterations)}: one is allowed")
+            raise self.fail(location, f"has both {' and '.join(iterations)}: one is allowed")
         iteration = iterations[0] if iterations else None
-        over: Expr | Repeated | None = None
+        over: Expression | Repeated | None = None
         if iteration == "repeat":
-            over, focus = self.repeated(node["repeat"], f"{place}.repeat", focus)
+            over, focus = self.repeated(node["repeat"], f"{location}.repeat", focus)
         elif iteration:
-            over = self.expression(node[iteration], f"{place}.{iteration}", focus)
+            over = self.expression(node[iteration], f"{location}.{iteration}", focus)
             focus = over.types
         filled = tuple(
-            self.filled(each, f"{place}.column[{n}]", focus)
-            for n, each in enumerate(self.objects(node, "column", place))
+            self.filled(each, f"{location}.column[{n}]", focus)
+            for n, each in enumerate(self.objects(node, "column", location))
         )
-        selects = self.selects(node, "select", place, focus)
-        union = self.selects(node, "unionAll", place, focus)
+        selects = self.selects(node, "select", location, focus)
+        union = self.selects(node, "unionAll", location, focus)
         if not (filled or selects or union):
-            raise self.fail(place, "has neither column nor select nor unionAll")
+            raise self.fail(location, "has neither column nor select nor unionAll")
         for n, branch in enumerate(union[1:], start=1):
             expected, found = ([c.name for c in each.columns] for each in (union[0], branch))
             if found != expected:
                 self.note(
-                    f"{place}.unionAll[{n}]", f"has the columns {', '.join(found)}; the first has {', '.join(expected)}"
+                    f"{location}.unionAll[{n}]",
+                    f"has the columns {', '.join(found)}; the first has {', '.join(expected)}",
                 )
         return Select(iteration, over, filled, selects, union)
 
-    def repeated(self, paths: object, place: str, focus: Types) -> tuple[Repeated, Types]:
+    def repeated(self, paths: object, location: str, focus: Types) -> tuple[Repeated, Types]:
         if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
-            raise self.fail(place, "must be an array of FHIRPath expressions")
+            raise self.fail(location, "must be an array of FHIRPath expressions")
         for n, path in enumerate(paths):
-            self.expression(path, f"{place}[{n}]", None)
+            self.expression(path, f"{location}[{n}]", None)
         first = self.possible(paths, focus)
         types: Types = frozenset().union(*(expr.types or () for expr in first))
         if any(expr.types is None for expr in first):
@@ -339,53 +340,57 @@ class _Reader:
                 return Repeated(first, again), types
             types = wider
 
-    def possible(self, paths: Sequence[str], focus: Types) -> tuple[Expr, ...]:
+    def possible(self, paths: Sequence[str], focus: Types) -> tuple[Expression, ...]:
         """The paths that the types of the focus have: not every element that is found need have them all."""
-        found: list[Expr] = []
+        found: list[Expression] = []
         for path in paths:
             with suppress(FhirPathError):
                 expr = self.typed(path, focus)
-                if not isinstance(expr, Nothing):
+                if not isinstance(expr, EmptyCollection):
                     found.append(expr)
         return tuple(found)
 
-    def typed(self, text: str, focus: Types) -> Expr:
-        return typed(text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants)
+    def typed(self, text: str, focus: Types) -> Expression:
+        return resolve_expression(
+            text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants
+        )
 
-    def filled(self, node: dict[str, Any], place: str, focus: Types) -> Filled:
-        name = self.text(node, "name", place)
+    def filled(self, node: dict[str, Any], location: str, focus: Types) -> Filled:
+        name = self.text(node, "name", location)
         if not _NAME.fullmatch(name):
             raise self.fail(
-                f"{place}.name", f'"{name}" must be letters, digits and underscores, and begin with a letter'
+                f"{location}.name", f'"{name}" must be letters, digits and underscores, and begin with a letter'
             )
-        expr = self.expression(self.text(node, "path", place), f"{place}.path", focus)
+        expr = self.expression(self.text(node, "path", location), f"{location}.path", focus)
         collection = node.get("collection", False)
         if not isinstance(collection, bool):
-            raise self.fail(f"{place}.collection", f"must be true or false, not {type(collection).__name__}")
+            raise self.fail(f"{location}.collection", f"must be true or false, not {type(collection).__name__}")
         column = Column(
             name=name,
-            type=self.type(node.get("type"), f"{place}.type", expr),
+            type=self.type(node.get("type"), f"{location}.type", expr),
             collection=collection,
             description=node.get("description"),
             tags={
-                tag["name"]: tag["value"] for tag in self.objects(node, "tag", place) if {"name", "value"} <= tag.keys()
+                tag["name"]: tag["value"]
+                for tag in self.objects(node, "tag", location)
+                if {"name", "value"} <= tag.keys()
             },
         )
         return Filled(column, expr)
 
-    def type(self, declared: object, place: str, expr: Expr) -> str:
+    def type(self, declared: object, location: str, expr: Expression) -> str:
         """The declared type, else the one that the path gives."""
         inferred = next(iter(expr.types)) if expr.types is not None and len(expr.types) == 1 else None
         if declared is None:
             return inferred or _UNTYPED
         if not isinstance(declared, str):
-            raise self.fail(place, f"must be a type name, not {type(declared).__name__}")
+            raise self.fail(location, f"must be a type name, not {type(declared).__name__}")
         try:
-            name = type_name(declared.rpartition("/")[2])
+            name = resolve_type_name(declared.rpartition("/")[2])
         except FhirPathError as error:
-            self.note(place, str(error))
+            self.note(location, str(error))
             return _UNTYPED
         kinds = kind(frozenset({name})), kind(expr.types)
         if None not in kinds and kinds[0] != kinds[1]:
-            self.note(place, f"is {name}, but the path gives {' or '.join(sorted(expr.types or ()))}", "warning")
+            self.note(location, f"is {name}, but the path gives {' or '.join(sorted(expr.types or ()))}", "warning")
         return name

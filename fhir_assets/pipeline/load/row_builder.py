@@ -9,7 +9,7 @@ import msgspec
 
 from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.record import Record, parse_instant
-from fhir_assets.fhir.views import RowError, TypeViews, View
+from fhir_assets.fhir.views import CompiledViews, RowError, View
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation, Unfit
@@ -70,7 +70,7 @@ class RowBuilder:
     """
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
-        self._views = TypeViews(views, empty_join=False)
+        self._views = CompiledViews(views, empty_join=False)
         self._preparation = Preparation(views, cipher)
 
     def __reduce__(self) -> tuple[object, ...]:

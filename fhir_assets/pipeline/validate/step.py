@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.fhir.record import MalformedResource, read_header
-from fhir_assets.fhir.validation import Issue, Validator, Verdict
+from fhir_assets.fhir.validation import Issue, ValidationResult, Validator
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
@@ -135,7 +135,7 @@ class ValidateStep:
         name, key = state.raw.resource_type, state.raw.partition_key
         invalid = set()
         for index, issues in line_issues:
-            verdict = Verdict(lines[index], issues)
+            verdict = ValidationResult(lines[index], issues)
             if not verdict.valid:
                 invalid.add(index)
                 dead_letter = build_dead_letter(name, key, lines[index], verdict, ruleset=self._validator.ruleset)
@@ -198,7 +198,7 @@ class _State:
 
 
 def build_dead_letter(
-    resource_type: str, partition_key: str, line: bytes, verdict: Verdict, *, ruleset: str
+    resource_type: str, partition_key: str, line: bytes, verdict: ValidationResult, *, ruleset: str
 ) -> DeadLetter:
     """Build the dead letter of an invalid resource from its first error; all of its issues are attached."""
     first = next(issue for issue in verdict.issues if issue.severity == "error")

@@ -1,7 +1,7 @@
 import pytest
 
 from fhir_assets.errors import FhirPathError
-from fhir_assets.fhir.path.syntax import Call, Literal, Operation, Sign, TypeTest, parse, specials
+from fhir_assets.fhir.path.syntax import Call, Literal, Operation, Sign, TypeTest, find_specials, parse
 
 
 def test_operators_bind_as_the_grammar_says() -> None:
@@ -72,7 +72,7 @@ def test_comments_and_white_space_mean_nothing() -> None:
 
 
 def test_the_specials_of_a_tree_are_found_at_any_depth() -> None:
-    assert set(specials(parse("a.where($this > 1 and b.select($index + 1).exists())"))) == {"$this", "$index"}
+    assert set(find_specials(parse("a.where($this > 1 and b.select($index + 1).exists())"))) == {"$this", "$index"}
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from random import Random
 import pytest
 
 from fhir_assets.errors import NotFhir
-from fhir_assets.fhir.validation import Issue, Validator, operation_outcome
+from fhir_assets.fhir.validation import Issue, Validator, build_operation_outcome
 from fhir_assets.fhir.validation.build_rules import build
-from fhir_assets.fhir.validation.report import Tally, check_files, outcome
+from fhir_assets.fhir.validation.report import ValidationSummary, locate_outcome, validate_files
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets_tests.support.resource_samples import Sampler, to_bytes
 
@@ -35,9 +35,9 @@ def patient(**elements: object) -> bytes:
 )
 def test_warn_rules_demote_by_rule_prefix_or_path(rule: str, demotes: bool) -> None:
     body = patient(contact=[{"gender": "malee", "name": {"text": "x"}}])
-    verdict = Validator(warn_rules=[rule]).check(body)
-    assert len(verdict.issues) == 1
-    assert verdict.valid is demotes
+    result = Validator(warn_rules=[rule]).check(body)
+    assert len(result.issues) == 1
+    assert result.valid is demotes
 
 
 def test_a_prefix_demotes_all_invariants() -> None:
@@ -52,19 +52,19 @@ def test_no_message_path_or_repr_holds_a_value() -> None:
     reference = {"reference": SECRET, "type": SECRET}
     narrative = {"status": "generated", "div": f"<div>{SECRET}"}
     resource = patient(**text, text=narrative, generalPractitioner=[reference], multipleBirthInteger=SECRET)
-    verdict = Validator().check(resource)
-    assert len(verdict.issues) >= 8
-    assert SECRET not in repr(verdict)
-    assert SECRET not in json.dumps(operation_outcome(verdict.issues))
+    result = Validator().check(resource)
+    assert len(result.issues) >= 8
+    assert SECRET not in repr(result)
+    assert SECRET not in json.dumps(build_operation_outcome(result.issues))
     assert SECRET not in repr(Validator().check(resource[:-1]))
 
 
 def test_an_operation_outcome_is_itself_valid() -> None:
     found = Validator().check(patient(gender="x", foo=1, contact=[{}])).issues
     for issues in (found, (), (Issue("json", "error", "Resource", "broken"),)):
-        outcome_ = operation_outcome(issues)
-        assert Validator().check(to_bytes(outcome_)).issues == ()
-        assert [i.get("expression") for i in outcome_["issue"]] == [[i.path] for i in issues] or not issues
+        outcome = build_operation_outcome(issues)
+        assert Validator().check(to_bytes(outcome)).issues == ()
+        assert [i.get("expression") for i in outcome["issue"]] == [[i.path] for i in issues] or not issues
 
 
 def test_threads_and_pickles_judge_alike() -> None:
@@ -144,11 +144,11 @@ def test_files_are_checked_line_by_line_and_bundles_entry_by_entry(tmp_path: Pat
     pretty.write_text(json.dumps({"resourceType": "Patient", "foo": 1}, indent=2))
     entries = [{"resource": {"resourceType": "Patient", "gender": "x"}}, {"resource": {"resourceType": "Patient"}}]
     bundle.write_text(json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries}))
-    checked = list(check_files([lines, pretty, bundle], Validator()))
-    tally = Tally()
+    checked = list(validate_files([lines, pretty, bundle], Validator()))
+    tally = ValidationSummary()
     for one in checked:
-        tally.add(one.verdict)
-    assert [(c.line, c.entry, c.verdict.valid) for c in checked] == [
+        tally.add(one.result)
+    assert [(c.line, c.entry, c.result.valid) for c in checked] == [
         (1, None, True),
         (3, None, False),
         (4, None, False),
@@ -158,9 +158,9 @@ def test_files_are_checked_line_by_line_and_bundles_entry_by_entry(tmp_path: Pat
     ]
     assert (tally.resources, tally.invalid) == (6, 4)
     assert tally.rows()[0] == {"severity": "error", "rule": "required-binding", "path": "Patient.gender", "count": 2}
-    assert outcome(checked[1])["issue"][0]["location"] == [f"{lines}:3"]
+    assert locate_outcome(checked[1])["issue"][0]["location"] == [f"{lines}:3"]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFhir, match="absent"):
-        list(check_files([tmp_path / "absent.json"], Validator()))
+        list(validate_files([tmp_path / "absent.json"], Validator()))

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fhir_assets.fhir.path import compile_path
-from fhir_assets.fhir.views import TypeViews, parse_view
+from fhir_assets.fhir.views import CompiledViews, parse_view
 from fhir_assets_tests.support.fhirpath_reference import plain, view_rows
 from fhir_assets_tests.support.random_fhirpath import objects, views
 
@@ -33,7 +33,8 @@ def test_a_view_gives_the_rows_of_its_plainest_reading(data: st.DataObject, root
     view = parse_view(definition)
     names = [column.name for column in view.columns]
     rows = [
-        dict(zip(names, map(plain, row), strict=True)) for row in TypeViews([view], empty_join=False).rows(resource)[0]
+        dict(zip(names, map(plain, row), strict=True))
+        for row in CompiledViews([view], empty_join=False).rows(resource)[0]
     ]
     expected = view_rows(definition, resource, dict(foci(definition["select"], root)))
     assert sorted(rows, key=repr) == sorted(({name: row[name] for name in names} for row in expected), key=repr)

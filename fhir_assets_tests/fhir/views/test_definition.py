@@ -99,7 +99,7 @@ def test_the_fingerprint_is_that_of_the_meaning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("definition", "place", "message"),
+    ("definition", "location", "message"),
     [
         ({}, "resource", "is missing"),
         (changed(resource="Patiens"), "resource", 'R4 has no resource "Patiens"; did you mean "Patient"?'),
@@ -148,11 +148,11 @@ def test_the_fingerprint_is_that_of_the_meaning() -> None:
     ],
 )
 def test_an_invalid_definition_is_one_error_with_file_place_and_reason(
-    definition: dict[str, Any], place: str, message: str
+    definition: dict[str, Any], location: str, message: str
 ) -> None:
     with pytest.raises(ViewError) as error:
         parse_view(definition, Path("views/people.json"))
-    assert str(error.value).startswith(f"views/people.json: {place}: ")
+    assert str(error.value).startswith(f"views/people.json: {location}: ")
     assert message in str(error.value)
 
 
@@ -165,7 +165,7 @@ def test_checking_gives_every_problem() -> None:
     definition = changed(where=[{"path": "id"}], select=[{"column": [{"name": "x", "path": "idd"}]}])
     definition["select"].append({"column": [{"name": "y", "path": "birthDate", "type": "boolean"}]})
     definition["select"].append({"column": [{"name": "z", "path": "name.family.aggregate($this, '')"}]})
-    assert [(problem.place, problem.severity) for problem in check_view(definition)] == [
+    assert [(problem.location, problem.severity) for problem in check_view(definition)] == [
         ("select[0].column[0].path", "error"),
         ("select[1].column[0].type", "warning"),
         ("select[2].column[0].path", "warning"),

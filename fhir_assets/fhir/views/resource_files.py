@@ -58,14 +58,14 @@ def _whole(path: Path, body: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from _resources(path.name, body)
 
 
-def _resources(place: str, body: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _resources(location: str, body: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise NotFhir(f"{place}: is not JSON: {error.msg}") from None
+        raise NotFhir(f"{location}: is not JSON: {error.msg}") from None
     if not isinstance(found, dict) or not isinstance(found.get("resourceType"), str):
-        raise NotFhir(f"{place}: is not a resource: a JSON object with a resourceType is expected")
-    yield place, found
+        raise NotFhir(f"{location}: is not a resource: a JSON object with a resourceType is expected")
+    yield location, found
     for n, entry in enumerate(found.get("entry", ()) if found["resourceType"] == "Bundle" else ()):
         if isinstance(entry, dict) and isinstance(entry.get("resource"), dict):
-            yield f"{place} entry[{n}]", entry["resource"]
+            yield f"{location} entry[{n}]", entry["resource"]

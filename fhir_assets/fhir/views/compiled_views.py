@@ -6,7 +6,7 @@ from typing import Any
 
 from fhir_assets.errors import FhirPathError, PermanentError
 from fhir_assets.fhir.path.emitter import Emitter
-from fhir_assets.fhir.path.nodes import Expr
+from fhir_assets.fhir.path.expressions import Expression
 from fhir_assets.fhir.path.runtime import NOT_FHIR
 from fhir_assets.fhir.views.definition import Column, Filled, Repeated, Select, View
 
@@ -27,7 +27,7 @@ class RowError(PermanentError):
         return RowError, (self.view, self.column, self.message)
 
 
-class TypeViews:
+class CompiledViews:
     """All views of one resource type, made in one pass over a resource.
 
     ``empty_join`` False makes ``join()`` of nothing null, as the newest revision of SQL on FHIR has it; the
@@ -51,22 +51,22 @@ class TypeViews:
         except RowError:
             raise
         except (FhirPathError, *NOT_FHIR) as error:
-            view, column = self._place(error)
+            view, column = self._location(error)
             message = str(error) if isinstance(error, FhirPathError) else _NOT_R4
             raise RowError(view, column, message) from None
 
-    def _place(self, error: BaseException) -> tuple[str, str]:
+    def _location(self, error: BaseException) -> tuple[str, str]:
         """Which column's line of the generated function failed."""
-        place = None
+        location = None
         traceback = error.__traceback__
         while traceback:
             if traceback.tb_frame.f_code.co_filename == "<rows>":
-                place = self._places[traceback.tb_lineno - 2]
+                location = self._places[traceback.tb_lineno - 2]
             traceback = traceback.tb_next
-        return place if isinstance(place, tuple) else (self.views[0].name, "?")
+        return location if isinstance(location, tuple) else (self.views[0].name, "?")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return functools.partial(TypeViews, empty_join=self.empty_join), (self.views,)
+        return functools.partial(CompiledViews, empty_join=self.empty_join), (self.views,)
 
 
 _DEEP = 6
@@ -80,10 +80,10 @@ def _compile(
     out = Emitter("resource", "resource", "resource")
     out.empty_join = empty_join
     results = [_Writer(out, view).write() for view in views]
-    out.place = None
+    out.origin = None
     out.line(f"return [{', '.join(results)}]")
     function: Callable[..., Any] = out.function("rows", "resource")
-    return function, out.places
+    return function, out.line_origins
 
 
 class _Writer:
@@ -95,22 +95,22 @@ class _Writer:
 
     def write(self) -> str:
         """The name of the list of rows."""
-        rows = self.out.start("[]")
+        rows = self.out.declare("[]")
         self.filtered(list(self.view.plan.where), rows)
         return rows
 
-    def filtered(self, conditions: list[Expr], rows: str) -> None:
+    def filtered(self, conditions: list[Expression], rows: str) -> None:
         if conditions:
-            self.out.place = (self.view.name, "where")
+            self.out.origin = (self.view.name, "where")
             with self.out.block(f"if {self.condition(conditions[0])}:"):
                 self.filtered(conditions[1:], rows)
             return
         self.all(self.view.plan.selects, (), self.append_to(rows), last=True)
 
-    def condition(self, expr: Expr) -> str:
+    def condition(self, expr: Expression) -> str:
         if expr.types is not None:
-            return expr.logic(self.out)[0]
-        value = expr.single(self.out)
+            return expr.emit_conditions(self.out)[0]
+        value = expr.emit_single(self.out)
         self.out.line(f"if {value} is not None and type({value}) is not bool: {self.refuse('where', 'is no boolean')}")
         return f"{value} is True"
 
@@ -144,8 +144,8 @@ class _Writer:
 
     def iterate(self, select: Select, then: Continue, *, last: bool, started: str | None = None) -> None:
         out = self.out
-        out.place = (self.view.name, select.columns[0].name)
-        index = out.start("-1")
+        out.origin = (self.view.name, select.columns[0].name)
+        index = out.declare("-1")
 
         def on(item: str) -> None:
             out.line(f"{index} += 1")
@@ -163,14 +163,14 @@ class _Writer:
         if isinstance(select.over, Repeated):
             self.repeat(select.over, on)
         elif select.over is not None:
-            select.over.each(out, on)
+            select.over.emit_for_each(out, on)
         if started:
             out.line(f"{started} = {index} >= 0")
 
     def repeat(self, paths: Repeated, on: Callable[[str], None]) -> None:
         """Depth first, each element before those in it."""
         out = self.out
-        found, walk, item = out.start("[]"), out.fresh(), out.fresh()
+        found, walk, item = out.declare("[]"), out.new_name(), out.new_name()
 
         def keep(child: str) -> None:
             out.line(f"{found}.append({child})")
@@ -178,15 +178,15 @@ class _Writer:
 
         with out.block(f"def {walk}({item}):"), out.focused(item):
             for path in paths.again:
-                path.each(out, keep)
+                path.emit_for_each(out, keep)
         for path in paths.first:
-            path.each(out, keep)
-        each = out.fresh()
+            path.emit_for_each(out, keep)
+        each = out.new_name()
         with out.block(f"for {each} in {found}:"):
             on(each)
 
     def or_null(self, select: Select, then: Continue) -> None:
-        started = self.out.fresh()
+        started = self.out.new_name()
         self.iterate(select, then, last=True, started=started)
         with self.out.block(f"if not {started}:"):
             then(["0" if index else "None" for index in select.indexes])
@@ -196,9 +196,9 @@ class _Writer:
         if last:
             write(then)
             return
-        rows = self.out.start("[]")
+        rows = self.out.declare("[]")
         write(self.append_to(rows))
-        names = [self.out.fresh() for _ in range(width)]
+        names = [self.out.new_name() for _ in range(width)]
         with self.out.block(f"for {', '.join(names)}, in {rows}:"):
             then(names)
 
@@ -225,8 +225,8 @@ class _Writer:
 
     def column(self, filled: Filled) -> str:
         column, path, out = filled.column, filled.path, self.out
-        out.place = (self.view.name, column.name)
-        value = path.value(out)
+        out.origin = (self.view.name, column.name)
+        value = path.emit_value(out)
         if column.collection:
             return out.let(f"list({value})") if path.many else out.let(f"[] if {value} is None else [{value}]")
         return self.one(column, value) if path.many else value

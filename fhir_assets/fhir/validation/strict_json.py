@@ -10,11 +10,11 @@ import msgspec
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}").fullmatch
 
 
-class Repeated(dict[str, Any]):
+class ObjectWithDuplicates(dict[str, Any]):
     """An object in which a name stands twice."""
 
 
-class BrokenJson(Exception):
+class InvalidJson(Exception):
     """Why a text is not JSON as FHIR needs it. ``path`` is set where a place in the resource can be named."""
 
     def __init__(self, message: str, path: str = "") -> None:
@@ -25,7 +25,7 @@ class BrokenJson(Exception):
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    return found if len(found) == len(pairs) else Repeated(found)
+    return found if len(found) == len(pairs) else ObjectWithDuplicates(found)
 
 
 _strict = msgspec.json.Decoder(float_hook=Decimal)
@@ -35,18 +35,18 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=Decimal)
 def parse_strictly(body: bytes, max_depth: int) -> Any:
     """The value of a JSON text, fractions as Decimal with their digits. Raises BrokenJson."""
     if body.startswith(b"\xef\xbb\xbf"):
-        raise BrokenJson("the text begins with a byte order mark; send UTF-8 without one")
+        raise InvalidJson("the text begins with a byte order mark; send UTF-8 without one")
     try:
         _strict.decode(body)
         value = _decoder.decode(body.decode())
     except UnicodeDecodeError:
-        raise BrokenJson("the text is not UTF-8") from None
+        raise InvalidJson("the text is not UTF-8") from None
     except msgspec.DecodeError as error:
-        raise BrokenJson(str(error)) from None
+        raise InvalidJson(str(error)) from None
     except RecursionError:
-        raise BrokenJson(f"the text is nested deeper than {max_depth} levels") from None
+        raise InvalidJson(f"the text is nested deeper than {max_depth} levels") from None
     except (ArithmeticError, ValueError):
-        raise BrokenJson("a number is too long or out of range") from None
+        raise InvalidJson("a number is too long or out of range") from None
     _check_shape(value, max_depth)
     return value
 
@@ -58,9 +58,9 @@ def _check_shape(root: Any, max_depth: int) -> None:
     while waiting:
         value, depth, path = waiting.pop()
         if depth > max_depth:
-            raise BrokenJson(f"the text is nested deeper than {max_depth} levels")
-        if isinstance(value, Repeated):
-            raise BrokenJson("a name stands twice in this object", path)
+            raise InvalidJson(f"the text is nested deeper than {max_depth} levels")
+        if isinstance(value, ObjectWithDuplicates):
+            raise InvalidJson("a name stands twice in this object", path)
         if isinstance(value, dict):
             waiting += [
                 (child, depth + 1, child_path(path, name))

@@ -13,7 +13,7 @@ class _Head(msgspec.Struct):
 _head = msgspec.json.Decoder(_Head)
 
 
-class FastScope:
+class ContainedScope:
     """One for each resource that contains others; a single one serves all that do not.
 
     ``accept`` runs the fast path on the bytes of a contained resource, given this scope.
@@ -21,7 +21,7 @@ class FastScope:
 
     __slots__ = ("_accept", "_types", "_used")
 
-    def __init__(self, accept: "Callable[[msgspec.Raw, FastScope], bool]") -> None:
+    def __init__(self, accept: "Callable[[msgspec.Raw, ContainedScope], bool]") -> None:
         self._accept = accept
         self._types: dict[str, str] = {}
         self._used: set[str] = set()

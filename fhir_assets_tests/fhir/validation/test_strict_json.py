@@ -42,10 +42,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_json_has_rule_json_and_no_resource(name: str) -> None:
-    verdict = Validator(warn_rules=["json"]).check(BROKEN[name])
-    assert not verdict.valid
-    assert [issue.rule for issue in verdict.issues] == ["json"]
-    assert verdict.resource is None
+    result = Validator(warn_rules=["json"]).check(BROKEN[name])
+    assert not result.valid
+    assert [issue.rule for issue in result.issues] == ["json"]
+    assert result.resource is None
 
 
 def test_a_name_twice_is_reported_at_its_object() -> None:
@@ -64,10 +64,10 @@ def test_fractions_keep_their_digits() -> None:
     body = (
         b'{"resourceType":"Observation","status":"final","code":{"text":"x"},"valueQuantity":{"value":1.10,"unit":"g"}}'
     )
-    verdict = Validator().check(body)
-    assert verdict.valid
-    assert verdict.resource is not None
-    value = verdict.resource["valueQuantity"]["value"]
+    result = Validator().check(body)
+    assert result.valid
+    assert result.resource is not None
+    value = result.resource["valueQuantity"]["value"]
     assert isinstance(value, Decimal)
     assert str(value) == "1.10"
 

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.views import RowError, parse_view
-from fhir_assets.fhir.views.try_out import Format, run, write
+from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 
 VIEW = parse_view(
     {
@@ -44,7 +44,7 @@ DEVICE: dict[str, Any] = {"resourceType": "Device", "id": "d"}
 
 
 def ids(*paths: Path) -> list[object]:
-    return [row[0] for row in run(VIEW, paths)]
+    return [row[0] for row in run_view(VIEW, paths)]
 
 
 def test_ndjson_is_read_with_or_without_gzip(tmp_path: Path) -> None:
@@ -91,17 +91,17 @@ def test_a_resource_that_the_view_refuses_is_reported_with_its_place(tmp_path: P
     two = {**ANN, "name": [{"family": "a"}, {"family": "b"}]}
     (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, (BO, two, ANN))))
     refused: list[tuple[str, str]] = []
-    rows = run(VIEW, [tmp_path], refused=lambda place, error: refused.append((place, error.column)))
+    rows = run_view(VIEW, [tmp_path], refused=lambda location, error: refused.append((location, error.column)))
     assert [row[0] for row in rows] == ["bo", "ann"]
     assert refused == [("a.ndjson:2", "family")]
     with pytest.raises(RowError):
-        list(run(VIEW, [tmp_path]))
+        list(run_view(VIEW, [tmp_path]))
 
 
 def written(form: Format, tmp_path: Path) -> bytes:
     (tmp_path / "a.ndjson").write_text(f"{json.dumps(ANN)}\n{json.dumps(BO)}")
     out = io.BytesIO()
-    assert write(run(VIEW, [tmp_path / "a.ndjson"]), VIEW.columns, form, out) == 2
+    assert write_rows(run_view(VIEW, [tmp_path / "a.ndjson"]), VIEW.columns, form, out) == 2
     return out.getvalue()
 
 
@@ -149,6 +149,6 @@ def test_a_table_shows_every_value_whole(tmp_path: Path) -> None:
 def test_a_view_without_rows_writes_its_columns_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "none.ndjson").write_text("")
     out = io.BytesIO()
-    assert write(run(VIEW, [tmp_path]), VIEW.columns, "parquet", out) == 0
+    assert write_rows(run_view(VIEW, [tmp_path]), VIEW.columns, "parquet", out) == 0
     assert parquet.read_table(io.BytesIO(out.getvalue())).num_rows == 0
     assert len(VIEW.columns) == 6

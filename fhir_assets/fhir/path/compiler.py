@@ -1,27 +1,32 @@
-"""FHIRPath expressions as Python functions."""
+"""The entry point of the FHIRPath compiler: ``compile_path`` turns an expression into a ``CompiledPath``."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
+from typing_extensions import override
+
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.model import r4, suggest_name
-from fhir_assets.fhir.path import nodes, resolve, syntax
+from fhir_assets.fhir.path import expressions, resolver, syntax
 from fhir_assets.fhir.path.emitter import Emitter
-from fhir_assets.fhir.path.nodes import Constant, Expr, NotCompiled, Types
+from fhir_assets.fhir.path.expressions import Constant, Expression, NotCompiled, Types
 from fhir_assets.fhir.path.runtime import NOT_FHIR
 
 Function = Callable[[Any, Any, Any], Any]
 
 
-class Fallback(Expr):
-    """What the compiler leaves to fhirpathpy, which copies the resource and walks the tree anew each time."""
+class Fallback(Expression):
+    """An expression that the compiler does not support; fhirpathpy evaluates it.
+
+    Evaluation is slow: each call copies the resource and interprets the expression.
+    """
 
     many = True
     types: Types = None
 
-    def __init__(self, expression: str, focus: Types, constants: Mapping[str, Expr]) -> None:
+    def __init__(self, expression: str, focus: Types, constants: Mapping[str, Expression]) -> None:
         import fhirpathpy
         from fhirpathpy.engine.nodes import FP_Type
         from fhirpathpy.models import models
@@ -35,33 +40,36 @@ class Fallback(Expr):
         def fallback(focus: Any, resource: Any, root: Any) -> list[Any]:
             context = {**variables, "resource": deepcopy(resource), "rootResource": deepcopy(root)}
             try:
-                found = evaluate(deepcopy(focus), path, context, model)
+                values = evaluate(deepcopy(focus), path, context, model)
             except Exception as error:  # fhirpathpy raises Exception itself, with values in the message
                 kind = type(error).__name__
                 raise FhirPathError(f'"{expression}" cannot be evaluated on this resource ({kind})') from None
-            return [str(each) if isinstance(each, FP_Type) else each for each in found]
+            return [str(value) if isinstance(value, FP_Type) else value for value in values]
 
         self._function = fallback
 
-    def value(self, out: Emitter) -> str:
+    @override
+    def emit_value(self, out: Emitter) -> str:
         return out.let(f"{out.bind(self._function)}({out.focus}, {out.resource}, {out.root})")
 
 
-def typed(
+def resolve_expression(
     expression: str,
     *,
     focus: Types,
     root: str | None = None,
     resource: str | None = None,
-    constants: Mapping[str, Expr] | None = None,
+    constants: Mapping[str, Expression] | None = None,
     hooks: Mapping[str, Callable[..., object]] | None = None,
-) -> Expr:
-    """The typed expression on a focus of these types; a Fallback if the compiler leaves it to fhirpathpy.
+) -> Expression:
+    """Parse and resolve an expression for a focus of these types.
 
-    ``root`` is the type whose name a path may begin with, ``resource`` that of ``%resource``. Raises FhirPathError.
+    ``root`` is the type whose name a path may begin with, ``resource`` the type of ``%resource``. Returns a Fallback
+    if the compiler does not support the expression. Raises FhirPathError if the expression cannot be parsed or names
+    something unknown.
     """
-    scope = resolve.Scope(
-        this=nodes.Focus(focus),
+    scope = resolver.Scope(
+        this=expressions.Focus(focus),
         root=root,
         resource=frozenset({resource}) if resource else None,
         constants=constants or {},
@@ -69,21 +77,21 @@ def typed(
     )
     tree = syntax.parse(expression)
     try:
-        found = resolve.resolve(tree, scope)
-        found.value(Emitter("focus", "resource", "root"))
+        resolved = resolver.resolve(tree, scope)
+        resolved.emit_value(Emitter("focus", "resource", "root"))  # some constructs are found unsupported only here
     except NotCompiled:
         return Fallback(expression, focus, constants or {})
-    return found
+    return resolved
 
 
 class CompiledPath:
-    """An expression ready to run.
+    """A compiled expression.
 
-    ``types`` are the FHIR types it may give, None if they cannot be known beforehand; ``many`` says whether it may
-    give several values; ``fallback`` whether it runs in fhirpathpy instead of compiled code.
+    ``types`` are the FHIR types that its values may have, None if they depend on the resource; ``many`` is True if it
+    may return several values; ``fallback`` is True if it runs in fhirpathpy instead of compiled code.
     """
 
-    def __init__(self, expression: str, expr: Expr, *, empty_join: bool = True) -> None:
+    def __init__(self, expression: str, expr: Expression, *, empty_join: bool = True) -> None:
         self.expression = expression
         self._empty_join = empty_join
         self.types = expr.types
@@ -92,15 +100,19 @@ class CompiledPath:
         self._expr = expr
 
     def __call__(self, focus: Any, *, resource: Any = None, root: Any = None) -> list[Any]:
-        """All values. ``resource`` and ``root`` are ``%resource`` and ``%rootResource``: the focus itself if not given.
+        """Return all values of the expression on ``focus``.
 
+        ``resource`` is ``%resource``, by default the focus; ``root`` is ``%rootResource``, by default ``resource``.
         Raises FhirPathError if the expression cannot be evaluated on this resource.
         """
         resource = focus if resource is None else resource
         return self._guard(self.function, focus, resource, resource if root is None else root)  # type: ignore[no-any-return]
 
     def test(self, focus: Any, *, resource: Any = None, root: Any = None) -> bool | None:
-        """Whether the expression is true, false or (None) empty. Raises FhirPathError."""
+        """Evaluate the expression as a criterion: True, False, or None if its result is empty.
+
+        Raises FhirPathError if the expression cannot be evaluated on this resource.
+        """
         resource = focus if resource is None else resource
         return self._guard(self.predicate, focus, resource, resource if root is None else root)  # type: ignore[no-any-return]
 
@@ -115,18 +127,19 @@ class CompiledPath:
 
     @cached_property
     def function(self) -> Function:
-        """The compiled function of (focus, %resource, %rootResource), giving a list. May raise any error on data that
-        is not FHIR.
+        """The compiled function of (focus, %resource, %rootResource), which returns a list.
+
+        It may raise any error of ``runtime.NOT_FHIR`` on data that is not FHIR.
         """
         out = self._emitter()
-        out.line(f"return list({self._expr.items(out)})")
+        out.line(f"return list({self._expr.emit_items(out)})")
         return out.function("path", "focus, resource, root")
 
     @cached_property
     def predicate(self) -> Function:
-        """The compiled function of (focus, %resource, %rootResource), giving True, False or None."""
+        """The compiled function of (focus, %resource, %rootResource), which returns True, False or None."""
         out = self._emitter()
-        true, false = self._expr.logic(out)
+        true, false = self._expr.emit_conditions(out)
         out.line(f"return True if {true} else False if {false} else None")
         return out.function("predicate", "focus, resource, root")
 
@@ -145,20 +158,21 @@ def compile_path(
     hooks: Mapping[str, Callable[..., object]] | None = None,
     empty_join: bool = True,
 ) -> CompiledPath:
-    """Compile an expression for a focus of ``root_type`` (a resource, a datatype, ``Patient.contact``; None: any).
+    """Compile an expression for a focus of ``root_type``.
 
-    ``resource_type`` is the type of ``%resource``, if the focus is no resource itself. ``constants`` are strings,
-    numbers and booleans by name, or Constant for another FHIR type. ``hooks`` are functions that the caller brings,
-    as ``htmlChecks`` and ``memberOf``: they get the value and the arguments, and give True, False or None.
-    ``empty_join``: see TypeViews.
+    ``root_type`` is the name of a resource type, a data type or a nested type (``Patient.contact``); None allows any.
+    ``resource_type`` is the type of ``%resource`` if the focus is not a resource. ``constants`` maps names to strings,
+    numbers and booleans, or to a Constant for any other FHIR type. ``hooks`` maps names of additional FHIRPath
+    functions, such as ``htmlChecks`` and ``memberOf``, to Python functions that take the value and the arguments and
+    return True, False or None. ``empty_join``: see CompiledViews.
 
-    Raises FhirPathError: the expression cannot be read, or it names an element, a function, a type or a constant that
-    R4 does not know; the message then has the nearest right name.
+    Raises FhirPathError if the expression cannot be parsed, or if it names an element, a function, a type or a
+    constant that does not exist; the message then suggests the nearest existing name.
     """
     if root_type is not None and root_type not in r4().types:
         raise FhirPathError(f'there is no type "{root_type}"{suggest_name(root_type, r4().types)}')
     is_resource = root_type is not None and r4().types[root_type].kind == "resource"
-    expr = typed(
+    expr = resolve_expression(
         expression,
         focus=frozenset({root_type}) if root_type else None,
         root=root_type,
@@ -170,7 +184,7 @@ def compile_path(
 
 
 def as_constant(value: object) -> Constant:
-    """A Python value as a FHIRPath constant."""
+    """Convert a Python value to a FHIRPath constant."""
     if isinstance(value, Constant):
         return value
     name = {bool: "boolean", int: "integer", str: "string"}.get(type(value), "decimal")

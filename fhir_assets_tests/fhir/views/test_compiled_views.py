@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fhir_assets.fhir.views import RowError, TypeViews, View, parse_view
+from fhir_assets.fhir.views import CompiledViews, RowError, View, parse_view
 
 PATIENT: dict[str, Any] = {
     "resourceType": "Patient",
@@ -41,7 +41,7 @@ def view(*selects: dict[str, Any], **more: Any) -> View:
 
 
 def rows(*selects: dict[str, Any], resource: dict[str, Any] = PATIENT, **more: Any) -> list[tuple[object, ...]]:
-    return TypeViews([view(*selects, **more)]).rows(resource)[0]
+    return CompiledViews([view(*selects, **more)]).rows(resource)[0]
 
 
 def test_columns_of_one_resource_are_one_row() -> None:
@@ -91,7 +91,7 @@ def test_repeat_goes_down_by_every_path_each_element_before_those_in_it() -> Non
         "resource": "QuestionnaireResponse",
         "select": [{"repeat": ["item", "answer.item"], "column": [column("%rowIndex", "n"), column("linkId")]}],
     }
-    found = TypeViews([parse_view(definition)]).rows(RESPONSE)[0]
+    found = CompiledViews([parse_view(definition)]).rows(RESPONSE)[0]
     assert found == [(0, "1"), (1, "1.1"), (2, "1.1.1"), (3, "2")]
 
 
@@ -170,7 +170,7 @@ def test_a_resource_that_is_not_r4_names_the_column_where_it_shows() -> None:
 
 @pytest.mark.parametrize("value", [1, True, ["text"], [1], [[]], [None], {"given": {}}, "text"])
 def test_whatever_stands_in_an_element_the_error_is_a_row_error(value: object) -> None:
-    made = TypeViews([view({"forEachOrNull": "name.where(use != 'x')", **columns("given")})])
+    made = CompiledViews([view({"forEachOrNull": "name.where(use != 'x')", **columns("given")})])
     with pytest.raises(RowError, match="not of the type that FHIR R4 gives it"):
         made.rows({"resourceType": "Patient", "name": value})
 
@@ -187,17 +187,17 @@ def test_a_row_error_survives_a_process_border() -> None:
 
 def test_all_views_of_a_type_come_from_one_pass() -> None:
     views = [view(columns("id", "gender")), view({"forEach": "name", **columns("family")}), view(columns("id"))]
-    found = TypeViews(views).rows(PATIENT)
+    found = CompiledViews(views).rows(PATIENT)
     assert found == [[("p1", "female")], [("Olsen",), ("Berg",)], [("p1",)]]
 
 
 def test_views_of_two_types_are_no_type_views() -> None:
     with pytest.raises(ValueError, match="several resource types"):
-        TypeViews([view(columns("id")), parse_view({"resource": "Device", "select": [columns("id")]})])
+        CompiledViews([view(columns("id")), parse_view({"resource": "Device", "select": [columns("id")]})])
 
 
 def test_type_views_work_in_another_process() -> None:
-    views = TypeViews([view(columns("id", "name.given.join(' ')"))], empty_join=False)
+    views = CompiledViews([view(columns("id", "name.given.join(' ')"))], empty_join=False)
     again = pickle.loads(pickle.dumps(views))
     assert again.rows(PATIENT) == [[("p1", "Ann Bo")]]
     assert again.empty_join is False
@@ -206,7 +206,7 @@ def test_type_views_work_in_another_process() -> None:
 
 @pytest.mark.parametrize(("empty_join", "expected"), [(True, ""), (False, None)])
 def test_join_of_nothing_is_empty_text_or_null_as_chosen(empty_join: bool, expected: str | None) -> None:
-    views = TypeViews([view(columns("photo.title.join(',')"))], empty_join=empty_join)
+    views = CompiledViews([view(columns("photo.title.join(',')"))], empty_join=empty_join)
     assert views.rows(PATIENT) == [[(expected,)]]
 
 
@@ -220,4 +220,4 @@ def test_a_path_left_to_fhirpathpy_gives_its_values_and_is_counted() -> None:
     path = "given.aggregate($this & $total, '')"
     made = view(columns("id"), {"forEach": "name", "column": [column(path, "all")]})
     assert made.fallbacks == (path,)
-    assert TypeViews([made]).rows(PATIENT) == [[("p1", "BoAnn"), ("p1", "")]]
+    assert CompiledViews([made]).rows(PATIENT) == [[("p1", "BoAnn"), ("p1", "")]]

@@ -10,11 +10,11 @@ from typing import Any
 
 from fhir_assets.fhir.validation import primitives
 from fhir_assets.fhir.validation.bindings import allows_coding
+from fhir_assets.fhir.validation.contained import ContainedScope
+from fhir_assets.fhir.validation.decoder_patterns import literal_reference
 from fhir_assets.fhir.validation.narrative import check_xhtml
-from fhir_assets.fhir.validation.patterns import literal_reference
-from fhir_assets.fhir.validation.references import literal_target
+from fhir_assets.fhir.validation.references import resolve_target_type
 from fhir_assets.fhir.validation.rules import load_rules
-from fhir_assets.fhir.validation.scope import FastScope
 
 LIMIT = 20_000
 
@@ -91,7 +91,7 @@ class Targets:
         self.seen: set[str] = set()
         self._is_literal = literal_reference(types or _TYPES).fullmatch
 
-    def allow(self, reference: Any, scope: FastScope) -> bool:
+    def allow(self, reference: Any, scope: ContainedScope) -> bool:
         """Does the reference, a Struct, surely point at one of the types?"""
         literal: str | None = reference.reference
         stated: str | None = reference.type
@@ -100,7 +100,7 @@ class Targets:
         if stated is None and self._is_literal(literal):
             remember(self.seen, literal)
             return True
-        found = scope.use(literal) if literal.startswith("#") else literal_target(literal)
+        found = scope.use(literal) if literal.startswith("#") else resolve_target_type(literal)
         if found is None:
             return False
         if stated is not None and stated != found and stated in _TYPES:

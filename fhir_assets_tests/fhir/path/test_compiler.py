@@ -24,9 +24,9 @@ from fhir_assets_tests.support.fhirpath_sample import OBSERVATION, PATIENT
         ("Patient", "deceased.ofType(bolean)", 'there is no type "bolean"; did you mean "boolean"?'),
         ("Patient", "deceased.ofType(1)", "a type is written as its name"),
         ("Patient", "%resorce.id", 'there is no constant "%resorce"; did you mean "resource"?'),
-        ("Patient", "birthDate > 'x'", '">" cannot compare a moment with a text'),
+        ("Patient", "birthDate > 'x'", '">" cannot compare a date with a text'),
         ("Patient", "1.upper()", "upper() takes a text, not a number"),
-        ("Patient", "birthDate.abs()", "abs() takes a number, not a moment"),
+        ("Patient", "birthDate.abs()", "abs() takes a number, not a date"),
         ("Patiente", "id", 'there is no type "Patiente"; did you mean "Patient"?'),
     ],
 )

@@ -13,9 +13,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.fhir.views.data import read_resources
+from fhir_assets.fhir.views.compiled_views import CompiledViews, Row, RowError
 from fhir_assets.fhir.views.definition import Column, View
-from fhir_assets.fhir.views.rows import Row, RowError, TypeViews
+from fhir_assets.fhir.views.resource_files import read_resources
 
 Format = Literal["table", "csv", "ndjson", "parquet"]
 _ENDLESS = Console(width=100_000)
@@ -23,7 +23,7 @@ _PARQUET_BATCH = 10_000
 _WHOLE_NUMBERS = {"integer", "positiveInt", "unsignedInt"}
 
 
-def run(
+def run_view(
     view: View,
     data: Iterable[Path],
     *,
@@ -36,8 +36,8 @@ def run(
     passed over; without ``refused`` its RowError is raised. ``empty_join``: see
     TypeViews; False is what the tables hold. Raises NotFhir for a file that holds no resources.
     """
-    views = TypeViews([view], empty_join=empty_join)
-    for place, resource in read_resources(data):
+    views = CompiledViews([view], empty_join=empty_join)
+    for location, resource in read_resources(data):
         if resource["resourceType"] != view.resource_type:
             continue
         try:
@@ -45,10 +45,10 @@ def run(
         except RowError as error:
             if refused is None:
                 raise
-            refused(place, error)
+            refused(location, error)
 
 
-def write(rows: Iterable[Row], columns: Sequence[Column], form: Format, out: IO[bytes]) -> int:
+def write_rows(rows: Iterable[Row], columns: Sequence[Column], form: Format, out: IO[bytes]) -> int:
     """Write rows to a binary stream, and give their number. ``parquet`` needs the extra of that name."""
     counted = _Counted(rows)
     {"table": write_table, "csv": write_csv, "ndjson": write_ndjson, "parquet": write_parquet}[form](

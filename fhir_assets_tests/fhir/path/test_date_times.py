@@ -3,7 +3,7 @@ from decimal import Decimal
 import pytest
 
 from fhir_assets.errors import FhirPathError
-from fhir_assets.fhir.path import moments
+from fhir_assets.fhir.path import date_times
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,9 @@ from fhir_assets.fhir.path import moments
     ],
 )
 def test_moments_compare_as_the_intervals_they_stand_for(left: str, right: str, expected: int | None) -> None:
-    assert moments.compare(left, right) == expected
-    assert moments.compare(right, left) == (None if expected is None else -expected)
-    assert moments.equal(left, right) is (None if expected is None else expected == 0)
+    assert date_times.compare(left, right) == expected
+    assert date_times.compare(right, left) == (None if expected is None else -expected)
+    assert date_times.equal(left, right) is (None if expected is None else expected == 0)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_moments_compare_as_the_intervals_they_stand_for(left: str, right: str, 
 )
 def test_what_is_no_moment_has_no_order(left: str, right: str) -> None:
     with pytest.raises(FhirPathError) as error:
-        moments.compare(left, right)
+        date_times.compare(left, right)
     assert left not in str(error.value)
 
 
@@ -50,7 +50,7 @@ def test_what_is_no_moment_has_no_order(left: str, right: str) -> None:
     ],
 )
 def test_boundaries_of_a_date(value: str, low: str, high: str) -> None:
-    assert (moments.date_boundary(value, False), moments.date_boundary(value, True)) == (low, high)
+    assert (date_times.date_boundary(value, False), date_times.date_boundary(value, True)) == (low, high)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_boundaries_of_a_date(value: str, low: str, high: str) -> None:
     ],
 )
 def test_boundaries_of_a_date_time(value: str, low: str, high: str) -> None:
-    assert (moments.date_time_boundary(value, False), moments.date_time_boundary(value, True)) == (low, high)
+    assert (date_times.date_time_boundary(value, False), date_times.date_time_boundary(value, True)) == (low, high)
 
 
 def test_boundaries_of_a_time() -> None:
-    assert moments.time_boundary("12:34", False) == "12:34:00.000"
-    assert moments.time_boundary("12:34", True) == "12:34:59.999"
+    assert date_times.time_boundary("12:34", False) == "12:34:00.000"
+    assert date_times.time_boundary("12:34", True) == "12:34:59.999"
 
 
 @pytest.mark.parametrize(
@@ -76,5 +76,5 @@ def test_boundaries_of_a_time() -> None:
     [(1.0, "0.95", "1.05"), (Decimal("1.50"), "1.495", "1.505"), (3, "2.5", "3.5"), (Decimal("-2"), "-2.5", "-1.5")],
 )
 def test_boundaries_of_a_number_are_half_a_digit_away(value: float | Decimal, low: str, high: str) -> None:
-    assert moments.decimal_boundary(value, False) == Decimal(low)
-    assert moments.decimal_boundary(value, True) == Decimal(high)
+    assert date_times.decimal_boundary(value, False) == Decimal(low)
+    assert date_times.decimal_boundary(value, True) == Decimal(high)

@@ -19,17 +19,17 @@ from typing import Annotated, Any, ForwardRef, Literal, NamedTuple
 
 import msgspec
 
-from fhir_assets.fhir.validation import hot, invariants, memo
-from fhir_assets.fhir.validation.bindings import allows_code, codes_of
-from fhir_assets.fhir.validation.patterns import PATTERNS, RARE, RARE_TYPES, anchored
+from fhir_assets.fhir.validation import cached_checks, fast_invariants, invariants
+from fhir_assets.fhir.validation.bindings import allows_code, list_codes
+from fhir_assets.fhir.validation.contained import ContainedScope
+from fhir_assets.fhir.validation.decoder_patterns import PATTERNS, RARE, RARE_TYPES, anchored
 from fhir_assets.fhir.validation.primitives import INTEGERS, MAX_INTEGER, MAX_STRING
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element, Invariant, Rules, Structure
-from fhir_assets.fhir.validation.scope import FastScope
 
-Check = Callable[[Any, FastScope, int], bool]
+Check = Callable[[Any, ContainedScope, int], bool]
 
 
-class Compiled(NamedTuple):
+class CompiledType(NamedTuple):
     """A resource type: its decoder, its check, and whether it can contain resources."""
 
     decode: Callable[[Any], Any]
@@ -51,36 +51,45 @@ _DATE_TIME = re.compile(PATTERNS["dateTime"]).fullmatch
 _MATCHED = {"id": "is_id", "instant": "is_instant", "dateTime": "is_date_time"}
 
 
-class Compiler:
+class FastPathCompiler:
     """Makes Structs and check functions, each structure once. One a process; locked."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self._lock = RLock()
-        self._made: dict[str, Compiled] = {}
+        self._made: dict[str, CompiledType] = {}
         self._space: dict[str, Any] = {
             "UCUM": "http://unitsofmeasure.org",
-            "ABATED": hot.ABATED,
+            "ABATED": fast_invariants.ABATED,
             "is_id": _ID,
             "is_instant": _INSTANT,
             "is_date_time": _DATE_TIME,
-            "xhtml_is_good": memo.xhtml_is_good,
-            **{f.__name__: f for f in (hot.in_order, hot.has_code, hot.has_any, hot.smaller, hot.shares_coding)},
-            **{f"seen_{kind}": seen for kind, seen in memo.SEEN.items()},
-            **{f"new_{kind}": new for kind, new in memo.NEW.items()},
+            "xhtml_is_good": cached_checks.xhtml_is_good,
+            **{
+                f.__name__: f
+                for f in (
+                    fast_invariants.in_order,
+                    fast_invariants.has_code,
+                    fast_invariants.has_any,
+                    fast_invariants.smaller,
+                    fast_invariants.shares_coding,
+                )
+            },
+            **{f"seen_{kind}": seen for kind, seen in cached_checks.SEEN.items()},
+            **{f"new_{kind}": new for kind, new in cached_checks.NEW.items()},
         }
         self._module = ModuleType(f"{__name__}.structs")
         sys.modules[self._module.__name__] = self._module  # where msgspec resolves the names of structs that recur
         self._known: set[str] = set()
 
-    def compiled(self, resource_type: str) -> Compiled:
+    def compiled(self, resource_type: str) -> CompiledType:
         """The compiled form of a resource type, made on first use."""
         made = self._made.get(resource_type)
         if made is None:
             with self._lock:
                 self._compile(resource_type)
                 name = python_name(resource_type)
-                made = self._made[resource_type] = Compiled(
+                made = self._made[resource_type] = CompiledType(
                     msgspec.json.Decoder(getattr(self._module, name)).decode,
                     self._space[f"check_{name}"],
                     "contained" in self.rules.structure(resource_type).elements,
@@ -93,7 +102,7 @@ class Compiler:
         for n in new:
             structure = self.rules.structure(n)
             setattr(self._module, python_name(n), self._struct(structure))
-            source.append(Function(structure, self._space, self.rules.recurring).source())
+            source.append(CheckWriter(structure, self._space, self.rules.recurring).source())
         exec("\n".join(source), self._space)
         self._known.update(new)
 
@@ -133,7 +142,7 @@ class Compiler:
 
     def _annotation(self, element: Element, type_: str) -> Any:
         if type_ == "code" and element.value_set is not None:
-            codes = codes_of(element.value_set)
+            codes = list_codes(element.value_set)
             return str if codes is None else Literal[tuple(sorted(codes))]
         if type_ == "Resource":
             return msgspec.Raw
@@ -144,7 +153,7 @@ class Compiler:
         return _DECODED.get(type_, str)
 
 
-class Function:
+class CheckWriter:
     """Writes the Python source of one structure's check."""
 
     def __init__(self, structure: Structure, space: dict[str, Any], recurring: frozenset[str]) -> None:
@@ -203,48 +212,48 @@ class Function:
 
     def _tests(self, element: Element, type_: str) -> Iterator[str]:
         """What must not be true of ``v``, one value of the element."""
-        place = f"{python_name(self.structure.name)}_{element.name}"
+        location = f"{python_name(self.structure.name)}_{element.name}"
         if type_ in PRIMITIVES:
-            yield from self._primitive_tests(element, type_, place)
+            yield from self._primitive_tests(element, type_, location)
         elif type_ == "Resource":
             yield "not c.contained(v)" if element.name == "contained" else "True"
         elif type_ == "Reference":
-            targets = self.space[f"targets_{place}"] = memo.targets(element.targets)
-            self.space[f"seen_{place}"] = targets.seen
+            targets = self.space[f"targets_{location}"] = cached_checks.targets(element.targets)
+            self.space[f"seen_{location}"] = targets.seen
             yield (
-                f"(v.reference not in seen_{place} or v.type or v.identifier or v.extension or v.id) "
-                f"and not check_Reference(v, c, d, targets_{place})"
+                f"(v.reference not in seen_{location} or v.type or v.identifier or v.extension or v.id) "
+                f"and not check_Reference(v, c, d, targets_{location})"
             )
         else:
             left = "d - 1" if type_ in self.recurring else "d"
             yield f"not check_{python_name(type_)}(v, c, {left})"
             if element.value_set is not None:
-                self.space[f"bound_{place}"] = memo.concept_test(element.value_set)
-                yield f"not bound_{place}(v)"
+                self.space[f"bound_{location}"] = cached_checks.concept_test(element.value_set)
+                yield f"not bound_{location}(v)"
         for rule in element.invariants:
             form = self._form(rule)
             if form != "True":
                 yield f"not ({form.replace('o.', 'v.')})"
 
-    def _primitive_tests(self, element: Element, type_: str, place: str) -> Iterator[str]:
+    def _primitive_tests(self, element: Element, type_: str, location: str) -> Iterator[str]:
         if type_ == "xhtml":
             yield "not xhtml_is_good(v)"
         elif type_ == "code" and element.value_set is not None:
             value_set = element.value_set
-            if codes_of(value_set) is None:
-                self.space[f"bound_{place}"] = lambda code: allows_code(value_set, code)
-                yield f"not bound_{place}(v)"
+            if list_codes(value_set) is None:
+                self.space[f"bound_{location}"] = lambda code: allows_code(value_set, code)
+                yield f"not bound_{location}(v)"
         elif type_ in _MATCHED and element.name != "versionId":
             yield f"{_MATCHED[type_]}(v) is None"
-        elif type_ in memo.KINDS and not is_rare(element, type_):
-            kind = memo.KINDS[type_]
-            known = f"v not in seen_{kind} and " if kind in memo.SEEN else ""
+        elif type_ in cached_checks.KINDS and not is_rare(element, type_):
+            kind = cached_checks.KINDS[type_]
+            known = f"v not in seen_{kind} and " if kind in cached_checks.SEEN else ""
             yield f"{known}not new_{kind}(v)"
 
     def _form(self, rule: Invariant) -> str:
         if rule.key in invariants.SUBSUMED or rule.key in invariants.NOT_EVALUATED:
             return "True"
-        form = hot.FORMS.get(rule.key, "False")
+        form = fast_invariants.FORMS.get(rule.key, "False")
         for choice in self.structure.choices:
             form = form.replace("{" + choice.name + "}", f"n_{choice.name}")
         return form

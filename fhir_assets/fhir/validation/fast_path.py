@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.validation.compiled import Compiled, Compiler
+from fhir_assets.fhir.validation.contained import ContainedScope
+from fhir_assets.fhir.validation.fast_compiler import CompiledType, FastPathCompiler
 from fhir_assets.fhir.validation.rules import load_rules
-from fhir_assets.fhir.validation.scope import FastScope
 
 _START = b'{"resourceType":"'
 _CONTROL = re.compile(rb"\\(?:u00|[bf])").search
@@ -28,9 +28,9 @@ DEPTH_OF_RECURRENCE = 14
 
 
 @cache
-def compiler() -> Compiler:
+def compiler() -> FastPathCompiler:
     """The compiler of the process."""
-    return Compiler(load_rules())
+    return FastPathCompiler(load_rules())
 
 
 class FastPath:
@@ -38,8 +38,8 @@ class FastPath:
 
     def __init__(self, max_depth: int) -> None:
         self._recurrences = (max_depth - DEPTH) // DEPTH_OF_RECURRENCE
-        self._compiled: dict[bytes, Compiled] = {}
-        self._plain_scope = FastScope(self._accept_contained)
+        self._compiled: dict[bytes, CompiledType] = {}
+        self._plain_scope = ContainedScope(self._accept_contained)
 
     def accepts(self, body: bytes) -> bool:
         """Is the body surely a resource without any issue? False says nothing. Never raises."""
@@ -51,12 +51,12 @@ class FastPath:
                 return False
             if not compiled.may_contain or resource.contained is None:
                 return compiled.check(resource, self._plain_scope, self._recurrences)
-            scope = FastScope(self._accept_contained)
+            scope = ContainedScope(self._accept_contained)
             return scope.announce(resource.contained) and compiled.check(resource, scope, self._recurrences)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return False
 
-    def _accept_contained(self, body: msgspec.Raw, scope: FastScope) -> bool:
+    def _accept_contained(self, body: msgspec.Raw, scope: ContainedScope) -> bool:
         resource, compiled = self._decode(bytes(body))
         return (
             compiled is not None
@@ -64,7 +64,7 @@ class FastPath:
             and compiled.check(resource, scope, self._recurrences)
         )
 
-    def _decode(self, body: bytes) -> tuple[Any, Compiled | None]:
+    def _decode(self, body: bytes) -> tuple[Any, CompiledType | None]:
         """The resource as a Struct with its compiled type; None for the type when a name may stand twice."""
         if body.startswith(_START):
             name = body[len(_START) : body.find(b'"', len(_START))]

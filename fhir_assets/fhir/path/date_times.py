@@ -1,7 +1,8 @@
-"""Dates, times and their boundaries: values known to a precision are intervals (FHIRPath sections 6.1, 6.2, 5.6).
+"""Comparison and boundaries of dates, times and decimals with a limited precision (FHIRPath sections 5.6, 6.1, 6.2).
 
-Two moments compare as the intervals they stand for, in UTC: apart, they have an order; the same, they are equal;
-overlapping, nobody can say. A moment without a zone may be meant in any, so its interval widens unless neither has one.
+A date or dateTime of limited precision is an interval of UTC: ``2024-05`` is the whole month. Two of them are equal if
+their intervals are equal, ordered if their intervals do not overlap, and incomparable (None) otherwise. If only one of
+them has a time zone, the interval of the other is widened to all time zones.
 """
 
 import calendar
@@ -12,7 +13,7 @@ from decimal import Decimal
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.path.equality import Number, exact
 
-_MOMENT = re.compile(
+_DATE_TIME = re.compile(
     r"(?P<year>\d{4})(?:-(?P<month>\d\d)(?:-(?P<day>\d\d))?)?"
     r"(?:T(?:(?P<hour>\d\d)(?::(?P<minute>\d\d)(?::(?P<second>\d\d)(?:\.(?P<fraction>\d+))?)?)?)?)?"
     r"(?P<zone>Z|[+-]\d\d:\d\d)?"
@@ -22,10 +23,13 @@ _EARLIEST, _LATEST = timedelta(hours=14), timedelta(hours=12)
 
 
 def _interval(text: str) -> tuple[datetime, datetime, bool]:
-    """The first moment, the first one after, and whether the zone is known; both moments in UTC or as written."""
-    match = _MOMENT.fullmatch(text)
+    """Return the start of the interval, its end (exclusive), and whether the text has a time zone.
+
+    Start and end are in UTC if the text has a time zone, otherwise as written.
+    """
+    match = _DATE_TIME.fullmatch(text)
     if match is None:
-        raise FhirPathError("a date or time is not written as FHIR writes it")
+        raise FhirPathError("a date or time does not have the format that FHIR prescribes")
     part = match.groupdict()
     year, month, day = int(part["year"]), int(part["month"] or 1), int(part["day"] or 1)
     try:
@@ -50,12 +54,15 @@ def _interval(text: str) -> tuple[datetime, datetime, bool]:
             offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[4:6])) * (-1 if zone[0] == "-" else 1)
             start, end = start - offset, end - offset
     except (ValueError, OverflowError):
-        raise FhirPathError("a date or time does not exist") from None
+        raise FhirPathError("a date or time does not exist in the calendar") from None
     return start, end, zone is not None
 
 
 def compare(left: object, right: object) -> int | None:
-    """The order of two dates, dateTimes or instants; None if their precision or zones leave it open."""
+    """Return -1, 0 or 1 for two dates, dateTimes or instants; None if they are incomparable.
+
+    Raises FhirPathError if a value is not a date or dateTime.
+    """
     if left == right:
         return 0
     if not isinstance(left, str) or not isinstance(right, str):
@@ -80,7 +87,7 @@ def compare(left: object, right: object) -> int | None:
 
 
 def equal(left: object, right: object) -> bool | None:
-    """Whether two dates, dateTimes or instants are the same; None if their precision or zones leave it open."""
+    """Return True if two dates, dateTimes or instants are equal; None if they are incomparable."""
     if left == right:
         return True
     if not isinstance(left, str) or not isinstance(right, str):
@@ -89,8 +96,8 @@ def equal(left: object, right: object) -> bool | None:
     return None if sign is None else sign == 0
 
 
-def _moment_boundary(text: str, high: bool, *, time: bool) -> str | None:
-    match = _MOMENT.fullmatch(text)
+def _date_time_boundary(text: str, high: bool, *, time: bool) -> str | None:
+    match = _DATE_TIME.fullmatch(text)
     if match is None:
         return None
     part = match.groupdict()
@@ -112,30 +119,36 @@ def _clock_boundary(hour: str | None, minute: str | None, second: str | None, fr
 
 
 def date_boundary(text: str, high: bool) -> str | None:
-    """The first or last day that a date may mean."""
-    return _moment_boundary(text, high, time=False)
+    """Return the first (last, if ``high``) day of a partial date; None if the text is not a date."""
+    return _date_time_boundary(text, high, time=False)
 
 
 def date_time_boundary(text: str, high: bool) -> str | None:
-    """The first or last millisecond that a dateTime may mean, anywhere on Earth if it has no zone."""
-    return _moment_boundary(text, high, time=True)
+    """Return the first (last, if ``high``) millisecond of a partial dateTime; None if the text is not a dateTime.
+
+    Without a time zone, it is the first or last millisecond in any time zone.
+    """
+    return _date_time_boundary(text, high, time=True)
 
 
 def time_boundary(text: str, high: bool) -> str | None:
-    """The first or last millisecond that a time may mean."""
+    """Return the first (last, if ``high``) millisecond of a partial time; None if the text is not a time."""
     match = _TIME.fullmatch(text)
     return None if match is None else _clock_boundary(match[1], match[2], match[3], match[4], high)
 
 
 def decimal_boundary(value: Number, high: bool) -> Decimal:
-    """The least or greatest number that the written digits may stand for: half a unit of the last digit away."""
+    """Return the number minus (plus, if ``high``) half a unit of its last digit."""
     number = exact(value)
     half = Decimal((0, (5,), min(int(number.as_tuple().exponent), 0) - 1))
     return number + half if high else number - half
 
 
 def boundary(value: object, high: bool) -> object:
-    """The boundary of a value whose type is told by its look."""
+    """Return the boundary of a value whose FHIR type is not known, only its form.
+
+    Raises FhirPathError if the value is neither a number nor a string.
+    """
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return decimal_boundary(value, high)
     if isinstance(value, str):
@@ -146,9 +159,9 @@ def boundary(value: object, high: bool) -> object:
 
 
 def is_date(text: str) -> bool:
-    """Whether the text is a FHIR date that exists."""
+    """Return True if the text is a FHIR date that exists in the calendar."""
     try:
-        match = _MOMENT.fullmatch(text)
+        match = _DATE_TIME.fullmatch(text)
         if match is None or "T" in text or match["zone"]:
             return False
         date(int(match["year"]), int(match["month"] or 1), int(match["day"] or 1))
@@ -158,7 +171,7 @@ def is_date(text: str) -> bool:
 
 
 def is_date_time(text: str) -> bool:
-    """Whether the text is a FHIR dateTime that exists, partial ones included."""
+    """Return True if the text is a FHIR dateTime, complete or partial, that exists in the calendar."""
     try:
         _interval(text)
     except FhirPathError:
@@ -167,6 +180,6 @@ def is_date_time(text: str) -> bool:
 
 
 def is_time(text: str) -> bool:
-    """Whether the text is a time of day."""
+    """Return True if the text is a time of day."""
     match = _TIME.fullmatch(text)
     return match is not None and int(match[1]) < 24 and int(match[2] or 0) < 60 and int(match[3] or 0) < 60

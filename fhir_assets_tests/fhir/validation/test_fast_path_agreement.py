@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.fhir.validation import Validator, hot, invariants
+from fhir_assets.fhir.validation import Validator, fast_invariants, invariants
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element
 from fhir_assets_tests.support.resource_samples import BAD, GOOD, RULES, Sampler, to_bytes
 
@@ -87,14 +87,14 @@ def subjects() -> dict[str, str]:
     for name in RULES.names():
         structure = RULES.structure(name)
         for rule in structure.invariants:
-            if rule.key in hot.FORMS and not structure.abstract:
+            if rule.key in fast_invariants.FORMS and not structure.abstract:
                 try:
                     way_to(name)
                 except LookupError:
                     continue
                 found.setdefault(rule.key, name)
         for element in structure.elements.values():
-            found.update({rule.key: name for rule in element.invariants if rule.key in hot.FORMS})
+            found.update({rule.key: name for rule in element.invariants if rule.key in fast_invariants.FORMS})
     return found
 
 
@@ -142,8 +142,8 @@ def test_each_fast_form_names_an_invariant() -> None:
     known = {rule.key for name in RULES.names() for rule in RULES.structure(name).invariants} | {
         rule.key for n in RULES.names() for e in RULES.structure(n).elements.values() for rule in e.invariants
     }
-    assert set(hot.FORMS) <= known
-    assert not set(hot.FORMS) & set(invariants.SUBSUMED)
+    assert set(fast_invariants.FORMS) <= known
+    assert not set(fast_invariants.FORMS) & set(invariants.SUBSUMED)
 
 
 def test_what_is_deeper_than_the_setting_is_refused_on_either_path() -> None:
@@ -184,8 +184,8 @@ def test_no_json_makes_it_raise(resource_type: str, value: Any) -> None:
     resource = {"resourceType": resource_type, **(value if isinstance(value, dict) else {"name": value})}
     body = json.dumps(resource).encode()
     assert_agreement(body)
-    verdict = VALIDATOR.check(body)
-    assert verdict.resource is None or isinstance(verdict.resource, dict)
+    result = VALIDATOR.check(body)
+    assert result.resource is None or isinstance(result.resource, dict)
 
 
 @settings(max_examples=300, deadline=None)
