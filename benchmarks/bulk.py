@@ -16,7 +16,7 @@ from time import perf_counter
 from benchmarks import population
 from benchmarks.machine import peak_mib, scratch
 from fhir_assets.deployment.source import open_source
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.fetch.step import FetchStep
@@ -72,7 +72,7 @@ def _load(home: Path, url: str) -> None:
         fhir_resource_types="Observation",
         db_url=None,
     )
-    warehouse, store = Warehouse(settings), store_of(settings)
+    warehouse, store = Warehouse(settings), build_store(settings)
     warehouse.url()
     source = open_source(settings, store=store, warehouse=warehouse)
     now = datetime.now(UTC)

@@ -15,7 +15,7 @@ from time import perf_counter
 from benchmarks import population
 from benchmarks.deployment import load
 from benchmarks.machine import peak_mib, scratch
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.pipeline.reencrypt.step import ReencryptStep
@@ -66,7 +66,7 @@ def _in_a_process(home: Path, keys: str) -> dict[str, float]:
 def _rotate(home: Path) -> None:
     """In the process of its own: rotate, and say what it took."""
     settings = load_settings(fhir_assets_home=home, db_url=None)
-    warehouse, store, views = Warehouse(settings), store_of(settings), build_views(settings).views
+    warehouse, store, views = Warehouse(settings), build_store(settings), build_views(settings).views
     warehouse.url()
     started = perf_counter()
     rotated = ReencryptStep(warehouse.connect, store, views, actor="benchmark").run()

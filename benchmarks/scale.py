@@ -15,7 +15,7 @@ from benchmarks import population
 from benchmarks.deployment import Load, load
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
-from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
@@ -68,7 +68,7 @@ def _measured(home: Path, resources: int, workers: int) -> tuple[Load, dict[str,
     settings = load_settings(fhir_assets_home=home, db_url=None)
     with meter.part("lake"), connect(embedded.ensure(home), cipher=NO_ENCRYPTION) as conn:
         for view in build_views(settings).views:
-            writer.update(conn, blobs_at(settings, str(home / "lake")), view, [], run_id="scale", actor="benchmark")
+            writer.update(conn, build_blobs(settings, str(home / "lake")), view, [], run_id="scale", actor="benchmark")
     million = 1_000_000 / done.resources
     column = {name: _said(meter.parts[name], million) for name in ("raw", "validated", "normalized")}
     column["between the steps (Dagster, planning)"] = f"{done.parts['Dagster between the steps'] * million:,.0f} s"

@@ -8,7 +8,7 @@ import dagster as dg
 
 from fhir_assets import logs
 from fhir_assets.deployment.source import open_source
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import build_validator, current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -78,7 +78,7 @@ def _build(
     progress = ProgressRelay()
     source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
     partitions = partitions_definition(settings.window_scheme)
-    store = store_of(settings)
+    store = build_store(settings)
     checks = table_checks(settings, views.views, source, warehouse)
     delivered = delivered_assets(settings, partitions, views.views)
     delivered_keys = [key for each in delivered for key in each.keys]

@@ -19,8 +19,8 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 from fhir_assets.api.access import Token
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment.landing import receiver_of, zone_of
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.landing import build_landing_zone, build_receiver
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
@@ -72,7 +72,7 @@ class AppContext:
     @cached_property
     def store(self) -> Store:
         """The store of partitions."""
-        return store_of(self.settings)
+        return build_store(self.settings)
 
     @cached_property
     def validator(self) -> Validator:
@@ -82,12 +82,12 @@ class AppContext:
     @cached_property
     def receiver(self) -> Receiver:
         """The receiver that writes records to ``raw``."""
-        return receiver_of(self.settings, self.warehouse)
+        return build_receiver(self.settings, self.warehouse)
 
     @cached_property
     def zone(self) -> Zone:
         """The landing zone. Raises ConfigurationError if FHIR_LANDING_URL is not set."""
-        return zone_of(self.settings)
+        return build_landing_zone(self.settings)
 
     @cached_property
     def dagster(self) -> DagsterClient:

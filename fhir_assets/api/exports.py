@@ -12,7 +12,7 @@ from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
 from fhir_assets.api.run_ids import find_run_id
 from fhir_assets.api.run_models import Exported
-from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
 from fhir_assets.warehouse.exports.export import Export, folder_of_run, windows_of_run
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -45,7 +45,7 @@ def export_type(
             409, "FHIR_EXPORT_URL is not set: set it to the folder or s3://bucket/prefix that exports are written to"
         )
     views = [view for view in build_views(context.settings).views if view.resource_type == name]
-    target = blobs_at(context.settings, context.settings.fhir_export_url)
+    target = build_blobs(context.settings, context.settings.fhir_export_url)
     with context.connection() as conn:
         keys: list[str] | None = None
         full_run_id = ""

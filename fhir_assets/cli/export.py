@@ -8,7 +8,7 @@ import typer
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.output import console, print_json, print_table
-from fhir_assets.deployment.store import blobs_at, store_of
+from fhir_assets.deployment.store import build_blobs, build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -39,8 +39,8 @@ def export(
         valid = normalized = True
     views = build_views(settings).views
     warehouse = Warehouse(settings)
-    store = store_of(settings)
-    target = blobs_at(settings, output)
+    store = build_store(settings)
+    target = build_blobs(settings, output)
     found: list[ExportedFile] = []
     with warehouse.connect() as conn:
         by_type: dict[str, list[str]] = {}

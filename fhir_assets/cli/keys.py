@@ -11,7 +11,7 @@ import typer
 from rich import progress
 
 from fhir_assets.cli.output import console, errors, print_json, print_table
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.pipeline.reencrypt.step import KeyUsage, ReencryptResult, ReencryptStep, count_key_usage
@@ -37,7 +37,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     """The keys by their ids, what each one seals in the tables and the store, and which are no longer needed."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        found = count_key_usage(conn, store_of(settings), build_views(settings).views)
+        found = count_key_usage(conn, build_store(settings), build_views(settings).views)
         rotation = key_rotations.latest(conn)
     if json:
         facts = None
@@ -65,7 +65,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     with _watched(quiet=json) as watch:
         rotated = ReencryptStep(
             Warehouse(settings).connect,
-            store_of(settings),
+            build_store(settings),
             build_views(settings).views,
             actor=f"cli:{getpass.getuser()}",
             on_progress=watch,

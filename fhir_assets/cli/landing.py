@@ -8,7 +8,7 @@ import typer
 from fhir_assets.cli.ingest import SUMMARY, report_failure, summary
 from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment.landing import landing_of, zone_of
+from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion, failed
 from fhir_assets.orchestration.instance import config
@@ -29,7 +29,7 @@ def list_files(
     """The files of the zone as they were last seen, newest first. `bad`: unreadable, or with unsettled dead letters."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        found = landing_files.listed(conn, zone_of(settings).url, status=status, limit=limit)
+        found = landing_files.listed(conn, build_landing_zone(settings).url, status=status, limit=limit)
     if json:
         print_json(found)
     else:
@@ -45,7 +45,7 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
-    landing = landing_of(settings, warehouse)
+    landing = build_landing_step(settings, warehouse)
     landing.scan(assume_complete=True)
     totals: dict[str, int] = {"files": 0, "failed": 0, "known_before": 0, "rows": 0, "rejected": 0, "deleted": 0}
     while True:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, print_json, print_table
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.instance import config
@@ -33,7 +33,7 @@ def prune(
         warehouse.connect() as conn,
         connections.connect(os.environ["DAGSTER_POSTGRES_URL"]) as dagster_conn,
     ):
-        there = kinds(conn, dagster_conn, instance, store_of(settings), before)
+        there = kinds(conn, dagster_conn, instance, build_store(settings), before)
         wanted = only.split(",") if only else [kind.name for kind in there]
         if unknown := set(wanted) - {kind.name for kind in there}:
             raise ConfigurationError(

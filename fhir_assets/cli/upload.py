@@ -22,7 +22,7 @@ from fhir_assets.delivery.tables import letter
 from fhir_assets.delivery.upload.files import Folder, Unusable
 from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.delivery.upload.uploader import Silent, Uploader
-from fhir_assets.deployment.targets import upload_client
+from fhir_assets.deployment.targets import build_upload_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
 from fhir_assets.fhir import bundles
@@ -63,7 +63,10 @@ def upload(
     logs.configure("upload", settings.log_level)
     size = batch_size or settings.batch_size
     folder, stop, started = Folder(source), Event(), time.perf_counter()
-    with upload_client(settings, workers=workers, stop=stop) as client, _journal(settings, client, source) as journal:
+    with (
+        build_upload_client(settings, workers=workers, stop=stop) as client,
+        _journal(settings, client, source) as journal,
+    ):
         say = (lambda *_: None) if json else _say
         say("Source", f"{source}, {len(folder.names)} files")
         say("Destination", client.base_url)

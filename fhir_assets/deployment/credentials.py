@@ -32,7 +32,7 @@ class Scope(StrEnum):
     WRITE = "system/*.read system/*.write"
 
 
-def credentials_of(
+def build_account_credentials(
     settings: Settings, url: str, *, account: Account = Account.SOURCE, scope: Scope = Scope.READ
 ) -> Credentials:
     """What the settings of an account show the server at ``url``: Basic, a fixed token, or tokens of SMART Backend

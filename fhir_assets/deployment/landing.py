@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from fhir_assets.deployment.store import bucket_of, store_of
+from fhir_assets.deployment.store import build_bucket, build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.pipeline.landing.step import LandingStep
@@ -11,12 +11,12 @@ from fhir_assets.settings import Settings
 from fhir_assets.storage.landing_zone import EncryptedZone, Zone, open_zone
 
 
-def receiver_of(settings: Settings, warehouse: Warehouse) -> Receiver:
+def build_receiver(settings: Settings, warehouse: Warehouse) -> Receiver:
     """What receives resources into the deployment's store."""
-    return Receiver(store_of(settings), warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+    return Receiver(build_store(settings), warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
 
 
-def zone_of(settings: Settings) -> Zone:
+def build_landing_zone(settings: Settings) -> Zone:
     """The zone at FHIR_LANDING_URL. Raises ConfigurationError if it is unset; calls nothing yet."""
     if not settings.fhir_landing_url:
         raise ConfigurationError(
@@ -24,15 +24,15 @@ def zone_of(settings: Settings) -> Zone:
             "in .env"
         )
     return EncryptedZone(
-        open_zone(settings.fhir_landing_url, bucket=partial(bucket_of, settings)), settings.store_cipher
+        open_zone(settings.fhir_landing_url, bucket=partial(build_bucket, settings)), settings.store_cipher
     )
 
 
-def landing_of(settings: Settings, warehouse: Warehouse) -> LandingStep:
+def build_landing_step(settings: Settings, warehouse: Warehouse) -> LandingStep:
     """The landing zone of the deployment. Raises ConfigurationError."""
     return LandingStep(
-        zone_of(settings),
-        receiver_of(settings, warehouse),
+        build_landing_zone(settings),
+        build_receiver(settings, warehouse),
         warehouse.connect,
         max_bytes=settings.validation_max_bytes,
     )

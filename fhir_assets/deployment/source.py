@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from datetime import timedelta
 
-from fhir_assets.deployment.credentials import credentials_of
+from fhir_assets.deployment.credentials import build_account_credentials
 from fhir_assets.deployment.labels import SOURCE_LABELS
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.bulk.client import validate_level
 from fhir_assets.fhir.client.http import FhirClient
@@ -40,7 +40,7 @@ def open_source(
         return SearchSource(client, page_size=settings.fhir_page_size)
     return BulkSource(
         client,
-        store or store_of(settings),
+        store or build_store(settings),
         warehouse.connect,
         level=validate_level(settings.fhir_bulk_level, SOURCE_LABELS),
         type_filter=settings.fhir_bulk_type_filter,
@@ -64,7 +64,7 @@ def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
     """
     return FhirClient(
         settings.require_source(),
-        credentials=credentials_of(settings, settings.require_source()),
+        credentials=build_account_credentials(settings, settings.require_source()),
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),
         connections=settings.fhir_max_connections,

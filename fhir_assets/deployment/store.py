@@ -10,17 +10,17 @@ from fhir_assets.storage.store import Store, open_blobs, open_store
 _ATTEMPTS = 8
 
 
-def store_of(settings: Settings) -> Store:
+def build_store(settings: Settings) -> Store:
     """The store at FHIR_STORE_URL. Raises ConfigurationError; calls nothing yet."""
-    return open_store(settings.store_url, settings.store_cipher, bucket=partial(bucket_of, settings))
+    return open_store(settings.store_url, settings.store_cipher, bucket=partial(build_bucket, settings))
 
 
-def blobs_at(settings: Settings, url: str) -> Blobs:
+def build_blobs(settings: Settings, url: str) -> Blobs:
     """A folder, or ``s3://bucket/prefix``, for files that are not partitions. Raises ConfigurationError."""
-    return open_blobs(url, bucket=partial(bucket_of, settings))
+    return open_blobs(url, bucket=partial(build_bucket, settings))
 
 
-def bucket_of(settings: Settings, url: str) -> Bucket:
+def build_bucket(settings: Settings, url: str) -> Bucket:
     """The bucket at ``s3://bucket/prefix``; credentials, region and endpoint come from the AWS variables."""
     encryption = {
         "ServerSideEncryption": settings.fhir_s3_encryption,

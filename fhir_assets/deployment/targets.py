@@ -2,21 +2,21 @@
 
 from threading import Event
 
-from fhir_assets.deployment.credentials import Account, Scope, credentials_of
+from fhir_assets.deployment.credentials import Account, Scope, build_account_credentials
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings
 
 
-def upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
+def build_upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
     """A client of the server at FHIR_BASE_URL, as the target of `fhir-assets upload`; ``stop`` ends its waits."""
     if not settings.fhir_base_url:
         raise ConfigurationError("nowhere to upload to: give --url or set FHIR_BASE_URL to the FHIR server's base URL")
     return _client(settings, settings.fhir_base_url, Account.SOURCE, workers, stop)
 
 
-def delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
+def build_delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
     """A client of the server at FHIR_DELIVERY_URL. It never gets the credentials of the source."""
     return _client(settings, settings.fhir_delivery_url, Account.DELIVERY, workers, stop)
 
@@ -24,7 +24,7 @@ def delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirCli
 def _client(settings: Settings, url: str, account: Account, workers: int, stop: Event) -> FhirClient:
     return FhirClient(
         url,
-        credentials=credentials_of(settings, url, account=account, scope=Scope.WRITE),
+        credentials=build_account_credentials(settings, url, account=account, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts), sleep=stop.wait),
         connections=workers,

@@ -74,11 +74,11 @@ class Cipher:
 
     # Whole resources, and other bytes
 
-    def encrypt_content(self, content: bytes) -> bytes:
+    def compress_and_encrypt(self, content: bytes) -> bytes:
         """The bytes compressed and encrypted; without keys as they are."""
         return self.encrypt(isal_zlib.compress(content, 1)) if self.on else content
 
-    def decrypt_content(self, sealed: bytes) -> bytes:
+    def decrypt_and_decompress(self, sealed: bytes) -> bytes:
         """The bytes that were sealed; what is not sealed is given back as it is. Raises SealingError."""
         if not sealed.startswith(MAGIC):
             return sealed
@@ -109,7 +109,7 @@ class Cipher:
 
     def reencrypt(self, content: bytes) -> bytes:
         """What another key sealed, or none, sealed by the newest. Raises SealingError."""
-        return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.encrypt_content(content)
+        return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.compress_and_encrypt(content)
 
     # Values of columns
 

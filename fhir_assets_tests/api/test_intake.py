@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import orjson
 import pytest
 
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.api import Api, Serve
 
@@ -27,7 +27,7 @@ def received(api: Api) -> dict[str, int]:
 
 
 def raw(api: Api, resource_type: str) -> list[bytes]:
-    store = store_of(api.settings)
+    store = build_store(api.settings)
     manifests = store.manifests("raw", resource_type, store.partition_keys("raw", resource_type))
     return [line for each in manifests for batch in store.batches(each.parts) for line in batch]
 

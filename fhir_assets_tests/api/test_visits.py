@@ -8,7 +8,7 @@ import boto3
 import pytest
 from psycopg import sql
 
-from fhir_assets.deployment.landing import landing_of
+from fhir_assets.deployment.landing import build_landing_step
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.pipeline.test_visits import visit
@@ -20,7 +20,7 @@ def files(api: Api) -> list[Path]:
 
 
 def receive(api: Api) -> None:
-    landing = landing_of(api.settings, Warehouse(api.settings))
+    landing = build_landing_step(api.settings, Warehouse(api.settings))
     assert landing.scan() == len(files(api))
     landing.run("run")
 
@@ -134,7 +134,7 @@ def test_a_bucket_as_landing_zone_takes_the_file_too(serve_in_threads: Serve, s3
     bucket, prefix = s3_url.removeprefix("s3://").split("/", 1)
     content = boto3.client("s3").get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
     assert content.startswith(b"mrn,first_name,")
-    landing = landing_of(api.settings, Warehouse(api.settings))
+    landing = build_landing_step(api.settings, Warehouse(api.settings))
     assert landing.scan() == 1
     assert landing.run("run").rows == 2
 

@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment.store import store_of
+from fhir_assets.deployment.store import build_store
 from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
@@ -42,7 +42,7 @@ class Deployment:
 
     @property
     def store(self) -> Store:
-        return store_of(self.settings)
+        return build_store(self.settings)
 
     def environment(self) -> dict[str, str]:
         """What its commands and processes find in their environment."""

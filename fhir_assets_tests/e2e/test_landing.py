@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from fhir_assets.deployment.landing import zone_of
+from fhir_assets.deployment.landing import build_landing_zone
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.warehouse.ops import landing_files, received
 from fhir_assets.warehouse.postgres.db.connections import connect
@@ -222,7 +222,7 @@ def test_with_keys_what_we_put_down_ourselves_is_sealed_and_still_known_by_its_c
         fhir_resource_types=("Patient", "Encounter"),
         phi_encryption_keys=new_key(),
     )
-    zone = zone_of(deployment.settings)
+    zone = build_landing_zone(deployment.settings)
     content = patient("a", DAY, name=[{"family": "Canary"}]) + b"\n"
     zone.put("ours.ndjson", content)
     (tmp_path / "landing" / "theirs.ndjson").write_bytes(patient("b", DAY) + b"\n")

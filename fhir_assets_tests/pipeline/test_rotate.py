@@ -226,11 +226,11 @@ def test_a_damaged_part_stays_as_it_is_and_is_named(place: Place, damage: str) -
 
 @pytest.mark.slow
 def test_the_store_is_sealed_in_a_bucket_too(place: Place, s3_url: str) -> None:
-    from fhir_assets.deployment.store import store_of
+    from fhir_assets.deployment.store import build_store
     from fhir_assets.settings import load_settings
 
     def bucket(*keys: str) -> Store:
-        return store_of(load_settings(fhir_store_url=s3_url, phi_encryption_keys=",".join(keys)))
+        return build_store(load_settings(fhir_store_url=s3_url, phi_encryption_keys=",".join(keys)))
 
     names = [write_part(bucket(OLD), b"Smith", layer, 20_000) for layer in ("raw", "validated")]
     assert rotator(place.url, bucket(NEW, OLD), NEW, OLD).run().sealed["parts"] == 2

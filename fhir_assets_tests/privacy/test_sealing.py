@@ -23,11 +23,11 @@ ONLY_NEW = Cipher(parse_keys([NEW]), SECRET)
 
 @given(st.binary(max_size=5000))
 def test_bytes_round_trip(content: bytes) -> None:
-    sealed = CIPHER.encrypt_content(content)
-    assert CIPHER.decrypt_content(sealed) == BOTH.decrypt_content(sealed) == content
+    sealed = CIPHER.compress_and_encrypt(content)
+    assert CIPHER.decrypt_and_decompress(sealed) == BOTH.decrypt_and_decompress(sealed) == content
     assert from_json(as_json(sealed).decode().strip('"')) == sealed
     assert sealed_by(sealed) == CIPHER.key_id
-    assert NO_ENCRYPTION.encrypt_content(content) == content
+    assert NO_ENCRYPTION.compress_and_encrypt(content) == content
 
 
 @given(st.text())
@@ -43,9 +43,9 @@ def test_values_round_trip_as_fernet_tokens(value: str) -> None:
 
 def test_a_lost_key_is_named() -> None:
     with pytest.raises(EncryptionError, match=CIPHER.key_id):
-        ONLY_NEW.decrypt_content(CIPHER.encrypt_content(b"x"))
+        ONLY_NEW.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x"))
     with pytest.raises(EncryptionError, match="there is none"):
-        NO_ENCRYPTION.decrypt_content(CIPHER.encrypt_content(b"x"))
+        NO_ENCRYPTION.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x"))
     with pytest.raises(EncryptionError, match="add the key"):
         ONLY_NEW.read_token(CIPHER.token("x"))
     with pytest.raises(EncryptionError, match="there is none"):
@@ -54,10 +54,10 @@ def test_a_lost_key_is_named() -> None:
 
 @pytest.mark.parametrize("place", [8, 20, -1])
 def test_altered_bytes_are_refused(place: int) -> None:
-    sealed = bytearray(CIPHER.encrypt_content(b"a resource"))
+    sealed = bytearray(CIPHER.compress_and_encrypt(b"a resource"))
     sealed[place] ^= 1
     with pytest.raises(EncryptionError, match="damaged"):
-        CIPHER.decrypt_content(bytes(sealed))
+        CIPHER.decrypt_and_decompress(bytes(sealed))
 
 
 def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
@@ -71,7 +71,7 @@ def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
 
 def test_keys_reach_other_processes_and_stay_out_of_texts() -> None:
     again = pickle.loads(pickle.dumps(BOTH))
-    assert again.decrypt_content(CIPHER.encrypt_content(b"x")) == b"x"
+    assert again.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"
     assert again.index("x") == BOTH.index("x")
     for text in (repr(BOTH), str(BOTH.keys)):
         assert NEW not in text
@@ -110,4 +110,4 @@ def test_without_encrypting_the_store_sealed_parts_still_open() -> None:
     reading = CIPHER.reading_only()
     assert not reading.on
     assert reading.encrypt(b"x") == b"x"
-    assert reading.decrypt_content(CIPHER.encrypt_content(b"x")) == b"x"
+    assert reading.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"

@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 import pytest
 
-from fhir_assets.deployment.store import bucket_of, store_of
+from fhir_assets.deployment.store import build_bucket, build_store
 from fhir_assets.errors import ConfigurationError, FhirAssetsError, StoreError
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.s3 import Bucket
@@ -16,7 +16,7 @@ from fhir_assets.storage.s3 import Bucket
 
 @pytest.fixture
 def bucket(s3_url: str) -> Bucket:
-    return bucket_of(load_settings(), s3_url)
+    return build_bucket(load_settings(), s3_url)
 
 
 def test_a_large_part_goes_up_in_pieces_and_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_key_that_changed_between_two_pieces_is_an_error_and_no_mixture(
 
 def test_encryption_settings_go_along_with_every_write(s3_url: str, tmp_path: Path) -> None:
     settings = load_settings(fhir_store_url=s3_url, fhir_s3_encryption="aws:kms", fhir_s3_kms_key_id="alias/x")
-    blobs = store_of(settings).blobs
+    blobs = build_store(settings).blobs
     blobs.put("small", b"x")
     (tmp_path / "file").write_bytes(bytes(20 << 20))
     blobs.put_file("large", tmp_path / "file")
@@ -102,7 +102,7 @@ def test_encryption_settings_go_along_with_every_write(s3_url: str, tmp_path: Pa
 
 def explained(url: str) -> FhirAssetsError:
     with pytest.raises(FhirAssetsError) as caught:
-        store_of(load_settings(fhir_store_url=url)).manifest("raw", "Patient", "k")
+        build_store(load_settings(fhir_store_url=url)).manifest("raw", "Patient", "k")
     return caught.value
 
 
@@ -139,4 +139,4 @@ def test_an_endpoint_that_does_not_answer_is_named_by_its_variable(
 
 def test_a_url_without_a_bucket_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="names no bucket"):
-        store_of(load_settings(fhir_store_url="s3://"))
+        build_store(load_settings(fhir_store_url="s3://"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.deployment.store import bucket_of
+from fhir_assets.deployment.store import build_bucket
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
@@ -21,7 +21,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return open_store(str(tmp_path / "store"), NO_ENCRYPTION)
     url = request.getfixturevalue("s3_url")
-    return open_store(url, NO_ENCRYPTION, bucket=lambda url: bucket_of(load_settings(), url))
+    return open_store(url, NO_ENCRYPTION, bucket=lambda url: build_bucket(load_settings(), url))
 
 
 def files(store: Store) -> list[str]:

@@ -68,22 +68,22 @@ CORRECTED = b'{"id": "bad", "name": [{"family": "Smith"}]}'
 def fill(conn: Session, store: Store, people: int = 30) -> None:
     """Something in every place."""
     load_people(conn, range(people))
-    encrypt_content = cipher_of(conn)
+    compress_and_encrypt = cipher_of(conn)
     body = (
-        as_json(encrypt_content.encrypt_content(b'{"id": "held-Smith"}')).decode()
-        if encrypt_content.on
+        as_json(compress_and_encrypt.compress_and_encrypt(b'{"id": "held-Smith"}')).decode()
+        if compress_and_encrypt.on
         else '{"id": "held-Smith"}'
     )
     for number in range(3):
         conn.execute(
             "INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, key_id, patients, resource)"
             " VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)",
-            [f"w{number}", DAY, encrypt_content.key_id, body],
+            [f"w{number}", DAY, compress_and_encrypt.key_id, body],
         )
     conn.execute(
         "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, key_id)"
         " VALUES ('c', 'p', now(), %s::jsonb, %s)",
-        [body, encrypt_content.key_id],
+        [body, compress_and_encrypt.key_id],
     )
     dead_letters.record(conn, "run", [LETTER])
     [(letter,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
@@ -111,12 +111,12 @@ def everything(conn: Connection, store: Store) -> dict[str, object]:
         found = []
         for key_id, value in conn.execute(query.encode()).fetchall():
             found.append(
-                (value.encode() if key_id is None else cipher.decrypt_content(_bytes(value))).replace(b" ", b"")
+                (value.encode() if key_id is None else cipher.decrypt_and_decompress(_bytes(value))).replace(b" ", b"")
             )
         return found
 
     def binary(query: str) -> list[object]:
-        return [cipher.decrypt_content(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
+        return [cipher.decrypt_and_decompress(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
 
     shown = "key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
     tokens = conn.execute("SELECT _resource_key, mrn FROM fhir.patient ORDER BY 1").fetchall()

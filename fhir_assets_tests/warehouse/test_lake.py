@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import Cipher
@@ -34,7 +34,7 @@ DAYS = ("2024-01-01", "2024-01-02")
 _KEEPS_WRITING = """
 import sys
 from fhir_assets.definitions import views_of
-from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse import lake
 from fhir_assets.warehouse.postgres.db.connections import connect
@@ -43,7 +43,7 @@ settings = load_settings(fhir_lake_url=sys.argv[2])
 days = [f"2024-01-{day:02}" for day in range(1, 6)]
 with connect(sys.argv[1]) as conn:
     while True:
-        lake.update(conn, blobs_at(settings, sys.argv[2]), view, days, run_id="r", actor="test")
+        lake.update(conn, build_blobs(settings, sys.argv[2]), view, days, run_id="r", actor="test")
         print("written", flush=True)
 """
 
@@ -62,7 +62,7 @@ def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection
 
 
 def update(conn: Session, url: str, view: View, *wanted: str) -> Written:
-    return writer.update(conn, blobs_at(load_settings(), url), view, wanted, run_id="run", actor="test")
+    return writer.update(conn, build_blobs(load_settings(), url), view, wanted, run_id="run", actor="test")
 
 
 def saturated_records(resource_type: str) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from fhir_assets.delivery.connector.mapping import BUILT_IN, Source, load_mappin
 from fhir_assets.delivery.connector.outbox import Connect
 from fhir_assets.delivery.connector.runner import Connector, Pace
 from fhir_assets.delivery.connector.server import FhirServer
-from fhir_assets.deployment.credentials import Scope, credentials_of
+from fhir_assets.deployment.credentials import Scope, build_account_credentials
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
@@ -46,7 +46,7 @@ def connector_of(settings: Settings, connect: Connect, *, workers: int | None = 
     count = workers or settings.connector_workers
     server = FhirServer(
         settings.fhir_base_url,
-        credentials_of(settings, settings.fhir_base_url, scope=Scope.WRITE),
+        build_account_credentials(settings, settings.fhir_base_url, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
         connections=count,
     )

@@ -144,7 +144,7 @@ class Journal:
         self._db.execute(
             "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
             " VALUES (?, NULL, ?, ?, 0, x'', ?)",
-            (line.resource_type, line.place, self._cipher.encrypt_content(line.body), line.message),
+            (line.resource_type, line.place, self._cipher.compress_and_encrypt(line.body), line.message),
         )
 
     def resume(self, facts: dict[str, str]) -> None:
@@ -227,8 +227,8 @@ class Journal:
                 after = n
                 yield Held(
                     n,
-                    BundleEntry(name, identity, self._cipher.decrypt_content(body), place),
-                    EntryResult(status, self._cipher.decrypt_content(outcome)),
+                    BundleEntry(name, identity, self._cipher.decrypt_and_decompress(body), place),
+                    EntryResult(status, self._cipher.decrypt_and_decompress(outcome)),
                     first_pass,
                 )
 
@@ -290,25 +290,25 @@ class Journal:
                     name,
                     identity,
                     place,
-                    self._cipher.decrypt_content(body),
+                    self._cipher.decrypt_and_decompress(body),
                     status,
-                    self._cipher.decrypt_content(outcome),
+                    self._cipher.decrypt_and_decompress(outcome),
                     message,
                 )
 
     def _row(self, entry: BundleEntry, result: EntryResult) -> tuple[str, str, str, bytes, int, bytes]:
-        encrypt_content = self._cipher.encrypt_content
+        compress_and_encrypt = self._cipher.compress_and_encrypt
         return (
             entry.resource_type,
             entry.id,
             entry.place,
-            encrypt_content(entry.body),
+            compress_and_encrypt(entry.body),
             result.status,
-            encrypt_content(result.outcome),
+            compress_and_encrypt(result.outcome),
         )
 
     def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
-        reason = EntryResult(status, self._cipher.decrypt_content(outcome)).reason
+        reason = EntryResult(status, self._cipher.decrypt_and_decompress(outcome)).reason
         return (
             f"{reason}; it stands on the server without its references to others that failed" if first_pass else reason
         )

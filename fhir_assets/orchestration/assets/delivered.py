@@ -12,7 +12,7 @@ import dagster as dg
 
 from fhir_assets.catalog import BY_KEY, BY_NAME
 from fhir_assets.delivery.tables import DeliverStep
-from fhir_assets.deployment.targets import delivery_client
+from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.run_context import RunContext, recorded
@@ -59,7 +59,7 @@ def delivered_assets(
         facts = RunContext.of(context, settings.window_scheme)
         wanted = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
-        client = delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
+        client = build_delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
         with recorded(facts, warehouse, list(wanted)), client:
             delivery = DeliverStep(
                 store,

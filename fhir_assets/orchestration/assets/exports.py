@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
-from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.run_context import RunContext, sanitized_errors
@@ -50,7 +50,7 @@ def _export(
             conn.commit()
             started = context.instance.get_run_stats(facts.run_id).start_time
             folder = folder_of_run(facts.run_id, datetime.fromtimestamp(started or facts.now.timestamp(), UTC))
-            target = blobs_at(settings, settings.fhir_export_url)
+            target = build_blobs(settings, settings.fhir_export_url)
             export = Export(
                 conn,
                 store,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from fhir_assets.deployment.store import blobs_at
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.run_context import RunContext, sanitized_errors
@@ -53,7 +53,7 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
         with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, [view])
             conn.commit()
-            target = blobs_at(settings, settings.fhir_lake_url)
+            target = build_blobs(settings, settings.fhir_lake_url)
             written = writer.update(
                 conn, target, view, facts.partition_keys, run_id=facts.run_id, actor=facts.triggered_by
             )

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import dagster as dg
 
-from fhir_assets.deployment.landing import landing_of, zone_of
+from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.received_windows import materializations
 from fhir_assets.orchestration.run_context import sanitized_errors
@@ -53,9 +53,9 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
 
         started = perf_counter()
         with sanitized_errors():
-            landed = landing_of(settings, warehouse).run(context.run.run_id, on_received=report)
+            landed = build_landing_step(settings, warehouse).run(context.run.run_id, on_received=report)
         with sanitized_errors(), warehouse.connect() as conn:
-            found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
+            found = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE)
         yield dg.MaterializeResult(metadata=_metadata(landed, perf_counter() - started), check_results=[checked(found)])
 
     job = dg.define_asset_job(
@@ -74,9 +74,9 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
     )
     def load_landing(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with sanitized_errors():
-            waiting = landing_of(settings, warehouse).scan()
+            waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
-            found = landing_files.state(conn, zone_of(settings).url, sample=_SAMPLE)
+            found = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE)
         # A letter that was settled meanwhile turns the check green without a run.
         said = f"{found.bad} bad files"
         events = [] if context.cursor in (None, said) else [_evaluation(found)]

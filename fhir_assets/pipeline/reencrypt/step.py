@@ -147,7 +147,7 @@ class ReencryptStep:
                 place.name,
                 place.name,
                 partial(reencryption.next_of, conn, place, older),
-                partial(reencryption.encrypt_content, conn, place, older),
+                partial(reencryption.compress_and_encrypt, conn, place, older),
             )
         for resource_type in reencryption.resource_types(conn):
             views = self._of_type[resource_type]
@@ -173,7 +173,7 @@ class ReencryptStep:
         place: str,
         label: str,
         following: Callable[[reencryption.Key | None], list[reencryption.Key]],
-        encrypt_content: Callable[[list[reencryption.Key]], reencryption.Batch],
+        compress_and_encrypt: Callable[[list[reencryption.Key]], reencryption.Batch],
     ) -> None:
         """Batch after batch, from the first to the last; again while loads hold some of them."""
         progressed = monotonic()
@@ -183,7 +183,7 @@ class ReencryptStep:
             refused = Counter[str]()
             while keys := following(after):
                 conn.commit()
-                batch = self._one(conn, place, label, partial(encrypt_content, keys))
+                batch = self._one(conn, place, label, partial(compress_and_encrypt, keys))
                 after = keys[-1]
                 held += batch.passed_over if batch else len(keys)
                 if batch and batch.sealed:
@@ -200,13 +200,13 @@ class ReencryptStep:
             return
 
     def _one(
-        self, conn: Session, place: str, label: str, encrypt_content: Callable[[], reencryption.Batch]
+        self, conn: Session, place: str, label: str, compress_and_encrypt: Callable[[], reencryption.Batch]
     ) -> reencryption.Batch | None:
         """One batch and its record; None if somebody else held a lock that it needs."""
         try:
             with conn.transaction():
                 conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
-                batch = encrypt_content()
+                batch = compress_and_encrypt()
                 self._note(conn, place, batch.sealed, batch.from_clear, label)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
             return None

@@ -32,7 +32,7 @@ def keep(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
         " FROM ops.dead_letters WHERE id = %(id)s"
         " ON CONFLICT (fingerprint) DO UPDATE SET resource = excluded.resource, key_id = excluded.key_id,"
         " corrected_by = excluded.corrected_by, corrected_at = now()",
-        {"id": letter_id, "resource": cipher.encrypt_content(resource), "key": cipher.key_id, "by": by},
+        {"id": letter_id, "resource": cipher.compress_and_encrypt(resource), "key": cipher.key_id, "by": by},
     )
 
 
@@ -43,7 +43,7 @@ def of_letter(conn: Session, letter_id: int) -> Correction | None:
         " JOIN ops.dead_letters d USING (fingerprint) WHERE d.id = %s",
         [letter_id],
     ).fetchone()
-    return None if row is None else Correction(cipher_of(conn).decrypt_content(bytes(row[0])), row[1], row[2])
+    return None if row is None else Correction(cipher_of(conn).decrypt_and_decompress(bytes(row[0])), row[1], row[2])
 
 
 def by_fingerprint(
@@ -57,7 +57,7 @@ def by_fingerprint(
         [resource_type, list(stages), list(partition_keys)],
     )
     for key, fingerprint, resource in rows:
-        found.setdefault(key, {})[bytes(fingerprint)] = cipher_of(conn).decrypt_content(bytes(resource))
+        found.setdefault(key, {})[bytes(fingerprint)] = cipher_of(conn).decrypt_and_decompress(bytes(resource))
     return found
 
 
@@ -86,7 +86,7 @@ class Corrections:
             return None
         with self._connect() as conn:
             row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
-            return None if row is None else self._cipher.decrypt_content(bytes(row[0]))
+            return None if row is None else self._cipher.decrypt_and_decompress(bytes(row[0]))
 
     def _fingerprints(self) -> dict[str, set[bytes]]:
         if self._known is None:

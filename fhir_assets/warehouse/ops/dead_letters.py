@@ -197,7 +197,7 @@ def resource(conn: Session, letter_id: int) -> bytes | None:
     row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
     if row is None:
         raise KeyError(letter_id)
-    return None if row[0] is None else cipher_of(conn).decrypt_content(bytes(row[0]))
+    return None if row[0] is None else cipher_of(conn).decrypt_and_decompress(bytes(row[0]))
 
 
 def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLetter, bytes | None]]:
@@ -209,7 +209,10 @@ def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLett
     with conn.transaction(), conn.cursor(name="dead_letters") as cursor:
         cursor.itersize = _STREAMED
         for row in cursor.execute(query, params):
-            yield StoredDeadLetter(*row[:-1]), None if row[-1] is None else cipher.decrypt_content(bytes(row[-1]))
+            yield (
+                StoredDeadLetter(*row[:-1]),
+                None if row[-1] is None else cipher.decrypt_and_decompress(bytes(row[-1])),
+            )
 
 
 def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
@@ -245,7 +248,7 @@ def _record(conn: Session, run_id: str, letters: Sequence[DeadLetter]) -> None:
             _storable(letter.path),
             _storable(letter.message),
             Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in letter.issues]),
-            None if letter.resource is None else cipher.encrypt_content(letter.resource),
+            None if letter.resource is None else cipher.compress_and_encrypt(letter.resource),
             _storable(letter.partition_key),
             letter.origin,
             _last_updated(letter.resource),

@@ -41,7 +41,7 @@ def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
         return None
     if bytes(row[0]) != request.body:
         raise AnotherBody
-    return row[1], cipher_of(conn).decrypt_content(bytes(row[2]))
+    return row[1], cipher_of(conn).decrypt_and_decompress(bytes(row[2]))
 
 
 def end(conn: Session, request: Request, status: int, answer: bytes) -> None:
@@ -51,7 +51,7 @@ def end(conn: Session, request: Request, status: int, answer: bytes) -> None:
         "INSERT INTO ops.idempotency AS known (key, body, status, answer, key_id) VALUES (%s, %s, %s, %s, %s)"
         " ON CONFLICT (key) DO UPDATE SET body = excluded.body, status = excluded.status, answer = excluded.answer,"
         " key_id = excluded.key_id, answered_at = now()",
-        [request.key, request.body, status, cipher.encrypt_content(answer), cipher.key_id],
+        [request.key, request.body, status, cipher.compress_and_encrypt(answer), cipher.key_id],
     )
     conn.execute(
         "DELETE FROM ops.idempotency WHERE key IN (SELECT key FROM ops.idempotency WHERE answered_at < now() - %s"

@@ -183,7 +183,7 @@ def claimed(
         )
         while rows := cursor.fetchmany(_STREAMED):
             yield [
-                Claimed(identity, key, rule, occurrences, cipher.decrypt_content(bytes(body or b"")))
+                Claimed(identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")))
                 for identity, key, rule, occurrences, body in rows
             ]
 

@@ -41,7 +41,7 @@ def opened(row: Sequence[Any], cipher: Cipher) -> StoredResource:
 
 def open_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:
     """The JSON of a resource whose column holds ``text``. Raises SealingError."""
-    return text.encode() if key_id is None else cipher.decrypt_content(from_json(text))
+    return text.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(text))
 
 
 def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource | None:

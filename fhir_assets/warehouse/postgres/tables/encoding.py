@@ -87,7 +87,7 @@ def body_line(body: bytes, cipher: Cipher) -> bytes:
     if cipher.on:
         if b"\\u" in body:
             check_escapes(body)
-        return as_json(cipher.encrypt_content(body))
+        return as_json(cipher.compress_and_encrypt(body))
     if b"\\" in body:
         if b"\\u" in body:
             check_escapes(body)

@@ -210,7 +210,7 @@ def seal_resources(conn: Session, resource_type: str, resources: Iterable[tuple[
         cursor.executemany(
             "UPDATE fhir.resource SET resource = %s::jsonb, key_id = %s WHERE resource_type = %s AND id = %s",
             [
-                (as_json(cipher.encrypt_content(body)).decode(), cipher.key_id, resource_type, key)
+                (as_json(cipher.compress_and_encrypt(body)).decode(), cipher.key_id, resource_type, key)
                 for key, body in resources
             ],
         )
@@ -260,7 +260,7 @@ def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Ke
     return batch
 
 
-def encrypt_content(conn: Session, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+def compress_and_encrypt(conn: Session, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
     """Seal these rows of a place with the newest key, where they are still in the clear or sealed by ``older`` ones."""
     cipher = cipher_of(conn)
     contents: Sequence[sql.Composable] = [sql.Identifier(each) for each in place.contents]
@@ -317,7 +317,7 @@ def _resealed(stored: Any, key_id: str | None, place: Place, cipher: Cipher) -> 
         return None
     if not place.json:
         return cipher.reencrypt(bytes(stored))
-    return as_json(cipher.encrypt_content(open_text(stored, key_id, cipher))).decode()
+    return as_json(cipher.compress_and_encrypt(open_text(stored, key_id, cipher))).decode()
 
 
 def _letters(conn: Session, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
