@@ -1,7 +1,11 @@
-"""Everything Dagster loads. Importing this touches no network and no database."""
+"""The assembly of everything that Dagster loads: assets, checks, jobs, schedules, sensors and resources.
+
+Importing this module wires nothing. ``build_definitions`` reads no environment variable and opens no connection;
+``defs``, which the code location names, reads the settings from the environment.
+"""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import dagster as dg
@@ -9,52 +13,40 @@ import dagster as dg
 from fhir_assets import logs
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import build_store
-from fhir_assets.deployment.validation import build_validator, current_rulesets
+from fhir_assets.deployment.validation import current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import ViewSet
-from fhir_assets.orchestration.assets.delivered import delivered_assets
-from fhir_assets.orchestration.assets.delivered_health import health_patient_assets
-from fhir_assets.orchestration.assets.exports import export_assets
-from fhir_assets.orchestration.assets.lake import lake_assets
-from fhir_assets.orchestration.assets.landing import landing_assets
-from fhir_assets.orchestration.assets.normalized import broken_view, normalized_assets
-from fhir_assets.orchestration.assets.raw import raw_assets
-from fhir_assets.orchestration.assets.validated import validated_assets
-from fhir_assets.orchestration.checks.table import table_checks
+from fhir_assets.orchestration.assets.delivered import build_delivered_assets
+from fhir_assets.orchestration.assets.delivered_health import build_health_patient
+from fhir_assets.orchestration.assets.exports import build_export_assets
+from fhir_assets.orchestration.assets.lake import build_lake_assets
+from fhir_assets.orchestration.assets.landing import build_landing
+from fhir_assets.orchestration.assets.normalized import build_broken_view, build_normalized_assets
+from fhir_assets.orchestration.assets.raw import build_raw_assets
+from fhir_assets.orchestration.assets.validated import build_validated_assets
+from fhir_assets.orchestration.checks.table import build_table_checks
+from fhir_assets.orchestration.executors import build_executor
 from fhir_assets.orchestration.io_managers.ndjson import NdjsonIOManager
 from fhir_assets.orchestration.io_managers.postgres import PostgresIOManager
-from fhir_assets.orchestration.jobs import check_tables, incremental_load, load_received, replay_dead_letters
-from fhir_assets.orchestration.missing_references import fetch_missing_references
-from fhir_assets.orchestration.partitions import partitions_definition
+from fhir_assets.orchestration.jobs import (
+    build_check_tables,
+    build_incremental_load,
+    build_load_received,
+    build_replay_dead_letters,
+)
+from fhir_assets.orchestration.op_jobs import build_apply_consent, build_fetch_missing_references
+from fhir_assets.orchestration.partitions import build_partitions
 from fhir_assets.orchestration.progress import ProgressRelay
-from fhir_assets.orchestration.schedules import check_tables_schedule, incremental_load_schedule
-from fhir_assets.orchestration.sensors.alerts import alerts_sensor
-from fhir_assets.orchestration.sensors.consent import apply_consent, consent_sensor
-from fhir_assets.orchestration.sensors.received import load_received_sensor
-from fhir_assets.orchestration.sensors.replays import replay_dead_letters_sensor
-from fhir_assets.orchestration.sensors.run_failures import record_failed_runs
-from fhir_assets.pipeline.workers.pool import WorkerPool
-from fhir_assets.settings import Executor, Settings, SourceKind, load_settings
-
-
-def executor_of(settings: Settings) -> dg.ExecutorDefinition:
-    """What runs of chosen assets work with; those of the jobs work in one process. Raises ConfigurationError."""
-    match settings.fhir_executor:
-        case Executor.MULTIPROCESS:
-            return dg.multiprocess_executor
-        case Executor.K8S:
-            try:
-                from dagster_k8s import k8s_job_executor
-            except ImportError:
-                raise ConfigurationError(
-                    "FHIR_EXECUTOR=k8s needs dagster-k8s: pip install 'fhir-assets[k8s]'"
-                ) from None
-            return k8s_job_executor
-        case _:
-            return dg.in_process_executor
+from fhir_assets.orchestration.resources import build_resources
+from fhir_assets.orchestration.schedules import build_check_tables_schedule, build_incremental_load_schedule
+from fhir_assets.orchestration.sensors.alerts import build_alerts_sensor
+from fhir_assets.orchestration.sensors.consent import build_consent_sensor
+from fhir_assets.orchestration.sensors.received import build_load_received_sensor
+from fhir_assets.orchestration.sensors.replays import build_replay_sensor
+from fhir_assets.orchestration.sensors.run_failures import build_run_failure_sensor
+from fhir_assets.settings import Settings, SourceKind, load_settings
 
 
 def build_definitions(
@@ -64,9 +56,13 @@ def build_definitions(
     warehouse: Warehouse | None = None,
     source: Callable[[], Source] | None = None,
 ) -> dg.Definitions:
-    """The project's Definitions for ``settings``; tests override the parts they replace."""
+    """Return the definitions of a deployment.
+
+    Tests override the parts that they replace: ``views`` the ViewDefinitions of the settings, ``warehouse`` its
+    database, ``source`` the function that opens its source. Raises ConfigurationError.
+    """
     with warnings.catch_warnings():
-        # Dagster is pinned: what it calls beta or preview cannot change under us.
+        # Dagster is pinned, so its beta and preview features do not change unnoticed.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return _build(settings, views or build_views(settings), warehouse or Warehouse(settings), source)
@@ -75,72 +71,63 @@ def build_definitions(
 def _build(
     settings: Settings, views: ViewSet, warehouse: Warehouse, source: Callable[[], Source] | None
 ) -> dg.Definitions:
+    store = build_store(settings)
     progress = ProgressRelay()
     source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
-    partitions = partitions_definition(settings.window_scheme)
-    store = build_store(settings)
-    checks = table_checks(settings, views.views, source, warehouse)
-    delivered = delivered_assets(settings, partitions, views.views)
-    delivered_keys = [key for each in delivered for key in each.keys]
-    job, receiving = incremental_load(checks, delivered_keys), load_received(checks, delivered_keys)
-    replay = replay_dead_letters(checks, delivered_keys)
-    daily, consent = check_tables(checks), apply_consent(settings, views)
-
-    validator = build_validator(settings)
-
-    @dg.resource
-    def source_resource() -> Source:
-        return source()
-
-    @dg.resource
-    def warehouse_resource(context: dg.InitResourceContext) -> Iterator[Warehouse]:
-        with warehouse.hold_run(context.run.run_id if context.run else "") as held:
-            yield held
-
-    loading = dg.Definitions(
+    partitions = build_partitions(settings.window_scheme)
+    checks = build_table_checks(settings, views.views, source, warehouse)
+    delivered = build_delivered_assets(settings, partitions, views.views)
+    delivered_keys = [key for asset in delivered for key in asset.keys]
+    incremental_load = build_incremental_load(checks, delivered_keys)
+    load_received = build_load_received(checks, delivered_keys)
+    replay_dead_letters = build_replay_dead_letters(checks, delivered_keys)
+    check_tables = build_check_tables(checks)
+    apply_consent = build_apply_consent(settings, views)
+    layers = dg.Definitions(
         assets=[
-            *raw_assets(
+            *build_raw_assets(
                 settings, partitions, one_pass=settings.fhir_source is not SourceKind.SEARCH, progress=progress
             ),
-            *validated_assets(settings, partitions),
-            *normalized_assets(settings, partitions, views.views),
+            *build_validated_assets(settings, partitions),
+            *build_normalized_assets(settings, partitions, views.views),
             *delivered,
-            *export_assets(settings, partitions, views.views),
-            *lake_assets(settings, partitions, views.views),
-            *(broken_view(broken) for broken in views.broken),
+            *build_export_assets(settings, partitions, views.views),
+            *build_lake_assets(settings, partitions, views.views),
+            *(build_broken_view(broken) for broken in views.broken),
         ],
         asset_checks=checks,
-        executor=executor_of(settings),
-        jobs=[job, receiving, replay, daily, consent, fetch_missing_references(settings, views.views)],
+        executor=build_executor(settings),
+        jobs=[
+            incremental_load,
+            load_received,
+            replay_dead_letters,
+            check_tables,
+            apply_consent,
+            build_fetch_missing_references(settings, views.views),
+        ],
         schedules=[
-            incremental_load_schedule(settings, job, source, warehouse),
-            check_tables_schedule(settings, daily),
+            build_incremental_load_schedule(settings, incremental_load, source, warehouse),
+            build_check_tables_schedule(settings, check_tables),
         ],
         sensors=[
-            replay_dead_letters_sensor(settings, replay, warehouse, current_rulesets(settings, views)),
-            record_failed_runs(warehouse),
-            alerts_sensor(settings, warehouse),
-            load_received_sensor(settings, receiving, warehouse),
-            *([consent_sensor(settings, consent, warehouse)] if settings.gate.closed else ()),
+            build_replay_sensor(settings, replay_dead_letters, warehouse, current_rulesets(settings, views)),
+            build_run_failure_sensor(warehouse),
+            build_alerts_sensor(settings, warehouse),
+            build_load_received_sensor(settings, load_received, warehouse),
+            *([build_consent_sensor(settings, apply_consent, warehouse)] if settings.gate.closed else ()),
         ],
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),
             "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),
-            "source": source_resource,
-            "store": store,
-            "warehouse": warehouse_resource,
-            "workers": WorkerPool(settings.workers),
-            "validator": validator,
+            **build_resources(settings, store=store, warehouse=warehouse, open_source=source),
         },
     )
-    return dg.Definitions.merge(
-        loading, landing_assets(settings, warehouse), health_patient_assets(settings, warehouse)
-    )
+    return dg.Definitions.merge(layers, build_landing(settings, warehouse), build_health_patient(settings, warehouse))
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """What the code location serves: the settings of the environment."""
+    """Return the definitions that the code location serves, for the settings of the environment."""
     settings = load_settings()
     logs.configure("dagster", settings.log_level, libraries=False)
     return build_definitions(settings)

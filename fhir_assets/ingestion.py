@@ -11,14 +11,14 @@ import dagster as dg
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.dead_runs import give_up_dead_runs
+from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import (
     FETCH_MISSING_REFERENCES,
     INCREMENTAL_LOAD,
     LOAD_RECEIVED,
     REPLAY_DEAD_LETTERS,
 )
-from fhir_assets.orchestration.received_windows import ReceivedWindows, assets_of, group
+from fhir_assets.orchestration.received_windows import ReceivedWindows, group_windows, select_assets
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.pipeline.consent.step import ConsentStep
@@ -66,7 +66,7 @@ class Ingestion:
         scheme = self._settings.window_scheme
         source = open_source(self._settings, warehouse=self._warehouse)
         with self._warehouse.connect() as conn:
-            give_up_dead_runs(self._instance, conn)
+            fail_dead_runs(self._instance, conn)
             if first is None and last is None and not all_windows:
                 return find_due_windows(
                     conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
@@ -99,8 +99,8 @@ class Ingestion:
     def received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
         """What was received, by ``origin`` or at all, and is not in the tables yet."""
         with self._warehouse.connect() as conn:
-            give_up_dead_runs(self._instance, conn)
-            return group(self._settings, received.pending(conn, origin=origin))
+            fail_dead_runs(self._instance, conn)
+            return group_windows(self._settings, received.pending(conn, origin=origin))
 
     def load_received(
         self, waiting: ReceivedWindows, *, triggered_by: str, listener: Listener | None = None
@@ -108,7 +108,7 @@ class Ingestion:
         """Load what was received into the windows in one run of ``load_received``."""
         with self._warehouse.connect() as conn:
             received.ask(conn, waiting.pending, now=datetime.now(UTC))
-        assets = assets_of(self._definitions.resolve_asset_graph(), waiting.resource_types)
+        assets = select_assets(self._definitions.resolve_asset_graph(), waiting.resource_types)
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
     def fetch_missing_references(self, *, triggered_by: str) -> bool:
@@ -116,7 +116,7 @@ class Ingestion:
         in ``received``.
         """
         with self._warehouse.connect() as conn:
-            give_up_dead_runs(self._instance, conn)
+            fail_dead_runs(self._instance, conn)
         run_id = str(uuid4())
         with self._warehouse.hold_run(run_id):
             result = self._definitions.resolve_job_def(FETCH_MISSING_REFERENCES).execute_in_process(
@@ -127,7 +127,7 @@ class Ingestion:
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
         """Replay the open dead letters of a selection, in a run of ``replay_dead_letters`` a stretch of windows."""
         with self._warehouse.connect() as conn:
-            give_up_dead_runs(self._instance, conn)
+            fail_dead_runs(self._instance, conn)
             scope = replays.scope(conn, selection)
         by_key: dict[str, set[str]] = {}
         for each in scope:
@@ -145,7 +145,7 @@ class Ingestion:
                     Refresh.MISSING,
                     triggered_by,
                     None,
-                    assets_of(graph, types),
+                    select_assets(graph, types),
                     claim=chosen,
                 )
             )

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.settings import Settings
-
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
 GROUND = {"errors", "windows", "catalog", "retries"}
@@ -139,10 +137,51 @@ def test_the_rooms_below_work_without_dagster(room: str) -> None:
             assert names in ([], ["dagster_aws.s3.S3Resource"]), f"{module} imports {names}"
 
 
-def test_the_pure_layer_names_no_environment_variable_of_the_settings() -> None:
-    variables = re.compile(
-        rf"\b(?:{'|'.join(name.upper() for name in Settings.model_fields)}|FHIR_AUTH_|FHIR_DELIVERY_)"
-    )
-    for module, path in MODULES.items():
-        if module.partition(".")[0] == "fhir":
-            assert variables.findall(path.read_text()) == [], f"{module} names settings: pass ServerLabels instead"
+DAGSTER_INTERNALS = "orchestration.dagster_internals"
+"""The one module that may import private names of Dagster."""
+
+PRIVATE_DAGSTER = {
+    "dagster._cli.api._execute_run_command_body",
+    "dagster._core.definitions.asset_checks.asset_check_evaluation.AssetCheckEvaluationPlanned",
+    "dagster._core.definitions.assets.graph.asset_graph.AssetGraph",
+    "dagster._core.definitions.metadata.MetadataFieldSerializer",
+    "dagster._core.definitions.unresolved_asset_job_definition.UnresolvedAssetJobDefinition",
+    "dagster._core.events.AssetMaterializationPlannedData",
+    "dagster._core.events.AssetObservationData",
+    "dagster._core.events.DagsterEventBatchMetadata",
+    "dagster._core.events.StepMaterializationData",
+    "dagster._core.launcher.CheckRunHealthResult",
+    "dagster._core.launcher.WorkerStatus",
+    "dagster._core.storage.asset_check_execution_record.AssetCheckExecutionRecordStatus",
+    "dagster._core.storage.config.PostgresStorageConfig",
+    "dagster._core.storage.event_log.migration.ASSET_KEY_INDEX_COLS",
+    "dagster._core.storage.event_log.schema.AssetCheckExecutionsTable",
+    "dagster._core.storage.event_log.schema.AssetEventTagsTable",
+    "dagster._core.storage.event_log.schema.AssetKeyTable",
+    "dagster._core.storage.noop_compute_log_manager.NoOpComputeLogManager",
+    "dagster._grpc.types.ExecuteRunArgs",
+    "dagster._serdes.ConfigurableClassData",
+    "dagster._serdes.unpack_value",
+    "dagster_shared.serdes.serdes._WHITELIST_MAP",
+}
+"""Every private name of Dagster that the project depends on. A new one needs a reason in that module."""
+
+
+def _private_dagster_names(path: Path) -> set[str]:
+    return {
+        name
+        for name in _imports(path)
+        if name.startswith("dagster") and any(part.startswith("_") for part in name.split("."))
+    }
+
+
+def test_private_names_of_dagster_are_imported_in_one_module_only() -> None:
+    by_module = {module: names for module, path in MODULES.items() if (names := _private_dagster_names(path))}
+    assert by_module == {DAGSTER_INTERNALS: PRIVATE_DAGSTER}
+
+
+@pytest.mark.parametrize("pattern", ["*.yaml", "*.yml", "deploy/**/*", "sql/**/*"])
+def test_no_configuration_names_a_private_module_of_dagster(pattern: str) -> None:
+    for path in PACKAGE.parent.glob(pattern):
+        if path.is_file():
+            assert not re.findall(r"\bdagster\w*\._\w+", path.read_text()), path

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.orchestration.partitions import partitions_definition
+from fhir_assets.orchestration.partitions import build_partitions
 from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme, joined
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -19,7 +19,7 @@ def scheme(granularity: Granularity = Granularity.DAILY, *, open_start: bool = F
 def test_window_keys_are_the_partition_keys_that_dagster_gives(granularity: Granularity) -> None:
     ours = scheme(granularity)
     now = START + timedelta(days=70, hours=5)
-    keys = partitions_definition(ours).get_partition_keys(current_time=now)
+    keys = build_partitions(ours).get_partition_keys(current_time=now)
     assert [window.key for window in ours.between(START, now)] == list(keys)
 
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, cast
 from uuid import uuid4
 
 import psycopg
-from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from fastapi import Depends, Request
 from psycopg_pool import ConnectionPool, PoolTimeout
 
@@ -28,6 +27,7 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.metrics.exposition import exposition
 from fhir_assets.metrics.pipeline import DatabaseCollector, observer_of
+from fhir_assets.orchestration.dagster_internals import AssetGraph
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.settings import Settings

@@ -19,7 +19,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.deployment.source import open_source
 from fhir_assets.errors import DagsterUnavailable
 from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
-from fhir_assets.orchestration.received_windows import assets_of
+from fhir_assets.orchestration.received_windows import select_assets
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
@@ -170,7 +170,7 @@ def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
             overlap=settings.overlap,
         )
         begin_checkpoints(conn, due)
-    assets = [["raw", BY_NAME[name].key], *(list(key.path) for key in assets_of(context.asset_graph, [name]))]
+    assets = [["raw", BY_NAME[name].key], *(list(key.path) for key in select_assets(context.asset_graph, [name]))]
     run_ids = []
     for windows in due:
         keys = [window.key for window in windows.windows]

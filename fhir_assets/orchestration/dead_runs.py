@@ -1,4 +1,7 @@
-"""Runs whose process is gone: neither `fhir-assets ingest` nor a code server can say any more that they ended."""
+"""Dead runs: runs that Dagster lists as unfinished although their process has ended.
+
+A running run holds an advisory lock in Postgres for as long as its process lives, see ``Warehouse.hold_run``.
+"""
 
 from datetime import UTC, datetime, timedelta
 
@@ -10,33 +13,34 @@ from fhir_assets.orchestration.tags import TRIGGER_TAG
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_GRACE = timedelta(minutes=1)
-"""How long a run that a code server started may take until it holds its lock."""
+GRACE = timedelta(minutes=1)
+"""The time that a run which Dagster launched may take from its start until it holds its lock."""
 
 
-def give_up_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
-    """What dead runs left RUNNING in ``ops.ingestion_runs`` is FAILED, and so are the runs themselves in Dagster:
-    they would count as unfinished for ever, and keep their places in the pool of the FHIR server. Commits.
+def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
+    """Mark dead runs as failed, in Dagster and in ``ops.ingestion_runs``, and commit.
+
+    Without this a dead run would count as unfinished for ever and keep its slots in the pool of the FHIR server.
     """
     runs.abandon_dead(conn)
     doubtful = [
         record.dagster_run
         for job in LOADS
         for record in instance.get_run_records(dg.RunsFilter(job_name=job, statuses=UNFINISHED))
-        if _should_hold_its_lock(record)
+        if _must_hold_lock(record)
     ]
     living = runs.living(conn, [run.run_id for run in doubtful])
     conn.commit()
     for run in doubtful:
-        found = instance.get_run_by_id(run.run_id)
-        if run.run_id not in living and found is not None and not found.is_finished:
-            instance.report_run_failed(run, "The process of this run is gone: killed, or crashed.")
+        latest = instance.get_run_by_id(run.run_id)
+        if run.run_id not in living and latest is not None and not latest.is_finished:
+            instance.report_run_failed(run, "The process of this run has ended: it was killed, or it crashed.")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
-def _should_hold_its_lock(record: dg.RunRecord) -> bool:
+def _must_hold_lock(record: dg.RunRecord) -> bool:
     run = record.dagster_run
     if TRIGGER_TAG in run.tags:
-        return True  # of `fhir-assets`, which locks before it starts a run
-    at_work = run.status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
-    return at_work and record.update_timestamp.replace(tzinfo=UTC) < datetime.now(UTC) - _GRACE
+        return True  # `fhir-assets` takes the lock before it creates the run.
+    is_running = run.status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
+    return is_running and record.update_timestamp.replace(tzinfo=UTC) < datetime.now(UTC) - GRACE

@@ -1,14 +1,18 @@
-"""The one partition scheme: windows of ``meta.lastUpdated``, UTC, the open window included."""
+"""The partitions definition of all layers: one partition for each window of ``meta.lastUpdated``, in UTC."""
 
 import dagster as dg
 
 from fhir_assets.windows import WindowScheme
 
 CRON = {"hourly": "0 * * * *", "daily": "0 0 * * *", "monthly": "0 0 1 * *"}
+"""The cron schedule whose intervals are the windows of a granularity."""
 
 
-def partitions_definition(scheme: WindowScheme) -> dg.TimeWindowPartitionsDefinition:
-    """Dagster's partitions for the windows of ``scheme``; keys are the windows' keys."""
+def build_partitions(scheme: WindowScheme) -> dg.TimeWindowPartitionsDefinition:
+    """Return Dagster's partitions for the windows of ``scheme``, the window that contains the present included.
+
+    Partition keys are the keys of the windows.
+    """
     return dg.TimeWindowPartitionsDefinition(
         start=scheme.start,
         fmt=scheme.granularity.key_format,

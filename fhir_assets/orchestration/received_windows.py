@@ -1,58 +1,64 @@
-"""The windows that other channels than the source received, grouped for runs and reported to Dagster."""
+"""Windows with resources that did not come from the configured source: grouped into runs, and reported to Dagster.
+
+The landing zone, the HTTP API, the CSV intake, missing references and corrections write to ``raw`` outside of any run
+of its assets. ``ops.received`` lists the windows that wait to be validated and loaded.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import dagster as dg
-from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from fhir_assets.catalog import BY_NAME, LOAD_ORDER
+from fhir_assets.orchestration.dagster_internals import AssetGraph
 from fhir_assets.pipeline.due_windows import group_consecutive_windows
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops.received import Pending
 from fhir_assets.windows import WindowRange, WindowScheme
 
-MATERIALIZATIONS = 1000
-"""How many partitions of one receiving are reported to Dagster at most: each event costs some milliseconds."""
+MAX_MATERIALIZATIONS = 1000
+"""The largest number of partitions that is reported to Dagster after one receipt; each event takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedWindows:
-    """Consecutive windows for one run, and the types that were received in them."""
+    """Consecutive windows for one run of ``load_received``, with the entries of ``ops.received`` in them."""
 
     windows: WindowRange
     pending: tuple[Pending, ...]
 
     @property
     def resource_types(self) -> list[str]:
-        """The types, in load order."""
-        return sorted({each.resource_type for each in self.pending}, key=LOAD_ORDER.__getitem__)
+        """The resource types of the entries, in load order."""
+        return sorted({entry.resource_type for entry in self.pending}, key=LOAD_ORDER.__getitem__)
 
     @property
     def run_key(self) -> str:
-        """The windows, and which attempt at them it is."""
+        """The first and last window and the number of the attempt, for example ``2024-01-05..2024-01-06/attempt 1``."""
         first, last = self.windows.windows[0].key, self.windows.windows[-1].key
-        return f"{first}..{last}/attempt {max(each.asked for each in self.pending) + 1}"
+        return f"{first}..{last}/attempt {max(entry.asked for entry in self.pending) + 1}"
 
 
-def group(settings: Settings, pending: Sequence[Pending]) -> list[ReceivedWindows]:
-    """Windows that follow one another, for one run each. What was received under other settings, of a type or in a
-    window that there is none of now, waits until there is again.
+def group_windows(settings: Settings, pending: Sequence[Pending]) -> list[ReceivedWindows]:
+    """Group the entries of ``ops.received`` into one run for each stretch of group_consecutive_windows windows.
+
+    Entries of a resource type or a window that the settings do not have are left out; they wait until the settings have
+    them again.
     """
     scheme = settings.window_scheme
     by_key: dict[str, list[Pending]] = {}
-    for each in pending:
-        if each.resource_type in settings.fhir_resource_types and _has(scheme, each.partition_key):
-            by_key.setdefault(each.partition_key, []).append(each)
+    for entry in pending:
+        if entry.resource_type in settings.fhir_resource_types and _has_window(scheme, entry.partition_key):
+            by_key.setdefault(entry.partition_key, []).append(entry)
     return [
-        ReceivedWindows(part, tuple(each for window in part.windows for each in by_key[window.key]))
-        for part in group_consecutive_windows(scheme, by_key)
+        ReceivedWindows(stretch, tuple(entry for window in stretch.windows for entry in by_key[window.key]))
+        for stretch in group_consecutive_windows(scheme, by_key)
     ]
 
 
-def _has(scheme: WindowScheme, key: str) -> bool:
+def _has_window(scheme: WindowScheme, key: str) -> bool:
     try:
         window = scheme.window(key)
     except ValueError:
@@ -60,23 +66,24 @@ def _has(scheme: WindowScheme, key: str) -> bool:
     return scheme.window_at(window.end - timedelta(microseconds=1)) == window
 
 
-def assets_of(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
-    """The assets of ``load_received`` for some types: validated, all tables that are made of it, and delivered."""
-    found = []
+def select_assets(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
+    """Return the assets that load ``resource_types`` from raw: validated, its normalized views, and delivered."""
+    selected = []
     for name in resource_types:
         validated = dg.AssetKey(["validated", BY_NAME[name].key])
         if graph.has(validated):
-            made = sorted(k for k in graph.get(validated).child_keys if k.path[0] in ("normalized", "delivered"))
-            found += [validated, *made]
-    return found
+            downstream = sorted(k for k in graph.get(validated).child_keys if k.path[0] in ("normalized", "delivered"))
+            selected += [validated, *downstream]
+    return selected
 
 
-def materializations(brought: Received) -> Iterator[dg.AssetMaterialization]:
-    """What was received, as Dagster sees it: materializations of partitions of raw, the first MATERIALIZATIONS."""
-    for item in [each for each in brought.items if each.resource_type in BY_NAME][:MATERIALIZATIONS]:
+def build_materializations(received: Received) -> Iterator[dg.AssetMaterialization]:
+    """Return the materializations of ``raw`` that report a receipt to Dagster, at most MAX_MATERIALIZATIONS."""
+    known = [item for item in received.items if item.resource_type in BY_NAME]
+    for item in known[:MAX_MATERIALIZATIONS]:
         yield dg.AssetMaterialization(
             ["raw", BY_NAME[item.resource_type].key],
             partition=item.partition_key,
-            description="received by another door than the source",
-            metadata={"received": item.rows, "dead_letters": item.rejected, "origin": brought.origin},
+            description="received through another channel than the source",
+            metadata={"received": item.rows, "dead_letters": item.rejected, "origin": received.origin},
         )

@@ -1,4 +1,4 @@
-"""Asking Dagster for runs."""
+"""Run requests for windows, and the statuses of runs that are not finished."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,19 +17,20 @@ UNFINISHED = [
 
 
 def range_tags(windows: WindowRange) -> dict[str, str]:
-    """The run tags that make one run of several partitions."""
+    """Return the tags by which Dagster executes one run over the range of partitions."""
     return {RANGE_START: windows.windows[0].key, RANGE_END: windows.windows[-1].key}
 
 
-def run_request(
+def build_run_request(
     windows: WindowRange,
     *,
     run_key: str,
     tags: Mapping[str, str],
     assets: Sequence[dg.AssetKey] | None = None,
 ) -> dg.RunRequest:
-    """One run for the windows: by partition key for a single one, by range tags for several. ``assets`` of the job
-    alone, with their checks, if given.
+    """Return the request for one run over ``windows``: by partition key for one window, by range tags for several.
+
+    With ``assets`` the run materializes only these assets of the job and evaluates only their checks.
     """
     if len(windows.windows) == 1:
         return dg.RunRequest(

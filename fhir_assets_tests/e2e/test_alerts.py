@@ -104,7 +104,7 @@ def test_a_failed_check_is_told_once_and_its_end_too(deploy: Deploy, server: San
         add(server, *(patient(f"bad{n}", DAY, name=NAME, gender="malee") for n in range(3)))
         last = DAY + timedelta(days=1)
         deployment.ingest(first=DAY, last=last)
-        assert "not take the message" in watch.tick()
+        assert "did not accept the message" in watch.tick()
         assert hook.told == []
         watch.tick()
         watch.tick()

@@ -7,7 +7,7 @@ import dagster as dg
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Record, build_record, read_header
-from fhir_assets.orchestration.received_windows import materializations
+from fhir_assets.orchestration.received_windows import build_materializations
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
@@ -82,7 +82,7 @@ def test_the_sensor_asks_for_the_types_and_windows_that_wait_and_for_nothing_twi
 def test_what_was_received_is_a_materialization_of_raw(deploy: Deploy) -> None:
     deployment = deploy(fhir_resource_types=("Patient",))
     brought = receiver(deployment).receive([record(patient("a", DAY))], "api:1")
-    for event in materializations(brought):
+    for event in build_materializations(brought):
         deployment.instance.report_runless_asset_event(event)
     keys = deployment.instance.get_materialized_partitions(dg.AssetKey(["raw", "patient"]))
     assert keys == {"2024-01-05"}

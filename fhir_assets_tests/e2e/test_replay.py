@@ -282,7 +282,7 @@ def test_discarded_letters_count_no_more_and_come_back_by_id(deployment: Deploym
 
 
 def test_the_sensor_replays_what_was_marked_and_asks_for_it_once(deployment: Deployment, tmp_path: Path) -> None:
-    assert tick(deployment)[2] == "nothing is marked for a replay"
+    assert tick(deployment)[2] == "no dead letter is marked for a replay"
     edit(tmp_path, letter_of(deployment, "p1-0"))
     said = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
     assert (said["letters"], said["marked"], said["runs"]) == (3, True, [])
@@ -293,7 +293,7 @@ def test_the_sensor_replays_what_was_marked_and_asks_for_it_once(deployment: Dep
     assert run(deployment, request).success
     assert {each.status for each in letters(deployment, partition_keys=["2024-01-06"])} == {"resolved", "open"}
     assert letter_of(deployment, "p1-0").status == "resolved"
-    assert tick(deployment, cursor) == ([], "{}", "nothing is marked for a replay")
+    assert tick(deployment, cursor) == ([], "{}", "no dead letter is marked for a replay")
     assert reconciled(deployment, "2024-01-06")
 
 
@@ -358,7 +358,7 @@ def test_a_replay_that_died_after_its_commit_is_not_done_twice(deployment: Deplo
 def test_after_an_upgrade_the_sensor_offers_what_it_could_heal_and_replays_it_if_told(
     deploy: Deploy, deployment: Deployment
 ) -> None:
-    assert tick(deployment)[2] == "nothing is marked for a replay"
+    assert tick(deployment)[2] == "no dead letter is marked for a replay"
     milder = deploy(
         fhir_base_url=deployment.settings.fhir_base_url,
         fhir_resource_types="Patient",

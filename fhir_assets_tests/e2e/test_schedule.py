@@ -41,7 +41,7 @@ def loaded_until(deployment: Deployment, moment: datetime) -> None:
 @pytest.fixture
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run counts as dead at once."""
-    monkeypatch.setattr(dead_runs, "_GRACE", timedelta(0))
+    monkeypatch.setattr(dead_runs, "GRACE", timedelta(0))
 
 
 def started(

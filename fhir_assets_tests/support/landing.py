@@ -9,7 +9,7 @@ import dagster as dg
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion
-from fhir_assets.orchestration.assets.landing import JOB
+from fhir_assets.orchestration.jobs import LOAD_LANDING
 from fhir_assets.settings import Settings
 from fhir_assets_tests.e2e.conftest import Deployment
 
@@ -44,7 +44,7 @@ def definitions(settings: Settings) -> dg.Definitions:
     return build_definitions(settings)
 
 
-def tick(deployment: Deployment, sensor: str = JOB, cursor: str | None = None) -> dg.SensorResult:
+def tick(deployment: Deployment, sensor: str = LOAD_LANDING, cursor: str | None = None) -> dg.SensorResult:
     """One look of a sensor, as the daemon does it."""
     repository = definitions(deployment.settings).get_repository_def()
     context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
@@ -54,7 +54,7 @@ def tick(deployment: Deployment, sensor: str = JOB, cursor: str | None = None) -
 
 def receive(deployment: Deployment) -> dg.ExecuteInProcessResult:
     """The run that the sensor asks for."""
-    job = definitions(deployment.settings).resolve_job_def(JOB)
+    job = definitions(deployment.settings).resolve_job_def(LOAD_LANDING)
     return job.execute_in_process(instance=deployment.instance, raise_on_error=False)
 
 

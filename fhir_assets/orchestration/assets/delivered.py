@@ -1,6 +1,6 @@
-"""``delivered/<type>``: what the tables hold, put on the FHIR server at FHIR_DELIVERY_URL. Unset: no such assets.
+"""The assets ``delivered/<type>``: the resources of the tables, written to the FHIR server at FHIR_DELIVERY_URL.
 
-One step for all types, because their order, and references in circles between them, hold across types.
+One step writes all resource types, because references between types, also circular ones, decide the order of writing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,18 +15,23 @@ from fhir_assets.delivery.tables import DeliverStep
 from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunContext, recorded
+from fhir_assets.orchestration.failures import record_step
+from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 
 LAYER = "delivered"
 CHECK = "accepted"
+"""The check of each asset: the server accepted every resource."""
 
 
-def delivered_assets(
+def build_delivered_assets(
     settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
 ) -> list[dg.AssetsDefinition]:
-    """The delivered layer: one definition of an asset a type, or none."""
+    """Return the definition of the delivered layer, with an asset for each resource type.
+
+    Return an empty list if FHIR_DELIVERY_URL is not set.
+    """
     if not settings.fhir_delivery_url:
         return []
     tables = {view.name for view in views}
@@ -41,13 +46,13 @@ def delivered_assets(
                 partitions_def=partitions,
                 skippable=True,
                 group_name=LAYER,
-                description=f"{BY_KEY[key].name} resources of the tables, put on the server at FHIR_DELIVERY_URL.",
+                description=f"{BY_KEY[key].name} resources of the tables, written to the server at FHIR_DELIVERY_URL.",
                 kinds={"fhir"},
             )
             for key in keys
         ],
         check_specs=[
-            dg.AssetCheckSpec(CHECK, asset=[LAYER, key], description="The server took every resource it was sent.")
+            dg.AssetCheckSpec(CHECK, asset=[LAYER, key], description="The server accepted every resource.")
             for key in keys
         ],
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -56,33 +61,33 @@ def delivered_assets(
     def delivered(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult[None]]:
-        facts = RunContext.of(context, settings.window_scheme)
-        wanted = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
+        run = RunContext.from_context(context, settings.window_scheme)
+        selected = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
         client = build_delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
-        with recorded(facts, warehouse, list(wanted)), client:
-            delivery = DeliverStep(
+        with record_step(run, warehouse, list(selected)), client:
+            step = DeliverStep(
                 store,
                 warehouse.connect,
                 client,
-                run_id=facts.run_id,
-                refresh=facts.refresh,
+                run_id=run.run_id,
+                refresh=run.refresh,
                 batch_size=settings.batch_size,
                 workers=settings.fhir_max_connections,
             )
-            counts = delivery.deliver(list(wanted), facts.partition_keys)
+            counts = step.deliver(list(selected), run.partition_keys)
             seconds = round(perf_counter() - started, 3)
-            for name, key in wanted.items():
-                of_type = counts[name]
+            for name, key in selected.items():
+                count = counts[name]
                 yield dg.MaterializeResult(
                     asset_key=key,
-                    metadata={**asdict(of_type), "seconds": seconds, "destination": client.base_url},
+                    metadata={**asdict(count), "seconds": seconds, "destination": client.base_url},
                     check_results=[
                         dg.AssetCheckResult(
                             asset_key=key,
                             check_name=CHECK,
-                            passed=not of_type.failed,
-                            description=_said(of_type.failed),
+                            passed=not count.failed,
+                            description=_describe(count.failed),
                         )
                     ]
                     if dg.AssetCheckKey(key, CHECK) in context.selected_asset_check_keys
@@ -92,10 +97,10 @@ def delivered_assets(
     return [delivered]
 
 
-def _said(failed: int) -> str:
+def _describe(failed: int) -> str:
     if not failed:
-        return "the server has all of them"
+        return "the server has every resource of the windows"
     return (
-        f"{failed} were refused: `fhir-assets dead-letters list --stage deliver` says why; then materialize the "
-        "windows again"
+        f"the server refused {failed} resources: `fhir-assets dead-letters list --stage deliver` lists the reasons. "
+        "Correct the resources, then materialize the windows again"
     )

@@ -1,6 +1,6 @@
-"""``delivered/health_patient``: what the connector brings to the FHIR server, seen from Dagster.
+"""The asset ``delivered/health_patient``: the connector's deliveries, as Dagster shows them.
 
-Dagster does not run the connector: it watches, through the outbox's tables.
+Dagster does not run the connector (``fhir-assets connector run`` does); it reads the tables of the outbox.
 """
 
 import json
@@ -14,68 +14,73 @@ from fhir_assets.settings import Settings
 
 KEY = dg.AssetKey(["delivered", "health_patient"])
 CHECK = "keeps_up"
+"""The check of the asset: the connector is not late, and the server refused no change."""
 
 _SOURCE = "patient"
-_MINUTE = 60
+_INTERVAL_SECONDS = 60
 
 
-def health_patient_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
-    """The asset, its check on lag and dead letters, and the sensor that reports both once a minute."""
+def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
+    """Return the asset, its check of lag and dead letters, and the sensor that reports both once a minute."""
     asset = dg.AssetSpec(
         KEY,
         group_name="delivered",
         description="Changes of health.patient, delivered to the FHIR server by `fhir-assets connector run`: "
-        "a materialization a minute while there is work.",
+        "one materialization a minute while there are changes.",
         kinds={"fhir", "postgres"},
     )
 
-    @dg.asset_check(asset=KEY, name=CHECK, description="No change waits too long, and none was refused.")
+    @dg.asset_check(
+        asset=KEY,
+        name=CHECK,
+        description="No change waits longer than CONNECTOR_MAX_LAG_SECONDS, and the server refused none.",
+    )
     def keeps_up() -> dg.AssetCheckResult:
         with warehouse.connect() as conn:
             if not outbox.is_installed(conn):
                 return dg.AssetCheckResult(passed=True, description="the outbox is not installed")
-            found = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
-        return dg.AssetCheckResult(passed=found.passed, description=found.said, metadata=_metadata(found))
+            health = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
+        return dg.AssetCheckResult(passed=health.passed, description=health.said, metadata=_metadata(health))
 
     @dg.sensor(
         name="delivered_health_patient",
-        minimum_interval_seconds=_MINUTE,
+        minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Reports what the connector delivered, and whether it keeps up.",
+        description="Reports what the connector delivered, and whether it is late.",
     )
     def report(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        seen = json.loads(context.cursor) if context.cursor else {}
+        cursor = json.loads(context.cursor) if context.cursor else {}
         with warehouse.connect() as conn:
             if not outbox.is_installed(conn):
                 return dg.SensorResult(skip_reason="the outbox is not installed: `fhir-assets connector install`")
-            moment = datetime.fromisoformat(seen["until"]) if seen else None
-            done = progress.since(conn, _SOURCE, moment)
-            found = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
+            since = datetime.fromisoformat(cursor["until"]) if cursor else None
+            delivered = progress.since(conn, _SOURCE, since)
+            health = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
         events: list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation] = []
-        if done.changes:
-            metadata = {"changes": done.changes, **done.by_outcome, "waiting": found.status.unprocessed}
+        if delivered.changes:
+            metadata = {"changes": delivered.changes, **delivered.by_outcome, "waiting": health.status.unprocessed}
             events.append(dg.AssetMaterialization(KEY, metadata=metadata))
-        if done.changes or found.passed != seen.get("passed"):
+        if delivered.changes or health.passed != cursor.get("passed"):
             events.append(
                 dg.AssetCheckEvaluation(
                     asset_key=KEY,
                     check_name=CHECK,
-                    passed=found.passed,
-                    description=found.said,
-                    metadata=_metadata(found),
+                    passed=health.passed,
+                    description=health.said,
+                    metadata=_metadata(health),
                 )
             )
-        cursor = json.dumps({"until": done.until.isoformat(), "passed": found.passed})
-        skipped = None if events else "nothing was delivered"
-        return dg.SensorResult(asset_events=events, cursor=cursor, skip_reason=skipped)
+        new_cursor = json.dumps({"until": delivered.until.isoformat(), "passed": health.passed})
+        skip_reason = None if events else "nothing was delivered"
+        return dg.SensorResult(asset_events=events, cursor=new_cursor, skip_reason=skip_reason)
 
     return dg.Definitions(assets=[asset], asset_checks=[keeps_up], sensors=[report])
 
 
-def _metadata(found: progress.Health) -> dict[str, int | float]:
+def _metadata(health: progress.Health) -> dict[str, int | float]:
     return {
-        "waiting": found.status.unprocessed,
-        "lag_seconds": round(found.status.lag_seconds, 1),
-        "dead": found.status.dead,
-        "connectors": found.status.connectors,
+        "waiting": health.status.unprocessed,
+        "lag_seconds": round(health.status.lag_seconds, 1),
+        "dead": health.status.dead,
+        "connectors": health.status.connectors,
     }

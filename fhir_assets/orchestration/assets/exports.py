@@ -1,4 +1,7 @@
-"""``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL: valid resources, and the tables as Parquet."""
+"""The assets ``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL.
+
+The valid resources are written as NDJSON and the tables as Parquet, in one folder for each run.
+"""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -9,26 +12,27 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunContext, sanitized_errors
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports.export import Export, folder_of_run
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 
-def export_assets(
+def build_export_assets(
     settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
 ) -> list[dg.AssetsDefinition]:
-    """An asset a type; none unless FHIR_EXPORT_URL is set."""
+    """Return an asset for each resource type, or an empty list if FHIR_EXPORT_URL is not set."""
     if not settings.fhir_export_url:
         return []
     return [
-        _export(settings, partitions, BY_NAME[name], [view for view in views if view.resource_type == name])
+        _build_export_asset(settings, partitions, BY_NAME[name], [view for view in views if view.resource_type == name])
         for name in settings.fhir_resource_types
     ]
 
 
-def _export(
+def _build_export_asset(
     settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
 ) -> dg.AssetsDefinition:
     @dg.asset(
@@ -44,29 +48,29 @@ def _export(
     def exports(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult[None]:
-        facts = RunContext.of(context, settings.window_scheme)
+        run = RunContext.from_context(context, settings.window_scheme)
         with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, views)
             conn.commit()
-            started = context.instance.get_run_stats(facts.run_id).start_time
-            folder = folder_of_run(facts.run_id, datetime.fromtimestamp(started or facts.now.timestamp(), UTC))
+            start = context.instance.get_run_stats(run.run_id).start_time
+            folder = folder_of_run(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
             target = build_blobs(settings, settings.fhir_export_url)
             export = Export(
                 conn,
                 store,
                 target,
                 folder,
-                run_id=facts.run_id,
-                actor=facts.triggered_by,
+                run_id=run.run_id,
+                actor=run.triggered_by,
                 withholding=settings.gate.closed,
                 manifest=f"{resource_type.name}.manifest.json",
             )
-            of_type = export.of(resource_type.name, facts.partition_keys)
-            files = [of_type.valid(), *(of_type.table(view, "parquet") for view in views)]
-            place = export.finish()
+            files_of_type = export.of(resource_type.name, run.partition_keys)
+            files = [files_of_type.valid(), *(files_of_type.table(view, "parquet") for view in views)]
+            path = export.finish()
         return dg.MaterializeResult(
             metadata={
-                "folder": dg.MetadataValue.path(place),
+                "folder": dg.MetadataValue.path(path),
                 "rows": sum(file.rows for file in files),
                 "bytes": sum(file.bytes for file in files),
                 "files": len(files),

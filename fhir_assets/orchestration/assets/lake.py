@@ -1,4 +1,4 @@
-"""``lake/<view>``: the tables as Parquet in FHIR_LAKE_URL, for what outgrows Postgres."""
+"""The assets ``lake/<view>``: the tables as Parquet files in FHIR_LAKE_URL, for data that outgrows Postgres."""
 
 from collections.abc import Sequence
 
@@ -7,25 +7,26 @@ import dagster as dg
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunContext, sanitized_errors
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, layout_of
 
 
-def lake_assets(
+def build_lake_assets(
     settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
 ) -> list[dg.AssetsDefinition]:
-    """An asset a view; none unless FHIR_LAKE_URL is set."""
+    """Return an asset for each view of the resource types, or an empty list if FHIR_LAKE_URL is not set."""
     types = settings.fhir_resource_types
     if not settings.fhir_lake_url:
         return []
-    return [_lake(settings, partitions, view) for view in views if view.resource_type in types]
+    return [_build_lake_asset(settings, partitions, view) for view in views if view.resource_type in types]
 
 
-def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
-    columns = [c for c in layout_of(view, sealed=settings.cipher.on).columns if c.name != KEY_COLUMN]
+def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
+    columns = [column for column in layout_of(view, sealed=settings.cipher.on).columns if column.name != KEY_COLUMN]
 
     @dg.asset(
         name=view.name,
@@ -34,9 +35,9 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
         deps=[dg.AssetKey(["normalized", view.name])],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
-        # A run of any window brings all of the view's folder up to date, so the newest one is enough.
+        # A run over any window updates the files of all windows of the view: the newest window suffices.
         automation_condition=dg.AutomationCondition.eager(),
-        description=f"{view.description or view.title or view.name}: Parquet, a folder a window.",
+        description=f"{view.description or view.title or view.name}: Parquet, one folder for each window.",
         code_version=view.fingerprint,
         kinds={"fhir", "parquet"},
         metadata={
@@ -46,17 +47,15 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
             "dagster/uri": f"{settings.fhir_lake_url.rstrip('/')}/{view.name}",
         },
     )
-    def of_view(
+    def lake_asset(
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult[None]:
-        facts = RunContext.of(context, settings.window_scheme)
+        run = RunContext.from_context(context, settings.window_scheme)
         with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, [view])
             conn.commit()
             target = build_blobs(settings, settings.fhir_lake_url)
-            written = writer.update(
-                conn, target, view, facts.partition_keys, run_id=facts.run_id, actor=facts.triggered_by
-            )
+            written = writer.update(conn, target, view, run.partition_keys, run_id=run.run_id, actor=run.triggered_by)
         return dg.MaterializeResult(
             metadata={
                 "windows_written": written.windows,
@@ -66,4 +65,4 @@ def _lake(settings: Settings, partitions: dg.PartitionsDefinition[str], view: Vi
             }
         )
 
-    return of_view
+    return lake_asset

@@ -1,7 +1,7 @@
-"""``landing``: the files of FHIR_LANDING_URL on their way into raw. Unset: no such asset.
+"""The asset ``landing``: files of the landing zone at FHIR_LANDING_URL, received into raw.
 
-A sensor looks at the zone and asks for a run where files are complete. The run puts them into raw, which the sensor
-``load_received`` sees: it brings them into the tables.
+The sensor ``load_landing`` requests a run when the zone holds complete files. The run writes their resources to raw;
+the sensor ``load_received`` then requests a run that validates and loads them.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,10 @@ import dagster as dg
 
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.received_windows import materializations
-from fhir_assets.orchestration.run_context import sanitized_errors
+from fhir_assets.orchestration.checks.metadata import rows_table
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.jobs import LOAD_LANDING
+from fhir_assets.orchestration.received_windows import build_materializations
 from fhir_assets.orchestration.run_requests import UNFINISHED
 from fhir_assets.pipeline.landing.step import LandingResult
 from fhir_assets.pipeline.receive.receiver import Received
@@ -22,53 +24,55 @@ from fhir_assets.warehouse.ops.landing_files import ZoneState
 
 KEY = dg.AssetKey(["landing"])
 CHECK = "files_are_whole"
-JOB = "load_landing"
+"""The check of the asset: every landed file could be read, and every line of it was used or resolved."""
 
-_LOOK_SECONDS = 30
-_SAMPLE = 20
+_INTERVAL_SECONDS = 30
+_SAMPLE_SIZE = 20
 
 
-def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
-    """The asset, its check, its job and the sensor that looks at the zone; nothing where there is no zone."""
+def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
+    """Return the asset, its check, its job and its sensor; empty definitions if FHIR_LANDING_URL is not set."""
     if not settings.fhir_landing_url:
         return dg.Definitions()
 
     @dg.asset(
         key=KEY,
         group_name="landing",
-        description="NDJSON, JSON, Bundle and CSV files that were put into the landing zone, each content once.",
+        description="NDJSON, JSON, Bundle and CSV files of the landing zone; files of equal content are received once.",
         kinds={"fhir", "json", "csv"},
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK,
                 asset=KEY,
-                description="Every landed file could be read, and all of its lines be used or settled.",
+                description="Every landed file could be read, and every line of it was used or resolved.",
             )
         ],
     )
     def landing(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
         def report(received: Received) -> None:
-            for event in materializations(received):
+            for event in build_materializations(received):
                 context.log_event(event)
 
         started = perf_counter()
         with sanitized_errors():
             landed = build_landing_step(settings, warehouse).run(context.run.run_id, on_received=report)
         with sanitized_errors(), warehouse.connect() as conn:
-            found = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE)
-        yield dg.MaterializeResult(metadata=_metadata(landed, perf_counter() - started), check_results=[checked(found)])
+            state = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
+        yield dg.MaterializeResult(
+            metadata=_metadata(landed, perf_counter() - started), check_results=[_evaluate(state)]
+        )
 
     job = dg.define_asset_job(
-        JOB,
+        LOAD_LANDING,
         selection=[KEY],
         executor_def=dg.in_process_executor,
-        description="Receive what lies complete in the landing zone.",
+        description="Receive the complete files of the landing zone.",
     )
 
     @dg.sensor(
         job=job,
-        name=JOB,
-        minimum_interval_seconds=_LOOK_SECONDS,
+        name=LOAD_LANDING,
+        minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Looks for new files in the landing zone.",
     )
@@ -76,54 +80,51 @@ def landing_assets(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         with sanitized_errors():
             waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
-            found = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE)
-        # A letter that was settled meanwhile turns the check green without a run.
-        said = f"{found.bad} bad files"
-        events = [] if context.cursor in (None, said) else [_evaluation(found)]
-        unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=JOB, statuses=UNFINISHED))
+            state = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
+        # The check turns green without a run when the dead letters of a file have been resolved.
+        cursor = f"{state.bad} bad files"
+        events = [] if context.cursor in (None, cursor) else [_evaluation_event(state)]
+        unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=LOAD_LANDING, statuses=UNFINISHED))
         if unfinished or not waiting:
-            reason = f"a run of {JOB} is not finished yet" if unfinished else "no file waits"
-            return dg.SensorResult(skip_reason=reason, asset_events=events, cursor=said)
-        return dg.SensorResult(run_requests=[dg.RunRequest()], asset_events=events, cursor=said)
+            reason = f"a run of {LOAD_LANDING} is not finished yet" if unfinished else "no complete file is waiting"
+            return dg.SensorResult(skip_reason=reason, asset_events=events, cursor=cursor)
+        return dg.SensorResult(run_requests=[dg.RunRequest()], asset_events=events, cursor=cursor)
 
     return dg.Definitions(assets=[landing], jobs=[job], sensors=[load_landing])
 
 
-def checked(found: ZoneState) -> dg.AssetCheckResult:
-    """Whether the zone holds a bad file; files are named by the beginning of their hash, since a name may hold a
-    patient's.
-    """
+def _evaluate(state: ZoneState) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        passed=not found.bad, check_name=CHECK, asset_key=KEY, description=_said(found), metadata=_state(found)
+        passed=not state.bad,
+        check_name=CHECK,
+        asset_key=KEY,
+        description=_describe(state),
+        metadata=_state_metadata(state),
     )
 
 
-def _evaluation(found: ZoneState) -> dg.AssetCheckEvaluation:
-    result = checked(found)
+def _evaluation_event(state: ZoneState) -> dg.AssetCheckEvaluation:
+    result = _evaluate(state)
     return dg.AssetCheckEvaluation(
         asset_key=KEY, check_name=CHECK, passed=result.passed, description=result.description, metadata=result.metadata
     )
 
 
-def _said(found: ZoneState) -> str:
-    if not found.bad:
-        return "every landed file is whole"
+def _describe(state: ZoneState) -> str:
+    if not state.bad:
+        return "every landed file was received completely"
     return (
-        f"{found.bad} landed files are bad: `fhir-assets landing list --status bad` names them. Their other lines are "
-        "loaded. Put a corrected file beside or in place of each, and discard its dead letters"
+        f"{state.bad} landed files are bad: `fhir-assets landing list --status bad` lists them. Their other lines are "
+        "loaded. Put a corrected file beside each, or replace it, then discard its dead letters"
     )
 
 
-def _state(found: ZoneState) -> dict[str, dg.MetadataValue]:
+def _state_metadata(state: ZoneState) -> dict[str, dg.MetadataValue]:
     return {
-        "bad_files": dg.IntMetadataValue(found.bad),
-        **{f"{status}_files": dg.IntMetadataValue(count) for status, count in sorted(found.by_status.items())},
-        "sample": dg.MetadataValue.table(
-            [dg.TableRecord({"content": c, "rejected": r, "what": what}) for c, r, what in found.sample],
-            schema=dg.TableSchema(
-                [dg.TableColumn("content"), dg.TableColumn("rejected", "int"), dg.TableColumn("what")]
-            ),
-        ),
+        "bad_files": dg.IntMetadataValue(state.bad),
+        **{f"{status}_files": dg.IntMetadataValue(count) for status, count in sorted(state.by_status.items())},
+        # Files are listed by the beginning of their hash, because a file name may contain the name of a patient.
+        "sample": rows_table(("content", "rejected:int", "reason"), state.sample),
     }
 
 

@@ -1,4 +1,4 @@
-"""``normalized/<view>``: a table a ViewDefinition, and ``fhir.resource`` with the whole JSON beside them."""
+"""The assets ``normalized/<view>``: one table for each ViewDefinition, and ``fhir.resource`` with the complete JSON."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,9 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
+from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
-from fhir_assets.orchestration.run_context import RunContext, recorded, sanitized_errors, step_tags
+from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
 from fhir_assets.pipeline.reconcile.window_counts import reconcile
@@ -23,22 +24,25 @@ from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, layout_of, row_count
 
-OTHER_WINDOWS = 100
-"""Of how many windows beside its own a load says that newer versions settled their dead letters."""
+MAX_OTHER_WINDOWS = 100
+"""The largest number of windows beyond its own for which a load evaluates the dead letter check again.
+
+A newer version of a resource resolves the dead letters of its older versions, whatever window they are in.
+"""
 
 
-def normalized_assets(
+def build_normalized_assets(
     settings: Settings, partitions: dg.PartitionsDefinition[str], views: Sequence[View]
 ) -> list[dg.AssetsDefinition]:
-    """The normalized layer: a step a type, which makes all of its views in one pass."""
+    """Return the normalized layer: one step for each resource type, which loads all of its views in one pass."""
     return [
-        _normalized(settings, partitions, BY_NAME[name], of_type, views)
+        _build_normalized_step(settings, partitions, BY_NAME[name], views_of_type, views)
         for name in settings.fhir_resource_types
-        if (of_type := [view for view in views if view.resource_type == name])
+        if (views_of_type := [view for view in views if view.resource_type == name])
     ]
 
 
-def _normalized(
+def _build_normalized_step(
     settings: Settings,
     partitions: dg.PartitionsDefinition[str],
     resource_type: ResourceType,
@@ -66,63 +70,63 @@ def _normalized(
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[WorkerPool],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
-        facts = RunContext.of(context, settings.window_scheme)
-        selected = context.op_execution_context.selected_output_names
-        wanted = [view for view in views if view.name in selected]
+        run = RunContext.from_context(context, settings.window_scheme)
+        names = context.op_execution_context.selected_output_names
+        selected = [view for view in views if view.name in names]
         started = perf_counter()
-        settled: list[str] = []
-        if wanted:
-            with recorded(facts, warehouse, [name]):
-                loading = LoadStep(
+        resolved_windows: list[str] = []
+        if selected:
+            with record_step(run, warehouse, [name]):
+                step = LoadStep(
                     store,
                     warehouse.connect,
-                    wanted,
-                    all_views=len(wanted) == len(views),
-                    run_id=facts.run_id,
-                    refresh=facts.refresh,
+                    selected,
+                    all_views=len(selected) == len(views),
+                    run_id=run.run_id,
+                    refresh=run.refresh,
                     workers=workers,
                     consent_gate=settings.gate,
                 )
-                sweep = ConsentStep(
-                    warehouse.connect, all_views, settings.gate, run_id=facts.run_id, actor=facts.triggered_by
+                consent = ConsentStep(
+                    warehouse.connect, all_views, settings.gate, run_id=run.run_id, actor=run.triggered_by
                 )
-                sweep.run(datetime.now(UTC))
+                consent.run(datetime.now(UTC))
                 with warehouse.table_loads.slot():
-                    loaded = loading.run(name, facts.windows.windows, validated)
+                    loaded = step.run(name, run.windows.windows, validated)
                 if name == "Consent":
-                    sweep.run(datetime.now(UTC))
-                if facts.replay and len(wanted) == len(views):
+                    consent.run(datetime.now(UTC))
+                if run.replay and len(selected) == len(views):
                     replay = ReplayLoadStep(
                         warehouse.connect,
-                        wanted,
-                        run_id=facts.run_id,
-                        also_open=facts.replay == "open",
+                        selected,
+                        run_id=run.run_id,
+                        also_open=run.replay == "open",
                         consent_gate=settings.gate,
                     )
                     with warehouse.table_loads.slot():
-                        replay.run(name, facts.windows.windows)
-                settled = sorted(loaded.settled_windows.difference(facts.partition_keys))[:OTHER_WINDOWS]
+                        replay.run(name, run.windows.windows)
+                resolved_windows = sorted(loaded.settled_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:
-                    rows = {view.name: row_count(conn, view) for view in wanted}
-                for view in wanted:
+                    rows = {view.name: row_count(conn, view) for view in selected}
+                for view in selected:
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
         if context.selected_asset_check_keys:
             with sanitized_errors(), warehouse.connect() as conn:
-                balances = reconcile(conn, store, name, facts.partition_keys, main_view=main_view)
-                checks = WindowChecks(resource_type, settings, facts.now)
-                names = sorted(key.name for key in context.selected_asset_check_keys)
-                yield from checks.results(context, conn, balances, names)
-                if settled and DEAD_LETTER_RATE in names:
-                    others = reconcile(conn, store, name, settled, main_view=main_view)
-                    checks.tell_of(context, conn, others, DEAD_LETTER_RATE)
+                balances = reconcile(conn, store, name, run.partition_keys, main_view=main_view)
+                checks = WindowChecks(resource_type, settings, run.now)
+                check_names = sorted(key.name for key in context.selected_asset_check_keys)
+                yield from checks.evaluate(context, conn, balances, check_names)
+                if resolved_windows and DEAD_LETTER_RATE in check_names:
+                    others = reconcile(conn, store, name, resolved_windows, main_view=main_view)
+                    checks.log_other_windows(context, conn, others, DEAD_LETTER_RATE)
 
     return normalized
 
 
-def broken_view(broken: BrokenView) -> dg.AssetSpec:
-    """A file that is no valid ViewDefinition, shown in the UI with what is wrong; nothing can be materialized of it."""
+def build_broken_view(broken: BrokenView) -> dg.AssetSpec:
+    """Return an asset that shows an invalid ViewDefinition file and its error. It cannot be materialized."""
     return dg.AssetSpec(
         ["broken_views", re.sub(r"\W", "_", broken.path.stem)],
         group_name="broken_views",

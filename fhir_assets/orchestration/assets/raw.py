@@ -1,4 +1,4 @@
-"""``raw/<type>``: resources as the source gave them."""
+"""The assets ``raw/<type>``: resources as received from the source, byte for byte."""
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
@@ -9,8 +9,9 @@ from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
 from fhir_assets.deployment.source import open_history
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
+from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.progress import ProgressRelay
-from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
+from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.deletions.server_history import apply_server_deletions
@@ -20,16 +21,19 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs
 
 
-def raw_assets(
+def build_raw_assets(
     settings: Settings, partitions: dg.PartitionsDefinition[str], *, one_pass: bool, progress: ProgressRelay
 ) -> list[dg.AssetsDefinition]:
-    """The raw layer: a step a type, or a single step where the source gives all types in one pass."""
+    """Return the raw layer: one step for each resource type, or one step for all of them with ``one_pass``.
+
+    ``one_pass`` is for sources that return all types in one pass: files and bulk exports.
+    """
     types = [BY_NAME[name] for name in settings.fhir_resource_types]
     groups = [types] if one_pass else [[resource_type] for resource_type in types]
-    return [_raw(settings, partitions, group, progress) for group in groups]
+    return [_build_raw_step(settings, partitions, group, progress) for group in groups]
 
 
-def _raw(
+def _build_raw_step(
     settings: Settings,
     partitions: dg.PartitionsDefinition[str],
     types: Sequence[ResourceType],
@@ -60,64 +64,64 @@ def _raw(
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
     ) -> Iterator[dg.Output[RawUpdate]]:
-        facts = RunContext.of(context, settings.window_scheme)
-        wanted = [BY_KEY[name].name for name in sorted(context.op_execution_context.selected_output_names)]
-        wanted = [t.name for t in types if t.name in wanted]
+        run = RunContext.from_context(context, settings.window_scheme)
+        names = {BY_KEY[key].name for key in context.op_execution_context.selected_output_names}
+        selected = [t.name for t in types if t.name in names]
         started = perf_counter()
-        with recorded(facts, warehouse, wanted):
+        with record_step(run, warehouse, selected):
             offered = source.offered()
-            for name in wanted:
+            for name in selected:
                 if offered is not None and name not in offered:
                     context.log.info(f"The source does not offer {name}: skipped.")
-            here = [name for name in wanted if offered is None or name in offered]
-            fetcher = FetchStep(
+            available = [name for name in selected if offered is None or name in offered]
+            step = FetchStep(
                 source,
                 store,
-                run_id=facts.run_id,
-                now=facts.now,
+                run_id=run.run_id,
+                now=run.now,
                 overlap=settings.overlap,
-                refresh=facts.refresh,
-                reject=lambda letters: dead_letters.record_now(warehouse.connect, facts.run_id, letters),
+                refresh=run.refresh,
+                reject=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
             )
-            # dagster.yaml silences Dagster's own logger: the progress of an export appears among the step's events.
+            # dagster.yaml silences Dagster's loggers, so the progress of an export is reported as events of the step.
             with progress.send_to(
                 lambda text: context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
             ):
-                updates = {update.resource_type: update for update in fetcher.run(here, facts.windows)}
+                updates = {update.resource_type: update for update in step.run(available, run.windows)}
             history = open_history(settings, warehouse)
             deleted = (
                 apply_server_deletions(
                     warehouse.connect,
                     DeletionLog(store, warehouse.connect),
                     history,
-                    here,
-                    run_id=facts.run_id,
-                    now=facts.now,
+                    available,
+                    run_id=run.run_id,
+                    now=run.now,
                     overlap=settings.overlap,
                 )
                 if history
                 else {}
             )
             seconds = perf_counter() - started
-            for name in wanted:
+            for name in selected:
                 update = updates.get(name) or RawUpdate(name, (), {})
                 for key, fetch in update.fetches.items():
                     context.add_asset_metadata(
-                        {"window_fetched": fetch.matched, "window_server_total": _said(fetch.server_total)},
+                        {"window_fetched": fetch.matched, "window_server_total": _describe_total(fetch.server_total)},
                         asset_key=["raw", BY_NAME[name].key],
                         partition_key=key,
                     )
                 yield dg.Output(
                     update,
                     output_name=BY_NAME[name].key,
-                    metadata=_metadata(update, seconds, skipped=name not in here)
+                    metadata=_metadata(update, seconds, skipped=name not in available)
                     | ({"deleted": deleted[name]} if name in deleted else {}),
                 )
                 with warehouse.connect() as conn:
-                    dead_letters.settle(conn, facts.run_id, name, "fetch", update.refetched_keys)
+                    dead_letters.settle(conn, run.run_id, name, "fetch", update.refetched_keys)
                     runs.count(
                         conn,
-                        facts.run_id,
+                        run.run_id,
                         name,
                         {
                             key: {"server_total": fetch.server_total, "fetched": fetch.matched - fetch.repeated}
@@ -145,5 +149,5 @@ def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, 
     return metadata
 
 
-def _said(total: int | None) -> int | str:
-    return "the source cannot say" if total is None else total
+def _describe_total(total: int | None) -> int | str:
+    return "the source reports no total" if total is None else total

@@ -1,4 +1,7 @@
-"""``validated/<type>``: the resources that keep R4's rules, byte for byte; the others are dead letters."""
+"""The assets ``validated/<type>``: the resources that pass the rules of FHIR R4, byte for byte.
+
+A resource that fails becomes a dead letter.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +12,8 @@ import dagster as dg
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.orchestration.run_context import RunContext, recorded, step_tags
+from fhir_assets.orchestration.failures import record_step
+from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep
 from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
@@ -19,12 +23,12 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs
 
 
-def validated_assets(settings: Settings, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetsDefinition]:
-    """The validated layer: an asset a type."""
-    return [_validated(settings, partitions, BY_NAME[name]) for name in settings.fhir_resource_types]
+def build_validated_assets(settings: Settings, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetsDefinition]:
+    """Return the validated layer: one asset for each resource type."""
+    return [_build_validated_asset(settings, partitions, BY_NAME[name]) for name in settings.fhir_resource_types]
 
 
-def _validated(
+def _build_validated_asset(
     settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType
 ) -> dg.AssetsDefinition:
     name = resource_type.name
@@ -37,7 +41,7 @@ def _validated(
         io_manager_key="ndjson",
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
-        description=f"{name} resources that keep every rule of R4; the others are in ops.dead_letters.",
+        description=f"{name} resources that pass every rule of FHIR R4; the others are in ops.dead_letters.",
         kinds={"fhir", "json"},
         op_tags=step_tags([name]),
     )
@@ -49,26 +53,26 @@ def _validated(
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[WorkerPool],
     ) -> Iterator[dg.Output[ValidatedUpdate]]:
-        facts = RunContext.of(context, settings.window_scheme)
+        run = RunContext.from_context(context, settings.window_scheme)
         started = perf_counter()
-        with recorded(facts, warehouse, [name]):
-            validation = ValidateStep(
+        with record_step(run, warehouse, [name]):
+            step = ValidateStep(
                 store,
                 validator,
                 warehouse.connect,
-                run_id=facts.run_id,
-                now=facts.now,
-                refresh=facts.refresh,
+                run_id=run.run_id,
+                now=run.now,
+                refresh=run.refresh,
                 workers=workers,
             )
-            if facts.replay:
-                update, counts = _replay(facts, store, validator, warehouse, validation, name, raw)
+            if run.replay:
+                update, counts = _replay(run, store, validator, warehouse, step, name, raw)
             else:
-                update = validation.run(name, raw)
+                update = step.run(name, raw)
                 counts = _counts(update)
             with warehouse.connect() as conn:
-                dead_letters.settle(conn, facts.run_id, name, "validate", update.revalidated_keys)
-                runs.count(conn, facts.run_id, name, counts)
+                dead_letters.settle(conn, run.run_id, name, "validate", update.revalidated_keys)
+                runs.count(conn, run.run_id, name, counts)
             for manifest in update.manifests:
                 if manifest.validated:
                     context.add_asset_metadata(
@@ -81,32 +85,33 @@ def _validated(
 
 
 def _replay(
-    facts: RunContext,
+    run: RunContext,
     store: Store,
     validator: Validator,
     warehouse: Warehouse,
-    validation: ValidateStep,
+    step: ValidateStep,
     name: str,
     raw: Sequence[Manifest],
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
-    """Judge dead letters again; a partition that is behind its raw one is judged as in any load instead."""
+    """Validate dead letters again. Partitions that are behind their raw partition are validated as in any load."""
     replay = ReplayValidateStep(
         store,
         validator,
         warehouse.connect,
-        run_id=facts.run_id,
-        now=facts.now,
-        also_open=facts.replay == "open",
+        run_id=run.run_id,
+        now=run.now,
+        also_open=run.replay == "open",
     )
     behind = replay.behind(name, raw)
-    update = validation.run(name, behind)
-    found = replay.run(name, sorted({m.partition_key for m in raw}.difference(m.partition_key for m in behind)))
+    update = step.run(name, behind)
+    keys = {manifest.partition_key for manifest in raw}.difference(manifest.partition_key for manifest in behind)
+    replayed = replay.run(name, sorted(keys))
     counts = _counts(update)
-    for manifest in found.update.manifests:
+    for manifest in replayed.update.manifests:
         key = manifest.partition_key
-        counts[key] = {"valid": found.resolved[key], "dead": found.failed[key]}
-    manifests = update.manifests + found.update.manifests
-    return ValidatedUpdate(name, manifests, update.revalidated_keys, {**update.bases, **found.update.bases}), counts
+        counts[key] = {"valid": replayed.resolved[key], "dead": replayed.failed[key]}
+    manifests = update.manifests + replayed.update.manifests
+    return ValidatedUpdate(name, manifests, update.revalidated_keys, {**update.bases, **replayed.update.bases}), counts
 
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:
@@ -118,14 +123,14 @@ def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:
 
 
 def _metadata(update: ValidatedUpdate, seconds: float) -> dict[str, dg.MetadataValue]:
-    judged = [manifest.validated for manifest in update.manifests if manifest.validated]
-    rows = sum(state.rows_in for state in judged)
-    dead = _sum(state.dead for state in judged)
+    states = [manifest.validated for manifest in update.manifests if manifest.validated]
+    rows = sum(state.rows_in for state in states)
+    dead = _sum(state.dead for state in states)
     return {
-        "judged": dg.IntMetadataValue(rows),
+        "resources": dg.IntMetadataValue(rows),
         "dead_letters": dg.IntMetadataValue(sum(dead.values())),
         "dead_letters_by_rule": dg.JsonMetadataValue(dead),
-        "warnings_by_rule": dg.JsonMetadataValue(_sum(state.warnings for state in judged)),
+        "warnings_by_rule": dg.JsonMetadataValue(_sum(state.warnings for state in states)),
         "seconds": dg.FloatMetadataValue(round(seconds, 3)),
         "rows_per_second": dg.IntMetadataValue(round(rows / seconds) if seconds else 0),
     }
@@ -133,6 +138,6 @@ def _metadata(update: ValidatedUpdate, seconds: float) -> dict[str, dg.MetadataV
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
+    for count in counts:
+        total.update(count)
     return dict(total.most_common())

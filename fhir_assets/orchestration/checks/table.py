@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from dagster._utils.schedules import reverse_cron_string_iterator
 
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
@@ -17,7 +16,7 @@ from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.metadata import rows_table
-from fhir_assets.orchestration.run_context import sanitized_errors
+from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.pipeline.reconcile.window_volume import compare_volumes
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, run_history
@@ -51,7 +50,7 @@ _DESCRIBED = {
 }
 
 
-def table_checks(
+def build_table_checks(
     settings: Settings, views: Sequence[View], source: Callable[[], Source], warehouse: Warehouse
 ) -> list[dg.AssetChecksDefinition]:
     """The checks of each type's main table, a step a type."""
@@ -140,10 +139,8 @@ class _Judge:
             passed = state == checkpoint.source_state
             said = "the files are loaded" if passed else f"the files changed since they were loaded: {load}"
             return self._said(FRESH, passed, said, metadata)
-        ticks = reverse_cron_string_iterator((now - _GRACE).timestamp(), self._settings.fhir_schedule, "UTC")
-        next(ticks)
         # A load reads up to the moment it begins, and the schedule waits for the load before.
-        expected = next(ticks)
+        expected = _last_but_one_tick(self._settings.fhir_schedule, now - _GRACE)
         passed = until >= expected
         said = f"loaded up to {until:%Y-%m-%d %H:%M} UTC"
         if not passed:
@@ -282,6 +279,16 @@ class _Judge:
             metadata=metadata or {},
             severity=severity,
         )
+
+
+def _last_but_one_tick(cron_schedule: str, now: datetime) -> datetime:
+    """Return the tick before the last tick of a cron schedule, in UTC: the start of its last complete interval."""
+    intervals = dg.TimeWindowPartitionsDefinition(
+        start=now, fmt="%Y-%m-%dT%H:%M", cron_schedule=cron_schedule, timezone="UTC"
+    )
+    last = intervals.get_prev_partition_window(now, respect_bounds=False)
+    assert last is not None  # respect_bounds=False: there is always an earlier interval
+    return last.start
 
 
 def stretches(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str, str]]:

@@ -10,10 +10,10 @@ from datetime import datetime
 from uuid import uuid4
 
 import dagster as dg
-from dagster._core.events import DagsterEvent, DagsterEventBatchMetadata, DagsterEventType
 
 from fhir_assets.catalog import ResourceType
 from fhir_assets.orchestration.checks.metadata import rows_table
+from fhir_assets.orchestration.dagster_internals import DagsterEventBatchMetadata
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -57,7 +57,7 @@ class WindowChecks:
     settings: Settings
     now: datetime
 
-    def results(
+    def evaluate(
         self,
         context: dg.AssetExecutionContext,
         conn: Connection,
@@ -81,7 +81,7 @@ class WindowChecks:
             else:
                 yield (each[0] if len(each) == 1 else whole).result(self._asset, name)
 
-    def tell_of(
+    def log_other_windows(
         self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[WindowCounts], name: str
     ) -> None:
         """Log what a check now says of windows that are not the run's, but that the run changed."""
@@ -154,8 +154,8 @@ def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.
     """As ``context.log_event`` of each, written to Dagster's storage together."""
     batch = uuid4().hex
     for number, evaluation in enumerate(evaluations, 1):
-        DagsterEvent.from_step(
-            DagsterEventType.ASSET_CHECK_EVALUATION,
+        dg.DagsterEvent.from_step(
+            dg.DagsterEventType.ASSET_CHECK_EVALUATION,
             context.op_execution_context.get_step_execution_context(),
             evaluation,
             f"{evaluation.check_name} of {evaluation.partition}: {evaluation.description}",

@@ -15,16 +15,17 @@ from typing import Any
 
 import dagster as dg
 from celery import Celery
-from dagster._cli.api import _execute_run_command_body
-from dagster._core.errors import DagsterExecutionInterruptedError
-from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
-from dagster._grpc.types import ExecuteRunArgs
-from dagster._serdes import unpack_value
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.make_app import make_app
 
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration.dagster_internals import (
+    CheckRunHealthResult,
+    WorkerStatus,
+    execute_run,
+    read_run_id,
+)
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 
@@ -89,7 +90,7 @@ def _work(execute_job_args_packed: Any) -> int:
     The run has a thread of its own. In the main one Dagster would take SIGTERM for a cancellation; so it is Celery's,
     which lets the run finish and then ends.
     """
-    run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
+    run_id = read_run_id(execute_job_args_packed)
     with dg.DagsterInstance.get() as instance:
         run = instance.get_run_by_id(run_id)
         if run is None or run.status is dg.DagsterRunStatus.STARTED or run.is_finished:
@@ -97,7 +98,7 @@ def _work(execute_job_args_packed: Any) -> int:
         done: list[int] = []
 
         def execute() -> None:
-            done.append(_execute_run_command_body(run_id, instance, _nothing, set_exit_code_on_failure=True))
+            done.append(execute_run(run_id, instance))
 
         thread = Thread(target=execute, name="run")
         thread.start()
@@ -112,9 +113,5 @@ def _work(execute_job_args_packed: Any) -> int:
 def _interrupt(thread: Thread) -> None:
     """Have a thread raise, at its next step of Python, what Dagster takes for a cancellation."""
     if thread.ident is not None:
-        error = ctypes.py_object(DagsterExecutionInterruptedError)
+        error = ctypes.py_object(dg.DagsterExecutionInterruptedError)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), error)
-
-
-def _nothing(event: dg.DagsterEvent) -> None:
-    """Events are in Dagster's storage."""

@@ -11,9 +11,13 @@ from typing import Any
 
 import dagster as dg
 import orjson
-from dagster._core.definitions.metadata import MetadataFieldSerializer
 from dagster_shared.serdes import pack_value, serialize_value
-from dagster_shared.serdes.serdes import _WHITELIST_MAP, ObjectSerializer
+
+from fhir_assets.orchestration.dagster_internals import (
+    SERIALIZABLE_CLASSES,
+    MetadataFieldSerializer,
+    ObjectSerializer,
+)
 
 _PLAIN = frozenset({str, int, bool, type(None)})
 
@@ -41,7 +45,7 @@ class _Serializers(dict[type[Any], ObjectSerializer[Any] | None]):
 
 
 def _simple(kind: type[Any]) -> ObjectSerializer[Any] | None:
-    found = _WHITELIST_MAP.object_serializers.get(kind.__name__)
+    found = SERIALIZABLE_CLASSES.object_serializers.get(kind.__name__)
     if found is None or found.klass is not kind or type(found).pack_items is not ObjectSerializer.pack_items:
         return None
     if found.skip_when_empty_fields or found.skip_when_none_fields:

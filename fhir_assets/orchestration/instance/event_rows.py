@@ -6,15 +6,13 @@ from datetime import UTC, datetime
 from functools import lru_cache
 
 import dagster as dg
-from dagster._core.events import (
-    AssetMaterializationPlannedData,
-    AssetObservationData,
-    DagsterEvent,
-    DagsterEventType,
-    StepMaterializationData,
-)
 from orjson import dumps
 
+from fhir_assets.orchestration.dagster_internals import (
+    AssetMaterializationPlannedData,
+    AssetObservationData,
+    StepMaterializationData,
+)
 from fhir_assets.orchestration.instance.event_json import texts
 
 _HOLE = "the partition's place"
@@ -27,7 +25,7 @@ class Row:
 
     event: dg.EventLogEntry
     text: str
-    kind: DagsterEventType | None
+    kind: dg.DagsterEventType | None
     timestamp: datetime
     step_key: str | None
     asset_key: str | None
@@ -105,7 +103,7 @@ def _row(event: dg.EventLogEntry, text: str) -> Row:
     )
 
 
-def _subject(told: DagsterEvent) -> tuple[dg.AssetKey | None, str | None]:
+def _subject(told: dg.DagsterEvent) -> tuple[dg.AssetKey | None, str | None]:
     """The asset and the partition that an event is of; of what there is most without a look at all other kinds."""
     match told.event_specific_data:
         case StepMaterializationData() as made:

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import dagster as dg
-from dagster._core.run_coordinator import QueuedRunCoordinator
-from dagster._serdes import ConfigurableClassData
 
+from fhir_assets.orchestration.dagster_internals import ConfigurableClassData
 from fhir_assets.settings import load_settings
 
 
-class RunQueue(QueuedRunCoordinator[dg.DagsterInstance]):
+class RunQueue(dg.QueuedRunCoordinator[dg.DagsterInstance]):
     """Configured as ``run_coordinator`` in dagster.yaml, which could not name a number in the environment itself."""
 
     @classmethod

@@ -13,18 +13,20 @@ from typing import Self
 
 import dagster as dg
 import sqlalchemy
-from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
-from dagster._core.events import DagsterEventType
-from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
-from dagster._core.storage.config import PostgresStorageConfig
-from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
-from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetEventTagsTable, AssetKeyTable
-from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
 
+from fhir_assets.orchestration.dagster_internals import (
+    AssetCheckEvaluationPlanned,
+    AssetCheckExecutionRecordStatus,
+    ConfigurableClassData,
+    PostgresStorageConfig,
+    load_event_log_tables,
+)
 from fhir_assets.orchestration.instance.event_rows import Row, each_partition, key_text, rows_of
+
+_TABLES = load_event_log_tables()
 
 STATEMENT_TIMEOUT_MS = 600_000
 RECYCLE_SECONDS = 1800
@@ -34,25 +36,27 @@ HELD_EVENTS = 200
 HELD_SECONDS = 1.0
 """Events of a step wait until there are so many, or until the next one after so long; and never beyond its end."""
 
-_BEGIN = DagsterEventType.STEP_START
+_BEGIN = dg.DagsterEventType.STEP_START
 _END = frozenset(
     {
-        DagsterEventType.STEP_SUCCESS,
-        DagsterEventType.STEP_FAILURE,
-        DagsterEventType.STEP_SKIPPED,
-        DagsterEventType.STEP_UP_FOR_RETRY,
+        dg.DagsterEventType.STEP_SUCCESS,
+        dg.DagsterEventType.STEP_FAILURE,
+        dg.DagsterEventType.STEP_SKIPPED,
+        dg.DagsterEventType.STEP_UP_FOR_RETRY,
     }
 )
-_RUN_END = frozenset({DagsterEventType.RUN_SUCCESS, DagsterEventType.RUN_FAILURE, DagsterEventType.RUN_CANCELED})
+_RUN_END = frozenset(
+    {dg.DagsterEventType.RUN_SUCCESS, dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_CANCELED}
+)
 _ASSETS = frozenset(
     {
-        DagsterEventType.ASSET_MATERIALIZATION,
-        DagsterEventType.ASSET_OBSERVATION,
-        DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+        dg.DagsterEventType.ASSET_MATERIALIZATION,
+        dg.DagsterEventType.ASSET_OBSERVATION,
+        dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
     }
 )
-_PLANNED_CHECK = DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED
-_CHECK = DagsterEventType.ASSET_CHECK_EVALUATION
+_PLANNED_CHECK = dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED
+_CHECK = dg.DagsterEventType.ASSET_CHECK_EVALUATION
 _TOGETHER = _ASSETS | {_PLANNED_CHECK, _CHECK}
 
 _INSERTED = ("run_id", "text", "dagster_event_type", "timestamp", "step_key", "asset_key", "partition")
@@ -215,13 +219,13 @@ class BatchedEventLog(PostgresEventLogStorage):
             if (tags := row.tags)
             for key in self.get_asset_tags_to_index(set(tags))
         ]
-        if tagged and self.has_table(AssetEventTagsTable.name):
+        if tagged and self.has_table(_TABLES.event_tags.name):
             conn.execute(_INSERT_TAGS, {name: [each[name] for each in tagged] for name in tagged[0]})
 
     def _store_assets(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
         """Each asset's row says what its newest event of a kind says."""
-        indexed = self.has_secondary_index(ASSET_KEY_INDEX_COLS)
-        by_kind: dict[DagsterEventType | None, dict[str, Row]] = {}
+        indexed = self.has_secondary_index(_TABLES.asset_key_index)
+        by_kind: dict[dg.DagsterEventType | None, dict[str, Row]] = {}
         for row in rows:
             by_kind.setdefault(row.kind, {})[row.asset_key or ""] = row
         for newest in by_kind.values():
@@ -230,10 +234,10 @@ class BatchedEventLog(PostgresEventLogStorage):
                 {"asset_key": key, **self._get_asset_entry_values(newest[key].event, newest[key].id, indexed)}
                 for key in sorted(newest)
             ]
-            query = postgresql.insert(AssetKeyTable).values(values)
+            query = postgresql.insert(_TABLES.asset_keys).values(values)
             changed = {name: query.excluded[name] for name in values[0] if name != "asset_key"}
             conn.execute(
-                query.on_conflict_do_update(index_elements=[AssetKeyTable.c.asset_key], set_=changed)
+                query.on_conflict_do_update(index_elements=[_TABLES.asset_keys.c.asset_key], set_=changed)
                 if changed
                 else query.on_conflict_do_nothing()
             )
@@ -254,7 +258,7 @@ class BatchedEventLog(PostgresEventLogStorage):
             if isinstance(planned := row.event.get_dagster_event().event_specific_data, AssetCheckEvaluationPlanned)
             for partition in (planned.partitions_subset.get_partition_keys() if planned.partitions_subset else [None])
         ]
-        conn.execute(AssetCheckExecutionsTable.insert(), values)
+        conn.execute(_TABLES.check_executions.insert(), values)
 
     def _store_evaluations(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
         """Each takes the place of what was planned; one that was not is new, as dagster has it."""

@@ -1,25 +1,25 @@
-"""Partitions of NDJSON as Dagster sees them: commits what an asset wrote, opens what the next one reads."""
+"""The IO manager ``ndjson``: commits partitions of raw and validated, and opens them for the next step."""
 
 from collections.abc import Sequence
 
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.run_context import sanitized_errors
+from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 
 
 class NdjsonIOManager(dg.IOManager):
-    """An output is an Update, made visible here; an input is the manifests of the run's partitions, in order."""
+    """Commit the output of a step; give the next step the manifests of the run's partitions, in order."""
 
     def __init__(self, store: Store, warehouse: Warehouse) -> None:
         self._store = store
         self._warehouse = warehouse
 
     def handle_output(self, context: dg.OutputContext, obj: PartitionUpdate) -> None:
-        """Commit the manifests, each in one step, beside what other runs committed meanwhile."""
+        """Commit the manifests of the update, each atomically, merged with what other runs have committed."""
         with sanitized_errors():
             manifests = commit_update(self._warehouse.connect, self._store, obj)
         context.add_output_metadata(
@@ -32,6 +32,6 @@ class NdjsonIOManager(dg.IOManager):
         )
 
     def load_input(self, context: dg.InputContext) -> Sequence[Manifest]:
-        """The manifests of the run's partitions; one that was never written has none."""
+        """Return the manifests of the run's partitions; a partition that was never written has none."""
         layer, key = context.asset_key.path
         return self._store.manifests(layer, key, context.asset_partition_keys)

@@ -1,4 +1,7 @@
-"""Tables as Dagster sees them: what was loaded is described, what is read downstream is streamed."""
+"""The IO manager ``postgres``: describes tables that a step has loaded, and streams their rows to downstream steps.
+
+It writes no rows: ``pipeline.load`` commits all views of a resource type in one transaction.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +15,18 @@ from fhir_assets.warehouse.postgres.tables import row_streams
 
 @dataclass(frozen=True, slots=True)
 class LoadedView:
-    """What a load did to one table, already committed: ``written`` rows; the table has ``rows`` now."""
+    """A table that a step has loaded and committed."""
 
     table: str
     written: int
+    """The number of rows that the step wrote."""
     rows: int
+    """The number of rows that the table has now."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableSlice:
-    """The rows of a view whose resources belong to some partitions."""
+    """The rows of a table whose resources belong to some partitions."""
 
     warehouse: Warehouse
     table: str
@@ -29,14 +34,15 @@ class TableSlice:
     partition_keys: Sequence[str]
 
     def rows(self) -> Iterator[TupleRow]:
-        """The rows, streamed through a server-side cursor, in no particular order."""
+        """Yield the rows through a server-side cursor, in no particular order."""
         with self.warehouse.connect() as conn:
             yield from row_streams.stream(conn, self.table, self.resource_type, partition_keys=self.partition_keys)
 
 
 class PostgresIOManager(dg.IOManager):
-    """An output is a LoadedView: the load committed it together with the type's other views, in one transaction.
-    An input is a TableSlice of the run's partitions.
+    """Describe the LoadedView that a step outputs; give downstream steps a TableSlice of the run's partitions.
+
+    ``resource_types`` maps the name of each view to its resource type.
     """
 
     def __init__(self, warehouse: Warehouse, resource_types: dict[str, str]) -> None:
@@ -44,7 +50,7 @@ class PostgresIOManager(dg.IOManager):
         self._resource_types = resource_types
 
     def handle_output(self, context: dg.OutputContext, obj: LoadedView) -> None:
-        """Describe the table."""
+        """Add the row counts and the table's name to the materialization."""
         context.add_output_metadata(
             {
                 "rows_written": obj.written,
@@ -54,6 +60,6 @@ class PostgresIOManager(dg.IOManager):
         )
 
     def load_input(self, context: dg.InputContext) -> TableSlice:
-        """The table, restricted to the partitions of the run."""
+        """Return the table of the upstream asset, restricted to the partitions of the run."""
         name = context.asset_key.path[-1]
         return TableSlice(self._warehouse, name, self._resource_types[name], context.asset_partition_keys)

@@ -1,143 +1,158 @@
-"""The sensor ``alerts``: notices what fails and what recovered, and tells ALERT_WEBHOOK_URL, once an incident."""
+"""The sensor ``alerts``: records incidents in ``ops.incidents`` and sends each once to ALERT_WEBHOOK_URL.
+
+An incident is a failed run, a failed check of severity ERROR (which leaves its run green), or a resource type whose
+windows are behind schedule. An incident closes when the same partitions succeed.
+"""
 
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import dagster as dg
-from dagster._core.event_api import RunStatusChangeEventType, RunStatusChangeRecordsFilter
 
 from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.run_context import sanitized_errors
-from fhir_assets.orchestration.tags import RANGE_END, RANGE_START
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
+from fhir_assets.orchestration.tags import PARTITION_TAG, RANGE_END, RANGE_START
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, incidents
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-AT_ONCE = 1000
-"""How many events are read at once."""
+PAGE_SIZE = 1000
+"""The number of events that one query reads."""
 
-_PAGES = 20
-_SECONDS = 30
-_SCHEDULE = "incremental_load"
-_NAMED = 3
-_WHOLE = ""
-"""Stands for the one partition of what has none."""
-_RUN_EVENTS: tuple[RunStatusChangeEventType, ...] = (
+_MAX_PAGES = 20
+_INTERVAL_SECONDS = 30
+_MAX_NAMED_ASSETS = 3
+_UNPARTITIONED = ""
+"""The partition of a run or check without partitions in ``ops.incidents``."""
+
+_RUN_EVENTS: tuple[Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_SUCCESS], ...] = (
     dg.DagsterEventType.RUN_FAILURE,
     dg.DagsterEventType.RUN_SUCCESS,
 )
 
 
-def alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDefinition:
-    """Keeps ``ops.incidents``: failed runs, failed checks of severity ERROR (which leave their run green), and windows
-    behind schedule. The cursor is the last event read: a restart misses none.
+def build_alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDefinition:
+    """Return the sensor that opens, closes and reports incidents.
+
+    The cursor holds the last event that was read, so that a restart misses none.
     """
     url = settings.alert_webhook_url
     webhook = Webhook(url.get_secret_value(), ui_url=settings.dagster_ui_url) if url else None
 
     @dg.sensor(
         name="alerts",
-        minimum_interval_seconds=_SECONDS,
+        minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Keeps ops.incidents, and tells ALERT_WEBHOOK_URL what began to fail and what is over.",
+        description="Records incidents in ops.incidents, and reports to ALERT_WEBHOOK_URL which began and which ended.",
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        seen = json.loads(context.cursor) if context.cursor else {"runs": 0, "checks": 0}
+        cursor = json.loads(context.cursor) if context.cursor else {"runs": 0, "checks": 0}
         with sanitized_errors(), warehouse.connect() as conn:
             with conn.transaction():
-                for _ in range(_PAGES):
-                    before = dict(seen)
-                    seen["runs"] = _runs(conn, context.instance, settings, seen["runs"])
-                    seen["checks"] = _checks(conn, context.instance, context.repository_def, seen["checks"])
-                    if seen == before:
+                for _ in range(_MAX_PAGES):
+                    previous = dict(cursor)
+                    cursor["runs"] = _record_runs(conn, context.instance, settings, cursor["runs"])
+                    cursor["checks"] = _record_checks(conn, context.instance, context.repository_def, cursor["checks"])
+                    if cursor == previous:
                         break
-                _behind(conn, settings)
-            told = True
-            if webhook:
-
-                def deliver(began: list[incidents.Incident], over: list[incidents.Incident]) -> bool:
-                    nonlocal told
-                    told = webhook.deliver(began, over)
-                    return told
-
-                incidents.tell(conn, deliver)
-            open_now = len(incidents.still_open(conn))
-        said = f"{open_now} incidents are open" if open_now else "nothing fails"
-        if not told:
-            said += "; ALERT_WEBHOOK_URL does not take the message: it is tried again at the next tick"
-        return dg.SensorResult(cursor=json.dumps(seen), skip_reason=said)
+                _record_types_behind(conn, settings)
+            delivered = webhook is None or _report(conn, webhook)
+            open_incidents = len(incidents.still_open(conn))
+        message = f"{open_incidents} incidents are open" if open_incidents else "no incident is open"
+        if not delivered:
+            message += "; ALERT_WEBHOOK_URL did not accept the message: the next tick sends it again"
+        return dg.SensorResult(cursor=json.dumps(cursor), skip_reason=message)
 
     return alerts
 
 
-def _runs(conn: Connection, instance: dg.DagsterInstance, settings: Settings, after: int) -> int:
-    """What ended since the event ``after``. Returns the last event read."""
+def _report(conn: Connection, webhook: Webhook) -> bool:
+    """Send the incidents that have not been reported yet. Return False if the webhook did not accept them."""
+    accepted = True
+
+    def deliver(began: list[incidents.Incident], over: list[incidents.Incident]) -> bool:
+        nonlocal accepted
+        accepted = webhook.deliver(began, over)
+        return accepted
+
+    incidents.tell(conn, deliver)
+    return accepted
+
+
+def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Settings, after: int) -> int:
+    """Record the runs that ended since the event ``after``. Return the id of the last event that was read."""
     records: list[dg.EventLogRecord] = []
-    complete = []
-    for kind in _RUN_EVENTS:
+    limits = []
+    for event_type in _RUN_EVENTS:
         result = instance.fetch_run_status_changes(
-            RunStatusChangeRecordsFilter(kind, after_storage_id=after), limit=AT_ONCE, ascending=True
+            dg.RunStatusChangeRecordsFilter(event_type, after_storage_id=after), limit=PAGE_SIZE, ascending=True
         )
         records += result.records
         if result.has_more:
-            complete.append(result.records[-1].storage_id)
+            limits.append(result.records[-1].storage_id)
     records.sort(key=lambda record: record.storage_id)
-    # Failures and successes are read by themselves: only up to where both were read is their order known.
-    records = [record for record in records if record.storage_id <= min(complete, default=record.storage_id)]
+    # Failures and successes come from two queries. Beyond the end of the shorter page their order is unknown.
+    records = [record for record in records if record.storage_id <= min(limits, default=record.storage_id)]
     for record in records:
         run = instance.get_run_by_id(record.run_id)
         if run is None:
             continue
-        name, partitions = _name(run), _partitions(run, settings)
+        name, partitions = _describe_run(run), _partition_keys(run, settings)
         if record.event_log_entry.dagster_event_type is dg.DagsterEventType.RUN_SUCCESS:
             incidents.recovered(conn, "run", name, partitions)
         elif run.tags.get("dagster/will_retry") != "true":
-            counts = {"windows": len(partitions)} if partitions != [_WHOLE] else {}
+            counts = {"windows": len(partitions)} if partitions != [_UNPARTITIONED] else {}
             incidents.failed(conn, "run", name, partitions, run_id=run.run_id, counts=counts)
     return records[-1].storage_id if records else after
 
 
-def _name(run: dg.DagsterRun) -> str:
-    """The job; for what was started by hand or by a backfill of assets, which is one job for all, the assets."""
+def _describe_run(run: dg.DagsterRun) -> str:
+    """Return the name of the run's job.
+
+    Runs that were started by hand or by a backfill of assets all belong to one implicit job; return their assets.
+    """
     if not run.job_name.startswith("__") or not run.asset_selection:
         return run.job_name
     keys = sorted(key.to_user_string() for key in run.asset_selection)
-    return ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
+    more = f" and {len(keys) - _MAX_NAMED_ASSETS} more" if len(keys) > _MAX_NAMED_ASSETS else ""
+    return ", ".join(keys[:_MAX_NAMED_ASSETS]) + more
 
 
-def _partitions(run: dg.DagsterRun, settings: Settings) -> list[str]:
+def _partition_keys(run: dg.DagsterRun, settings: Settings) -> list[str]:
     if RANGE_START in run.tags:
         scheme = settings.window_scheme
         first, last = scheme.window(run.tags[RANGE_START]), scheme.window(run.tags[RANGE_END])
         return [window.key for window in scheme.between(first.start or scheme.start, last.start or scheme.start)]
-    return [run.tags.get("dagster/partition", _WHOLE)]
+    return [run.tags.get(PARTITION_TAG, _UNPARTITIONED)]
 
 
-def _checks(
+def _record_checks(
     conn: Connection, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition | None, after: int
 ) -> int:
-    """What was evaluated since the event ``after``. Returns the last event read."""
-    records = _evaluations(instance, after)
-    for storage_id, run_id, evaluation in records:
-        del storage_id
+    """Record the checks evaluated since the event ``after``. Return the id of the last event that was read."""
+    evaluations = _read_evaluations(instance, after)
+    for _, run_id, evaluation in evaluations:
         key = evaluation.asset_check_key
         if _is_summary(repository, evaluation):
             continue
         name = f"{key.asset_key.to_user_string()}:{key.name}"
-        partition = [evaluation.partition or _WHOLE]
+        partitions = [evaluation.partition or _UNPARTITIONED]
         if evaluation.passed:
-            incidents.recovered(conn, "check", name, partition)
+            incidents.recovered(conn, "check", name, partitions)
         elif evaluation.severity is dg.AssetCheckSeverity.ERROR:
-            incidents.failed(conn, "check", name, partition, run_id=run_id, counts=_counts(evaluation))
-    return records[-1][0] if records else after
+            incidents.failed(conn, "check", name, partitions, run_id=run_id, counts=_integers(evaluation))
+    return evaluations[-1][0] if evaluations else after
 
 
-def _evaluations(instance: dg.DagsterInstance, after: int) -> Sequence[tuple[int, str, dg.AssetCheckEvaluation]]:
+def _read_evaluations(instance: dg.DagsterInstance, after: int) -> Sequence[tuple[int, str, dg.AssetCheckEvaluation]]:
+    """Return the next page of evaluations: (id of the event, run id, evaluation)."""
     records = instance.event_log_storage.get_event_records(
         dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION, after_cursor=after),
-        limit=AT_ONCE,
+        limit=PAGE_SIZE,
         ascending=True,
     )
     return [
@@ -149,7 +164,7 @@ def _evaluations(instance: dg.DagsterInstance, after: int) -> Sequence[tuple[int
 
 
 def _is_summary(repository: dg.RepositoryDefinition | None, evaluation: dg.AssetCheckEvaluation) -> bool:
-    """In a run of several windows each has an evaluation of its own, and their sum has one without a partition."""
+    """Return whether an evaluation sums up the windows of a range run, each of which has its own evaluation."""
     if evaluation.partition is not None or repository is None:
         return False
     graph = repository.asset_graph
@@ -157,8 +172,8 @@ def _is_summary(repository: dg.RepositoryDefinition | None, evaluation: dg.Asset
     return key in graph.asset_check_keys and graph.get(key).partitions_def is not None
 
 
-def _counts(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
-    """The numbers of an evaluation: the metadata that are integers."""
+def _integers(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
+    """Return the metadata of an evaluation that are integers other than zero."""
     return {
         name: value.value
         for name, value in evaluation.metadata.items()
@@ -166,14 +181,16 @@ def _counts(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
     }
 
 
-def _behind(conn: Connection, settings: Settings) -> None:
-    """Types that are neither up to date nor catching up: for ALERT_BEHIND_MINUTES their checkpoint has been older than
-    that, and has not moved. Files have no schedule of their own.
+def _record_types_behind(conn: Connection, settings: Settings) -> None:
+    """Record the resource types that are behind schedule and not catching up.
+
+    Such a type has a checkpoint older than ALERT_BEHIND_MINUTES that has not moved for as long. Types that are read
+    from files have no schedule and are left out.
     """
-    oldest = datetime.now(UTC) - timedelta(minutes=settings.alert_behind_minutes)
-    known = checkpoints.get(conn, settings.fhir_resource_types)
-    late = [name for name, each in known.items() if each.source_state is None and each.loaded_until < oldest]
-    stuck = [name for name in late if known[name].moved_at < oldest]
+    limit = datetime.now(UTC) - timedelta(minutes=settings.alert_behind_minutes)
+    by_type = checkpoints.get(conn, settings.fhir_resource_types)
+    late = [name for name, point in by_type.items() if point.source_state is None and point.loaded_until < limit]
+    stuck = [name for name in late if by_type[name].moved_at < limit]
     if stuck:
-        incidents.failed(conn, "behind", _SCHEDULE, stuck, counts={"resource_types": len(stuck)})
-    incidents.recovered(conn, "behind", _SCHEDULE, [name for name in known if name not in late])
+        incidents.failed(conn, "behind", INCREMENTAL_LOAD, stuck, counts={"resource_types": len(stuck)})
+    incidents.recovered(conn, "behind", INCREMENTAL_LOAD, [name for name in by_type if name not in late])

@@ -1,59 +1,62 @@
-"""What was received by other doors than the source, on its way into the tables."""
+"""The sensor ``load_received``: loads what other channels than the source wrote to raw."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.dead_runs import give_up_dead_runs
-from fhir_assets.orchestration.received_windows import assets_of, group
-from fhir_assets.orchestration.run_requests import UNFINISHED, run_request
+from fhir_assets.orchestration.dagster_internals import UnresolvedAssetJobDefinition
+from fhir_assets.orchestration.dead_runs import fail_dead_runs
+from fhir_assets.orchestration.jobs import LOAD_RECEIVED
+from fhir_assets.orchestration.received_windows import group_windows, select_assets
+from fhir_assets.orchestration.run_requests import UNFINISHED, build_run_request
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received
 
-RUNS_AT_ONCE = 10
-"""How many runs one tick asks for at most."""
+MAX_RUNS = 10
+"""The largest number of runs that one tick requests."""
 
 
-def load_received_sensor(
+def build_load_received_sensor(
     settings: Settings, job: UnresolvedAssetJobDefinition, warehouse: Warehouse
 ) -> dg.SensorDefinition:
-    """Asks for runs over the windows that were received and are not in the tables yet.
+    """Return the sensor that requests runs over the windows of ``ops.received`` that are not loaded.
 
-    A window is done when its rows are committed, not when its run was asked for: one whose run failed or died is asked
-    for again, after a wait that doubles. Nothing is asked for while an earlier request is being worked on.
+    An entry of ``ops.received`` ends when its rows are committed, not when its run is requested: a window whose run
+    failed or died is requested again, after a delay that doubles each time. A tick requests nothing while a run of the
+    job is unfinished.
     """
 
     @dg.sensor(
         job=job,
-        name="load_received",
+        name=LOAD_RECEIVED,
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Loads what was received by other doors than the source: landing files, intake, corrections.",
+        description="Loads what was received through other channels than the source: landing files, intake, "
+        "corrections.",
     )
     def load_received(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
         with warehouse.connect() as conn:
-            give_up_dead_runs(context.instance, conn)
+            fail_dead_runs(context.instance, conn)
         unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED))
         if unfinished:
             yield dg.SkipReason(f"{unfinished} runs of {job.name} are not finished yet")
             return
         now = datetime.now(UTC)
         with warehouse.connect() as conn:
-            waiting = group(settings, received.pending(conn, now=now))[:RUNS_AT_ONCE]
-            received.ask(conn, [each for part in waiting for each in part.pending], now=now)
+            waiting = group_windows(settings, received.pending(conn, now=now))[:MAX_RUNS]
+            received.ask(conn, [entry for stretch in waiting for entry in stretch.pending], now=now)
         if not waiting:
-            yield dg.SkipReason("all that was received is loaded")
+            yield dg.SkipReason("everything that was received is loaded")
         assert context.repository_def
         graph = context.repository_def.asset_graph
-        for part in waiting:
-            yield run_request(
-                part.windows,
-                run_key=f"{now:%Y-%m-%dT%H:%M:%S}/{part.run_key}",
+        for stretch in waiting:
+            yield build_run_request(
+                stretch.windows,
+                run_key=f"{now:%Y-%m-%dT%H:%M:%S}/{stretch.run_key}",
                 tags={},
-                assets=assets_of(graph, part.resource_types),
+                assets=select_assets(graph, stretch.resource_types),
             )
 
     return load_received

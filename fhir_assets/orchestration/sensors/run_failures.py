@@ -1,4 +1,4 @@
-"""Sensors."""
+"""The sensor ``record_failed_runs``: closes the account of a run that crashed."""
 
 import dagster as dg
 
@@ -6,13 +6,13 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.warehouse.ops import runs
 
 
-def record_failed_runs(warehouse: Warehouse) -> dg.SensorDefinition:
-    """Marks what a crashed run left RUNNING in ``ops.ingestion_runs`` as FAILED."""
+def build_run_failure_sensor(warehouse: Warehouse) -> dg.SensorDefinition:
+    """Return the sensor that marks the steps of a failed run as FAILED where ``ops.ingestion_runs`` has RUNNING."""
 
     @dg.run_failure_sensor(
         name="record_failed_runs",
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Marks what a crashed run left RUNNING in ops.ingestion_runs as FAILED.",
+        description="Marks the steps of a crashed run as FAILED where ops.ingestion_runs has RUNNING.",
     )
     def record_failed_runs(context: dg.RunFailureSensorContext) -> None:
         with warehouse.connect() as conn:

@@ -11,7 +11,7 @@ from fhir_assets.cli.connector import app
 from fhir_assets.delivery.connector import progress
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.orchestration.assets.delivered_health import KEY, health_patient_assets
+from fhir_assets.orchestration.assets.delivered_health import KEY, build_health_patient
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 from fhir_assets_tests.delivery.connector.conftest import Hospital
 
@@ -82,7 +82,7 @@ def test_the_events_to_try_it_with_arrive_as_they_say(environment: Hospital) -> 
 
 
 def test_dagster_sees_what_was_delivered_and_what_is_late(hospital: Hospital, tmp_path: Path) -> None:
-    definitions = health_patient_assets(hospital.settings, Warehouse(hospital.settings))
+    definitions = build_health_patient(hospital.settings, Warehouse(hospital.settings))
     dg.Definitions.validate_loadable(definitions)
     sensor = definitions.resolve_sensor_def("delivered_health_patient")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:

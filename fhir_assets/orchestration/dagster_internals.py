@@ -1,0 +1,125 @@
+"""Every name that the project imports from Dagster's private modules, with its use and what breaks without it.
+
+No other module of the package, and no YAML file, may name a private module of Dagster (``dagster._core``,
+``dagster._serdes``, …); ``fhir_assets_tests/test_architecture.py`` holds this rule and lists the names below.
+
+Dagster is pinned to an exact version in ``pyproject.toml``. Before you raise it, read this module from top to bottom:
+for each name, see whether it still exists, and whether a public name has replaced it.
+
+Beside these imports, ``instance/storage.py`` and ``instance/celery_launcher.py`` subclass public classes of
+dagster-postgres and dagster-celery and use some of their protected members (``_connect``, ``_get_asset_entry_values``,
+``_event_log_storage``, ``_instance``); ``checks/window.py`` calls ``dg.DagsterEvent.from_step``, which is public but
+undocumented.
+"""
+
+from typing import Any, NamedTuple
+
+import dagster as dg
+import sqlalchemy
+
+# The data of the events ASSET_CHECK_EVALUATION_PLANNED, ASSET_MATERIALIZATION_PLANNED, ASSET_OBSERVATION and
+# ASSET_MATERIALIZATION. The batched event log (instance/storage.py, instance/event_rows.py) reads asset, partition and
+# check from them. Without them: configure dagster-postgres' own storage in dagster.yaml, which writes each event in a
+# transaction of its own; a load of an empty window then takes about twice as long.
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationPlanned as AssetCheckEvaluationPlanned,
+)
+
+# Type of asset graphs, which `dg.Definitions.resolve_asset_graph` and `dg.RepositoryDefinition.asset_graph` return.
+# Used in annotations only. Without it: annotate with Any.
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph as AssetGraph
+
+# How Dagster serializes the metadata of an event. instance/event_json.py packs classes that use this field serializer,
+# or none, and leaves all others to Dagster. Without it: Dagster's serialization of each event, a third of the time of a
+# run over empty windows.
+from dagster._core.definitions.metadata import MetadataFieldSerializer as MetadataFieldSerializer
+
+# Type of the jobs that `dg.define_asset_job` returns. Used in annotations only. Without it: annotate with Any.
+from dagster._core.definitions.unresolved_asset_job_definition import (
+    UnresolvedAssetJobDefinition as UnresolvedAssetJobDefinition,
+)
+
+# See AssetCheckEvaluationPlanned.
+from dagster._core.events import AssetMaterializationPlannedData as AssetMaterializationPlannedData
+from dagster._core.events import AssetObservationData as AssetObservationData
+
+# Marks events as one batch, which Dagster passes to the storage in one call. checks/window.py logs the evaluations of
+# all windows of a run in this way. Without it: `context.log_event` for each evaluation, one transaction each.
+from dagster._core.events import DagsterEventBatchMetadata as DagsterEventBatchMetadata
+
+# See AssetCheckEvaluationPlanned.
+from dagster._core.events import StepMaterializationData as StepMaterializationData
+
+# What a run launcher answers when the daemon asks for the health of a run's worker. The Celery launcher answers FAILED
+# for a killed worker. Without them: the runs of a killed worker stay STARTED until somebody terminates them.
+from dagster._core.launcher import CheckRunHealthResult as CheckRunHealthResult
+from dagster._core.launcher import WorkerStatus as WorkerStatus
+
+# The status of a row of `asset_check_executions`, which the batched event log writes. Without it: the strings PLANNED,
+# SUCCEEDED and FAILED.
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecordStatus as AssetCheckExecutionRecordStatus,
+)
+
+# Type of the `config` of a Postgres storage in dagster.yaml. Used in annotations only. Without it: annotate with
+# Mapping[str, Any].
+from dagster._core.storage.config import PostgresStorageConfig as PostgresStorageConfig
+
+# Keeps nothing of what steps print. Base class of instance/compute_logs.py. Without it: stdout and stderr of steps,
+# which may quote a resource, stay on disk.
+from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager as NoOpComputeLogManager
+
+# The module, class and config of a class that dagster.yaml names. Dagster passes it to `from_config_value` of the
+# classes in instance/. Without it: annotate with Any.
+from dagster._serdes import ConfigurableClassData as ConfigurableClassData
+
+# How Dagster packs an object of a class, and its registry of all such classes. instance/event_json.py packs the same
+# fields under the same names. Without them: see MetadataFieldSerializer.
+from dagster_shared.serdes.serdes import _WHITELIST_MAP
+from dagster_shared.serdes.serdes import ObjectSerializer as ObjectSerializer
+
+SERIALIZABLE_CLASSES = _WHITELIST_MAP
+
+
+class EventLogTables(NamedTuple):
+    """The tables of Dagster's event log that the batched event log writes beside ``event_logs``."""
+
+    check_executions: sqlalchemy.Table
+    event_tags: sqlalchemy.Table
+    asset_keys: sqlalchemy.Table
+    asset_key_index: str
+    """Name of the data migration that added the indexed columns of ``asset_keys``."""
+
+
+def load_event_log_tables() -> EventLogTables:
+    """Return the table definitions of Dagster's event log.
+
+    A function, because the import takes a fifth of a second that only processes with an instance need. Without these
+    tables: see AssetCheckEvaluationPlanned.
+    """
+    from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
+    from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetEventTagsTable, AssetKeyTable
+
+    return EventLogTables(AssetCheckExecutionsTable, AssetEventTagsTable, AssetKeyTable, ASSET_KEY_INDEX_COLS)
+
+
+def read_run_id(packed_arguments: Any) -> str:
+    """Return the run id in a message of dagster-celery's run launcher.
+
+    Without ``ExecuteRunArgs``: read the field ``run_id`` of the message, a JSON object.
+    """
+    from dagster._grpc.types import ExecuteRunArgs
+    from dagster._serdes import unpack_value
+
+    return unpack_value(packed_arguments, as_type=ExecuteRunArgs).run_id
+
+
+def execute_run(run_id: str, instance: dg.DagsterInstance) -> int:
+    """Execute a run in the calling thread and return its exit code: 0 for success.
+
+    It does what the command ``dagster api execute_run`` does in a process of its own. Without it: start that command
+    for each run, which costs about a second before the first step.
+    """
+    from dagster._cli.api import _execute_run_command_body
+
+    return _execute_run_command_body(run_id, instance, lambda _: None, set_exit_code_on_failure=True)

@@ -1,0 +1,83 @@
+"""Failures of steps and sensors: the account of steps in ``ops.ingestion_runs``, and errors without patient data.
+
+Every failure is permanent for Dagster: ``allow_retries`` is off, because a step that failed would fail again on the
+same input. Transient errors of a FHIR server or of S3 are retried where they occur, by ``fhir.client.retries`` and by
+boto3, and become a failure after the last attempt. A crashed run is started again by ``run_retries`` in
+``dagster.yaml``.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import perf_counter
+from traceback import extract_tb
+
+import dagster as dg
+import psycopg
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
+from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.warehouse.ops import runs
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def record_step(run: RunContext, warehouse: Warehouse, resource_types: list[str]) -> Iterator[None]:
+    """Record a step in ``ops.ingestion_runs``: RUNNING at its start, then SUCCESS, or FAILED with the reason.
+
+    A step yields its outputs inside the block, so that an error of the IO manager is recorded too. Raises
+    ``dagster.Failure`` with one sentence for every exception: an error of the project gives its own message; any other
+    error gives its type and its line in the code, because its message may quote a resource.
+    """
+    with warehouse.connect() as conn:
+        runs.start(conn, run.run_id, resource_types, run.partition_keys, triggered_by=run.triggered_by, at=run.now)
+    started = perf_counter()
+    fields = {
+        "run": run.run_id,
+        "types": resource_types,
+        "window": run.partition_keys[0],
+        "windows": len(run.partition_keys),
+    }
+    try:
+        yield
+    except BaseException as error:
+        reason = _describe(error)
+        _log.error("step failed", extra={**fields, "reason": reason})
+        # Without a database nothing can be recorded: the next load finds the dead run by its advisory lock.
+        with suppress(DatabaseUnavailable), warehouse.connect() as conn:
+            runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason)
+        if isinstance(error, Exception):
+            raise dg.Failure(reason, allow_retries=False) from None
+        raise
+    with warehouse.connect() as conn:
+        seconds = (perf_counter() - started) / len(resource_types)
+        runs.finish(conn, run.run_id, resource_types, run.partition_keys, seconds=seconds)
+    _log.info("step finished", extra={**fields, "seconds": round(perf_counter() - started, 3)})
+
+
+@contextmanager
+def sanitized_errors() -> Iterator[None]:
+    """Raise ``dagster.Failure`` with one sentence for every exception in the block, as ``record_step`` does.
+
+    For steps and sensors that ``ops.ingestion_runs`` does not list. Dagster stores the message of an exception and of
+    its causes; without this block they could quote a resource.
+    """
+    try:
+        yield
+    except dg.Failure:
+        raise
+    except Exception as error:
+        raise dg.Failure(_describe(error), allow_retries=False) from None
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, FhirAssetsError):
+        return str(error)
+    if isinstance(error, GeneratorExit):
+        return "the step's output could not be stored: the page of the run in the Dagster UI shows the reason"
+    frame = extract_tb(error.__traceback__)[-1]
+    state = f", SQLSTATE {error.sqlstate}" if isinstance(error, psycopg.Error) else ""
+    return f"unexpected {type(error).__name__}{state} in {Path(frame.filename).name}, line {frame.lineno}"

@@ -1,0 +1,97 @@
+"""Jobs made of ops: ``fetch_missing_references`` and ``apply_consent``. They materialize no asset of their own.
+
+Jobs that materialize or check assets are in ``jobs.py``.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.source import Source
+from fhir_assets.fhir.views import View, ViewSet
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.jobs import APPLY_CONSENT, FETCH_MISSING_REFERENCES
+from fhir_assets.orchestration.received_windows import build_materializations
+from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
+from fhir_assets.pipeline.consent.step import ConsentStep
+from fhir_assets.pipeline.hydrate.step import HydrateStep, ReadsById
+from fhir_assets.pipeline.receive.receiver import Receiver
+from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
+
+
+def build_fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.JobDefinition:
+    """Return the job that asks the source by id for resources that loaded resources refer to and the tables lack.
+
+    Patients come first, in batches. The resources are received into raw; the sensor ``load_received`` loads them.
+    """
+
+    @dg.op(
+        name="ask_for_missing_references",
+        pool=FHIR_SERVER_POOL,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys={"source", "store", "warehouse"},
+    )
+    def ask_for_missing_references(
+        context: dg.OpExecutionContext,
+    ) -> Iterator[dg.AssetMaterialization | dg.Output[None]]:
+        source: Source = context.resources.source
+        store: Store = context.resources.store
+        warehouse: Warehouse = context.resources.warehouse
+        if not isinstance(source, ReadsById):
+            yield dg.Output(None, metadata={"skipped": f"the source {source.name} cannot read resources by id"})
+            return
+        offered = source.offered()
+        types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
+        receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+        step = HydrateStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
+        asked: Counter[str] = Counter()
+        found: Counter[str] = Counter()
+        deleted: Counter[str] = Counter()
+        with sanitized_errors():
+            for batch in step.run():
+                asked[batch.resource_type] += batch.requested
+                found[batch.resource_type] += batch.found
+                deleted[batch.resource_type] += batch.deleted
+                yield from build_materializations(batch.received)
+        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found), "deleted": dict(deleted)})
+
+    @dg.job(
+        name=FETCH_MISSING_REFERENCES,
+        executor_def=dg.in_process_executor,
+        description="Ask the server by id for resources that loaded resources refer to and the tables lack, Patients "
+        "first.",
+    )
+    def fetch_missing_references() -> None:
+        ask_for_missing_references()
+
+    return fetch_missing_references
+
+
+def build_apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
+    """Return the job that withholds or releases resources in the tables as the patients' consents now require."""
+
+    @dg.op(description="Remove what consent no longer covers from the tables, and load what it now covers.")
+    def apply_consent_op(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
+        step = ConsentStep(
+            warehouse.connect, views.views, settings.gate, run_id=context.run_id, actor=f"job:{APPLY_CONSENT}"
+        )
+        with sanitized_errors():
+            counts = step.run(datetime.now(UTC))
+        context.add_output_metadata(
+            {
+                "patients": counts.patients,
+                "decisions_changed": counts.decisions,
+                "resources_withheld": counts.withheld,
+                "resources_released": counts.released,
+            }
+        )
+
+    @dg.job(name=APPLY_CONSENT, executor_def=dg.in_process_executor)
+    def apply_consent() -> None:
+        apply_consent_op()
+
+    return apply_consent

@@ -1,0 +1,41 @@
+"""The Dagster resources that steps ask for: ``source``, ``store``, ``warehouse``, ``workers`` and ``validator``.
+
+IO managers are in ``io_managers/``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import dagster as dg
+
+from fhir_assets.deployment.validation import build_validator
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.source import Source
+from fhir_assets.pipeline.workers.pool import WorkerPool
+from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
+
+
+def build_resources(
+    settings: Settings, *, store: Store, warehouse: Warehouse, open_source: Callable[[], Source]
+) -> Mapping[str, object]:
+    """Return the resources by key. A run calls ``open_source`` when its first step asks for the source.
+
+    The resource ``warehouse`` holds the advisory lock of the run, by which other processes see that the run lives.
+    """
+
+    @dg.resource
+    def source_resource() -> Source:
+        return open_source()
+
+    @dg.resource
+    def warehouse_resource(context: dg.InitResourceContext) -> Iterator[Warehouse]:
+        with warehouse.hold_run(context.run.run_id if context.run else "") as held:
+            yield held
+
+    return {
+        "source": source_resource,
+        "store": store,
+        "warehouse": warehouse_resource,
+        "workers": WorkerPool(settings.workers),
+        "validator": build_validator(settings),
+    }
