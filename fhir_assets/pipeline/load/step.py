@@ -1,4 +1,6 @@
-"""validated -> tables: all views of a type in one pass, whole windows a transaction."""
+"""Validated to tables: build the rows of all views of a resource type in one pass, and load whole windows in one
+transaction.
+"""
 
 import hashlib
 from collections import Counter
@@ -26,43 +28,60 @@ from fhir_assets.warehouse.postgres.tables.loading import OPEN, LoadCounts, Load
 from fhir_assets.windows import Interval, Window, joined
 
 TRANSACTION_ROWS = 50_000
-"""Small windows share a transaction until it holds this many resources; a larger window has one of its own."""
+"""Small windows share a transaction up to this many resources; a larger window has a transaction of its own."""
+
+STAGES: tuple[Stage, ...] = ("transform", "load")
+"""The stages of the dead letters that a load records."""
 
 _ACTOR = "pipeline"
 
-STAGES: tuple[Stage, ...] = ("transform", "load")
-"""The stages whose dead letters a load makes."""
-
 _ROWS_PER_SECOND = 8000
-"""About how many resources one process makes rows of."""
+"""About how many resources one process turns into rows, to decide whether worker processes are worth their start."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What a load did, over all of its windows. ``rows`` by view; ``dead`` by rule."""
+    """The counts of a load over all of its windows."""
 
     resources: int = 0
     inserted: int = 0
     updated: int = 0
     superseded: int = 0
+    """Resources that were not loaded because the tables have a newer version."""
     withheld: int = 0
     rows: Counter[str] = field(default_factory=Counter)
+    """Table rows by view name."""
     dead_by_rule: Counter[str] = field(default_factory=Counter)
-    settled_windows: set[str] = field(default_factory=set)
-    """Keys of windows, of this load or not, whose dead letters newer versions settled."""
+    """Dead letters by rule."""
+    settled_windows: frozenset[str] = frozenset()
+    """Keys of windows, also outside of this load, whose dead letters were resolved by newer versions."""
+
+    def __add__(self, other: "LoadResult") -> "LoadResult":
+        return LoadResult(
+            self.resources + other.resources,
+            self.inserted + other.inserted,
+            self.updated + other.updated,
+            self.superseded + other.superseded,
+            self.withheld + other.withheld,
+            Counter({view: self.rows[view] + other.rows[view] for view in self.rows | other.rows}),
+            self.dead_by_rule + other.dead_by_rule,
+            self.settled_windows | other.settled_windows,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """The parts of one window that are to be loaded; ``anew`` if they are all of it, ``again`` if it was
-    loaded before.
+    """The parts of one window to load.
+
+    ``from_start``: these are all of its parts. ``reload``: some of them were loaded before. ``until`` is how far the
+    window is fetched and validated, None if the checkpoint must not move.
     """
 
     window: Window
     manifest: Manifest
     parts: Sequence[Part]
-    anew: bool
-    again: bool
+    from_start: bool
+    reload: bool
     until: datetime | None
 
     @property
@@ -71,9 +90,10 @@ class _Task:
 
 
 class LoadStep:
-    """Loads validated partitions of one type after the other into the tables of some of its views.
+    """Loads validated partitions into the tables of views, one resource type for each call.
 
-    ``whole`` says that these are all views of the type; only then is a part remembered as loaded.
+    ``all_views`` says that ``views`` are all views of the type; only then are parts recorded as loaded and checkpoints
+    moved.
     """
 
     def __init__(
@@ -91,7 +111,7 @@ class LoadStep:
         self._store = store
         self._connect = connect
         self._views = views
-        self._make_rows: RowBuilder | None = None
+        self._row_builder: RowBuilder | None = None
         self._workers = workers
         self._ruleset = compute_views_ruleset(views)
         self._all_views = all_views
@@ -101,18 +121,19 @@ class LoadStep:
 
     @infrequent_gc()
     def run(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> LoadResult:
-        """Load what of the windows is not loaded yet, or all of it.
+        """Load the parts of the windows that are not loaded yet, or all parts, as ``refresh`` says.
 
-        Raises DatabaseUnavailable, ViewError or StoreError; windows whose transaction was not committed are as before.
+        Raises DatabaseUnavailable, ViewError, StoreError or WorkerLost; windows whose transaction was not committed
+        are unchanged then.
         """
         total = LoadResult(rows=Counter({view.name: 0 for view in self._views}))
         with self._connect() as conn:
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
             DeletionLog(self._store, self._connect).apply_pending(conn, resource_type, run_id=self._run_id)
-            for group in _transactions(self._tasks(conn, resource_type, windows, validated)):
+            for group in _group_by_transaction(self._tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
-                    self._load_group(conn, resource_type, group, total)
+                    total += self._load_group(conn, resource_type, group)
         return total
 
     def _tasks(
@@ -122,97 +143,127 @@ class LoadStep:
         loaded = checkpoints.loaded_parts(conn, resource_type, list(by_key))
         conn.commit()
         keys = [manifest.partition_key for manifest in validated]
-        sources = {each.partition_key: each for each in self._store.manifests("raw", resource_type, keys)}
+        raw_by_key = {raw.partition_key: raw for raw in self._store.manifests("raw", resource_type, keys)}
         for manifest in validated:
-            raw = sources.get(manifest.partition_key)
+            raw = raw_by_key.get(manifest.partition_key)
             fetched = raw.fetched if raw else None
-            before = loaded.get(manifest.partition_key, frozenset())
-            new = [part for part in manifest.parts if part.name not in before]
-            only_new = self._refresh is Refresh.MISSING and before.issubset(part.name for part in manifest.parts)
+            loaded_names = loaded.get(manifest.partition_key, frozenset())
+            new = [part for part in manifest.parts if part.name not in loaded_names]
+            only_new = self._refresh is Refresh.MISSING and loaded_names.issubset(part.name for part in manifest.parts)
             yield _Task(
                 by_key[manifest.partition_key],
                 manifest,
                 new if only_new else manifest.parts,
-                not (only_new and before),
-                bool(before) and not only_new,
+                not (only_new and loaded_names),
+                bool(loaded_names) and not only_new,
                 fetched.until if raw and fetched and _covers(manifest, raw) else None,
             )
 
-    def _load_group(self, conn: Session, resource_type: str, group: Sequence[_Task], total: LoadResult) -> None:
+    def _load_group(self, conn: Session, resource_type: str, group: Sequence[_Task]) -> LoadResult:
         """Load the windows of one transaction, with their dead letters, counts and checkpoints."""
-        dead: Counter[str] = Counter()
-        again = any(task.again for task in group)
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=again, gate=self._consent_gate)
-
-        corrections = Corrections(self._connect, resource_type, STAGES, [task.window.key for task in group])
+        keys = [task.window.key for task in group]
+        resources = 0
+        dead_by_rule: Counter[str] = Counter()
+        dead_by_window: Counter[str] = Counter()
+        loader = Loader(
+            conn,
+            resource_type,
+            self._views,
+            run_id=self._run_id,
+            mend=any(task.reload for task in group),
+            gate=self._consent_gate,
+        )
+        corrections = Corrections(self._connect, resource_type, STAGES, keys)
         arrived = {task.window.key: task.window.start or task.window.end for task in group}
 
-        def bury(found: Sequence[DeadLetter]) -> None:
-            """Keep dead letters, of those only that nobody corrected: the corrected resource is loaded in its place."""
-            letters = []
-            for letter in found:
-                corrected = corrections.find(letter)
-                block = self._block_of(conn, corrected, letter.partition_key, arrived) if corrected else None
+        def record(candidates: Sequence[DeadLetter]) -> None:
+            """Record dead letters. Where a person corrected the resource, load the correction instead."""
+            uncorrected = []
+            for dead_letter in candidates:
+                corrected = corrections.find(dead_letter)
+                block = self._build_block(conn, corrected, dead_letter.partition_key, arrived) if corrected else None
                 if corrected is None or block is None:
-                    letters.append(letter)
+                    uncorrected.append(dead_letter)
                 else:
-                    refused = loader.take(block, [corrected], letter.partition_key)
-                    bury([build_unloadable_dead_letter(resource_type, item) for item in refused])
-            if letters:
+                    unloadable = loader.take(block, [corrected], dead_letter.partition_key)
+                    record([build_unloadable_dead_letter(resource_type, item) for item in unloadable])
+            if uncorrected:
                 loader.wait()
-                dead_letters.record(conn, self._run_id, (replace(letter, ruleset=self._ruleset) for letter in letters))
-                total.dead_by_rule.update(letter.rule for letter in letters)
-                dead.update(letter.partition_key for letter in letters)
+                with_ruleset = (replace(dead_letter, ruleset=self._ruleset) for dead_letter in uncorrected)
+                dead_letters.record(conn, self._run_id, with_ruleset)
+                dead_by_rule.update(dead_letter.rule for dead_letter in uncorrected)
+                dead_by_window.update(dead_letter.partition_key for dead_letter in uncorrected)
 
         with loader:
-            for _, batch, rows in self._rows(conn, group):
-                found = loader.take(rows.block, batch.lines, batch.partition_key)
-                bury([undone.build_dead_letter(resource_type, batch) for undone in rows.rejected])
-                bury([build_unloadable_dead_letter(resource_type, item) for item in found])
-                total.resources += len(batch.lines)
+            for _, batch, rows in self._build_rows(conn, group):
+                unloadable = loader.take(rows.block, batch.lines, batch.partition_key)
+                record([line.build_dead_letter(resource_type, batch) for line in rows.rejected])
+                record([build_unloadable_dead_letter(resource_type, item) for item in unloadable])
+                resources += len(batch.lines)
             counts = loader.finish()
             while late := loader.late():
-                bury([build_unloadable_dead_letter(resource_type, item) for item in late])
+                record([build_unloadable_dead_letter(resource_type, item) for item in late])
                 counts = loader.finish()
-        anew = [task.window.key for task in group if task.anew]
-        for stage in STAGES:
-            dead_letters.settle(conn, self._run_id, resource_type, stage, anew)
+        settled_windows = self._record_windows(conn, resource_type, group, counts, dead_by_window)
+        return LoadResult(
+            resources,
+            counts.inserted,
+            counts.updated,
+            counts.superseded,
+            counts.withheld.total(),
+            Counter(counts.rows),
+            dead_by_rule,
+            settled_windows,
+        )
+
+    def _record_windows(
+        self,
+        conn: Session,
+        resource_type: str,
+        group: Sequence[_Task],
+        counts: LoadCounts,
+        dead_by_window: Mapping[str, int],
+    ) -> frozenset[str]:
+        """Settle earlier dead letters, and record loaded parts, checkpoints, counts and the audit log.
+
+        Return the keys of windows whose dead letters were resolved by newer versions.
+        """
         keys = [task.window.key for task in group]
-        total.settled_windows |= replays.supersede(conn, self._run_id, resource_type, keys)
+        for stage in STAGES:
+            dead_letters.settle(
+                conn, self._run_id, resource_type, stage, [task.window.key for task in group if task.from_start]
+            )
+        settled_windows = replays.supersede(conn, self._run_id, resource_type, keys)
         if self._all_views:
-            self._remember(conn, resource_type, group)
-            self._heal(conn, resource_type, group)
-        held = consents.counts(conn, resource_type, [task.window.key for task in group])
+            self._record_loaded_parts(conn, resource_type, group)
+            self._resolve_replayed(conn, resource_type, group)
+        withheld = consents.counts(conn, resource_type, keys)
         runs.count(
             conn,
             self._run_id,
             resource_type,
             {
                 task.window.key: {
-                    "loaded": task.rows - dead[task.window.key] - counts.withheld[task.window.key],
-                    # As validation counted it, less what consent withholds.
-                    "valid": task.manifest.rows - held[task.window.key] if task.window.key in held else None,
-                    "withheld": held.get(task.window.key, 0),
+                    "loaded": task.rows - dead_by_window[task.window.key] - counts.withheld[task.window.key],
+                    # The number of validated resources without those that consent withholds.
+                    "valid": task.manifest.rows - withheld[task.window.key] if task.window.key in withheld else None,
+                    "withheld": withheld.get(task.window.key, 0),
                 }
                 for task in group
             },
         )
         audit_log.record(
-            conn, *load_audit_records(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)})
+            conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)})
         )
-        total.inserted += counts.inserted
-        total.updated += counts.updated
-        total.superseded += counts.superseded
-        total.withheld += counts.withheld.total()
-        total.rows.update(counts.rows)
+        return frozenset(settled_windows)
 
-    def _rows(self, conn: Session, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, BuiltRows]]:
-        """What the views make of the windows' resources, in order, while earlier ones are written."""
+    def _build_rows(self, conn: Session, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, BuiltRows]]:
+        """Yield the rows of the windows' batches in order; workers build rows while earlier ones are written."""
         if not any(task.rows for task in group):
             return iter(())
-        self._make_rows = self._make_rows or RowBuilder(self._views, cipher_of(conn))
+        self._row_builder = self._row_builder or RowBuilder(self._views, cipher_of(conn))
         return self._workers.map(
-            self._make_rows,
+            self._row_builder,
             (
                 (None, Batch(lines, task.window.key, task.window.start or task.window.end))
                 for task in group
@@ -222,16 +273,16 @@ class LoadStep:
             seconds=sum(task.rows for task in group) / _ROWS_PER_SECOND,
         )
 
-    def _block_of(
+    def _build_block(
         self, conn: Session, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
     ) -> Block | None:
-        """What the views make of a corrected resource; None if it is refused as well."""
-        self._make_rows = self._make_rows or RowBuilder(self._views, cipher_of(conn))
-        made = self._make_rows(Batch([line], partition_key, arrived[partition_key]))
-        return made.block if made.block else None
+        """Return the block of a corrected resource, or None if its rows cannot be built either."""
+        self._row_builder = self._row_builder or RowBuilder(self._views, cipher_of(conn))
+        rows = self._row_builder(Batch([line], partition_key, arrived[partition_key]))
+        return rows.block if rows.block else None
 
-    def _remember(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
-        """Note the parts as loaded and move the checkpoint, in the transaction of their rows."""
+    def _record_loaded_parts(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
+        """Record the parts as loaded and move the checkpoint, in the transaction of their rows."""
         checkpoints.remember_parts(
             conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
         )
@@ -240,35 +291,35 @@ class LoadStep:
         for span in joined(Interval(task.window.start, task.until) for task in group if task.until is not None):
             checkpoints.advance(conn, resource_type, span.start, span.end, self._run_id)
 
-    def _heal(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
-        """The dead letters that replays brought into these windows are resolved, in the transaction of their rows."""
-        healed_by = {
+    def _resolve_replayed(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
+        """Resolve the dead letters whose replays are in these windows, in the transaction of their rows."""
+        replay_runs = {
             task.window.key: state.replays for task in group if (state := task.manifest.validated) and state.replays
         }
-        replays.healed(conn, self._run_id, resource_type, ["validate"], healed_by)
+        replays.healed(conn, self._run_id, resource_type, ["validate"], replay_runs)
 
 
-def load_audit_records(
+def build_load_audit_records(
     resource_type: str, counts: LoadCounts, *, run_id: str, detail: dict[str, str | int | bool | None]
 ) -> Iterator[AuditRecord]:
-    """What a load did to the tables, for the audit log."""
-    done: dict[Action, int] = {
+    """Yield the audit records of a load: created, updated and withheld resources."""
+    count_by_action: dict[Action, int] = {
         "create": counts.inserted,
         "update": counts.updated,
         "withhold": counts.withheld.total(),
     }
-    for action, count in done.items():
+    for action, count in count_by_action.items():
         yield AuditRecord(action, _ACTOR, resource_type, count=count, run_id=run_id, detail=detail)
 
 
 def compute_views_ruleset(views: Sequence[View]) -> str:
-    """Changes whenever other resources may be refused by ``views``: with the meaning of any of them."""
+    """Return a hash of the definitions of views. It changes whenever the views may reject other resources."""
     text = "\0".join(sorted(f"{view.name} {view.fingerprint}" for view in views))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def build_unloadable_dead_letter(resource_type: str, item: Unloadable) -> DeadLetter:
-    """The dead letter of a resource that Postgres cannot hold."""
+    """Build the dead letter of a resource that Postgres rejected."""
     return DeadLetter(
         resource_type=resource_type,
         resource_id=item.resource_id,
@@ -282,12 +333,12 @@ def build_unloadable_dead_letter(resource_type: str, item: Unloadable) -> DeadLe
 
 
 def _covers(validated: Manifest, raw: Manifest) -> bool:
-    """Whether all that was fetched of the window has been validated: only then may the checkpoint move on."""
+    """Return whether every raw part of the window is validated. Only then may the checkpoint move."""
     return validated.validated is not None and {part.name for part in raw.parts} == validated.validated.raw_parts
 
 
-def _transactions(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:
-    """Whole windows in groups of about TRANSACTION_ROWS resources."""
+def _group_by_transaction(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:
+    """Group whole windows into transactions of about TRANSACTION_ROWS resources."""
     group: list[_Task] = []
     rows = 0
     for task in tasks:

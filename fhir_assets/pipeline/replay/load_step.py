@@ -11,7 +11,7 @@ from datetime import datetime
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder, format_column_path
 from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
-from fhir_assets.pipeline.load.step import compute_views_ruleset, load_audit_records
+from fhir_assets.pipeline.load.step import build_load_audit_records, compute_views_ruleset
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
@@ -89,7 +89,9 @@ class ReplayLoadStep:
         replays.failed(conn, self._run_id, list(failed.values()))
         healed = [letter.id for letter in letters if letter.id not in failed]
         replays.healed_letters(conn, self._run_id, healed)
-        audit_log.record(conn, *load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True}))
+        audit_log.record(
+            conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True})
+        )
         return len(healed)
 
     def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:
