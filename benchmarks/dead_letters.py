@@ -71,7 +71,7 @@ def listing(url: str, letters: int) -> float:
             found = len(dead_letters.find(conn, selection, limit=50))
             print(f"{title:<32}{took:>8.1f} ms   {found} rows")
             longest = max(longest, took)
-        took = _median(lambda: quality.unsettled(conn, "Patient", ["2024-01-05"]))
+        took = _median(lambda: quality.count_unresolved_dead_letters(conn, "Patient", ["2024-01-05"]))
         print(f"{'by rule, of one window':<32}{took:>8.1f} ms")
         judges = [(name, "validate", "rules") for name in ("Patient", "Encounter", "Condition", "Observation")]
         took = _median(lambda: replays.outdated(conn, judges, limit=1000))

@@ -22,7 +22,7 @@ from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db import embedded, migrations
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
-from fhir_assets.warehouse.postgres.tables.encoding import row_encoder
+from fhir_assets.warehouse.postgres.tables.encoding import build_row_encoder
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 
@@ -85,7 +85,7 @@ def main(total: int) -> None:
 
 
 def _encode(views: list[View], items: list[tuple[Record, ViewRows]]) -> None:
-    encoders = [row_encoder(view, NO_ENCRYPTION) for view in views]
+    encoders = [build_row_encoder(view, NO_ENCRYPTION) for view in views]
     for _, rows in items:
         for encoder, view_rows in zip(encoders, rows, strict=True):
             for row in view_rows:

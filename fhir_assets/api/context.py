@@ -36,7 +36,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, visits
 from fhir_assets.warehouse.postgres.db.connections import Session, connection_pool
 from fhir_assets.warehouse.postgres.db.group_commit import GroupCommit
-from fhir_assets.warehouse.postgres.queries.patient_directory import Directory
+from fhir_assets.warehouse.postgres.queries.patient_directory import PatientDirectory
 
 POOL_SIZE = 8
 CONNECTION_TIMEOUT_SECONDS = 5
@@ -61,7 +61,7 @@ class AppContext:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.warehouse = Warehouse(settings)
-        self.directory = Directory(self.warehouse.connect)
+        self.directory = PatientDirectory(self.warehouse.connect)
         self.wait_slots = BoundedSemaphore(MAX_WAITING_REQUESTS)
         self._audit_commits = GroupCommit(self._write_audit_records)
         self._receive_commits = GroupCommit(self._receive_group)

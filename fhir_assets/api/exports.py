@@ -14,7 +14,7 @@ from fhir_assets.api.run_ids import find_run_id
 from fhir_assets.api.run_models import Exported
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
-from fhir_assets.warehouse.exports.export import Export, folder_of_run, windows_of_run
+from fhir_assets.warehouse.exports.export import Export, build_run_folder, find_run_windows
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 router = APIRouter(tags=["runs"])
@@ -51,8 +51,8 @@ def export_type(
         full_run_id = ""
         folder = f"exports/{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         if run_id:
-            full_run_id, keys_by_type = windows_of_run(conn, find_run_id(conn, run_id))
-            keys, folder = keys_by_type.get(name, []), folder_of_run(full_run_id, datetime.now(UTC))
+            full_run_id, keys_by_type = find_run_windows(conn, find_run_id(conn, run_id))
+            keys, folder = keys_by_type.get(name, []), build_run_folder(full_run_id, datetime.now(UTC))
         view_tables.ensure_tables(conn, views)
         conn.commit()
         withholding = context.settings.gate.closed
@@ -71,7 +71,7 @@ def export_type(
             withholding=withholding,
             manifest=f"{name}.manifest.json",
         )
-        type_export = export.of(name, keys)
+        type_export = export.for_type(name, keys)
         files = [type_export.valid()]
         if include_raw:
             files.append(type_export.raw())

@@ -17,7 +17,7 @@ from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import patient_directory, patients
-from fhir_assets.warehouse.postgres.queries.patient_directory import Search
+from fhir_assets.warehouse.postgres.queries.patient_directory import PatientSearch
 from fhir_assets.warehouse.postgres.queries.patients import Absence
 
 router = APIRouter(tags=["patients"])
@@ -93,13 +93,13 @@ def list_patients(
     """All patients, or those that match all search parameters. Names match as a whole, because encrypted values can
     only be compared for equality. All pages are equally fast. Patients whose data consent withholds are not listed.
     """
-    search = Search(mrn=mrn, given=first_name, family=last_name)
+    search = PatientSearch(mrn=mrn, given=first_name, family=last_name)
     with context.connection() as conn:
         if search:
             result = context.directory.find(conn, search, page, page_size, after=after)
         else:
             result = context.directory.page(conn, page, page_size, after=after)
-        withheld = patients.refused(conn, context.settings.gate, result.ids)
+        withheld = patients.find_withheld(conn, context.settings.gate, result.ids)
         found = _read_patients(conn, [patient_id for patient_id in result.ids if patient_id not in withheld])
         audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in found]
         empty_search = AuditRecord(
@@ -152,11 +152,13 @@ def one_patient_v1(context: Context, caller: CurrentCaller, patient_id: PatientI
 def _answer_patient(context: AppContext, caller: Caller, patient_id: str) -> Response:
     gate = context.settings.gate
     with context.connection() as conn:
-        withheld = patients.refused(conn, gate, [patient_id])
+        withheld = patients.find_withheld(conn, gate, [patient_id])
         found = [] if withheld else _read_patients(conn, [patient_id])
-        absence = Absence() if found else patients.why_absent(conn, patient_id)
+        absence = Absence() if found else patients.explain_absence(conn, patient_id)
         # A policy that denies by default withholds unknown ids too: for them the answer is 404, as for any unknown id.
-        refused = absence.withheld or bool(withheld and patient_directory.of_patients(conn, "Patient", [patient_id]))
+        refused = absence.withheld or bool(
+            withheld and patient_directory.read_compartments(conn, "Patient", [patient_id])
+        )
         audit_record = _audit_record(conn, caller, patient_id, found=len(found), refused=refused)
     context.record_audit(audit_record)
     if refused:
@@ -189,9 +191,9 @@ def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int 
 
 def _read_patients(conn: Session, ids: Sequence[str]) -> list[dict[str, Any]]:
     """Return the patients that are in the tables with their visits, in the order of ``ids``."""
-    by_id = {row.id: orjson.loads(row.body) for row in patient_directory.of_patients(conn, "Patient", ids)}
+    by_id = {row.id: orjson.loads(row.body) for row in patient_directory.read_compartments(conn, "Patient", ids)}
     visits: dict[str, list[dict[str, Any]]] = {}
-    for row in patient_directory.of_patients(conn, "Encounter", ids):
+    for row in patient_directory.read_compartments(conn, "Encounter", ids):
         encounter = orjson.loads(row.body)
         patient_id = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
         visits.setdefault(patient_id, []).append(_visit(encounter))

@@ -13,7 +13,7 @@ from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.exports.export import Export, ExportedFile, Format, folder_of_run, windows_of_run
+from fhir_assets.warehouse.exports.export import Export, ExportedFile, Format, build_run_folder, find_run_windows
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 
@@ -47,19 +47,19 @@ def export(
         folder, run_id, keys = "", None, _windows(settings, first, last)
         if run:
             try:
-                run_id, by_type = windows_of_run(conn, run)
+                run_id, by_type = find_run_windows(conn, run)
             except KeyError:
                 raise ConfigurationError(
                     f"no run, or more than one, begins with {run}: `fhir-assets runs list` shows those there are"
                 ) from None
-            folder = folder_of_run(run_id, datetime.now(UTC))
+            folder = build_run_folder(run_id, datetime.now(UTC))
             types = [name for name in types if name in by_type]
         view_tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
         writer = Export(conn, store, target, folder, run_id=run_id, actor=actor, withholding=settings.gate.closed)
         for name in types:
-            of_type = writer.of(name, by_type[name] if run else keys)
+            of_type = writer.for_type(name, by_type[name] if run else keys)
             if raw:
                 found.append(of_type.raw())
             if valid:

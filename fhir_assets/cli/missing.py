@@ -28,8 +28,8 @@ def list_missing(json: Json = False) -> None:
     views = build_views(settings).views
     with Warehouse(settings).connect() as conn:
         there = quality.existing_tables(conn, views)
-        columns = [c for view in views if view.name in there for c in quality.reference_columns(view)]
-        found = [asdict(each) for each in quality.unresolved(conn, columns, settings.fhir_resource_types)]
+        columns = [c for view in views if view.name in there for c in quality.find_reference_columns(view)]
+        found = [asdict(each) for each in quality.count_references(conn, columns, settings.fhir_resource_types)]
     if json:
         print_json(found)
     else:

@@ -10,7 +10,7 @@ import dagster as dg
 from fhir_assets.storage.blobs import Listed
 from fhir_assets.storage.orphans import left_in_spool, unnamed_parts
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.dagster import history
+from fhir_assets.warehouse.dagster import pruning
 from fhir_assets.warehouse.ops import retention
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -56,7 +56,7 @@ def kinds(
         return len(found)
 
     def remove_runs() -> int:
-        found = history.superseded_runs(dagster_conn, before)
+        found = pruning.find_superseded_runs(dagster_conn, before)
         for run_id in found:
             instance.delete_run(run_id)
         return len(found)
@@ -65,20 +65,20 @@ def kinds(
         Kind(
             "events",
             "steps and logs of Dagster's old runs",
-            lambda: (history.events(dagster_conn, before), None),
-            lambda: history.delete_events(dagster_conn, before),
+            lambda: (pruning.count_old_events(dagster_conn, before), None),
+            lambda: pruning.delete_old_events(dagster_conn, before),
         ),
         Kind(
             "runs",
             "Dagster's old runs that were done again since",
-            lambda: (len(history.superseded_runs(dagster_conn, before)), None),
+            lambda: (len(pruning.find_superseded_runs(dagster_conn, before)), None),
             remove_runs,
         ),
         Kind(
             "ticks",
             "old ticks of sensors and schedules",
-            lambda: (history.ticks(dagster_conn, before), None),
-            lambda: history.delete_ticks(dagster_conn, before),
+            lambda: (pruning.count_old_ticks(dagster_conn, before), None),
+            lambda: pruning.delete_old_ticks(dagster_conn, before),
         ),
         Kind(
             "dead-letters",

@@ -19,7 +19,7 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, normalise_url
-from fhir_assets.warehouse.postgres.queries.patient_directory import Directory, Page, Search
+from fhir_assets.warehouse.postgres.queries.patient_directory import Page, PatientDirectory, PatientSearch
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
 from fhir_assets_tests.support.databases import fresh_database
@@ -116,7 +116,9 @@ def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
         for each in waiting:
             assert ingestion.load_received(each, triggered_by="test").success
     warehouse = Warehouse(api.settings)
-    deletions.bury(warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test")
+    deletions.apply_in_transaction(
+        warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test"
+    )
     return Clinic(api, warehouse, ids)
 
 
@@ -182,7 +184,7 @@ def test_a_page_begins_at_a_remembered_id_wherever_it_lies(clinic: Clinic, monke
     monkeypatch.setattr("fhir_assets.warehouse.postgres.queries.patient_directory.STRIDE", 4)
     everybody = clinic.walk("/patients?page_size=200")
     with clinic.warehouse.connect() as conn:
-        pages = Directory(clinic.warehouse.connect)
+        pages = PatientDirectory(clinic.warehouse.connect)
         for size in (1, 3, 4, 5, 9):
             for number in range(1, len(everybody) // size + 3):
                 page = pages.page(conn, number, size)
@@ -259,10 +261,10 @@ def test_nobody_hears_of_a_patient_when_it_cannot_be_put_on_record(
 def test_names_are_found_by_all_their_letters_in_tables_from_before_small_letters_were_kept(clinic: Clinic) -> None:
     with clinic.warehouse.connect() as conn, conn.transaction(force_rollback=True):
         conn.execute("ALTER TABLE fhir.patient DROP COLUMN given_search, DROP COLUMN family_search")
-        directory = Directory(clinic.warehouse.connect)
-        assert directory.find(conn, Search(family="Lovelace"), 1, 20).ids == (clinic.ids["ada"],)
-        assert directory.find(conn, Search(family="lovelace"), 1, 20).ids == ()
+        directory = PatientDirectory(clinic.warehouse.connect)
+        assert directory.find(conn, PatientSearch(family="Lovelace"), 1, 20).ids == (clinic.ids["ada"],)
+        assert directory.find(conn, PatientSearch(family="lovelace"), 1, 20).ids == ()
 
 
 def test_a_page_after_an_id_is_empty_while_there_is_no_table_of_patients(conn: Session) -> None:
-    assert Directory(lambda: conn).page(conn, 1, 5, after="example") == Page(0, ())
+    assert PatientDirectory(lambda: conn).page(conn, 1, 5, after="example") == Page(0, ())

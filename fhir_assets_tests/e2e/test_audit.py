@@ -160,7 +160,7 @@ def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
     resource = consent("c", "a", {"type": verdict})
     with hospital.connect() as conn:
         ensure_tables(conn, ALL)
-        loader = Loader(conn, "Consent", [CONSENT], run_id="run", gate=ConsentGate(policy))
+        loader = Loader(conn, "Consent", [CONSENT], run_id="run", consent_gate=ConsentGate(policy))
         loader.add([(record(resource), CompiledViews([CONSENT]).rows(resource))], KEY)
         loader.finish()
 
@@ -174,7 +174,7 @@ def export(hospital: Hospital) -> None:
         writer = Export(
             conn, hospital.store, hospital.target, "", actor="cli:anna", withholding=False, run_id="exported"
         )
-        writer.of("Patient", None).valid()
+        writer.for_type("Patient", None).valid()
 
 
 def into_the_lake(hospital: Hospital) -> None:

@@ -118,17 +118,17 @@ def test_rows_that_moved_or_went_leave_their_window_whichever_one_is_materialize
 def test_a_lake_in_the_middle_of_its_update_is_whole_after_the_next(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = writer._Lake._write
+    write = writer.LakeFolder.write_window
     written: list[str] = []
 
-    def fails_in_the_second(self: writer._Lake, key: str) -> int:
+    def fails_in_the_second(self: writer.LakeFolder, key: str) -> int:
         if written:
             raise OSError(28, "No space left on device")
         written.append(key)
         return write(self, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer._Lake, "_write", fails_in_the_second)
+        patch.setattr(writer.LakeFolder, "write_window", fails_in_the_second)
         job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=deployment.instance,

@@ -62,10 +62,10 @@ class Tables:
             views = [each for each in VIEWS if each.resource_type == name]
             rows = CompiledViews(views)
             with self.connect() as conn, conn.transaction():
-                loader = Loader(conn, name, views, run_id="run", gate=self.gate)
+                loader = Loader(conn, name, views, run_id="run", consent_gate=self.gate)
                 assert not loader.add([(record(each), rows.rows(each)) for each in some], "2024-01-01")
                 counts = loader.finish()
-                assert not loader.late()
+                assert not loader.take_unloadable()
             total.inserted += counts.inserted
             total.updated += counts.updated
             total.superseded += counts.superseded

@@ -14,7 +14,7 @@ from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, key_rotations
 from fhir_assets.warehouse.postgres.db.connections import cipher_of, connect
-from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
+from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
 from fhir_assets_tests.support.key_rotation import (
     CORRECTED,
     DAY,
@@ -298,7 +298,7 @@ def test_no_table_with_sealed_content_is_forgotten(place: Place) -> None:
             " AND relnamespace = 'ops'::regnamespace AND relkind = 'r'"
             " AND relname NOT IN ('encryption', 'key_rotations')",
         )
-    assert {name for (name,) in found} == {each.table for each in reencryption.PLACES}
+    assert {name for (name,) in found} == {each.table for each in reencryption_batches.ENCRYPTED_TABLES}
 
 
 def test_no_layer_of_the_store_is_forgotten(place: Place) -> None:

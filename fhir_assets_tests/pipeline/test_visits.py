@@ -273,7 +273,7 @@ def test_what_was_deleted_is_news_when_it_comes_again(world: World) -> None:
     world.receive()
     (patient,), (encounter,) = world.raw("Patient"), world.raw("Encounter")
     gone = [Deletion("Patient", str(patient["id"]), NOW), Deletion("Encounter", str(encounter["id"]), NOW)]
-    deletions.bury(lambda: connect(world.url, cipher=NO_ENCRYPTION), gone, run_id="test")
+    deletions.apply_in_transaction(lambda: connect(world.url, cipher=NO_ENCRYPTION), gone, run_id="test")
     world.put("b.csv", [visit("1", "V1"), visit("1", "V2")], hours=1)
     world.receive()
     assert world.counts() == {"patients": 2, "visits": 3}

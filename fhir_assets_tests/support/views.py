@@ -11,7 +11,7 @@ from fhir_assets.fhir.record import Record, parse_instant
 from fhir_assets.fhir.views import CompiledViews, View, parse_view
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
-from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader, Unloadable
+from fhir_assets.warehouse.postgres.tables.loading import LoadCounts, Loader, UnloadableResource
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
@@ -68,17 +68,17 @@ def rows_of(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:
 
 def load(
     conn: Session, *records: Record, views: tuple[View, ...] = PATIENTS, run_id: str = "run", key: str = "2024-01-01"
-) -> tuple[LoadCounts, list[Unloadable]]:
+) -> tuple[LoadCounts, list[UnloadableResource]]:
     """Load and commit."""
     ensure_tables(conn, views)
     compiled = CompiledViews(views)
     with conn.transaction():
         loader = Loader(conn, records[0].resource_type, views, run_id=run_id)
-        bad: list[Unloadable] = []
+        bad: list[UnloadableResource] = []
         for record in records:
             bad += loader.add([(record, compiled.rows(_parse(record.body)))], key)
         counts = loader.finish()
-    return counts, bad + loader.late()
+    return counts, bad + loader.take_unloadable()
 
 
 def select(conn: Connection, query: str) -> list[tuple[Any, ...]]:

@@ -22,14 +22,15 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
-from fhir_assets.warehouse.lake.writer import Written
+from fhir_assets.warehouse.lake.writer import LakeUpdate
 from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
+from fhir_assets_tests.support.encrypted_views import PATIENT_WITH_PHI, TAGGED_PATIENT
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
 from fhir_assets_tests.support.views import PATIENTS, load, patient
-from fhir_assets_tests.warehouse.test_sealed_tables import KEY, PERSON, SECRETS
 
+KEY = new_key()
 DAYS = ("2024-01-01", "2024-01-02")
 _KEEPS_WRITING = """
 import sys
@@ -61,7 +62,7 @@ def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection
             yield conn
 
 
-def update(conn: Session, url: str, view: View, *wanted: str) -> Written:
+def update(conn: Session, url: str, view: View, *wanted: str) -> LakeUpdate:
     return writer.update(conn, build_blobs(load_settings(), url), view, wanted, run_id="run", actor="test")
 
 
@@ -94,8 +95,8 @@ def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(dat
     with connect(database) as conn:
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
     with connect(database, cipher=cipher) as conn:
-        load(conn, PERSON, views=(SECRETS,))
-        update(conn, str(tmp_path), SECRETS)
+        load(conn, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
+        update(conn, str(tmp_path), TAGGED_PATIENT)
     files = list((tmp_path / "patient").rglob("*.parquet"))
     row = duckdb.execute(
         "SELECT family, mrn_index, ssn, born, note FROM read_parquet(?)", [[str(file) for file in files]]
@@ -114,7 +115,7 @@ def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Sessio
     for day in DAYS:
         load(conn, patient(f"p{day}"), key=day)
     assert update(conn, str(tmp_path), PATIENTS[0]).windows == 2
-    assert update(conn, str(tmp_path), PATIENTS[0]) == Written()
+    assert update(conn, str(tmp_path), PATIENTS[0]) == LakeUpdate()
     # As a rotation of keys does: the same resource, the same version, other values.
     conn.execute("UPDATE fhir.patient SET gender = 'other' WHERE _resource_key = %s", [f"p{DAYS[1]}"])
     conn.commit()

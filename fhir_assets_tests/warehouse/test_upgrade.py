@@ -13,8 +13,8 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db import migrations
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
-from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, layout_of
-from fhir_assets.warehouse.postgres.tables.view_tables import drift, ensure_tables
+from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, build_layout
+from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables, find_drift
 from fhir_assets_tests.support.views import load, patient, select
 
 OLD_COLUMN_NAMES = [
@@ -83,7 +83,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
         " RENAME TO dead_letters_stage_resource_type_judged_by_idx"
     )
     session.execute("ALTER INDEX ops.incidents_unannounced RENAME TO incidents_untold")
-    layout = layout_of(VIEW, sealed=encrypted)
+    layout = build_layout(VIEW, encrypted=encrypted)
     if encrypted:
         session.execute("ALTER TABLE fhir.patient RENAME COLUMN _key_id TO _sealed_by")
         columns = [replace(c, name="_sealed_by") if c.name == KEY_ID_COLUMN else c for c in layout.columns]
@@ -109,7 +109,7 @@ def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database:
     migrations.upgrade(database)
 
     assert migrations.is_current(database)
-    assert drift(session, VIEW) == []
+    assert find_drift(session, VIEW) == []
     ensure_tables(session, [VIEW])
     assert checkpoints.loaded_parts(session, "Patient", ["2024-01-01"]) == {"2024-01-01": frozenset({"part"})}
     assert before is not None

@@ -16,7 +16,7 @@ from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.exports.export import Export, folder_of_run
+from fhir_assets.warehouse.exports.export import Export, build_run_folder
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 
@@ -53,7 +53,7 @@ def _build_export_asset(
             view_tables.ensure_tables(conn, views)
             conn.commit()
             start = context.instance.get_run_stats(run.run_id).start_time
-            folder = folder_of_run(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
+            folder = build_run_folder(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
             target = build_blobs(settings, settings.fhir_export_url)
             export = Export(
                 conn,
@@ -65,7 +65,7 @@ def _build_export_asset(
                 withholding=settings.gate.closed,
                 manifest=f"{resource_type.name}.manifest.json",
             )
-            files_of_type = export.of(resource_type.name, run.partition_keys)
+            files_of_type = export.for_type(resource_type.name, run.partition_keys)
             files = [files_of_type.valid(), *(files_of_type.table(view, "parquet") for view in views)]
             path = export.finish()
         return dg.MaterializeResult(

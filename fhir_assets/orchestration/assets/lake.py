@@ -12,7 +12,7 @@ from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, layout_of
+from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout
 
 
 def build_lake_assets(
@@ -26,7 +26,9 @@ def build_lake_assets(
 
 
 def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
-    columns = [column for column in layout_of(view, sealed=settings.cipher.on).columns if column.name != KEY_COLUMN]
+    columns = [
+        column for column in build_layout(view, encrypted=settings.cipher.on).columns if column.name != KEY_COLUMN
+    ]
 
     @dg.asset(
         name=view.name,

@@ -22,7 +22,7 @@ from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, layout_of, row_count
+from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout, count_rows
 
 MAX_OTHER_WINDOWS = 100
 """The largest number of windows beyond its own for which a load evaluates the dead letter check again.
@@ -108,7 +108,7 @@ def _build_normalized_step(
                 resolved_windows = sorted(loaded.settled_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:
-                    rows = {view.name: row_count(conn, view) for view in selected}
+                    rows = {view.name: count_rows(conn, view) for view in selected}
                 for view in selected:
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
@@ -162,7 +162,7 @@ def _output(view: View, resource_type: ResourceType, *, sealed: bool) -> dg.Asse
             "dagster/column_schema": dg.TableSchema(
                 [
                     dg.TableColumn(column.name, column.type, description=column.description)
-                    for column in layout_of(view, sealed=sealed).columns
+                    for column in build_layout(view, encrypted=sealed).columns
                     if column.name != KEY_COLUMN
                 ]
             ),

@@ -170,7 +170,7 @@ class _Judge:
         return self._said(NO_FAILED_PARTITIONS, not left, said, {"failed_partitions": len(left), "sample": table})
 
     def _schema_matches(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
-        found = [each for view in present for each in view_tables.drift(conn, view)]
+        found = [each for view in present for each in view_tables.find_drift(conn, view)]
         said = f"{len(present)} tables fit their views"
         if found:
             said = (
@@ -184,7 +184,7 @@ class _Judge:
         main = next(view for view in self._views if view.name == self._type.key)
         if _repeats(main):
             return self._said(NO_DUPLICATES, True, "the view makes several rows of a resource on purpose")
-        twice = quality.duplicates(conn, main)
+        twice = quality.count_duplicates(conn, main)
         said = "one row a resource"
         if twice:
             said = (
@@ -196,12 +196,12 @@ class _Judge:
     def _no_plaintext_phi(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
         if not self._settings.cipher.on:
             return self._said(NO_PLAINTEXT_PHI, True, "there are no keys: everything is in the clear")
-        misfits = [view.name for view in present if view_tables.drift(conn, view)]
+        misfits = [view.name for view in present if view_tables.find_drift(conn, view)]
         if misfits:
             said = f"not judged while tables do not fit their views ({', '.join(misfits)}): see schema_matches"
             return self._said(NO_PLAINTEXT_PHI, False, said)
-        found = [each for view in present for each in plaintext_scan.in_view(conn, view)]
-        found += plaintext_scan.in_resources(conn, self._type.name)
+        found = [each for view in present for each in plaintext_scan.scan_view(conn, view)]
+        found += plaintext_scan.scan_resources(conn, self._type.name)
         values, plain = sum(each.values for each in found), sum(each.plain for each in found)
         said = f"all of {values} sampled values are sealed"
         if plain:
@@ -219,8 +219,8 @@ class _Judge:
         )
 
     def _references_resolve(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
-        columns = [column for view in present for column in quality.reference_columns(view)]
-        found = quality.unresolved(conn, columns, self._settings.fhir_resource_types)
+        columns = [column for view in present for column in quality.find_reference_columns(view)]
+        found = quality.count_references(conn, columns, self._settings.fhir_resource_types)
         references, missing = sum(each.references for each in found), sum(each.missing for each in found)
         share = missing / references if references else 0.0
         said = f"all of {references} references lead to a loaded resource"
@@ -246,7 +246,9 @@ class _Judge:
         settings = self._settings
         windows = _ended(settings.window_scheme, datetime.now(UTC), 2 * settings.volume_windows)
         judged = windows[-settings.volume_windows :]
-        counted = quality.volumes(conn, self._type.name, windows[0].key, windows[-1].key) if windows else {}
+        counted = (
+            quality.count_loaded_resources(conn, self._type.name, windows[0].key, windows[-1].key) if windows else {}
+        )
         volumes = compare_volumes(windows, judged, counted, span=settings.volume_windows)
         unusual = [each for each in volumes if each.unusual]
         said = "no window stands out"

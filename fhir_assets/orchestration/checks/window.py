@@ -18,7 +18,7 @@ from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.queries import quality
-from fhir_assets.warehouse.postgres.queries.quality import LeadingRule
+from fhir_assets.warehouse.postgres.queries.quality import RuleCount
 
 RECONCILES = "reconciles"
 DEAD_LETTER_RATE = "dead_letter_rate"
@@ -93,14 +93,14 @@ class WindowChecks:
         if name == RECONCILES:
             return [_reconciliation([balance]) for balance in balances], _reconciliation(balances)
         keys = [balance.partition_key for balance in balances]
-        leading = quality.unsettled(conn, self.resource_type.name, keys)
+        leading = quality.count_unresolved_dead_letters(conn, self.resource_type.name, keys)
         return [self._rate([balance], leading) for balance in balances], self._rate(balances, leading)
 
     @property
     def _asset(self) -> dg.AssetKey:
         return dg.AssetKey(["normalized", self.resource_type.key])
 
-    def _rate(self, balances: Sequence[WindowCounts], leading: dict[str, list[LeadingRule]]) -> "_Found":
+    def _rate(self, balances: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> "_Found":
         total = sum(balance.validated + balance.rejected for balance in balances)
         letters = _summed([rule for balance in balances for rule in leading.get(balance.partition_key, [])])
         dead = sum(rule.letters for rule in letters)
@@ -132,7 +132,7 @@ class WindowChecks:
                     ("stage", "rule", "path", "letters:int", "share", "see_them"),
                     [
                         (r.stage, r.rule, r.path, r.letters, f"{r.letters / dead:.1%}", _list_command(r, scope))
-                        for r in letters[: quality.LEADING]
+                        for r in letters[: quality.MAX_RULES]
                     ],
                 ),
                 **(
@@ -220,19 +220,19 @@ def _reconciliation(balances: Sequence[WindowCounts]) -> _Found:
     )
 
 
-def _summed(rules: Sequence[LeadingRule]) -> list[LeadingRule]:
+def _summed(rules: Sequence[RuleCount]) -> list[RuleCount]:
     letters: dict[tuple[str, str, str], int] = {}
     for rule in rules:
         key = (rule.stage, rule.rule, rule.path)
         letters[key] = letters.get(key, 0) + rule.letters
-    return sorted((LeadingRule(*key, count) for key, count in letters.items()), key=lambda rule: -rule.letters)
+    return sorted((RuleCount(*key, count) for key, count in letters.items()), key=lambda rule: -rule.letters)
 
 
-def _named(rule: LeadingRule) -> str:
+def _named(rule: RuleCount) -> str:
     return f"{rule.rule} at {rule.path}" if rule.path else rule.rule
 
 
-def _list_command(rule: LeadingRule, scope: str) -> str:
+def _list_command(rule: RuleCount, scope: str) -> str:
     if not rule.stage:
         return f"fhir-assets dead-letters list {scope}"
     return f"fhir-assets dead-letters list {scope} --rule {rule.rule}"

@@ -36,7 +36,7 @@ class TableSlice:
     def rows(self) -> Iterator[TupleRow]:
         """Yield the rows through a server-side cursor, in no particular order."""
         with self.warehouse.connect() as conn:
-            yield from row_streams.stream(conn, self.table, self.resource_type, partition_keys=self.partition_keys)
+            yield from row_streams.stream_rows(conn, self.table, self.resource_type, partition_keys=self.partition_keys)
 
 
 class PostgresIOManager(dg.IOManager):

@@ -163,11 +163,11 @@ class ConsentStep:
         if make is None:
             make = self._make_rows[resource_type] = RowBuilder(views, cipher_of(conn))
         rows = make(batch)
-        loader = Loader(conn, resource_type, views, run_id=self._run_id, mend=True)
-        bad = loader.take(rows.block, batch.lines, batch.partition_key)
+        loader = Loader(conn, resource_type, views, run_id=self._run_id, restore_rows=True)
+        bad = loader.add_block(rows.block, batch.lines, batch.partition_key)
         loader.finish()
         letters = [undone.build_dead_letter(resource_type, batch) for undone in rows.rejected]
-        letters += [build_unloadable_dead_letter(resource_type, item) for item in [*bad, *loader.late()]]
+        letters += [build_unloadable_dead_letter(resource_type, item) for item in [*bad, *loader.take_unloadable()]]
         dead_letters.record(conn, self._run_id, letters)
 
     def _take_stock(self, conn: Session) -> None:

@@ -19,7 +19,7 @@ from fhir_assets.storage.part_writer import PartWriter, lines_of
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.tables import deletions as deletes
-from fhir_assets.warehouse.postgres.tables.deletions import Deleted
+from fhir_assets.warehouse.postgres.tables.deletions import DeletionCounts
 
 LAYER = "deleted"
 PARTITION = "all"
@@ -55,34 +55,36 @@ class DeletionLog:
         self._connect = connect
         self._now = now
 
-    def record(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> Deleted:
+    def record(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> DeletionCounts:
         """Write deletions to the store, streamed, then apply them to the tables. Return what was deleted.
 
         Deletions that are stored but could not be applied are applied by the next load of the type. Types that are not
         in the catalog are ignored. Raises StoreError, DatabaseUnavailable, and every error of ``deletions``; nothing
         is stored then.
         """
-        total = Deleted()
+        total = DeletionCounts()
         for name in self._store_deletions(deletions, run_id):
             with self._connect() as conn:
                 total.update(self.apply_pending(conn, name, run_id=run_id, actor=actor))
         return total
 
-    def apply_pending(self, conn: Connection, resource_type: str, *, run_id: str, actor: str = "pipeline") -> Deleted:
+    def apply_pending(
+        self, conn: Connection, resource_type: str, *, run_id: str, actor: str = "pipeline"
+    ) -> DeletionCounts:
         """Apply the deletions of a type that are in the store and not yet in the database. Commits ``conn``."""
-        total = Deleted()
+        total = DeletionCounts()
         manifest = self._store.manifest(LAYER, resource_type, PARTITION)
         if manifest is None:
             return total
-        unapplied = set(deletes.unknown_parts(conn, [part.name for part in manifest.parts]))
+        unapplied = set(deletes.find_unapplied_parts(conn, [part.name for part in manifest.parts]))
         conn.commit()
         for part in manifest.parts:
             if part.name not in unapplied:
                 continue
             deletions = self._read_deletions(resource_type, part)
             while chunk := list(islice(deletions, _DELETIONS_PER_BATCH)):
-                total.update(deletes.bury(self._connect, chunk, run_id=run_id, actor=actor))
-            deletes.know_part(conn, part.name)
+                total.update(deletes.apply_in_transaction(self._connect, chunk, run_id=run_id, actor=actor))
+            deletes.mark_part_applied(conn, part.name)
             conn.commit()
         return total
 

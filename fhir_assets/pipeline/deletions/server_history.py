@@ -31,11 +31,11 @@ def apply_server_deletions(
         if offered_types is not None and name not in offered_types:
             continue
         with connect() as conn:
-            begin = deletions.applied_until(conn, name) or now
+            begin = deletions.read_checkpoint(conn, name) or now
             conn.commit()
         new_deletions = history.fetch_since(name, begin - overlap)
         deleted[name] = deletion_log.record(new_deletions, run_id=run_id).gone[name]
         with connect() as conn, conn.transaction():
             # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
-            deletions.advance(conn, name, min(now, history.asked_at or now), run_id)
+            deletions.advance_checkpoint(conn, name, min(now, history.asked_at or now), run_id)
     return deleted

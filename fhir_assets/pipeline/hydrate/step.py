@@ -92,16 +92,16 @@ class HydrateStep:
         gone = list(self._source.find_deleted(name, lacking))
         self._receiver.deletion_log.record(gone, run_id=self._run_id)
         with self._connect() as conn:
-            quality.asked_for(conn, self._run_id, name, ids)
+            quality.record_requests(conn, self._run_id, name, ids)
         return HydratedBatch(name, len(ids), len(found), received, len(gone))
 
     def _missing(self, columns: Sequence[quality.ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:
-            return [identity for identity, _ in quality.missing_ids(conn, columns, name, limit=IDS_AT_ONCE)]
+            return [identity for identity, _ in quality.find_missing_ids(conn, columns, name, limit=IDS_AT_ONCE)]
 
     def _columns(self) -> list[quality.ReferenceColumn]:
         with self._connect() as conn:
-            quality.forget_found(conn)
+            quality.forget_loaded_requests(conn)
             there = quality.existing_tables(conn, self._views)
-            fitting = [view for view in self._views if view.name in there and not view_tables.drift(conn, view)]
-        return [column for view in fitting for column in quality.reference_columns(view)]
+            fitting = [view for view in self._views if view.name in there and not view_tables.find_drift(conn, view)]
+        return [column for view in fitting for column in quality.find_reference_columns(view)]

@@ -12,7 +12,7 @@ from fhir_assets.fhir.record import Record, parse_instant
 from fhir_assets.fhir.views import CompiledViews, RowError, View
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation, Unfit
+from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock, ResourceEncoder, UnstorableResource
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
@@ -59,7 +59,7 @@ class RejectedLine(NamedTuple):
 class BuiltRows(NamedTuple):
     """The result of a batch: a block of resources and rows that is ready for COPY, and the rejected lines."""
 
-    block: Block
+    block: CopyBlock
     rejected: list[RejectedLine]
 
 
@@ -71,10 +71,10 @@ class RowBuilder:
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
         self._views = CompiledViews(views, empty_join=False)
-        self._preparation = Preparation(views, cipher)
+        self._encoder = ResourceEncoder(views, cipher)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return RowBuilder, (self._preparation.views, self._preparation.cipher)
+        return RowBuilder, (self._encoder.views, self._encoder.cipher)
 
     def __call__(self, batch: Batch) -> BuiltRows:
         prepared, rejected = [], []
@@ -86,14 +86,14 @@ class RowBuilder:
                 continue
             try:
                 rows = self._views.rows(resource)
-                prepared.append((index, self._preparation.prepare(record, batch.partition_key, rows)))
+                prepared.append((index, self._encoder.prepare(record, batch.partition_key, rows)))
             except RowError as error:
                 path = f"{error.view}.{error.column}"
                 rejected.append(RejectedLine(index, record.id, "transform", "view", path, error.message))
-            except Unfit as unfit:
+            except UnstorableResource as unfit:
                 path = format_column_path(unfit.view, unfit.column)
                 rejected.append(RejectedLine(index, record.id, "load", "unloadable", path, unfit.message))
-        return BuiltRows(Block.of(prepared, len(self._preparation.views)), rejected)
+        return BuiltRows(CopyBlock.of(prepared, len(self._encoder.views)), rejected)
 
 
 def format_column_path(view: str | None, column: str | None) -> str:

@@ -23,8 +23,8 @@ from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets.warehouse.postgres.tables.copy_blocks import Block
-from fhir_assets.warehouse.postgres.tables.loading import OPEN, LoadCounts, Loader, Unloadable
+from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
+from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, LoadCounts, Loader, UnloadableResource
 from fhir_assets.windows import Interval, Window, joined
 
 TRANSACTION_ROWS = 50_000
@@ -106,7 +106,7 @@ class LoadStep:
         run_id: str,
         refresh: Refresh,
         workers: WorkerPool,
-        consent_gate: ConsentGate = OPEN,
+        consent_gate: ConsentGate = NO_CONSENT_GATE,
     ) -> None:
         self._store = store
         self._connect = connect
@@ -170,8 +170,8 @@ class LoadStep:
             resource_type,
             self._views,
             run_id=self._run_id,
-            mend=any(task.reload for task in group),
-            gate=self._consent_gate,
+            restore_rows=any(task.reload for task in group),
+            consent_gate=self._consent_gate,
         )
         corrections = Corrections(self._connect, resource_type, STAGES, keys)
         arrived = {task.window.key: task.window.start or task.window.end for task in group}
@@ -185,7 +185,7 @@ class LoadStep:
                 if corrected is None or block is None:
                     uncorrected.append(dead_letter)
                 else:
-                    unloadable = loader.take(block, [corrected], dead_letter.partition_key)
+                    unloadable = loader.add_block(block, [corrected], dead_letter.partition_key)
                     record([build_unloadable_dead_letter(resource_type, item) for item in unloadable])
             if uncorrected:
                 loader.wait()
@@ -196,12 +196,12 @@ class LoadStep:
 
         with loader:
             for _, batch, rows in self._build_rows(conn, group):
-                unloadable = loader.take(rows.block, batch.lines, batch.partition_key)
+                unloadable = loader.add_block(rows.block, batch.lines, batch.partition_key)
                 record([line.build_dead_letter(resource_type, batch) for line in rows.rejected])
                 record([build_unloadable_dead_letter(resource_type, item) for item in unloadable])
                 resources += len(batch.lines)
             counts = loader.finish()
-            while late := loader.late():
+            while late := loader.take_unloadable():
                 record([build_unloadable_dead_letter(resource_type, item) for item in late])
                 counts = loader.finish()
         settled_windows = self._record_windows(conn, resource_type, group, counts, dead_by_window)
@@ -275,7 +275,7 @@ class LoadStep:
 
     def _build_block(
         self, conn: Session, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
-    ) -> Block | None:
+    ) -> CopyBlock | None:
         """Return the block of a corrected resource, or None if its rows cannot be built either."""
         self._row_builder = self._row_builder or RowBuilder(self._views, cipher_of(conn))
         rows = self._row_builder(Batch([line], partition_key, arrived[partition_key]))
@@ -318,7 +318,7 @@ def compute_views_ruleset(views: Sequence[View]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build_unloadable_dead_letter(resource_type: str, item: Unloadable) -> DeadLetter:
+def build_unloadable_dead_letter(resource_type: str, item: UnloadableResource) -> DeadLetter:
     """Build the dead letter of a resource that Postgres rejected."""
     return DeadLetter(
         resource_type=resource_type,

@@ -13,7 +13,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
+from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
 
 STAGES = ("transform", "load")
 
@@ -181,7 +181,7 @@ def _expected(
 ) -> Iterator[str]:
     """What the tables should hold, as lines for COPY: of resources that were corrected on their way the correction."""
     for manifest in validated:
-        key = plain_text(manifest.partition_key)
+        key = escape_text(manifest.partition_key)
         instead = corrected.get(manifest.partition_key, {})
         for batch in store.batches(manifest.parts):
             for line in batch:
@@ -190,7 +190,7 @@ def _expected(
                     line = next((instead[place] for place in places if place in instead), line)
                 header = read_header(line)
                 moment = parse_instant(header.meta.lastUpdated) if header.meta else None
-                identity = NULL if header.id is None else plain_text(header.id)
+                identity = NULL if header.id is None else escape_text(header.id)
                 yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
 
 

@@ -25,7 +25,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
-from fhir_assets.warehouse.postgres.tables import reencryption, view_tables
+from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
 LOCK_TIMEOUT_MS = 500
@@ -82,7 +82,7 @@ class ReencryptResult:
 
 def count_key_usage(conn: Connection, store: Store, views: Sequence[View]) -> KeyUsage:
     """Look through the whole database and the whole store. Raises StoreError."""
-    found = reencryption.counts(conn, views)
+    found = reencryption_batches.count_rows_by_key(conn, views)
     found[PARTS] = Counter(key for _, key in reencrypt.sealed_parts(store))
     found[SECRET] = Counter(filter(None, [encryption_secret.key_of_secret(conn)]))
     return KeyUsage(found)
@@ -141,30 +141,36 @@ class ReencryptStep:
     def _all(self, conn: Session, cipher: Cipher) -> None:
         older = [key.id for key in cipher.keys[1:]]
         newest = cipher.keys[0].id
-        for place in reencryption.PLACES:
+        for place in reencryption_batches.ENCRYPTED_TABLES:
             self._sweep(
                 conn,
                 place.name,
                 place.name,
-                partial(reencryption.next_of, conn, place, older),
-                partial(reencryption.compress_and_encrypt, conn, place, older),
+                partial(reencryption_batches.find_rows, conn, place, older),
+                partial(reencryption_batches.reencrypt_rows, conn, place, older),
             )
-        for resource_type in reencryption.resource_types(conn):
+        for resource_type in reencryption_batches.find_resource_types(conn):
             views = self._of_type[resource_type]
-            there = reencryption.tables_with_phi(conn, views)
+            there = reencryption_batches.find_tables_with_phi(conn, views)
             # Rows last: those of resources that are sealed already, by a load of some of the views.
             sources = [
-                partial(reencryption.next_resources, conn, resource_type, older),
-                *(partial(reencryption.next_with_rows, conn, v.name, newest) for v in views if there.get(v.name)),
+                partial(reencryption_batches.find_resources, conn, resource_type, older),
+                *(
+                    partial(reencryption_batches.find_outdated_rows, conn, v.name, newest)
+                    for v in views
+                    if there.get(v.name)
+                ),
             ]
             remake = partial(self._remake, conn, resource_type, RowBuilder(views, cipher))
             for source in sources:
                 self._sweep(conn, RESOURCES, resource_type, source, remake)
         # What has no resource that it could be made of, or no view any more.
-        for table, has_column in reencryption.tables_with_phi(conn, ()).items():
+        for table, has_column in reencryption_batches.find_tables_with_phi(conn, ()).items():
             if has_column:
-                left_over = partial(reencryption.next_left_over, conn, table, older)
-                self._sweep(conn, ROWS, table, left_over, partial(reencryption.seal_rows, conn, table, older))
+                left_over = partial(reencryption_batches.find_leftover_rows, conn, table, older)
+                self._sweep(
+                    conn, ROWS, table, left_over, partial(reencryption_batches.reencrypt_tokens, conn, table, older)
+                )
         self._parts(conn, cipher)
 
     def _sweep(
@@ -172,13 +178,13 @@ class ReencryptStep:
         conn: Session,
         place: str,
         label: str,
-        following: Callable[[reencryption.Key | None], list[reencryption.Key]],
-        compress_and_encrypt: Callable[[list[reencryption.Key]], reencryption.Batch],
+        following: Callable[[reencryption_batches.RowKey | None], list[reencryption_batches.RowKey]],
+        compress_and_encrypt: Callable[[list[reencryption_batches.RowKey]], reencryption_batches.BatchResult],
     ) -> None:
         """Batch after batch, from the first to the last; again while loads hold some of them."""
         progressed = monotonic()
         while True:
-            after: reencryption.Key | None = None
+            after: reencryption_batches.RowKey | None = None
             held = 0
             refused = Counter[str]()
             while keys := following(after):
@@ -200,8 +206,12 @@ class ReencryptStep:
             return
 
     def _one(
-        self, conn: Session, place: str, label: str, compress_and_encrypt: Callable[[], reencryption.Batch]
-    ) -> reencryption.Batch | None:
+        self,
+        conn: Session,
+        place: str,
+        label: str,
+        compress_and_encrypt: Callable[[], reencryption_batches.BatchResult],
+    ) -> reencryption_batches.BatchResult | None:
         """One batch and its record; None if somebody else held a lock that it needs."""
         try:
             with conn.transaction():
@@ -225,12 +235,12 @@ class ReencryptStep:
         return batch
 
     def _remake(
-        self, conn: Session, resource_type: str, make: RowBuilder, keys: Sequence[reencryption.Key]
-    ) -> reencryption.Batch:
+        self, conn: Session, resource_type: str, make: RowBuilder, keys: Sequence[reencryption_batches.RowKey]
+    ) -> reencryption_batches.BatchResult:
         """Seal resources, and make the rows of all of their views anew; where that fails, the resources alone."""
         cipher = cipher_of(conn)
-        rows, passed_over = reencryption.lock_resources(conn, resource_type, keys)
-        done = reencryption.Batch(0, 0, passed_over, Counter())
+        rows, passed_over = reencryption_batches.lock_resources(conn, resource_type, keys)
+        done = reencryption_batches.BatchResult(0, 0, passed_over, Counter())
         bodies = []
         sealed_with = {}
         for resource_id, key_id, text in rows:
@@ -242,9 +252,9 @@ class ReencryptStep:
             sealed_with[resource_id] = key_id
         made = make(Batch(bodies, "", _EPOCH))
         loader = Loader(conn, resource_type, self._of_type[resource_type], run_id="", reencrypt=True)
-        unloadable = loader.take(made.block, bodies, "")
+        unloadable = loader.add_block(made.block, bodies, "")
         done.sealed = loader.finish().updated
-        unloadable += loader.late()
+        unloadable += loader.take_unloadable()
         ids = list(sealed_with)
         without_rows = {ids[each.position]: f"{each.path}: {each.message}" for each in made.rejected}
         without_rows |= {each.resource_id: f"{each.view or 'resource'}: {each.message}" for each in unloadable}
@@ -253,7 +263,7 @@ class ReencryptStep:
         alone = [
             (k, body) for k, body in zip(ids, bodies, strict=True) if k in without_rows and sealed_with[k] != newest
         ]
-        done.sealed += reencryption.seal_resources(conn, resource_type, alone)
+        done.sealed += reencryption_batches.encrypt_resources(conn, resource_type, alone)
         done.from_clear = min(list(sealed_with.values()).count(None), done.sealed)
         return done
 

@@ -17,7 +17,7 @@ from fhir_assets.warehouse.ops import audit_log, replays
 from fhir_assets.warehouse.ops.replays import Claimed, Failed
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets.warehouse.postgres.tables.loading import OPEN, Loader
+from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, Loader
 from fhir_assets.windows import Window
 
 
@@ -31,7 +31,7 @@ class ReplayLoadStep:
         *,
         run_id: str,
         also_open: bool,
-        consent_gate: ConsentGate = OPEN,
+        consent_gate: ConsentGate = NO_CONSENT_GATE,
     ) -> None:
         self._connect = connect
         self._views = views
@@ -71,7 +71,9 @@ class ReplayLoadStep:
         letters: Sequence[Claimed],
         arrived: Mapping[str, datetime],
     ) -> int:
-        loader = Loader(conn, resource_type, self._views, run_id=self._run_id, mend=True, gate=self._consent_gate)
+        loader = Loader(
+            conn, resource_type, self._views, run_id=self._run_id, restore_rows=True, consent_gate=self._consent_gate
+        )
         failed: dict[int, Failed] = {}
         by_place = {(letter.partition_key, letter.body): letter for letter in letters}
         refused = []
@@ -79,9 +81,9 @@ class ReplayLoadStep:
             made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
             for undone in made.rejected:
                 failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
-            refused += loader.take(made.block, [letter.body], letter.partition_key)
+            refused += loader.add_block(made.block, [letter.body], letter.partition_key)
         counts = loader.finish()
-        for item in [*refused, *loader.late()]:
+        for item in [*refused, *loader.take_unloadable()]:
             letter = by_place[item.partition_key, item.body]
             failed[letter.id] = self._failed(
                 letter, "unloadable", format_column_path(item.view, item.column), item.message

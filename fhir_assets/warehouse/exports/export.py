@@ -23,7 +23,7 @@ from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
-from fhir_assets.warehouse.postgres.tables.layout import layout_of
+from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 Format = Literal["ndjson", "parquet", "csv"]
 
@@ -71,7 +71,7 @@ class Export:
         self._files: list[ExportedFile] = []
         target.delete(self._path(manifest))
 
-    def of(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
+    def for_type(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
         """The files of a type, of some windows or (None) of all there are."""
         return TypeExport(self, resource_type, partition_keys)
 
@@ -154,9 +154,9 @@ class TypeExport:
 
     def table(self, view: View, form: Format) -> ExportedFile:
         """``<view>.<format>``: the rows of a view; what is sealed in the table is sealed in the file."""
-        layout = layout_of(view, sealed=cipher_of(self._conn).on)
+        layout = build_layout(view, encrypted=cipher_of(self._conn).on)
         names = [column.name for column in layout.columns]
-        rows = row_streams.stream(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
+        rows = row_streams.stream_rows(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
 
         def write(path: Path) -> int:
             if form == "parquet":
@@ -201,12 +201,12 @@ class TypeExport:
         return self._export.write(f"{self._type}.{kind}.ndjson", self._type, write)
 
 
-def folder_of_run(run_id: str, at: datetime) -> str:
+def build_run_folder(run_id: str, at: datetime) -> str:
     """Where the export of a run goes: ``exports/run_<id>_<timestamp>``."""
     return f"exports/run_{run_id}_{at:%Y%m%dT%H%M%SZ}"
 
 
-def windows_of_run(conn: Connection, run_id: str) -> tuple[str, dict[str, list[str]]]:
+def find_run_windows(conn: Connection, run_id: str) -> tuple[str, dict[str, list[str]]]:
     """The whole id of the run that begins so, and the windows it worked on, by resource type. Raises KeyError if there
     is no such run, or several.
     """

@@ -26,7 +26,7 @@ _MISSING = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class PatientSearch:
     """What a patient is known by; every field that is given must be equal. A name is so in capitals and small letters
     alike, and the first given name, or all of them together.
     """
@@ -54,7 +54,7 @@ class _Marks:
     ids: tuple[str, ...]
 
 
-class Directory:
+class PatientDirectory:
     """Pages of patients. One for a process; ``connect`` gives the connection that its remembered ids are read with."""
 
     def __init__(self, connect: OpenSession, *, fresh_seconds: float = FRESH_SECONDS) -> None:
@@ -79,7 +79,7 @@ class Directory:
         begin = marks.ids[skip // STRIDE]
         return Page(marks.total, _following(conn, sql.SQL("id >= %s"), [begin], size, skip % STRIDE))
 
-    def find(self, conn: Session, search: Search, number: int, size: int, *, after: str | None = None) -> Page:
+    def find(self, conn: Session, search: PatientSearch, number: int, size: int, *, after: str | None = None) -> Page:
         """The page ``number`` (from 1), or the one after an id, of those known by ``search``: found by index, also
         where it is sealed.
         """
@@ -126,7 +126,7 @@ def _following(
     return tuple(row[0] for row in conn.execute(query, [*params, size, skip]).fetchall())
 
 
-def _condition(search: Search, cipher: Cipher, *, folded: bool) -> tuple[sql.Composed, list[object]]:
+def _condition(search: PatientSearch, cipher: Cipher, *, folded: bool) -> tuple[sql.Composed, list[object]]:
     """The condition of a search. ``folded``: names in small letters too, which older tables lack."""
     terms: list[sql.Composable] = []
     params: list[object] = []
@@ -160,7 +160,7 @@ def _read(conn: Connection) -> _Marks:
     return _Marks(monotonic(), total, tuple(identity for n, identity in rows if n % STRIDE == 1))
 
 
-def of_patients(conn: Session, resource_type: str, ids: Sequence[str]) -> list[StoredResource]:
+def read_compartments(conn: Session, resource_type: str, ids: Sequence[str]) -> list[StoredResource]:
     """The resources of a type in the compartments of some patients, in the order of ids. Raises SealingError."""
     rows = conn.execute(
         sql.SQL(

@@ -13,7 +13,7 @@ from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
 
-__all__ = ["Absence", "find_patients", "read_patient", "read_resource", "refused", "why_absent"]
+__all__ = ["Absence", "explain_absence", "find_patients", "find_withheld", "read_patient", "read_resource"]
 
 
 def read_patient(
@@ -82,7 +82,7 @@ class Absence:
     deleted: bool = False
 
 
-def why_absent(conn: Connection, patient_id: str) -> Absence:
+def explain_absence(conn: Connection, patient_id: str) -> Absence:
     """What is known of a patient whom the tables do not have."""
     row = conn.execute(
         "SELECT EXISTS (SELECT FROM ops.withheld WHERE resource_type = 'Patient' AND id = %(id)s),"
@@ -93,7 +93,7 @@ def why_absent(conn: Connection, patient_id: str) -> Absence:
     return Absence(*row) if row else Absence()
 
 
-def refused(conn: Connection, gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
+def find_withheld(conn: Connection, gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
     """Those whom consent withholds as it stands now, whether or not that is carried out in the tables yet."""
     if not gate.closed or not ids:
         return frozenset()

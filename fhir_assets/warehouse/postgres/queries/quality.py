@@ -11,14 +11,14 @@ from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
-LEADING = 10
+MAX_RULES = 10
 """How many rules and paths of a window are told apart."""
 
 _KEY_OF = re.compile(r"getReferenceKey\(\s*([A-Za-z]*)\s*\)")
 
 
 @dataclass(frozen=True, slots=True)
-class LeadingRule:
+class RuleCount:
     """How many dead letters of a window a rule has at a path, equal lines counted each."""
 
     stage: str
@@ -27,7 +27,9 @@ class LeadingRule:
     letters: int
 
 
-def unsettled(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, list[LeadingRule]]:
+def count_unresolved_dead_letters(
+    conn: Connection, resource_type: str, partition_keys: Sequence[str]
+) -> dict[str, list[RuleCount]]:
     """By partition key, the dead letters that are neither resolved nor discarded: the LEADING rules, the most first.
     The rest of a window, if there is more, is under the rule ``…``.
     """
@@ -43,15 +45,15 @@ def unsettled(conn: Connection, resource_type: str, partition_keys: Sequence[str
         " SELECT partition_key, stage, rule, path, letters FROM ranked WHERE n <= %(leading)s"
         " UNION ALL SELECT partition_key, '', '…', '', sum(letters)::bigint FROM ranked WHERE n > %(leading)s"
         " GROUP BY 1 ORDER BY 1, 5 DESC",
-        {"type": resource_type, "keys": list(partition_keys), "leading": LEADING},
+        {"type": resource_type, "keys": list(partition_keys), "leading": MAX_RULES},
     )
-    found: dict[str, list[LeadingRule]] = {}
+    found: dict[str, list[RuleCount]] = {}
     for key, *rule in rows:
-        found.setdefault(key, []).append(LeadingRule(*rule))
+        found.setdefault(key, []).append(RuleCount(*rule))
     return found
 
 
-def volumes(conn: Connection, resource_type: str, first: str, last: str) -> dict[str, int]:
+def count_loaded_resources(conn: Connection, resource_type: str, first: str, last: str) -> dict[str, int]:
     """How many valid resources each window between two partition keys brought; windows without any are left out."""
     rows = conn.execute(
         "SELECT partition_key, sum(rows)::bigint FROM ops.loaded_parts"
@@ -72,7 +74,7 @@ class ReferenceColumn:
     target: str | None
 
 
-def reference_columns(view: View) -> list[ReferenceColumn]:
+def find_reference_columns(view: View) -> list[ReferenceColumn]:
     """The columns that ``getReferenceKey()`` fills."""
     names = {column.name for column in view.columns}
     found = []
@@ -92,7 +94,7 @@ class Unresolved:
     missing: int
 
 
-def unresolved(conn: Connection, columns: Sequence[ReferenceColumn], targets: Sequence[str]) -> list[Unresolved]:
+def count_references(conn: Connection, columns: Sequence[ReferenceColumn], targets: Sequence[str]) -> list[Unresolved]:
     """By target type, how many references of the columns there are and how many have no resource in the tables.
     Only types of ``targets`` count: nothing else is loaded.
     """
@@ -110,7 +112,7 @@ def unresolved(conn: Connection, columns: Sequence[ReferenceColumn], targets: Se
     return [Unresolved(target, *sums) for target, sums in sorted(found.items(), key=lambda item: -item[1][1])]
 
 
-def missing_ids(
+def find_missing_ids(
     conn: Connection, columns: Sequence[ReferenceColumn], target: str, *, limit: int
 ) -> list[tuple[str, int]]:
     """Ids of resources of type ``target`` that the columns refer to and the tables lack, none twice, with how many
@@ -135,7 +137,7 @@ def missing_ids(
     return list(found.items())[:limit]
 
 
-def asked_for(conn: Connection, run_id: str, resource_type: str, ids: Sequence[str]) -> None:
+def record_requests(conn: Connection, run_id: str, resource_type: str, ids: Sequence[str]) -> None:
     """Remember that these were asked for: ``missing_ids`` leaves them out for a day, or until they are loaded."""
     conn.execute(
         "INSERT INTO ops.missing_references (resource_type, resource_id, run_id) SELECT %s, id, %s FROM"
@@ -145,7 +147,7 @@ def asked_for(conn: Connection, run_id: str, resource_type: str, ids: Sequence[s
     )
 
 
-def forget_found(conn: Connection) -> None:
+def forget_loaded_requests(conn: Connection) -> None:
     """What was asked for and is loaded by now needs no remembering, nor what was asked for long ago."""
     conn.execute(
         "DELETE FROM ops.missing_references m WHERE asked_at < now() - interval '1 day' OR EXISTS"
@@ -164,7 +166,7 @@ def _references(column: ReferenceColumn) -> sql.Composed:
     ).format(target=target, column=sql.Identifier(column.column), view=sql.Identifier(column.view))
 
 
-def duplicates(conn: Connection, view: View) -> int:
+def count_duplicates(conn: Connection, view: View) -> int:
     """How many resources have more than one row in the main table of their type."""
     query = sql.SQL("SELECT count(*) FROM (SELECT FROM fhir.{} GROUP BY {} HAVING count(*) > 1) twice").format(
         sql.Identifier(view.name), sql.Identifier(KEY_COLUMN)

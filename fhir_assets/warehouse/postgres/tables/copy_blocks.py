@@ -11,12 +11,12 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres.tables.encoding import (
-    LONGEST_INDEXED,
+    MAX_INDEXED_BYTES,
     NULL,
-    Refused,
+    UnstorableValue,
     body_line,
-    plain_text,
-    row_encoder,
+    build_row_encoder,
+    escape_text,
     texts,
 )
 
@@ -55,7 +55,7 @@ class Texts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CopyBlock:
     """Resources ready to be copied, by columns: from process to process as a few long texts, which COPY takes as they
     are. ``places`` are those of their lines in the batch that they come from; the rest see ``Prepared``.
     """
@@ -88,9 +88,9 @@ class Block:
         """Bytes to be copied."""
         return len(self.heads.text) + sum(len(each.text) for each in self.rows)
 
-    def pick(self, numbers: Sequence[int]) -> "Block":
+    def pick(self, numbers: Sequence[int]) -> "CopyBlock":
         """Some of its resources."""
-        return Block(
+        return CopyBlock(
             array("Q", [self.places[n] for n in numbers]),
             [self.ids[n] for n in numbers],
             array("d", [self.moments[n] for n in numbers]),
@@ -100,7 +100,7 @@ class Block:
         )
 
 
-class Unfit(Exception):
+class UnstorableResource(Exception):
     """A resource that Postgres cannot hold; ``view`` and ``column`` are None if the fault is in its JSON as such."""
 
     def __init__(self, view: str | None, column: str | None, message: str) -> None:
@@ -110,29 +110,29 @@ class Unfit(Exception):
         self.message = message
 
 
-class Preparation:
+class ResourceEncoder:
     """Prepares resources of one type with their rows of ``views``, sealed if there are keys. Pickles as these two."""
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
         self.views = tuple(views)
         self.cipher = cipher
         self._columns = [[column.name for column in view.columns] for view in views]
-        self._encoders = [row_encoder(view, cipher) for view in views]
+        self._encoders = [build_row_encoder(view, cipher) for view in views]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Preparation, (self.views, self.cipher)
+        return ResourceEncoder, (self.views, self.cipher)
 
     def prepare(self, record: Record, partition_key: str, rows: ViewRows) -> Prepared:
         """The COPY text of a resource and its rows. Raises Unfit."""
         try:
-            key = plain_text(record.id)
-            version = NULL if record.version_id is None else plain_text(record.version_id)
+            key = escape_text(record.id)
+            version = NULL if record.version_id is None else escape_text(record.version_id)
             body = body_line(record.body, self.cipher)
             patients = NULL if record.patients is None else _patients_text(record.patients)
-        except Refused as refused:
-            raise Unfit(None, None, str(refused)) from None
-        if len(key) > LONGEST_INDEXED // 4:
-            raise Unfit(None, "id", "an id that is too long to be a key")
+        except UnstorableValue as refused:
+            raise UnstorableResource(None, None, str(refused)) from None
+        if len(key) > MAX_INDEXED_BYTES // 4:
+            raise UnstorableResource(None, "id", "an id that is too long to be a key")
         number = version_number(record.version_id)
         at = record.as_of.isoformat()
         updated = at if record.last_updated is not None else NULL
@@ -144,15 +144,15 @@ class Preparation:
         for place, encoder in enumerate(self._encoders):
             try:
                 text = "".join([f"{key}\t{encoder(row)}\n" for row in rows[place]])
-            except Refused as refused:
+            except UnstorableValue as refused:
                 column = self._columns[place][refused.args[1]]
-                raise Unfit(self.views[place].name, column, str(refused.args[0])) from None
+                raise UnstorableResource(self.views[place].name, column, str(refused.args[0])) from None
             lines.append(text.encode())
         return Prepared(record.id, record.as_of.timestamp(), number or 0, b"%b%b\n" % (head, body), lines)
 
 
 # A resource's neighbours are of the same partition, and often of the same patients.
-_partition_text = lru_cache(16)(plain_text)
+_partition_text = lru_cache(16)(escape_text)
 _patients_text = lru_cache(4096)(texts)
 
 

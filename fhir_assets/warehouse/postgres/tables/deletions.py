@@ -19,7 +19,7 @@ from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, consents, visits
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import version_number
-from fhir_assets.warehouse.postgres.tables.encoding import LONGEST_INDEXED
+from fhir_assets.warehouse.postgres.tables.encoding import MAX_INDEXED_BYTES
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
 _CHUNK = 5000
@@ -27,7 +27,7 @@ _CROSSINGS = 5
 
 
 @dataclass(slots=True)
-class Deleted:
+class DeletionCounts:
     """What applying deletions did, by type. ``gone`` were in the tables; ``unseen`` were not, and cannot come late any
     more; ``stale`` were deleted already, or are there in a newer version.
     """
@@ -36,7 +36,7 @@ class Deleted:
     unseen: Counter[str] = field(default_factory=Counter)
     stale: Counter[str] = field(default_factory=Counter)
 
-    def update(self, other: "Deleted") -> None:
+    def update(self, other: "DeletionCounts") -> None:
         """Add what another application did."""
         self.gone.update(other.gone)
         self.unseen.update(other.unseen)
@@ -45,12 +45,12 @@ class Deleted:
 
 def apply(
     conn: Session, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", partition_key: str = ""
-) -> Deleted:
+) -> DeletionCounts:
     """Apply deletions in the caller's transaction: seen together with all that it writes, or not at all.
 
     In any order, and any number of times. ``run_id`` and ``partition_key`` say by what they came.
     """
-    total = Deleted()
+    total = DeletionCounts()
     rest = iter(deletions)
     while chunk := list(islice(rest, _CHUNK)):
         _apply(conn, chunk, run_id, partition_key, total)
@@ -61,7 +61,9 @@ def apply(
     return total
 
 
-def bury(connect: OpenSession, deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline") -> Deleted:
+def apply_in_transaction(
+    connect: OpenSession, deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
+) -> DeletionCounts:
     """Apply some thousands of deletions in a transaction of their own, again where it crossed a load.
 
     Raises DatabaseUnavailable.
@@ -79,7 +81,7 @@ def bury(connect: OpenSession, deletions: Sequence[Deletion], *, run_id: str, ac
     raise DatabaseUnavailable("Loads of the same resources crossed the deletions again and again: run it again")
 
 
-def applied_until(conn: Connection, resource_type: str) -> datetime | None:
+def read_checkpoint(conn: Connection, resource_type: str) -> datetime | None:
     """Up to where the source's history was followed; else since when the type is loaded; None if it never was."""
     row = conn.execute(
         "SELECT coalesce((SELECT applied_until FROM ops.deletion_checkpoints WHERE resource_type = %(type)s),"
@@ -89,7 +91,7 @@ def applied_until(conn: Connection, resource_type: str) -> datetime | None:
     return row[0] if row else None
 
 
-def advance(conn: Connection, resource_type: str, until: datetime, run_id: str) -> None:
+def advance_checkpoint(conn: Connection, resource_type: str, until: datetime, run_id: str) -> None:
     """The history was followed up to ``until``; never back."""
     conn.execute(
         "INSERT INTO ops.deletion_checkpoints (resource_type, applied_until, run_id) VALUES (%s, %s, %s)"
@@ -100,7 +102,7 @@ def advance(conn: Connection, resource_type: str, until: datetime, run_id: str) 
     )
 
 
-def unknown_parts(conn: Connection, names: Sequence[str]) -> list[str]:
+def find_unapplied_parts(conn: Connection, names: Sequence[str]) -> list[str]:
     """Those parts of the store whose deletions this database has not applied yet."""
     rows = conn.execute(
         "SELECT name FROM unnest(%s::text[]) AS p (name) WHERE NOT EXISTS"
@@ -110,12 +112,14 @@ def unknown_parts(conn: Connection, names: Sequence[str]) -> list[str]:
     return [name for (name,) in rows]
 
 
-def know_part(conn: Connection, name: str) -> None:
+def mark_part_applied(conn: Connection, name: str) -> None:
     """All deletions of a part of the store are applied."""
     conn.execute("INSERT INTO ops.deletion_parts (name) VALUES (%s) ON CONFLICT DO NOTHING", [name])
 
 
-def _apply(conn: Connection, deletions: Sequence[Deletion], run_id: str, partition_key: str, total: Deleted) -> None:
+def _apply(
+    conn: Connection, deletions: Sequence[Deletion], run_id: str, partition_key: str, total: DeletionCounts
+) -> None:
     newest = _newest(deletions)
     # In one order everywhere, the loader's, so that a load and a deletion do not wait for each other crosswise.
     rows = [newest[key] for key in sorted(newest)]
@@ -156,7 +160,7 @@ def _newest(deletions: Iterable[Deletion]) -> dict[tuple[str, str], Deletion]:
     newest: dict[tuple[str, str], Deletion] = {}
     for each in deletions:
         key = each.resource_type, each.id
-        if "\0" in each.id or len(each.id) > LONGEST_INDEXED // 4:
+        if "\0" in each.id or len(each.id) > MAX_INDEXED_BYTES // 4:
             continue
         if key not in newest or newest[key].at < each.at:
             newest[key] = each

@@ -14,13 +14,21 @@ import msgspec
 
 from fhir_assets.fhir.views import Column, View
 from fhir_assets.privacy.encryption import Cipher, as_json
-from fhir_assets.warehouse.postgres.tables.layout import PARTIAL, Kind, Phi, has_blind_index, holds_phi, kind_of, phi_of
+from fhir_assets.warehouse.postgres.tables.layout import (
+    PARTIAL_DATE_KINDS,
+    Kind,
+    PhiTreatment,
+    column_kind,
+    has_blind_index,
+    holds_phi,
+    phi_treatment,
+)
 
 Cell = Callable[[object], str]
 """A value that is not None as the text of its cell, or of its two: that of a partial date and its precision."""
 
 NULL = r"\N"
-LONGEST_INDEXED = 2600
+MAX_INDEXED_BYTES = 2600
 """Bytes: a B-tree takes no longer key than a third of a page."""
 
 _DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2})?)?").fullmatch
@@ -31,11 +39,11 @@ _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _json = msgspec.json.Encoder(decimal_format="number").encode
 
 
-class Refused(ValueError):
+class UnstorableValue(ValueError):
     """A value that does not fit its column; says why, without the value."""
 
 
-def row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]:
+def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]:
     """The function from a row of the view to its COPY line, without the key column and the line feed. What the view
     tags as patient data goes through ``sealing``.
 
@@ -48,7 +56,7 @@ def row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]
     def encode(row: Sequence[object]) -> str:
         try:
             return write(row)
-        except (Refused, ValueError, TypeError, OverflowError):
+        except (UnstorableValue, ValueError, TypeError, OverflowError):
             raise _located(cells, row) from None
 
     return encode
@@ -70,16 +78,16 @@ def _writer(columns: Sequence[tuple[Cell, str]], end: str) -> Callable[[Sequence
     return write
 
 
-def _located(cells: Sequence[Cell], row: Sequence[object]) -> Refused:
+def _located(cells: Sequence[Cell], row: Sequence[object]) -> UnstorableValue:
     for place, (cell, value) in enumerate(zip(cells, row, strict=False)):
         try:
             if value is not None:
                 cell(value)
-        except Refused as refused:
-            return Refused(str(refused), place)
+        except UnstorableValue as refused:
+            return UnstorableValue(str(refused), place)
         except (ValueError, TypeError, OverflowError):
-            return Refused("a value of a type that the column does not take", place)
-    return Refused("a row with another number of columns than the view", 0)
+            return UnstorableValue("a value of a type that the column does not take", place)
+    return UnstorableValue("a row with another number of columns than the view", 0)
 
 
 def body_line(body: bytes, cipher: Cipher) -> bytes:
@@ -102,17 +110,17 @@ def check_escapes(body: bytes) -> None:
         code = int(escape[1], 16) if escape[1] else -1
         low = 0xDC00 <= code < 0xE000
         if code == 0:
-            raise Refused(_NUL)
+            raise UnstorableValue(_NUL)
         if low != (high_ends_at == escape.start()):
-            raise Refused(_HALF)
+            raise UnstorableValue(_HALF)
         if high_ends_at >= 0 and not low:
-            raise Refused(_HALF)
+            raise UnstorableValue(_HALF)
         high_ends_at = escape.end() if 0xD800 <= code < 0xDC00 else -1
     if high_ends_at >= 0:
-        raise Refused(_HALF)
+        raise UnstorableValue(_HALF)
 
 
-def plain_text(value: str) -> str:
+def escape_text(value: str) -> str:
     """Text as COPY reads it. Raises Refused for a NUL character or half a surrogate pair."""
     if value.isprintable() and "\\" not in value:
         return value
@@ -125,9 +133,9 @@ def plain_text(value: str) -> str:
     if "\r" in value:
         value = value.replace("\r", "\\r")
     if "\0" in value:
-        raise Refused(_NUL)
+        raise UnstorableValue(_NUL)
     if not value.isascii() and _SURROGATE(value):
-        raise Refused(_HALF)
+        raise UnstorableValue(_HALF)
     return value
 
 
@@ -145,30 +153,30 @@ _TWO_NULLS = f"{NULL}\t{NULL}"
 
 def _column(column: Column, cipher: Cipher) -> tuple[Cell, str]:
     """How a column's value is written, and its null."""
-    kind = kind_of(column)
-    match phi_of(column, sealed=cipher.on):
-        case Phi.ENCRYPT if has_blind_index(column):
+    kind = column_kind(column)
+    match phi_treatment(column, encrypted=cipher.on):
+        case PhiTreatment.ENCRYPT if has_blind_index(column):
             return lambda value: f"{cipher.token(text := _sealable(value))}\t{cipher.index(text)}", _TWO_NULLS
-        case Phi.ENCRYPT:
+        case PhiTreatment.ENCRYPT:
             return lambda value: cipher.token(_sealable(value)), NULL
-        case Phi.HASH:
+        case PhiTreatment.HASH:
             return lambda value: cipher.index(_sealable(value)), NULL
-        case Phi.DROP:
-            null = _TWO_NULLS if kind in PARTIAL else NULL
+        case PhiTreatment.DROP:
+            null = _TWO_NULLS if kind in PARTIAL_DATE_KINDS else NULL
             return lambda value: null, null
         case phi:
             cell = _cell(kind, indexed="index" in column.tags)
-            null = _TWO_NULLS if kind in PARTIAL else NULL
-            return (lambda value: cell(str(value)[:4])) if phi is Phi.YEAR else cell, null
+            null = _TWO_NULLS if kind in PARTIAL_DATE_KINDS else NULL
+            return (lambda value: cell(str(value)[:4])) if phi is PhiTreatment.YEAR else cell, null
 
 
 def _sealable(value: object) -> str:
     """A value as the text that is encrypted or hashed; refused where it would be in the clear."""
     text: str = value if value.__class__ is str else _json(value).decode()
     if "\0" in text:
-        raise Refused(_NUL)
+        raise UnstorableValue(_NUL)
     if not text.isascii() and _SURROGATE(text):
-        raise Refused(_HALF)
+        raise UnstorableValue(_HALF)
     return text
 
 
@@ -181,13 +189,15 @@ def _cell(kind: Kind, *, indexed: bool) -> Cell:
 def _text(value: object) -> str:
     if value.__class__ is not str:
         value = _json(value).decode()
-    return plain_text(value)
+    return escape_text(value)
 
 
 def _indexed_text(value: object) -> str:
     text = _text(value)
-    if len(text) * 4 > LONGEST_INDEXED and len(text.encode()) > LONGEST_INDEXED:
-        raise Refused(f"text of more than {LONGEST_INDEXED} bytes in an indexed column: remove its tag `index`")
+    if len(text) * 4 > MAX_INDEXED_BYTES and len(text.encode()) > MAX_INDEXED_BYTES:
+        raise UnstorableValue(
+            f"text of more than {MAX_INDEXED_BYTES} bytes in an indexed column: remove its tag `index`"
+        )
     return text
 
 
@@ -196,25 +206,25 @@ def _boolean(value: object) -> str:
         return "t"
     if value is False:
         return "f"
-    raise Refused("not a boolean")
+    raise UnstorableValue("not a boolean")
 
 
 def _integer(value: object) -> str:
     if value.__class__ is not int:
-        raise Refused("not an integer")
+        raise UnstorableValue("not an integer")
     if -0x80000000 <= value <= 0x7FFFFFFF:
         return str(value)
-    raise Refused("an integer beyond 32 bits")
+    raise UnstorableValue("an integer beyond 32 bits")
 
 
 def _bigint(value: object) -> str:
     if value.__class__ is str:
         value = int(value)
     if value.__class__ is not int:
-        raise Refused("not an integer")
+        raise UnstorableValue("not an integer")
     if -0x8000000000000000 <= value <= 0x7FFFFFFFFFFFFFFF:
         return str(value)
-    raise Refused("an integer beyond 64 bits")
+    raise UnstorableValue("an integer beyond 64 bits")
 
 
 def _numeric(value: object) -> str:
@@ -223,23 +233,23 @@ def _numeric(value: object) -> str:
         if len(text) < 1000 and "E" not in text:
             if text[-1] <= "9":
                 return text
-            raise Refused("not a number")
+            raise UnstorableValue("not a number")
         exponent = value.as_tuple().exponent
         if not isinstance(exponent, int):
-            raise Refused("not a number")
+            raise UnstorableValue("not a number")
         if exponent < -16_383 or value.adjusted() >= 131_072:
-            raise Refused("a number with more digits than Postgres's numeric holds")
+            raise UnstorableValue("a number with more digits than Postgres's numeric holds")
         return text
     if value.__class__ is int:
         return str(value)
     if value.__class__ is float and value == value and abs(value) != float("inf"):
         return repr(value)
-    raise Refused("not a number")
+    raise UnstorableValue("not a number")
 
 
 def _date(value: object) -> str:
     if value.__class__ is not str or not _DATE(value):
-        raise Refused("not a date of the form YYYY, YYYY-MM or YYYY-MM-DD")
+        raise UnstorableValue("not a date of the form YYYY, YYYY-MM or YYYY-MM-DD")
     return _whole_date(value)
 
 
@@ -253,19 +263,19 @@ def _whole_date(text: str) -> str:
     try:
         date.fromisoformat(whole)
     except ValueError:
-        raise Refused("a date that the calendar does not have") from None
+        raise UnstorableValue("a date that the calendar does not have") from None
     return f"{whole}\t{precision}"
 
 
 def _datetime(value: object) -> str:
     if value.__class__ is not str:
-        raise Refused("not a dateTime")
+        raise UnstorableValue("not a dateTime")
     return _date(value) if len(value) <= 10 else f"{_moment(value)}\tinstant"
 
 
 def _instant(value: object) -> str:
     if value.__class__ is not str:
-        raise Refused("not a dateTime")
+        raise UnstorableValue("not a dateTime")
     return _moment(value)
 
 
@@ -273,14 +283,14 @@ def _instant(value: object) -> str:
 def _moment(text: str) -> str:
     """A time that Postgres takes. Those of a resource and of its neighbours are often the same."""
     if not _DATETIME(text):
-        raise Refused("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
+        raise UnstorableValue("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
     try:
         datetime.fromisoformat(text)
     except ValueError:
         if text[16:19] != ":60" or not _is_moment(f"{text[:17]}59{text[19:]}"):
-            raise Refused("a time that the calendar or the clock does not have") from None
+            raise UnstorableValue("a time that the calendar or the clock does not have") from None
     if text[-6] in "+-" and (text[-5:-3] > "15" or text[-2:] > "59"):
-        raise Refused("a time zone that does not exist")
+        raise UnstorableValue("a time zone that does not exist")
     return text
 
 
@@ -294,10 +304,10 @@ def _is_moment(text: str) -> bool:
 
 def _time(value: object) -> str:
     if value.__class__ is not str or not _TIME(value):
-        raise Refused("not a time of the form hh:mm:ss")
+        raise UnstorableValue("not a time of the form hh:mm:ss")
     text: str = value
     if text[:2] > "23" or text[3:5] > "59" or text[6:8] > "60":
-        raise Refused("a time that the clock does not have")
+        raise UnstorableValue("a time that the clock does not have")
     return text
 
 
@@ -310,8 +320,8 @@ def _as_json(value: object) -> str:
 
 def _texts(value: object) -> str:
     if not isinstance(value, list | tuple):
-        raise Refused("not a collection")
-    return plain_text("{" + ",".join([_element(each) for each in value]) + "}")
+        raise UnstorableValue("not a collection")
+    return escape_text("{" + ",".join([_element(each) for each in value]) + "}")
 
 
 def _element(value: object) -> str:
@@ -327,7 +337,7 @@ _TEXTS: tuple[Cell, ...] = (_text, _indexed_text)
 
 def _if_plain(name: str) -> str:
     """The beginning of a conditional expression: text that stands in a line as it is."""
-    plain = f"len({name}) < {LONGEST_INDEXED // 4} and {name}.isprintable() and backslash not in {name}"
+    plain = f"len({name}) < {MAX_INDEXED_BYTES // 4} and {name}.isprintable() and backslash not in {name}"
     return f"{name} if {name}.__class__ is str and {plain} else "
 
 

@@ -13,7 +13,7 @@ KEY_ID_COLUMN = "_key_id"
 
 _LONGEST_NAME = 63
 _RESERVED = "resource"
-INDEX_SUFFIX = "_index"
+BLIND_INDEX_SUFFIX = "_index"
 _METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
 
@@ -62,11 +62,11 @@ _SCALARS = {
     "instant": Kind.INSTANT,
     "time": Kind.TIME,
 }
-PARTIAL = frozenset({Kind.DATE, Kind.DATETIME})
+PARTIAL_DATE_KINDS = frozenset({Kind.DATE, Kind.DATETIME})
 """Kinds that may be known to the year or month only, and so have a ``<column>_precision`` beside them."""
 
 
-def kind_of(column: Column) -> Kind:
+def column_kind(column: Column) -> Kind:
     """How the values of a view's column are kept: typed if it is a single primitive, else as text[] or jsonb."""
     if column.collection:
         return Kind.TEXTS if column.type in _TEXTUAL else Kind.JSON
@@ -75,7 +75,7 @@ def kind_of(column: Column) -> Kind:
     return Kind.TEXT if column.type in _TEXTUAL else Kind.JSON
 
 
-class Phi(StrEnum):
+class PhiTreatment(StrEnum):
     """What becomes of a column's values where there are keys: the column's tag ``phi``."""
 
     NONE = "none"
@@ -94,14 +94,16 @@ class Phi(StrEnum):
     """Null."""
 
 
-def phi_of(column: Column, *, sealed: bool) -> Phi:
+def phi_treatment(column: Column, *, encrypted: bool) -> PhiTreatment:
     """The treatment of a column; all is in the clear unless ``sealed``. Raises ViewError for an unknown tag."""
     tag = column.tags.get("phi", "none")
     try:
-        treatment = Phi(tag)
+        treatment = PhiTreatment(tag)
     except ValueError:
-        raise ViewError(f"column {column.name}: tag phi is {tag}, but must be one of {', '.join(Phi)}") from None
-    return treatment if sealed else Phi.NONE
+        raise ViewError(
+            f"column {column.name}: tag phi is {tag}, but must be one of {', '.join(PhiTreatment)}"
+        ) from None
+    return treatment if encrypted else PhiTreatment.NONE
 
 
 def has_blind_index(column: Column) -> bool:
@@ -111,20 +113,20 @@ def has_blind_index(column: Column) -> bool:
 
 def holds_phi(view: View) -> bool:
     """Whether keys change anything about a view's table."""
-    return any(phi_of(column, sealed=True) is not Phi.NONE for column in view.columns)
+    return any(phi_treatment(column, encrypted=True) is not PhiTreatment.NONE for column in view.columns)
 
 
-def column_type(column: Column, *, sealed: bool = False) -> str:
+def column_type(column: Column, *, encrypted: bool = False) -> str:
     """The Postgres type of a view's column."""
-    return "text" if phi_of(column, sealed=sealed) in _AS_TEXT else _POSTGRES[kind_of(column)]
+    return "text" if phi_treatment(column, encrypted=encrypted) in _AS_TEXT else _POSTGRES[column_kind(column)]
 
 
-_AS_TEXT = frozenset({Phi.ENCRYPT, Phi.HASH})
+_AS_TEXT = frozenset({PhiTreatment.ENCRYPT, PhiTreatment.HASH})
 _SAID = {
-    Phi.ENCRYPT: "encrypted: a Fernet token",
-    Phi.HASH: "a keyed hash of the value",
-    Phi.YEAR: "cut to the year",
-    Phi.DROP: "left out",
+    PhiTreatment.ENCRYPT: "encrypted: a Fernet token",
+    PhiTreatment.HASH: "a keyed hash of the value",
+    PhiTreatment.YEAR: "cut to the year",
+    PhiTreatment.DROP: "left out",
 }
 
 
@@ -157,7 +159,7 @@ class TableLayout:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
+def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
     """The table of a view, ``sealed`` where there are keys. Raises ViewError if a name cannot be a table's or a
     column's.
     """
@@ -166,18 +168,18 @@ def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
     _check_length(view.name, f"view {view.name}")
     columns = [TableColumn(KEY_COLUMN, "text", "Logical id of the resource that the row is made of", "btree", True)]
     for column in view.columns:
-        kind = kind_of(column)
-        phi = phi_of(column, sealed=sealed)
+        kind = column_kind(column)
+        phi = phi_treatment(column, encrypted=encrypted)
         kind_here = Kind.TEXT if phi in _AS_TEXT else kind
-        index = None if phi in (Phi.ENCRYPT, Phi.DROP) else _index(view, column, kind_here)
+        index = None if phi in (PhiTreatment.ENCRYPT, PhiTreatment.DROP) else _index(view, column, kind_here)
         columns.append(TableColumn(column.name, _POSTGRES[kind_here], _described(column, phi), index))
-        if phi is Phi.ENCRYPT and has_blind_index(column):
+        if phi is PhiTreatment.ENCRYPT and has_blind_index(column):
             said = f"Blind index of {column.name}: the same for equal values"
-            columns.append(TableColumn(f"{column.name}{INDEX_SUFFIX}", "text", said, "btree"))
-        if kind_here in PARTIAL:
+            columns.append(TableColumn(f"{column.name}{BLIND_INDEX_SUFFIX}", "text", said, "btree"))
+        if kind_here in PARTIAL_DATE_KINDS:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
             columns.append(TableColumn(f"{column.name}_precision", "text", f"What {column.name} is known to: {grain}"))
-    if sealed and holds_phi(view):
+    if encrypted and holds_phi(view):
         columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that sealed the row; null: not sealed yet"))
     seen: set[str] = set()
     for each in columns:
@@ -185,18 +187,18 @@ def layout_of(view: View, *, sealed: bool = False) -> TableLayout:
         if each.name in seen:
             raise ViewError(f"view {view.name}: two columns of its table would be named {each.name}; rename one")
         seen.add(each.name)
-    meaning = f"{view.fingerprint}/{_treatments(view)}" if sealed else view.fingerprint
+    meaning = f"{view.fingerprint}/{_treatments(view)}" if encrypted else view.fingerprint
     return TableLayout(view.name, view.resource_type, view.description, tuple(columns), meaning)
 
 
-def _described(column: Column, phi: Phi) -> str | None:
-    if phi is Phi.NONE:
+def _described(column: Column, phi: PhiTreatment) -> str | None:
+    if phi is PhiTreatment.NONE:
         return column.description
     return f"{column.description or column.name} ({_SAID[phi]})"
 
 
 def _treatments(view: View) -> str:
-    text = repr([(column.name, phi_of(column, sealed=True).value) for column in view.columns])
+    text = repr([(column.name, phi_treatment(column, encrypted=True).value) for column in view.columns])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

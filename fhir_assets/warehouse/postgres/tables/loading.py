@@ -24,14 +24,20 @@ from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
-from fhir_assets.warehouse.postgres.tables.chunks import NOTHING, Chunk, Piece, newest
-from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Preparation, Prepared, Unfit, ViewRows
-from fhir_assets.warehouse.postgres.tables.encoding import NULL, plain_text
-from fhir_assets.warehouse.postgres.tables.load_sql import LoadStatements
+from fhir_assets.warehouse.postgres.tables.copy_blocks import (
+    CopyBlock,
+    Prepared,
+    ResourceEncoder,
+    UnstorableResource,
+    ViewRows,
+)
+from fhir_assets.warehouse.postgres.tables.copy_chunks import NOTHING, Chunk, Piece, newest
+from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
+from fhir_assets.warehouse.postgres.tables.load_statements import LoadStatements
 
 CHUNK_RESOURCES = 2_000
 CHUNK_BYTES = 4 * 2**20
-OPEN = ConsentGate()
+NO_CONSENT_GATE = ConsentGate()
 """Nothing is withheld."""
 
 _SWITCH_SECONDS = 0.0002
@@ -40,7 +46,7 @@ _COLUMN = re.compile(r', column "?([^":]+)"?')
 
 
 @dataclass(frozen=True, slots=True)
-class Unloadable:
+class UnloadableResource:
     """A resource that Postgres cannot hold; ``view`` and ``column`` are None if the fault is in its JSON as such."""
 
     resource_id: str
@@ -74,7 +80,7 @@ class _Outcome:
     superseded: int = 0
     rows: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
-    refused: list[Unloadable] = field(default_factory=list)
+    refused: list[UnloadableResource] = field(default_factory=list)
 
 
 _Written = tuple[int, Chunk, Chunk]
@@ -103,22 +109,24 @@ class Loader:
         views: Sequence[View],
         *,
         run_id: str,
-        mend: bool = False,
-        gate: ConsentGate = OPEN,
+        restore_rows: bool = False,
+        consent_gate: ConsentGate = NO_CONSENT_GATE,
         reencrypt: bool = False,
     ) -> None:
         self._conn = conn
-        self._resource_type, self._run_id = resource_type, plain_text(run_id)
+        self._resource_type, self._run_id = resource_type, escape_text(run_id)
         self._params = {"run": run_id, "key_id": cipher_of(conn).key_id}
-        self._mend = mend
+        self._restore_rows = restore_rows
         self._definitions = views
         self._views = [view.name for view in views]
         self._cipher = cipher_of(conn)
         self._pieces: list[Piece] = []
         self._held = self._bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
-        self._unloadable: list[Unloadable] = []
-        self._statements = LoadStatements(resource_type, views, sealed=self._cipher.on, gate=gate, reencrypt=reencrypt)
+        self._unloadable: list[UnloadableResource] = []
+        self._statements = LoadStatements(
+            resource_type, views, encrypted=self._cipher.on, consent_gate=consent_gate, reencrypt=reencrypt
+        )
         self._decided = False
         self._interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
@@ -137,7 +145,7 @@ class Loader:
         self._thread = None
         sys.setswitchinterval(self._interval)
 
-    def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[Unloadable]:
+    def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[UnloadableResource]:
         """Prepare and take resources of one partition. Returns those found unloadable since the last call (the
         partition of each is in it). Raises DatabaseUnavailable; the transaction is then lost.
         """
@@ -145,15 +153,15 @@ class Loader:
         lines: list[bytes] = []
         for record, rows in items:
             try:
-                prepared.append((len(lines), self._preparation.prepare(record, partition_key, rows)))
+                prepared.append((len(lines), self._encoder.prepare(record, partition_key, rows)))
                 lines.append(record.body)
-            except Unfit as unfit:
+            except UnstorableResource as unfit:
                 self._refused(
-                    Unloadable(record.id, partition_key, record.body, unfit.view, unfit.column, unfit.message)
+                    UnloadableResource(record.id, partition_key, record.body, unfit.view, unfit.column, unfit.message)
                 )
-        return self.take(Block.of(prepared, len(self._views)), lines, partition_key)
+        return self.add_block(CopyBlock.of(prepared, len(self._views)), lines, partition_key)
 
-    def take(self, block: Block, lines: Sequence[bytes], partition_key: str) -> list[Unloadable]:
+    def add_block(self, block: CopyBlock, lines: Sequence[bytes], partition_key: str) -> list[UnloadableResource]:
         """As ``add``, of resources that were prepared elsewhere, from these lines, as they were received."""
         self._pieces.append(Piece(block, partition_key, lines))
         self._held += len(block)
@@ -174,19 +182,19 @@ class Loader:
         self.wait()
         return self._counts
 
-    def late(self) -> list[Unloadable]:
+    def take_unloadable(self) -> list[UnloadableResource]:
         """The unloadable resources that ``finish`` found."""
         return self._drain()
 
     @cached_property
-    def _preparation(self) -> Preparation:
-        return Preparation(self._definitions, self._cipher)
+    def _encoder(self) -> ResourceEncoder:
+        return ResourceEncoder(self._definitions, self._cipher)
 
-    def _drain(self) -> list[Unloadable]:
+    def _drain(self) -> list[UnloadableResource]:
         found, self._unloadable = self._unloadable, []
         return found
 
-    def _refused(self, unloadable: Unloadable) -> None:
+    def _refused(self, unloadable: UnloadableResource) -> None:
         self._unloadable.append(unloadable)
         self._counts.unloadable += 1
 
@@ -222,7 +230,7 @@ class Loader:
         try:
             # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
             self._conn.execute("SELECT")
-            if self._statements.gate and not self._decided:
+            if self._statements.consent_gate and not self._decided:
                 consents.keep_decisions(self._conn)
                 self._decided = True
             self._write_or_halve(chunk, outcome)
@@ -251,7 +259,7 @@ class Loader:
             view, column = self._place(error)
             [(block, partition_key, lines)] = chunk.pieces
             body = lines[block.places[0]]
-            outcome.refused.append(Unloadable(block.ids[0], partition_key, body, view, column, _said(error)))
+            outcome.refused.append(UnloadableResource(block.ids[0], partition_key, body, view, column, _said(error)))
             return
         outcome.updated += updated
         outcome.inserted += len(winners) - updated
@@ -264,7 +272,7 @@ class Loader:
     def _insert(self, chunk: Chunk) -> _Written | None:
         """Copy a chunk of new resources to where they belong; None, and nothing written, if one of them is there."""
         statements = self._statements
-        if self._mend or not statements.may_insert:
+        if self._restore_rows or not statements.may_insert:
             return None
         with self._conn.cursor() as cursor:
             known, now = cursor.execute(statements.known, [orjson.dumps(chunk.ids).decode()]).fetchone() or (0, "")
@@ -293,7 +301,7 @@ class Loader:
             cursor.execute(statements.clear_stage)
             winners = chunk.only(inserted)
             updated = [key for key, new in inserted.items() if not new]
-            stale = (list(inserted) if self._mend else updated) + taken_back
+            stale = (list(inserted) if self._restore_rows else updated) + taken_back
             if stale:
                 for delete, _ in statements.views:
                     cursor.execute(delete, [stale])
@@ -310,16 +318,16 @@ class Loader:
         """Note what Consents say; then the ids in the stage that are withheld, and those of them that had rows."""
         for statement in self._statements.consents:
             cursor.execute(statement, self._params)
-        gate = self._statements.gate
-        if gate is None:
+        consent_gate = self._statements.consent_gate
+        if consent_gate is None:
             return frozenset(), []
-        gone = [key for (key,) in cursor.execute(gate.withhold, self._params)]
-        cursor.execute(gate.superseded)
-        cursor.execute(gate.released)
+        gone = [key for (key,) in cursor.execute(consent_gate.withhold, self._params)]
+        cursor.execute(consent_gate.superseded)
+        cursor.execute(consent_gate.released)
         taken_back: list[str] = []
         if gone:
-            taken_back = [key for (key,) in cursor.execute(gate.taken_back, {"ids": gone})]
-            cursor.execute(gate.outdated, {"ids": gone})
+            taken_back = [key for (key,) in cursor.execute(consent_gate.taken_back, {"ids": gone})]
+            cursor.execute(consent_gate.outdated, {"ids": gone})
         return frozenset(gone), taken_back
 
     def _place(self, error: psycopg.Error) -> tuple[str | None, str | None]:

@@ -8,7 +8,14 @@ from psycopg import sql
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets.warehouse.postgres.tables.layout import INDEX_SUFFIX, PARTIAL, Phi, has_blind_index, kind_of, phi_of
+from fhir_assets.warehouse.postgres.tables.layout import (
+    BLIND_INDEX_SUFFIX,
+    PARTIAL_DATE_KINDS,
+    PhiTreatment,
+    column_kind,
+    has_blind_index,
+    phi_treatment,
+)
 
 SAMPLE_ROWS = 10_000
 _SAMPLE_PAGES = 2_000
@@ -20,7 +27,7 @@ _NOTHING = sql.SQL("{} IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class ColumnSample:
     """A column of a table in schema ``fhir``: of ``values`` that were looked at so many are ``plain``."""
 
     table: str
@@ -29,34 +36,34 @@ class Sampled:
     plain: int
 
 
-def in_view(conn: Connection, view: View) -> list[Sampled]:
+def scan_view(conn: Connection, view: View) -> list[ColumnSample]:
     """The columns of a view's table that hold patient data: tokens, hashes, years and nothing, as they are tagged."""
     tests: dict[str, sql.Composed] = {}
     for column in view.columns:
-        phi = phi_of(column, sealed=True)
+        phi = phi_treatment(column, encrypted=True)
         name = sql.Identifier(column.name)
-        if phi is Phi.ENCRYPT:
+        if phi is PhiTreatment.ENCRYPT:
             tests[column.name] = _TOKEN.format(name)
             if has_blind_index(column):
-                index = f"{column.name}{INDEX_SUFFIX}"
+                index = f"{column.name}{BLIND_INDEX_SUFFIX}"
                 tests[index] = _HASH.format(sql.Identifier(index))
-        elif phi is Phi.HASH:
+        elif phi is PhiTreatment.HASH:
             tests[column.name] = _HASH.format(name)
-        elif phi is Phi.YEAR and kind_of(column) in PARTIAL:
+        elif phi is PhiTreatment.YEAR and column_kind(column) in PARTIAL_DATE_KINDS:
             tests[column.name] = _YEAR.format(sql.SQL("{}::timestamptz").format(name))
-        elif phi is Phi.DROP:
+        elif phi is PhiTreatment.DROP:
             tests[column.name] = _NOTHING.format(name)
     return _sampled(conn, view.name, tests)
 
 
-def in_resources(conn: Connection, resource_type: str) -> list[Sampled]:
+def scan_resources(conn: Connection, resource_type: str) -> list[ColumnSample]:
     """The whole resources of a type."""
     known = BY_NAME.get(resource_type)
     test = sql.SQL("jsonb_typeof(resource) <> 'string' OR key_id IS NULL").format()
     return _sampled(conn, f"resource_{known.key}" if known else "resource_other", {"resource": test})
 
 
-def _sampled(conn: Connection, table: str, tests: dict[str, sql.Composed]) -> list[Sampled]:
+def _sampled(conn: Connection, table: str, tests: dict[str, sql.Composed]) -> list[ColumnSample]:
     if not tests:
         return []
     counts = sql.SQL(", ").join(
@@ -75,4 +82,4 @@ def _sampled(conn: Connection, table: str, tests: dict[str, sql.Composed]) -> li
         counts, sql.Identifier("fhir", table), sql.Literal(share), sql.Literal(SAMPLE_ROWS)
     )
     found: Sequence[int] = conn.execute(query).fetchone() or ()
-    return [Sampled(table, name, *found[2 * n : 2 * n + 2]) for n, name in enumerate(tests)]
+    return [ColumnSample(table, name, *found[2 * n : 2 * n + 2]) for n, name in enumerate(tests)]

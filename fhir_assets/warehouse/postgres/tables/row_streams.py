@@ -10,7 +10,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 _FETCHED = 2000
 
 
-def stream(
+def stream_rows(
     conn: Connection,
     table: str,
     resource_type: str,
@@ -23,7 +23,7 @@ def stream(
         sql.SQL("v.*")
         if columns is None
         else sql.SQL(", ").join([sql.SQL("v.{}").format(sql.Identifier(column)) for column in columns]),
-        joined(table),
+        join_resources(table),
         sql.SQL("" if partition_keys is None else "AND r.partition_key = ANY(%(keys)s)"),
     )
     keys = None if partition_keys is None else list(partition_keys)
@@ -32,7 +32,7 @@ def stream(
         yield from cursor.execute(query, {"type": resource_type, "keys": keys})
 
 
-def joined(table: str) -> sql.Composed:
+def join_resources(table: str) -> sql.Composed:
     """A table ``v`` and the resources ``r`` of type ``%(type)s`` that its rows are made of, deleted ones left out."""
     return sql.SQL(
         "FROM fhir.{} v JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = v._resource_key"

@@ -13,9 +13,18 @@ from fhir_assets.warehouse.ops.checkpoints import forget_parts
 from fhir_assets.warehouse.postgres.db import roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, TableColumn, TableLayout, column_type, layout_of
+from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, TableColumn, TableLayout, build_layout, column_type
 
-__all__ = ["KEY_COLUMN", "Drift", "apply_changes", "column_type", "drift", "ensure_tables", "layout_of", "row_count"]
+__all__ = [
+    "KEY_COLUMN",
+    "Drift",
+    "apply_changes",
+    "build_layout",
+    "column_type",
+    "count_rows",
+    "ensure_tables",
+    "find_drift",
+]
 
 SCHEMA = "fhir"
 _COUNTED = 1_000_000
@@ -65,7 +74,7 @@ def apply_changes(conn: Session, views: Iterable[View]) -> list[Drift]:
     return _bring_up(conn, _layouts(conn, views), destroy=True)
 
 
-def row_count(conn: Connection, view: View) -> int:
+def count_rows(conn: Connection, view: View) -> int:
     """How many rows the table of a view has: exact up to a million, beyond that as Postgres last estimated."""
     table = sql.Identifier(SCHEMA, view.name)
     estimate = conn.execute("SELECT reltuples::bigint FROM pg_class WHERE oid = %s::regclass", [table.as_string(conn)])
@@ -75,13 +84,13 @@ def row_count(conn: Connection, view: View) -> int:
     return int(found[0]) if found else 0
 
 
-def drift(conn: Session, view: View) -> list[Drift]:
+def find_drift(conn: Session, view: View) -> list[Drift]:
     """How the table differs from its view; empty if it fits."""
     return _drift(conn, *_layouts(conn, [view]))
 
 
 def _layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
-    return [layout_of(view, sealed=cipher_of(conn).on) for view in views]
+    return [build_layout(view, encrypted=cipher_of(conn).on) for view in views]
 
 
 def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -> list[Drift]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from psycopg import Connection, errors
 
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
-from fhir_assets.warehouse.postgres.tables.encoding import Refused, check_escapes, row_encoder
+from fhir_assets.warehouse.postgres.tables.encoding import UnstorableValue, build_row_encoder, check_escapes
 from fhir_assets_tests.support.views import column, view
 
 TYPES = {
@@ -51,12 +51,12 @@ CASES = [pytest.param(kind, value, id=f"{kind}-{n}") for kind in VALUES for n, v
 
 @pytest.mark.parametrize(("kind", "value"), CASES)
 def test_postgres_takes_whatever_is_not_refused(conn: Connection[Any], kind: str, value: object) -> None:
-    encoder = row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
+    encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
     precision = ", p text" if kind in ("date", "dateTime") else ""
     conn.execute(f"CREATE TEMP TABLE t (x {TYPES[kind]}{precision})".encode())
     try:
         line = encoder((value,))
-    except Refused:
+    except UnstorableValue:
         return
     with conn.cursor() as cursor, cursor.copy("COPY t FROM STDIN") as copy:
         copy.write(f"{line}\n")
@@ -82,8 +82,8 @@ def test_postgres_takes_whatever_is_not_refused(conn: Connection[Any], kind: str
     ],
 )
 def test_what_is_no_value_of_its_type_is_refused_without_being_quoted(kind: str, value: object) -> None:
-    encoder = row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
-    with pytest.raises(Refused) as caught:
+    encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
+    with pytest.raises(UnstorableValue) as caught:
         encoder((value,))
     assert caught.value.args[1] == 0
     assert str(value) not in str(caught.value.args[0])
@@ -101,7 +101,7 @@ def test_escapes_are_judged_as_a_json_parser_reads_them(pieces: list[str]) -> No
     if storable:
         check_escapes(text.encode())
     else:
-        with pytest.raises(Refused):
+        with pytest.raises(UnstorableValue):
             check_escapes(text.encode())
 
 
@@ -109,7 +109,7 @@ def test_postgres_agrees_on_escapes(conn: Connection[Any]) -> None:
     for text in ('"\\ud83d\\ude00"', '"\\\\u0000"', '"\\ud83d"', '"\\ude00"', '"\\u0000"', '"\\ud83dx\\ude00"'):
         try:
             check_escapes(text.encode())
-        except Refused:
+        except UnstorableValue:
             with pytest.raises(errors.DataError), conn.transaction():
                 conn.execute("SELECT %s::jsonb", [text])
         else:

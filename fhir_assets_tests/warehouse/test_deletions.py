@@ -27,7 +27,9 @@ def load(conn: Session, moment: datetime, *, version: str | None = None, family:
     views.load(conn, patient("a", moment.isoformat(), version, name=[{"family": family}]))
 
 
-def delete(conn: Session, moment: datetime, *, version: str | None = None, identity: str = "a") -> deletions.Deleted:
+def delete(
+    conn: Session, moment: datetime, *, version: str | None = None, identity: str = "a"
+) -> deletions.DeletionCounts:
     return deletions.apply(conn, [Deletion("Patient", identity, moment, version)], run_id="run")
 
 

@@ -145,7 +145,7 @@ def test_writing_beside_the_callers_work_ends_in_the_same_tables(
         loader.wait()
         assert conn.execute("SELECT count(*) > 0 FROM fhir.resource").fetchone() == (True,)
         counts = loader.finish()
-        bad += loader.late()
+        bad += loader.take_unloadable()
     assert [each.resource_id for each in bad] == ["bad"]
     assert (counts.inserted, counts.unloadable) == (70, 1)
     assert select(conn, "SELECT count(*), count(DISTINCT _resource_key) FROM fhir.patient_name") == [(70, 70)]
@@ -194,7 +194,7 @@ def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Se
         good = [rows_of(PATIENTS, named(f"p{n}", "A")) for n in range(9)]
         found = loader.add([*good[:5], (bad, rows), *good[5:]], "w")
         counts = loader.finish()
-        found += loader.late()
+        found += loader.take_unloadable()
     assert [(each.resource_id, each.partition_key) for each in found] == [("bad", "w")]
     assert (counts.inserted, counts.unloadable) == (9, 1)
     assert len(select(conn, NAMES)) == 9
@@ -346,7 +346,7 @@ def test_any_text_comes_back_as_it_was_or_is_told_apart(
         loader = Loader(prepared, "Patient", TEXT_VIEW, run_id="run")
         bad = loader.add([(record, [[(language, given_names, born)]])], "w")
         loader.finish()
-        bad += loader.late()
+        bad += loader.take_unloadable()
         stored = select(prepared, "SELECT language, given, born_precision FROM fhir.patient")
         whole = select(prepared, "SELECT resource->>'language' FROM fhir.resource")
     storable = not any(_unstorable(text) for text in (language, *given_names))

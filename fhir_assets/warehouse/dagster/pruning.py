@@ -44,27 +44,27 @@ _RUNS = sql.SQL(
 ).format(_OLD_RUNS)
 
 
-def events(conn: Connection, before: datetime) -> int:
+def count_old_events(conn: Connection, before: datetime) -> int:
     """How many events of old runs say nothing of assets and checks: steps, logs, engine."""
     return _count(conn, _EVENTS, before)
 
 
-def delete_events(conn: Connection, before: datetime) -> int:
+def delete_old_events(conn: Connection, before: datetime) -> int:
     """Delete them, a batch at a time. Returns how many."""
     return _delete(conn, "event_logs", "e.id", _EVENTS, before)
 
 
-def ticks(conn: Connection, before: datetime) -> int:
+def count_old_ticks(conn: Connection, before: datetime) -> int:
     """How many ticks of sensors and schedules are old; the last one of each stays."""
     return _count(conn, _TICKS, before)
 
 
-def delete_ticks(conn: Connection, before: datetime) -> int:
+def delete_old_ticks(conn: Connection, before: datetime) -> int:
     """Delete them, a batch at a time. Returns how many."""
     return _delete(conn, "job_ticks", "t.id", _TICKS, before)
 
 
-def superseded_runs(conn: Connection, before: datetime) -> list[str]:
+def find_superseded_runs(conn: Connection, before: datetime) -> list[str]:
     """The ids of old runs whose every materialization and check was done again since: nothing in the UI rests on
     them.
     """

@@ -14,38 +14,10 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of, connect
 from fhir_assets.warehouse.postgres.tables.view_tables import apply_changes, ensure_tables
-from fhir_assets_tests.support.views import column, load, patient, select, view
+from fhir_assets_tests.support.encrypted_views import PATIENT_WITH_PHI, TAGGED_PATIENT, tagged_column
+from fhir_assets_tests.support.views import load, select, view
 
 KEY = new_key()
-
-
-def tagged(name: str, path: str, kind: str, **tags: str) -> dict[str, object]:
-    return {**column(name, path, kind), "tag": [{"name": k.replace("_", "-"), "value": v} for k, v in tags.items()]}
-
-
-SECRETS = view(
-    "patient",
-    "Patient",
-    column("gender", "gender", "code"),
-    tagged("family", "name.first().family", "string", phi="encrypt"),
-    tagged("mrn", "identifier.first().value", "string", phi="encrypt", phi_index="hmac", index="btree"),
-    tagged("ssn", "identifier.skip(1).first().value", "string", phi="hash", index="btree"),
-    tagged("born", "birthDate", "date", phi="year", index="btree"),
-    tagged("died", "deceased.ofType(dateTime)", "dateTime", phi="year"),
-    tagged("multiple", "multipleBirth.ofType(integer)", "integer", phi="encrypt"),
-    tagged("note", "text.div", "xhtml", phi="drop"),
-    column("weight", "extension.first().value.ofType(decimal)", "decimal"),
-)
-PERSON = patient(
-    "a",
-    gender="female",
-    name=[{"family": "O'Hara\t\\N"}],
-    identifier=[{"value": "MRN-1"}, {"value": "078-05-1120"}],
-    birthDate="1980-02-29",
-    deceasedDateTime="2020-05-01T23:30:00-02:00",
-    multipleBirthInteger=2,
-    text={"status": "generated", "div": "<div xmlns='http://www.w3.org/1999/xhtml'>O'Hara</div>"},
-)
 
 
 @pytest.fixture
@@ -57,7 +29,7 @@ def sealed(database: str) -> Iterator[Connection]:
 
 
 def test_every_tag_does_what_it_says(sealed: Session) -> None:
-    load(sealed, PERSON, views=(SECRETS,))
+    load(sealed, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
     cipher = cipher_of(sealed)
     [(family, mrn, mrn_index, ssn, born, precision, died, multiple, note, gender)] = select(
         sealed,
@@ -73,30 +45,32 @@ def test_every_tag_does_what_it_says(sealed: Session) -> None:
 
 
 def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Session) -> None:
-    load(sealed, PERSON, views=(SECRETS,))
+    load(sealed, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
     [(kind, text, key_id)] = select(sealed, "SELECT jsonb_typeof(resource), resource::text, key_id FROM fhir.resource")
     assert (kind, key_id) == ("string", cipher_of(sealed).key_id)
     assert "MRN" not in text
     found = resources.read(sealed, "Patient", "a")
     assert found is not None
-    assert found.body == PERSON.body
+    assert found.body == PATIENT_WITH_PHI.body
     assert resources.read(sealed, "Patient", "b") is None
-    assert [each.body for each in resources.of_type(sealed, "Patient")] == [PERSON.body]
+    assert [each.body for each in resources.of_type(sealed, "Patient")] == [PATIENT_WITH_PHI.body]
 
 
 def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(sealed: Session) -> None:
-    letter = DeadLetter("Patient", "a", "validate", "structure", "Patient", "wrong", PERSON.body, "2024-01-01")
+    letter = DeadLetter(
+        "Patient", "a", "validate", "structure", "Patient", "wrong", PATIENT_WITH_PHI.body, "2024-01-01"
+    )
     for run in ("one", "two"):
         dead_letters.record(sealed, run, [letter])
     [(number, attempts, stored)] = select(sealed, "SELECT id, attempts, resource FROM ops.dead_letters")
     assert attempts == 2
     assert b"MRN" not in stored
     assert letter.fingerprint(cipher_of(sealed)) != letter.fingerprint(NO_ENCRYPTION)
-    assert dead_letters.resource(sealed, number) == PERSON.body
+    assert dead_letters.resource(sealed, number) == PATIENT_WITH_PHI.body
 
 
 def test_without_keys_all_is_in_the_clear_as_before(conn: Session) -> None:
-    load(conn, PERSON, views=(SECRETS,))
+    load(conn, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
     assert select(conn, "SELECT mrn, ssn, born::text, multiple FROM fhir.patient") == [
         ("MRN-1", "078-05-1120", "1980-02-29", 2)
     ]
@@ -104,14 +78,14 @@ def test_without_keys_all_is_in_the_clear_as_before(conn: Session) -> None:
 
 def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> None:
     with connect(database, cipher=NO_ENCRYPTION) as conn:
-        load(conn, PERSON, views=(SECRETS,))
+        load(conn, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
     with connect(database, cipher=cipher) as conn:
         with pytest.raises(ViewError, match=r"multiple is integer .* but text .*keys rotate"):
-            ensure_tables(conn, [SECRETS])
+            ensure_tables(conn, [TAGGED_PATIENT])
         conn.rollback()
-        apply_changes(conn, [SECRETS])
-        load(conn, PERSON, views=(SECRETS,))
+        apply_changes(conn, [TAGGED_PATIENT])
+        load(conn, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
         assert select(conn, "SELECT mrn_index FROM fhir.patient") == [(cipher.index("MRN-1"),)]
 
 
@@ -133,6 +107,6 @@ def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
 
 
 def test_an_unknown_tag_is_refused(sealed: Session) -> None:
-    wrong: View = parse_view(view("w", "Patient", tagged("x", "gender", "code", phi="hide")).definition)
+    wrong: View = parse_view(view("w", "Patient", tagged_column("x", "gender", "code", phi="hide")).definition)
     with pytest.raises(ViewError, match="tag phi is hide"):
         ensure_tables(sealed, [wrong])

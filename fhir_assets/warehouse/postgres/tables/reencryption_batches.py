@@ -22,7 +22,7 @@ from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLU
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 4 << 20
-Key = tuple[Any, ...]
+RowKey = tuple[Any, ...]
 
 
 _RESEALED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
@@ -30,7 +30,7 @@ _ORIGINAL = "CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(o
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class EncryptedTable:
     """A table of ``ops`` with sealed ``contents``, jsonb or bytea, and ``key_id``; ``todo`` says which of its rows
     are not sealed by the newest key.
     """
@@ -43,11 +43,11 @@ class Place:
     todo: LiteralString = _RESEALED
 
 
-PLACES = (
-    Place("withheld", "withheld", ("resource_type", "id"), ("resource",), json=True),
-    Place("consents", "consent_records", ("consent_id",), ("resource",), json=True),
-    Place("dead_letters", "dead_letters", ("id",), ("resource",)),
-    Place(
+ENCRYPTED_TABLES = (
+    EncryptedTable("withheld", "withheld", ("resource_type", "id"), ("resource",), json=True),
+    EncryptedTable("consents", "consent_records", ("consent_id",), ("resource",), json=True),
+    EncryptedTable("dead_letters", "dead_letters", ("id",), ("resource",)),
+    EncryptedTable(
         "corrections",
         "corrections",
         ("fingerprint",),
@@ -55,12 +55,12 @@ PLACES = (
         # The original of a correction is as its dead letter had it, maybe under another key.
         todo=f"({_RESEALED} OR original IS NOT NULL AND coalesce({_ORIGINAL} = ANY(%(older)s), true))",
     ),
-    Place("answers", "idempotency", ("key",), ("answer",)),
+    EncryptedTable("answers", "idempotency", ("key",), ("answer",)),
 )
 
 
 @dataclass(slots=True)
-class Batch:
+class BatchResult:
     """What came of a batch. ``passed_over`` are held by a load; ``refused`` says why what could not be sealed was not,
     and how often.
     """
@@ -74,16 +74,16 @@ class Batch:
 # What is there
 
 
-def counts(conn: Connection, views: Sequence[View]) -> dict[str, Counter[str | None]]:
+def count_rows_by_key(conn: Connection, views: Sequence[View]) -> dict[str, Counter[str | None]]:
     """By place, how many rows each key seals, by its id; None: those in the clear. ``rows`` are those of the views'
     tables that hold patient data.
     """
     found = {"resources": _counted(conn, sql.SQL("SELECT key_id FROM fhir.resource WHERE resource IS NOT NULL"))}
     found["rows"] = Counter[str | None]()
-    for table, has_column in tables_with_phi(conn, views).items():
+    for table, has_column in find_tables_with_phi(conn, views).items():
         column = sql.Identifier(KEY_ID_COLUMN) if has_column else sql.SQL("NULL::text")
         found["rows"] += _counted(conn, sql.SQL("SELECT {} FROM {}").format(column, sql.Identifier("fhir", table)))
-    for place in PLACES:
+    for place in ENCRYPTED_TABLES:
         found[place.name] = _counted(conn, sql.SQL("SELECT key_id FROM {}").format(_table(place)))
     found["corrections"] += _counted(
         conn,
@@ -95,7 +95,7 @@ def counts(conn: Connection, views: Sequence[View]) -> dict[str, Counter[str | N
     return found
 
 
-def tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, bool]:
+def find_tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, bool]:
     """The tables that hold patient data, also those that no view makes any more; whether each says which key sealed
     its rows.
     """
@@ -108,7 +108,7 @@ def tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, bool]:
     return {name: has_column for name, has_column in rows if has_column or name in ours}
 
 
-def resource_types(conn: Connection) -> list[str]:
+def find_resource_types(conn: Connection) -> list[str]:
     """The types that may be in ``fhir.resource``."""
     others = conn.execute("SELECT DISTINCT resource_type FROM fhir.resource_other ORDER BY 1")
     return [*(each.name for each in CATALOG), *(name for (name,) in others)]
@@ -122,7 +122,7 @@ def _counted(conn: Connection, keys: sql.Composable) -> Counter[str | None]:
 # The next ones to seal
 
 
-def next_resources(conn: Connection, resource_type: str, older: Sequence[str], after: Key | None) -> list[Key]:
+def find_resources(conn: Connection, resource_type: str, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
     """The ids of some resources, after that one, that are in the clear or sealed by one of the ``older`` keys."""
     rows = conn.execute(
         "SELECT id, pg_column_size(resource) FROM fhir.resource WHERE resource_type = %(type)s"  # noqa: S608
@@ -133,7 +133,7 @@ def next_resources(conn: Connection, resource_type: str, older: Sequence[str], a
     return _some(rows)
 
 
-def next_with_rows(conn: Connection, table: str, newest: str, after: Key | None) -> list[Key]:
+def find_outdated_rows(conn: Connection, table: str, newest: str, after: RowKey | None) -> list[RowKey]:
     """The ids of some resources, after that one, that have rows in a table which another key sealed, or none."""
     query = sql.SQL(
         "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s"
@@ -143,7 +143,7 @@ def next_with_rows(conn: Connection, table: str, newest: str, after: Key | None)
     return list(conn.execute(query, {"after": after[0] if after else "", "newest": newest, "limit": limit}))
 
 
-def next_left_over(conn: Connection, table: str, older: Sequence[str], after: Key | None) -> list[Key]:
+def find_leftover_rows(conn: Connection, table: str, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
     """As ``next_with_rows``, of rows that one of the ``older`` keys sealed."""
     query = sql.SQL(
         "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s AND {key_id} = ANY(%(older)s)"
@@ -153,7 +153,7 @@ def next_left_over(conn: Connection, table: str, older: Sequence[str], after: Ke
     return list(conn.execute(query, {"after": after[0] if after else "", "older": list(older), "limit": limit}))
 
 
-def next_of(conn: Connection, place: Place, older: Sequence[str], after: Key | None) -> list[Key]:
+def find_rows(conn: Connection, place: EncryptedTable, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
     """The keys of some rows of a place, after that one, that are in the clear or sealed by ``older`` keys."""
     sizes = sql.SQL(" + ").join(
         [sql.SQL("coalesce(pg_column_size({}), 0)").format(sql.Identifier(each)) for each in place.contents]
@@ -169,9 +169,9 @@ def next_of(conn: Connection, place: Place, older: Sequence[str], after: Key | N
     return _some(conn.execute(query, {"older": list(older)}))
 
 
-def _some(rows: Iterable[tuple[Any, ...]]) -> list[Key]:
+def _some(rows: Iterable[tuple[Any, ...]]) -> list[RowKey]:
     """The keys of as many rows as a batch holds, at least one; the last value of each row is its size."""
-    chosen: list[Key] = []
+    chosen: list[RowKey] = []
     total = 0
     for *key, size in rows:
         total += size
@@ -185,7 +185,7 @@ def _some(rows: Iterable[tuple[Any, ...]]) -> list[Key]:
 
 
 def lock_resources(
-    conn: Connection, resource_type: str, keys: Sequence[Key]
+    conn: Connection, resource_type: str, keys: Sequence[RowKey]
 ) -> tuple[list[tuple[str, str | None, str]], int]:
     """Id, key and stored text of those resources that no load holds, locked until the transaction ends; and how many
     a load holds.
@@ -203,7 +203,7 @@ def lock_resources(
     return rows, max(0, found[0] - len(rows)) if found else 0
 
 
-def seal_resources(conn: Session, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
+def encrypt_resources(conn: Session, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
     """Seal resources, by their ids, with the newest key, and leave their rows as they are. Returns how many."""
     cipher = cipher_of(conn)
     with conn.cursor() as cursor:
@@ -217,7 +217,7 @@ def seal_resources(conn: Session, resource_type: str, resources: Iterable[tuple[
         return max(0, cursor.rowcount)
 
 
-def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
     """Seal with the newest key, token by token, rows that cannot be made anew: their resource cannot be opened, is not
     there, or their view is gone. ``keys`` are of their resources.
     """
@@ -242,7 +242,7 @@ def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Ke
         ),
         [[key for (key,) in keys], list(older)],
     ).fetchall()
-    batch = Batch(0, 0, 0 if rows else len(keys), Counter())
+    batch = BatchResult(0, 0, 0 if rows else len(keys), Counter())
     updates = []
     for place, *values in rows:
         try:
@@ -260,7 +260,7 @@ def seal_rows(conn: Session, table: str, older: Sequence[str], keys: Sequence[Ke
     return batch
 
 
-def compress_and_encrypt(conn: Session, place: Place, older: Sequence[str], keys: Sequence[Key]) -> Batch:
+def reencrypt_rows(conn: Session, place: EncryptedTable, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
     """Seal these rows of a place with the newest key, where they are still in the clear or sealed by ``older`` ones."""
     cipher = cipher_of(conn)
     contents: Sequence[sql.Composable] = [sql.Identifier(each) for each in place.contents]
@@ -278,7 +278,7 @@ def compress_and_encrypt(conn: Session, place: Place, older: Sequence[str], keys
         todo=sql.SQL(place.todo),
     )
     rows = conn.execute(query, {"older": list(older)}).fetchall()
-    batch = Batch(0, 0, max(0, len(keys) - len(rows)), Counter())
+    batch = BatchResult(0, 0, max(0, len(keys) - len(rows)), Counter())
     updates = []
     from_clear = []
     width = len(place.key)
@@ -312,7 +312,7 @@ def compress_and_encrypt(conn: Session, place: Place, older: Sequence[str], keys
     return batch
 
 
-def _resealed(stored: Any, key_id: str | None, place: Place, cipher: Cipher) -> Any:
+def _resealed(stored: Any, key_id: str | None, place: EncryptedTable, cipher: Cipher) -> Any:
     if stored is None:
         return None
     if not place.json:
@@ -351,7 +351,7 @@ _FINGERPRINTS: Mapping[str, Callable[[Session, Sequence[Any]], list[tuple[bytes,
 }
 
 
-def _rename(conn: Session, place: Place, fingerprints: Sequence[tuple[bytes, bytes]]) -> None:
+def _rename(conn: Session, place: EncryptedTable, fingerprints: Sequence[tuple[bytes, bytes]]) -> None:
     """Give rows the fingerprints that what fails from now on has. Where the same has failed since, the older row gets
     one of its own: nothing of it is lost, and no unkeyed hash of patient data stays.
     """
@@ -372,19 +372,19 @@ def _rename(conn: Session, place: Place, fingerprints: Sequence[tuple[bytes, byt
             )
 
 
-def _table(place: Place) -> sql.Identifier:
+def _table(place: EncryptedTable) -> sql.Identifier:
     return sql.Identifier("ops", place.table)
 
 
-def _key(place: Place) -> sql.Composed:
+def _key(place: EncryptedTable) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, place.key))
 
 
-def _beyond(place: Place, after: Key | None) -> sql.Composable:
+def _beyond(place: EncryptedTable, after: RowKey | None) -> sql.Composable:
     if after is None:
         return sql.SQL("true")
     return sql.SQL("({}) > ({})").format(_key(place), _literals(after))
 
 
-def _literals(key: Key) -> sql.Composed:
+def _literals(key: RowKey) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Literal, key))

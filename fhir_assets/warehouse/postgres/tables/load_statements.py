@@ -8,7 +8,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, layout_of
+from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, build_layout
 
 
 class LoadStatements:
@@ -19,7 +19,13 @@ class LoadStatements:
     """
 
     def __init__(
-        self, resource_type: str, views: Sequence[View], *, sealed: bool, gate: ConsentGate, reencrypt: bool = False
+        self,
+        resource_type: str,
+        views: Sequence[View],
+        *,
+        encrypted: bool,
+        consent_gate: ConsentGate,
+        reencrypt: bool = False,
     ) -> None:
         known = BY_NAME.get(resource_type)
         table = sql.Identifier("fhir", f"resource_{known.key}" if known else "resource_other")
@@ -67,14 +73,18 @@ class LoadStatements:
         self.consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent" and not reencrypt:
             self.consents = consents.record_statements(stage, sql.Placeholder("key_id"))
-        self.gate = consents.gate_statements(gate, resource_type, table, stage) if gate.closed else None
-        self.may_insert = not (self.consents or self.gate or reencrypt)
-        self.views = [_of_view(view, sealed=sealed) for view in views]
+        self.consent_gate = (
+            consents.gate_statements(consent_gate, resource_type, table, stage) if consent_gate.closed else None
+        )
+        self.may_insert = not (self.consents or self.consent_gate or reencrypt)
+        self.views = [_of_view(view, encrypted=encrypted) for view in views]
 
 
-def _of_view(view: View, *, sealed: bool) -> tuple[sql.Composed, sql.Composed]:
+def _of_view(view: View, *, encrypted: bool) -> tuple[sql.Composed, sql.Composed]:
     table = sql.Identifier("fhir", view.name)
-    columns = sql.SQL(", ").join([sql.Identifier(column.name) for column in layout_of(view, sealed=sealed).columns])
+    columns = sql.SQL(", ").join(
+        [sql.Identifier(column.name) for column in build_layout(view, encrypted=encrypted).columns]
+    )
     return (
         sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(table, sql.Identifier(KEY_COLUMN)),
         sql.SQL("COPY {} ({}) FROM STDIN").format(table, columns),

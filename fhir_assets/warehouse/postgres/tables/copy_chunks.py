@@ -4,13 +4,13 @@ from collections.abc import Container, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from fhir_assets.warehouse.postgres.tables.copy_blocks import Block
+from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 
 
 class Piece(NamedTuple):
     """Resources of one partition in a chunk, and the lines of their batch: what a dead letter would need."""
 
-    block: Block
+    block: CopyBlock
     partition_key: str
     lines: Sequence[bytes]
 

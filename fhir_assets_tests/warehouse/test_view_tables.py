@@ -56,7 +56,7 @@ def test_every_shipped_view_has_a_table_that_fits_it(conn: Session) -> None:
     views = load_views([sql_folder() / "views"]).views
     assert views
     view_tables.ensure_tables(conn, views)
-    assert [difference for each in views for difference in view_tables.drift(conn, each)] == []
+    assert [difference for each in views for difference in view_tables.find_drift(conn, each)] == []
 
 
 def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Session) -> None:
@@ -76,7 +76,7 @@ def test_several_processes_may_do_it_at_once(database: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     with connect(database, cipher=NO_ENCRYPTION) as conn:
-        assert view_tables.drift(conn, PATIENT) == []
+        assert view_tables.find_drift(conn, PATIENT) == []
 
 
 def _changed(*columns: dict[str, object]) -> View:
@@ -89,7 +89,7 @@ def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Session
     _remember(conn)
     wider = _changed(column("gender", "gender", "code"), column("born", "birthDate", "date", index=True))
     view_tables.ensure_tables(conn, [wider])
-    assert view_tables.drift(conn, wider) == []
+    assert view_tables.find_drift(conn, wider) == []
     assert select(conn, "SELECT _resource_key, gender, born FROM fhir.patient") == [("a", "male", None)]
     assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
 
@@ -106,7 +106,7 @@ def test_a_new_comment_or_index_leaves_the_windows_loaded(conn: Session) -> None
     _remember(conn)
     commented = _changed(column("who", "gender", "code", description="Administrative gender", index=True))
     view_tables.ensure_tables(conn, [commented])
-    assert view_tables.drift(conn, commented) == []
+    assert view_tables.find_drift(conn, commented) == []
     assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
 
 
@@ -129,9 +129,9 @@ def test_what_would_lose_data_is_refused_until_it_is_asked_for(conn: Session, ch
     with pytest.raises(ViewError, match=r"gender.*--apply-view-changes"):
         view_tables.ensure_tables(conn, [changed])
     assert select(conn, "SELECT gender FROM fhir.patient") == [("male",)]
-    assert view_tables.drift(conn, changed)
+    assert view_tables.find_drift(conn, changed)
     assert view_tables.apply_changes(conn, [changed])
-    assert view_tables.drift(conn, changed) == []
+    assert view_tables.find_drift(conn, changed) == []
     load(conn, patient("a", gender="male"), views=(changed,))
     assert list(_columns(conn, "patient")) == ["_resource_key", changed.columns[0].name]
 
@@ -142,16 +142,16 @@ def test_drift_by_hand_is_seen(conn: Session) -> None:
     conn.execute("ALTER TABLE fhir.patient ALTER COLUMN birth_order TYPE bigint")
     conn.execute("ALTER TABLE fhir.patient ADD COLUMN extra text")
     conn.execute("DROP INDEX fhir.patient_gender_idx")
-    assert {str(each) for each in view_tables.drift(conn, PATIENT)} == {
+    assert {str(each) for each in view_tables.find_drift(conn, PATIENT)} == {
         "column active is in the view but not in the table",
         "column birth_order is bigint in the table but integer in the view",
         "column extra is in the table but not in the view",
         "index gender is missing",
     }
     conn.execute("DROP TABLE fhir.patient")
-    assert [str(each) for each in view_tables.drift(conn, PATIENT)] == ["table patient is missing"]
+    assert [str(each) for each in view_tables.find_drift(conn, PATIENT)] == ["table patient is missing"]
     view_tables.ensure_tables(conn, PATIENTS)
-    assert view_tables.drift(conn, PATIENT) == []
+    assert view_tables.find_drift(conn, PATIENT) == []
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.warehouse.postgres.tables.chunks import NOTHING, Chunk, Piece, newest
-from fhir_assets.warehouse.postgres.tables.copy_blocks import Block, Prepared
+from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock, Prepared
+from fhir_assets.warehouse.postgres.tables.copy_chunks import NOTHING, Chunk, Piece, newest
 
 Resource = tuple[str, int]
 """An id, and a version."""
@@ -18,7 +18,7 @@ def prepared(key: str, version: int) -> Prepared:
 
 
 def piece(resources: list[Resource], partition_key: str = "w") -> Piece:
-    block = Block.of([(place, prepared(*each)) for place, each in enumerate(resources)], 2)
+    block = CopyBlock.of([(place, prepared(*each)) for place, each in enumerate(resources)], 2)
     return Piece(block, partition_key, [f"{key}{version}".encode() for key, version in resources])
 
 
