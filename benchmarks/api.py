@@ -61,7 +61,7 @@ def main(patients: int, seconds: float) -> int:
                 call("POST", "/api/v1/ingest", _list(0, 1))
                 with dg.DagsterInstance.ephemeral() as instance:
                     ingestion = Ingestion(settings, build_definitions(settings), instance)
-                    for waiting in ingestion.received():
+                    for waiting in ingestion.find_received():
                         assert ingestion.load_received(waiting, triggered_by="benchmark").success
                 with warehouse.connect() as conn:
                     _fill(conn, patients, [warehouse.cipher().index(f"K-{n}") for n in range(KNOWN)])

@@ -17,7 +17,7 @@ from time import perf_counter
 
 from benchmarks.machine import scratch
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, SourceKind, load_settings
@@ -111,7 +111,7 @@ def replay(home: Path, resources: int) -> tuple[float, float]:
     os.environ.pop("DAGSTER_HOME", None)
     os.environ.pop("DAGSTER_POSTGRES_URL", None)
     willing = _settings(home / "strict", source, **mild)
-    instance = config.instance(willing)
+    instance = config.open_instance(willing)
     ingestion = Ingestion(willing, build_definitions(willing), instance)
     started = perf_counter()
     outcomes = ingestion.replay(Selection(), triggered_by="benchmark")
@@ -120,7 +120,7 @@ def replay(home: Path, resources: int) -> tuple[float, float]:
         healed = replays.outcome(conn, [outcome.run_id for outcome in outcomes]).healed
         (loaded,) = conn.execute("SELECT count(*) FROM fhir.patient").fetchone() or (0,)
     instance.dispose()
-    if failed(outcomes) or healed != resources or loaded != resources:
+    if select_failed(outcomes) or healed != resources or loaded != resources:
         raise SystemExit("the replay failed: the figures would say nothing")
     return resources / plain, resources / seconds
 
@@ -143,15 +143,15 @@ def _load(settings: Settings) -> float:
     for name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
         os.environ.pop(name, None)
     migrations.upgrade(embedded.ensure(settings.home))
-    instance = config.instance(settings)
+    instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
-    due = ingestion.due()
+    due = ingestion.find_due()
     ingestion.begin_checkpoints(due)
     started = perf_counter()
     outcomes = [ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark") for windows in due]
     seconds = perf_counter() - started
     instance.dispose()
-    if failed(outcomes):
+    if select_failed(outcomes):
         raise SystemExit("the load failed: the figures would say nothing")
     return seconds
 

@@ -12,7 +12,7 @@ import dagster as dg
 
 from benchmarks.machine import processor_seconds
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion, Listener, failed
+from fhir_assets.ingestion import Ingestion, Listener, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import SourceKind, load_settings
@@ -43,9 +43,9 @@ def deployed(home: Path, **settings: object) -> Iterator[tuple[Ingestion, dg.Dag
         os.environ.pop(name, None)
     chosen = load_settings(fhir_assets_home=home, db_url=None, **settings)
     migrations.upgrade(embedded.ensure(chosen.home))
-    instance = config.instance(chosen)
+    instance = config.open_instance(chosen)
     ingestion = Ingestion(chosen, build_definitions(chosen), instance)
-    ingestion.steps()
+    ingestion.count_steps()
     try:
         yield ingestion, instance
     finally:
@@ -59,7 +59,7 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
         parts: defaultdict[str, float] = defaultdict(float)
         before = processor_seconds(home)
         started = perf_counter()
-        due = ingestion.due()
+        due = ingestion.find_due()
         ingestion.begin_checkpoints(due)
         parts["what is due"] = perf_counter() - started
         outcomes = [
@@ -68,7 +68,7 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
         ]
         seconds = perf_counter() - started
         processor = processor_seconds(home) - before
-        if failed(outcomes):
+        if select_failed(outcomes):
             raise SystemExit("the load failed: the figures would say nothing")
         for outcome in outcomes:
             for step in instance.get_run_step_stats(outcome.run_id):

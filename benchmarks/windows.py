@@ -14,7 +14,7 @@ from benchmarks.deployment import deployed
 from benchmarks.loader import START, observation
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
-from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import SourceKind
@@ -62,10 +62,12 @@ def _measured(home: Path, server: SandboxProcess, count: int) -> tuple[Cost, flo
     with deployed(home, **settings) as (ingestion, _):
         meter = Meter(home, apart=server.pid)
         end = START + (count - 1) * _DAY
-        whole = sum((_cost(ingestion, meter, windows) for windows in ingestion.due(first=START, last=end)), Cost())
+        whole = sum((_cost(ingestion, meter, windows) for windows in ingestion.find_due(first=START, last=end)), Cost())
         print(_said(f"all {count:,}", whole))
         later = [end + number * _DAY for number in range(1, _ROUNDS + 1)]
-        empty = [_cost(ingestion, meter, windows) for day in later for windows in ingestion.due(first=day, last=day)]
+        empty = [
+            _cost(ingestion, meter, windows) for day in later for windows in ingestion.find_due(first=day, last=day)
+        ]
         best = min(empty, key=lambda cost: cost.seconds)
         print(_said("an empty one", best))
         return whole, best.seconds
@@ -76,7 +78,7 @@ def _cost(ingestion: Ingestion, meter: Meter, windows: WindowRange) -> Cost:
     name = windows.windows[0].key
     with meter.part(name):
         outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark")
-    if failed([outcome]):
+    if select_failed([outcome]):
         raise SystemExit("a run failed: the figures would say nothing")
     if len(windows.windows) > 1:
         print(_said(f"{len(windows.windows)} windows from {name}", meter.parts[name]), flush=True)

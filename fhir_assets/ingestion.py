@@ -56,7 +56,7 @@ class Ingestion:
         self._instance = instance
         self._warehouse = Warehouse(settings)
 
-    def due(
+    def find_due(
         self, *, first: datetime | None = None, last: datetime | None = None, all_windows: bool = False
     ) -> DueWindows:
         """The windows to load: those between ``first`` and ``last``; else from the checkpoints to now, or with
@@ -81,12 +81,12 @@ class Ingestion:
         with self._warehouse.connect() as conn:
             begin_checkpoints(conn, due)
 
-    def not_offered(self) -> list[str]:
+    def find_types_not_offered(self) -> list[str]:
         """The types that are asked for but that the source does not offer; they are skipped."""
         offered = open_source(self._settings, warehouse=self._warehouse).offered()
         return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
 
-    def steps(self) -> int:
+    def count_steps(self) -> int:
         """How many steps one run has."""
         return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
 
@@ -96,7 +96,7 @@ class Ingestion:
         """Load the windows in one run of ``incremental_load``; ``listener`` hears its events."""
         return self._run(INCREMENTAL_LOAD, windows, refresh, triggered_by, listener)
 
-    def received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
+    def find_received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
         """What was received, by ``origin`` or at all, and is not in the tables yet."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
@@ -200,6 +200,6 @@ class Ingestion:
         return Outcome(result.run_id, windows, result.success)
 
 
-def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def select_failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The runs that did not end well."""
     return [outcome for outcome in outcomes if not outcome.success]

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
-from fhir_assets.orchestration.instance.config import instance_yaml
+from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.settings import Executor, Settings, load_settings
 
@@ -142,7 +142,7 @@ def test_the_instance_of_every_executor_is_one_that_dagster_takes(
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:6379/0")
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", database.replace("postgresql://", "postgresql+psycopg2://"))
     monkeypatch.setenv("FHIR_MAX_RUNS", "7")
-    (tmp_path / "dagster.yaml").write_text(instance_yaml(load_settings(fhir_executor=executor)))
+    (tmp_path / "dagster.yaml").write_text(render_dagster_yaml(load_settings(fhir_executor=executor)))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         queue = instance.get_concurrency_config().run_queue_config
         assert queue

@@ -25,8 +25,8 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.metrics.exposition import exposition
-from fhir_assets.metrics.pipeline import DatabaseCollector, observer_of
+from fhir_assets.metrics.exposition import render_metrics
+from fhir_assets.metrics.pipeline import DatabaseCollector, build_collector
 from fhir_assets.orchestration.dagster_internals import AssetGraph
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
@@ -161,8 +161,8 @@ class AppContext:
         """Return the metrics in an exposition format of Prometheus, and its content type."""
         with self._lock:
             if self._collector is None:
-                self._collector = observer_of(self.settings, self.warehouse.connect)
-        return exposition(self._collector)
+                self._collector = build_collector(self.settings, self.warehouse.connect)
+        return render_metrics(self._collector)
 
     def close(self) -> None:
         """Close the connection pool."""

@@ -10,8 +10,8 @@ from fhir_assets.api.access import Role, create_token, parse_tokens
 from fhir_assets.cli.output import console, print_json
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.metrics.exposition import served
-from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.metrics.exposition import serve_metrics
+from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.settings import load_settings
 
 app = typer.Typer(help="The HTTP API: intake, look-ups, runs.", invoke_without_command=True)
@@ -37,7 +37,10 @@ def serve(
     warehouse = Warehouse(settings)
     warehouse.url()
     os.environ[WORKERS_VARIABLE] = str(workers)
-    with observe_database(settings, warehouse.connect), served(settings.metrics_host, settings.metrics_port):
+    with (
+        register_database_metrics(settings, warehouse.connect),
+        serve_metrics(settings.metrics_host, settings.metrics_port),
+    ):
         uvicorn.run(
             "fhir_assets.api.app:create_worker_app",
             factory=True,

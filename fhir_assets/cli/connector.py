@@ -14,8 +14,8 @@ from fhir_assets.delivery.connector import dead_letters, outbox
 from fhir_assets.delivery.connector.setup import connector_of, sources_of
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.metrics.exposition import served
-from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.metrics.exposition import serve_metrics
+from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -59,7 +59,10 @@ def run(
     with closing(connector_of(settings, warehouse.connect, workers=workers)) as connector:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: connector.stop())
-        with observe_database(settings, warehouse.connect), served(settings.metrics_host, settings.metrics_port):
+        with (
+            register_database_metrics(settings, warehouse.connect),
+            serve_metrics(settings.metrics_host, settings.metrics_port),
+        ):
             connector.run(until_empty=until_empty)
 
 

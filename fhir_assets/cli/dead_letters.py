@@ -16,7 +16,7 @@ from fhir_assets.deployment.validation import build_validator, current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import Ingestion, Outcome, failed
+from fhir_assets.ingestion import Ingestion, Outcome, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.correct.step import Correction, CorrectionStep
 from fhir_assets.pipeline.receive.receiver import Receiver
@@ -192,7 +192,7 @@ def replay(
     outcomes = _replay(settings, chosen) if wait and letters else []
     with warehouse.connect() as conn:
         came = replays.outcome(conn, [outcome.run_id for outcome in outcomes])
-    broken = failed(outcomes)
+    broken = select_failed(outcomes)
     if json:
         facts = {"letters": letters, "runs": [outcome.run_id for outcome in outcomes], "success": not broken}
         print_json({**facts, **asdict(came), "marked": not wait})
@@ -244,7 +244,7 @@ def discard(
 
 
 def _replay(settings: Settings, chosen: Selection) -> Sequence[Outcome]:
-    instance = config.instance(settings)
+    instance = config.open_instance(settings)
     with only_our_words():
         return Ingestion(settings, build_definitions(settings), instance).replay(chosen, triggered_by="cli")
 

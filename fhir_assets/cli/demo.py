@@ -15,7 +15,7 @@ from fhir_assets.cli.ingest import SUMMARY, load_due, report_failure, summary
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import failed
+from fhir_assets.ingestion import select_failed
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
@@ -111,9 +111,9 @@ def _load() -> None:
         print_table("Loaded now", loaded, SUMMARY)
     else:
         print_table("Loaded earlier", everything, SUMMARY[:-1])
-    for outcome in failed(outcomes):
+    for outcome in select_failed(outcomes):
         report_failure(settings, outcome)
-    if failed(outcomes):
+    if select_failed(outcomes):
         raise typer.Exit(1)
     where = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"
     console.print(f"Tables: schema fhir, {where}", markup=False, soft_wrap=True)

@@ -43,7 +43,7 @@ def serve_ui(settings: Settings, port: int | None) -> None:
     Raises ConfigurationError if it ends by itself.
     """
     Warehouse(settings).url()
-    environment = {**config.environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
+    environment = {**config.build_environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
     port = free_port(port or DEFAULT_PORT)
     console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
     command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]

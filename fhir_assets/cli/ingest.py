@@ -19,7 +19,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
-from fhir_assets.ingestion import Ingestion, Listener, Outcome, failed
+from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.fetch import bulk_source
 from fhir_assets.pipeline.refresh import Refresh
@@ -50,14 +50,14 @@ def ingest(
     outcomes = load_due(settings, first=_utc(first), last=_utc(last), full_refresh=full_refresh, quiet=json)
     rows = summary(settings, outcomes)
     if json:
-        print_json({"runs": [o.run_id for o in outcomes], "success": not failed(outcomes), "types": rows})
+        print_json({"runs": [o.run_id for o in outcomes], "success": not select_failed(outcomes), "types": rows})
     elif not outcomes:
         console.print("Every window is loaded: nothing to do.")
     else:
         print_table("Loaded", rows, SUMMARY)
-    for outcome in failed(outcomes):
+    for outcome in select_failed(outcomes):
         report_failure(settings, outcome)
-    if failed(outcomes):
+    if select_failed(outcomes):
         raise typer.Exit(1)
 
 
@@ -71,18 +71,18 @@ def load_due(
     triggered_by: str = "cli",
 ) -> list[Outcome]:
     """Load what is due, with a progress bar on a terminal."""
-    instance = config.instance(settings)
+    instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with _export_told():
-        due = ingestion.due(first=first, last=last, all_windows=full_refresh)
+        due = ingestion.find_due(first=first, last=last, all_windows=full_refresh)
     ingestion.begin_checkpoints(due)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
-    if due and not quiet and (missing := ingestion.not_offered()):
+    if due and not quiet and (missing := ingestion.find_types_not_offered()):
         console.print(f"Not offered by the source, skipped: {', '.join(missing)}")
     if not due:
         ingestion.apply_consent(build_views(settings).views, actor=triggered_by)
-    steps = ingestion.steps()
+    steps = ingestion.count_steps()
     outcomes = []
     with Progress(
         TextColumn("{task.description}"),

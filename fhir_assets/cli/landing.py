@@ -10,7 +10,7 @@ from fhir_assets.cli.output import console, errors, only_our_words, print_json, 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import landing_files
@@ -54,20 +54,22 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
             totals[name] += getattr(landed, name)
         if not landed.files:
             break
-    instance = config.instance(settings)
+    instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with only_our_words():
-        outcomes = [ingestion.load_received(waiting, triggered_by="cli") for waiting in ingestion.received()]
+        outcomes = [ingestion.load_received(waiting, triggered_by="cli") for waiting in ingestion.find_received()]
     rows = summary(settings, outcomes)
     if json:
-        print_json({**totals, "runs": [o.run_id for o in outcomes], "success": not failed(outcomes), "types": rows})
+        print_json(
+            {**totals, "runs": [o.run_id for o in outcomes], "success": not select_failed(outcomes), "types": rows}
+        )
     else:
         console.print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items()))
         if rows:
             print_table("Loaded", rows, SUMMARY)
-    for outcome in failed(outcomes):
+    for outcome in select_failed(outcomes):
         report_failure(settings, outcome)
     if totals["failed"]:
         errors.print("Files could not be read: `fhir-assets landing list --status failed` says which and why")
-    if failed(outcomes) or totals["failed"]:
+    if select_failed(outcomes) or totals["failed"]:
         raise typer.Exit(1)

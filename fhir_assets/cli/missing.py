@@ -11,7 +11,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import PermanentError
-from fhir_assets.ingestion import Ingestion, failed
+from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.queries import quality
@@ -41,20 +41,20 @@ def fetch(json: Json = False) -> None:
     """Ask the server for them by id, Patients first, and load what it has. What it lacks is left alone for a day."""
     settings = load_settings()
     settings.require_source()
-    instance = config.instance(settings)
+    instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with only_our_words():
         if not ingestion.fetch_missing_references(triggered_by="cli"):
             raise PermanentError("the run of fetch_missing_references failed: its page in the Dagster UI says why")
-        outcomes = [ingestion.load_received(each, triggered_by="cli") for each in ingestion.received()]
+        outcomes = [ingestion.load_received(each, triggered_by="cli") for each in ingestion.find_received()]
     rows = summary(settings, outcomes)
     if json:
-        print_json({"runs": [each.run_id for each in outcomes], "success": not failed(outcomes), "types": rows})
+        print_json({"runs": [each.run_id for each in outcomes], "success": not select_failed(outcomes), "types": rows})
     elif rows:
         print_table("Loaded", rows, ("type", "valid", "dead", "loaded"))
     else:
         console.print("The server has nothing of what is missing.")
-    for outcome in failed(outcomes):
+    for outcome in select_failed(outcomes):
         report_failure(settings, outcome)
-    if failed(outcomes):
+    if select_failed(outcomes):
         raise typer.Exit(1)

@@ -27,7 +27,7 @@ def prune(
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
-    instance = config.instance(settings)
+    instance = config.open_instance(settings)
     before = datetime.now(UTC) - timedelta(days=older_than_days)
     with (
         warehouse.connect() as conn,

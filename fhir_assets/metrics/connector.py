@@ -36,7 +36,7 @@ DELIVERY = Histogram(
 )
 
 
-def name_source(source: str) -> None:
+def start_series(source: str) -> None:
     """Let a source's series begin at zero, so that its first change shows in a rate."""
     for outcome in ("created", "updated", "deleted"):
         PROCESSED.labels(source=source, outcome=outcome)

@@ -13,7 +13,7 @@ REGISTRY = CollectorRegistry()
 _log = logging.getLogger(__name__)
 
 
-def exposition(*more: Collector) -> tuple[bytes, str]:
+def render_metrics(*more: Collector) -> tuple[bytes, str]:
     """The registry, and ``more`` that is not in it, in Prometheus' text format, and its content type: for a process
     that serves HTTP already.
     """
@@ -24,7 +24,7 @@ def exposition(*more: Collector) -> tuple[bytes, str]:
 
 
 @contextmanager
-def served(host: str, port: int) -> Iterator[int | None]:
+def serve_metrics(host: str, port: int) -> Iterator[int | None]:
     """Serve the registry at ``http://host:port/metrics``; yields the port, None if it is 0 or taken.
 
     A taken port is only warned of: a second connector on a machine does its work all the same.

@@ -161,15 +161,15 @@ class DatabaseCollector(Collector):
             yield _filled(results, [(check, status.lower(), count) for check, status, count in rows])
 
 
-def observer_of(settings: Settings, connect: OpenConnection) -> DatabaseCollector:
+def build_collector(settings: Settings, connect: OpenConnection) -> DatabaseCollector:
     """The database's metrics, for whoever asks for them by himself."""
     return DatabaseCollector(connect, lambda: connections.connect(_dagster_url(settings)), settings.window_scheme)
 
 
 @contextmanager
-def observe_database(settings: Settings, connect: OpenConnection) -> Iterator[None]:
+def register_database_metrics(settings: Settings, connect: OpenConnection) -> Iterator[None]:
     """Add the database's metrics to the process's registry while the block runs."""
-    collector = observer_of(settings, connect)
+    collector = build_collector(settings, connect)
     REGISTRY.register(collector)
     try:
         yield

@@ -13,7 +13,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.ingestion import Ingestion
-from fhir_assets.orchestration.instance.config import dagster_yaml
+from fhir_assets.orchestration.instance.config import find_dagster_yaml
 from fhir_assets.privacy.audit import Entry
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
@@ -92,7 +92,7 @@ def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pyte
             phi_encryption_keys=new_key() if request.param == "sealed" else None,
         )
         (home / "dagster").mkdir()
-        shutil.copyfile(dagster_yaml(), home / "dagster" / "dagster.yaml")
+        shutil.copyfile(find_dagster_yaml(), home / "dagster" / "dagster.yaml")
         with api_in_threads(settings) as api, dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
             yield _filled(api, instance)
 
@@ -112,7 +112,7 @@ def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
     visits.append(visit("V3", ids["silent"], "2024-03-01"))
     assert api.post("/api/v1/ingest", json={"records": visits}).json()["rejected"] == 0
     ingestion = Ingestion(api.settings, build_definitions(api.settings), instance)
-    while waiting := ingestion.received():
+    while waiting := ingestion.find_received():
         for each in waiting:
             assert ingestion.load_received(each, triggered_by="test").success
     warehouse = Warehouse(api.settings)

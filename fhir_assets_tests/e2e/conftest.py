@@ -72,7 +72,7 @@ class Deployment:
     ) -> list[Outcome]:
         """What `fhir-assets ingest` does."""
         ingestion = self.ingestion()
-        due = ingestion.due(first=first, last=last, all_windows=refresh is Refresh.FULL)
+        due = ingestion.find_due(first=first, last=last, all_windows=refresh is Refresh.FULL)
         ingestion.begin_checkpoints(due)
         return [ingestion.load(windows, refresh=refresh, triggered_by="test") for windows in due]
 

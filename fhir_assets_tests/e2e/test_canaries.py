@@ -16,8 +16,8 @@ import pytest
 from pydantic import SecretStr
 
 from fhir_assets.delivery.connector import outbox
-from fhir_assets.metrics.exposition import exposition
-from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.metrics.exposition import render_metrics
+from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.orchestration.jobs import CHECK_TABLES
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
@@ -432,8 +432,8 @@ def test_no_canary_turns_up_anywhere(
 
 
 def metrics_of(deployment: Deployment) -> str:
-    with observe_database(deployment.settings, lambda: connect(deployment.url)):
-        return exposition()[0].decode()
+    with register_database_metrics(deployment.settings, lambda: connect(deployment.url)):
+        return render_metrics()[0].decode()
 
 
 def connector_refused(road: Road, echo: Parrot, canaries: Canaries) -> None:

@@ -19,7 +19,7 @@ from dagster._core.execution.backfill import PartitionBackfill
 from dagster._core.launcher import LaunchRunContext
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.orchestration.instance.config import instance_yaml
+from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD, LAYERS
 from fhir_assets.orchestration.run_requests import UNFINISHED
 from fhir_assets.sandbox.faults import Fault, FaultKind
@@ -128,7 +128,9 @@ def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clea
         server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.02))
         spread = deploy(fhir_executor="celery", celery_broker_url=redis, **settings)
         home = spread.settings.home / "dagster" / "dagster.yaml"
-        home.write_text(instance_yaml(spread.settings).replace("poll_interval_seconds: 30", "poll_interval_seconds: 5"))
+        home.write_text(
+            render_dagster_yaml(spread.settings).replace("poll_interval_seconds: 30", "poll_interval_seconds: 5")
+        )
         url, of_bucket = bucket
         changed = {
             **of_bucket,
@@ -212,7 +214,7 @@ def slow_server(deploy: Deploy, redis: str, monkeypatch: pytest.MonkeyPatch) -> 
             fhir_last_updated_gte="2024-01-01",
         )
         folder = made.settings.home / "dagster"
-        (folder / "dagster.yaml").write_text(instance_yaml(made.settings))
+        (folder / "dagster.yaml").write_text(render_dagster_yaml(made.settings))
         with dg.DagsterInstance.from_config(str(folder)) as instance:
             yield Deployment(made.settings, instance)
 

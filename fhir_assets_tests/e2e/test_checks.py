@@ -1,4 +1,4 @@
-"""The checks beside `reconciles`: what turns each red, what it says then, and that it says so by window."""
+"""The checks other than `reconciles`: the condition that makes each fail, its message, and its result by window."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def encounter(identity: str, moment: datetime, subject: str, **fields: Any) -> b
 
 @pytest.fixture
 def server() -> Iterator[SandboxServer]:
-    """Three days: 10 patients and an encounter each day; on the second 2 patients of a gender that is none."""
+    """A server with three days of data: 10 patients and one encounter a day; 2 patients of day 2 have a bad gender."""
     with SandboxServer([]) as server:
         for day in range(3):
             moment = DAY + timedelta(days=day)
@@ -57,17 +57,24 @@ def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
     )
 
 
-def by_window(deployment: Deployment, run_id: str, name: str) -> dict[str | None, dg.AssetCheckEvaluation]:
-    found = [each for each in deployment.checks(run_id, name) if each.asset_key.path[-1] == "patient"]
-    return {each.partition: each for each in found}
+def evaluate_windows(deployment: Deployment, run_id: str, name: str) -> dict[str | None, dg.AssetCheckEvaluation]:
+    """Return the evaluations of a check of table patient in a run, by partition key."""
+    return {
+        evaluation.partition: evaluation
+        for evaluation in deployment.checks(run_id, name)
+        if evaluation.asset_key.path[-1] == "patient"
+    }
 
 
-def table_checks(deployment: Deployment) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
-    """What the job check_tables says, by table and check."""
+def evaluate_tables(deployment: Deployment) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
+    """Return the evaluations of the job check_tables, by table and check."""
     job = build_definitions(deployment.settings).resolve_job_def("check_tables")
     result = job.execute_in_process(instance=deployment.instance)
     assert result.success
-    return {(each.asset_key.path[-1], each.check_name): each for each in result.get_asset_check_evaluations()}
+    return {
+        (evaluation.asset_key.path[-1], evaluation.check_name): evaluation
+        for evaluation in result.get_asset_check_evaluations()
+    }
 
 
 def rows(evaluation: dg.AssetCheckEvaluation, name: str) -> list[dict[str, Any]]:
@@ -76,30 +83,30 @@ def rows(evaluation: dg.AssetCheckEvaluation, name: str) -> list[dict[str, Any]]
     return [dict(record.data) for record in value.records]
 
 
-def test_dead_letters_are_judged_by_window_in_a_range_and_alone(deployment: Deployment) -> None:
+def test_the_dead_letter_rate_is_checked_for_each_window_of_a_range_and_for_one_window(deployment: Deployment) -> None:
     (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
-    found = by_window(deployment, outcome.run_id, "dead_letter_rate")
-    assert {key: each.passed for key, each in found.items()} == {
+    evaluations = evaluate_windows(deployment, outcome.run_id, "dead_letter_rate")
+    assert {key: evaluation.passed for key, evaluation in evaluations.items()} == {
         None: False,
         "2024-01-05": True,
         "2024-01-06": False,
         "2024-01-07": True,
     }
-    assert found[None].severity is dg.AssetCheckSeverity.WARN
-    red = found["2024-01-06"]
-    assert red.severity is dg.AssetCheckSeverity.ERROR
-    (rule,) = rows(red, "by_rule")
-    assert (rule["rule"], rule["path"], rule["letters"]) == ("required-binding", "Patient.gender", 2)
-    said = red.description or ""
-    assert "2 of 10 resources (20.00%)" in said
-    assert "`fhir-assets dead-letters replay --type Patient --window 2024-01-06`" in said
-    assert SECRET not in repr(found)
+    assert evaluations[None].severity is dg.AssetCheckSeverity.WARN
+    failed = evaluations["2024-01-06"]
+    assert failed.severity is dg.AssetCheckSeverity.ERROR
+    (rule,) = rows(failed, "by_rule")
+    assert (rule["rule"], rule["path"], rule["dead_letters"]) == ("required-binding", "Patient.gender", 2)
+    description = failed.description or ""
+    assert "2 of 10 resources (20.00%)" in description
+    assert "`fhir-assets dead-letters replay --type Patient --window 2024-01-06`" in description
+    assert SECRET not in repr(evaluations)
 
-    (alone,) = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=1))
-    assert not by_window(deployment, alone.run_id, "dead_letter_rate")["2024-01-06"].passed
+    (single,) = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=1))
+    assert not evaluate_windows(deployment, single.run_id, "dead_letter_rate")["2024-01-06"].passed
 
 
-def test_a_window_unlike_the_ones_before_it_is_told(deploy: Deploy) -> None:
+def test_the_volume_check_warns_of_a_window_unlike_the_windows_before_it(deploy: Deploy) -> None:
     now = datetime.now(UTC)
     with SandboxServer([]) as server:
         deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
@@ -107,19 +114,19 @@ def test_a_window_unlike_the_ones_before_it_is_told(deploy: Deploy) -> None:
             few = 90 if day == 2 else 10
             add(server, *(patient(f"p{day}-{n}", now - timedelta(days=day), gender="male") for n in range(few)))
         deployment.ingest()
-        found = table_checks(deployment)["patient", "volume"]
-    lonely = table_checks(deployment)["patient", "fresh"]
-    assert not lonely.passed
-    assert "connection refused" in (lonely.description or "")
-    assert not found.passed
-    assert found.severity is dg.AssetCheckSeverity.WARN
+        volume = evaluate_tables(deployment)["patient", "volume"]
+    fresh = evaluate_tables(deployment)["patient", "fresh"]
+    assert not fresh.passed
+    assert "connection refused" in (fresh.description or "")
+    assert not volume.passed
+    assert volume.severity is dg.AssetCheckSeverity.WARN
     unusual = (now - timedelta(days=2)).strftime("%Y-%m-%d")
-    assert f"{unusual} brought 90 resources, where the windows before it brought 10 to 10" in (found.description or "")
-    assert [row["window"] for row in rows(found, "by_window")] == [unusual]
+    assert f"{unusual} brought 90 resources, where the windows before it brought 10 to 10" in (volume.description or "")
+    assert [row["window"] for row in rows(volume, "by_window")] == [unusual]
 
 
-def test_the_checks_of_whole_tables(server: SandboxServer, deployment: Deployment) -> None:
-    assert {key: each.passed for key, each in table_checks(deployment).items()} == {
+def test_each_table_check_fails_for_its_own_reason(server: SandboxServer, deployment: Deployment) -> None:
+    assert {key: evaluation.passed for key, evaluation in evaluate_tables(deployment).items()} == {
         (table, name): name != "fresh"
         for table in ("patient", "encounter")
         for name in (
@@ -128,8 +135,8 @@ def test_the_checks_of_whole_tables(server: SandboxServer, deployment: Deploymen
         )
     }
     deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
-    found = table_checks(deployment)
-    assert {key for key, each in found.items() if not each.passed} == {
+    evaluations = evaluate_tables(deployment)
+    assert {key for key, evaluation in evaluations.items() if not evaluation.passed} == {
         ("patient", "fresh"),
         ("encounter", "fresh"),
         ("encounter", "references_resolve"),
@@ -137,22 +144,22 @@ def test_the_checks_of_whole_tables(server: SandboxServer, deployment: Deploymen
     with connect(deployment.url) as conn:
         checkpoints.begin(conn, ["Patient"], DAY, source_state=None)
         checkpoints.begin(conn, ["Encounter"], datetime.now(UTC), source_state=None)
-    missing = found["encounter", "references_resolve"]
+    missing = evaluations["encounter", "references_resolve"]
     assert missing.severity is dg.AssetCheckSeverity.WARN
     assert rows(missing, "by_target") == [{"target": "Patient", "references": 3, "missing": 1, "share": "33.33%"}]
 
     with connect(deployment.url) as conn:
         conn.execute("INSERT INTO fhir.patient SELECT * FROM fhir.patient WHERE id = 'p0-1'")
         conn.execute("ALTER TABLE fhir.patient_name DROP COLUMN family")
-    found = table_checks(deployment)
-    assert {key for key, each in found.items() if not each.passed} == {
+    evaluations = evaluate_tables(deployment)
+    assert {key for key, evaluation in evaluations.items() if not evaluation.passed} == {
         ("patient", "fresh"),
         ("patient", "schema_matches"),
         ("patient", "no_duplicates"),
         ("encounter", "references_resolve"),
     }
-    assert "was due" in (found["patient", "fresh"].description or "")
-    assert "migrate --apply-view-changes" in (found["patient", "schema_matches"].description or "")
+    assert "was due" in (evaluations["patient", "fresh"].description or "")
+    assert "migrate --apply-view-changes" in (evaluations["patient", "schema_matches"].description or "")
 
 
 def test_a_load_evaluates_the_checks_of_its_windows_only(deployment: Deployment) -> None:
@@ -178,10 +185,10 @@ def test_all_assets_of_a_range_can_be_materialized_at_once_with_every_check(depl
     )
     assert result.success
     assert deployment.checks(result.run_id, "no_duplicates")
-    assert len(by_window(deployment, result.run_id, "reconciles")) == 4
+    assert len(evaluate_windows(deployment, result.run_id, "reconciles")) == 4
 
 
-def test_a_name_in_the_clear_where_there_are_keys_turns_the_table_red(deploy: Deploy, server: SandboxServer) -> None:
+def test_with_keys_a_name_stored_as_plain_text_fails_the_check(deploy: Deploy, server: SandboxServer) -> None:
     deployment = deploy(
         fhir_base_url=server.url,
         fhir_resource_types="Patient",
@@ -189,12 +196,12 @@ def test_a_name_in_the_clear_where_there_are_keys_turns_the_table_red(deploy: De
         phi_encryption_keys=new_key(),
     )
     deployment.ingest(first=DAY, last=DAY)
-    passed = table_checks(deployment)["patient", "no_plaintext_phi"]
+    passed = evaluate_tables(deployment)["patient", "no_plaintext_phi"]
     assert passed.passed
     assert passed.metadata["sampled"] == dg.IntMetadataValue(10)
     with connect(deployment.url) as conn:
         conn.execute("UPDATE fhir.patient SET family = %s WHERE _resource_key = 'p0-3'", [SECRET])
-    failed = table_checks(deployment)["patient", "no_plaintext_phi"]
+    failed = evaluate_tables(deployment)["patient", "no_plaintext_phi"]
     assert not failed.passed
     assert rows(failed, "by_column") == [
         {"table": "patient", "column": "family", "values": 1, "in_the_clear": 1},

@@ -27,7 +27,7 @@ def test_an_empty_window_takes_a_handful_of_connections_whatever_the_number_of_t
         fhir_last_updated_gte="2023-12-01",
     )
     ingestion = deployment.ingestion()
-    (windows,) = ingestion.due(first=DAY.replace(day=2), last=DAY.replace(day=2))
+    (windows,) = ingestion.find_due(first=DAY.replace(day=2), last=DAY.replace(day=2))
     CONNECTION_CACHE.clear()
     made = 0
     connect = psycopg.Connection.connect.__func__  # type: ignore[attr-defined]

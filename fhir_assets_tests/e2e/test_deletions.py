@@ -135,7 +135,7 @@ def test_tables_built_anew_from_the_store_end_without_what_was_deleted(
     asked = frozenset({RequestKind.SEARCH, RequestKind.PAGE, RequestKind.HISTORY})
     server.set_faults(Fault(kind=FaultKind.ERROR, status=403, on=asked))  # the store alone has to know
     ingestion = after.ingestion()
-    yesterday = ingestion.due(first=TODAY - timedelta(days=1), last=TODAY - timedelta(days=1))
+    yesterday = ingestion.find_due(first=TODAY - timedelta(days=1), last=TODAY - timedelta(days=1))
     for windows in yesterday:
         outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test")
         assert outcome.success

@@ -74,7 +74,7 @@ def test_the_same_content_is_loaded_once_whatever_its_name(deployment: Deploymen
     tick(deployment)
     tick(deployment)
     receive(deployment)
-    assert deployment.ingestion().received() == []
+    assert deployment.ingestion().find_received() == []
     known = deployment.query("SELECT status, known_before FROM ops.landing_files WHERE name = 'again/b.ndjson'")
     assert known == [("loaded", True)]
     assert deployment.query("SELECT sum(rows) FROM ops.received") == [(1,)]
@@ -145,7 +145,7 @@ def test_deletes_that_land_take_the_rows_and_an_older_file_does_not_bring_them_b
     ]
     outcomes = [
         deployment.ingestion().load_received(waiting, triggered_by="test")
-        for waiting in deployment.ingestion().received()
+        for waiting in deployment.ingestion().find_received()
     ]
     assert outcomes == []
 

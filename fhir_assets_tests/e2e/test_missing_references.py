@@ -45,7 +45,7 @@ def asked_by_id(server: SandboxServer) -> list[set[str]]:
 def fetch(deployment: Deployment) -> None:
     ingestion = deployment.ingestion()
     assert ingestion.fetch_missing_references(triggered_by="test")
-    for waiting in ingestion.received():
+    for waiting in ingestion.find_received():
         outcome = ingestion.load_received(waiting, triggered_by="test")
         assert outcome.success
         assert deployment.unreconciled(outcome) == []

@@ -28,7 +28,7 @@ def receiver(deployment: Deployment) -> Receiver:
 
 def load(deployment: Deployment) -> list[bool]:
     ingestion = deployment.ingestion()
-    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.received()]
+    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.find_received()]
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
     return [outcome.success for outcome in outcomes]
 
@@ -46,7 +46,7 @@ def test_received_resources_are_loaded_without_a_source_and_without_moving_a_che
     assert load(deployment) == [True]
     assert deployment.loaded() == {"Patient": 2}
     assert deployment.query("SELECT * FROM ops.checkpoints") == []
-    assert deployment.ingestion().received() == []
+    assert deployment.ingestion().find_received() == []
 
 
 def test_a_fetch_of_a_window_keeps_what_was_received_in_it_and_both_add_up(deploy: Deploy) -> None:
@@ -57,7 +57,7 @@ def test_a_fetch_of_a_window_keeps_what_was_received_in_it_and_both_add_up(deplo
             outcomes = deployment.ingest(first=DAY, last=DAY, refresh=refresh)
             assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
         assert deployment.loaded() == {"Patient": 2}
-        assert deployment.ingestion().received() == []
+        assert deployment.ingestion().find_received() == []
         receiver(deployment).receive([record(patient("c", DAY))], "api:2")
         assert load(deployment) == [True]
         assert deployment.loaded() == {"Patient": 3}
@@ -102,4 +102,4 @@ def test_what_was_received_under_other_settings_waits_and_stops_nothing(deploy: 
         ("api:1",),
         ("api:3",),
     ]
-    assert deployment.ingestion().received() == []
+    assert deployment.ingestion().find_received() == []

@@ -242,7 +242,7 @@ def test_a_resource_that_never_reached_raw_comes_in_when_it_is_corrected(
     whole.write_bytes(patient("b", DAY + timedelta(hours=1)))
     assert fhir_assets("edit", str(letter.id), "--resource", str(whole))["received"]
     ingestion = deployment.ingestion()
-    outcomes = [ingestion.load_received(each, triggered_by="test") for each in ingestion.received()]
+    outcomes = [ingestion.load_received(each, triggered_by="test") for each in ingestion.find_received()]
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
     window = letter.partition_key

@@ -8,7 +8,7 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from fhir_assets.deployment.views import build_views
-from fhir_assets.ingestion import failed
+from fhir_assets.ingestion import select_failed
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
@@ -37,7 +37,7 @@ def test_a_loader_fetches_validates_and_loads_with_dead_letters_consent_and_chec
             url = SecretStr(owner.url.replace("postgres@", f"{name}@"))
             loader = Deployment(owner.settings.model_copy(update={"db_url": url}), owner.instance)
             [outcome] = loader.ingest(first=DAY, last=DAY)
-            assert not failed([outcome])
+            assert not select_failed([outcome])
             assert loader.unreconciled(outcome) == []
             assert (owner.loaded(), owner.dead()) == ({"Patient": 3}, {"required-binding": 1})
         finally:

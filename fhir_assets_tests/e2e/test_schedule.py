@@ -129,7 +129,7 @@ def test_a_run_holds_its_lock_as_long_as_it_works_and_not_longer(deployment: Dep
                 seen.append(runs.living(conn, [event.run_id]) == {event.run_id})
 
     ingestion = deployment.ingestion()
-    (windows,) = ingestion.due(first=NOW, last=NOW)
+    (windows,) = ingestion.find_due(first=NOW, last=NOW)
     outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test", listener=listen)
     assert seen == [True] * 3
     with connect(deployment.url) as conn:

@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 from psycopg import sql
 
-from fhir_assets.orchestration.instance.config import dagster_yaml
+from fhir_assets.orchestration.instance.config import find_dagster_yaml
 from fhir_assets.warehouse.postgres.db import migrations
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url, with_database
 
@@ -54,7 +54,7 @@ def ensure_template(url: str, dagster_home: Path) -> None:
 def dagster_instance(home: Path, url: str) -> dg.DagsterInstance:
     """Return an instance with the project's ``dagster.yaml`` and its storage in the database at ``url``."""
     home.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(dagster_yaml(), home / "dagster.yaml")
+    shutil.copyfile(find_dagster_yaml(), home / "dagster.yaml")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DAGSTER_POSTGRES_URL", normalise_url(url, "psycopg2"))
         return dg.DagsterInstance.from_config(str(home))

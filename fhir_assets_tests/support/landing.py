@@ -69,6 +69,6 @@ def land(deployment: Deployment) -> list[str]:
 def load_received(deployment: Deployment) -> list[str]:
     """Load what was received; returns what does not reconcile."""
     ingestion = Ingestion(deployment.settings, definitions(deployment.settings), deployment.instance)
-    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.received()]
+    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.find_received()]
     assert all(outcome.success for outcome in outcomes)
     return [said for outcome in outcomes for said in deployment.unreconciled(outcome)]

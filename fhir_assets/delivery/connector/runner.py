@@ -70,7 +70,7 @@ class Connector:
         self._inbox: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         for name in sources:
-            metrics.name_source(name)
+            metrics.start_series(name)
 
     def stop(self) -> None:
         """Claim nothing more, let what is under way end, then return from ``run``."""

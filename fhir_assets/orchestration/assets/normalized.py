@@ -56,7 +56,7 @@ def _build_normalized_step(
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
-        outs={view.name: _output(view, resource_type, sealed=settings.cipher.on) for view in views},
+        outs={view.name: _output(view, resource_type, encrypted=settings.cipher.on) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if main else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -149,7 +149,7 @@ def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]
     }
 
 
-def _output(view: View, resource_type: ResourceType, *, sealed: bool) -> dg.AssetOut:
+def _output(view: View, resource_type: ResourceType, *, encrypted: bool) -> dg.AssetOut:
     return dg.AssetOut(
         key=["normalized", view.name],
         group_name=resource_type.group,
@@ -162,7 +162,7 @@ def _output(view: View, resource_type: ResourceType, *, sealed: bool) -> dg.Asse
             "dagster/column_schema": dg.TableSchema(
                 [
                     dg.TableColumn(column.name, column.type, description=column.description)
-                    for column in build_layout(view, encrypted=sealed).columns
+                    for column in build_layout(view, encrypted=encrypted).columns
                     if column.name != KEY_COLUMN
                 ]
             ),

@@ -1,4 +1,4 @@
-"""Tables in a check's metadata: rules, paths, windows and counts, never a resource or its values."""
+"""Tables in the metadata of checks: rules, paths, windows and counts, never a resource or its values."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -7,14 +7,14 @@ import dagster as dg
 
 
 def rows_table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> dg.MetadataValue:
-    """Rows under ``columns``, each ``name`` or ``name:type``."""
-    schema = _schema(tuple(columns))
+    """Return a metadata table of ``rows``. A column is given as ``name`` (a string) or ``name:type``."""
+    schema = _build_schema(tuple(columns))
     names = [column.name for column in schema.columns]
     return dg.MetadataValue.table([dg.TableRecord(dict(zip(names, row, strict=True))) for row in rows], schema=schema)
 
 
 @cache
-def _schema(columns: tuple[str, ...]) -> dg.TableSchema:
-    """One object for all tables of a kind: the checks of a range make thousands, and what they share is packed once."""
-    named = (column.partition(":") for column in columns)
-    return dg.TableSchema([dg.TableColumn(name, kind or "string") for name, _, kind in named])
+def _build_schema(columns: tuple[str, ...]) -> dg.TableSchema:
+    """Return one schema object for all tables of a kind, so that the event log packs it once for a whole batch."""
+    parts = (column.partition(":") for column in columns)
+    return dg.TableSchema([dg.TableColumn(name, kind or "string") for name, _, kind in parts])

@@ -1,7 +1,7 @@
-"""Checks of a whole table: a query over all of it, so they run once a day (job and schedule ``check_tables``) or when
-somebody asks, and not with every load, where they would cost more than an empty window does.
+"""Checks of a whole table: one query over all of it, computed in the database.
 
-They are computed in the database; nothing is loaded into memory.
+They run once a day (job and schedule ``check_tables``) or on request. A load does not evaluate them: they would cost
+more than the load of an empty window. Checks of one window are in ``checks/window.py``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,237 +34,253 @@ NO_FAILED_PARTITIONS = "no_failed_partitions"
 NO_PLAINTEXT_PHI = "no_plaintext_phi"
 
 _GRACE = timedelta(minutes=15)
-"""How long a load that the schedule asked for may take until its type counts as late."""
+"""The time that a load which the schedule requested may take before its resource type counts as late."""
 
-_SAMPLE = 3
-_SHOWN = 20
+_MAX_COMMANDS = 3
+_MAX_SHOWN_WINDOWS = 20
+_MAX_SHOWN_DIFFERENCES = 100
 
-_DESCRIBED = {
+_DESCRIPTIONS = {
     FRESH: "The table is loaded up to the schedule's last but one tick.",
-    SCHEMA_MATCHES: "The tables of the type have the columns and indexes that their ViewDefinitions ask for.",
-    NO_DUPLICATES: "The main table has one row a resource.",
-    NO_FAILED_PARTITIONS: "The last run of every window succeeded, so that none is left behind by a backfill.",
-    REFERENCES_RESOLVE: "What the type's tables refer to is loaded, by target type.",
-    NO_PLAINTEXT_PHI: "With keys: what is tagged as patient data, and the whole resources, are sealed (a sample).",
-    VOLUME: "Each of the last windows that ended brought about as many resources as the windows before it.",
+    SCHEMA_MATCHES: "The tables of the resource type have the columns and indexes of their ViewDefinitions.",
+    NO_DUPLICATES: "The main table has one row for each resource.",
+    NO_FAILED_PARTITIONS: "The last run of every window succeeded.",
+    REFERENCES_RESOLVE: "The resources that the tables refer to are loaded, by target type.",
+    NO_PLAINTEXT_PHI: "With keys: columns tagged as patient data, and complete resources, are encrypted (a sample).",
+    VOLUME: "Each of the latest complete windows has about as many resources as the windows before it.",
 }
 
 
 def build_table_checks(
-    settings: Settings, views: Sequence[View], source: Callable[[], Source], warehouse: Warehouse
+    settings: Settings, views: Sequence[View], open_source: Callable[[], Source], warehouse: Warehouse
 ) -> list[dg.AssetChecksDefinition]:
-    """The checks of each type's main table, a step a type."""
+    """Return the checks of the main table of each resource type, one step for each type."""
     by_type = {name: [view for view in views if view.resource_type == name] for name in settings.fhir_resource_types}
     return [
-        _of_type(settings, BY_NAME[name], of_type, source, warehouse)
-        for name, of_type in by_type.items()
-        if any(view.name == BY_NAME[name].key for view in of_type)
+        _build_checks(settings, BY_NAME[name], views_of_type, open_source, warehouse)
+        for name, views_of_type in by_type.items()
+        if any(view.name == BY_NAME[name].key for view in views_of_type)
     ]
 
 
-def _of_type(
+def _build_checks(
     settings: Settings,
     resource_type: ResourceType,
     views: Sequence[View],
-    source: Callable[[], Source],
+    open_source: Callable[[], Source],
     warehouse: Warehouse,
 ) -> dg.AssetChecksDefinition:
     asset = dg.AssetKey(["normalized", resource_type.key])
 
     @dg.multi_asset_check(
         name=f"check__{resource_type.key}",
-        specs=[dg.AssetCheckSpec(name, asset=asset, description=text) for name, text in _DESCRIBED.items()],
+        specs=[
+            dg.AssetCheckSpec(name, asset=asset, description=description) for name, description in _DESCRIPTIONS.items()
+        ],
         can_subset=True,
     )
     def check(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        judge = _Judge(settings, resource_type, views, source)
-        wanted = {key.name for key in context.selected_asset_check_keys}
+        evaluator = _TableEvaluator(settings, resource_type, views, open_source)
+        selected = {key.name for key in context.selected_asset_check_keys}
         with sanitized_errors(), warehouse.connect() as conn:
-            there = quality.existing_tables(conn, views)
-            for name in (name for name in _DESCRIBED if name in wanted):
-                yield judge.result(conn, there, name)
+            existing = quality.existing_tables(conn, views)
+            for name in (name for name in _DESCRIPTIONS if name in selected):
+                yield evaluator.evaluate(conn, existing, name)
 
     return check
 
 
-class _Judge:
+class _TableEvaluator:
+    """Evaluates the checks of one resource type."""
+
     def __init__(
-        self, settings: Settings, resource_type: ResourceType, views: Sequence[View], source: Callable[[], Source]
+        self,
+        settings: Settings,
+        resource_type: ResourceType,
+        views: Sequence[View],
+        open_source: Callable[[], Source],
     ) -> None:
         self._settings = settings
         self._type = resource_type
         self._views = views
-        self._source = source
+        self._open_source = open_source
 
-    def result(self, conn: Session, there: frozenset[str], name: str) -> dg.AssetCheckResult:
-        """What one check says, of the tables that are there."""
+    def evaluate(self, conn: Session, existing: frozenset[str], name: str) -> dg.AssetCheckResult:
+        """Return the result of one check, given the names of the tables that exist."""
         if name == FRESH:
-            return self._fresh(conn)
+            return self._check_fresh(conn)
         if name == NO_FAILED_PARTITIONS:
-            return self._no_failed_partitions(conn)
+            return self._check_failed_partitions(conn)
         if name == VOLUME:
-            return self._volume(conn)
-        if self._type.key not in there:
-            return self._said(name, True, "not loaded yet")
-        present = [view for view in self._views if view.name in there]
+            return self._check_volume(conn)
+        if self._type.key not in existing:
+            return self._result(name, True, "not loaded yet")
+        present = [view for view in self._views if view.name in existing]
         if name == NO_PLAINTEXT_PHI:
-            return self._no_plaintext_phi(conn, present)
+            return self._check_plaintext(conn, present)
         if name == SCHEMA_MATCHES:
-            return self._schema_matches(conn, present)
+            return self._check_schema(conn, present)
         if name == NO_DUPLICATES:
-            return self._no_duplicates(conn)
-        return self._references_resolve(conn, present)
+            return self._check_duplicates(conn)
+        return self._check_references(conn, present)
 
-    def _fresh(self, conn: Connection) -> dg.AssetCheckResult:
+    def _check_fresh(self, conn: Connection) -> dg.AssetCheckResult:
         if not self._settings.fhir_base_url:
-            return self._said(FRESH, True, "no source is set")
-        source = self._source()
+            return self._result(FRESH, True, "FHIR_BASE_URL is not set")
+        source = self._open_source()
         try:
             offered, state = source.offered(), source.state()
         except FhirAssetsError as error:
-            return self._said(FRESH, False, f"the source cannot be asked: {error}")
+            return self._result(FRESH, False, f"the source cannot be asked: {error}")
         if offered is not None and self._type.name not in offered:
-            return self._said(FRESH, True, "the source does not offer this type")
+            return self._result(FRESH, True, "the source does not offer this type")
         checkpoint = checkpoints.get(conn, [self._type.name]).get(self._type.name)
-        load = "`fhir-assets ingest` loads what is missing; `fhir-assets runs list` says what ran"
+        advice = "`fhir-assets ingest` loads what is missing; `fhir-assets runs list` shows the runs"
         if checkpoint is None:
-            return self._said(FRESH, False, f"never loaded from the beginning on: {load}")
+            return self._result(FRESH, False, f"never loaded from the first window on: {advice}")
         now = datetime.now(UTC)
-        until = checkpoint.loaded_until
+        loaded_until = checkpoint.loaded_until
         metadata = {
-            "loaded_until": dg.MetadataValue.timestamp(until),
-            "lag_seconds": max(0.0, (now - until).total_seconds()),
+            "loaded_until": dg.MetadataValue.timestamp(loaded_until),
+            "lag_seconds": max(0.0, (now - loaded_until).total_seconds()),
         }
         if state is not None:
             passed = state == checkpoint.source_state
-            said = "the files are loaded" if passed else f"the files changed since they were loaded: {load}"
-            return self._said(FRESH, passed, said, metadata)
-        # A load reads up to the moment it begins, and the schedule waits for the load before.
+            description = "the files are loaded" if passed else f"the files changed since they were loaded: {advice}"
+            return self._result(FRESH, passed, description, metadata)
+        # A load reads up to the time at which it begins, and the schedule waits for the load before it.
         expected = _last_but_one_tick(self._settings.fhir_schedule, now - _GRACE)
-        passed = until >= expected
-        said = f"loaded up to {until:%Y-%m-%d %H:%M} UTC"
+        passed = loaded_until >= expected
+        description = f"loaded up to {loaded_until:%Y-%m-%d %H:%M} UTC"
         if not passed:
-            said += (
-                f", but {expected:%Y-%m-%d %H:%M} was due: see that the schedule incremental_load is on, and whether "
-                f"its runs fail. {load}"
+            description += (
+                f", but {expected:%Y-%m-%d %H:%M} was due: see whether the schedule incremental_load is on, and "
+                f"whether its runs fail. {advice}"
             )
-        return self._said(FRESH, passed, said, metadata)
+        return self._result(FRESH, passed, description, metadata)
 
-    def _no_failed_partitions(self, conn: Connection) -> dg.AssetCheckResult:
-        left = run_history.failed_windows(conn, self._type.name)
-        said = "the last run of every window succeeded"
-        if left:
-            keys = [each.partition_key for each in left]
+    def _check_failed_partitions(self, conn: Connection) -> dg.AssetCheckResult:
+        failed = run_history.failed_windows(conn, self._type.name)
+        description = "the last run of every window succeeded"
+        if failed:
+            keys = [window.partition_key for window in failed]
             commands = [
                 f"`fhir-assets ingest --types {self._type.name} --from {first[:10]} --to {last[:10]}`"
-                for first, last in stretches(self._settings.window_scheme, keys)
+                for first, last in _find_stretches(self._settings.window_scheme, keys)
             ]
-            more = f" and {len(commands) - _SAMPLE} more stretches" if len(commands) > _SAMPLE else ""
-            said = (
-                f"the last run of {len(left)} windows failed. Mend what the errors say, then run just those again: "
-                f"{', '.join(commands[:_SAMPLE])}{more}"
+            more = f" and {len(commands) - _MAX_COMMANDS} more stretches" if len(commands) > _MAX_COMMANDS else ""
+            description = (
+                f"the last run of {len(failed)} windows failed. Correct what the errors name, then load only these "
+                f"windows again: {', '.join(commands[:_MAX_COMMANDS])}{more}"
             )
         table = rows_table(
-            ("window", "run", "error"), [(e.partition_key, e.run_id, e.error or "") for e in left[:_SHOWN]]
+            ("window", "run", "error"),
+            [(window.partition_key, window.run_id, window.error or "") for window in failed[:_MAX_SHOWN_WINDOWS]],
         )
-        return self._said(NO_FAILED_PARTITIONS, not left, said, {"failed_partitions": len(left), "sample": table})
+        metadata = {"failed_partitions": len(failed), "sample": table}
+        return self._result(NO_FAILED_PARTITIONS, not failed, description, metadata)
 
-    def _schema_matches(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
-        found = [each for view in present for each in view_tables.find_drift(conn, view)]
-        said = f"{len(present)} tables fit their views"
-        if found:
-            said = (
-                f"{len(found)} differences between tables and views. `fhir-assets migrate --apply-view-changes` brings "
-                "the tables in line (it drops the columns that a view lacks); then load the windows again"
+    def _check_schema(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
+        differences = [difference for view in present for difference in view_tables.find_drift(conn, view)]
+        description = f"{len(present)} tables match their views"
+        if differences:
+            description = (
+                f"{len(differences)} differences between tables and views. `fhir-assets migrate --apply-view-changes` "
+                "changes the tables (it drops columns that a view lacks); then load the windows again"
             )
-        table = rows_table(("table", "difference"), [(each.view, str(each)) for each in found[:100]])
-        return self._said(SCHEMA_MATCHES, not found, said, {"differences": table})
+        table = rows_table(
+            ("table", "difference"),
+            [(difference.view, str(difference)) for difference in differences[:_MAX_SHOWN_DIFFERENCES]],
+        )
+        return self._result(SCHEMA_MATCHES, not differences, description, {"differences": table})
 
-    def _no_duplicates(self, conn: Connection) -> dg.AssetCheckResult:
+    def _check_duplicates(self, conn: Connection) -> dg.AssetCheckResult:
         main = next(view for view in self._views if view.name == self._type.key)
-        if _repeats(main):
-            return self._said(NO_DUPLICATES, True, "the view makes several rows of a resource on purpose")
-        twice = quality.count_duplicates(conn, main)
-        said = "one row a resource"
-        if twice:
-            said = (
-                f"{twice} resources have more than one row in fhir.{main.name}: something else wrote to it. "
+        if _may_repeat(main):
+            return self._result(NO_DUPLICATES, True, "the view makes several rows of a resource on purpose")
+        duplicates = quality.count_duplicates(conn, main)
+        description = "one row for each resource"
+        if duplicates:
+            description = (
+                f"{duplicates} resources have more than one row in fhir.{main.name}: another program wrote to it. "
                 f"Materialize normalized/{main.name} of all windows again"
             )
-        return self._said(NO_DUPLICATES, not twice, said, {"duplicates": twice})
+        return self._result(NO_DUPLICATES, not duplicates, description, {"duplicates": duplicates})
 
-    def _no_plaintext_phi(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
+    def _check_plaintext(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
         if not self._settings.cipher.on:
-            return self._said(NO_PLAINTEXT_PHI, True, "there are no keys: everything is in the clear")
-        misfits = [view.name for view in present if view_tables.find_drift(conn, view)]
-        if misfits:
-            said = f"not judged while tables do not fit their views ({', '.join(misfits)}): see schema_matches"
-            return self._said(NO_PLAINTEXT_PHI, False, said)
-        found = [each for view in present for each in plaintext_scan.scan_view(conn, view)]
-        found += plaintext_scan.scan_resources(conn, self._type.name)
-        values, plain = sum(each.values for each in found), sum(each.plain for each in found)
-        said = f"all of {values} sampled values are sealed"
+            return self._result(NO_PLAINTEXT_PHI, True, "no keys are set: patient data is stored as plain text")
+        mismatches = [view.name for view in present if view_tables.find_drift(conn, view)]
+        if mismatches:
+            description = f"not checked, because tables do not match their views ({', '.join(mismatches)}): see "
+            return self._result(NO_PLAINTEXT_PHI, False, description + SCHEMA_MATCHES)
+        samples = [sample for view in present for sample in plaintext_scan.scan_view(conn, view)]
+        samples += plaintext_scan.scan_resources(conn, self._type.name)
+        values, plain = sum(sample.values for sample in samples), sum(sample.plain for sample in samples)
+        description = f"all of {values} sampled values are encrypted"
         if plain:
-            said = (
-                f"{plain} of {values} sampled values are not sealed: they were stored before there were keys, or "
-                "something else wrote them. `fhir-assets keys rotate` seals what was stored before; what is plain "
-                "after that, materialize again"
+            description = (
+                f"{plain} of {values} sampled values are not encrypted: they were stored before keys were set, or "
+                "another program wrote them. `fhir-assets keys rotate` encrypts what was stored before; materialize "
+                "again what is still plain text after that"
             )
         table = rows_table(
             ("table", "column", "values:int", "in_the_clear:int"),
-            [(each.table, each.column, each.values, each.plain) for each in found if each.plain],
+            [(sample.table, sample.column, sample.values, sample.plain) for sample in samples if sample.plain],
         )
-        return self._said(
-            NO_PLAINTEXT_PHI, not plain, said, {"sampled": values, "in_the_clear": plain, "by_column": table}
-        )
+        metadata = {"sampled": values, "in_the_clear": plain, "by_column": table}
+        return self._result(NO_PLAINTEXT_PHI, not plain, description, metadata)
 
-    def _references_resolve(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
+    def _check_references(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
         columns = [column for view in present for column in quality.find_reference_columns(view)]
-        found = quality.count_references(conn, columns, self._settings.fhir_resource_types)
-        references, missing = sum(each.references for each in found), sum(each.missing for each in found)
+        targets = quality.count_references(conn, columns, self._settings.fhir_resource_types)
+        references, missing = sum(target.references for target in targets), sum(target.missing for target in targets)
         share = missing / references if references else 0.0
-        said = f"all of {references} references lead to a loaded resource"
+        description = f"all of {references} references lead to a loaded resource"
         if missing:
-            said = (
+            description = (
                 f"{missing} of {references} references ({share:.2%}) lead to resources that are not loaded, most of "
-                f"them to {found[0].target}. `fhir-assets missing-references fetch` asks the server for them; those "
-                "that are dead letters are listed by `fhir-assets dead-letters list`"
+                f"them to {targets[0].target}. `fhir-assets missing-references fetch` asks the server for them; "
+                "`fhir-assets dead-letters list` lists those that are dead letters"
             )
         table = rows_table(
             ("target", "references:int", "missing:int", "share"),
-            [(e.target, e.references, e.missing, f"{e.missing / e.references:.2%}") for e in found],
+            [
+                (target.target, target.references, target.missing, f"{target.missing / target.references:.2%}")
+                for target in targets
+            ],
         )
-        return self._said(
+        return self._result(
             REFERENCES_RESOLVE,
             not missing,
-            said,
+            description,
             {"references": references, "missing": missing, "by_target": table},
             severity=dg.AssetCheckSeverity.WARN,
         )
 
-    def _volume(self, conn: Connection) -> dg.AssetCheckResult:
+    def _check_volume(self, conn: Connection) -> dg.AssetCheckResult:
         settings = self._settings
-        windows = _ended(settings.window_scheme, datetime.now(UTC), 2 * settings.volume_windows)
-        judged = windows[-settings.volume_windows :]
-        counted = (
+        windows = _complete_windows(settings.window_scheme, datetime.now(UTC), 2 * settings.volume_windows)
+        compared = windows[-settings.volume_windows :]
+        counts = (
             quality.count_loaded_resources(conn, self._type.name, windows[0].key, windows[-1].key) if windows else {}
         )
-        volumes = compare_volumes(windows, judged, counted, span=settings.volume_windows)
-        unusual = [each for each in volumes if each.unusual]
-        said = "no window stands out"
+        volumes = compare_volumes(windows, compared, counts, span=settings.volume_windows)
+        unusual = [volume for volume in volumes if volume.unusual]
+        description = "every window has a usual number of resources"
         if unusual:
-            said = "; ".join(f"{each.partition_key} brought {each.description}" for each in unusual[:3])
-            said += (
+            description = "; ".join(f"{volume.partition_key} brought {volume.description}" for volume in unusual[:3])
+            description += (
                 ". See whether the source was complete then; if not, materialize raw, validated and normalized again"
             )
         table = rows_table(
             ("window", "resources:int", "least_before:int", "most_before:int"),
-            [(each.partition_key, each.rows, each.lowest, each.highest) for each in unusual or volumes],
+            [(volume.partition_key, volume.rows, volume.lowest, volume.highest) for volume in unusual or volumes],
         )
-        found = {"unusual_windows": len(unusual), "by_window": table}
-        return self._said(VOLUME, not unusual, said, found, severity=dg.AssetCheckSeverity.WARN)
+        metadata = {"unusual_windows": len(unusual), "by_window": table}
+        return self._result(VOLUME, not unusual, description, metadata, severity=dg.AssetCheckSeverity.WARN)
 
-    def _said(
+    def _result(
         self,
         name: str,
         passed: bool,
@@ -289,43 +305,42 @@ def _last_but_one_tick(cron_schedule: str, now: datetime) -> datetime:
         start=now, fmt="%Y-%m-%dT%H:%M", cron_schedule=cron_schedule, timezone="UTC"
     )
     last = intervals.get_prev_partition_window(now, respect_bounds=False)
-    assert last is not None  # respect_bounds=False: there is always an earlier interval
+    assert last is not None  # Without bounds there always is an earlier interval.
     return last.start
 
 
-def stretches(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str, str]]:
-    """First and last key of each unbroken row of windows."""
-    found: list[tuple[str, str]] = []
-    follows: datetime | None = None
+def _find_stretches(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the first and last partition key of each stretch of consecutive windows."""
+    stretches: list[tuple[str, str]] = []
+    previous_end: datetime | None = None
     for window in sorted((scheme.window(key) for key in keys), key=lambda window: window.end):
-        begins = found[-1][0] if found and window.start == follows else window.key
-        if begins == window.key:
-            found.append((window.key, window.key))
+        if stretches and window.start == previous_end:
+            stretches[-1] = (stretches[-1][0], window.key)
         else:
-            found[-1] = (begins, window.key)
-        follows = window.end
-    return found
+            stretches.append((window.key, window.key))
+        previous_end = window.end
+    return stretches
 
 
-def _repeats(view: View) -> bool:
-    """Whether a view may make several rows of a resource."""
+def _may_repeat(view: View) -> bool:
+    """Return whether a view may make several rows of one resource."""
     selects = list(view.definition.get("select", ()))
     while selects:
-        each = selects.pop()
-        if "forEach" in each or "repeat" in each:
+        select = selects.pop()
+        if "forEach" in select or "repeat" in select:
             return True
-        over = each.get("forEachOrNull")
-        if over is not None and not over.endswith("first()"):
+        path = select.get("forEachOrNull")
+        if path is not None and not path.endswith("first()"):
             return True
-        selects += [*each.get("select", ()), *each.get("unionAll", ())]
+        selects += [*select.get("select", ()), *select.get("unionAll", ())]
     return False
 
 
-def _ended(scheme: WindowScheme, now: datetime, count: int) -> list[Window]:
-    """The last ``count`` windows that ended, as far as there are so many, in their order."""
-    found: list[Window] = []
+def _complete_windows(scheme: WindowScheme, now: datetime, count: int) -> list[Window]:
+    """Return the last ``count`` windows that have ended, or as many as there are, in order."""
+    windows: list[Window] = []
     window = scheme.window_at(now)
-    while window.start is not None and window.start > scheme.start and len(found) < count:
+    while window.start is not None and window.start > scheme.start and len(windows) < count:
         window = scheme.before(window)
-        found.append(window)
-    return found[::-1]
+        windows.append(window)
+    return windows[::-1]

@@ -1,7 +1,7 @@
-"""Checks of a window, evaluated by the step that loads it: the numbers are fresh then, and each window has its own
-evaluation whether the run has one partition or a range.
+"""Checks of one window, evaluated by the step that loads it.
 
-What only makes sense of a whole table is in ``checks/table.py``: it would be asked anew for every window.
+The numbers are then those of the load, and each window has its own evaluation, whether the run loads one partition or
+a range. Checks of a whole table are in ``checks/table.py``: a load would repeat them for every window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ from fhir_assets.warehouse.postgres.queries.quality import RuleCount
 RECONCILES = "reconciles"
 DEAD_LETTER_RATE = "dead_letter_rate"
 
-SAMPLE = 20
-"""How many windows a check's table shows at most; it says how many there are."""
+MAX_SHOWN_WINDOWS = 20
+"""The largest number of windows in the metadata of a check; the check also says how many there are."""
 
 _COLUMNS = (
     *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
@@ -35,23 +35,23 @@ _COLUMNS = (
 def window_check_specs(
     resource_type: ResourceType, partitions: dg.PartitionsDefinition[str]
 ) -> list[dg.AssetCheckSpec]:
-    """The checks that the load of a type evaluates, on its main table."""
-    described = {
-        RECONCILES: "Every resource of the window stands in the tables, in the dead letters or is withheld: server "
-        "count + received = raw; raw = valid + dead + withheld; valid = loaded.",
-        DEAD_LETTER_RATE: "The share of the window's resources that are unsettled dead letters, with the rules and "
-        "paths that lead. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE say how many are too many.",
+    """Return the specs of the checks that a load of ``resource_type`` evaluates on its main table."""
+    descriptions = {
+        RECONCILES: "Every resource of the window is in the tables, is a dead letter or is withheld: "
+        "server count + received = raw; raw = valid + dead + withheld; valid = loaded.",
+        DEAD_LETTER_RATE: "The share of the window's resources that are unresolved dead letters, with the most "
+        "frequent rules and paths. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE set the limits.",
     }
     asset = dg.AssetKey(["normalized", resource_type.key])
     return [
-        dg.AssetCheckSpec(name, asset=asset, description=text, partitions_def=partitions)
-        for name, text in described.items()
+        dg.AssetCheckSpec(name, asset=asset, description=description, partitions_def=partitions)
+        for name, description in descriptions.items()
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class WindowChecks:
-    """Judges the windows of a run from their balances."""
+    """Evaluates the checks of windows from their counts."""
 
     resource_type: ResourceType
     settings: Settings
@@ -61,97 +61,85 @@ class WindowChecks:
         self,
         context: dg.AssetExecutionContext,
         conn: Connection,
-        balances: Sequence[WindowCounts],
+        counts: Sequence[WindowCounts],
         names: Sequence[str],
     ) -> Iterator[dg.AssetCheckResult]:
-        """The results of the named checks for the run; in a range run each window's evaluation is logged as well."""
+        """Yield the results of the named checks for the run; in a range run, log the evaluation of each window too."""
         is_range = context.has_partition_key_range and len(context.partition_keys) > 1
         for name in names:
-            each, whole = self._judge(conn, balances, name)
+            by_window, total = self._evaluate(conn, counts, name)
             if is_range:
-                # Windows without anything too: one that goes without makes the whole check "skipped" in the UI.
+                # Empty windows too: the UI shows the whole check as skipped if one window has no evaluation.
                 log_evaluations(
                     context,
                     [
-                        found.evaluation(self._asset, name, balance.partition_key)
-                        for balance, found in zip(balances, each, strict=True)
+                        result.to_evaluation(self._asset, name, window.partition_key)
+                        for window, result in zip(counts, by_window, strict=True)
                     ],
                 )
-                yield whole.result(self._asset, name)
+                yield total.to_result(self._asset, name)
             else:
-                yield (each[0] if len(each) == 1 else whole).result(self._asset, name)
+                yield (by_window[0] if len(by_window) == 1 else total).to_result(self._asset, name)
 
     def log_other_windows(
-        self, context: dg.AssetExecutionContext, conn: Connection, balances: Sequence[WindowCounts], name: str
+        self, context: dg.AssetExecutionContext, conn: Connection, counts: Sequence[WindowCounts], name: str
     ) -> None:
-        """Log what a check now says of windows that are not the run's, but that the run changed."""
-        each = zip(balances, self._judge(conn, balances, name)[0], strict=True)
-        log_evaluations(context, [found.evaluation(self._asset, name, b.partition_key) for b, found in each])
+        """Log new evaluations of windows that are not the run's own, but whose dead letters the run resolved."""
+        results = zip(counts, self._evaluate(conn, counts, name)[0], strict=True)
+        log_evaluations(
+            context, [result.to_evaluation(self._asset, name, window.partition_key) for window, result in results]
+        )
 
-    def _judge(self, conn: Connection, balances: Sequence[WindowCounts], name: str) -> tuple[list["_Found"], "_Found"]:
-        """What a check says of each window, and of all together."""
+    def _evaluate(
+        self, conn: Connection, counts: Sequence[WindowCounts], name: str
+    ) -> tuple[list["_Evaluation"], "_Evaluation"]:
+        """Return the evaluation of each window, and that of all windows together."""
         if name == RECONCILES:
-            return [_reconciliation([balance]) for balance in balances], _reconciliation(balances)
-        keys = [balance.partition_key for balance in balances]
+            return [_evaluate_reconciliation([window]) for window in counts], _evaluate_reconciliation(counts)
+        keys = [window.partition_key for window in counts]
         leading = quality.count_unresolved_dead_letters(conn, self.resource_type.name, keys)
-        return [self._rate([balance], leading) for balance in balances], self._rate(balances, leading)
+        return [self._evaluate_rate([window], leading) for window in counts], self._evaluate_rate(counts, leading)
 
     @property
     def _asset(self) -> dg.AssetKey:
         return dg.AssetKey(["normalized", self.resource_type.key])
 
-    def _rate(self, balances: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> "_Found":
-        total = sum(balance.validated + balance.rejected for balance in balances)
-        letters = _summed([rule for balance in balances for rule in leading.get(balance.partition_key, [])])
-        dead = sum(rule.letters for rule in letters)
+    def _evaluate_rate(self, counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> "_Evaluation":
+        total = sum(window.validated + window.rejected for window in counts)
+        rules = _sum_rules([rule for window in counts for rule in leading.get(window.partition_key, [])])
+        dead = sum(rule.letters for rule in rules)
         rate = dead / total if total else float(bool(dead))
         settings = self.settings
         passed = not dead or rate < min(settings.dead_letter_warn_rate, settings.dead_letter_error_rate)
         scope = f"--type {self.resource_type.name}"
-        if len(balances) == 1:
-            scope += f" --window {balances[0].partition_key}"
-        said = f"{dead} of {total} resources ({rate:.2%}) are dead letters"
+        if len(counts) == 1:
+            scope += f" --window {counts[0].partition_key}"
+        description = f"{dead} of {total} resources ({rate:.2%}) are dead letters"
         if not passed:
-            said += (
-                f", most of them {_named(letters[0])}. See them: `fhir-assets dead-letters list {scope}`. "
-                "Mend the cause at the source and load again, or correct them by `fhir-assets dead-letters edit ID`; "
-                f"then: `fhir-assets dead-letters replay {scope}`"
+            description += (
+                f", most of them {_describe_rule(rules[0])}. List them: `fhir-assets dead-letters list {scope}`. "
+                "Correct the cause at the source and load again, or correct them by `fhir-assets dead-letters edit "
+                f"ID`, then `fhir-assets dead-letters replay {scope}`"
             )
-        windows = sorted(
-            ((sum(r.letters for r in leading[b.partition_key]), b) for b in balances if b.partition_key in leading),
-            key=lambda item: -item[0],
-        )
-        return _Found(
-            passed,
-            said,
-            {
-                "resources": total,
-                "dead_letters": dead,
-                "rate": round(rate, 6),
-                "by_rule": rows_table(
-                    ("stage", "rule", "path", "letters:int", "share", "see_them"),
-                    [
-                        (r.stage, r.rule, r.path, r.letters, f"{r.letters / dead:.1%}", _list_command(r, scope))
-                        for r in letters[: quality.MAX_RULES]
-                    ],
-                ),
-                **(
-                    {
-                        "by_window": rows_table(
-                            ("window", "letters:int", "resources:int"),
-                            [(b.partition_key, count, b.validated + b.rejected) for count, b in windows[:SAMPLE]],
-                        )
-                    }
-                    if len(balances) > 1
-                    else {}
-                ),
-            },
-            warns=rate < settings.dead_letter_error_rate,
-        )
+        metadata: dict[str, dg.MetadataValue | int | float] = {
+            "resources": total,
+            "dead_letters": dead,
+            "rate": round(rate, 6),
+            "by_rule": rows_table(
+                ("stage", "rule", "path", "dead_letters:int", "share", "command"),
+                [
+                    (r.stage, r.rule, r.path, r.letters, f"{r.letters / dead:.1%}", _list_command(r, scope))
+                    for r in rules[: quality.MAX_RULES]
+                ],
+            ),
+        }
+        if len(counts) > 1:
+            metadata["by_window"] = _rate_by_window(counts, leading)
+        return _Evaluation(passed, description, metadata, warns=rate < settings.dead_letter_error_rate)
 
 
 def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.AssetCheckEvaluation]) -> None:
-    """As ``context.log_event`` of each, written to Dagster's storage together."""
+    """Log the evaluations as ``context.log_event`` would, but write them to Dagster's storage in one batch."""
     batch = uuid4().hex
     for number, evaluation in enumerate(evaluations, 1):
         dg.DagsterEvent.from_step(
@@ -164,13 +152,15 @@ def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Evaluation:
+    """The outcome of a check; ``warns`` lowers the severity of a failed check to WARN."""
+
     passed: bool
     description: str
     metadata: dict[str, dg.MetadataValue | int | float]
     warns: bool = False
 
-    def result(self, asset: dg.AssetKey, name: str) -> dg.AssetCheckResult:
+    def to_result(self, asset: dg.AssetKey, name: str) -> dg.AssetCheckResult:
         return dg.AssetCheckResult(
             passed=self.passed,
             asset_key=asset,
@@ -180,7 +170,7 @@ class _Found:
             severity=self._severity,
         )
 
-    def evaluation(self, asset: dg.AssetKey, name: str, partition_key: str) -> dg.AssetCheckEvaluation:
+    def to_evaluation(self, asset: dg.AssetKey, name: str, partition_key: str) -> dg.AssetCheckEvaluation:
         normalized = dg.AssetCheckResult(passed=self.passed, metadata=self.metadata)
         return dg.AssetCheckEvaluation(
             asset_key=asset,
@@ -197,38 +187,65 @@ class _Found:
         return dg.AssetCheckSeverity.WARN if self.warns else dg.AssetCheckSeverity.ERROR
 
 
-def _reconciliation(balances: Sequence[WindowCounts]) -> _Found:
-    faulty = [balance for balance in balances if balance.faults]
-    shown = faulty or balances
-    said = f"{len(faulty)} of {len(balances)} windows do not reconcile" if faulty else "every resource is accounted for"
-    faults = "; ".join(fault for balance in faulty[:3] for fault in balance.faults)
-    return _Found(
-        not faulty,
-        f"{said}: {faults}" if faults else said,
+def _evaluate_reconciliation(counts: Sequence[WindowCounts]) -> _Evaluation:
+    unreconciled = [window for window in counts if window.faults]
+    description = (
+        f"{len(unreconciled)} of {len(counts)} windows do not reconcile"
+        if unreconciled
+        else "every resource is accounted for"
+    )
+    faults = "; ".join(fault for window in unreconciled[:3] for fault in window.faults)
+    return _Evaluation(
+        not unreconciled,
+        f"{description}: {faults}" if faults else description,
         {
-            "windows": len(balances),
-            "unreconciled_windows": len(faulty),
-            **{name: sum(getattr(balance, name) or 0 for balance in balances) for name in _COLUMNS},
+            "windows": len(counts),
+            "unreconciled_windows": len(unreconciled),
+            **{name: sum(getattr(window, name) or 0 for window in counts) for name in _COLUMNS},
             "by_window": rows_table(
                 ("window", *(f"{name}:int" for name in _COLUMNS), "what_to_do"),
                 [
-                    (b.partition_key, *(_shown(getattr(b, name)) for name in _COLUMNS), "; ".join(b.faults))
-                    for b in shown[:SAMPLE]
+                    (
+                        window.partition_key,
+                        *(_show_count(getattr(window, name)) for name in _COLUMNS),
+                        "; ".join(window.faults),
+                    )
+                    for window in (unreconciled or counts)[:MAX_SHOWN_WINDOWS]
                 ],
             ),
         },
     )
 
 
-def _summed(rules: Sequence[RuleCount]) -> list[RuleCount]:
-    letters: dict[tuple[str, str, str], int] = {}
+def _rate_by_window(counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> dg.MetadataValue:
+    """Return a table of the windows with dead letters, those with the most first."""
+    windows = sorted(
+        (
+            (sum(rule.letters for rule in leading[window.partition_key]), window)
+            for window in counts
+            if window.partition_key in leading
+        ),
+        key=lambda item: -item[0],
+    )
+    return rows_table(
+        ("window", "dead_letters:int", "resources:int"),
+        [
+            (window.partition_key, dead, window.validated + window.rejected)
+            for dead, window in windows[:MAX_SHOWN_WINDOWS]
+        ],
+    )
+
+
+def _sum_rules(rules: Sequence[RuleCount]) -> list[RuleCount]:
+    """Return the rules of all windows with their dead letters summed, the most frequent rule first."""
+    totals: dict[tuple[str, str, str], int] = {}
     for rule in rules:
         key = (rule.stage, rule.rule, rule.path)
-        letters[key] = letters.get(key, 0) + rule.letters
-    return sorted((RuleCount(*key, count) for key, count in letters.items()), key=lambda rule: -rule.letters)
+        totals[key] = totals.get(key, 0) + rule.letters
+    return sorted((RuleCount(*key, count) for key, count in totals.items()), key=lambda rule: -rule.letters)
 
 
-def _named(rule: RuleCount) -> str:
+def _describe_rule(rule: RuleCount) -> str:
     return f"{rule.rule} at {rule.path}" if rule.path else rule.rule
 
 
@@ -238,5 +255,5 @@ def _list_command(rule: RuleCount, scope: str) -> str:
     return f"fhir-assets dead-letters list {scope} --rule {rule.rule}"
 
 
-def _shown(value: int | None) -> int | str:
-    return "not said" if value is None else value
+def _show_count(value: int | None) -> int | str:
+    return "unknown" if value is None else value

@@ -27,7 +27,7 @@ _CELERY: dict[str, Any] = {
 _LAUNCHERS: dict[Executor, dict[str, Any]] = {Executor.CELERY: _CELERY}
 
 
-def dagster_yaml() -> Path:
+def find_dagster_yaml() -> Path:
     """The project's ``dagster.yaml``: beside the package in a checkout, inside it in a wheel."""
     here = Path(__file__).resolve().parents[2]
     for candidate in (here / "dagster.yaml", here.parent / "dagster.yaml"):
@@ -36,9 +36,9 @@ def dagster_yaml() -> Path:
     raise ConfigurationError("dagster.yaml is missing from the installation: install fhir-assets again")
 
 
-def instance_yaml(settings: Settings) -> str:
+def render_dagster_yaml(settings: Settings) -> str:
     """The ``dagster.yaml`` of a deployment: the project's, with the launcher of its FHIR_EXECUTOR."""
-    text = dagster_yaml().read_text()
+    text = find_dagster_yaml().read_text()
     changes = _LAUNCHERS.get(settings.fhir_executor)
     if changes is None:
         return text
@@ -48,7 +48,7 @@ def instance_yaml(settings: Settings) -> str:
     return str(yaml.safe_dump(config, sort_keys=False))
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def build_environment(settings: Settings) -> dict[str, str]:
     """What every Dagster process needs in its environment: DAGSTER_HOME and where its storage is.
 
     A DAGSTER_HOME that is set already is kept. Starts the embedded Postgres where there is no DB_URL; with a DB_URL
@@ -58,7 +58,7 @@ def environment(settings: Settings) -> dict[str, str]:
     if "DAGSTER_HOME" not in found:
         home = settings.home / "dagster"
         home.mkdir(parents=True, exist_ok=True)
-        (home / "dagster.yaml").write_text(instance_yaml(settings))
+        (home / "dagster.yaml").write_text(render_dagster_yaml(settings))
         found["DAGSTER_HOME"] = str(home)
     if "DAGSTER_POSTGRES_URL" not in found:
         found["DAGSTER_POSTGRES_URL"] = connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
@@ -68,9 +68,9 @@ def environment(settings: Settings) -> dict[str, str]:
     return found
 
 
-def instance(settings: Settings) -> dg.DagsterInstance:
+def open_instance(settings: Settings) -> dg.DagsterInstance:
     """The Dagster instance, for this process. Raises DatabaseUnavailable if its storage cannot be reached."""
-    os.environ.update(environment(settings))
+    os.environ.update(build_environment(settings))
     connections.connect(os.environ["DAGSTER_POSTGRES_URL"]).close()
     return dg.DagsterInstance.get()
 

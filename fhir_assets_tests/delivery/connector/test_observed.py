@@ -20,8 +20,8 @@ from prometheus_client import generate_latest
 
 from fhir_assets import logs
 from fhir_assets.errors import ServerUnavailable
-from fhir_assets.metrics.exposition import REGISTRY, exposition, served
-from fhir_assets.metrics.pipeline import observe_database
+from fhir_assets.metrics.exposition import REGISTRY, render_metrics, serve_metrics
+from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets_tests.delivery.connector.conftest import Hospital
 
@@ -89,7 +89,7 @@ def busy(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hospit
         hospital.admit(f"{MRN}-{n}", FAMILY)
     hospital.admit(None, FAMILY)
     hospital.deliver()
-    with observe_database(hospital.settings, hospital.connect):
+    with register_database_metrics(hospital.settings, hospital.connect):
         yield hospital
 
 
@@ -130,13 +130,13 @@ def test_a_database_that_is_gone_shows_as_down_and_nothing_stale(hospital: Hospi
     def gone() -> "psycopg.Connection[tuple[Any, ...]]":
         raise psycopg.OperationalError
 
-    with observe_database(hospital.settings, gone):
+    with register_database_metrics(hospital.settings, gone):
         assert value("fhir_database_up") == 0
         assert "fhir_outbox_unprocessed_count" not in exposed()
 
 
 def test_a_taken_port_is_no_reason_to_stop() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, served("127.0.0.1", taken.getsockname()[1]) as port:
+    with socket.create_server(("127.0.0.1", 0)) as taken, serve_metrics("127.0.0.1", taken.getsockname()[1]) as port:
         assert port is None
 
 
@@ -207,7 +207,7 @@ def test_prometheus_scrapes_it_and_every_panel_has_data(busy: Hospital, tmp_path
     ]
     shutil.copy(DEPLOY / "alerts.yml", tmp_path)
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with served("127.0.0.1", own) as listening:
+    with serve_metrics("127.0.0.1", own) as listening:
         assert listening == own
         server = subprocess.Popen(
             [
@@ -252,7 +252,7 @@ def has_data(port: int, query: str) -> bool:
 
 
 def test_a_process_that_serves_http_can_show_the_same_metrics(busy: Hospital) -> None:
-    body, content_type = exposition()
+    body, content_type = render_metrics()
     assert body.decode() == exposed()
     assert content_type.startswith("text/plain")
 
