@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fhir_assets.settings import Settings
+
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
 GROUND = {"errors", "windows", "catalog", "retries"}
@@ -185,3 +187,28 @@ def test_no_configuration_names_a_private_module_of_dagster(pattern: str) -> Non
     for path in PACKAGE.parent.glob(pattern):
         if path.is_file():
             assert not re.findall(r"\bdagster\w*\._\w+", path.read_text()), path
+
+
+def test_the_pure_layer_names_no_environment_variable_of_the_settings() -> None:
+    variables = re.compile(
+        rf"\b(?:{'|'.join(name.upper() for name in Settings.model_fields)}|FHIR_AUTH_|FHIR_DELIVERY_)"
+    )
+    for module, path in MODULES.items():
+        if module.partition(".")[0] == "fhir":
+            assert variables.findall(path.read_text()) == [], f"{module} names settings: pass ServerLabels instead"
+
+
+WITHOUT_SQL = {"pipeline", "api", "cli", "orchestration", "deployment", "ingestion", "definitions"}
+"""The rooms that call named functions of the warehouse and execute no SQL themselves."""
+
+SQL_OUTSIDE_THE_WAREHOUSE = {"orchestration.instance.storage"}
+"""Modules of these rooms with SQL: the event log writes the tables of Dagster, through Dagster's own SQLAlchemy."""
+
+
+def test_rooms_above_the_warehouse_execute_no_sql() -> None:
+    for module, path in MODULES.items():
+        if module.partition(".")[0] in WITHOUT_SQL and module not in SQL_OUTSIDE_THE_WAREHOUSE:
+            assert not [name for name in _imports(path) if name.startswith("psycopg.sql")], f"{module} composes SQL"
+            calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+            assert not methods & {"execute", "executemany"}, f"{module} executes SQL"

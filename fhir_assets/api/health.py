@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from fhir_assets.api.context import Context
 from fhir_assets.api.problems import problem_responses
 from fhir_assets.errors import FhirAssetsError
+from fhir_assets.warehouse.postgres.db.connections import is_alive
 
 router = APIRouter(tags=["health"])
 
@@ -75,7 +76,7 @@ def metrics(context: Context) -> Response:
 def _health(context: Context) -> Response:
     def database() -> bool:
         with context.connection() as conn:
-            return conn.execute("SELECT 1").fetchone() is not None
+            return is_alive(conn)
 
     def store() -> bool:
         # Parts can be written to the temporary folder, and blobs can be read.

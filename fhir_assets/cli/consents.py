@@ -26,7 +26,7 @@ def list_decisions(
 ) -> None:
     """The decisions in force, and which provision of which Consent they come from."""
     with Warehouse(load_settings()).connect() as conn:
-        found = consents.decisions(conn, patient=patient, limit=limit)
+        found = consents.list_decisions(conn, patient=patient, limit=limit)
     if json:
         print_json(found)
     else:

@@ -15,8 +15,8 @@ import msgspec
 from fhir_assets.errors import Overtaken
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store, folder
-from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
+from fhir_assets.warehouse.postgres.db.partition_locks import lock_partitions
 
 _PARTITIONS_PER_TRANSACTION = 100
 
@@ -163,9 +163,5 @@ def _partition_locks(conn: Connection, manifests: Sequence[Manifest]) -> Iterato
     """Hold the locks of the partitions. All commits take them in the same order, so that they cannot deadlock."""
     names = [folder(manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests]
     with conn.transaction():
-        conn.execute(
-            "SELECT pg_advisory_xact_lock(%s, key) FROM"
-            " (SELECT DISTINCT hashtext(name) AS key FROM unnest(%s::text[]) AS name ORDER BY 1) AS keys",
-            [advisory_locks.PARTITION_COMMIT, names],
-        )
+        lock_partitions(conn, names)
         yield

@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
-from psycopg import sql
 
 from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.views import View
@@ -16,9 +15,9 @@ from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import audit_log, consents, dead_letters
+from fhir_assets.warehouse.ops import audit_log, consents, dead_letters, withheld_resources
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.queries import compartments
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
@@ -60,19 +59,19 @@ class ConsentStep:
         """Carry out what is due at ``now``. Raises DatabaseUnavailable, ViewError or SealingError."""
         swept = ConsentResult()
         with self._connect() as conn:
-            followed = consents.followed(conn)
+            followed = consents.get_applied_policy(conn)
             if not followed.closed and not self._gate.closed:
                 return swept
             if followed != self._gate:
                 view_tables.ensure_tables(conn, self._views)
                 if not followed.closed:
                     self._take_stock(conn)
-            while patients := consents.due(conn, now, _PATIENTS_AT_ONCE):
+            while patients := consents.find_due_patients(conn, now, _PATIENTS_AT_ONCE):
                 if not swept.patients:
                     view_tables.ensure_tables(conn, self._views)
                 conn.commit()
                 with conn.transaction():
-                    consents.begin_deciding(conn)
+                    consents.lock_decisions_for_change(conn)
                     self._decide(conn, patients, now, swept)
             conn.commit()
             if followed != self._gate:
@@ -80,10 +79,10 @@ class ConsentStep:
         return swept
 
     def _decide(self, conn: Session, patients: Sequence[str], now: datetime, swept: ConsentResult) -> None:
-        changed = consents.decide_on(conn, patients, now)
+        changed = consents.update_decisions(conn, patients, now)
         swept.patients += len(patients)
         swept.decisions += changed
-        taken = consents.take_back(conn, self._gate, patients=patients)
+        taken = withheld_resources.withhold_resources(conn, self._gate, patients=patients)
         released = self._release(conn, patients=patients)
         swept.withheld += sum(taken.values())
         swept.released += sum(released.values())
@@ -93,22 +92,22 @@ class ConsentStep:
         """The policy is another one: all of the tables, and all that is withheld, is looked through."""
         while True:
             with conn.transaction():
-                consents.begin_deciding(conn)
-                taken = consents.take_back(conn, self._gate, limit=_RESOURCES_AT_ONCE)
+                consents.lock_decisions_for_change(conn)
+                taken = withheld_resources.withhold_resources(conn, self._gate, limit=_RESOURCES_AT_ONCE)
                 self._record(conn, 0, taken, {})
             swept.withheld += sum(taken.values())
             if not taken:
                 break
         while True:
             with conn.transaction():
-                consents.begin_deciding(conn)
+                consents.lock_decisions_for_change(conn)
                 released = self._release(conn, limit=_RESOURCES_AT_ONCE)
                 self._record(conn, 0, {}, released)
             swept.released += sum(released.values())
             if not released:
                 break
         with conn.transaction():
-            consents.follow(conn, self._gate)
+            consents.set_applied_policy(conn, self._gate)
         conn.commit()
 
     def _record(self, conn: Session, decisions: int, taken: Mapping[str, int], released: Mapping[str, int]) -> None:
@@ -129,29 +128,19 @@ class ConsentStep:
         self, conn: Session, *, patients: Sequence[str] | None = None, limit: int | None = None
     ) -> dict[str, int]:
         """Bring into the tables what of some patients (None: of all) is withheld and need not be. By type."""
-        cipher = cipher_of(conn)
         released: dict[str, int] = {}
-        query = sql.SQL(
-            "SELECT w.resource_type, w.partition_key, w.id, w.as_of,"
-            " CASE WHEN w.key_id IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END, w.key_id"
-            " FROM ops.withheld w WHERE {of_them} AND NOT ({withheld})"
-            " ORDER BY w.resource_type, w.partition_key, w.id LIMIT %(limit)s"
-        ).format(
-            of_them=sql.SQL("true" if patients is None else "w.patients && %(patients)s"),
-            withheld=consents.withheld(self._gate, "w"),
-        )
-        params = {"patients": list(patients or ()), "limit": min(limit or _RESOURCES_AT_ONCE, _RESOURCES_AT_ONCE)}
-        while rows := conn.execute(query, params).fetchall():
-            for (resource_type, partition_key), of_them in groupby(rows, key=lambda row: (str(row[0]), str(row[1]))):
-                some = list(of_them)
-                bodies = [open_text(text, key_id, cipher) for *_, text, key_id in some]
+        at_once = min(limit or _RESOURCES_AT_ONCE, _RESOURCES_AT_ONCE)
+        while releasable := withheld_resources.find_releasable(conn, self._gate, patients=patients, limit=at_once):
+            for (resource_type, partition_key), group in groupby(
+                releasable, key=lambda resource: (resource.resource_type, resource.partition_key)
+            ):
+                resources = list(group)
+                bodies = [resource.body for resource in resources]
                 # Resources without lastUpdated have the earliest time that their window knows.
-                self._load(conn, resource_type, Batch(bodies, partition_key, min(row[3] for row in some)))
-                conn.execute(
-                    "DELETE FROM ops.withheld WHERE resource_type = %s AND id = ANY(%s)",
-                    [resource_type, [row[2] for row in some]],
-                )
-                released[resource_type] = released.get(resource_type, 0) + len(some)
+                arrived = min(resource.as_of for resource in resources)
+                self._load(conn, resource_type, Batch(bodies, partition_key, arrived))
+                withheld_resources.remove_released(conn, resource_type, [resource.id for resource in resources])
+                released[resource_type] = released.get(resource_type, 0) + len(resources)
             if limit is not None:
                 break
         return released
@@ -172,27 +161,18 @@ class ConsentStep:
 
     def _take_stock(self, conn: Session) -> None:
         """A policy is switched on: look up what nobody looked at before, in batches."""
-        cipher = cipher_of(conn)
-        query = (
-            "SELECT resource_type, id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,"
-            " key_id FROM fhir.resource WHERE patients IS NULL AND resource IS NOT NULL LIMIT %s FOR UPDATE"
-        )
         while True:
             with conn.transaction():
-                rows = conn.execute(query, [_RESOURCES_AT_ONCE]).fetchall()
-                with conn.cursor() as cursor:
-                    cursor.executemany(
-                        "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s",
-                        [
-                            (list(find_patient_ids(_parse(open_text(text, key_id, cipher)))), resource_type, key)
-                            for resource_type, key, text, key_id in rows
-                        ],
-                    )
-            if not rows:
+                resources = compartments.lock_unassigned_resources(conn, _RESOURCES_AT_ONCE)
+                compartments.set_patients(
+                    conn,
+                    [
+                        (list(find_patient_ids(_parse(resource.body))), resource.resource_type, resource.id)
+                        for resource in resources
+                    ],
+                )
+            if not resources:
                 break
         with conn.transaction():
-            for statement in consents.record_statements(
-                sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "key_id")
-            ):
-                conn.execute(statement)
+            consents.record_loaded_consents(conn)
         conn.commit()

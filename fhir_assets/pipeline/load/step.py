@@ -18,7 +18,7 @@ from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, checkpoints, consents, dead_letters, received, replays, runs
+from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs, withheld_resources
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
@@ -237,7 +237,7 @@ class LoadStep:
         if self._all_views:
             self._record_loaded_parts(conn, resource_type, group)
             self._resolve_replayed(conn, resource_type, group)
-        withheld = consents.counts(conn, resource_type, keys)
+        withheld = withheld_resources.count_by_partition(conn, resource_type, keys)
         runs.count(
             conn,
             self._run_id,

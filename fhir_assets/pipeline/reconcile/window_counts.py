@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-
-from psycopg import sql
 
 from fhir_assets.fhir.record import parse_instant, read_header
 from fhir_assets.privacy.encryption import Cipher
@@ -12,12 +9,12 @@ from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
+from fhir_assets.warehouse.postgres.queries import reconciliation
+from fhir_assets.warehouse.postgres.queries.reconciliation import AbsentCounts
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
 
 STAGES = ("transform", "load")
-
-_LINES_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +83,14 @@ def reconcile(
     """
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
-    undone = _undone(conn, resource_type, partition_keys)
+    undone = reconciliation.count_unloaded(conn, resource_type, partition_keys)
     absent = _absent(conn, store, resource_type, list(validated.values()), main_view)
     return [
         _balance(m, validated.get(key), undone.get(key, 0), absent.get(key, AbsentCounts())) for key, m in raw.items()
     ]
 
 
-def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: "AbsentCounts") -> WindowCounts:
+def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: AbsentCounts) -> WindowCounts:
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
@@ -116,64 +113,16 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: "Ab
     )
 
 
-def _undone(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
-    found = conn.execute(
-        "SELECT partition_key, sum(occurrences)::bigint FROM ops.dead_letters WHERE resource_type = %s"
-        " AND stage IN ('transform', 'load') AND status IN ('open', 'replaying', 'discarded')"
-        " AND partition_key = ANY(%s) GROUP BY partition_key",
-        (resource_type, list(partition_keys)),
-    )
-    return dict(found.fetchall())
-
-
-@dataclass(frozen=True, slots=True)
-class AbsentCounts:
-    """Validated resources of a window that are not in the tables, by why."""
-
-    missing: int = 0
-    deleted: int = 0
-    withheld: int = 0
-
-
 def _absent(
     conn: Session, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
 ) -> dict[str, AbsentCounts]:
     """By partition key, how many validated resources the tables lack, less those that are dead letters."""
     if not any(manifest.parts for manifest in validated):
         return {}
-    conn.execute(
-        "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
-    )
     keys = [manifest.partition_key for manifest in validated]
     corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
-    rows = _expected(store, validated, corrected, cipher_of(conn))
-    with conn.cursor().copy("COPY expected FROM STDIN") as copy:
-        while lines := "".join(islice(rows, _LINES_AT_ONCE)):
-            copy.write(lines)
-    # Without statistics Postgres would take a million ids for a few, and look each up by itself.
-    conn.execute("ANALYZE expected")
-    in_view: sql.Composable = sql.SQL("")
-    if main_view:
-        in_view = sql.SQL(
-            " OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM fhir.{} v WHERE v._resource_key = e.id)"
-        ).format(sql.Identifier(main_view))
-    query = sql.SQL(
-        "SELECT e.partition_key,"
-        " count(*) FILTER (WHERE w.id IS NULL AND (r.id IS NULL OR r.as_of < e.last_updated{in_view})),"
-        " count(*) FILTER (WHERE w.id IS NULL AND r.deleted_at IS NOT NULL"
-        " AND (r.as_of < e.last_updated) IS NOT TRUE), count(w.id)"
-        " FROM expected e LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id"
-        " LEFT JOIN ops.withheld w ON w.resource_type = %(type)s AND w.id = e.id"
-        " AND w.as_of >= coalesce(e.last_updated, w.as_of)"
-        " WHERE (r.id IS NULL OR r.as_of < e.last_updated OR r.deleted_at IS NOT NULL{in_view})"
-        " AND NOT EXISTS (SELECT FROM ops.dead_letters d WHERE d.resource_type = %(type)s"
-        " AND d.stage IN ('transform', 'load') AND d.status IN ('open', 'replaying', 'discarded')"
-        " AND d.partition_key = e.partition_key AND d.resource_id IS NOT DISTINCT FROM e.id)"
-        " GROUP BY e.partition_key"
-    ).format(in_view=in_view)
-    found = {key: AbsentCounts(*counts) for key, *counts in conn.execute(query, {"type": resource_type})}
-    conn.execute("DROP TABLE expected")
-    return found
+    expected = _expected(store, validated, corrected, cipher_of(conn))
+    return reconciliation.count_absent(conn, resource_type, expected, main_view=main_view)
 
 
 def _expected(

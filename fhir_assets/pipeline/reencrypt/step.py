@@ -23,6 +23,7 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage import reencrypt
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
+from fhir_assets.warehouse.postgres.db import session_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
@@ -133,7 +134,7 @@ class ReencryptStep:
                 self._rotation = key_rotations.begin(conn, self._actor, self._to_do(before, cipher))
                 conn.commit()
                 # A batch is a small stretch of an index. Tables that were not analyzed yet do not show it.
-                conn.execute("SET enable_seqscan = off")
+                session_settings.disable_sequential_scans(conn)
                 self._all(conn, cipher)
                 self._end(conn, count_key_usage(guard, self._store, self._views), cipher)
         return self.done
@@ -215,7 +216,7 @@ class ReencryptStep:
         """One batch and its record; None if somebody else held a lock that it needs."""
         try:
             with conn.transaction():
-                conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+                session_settings.limit_lock_wait(conn, LOCK_TIMEOUT_MS)
                 batch = compress_and_encrypt()
                 self._note(conn, place, batch.sealed, batch.from_clear, label)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):

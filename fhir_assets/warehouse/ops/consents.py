@@ -1,12 +1,16 @@
-"""Consent in the database: what is known, what is decided, and whom the tables withhold.
+"""Consents and the decisions that follow from them.
 
-``ops.consent_records`` holds the newest version of every Consent, ``ops.consents`` what follows for a patient and a
-purpose, ``ops.withheld`` the resources that stay out of ``fhir`` meanwhile. Loads hold a shared lock while they ask,
-decisions an exclusive one while they are made and carried out, so that no load brings back what was just withdrawn.
+``ops.consent_records`` holds the newest version of every Consent resource, ``ops.consents`` the decision for each
+patient and purpose, ``ops.consent_changes`` when to decide on a patient again, and ``ops.consent_policy`` the policy
+that the tables follow. The resources that a decision keeps out of the tables are in
+``withheld_resources``.
+
+Loads hold a shared lock while they read decisions; a change of decisions holds it exclusively until the tables follow,
+so that no load brings back a resource that was just withheld.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -32,197 +36,152 @@ from fhir_assets.warehouse.postgres.resources import open_text
 _parse = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-def withheld(gate: ConsentGate, table: str) -> sql.Composed:
-    """The condition that a row of ``table``, which has a column ``patients``, is withheld.
-
-    What belongs to several patients is withheld if any of them is; what belongs to none never is.
-    """
-    patients = sql.Identifier(table, "patients")
-    if gate.policy is Policy.OFF:
-        return sql.SQL("false").format()
-    if gate.policy is Policy.OPT_OUT:
-        text = (
-            "EXISTS (SELECT FROM ops.consents c WHERE c.patient_id = ANY({patients}) AND c.purpose = {purpose}"
-            " AND c.decision = 'deny')"
-        )
-    else:
-        text = (
-            "EXISTS (SELECT FROM unnest({patients}) p WHERE NOT EXISTS (SELECT FROM ops.consents c"
-            " WHERE c.patient_id = p AND c.purpose = {purpose} AND c.decision = 'permit'))"
-        )
-    return sql.SQL(text).format(patients=patients, purpose=sql.Literal(gate.purpose.value))
-
-
-def keep_decisions(conn: Connection) -> None:
-    """Nobody decides anew until the transaction ends: for loads."""
+def lock_decisions_for_load(conn: Connection) -> None:
+    """Keep all decisions unchanged until the transaction of a load ends. Several loads hold this lock together."""
     conn.execute("SELECT pg_advisory_xact_lock_shared(%s)", [advisory_locks.CONSENT_DECISIONS])
 
 
-def begin_deciding(conn: Connection) -> None:
-    """Wait for the loads that are under way, and keep others out until the transaction ends."""
+def lock_decisions_for_change(conn: Connection) -> None:
+    """Wait for running loads to end, and keep other loads waiting until this transaction ends."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_DECISIONS])
 
 
-_FACTS = "id, version_id, version_number, last_updated, as_of, partition_key"
-_NEWER = "(excluded.as_of, coalesce(excluded.version_number, 0)) >= (known.as_of, coalesce(known.version_number, 0))"
+def build_record_statements(source: sql.Composable, key_id: sql.Composable) -> tuple[sql.Composed, ...]:
+    """Return statements that copy the Consents in the relation ``source`` to ``ops.consent_records`` and mark their
+    patients for a decision.
 
-
-def record_statements(source: sql.Composable, key_id: sql.Composable) -> tuple[sql.Composed, ...]:
-    """Statements that note the Consents in ``source`` (``s``, with the columns of ``fhir.resource``), whoever they
-    are about; ``key_id`` names the key that seals them.
+    ``source`` has the columns of ``fhir.resource``; ``key_id`` is the expression for the key that encrypts them, in
+    which ``s`` names a row of ``source``.
     """
-    about = sql.SQL("s.patients[1] <> {}").format(sql.Literal(UNKNOWN_PATIENT))
+    has_patient = sql.SQL("s.patients[1] <> {}").format(sql.Literal(UNKNOWN_PATIENT))
     return (
-        sql.SQL(
-            "INSERT INTO ops.consent_changes (patient_id, at)"
-            " SELECT s.patients[1], '-infinity'::timestamptz FROM {source} s WHERE {about} UNION"
-            " SELECT k.patient_id, '-infinity' FROM {source} s JOIN ops.consent_records k ON k.consent_id = s.id"
-            " ON CONFLICT (patient_id) DO UPDATE SET at = excluded.at"
-        ).format(source=source, about=about),
-        sql.SQL(
-            "INSERT INTO ops.consent_records AS known"
-            " (consent_id, patient_id, version_id, version_number, as_of, resource, key_id)"
-            " SELECT s.id, s.patients[1], s.version_id, s.version_number, s.as_of, s.resource,"
-            " {key_id} FROM {source} s WHERE {about} AND s.resource IS NOT NULL"
-            " AND NOT EXISTS (SELECT FROM fhir.resource_consent r WHERE r.id = s.id AND r.deleted_at IS NOT NULL"
-            " AND r.as_of >= s.as_of)"
-            " ON CONFLICT (consent_id) DO UPDATE SET patient_id = excluded.patient_id,"
-            " version_id = excluded.version_id, version_number = excluded.version_number, as_of = excluded.as_of,"
-            " resource = excluded.resource, key_id = excluded.key_id WHERE {newer}"
-        ).format(source=source, about=about, key_id=key_id, newer=sql.SQL(_NEWER)),
+        _MARK_PATIENTS.format(source=source, has_patient=has_patient),
+        _COPY_CONSENTS.format(source=source, has_patient=has_patient, key_id=key_id),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ConsentGateStatements:
-    """What a load runs on a chunk in its stage, before the rest goes into ``table``."""
-
-    withhold: sql.Composed
-    """Moves to ``ops.withheld`` what is withheld; gives its ids. Takes ``run`` and ``key_id``."""
-    superseded: sql.Composed
-    """Takes out of the stage what is older than its version in ``ops.withheld``."""
-    released: sql.Composed
-    """Takes out of ``ops.withheld`` what the stage brings."""
-    taken_back: sql.Composed
-    """Takes out of the table older versions of what was withheld (``ids``); gives their ids."""
-    outdated: sql.Composed
-    """Takes out of ``ops.withheld`` what the table has in a newer version (``ids``)."""
-
-
-def gate_statements(
-    gate: ConsentGate, resource_type: str, table: sql.Identifier, stage: sql.Identifier
-) -> ConsentGateStatements:
-    """The statements for a type; ``stage`` has the columns of ``fhir.resource`` that say what a resource is."""
-    words: dict[str, sql.Composable] = {
-        "table": table,
-        "stage": stage,
-        "type": sql.Literal(resource_type),
-        "facts": sql.SQL(_FACTS),
-        "stored": sql.SQL("(r.as_of, coalesce(r.version_number, 0))"),
-        "held": sql.SQL("(w.as_of, coalesce(w.version_number, 0))"),
-        "staged": sql.SQL("(s.as_of, coalesce(s.version_number, 0))"),
-    }
-    return ConsentGateStatements(
-        sql.SQL(
-            "WITH gone AS (DELETE FROM {stage} s WHERE {withheld} RETURNING s.*), kept AS ("
-            "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, key_id, patients, resource)"
-            " SELECT {type}, {facts}, %(run)s, %(key_id)s, patients, resource FROM gone"
-            " ON CONFLICT (resource_type, id) DO UPDATE SET version_id = excluded.version_id,"
-            " version_number = excluded.version_number, last_updated = excluded.last_updated,"
-            " as_of = excluded.as_of, partition_key = excluded.partition_key, run_id = excluded.run_id,"
-            " key_id = excluded.key_id, patients = excluded.patients, resource = excluded.resource"
-            " WHERE {newer}) SELECT id FROM gone"
-        ).format(withheld=withheld(gate, "s"), newer=sql.SQL(_NEWER), **words),
-        sql.SQL(
-            "DELETE FROM {stage} s USING ops.withheld w WHERE w.resource_type = {type} AND w.id = s.id"
-            " AND {held} > {staged}"
-        ).format(**words),
-        sql.SQL("DELETE FROM ops.withheld w USING {stage} s WHERE w.resource_type = {type} AND w.id = s.id").format(
-            **words
-        ),
-        sql.SQL(
-            "DELETE FROM {table} r USING ops.withheld w WHERE r.resource_type = {type} AND r.id = ANY(%(ids)s)"
-            " AND w.resource_type = {type} AND w.id = r.id"
-            " AND ({stored} < {held} OR {stored} = {held} AND r.deleted_at IS NULL) RETURNING r.id"
-        ).format(**words),
-        sql.SQL(
-            "DELETE FROM ops.withheld w USING {table} r WHERE w.resource_type = {type} AND w.id = ANY(%(ids)s)"
-            " AND r.resource_type = {type} AND r.id = w.id"
-            " AND ({stored} > {held} OR {stored} = {held} AND r.deleted_at IS NOT NULL)"
-        ).format(**words),
-    )
-
-
-def forget(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
-    """Resources have tombstones now: older versions are no longer withheld, and what Consents said no longer holds."""
-    conn.execute(
-        "DELETE FROM ops.withheld w USING fhir.resource r WHERE w.resource_type = %(type)s AND w.id = ANY(%(ids)s)"
-        " AND r.resource_type = %(type)s AND r.id = w.id AND r.deleted_at IS NOT NULL AND r.as_of >= w.as_of",
-        {"type": resource_type, "ids": list(ids)},
-    )
-    if resource_type == "Consent":
-        conn.execute(
-            "WITH gone AS (DELETE FROM ops.consent_records c USING fhir.resource_consent r"
-            " WHERE c.consent_id = ANY(%s) AND r.id = c.consent_id AND r.deleted_at IS NOT NULL"
-            " AND r.as_of >= c.as_of RETURNING c.patient_id)"
-            " INSERT INTO ops.consent_changes (patient_id, at) SELECT DISTINCT patient_id, '-infinity'::timestamptz"
-            " FROM gone ON CONFLICT (patient_id) DO UPDATE SET at = excluded.at",
-            [list(ids)],
+_MARK_PATIENTS = sql.SQL("""
+    INSERT INTO ops.consent_changes (patient_id, at)
+    SELECT s.patients[1], '-infinity'::timestamptz
+    FROM {source} s
+    WHERE {has_patient}
+    UNION
+    SELECT known.patient_id, '-infinity'
+    FROM {source} s
+    JOIN ops.consent_records known ON known.consent_id = s.id
+    ON CONFLICT (patient_id) DO UPDATE SET at = excluded.at
+""")
+_COPY_CONSENTS = sql.SQL("""
+    INSERT INTO ops.consent_records AS known
+        (consent_id, patient_id, version_id, version_number, as_of, resource, key_id)
+    SELECT s.id, s.patients[1], s.version_id, s.version_number, s.as_of, s.resource, {key_id}
+    FROM {source} s
+    WHERE {has_patient}
+        AND s.resource IS NOT NULL
+        AND NOT EXISTS (
+            SELECT FROM fhir.resource_consent r
+            WHERE r.id = s.id AND r.deleted_at IS NOT NULL AND r.as_of >= s.as_of
         )
+    ON CONFLICT (consent_id) DO UPDATE SET
+        patient_id = excluded.patient_id,
+        version_id = excluded.version_id,
+        version_number = excluded.version_number,
+        as_of = excluded.as_of,
+        resource = excluded.resource,
+        key_id = excluded.key_id
+    WHERE (excluded.as_of, coalesce(excluded.version_number, 0)) >= (known.as_of, coalesce(known.version_number, 0))
+""")
 
 
-def counts(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
-    """How many resources of a type are withheld, by partition key."""
-    return dict(
-        conn.execute(
-            "SELECT partition_key, count(*) FROM ops.withheld WHERE resource_type = %s AND partition_key = ANY(%s)"
-            " GROUP BY 1",
-            [resource_type, list(partition_keys)],
-        ).fetchall()
+def record_loaded_consents(conn: Connection) -> None:
+    """Copy every Consent in ``fhir.resource`` to ``ops.consent_records`` and mark its patient for a decision."""
+    for statement in build_record_statements(sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "key_id")):
+        conn.execute(statement)
+
+
+def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
+    """Delete the records of Consents that have newer tombstones, and mark their patients for a decision."""
+    conn.execute(
+        """
+        WITH deleted AS (
+            DELETE FROM ops.consent_records c USING fhir.resource_consent r
+            WHERE c.consent_id = ANY(%s) AND r.id = c.consent_id AND r.deleted_at IS NOT NULL AND r.as_of >= c.as_of
+            RETURNING c.patient_id
+        )
+        INSERT INTO ops.consent_changes (patient_id, at)
+        SELECT DISTINCT patient_id, '-infinity'::timestamptz FROM deleted
+        ON CONFLICT (patient_id) DO UPDATE SET at = excluded.at
+        """,
+        [list(consent_ids)],
     )
 
 
-def due(conn: Connection, at: datetime, limit: int) -> list[str]:
-    """Patients whose consents changed, or begin or end, and are not decided on yet."""
+def find_due_patients(conn: Connection, at: datetime, limit: int) -> list[str]:
+    """Return the ids of at most ``limit`` patients to decide on at time ``at``: their Consents changed, or a period
+    began or ended.
+    """
     rows = conn.execute(
-        "SELECT patient_id FROM ops.consent_changes WHERE at <= %s ORDER BY patient_id LIMIT %s", [at, limit]
+        """
+        SELECT patient_id
+        FROM ops.consent_changes
+        WHERE at <= %s
+        ORDER BY patient_id
+        LIMIT %s
+        """,
+        [at, limit],
     )
     return [patient for (patient,) in rows]
 
 
-def decide_on(conn: Session, patients: Sequence[str], at: datetime) -> int:
-    """Decide on patients by what their consents say at a moment. Returns how many decisions are other ones now."""
-    known = _consents(conn, patients)
+def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> int:
+    """Decide on patients by their Consents at time ``at``, and note when to decide again. Return the number of
+    decisions that changed. Raises EncryptionError.
+    """
+    consents_by_patient = _read_consents(conn, patients)
     versions: dict[str, str | None] = {}
     decisions: list[tuple[str, Purpose, Decision]] = []
     changes: list[tuple[str, datetime]] = []
     for patient in patients:
         consents = []
-        for consent, version in known.get(patient, ()):
+        for consent, version in consents_by_patient.get(patient, ()):
             consents.append(consent)
             versions[consent.id] = version
-        decisions += [(patient, each, said) for each in Purpose if (said := decide(consents, each, at))]
+        decisions += [
+            (patient, purpose, decision) for purpose in Purpose if (decision := decide(consents, purpose, at))
+        ]
         if moment := next_change(consents, at):
             changes.append((patient, moment))
     changed = conn.execute(
-        "DELETE FROM ops.consents c WHERE patient_id = ANY(%s)"
-        " AND (patient_id, purpose) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))",
-        [list(patients), [d[0] for d in decisions], [d[1].value for d in decisions]],
+        """
+        DELETE FROM ops.consents c
+        WHERE patient_id = ANY(%s) AND (patient_id, purpose) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+        """,
+        [
+            list(patients),
+            [patient for patient, _, _ in decisions],
+            [purpose.value for _, purpose, _ in decisions],
+        ],
     ).rowcount
     changed += conn.execute(
-        "INSERT INTO ops.consents AS known (patient_id, purpose, decision, consent_id, source, version_id)"
-        " SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])"
-        " ON CONFLICT (patient_id, purpose) DO UPDATE SET decision = excluded.decision,"
-        " consent_id = excluded.consent_id, source = excluded.source, version_id = excluded.version_id,"
-        " decided_at = now() WHERE (known.decision, known.consent_id, known.source, known.version_id)"
-        " IS DISTINCT FROM (excluded.decision, excluded.consent_id, excluded.source, excluded.version_id)",
+        """
+        INSERT INTO ops.consents AS known (patient_id, purpose, decision, consent_id, source, version_id)
+        SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+        ON CONFLICT (patient_id, purpose) DO UPDATE SET
+            decision = excluded.decision,
+            consent_id = excluded.consent_id,
+            source = excluded.source,
+            version_id = excluded.version_id,
+            decided_at = now()
+        WHERE (known.decision, known.consent_id, known.source, known.version_id)
+            IS DISTINCT FROM (excluded.decision, excluded.consent_id, excluded.source, excluded.version_id)
+        """,
         [
-            [d[0] for d in decisions],
-            [d[1].value for d in decisions],
-            [d[2].verdict for d in decisions],
-            [d[2].consent for d in decisions],
-            [d[2].path for d in decisions],
-            [versions[d[2].consent] for d in decisions],
+            [patient for patient, _, _ in decisions],
+            [purpose.value for _, purpose, _ in decisions],
+            [decision.verdict for _, _, decision in decisions],
+            [decision.consent for _, _, decision in decisions],
+            [decision.path for _, _, decision in decisions],
+            [versions[decision.consent] for _, _, decision in decisions],
         ],
     ).rowcount
     conn.execute("DELETE FROM ops.consent_changes WHERE patient_id = ANY(%s)", [list(patients)])
@@ -233,84 +192,57 @@ def decide_on(conn: Session, patients: Sequence[str], at: datetime) -> int:
     return changed
 
 
-def _consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
-    """What each patient's Consents say, with their versions."""
+def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
+    """Return the Consents of each patient with their version ids."""
     cipher = cipher_of(conn)
-    found: dict[str, list[tuple[Consent, str | None]]] = {}
+    consents: defaultdict[str, list[tuple[Consent, str | None]]] = defaultdict(list)
     rows = conn.execute(
-        "SELECT patient_id, version_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,"
-        " key_id FROM ops.consent_records WHERE patient_id = ANY(%s)",
+        """
+        SELECT
+            patient_id, version_id,
+            CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,
+            key_id
+        FROM ops.consent_records
+        WHERE patient_id = ANY(%s)
+        """,
         [list(patients)],
     )
     for patient, version, text, key_id in rows:
         consent = read_consent(_parse(open_text(text, key_id, cipher)), patient)
         if consent:
-            found.setdefault(patient, []).append((consent, version))
-    return found
+            consents[patient].append((consent, version))
+    return consents
 
 
-def decisions(conn: Connection, *, patient: str | None, limit: int) -> list[dict[str, Any]]:
-    """The decisions in force, with when they may change."""
-    return (
-        conn.cursor(row_factory=dict_row)
-        .execute(
-            "SELECT c.*, CASE WHEN isfinite(n.at) THEN n.at END AS changes_at FROM ops.consents c"
-            " LEFT JOIN ops.consent_changes n USING (patient_id) WHERE %(patient)s::text IS NULL"
-            " OR c.patient_id = %(patient)s ORDER BY c.patient_id, c.purpose LIMIT %(limit)s",
+def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list[dict[str, Any]]:
+    """Return the decisions in force, of one patient if given: the columns of ``ops.consents``, and ``changes_at``."""
+    with conn.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(
+            """
+            SELECT c.*, CASE WHEN isfinite(change.at) THEN change.at END AS changes_at
+            FROM ops.consents c
+            LEFT JOIN ops.consent_changes change USING (patient_id)
+            WHERE %(patient)s::text IS NULL OR c.patient_id = %(patient)s
+            ORDER BY c.patient_id, c.purpose
+            LIMIT %(limit)s
+            """,
             {"patient": patient, "limit": limit},
-        )
-        .fetchall()
-    )
+        ).fetchall()
 
 
-def followed(conn: Connection) -> ConsentGate:
-    """The policy that the tables follow."""
+def get_applied_policy(conn: Connection) -> ConsentGate:
+    """Return the policy that the tables follow."""
     row = conn.execute("SELECT policy, purpose FROM ops.consent_policy").fetchone()
     return ConsentGate(Policy(row[0]), Purpose(row[1])) if row else ConsentGate()
 
 
-def follow(conn: Connection, gate: ConsentGate) -> None:
-    """The tables follow this policy now."""
+def set_applied_policy(conn: Connection, gate: ConsentGate) -> None:
+    """Note that the tables follow a policy."""
     conn.execute(
-        "INSERT INTO ops.consent_policy (policy, purpose) VALUES (%s, %s)"
-        " ON CONFLICT (one) DO UPDATE SET policy = excluded.policy, purpose = excluded.purpose",
+        """
+        INSERT INTO ops.consent_policy (policy, purpose)
+        VALUES (%s, %s)
+        ON CONFLICT (one) DO UPDATE SET policy = excluded.policy, purpose = excluded.purpose
+        """,
         [gate.policy.value, gate.purpose.value],
     )
-
-
-def take_back(
-    conn: Connection, gate: ConsentGate, *, patients: Sequence[str] | None = None, limit: int | None = None
-) -> dict[str, int]:
-    """Move to ``ops.withheld`` what of some patients (None: of all) stands in the tables and is withheld, and its
-    rows out of every view. Returns how many resources, by type.
-    """
-    of_them: sql.Composable = sql.SQL("cardinality(r.patients) > 0")
-    if patients is not None:
-        of_them = sql.SQL(
-            "(r.patients[1] = ANY(%(patients)s) OR (cardinality(r.patients) > 1 AND r.patients && %(patients)s))"
-        )
-    query = sql.SQL(
-        "WITH gone AS (DELETE FROM fhir.resource WHERE (resource_type, id) IN ("
-        "SELECT r.resource_type, r.id FROM fhir.resource r WHERE {of_them} AND {withheld} AND r.resource IS NOT NULL"
-        " LIMIT %(limit)s) RETURNING *), kept AS ("
-        "INSERT INTO ops.withheld AS known (resource_type, {facts}, run_id, key_id, patients, resource)"
-        " SELECT resource_type, {facts}, run_id, key_id, patients, resource FROM gone"
-        " ON CONFLICT (resource_type, id) DO NOTHING) SELECT resource_type, array_agg(id) FROM gone GROUP BY 1"
-    ).format(of_them=of_them, withheld=withheld(gate, "r"), facts=sql.SQL(_FACTS))
-    gone = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
-    for resource_type, ids in gone:
-        clear_views(conn, resource_type, ids)
-    return {resource_type: len(ids) for resource_type, ids in gone}
-
-
-def clear_views(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
-    """Remove the rows of resources from every view's table, also of views that are no longer there."""
-    names = conn.execute(
-        "SELECT name FROM ops.view_tables v WHERE resource_type = %s"
-        " AND EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = 'fhir'::regnamespace AND c.relname = v.name)",
-        [resource_type],
-    ).fetchall()
-    for (name,) in names:
-        conn.execute(
-            sql.SQL("DELETE FROM {} WHERE _resource_key = ANY(%s)").format(sql.Identifier("fhir", name)), [list(ids)]
-        )

@@ -152,6 +152,11 @@ def cipher_of(conn: Connection) -> Cipher:
     return conn.cipher
 
 
+def is_alive(conn: Connection) -> bool:
+    """Return True if Postgres answers a query. Raises psycopg.OperationalError if the connection is lost."""
+    return conn.execute("SELECT 1").fetchone() is not None
+
+
 def ensure_database(url: str, name: str) -> None:
     """Create the database ``name`` on the server of ``url`` unless it exists.
 

@@ -8,7 +8,8 @@ from psycopg import sql
 
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import audit_log, consents
+from fhir_assets.warehouse.ops import audit_log
+from fhir_assets.warehouse.ops.withheld_resources import build_withheld_condition
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
@@ -99,5 +100,5 @@ def find_withheld(conn: Connection, gate: ConsentGate, ids: Sequence[str]) -> fr
         return frozenset()
     query = sql.SQL(
         "SELECT p.id FROM (SELECT id, ARRAY[id] AS patients FROM unnest(%s::text[]) AS id) AS p WHERE {}"
-    ).format(consents.withheld(gate, "p"))
+    ).format(build_withheld_condition(gate, "p"))
     return frozenset(row[0] for row in conn.execute(query, [list(ids)]).fetchall())

@@ -16,7 +16,7 @@ from psycopg import sql
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.warehouse.ops import audit_log, consents, visits
+from fhir_assets.warehouse.ops import audit_log, consents, visits, withheld_resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import version_number
 from fhir_assets.warehouse.postgres.tables.encoding import MAX_INDEXED_BYTES
@@ -144,7 +144,9 @@ def _apply(
     for resource_type, count in Counter(row.resource_type for row in rows).items():
         total.stale[resource_type] += count - len(by_type[resource_type])
     for resource_type, keys in by_type.items():
-        consents.forget(conn, resource_type, keys)
+        withheld_resources.remove_deleted(conn, resource_type, keys)
+        if resource_type == "Consent":
+            consents.remove_deleted(conn, keys)
         visits.forget(conn, resource_type, keys)
         for table in _tables(conn, resource_type):
             conn.execute(

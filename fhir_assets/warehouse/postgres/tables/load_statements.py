@@ -7,7 +7,7 @@ from psycopg import sql
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import consents
+from fhir_assets.warehouse.ops import consents, withheld_resources
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, build_layout
 
 
@@ -72,9 +72,11 @@ class LoadStatements:
             ).format(table=table, type=sql.Literal(resource_type), stage=stage)
         self.consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent" and not reencrypt:
-            self.consents = consents.record_statements(stage, sql.Placeholder("key_id"))
+            self.consents = consents.build_record_statements(stage, sql.Placeholder("key_id"))
         self.consent_gate = (
-            consents.gate_statements(consent_gate, resource_type, table, stage) if consent_gate.closed else None
+            withheld_resources.build_gate_statements(consent_gate, resource_type, table, stage)
+            if consent_gate.closed
+            else None
         )
         self.may_insert = not (self.consents or self.consent_gate or reencrypt)
         self.views = [_of_view(view, encrypted=encrypted) for view in views]

@@ -231,7 +231,7 @@ class Loader:
             # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
             self._conn.execute("SELECT")
             if self._statements.consent_gate and not self._decided:
-                consents.keep_decisions(self._conn)
+                consents.lock_decisions_for_load(self._conn)
                 self._decided = True
             self._write_or_halve(chunk, outcome)
         except psycopg.errors.DeadlockDetected:
@@ -322,12 +322,12 @@ class Loader:
         if consent_gate is None:
             return frozenset(), []
         gone = [key for (key,) in cursor.execute(consent_gate.withhold, self._params)]
-        cursor.execute(consent_gate.superseded)
-        cursor.execute(consent_gate.released)
+        cursor.execute(consent_gate.remove_superseded)
+        cursor.execute(consent_gate.remove_released)
         taken_back: list[str] = []
         if gone:
-            taken_back = [key for (key,) in cursor.execute(consent_gate.taken_back, {"ids": gone})]
-            cursor.execute(consent_gate.outdated, {"ids": gone})
+            taken_back = [key for (key,) in cursor.execute(consent_gate.remove_loaded, {"ids": gone})]
+            cursor.execute(consent_gate.remove_outdated, {"ids": gone})
         return frozenset(gone), taken_back
 
     def _place(self, error: psycopg.Error) -> tuple[str | None, str | None]:

@@ -1,0 +1,93 @@
+"""Counts of resources that are not in the tables, for the reconciliation of windows."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from psycopg import sql
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+_LINES_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class AbsentCounts:
+    """Validated resources of a window that are not in the tables, by reason.
+
+    ``missing`` has no known reason; ``deleted`` were deleted by the source since; ``withheld`` are kept out by consent.
+    """
+
+    missing: int = 0
+    deleted: int = 0
+    withheld: int = 0
+
+
+def count_unloaded(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
+    """Return the number of resources whose transformation or load failed, by partition key."""
+    rows = conn.execute(
+        """
+        SELECT partition_key, sum(occurrences)::bigint
+        FROM ops.dead_letters
+        WHERE resource_type = %s
+            AND stage IN ('transform', 'load')
+            AND status IN ('open', 'replaying', 'discarded')
+            AND partition_key = ANY(%s)
+        GROUP BY partition_key
+        """,
+        (resource_type, list(partition_keys)),
+    )
+    return dict(rows.fetchall())
+
+
+def count_absent(
+    conn: Connection, resource_type: str, expected: Iterable[str], *, main_view: str | None
+) -> dict[str, AbsentCounts]:
+    """Return by partition key how many of the expected resources the tables lack; dead letters are not counted.
+
+    ``expected`` yields lines in the text format of COPY: partition key, id and ``meta.lastUpdated``. Where
+    ``main_view`` is given, each resource must also have a row in its table.
+    """
+    conn.execute(
+        "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
+    )
+    lines = iter(expected)
+    with conn.cursor().copy("COPY expected FROM STDIN") as copy:
+        while block := "".join(islice(lines, _LINES_AT_ONCE)):
+            copy.write(block)
+    # Without statistics Postgres estimates a few rows even for a million, and looks up each id by itself.
+    conn.execute("ANALYZE expected")
+    without_row: sql.Composable = sql.SQL("")
+    if main_view:
+        without_row = sql.SQL("""
+            OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM {} v WHERE v._resource_key = e.id)
+        """).format(sql.Identifier("fhir", main_view))
+    query = _COUNT_ABSENT.format(without_row=without_row)
+    counts = {key: AbsentCounts(*numbers) for key, *numbers in conn.execute(query, {"type": resource_type})}
+    conn.execute("DROP TABLE expected")
+    return counts
+
+
+_COUNT_ABSENT = sql.SQL("""
+    SELECT
+        e.partition_key,
+        count(*) FILTER (WHERE w.id IS NULL AND (r.id IS NULL OR r.as_of < e.last_updated {without_row})),
+        count(*) FILTER (
+            WHERE w.id IS NULL AND r.deleted_at IS NOT NULL AND (r.as_of < e.last_updated) IS NOT TRUE
+        ),
+        count(w.id)
+    FROM expected e
+    LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id
+    LEFT JOIN ops.withheld w
+        ON w.resource_type = %(type)s AND w.id = e.id AND w.as_of >= coalesce(e.last_updated, w.as_of)
+    WHERE (r.id IS NULL OR r.as_of < e.last_updated OR r.deleted_at IS NOT NULL {without_row})
+        AND NOT EXISTS (
+            SELECT FROM ops.dead_letters d
+            WHERE d.resource_type = %(type)s
+                AND d.stage IN ('transform', 'load')
+                AND d.status IN ('open', 'replaying', 'discarded')
+                AND d.partition_key = e.partition_key
+                AND d.resource_id IS NOT DISTINCT FROM e.id
+        )
+    GROUP BY e.partition_key
+""")
