@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.validation.report import ValidationSummary, locate_outcome, validate_files
+from fhir_assets.fhir.validation.report import ValidationSummary, build_located_outcome, validate_files
 from fhir_assets.settings import load_settings
 
 
@@ -42,7 +42,7 @@ def validate(
             for checked in validate_files([file], validator):
                 tally.add(checked.result)
                 if sink and checked.result.issues:
-                    sink.write(orjson.dumps(locate_outcome(checked)) + b"\n")
+                    sink.write(orjson.dumps(build_located_outcome(checked)) + b"\n")
     if sink:
         sink.close()
     if json:

@@ -1,5 +1,7 @@
-"""Required bindings: is a code, or a coding of a concept, in the value set?
-(https://hl7.org/fhir/R4/terminologies.html#required)"""
+"""Required bindings: membership of codes and codings in value sets.
+
+See https://hl7.org/fhir/R4/terminologies.html#required.
+"""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -19,30 +21,33 @@ GRAMMARS: dict[str, tuple[str, Callable[[str], object]]] = {
     "http://hl7.org/fhir/ValueSet/ucum-units": ("http://unitsofmeasure.org", re.compile(r"[!-~]+").fullmatch),
     "http://loinc.org/vs/LL379-9": ("http://loinc.org", re.compile(r"LA[0-9]+-[0-9]").fullmatch),
 }
-"""Value sets that no table can hold: their code system, and the grammar of its codes. The short forms ``xml``,
-``json`` and ``ttl`` are what https://hl7.org/fhir/R4/http.html#mime-type allows beside the MIME types."""
+"""Value sets whose codes cannot be enumerated: the code system and a test of the syntax of its codes.
+
+The short forms ``xml``, ``json`` and ``ttl`` are allowed in addition to MIME types
+(https://hl7.org/fhir/R4/http.html#mime-type).
+"""
 
 
 @cache
 def list_codes(value_set: str) -> Collection[str] | None:
-    """The codes of a value set, whatever their system; None if it has a grammar instead."""
+    """Return the codes of a value set, from all its code systems; None if the value set is in ``GRAMMARS``."""
     systems = load_rules().value_sets[value_set]
     return None if systems is None else frozenset().union(*systems.values())
 
 
 def allows_code(value_set: str, code: str) -> bool:
-    """Is the code in the value set? (An element of type ``code`` implies its system.)"""
+    """Return True if the code is in the value set. An element of type ``code`` implies the code system."""
     codes = list_codes(value_set)
     return code in codes if codes is not None else bool(GRAMMARS[value_set][1](code))
 
 
 def allows_coding(value_set: str, coding: Mapping[str, Any]) -> bool:
-    """Are system and code of a Coding in the value set?"""
+    """Return True if the system and code of a Coding are in the value set."""
     system, code = coding.get("system"), coding.get("code")
     if not isinstance(system, str) or not isinstance(code, str):
         return False
     systems = load_rules().value_sets[value_set]
     if systems is not None:
         return code in systems.get(system, ())
-    wanted, grammar = GRAMMARS[value_set]
-    return system == wanted and bool(grammar(code))
+    grammar_system, grammar = GRAMMARS[value_set]
+    return system == grammar_system and bool(grammar(code))

@@ -1,4 +1,4 @@
-"""Makes ``r4.json.gz``, the rules of FHIR R4 as data, from the published definitions.
+"""Build ``r4.json.gz``, the validation rules of FHIR R4, from the published definitions.
 
 ::
 
@@ -6,8 +6,9 @@
 
 FOLDER holds the StructureDefinitions, ValueSets and CodeSystems of R4 (4.0.1), as Bundles
 (``profiles-resources.json``, ``profiles-types.json``, ``valuesets.json``, ``v2-tables.json``,
-``v3-codesystems.json`` of https://hl7.org/fhir/R4/definitions.json.zip) or as NDJSON, gzipped or not. Only facts
-are kept: elements, cardinalities, types, codes, expressions. The same input gives the same bytes.
+``v3-codesystems.json`` of https://hl7.org/fhir/R4/definitions.json.zip) or as NDJSON, gzipped or not. The result
+contains only elements, cardinalities, types, codes and expressions. The same input gives the same bytes;
+``make rules`` runs this module and ``fhir_assets.fhir.build_model``.
 """
 
 import gzip
@@ -24,11 +25,11 @@ Definition = dict[str, Any]
 BASE = "http://hl7.org/fhir/StructureDefinition/"
 FHIR_TYPE = BASE + "structuredefinition-fhir-type"
 EVERYWHERE = {"ele-1": "Element", "ext-1": "Extension"}
-"""Invariants that the definitions repeat on every element; the rules keep them on their own type."""
+"""Invariants that the definitions repeat on every element, and the type on which the rules keep them."""
 
 
 def read_definitions(folder: Path) -> Iterator[Definition]:
-    """Every resource in the folder's Bundles and NDJSON files."""
+    """Yield every resource in the Bundles and NDJSON files of a folder."""
     for file in sorted(folder.iterdir()):
         if not file.name.endswith((".json", ".json.gz", ".ndjson", ".ndjson.gz")):
             continue
@@ -43,7 +44,7 @@ def read_definitions(folder: Path) -> Iterator[Definition]:
 
 
 def build(folder: Path) -> Definition:
-    """The rules as one JSON object. Raises SystemExit when the folder has no StructureDefinitions of R4."""
+    """Return the rules as one JSON object. Raises SystemExit if the folder has no StructureDefinitions of R4."""
     structures, value_sets, code_systems = [], {}, {}
     for resource in read_definitions(folder):
         match resource["resourceType"]:
@@ -68,7 +69,10 @@ def build(folder: Path) -> Definition:
 
 
 def read_structure(definition: Definition, bound: set[str]) -> dict[str, Definition]:
-    """The structure of a type and of each element that has children of its own, by path."""
+    """Return the structure of a type and of each of its elements that has child elements, by path.
+
+    Adds the value sets of required bindings to ``bound``.
+    """
     elements = definition["snapshot"]["element"]
     parents = {element["path"].rpartition(".")[0] for element in elements} - {""}
     base = definition.get("baseDefinition", "").removeprefix(BASE)
@@ -97,8 +101,10 @@ def read_structure(definition: Definition, bound: set[str]) -> dict[str, Definit
 
 
 def read_element(element: Definition, constraints: list[list[str]], has_children: bool, bound: set[str]) -> Definition:
-    """One element: ``t`` types, ``n`` required, ``l`` a list, ``c`` a choice, ``v`` value set, ``r`` targets of
-    references, ``i`` invariants. Absent means no.
+    """Return one element with short keys; a key is left out if it does not apply.
+
+    ``t``: types; ``n``: required; ``l``: repeats (a list); ``c``: choice; ``v``: value set of a required binding;
+    ``r``: target types of a reference; ``i``: invariants.
     """
     path: str = element["path"]
     rule: Definition = {}
@@ -132,7 +138,10 @@ def read_element(element: Definition, constraints: list[list[str]], has_children
 
 
 def type_name(base_path: str, type_: Definition) -> str:
-    """The FHIR type behind a type reference: that of System types is in an extension, except for ids."""
+    """Return the FHIR type that a type reference names.
+
+    The FHIR type of a FHIRPath System type is in an extension, except for the elements ``id``.
+    """
     code: str = type_["code"]
     if not code.startswith("http://hl7.org/fhirpath/"):
         return code
@@ -142,14 +151,17 @@ def type_name(base_path: str, type_: Definition) -> str:
 
 
 def expand(url: str, value_sets: dict[str, Definition], systems: dict[str, Definition]) -> Definition | None:
-    """The codes of a value set by system; None if no table can hold them (its grammar is in the code)."""
+    """Return the codes of a value set by code system; None if they cannot be enumerated (see ``bindings.GRAMMARS``).
+
+    Raises SystemExit if the value set has a filter.
+    """
     if url not in value_sets:
         return None
     codes: dict[str, set[str]] = {}
     for include in value_sets[url]["compose"]["include"]:
         for inner in include.get("valueSet", ()):
-            for system, more in (expand(inner.partition("|")[0], value_sets, systems) or {}).items():
-                codes.setdefault(system, set()).update(more)
+            for system, inner_codes in (expand(inner.partition("|")[0], value_sets, systems) or {}).items():
+                codes.setdefault(system, set()).update(inner_codes)
         system = include.get("system")
         if system is None:
             continue
@@ -158,24 +170,29 @@ def expand(url: str, value_sets: dict[str, Definition], systems: dict[str, Defin
         if "concept" in include:
             codes.setdefault(system, set()).update(c["code"] for c in include["concept"])
         elif system in systems:
-            codes.setdefault(system, set()).update(all_codes(systems[system].get("concept", ())))
+            codes.setdefault(system, set()).update(list_concept_codes(systems[system].get("concept", ())))
         else:
             return None
     return {system: sorted(codes[system]) for system in sorted(codes)}
 
 
-def all_codes(concepts: list[Definition]) -> Iterator[str]:
-    """The codes of a CodeSystem, children included."""
+def list_concept_codes(concepts: list[Definition]) -> Iterator[str]:
+    """Yield the codes of the concepts of a CodeSystem, including child concepts."""
     for concept in concepts:
         yield concept["code"]
-        yield from all_codes(concept.get("concept", []))
+        yield from list_concept_codes(concept.get("concept", []))
+
+
+def encode(rules: Definition) -> bytes:
+    """Return the content of ``r4.json.gz``: compact JSON, compressed without a time stamp."""
+    return gzip.compress(json.dumps(rules, separators=(",", ":"), sort_keys=False).encode(), 9, mtime=0)
 
 
 def main() -> None:
+    """Write ``r4.json.gz`` from the folder in the command line."""
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    text = json.dumps(build(Path(sys.argv[1])), separators=(",", ":"), sort_keys=False)
-    RULES_FILE.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    RULES_FILE.write_bytes(encode(build(Path(sys.argv[1]))))
     sys.stdout.write(f"{RULES_FILE.name}: {RULES_FILE.stat().st_size} bytes\n")
 
 

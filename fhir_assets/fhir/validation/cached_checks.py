@@ -1,7 +1,7 @@
-"""Tests for the fast path that remember: what was found good is not looked at again.
+"""Checks of the fast path with a cache of valid values.
 
-Clinical data repeats its systems, codes and references, and a set answers sooner than a regular expression. Only good
-values are kept, at most ``LIMIT`` a set; they are public vocabulary and ids, never free text.
+Clinical data repeats systems, codes and references, and a set lookup is faster than a regular expression. The caches
+hold valid values only, at most ``LIMIT`` each: codes, URIs, dates, ids and references, never free text.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from fhir_assets.fhir.validation.references import resolve_target_type
 from fhir_assets.fhir.validation.rules import load_rules
 
 LIMIT = 20_000
+"""The greatest number of values in a cache."""
 
 KINDS = {
     "base64Binary": "base64",
@@ -27,44 +28,48 @@ KINDS = {
     "uri": "uri",
     "url": "uri",
 }
-"""The remembering test of a primitive type."""
+"""By primitive type, the key of its check in ``NEW`` and of its cache in ``SEEN``."""
 
 SEEN: dict[str, set[str]] = {"uri": set(), "code": set(), "date": set(), "id": set()}
+"""The caches of valid values."""
 
 
 def remember(seen: set[Any], value: Any) -> None:
-    """Keeps a good value; starts again when there are too many."""
+    """Add a valid value to a cache, which is emptied first if it is full."""
     if len(seen) >= LIMIT:
         seen.clear()
     seen.add(value)
 
 
-def _remembering(seen: set[str], is_good: Callable[[str], bool]) -> Callable[[str], bool]:
-    def new(value: str) -> bool:
-        good = is_good(value)
-        if good:
+def _add_cache(seen: set[str], is_valid: Callable[[str], bool]) -> Callable[[str], bool]:
+    def check_new(value: str) -> bool:
+        valid = is_valid(value)
+        if valid:
             remember(seen, value)
-        return good
+        return valid
 
-    return new
+    return check_new
 
 
 NEW: dict[str, Callable[[str], bool]] = {
     "base64": primitives.is_base64,
-    "code": _remembering(SEEN["code"], primitives.is_code),
-    "date": _remembering(SEEN["date"], primitives.is_date),
-    "id": _remembering(SEEN["id"], primitives.is_id),
-    "uri": _remembering(SEEN["uri"], primitives.is_uri),
+    "code": _add_cache(SEEN["code"], primitives.is_code),
+    "date": _add_cache(SEEN["date"], primitives.is_date),
+    "id": _add_cache(SEEN["id"], primitives.is_id),
+    "uri": _add_cache(SEEN["uri"], primitives.is_uri),
 }
 
 
-def xhtml_is_good(text: str) -> bool:
-    """Is the narrative without any finding?"""
+"""Checks of values that are not in the cache; a valid value is added to it."""
+
+
+def is_valid_xhtml(text: str) -> bool:
+    """Return True if the narrative has no issue."""
     return check_xhtml(text) is None
 
 
-def concept_test(value_set: str) -> Callable[[Any], bool]:
-    """Is a coding of the concept, a Struct, in the value set?"""
+def build_binding_check(value_set: str) -> Callable[[Any], bool]:
+    """Return a function that checks whether a CodeableConcept, a Struct, has a coding in the value set."""
     pairs: set[tuple[str, str]] = set()
 
     def is_bound(concept: Any) -> bool:
@@ -83,8 +88,8 @@ def concept_test(value_set: str) -> Callable[[Any], bool]:
 _TYPES = load_rules().resource_types
 
 
-class Targets:
-    """The types that a Reference may point at (none: any), and the references known to do so."""
+class ReferenceTargets:
+    """The resource types that a Reference may refer to (empty: any), and a cache of references to them."""
 
     def __init__(self, types: frozenset[str]) -> None:
         self.types = types
@@ -92,7 +97,7 @@ class Targets:
         self._is_literal = literal_reference(types or _TYPES).fullmatch
 
     def allow(self, reference: Any, scope: ContainedScope) -> bool:
-        """Does the reference, a Struct, surely point at one of the types?"""
+        """Return True if the reference, a Struct, certainly refers to one of the types."""
         literal: str | None = reference.reference
         stated: str | None = reference.type
         if literal is None:
@@ -100,17 +105,17 @@ class Targets:
         if stated is None and self._is_literal(literal):
             remember(self.seen, literal)
             return True
-        found = scope.use(literal) if literal.startswith("#") else resolve_target_type(literal)
-        if found is None:
+        target = scope.use(literal) if literal.startswith("#") else resolve_target_type(literal)
+        if target is None:
             return False
-        if stated is not None and stated != found and stated in _TYPES:
-            if found:
+        if stated is not None and stated != target and stated in _TYPES:
+            if target:
                 return False
-            found = stated
-        return not self.types or not found or found in self.types
+            target = stated
+        return not self.types or not target or target in self.types
 
 
 @cache
-def targets(types: frozenset[str]) -> Targets:
-    """One Targets for all elements with the same types."""
-    return Targets(types)
+def get_reference_targets(types: frozenset[str]) -> ReferenceTargets:
+    """Return one shared ReferenceTargets for all elements with the same target types."""
+    return ReferenceTargets(types)

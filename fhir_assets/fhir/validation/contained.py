@@ -1,4 +1,4 @@
-"""What one check of the fast path carries along: the contained resources, and which of them are referred to."""
+"""The contained resources of a resource that the fast path checks, and the references to them."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,10 @@ _head = msgspec.json.Decoder(_Head)
 
 
 class ContainedScope:
-    """One for each resource that contains others; a single one serves all that do not.
+    """The contained resources of one resource, and which of them are referred to.
 
-    ``accept`` runs the fast path on the bytes of a contained resource, given this scope.
+    Each resource with contained resources gets a scope of its own; all others share one. ``accept`` runs the fast path
+    on the bytes of a contained resource with this scope.
     """
 
     __slots__ = ("_accept", "_types", "_used")
@@ -26,8 +27,11 @@ class ContainedScope:
         self._types: dict[str, str] = {}
         self._used: set[str] = set()
 
-    def announce(self, contained: list[msgspec.Raw]) -> bool:
-        """Reads ids and types of what is contained, before any reference is followed."""
+    def register(self, contained: list[msgspec.Raw]) -> bool:
+        """Record the ids and types of the contained resources; return False if an id is duplicated.
+
+        Must be called before references are checked.
+        """
         for item in contained:
             head = _head.decode(item)
             if head.id in self._types:
@@ -36,16 +40,16 @@ class ContainedScope:
         return True
 
     def contained(self, body: msgspec.Raw) -> bool:
-        """Is a contained resource surely good?"""
+        """Return True if a contained resource has no issue."""
         return self._accept(body, self)
 
     def use(self, reference: str) -> str | None:
-        """The type of the contained resource that ``#id`` names, None if there is none."""
-        found = self._types.get(reference[1:])
-        if found is not None:
+        """Return the type of the contained resource that ``#id`` refers to, None if there is none; count it as used."""
+        resource_type = self._types.get(reference[1:])
+        if resource_type is not None:
             self._used.add(reference[1:])
-        return found
+        return resource_type
 
     def all_used(self) -> bool:
-        """Is each contained resource referred to (dom-3)?"""
+        """Return True if each contained resource is referred to (invariant dom-3)."""
         return len(self._used) == len(self._types)

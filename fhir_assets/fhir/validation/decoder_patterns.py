@@ -1,4 +1,7 @@
-"""Formats as regular expressions for the decoder. Each accepts only what ``primitives`` accepts."""
+"""Formats of primitive types as regular expressions, for the decoders and checks of the fast path.
+
+Each pattern accepts only values that the check in ``primitives`` accepts.
+"""
 
 import re
 
@@ -21,20 +24,20 @@ PATTERNS = {
     "time": _CLOCK,
     "uuid": r"urn:uuid:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
-"""By primitive type."""
+"""By primitive type, the pattern of its values."""
 
 RARE_TYPES = ("Element.id", "oid", "time", "uuid")
-"""Types that few resources use: the decoder tests them, at no cost where they are absent."""
+"""Types that few resources use. The decoder tests their pattern, which costs nothing if they are absent."""
 
 RARE = {"code": r"[^\s\x00-\x1f]+", "uri": r"[^\s\x00-\x1f]+"}
-"""The same for two elements, ``implicitRules`` and ``language``."""
+"""The patterns that the decoder tests for the rare elements ``implicitRules`` and ``language``, by their type."""
 
 
 def anchored(pattern: str) -> str:
-    """The pattern for a whole string, in a search."""
+    """Return the pattern anchored at both ends, because the decoder searches instead of matching."""
     return rf"\A(?:{pattern})\Z"
 
 
 def literal_reference(types: frozenset[str]) -> re.Pattern[str]:
-    """``Type/id`` with one of the types."""
+    """Return the pattern of ``Type/id`` with one of the types."""
     return re.compile(rf"(?:{'|'.join(sorted(types))})/{ID}")

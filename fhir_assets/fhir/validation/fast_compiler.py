@@ -1,12 +1,12 @@
-"""The fast path: accepts what is surely good, and knows nothing of why the rest is not.
+"""The compiler of the fast path: turns the rules into decoders and check functions.
 
-For each structure a ``msgspec.Struct`` is made, so that the decoder itself checks names, cardinality, JSON types,
-formats, integer ranges and codes, and Python functions for what the decoder cannot: choices, URIs, references,
-bindings of concepts, invariants. False means "ask the walk"; it is also the answer for what is rare (extensions of
-primitives).
+For each structure the compiler builds a ``msgspec.Struct``, so that the decoder checks names, cardinality, JSON types,
+formats, integer ranges and codes. It also generates a Python function that checks everything else: choices, URIs,
+references, bindings of CodeableConcepts and invariants. A check returns True only for a resource without any issue.
+False means that the walker must decide; rare features, such as extensions of primitives, always give False.
 
-A check takes the Struct ``o``, the scope ``c`` and how many structures that recur (``Extension``) may still be entered,
-``d``: this bounds the nesting.
+In generated code, a check has the parameters ``o`` (the Struct), ``c`` (the ContainedScope) and ``d`` (the number of
+recursive structures, such as ``Extension``, that may still be nested).
 """
 
 import keyword
@@ -19,10 +19,19 @@ from typing import Annotated, Any, ForwardRef, Literal, NamedTuple
 
 import msgspec
 
-from fhir_assets.fhir.validation import cached_checks, fast_invariants, invariants
+from fhir_assets.fhir.validation import cached_checks, invariants
 from fhir_assets.fhir.validation.bindings import allows_code, list_codes
 from fhir_assets.fhir.validation.contained import ContainedScope
 from fhir_assets.fhir.validation.decoder_patterns import PATTERNS, RARE, RARE_TYPES, anchored
+from fhir_assets.fhir.validation.fast_invariants import (
+    ABATED,
+    SUFFICIENT_CONDITIONS,
+    has_any,
+    has_code,
+    in_order,
+    shares_coding,
+    smaller,
+)
 from fhir_assets.fhir.validation.primitives import INTEGERS, MAX_INTEGER, MAX_STRING
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Element, Invariant, Rules, Structure
 
@@ -30,7 +39,7 @@ Check = Callable[[Any, ContainedScope, int], bool]
 
 
 class CompiledType(NamedTuple):
-    """A resource type: its decoder, its check, and whether it can contain resources."""
+    """The compiled form of a resource type: its decoder, its check, and whether it has the element ``contained``."""
 
     decode: Callable[[Any], Any]
     check: Check
@@ -43,7 +52,7 @@ _DECODED: dict[str, Any] = (
     | {name: Annotated[int, msgspec.Meta(ge=least, le=MAX_INTEGER)] for name, least in INTEGERS.items()}
     | {name: Annotated[str, msgspec.Meta(pattern=anchored(PATTERNS[name]))] for name in RARE_TYPES}
 )
-"""What the decoder checks by itself (control characters in strings are looked for in the bytes)."""
+"""The types that the decoder checks completely. Control characters in strings are detected in the bytes instead."""
 
 _ID = re.compile(PATTERNS["id"]).fullmatch
 _INSTANT = re.compile(PATTERNS["instant"]).fullmatch
@@ -52,71 +61,66 @@ _MATCHED = {"id": "is_id", "instant": "is_instant", "dateTime": "is_date_time"}
 
 
 class FastPathCompiler:
-    """Makes Structs and check functions, each structure once. One a process; locked."""
+    """Compiles structures to Structs and check functions, each structure once.
+
+    A process needs one instance; threads may share it.
+    """
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self._lock = RLock()
-        self._made: dict[str, CompiledType] = {}
-        self._space: dict[str, Any] = {
+        self._compiled: dict[str, CompiledType] = {}
+        self._namespace: dict[str, Any] = {
             "UCUM": "http://unitsofmeasure.org",
-            "ABATED": fast_invariants.ABATED,
+            "ABATED": ABATED,
             "is_id": _ID,
             "is_instant": _INSTANT,
             "is_date_time": _DATE_TIME,
-            "xhtml_is_good": cached_checks.xhtml_is_good,
-            **{
-                f.__name__: f
-                for f in (
-                    fast_invariants.in_order,
-                    fast_invariants.has_code,
-                    fast_invariants.has_any,
-                    fast_invariants.smaller,
-                    fast_invariants.shares_coding,
-                )
-            },
+            "is_valid_xhtml": cached_checks.is_valid_xhtml,
+            **{function.__name__: function for function in (in_order, has_code, has_any, smaller, shares_coding)},
             **{f"seen_{kind}": seen for kind, seen in cached_checks.SEEN.items()},
             **{f"new_{kind}": new for kind, new in cached_checks.NEW.items()},
         }
         self._module = ModuleType(f"{__name__}.structs")
-        sys.modules[self._module.__name__] = self._module  # where msgspec resolves the names of structs that recur
+        sys.modules[self._module.__name__] = self._module  # msgspec resolves the names of recursive Structs here
         self._known: set[str] = set()
 
     def compiled(self, resource_type: str) -> CompiledType:
-        """The compiled form of a resource type, made on first use."""
-        made = self._made.get(resource_type)
-        if made is None:
+        """Return the compiled form of a resource type; it is compiled on first use."""
+        compiled = self._compiled.get(resource_type)
+        if compiled is None:
             with self._lock:
                 self._compile(resource_type)
                 name = python_name(resource_type)
-                made = self._made[resource_type] = CompiledType(
+                compiled = self._compiled[resource_type] = CompiledType(
                     msgspec.json.Decoder(getattr(self._module, name)).decode,
-                    self._space[f"check_{name}"],
+                    self._namespace[f"check_{name}"],
                     "contained" in self.rules.structure(resource_type).elements,
                 )
-        return made
+        return compiled
 
     def _compile(self, name: str) -> None:
-        new = [n for n in self._reachable(name) if n not in self._known]
+        new = [n for n in self._find_reachable(name) if n not in self._known]
         source = []
         for n in new:
             structure = self.rules.structure(n)
-            setattr(self._module, python_name(n), self._struct(structure))
-            source.append(CheckWriter(structure, self._space, self.rules.recurring).source())
-        exec("\n".join(source), self._space)
+            setattr(self._module, python_name(n), self._build_struct(structure))
+            source.append(CheckWriter(structure, self._namespace, self.rules.recursive).write())
+        exec("\n".join(source), self._namespace)
         self._known.update(new)
 
-    def _reachable(self, name: str) -> Iterator[str]:
-        waiting, seen = [name], {name}
-        while waiting:
-            current = waiting.pop()
+    def _find_reachable(self, name: str) -> Iterator[str]:
+        """Yield the names of the structure and of all structures that its elements lead to."""
+        pending, seen = [name], {name}
+        while pending:
+            current = pending.pop()
             yield current
             for _, type_ in self.rules.structure(current).properties.values():
                 if type_ not in PRIMITIVES and type_ != "Resource" and type_ not in seen:
                     seen.add(type_)
-                    waiting.append(type_)
+                    pending.append(type_)
 
-    def _struct(self, structure: Structure) -> type[msgspec.Struct]:
+    def _build_struct(self, structure: Structure) -> type[msgspec.Struct]:
         fields: list[Any] = []
         if structure.is_resource:
             fields.append(("resourceType", Literal[structure.name]))
@@ -125,14 +129,14 @@ class FastPathCompiler:
             if element.is_list:
                 annotation = Annotated[list[annotation], msgspec.Meta(min_length=1)]  # type: ignore[valid-type]
             if element.required and not element.is_choice:
-                fields.append((attribute(name), annotation))
+                fields.append((attribute_name(name), annotation))
             else:
-                fields.append((attribute(name), annotation, None))
+                fields.append((attribute_name(name), annotation, None))
         return msgspec.defstruct(
             python_name(structure.name),
             fields,
             module=self._module.__name__,
-            rename={attribute(name): name for name in structure.properties if attribute(name) != name},
+            rename={attribute_name(name): name for name in structure.properties if attribute_name(name) != name},
             kw_only=True,
             omit_defaults=True,
             forbid_unknown_fields=True,
@@ -154,49 +158,53 @@ class FastPathCompiler:
 
 
 class CheckWriter:
-    """Writes the Python source of one structure's check."""
+    """Writes the Python source of the check of one structure; adds the objects that it uses to ``namespace``."""
 
-    def __init__(self, structure: Structure, space: dict[str, Any], recurring: frozenset[str]) -> None:
+    def __init__(self, structure: Structure, namespace: dict[str, Any], recursive: frozenset[str]) -> None:
         self.structure = structure
-        self.space = space
-        self.recurring = recurring
+        self.namespace = namespace
+        self.recursive = recursive
         self.lines: list[str] = []
 
-    def source(self) -> str:
+    def write(self) -> str:
+        """Return the source of the function ``check_<structure>``."""
         structure = self.structure
         is_reference = structure.name == "Reference"
         self.lines = [f"def check_{python_name(structure.name)}(o, c, d{', targets' if is_reference else ''}):"]
-        if structure.name in self.recurring:
+        if structure.name in self.recursive:
             self._line("if d < 0: return False")
         if not any(element.required and not element.is_choice for element in structure.elements.values()):
-            names = [attribute(name) for name in structure.properties if name != "id"]
+            names = [attribute_name(name) for name in structure.properties if name != "id"]
             self._line(f"if {' and '.join(f'o.{name} is None' for name in names)}: return False")
         for choice in structure.choices:
             self._line(f"n_{choice.name} = 0")
         for element in structure.elements.values():
-            for json_name, type_ in element.json_names().items():
-                self._property(element, json_name, type_)
-            if element.is_choice:
-                self._line(f"if n_{element.name} > 1: return False")
-                if element.required:
-                    self._line(f"if not n_{element.name}: return False")
+            self._write_element(element)
         if is_reference:
             self._line("if not targets.allow(o, c): return False")
         for rule in structure.invariants:
-            form = self._form(rule)
-            if form != "True":
-                self._line(f"if not ({form}): return False")
+            condition = self._invariant_condition(rule)
+            if condition != "True":
+                self._line(f"if not ({condition}): return False")
         self._line("return True")
         return "\n".join(self.lines)
+
+    def _write_element(self, element: Element) -> None:
+        for json_name, type_ in element.json_names().items():
+            self._write_property(element, json_name, type_)
+        if element.is_choice:
+            self._line(f"if n_{element.name} > 1: return False")
+            if element.required:
+                self._line(f"if not n_{element.name}: return False")
 
     def _line(self, text: str, indent: int = 1) -> None:
         self.lines.append(" " * indent + text)
 
-    def _property(self, element: Element, json_name: str, type_: str) -> None:
-        tests = list(self._tests(element, type_))
+    def _write_property(self, element: Element, json_name: str, type_: str) -> None:
+        tests = list(self._failure_tests(element, type_))
         if not tests and not element.is_choice:
             return
-        value, indent = f"o.{attribute(json_name)}", 1
+        value, indent = f"o.{attribute_name(json_name)}", 1
         if element.is_choice or not element.required:
             self._line(f"if {value} is not None:")
             indent = 2
@@ -210,39 +218,39 @@ class CheckWriter:
         for test in tests:
             self._line(f"if {test}: return False", indent)
 
-    def _tests(self, element: Element, type_: str) -> Iterator[str]:
-        """What must not be true of ``v``, one value of the element."""
-        location = f"{python_name(self.structure.name)}_{element.name}"
+    def _failure_tests(self, element: Element, type_: str) -> Iterator[str]:
+        """Yield conditions on ``v``, one value of the element; a value is not accepted if one of them is true."""
+        suffix = f"{python_name(self.structure.name)}_{element.name}"
         if type_ in PRIMITIVES:
-            yield from self._primitive_tests(element, type_, location)
+            yield from self._primitive_failure_tests(element, type_, suffix)
         elif type_ == "Resource":
             yield "not c.contained(v)" if element.name == "contained" else "True"
         elif type_ == "Reference":
-            targets = self.space[f"targets_{location}"] = cached_checks.targets(element.targets)
-            self.space[f"seen_{location}"] = targets.seen
+            targets = self.namespace[f"targets_{suffix}"] = cached_checks.get_reference_targets(element.targets)
+            self.namespace[f"seen_{suffix}"] = targets.seen
             yield (
-                f"(v.reference not in seen_{location} or v.type or v.identifier or v.extension or v.id) "
-                f"and not check_Reference(v, c, d, targets_{location})"
+                f"(v.reference not in seen_{suffix} or v.type or v.identifier or v.extension or v.id) "
+                f"and not check_Reference(v, c, d, targets_{suffix})"
             )
         else:
-            left = "d - 1" if type_ in self.recurring else "d"
-            yield f"not check_{python_name(type_)}(v, c, {left})"
+            depth = "d - 1" if type_ in self.recursive else "d"
+            yield f"not check_{python_name(type_)}(v, c, {depth})"
             if element.value_set is not None:
-                self.space[f"bound_{location}"] = cached_checks.concept_test(element.value_set)
-                yield f"not bound_{location}(v)"
+                self.namespace[f"bound_{suffix}"] = cached_checks.build_binding_check(element.value_set)
+                yield f"not bound_{suffix}(v)"
         for rule in element.invariants:
-            form = self._form(rule)
-            if form != "True":
-                yield f"not ({form.replace('o.', 'v.')})"
+            condition = self._invariant_condition(rule)
+            if condition != "True":
+                yield f"not ({condition.replace('o.', 'v.')})"
 
-    def _primitive_tests(self, element: Element, type_: str, location: str) -> Iterator[str]:
+    def _primitive_failure_tests(self, element: Element, type_: str, suffix: str) -> Iterator[str]:
         if type_ == "xhtml":
-            yield "not xhtml_is_good(v)"
+            yield "not is_valid_xhtml(v)"
         elif type_ == "code" and element.value_set is not None:
             value_set = element.value_set
             if list_codes(value_set) is None:
-                self.space[f"bound_{location}"] = lambda code: allows_code(value_set, code)
-                yield f"not bound_{location}(v)"
+                self.namespace[f"bound_{suffix}"] = lambda code: allows_code(value_set, code)
+                yield f"not bound_{suffix}(v)"
         elif type_ in _MATCHED and element.name != "versionId":
             yield f"{_MATCHED[type_]}(v) is None"
         elif type_ in cached_checks.KINDS and not is_rare(element, type_):
@@ -250,25 +258,26 @@ class CheckWriter:
             known = f"v not in seen_{kind} and " if kind in cached_checks.SEEN else ""
             yield f"{known}not new_{kind}(v)"
 
-    def _form(self, rule: Invariant) -> str:
+    def _invariant_condition(self, rule: Invariant) -> str:
+        """Return the Python condition on ``o`` under which the invariant surely holds."""
         if rule.key in invariants.SUBSUMED or rule.key in invariants.NOT_EVALUATED:
             return "True"
-        form = fast_invariants.FORMS.get(rule.key, "False")
+        condition = SUFFICIENT_CONDITIONS.get(rule.key, "False")
         for choice in self.structure.choices:
-            form = form.replace("{" + choice.name + "}", f"n_{choice.name}")
-        return form
+            condition = condition.replace("{" + choice.name + "}", f"n_{choice.name}")
+        return condition
 
 
 def is_rare(element: Element, type_: str) -> bool:
-    """Is this an element that few resources have, so that the decoder should test it?"""
+    """Return True for an element that few resources have. The decoder tests its value, by a pattern of ``RARE``."""
     return element.name in {"implicitRules", "language"} and type_ in RARE and element.value_set is None
 
 
 def python_name(name: str) -> str:
-    """``Patient.contact`` -> ``Patient_contact``."""
+    """Return the name of a structure as a Python identifier: ``Patient.contact`` -> ``Patient_contact``."""
     return name.replace(".", "_")
 
 
-def attribute(name: str) -> str:
-    """The Struct's attribute for a JSON name: keywords get an underscore."""
+def attribute_name(name: str) -> str:
+    """Return the attribute of the Struct for a JSON name. A Python keyword gets a trailing underscore."""
     return name + "_" if keyword.iskeyword(name) else name

@@ -1,14 +1,15 @@
-"""Invariants in a form that the fast path can test on decoded Structs.
+"""Python conditions for invariants, which the fast path tests on decoded Structs.
 
-Each form is *sufficient*: where it is true, the FHIRPath expression of the definitions holds; where it is false, the
-walk decides. ``o`` is the Struct, ``c`` the scope of the check, ``{value}`` counts the types given of a choice.
+Each condition is *sufficient*: if it is true, the FHIRPath expression of the invariant is true; if it is false, the
+walker decides. In a condition, ``o`` is the Struct, ``c`` the ContainedScope, and ``{value}`` the number of values
+given for the choice element ``value[x]``.
 """
 
 from datetime import datetime
 
 CLINICAL = "http://terminology.hl7.org/CodeSystem/condition-clinical"
 
-FORMS = {
+SUFFICIENT_CONDITIONS = {
     "age-1": "o.code is not None and (o.system is None or o.system == UCUM) and o.value is not None and o.value > 0",
     "ait-1": "o.clinicalStatus is not None",
     "ait-2": "o.clinicalStatus is None or not has_code(o.verificationStatus, 'entered-in-error')",
@@ -61,24 +62,23 @@ FORMS = {
     "tim-10": "o.timeOfDay is None or o.when is None",
     "trd-1": "o.data is None or not {timing}",
 }
-"""Key of the invariant -> Python over the Struct. ``dom-4`` and ``dom-5`` are tested where a contained resource is
-entered."""
+"""By key of the invariant. ``dom-4`` and ``dom-5`` are tested on each contained resource (``fast_path``)."""
 
 
 def in_order(start: str, end: str) -> bool:
-    """Surely start <= end: both written alike, or surely apart."""
+    """Return True if start <= end is certain: both have the same format and zone, or both are complete and apart."""
     if len(start) == len(end) and start[19:] == end[19:]:
         return start <= end
     if len(start) < 20 or len(end) < 20:
         return False
     try:
-        return datetime.fromisoformat(start) < datetime.fromisoformat(end)  # beyond microseconds they are cut off
+        return datetime.fromisoformat(start) < datetime.fromisoformat(end)  # digits beyond microseconds are dropped
     except ValueError:
         return False
 
 
 def has_code(concept: object, code: str) -> bool:
-    """Does a coding of the concept bear the code, in whatever system?"""
+    """Return True if a coding of the CodeableConcept has the code, in any system."""
     codings = getattr(concept, "coding", None) or ()
     return any(coding.code == code for coding in codings)
 
@@ -87,20 +87,20 @@ ABATED = frozenset((CLINICAL, code) for code in ("resolved", "remission", "inact
 
 
 def has_any(concept: object, pairs: frozenset[tuple[str, str]]) -> bool:
-    """Is a coding of the concept one of the pairs of system and code?"""
+    """Return True if a coding of the CodeableConcept is one of the pairs of system and code."""
     codings = getattr(concept, "coding", None) or ()
     return any((coding.system, coding.code) in pairs for coding in codings)
 
 
 def smaller(low: object, high: object) -> bool:
-    """Surely low < high, even as floats: values in the same unit."""
+    """Return True if low < high is certain: both quantities have the same unit, and the floats are ordered."""
     a, b = low, high
     same = a.unit == b.unit and a.system == b.system and a.code == b.code  # type: ignore[attr-defined]
     return bool(same and a.value is not None and b.value is not None and a.value < b.value)  # type: ignore[attr-defined]
 
 
 def shares_coding(code: object, components: list[object]) -> bool:
-    """May a component bear one of the codings of the whole?"""
+    """Return True if a component may have a coding of ``Observation.code``: the codes are equal in any system."""
     codes = {coding.code for coding in getattr(code, "coding", None) or ()}
     return any(
         coding.code in codes

@@ -1,4 +1,7 @@
-"""Runs the compiled rules on bytes: True for a resource that is surely good, with no issue at all."""
+"""The fast path of validation: runs the compiled rules on bytes and accepts resources without any issue.
+
+It never explains a refusal; the walker validates everything that it does not accept.
+"""
 
 import re
 from functools import cache
@@ -22,67 +25,68 @@ _type = msgspec.json.Decoder(_Type)
 _encode = msgspec.json.Encoder().encode
 
 
-DEPTH = 20
-DEPTH_OF_RECURRENCE = 14
-"""The deepest nesting of a resource and what it contains, without structures that recur; how much each adds."""
+BASE_DEPTH = 20
+"""The deepest JSON nesting of a resource and its contained resources without recursive structures, in levels."""
+DEPTH_PER_RECURSION = 14
+"""The JSON levels that one recursive structure may add."""
 
 
 @cache
 def compiler() -> FastPathCompiler:
-    """The compiler of the process."""
+    """Return the compiler of this process."""
     return FastPathCompiler(load_rules())
 
 
 class FastPath:
-    """Accepts or passes on. Holds no state of a check."""
+    """Accepts resources without any issue, up to a nesting of ``max_depth`` levels. Threads may share an instance."""
 
     def __init__(self, max_depth: int) -> None:
-        self._recurrences = (max_depth - DEPTH) // DEPTH_OF_RECURRENCE
+        self._recursions = (max_depth - BASE_DEPTH) // DEPTH_PER_RECURSION
         self._compiled: dict[bytes, CompiledType] = {}
         self._plain_scope = ContainedScope(self._accept_contained)
 
     def accepts(self, body: bytes) -> bool:
-        """Is the body surely a resource without any issue? False says nothing. Never raises."""
+        """Return True if the body is a resource without any issue. False leaves the decision to the walker.
+
+        Never raises, whatever the bytes.
+        """
         try:
-            if self._recurrences < 0 or (b"\\" in body and _CONTROL(body)):
+            if self._recursions < 0 or (b"\\" in body and _CONTROL(body)):
                 return False
             resource, compiled = self._decode(body)
             if compiled is None:
                 return False
             if not compiled.may_contain or resource.contained is None:
-                return compiled.check(resource, self._plain_scope, self._recurrences)
+                return compiled.check(resource, self._plain_scope, self._recursions)
             scope = ContainedScope(self._accept_contained)
-            return scope.announce(resource.contained) and compiled.check(resource, scope, self._recurrences)
+            return scope.register(resource.contained) and compiled.check(resource, scope, self._recursions)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return False
 
     def _accept_contained(self, body: msgspec.Raw, scope: ContainedScope) -> bool:
         resource, compiled = self._decode(bytes(body))
-        return (
-            compiled is not None
-            and is_fit_to_be_contained(resource)
-            and compiled.check(resource, scope, self._recurrences)
-        )
+        return compiled is not None and may_be_contained(resource) and compiled.check(resource, scope, self._recursions)
 
     def _decode(self, body: bytes) -> tuple[Any, CompiledType | None]:
-        """The resource as a Struct with its compiled type; None for the type when a name may stand twice."""
+        """Return the resource as a Struct and its compiled type; the type is None if a property may be duplicated."""
         if body.startswith(_START):
             name = body[len(_START) : body.find(b'"', len(_START))]
         else:
             name = _type.decode(body).resourceType.encode()
         compiled = self._compiled.get(name)
         if compiled is None:
-            known = name.decode()
-            if known not in load_rules().resource_types:
+            type_name = name.decode()
+            if type_name not in load_rules().resource_types:
                 return None, None
-            compiled = self._compiled[name] = compiler().compiled(known)
+            compiled = self._compiled[name] = compiler().compiled(type_name)
         resource = compiled.decode(body)
-        # A name that stands twice is decoded once, so its colon is missing. Those in strings are in both.
+        # The decoder keeps one of two properties with the same name, so the encoded resource then has fewer colons.
+        # Colons in strings are in both texts.
         return resource, compiled if body.count(b":") == _encode(resource).count(b":") else None
 
 
-def is_fit_to_be_contained(resource: Any) -> bool:
-    """dom-2, dom-4 and dom-5 for a contained resource."""
+def may_be_contained(resource: Any) -> bool:
+    """Return True if a contained resource satisfies the invariants dom-2, dom-4 and dom-5."""
     meta = resource.meta
     return getattr(resource, "contained", None) is None and (
         meta is None or (meta.versionId is None and meta.lastUpdated is None and meta.security is None)

@@ -1,4 +1,4 @@
-"""The invariants of the definitions, evaluated by the project's FHIRPath compiler."""
+"""Evaluation of invariants with the FHIRPath compiler (``fhir_assets.fhir.path``)."""
 
 from functools import lru_cache
 from typing import Any
@@ -10,28 +10,28 @@ from fhir_assets.fhir.validation.rules import PRIMITIVES, Invariant
 __all__ = ["NOT_EVALUATED", "SUBSUMED", "Invariant", "compiled", "holds"]
 
 SUBSUMED = {
-    "ele-1": "objects with no names or only an id are found while walking the structure",
-    "dom-2": "the walk into contained resources refuses others inside them",
-    "ref-1": "references to contained resources are resolved where their target type is checked",
-    "txt-1": "htmlChecks() is the check of the type xhtml",
-    "txt-2": "htmlChecks() is the check of the type xhtml",
+    "ele-1": "the walker reports objects that are empty or have only an id",
+    "dom-2": "the walker reports contained resources inside contained resources",
+    "ref-1": "the walker resolves references to contained resources when it checks their target type",
+    "txt-1": "the check of the type xhtml includes htmlChecks()",
+    "txt-2": "the check of the type xhtml includes htmlChecks()",
 }
-"""Invariants with a check of their own, and where it stands."""
+"""Invariants that another check covers, with that check."""
 
 OF_CONTAINED = frozenset({"dom-3", "dom-4", "dom-5"})
-"""Invariants that hold where nothing is contained: their expressions begin with ``contained``."""
+"""Invariants that hold for any resource without contained resources: their expressions begin with ``contained``."""
 
 NOT_EVALUATED = {
-    "cid-0": "looks for ChargeItemDefinition.name, which R4 has not (a warning)",
-    "dom-6": "recommends narrative in every resource (a warning): said of each resource, it says nothing",
+    "cid-0": "a warning about ChargeItemDefinition.name, an element that R4 does not define",
+    "dom-6": "a warning for every resource without narrative; it would appear on almost all resources",
 }
-"""Invariants that are left out, and why."""
+"""Invariants that are not evaluated, with the reason."""
 
 
 @lru_cache(maxsize=4096)
 def compiled(expression: str, type_: str, resource_type: str) -> CompiledPath | None:
-    """An invariant's expression for a focus and a ``%resource`` of these types; None if it cannot be compiled."""
-    root_type = None if type_ in PRIMITIVES else type_  # ras-1 looks into a Range where a decimal may stand
+    """Compile an expression for a focus and a ``%resource`` of these types; None if it cannot be compiled."""
+    root_type = None if type_ in PRIMITIVES else type_  # ras-1 reads elements of Range, but the value may be a decimal
     try:
         return compile_path(expression, root_type=root_type, resource_type=resource_type)
     except FhirPathError:
@@ -39,9 +39,10 @@ def compiled(expression: str, type_: str, resource_type: str) -> CompiledPath | 
 
 
 def holds(rule: Invariant, type_: str, focus: Any, resource: dict[str, Any], root: dict[str, Any]) -> bool | None:
-    """Does the invariant hold on ``focus``? None if it cannot be evaluated there.
+    """Evaluate an invariant on ``focus``: True if it holds, False if not, None if it cannot be evaluated.
 
-    An empty result holds: the definitions write ``reference.startsWith('#').not() or …`` for References without one.
+    An empty result counts as true, because definitions use expressions such as
+    ``reference.startsWith('#').not() or …`` also for a Reference without ``reference``.
     """
     if rule.key in SUBSUMED or rule.key in NOT_EVALUATED:
         return True
@@ -52,5 +53,5 @@ def holds(rule: Invariant, type_: str, focus: Any, resource: dict[str, Any], roo
         return None
     try:
         return path.test(focus, resource=resource, root=root) is not False
-    except Exception:  # a resource may be broken in any way, and fhirpathpy may raise anything
+    except Exception:  # the resource may be invalid in any way, and fhirpathpy may raise any exception
         return None

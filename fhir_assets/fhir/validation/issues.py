@@ -1,4 +1,4 @@
-"""What a validation says: issues, and the verdict on one resource."""
+"""Validation issues: the rule names, the class ``Issue``, and its form as an OperationOutcome."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,8 +26,10 @@ _ISSUE_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Issue:
-    """One finding: ``rule`` names what was broken (``structure``, ``invariant:obs-6``), ``path`` where, in FHIRPath
-    (``Patient.contact[0].name``), ``message`` what is expected there. It never holds a value of the resource.
+    """One issue of a resource. No attribute contains a value of the resource.
+
+    ``rule`` is the name of the violated rule (``structure``, ``invariant:obs-6``), ``path`` the element as a FHIRPath
+    expression (``Patient.contact[0].name``), ``message`` what is expected there.
     """
 
     rule: str
@@ -37,12 +39,12 @@ class Issue:
 
 
 def build_operation_outcome(issues: Iterable[Issue]) -> dict[str, Any]:
-    """The issues as an OperationOutcome (https://hl7.org/fhir/R4/operationoutcome.html).
+    """Return the issues as an OperationOutcome (https://hl7.org/fhir/R4/operationoutcome.html).
 
-    ``details.text`` holds the message, ``diagnostics`` the rule. No issues give one of severity ``information``,
-    as an OperationOutcome needs at least one.
+    ``details.text`` holds the message, ``diagnostics`` the rule. Without issues, the outcome has one entry of severity
+    ``information``, because an OperationOutcome needs at least one.
     """
-    found = [
+    entries = [
         {
             "severity": issue.severity,
             "code": _ISSUE_TYPES.get(issue.rule, "invariant"),
@@ -53,4 +55,4 @@ def build_operation_outcome(issues: Iterable[Issue]) -> dict[str, Any]:
         for issue in issues
     ]
     all_ok = [{"severity": "information", "code": "informational", "details": {"text": "no issues found"}}]
-    return {"resourceType": "OperationOutcome", "issue": found or all_ok}
+    return {"resourceType": "OperationOutcome", "issue": entries or all_ok}

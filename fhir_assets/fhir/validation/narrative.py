@@ -1,4 +1,4 @@
-"""Narrative XHTML: formatting only, nothing active (https://hl7.org/fhir/R4/narrative.html)."""
+"""Narrative XHTML: formatting elements only, no active content (https://hl7.org/fhir/R4/narrative.html)."""
 
 import re
 from xml.parsers import expat
@@ -6,7 +6,7 @@ from xml.parsers import expat
 from fhir_assets.fhir.validation.issues import Severity
 
 Problem = tuple[str, str, Severity]
-"""The rule broken, a message and the severity."""
+"""The violated rule, a message and the severity."""
 
 XHTML = "http://www.w3.org/1999/xhtml"
 
@@ -16,7 +16,7 @@ _ELEMENTS = (
     "u ul var"
 )
 ELEMENTS = frozenset(_ELEMENTS.split())
-"""Chapters 7 to 11 (without 9.4) and 15 of HTML 4.0, ``a`` and ``img``."""
+"""The allowed elements: chapters 7 to 11 (without 9.4) and 15 of HTML 4.0, ``a`` and ``img``."""
 
 _ATTRIBUTES = (
     "abbr accesskey align alt axis bgcolor border cellpadding cellspacing char charoff charset cite class clear "
@@ -33,7 +33,7 @@ _ACTIVE_STYLE = re.compile(r"(?i)expression\(|javascript:|vbscript:|@import|-moz
 
 
 class _Reader:
-    """Collects what one div holds that it may not."""
+    """Receives the parser's events for one div and keeps the first problem."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -48,12 +48,12 @@ class _Reader:
             self._refuse("primitive", f"expected one div in the namespace {XHTML}")
         self.depth += 1
         if name not in ELEMENTS:
-            self._refuse("invariant:txt-1", "an element that narrative may not hold")
+            self._refuse("invariant:txt-1", "an element that narrative may not contain")
         if name == "img":
             self.has_content = True
         for attribute, value in attributes.items():
             if attribute not in ATTRIBUTES:
-                self._refuse("invariant:txt-1", "an attribute that narrative may not hold")
+                self._refuse("invariant:txt-1", "an attribute that narrative may not contain")
             elif attribute in _LINKS and _ACTIVE.match(_HIDDEN.sub("", value)):
                 self._refuse("invariant:txt-1", "a link to active content")
             elif attribute == "style" and _ACTIVE_STYLE.search(_HIDDEN.sub("", value)):
@@ -68,7 +68,7 @@ class _Reader:
             self.has_content = True
 
     def refuse_declaration(self, *_: object) -> None:
-        self._refuse("invariant:txt-1", "a declaration or processing instruction, which narrative may not hold")
+        self._refuse("invariant:txt-1", "a declaration or processing instruction, which narrative may not contain")
 
     def _refuse(self, rule: str, message: str) -> None:
         if self.problem is None:
@@ -76,11 +76,11 @@ class _Reader:
 
 
 def check_xhtml(text: str) -> Problem | None:
-    """None if the div is good, else what it breaks first.
+    """Return the first problem of a narrative div, None if it is valid.
 
-    ``primitive`` when it is not one well-formed div, ``invariant:txt-1`` for what may not be in it,
-    ``invariant:txt-2`` when nothing is in it: a warning where it holds white space or empty elements, as two of the
-    specification's own examples do.
+    The rule is ``primitive`` if the text is not one well-formed div, ``invariant:txt-1`` for forbidden content and
+    ``invariant:txt-2`` for a div without content. The latter is a warning if the div holds white space or empty
+    elements, as in two examples of the specification.
     """
     reader = _Reader()
     parser = expat.ParserCreate("utf-8")
@@ -91,14 +91,14 @@ def check_xhtml(text: str) -> Problem | None:
     parser.StartDoctypeDeclHandler = reader.refuse_declaration
     parser.ProcessingInstructionHandler = reader.refuse_declaration
     parser.EntityDeclHandler = reader.refuse_declaration
-    if "<!DOCTYPE" in text:  # before the parser sees an entity that expands to gigabytes
-        return "invariant:txt-1", "a document type declaration, which narrative may not hold", "error"
+    if "<!DOCTYPE" in text:  # before the parser expands an entity to gigabytes
+        return "invariant:txt-1", "a document type declaration, which narrative may not contain", "error"
     try:
         parser.Parse(text.encode(), True)
     except (expat.ExpatError, UnicodeEncodeError):
         return reader.problem or (
             "primitive",
-            "expected well-formed XHTML, without HTML's named entities",
+            "expected well-formed XHTML, without named entities of HTML",
             "error",
         )
     if reader.problem is None and not reader.has_content:

@@ -1,4 +1,4 @@
-"""The formats of the primitive types (https://hl7.org/fhir/R4/datatypes.html#primitive)."""
+"""Checks of the formats of primitive types (https://hl7.org/fhir/R4/datatypes.html#primitive)."""
 
 import binascii
 import re
@@ -9,6 +9,7 @@ from decimal import Decimal
 from fhir_assets.fhir.validation.narrative import Problem, check_xhtml
 
 MAX_STRING = 1024 * 1024
+"""The greatest length of a string, in characters."""
 MAX_INTEGER = 2**31 - 1
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]").search
@@ -28,23 +29,27 @@ Check = Callable[[str], bool]
 
 
 def is_string(value: str) -> bool:
+    """Return True for text that is not empty, not too long and without control characters."""
     return 0 < len(value) <= MAX_STRING and not _CONTROL(value)
 
 
 def is_uri(value: str) -> bool:
+    """Return True for text that is not empty and without white space."""
     return value != "" and not _SPACE(value)
 
 
 def is_code(value: str) -> bool:
+    """Return True for a code: no white space except single blanks between words."""
     return _CODE(value) is not None
 
 
 def is_id(value: str) -> bool:
+    """Return True for an id: 1 to 64 letters, digits, ``-`` and ``.``."""
     return _ID(value) is not None
 
 
 def is_date(value: str) -> bool:
-    """YYYY, YYYY-MM or YYYY-MM-DD, of a day that exists."""
+    """Return True for YYYY, YYYY-MM or YYYY-MM-DD that exists in the calendar."""
     if not _DATE(value):
         return False
     try:
@@ -55,20 +60,22 @@ def is_date(value: str) -> bool:
 
 
 def is_instant(value: str) -> bool:
-    """A day, a time to the second or finer, and a zone. The leap second 60 is a second."""
+    """Return True for a date with a time and a zone. The time has at least seconds; the leap second 60 is allowed."""
     return len(value) >= 20 and is_date(value[:10]) and _REST(value[10:]) is not None
 
 
 def is_date_time(value: str) -> bool:
-    """A date, or an instant."""
+    """Return True for a date or an instant."""
     return is_date(value) if len(value) <= 10 else is_instant(value)
 
 
 def is_time(value: str) -> bool:
+    """Return True for a time of day with at least seconds and without a zone."""
     return _IS_TIME(value) is not None
 
 
 def is_base64(value: str) -> bool:
+    """Return True for base64 of at least one byte; white space is ignored."""
     if not value.isascii():
         return False
     try:
@@ -78,10 +85,12 @@ def is_base64(value: str) -> bool:
 
 
 def is_oid(value: str) -> bool:
+    """Return True for an OID as ``urn:oid:…``."""
     return _OID(value) is not None
 
 
 def is_uuid(value: str) -> bool:
+    """Return True for a UUID as ``urn:uuid:…`` in lower case."""
     return _UUID(value) is not None
 
 
@@ -102,28 +111,28 @@ TEXT: dict[str, tuple[Check, str]] = {
     "url": (is_uri, "a URL without white space"),
     "uuid": (is_uuid, "a UUID as urn:uuid:… in lower case"),
 }
-"""The types that JSON writes as a string: their check, and what is expected."""
+"""The primitive types that are strings in JSON: their check, and the expected value for messages."""
 
 INTEGERS = {"integer": -MAX_INTEGER - 1, "unsignedInt": 0, "positiveInt": 1}
-"""The types that JSON writes as a whole number, with the least value of each; the greatest is 2147483647."""
+"""The primitive types that are integers in JSON, with the least value of each; the greatest is 2147483647."""
 
 
 def check_primitive(type_: str, value: object) -> Problem | None:
-    """None if ``value`` is good, else the rule broken, a message and the severity."""
+    """Return the problem of a value of a primitive type, None if it is valid."""
     if type_ in TEXT:
-        is_good, expected = TEXT[type_]
-        good = isinstance(value, str) and is_good(value)
+        is_valid, expected = TEXT[type_]
+        valid = isinstance(value, str) and is_valid(value)
     elif type_ == "xhtml":
         if isinstance(value, str):
             return check_xhtml(value)
-        good, expected = False, "XHTML in a string"
+        valid, expected = False, "XHTML in a string"
     elif type_ == "boolean":
-        good, expected = isinstance(value, bool), "true or false, without quotes"
+        valid, expected = isinstance(value, bool), "true or false, without quotes"
     elif type_ == "decimal":
-        good = isinstance(value, (int, Decimal)) and not isinstance(value, bool)
+        valid = isinstance(value, (int, Decimal)) and not isinstance(value, bool)
         expected = "a number, without quotes"
     else:
         least = INTEGERS[type_]
-        good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_INTEGER
+        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_INTEGER
         expected = f"a whole number from {least} to {MAX_INTEGER}, without quotes"
-    return None if good else ("primitive", f"expected {expected}", "error")
+    return None if valid else ("primitive", f"expected {expected}", "error")

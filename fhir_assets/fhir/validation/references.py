@@ -1,4 +1,4 @@
-"""What a literal reference points at (https://hl7.org/fhir/R4/references.html#literal)."""
+"""The target types of literal references (https://hl7.org/fhir/R4/references.html#literal)."""
 
 import re
 from functools import lru_cache
@@ -14,21 +14,23 @@ _REST_URL = re.compile(
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:[^\s]+").fullmatch
 
 ANY = ""
-"""The target of a reference that may be good, but does not tell its type."""
+"""The target type of a valid reference that does not name a resource type."""
 
 
 @lru_cache(maxsize=65_536)
 def resolve_target_type(reference: str) -> str | None:
-    """The resource type that a reference names (``Patient/1``, ``https://…/Patient/1/_history/2``,
-    ``Patient?identifier=…``), ANY where it names none (``urn:uuid:…``, ``#contained``, other URLs), None if it
-    is no reference, or one to a type that R4 has not.
+    """Return the resource type that a literal reference names.
+
+    Returns the type for ``Patient/1``, ``https://…/Patient/1/_history/2`` and ``Patient?identifier=…``; ANY for
+    ``urn:uuid:…``, ``#contained`` and other URLs; None if the text is not a reference, or if R4 does not define the
+    type.
     """
     if reference.startswith("#"):
         return None if re.search(r"\s", reference) else ANY
     relative = _RELATIVE(reference)
     if relative:
         return relative[1] if relative[1] in load_rules().resource_types else None
-    found = _REST_URL(reference)
-    if found and found[1] in load_rules().resource_types:
-        return found[1]
+    rest_url = _REST_URL(reference)
+    if rest_url and rest_url[1] in load_rules().resource_types:
+        return rest_url[1]
     return ANY if _ABSOLUTE(reference) else None

@@ -1,4 +1,4 @@
-"""Validates files of resources: what ``fhir-assets validate FILE…`` does."""
+"""Validation of files of resources, for the command ``fhir-assets validate FILE…``."""
 
 import gzip
 import re
@@ -18,7 +18,10 @@ _INDEX = re.compile(r"\[\d+\]")
 
 
 class CheckedResource(NamedTuple):
-    """One resource of a file: ``line`` counts from 1; in a Bundle, ``entry`` counts its entries from 0."""
+    """A resource of a file with its validation result.
+
+    ``line`` counts from 1. ``entry`` is the index of the entry if the resource is in a Bundle, counted from 0.
+    """
 
     file: Path
     line: int
@@ -27,7 +30,7 @@ class CheckedResource(NamedTuple):
 
     @property
     def location(self) -> str:
-        """``patients.ndjson.gz:17``, ``bundle.json:1 entry[3]``."""
+        """File, line and entry, such as ``patients.ndjson.gz:17`` or ``bundle.json:1 entry[3]``."""
         return f"{self.file}:{self.line}" + ("" if self.entry is None else f" entry[{self.entry}]")
 
 
@@ -40,10 +43,10 @@ class _Bundle(msgspec.Struct, tag_field="resourceType", tag="Bundle"):
 
 
 def validate_files(files: Iterable[Path], validator: Validator) -> Iterator[CheckedResource]:
-    """Each resource of the files in turn, with its verdict.
+    """Validate each resource of the files in turn.
 
-    Files are NDJSON (blank lines are skipped) or one JSON document, gzipped or not, told apart by their content. A
-    Bundle counts as the resources of its entries, then as itself if something is wrong outside them. Raises NotFhir
+    A file is NDJSON (blank lines are skipped) or one JSON document, gzipped or not; its content decides which. A
+    Bundle yields the resources of its entries, and then itself if it has issues outside the entries. Raises NotFhir
     if a file cannot be read.
     """
     for file in files:
@@ -52,7 +55,10 @@ def validate_files(files: Iterable[Path], validator: Validator) -> Iterator[Chec
 
 
 def _documents(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The JSON texts of a file: the whole, if its first line is none by itself, else its lines."""
+    """Yield the JSON texts of a file with their line numbers.
+
+    The file is one JSON text if its first line is not a complete object, otherwise NDJSON.
+    """
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             first = b""
@@ -72,7 +78,7 @@ def _documents(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_document(line: bytes) -> bool:
-    """Does the line end as an object does? A pretty-printed document's first line does not."""
+    """Return True if the line ends like an object; the first line of a pretty-printed document does not."""
     return line.strip().endswith(b"}")
 
 
@@ -87,8 +93,8 @@ def _check_document(file: Path, line: int, body: bytes, validator: Validator) ->
             if isinstance(entry.resource, msgspec.Raw):
                 yield CheckedResource(file, line, number, validator.check(bytes(entry.resource)))
         if entries:
-            whole = validator.check(body)
-            outside = tuple(issue for issue in whole.issues if not issue.path.startswith("Bundle.entry["))
+            bundle_result = validator.check(body)
+            outside = tuple(issue for issue in bundle_result.issues if not issue.path.startswith("Bundle.entry["))
             result = ValidationResult(body, outside) if outside else None
             if result is None:
                 return
@@ -97,20 +103,24 @@ def _check_document(file: Path, line: int, body: bytes, validator: Validator) ->
 
 @dataclass
 class ValidationSummary:
-    """Counts what was found. ``findings`` counts (severity, rule, path without indexes)."""
+    """The numbers of resources, invalid resources and issues.
+
+    ``findings`` counts issues by severity, rule and path without indexes.
+    """
 
     resources: int = 0
     invalid: int = 0
     findings: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def add(self, result: ValidationResult) -> None:
+        """Count the result of one resource."""
         self.resources += 1
         self.invalid += not result.valid
         for issue in result.issues:
             self.findings[issue.severity, issue.rule, _INDEX.sub("", issue.path)] += 1
 
     def rows(self) -> list[dict[str, Any]]:
-        """The findings as rows for a table or JSON: errors first, the most frequent first."""
+        """Return the findings as rows for a table or JSON: errors first, then by descending count."""
         ordered = sorted(self.findings.items(), key=lambda item: (item[0][0], -item[1], item[0]))
         return [
             {"severity": severity, "rule": rule, "path": path, "count": count}
@@ -118,12 +128,12 @@ class ValidationSummary:
         ]
 
 
-def locate_outcome(checked: CheckedResource) -> dict[str, Any]:
-    """The issues of a checked resource as an OperationOutcome that says in which file and line it stands."""
-    found = build_operation_outcome(checked.result.issues)
-    for issue in found["issue"]:
+def build_located_outcome(checked: CheckedResource) -> dict[str, Any]:
+    """Return the issues of a resource as an OperationOutcome, with file and line as the ``location`` of each issue."""
+    outcome = build_operation_outcome(checked.result.issues)
+    for issue in outcome["issue"]:
         issue["location"] = [checked.location]
-    return found
+    return outcome
 
 
-__all__ = ["CheckedResource", "Issue", "ValidationSummary", "locate_outcome", "validate_files"]
+__all__ = ["CheckedResource", "Issue", "ValidationSummary", "build_located_outcome", "validate_files"]

@@ -1,4 +1,4 @@
-"""The rules of FHIR R4 (4.0.1), read from ``r4.json.gz``: which elements a type has, and what may be in them."""
+"""The rules of FHIR R4 (4.0.1), read from ``r4.json.gz``: the elements of each type and the constraints on them."""
 
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ ALSO_TARGETS: dict[str, frozenset[str]] = {
     "DeviceMetric.parent": frozenset({"DeviceDefinition"}),
     "DeviceUseStatement.reasonReference": frozenset({"Procedure"}),
 }
-"""Reference targets that the definitions leave out, but the specification's own examples use."""
+"""Target types that the definitions omit but examples in the specification use, by element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,10 @@ class Invariant:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """What a structure says of one element. ``types`` are primitives, complex types or paths of structures;
-    ``targets`` are the resource types a Reference may point at (empty: any); ``value_set`` is set only where
-    the binding is required.
+    """An element of a structure.
+
+    ``types`` are primitive types, complex types or paths of structures. ``targets`` are the resource types that a
+    Reference may refer to (empty: any). ``value_set`` is the URL of the value set of a required binding.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Element:
     invariants: tuple[Invariant, ...]
 
     def json_names(self) -> dict[str, str]:
-        """The element's property names in JSON, with the type each stands for."""
+        """Return the JSON property names of the element, with the type of each."""
         if not self.is_choice:
             return {self.name: self.types[0]}
         return {self.name + type_[0].upper() + type_[1:]: type_ for type_ in self.types}
@@ -61,7 +62,7 @@ class Element:
 
 @dataclass(frozen=True)
 class Structure:
-    """A resource type, a complex type or an element with children of its own (``Patient.contact``)."""
+    """A resource type, a complex type, or an element that has child elements (``Patient.contact``)."""
 
     name: str
     kind: str
@@ -72,21 +73,24 @@ class Structure:
 
     @property
     def is_resource(self) -> bool:
+        """True for a resource type."""
         return self.kind == "resource"
 
     @cached_property
     def properties(self) -> dict[str, tuple[Element, str]]:
-        """Each property name in JSON, with its element and type."""
+        """By JSON property name, the element and the type."""
         return {
             name: (element, type_) for element in self.elements.values() for name, type_ in element.json_names().items()
         }
 
     @cached_property
     def required(self) -> tuple[Element, ...]:
+        """The elements with a minimum cardinality of 1."""
         return tuple(element for element in self.elements.values() if element.required)
 
     @cached_property
     def choices(self) -> tuple[Element, ...]:
+        """The choice elements (``value[x]``)."""
         return tuple(element for element in self.elements.values() if element.is_choice)
 
 
@@ -115,12 +119,17 @@ class _File(msgspec.Struct, rename="camel"):
 
 
 class Rules:
-    """All rules. ``digest`` changes whenever they do; ``value_sets`` has codes by system, or None for a grammar."""
+    """All rules, decoded from the content of ``r4.json.gz``.
+
+    ``digest`` is a hash of the content. ``value_sets`` has, by URL, the codes of each code system, or None if the
+    codes cannot be enumerated (see ``bindings.GRAMMARS``). ``resource_types`` are the names of all concrete resource
+    types.
+    """
 
     def __init__(self, content: bytes) -> None:
         file = msgspec.json.decode(gzip.decompress(content), type=_File)
         self._structures = file.structures
-        self._made: dict[str, Structure] = {}
+        self._decoded: dict[str, Structure] = {}
         self.fhir_version = file.version
         self.digest = hashlib.sha256(content).hexdigest()[:12]
         self.value_sets: dict[str, dict[str, frozenset[str]] | None] = {
@@ -132,32 +141,34 @@ class Rules:
         )
 
     @cached_property
-    def recurring(self) -> frozenset[str]:
-        """Structures that every endless nesting passes through: Extension, Identifier (through its assigner) and
-        what elements refer to as their content (``Questionnaire.item.item``).
+    def recursive(self) -> frozenset[str]:
+        """The structures that break all cycles: any unlimited nesting contains one of them.
+
+        They are Extension, Identifier (through its assigner) and the targets of content references
+        (``Questionnaire.item``).
         """
-        referred = {
+        content_references = {
             type_
             for name in self._structures
             for element in self.structure(name).elements.values()
             for type_ in element.types
             if "." in type_ and type_ in self._structures and type_ != f"{name}.{element.name}"
         }
-        return frozenset(referred | {"Extension", "Identifier"})
+        return frozenset(content_references | {"Extension", "Identifier"})
 
     def __contains__(self, name: str) -> bool:
         return name in self._structures
 
     def names(self) -> list[str]:
-        """The names of all structures."""
+        """Return the names of all structures."""
         return list(self._structures)
 
     def structure(self, name: str) -> Structure:
-        """The structure of a type or of an element's path. Raises KeyError when R4 has none."""
-        found = self._made.get(name)
-        if found is None:
+        """Return the structure of a type, or of an element by its path. Raises KeyError if there is none."""
+        structure = self._decoded.get(name)
+        if structure is None:
             raw = self._structures[name]
-            found = self._made[name] = Structure(
+            structure = self._decoded[name] = Structure(
                 name=name,
                 kind=raw.kind,
                 base=raw.base,
@@ -177,10 +188,10 @@ class Rules:
                 },
                 invariants=tuple(Invariant(*i) for i in raw.invariants),
             )
-        return found
+        return structure
 
 
 @cache
 def load_rules() -> Rules:
-    """The rules of the package, read once a process."""
+    """Return the rules of the package, which are read once in a process."""
     return Rules(RULES_FILE.read_bytes())

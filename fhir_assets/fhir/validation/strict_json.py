@@ -1,4 +1,4 @@
-"""JSON as FHIR needs it: UTF-8, no byte order mark, no duplicate names, no NaN, no bottomless nesting."""
+"""A strict JSON parser: UTF-8 only, no byte order mark, no duplicate property names, no NaN, limited nesting."""
 
 import json
 import re
@@ -11,11 +11,11 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}").fullmatch
 
 
 class ObjectWithDuplicates(dict[str, Any]):
-    """An object in which a name stands twice."""
+    """A JSON object in which a property name occurs more than once."""
 
 
 class InvalidJson(Exception):
-    """Why a text is not JSON as FHIR needs it. ``path`` is set where a place in the resource can be named."""
+    """The text is not valid JSON. ``path`` is the element with the error, as FHIRPath, or empty if it is not known."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
@@ -24,8 +24,8 @@ class InvalidJson(Exception):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else ObjectWithDuplicates(found)
+    properties = dict(pairs)
+    return properties if len(properties) == len(pairs) else ObjectWithDuplicates(properties)
 
 
 _strict = msgspec.json.Decoder(float_hook=Decimal)
@@ -33,7 +33,11 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=Decimal)
 
 
 def parse_strictly(body: bytes, max_depth: int) -> Any:
-    """The value of a JSON text, fractions as Decimal with their digits. Raises BrokenJson."""
+    """Parse a JSON text; numbers with a fraction become Decimal and keep their digits.
+
+    Raises InvalidJson if the text is not valid JSON, has duplicate property names, or is nested deeper than
+    ``max_depth`` levels.
+    """
     if body.startswith(b"\xef\xbb\xbf"):
         raise InvalidJson("the text begins with a byte order mark; send UTF-8 without one")
     try:
@@ -52,27 +56,27 @@ def parse_strictly(body: bytes, max_depth: int) -> Any:
 
 
 def _check_shape(root: Any, max_depth: int) -> None:
-    """Refuses what is nested too deeply, and objects in which a name repeats."""
+    """Raise InvalidJson for too deep nesting and for objects with duplicate property names."""
     start = root.get("resourceType") if isinstance(root, dict) else None
-    waiting = [(root, 1, start if isinstance(start, str) and _NAME(start) else "")]
-    while waiting:
-        value, depth, path = waiting.pop()
+    pending = [(root, 1, start if isinstance(start, str) and _NAME(start) else "")]
+    while pending:
+        value, depth, path = pending.pop()
         if depth > max_depth:
             raise InvalidJson(f"the text is nested deeper than {max_depth} levels")
         if isinstance(value, ObjectWithDuplicates):
-            raise InvalidJson("a name stands twice in this object", path)
+            raise InvalidJson("a property name occurs more than once in this object", path)
         if isinstance(value, dict):
-            waiting += [
+            pending += [
                 (child, depth + 1, child_path(path, name))
                 for name, child in value.items()
                 if isinstance(child, (dict, list))
             ]
         elif isinstance(value, list):
-            waiting += [
+            pending += [
                 (child, depth + 1, f"{path}[{n}]") for n, child in enumerate(value) if isinstance(child, (dict, list))
             ]
 
 
 def child_path(path: str, name: str) -> str:
-    """The path of a property; one whose name could be data, not a name, is reported at its parent."""
+    """Return the path of a property. A name that may be data instead of an element name is left out of the path."""
     return f"{path}.{name}" if _NAME(name) else path

@@ -1,4 +1,4 @@
-"""The validator: bytes in, a verdict out, whatever the bytes."""
+"""The validator: takes the bytes of a resource and returns its issues."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,11 +21,7 @@ _parse = msgspec.json.Decoder(float_hook=Decimal).decode
 
 
 class ValidationResult:
-    """What the validation says of one body.
-
-    ``resource`` is the parsed JSON, fractions as Decimal with their digits; None if the JSON itself is broken (rule
-    ``json``) or no object. It is parsed on first use.
-    """
+    """The issues of one resource, and the resource itself."""
 
     __slots__ = ("_body", "_resource", "issues")
 
@@ -38,11 +34,15 @@ class ValidationResult:
 
     @property
     def valid(self) -> bool:
-        """No issue of severity ``error``."""
+        """True if no issue has the severity ``error``."""
         return not any(issue.severity == "error" for issue in self.issues)
 
     @property
     def resource(self) -> dict[str, Any] | None:
+        """The parsed JSON; numbers with a fraction are Decimals and keep their digits. It is parsed on first use.
+
+        None if the text is not valid JSON (rule ``json``) or not an object.
+        """
         if self._body is not None:
             value = None if any(issue.rule == JSON for issue in self.issues) else _parse(self._body)
             self._resource: dict[str, Any] | None = value if isinstance(value, dict) else None
@@ -53,10 +53,10 @@ class ValidationResult:
 class Validator:
     """Validates resources against the base definitions of FHIR R4 (4.0.1).
 
-    ``warn_rules`` demotes rules to warnings: by name (``invariant:obs-6``), prefix (``invariant``) or with the path
-    without indexes (``required-binding:Patient.gender``); ``json`` always stays an error. ``max_bytes`` and
-    ``max_depth`` bound what is read. Instances hold no state of a check: threads may share them, and pickling them
-    keeps the settings.
+    ``warn_rules`` demotes rules to warnings: by name (``invariant:obs-6``), by prefix (``invariant``), or by name and
+    path without indexes (``required-binding:Patient.gender``). The rule ``json`` is always an error. ``max_bytes`` and
+    ``max_depth`` limit the size and the nesting of a resource. Threads may share an instance; a pickled instance keeps
+    its settings.
     """
 
     def __init__(
@@ -68,34 +68,34 @@ class Validator:
         self._fast = FastPath(max_depth)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _make, (self.warn_rules, self.max_bytes, self.max_depth)
+        return _build, (self.warn_rules, self.max_bytes, self.max_depth)
 
     @property
     def rules_version(self) -> str:
-        """Changes whenever the rules do."""
+        """The FHIR version and a hash of the rules."""
         rules = load_rules()
         return f"{rules.fhir_version}-{rules.digest}"
 
     @property
     def ruleset(self) -> str:
-        """Changes whenever a verdict may: with the rules, and with the settings."""
+        """The version of the rules and a hash of the settings. Equal rulesets give equal results."""
         settings = repr((self.warn_rules, self.max_bytes, self.max_depth)).encode()
         return f"{self.rules_version}-{hashlib.sha256(settings).hexdigest()[:8]}"
 
     def check(self, body: bytes) -> ValidationResult:
-        """The verdict on one resource as JSON. Never raises, whatever the bytes."""
+        """Validate one resource, given as JSON. Never raises, whatever the bytes."""
         if len(body) <= self.max_bytes and self._fast.accepts(body):
             return ValidationResult(body)
         return self.explain(body)
 
     def explain(self, body: bytes) -> ValidationResult:
-        """As ``check``, always by the walk that finds all issues."""
+        """Validate like ``check``, but without the fast path."""
         if len(body) > self.max_bytes:
-            return _broken(body, f"the resource is larger than {self.max_bytes} bytes", "")
+            return _invalid_json(body, f"the resource is larger than {self.max_bytes} bytes", "")
         try:
             value = parse_strictly(body, self.max_depth)
         except InvalidJson as error:
-            return _broken(body, error.message, error.path)
+            return _invalid_json(body, error.message, error.path)
         issues = Walker(load_rules()).walk(value)
         return ValidationResult(body, tuple(map(self._demote, issues)))
 
@@ -109,7 +109,7 @@ class Validator:
         return any(name == rule or name.startswith(rule + ":") for rule in self.warn_rules)
 
 
-def _make(warn_rules: tuple[str, ...], max_bytes: int, max_depth: int) -> Validator:
+def _build(warn_rules: tuple[str, ...], max_bytes: int, max_depth: int) -> Validator:
     return Validator(warn_rules=warn_rules, max_bytes=max_bytes, max_depth=max_depth)
 
 
@@ -117,5 +117,5 @@ def _without_indexes(path: str) -> str:
     return "".join(part.partition("]")[2] if n else part for n, part in enumerate(path.split("[")))
 
 
-def _broken(body: bytes, message: str, path: str) -> ValidationResult:
+def _invalid_json(body: bytes, message: str, path: str) -> ValidationResult:
     return ValidationResult(body, (Issue(JSON, "error", path or "Resource", message),))

@@ -1,6 +1,7 @@
-"""Finds every issue of a resource: walks the parsed JSON beside the rules, and says what is wrong where.
+"""The complete validation: traverses a parsed resource along the rules and reports every issue with its path.
 
-This is the authority; ``compiled.py`` only ever answers "surely good" faster.
+The walker decides which resources are valid. The fast path must only accept resources for which the walker finds no
+issue.
 """
 
 from collections.abc import Mapping
@@ -25,13 +26,17 @@ from fhir_assets.fhir.validation.strict_json import child_path
 
 Json = dict[str, Any]
 
-NOTHING = object()
+ABSENT = object()
+"""The value of a property that JSON does not have, as opposed to ``null``."""
 
 
 @dataclass(slots=True)
 class Scope:
-    """Where the walk is: the resource at hand (%resource), the one that contains it (%rootResource), and the
-    types of the contained ones by id.
+    """The resource that is being traversed.
+
+    ``resource`` is ``%resource``, ``root`` is ``%rootResource``, and ``contained`` has the types of the contained
+    resources by id. ``broken`` is True if the elements have issues; ``pending`` are the invariants to evaluate after
+    the elements, as structure, value and path.
     """
 
     resource: Json
@@ -43,19 +48,21 @@ class Scope:
 
 
 class Walker:
-    """Walks one resource. ``issues`` are in document order, invariants of a resource after its elements."""
+    """Finds the issues of one resource. An instance serves one resource only.
+
+    ``issues`` are in document order; the invariants of a resource follow its elements.
+    """
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.issues: list[Issue] = []
 
     def add(self, rule: str, path: str, message: str, severity: Severity = "error") -> None:
+        """Record an issue."""
         self.issues.append(Issue(rule, severity, path, message))
 
-    # resources
-
     def walk(self, value: Any) -> list[Issue]:
-        """All issues of a whole resource."""
+        """Return all issues of a resource, given as parsed JSON."""
         self._resource(value, "", None)
         return self.issues
 
@@ -78,13 +85,23 @@ class Walker:
             self._invariants(structure.name, structure.invariants, focus, location, scope)
         return None
 
-    # elements
-
     def _object(self, structure: Structure, value: Any, path: str, scope: Scope) -> None:
         if not isinstance(value, dict):
             return self.add(STRUCTURE, path, "expected an object")
         if not value:
             return self.add(STRUCTURE, path, "an object must not be empty; leave the element out")
+        seen = self._properties(structure, value, path, scope)
+        for element in structure.required:
+            if element.name not in seen:
+                self.add(CARDINALITY, f"{path}.{element.name}", "a required element is missing")
+        if not structure.is_resource and value.keys() == {"id"}:
+            self.add(INVARIANT + "ele-1", path, "an element needs a value or children, not only an id")
+        if structure.invariants:
+            scope.pending.append((structure, value, path))
+        return None
+
+    def _properties(self, structure: Structure, value: Json, path: str, scope: Scope) -> dict[str, str]:
+        """Validate the properties of an object. Return the names of its elements, with the JSON name of each."""
         seen: dict[str, str] = {}
         for name, child in value.items():
             plain = name.removeprefix("_")
@@ -99,17 +116,10 @@ class Walker:
             if type_ not in PRIMITIVES:
                 self._complex(element, type_, child, f"{path}.{element.name}", scope)
             elif plain == name:
-                self._primitive(element, type_, child, value.get("_" + name, NOTHING), f"{path}.{element.name}", scope)
+                self._primitive(element, type_, child, value.get("_" + name, ABSENT), f"{path}.{element.name}", scope)
             elif plain not in value:
-                self._primitive(element, type_, NOTHING, child, f"{path}.{element.name}", scope)
-        for element in structure.required:
-            if element.name not in seen:
-                self.add(CARDINALITY, f"{path}.{element.name}", "a required element is missing")
-        if not structure.is_resource and value.keys() == {"id"}:
-            self.add(INVARIANT + "ele-1", path, "an element needs a value or children, not only an id")
-        if structure.invariants:
-            scope.pending.append((structure, value, path))
-        return None
+                self._primitive(element, type_, ABSENT, child, f"{path}.{element.name}", scope)
+        return seen
 
     def _complex(self, element: Element, type_: str, value: Any, path: str, scope: Scope) -> None:
         if not self._has_right_shape(element, value, path):
@@ -129,7 +139,7 @@ class Walker:
         if element.name != "contained":
             self._resource(item, path, None)
         elif scope.is_contained:
-            self.add(INVARIANT + "dom-2", path, "a contained resource must not contain others")
+            self.add(INVARIANT + "dom-2", path, "a contained resource must not contain other resources")
         else:
             self._resource(item, path, scope)
 
@@ -147,9 +157,9 @@ class Walker:
             self._invariants(type_, element.invariants, item, path, scope)
 
     def _primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
-        if value is not NOTHING and not self._has_right_shape(element, value, path):
+        if value is not ABSENT and not self._has_right_shape(element, value, path):
             return
-        if companion is not NOTHING and not self._has_right_shape(element, companion, path):
+        if companion is not ABSENT and not self._has_right_shape(element, companion, path):
             return
         if not element.is_list:
             if value is None:
@@ -159,30 +169,30 @@ class Walker:
             else:
                 self._one_primitive(element, type_, value, companion, path, scope)
             return
-        values = [] if value is NOTHING else value
-        companions = [] if companion is NOTHING else companion
-        if value is not NOTHING and companion is not NOTHING and len(values) != len(companions):
-            self.add(STRUCTURE, path, "the array of values and that of their extensions differ in length")
+        values = [] if value is ABSENT else value
+        companions = [] if companion is ABSENT else companion
+        if value is not ABSENT and companion is not ABSENT and len(values) != len(companions):
+            self.add(STRUCTURE, path, "the array of values and the array of their extensions differ in length")
         for n in range(max(len(values), len(companions))):
             item = values[n] if n < len(values) else None
             extra = companions[n] if n < len(companions) else None
             location = f"{path}[{n}]"
             if item is None and extra is None:
-                self.add(STRUCTURE, location, "null is only allowed where an extension stands in its place")
+                self.add(STRUCTURE, location, "null is only allowed for a value that has an extension instead")
             else:
                 self._one_primitive(
                     element,
                     type_,
-                    NOTHING if item is None else item,
-                    NOTHING if extra is None else extra,
+                    ABSENT if item is None else item,
+                    ABSENT if extra is None else extra,
                     location,
                     scope,
                 )
 
     def _one_primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
-        if companion is not NOTHING:
-            self._companion(companion, value is NOTHING, path, scope)
-        if value is NOTHING:
+        if companion is not ABSENT:
+            self._companion(companion, value is ABSENT, path, scope)
+        if value is ABSENT:
             return
         problem = check_primitive(type_, value)
         if problem is not None:
@@ -194,7 +204,7 @@ class Walker:
 
     def _companion(self, companion: Any, alone: bool, path: str, scope: Scope) -> None:
         if isinstance(companion, dict) and companion.keys() == {"id"} and not alone:
-            self._one_primitive(_ELEMENT_ID, "Element.id", companion["id"], NOTHING, f"{path}.id", scope)
+            self._one_primitive(_ELEMENT_ID, "Element.id", companion["id"], ABSENT, f"{path}.id", scope)
         else:
             self._object(self.rules.structure("Element"), companion, path, scope)
 
@@ -211,28 +221,26 @@ class Walker:
             return True
         return False
 
-    # references and invariants
-
     def _reference(self, element: Element, value: Json, path: str, scope: Scope) -> None:
         targets = element.targets
         reference, stated = value.get("reference"), value.get("type")
-        named = stated if isinstance(stated, str) and stated in self.rules.resource_types else ANY
-        found = ANY
+        stated_type = stated if isinstance(stated, str) and stated in self.rules.resource_types else ANY
+        target_type = ANY
         if isinstance(reference, str):
             target = resolve_target_type(reference)
             if target is None:
                 self.add(REFERENCE_TARGET, path, "expected Type/id with a type of R4, an absolute URL, or # and an id")
                 return
-            found = target
+            target_type = target
             if reference == "#":
-                found = str(scope.root.get("resourceType"))
+                target_type = str(scope.root.get("resourceType"))
             elif reference.startswith("#"):
-                found = scope.contained.get(reference[1:], ANY)
+                target_type = scope.contained.get(reference[1:], ANY)
                 if reference[1:] not in scope.contained:
-                    self.add(INVARIANT + "ref-1", path, "the reference names no contained resource")
-        if found and named and found != named:
-            self.add(REFERENCE_TARGET, path, "the reference points at another type than it states")
-        if targets and (found or named or next(iter(targets))) not in targets:
+                    self.add(INVARIANT + "ref-1", path, "no contained resource has the id of the reference")
+        if target_type and stated_type and target_type != stated_type:
+            self.add(REFERENCE_TARGET, path, "the reference and its element type name different resource types")
+        if targets and (target_type or stated_type or next(iter(targets))) not in targets:
             self.add(REFERENCE_TARGET, path, f"expected a reference to {' | '.join(sorted(targets))}")
 
     def _invariants(

@@ -87,14 +87,16 @@ def subjects() -> dict[str, str]:
     for name in RULES.names():
         structure = RULES.structure(name)
         for rule in structure.invariants:
-            if rule.key in fast_invariants.FORMS and not structure.abstract:
+            if rule.key in fast_invariants.SUFFICIENT_CONDITIONS and not structure.abstract:
                 try:
                     way_to(name)
                 except LookupError:
                     continue
                 found.setdefault(rule.key, name)
         for element in structure.elements.values():
-            found.update({rule.key: name for rule in element.invariants if rule.key in fast_invariants.FORMS})
+            found.update(
+                {rule.key: name for rule in element.invariants if rule.key in fast_invariants.SUFFICIENT_CONDITIONS}
+            )
     return found
 
 
@@ -142,8 +144,8 @@ def test_each_fast_form_names_an_invariant() -> None:
     known = {rule.key for name in RULES.names() for rule in RULES.structure(name).invariants} | {
         rule.key for n in RULES.names() for e in RULES.structure(n).elements.values() for rule in e.invariants
     }
-    assert set(fast_invariants.FORMS) <= known
-    assert not set(fast_invariants.FORMS) & set(invariants.SUBSUMED)
+    assert set(fast_invariants.SUFFICIENT_CONDITIONS) <= known
+    assert not set(fast_invariants.SUFFICIENT_CONDITIONS) & set(invariants.SUBSUMED)
 
 
 def test_what_is_deeper_than_the_setting_is_refused_on_either_path() -> None:

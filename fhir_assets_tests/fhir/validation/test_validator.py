@@ -12,7 +12,7 @@ import pytest
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.validation import Issue, Validator, build_operation_outcome
 from fhir_assets.fhir.validation.build_rules import build
-from fhir_assets.fhir.validation.report import ValidationSummary, locate_outcome, validate_files
+from fhir_assets.fhir.validation.report import ValidationSummary, build_located_outcome, validate_files
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets_tests.support.resource_samples import Sampler, to_bytes
 
@@ -158,7 +158,7 @@ def test_files_are_checked_line_by_line_and_bundles_entry_by_entry(tmp_path: Pat
     ]
     assert (tally.resources, tally.invalid) == (6, 4)
     assert tally.rows()[0] == {"severity": "error", "rule": "required-binding", "path": "Patient.gender", "count": 2}
-    assert locate_outcome(checked[1])["issue"][0]["location"] == [f"{lines}:3"]
+    assert build_located_outcome(checked[1])["issue"][0]["location"] == [f"{lines}:3"]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
