@@ -97,7 +97,7 @@ def show(
             subject = audit_log.subject(conn, facts.resource_type, facts.resource_id or "")
             action: Action = "decrypt" if cipher_of(conn).on else "read"
             audit_record = AuditRecord(
-                action, f"cli:{getpass.getuser()}", facts.resource_type, subject, detail={"letter": letter}
+                action, f"cli:{getpass.getuser()}", facts.resource_type, subject, detail={"dead_letter": letter}
             )
             audit_log.record(conn, audit_record)
     if json:

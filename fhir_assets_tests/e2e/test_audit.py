@@ -285,7 +285,7 @@ CASES = {
     ),
     "edit": Case(
         edit,
-        (AuditRecord("edit", "anna", "Patient", detail={"letter": 1}),),
+        (AuditRecord("edit", "anna", "Patient", detail={"dead_letter": 1}),),
         before=lambda hospital: hospital.lose("validate"),
         about="Patient/b",
     ),
@@ -296,7 +296,7 @@ CASES = {
     ),
     "decrypt a dead letter": Case(
         lambda hospital: hospital.command(letters_command.app, "show", "1", "--resource"),
-        (AuditRecord("decrypt", ME, "Patient", detail={"letter": 1}),),
+        (AuditRecord("decrypt", ME, "Patient", detail={"dead_letter": 1}),),
         before=lambda hospital: hospital.lose("validate"),
         about="Patient/b",
     ),

@@ -272,7 +272,7 @@ def test_what_a_replay_heals_is_withheld_too(database: str) -> None:
         dead_letters.record(conn, "failed", letters)
     of_patients = [each for each in VIEWS if each.resource_type == "Patient"]
     replay = ReplayLoadStep(tables.connect, of_patients, run_id="replay", also_open=True, consent_gate=OPT_IN)
-    assert replay.run("Patient", [Window(None, START, "k")]) == 3
+    assert replay.run("Patient", [Window(None, START, "k")]).resolved == 3
     assert tables.all("SELECT gender FROM fhir.patient") == {"male"}
     assert tables.shown() == OF_A | NOBODYS | {"Consent/c"}
     assert tables.held() == OF_B | {"Patient/new"}

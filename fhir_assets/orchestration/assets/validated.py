@@ -14,7 +14,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
-from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep
+from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep, find_outdated_partitions
 from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
@@ -102,7 +102,7 @@ def _replay(
         now=run.now,
         also_open=run.replay == "open",
     )
-    behind = replay.behind(name, raw)
+    behind = find_outdated_partitions(store, name, raw)
     update = step.run(name, behind)
     keys = {manifest.partition_key for manifest in raw}.difference(manifest.partition_key for manifest in behind)
     replayed = replay.run(name, sorted(keys))

@@ -1,4 +1,4 @@
-"""Corrections of dead letters by hand: what is accepted as one, and how it comes in."""
+"""Manual corrections of dead letters: check a corrected resource, keep it, and receive it where it has to be."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,11 +15,12 @@ from fhir_assets.warehouse.ops.dead_letters import StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 
 CORRECTABLE = ("fetch", *replays.REPLAYED)
+"""The stages whose dead letters can be corrected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What is to become of a letter's resource: a JSON Patch of it, or the whole of it anew. Who says so."""
+    """A correction of a dead letter's resource: a JSON Patch (RFC 6902) or the whole resource, and who made it."""
 
     patch: bytes | None
     resource: bytes | None
@@ -27,64 +28,73 @@ class Correction:
 
 
 class CorrectionStep:
-    """Takes edits of dead letters."""
+    """Checks and keeps corrections of dead letters."""
 
     def __init__(self, connect: OpenSession, validator: Validator, receiver: Receiver) -> None:
         self._connect = connect
         self._validator = validator
         self._receiver = receiver
 
-    def run(self, letter_id: int, edit: Correction) -> StoredDeadLetter:
-        """Keep a correction; the original is kept beside it. A patch is applied to the last correction, if there is
-        one. A letter of stage ``fetch`` never reached raw: its correction is received there at once, and resolves it.
+    def run(self, dead_letter_id: int, correction: Correction) -> StoredDeadLetter:
+        """Keep a correction beside the original resource and return the dead letter.
 
-        Raises CorrectionRefused if the letter is settled or the corrected resource would be refused again.
+        A patch applies to the last correction, or else to the original. A dead letter of stage ``fetch`` has no
+        resource in raw: its correction is received into raw at once, which resolves the dead letter.
+
+        Raises CorrectionRefused if the dead letter is not open or the corrected resource is invalid.
         """
         with self._connect() as conn:
-            found = dead_letters.get(conn, letter_id)
-            if found is None:
+            stored = dead_letters.get(conn, dead_letter_id)
+            if stored is None:
                 raise CorrectionRefused(
-                    f"there is no dead letter {letter_id}: `fhir-assets dead-letters list` shows what there is"
+                    f"there is no dead letter {dead_letter_id}: `fhir-assets dead-letters list` lists them"
                 )
-            letter = found[0]
-            if letter.status not in ("open", "discarded") or letter.stage not in CORRECTABLE:
+            dead_letter = stored[0]
+            if dead_letter.status not in ("open", "discarded") or dead_letter.stage not in CORRECTABLE:
                 raise CorrectionRefused(
-                    f"dead letter {letter_id} is {letter.status}, of stage {letter.stage}: only open ones of "
-                    f"{', '.join(CORRECTABLE)} can be corrected"
+                    f"dead letter {dead_letter_id} of stage {dead_letter.stage} is {dead_letter.status}: only open "
+                    f"ones of the stages {', '.join(CORRECTABLE)} can be corrected"
                 )
-            body = self._corrected(conn, letter, edit)
-            corrections.keep(conn, letter_id, body, by=edit.by)
-            if letter.stage == "fetch":
-                self._receive(letter, body)
-                replays.corrected_on_arrival(conn, letter_id)
-            subject = audit_log.subject(conn, letter.resource_type, read_header(body).id or "")
+            body = self._build_corrected(conn, dead_letter, correction)
+            corrections.keep(conn, dead_letter_id, body, by=correction.by)
+            if dead_letter.stage == "fetch":
+                self._receive(dead_letter, body)
+                replays.corrected_on_arrival(conn, dead_letter_id)
+            subject = audit_log.subject(conn, dead_letter.resource_type, read_header(body).id or "")
             audit_log.record(
-                conn, AuditRecord("edit", edit.by, letter.resource_type, subject, detail={"letter": letter_id})
+                conn,
+                AuditRecord(
+                    "edit", correction.by, dead_letter.resource_type, subject, detail={"dead_letter": dead_letter_id}
+                ),
             )
-        return letter
+        return dead_letter
 
-    def _corrected(self, conn: Session, letter: StoredDeadLetter, edit: Correction) -> bytes:
-        if edit.resource is not None:
-            body = to_single_line(edit.resource)
+    def _build_corrected(self, conn: Session, dead_letter: StoredDeadLetter, correction: Correction) -> bytes:
+        if correction.resource is not None:
+            body = to_single_line(correction.resource)
         else:
-            before = corrections.of_letter(conn, letter.id)
-            original = before.resource if before else dead_letters.resource(conn, letter.id)
-            body = apply_patch(original or b"", edit.patch or b"")
+            before = corrections.of_letter(conn, dead_letter.id)
+            original = before.resource if before else dead_letters.resource(conn, dead_letter.id)
+            body = apply_patch(original or b"", correction.patch or b"")
         try:
             header = read_header(body)
         except MalformedResource as error:
             raise CorrectionRefused(f"the corrected resource is {error}") from None
-        if header.resourceType != letter.resource_type:
-            raise CorrectionRefused(f"the corrected resource is no {letter.resource_type}, as the dead letter is")
-        if header.id is None or (letter.resource_id is not None and header.id != letter.resource_id):
-            raise CorrectionRefused("the corrected resource must have the dead letter's id, or any if that had none")
+        if header.resourceType != dead_letter.resource_type:
+            raise CorrectionRefused(
+                f"the corrected resource must be of type {dead_letter.resource_type}, as the dead letter is"
+            )
+        if header.id is None or (dead_letter.resource_id is not None and header.id != dead_letter.resource_id):
+            raise CorrectionRefused(
+                "the corrected resource must have the id of the dead letter, or any id if the dead letter has none"
+            )
         errors = [issue for issue in self._validator.check(body).issues if issue.severity == "error"]
         if errors:
-            said = "; ".join(f"{issue.rule} at {issue.path}: {issue.message}" for issue in errors[:5])
+            details = "; ".join(f"{issue.rule} at {issue.path}: {issue.message}" for issue in errors[:5])
             more = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
-            raise CorrectionRefused(f"the corrected resource would be refused again: {said}{more}. Nothing was kept")
+            raise CorrectionRefused(f"the corrected resource is invalid: {details}{more}. The correction was not kept")
         return body
 
-    def _receive(self, letter: StoredDeadLetter, body: bytes) -> None:
-        origin = f"correction:{letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
+    def _receive(self, dead_letter: StoredDeadLetter, body: bytes) -> None:
+        origin = f"correction:{dead_letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
         self._receiver.receive([build_record(body, read_header(body), datetime.now(UTC))], origin)

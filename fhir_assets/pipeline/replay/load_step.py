@@ -1,11 +1,7 @@
-"""Dead letters judged again: only their own lines, not their windows.
-
-What heals becomes a further part of the validated partition, beside the tallies that are mended, and goes on from there
-as any other part does. The manifest names the run (``replay:<run>``), so that a replay that was cut short after its
-commit is not done twice: a letter that is still held by a run which the manifest names has healed.
-"""
+"""Replay dead letters of the stages ``transform`` and ``load``: load their stored resources again."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.fhir.views import View
@@ -21,8 +17,19 @@ from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, Loade
 from fhir_assets.windows import Window
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayLoadResult:
+    """How many dead letters were resolved, and how many failed again and are open again."""
+
+    resolved: int = 0
+    failed: int = 0
+
+
 class ReplayLoadStep:
-    """Loads the letters of stages ``transform`` and ``load`` that a run claims, into all tables of their type."""
+    """Loads the dead letters of stages ``transform`` and ``load`` that a run claims into all tables of their type.
+
+    ``also_open``: claim open dead letters too, not only those that were marked for a replay.
+    """
 
     def __init__(
         self,
@@ -39,62 +46,66 @@ class ReplayLoadStep:
         self._run_id = run_id
         self._also_open = also_open
 
-    def run(self, resource_type: str, windows: Sequence[Window]) -> int:
-        """Load the letters of some windows, a few hundred a transaction; what fails again is open again. Returns how
-        many healed. Raises DatabaseUnavailable, ViewError or SealingError.
+    def run(self, resource_type: str, windows: Sequence[Window]) -> ReplayLoadResult:
+        """Load the claimed dead letters of the windows, a few hundred in each transaction.
+
+        Raises DatabaseUnavailable, ViewError or EncryptionError; committed transactions stay.
         """
         arrived = {window.key: window.start or window.end for window in windows}
         with self._connect() as conn:
-            healed_by: dict[str, list[str]] = {key: [] for key in arrived}
+            replay_runs: dict[str, list[str]] = {key: [] for key in arrived}
             claimed = replays.claim(
-                conn, self._run_id, resource_type, LOAD_STAGES, healed_by, also_open=self._also_open
+                conn, self._run_id, resource_type, LOAD_STAGES, replay_runs, also_open=self._also_open
             )
             replays.note_origin(conn, self._run_id, resource_type, list(arrived))
             conn.commit()
             if not claimed:
-                return 0
+                return ReplayLoadResult()
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
-        healed = 0
+        resolved = failed = 0
         with self._connect() as reading, self._connect() as writing:
-            make = RowBuilder(self._views, cipher_of(writing))
-            for letters in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
+            row_builder = RowBuilder(self._views, cipher_of(writing))
+            for batch in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
                 with writing.transaction():
-                    healed += self._load(writing, make, resource_type, letters, arrived)
-        return healed
+                    failures = self._load(writing, row_builder, resource_type, batch, arrived)
+                failed += failures
+                resolved += len(batch) - failures
+        return ReplayLoadResult(resolved, failed)
 
     def _load(
         self,
         conn: Session,
-        make: RowBuilder,
+        row_builder: RowBuilder,
         resource_type: str,
-        letters: Sequence[Claimed],
+        dead_letters: Sequence[Claimed],
         arrived: Mapping[str, datetime],
     ) -> int:
+        """Load the dead letters of one transaction and return how many of them failed again."""
         loader = Loader(
             conn, resource_type, self._views, run_id=self._run_id, restore_rows=True, consent_gate=self._consent_gate
         )
         failed: dict[int, Failed] = {}
-        by_place = {(letter.partition_key, letter.body): letter for letter in letters}
-        refused = []
-        for letter in letters:
-            made = make(Batch([letter.body], letter.partition_key, arrived[letter.partition_key]))
-            for undone in made.rejected:
-                failed[letter.id] = self._failed(letter, undone.rule, undone.path, undone.message)
-            refused += loader.add_block(made.block, [letter.body], letter.partition_key)
+        by_resource = {(dead_letter.partition_key, dead_letter.body): dead_letter for dead_letter in dead_letters}
+        unloadable = []
+        for dead_letter in dead_letters:
+            key = dead_letter.partition_key
+            rows = row_builder(Batch([dead_letter.body], key, arrived[key]))
+            for line in rows.rejected:
+                failed[dead_letter.id] = self._build_failure(dead_letter, line.rule, line.path, line.message)
+            unloadable += loader.add_block(rows.block, [dead_letter.body], key)
         counts = loader.finish()
-        for item in [*refused, *loader.take_unloadable()]:
-            letter = by_place[item.partition_key, item.body]
-            failed[letter.id] = self._failed(
-                letter, "unloadable", format_column_path(item.view, item.column), item.message
-            )
+        for item in [*unloadable, *loader.take_unloadable()]:
+            dead_letter = by_resource[item.partition_key, item.body]
+            path = format_column_path(item.view, item.column)
+            failed[dead_letter.id] = self._build_failure(dead_letter, "unloadable", path, item.message)
         replays.failed(conn, self._run_id, list(failed.values()))
-        healed = [letter.id for letter in letters if letter.id not in failed]
-        replays.healed_letters(conn, self._run_id, healed)
+        resolved = [dead_letter.id for dead_letter in dead_letters if dead_letter.id not in failed]
+        replays.healed_letters(conn, self._run_id, resolved)
         audit_log.record(
             conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True})
         )
-        return len(healed)
+        return len(failed)
 
-    def _failed(self, letter: Claimed, rule: str, path: str, message: str) -> Failed:
-        return Failed(letter.id, rule, path, message, [], compute_views_ruleset(self._views))
+    def _build_failure(self, dead_letter: Claimed, rule: str, path: str, message: str) -> Failed:
+        return Failed(dead_letter.id, rule, path, message, [], compute_views_ruleset(self._views))

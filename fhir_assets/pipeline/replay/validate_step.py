@@ -1,8 +1,8 @@
-"""Dead letters judged again: only their own lines, not their windows.
+"""Replay dead letters of the stage ``validate``: validate their stored resources again, but not their whole windows.
 
-What heals becomes a further part of the validated partition, beside the tallies that are mended, and goes on from there
-as any other part does. The manifest names the run (``replay:<run>``), so that a replay that was cut short after its
-commit is not done twice: a letter that is still held by a run which the manifest names has healed.
+Resources that are valid now become an additional part of the validated partition, whose counts are corrected, and are
+loaded like any other part. The manifest names the replay run (``replay:<run>``). If a run stops after its commit, its
+dead letters are therefore not replayed twice: a dead letter that is claimed by a run in the manifest is resolved.
 """
 
 from collections import Counter
@@ -25,15 +25,34 @@ STAGE = "validate"
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What became of the letters: ``update`` is not yet visible; by partition key, how many healed and failed."""
+    """The update of the validated partitions, not committed yet, and by partition key the number of dead letters that
+    were resolved and that failed again.
+    """
 
     update: ValidatedUpdate
     resolved: Counter[str]
     failed: Counter[str]
 
 
+def find_outdated_partitions(store: Store, resource_type: str, raw: Sequence[Manifest]) -> list[Manifest]:
+    """Return the raw partitions with parts that are not validated yet.
+
+    These have to be validated as in any load, which validates the resources of their dead letters too.
+    """
+    outdated = []
+    for manifest in raw:
+        existing = store.manifest("validated", resource_type, manifest.partition_key)
+        names = {part.name for part in manifest.parts}
+        if existing is None or existing.validated is None or existing.validated.raw_parts != names:
+            outdated.append(manifest)
+    return outdated
+
+
 class ReplayValidateStep:
-    """Judges the letters of stage ``validate`` that a run claims in validated partitions of one type."""
+    """Validates the dead letters of stage ``validate`` that a run claims in validated partitions of one type.
+
+    ``also_open``: claim open dead letters too, not only those that were marked for a replay.
+    """
 
     def __init__(
         self,
@@ -52,75 +71,68 @@ class ReplayValidateStep:
         self._now = now
         self._also_open = also_open
 
-    def behind(self, resource_type: str, raw: Sequence[Manifest]) -> list[Manifest]:
-        """Those raw partitions that are not validated as they are now: all of them has to be judged, which judges
-        their letters too.
-        """
-        found = []
-        for manifest in raw:
-            existing = self._store.manifest("validated", resource_type, manifest.partition_key)
-            names = {part.name for part in manifest.parts}
-            if existing is None or existing.validated is None or existing.validated.raw_parts != names:
-                found.append(manifest)
-        return found
-
     @infrequent_gc()
     def run(self, resource_type: str, partition_keys: Sequence[str]) -> ReplayResult:
-        """Judge the letters of some partitions; the caller commits the manifests of those where some healed.
+        """Validate the claimed dead letters of some partitions. The caller commits the manifests.
 
-        What fails again is open again when this returns. Raises StoreError, DatabaseUnavailable or SealingError.
+        Dead letters that fail again are open again when this returns. Raises StoreError, DatabaseUnavailable or
+        EncryptionError.
         """
         manifests = {m.partition_key: m for m in self._store.manifests("validated", resource_type, partition_keys)}
-        tallies = {key: _Tally() for key in manifests}
+        changes = {key: _PartitionChange() for key in manifests}
         with self._connect() as conn:
-            healed_by = {key: m.validated.replays if m.validated else [] for key, m in manifests.items()}
-            replays.claim(conn, self._run_id, resource_type, [STAGE], healed_by, also_open=self._also_open)
+            replay_runs = {key: m.validated.replays if m.validated else [] for key, m in manifests.items()}
+            replays.claim(conn, self._run_id, resource_type, [STAGE], replay_runs, also_open=self._also_open)
             replays.note_origin(conn, self._run_id, resource_type, partition_keys)
             conn.commit()
         with self._connect() as reading, self._connect() as writing:
             with PartWriter(self._store, "validated") as writer:
-                for letters in replays.claimed(reading, self._run_id, resource_type, [STAGE], list(manifests)):
-                    failed = self._judge(resource_type, letters, tallies, writer)
+                for batch in replays.claimed(reading, self._run_id, resource_type, [STAGE], list(manifests)):
+                    failed = self._validate(resource_type, batch, changes, writer)
                     replays.failed(writing, self._run_id, failed)
                     writing.commit()
                 parts = writer.finish()
-        changed = [key for key, tally in tallies.items() if tally.letters]
+        changed = [key for key, change in changes.items() if change.dead_letters]
         update = ValidatedUpdate(
             resource_type,
-            tuple(self._manifest(manifests[key], tallies[key], parts.get((resource_type, key), ())) for key in changed),
+            tuple(self._manifest(manifests[key], changes[key], parts.get((resource_type, key), ())) for key in changed),
             (),
             {key: manifests[key] for key in changed},
         )
-        failures = Counter({key: tallies[key].failed for key in changed})
-        return ReplayResult(update, Counter({key: tallies[key].letters for key in changed}) - failures, failures)
+        failures = Counter({key: changes[key].failed for key in changed})
+        return ReplayResult(update, Counter({key: changes[key].dead_letters for key in changed}) - failures, failures)
 
-    def _judge(
-        self, resource_type: str, letters: Sequence[Claimed], tallies: dict[str, "_Tally"], writer: PartWriter
+    def _validate(
+        self,
+        resource_type: str,
+        dead_letters: Sequence[Claimed],
+        changes: dict[str, "_PartitionChange"],
+        writer: PartWriter,
     ) -> list[Failed]:
+        """Write the resources that are valid now, and return the dead letters that failed again."""
         failed = []
-        for letter in letters:
-            tally = tallies[letter.partition_key]
-            tally.letters += 1
-            tally.dead[letter.rule] -= letter.occurrences
-            verdict = self._validator.check(letter.body)
+        for dead_letter in dead_letters:
+            key = dead_letter.partition_key
+            change = changes[key]
+            change.dead_letters += 1
+            change.dead[dead_letter.rule] -= dead_letter.occurrences
+            verdict = self._validator.check(dead_letter.body)
             if verdict.valid:
-                for _ in range(letter.occurrences):
-                    writer.add(resource_type, letter.partition_key, letter.body, None)
-                tally.warnings.update(issue.rule for issue in verdict.issues)
+                for _ in range(dead_letter.occurrences):
+                    writer.add(resource_type, key, dead_letter.body, None)
+                change.warnings.update(issue.rule for issue in verdict.issues)
                 continue
-            again = build_dead_letter(
-                resource_type, letter.partition_key, letter.body, verdict, ruleset=self._validator.ruleset
-            )
-            tally.failed += 1
-            tally.dead[again.rule] += letter.occurrences
-            failed.append(Failed(letter.id, again.rule, again.path, again.message, again.issues, again.ruleset))
+            again = build_dead_letter(resource_type, key, dead_letter.body, verdict, ruleset=self._validator.ruleset)
+            change.failed += 1
+            change.dead[again.rule] += dead_letter.occurrences
+            failed.append(Failed(dead_letter.id, again.rule, again.path, again.message, again.issues, again.ruleset))
         return failed
 
-    def _manifest(self, base: Manifest, tally: "_Tally", parts: tuple[Part, ...]) -> Manifest:
-        before = base.validated
-        assert before is not None
-        tally.dead.update(before.dead)
-        tally.warnings.update(before.warnings)
+    def _manifest(self, base: Manifest, change: "_PartitionChange", parts: tuple[Part, ...]) -> Manifest:
+        validated = base.validated
+        assert validated is not None
+        change.dead.update(validated.dead)
+        change.warnings.update(validated.warnings)
         return Manifest(
             base.layer,
             base.resource_type,
@@ -129,20 +141,20 @@ class ReplayValidateStep:
             self._now,
             base.parts + parts,
             validated=Validated(
-                (*before.inputs, REPLAY + self._run_id),
-                before.rules_version,
-                before.rows_in,
-                {rule: count for rule, count in tally.dead.items() if count},
-                dict(tally.warnings),
+                (*validated.inputs, REPLAY + self._run_id),
+                validated.rules_version,
+                validated.rows_in,
+                {rule: count for rule, count in change.dead.items() if count},
+                dict(change.warnings),
             ),
         )
 
 
-class _Tally:
-    """What judging the letters of a partition changes."""
+class _PartitionChange:
+    """How a replay changes the counts of one validated partition."""
 
     def __init__(self) -> None:
-        self.letters = 0
+        self.dead_letters = 0
         self.failed = 0
         self.dead: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
