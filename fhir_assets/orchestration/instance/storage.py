@@ -1,7 +1,7 @@
-"""Dagster's Postgres storage with its connections kept open, and the events of a step written together.
+"""Dagster's Postgres storage with connections that stay open, and an event log that writes events in batches.
 
 dagster-postgres opens a connection for every event unless a webserver asks it not to, and writes each event by itself,
-in up to a dozen round trips. A load of an empty window has a thousand of them: they were more than half of its time.
+in up to a dozen round trips. A load of an empty window has a thousand events, which took more than half of its time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from fhir_assets.orchestration.dagster_internals import (
     PostgresStorageConfig,
     load_event_log_tables,
 )
-from fhir_assets.orchestration.instance.event_rows import Row, each_partition, key_text, rows_of
+from fhir_assets.orchestration.instance.event_rows import Row, build_rows, key_text, split_partitions
 
 _TABLES = load_event_log_tables()
 
@@ -32,12 +32,14 @@ STATEMENT_TIMEOUT_MS = 600_000
 RECYCLE_SECONDS = 1800
 CONNECTIONS = 20
 
-HELD_EVENTS = 200
-HELD_SECONDS = 1.0
-"""Events of a step wait until there are so many, or until the next one after so long; and never beyond its end."""
+MAX_HELD_EVENTS = 200
+"""The number of events of running steps that wait in memory before they are written."""
 
-_BEGIN = dg.DagsterEventType.STEP_START
-_END = frozenset(
+MAX_HELD_SECONDS = 1.0
+"""The age of the oldest waiting event at which the next event causes all of them to be written."""
+
+_STEP_START = dg.DagsterEventType.STEP_START
+_STEP_ENDS = frozenset(
     {
         dg.DagsterEventType.STEP_SUCCESS,
         dg.DagsterEventType.STEP_FAILURE,
@@ -45,10 +47,10 @@ _END = frozenset(
         dg.DagsterEventType.STEP_UP_FOR_RETRY,
     }
 )
-_RUN_END = frozenset(
+_RUN_ENDS = frozenset(
     {dg.DagsterEventType.RUN_SUCCESS, dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_CANCELED}
 )
-_ASSETS = frozenset(
+_ASSET_EVENTS = frozenset(
     {
         dg.DagsterEventType.ASSET_MATERIALIZATION,
         dg.DagsterEventType.ASSET_OBSERVATION,
@@ -57,179 +59,213 @@ _ASSETS = frozenset(
 )
 _PLANNED_CHECK = dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED
 _CHECK = dg.DagsterEventType.ASSET_CHECK_EVALUATION
-_TOGETHER = _ASSETS | {_PLANNED_CHECK, _CHECK}
+_BATCHED_EVENTS = _ASSET_EVENTS | {_PLANNED_CHECK, _CHECK}
 
 _INSERTED = ("run_id", "text", "dagster_event_type", "timestamp", "step_key", "asset_key", "partition")
-_INSERT = sqlalchemy.text(
-    "INSERT INTO event_logs (run_id, event, dagster_event_type, timestamp, step_key, asset_key, partition)"
-    " SELECT run_id, event, kind, at, step_key, asset_key, partition"
-    " FROM unnest(CAST(:run_id AS text[]), CAST(:text AS text[]), CAST(:dagster_event_type AS text[]),"
-    " CAST(:timestamp AS timestamp[]), CAST(:step_key AS text[]), CAST(:asset_key AS text[]),"
-    " CAST(:partition AS text[])) WITH ORDINALITY"
-    " AS n (run_id, event, kind, at, step_key, asset_key, partition, place) ORDER BY place RETURNING id"
-)
+_INSERT = sqlalchemy.text("""
+    INSERT INTO event_logs (run_id, event, dagster_event_type, timestamp, step_key, asset_key, partition)
+    SELECT run_id, event, event_type, timestamp, step_key, asset_key, partition
+    FROM unnest(
+        CAST(:run_id AS text[]),
+        CAST(:text AS text[]),
+        CAST(:dagster_event_type AS text[]),
+        CAST(:timestamp AS timestamp[]),
+        CAST(:step_key AS text[]),
+        CAST(:asset_key AS text[]),
+        CAST(:partition AS text[])
+    ) WITH ORDINALITY AS new (run_id, event, event_type, timestamp, step_key, asset_key, partition, position)
+    ORDER BY position
+    RETURNING id
+""")
 
-_INSERT_TAGS = sqlalchemy.text(
-    "INSERT INTO asset_event_tags (event_id, asset_key, key, value, event_timestamp)"
-    " SELECT * FROM unnest(CAST(:event_id AS bigint[]), CAST(:asset_key AS text[]), CAST(:key AS text[]),"
-    " CAST(:value AS text[]), CAST(:at AS timestamp[]))"
-)
+_INSERT_TAGS = sqlalchemy.text("""
+    INSERT INTO asset_event_tags (event_id, asset_key, key, value, event_timestamp)
+    SELECT *
+    FROM unnest(
+        CAST(:event_id AS bigint[]),
+        CAST(:asset_key AS text[]),
+        CAST(:key AS text[]),
+        CAST(:value AS text[]),
+        CAST(:timestamp AS timestamp[])
+    )
+""")
 
-_UPDATE_CHECKS = sqlalchemy.text(
-    "UPDATE asset_check_executions c SET execution_status = n.status, evaluation_event = n.event,"
-    " evaluation_event_timestamp = n.at, evaluation_event_storage_id = n.id,"
-    " materialization_event_storage_id = n.target"
-    " FROM unnest(CAST(:asset_key AS text[]), CAST(:check_name AS text[]), CAST(:run_id AS text[]),"
-    " CAST(:partition AS text[]), CAST(:status AS text[]), CAST(:event AS text[]), CAST(:at AS timestamp[]),"
-    " CAST(:id AS bigint[]), CAST(:target AS bigint[]))"
-    " AS n (asset_key, check_name, run_id, partition, status, event, at, id, target)"
-    " WHERE c.asset_key = n.asset_key AND c.check_name = n.check_name AND c.run_id = n.run_id"
-    " AND (c.partition = n.partition OR c.partition IS NULL AND n.partition IS NULL) RETURNING n.id"
-)
+_UPDATE_CHECKS = sqlalchemy.text("""
+    UPDATE asset_check_executions planned
+    SET execution_status = new.status,
+        evaluation_event = new.event,
+        evaluation_event_timestamp = new.timestamp,
+        evaluation_event_storage_id = new.id,
+        materialization_event_storage_id = new.target
+    FROM unnest(
+        CAST(:asset_key AS text[]),
+        CAST(:check_name AS text[]),
+        CAST(:run_id AS text[]),
+        CAST(:partition AS text[]),
+        CAST(:status AS text[]),
+        CAST(:event AS text[]),
+        CAST(:timestamp AS timestamp[]),
+        CAST(:id AS bigint[]),
+        CAST(:target AS bigint[])
+    ) AS new (asset_key, check_name, run_id, partition, status, event, timestamp, id, target)
+    WHERE planned.asset_key = new.asset_key
+      AND planned.check_name = new.check_name
+      AND planned.run_id = new.run_id
+      AND (planned.partition = new.partition OR planned.partition IS NULL AND new.partition IS NULL)
+    RETURNING new.id
+""")
 
-_AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, DagsterPostgresException)
-"""The database cannot be reached: what waits goes on waiting."""
+_UNREACHABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, DagsterPostgresException)
+"""Errors that mean that the database cannot be reached: the waiting events keep waiting."""
 
 
 class BatchedEventLog(PostgresEventLogStorage):
-    """dagster-postgres' event log. What a step tells between its start and its end is written in one transaction, at
-    its end or after a second. All that is read through this object, and all other events, come after what waits.
+    """dagster-postgres' event log, which writes the events between the start and the end of a step in one transaction.
 
-    Of a process that is killed the last second of events can be missing, as if it had been killed that much earlier:
-    a step that ended, or failed, has all of them.
+    They are written at the end of the step, or after MAX_HELD_SECONDS. Every read through this object, and every other
+    event, first writes the events that wait. A process that is killed may lose the last second of events of its running
+    steps, as if it had been killed a second earlier; a step that ended or failed has all of its events.
+
+    If a batch cannot be written, its events are written one by one as dagster-postgres does.
     """
 
     def __init__(self, *arguments: object, **options: object) -> None:
-        self._there: set[str] = set()
-        self._columns: set[str] = set()
+        self._known_tables: set[str] = set()
+        self._known_columns: set[str] = set()
         self._held: list[dg.EventLogEntry] = []
-        self._since = 0.0
-        self._open: set[tuple[str, str]] = set()
-        self._writing = RLock()
-        self._mine = local()
+        self._held_since = 0.0
+        self._open_steps: set[tuple[str, str]] = set()
+        self._write_lock = RLock()
+        self._thread = local()
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
 
     def has_table(self, table_name: str) -> bool:
-        """Whether the storage has a table; one that was there stays."""
-        if table_name not in self._there and super().has_table(table_name):
-            self._there.add(table_name)
-        return table_name in self._there
+        """Return whether the storage has a table; a positive answer is remembered."""
+        if table_name not in self._known_tables and super().has_table(table_name):
+            self._known_tables.add(table_name)
+        return table_name in self._known_tables
 
     def has_asset_key_col(self, column_name: str) -> bool:
-        """Whether the table of assets has a column; one that was there stays."""
-        if column_name not in self._columns and super().has_asset_key_col(column_name):
-            self._columns.add(column_name)
-        return column_name in self._columns
+        """Return whether the table of assets has a column; a positive answer is remembered."""
+        if column_name not in self._known_columns and super().has_asset_key_col(column_name):
+            self._known_columns.add(column_name)
+        return column_name in self._known_columns
 
     @property
     def supports_partition_subset_in_asset_materialization_planned_events(self) -> bool:
-        """Dagster plans a range with an event an asset; each of its partitions gets its row here, as it would have."""
+        """Return True: Dagster then plans a range with one event for each asset.
+
+        This storage writes a row for each partition of the event, as Dagster would have planned them one by one.
+        """
         return True
 
     def store_event(self, event: dg.EventLogEntry) -> None:
-        """The event gets its row: at once, or with those of its step."""
-        kind = event.dagster_event_type
+        """Write an event at once, or hold it until its step ends."""
+        event_type = event.dagster_event_type
         step = (event.run_id, (event.dagster_event.step_key if event.dagster_event else event.step_key) or "")
-        with self._writing:
-            if kind is _BEGIN:
-                self._open.add(step)
+        with self._write_lock:
+            if event_type is _STEP_START:
+                self._open_steps.add(step)
                 self._write([event])
-            elif step not in self._open:
-                if kind in _RUN_END:
-                    self._open = {each for each in self._open if each[0] != event.run_id}
+            elif step not in self._open_steps:
+                if event_type in _RUN_ENDS:
+                    self._open_steps = {open_step for open_step in self._open_steps if open_step[0] != event.run_id}
                 self._write([event])
-            elif kind in _END:
-                self._open.discard(step)
+            elif event_type in _STEP_ENDS:
+                self._open_steps.discard(step)
                 self._write([event])
             else:
                 self._hold([event])
 
     def store_event_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
-        """Every event of the batch gets its row, as if each were stored by itself."""
-        if not {event.dagster_event_type for event in events} <= _TOGETHER:
-            super().store_event_batch(_each(events))
+        """Write or hold the events of a batch as if each were stored by itself."""
+        if not {event.dagster_event_type for event in events} <= _BATCHED_EVENTS:
+            super().store_event_batch(_split_partitions(events))
             return
-        with self._writing:
+        with self._write_lock:
             steps = {(event.run_id, event.get_dagster_event().step_key or "") for event in events}
-            if steps <= self._open:
+            if steps <= self._open_steps:
                 self._hold(events)
             else:
                 self._write(events)
 
     def flush(self) -> None:
-        """Write what waits."""
-        with self._writing:
+        """Write the events that wait."""
+        with self._write_lock:
             if self._held:
                 self._write([])
 
     def dispose(self) -> None:
-        """Write what waits, if that can be, and let go."""
-        with suppress(*_AWAY):
+        """Write the events that wait, if the database can be reached, and close the connections."""
+        with suppress(*_UNREACHABLE):
             self.flush()
         super().dispose()
 
     def _hold(self, events: Sequence[dg.EventLogEntry]) -> None:
         if not self._held:
-            self._since = monotonic()
+            self._held_since = monotonic()
         self._held += events
-        if len(self._held) >= HELD_EVENTS or monotonic() - self._since > HELD_SECONDS:
+        if len(self._held) >= MAX_HELD_EVENTS or monotonic() - self._held_since > MAX_HELD_SECONDS:
             self._write([])
 
     def _write(self, events: Sequence[dg.EventLogEntry]) -> None:
-        """Write what waits, then the events."""
+        """Write the events that wait, then ``events``."""
         held, self._held = self._held, []
         try:
-            self._write_together([*held, *events])
-        except _AWAY:
+            self._write_batch([*held, *events])
+        except _UNREACHABLE:
             self._held = held
             raise
         except Exception:
-            self._write_each([*held, *events])
+            self._write_one_by_one([*held, *events])
 
-    def _write_each(self, events: Sequence[dg.EventLogEntry]) -> None:
-        """One that cannot be stored takes none with it. Raises what the first such raised."""
-        first: Exception | None = None
-        for event in _each(events):
+    def _write_one_by_one(self, events: Sequence[dg.EventLogEntry]) -> None:
+        """Write each event in a transaction of its own, so that an event that fails does not affect the others.
+
+        Raises the error of the first event that failed.
+        """
+        first_error: Exception | None = None
+        for event in _split_partitions(events):
             try:
                 super().store_event(event)
             except Exception as error:
-                first = first or error
-        if first:
-            raise first
+                first_error = first_error or error
+        if first_error:
+            raise first_error
 
-    def _write_together(self, events: Sequence[dg.EventLogEntry]) -> None:
-        rows = rows_of(events)
+    def _write_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
+        rows = build_rows(events)
         with self._transaction() as conn:
             ids = conn.execute(_INSERT, {name: [getattr(row, name) for row in rows] for name in _INSERTED}).scalars()
             for row, storage_id in zip(rows, sorted(ids), strict=True):
                 row.id = storage_id
-            if of_assets := [row for row in rows if row.kind in _ASSETS and row.asset_key]:
-                self._store_tags(conn, of_assets)
-                self._store_assets(conn, of_assets)
-            if planned := [row for row in rows if row.kind is _PLANNED_CHECK]:
+            if asset_rows := [row for row in rows if row.event_type in _ASSET_EVENTS and row.asset_key]:
+                self._store_tags(conn, asset_rows)
+                self._store_assets(conn, asset_rows)
+            if planned := [row for row in rows if row.event_type is _PLANNED_CHECK]:
                 self._store_planned_checks(conn, planned)
-            if checks := [row for row in rows if row.kind is _CHECK]:
+            if checks := [row for row in rows if row.event_type is _CHECK]:
                 self._store_evaluations(conn, checks)
 
     def _store_tags(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
-        """Of the events' tags those that Dagster looks assets up by."""
+        """Store the tags of events by which Dagster looks up assets."""
         tagged = [
-            {"event_id": row.id, "asset_key": row.asset_key, "key": key, "value": tags[key], "at": row.timestamp}
+            {"event_id": row.id, "asset_key": row.asset_key, "key": key, "value": tags[key], "timestamp": row.timestamp}
             for row in rows
             if (tags := row.tags)
             for key in self.get_asset_tags_to_index(set(tags))
         ]
         if tagged and self.has_table(_TABLES.event_tags.name):
-            conn.execute(_INSERT_TAGS, {name: [each[name] for each in tagged] for name in tagged[0]})
+            conn.execute(_INSERT_TAGS, {name: [tag[name] for tag in tagged] for name in tagged[0]})
 
     def _store_assets(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
-        """Each asset's row says what its newest event of a kind says."""
+        """Update the row of each asset from the newest event of each type."""
         indexed = self.has_secondary_index(_TABLES.asset_key_index)
-        by_kind: dict[dg.DagsterEventType | None, dict[str, Row]] = {}
+        by_type: dict[dg.DagsterEventType | None, dict[str, Row]] = {}
         for row in rows:
-            by_kind.setdefault(row.kind, {})[row.asset_key or ""] = row
-        for newest in by_kind.values():
-            # In one order everywhere, so that two runs do not wait for each other crosswise.
+            by_type.setdefault(row.event_type, {})[row.asset_key or ""] = row
+        for newest in by_type.values():
+            # Sorted, so that two runs lock the rows in the same order and cannot deadlock.
             values = [
                 {"asset_key": key, **self._get_asset_entry_values(newest[key].event, newest[key].id, indexed)}
                 for key in sorted(newest)
@@ -261,16 +297,16 @@ class BatchedEventLog(PostgresEventLogStorage):
         conn.execute(_TABLES.check_executions.insert(), values)
 
     def _store_evaluations(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
-        """Each takes the place of what was planned; one that was not is new, as dagster has it."""
+        """Update the row of each planned check; dagster-postgres stores an evaluation that was not planned."""
         values = [
             {
                 "asset_key": key_text(evaluation.asset_key),
                 "check_name": evaluation.check_name,
                 "run_id": row.event.run_id,
                 "partition": evaluation.partition,
-                "status": _status(evaluation).value,
+                "status": _execution_status(evaluation).value,
                 "event": row.text,
-                "at": row.timestamp,
+                "timestamp": row.timestamp,
                 "id": row.id,
                 "target": target.storage_id if (target := evaluation.target_materialization_data) else None,
             }
@@ -281,7 +317,7 @@ class BatchedEventLog(PostgresEventLogStorage):
         planned: set[int] = set()
         if values:
             planned.update(
-                conn.execute(_UPDATE_CHECKS, {name: [each[name] for each in values] for name in values[0]}).scalars()
+                conn.execute(_UPDATE_CHECKS, {name: [value[name] for value in values] for name in values[0]}).scalars()
             )
         for row in rows:
             if row.id not in planned:
@@ -289,11 +325,11 @@ class BatchedEventLog(PostgresEventLogStorage):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlalchemy.Connection]:
-        """A transaction that also the inherited methods work in, meanwhile and in this thread."""
+        """Open a transaction. Inherited methods that this thread calls in the block use its connection."""
         with super()._connect() as conn:
-            # Said by hand: the connection is in autocommit, and to switch costs more than a transaction.
+            # An explicit BEGIN: the connection is in autocommit, and switching costs more than a transaction.
             conn.exec_driver_sql("BEGIN")
-            self._mine.connection = conn
+            self._thread.connection = conn
             try:
                 yield conn
             except BaseException:
@@ -303,34 +339,37 @@ class BatchedEventLog(PostgresEventLogStorage):
             else:
                 conn.exec_driver_sql("COMMIT")
             finally:
-                self._mine.connection = None
+                self._thread.connection = None
 
     def _connect(self) -> AbstractContextManager[sqlalchemy.Connection]:
-        mine: sqlalchemy.Connection | None = getattr(self._mine, "connection", None)
-        if mine is not None:
-            return nullcontext(mine)
+        connection: sqlalchemy.Connection | None = getattr(self._thread, "connection", None)
+        if connection is not None:
+            return nullcontext(connection)
         self.flush()
         return super()._connect()
 
 
-def _each(events: Sequence[dg.EventLogEntry]) -> list[dg.EventLogEntry]:
-    return list(chain.from_iterable(map(each_partition, events)))
+def _split_partitions(events: Sequence[dg.EventLogEntry]) -> list[dg.EventLogEntry]:
+    return list(chain.from_iterable(map(split_partitions, events)))
 
 
-def _status(evaluation: dg.AssetCheckEvaluation) -> AssetCheckExecutionRecordStatus:
+def _execution_status(evaluation: dg.AssetCheckEvaluation) -> AssetCheckExecutionRecordStatus:
     if evaluation.passed:
         return AssetCheckExecutionRecordStatus.SUCCEEDED
     return AssetCheckExecutionRecordStatus.FAILED
 
 
 class PooledPostgresStorage(DagsterPostgresStorage):
-    """Configured as ``storage: custom:`` in dagster.yaml; the rest is dagster-postgres' own."""
+    """dagster-postgres' storage with open connections and a BatchedEventLog.
+
+    ``dagster.yaml`` names it as ``storage: custom:``.
+    """
 
     @classmethod
-    def from_config_value(  # type: ignore[override]  # as dagster-postgres has it
+    def from_config_value(  # type: ignore[override]  # The signature of dagster-postgres.
         cls, inst_data: ConfigurableClassData | None, config_value: PostgresStorageConfig
     ) -> Self:
-        """What Dagster calls with the ``config`` of dagster.yaml."""
+        """Return the storage for the ``config`` of ``dagster.yaml``; Dagster calls this."""
         token_provider = get_token_provider_from_config(config_value)
         storage = cls(
             inst_data=inst_data,

@@ -1,4 +1,4 @@
-"""The events of a step are written together; whoever looks sees what dagster-postgres would have written one by one."""
+"""The events of a step are written in one batch; readers see the rows that dagster-postgres would have written."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +7,7 @@ import dagster as dg
 import pytest
 import sqlalchemy
 
+from fhir_assets.orchestration.instance import storage
 from fhir_assets.orchestration.instance.storage import BatchedEventLog
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 
@@ -42,25 +43,34 @@ def instance(database: str, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 
 
 @pytest.fixture
-def onlooker(instance: dg.DagsterInstance, database: str, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """Another process's view of the same storage."""
-    with open_instance(database, tmp_path / "onlooker") as opened:
+def reader(instance: dg.DagsterInstance, database: str, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """Another instance on the same storage, as another process would open it."""
+    with open_instance(database, tmp_path / "reader") as opened:
         yield opened
 
 
-def kinds(instance: dg.DagsterInstance, run_id: str) -> list[str]:
+def fail_batches(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let every write of a batch raise ``error``."""
+
+    def build_rows(events: object) -> None:
+        raise error
+
+    monkeypatch.setattr(storage, "build_rows", build_rows)
+
+
+def event_types(instance: dg.DagsterInstance, run_id: str) -> list[str]:
     return [event.dagster_event_type.value for event in instance.all_logs(run_id) if event.dagster_event_type]
 
 
-def test_every_event_is_there_in_the_order_in_which_it_came(
-    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance
+def test_events_are_stored_in_the_order_in_which_they_were_logged(
+    instance: dg.DagsterInstance, reader: dg.DagsterInstance
 ) -> None:
-    told: list[dg.EventLogEntry] = []
+    during_step: list[dg.EventLogEntry] = []
 
     @dg.asset(partitions_def=DAYS, check_specs=[dg.AssetCheckSpec("good", asset="one", partitions_def=DAYS)])
     def one(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
         context.log.info("at work")
-        told.extend(instance.all_logs(context.run.run_id))
+        during_step.extend(instance.all_logs(context.run.run_id))
         yield dg.MaterializeResult(check_results=[dg.AssetCheckResult(passed=True)], metadata={"rows": 1})
 
     @dg.asset(partitions_def=DAYS, deps=[one])
@@ -68,10 +78,10 @@ def test_every_event_is_there_in_the_order_in_which_it_came(
         pass
 
     result = dg.materialize([one, two], instance=instance, partition_key="a")
-    found = onlooker.all_logs(result.run_id)
-    assert found[: len(told)] == told
-    assert [e.user_message for e in told if e.user_message == "at work"]
-    steps = [e.dagster_event_type.value for e in found if e.dagster_event_type and e.step_key == "one"]
+    events = reader.all_logs(result.run_id)
+    assert events[: len(during_step)] == during_step
+    assert "at work" in [event.user_message for event in during_step]
+    steps = [e.dagster_event_type.value for e in events if e.dagster_event_type and e.step_key == "one"]
     assert steps[steps.index("STEP_START") :] == [
         "STEP_START",
         "STEP_OUTPUT",
@@ -80,16 +90,16 @@ def test_every_event_is_there_in_the_order_in_which_it_came(
         "ASSET_CHECK_EVALUATION",
         "STEP_SUCCESS",
     ]
-    assert [e.timestamp for e in found] == sorted(e.timestamp for e in found)
+    assert [event.timestamp for event in events] == sorted(event.timestamp for event in events)
     for key in (one.key, two.key):
-        (record,) = onlooker.get_asset_records([key])
+        (record,) = reader.get_asset_records([key])
         assert record.asset_entry.last_materialization_record
         assert record.asset_entry.last_run_id == result.run_id
-        assert onlooker.get_materialized_partitions(key) == {"a"}
-    (check,) = onlooker.event_log_storage.get_asset_check_execution_history(dg.AssetCheckKey(one.key, "good"), limit=10)
+        assert reader.get_materialized_partitions(key) == {"a"}
+    (check,) = reader.event_log_storage.get_asset_check_execution_history(dg.AssetCheckKey(one.key, "good"), limit=10)
     assert check.partition == "a"
     assert check.status.value == "SUCCEEDED"
-    materialized = onlooker.get_latest_materialization_event(one.key)
+    materialized = reader.get_latest_materialization_event(one.key)
     assert check.event
     evaluation = check.event.get_dagster_event().asset_check_evaluation_data
     assert materialized
@@ -98,8 +108,8 @@ def test_every_event_is_there_in_the_order_in_which_it_came(
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_a_range_is_planned_for_every_partition_as_dagster_itself_plans_it(
-    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
+def test_a_range_has_the_same_planned_events_as_in_dagsters_own_storage(
+    instance: dg.DagsterInstance, reader: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
 ) -> None:
     @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
     def one() -> None:
@@ -109,53 +119,53 @@ def test_a_range_is_planned_for_every_partition_as_dagster_itself_plans_it(
     def two() -> None:
         pass
 
-    def planned(kept: dg.DagsterInstance, seen: dg.DagsterInstance) -> list[tuple[object, ...]]:
+    def run_and_read(writer: dg.DagsterInstance, reader: dg.DagsterInstance) -> list[tuple[object, ...]]:
         tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
-        result = dg.materialize([one, two], instance=kept, tags=tags)
-        found = [e for e in seen.all_logs(result.run_id) if e.dagster_event_type is PLANNED]
-        return [(e.dagster_event, e.level, e.user_message, e.step_key, e.job_name) for e in found]
+        result = dg.materialize([one, two], instance=writer, tags=tags)
+        planned = [event for event in reader.all_logs(result.run_id) if event.dagster_event_type is PLANNED]
+        return [(e.dagster_event, e.level, e.user_message, e.step_key, e.job_name) for e in planned]
 
     if one_by_one:
-        monkeypatch.setattr(BatchedEventLog, "_write_together", lambda *_: (_ for _ in ()).throw(ValueError()))
+        fail_batches(monkeypatch, ValueError())
     with dg.instance_for_test() as plain:
-        assert planned(instance, onlooker) == planned(plain, plain)
+        assert run_and_read(instance, reader) == run_and_read(plain, plain)
     for key in ("a", "b"):
         for asset in (one.key, two.key):
-            assert onlooker.event_log_storage.get_latest_planned_materialization_info(asset, key)
+            assert reader.event_log_storage.get_latest_planned_materialization_info(asset, key)
 
 
-def test_others_see_that_a_step_began_and_all_of_it_when_it_ended(
-    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance
+def test_readers_see_the_start_of_a_step_at_once_and_all_of_its_events_at_its_end(
+    instance: dg.DagsterInstance, reader: dg.DagsterInstance
 ) -> None:
     seen: list[list[str]] = []
 
     @dg.asset
     def one(context: dg.AssetExecutionContext) -> None:
-        seen.append(kinds(onlooker, context.run.run_id))
+        seen.append(event_types(reader, context.run.run_id))
 
     @dg.asset(deps=[one])
     def two(context: dg.AssetExecutionContext) -> None:
-        seen.append(kinds(onlooker, context.run.run_id))
+        seen.append(event_types(reader, context.run.run_id))
 
     assert dg.materialize([one, two], instance=instance).success
     assert seen[0][-1] == "STEP_START"
     assert {"ASSET_MATERIALIZATION", "STEP_SUCCESS"} <= set(seen[1])
 
 
-def test_a_failed_step_has_all_its_events(instance: dg.DagsterInstance, onlooker: dg.DagsterInstance) -> None:
+def test_a_failed_step_has_all_of_its_events(instance: dg.DagsterInstance, reader: dg.DagsterInstance) -> None:
     @dg.asset
     def one(context: dg.AssetExecutionContext) -> None:
         context.log.info("about to fail")
         raise dg.Failure("on purpose")
 
     result = dg.materialize([one], instance=instance, raise_on_error=False)
-    assert [event for event in onlooker.all_logs(result.run_id) if event.user_message == "about to fail"]
-    assert kinds(onlooker, result.run_id)[-1] == "PIPELINE_FAILURE"
-    assert "STEP_FAILURE" in kinds(onlooker, result.run_id)
+    assert [event for event in reader.all_logs(result.run_id) if event.user_message == "about to fail"]
+    assert event_types(reader, result.run_id)[-1] == "PIPELINE_FAILURE"
+    assert "STEP_FAILURE" in event_types(reader, result.run_id)
 
 
-def test_an_event_that_cannot_be_stored_takes_no_other_with_it(
-    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance
+def test_an_event_that_cannot_be_stored_does_not_affect_the_other_events(
+    instance: dg.DagsterInstance, reader: dg.DagsterInstance
 ) -> None:
     @dg.asset
     def one(context: dg.AssetExecutionContext) -> None:
@@ -165,12 +175,12 @@ def test_an_event_that_cannot_be_stored_takes_no_other_with_it(
         context.log.info("after")
 
     result = dg.materialize([one], instance=instance, raise_on_error=False)
-    said = [event.user_message for event in onlooker.all_logs(result.run_id)]
-    assert {"before", "after"} <= set(said)
+    messages = [event.user_message for event in reader.all_logs(result.run_id)]
+    assert {"before", "after"} <= set(messages)
 
 
-def test_while_the_database_is_away_events_wait_and_come_when_it_is_back(
-    instance: dg.DagsterInstance, onlooker: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+def test_events_wait_while_the_database_cannot_be_reached(
+    instance: dg.DagsterInstance, reader: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = instance.event_log_storage
     assert isinstance(log, BatchedEventLog)
@@ -179,10 +189,9 @@ def test_while_the_database_is_away_events_wait_and_come_when_it_is_back(
     def one(context: dg.AssetExecutionContext) -> None:
         context.log.info("kept")
         with monkeypatch.context() as patch:
-            away = sqlalchemy.exc.OperationalError("", None, ConnectionError())
-            patch.setattr(BatchedEventLog, "_write_together", lambda *_: (_ for _ in ()).throw(away))
+            fail_batches(patch, sqlalchemy.exc.OperationalError("", None, ConnectionError()))
             with pytest.raises(sqlalchemy.exc.OperationalError):
                 log.flush()
 
     result = dg.materialize([one], instance=instance)
-    assert [event for event in onlooker.all_logs(result.run_id) if event.user_message == "kept"]
+    assert [event for event in reader.all_logs(result.run_id) if event.user_message == "kept"]

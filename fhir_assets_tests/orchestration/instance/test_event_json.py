@@ -1,4 +1,4 @@
-"""Events packed together read back as those that Dagster packs one by one."""
+"""Events packed in a batch are read by Dagster as the events that Dagster packs one by one."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from dagster_shared.serdes import deserialize_value, serialize_value
 
 from fhir_assets.orchestration.checks.metadata import rows_table
-from fhir_assets.orchestration.instance.event_json import texts
+from fhir_assets.orchestration.instance.event_json import pack_events
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::dagster.BetaWarning"),
@@ -21,7 +21,7 @@ DAYS = dg.StaticPartitionsDefinition(["a", "b", "c"])
 
 @pytest.fixture(scope="module")
 def events() -> Iterator[list[dg.EventLogEntry]]:
-    """The events of a range run, of a failed one, and their odd values."""
+    """The events of a range run and of a failed run, with unusual values."""
     check = dg.AssetCheckSpec("good", asset="one", partitions_def=DAYS)
 
     @dg.asset(partitions_def=DAYS, check_specs=[check], backfill_policy=dg.BackfillPolicy.single_run())
@@ -53,19 +53,19 @@ def events() -> Iterator[list[dg.EventLogEntry]]:
         yield [*instance.all_logs(first.run_id), *instance.all_logs(second.run_id)]
 
 
-def test_what_is_packed_together_reads_the_same(events: list[dg.EventLogEntry]) -> None:
+def test_packed_events_read_the_same_as_events_that_dagster_packs(events: list[dg.EventLogEntry]) -> None:
     assert {e.dagster_event_type.value for e in events if e.dagster_event_type} >= {
         *("ASSET_MATERIALIZATION_PLANNED", "ASSET_MATERIALIZATION", "ASSET_CHECK_EVALUATION_PLANNED"),
         *("ASSET_CHECK_EVALUATION", "STEP_OUTPUT", "STEP_FAILURE", "PIPELINE_FAILURE"),
     }
-    # Twice, so that every object comes by again.
-    for event, text in zip([*events, *events], texts([*events, *events]), strict=True):
-        said = serialize_value(event)
-        assert json.loads(text, parse_constant=str) == json.loads(said, parse_constant=str)
-        if "NaN" not in said:
+    # Twice, so that every object occurs again.
+    for event, text in zip([*events, *events], pack_events([*events, *events]), strict=True):
+        expected = serialize_value(event)
+        assert json.loads(text, parse_constant=str) == json.loads(expected, parse_constant=str)
+        if "NaN" not in expected:
             assert deserialize_value(text, dg.EventLogEntry) == event
 
 
-def test_an_object_is_not_taken_for_another_that_had_its_place(events: list[dg.EventLogEntry]) -> None:
+def test_an_object_is_not_mistaken_for_an_earlier_object_with_the_same_id(events: list[dg.EventLogEntry]) -> None:
     others = (events[0]._replace(user_message=str(number)) for number in range(500))
-    assert [json.loads(text)["user_message"] for text in texts(others)] == [str(number) for number in range(500)]
+    assert [json.loads(text)["user_message"] for text in pack_events(others)] == [str(number) for number in range(500)]
