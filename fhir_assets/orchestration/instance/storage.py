@@ -4,6 +4,7 @@ dagster-postgres opens a connection for every event unless a webserver asks it n
 in up to a dozen round trips. A load of an empty window has a thousand events, which took more than half of its time.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
@@ -118,6 +119,8 @@ _UPDATE_CHECKS = sqlalchemy.text("""
 _UNREACHABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, DagsterPostgresException)
 """Errors that mean that the database cannot be reached: the waiting events keep waiting."""
 
+_log = logging.getLogger(__name__)
+
 
 class BatchedEventLog(PostgresEventLogStorage):
     """dagster-postgres' event log, which writes the events between the start and the end of a step in one transaction.
@@ -126,7 +129,8 @@ class BatchedEventLog(PostgresEventLogStorage):
     event, first writes the events that wait. A process that is killed may lose the last second of events of its running
     steps, as if it had been killed a second earlier; a step that ended or failed has all of its events.
 
-    If a batch cannot be written, its events are written one by one as dagster-postgres does.
+    If a batch cannot be written, its events are written one by one as dagster-postgres does, and the first time a
+    warning is logged.
     """
 
     def __init__(self, *arguments: object, **options: object) -> None:
@@ -137,6 +141,7 @@ class BatchedEventLog(PostgresEventLogStorage):
         self._open_steps: set[tuple[str, str]] = set()
         self._write_lock = RLock()
         self._thread = local()
+        self._warned = False
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
 
     def has_table(self, table_name: str) -> bool:
@@ -216,8 +221,19 @@ class BatchedEventLog(PostgresEventLogStorage):
         except _UNREACHABLE:
             self._held = held
             raise
-        except Exception:
+        except Exception as error:
+            self._warn_once(error)
             self._write_one_by_one([*held, *events])
+
+    def _warn_once(self, error: Exception) -> None:
+        # The message of the error is left out, because it may quote an event.
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "a batch of Dagster's events could not be written: they are written one by one, which is slower; "
+                "further batches that fail are not logged",
+                extra={"error": type(error).__name__},
+            )
 
     def _write_one_by_one(self, events: Sequence[dg.EventLogEntry]) -> None:
         """Write each event in a transaction of its own, so that an event that fails does not affect the others.

@@ -1,5 +1,6 @@
 """The events of a step are written in one batch; readers see the rows that dagster-postgres would have written."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,3 +196,24 @@ def test_events_wait_while_the_database_cannot_be_reached(
 
     result = dg.materialize([one], instance=instance)
     assert [event for event in reader.all_logs(result.run_id) if event.user_message == "kept"]
+
+
+def test_a_batch_that_cannot_be_written_is_logged_once_and_its_events_are_stored(
+    instance: dg.DagsterInstance,
+    reader: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        context.log.info("kept")
+
+    fail_batches(monkeypatch, ValueError("Wintergarten"))
+    with caplog.at_level(logging.WARNING, "fhir_assets"):
+        results = [dg.materialize([one], instance=instance) for _ in range(2)]
+    for result in results:
+        assert "kept" in [event.user_message for event in reader.all_logs(result.run_id)]
+    warnings = [record for record in caplog.records if record.name == storage.__name__]
+    assert [(record.levelname, record.error) for record in warnings] == [("WARNING", "ValueError")]  # type: ignore[attr-defined]
+    assert "one by one" in warnings[0].message
+    assert "Wintergarten" not in caplog.text
