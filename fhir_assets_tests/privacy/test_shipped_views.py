@@ -41,7 +41,7 @@ def rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:
     lines = [json.dumps(resource).encode() for resource in saturated_resources(resource_type)]
     made = make(Batch(lines, "2020-02-03", datetime.now(UTC)))
     assert made.block, made.rejected
-    return {view.name: texts.text for view, texts in zip(views, made.block.rows, strict=True)}
+    return {view.name: texts.text for view, texts in zip(views, made.block.view_lines, strict=True)}
 
 
 @pytest.mark.parametrize("resource_type", [each.name for each in CATALOG if each.name not in NOBODYS])

@@ -1,67 +1,76 @@
-"""Chunks of blocks: cut apart and put together, each resource keeps its own lines."""
+"""Chunks of COPY blocks: after blocks are taken apart and joined, each resource still has its own lines."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock, Prepared
-from fhir_assets.warehouse.postgres.tables.copy_chunks import NOTHING, Chunk, Piece, newest
+from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock, EncodedResource
+from fhir_assets.warehouse.postgres.tables.copy_chunks import EMPTY_CHUNK, CopyChunk, PartitionBlock, keep_newest
 
 Resource = tuple[str, int]
-"""An id, and a version."""
+"""An id and a version."""
 
 RESOURCES = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 3)), max_size=8)
 
 
-def prepared(key: str, version: int) -> Prepared:
-    head, rows = f"{key}\t{version}\n", [f"{key}{version}\n" * (version % 3), ""]
-    return Prepared(key, 1.0, version, head.encode(), [text.encode() for text in rows])
+def encode(resource_id: str, version: int) -> EncodedResource:
+    view_lines = [f"{resource_id}{version}\n" * (version % 3), ""]
+    return EncodedResource(
+        resource_id, 1.0, version, f"{resource_id}\t{version}\n".encode(), [text.encode() for text in view_lines]
+    )
 
 
-def piece(resources: list[Resource], partition_key: str = "w") -> Piece:
-    block = CopyBlock.of([(place, prepared(*each)) for place, each in enumerate(resources)], 2)
-    return Piece(block, partition_key, [f"{key}{version}".encode() for key, version in resources])
+def build_block(resources: list[Resource]) -> PartitionBlock:
+    block = CopyBlock.build([(n, encode(*resource)) for n, resource in enumerate(resources)], 2)
+    return PartitionBlock(block, "w", [f"{resource_id}{version}".encode() for resource_id, version in resources])
 
 
-def held(pieces: list[Piece]) -> list[Resource]:
-    """Which resources pieces hold; fails if a resource's texts or its line are another's."""
-    found = []
-    for block, _, lines in pieces:
-        for n, key in enumerate(block.ids):
-            version = block.numbers[n]
-            whole = prepared(key, version)
-            assert block.heads.pick([n]).text == whole.head
-            assert [texts.pick([n]).text for texts in block.rows] == whole.rows
-            assert lines[block.places[n]] == f"{key}{version}".encode()
-            found.append((key, version))
-    return found
+def read_blocks(blocks: list[PartitionBlock]) -> list[Resource]:
+    """Return the resources of blocks. Fails if the lines of a resource belong to another one."""
+    resources = []
+    for block, _, lines in blocks:
+        for n, resource_id in enumerate(block.ids):
+            version = block.version_numbers[n]
+            encoded = encode(resource_id, version)
+            assert block.resource_lines.select([n]).text == encoded.resource_line
+            assert [texts.select([n]).text for texts in block.view_lines] == encoded.view_lines
+            assert lines[block.line_numbers[n]] == f"{resource_id}{version}".encode()
+            resources.append((resource_id, version))
+    return resources
 
 
 @given(st.lists(RESOURCES, max_size=5))
-def test_the_newest_of_each_resource_stays_and_of_equals_the_last(batches: list[list[Resource]]) -> None:
-    all_of_them = [(each, p, n) for p, batch in enumerate(batches) for n, each in enumerate(batch)]
-    best = {key: max((v, p, n) for (k, v), p, n in all_of_them if k == key) for (key, _), _, _ in all_of_them}
-    expected = [(key, v) for v, p, n, key in sorted(((v, p, n, key) for key, (v, p, n) in best.items()), key=place)]
-    chosen = newest([piece(batch) for batch in batches])
-    assert held(chosen) == expected
-    assert len(Chunk(chosen)) == len(expected)
-
-
-def place(found: tuple[int, int, int, str]) -> tuple[int, int]:
-    return found[1], found[2]
+def test_the_newest_version_of_each_resource_is_kept_and_of_equal_versions_the_last(
+    batches: list[list[Resource]],
+) -> None:
+    newest: dict[str, tuple[int, int, int]] = {}
+    for batch_number, batch in enumerate(batches):
+        for n, (resource_id, version) in enumerate(batch):
+            newest[resource_id] = max(newest.get(resource_id, (-1, 0, 0)), (version, batch_number, n))
+    in_order = sorted(newest.items(), key=lambda item: item[1][1:])
+    kept = keep_newest([build_block(batch) for batch in batches])
+    assert read_blocks(kept) == [(resource_id, version) for resource_id, (version, _, _) in in_order]
+    assert len(CopyChunk(kept)) == len(newest)
 
 
 @given(st.lists(RESOURCES, max_size=5), st.sets(st.sampled_from("abcdefgh")))
-def test_a_chunk_cut_apart_has_the_lines_of_what_is_left(batches: list[list[Resource]], ids: set[str]) -> None:
-    chunk = Chunk(newest([piece(batch) for batch in batches]))
-    some = chunk.only(ids)
-    assert held(some.pieces) == [each for each in held(chunk.pieces) if each[0] in ids]
-    assert some.heads == b"".join(prepared(*each).head for each in held(some.pieces))
-    first, second = chunk.halves()
-    assert held(first.pieces) + held(second.pieces) == held(chunk.pieces)
+def test_a_chunk_that_is_taken_apart_has_the_lines_of_the_remaining_resources(
+    batches: list[list[Resource]], ids: set[str]
+) -> None:
+    chunk = CopyChunk(keep_newest([build_block(batch) for batch in batches]))
+    resources = read_blocks(chunk.blocks)
+    selected = chunk.select_ids(ids)
+    assert read_blocks(selected.blocks) == [resource for resource in resources if resource[0] in ids]
+    assert selected.resource_lines == b"".join(
+        encode(*resource).resource_line for resource in resources if resource[0] in ids
+    )
+    first, second = chunk.split()
+    assert read_blocks(first.blocks) + read_blocks(second.blocks) == resources
     assert abs(len(first) - len(second)) <= 1
     if chunk:
-        assert chunk.rows == [b"".join(prepared(*each).rows[view] for each in held(chunk.pieces)) for view in range(2)]
+        assert chunk.view_lines == [
+            b"".join(encode(*resource).view_lines[view] for resource in resources) for view in range(2)
+        ]
 
 
-def test_nothing_has_no_lines() -> None:
-    assert (len(NOTHING), NOTHING.heads, NOTHING.rows) == (0, b"", [])
+def test_an_empty_chunk_has_no_lines() -> None:
+    assert (len(EMPTY_CHUNK), EMPTY_CHUNK.resource_lines, EMPTY_CHUNK.view_lines) == (0, b"", [])

@@ -86,14 +86,14 @@ class RowBuilder:
                 continue
             try:
                 rows = self._views.rows(resource)
-                prepared.append((index, self._encoder.prepare(record, batch.partition_key, rows)))
+                prepared.append((index, self._encoder.encode(record, batch.partition_key, rows)))
             except RowError as error:
                 path = f"{error.view}.{error.column}"
                 rejected.append(RejectedLine(index, record.id, "transform", "view", path, error.message))
             except UnstorableResource as unfit:
                 path = format_column_path(unfit.view, unfit.column)
                 rejected.append(RejectedLine(index, record.id, "load", "unloadable", path, unfit.message))
-        return BuiltRows(CopyBlock.of(prepared, len(self._encoder.views)), rejected)
+        return BuiltRows(CopyBlock.build(prepared, len(self._encoder.views)), rejected)
 
 
 def format_column_path(view: str | None, column: str | None) -> str:

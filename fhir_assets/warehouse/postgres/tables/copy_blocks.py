@@ -1,4 +1,8 @@
-"""Resources and their rows as the text that COPY reads: all that can be done without the database, in any process."""
+"""Resources and the rows of their views as text in the format of COPY.
+
+Everything here works without a database connection, so that worker processes can do it. What is encoded in a worker
+travels to the loading process as a ``CopyBlock``: a few long texts, which COPY accepts unchanged.
+"""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,70 +18,75 @@ from fhir_assets.warehouse.postgres.tables.encoding import (
     MAX_INDEXED_BYTES,
     NULL,
     UnstorableValue,
-    body_line,
     build_row_encoder,
+    encode_body,
+    encode_text_array,
     escape_text,
-    texts,
 )
 
 ViewRows = Sequence[Sequence[Sequence[object]]]
-"""Per view its rows, each with its values as JSON has them, in the order of the view's columns."""
+"""The rows of one resource: for each view a list of rows, each with the JSON values of the view's columns in order."""
 
-_LARGEST_NUMBER = 2**63 - 1
+_MAX_BIGINT = 2**63 - 1
 
 
-class Prepared(NamedTuple):
-    """A resource ready to be copied: ``head`` is its line in ``fhir.resource`` without what the load adds, ``rows`` its
-    lines in each view. ``moment`` and ``number`` tell its versions apart: the greatest is the newest.
+class EncodedResource(NamedTuple):
+    """A resource in the format of COPY.
+
+    ``resource_line`` is its line in ``fhir.resource`` without the columns that the load adds. ``view_lines`` has one
+    text for each view: the lines of all rows of the resource. Of two versions of a resource the one with the greater
+    (``timestamp``, ``version_number``) is newer; ``timestamp`` is in seconds since 1970.
     """
 
     id: str
-    moment: float
-    number: int
-    head: bytes
-    rows: list[bytes]
+    timestamp: float
+    version_number: int
+    resource_line: bytes
+    view_lines: list[bytes]
 
 
-class Texts(NamedTuple):
-    """Texts one behind the other, and where each ends."""
+class JoinedTexts(NamedTuple):
+    """Texts concatenated to one, with the offset at which each of them ends."""
 
     text: bytes
     ends: "array[int]"
 
     @classmethod
-    def of(cls, texts: Sequence[bytes]) -> Self:
-        """These texts."""
+    def join(cls, texts: Sequence[bytes]) -> Self:
+        """Concatenate ``texts``."""
         return cls(b"".join(texts), array("Q", accumulate(map(len, texts))))
 
-    def pick(self, numbers: Iterable[int]) -> "Texts":
-        """Some of them."""
-        return Texts.of([self.text[self.ends[n - 1] if n else 0 : self.ends[n]] for n in numbers])
+    def select(self, indexes: Iterable[int]) -> "JoinedTexts":
+        """Return the texts with these indexes, in the given order."""
+        return JoinedTexts.join([self.text[self.ends[n - 1] if n else 0 : self.ends[n]] for n in indexes])
 
 
 @dataclass(frozen=True, slots=True)
 class CopyBlock:
-    """Resources ready to be copied, by columns: from process to process as a few long texts, which COPY takes as they
-    are. ``places`` are those of their lines in the batch that they come from; the rest see ``Prepared``.
+    """Encoded resources, stored by columns. Pickling a block copies a few long texts instead of many small objects.
+
+    ``line_numbers`` are the indexes of the resources' lines in the batch that they come from. The other fields
+    correspond to those of ``EncodedResource``; ``view_lines`` has one element for each view.
     """
 
-    places: "array[int]"
+    line_numbers: "array[int]"
     ids: list[str]
-    moments: "array[float]"
-    numbers: "array[int]"
-    heads: Texts
-    rows: list[Texts]
+    timestamps: "array[float]"
+    version_numbers: "array[int]"
+    resource_lines: JoinedTexts
+    view_lines: list[JoinedTexts]
 
     @classmethod
-    def of(cls, prepared: Sequence[tuple[int, Prepared]], views: int) -> Self:
-        """A block of resources, each with its place; so many views have rows of them."""
-        resources = [each for _, each in prepared]
+    def build(cls, encoded: Sequence[tuple[int, EncodedResource]], view_count: int) -> Self:
+        """Build a block from pairs of a line number and an encoded resource."""
+        resources = [resource for _, resource in encoded]
         return cls(
-            array("Q", [place for place, _ in prepared]),
-            [each.id for each in resources],
-            array("d", [each.moment for each in resources]),
-            array("Q", [each.number for each in resources]),
-            Texts.of([each.head for each in resources]),
-            [Texts.of([each.rows[view] for each in resources]) for view in range(views)],
+            array("Q", [line_number for line_number, _ in encoded]),
+            [resource.id for resource in resources],
+            array("d", [resource.timestamp for resource in resources]),
+            array("Q", [resource.version_number for resource in resources]),
+            JoinedTexts.join([resource.resource_line for resource in resources]),
+            [JoinedTexts.join([resource.view_lines[view] for resource in resources]) for view in range(view_count)],
         )
 
     def __len__(self) -> int:
@@ -85,23 +94,23 @@ class CopyBlock:
 
     @property
     def size(self) -> int:
-        """Bytes to be copied."""
-        return len(self.heads.text) + sum(len(each.text) for each in self.rows)
+        """The number of bytes to be copied."""
+        return len(self.resource_lines.text) + sum(len(lines.text) for lines in self.view_lines)
 
-    def pick(self, numbers: Sequence[int]) -> "CopyBlock":
-        """Some of its resources."""
+    def select(self, indexes: Sequence[int]) -> "CopyBlock":
+        """Return a block of the resources with these indexes, in the given order."""
         return CopyBlock(
-            array("Q", [self.places[n] for n in numbers]),
-            [self.ids[n] for n in numbers],
-            array("d", [self.moments[n] for n in numbers]),
-            array("Q", [self.numbers[n] for n in numbers]),
-            self.heads.pick(numbers),
-            [each.pick(numbers) for each in self.rows],
+            array("Q", [self.line_numbers[n] for n in indexes]),
+            [self.ids[n] for n in indexes],
+            array("d", [self.timestamps[n] for n in indexes]),
+            array("Q", [self.version_numbers[n] for n in indexes]),
+            self.resource_lines.select(indexes),
+            [lines.select(indexes) for lines in self.view_lines],
         )
 
 
 class UnstorableResource(Exception):
-    """A resource that Postgres cannot hold; ``view`` and ``column`` are None if the fault is in its JSON as such."""
+    """A resource that Postgres cannot store. ``view`` and ``column`` are None if its JSON itself is the cause."""
 
     def __init__(self, view: str | None, column: str | None, message: str) -> None:
         super().__init__(message)
@@ -111,54 +120,56 @@ class UnstorableResource(Exception):
 
 
 class ResourceEncoder:
-    """Prepares resources of one type with their rows of ``views``, sealed if there are keys. Pickles as these two."""
+    """Encodes resources of one type and their rows of ``views``, encrypted if ``cipher`` has keys. Can be pickled."""
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
         self.views = tuple(views)
         self.cipher = cipher
         self._columns = [[column.name for column in view.columns] for view in views]
-        self._encoders = [build_row_encoder(view, cipher) for view in views]
+        self._row_encoders = [build_row_encoder(view, cipher) for view in views]
 
     def __reduce__(self) -> tuple[object, ...]:
         return ResourceEncoder, (self.views, self.cipher)
 
-    def prepare(self, record: Record, partition_key: str, rows: ViewRows) -> Prepared:
-        """The COPY text of a resource and its rows. Raises Unfit."""
+    def encode(self, record: Record, partition_key: str, rows: ViewRows) -> EncodedResource:
+        """Return a resource and its rows in the format of COPY. Raises UnstorableResource."""
         try:
             key = escape_text(record.id)
             version = NULL if record.version_id is None else escape_text(record.version_id)
-            body = body_line(record.body, self.cipher)
-            patients = NULL if record.patients is None else _patients_text(record.patients)
-        except UnstorableValue as refused:
-            raise UnstorableResource(None, None, str(refused)) from None
+            body = encode_body(record.body, self.cipher)
+            patients = NULL if record.patients is None else _encode_patients(record.patients)
+        except UnstorableValue as error:
+            raise UnstorableResource(None, None, str(error)) from None
         if len(key) > MAX_INDEXED_BYTES // 4:
             raise UnstorableResource(None, "id", "an id that is too long to be a key")
-        number = version_number(record.version_id)
-        at = record.as_of.isoformat()
-        updated = at if record.last_updated is not None else NULL
-        head = (
-            f"{key}\t{version}\t{NULL if number is None else number}\t{updated}\t{at}\t"
-            f"{_partition_text(partition_key)}\t{patients}\t"
+        version_number = parse_version_number(record.version_id)
+        as_of = record.as_of.isoformat()
+        last_updated = as_of if record.last_updated is not None else NULL
+        columns = (
+            f"{key}\t{version}\t{NULL if version_number is None else version_number}\t{last_updated}\t{as_of}\t"
+            f"{_escape_partition_key(partition_key)}\t{patients}\t"
         ).encode()
-        lines: list[bytes] = []
-        for place, encoder in enumerate(self._encoders):
+        view_lines: list[bytes] = []
+        for view, encode_row in enumerate(self._row_encoders):
             try:
-                text = "".join([f"{key}\t{encoder(row)}\n" for row in rows[place]])
-            except UnstorableValue as refused:
-                column = self._columns[place][refused.args[1]]
-                raise UnstorableResource(self.views[place].name, column, str(refused.args[0])) from None
-            lines.append(text.encode())
-        return Prepared(record.id, record.as_of.timestamp(), number or 0, b"%b%b\n" % (head, body), lines)
+                text = "".join([f"{key}\t{encode_row(row)}\n" for row in rows[view]])
+            except UnstorableValue as error:
+                column = self._columns[view][error.args[1]]
+                raise UnstorableResource(self.views[view].name, column, str(error.args[0])) from None
+            view_lines.append(text.encode())
+        return EncodedResource(
+            record.id, record.as_of.timestamp(), version_number or 0, b"%b%b\n" % (columns, body), view_lines
+        )
 
 
-# A resource's neighbours are of the same partition, and often of the same patients.
-_partition_text = lru_cache(16)(escape_text)
-_patients_text = lru_cache(4096)(texts)
+# Consecutive resources belong to the same partition and often to the same patients.
+_escape_partition_key = lru_cache(16)(escape_text)
+_encode_patients = lru_cache(4096)(encode_text_array)
 
 
-def version_number(version_id: str | None) -> int | None:
-    """``meta.versionId`` where it is a number that Postgres can hold."""
+def parse_version_number(version_id: str | None) -> int | None:
+    """Return ``meta.versionId`` as a number, or None if it is not one that fits a bigint."""
     if version_id is None or not version_id.isascii() or not version_id.isdigit() or len(version_id) > 19:
         return None
     number = int(version_id)
-    return number if number <= _LARGEST_NUMBER else None
+    return number if number <= _MAX_BIGINT else None

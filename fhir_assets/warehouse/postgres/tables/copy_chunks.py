@@ -1,4 +1,7 @@
-"""What is written to the tables at once: blocks of several batches, cut apart only where not all of them win."""
+"""Chunks: the resources that one COPY writes, made of the blocks of several batches.
+
+A block is taken apart only if some of its resources are not written, for instance because a newer version is stored.
+"""
 
 from collections.abc import Container, Sequence
 from functools import cached_property
@@ -7,63 +10,66 @@ from typing import NamedTuple
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 
 
-class Piece(NamedTuple):
-    """Resources of one partition in a chunk, and the lines of their batch: what a dead letter would need."""
+class PartitionBlock(NamedTuple):
+    """Encoded resources of one partition, with all lines of their batch as received, which dead letters need."""
 
     block: CopyBlock
     partition_key: str
     lines: Sequence[bytes]
 
-    def pick(self, numbers: Sequence[int]) -> "Piece":
-        """Some of them."""
-        return self._replace(block=self.block.pick(numbers)) if len(numbers) < len(self.block) else self
+    def select(self, indexes: Sequence[int]) -> "PartitionBlock":
+        """Return the resources with these indexes, which must be ascending and distinct."""
+        return self._replace(block=self.block.select(indexes)) if len(indexes) < len(self.block) else self
 
 
-class Chunk:
-    """Resources that are written together, no two of them with the same id."""
+class CopyChunk:
+    """Resources that are written together. No two of them have the same id."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = [piece for piece in pieces if len(piece.block)]
-        self.ids = [key for piece in self.pieces for key in piece.block.ids]
+    def __init__(self, blocks: Sequence[PartitionBlock]) -> None:
+        self.blocks = [block for block in blocks if len(block.block)]
+        self.ids = [resource_id for block in self.blocks for resource_id in block.block.ids]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
-    def heads(self) -> bytes:
-        """The lines of ``fhir.resource``."""
-        return b"".join([piece.block.heads.text for piece in self.pieces])
+    def resource_lines(self) -> bytes:
+        """The lines for ``fhir.resource``."""
+        return b"".join([block.block.resource_lines.text for block in self.blocks])
 
     @cached_property
-    def rows(self) -> list[bytes]:
-        """The lines of each view; nothing if there are no resources."""
-        by_view = zip(*[piece.block.rows for piece in self.pieces], strict=True)
-        return [b"".join([texts.text for texts in of_view]) for of_view in by_view]
+    def view_lines(self) -> list[bytes]:
+        """The lines for the table of each view; an empty list if the chunk has no resources."""
+        by_view = zip(*[block.block.view_lines for block in self.blocks], strict=True)
+        return [b"".join([texts.text for texts in texts_of_view]) for texts_of_view in by_view]
 
-    def only(self, ids: Container[str]) -> "Chunk":
-        """Those of its resources that have one of these ids."""
-        pieces = [piece.pick([n for n, key in enumerate(piece.block.ids) if key in ids]) for piece in self.pieces]
-        return Chunk(pieces) if any(new is not old for new, old in zip(pieces, self.pieces, strict=True)) else self
+    def select_ids(self, ids: Container[str]) -> "CopyChunk":
+        """Return the resources whose id is in ``ids``."""
+        blocks = [
+            block.select([n for n, resource_id in enumerate(block.block.ids) if resource_id in ids])
+            for block in self.blocks
+        ]
+        return CopyChunk(blocks) if any(new is not old for new, old in zip(blocks, self.blocks, strict=True)) else self
 
-    def halves(self) -> tuple["Chunk", "Chunk"]:
-        """The first half of its resources, and the second."""
+    def split(self) -> tuple["CopyChunk", "CopyChunk"]:
+        """Return the first half and the second half of the resources."""
         middle = len(self) // 2
-        return self.only(frozenset(self.ids[:middle])), self.only(frozenset(self.ids[middle:]))
+        return self.select_ids(frozenset(self.ids[:middle])), self.select_ids(frozenset(self.ids[middle:]))
 
 
-NOTHING = Chunk(())
+EMPTY_CHUNK = CopyChunk(())
 
 
-def newest(pieces: Sequence[Piece]) -> list[Piece]:
-    """Of resources with the same id the newest version; of equals the one that came last."""
-    best: dict[str, tuple[float, int, int, int]] = {}
-    for p, piece in enumerate(pieces):
-        block = piece.block
-        for n, key in enumerate(block.ids):
-            version = (block.moments[n], block.numbers[n], p, n)
-            if key not in best or version > best[key]:
-                best[key] = version
-    chosen: list[list[int]] = [[] for _ in pieces]
-    for _, _, p, n in best.values():
-        chosen[p].append(n)
-    return [piece.pick(sorted(numbers)) for piece, numbers in zip(pieces, chosen, strict=True)]
+def keep_newest(blocks: Sequence[PartitionBlock]) -> list[PartitionBlock]:
+    """Keep only the newest version of each resource; of equal versions, the one that came last."""
+    newest: dict[str, tuple[float, int, int, int]] = {}
+    for b, partition_block in enumerate(blocks):
+        block = partition_block.block
+        for n, resource_id in enumerate(block.ids):
+            version = (block.timestamps[n], block.version_numbers[n], b, n)
+            if resource_id not in newest or version > newest[resource_id]:
+                newest[resource_id] = version
+    selected: list[list[int]] = [[] for _ in blocks]
+    for _, _, b, n in newest.values():
+        selected[b].append(n)
+    return [block.select(sorted(indexes)) for block, indexes in zip(blocks, selected, strict=True)]

@@ -18,7 +18,7 @@ from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, consents, visits, withheld_resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
-from fhir_assets.warehouse.postgres.tables.copy_blocks import version_number
+from fhir_assets.warehouse.postgres.tables.copy_blocks import parse_version_number
 from fhir_assets.warehouse.postgres.tables.encoding import MAX_INDEXED_BYTES
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
@@ -130,7 +130,7 @@ def _apply(
         {
             **ids,
             "versions": [row.version_id for row in rows],
-            "numbers": [version_number(row.version_id) for row in rows],
+            "numbers": [parse_version_number(row.version_id) for row in rows],
             "times": [row.at for row in rows],
             "run": run_id,
             "key": partition_key,

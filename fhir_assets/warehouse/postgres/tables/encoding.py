@@ -90,7 +90,7 @@ def _located(cells: Sequence[Cell], row: Sequence[object]) -> UnstorableValue:
     return UnstorableValue("a row with another number of columns than the view", 0)
 
 
-def body_line(body: bytes, cipher: Cipher) -> bytes:
+def encode_body(body: bytes, cipher: Cipher) -> bytes:
     """A resource's JSON, sealed, as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
     if cipher.on:
         if b"\\u" in body:
@@ -143,7 +143,7 @@ _NUL = "text with the NUL character (\\u0000), which Postgres does not store: re
 _HALF = "text with half a surrogate pair, which is no character: correct it at the source"
 
 
-def texts(values: Sequence[str]) -> str:
+def encode_text_array(values: Sequence[str]) -> str:
     """An array of texts as COPY reads it. Raises Refused."""
     return _texts(values)
 

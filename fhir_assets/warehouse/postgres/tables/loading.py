@@ -1,9 +1,9 @@
-"""Resources and the rows of their views into the tables: COPY, newest version wins, all in the caller's transaction.
+"""The Loader: writes resources and the rows of their views to Postgres, in the caller's transaction.
 
-A chunk of resources goes into ``fhir.resource`` first. Of new ones it is copied straight into it; one with a resource
-that is there is upserted, which takes the rows' locks and says which won against what is stored. Only the winners' rows
-replace those of the views. So two loads of the same resources at once end as if one had come after the other, whatever
-their order.
+Resources are written in chunks, first to ``fhir.resource``. If no resource of a chunk is stored, the chunk is copied
+directly. Otherwise it is upserted from a temporary table: the upsert locks the rows of the resources and returns the
+resources whose version is newer than the stored one, and only their rows replace those in the tables of the views.
+Two concurrent loads of the same resources therefore have the same result as one after the other, in either order.
 """
 
 import re
@@ -26,28 +26,28 @@ from fhir_assets.warehouse.ops import consents
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables.copy_blocks import (
     CopyBlock,
-    Prepared,
+    EncodedResource,
     ResourceEncoder,
     UnstorableResource,
     ViewRows,
 )
-from fhir_assets.warehouse.postgres.tables.copy_chunks import NOTHING, Chunk, Piece, newest
+from fhir_assets.warehouse.postgres.tables.copy_chunks import EMPTY_CHUNK, CopyChunk, PartitionBlock, keep_newest
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
 from fhir_assets.warehouse.postgres.tables.load_statements import LoadStatements
 
 CHUNK_RESOURCES = 2_000
 CHUNK_BYTES = 4 * 2**20
 NO_CONSENT_GATE = ConsentGate()
-"""Nothing is withheld."""
+"""A consent gate that withholds no resource."""
 
-_SWITCH_SECONDS = 0.0002
+_SWITCH_INTERVAL_SECONDS = 0.0002
 
-_COLUMN = re.compile(r', column "?([^":]+)"?')
+_COLUMN_IN_CONTEXT = re.compile(r', column "?([^":]+)"?')
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadableResource:
-    """A resource that Postgres cannot hold; ``view`` and ``column`` are None if the fault is in its JSON as such."""
+    """A resource that Postgres cannot store. ``view`` and ``column`` are None if its JSON itself is the cause."""
 
     resource_id: str
     partition_key: str
@@ -59,8 +59,10 @@ class UnloadableResource:
 
 @dataclass(slots=True)
 class LoadCounts:
-    """What a load did. ``superseded`` resources lost to a newer version, stored or in the same load; ``rows`` are
-    those written, by view; ``withheld`` those that consent keeps out, by partition key.
+    """The counts of resources in a load.
+
+    ``superseded`` are resources of which a newer version is stored or is part of the same load. ``rows`` are the rows
+    written, by view. ``withheld`` are the resources that consent withholds, by partition key.
     """
 
     inserted: int = 0
@@ -72,34 +74,37 @@ class LoadCounts:
 
 
 @dataclass(slots=True)
-class _Outcome:
-    """What came of one chunk."""
+class _ChunkResult:
+    """The counts of one chunk, and its resources that Postgres rejected."""
 
     inserted: int = 0
     updated: int = 0
     superseded: int = 0
     rows: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
-    refused: list[UnloadableResource] = field(default_factory=list)
+    unloadable: list[UnloadableResource] = field(default_factory=list)
 
 
-_Written = tuple[int, Chunk, Chunk]
-"""Of a chunk: how many resources were there before, those that won, and those that are withheld."""
+_Written = tuple[int, CopyChunk, CopyChunk]
+"""How many resources of a chunk replaced an older version, the resources written, and the resources withheld."""
 
 
 class Loader:
-    """Loads resources of one type and their rows of ``views``. The caller opens and commits the transaction:
-    everything that one Loader writes is seen together or not at all.
+    """Loads resources of one type and their rows of ``views``.
 
-    A second load of a resource, or of an older version of it, changes nothing. Of versions of the same time the one
-    with the greater numeric ``versionId`` is newer, and of equals the one that came last.
+    The caller begins and commits the transaction: either everything that one Loader writes becomes visible, or nothing.
+    A second load of the same or of an older version of a resource changes nothing. If ``meta.lastUpdated`` is equal,
+    the version with the greater numeric ``versionId`` is newer; if that is equal too, the version that came last.
 
-    Used as a context manager it writes one chunk in a thread while it takes the next. The connection is its own
-    then, from the first ``add`` on; the caller may use it after ``wait`` or ``finish``, until the next ``add``.
+    As a context manager a Loader writes one chunk in a thread while the caller adds resources to the next one. From
+    the first ``add`` on the connection belongs to the Loader then. The caller may use it after ``wait`` or ``finish``
+    until the next ``add``.
 
-    With ``mend`` rows are replaced even of resources that ``fhir.resource`` lacks, as after a deletion by hand.
-    What ``gate`` withholds goes into ``ops.withheld`` instead. With ``reseal`` the resources are those that are stored,
-    of which the caller holds the row locks: they and their rows are written anew, and nothing else of them changes.
+    With ``restore_rows``, existing rows of the views are deleted first even if ``fhir.resource`` does not have the
+    resource, for instance after a row was deleted by hand. Resources that ``consent_gate`` withholds are written to
+    ``ops.withheld``. With ``reencrypt``, all resources must be stored already and the caller must hold their row
+    locks: the resources and their rows are encrypted again, and all other columns of ``fhir.resource`` keep their
+    values.
     """
 
     def __init__(
@@ -114,28 +119,28 @@ class Loader:
         reencrypt: bool = False,
     ) -> None:
         self._conn = conn
-        self._resource_type, self._run_id = resource_type, escape_text(run_id)
-        self._params = {"run": run_id, "key_id": cipher_of(conn).key_id}
-        self._restore_rows = restore_rows
-        self._definitions = views
-        self._views = [view.name for view in views]
         self._cipher = cipher_of(conn)
-        self._pieces: list[Piece] = []
-        self._held = self._bytes = 0
+        self._resource_type, self._run_id = resource_type, escape_text(run_id)
+        self._params = {"run": run_id, "key_id": self._cipher.key_id}
+        self._restore_rows = restore_rows
+        self._views = views
+        self._view_names = [view.name for view in views]
+        self._pending: list[PartitionBlock] = []
+        self._pending_resources = self._pending_bytes = 0
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[UnloadableResource] = []
         self._statements = LoadStatements(
             resource_type, views, encrypted=self._cipher.on, consent_gate=consent_gate, reencrypt=reencrypt
         )
-        self._decided = False
-        self._interval = sys.getswitchinterval()
+        self._holds_decisions = False
+        self._switch_interval = sys.getswitchinterval()
         self._thread: ThreadPoolExecutor | None = None
-        self._writing: Future[_Outcome] | None = None
+        self._writing: Future[_ChunkResult] | None = None
 
     def __enter__(self) -> Self:
-        # At each filled socket buffer the writer asks for the interpreter again, and would wait 5 ms for its turn.
-        self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(self._interval, _SWITCH_SECONDS))
+        # The writing thread needs the GIL after each full socket buffer and would wait for the switch interval, 5 ms.
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._switch_interval, _SWITCH_INTERVAL_SECONDS))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         return self
 
@@ -143,71 +148,74 @@ class Loader:
         assert self._thread is not None
         self._thread.shutdown()
         self._thread = None
-        sys.setswitchinterval(self._interval)
+        sys.setswitchinterval(self._switch_interval)
 
     def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[UnloadableResource]:
-        """Prepare and take resources of one partition. Returns those found unloadable since the last call (the
-        partition of each is in it). Raises DatabaseUnavailable; the transaction is then lost.
+        """Encode resources of one partition and add them to the load.
+
+        Returns the unloadable resources found since the last call, which may belong to other partitions. Raises
+        DatabaseUnavailable; the transaction cannot be continued then.
         """
-        prepared: list[tuple[int, Prepared]] = []
+        encoded: list[tuple[int, EncodedResource]] = []
         lines: list[bytes] = []
         for record, rows in items:
             try:
-                prepared.append((len(lines), self._encoder.prepare(record, partition_key, rows)))
+                encoded.append((len(lines), self._encoder.encode(record, partition_key, rows)))
                 lines.append(record.body)
-            except UnstorableResource as unfit:
-                self._refused(
-                    UnloadableResource(record.id, partition_key, record.body, unfit.view, unfit.column, unfit.message)
+            except UnstorableResource as error:
+                self._add_unloadable(
+                    UnloadableResource(record.id, partition_key, record.body, error.view, error.column, error.message)
                 )
-        return self.add_block(CopyBlock.of(prepared, len(self._views)), lines, partition_key)
+        return self.add_block(CopyBlock.build(encoded, len(self._view_names)), lines, partition_key)
 
     def add_block(self, block: CopyBlock, lines: Sequence[bytes], partition_key: str) -> list[UnloadableResource]:
-        """As ``add``, of resources that were prepared elsewhere, from these lines, as they were received."""
-        self._pieces.append(Piece(block, partition_key, lines))
-        self._held += len(block)
-        self._bytes += block.size
-        if self._held >= CHUNK_RESOURCES or self._bytes >= CHUNK_BYTES:
+        """Add resources that are encoded already. ``lines`` is their batch as received. See ``add``."""
+        self._pending.append(PartitionBlock(block, partition_key, lines))
+        self._pending_resources += len(block)
+        self._pending_bytes += block.size
+        if self._pending_resources >= CHUNK_RESOURCES or self._pending_bytes >= CHUNK_BYTES:
             self._flush()
-        return self._drain()
+        return self.take_unloadable()
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises DatabaseUnavailable if the last chunk could not be."""
+        """Wait until no chunk is being written. Raises DatabaseUnavailable if the last chunk could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self._account(writing.result())
 
     def finish(self) -> LoadCounts:
-        """Write what is held, all of it. Unloadable resources that only now turned up are in ``late``."""
+        """Write everything that was added, and return the counts of the load.
+
+        Call ``take_unloadable`` afterwards: the last chunk may contain unloadable resources. Raises
+        DatabaseUnavailable.
+        """
         self._flush()
         self.wait()
         return self._counts
 
     def take_unloadable(self) -> list[UnloadableResource]:
-        """The unloadable resources that ``finish`` found."""
-        return self._drain()
+        """Return the unloadable resources found since the last call, and forget them."""
+        unloadable, self._unloadable = self._unloadable, []
+        return unloadable
 
     @cached_property
     def _encoder(self) -> ResourceEncoder:
-        return ResourceEncoder(self._definitions, self._cipher)
+        return ResourceEncoder(self._views, self._cipher)
 
-    def _drain(self) -> list[UnloadableResource]:
-        found, self._unloadable = self._unloadable, []
-        return found
-
-    def _refused(self, unloadable: UnloadableResource) -> None:
+    def _add_unloadable(self, unloadable: UnloadableResource) -> None:
         self._unloadable.append(unloadable)
         self._counts.unloadable += 1
 
     def _flush(self) -> None:
-        pieces, self._pieces = self._pieces, []
-        held, self._held, self._bytes = self._held, 0, 0
-        chunk = Chunk(pieces)
-        if len(set(chunk.ids)) < held:
-            chunk = Chunk(newest(pieces))
-            self._counts.superseded += held - len(chunk)
+        blocks, self._pending = self._pending, []
+        resources, self._pending_resources, self._pending_bytes = self._pending_resources, 0, 0
+        chunk = CopyChunk(blocks)
+        if len(set(chunk.ids)) < resources:
+            chunk = CopyChunk(keep_newest(blocks))
+            self._counts.superseded += resources - len(chunk)
         if chunk:
-            # Put together before the wait: Postgres is busy meanwhile.
-            _ = chunk.heads, chunk.rows
+            # Join the texts before waiting, while Postgres still works on the chunk before.
+            _ = chunk.resource_lines, chunk.view_lines
         self.wait()
         if not chunk:
             return
@@ -216,128 +224,129 @@ class Loader:
         else:
             self._account(self._write(chunk))
 
-    def _account(self, outcome: _Outcome) -> None:
-        self._counts.inserted += outcome.inserted
-        self._counts.updated += outcome.updated
-        self._counts.superseded += outcome.superseded
-        self._counts.rows.update(outcome.rows)
-        self._counts.withheld.update(outcome.withheld)
-        for unloadable in outcome.refused:
-            self._refused(unloadable)
+    def _account(self, result: _ChunkResult) -> None:
+        self._counts.inserted += result.inserted
+        self._counts.updated += result.updated
+        self._counts.superseded += result.superseded
+        self._counts.rows.update(result.rows)
+        self._counts.withheld.update(result.withheld)
+        for unloadable in result.unloadable:
+            self._add_unloadable(unloadable)
 
-    def _write(self, chunk: Chunk) -> _Outcome:
-        outcome = _Outcome()
+    def _write(self, chunk: CopyChunk) -> _ChunkResult:
+        result = _ChunkResult()
         try:
-            # Begins the caller's transaction, if nothing has: a chunk alone must not be one.
+            # Begin the transaction if the caller has executed no statement yet; otherwise the block below would be
+            # the outermost transaction and commit the chunk.
             self._conn.execute("SELECT")
-            if self._statements.consent_gate and not self._decided:
+            if self._statements.consent_gate and not self._holds_decisions:
                 consents.lock_decisions_for_load(self._conn)
-                self._decided = True
-            self._write_or_halve(chunk, outcome)
+                self._holds_decisions = True
+            self._write_or_split(chunk, result)
         except psycopg.errors.DeadlockDetected:
             raise DatabaseUnavailable(
-                "Two loads of the same resources crossed, and Postgres gave one of them up: run it again"
+                "Two loads of the same resources were in a deadlock, and Postgres cancelled this one: run it again"
             ) from None
         except psycopg.errors.DiskFull:
-            raise DatabaseUnavailable("Postgres's disk is full: make room, then run it again") from None
+            raise DatabaseUnavailable("Postgres's disk is full: free space, then run it again") from None
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(
-                f"Postgres went away during the load ({type(error).__name__}): nothing of it is kept; run it again"
+                f"Postgres became unavailable during the load ({type(error).__name__}): the load is rolled back; "
+                "run it again"
             ) from None
-        return outcome
+        return result
 
-    def _write_or_halve(self, chunk: Chunk, outcome: _Outcome) -> None:
-        """Write a chunk, or what Postgres takes of it: the rare resource that it refuses is found by halving."""
+    def _write_or_split(self, chunk: CopyChunk, result: _ChunkResult) -> None:
+        """Write a chunk. If Postgres rejects it, split it in halves until the rejected resources are isolated."""
         try:
             with self._conn.transaction():
-                updated, winners, withheld = self._insert(chunk) or self._merge(chunk)
+                updated, written, withheld = self._copy_new(chunk) or self._merge(chunk)
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
             if len(chunk) > 1:
-                for half in chunk.halves():
-                    self._write_or_halve(half, outcome)
+                for half in chunk.split():
+                    self._write_or_split(half, result)
                 return
-            view, column = self._place(error)
-            [(block, partition_key, lines)] = chunk.pieces
-            body = lines[block.places[0]]
-            outcome.refused.append(UnloadableResource(block.ids[0], partition_key, body, view, column, _said(error)))
+            view, column = self._find_column(error)
+            [(block, partition_key, lines)] = chunk.blocks
+            body = lines[block.line_numbers[0]]
+            message = f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
+            result.unloadable.append(UnloadableResource(block.ids[0], partition_key, body, view, column, message))
             return
-        outcome.updated += updated
-        outcome.inserted += len(winners) - updated
-        outcome.superseded += len(chunk) - len(winners) - len(withheld)
-        for piece in withheld.pieces:
-            outcome.withheld[piece.partition_key] += len(piece.block)
-        for view, text in zip(self._views, winners.rows, strict=bool(winners)):
-            outcome.rows[view] += text.count(b"\n")
+        result.updated += updated
+        result.inserted += len(written) - updated
+        result.superseded += len(chunk) - len(written) - len(withheld)
+        for partition_block in withheld.blocks:
+            result.withheld[partition_block.partition_key] += len(partition_block.block)
+        for view_name, text in zip(self._view_names, written.view_lines, strict=bool(written)):
+            result.rows[view_name] += text.count(b"\n")
 
-    def _insert(self, chunk: Chunk) -> _Written | None:
-        """Copy a chunk of new resources to where they belong; None, and nothing written, if one of them is there."""
+    def _copy_new(self, chunk: CopyChunk) -> _Written | None:
+        """Copy a chunk directly. Return None and write nothing if one of its resources is stored already."""
         statements = self._statements
-        if self._restore_rows or not statements.may_insert:
+        if self._restore_rows or not statements.may_copy_new:
             return None
         with self._conn.cursor() as cursor:
-            known, now = cursor.execute(statements.known, [orjson.dumps(chunk.ids).decode()]).fetchone() or (0, "")
-            if known:
+            ids = orjson.dumps(chunk.ids).decode()
+            stored, now = cursor.execute(statements.count_stored, [ids]).fetchone() or (0, "")
+            if stored:
                 return None
-            facts = (self._resource_type, self._run_id, str(now), self._cipher.key_id or NULL, "")
-            start = "\t".join(facts).encode()
+            columns = (self._resource_type, self._run_id, str(now), self._cipher.key_id or NULL, "")
+            start = "\t".join(columns).encode()
             try:
                 with self._conn.transaction(), cursor.copy(statements.copy_new) as copy:
-                    copy.write(start + chunk.heads[:-1].replace(b"\n", b"\n" + start) + b"\n")
+                    copy.write(start + chunk.resource_lines[:-1].replace(b"\n", b"\n" + start) + b"\n")
             except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
-                # Another load brought one of them in this moment.
+                # A concurrent load has written one of the resources since the count.
                 return None
             self._copy_rows(cursor, chunk)
-        return 0, chunk, NOTHING
+        return 0, chunk, EMPTY_CHUNK
 
-    def _merge(self, chunk: Chunk) -> _Written:
-        """Put a chunk in by way of a table of its own, so that the newest versions win."""
+    def _merge(self, chunk: CopyChunk) -> _Written:
+        """Write a chunk by way of the stage, so that the newest version of each resource is kept."""
         statements = self._statements
         with self._conn.cursor() as cursor:
-            cursor.execute(statements.stage)
-            with cursor.copy(statements.copy_stage) as copy:
-                copy.write(chunk.heads)
-            gone, taken_back = self._withhold(cursor)
-            inserted: dict[str, bool] = dict(cursor.execute(statements.upsert, self._params).fetchall())
+            cursor.execute(statements.create_stage)
+            with cursor.copy(statements.copy_to_stage) as copy:
+                copy.write(chunk.resource_lines)
+            withheld, removed = self._withhold(cursor)
+            is_new: dict[str, bool] = dict(cursor.execute(statements.merge, self._params).fetchall())
             cursor.execute(statements.clear_stage)
-            winners = chunk.only(inserted)
-            updated = [key for key, new in inserted.items() if not new]
-            stale = (list(inserted) if self._restore_rows else updated) + taken_back
-            if stale:
-                for delete, _ in statements.views:
-                    cursor.execute(delete, [stale])
-            self._copy_rows(cursor, winners)
-        return len(updated), winners, chunk.only(gone)
+            written = chunk.select_ids(is_new)
+            updated = [resource_id for resource_id, new in is_new.items() if not new]
+            outdated = (list(is_new) if self._restore_rows else updated) + removed
+            if outdated:
+                for view in statements.views:
+                    cursor.execute(view.delete, [outdated])
+            self._copy_rows(cursor, written)
+        return len(updated), written, chunk.select_ids(withheld)
 
-    def _copy_rows(self, cursor: psycopg.Cursor[Any], winners: Chunk) -> None:
-        for (_, copy_rows), text in zip(self._statements.views, winners.rows, strict=bool(winners)):
+    def _copy_rows(self, cursor: psycopg.Cursor[Any], chunk: CopyChunk) -> None:
+        for view, text in zip(self._statements.views, chunk.view_lines, strict=bool(chunk)):
             if text:
-                with cursor.copy(copy_rows) as copy:
+                with cursor.copy(view.copy) as copy:
                     copy.write(text)
 
     def _withhold(self, cursor: psycopg.Cursor[Any]) -> tuple[frozenset[str], list[str]]:
-        """Note what Consents say; then the ids in the stage that are withheld, and those of them that had rows."""
-        for statement in self._statements.consents:
+        """Record staged Consents and withhold resources. Return the withheld ids, and those removed from the table."""
+        for statement in self._statements.record_consents:
             cursor.execute(statement, self._params)
-        consent_gate = self._statements.consent_gate
-        if consent_gate is None:
+        gate = self._statements.consent_gate
+        if gate is None:
             return frozenset(), []
-        gone = [key for (key,) in cursor.execute(consent_gate.withhold, self._params)]
-        cursor.execute(consent_gate.remove_superseded)
-        cursor.execute(consent_gate.remove_released)
-        taken_back: list[str] = []
-        if gone:
-            taken_back = [key for (key,) in cursor.execute(consent_gate.remove_loaded, {"ids": gone})]
-            cursor.execute(consent_gate.remove_outdated, {"ids": gone})
-        return frozenset(gone), taken_back
+        withheld = [resource_id for (resource_id,) in cursor.execute(gate.withhold, self._params)]
+        cursor.execute(gate.remove_superseded)
+        cursor.execute(gate.remove_released)
+        removed: list[str] = []
+        if withheld:
+            removed = [resource_id for (resource_id,) in cursor.execute(gate.remove_loaded, {"ids": withheld})]
+            cursor.execute(gate.remove_outdated, {"ids": withheld})
+        return frozenset(withheld), removed
 
-    def _place(self, error: psycopg.Error) -> tuple[str | None, str | None]:
-        """View and column that Postgres names; its message is not passed on, since it quotes values."""
-        named = _COLUMN.search(error.diag.context or "")
+    def _find_column(self, error: psycopg.Error) -> tuple[str | None, str | None]:
+        """Return the view and the column that Postgres names. Its message is not used, because it quotes values."""
+        context = error.diag.context or ""
+        column = _COLUMN_IN_CONTEXT.search(context)
         table = error.diag.table_name or next(
-            (view for view in self._views if (error.diag.context or "").startswith(f"COPY {view},")), None
+            (name for name in self._view_names if context.startswith(f"COPY {name},")), None
         )
-        return (table if table in self._views else None), (named[1] if named else error.diag.column_name)
-
-
-def _said(error: psycopg.Error) -> str:
-    return f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
+        return (table if table in self._view_names else None), (column[1] if column else error.diag.column_name)
