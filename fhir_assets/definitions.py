@@ -11,6 +11,7 @@ from functools import cache
 import dagster as dg
 
 from fhir_assets import logs
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import current_rulesets
@@ -114,7 +115,11 @@ def _build(
             build_run_failure_sensor(warehouse),
             build_alerts_sensor(settings, warehouse),
             build_load_received_sensor(settings, load_received, warehouse),
-            *([build_consent_sensor(settings, apply_consent, warehouse)] if settings.gate.closed else ()),
+            *(
+                [build_consent_sensor(settings, apply_consent, warehouse)]
+                if build_consent_gate(settings).closed
+                else ()
+            ),
         ],
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),

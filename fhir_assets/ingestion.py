@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import dagster as dg
 
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
@@ -167,7 +168,9 @@ class Ingestion:
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Bring the tables to what consent says now, where no run does so."""
-        sweep = ConsentStep(self._warehouse.connect, views, self._settings.gate, run_id=actor, actor=actor)
+        sweep = ConsentStep(
+            self._warehouse.connect, views, build_consent_gate(self._settings), run_id=actor, actor=actor
+        )
         sweep.run(datetime.now(UTC))
 
     def _run(

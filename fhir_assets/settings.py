@@ -16,9 +16,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.privacy.consent import ConsentGate, Policy, Purpose
-from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.windows import Granularity, WindowScheme
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -153,12 +150,12 @@ class Settings(BaseSettings):
     fhir_delivery_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered there")
     fhir_delivery_scope: str | None = Field(None, description="… unset: system/*.read system/*.write")
 
-    consent_policy: Policy = Field(
-        Policy.OFF,
+    consent_policy: Literal["off", "opt-out", "opt-in"] = Field(
+        "off",
         description="`opt-out`: a patient's data is withheld if a Consent denies; `opt-in`: unless one permits; `off`",
     )
-    consent_purpose: Purpose = Field(
-        Purpose.DATA_SHARING, description="What the tables serve: `data-sharing` or `research`"
+    consent_purpose: Literal["data-sharing", "research"] = Field(
+        "data-sharing", description="What the tables serve: `data-sharing` or `research`"
     )
 
     connector_mapping: Path | None = Field(None, description="Rows to resources, in place of connector/mapping.json")
@@ -230,13 +227,13 @@ class Settings(BaseSettings):
             raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD go together: one of them is missing")
         if self.phi_encryption_keys and self.phi_encryption_keys_file:
             raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE exclude each other: unset one")
-        if not self.cipher.on and self.phi_required:
+        if not self.encrypts and self.phi_required:
             raise ValueError(
                 "PHI_REQUIRED is set, but there are no keys: set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one)"
             )
-        if not self.cipher.on and (self.phi_encryption_keys or self.phi_encryption_keys_file):
+        if not self.encrypts and (self.phi_encryption_keys or self.phi_encryption_keys_file):
             raise ValueError("PHI_ENCRYPTION_KEYS holds no key: unset it, or give one (`fhir-assets keys new`)")
-        if self.consent_policy is not Policy.OFF and "Consent" not in self.fhir_resource_types:
+        if self.consent_policy != "off" and "Consent" not in self.fhir_resource_types:
             raise ValueError(
                 "CONSENT_POLICY needs Consent among FHIR_RESOURCE_TYPES: add it, or set CONSENT_POLICY=off"
             )
@@ -255,33 +252,25 @@ class Settings(BaseSettings):
         return self
 
     @cached_property
-    def cipher(self) -> Cipher:
-        """What seals patient data: the keys of PHI_ENCRYPTION_KEYS, or of its file. Raises ConfigurationError."""
-        return Cipher(parse_keys(self._key_texts()))
-
-    @property
-    def gate(self) -> ConsentGate:
-        """Whose data is withheld from the tables."""
-        return ConsentGate(self.consent_policy, self.consent_purpose)
-
-    @property
-    def store_cipher(self) -> Cipher:
-        """What seals the parts in the store. With PHI_ENCRYPT_STORE=0 it opens sealed ones, and writes in the clear."""
-        return self.cipher if self.phi_encrypt_store else self.cipher.reading_only()
-
-    def _key_texts(self) -> list[str]:
+    def encryption_keys(self) -> tuple[str, ...]:
+        """The keys of PHI_ENCRYPTION_KEYS or its file, newest first, as given. Raises ConfigurationError."""
         if self.phi_encryption_keys:
             text = self.phi_encryption_keys.get_secret_value()
         elif self.phi_encryption_keys_file:
             try:
                 text = self.phi_encryption_keys_file.expanduser().read_text("ascii")
             except (OSError, UnicodeDecodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else "it is no text"
-                raise ConfigurationError(f"PHI_ENCRYPTION_KEYS_FILE cannot be read: {why}") from None
+                reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+                raise ConfigurationError(f"PHI_ENCRYPTION_KEYS_FILE cannot be read: {reason}") from None
         else:
-            return []
+            return ()
         lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
-        return [part.strip() for line in lines for part in line.split(",") if part.strip()]
+        return tuple(part.strip() for line in lines for part in line.split(",") if part.strip())
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether encryption keys are set, so that patient data is encrypted."""
+        return bool(self.encryption_keys)
 
     @cached_property
     def home(self) -> Path:

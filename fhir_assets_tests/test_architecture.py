@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "windows": set(),
     "catalog": set(),
     "retries": {"errors"},
-    "settings": {"errors", "windows", "catalog", "privacy"},
+    "settings": {"errors", "windows", "catalog"},
     "logs": {"errors"},
     "fhir": GROUND,
     "privacy": GROUND,

@@ -12,6 +12,7 @@ from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
 from fhir_assets.api.run_ids import find_run_id
 from fhir_assets.api.run_models import Exported
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
 from fhir_assets.warehouse.exports.export import Export, build_run_folder, find_run_windows
@@ -55,7 +56,7 @@ def export_type(
             keys, folder = keys_by_type.get(name, []), build_run_folder(full_run_id, datetime.now(UTC))
         view_tables.ensure_tables(conn, views)
         conn.commit()
-        withholding = context.settings.gate.closed
+        withholding = build_consent_gate(context.settings).closed
         if include_raw and withholding:
             raise Problem(
                 409,

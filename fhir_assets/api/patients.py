@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
 from fhir_assets.api.problems import Problem, problem_responses
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
@@ -99,7 +100,7 @@ def list_patients(
             result = context.directory.find(conn, search, page, page_size, after=after)
         else:
             result = context.directory.page(conn, page, page_size, after=after)
-        withheld = patients.find_withheld(conn, context.settings.gate, result.ids)
+        withheld = patients.find_withheld(conn, build_consent_gate(context.settings), result.ids)
         found = _read_patients(conn, [patient_id for patient_id in result.ids if patient_id not in withheld])
         audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in found]
         empty_search = AuditRecord(
@@ -150,7 +151,7 @@ def one_patient_v1(context: Context, caller: CurrentCaller, patient_id: PatientI
 
 
 def _answer_patient(context: AppContext, caller: Caller, patient_id: str) -> Response:
-    gate = context.settings.gate
+    gate = build_consent_gate(context.settings)
     with context.connection() as conn:
         withheld = patients.find_withheld(conn, gate, [patient_id])
         found = [] if withheld else _read_patients(conn, [patient_id])

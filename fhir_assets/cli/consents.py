@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, print_json, print_table
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.pipeline.consent.step import ConsentStep
@@ -40,7 +41,7 @@ def apply(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = 
     sweep = ConsentStep(
         Warehouse(settings).connect,
         build_views(settings).views,
-        settings.gate,
+        build_consent_gate(settings),
         run_id="cli",
         actor=f"cli:{getpass.getuser()}",
     )

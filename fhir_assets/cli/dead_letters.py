@@ -12,6 +12,7 @@ import typer
 from fhir_assets.cli.ingest import report_failure
 from fhir_assets.cli.output import console, only_our_words, print_json, print_table
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.deployment.validation import build_validator, current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -127,7 +128,7 @@ def edit(
     settings = load_settings()
     warehouse = Warehouse(settings)
     receiver = Receiver(
-        open_store(settings.store_url, settings.store_cipher),
+        open_store(settings.store_url, build_store_cipher(settings)),
         warehouse.connect,
         settings.window_scheme,
         settings.fhir_resource_types,

@@ -45,7 +45,7 @@ def demo(
     All state is in FHIR_ASSETS_HOME (.fhir_assets/ if unset); a second demo finds its data.
     """
     settings = load_settings()
-    if not settings.cipher.on:
+    if not settings.encrypts:
         warn_of_clear_data()
     home = settings.home
     folder = home / "sandbox"

@@ -27,7 +27,7 @@ def dev(
 ) -> None:
     """Serve the Dagster UI on 127.0.0.1 and run its daemon until Ctrl-C."""
     settings = load_settings()
-    if not settings.cipher.on:
+    if not settings.encrypts:
         warn_of_clear_data()
     started = settings.db_url is None and not embedded.is_running(settings.home)
     try:

@@ -8,6 +8,7 @@ import typer
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.output import console, print_json, print_table
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs, build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -57,7 +58,9 @@ def export(
         view_tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
-        writer = Export(conn, store, target, folder, run_id=run_id, actor=actor, withholding=settings.gate.closed)
+        writer = Export(
+            conn, store, target, folder, run_id=run_id, actor=actor, withholding=build_consent_gate(settings).closed
+        )
         for name in types:
             of_type = writer.for_type(name, by_type[name] if run else keys)
             if raw:

@@ -11,6 +11,7 @@ import typer
 from rich import progress
 
 from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -89,13 +90,13 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
 
 def _rows(settings: Settings, found: KeyUsage) -> list[dict[str, object]]:
     """Every key that is set or needed, the newest first."""
-    ids: list[str | None] = [key.id for key in settings.cipher.keys]
+    ids: list[str | None] = [key.id for key in build_cipher(settings).keys]
     return [
         {
             "key": key or _CLEAR,
             "set": key is None or key in ids,
-            "newest": key is not None and key == settings.cipher.key_id,
-            "needed": key is not None and (key == settings.cipher.key_id or found.is_used(key)),
+            "newest": key is not None and key == build_cipher(settings).key_id,
+            "needed": key is not None and (key == build_cipher(settings).key_id or found.is_used(key)),
             **found.count_by_location(key),
         }
         for key in dict.fromkeys([*ids, *found.keys])
@@ -104,10 +105,10 @@ def _rows(settings: Settings, found: KeyUsage) -> list[dict[str, object]]:
 
 def _advice(settings: Settings, found: KeyUsage) -> Iterator[str]:
     """What to do about each key."""
-    if not settings.cipher.on:
+    if not settings.encrypts:
         yield "Patient data is stored in the clear: `fhir-assets keys new`, then set PHI_ENCRYPTION_KEYS."
         return
-    newest, *older = [key.id for key in settings.cipher.keys]
+    newest, *older = [key.id for key in build_cipher(settings).keys]
     for key in older:
         if found.is_used(key):
             yield f"Key {key} is still needed: `fhir-assets keys rotate` makes it dispensable."
@@ -128,7 +129,7 @@ def _advice(settings: Settings, found: KeyUsage) -> Iterator[str]:
 
 def _tell(settings: Settings, rotated: ReencryptResult) -> None:
     done = _counted(rotated.sealed) or "nothing was left to do"
-    console.print(f"Sealed with key {settings.cipher.key_id}: {done}.", markup=False, soft_wrap=True)
+    console.print(f"Sealed with key {build_cipher(settings).key_id}: {done}.", markup=False, soft_wrap=True)
     if any(rotated.from_clear.values()):
         console.print(f"Of these were in the clear before: {_counted(rotated.from_clear)}.", markup=False)
     for why, count in rotated.refused.most_common():

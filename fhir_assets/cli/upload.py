@@ -22,6 +22,7 @@ from fhir_assets.delivery.tables import letter
 from fhir_assets.delivery.upload.files import Folder, Unusable
 from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.delivery.upload.uploader import Silent, Uploader
+from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.deployment.targets import build_upload_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
@@ -100,7 +101,7 @@ def upload(
 def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
     """Where this upload is noted: a file for this input and this server."""
     digest = hashlib.sha256(f"{source.expanduser().resolve()}\0{client.base_url}".encode()).hexdigest()[:16]
-    return Journal(settings.home / "uploads" / f"{digest}.sqlite", cipher=settings.cipher)
+    return Journal(settings.home / "uploads" / f"{digest}.sqlite", cipher=build_cipher(settings))
 
 
 def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:

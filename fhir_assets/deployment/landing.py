@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.deployment.store import build_bucket, build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -24,7 +25,7 @@ def build_landing_zone(settings: Settings) -> Zone:
             "in .env"
         )
     return EncryptedZone(
-        open_zone(settings.fhir_landing_url, bucket=partial(build_bucket, settings)), settings.store_cipher
+        open_zone(settings.fhir_landing_url, bucket=partial(build_bucket, settings)), build_store_cipher(settings)
     )
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.settings import Settings
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.s3 import Bucket, S3Client
@@ -12,7 +13,7 @@ _ATTEMPTS = 8
 
 def build_store(settings: Settings) -> Store:
     """The store at FHIR_STORE_URL. Raises ConfigurationError; calls nothing yet."""
-    return open_store(settings.store_url, settings.store_cipher, bucket=partial(build_bucket, settings))
+    return open_store(settings.store_url, build_store_cipher(settings), bucket=partial(build_bucket, settings))
 
 
 def build_blobs(settings: Settings, url: str) -> Blobs:

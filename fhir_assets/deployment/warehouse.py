@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
 
+from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
@@ -25,7 +26,7 @@ class Warehouse:
     def __init__(self, settings: Settings) -> None:
         self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
         self._home: Path = settings.home
-        self._cipher = settings.cipher
+        self._cipher = build_cipher(settings)
         self._url: str | None = None
         self._lock = Lock()
         self.source_calls = DistributedSemaphore(

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View, ViewSet
@@ -77,7 +78,11 @@ def build_apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
     @dg.op(description="Remove what consent no longer covers from the tables, and load what it now covers.")
     def apply_consent_op(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
         step = ConsentStep(
-            warehouse.connect, views.views, settings.gate, run_id=context.run_id, actor=f"job:{APPLY_CONSENT}"
+            warehouse.connect,
+            views.views,
+            build_consent_gate(settings),
+            run_id=context.run_id,
+            actor=f"job:{APPLY_CONSENT}",
         )
         with sanitized_errors():
             counts = step.run(datetime.now(UTC))

@@ -21,6 +21,7 @@ from fhir_assets.api.patients import list_patients, one_patient
 from fhir_assets.api.runs import replay_run
 from fhir_assets.cli import dead_letters as letters_command
 from fhir_assets.cli import patient as patient_command
+from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.fhir.record import Deletion, build_record, read_header
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import CompiledViews
@@ -80,7 +81,7 @@ class Hospital:
             "FHIR_LAST_UPDATED_GTE": "2024-01-01",
             "PHI_ENCRYPTION_KEYS": key or "",
         }
-        self.store = open_store(self.settings.store_url, self.settings.store_cipher)
+        self.store = open_store(self.settings.store_url, build_store_cipher(self.settings))
         self.parts = AppContext(self.settings)
         self.target = LocalBlobs(folder / "exports")
         self.url = url

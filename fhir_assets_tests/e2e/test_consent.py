@@ -82,7 +82,7 @@ def ingest(deployment: Deployment) -> Outcome:
 
 
 def test_consent_comes_and_goes(deployment: Deployment, server: SandboxServer) -> None:
-    closed = deployment.settings.consent_policy.value == "opt-in"
+    closed = deployment.settings.consent_policy == "opt-in"
     others = set() if closed else {"b"}
     first = ingest(deployment)
     assert shown(deployment) == ((set(), set()) if closed else ({"a", "b"}, {"a", "b"}))

@@ -2,12 +2,16 @@
 
 import base64
 import os
+from collections.abc import Callable
 
 import pytest
 
+from fhir_assets.deployment.encryption import build_cipher
+from fhir_assets.deployment.store import build_store
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.settings import load_settings
+from fhir_assets.settings import Settings, load_settings
 
 
 def encoded(secret: bytes) -> str:
@@ -58,7 +62,7 @@ def test_keys_come_from_the_environment_or_from_a_file(tmp_path: object, monkeyp
     with open(file, "w") as out:
         out.write(f"# newest first\n{first}\n{second}\n")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS_FILE", file)
-    assert load_settings().cipher.keys == from_environment.cipher.keys == parse_keys([first, second])
+    assert build_cipher(load_settings()).keys == build_cipher(from_environment).keys == parse_keys([first, second])
     assert first not in repr(from_environment)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", first)
     with pytest.raises(ConfigurationError, match="exclude each other"):
@@ -72,3 +76,12 @@ def test_required_keys_that_are_missing_stop_everything(monkeypatch: pytest.Monk
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS_FILE", "/nowhere/keys")
     with pytest.raises(ConfigurationError, match="PHI_ENCRYPTION_KEYS_FILE cannot be read"):
         load_settings()
+
+
+@pytest.mark.parametrize("build", [Warehouse, build_store])
+def test_a_malformed_key_is_refused_before_anything_is_opened(
+    build: Callable[[Settings], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", "not-a-key")
+    with pytest.raises(ConfigurationError, match="key 1 of PHI_ENCRYPTION_KEYS is malformed"):
+        build(load_settings())

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
@@ -62,7 +63,7 @@ def _build_export_asset(
                 folder,
                 run_id=run.run_id,
                 actor=run.triggered_by,
-                withholding=settings.gate.closed,
+                withholding=build_consent_gate(settings).closed,
                 manifest=f"{resource_type.name}.manifest.json",
             )
             files_of_type = export.for_type(resource_type.name, run.partition_keys)

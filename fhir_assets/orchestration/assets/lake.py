@@ -27,7 +27,7 @@ def build_lake_assets(
 
 def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
     columns = [
-        column for column in build_layout(view, encrypted=settings.cipher.on).columns if column.name != KEY_COLUMN
+        column for column in build_layout(view, encrypted=settings.encrypts).columns if column.name != KEY_COLUMN
     ]
 
     @dg.asset(

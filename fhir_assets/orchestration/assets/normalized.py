@@ -8,6 +8,7 @@ from time import perf_counter
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
@@ -56,7 +57,7 @@ def _build_normalized_step(
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
-        outs={view.name: _output(view, resource_type, encrypted=settings.cipher.on) for view in views},
+        outs={view.name: _output(view, resource_type, encrypted=settings.encrypts) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if main else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -85,10 +86,14 @@ def _build_normalized_step(
                     run_id=run.run_id,
                     refresh=run.refresh,
                     workers=workers,
-                    consent_gate=settings.gate,
+                    consent_gate=build_consent_gate(settings),
                 )
                 consent = ConsentStep(
-                    warehouse.connect, all_views, settings.gate, run_id=run.run_id, actor=run.triggered_by
+                    warehouse.connect,
+                    all_views,
+                    build_consent_gate(settings),
+                    run_id=run.run_id,
+                    actor=run.triggered_by,
                 )
                 consent.run(datetime.now(UTC))
                 with warehouse.table_loads.slot():
@@ -101,7 +106,7 @@ def _build_normalized_step(
                         selected,
                         run_id=run.run_id,
                         also_open=run.replay == "open",
-                        consent_gate=settings.gate,
+                        consent_gate=build_consent_gate(settings),
                     )
                     with warehouse.table_loads.slot():
                         replay.run(name, run.windows.windows)

@@ -208,7 +208,7 @@ class _TableEvaluator:
         return self._result(NO_DUPLICATES, not duplicates, description, {"duplicates": duplicates})
 
     def _check_plaintext(self, conn: Session, present: Sequence[View]) -> dg.AssetCheckResult:
-        if not self._settings.cipher.on:
+        if not self._settings.encrypts:
             return self._result(NO_PLAINTEXT_PHI, True, "no keys are set: patient data is stored as plain text")
         mismatches = [view.name for view in present if view_tables.find_drift(conn, view)]
         if mismatches:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import APPLY_CONSENT
@@ -31,7 +32,7 @@ def build_consent_sensor(settings: Settings, job: dg.JobDefinition, warehouse: W
         with sanitized_errors(), warehouse.connect() as conn:
             followed = consents.get_applied_policy(conn)
             due = consents.find_due_patients(conn, datetime.now(UTC), 1) if followed.closed else []
-        if followed == settings.gate and not due:
+        if followed == build_consent_gate(settings) and not due:
             return dg.SkipReason("the tables follow the consents")
         if context.instance.get_runs_count(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED)):
             return dg.SkipReason(f"a run of {job.name} is not finished yet")
