@@ -1,18 +1,18 @@
 """One message to ALERT_WEBHOOK_URL of what began to fail and what is over. It holds no patient's data."""
 
 from collections.abc import Sequence
-from time import sleep
 from urllib.parse import quote, urlsplit
 
 import requests
 
+from fhir_assets.errors import ServerUnavailable
+from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 from fhir_assets.warehouse.ops.incidents import Incident
 
 SAMPLE = 10
 """How many incidents, and how many partitions of each, a message names; it says how many more there are."""
 
-_ATTEMPTS = 3
-_WAIT_SECONDS = 1.0
+_POLICY = RetryPolicy(attempts=3, first_wait=1, max_wait=2, max_retry_after=10, budget=60)
 _TIMEOUT_SECONDS = 10
 _CARD_HOSTS = (".webhook.office.com", ".logic.azure.com", ".api.powerplatform.com")
 _BEGAN = {
@@ -30,25 +30,31 @@ _OVER = {
 class Webhook:
     """Where alerts go. ``ui_url`` is the Dagster UI that the messages link to."""
 
-    def __init__(self, url: str, *, ui_url: str) -> None:
+    def __init__(self, url: str, *, ui_url: str, retrier: Retrier | None = None) -> None:
         self._url = url
         self._ui_url = ui_url.rstrip("/")
+        self._retrier = retrier or Retrier(_POLICY)
 
     def deliver(self, began: Sequence[Incident], over: Sequence[Incident]) -> bool:
-        """Send one message, again where it failed in passing. Returns whether it was taken."""
+        """Send one message, with retries. Return True if the webhook accepted it."""
         body = message(began, over, ui_url=self._ui_url, card=_takes_cards(self._url))
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                sleep(_WAIT_SECONDS * attempt)
+
+        def attempt() -> bool:
             try:
-                answer = requests.post(self._url, json=body, timeout=_TIMEOUT_SECONDS)
+                response = requests.post(self._url, json=body, timeout=_TIMEOUT_SECONDS)
             except requests.RequestException:
-                continue
-            if answer.ok:
-                return True
-            if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
-                return False
-        return False
+                raise TransientFailure("no answer") from None
+            if response.status_code >= 500 or response.status_code in (408, 429):
+                raise TransientFailure(
+                    f"the server answered {response.status_code}",
+                    retry_after=read_retry_after(response.headers.get("Retry-After")),
+                )
+            return response.ok
+
+        try:
+            return self._retrier.run("the alert webhook", attempt)
+        except ServerUnavailable:
+            return False
 
 
 def message(began: Sequence[Incident], over: Sequence[Incident], *, ui_url: str, card: bool) -> dict[str, object]:

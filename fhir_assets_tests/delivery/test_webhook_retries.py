@@ -1,0 +1,37 @@
+"""Alert webhooks are retried as a FHIR server is, and a refusal is final."""
+
+import socket
+
+from fhir_assets.delivery.webhook import Webhook
+from fhir_assets.retries import Retrier, RetryPolicy
+from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
+
+
+def deliver(url: str, waits: list[float] | None = None) -> bool:
+    retrier = Retrier(
+        RetryPolicy(attempts=3, first_wait=1), (waits if waits is not None else []).append, jitter=lambda: 1
+    )
+    return Webhook(url, ui_url="http://dagster", retrier=retrier).deliver([], [])
+
+
+def test_a_busy_webhook_gets_the_message_after_the_wait_that_it_asks_for() -> None:
+    waits: list[float] = []
+    with ScriptedServer([reply({}, 429, Retry_After="10"), Reply(status=500), Reply()]) as server:
+        assert deliver(server.url, waits)
+        assert len({asked.body for asked in server.asked}) == 1
+    assert waits == [11, 2]
+
+
+def test_a_webhook_that_stays_down_did_not_accept_the_message() -> None:
+    with ScriptedServer([Reply(status=503)] * 9) as server:
+        assert not deliver(server.url)
+        assert len(server.asked) == 3
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        assert not deliver(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+
+def test_a_webhook_that_refuses_the_message_is_not_asked_again() -> None:
+    with ScriptedServer([Reply(status=404), Reply()]) as server:
+        assert not deliver(server.url)
+        assert len(server.asked) == 1
