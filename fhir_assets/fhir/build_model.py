@@ -1,7 +1,7 @@
-"""Compiles R4 StructureDefinitions into the type model: ``python -m fhir_assets.fhir.build_model FOLDER``.
+"""Compiler of R4 StructureDefinitions into the type model: ``python -m fhir_assets.fhir.build_model FOLDER``.
 
 FOLDER holds ``structure-definitions.ndjson.gz`` (the base definitions, with snapshots). The result is
-``model.json.gz`` beside this module: for each type its kind, its base and its elements, nothing else.
+``model.json.gz`` in the folder of this module: the kind, the base and the elements of each type.
 """
 
 import gzip
@@ -16,7 +16,7 @@ _FHIR_TYPE = f"{_EXTENSIONS}structuredefinition-fhir-type"
 _REGEX = f"{_EXTENSIONS}regex"
 
 
-def _last(url: str) -> str:
+def _last_segment(url: str) -> str:
     return url.rpartition("/")[2]
 
 
@@ -42,14 +42,14 @@ def _type_names(element: dict[str, Any], parents: set[str], kind: str) -> list[s
 
 
 def _compile(definition: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The type and, under their paths as names, the nested types within it."""
+    """Yield the name and the model of the type and of its nested types, which are named by their paths."""
     elements = definition["snapshot"]["element"]
     kind = definition["kind"].removesuffix("-type")
     parents = {element["path"].rpartition(".")[0] for element in elements}
     types: dict[str, dict[str, Any]] = {
         definition["type"]: {
             "kind": kind,
-            "base": _last(definition.get("baseDefinition", "")) or None,
+            "base": _last_segment(definition.get("baseDefinition", "")) or None,
             "abstract": definition["abstract"],
             "elements": [],
         }
@@ -60,9 +60,13 @@ def _compile(definition: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
             base = element["type"][0]["code"]
             types[element["path"]] = {"kind": "nested", "base": base, "abstract": False, "elements": []}
         if kind == "primitive" and name == "value":
-            types[parent]["regex"] = next((r for t in element["type"] if (r := _extension(t, _REGEX))), None)
+            types[parent]["regex"] = next(
+                (regex for type_ in element["type"] if (regex := _extension(type_, _REGEX))), None
+            )
             continue
-        targets = sorted({_last(url) for type_ in element.get("type", ()) for url in type_.get("targetProfile", ())})
+        targets = sorted(
+            {_last_segment(url) for type_ in element.get("type", ()) for url in type_.get("targetProfile", ())}
+        )
         types[parent]["elements"].append(
             [name, _type_names(element, parents, kind), element["min"], element["max"], *([targets] if targets else [])]
         )
@@ -70,7 +74,7 @@ def _compile(definition: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The model as plain JSON, from the definitions in ``folder``."""
+    """Return the model as plain JSON, compiled from the definitions in ``folder``."""
     types: dict[str, dict[str, Any]] = {}
     with gzip.open(folder / "structure-definitions.ndjson.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -79,7 +83,7 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the data file."""
+    """Write ``model.json.gz``."""
     text = json.dumps(build(Path(sys.argv[1])), separators=(",", ":"), sort_keys=True)
     target = Path(__file__).with_name("model.json.gz")
     target.write_bytes(gzip.compress(text.encode(), mtime=0))

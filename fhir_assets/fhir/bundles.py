@@ -1,6 +1,7 @@
-"""Bundles that write: how they are made, what their answers say, and in which order resources can be sent.
+"""Bundles that write resources to a server: their content, their responses, and the order of resource types
+(https://hl7.org/fhir/R4/http.html#transaction).
 
-See https://hl7.org/fhir/R4/http.html#transaction. Pure: no HTTP here.
+HTTP does not belong here.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -16,55 +17,65 @@ from fhir_assets.fhir.outcome import summarize_issues
 
 BundleType = Literal["batch", "transaction"]
 ReferenceTarget = tuple[str, str]
-"""Type and id of a resource that is referred to."""
+"""Resource type and id of the target of a reference."""
 
-_PASSING = frozenset({408, 409, 412, 423, 425, 429})
-_NEVER = frozenset({501, 505})
-_MARKS_OF_A_SERVER = ("versionId", "lastUpdated")
+_RETRYABLE_STATUS = frozenset({408, 409, 412, 423, 425, 429})
+_PERMANENT_STATUS = frozenset({501, 505})
+_SERVER_META = ("versionId", "lastUpdated")
 
 
 @dataclass(frozen=True, slots=True)
 class BundleEntry:
-    """A resource to put under its own id: its bytes as they came, and where they came from (``Patient.ndjson:3``)."""
+    """A resource to write under its own id.
+
+    ``body`` holds its bytes as received. ``location`` says where they come from, such as ``Patient.ndjson:3``.
+    """
 
     resource_type: str
     id: str
     body: bytes
-    place: str = ""
+    location: str = ""
 
     @property
     def url(self) -> str:
-        """Where it is put, below the server's base."""
+        """The URL of the resource, relative to the server's base URL."""
         return f"{self.resource_type}/{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
 class EntryResult:
-    """What became of one entry: the HTTP status (0: the server gave none) and the OperationOutcome, if any."""
+    """The result of one entry: its HTTP status, 0 if the server gave none, and its OperationOutcome, if any."""
 
     status: int
     outcome: bytes = b""
 
     @property
     def accepted(self) -> bool:
-        """Whether the server has it now."""
+        """Whether the server stored the resource."""
         return 200 <= self.status < 300
 
     @property
     def retryable(self) -> bool:
-        """Whether the same entry may be accepted a little later."""
-        return self.status in _PASSING or (self.status >= 500 and self.status not in _NEVER) or self.status == 0
+        """Whether the server may accept the same entry at another attempt."""
+        return (
+            self.status in _RETRYABLE_STATUS
+            or (self.status >= 500 and self.status not in _PERMANENT_STATUS)
+            or self.status == 0
+        )
 
     @property
     def reason(self) -> str:
-        """Why it was refused, without patient data: status, and codes and places of the issues, never their texts."""
-        said = f"the server answered {self.status}" if self.status else "the server gave no answer for it"
-        found = summarize_issues(self.outcome)
-        return f"{said}: {', '.join(found)}" if found else said
+        """Why the entry was refused: the status, and the codes and paths of the issues.
+
+        The texts of the issues are left out, because they may contain patient data.
+        """
+        answer = f"the server answered {self.status}" if self.status else "the server gave no answer for it"
+        issues = summarize_issues(self.outcome)
+        return f"{answer}: {', '.join(issues)}" if issues else answer
 
 
 def build_put_bundle(kind: BundleType, base_url: str, entries: Iterable[BundleEntry]) -> bytes:
-    """A Bundle that puts each resource under its id. The resources' bytes stay as they are."""
+    """Return a Bundle that writes each resource under its id. The bytes of the resources are unchanged."""
     return _bundle(
         kind,
         (
@@ -76,8 +87,8 @@ def build_put_bundle(kind: BundleType, base_url: str, entries: Iterable[BundleEn
 
 
 def build_get_bundle(entries: Iterable[BundleEntry]) -> bytes:
-    """A batch that asks for the resources that stand under the same ids now."""
-    return _bundle("batch", (b'{"request":{"method":"GET","url":%b}}' % orjson.dumps(each.url) for each in entries))
+    """Return a batch that reads the resources that the server has under the same ids."""
+    return _bundle("batch", (b'{"request":{"method":"GET","url":%b}}' % orjson.dumps(entry.url) for entry in entries))
 
 
 def _bundle(kind: BundleType, entries: Iterator[bytes]) -> bytes:
@@ -89,67 +100,68 @@ class _Response(msgspec.Struct):
     outcome: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _Answered(msgspec.Struct):
+class _ResponseEntry(msgspec.Struct):
     response: _Response = msgspec.field(default_factory=_Response)
     resource: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _Answer(msgspec.Struct):
+class _ResponseBundle(msgspec.Struct):
     resourceType: str  # noqa: N815
-    entry: list[_Answered] = []
+    entry: list[_ResponseEntry] = []
 
 
-_answer = msgspec.json.Decoder(_Answer)
+_response_bundle = msgspec.json.Decoder(_ResponseBundle)
 
 
 def parse_response_bundle(body: bytes, count: int) -> list[tuple[EntryResult, bytes]]:
-    """The result of each entry, in the order they were sent, and the resource if the answer holds it.
+    """Return the result of each entry in the order of the request, and the resource if the response contains it.
 
-    Raises ValueError for what is no Bundle in whole JSON, or has not ``count`` entries.
+    Raises ValueError if ``body`` is not a Bundle in JSON, or if it does not have ``count`` entries.
     """
     try:
-        answer = _answer.decode(body)
+        bundle = _response_bundle.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("not a Bundle in JSON") from None
-    if answer.resourceType != "Bundle" or len(answer.entry) != count:
+    if bundle.resourceType != "Bundle" or len(bundle.entry) != count:
         raise ValueError("not a Bundle with as many entries as were sent")
     return [
-        (EntryResult(_status(each.response.status), bytes(each.response.outcome)), bytes(each.resource))
-        for each in answer.entry
+        (EntryResult(_parse_status(entry.response.status), bytes(entry.response.outcome)), bytes(entry.resource))
+        for entry in bundle.entry
     ]
 
 
 def find_references(body: bytes) -> set[ReferenceTarget]:
-    """The resources of the same server that a resource refers to: the targets of its ``Type/id`` references."""
-    found: set[ReferenceTarget] = set()
+    """Return the targets of the ``Type/id`` references of a resource: resources of the same server."""
+    targets: set[ReferenceTarget] = set()
 
     def collect(reference: dict[str, Any], target: ReferenceTarget) -> None:
-        found.add(target)
+        targets.add(target)
 
     with suppress(orjson.JSONDecodeError):
-        _each_reference(orjson.loads(body), collect)
-    return found
+        _visit_references(orjson.loads(body), collect)
+    return targets
 
 
 def remove_references(body: bytes, targets: Collection[ReferenceTarget]) -> bytes:
-    """The resource without its references to ``targets``: their types and displays remain, so it is valid still.
+    """Return the resource without its references to ``targets``. Their types and displays remain, so it stays valid.
 
-    For a first pass only, before those resources are there: numbers may lose trailing zeros.
+    For a first pass only, before the targets exist at the server: numbers may lose trailing zeros.
     """
     resource = orjson.loads(body)
 
-    def take_out(reference: dict[str, Any], target: ReferenceTarget) -> None:
+    def remove(reference: dict[str, Any], target: ReferenceTarget) -> None:
         if target in targets:
             del reference["reference"]
             reference.setdefault("type", target[0])
 
-    _each_reference(resource, take_out)
+    _visit_references(resource, remove)
     return orjson.dumps(resource)
 
 
 def has_same_content(sent: bytes, stored: bytes) -> bool:
-    """Whether a server holds just this: the same but for version, time and source that the server sets itself.
+    """Return whether a server stored exactly the resource that was sent.
 
+    ``meta.versionId``, ``meta.lastUpdated`` and, unless it was sent, ``meta.source`` are ignored: the server sets them.
     Numbers are compared digit by digit: 1.0 and 1.00 differ in FHIR.
     """
     try:
@@ -159,40 +171,40 @@ def has_same_content(sent: bytes, stored: bytes) -> bool:
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return False
     meta = ours.pop("meta", None) or {}
-    marks = _MARKS_OF_A_SERVER if "source" in meta else (*_MARKS_OF_A_SERVER, "source")
-    given = {name: value for name, value in meta.items() if name not in marks}
-    kept = {name: value for name, value in (theirs.pop("meta", None) or {}).items() if name not in marks}
-    return bool(ours == theirs and given == kept)
+    ignored = _SERVER_META if "source" in meta else (*_SERVER_META, "source")
+    our_meta = {name: value for name, value in meta.items() if name not in ignored}
+    their_meta = {name: value for name, value in (theirs.pop("meta", None) or {}).items() if name not in ignored}
+    return bool(ours == theirs and our_meta == their_meta)
 
 
 def sort_types(resource_types: Iterable[str]) -> list[str]:
-    """The types as they are sent: in the catalog's order, where what is referred to mostly comes first; then others."""
+    """Return the types in the order in which to send them: the catalog's, in which targets of references come first."""
     return sorted(resource_types, key=lambda name: (LOAD_ORDER.get(name, len(LOAD_ORDER)), name))
 
 
-def _each_reference(value: Any, visit: Callable[[dict[str, Any], ReferenceTarget], None]) -> None:
+def _visit_references(value: Any, visit: Callable[[dict[str, Any], ReferenceTarget], None]) -> None:
     if isinstance(value, dict):
         reference = value.get("reference")
         if isinstance(reference, str):
             resource_type, _, rest = reference.partition("/")
-            identity = rest.partition("/")[0]
-            if resource_type[:1].isupper() and resource_type.isalpha() and identity:
-                visit(value, (resource_type, identity))
-        for each in value.values():
-            _each_reference(each, visit)
+            resource_id = rest.partition("/")[0]
+            if resource_type[:1].isupper() and resource_type.isalpha() and resource_id:
+                visit(value, (resource_type, resource_id))
+        for member in value.values():
+            _visit_references(member, visit)
     elif isinstance(value, list):
-        for each in value:
-            _each_reference(each, visit)
+        for item in value:
+            _visit_references(item, visit)
 
 
-def _status(text: str) -> int:
+def _parse_status(text: str) -> int:
     digits = text.strip()[:3]
     return int(digits) if digits.isdecimal() else 0
 
 
-def _digits(text: str) -> tuple[str]:
-    """A decimal as its text; a tuple, which no JSON value decodes to."""
+def _keep_digits(text: str) -> tuple[str]:
+    """Return a decimal as its text, in a tuple: no JSON value decodes to a tuple."""
     return (text,)
 
 
-_exact: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_digits)
+_exact: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_keep_digits)

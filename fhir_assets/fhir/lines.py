@@ -1,4 +1,4 @@
-"""The lines of a text file, compressed or not, in bounded memory."""
+"""Lines of a text file, compressed by gzip or not, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -6,72 +6,72 @@ from typing import BinaryIO, cast
 
 from isal import isal_zlib
 
-_CHUNK = 1 << 20
-_PACKED = 1 << 16
-_UNPACKED = 1 << 18
-_DAMAGED = cast(type[Exception], isal_zlib.error)
+_PLAIN_BYTES = 1 << 20
+_COMPRESSED_BYTES = 1 << 16
+_DECOMPRESSED_BYTES = 1 << 18
+_GZIP_ERROR = cast(type[Exception], isal_zlib.error)
 _GZIP = 16 + isal_zlib.MAX_WBITS
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 
 
 class DamagedFile(Exception):
-    """A compressed file ends too early or is damaged; the lines before that were given."""
+    """A compressed file is cut off or damaged. The content before the damage has been returned."""
 
 
 def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
-    """The lines of a file without their line feed, a good many at a time; None stands for one longer than ``limit``.
+    """Read the lines of a file in batches, without line feeds. A line of more than ``limit`` bytes is returned as None.
 
-    gzip is known by its first bytes, not by the name; members that follow one another are one file, and a byte
-    order mark is left out. Raises BrokenOff, and OSError if the file cannot be read.
+    gzip is recognized by the first bytes of the file, not by its name. Consecutive gzip members are one file, and a
+    byte order mark is removed. Raises DamagedFile, and OSError if the file cannot be read.
     """
     with path.open("rb") as file:
         yield from split_lines(decompress(file), limit)
 
 
 def decompress(file: BinaryIO) -> Iterator[bytes]:
-    """The content of a stream, which need not be seekable, in pieces; gzip is known by its first bytes.
+    """Yield the content of a stream in pieces, decompressed if its first bytes are those of gzip.
 
-    Raises BrokenOff.
+    The stream need not be seekable. Raises DamagedFile.
     """
     head = file.read(len(_GZIP_MAGIC))
     if head == _GZIP_MAGIC:
-        yield from _unpacked(head + file.read(_PACKED), file)
+        yield from _decompress_members(head + file.read(_COMPRESSED_BYTES), file)
         return
     if head:
-        yield head + file.read(_CHUNK)
-    while chunk := file.read(_CHUNK):
+        yield head + file.read(_PLAIN_BYTES)
+    while chunk := file.read(_PLAIN_BYTES):
         yield chunk
 
 
-def _unpacked(packed: bytes, file: BinaryIO) -> Iterator[bytes]:
-    """The content of gzip members, in small pieces: whatever came before a missing end is given."""
-    while packed:
+def _decompress_members(compressed: bytes, file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of gzip members in small pieces, also the content before a missing end."""
+    while compressed:
         member = isal_zlib.decompressobj(wbits=_GZIP)
         while not member.eof:
-            packed = member.unconsumed_tail or packed or file.read(_PACKED)
+            compressed = member.unconsumed_tail or compressed or file.read(_COMPRESSED_BYTES)
             try:
-                piece = member.decompress(packed, _UNPACKED)
-            except _DAMAGED:
+                piece = member.decompress(compressed, _DECOMPRESSED_BYTES)
+            except _GZIP_ERROR:
                 raise DamagedFile("the compressed file is damaged") from None
             if piece:
                 yield piece
-            elif not packed:
-                raise DamagedFile("the compressed file ends before its end was written: it was cut off")
-            packed = b""
-        packed = _next_member(member.unused_data, file)
+            elif not compressed:
+                raise DamagedFile("the compressed file ends too early: it was cut off")
+            compressed = b""
+        compressed = _next_member(member.unused_data, file)
 
 
 def _next_member(rest: bytes, file: BinaryIO) -> bytes:
-    """What follows a member, without the zeros that tapes and block devices leave."""
+    """Return the start of the next member, without the zero bytes that tapes and block devices append."""
     while not (rest := rest.lstrip(b"\0")):
-        if not (rest := file.read(_PACKED)):
+        if not (rest := file.read(_COMPRESSED_BYTES)):
             break
     return rest
 
 
 def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes | None]]:
-    """The lines of a content without their line feed; None stands for one longer than ``limit``."""
+    """Split content into lines without line feeds, in batches. A line of more than ``limit`` bytes is None."""
     held: list[bytes] = []
     length = 0
     first = True
@@ -86,8 +86,8 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes | No
         if not lines:
             continue
         tail = lines.pop()
-        whole = b"".join(held) if length <= limit else None
-        yield [whole, *(line if len(line) <= limit else None for line in lines)]
+        first_line = b"".join(held) if length <= limit else None
+        yield [first_line, *(line if len(line) <= limit else None for line in lines)]
         held, length = [tail], len(tail)
     if length:
         yield [b"".join(held) if length <= limit else None]

@@ -1,6 +1,6 @@
-"""The types of FHIR R4 as facts: which elements a type has, of which types, how many, under which JSON names.
+"""The types of FHIR R4: their elements, with types, cardinalities and JSON names.
 
-A nested type (a backbone element) is named by its path: ``Patient.contact``. ``build_model`` makes the data.
+A nested type (a backbone element) is named by its path: ``Patient.contact``. ``build_model`` compiles the data.
 """
 
 import gzip
@@ -17,7 +17,10 @@ Kind = Literal["primitive", "complex", "resource", "nested"]
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """An element of a type. ``name`` is FHIRPath's (``value`` for ``value[x]``); ``max`` None means unbounded."""
+    """An element of a type.
+
+    ``name`` is its name in FHIRPath (``value`` for ``value[x]``). ``max`` is None if the element repeats without limit.
+    """
 
     name: str
     types: tuple[str, ...]
@@ -25,15 +28,15 @@ class Element:
     max: int | None
     choice: bool
     targets: tuple[str, ...]
-    """The resource types that a Reference or a canonical may point to; empty: any."""
+    """The resource types that a Reference or a canonical may point to. Empty means any type."""
 
     @property
     def many(self) -> bool:
-        """True if JSON holds an array."""
+        """Whether the element is an array in JSON."""
         return self.max is None or self.max > 1
 
     def json_names(self) -> tuple[tuple[str, str], ...]:
-        """Each name under which JSON may hold the element, with the type it then has."""
+        """Return the JSON names of the element, each with the type that the element has under it."""
         if not self.choice:
             return ((self.name, self.types[0]),)
         return tuple((f"{self.name}{type_[0].upper()}{type_[1:]}", type_) for type_ in self.types)
@@ -41,7 +44,7 @@ class Element:
 
 @dataclass(frozen=True, slots=True)
 class Type:
-    """A type, with all its elements, inherited ones included. ``regex`` is a primitive's pattern."""
+    """A type with all of its elements, including inherited elements. ``regex`` is the pattern of a primitive."""
 
     name: str
     kind: Kind
@@ -50,71 +53,74 @@ class Type:
     elements: Mapping[str, Element]
     regex: str | None = None
     json: Mapping[str, tuple[Element, str]] = field(default_factory=dict)
-    """By JSON name, ``valueQuantity``: the element and the type it has under this name."""
+    """By JSON name, such as ``valueQuantity``: the element, and its type under this name."""
 
 
 class Model:
-    """All types by name."""
+    """The types of R4 by name."""
 
     def __init__(self, types: Mapping[str, Type]) -> None:
         self.types = types
 
     def ancestors(self, name: str) -> tuple[str, ...]:
-        """The type itself, its base, and so on up to ``Element`` or ``Resource``."""
+        """Return the type, its base, and so on up to ``Element`` or ``Resource``."""
         chain: list[str] = []
-        at: str | None = name
-        while at is not None and at in self.types:
-            chain.append(at)
-            at = self.types[at].base
+        current: str | None = name
+        while current is not None and current in self.types:
+            chain.append(current)
+            current = self.types[current].base
         return tuple(chain)
 
     def is_a(self, name: str, ancestor: str) -> bool:
-        """True if the type is the other or is derived from it."""
+        """Return whether the type is ``ancestor`` or is derived from it."""
         return ancestor in self.ancestors(name)
 
     def is_primitive(self, name: str) -> bool:
-        """True for ``string``, ``date``, and so on: a type whose value JSON holds by itself."""
+        """Return whether the type is a primitive, such as ``string`` or ``date``."""
         type_ = self.types.get(name)
         return type_ is not None and type_.kind == "primitive"
 
     def element(self, type_name: str, element: str) -> Element | None:
-        """The element of a type, None if the type has none of the name."""
+        """Return an element of a type; None if there is no such type or element."""
         type_ = self.types.get(type_name)
         return type_.elements.get(element) if type_ else None
 
 
 UNKNOWN_TYPE = "Resource"
-"""What a resource counts as whose type R4 does not have: FHIR's abstract one."""
+"""The abstract type of R4, which stands for a resource type that R4 does not have."""
 
 
 def known_resource_type(name: str) -> str:
-    """A resourceType as it may be told and counted by: one of R4, else UNKNOWN_TYPE, since it may be anything."""
+    """Return ``name`` if it is a resource type of R4, else UNKNOWN_TYPE.
+
+    Any text may stand in ``resourceType``, also patient data; the result is safe to log and to count by.
+    """
     type_ = r4().types.get(name)
     return name if type_ is not None and type_.kind == "resource" else UNKNOWN_TYPE
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """``; did you mean "birthDate"?`` for a misspelt name, or nothing if none of the known ones is near."""
-    folded = {each.lower(): each for each in known}
+    """Return ``; did you mean "birthDate"?`` for a misspelt name, or an empty text if no known name is similar."""
+    folded = {candidate.lower(): candidate for candidate in known}
     matches = get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
     return f'; did you mean "{folded[matches[0]]}"?' if matches else ""
 
 
 @cache
 def r4() -> Model:
-    """The model of R4 4.0.1."""
+    """Return the type model of R4 (4.0.1)."""
     with (files(__package__) / "model.json.gz").open("rb") as file:
         data = json.loads(gzip.decompress(file.read()))
     types: dict[str, Type] = {}
     for name, facts in data["types"].items():
         elements: dict[str, Element] = {}
         json_names: dict[str, tuple[Element, str]] = {}
-        for path, type_names, least, most, *targets in facts["elements"]:
+        for path, type_names, minimum, maximum, *targets in facts["elements"]:
             element = Element(
                 name=path.removesuffix("[x]"),
                 types=tuple(type_names),
-                min=least,
-                max=None if most == "*" else int(most),
+                min=minimum,
+                max=None if maximum == "*" else int(maximum),
                 choice=path.endswith("[x]"),
                 targets=tuple(t for t in (targets[0] if targets else ()) if t != "Resource"),
             )

@@ -1,4 +1,4 @@
-"""What flows through the pipeline: one resource as its received bytes, with the few facts that route it."""
+"""Records: resources as received, with the header fields that the pipeline needs to route them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,11 @@ from fhir_assets.errors import PermanentError
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A resource as it was received: ``body`` is its JSON on one line, without the line feed, digits and key
-    order untouched. ``arrived`` places a resource without ``meta.lastUpdated`` into a window. ``patients`` are the
-    ids of those whose compartment it belongs to, None where nobody looked yet.
+    """A resource as received.
+
+    ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``arrived`` decides the
+    window of a resource without ``meta.lastUpdated``. ``patients`` are the ids of the patients in whose compartment it
+    is, None if they have not been determined.
     """
 
     resource_type: str
@@ -26,17 +28,17 @@ class Record:
 
     @property
     def as_of(self) -> datetime:
-        """The time that orders the versions of a resource and picks its window."""
+        """The time that orders the versions of a resource and decides its window."""
         return self.last_updated or self.arrived
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedInput:
-    """Something received that cannot become a Record: the seed of a dead letter of stage ``fetch``.
+    """Received input that cannot become a Record. It becomes a dead letter of stage ``fetch``.
 
-    ``path`` says where it was found (``Patient.ndjson.gz:17``); ``message`` holds no patient data. ``issues`` are all
-    that is wrong with it where that is more than one thing, as dead letters keep them. ``origin`` is what it came by,
-    where that is part of what is received.
+    ``path`` says where the input was found (``Patient.ndjson.gz:17``); ``message`` contains no patient data. ``issues``
+    are all issues of the input if there are several, in the form of dead letters. ``origin`` identifies the delivery
+    that contained the input; None if it was fetched from the configured source.
     """
 
     resource_type: str
@@ -52,7 +54,7 @@ class RejectedInput:
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """A resource that the source deleted at ``at``; ``version_id`` is that of the deletion, where one is known."""
+    """The deletion of a resource at the time ``at``. ``version_id`` is the version of the deletion, if known."""
 
     resource_type: str
     id: str
@@ -61,6 +63,8 @@ class Deletion:
 
 
 class Meta(msgspec.Struct):
+    """The part of ``Resource.meta`` that is read before validation."""
+
     versionId: str | None = None  # noqa: N815
     lastUpdated: str | None = None  # noqa: N815
 
@@ -74,9 +78,9 @@ class ResourceHeader(msgspec.Struct):
 
 
 class MalformedResource(PermanentError):
-    """Bytes that are not a JSON object with a resourceType, or whose id or meta has the wrong JSON type.
+    """The input is not a JSON object with a resourceType, or its id or meta has the wrong JSON type.
 
-    ``rule`` is ``json`` or ``structure``, as validation calls them.
+    ``rule`` is the name of the validation rule that it breaks: ``json`` or ``structure``.
     """
 
     def __init__(self, message: str, rule: str) -> None:
@@ -88,34 +92,37 @@ _header = msgspec.json.Decoder(ResourceHeader)
 
 
 def to_single_line(body: bytes) -> bytes:
-    """JSON on one line: raw line ends can only be insignificant white space, so they become blanks."""
+    """Return JSON on one line. Line ends in JSON are insignificant white space, so they are replaced by blanks."""
     if b"\n" in body or b"\r" in body:
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
     return body.strip()
 
 
 def read_header(body: bytes) -> ResourceHeader:
-    """Decode ``resourceType``, ``id`` and ``meta``, skipping the rest. Raises Malformed, without the content."""
+    """Decode ``resourceType``, ``id`` and ``meta`` and skip the rest.
+
+    Raises MalformedResource; the message does not contain the content.
+    """
     try:
         return _header.decode(body)
     except msgspec.ValidationError as error:
         raise MalformedResource(f"not a FHIR resource: {error}", "structure") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        why = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
-        raise MalformedResource(f"not JSON: {why}", "json") from None
+        reason = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
+        raise MalformedResource(f"not JSON: {reason}", "json") from None
 
 
 def build_record(body: bytes, header: ResourceHeader, arrived: datetime) -> Record:
-    """The Record of a resource on one line whose header was read; its id is empty if it has none."""
+    """Return the Record of a resource on one line and its header. The id is empty if the resource has none."""
     meta = header.meta
-    identity = header.id or ""
+    resource_id = header.id or ""
     if meta is None:
-        return Record(header.resourceType, identity, None, None, arrived, body)
-    return Record(header.resourceType, identity, meta.versionId, parse_instant(meta.lastUpdated), arrived, body)
+        return Record(header.resourceType, resource_id, None, None, arrived, body)
+    return Record(header.resourceType, resource_id, meta.versionId, parse_instant(meta.lastUpdated), arrived, body)
 
 
 def parse_instant(text: str | None) -> datetime | None:
-    """A FHIR instant in UTC, None if it is absent or not an instant with a zone."""
+    """Parse a FHIR instant and return it in UTC; None if it is absent or is not an instant with a time zone."""
     if not text:
         return None
     try:

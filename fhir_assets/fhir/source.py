@@ -1,4 +1,4 @@
-"""The interface of everything that resources come from: a FHIR server, an export or files."""
+"""The interface of a source of resources: a FHIR server, its bulk exports, or files."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -9,35 +9,41 @@ from fhir_assets.windows import Interval
 
 
 class Source(Protocol):
-    """Where resources come from."""
+    """A source of resources. The pipeline reads it by resource type and by interval of ``meta.lastUpdated``."""
 
     name: str
     one_pass: bool
-    """True if all types are read together (files, a bulk export), False if each type is asked for by itself."""
+    """True if all types are read together (files, a bulk export), False if each type is read by itself."""
 
     def offered(self) -> frozenset[str] | None:
-        """The types the source can give; None if it cannot say."""
+        """Return the resource types that the source offers; None if it cannot say."""
         ...
 
     def state(self) -> str | None:
-        """For sources that are read whole (files): changes when they change. None for those asked by interval."""
+        """Return a digest that changes when the source changes, for sources that are read as a whole (files).
+
+        Sources that are read by interval return None.
+        """
         ...
 
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """From the oldest ``as_of`` that the source holds to just after the newest; None if it holds nothing."""
+        """Return the interval from the oldest ``as_of`` to just after the newest; None if the source is empty."""
         ...
 
     def until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
-        """For sources that give the past only (a bulk export): up to when. None for those that give all until now."""
+        """Return the time up to which the source is complete, for sources of past data only (a bulk export).
+
+        Sources that reach to the present return None.
+        """
         ...
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
-        """How many resources the source says it has in ``interval``; None if it cannot say."""
+        """Return the number of resources that the source says it has in ``interval``; None if it cannot say."""
         ...
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """Every resource of the types whose ``lastUpdated`` lies in ``interval`` (or that has none), streamed.
+        """Read every resource of the types whose ``lastUpdated`` lies in ``interval``, or that has none, as a stream.
 
-        Raises ServerUnavailable, ServerRefused or NotFhir; what was yielded before then is true but incomplete.
+        Raises ServerUnavailable, ServerRefused or NotFhir. The records before the error are valid but incomplete.
         """
         ...

@@ -301,7 +301,7 @@ class Journal:
         return (
             entry.resource_type,
             entry.id,
-            entry.place,
+            entry.location,
             compress_and_encrypt(entry.body),
             result.status,
             compress_and_encrypt(result.outcome),

@@ -1,7 +1,7 @@
-"""What a landed file may be: a format a kind of file, told apart by suffix and first bytes.
+"""The formats of files in the landing zone, recognized by suffix and first bytes.
 
-A format turns the bytes of a file into records, rejected pieces and deletions, streamed. To teach the landing zone
-another one, write a ``FileFormat`` and put it into FORMATS: the first that fits a file reads it.
+A format reads the bytes of a file as a stream of records, rejected inputs and deletions. To add a format, implement
+``FileFormat`` and put it into FORMATS: the first format that matches a file reads it.
 """
 
 from collections.abc import Iterator
@@ -36,164 +36,180 @@ HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class LandedContent:
-    """The unpacked bytes of a file. ``place`` names it in dead letters; its name may hold a patient's, and stays out.
+    """The decompressed bytes of a file.
 
-    ``chunks`` may be asked for once. ``arrived`` is when the file was written; ``limit`` the size of one resource.
+    ``label`` names the file in dead letters instead of its file name, which may contain a patient's name. ``chunks``
+    can be read once. ``arrived`` is when the file was written; ``limit`` is the size limit of one resource in bytes.
     """
 
-    place: str
+    label: str
     chunks: Iterator[bytes]
     arrived: datetime
     limit: int
 
-    def rejected(
-        self, rule: str, where: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
+    def reject(
+        self, rule: str, location: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
     ) -> RejectedInput:
-        """A piece that cannot be used; ``where`` it stands in the file."""
+        """Return the rejected input for a part of the file at ``location``."""
         resource_type = known_resource_type(header.resourceType) if header else UNKNOWN_TYPE
-        identity = header.id if header else None
-        return RejectedInput(resource_type, identity, rule, f"{self.place}:{where}", message, self.arrived, body)
+        resource_id = header.id if header else None
+        return RejectedInput(resource_type, resource_id, rule, f"{self.label}:{location}", message, self.arrived, body)
 
-    def resource(self, body: bytes, where: str) -> FileItem:
-        """The record of a resource's JSON, or why it is none."""
+    def read_resource(self, body: bytes, location: str) -> FileItem:
+        """Return the record of a resource in JSON, or the rejected input if it is not a resource."""
         body = to_single_line(body)
         if len(body) > self.limit:
-            return self.rejected("json", where, _TOO_LONG)
+            return self.reject("json", location, _TOO_LONG)
         try:
             header = read_header(body)
         except MalformedResource as error:
-            return self.rejected(error.rule, where, str(error), body)
+            return self.reject(error.rule, location, str(error), body)
         return build_record(body, header, self.arrived)
 
 
 class FileFormat(Protocol):
-    """One kind of file."""
+    """A format of files."""
 
     name: str
     suffixes: tuple[str, ...]
-    """How the names of such files end, in small letters, without ``.gz``."""
+    """The suffixes of such files in lower case, without ``.gz``."""
 
-    def fits(self, name: str, head: bytes) -> bool:
-        """Whether a file of one of the suffixes, with these first bytes (unpacked), is of this format."""
+    def matches(self, name: str, head: bytes) -> bool:
+        """Return whether a file with one of the suffixes and these first bytes, decompressed, has this format."""
         ...
 
     def read(self, content: LandedContent) -> Iterator[FileItem]:
-        """What the file holds. What cannot be used is Rejected, not an error."""
+        """Yield the content of a file. A part that cannot be used becomes a RejectedInput, not an error."""
         ...
 
 
 class NdjsonFormat:
-    """A resource a line (https://hl7.org/fhir/R4/nd-json.html), or a Bundle a line, as a bulk export lists deletes."""
+    """NDJSON (https://hl7.org/fhir/R4/nd-json.html): each line is a resource or a Bundle."""
 
     name = "ndjson"
     suffixes: tuple[str, ...] = (".ndjson", ".jsonl", ".json")
 
-    def fits(self, name: str, head: bytes) -> bool:
+    def matches(self, name: str, head: bytes) -> bool:
+        """Return whether a file is NDJSON. A ``.json`` file is, if it has several lines that are resources."""
         if not name.endswith(".json"):
             return True
         lines = [line for line in head.split(b"\n") if line.strip()]
         return len(lines) > 1 and any(_is_resource(line) for line in lines[:2])
 
     def read(self, content: LandedContent) -> Iterator[FileItem]:
+        """Yield the resources and deletions of each line."""
         number = 0
         for lines in split_lines(content.chunks, content.limit):
             for line in lines:
                 number += 1
                 if line is None:
-                    yield content.rejected("json", str(number), _TOO_LONG)
+                    yield content.reject("json", str(number), _TOO_LONG)
                 elif line.strip():
-                    yield from _resources(content, line, str(number))
+                    yield from _read_resources(content, line, str(number))
 
 
 class JsonFormat:
-    """One JSON document, of any size: a resource, a Bundle of any type, or an array of resources."""
+    """One JSON document of any size: a resource, a Bundle of any type, or an array of resources."""
 
     name = "json"
     suffixes: tuple[str, ...] = (".json",)
 
-    def fits(self, name: str, head: bytes) -> bool:
+    def matches(self, name: str, head: bytes) -> bool:
+        """Return True: every file with the suffix is read as one document."""
         return True
 
     def read(self, content: LandedContent) -> Iterator[FileItem]:
+        """Yield the resources and deletions of the document."""
         number = 0
         try:
-            for held_by, element in split_elements(content.chunks, content.limit):
-                if held_by == b"entry":
-                    yield from _entry(content, element, f"entry[{number}]", None)
+            for array_name, element in split_elements(content.chunks, content.limit):
+                if array_name == b"entry":
+                    yield from _read_entry(content, element, f"entry[{number}]", None)
                     number += 1
-                elif held_by is None:
+                elif array_name is None:
                     if not number:
-                        yield from _resources(content, element, "document")
+                        yield from _read_resources(content, element, "document")
                     elif not _is_bundle(element):
-                        yield content.rejected("structure", "document", _NO_BUNDLE)
+                        yield content.reject("structure", "document", _NOT_A_BUNDLE)
                     number = 0
                 else:
-                    yield content.resource(element, f"[{number}]")
+                    yield content.read_resource(element, f"[{number}]")
                     number += 1
         except UnbalancedJson:
-            yield content.rejected("json", "document", f"not JSON: cut off, or unbalanced, after {number} elements")
+            yield content.reject("json", "document", f"not JSON: cut off or unbalanced after {number} elements")
         except ElementTooLong:
-            yield content.rejected("json", "document", f"{_TOO_LONG}, after {number} elements")
+            yield content.reject("json", "document", f"{_TOO_LONG}, after {number} elements")
 
 
 class VisitsCsvFormat:
-    """Visits, a row each (``fhir/intake/visit.schema.json``)."""
+    """CSV with one visit in each row (``fhir/intake/visit.schema.json``)."""
 
     name = "visits"
     suffixes: tuple[str, ...] = (".csv",)
 
-    def fits(self, name: str, head: bytes) -> bool:
+    def matches(self, name: str, head: bytes) -> bool:
+        """Return True: every file with the suffix holds visits."""
         return True
 
     def read(self, content: LandedContent) -> Iterator[FileItem]:
+        """Yield a visit or a rejected input for each row."""
         for row in visits_csv.read(content.chunks):
-            place = f"{content.place}:{row.line}"
+            location = f"{content.label}:{row.line}"
             if isinstance(row, InvalidRow):
-                yield _bad_row(content, row, place)
+                yield _reject_row(content, row, location)
             else:
-                yield Visit(row.values, place, content.arrived)
+                yield Visit(row.values, location, content.arrived)
 
 
 FORMATS: tuple[FileFormat, ...] = (NdjsonFormat(), JsonFormat(), VisitsCsvFormat())
-"""In the order in which they are asked."""
+"""The formats in the order in which they are tried."""
 
-SUFFIXES = tuple({suffix: None for each in FORMATS for suffix in (*each.suffixes, *(f"{s}.gz" for s in each.suffixes))})
-"""How the names of all files end that are looked at."""
+SUFFIXES = tuple(
+    dict.fromkeys(
+        suffix + ending for file_format in FORMATS for ending in ("", ".gz") for suffix in file_format.suffixes
+    )
+)
+"""The suffixes of all files that the landing zone reads."""
 
 
 def is_visits_file(name: str) -> bool:
-    """Whether a file by its name is one of visits: those are received together."""
+    """Return whether a file name is one of visits. Files of visits are received together."""
     return name.lower().removesuffix(".gz").endswith(VisitsCsvFormat.suffixes)
 
 
 def read(name: str, content: LandedContent) -> Iterator[FileItem]:
-    """What a landed file holds; a file that breaks off gives what came before that, and a Rejected."""
+    """Yield the content of a file. A damaged file yields the content before the damage, and a RejectedInput."""
     base = name.lower().removesuffix(".gz")
-    head, rest = _begun(content.chunks)
-    fitting = (each for each in FORMATS if base.endswith(each.suffixes) and each.fits(base, head))
-    found = next(fitting, None)
-    if found is None:
-        yield content.rejected("json", "document", "no format of the landing zone fits this file")
+    head, rest = _read_head(content.chunks)
+    matching = (
+        candidate for candidate in FORMATS if base.endswith(candidate.suffixes) and candidate.matches(base, head)
+    )
+    file_format = next(matching, None)
+    if file_format is None:
+        yield content.reject("json", "document", "no format of the landing zone matches this file")
         return
-    whole = LandedContent(content.place, chain([head], rest), content.arrived, content.limit)
+    complete = LandedContent(content.label, chain([head], rest), content.arrived, content.limit)
     try:
-        yield from found.read(whole)
+        yield from file_format.read(complete)
     except DamagedFile as error:
-        yield content.rejected("json", "document", str(error))
+        yield content.reject("json", "document", str(error))
 
 
-def _begun(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The first bytes without a byte order mark, and the rest, which raises BrokenOff where they do."""
+def _read_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Return the first bytes without a byte order mark, and the remaining chunks.
+
+    If the file is damaged within the first bytes, the remaining chunks raise the DamagedFile.
+    """
     head = b""
     try:
         while len(head) < HEAD_BYTES and (more := next(chunks, b"")):
             head += more
     except DamagedFile as error:
-        return head.removeprefix(_BOM), _breaking(error)
+        return head.removeprefix(_BOM), _raise_later(error)
     return head.removeprefix(_BOM), chunks
 
 
-def _breaking(error: DamagedFile) -> Iterator[bytes]:
+def _raise_later(error: DamagedFile) -> Iterator[bytes]:
     yield from ()
     raise error
 
@@ -222,58 +238,60 @@ class _Bundle(msgspec.Struct):
 
 _decode_entry = msgspec.json.Decoder(_Entry).decode
 _decode_bundle = msgspec.json.Decoder(_Bundle).decode
-_NO_BUNDLE = "a resource with entries that is no Bundle: give it as NDJSON"
+_NOT_A_BUNDLE = "a resource with entries that is not a Bundle: give it as NDJSON"
 _BOM = b"\xef\xbb\xbf"
-_TOO_LONG = "longer than a resource may be"
+_TOO_LONG = "longer than the limit for one resource"
 
 
-def _resources(content: LandedContent, body: bytes, where: str) -> Iterator[FileItem]:
-    """A resource, or the entries of a Bundle that is small enough to be read whole."""
-    item = content.resource(body, where)
+def _read_resources(content: LandedContent, body: bytes, location: str) -> Iterator[FileItem]:
+    """Yield a resource, or the entries of a Bundle that is small enough to be decoded as a whole."""
+    item = content.read_resource(body, location)
     if not isinstance(item, Record) or item.resource_type != "Bundle":
         yield item
         return
     try:
         bundle = _decode_bundle(item.body)
     except msgspec.MsgspecError:
-        yield content.rejected("structure", where, "not a Bundle as FHIR has them", body)
+        yield content.reject("structure", location, "not a Bundle as FHIR defines it", body)
         return
     for number, entry in enumerate(bundle.entry):
-        yield from _entry(content, bytes(entry), f"{where}.entry[{number}]", parse_instant(bundle.timestamp))
+        yield from _read_entry(content, bytes(entry), f"{location}.entry[{number}]", parse_instant(bundle.timestamp))
 
 
-def _entry(content: LandedContent, body: bytes, where: str, bundle_time: datetime | None) -> Iterator[FileItem]:
-    """An entry of a Bundle: its resource, or the deletion that it asks for."""
+def _read_entry(content: LandedContent, body: bytes, location: str, bundle_time: datetime | None) -> Iterator[FileItem]:
+    """Yield the resource of an entry of a Bundle, or the deletion that the entry requests."""
     try:
         entry = _decode_entry(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        yield content.rejected("json", where, "an entry that is no JSON, or not as a Bundle has them", body)
+        yield content.reject("json", location, "an entry that is not JSON, or not as a Bundle has them", body)
         return
     if entry.request is not None and entry.request.method == "DELETE":
-        yield deletion(content, entry, body, where, bundle_time)
+        yield _read_deletion(content, entry, body, location, bundle_time)
     elif bytes(entry.resource) != b"null":
-        yield content.resource(bytes(entry.resource), where)
+        yield content.read_resource(bytes(entry.resource), location)
 
 
-def deletion(
-    content: LandedContent, entry: _Entry, body: bytes, where: str, bundle_time: datetime | None
+def _read_deletion(
+    content: LandedContent, entry: _Entry, body: bytes, location: str, bundle_time: datetime | None
 ) -> Deletion | RejectedInput:
-    """The deletion of an entry, at the time that it says, else its Bundle, else of the file."""
+    """Return the deletion of an entry, at the time of the entry, else of its Bundle, else of the file."""
     assert entry.request
-    resource_type, _, identity = entry.request.url.strip("/").partition("/")
-    if not resource_type.isalpha() or not identity or "/" in identity or "?" in identity:
-        return content.rejected("structure", where, "a DELETE that names no single resource as <type>/<id>", body)
-    said = parse_instant(entry.response.lastModified) if entry.response else None
-    return Deletion(resource_type, identity, said or bundle_time or content.arrived)
+    resource_type, _, resource_id = entry.request.url.strip("/").partition("/")
+    if not resource_type.isalpha() or not resource_id or "/" in resource_id or "?" in resource_id:
+        return content.reject(
+            "structure", location, "a DELETE that does not name a single resource as <type>/<id>", body
+        )
+    entry_time = parse_instant(entry.response.lastModified) if entry.response else None
+    return Deletion(resource_type, resource_id, entry_time or bundle_time or content.arrived)
 
 
-def _bad_row(content: LandedContent, row: InvalidRow, place: str) -> RejectedInput:
-    said = [f"{column}: {what}" if column else what for column, what in row.problems]
+def _reject_row(content: LandedContent, row: InvalidRow, location: str) -> RejectedInput:
+    messages = [f"{column}: {message}" if column else message for column, message in row.problems]
     issues = tuple(
-        {"rule": row.rule, "severity": "error", "path": f"{place} {column}".strip(), "message": what}
-        for column, what in row.problems
+        {"rule": row.rule, "severity": "error", "path": f"{location} {column}".strip(), "message": message}
+        for column, message in row.problems
     )
-    return RejectedInput("Encounter", None, row.rule, place, "; ".join(said), content.arrived, row.body, issues)
+    return RejectedInput("Encounter", None, row.rule, location, "; ".join(messages), content.arrived, row.body, issues)
 
 
 def _is_bundle(element: bytes) -> bool:

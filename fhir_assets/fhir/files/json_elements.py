@@ -1,97 +1,132 @@
-"""The elements of a large JSON document, one after the other, in memory that does not grow with the document."""
+"""A splitter of large JSON documents into elements, in memory that does not grow with the document."""
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+("?)|[{}\[\]]', re.DOTALL)
-_OPEN = b"{["
-_BETWEEN = b" \t\r\n,"
-_COLON = re.compile(rb"\s*:")
+_OPENING = b"{["
+_SEPARATORS = b" \t\r\n,"
+_COLON_OR_END = re.compile(rb"\s*(:|\Z)")
 
 
 class UnbalancedJson(Exception):
-    """The document ends in the midst of a value, or closes what was never opened."""
+    """The document ends within a value, or a closing bracket has no opening one."""
 
 
 class ElementTooLong(Exception):
-    """One element is longer than a resource may be."""
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where the reader stands: how deep, and at what depth elements lie (None: outside of their array)."""
-
-    depth: int = 0
-    element_depth: int | None = None
+    """An element is longer than the limit for one resource."""
 
 
 def split_elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes | None, bytes]]:
-    """The elements of a document: of a Bundle the objects in ``entry``, of an array its objects, of any other object
-    the object itself. Each comes with the name of the array that holds it: ``entry``, ``[]``, or nothing.
+    """Yield the elements of a document, each with the name of the array that contains it.
 
-    Of several documents that follow one another each gives its own. What is around the entries of a Bundle comes last,
-    as an object whose ``entry`` is empty. Only brackets and strings are looked at: whoever decodes an element finds
-    what is wrong in it. Raises Unbalanced and TooLong.
+    The elements of a Bundle are the objects in ``entry`` (name ``entry``), followed by the Bundle itself with an empty
+    ``entry`` (name None). The elements of an array are its objects (name ``[]``). Any other object is one element
+    (name None). Consecutive documents are split one after the other.
+
+    Only brackets and strings are examined; errors within an element appear when it is decoded. Raises UnbalancedJson
+    and ElementTooLong.
     """
-    buffer = b""
-    place = _Place()
-    around = bytearray()
-    scanned = start = 0
-    key = False
+    splitter = _Splitter()
     for chunk in chunks:
-        buffer += chunk
-        position = scanned
-        end = len(buffer)
-        for token in _TOKENS.finditer(buffer, scanned):
-            text = token[0]
-            mark = text[:1]
+        splitter.buffer += chunk
+        yield from splitter.scan()
+        splitter.drop_consumed(limit)
+    if splitter.depth or splitter.buffer.strip():
+        raise UnbalancedJson
+
+
+class _Splitter:
+    """The state of a split: the bytes not yet consumed, and the nesting depth at the end of the scanned ones."""
+
+    def __init__(self) -> None:
+        self.buffer = b""
+        self.depth = 0
+        self._element_depth: int | None = None
+        """The depth of the array that contains the elements; None outside of that array."""
+        self._bundle = bytearray()
+        """The part of a Bundle before its entries."""
+        self._scanned = 0
+        self._start = 0
+        """The start of the element or of the part of the Bundle that is being scanned."""
+        self._at_entry = False
+        """Whether the last string was the key ``entry`` of the document."""
+
+    def scan(self) -> Iterator[tuple[bytes | None, bytes]]:
+        """Scan the buffer and yield the elements that end in it."""
+        buffer = self.buffer
+        position = self._scanned
+        for token in _TOKENS.finditer(buffer, position):
+            mark = token[0][:1]
             if mark == b'"':
                 if not token[1]:
-                    break  # its end stands in the next chunk
-                if place.depth == 1 and place.element_depth is None:
-                    follows = _COLON.match(buffer, token.end())
-                    if follows is None and not buffer[token.end() :].strip():
-                        break  # whether it is a key stands in the next chunk
-                    key = text == b'"entry"' and follows is not None
+                    break  # the end of the string is in the next chunk
+                if self.depth == 1 and self._element_depth is None and not self._note_key(token):
+                    break
                 position = token.end()
                 continue
             position = token.end()
-            if place.depth in (0, place.element_depth):
-                # Between values there is nothing but white space and commas: the rest would be lost.
-                if buffer[start : token.start()].strip(_BETWEEN):
-                    raise UnbalancedJson
-                start = token.start()
-            if mark in _OPEN:
-                if place.depth == 0 and mark == b"[":
-                    place.element_depth, start = 1, token.end()
-                elif place.depth == 1 and key and mark == b"[" and place.element_depth is None:
-                    place.element_depth = 2
-                    around += buffer[start : token.end()]
-                    start = token.end()
-                place.depth += 1
-                key = False
+            if self.depth > (self._element_depth or 1):
+                self.depth += 1 if mark in _OPENING else -1
+                if self.depth == self._element_depth:
+                    yield (b"entry" if self._element_depth == 2 else b"[]"), buffer[self._start : position]
+                    self._start = position
                 continue
-            place.depth -= 1
-            if place.depth < 0:
-                raise UnbalancedJson
-            if place.element_depth is not None and place.depth == place.element_depth:
-                yield (b"entry" if place.element_depth == 2 else b"[]"), buffer[start : token.end()]
-                start = token.end()
-            elif place.element_depth is not None and place.depth == place.element_depth - 1:
-                if place.element_depth == 2:
-                    start = token.start()
-                place.element_depth = None
-            elif place.depth == 0:
-                yield None, bytes(around) + buffer[start : token.end()]
-                around.clear()
-            if place.depth == 0:
-                start = token.end()
-                around.clear()
-        scanned = position
-        if end - start + len(around) > limit:
+            if self.depth in (0, self._element_depth):
+                self._begin_value(token.start())
+            if mark in _OPENING:
+                self._open(mark, position)
+            elif (document := self._close(token)) is not None:
+                yield None, document
+        self._scanned = position
+
+    def drop_consumed(self, limit: int) -> None:
+        """Drop the bytes of finished elements. Raises ElementTooLong if an unfinished one exceeds ``limit``."""
+        if len(self.buffer) - self._start + len(self._bundle) > limit:
             raise ElementTooLong
-        if start:
-            buffer, scanned, start = buffer[start:], scanned - start, 0
-    if place.depth or buffer.strip():
-        raise UnbalancedJson
+        if self._start:
+            self.buffer = self.buffer[self._start :]
+            self._scanned -= self._start
+            self._start = 0
+
+    def _note_key(self, token: re.Match[bytes]) -> bool:
+        """Note whether a string is the key ``entry``. Return False if the next chunk must decide."""
+        following = _COLON_OR_END.match(self.buffer, token.end())
+        if following is not None and not following[1]:
+            return False
+        self._at_entry = following is not None and token[0] == b'"entry"'
+        return True
+
+    def _begin_value(self, start: int) -> None:
+        """Begin an element or a document. Only separators may stand before it; anything else would be lost."""
+        if self.buffer[self._start : start].strip(_SEPARATORS):
+            raise UnbalancedJson
+        self._start = start
+
+    def _open(self, mark: bytes, end: int) -> None:
+        """Handle an opening bracket outside of elements, or of an element itself."""
+        if self.depth == 0 and mark == b"[":
+            self._element_depth, self._start = 1, end
+        elif self.depth == 1 and self._at_entry and mark == b"[" and self._element_depth is None:
+            self._element_depth = 2
+            self._bundle += self.buffer[self._start : end]
+            self._start = end
+        self.depth += 1
+        self._at_entry = False
+
+    def _close(self, token: re.Match[bytes]) -> bytes | None:
+        """Handle a closing bracket outside of elements. Return the document if it ends here and is an object."""
+        document = None
+        self.depth -= 1
+        if self.depth < 0:
+            raise UnbalancedJson
+        if self._element_depth is not None:
+            if self._element_depth == 2:
+                self._start = token.start()
+            self._element_depth = None
+        elif self.depth == 0:
+            document = bytes(self._bundle) + self.buffer[self._start : token.end()]
+        if self.depth == 0:
+            self._start = token.end()
+            self._bundle.clear()
+        return document

@@ -1,7 +1,8 @@
-"""The source ``ndjson``: resources in files, one a line, read once for all types.
+"""The source ``ndjson``: resources in NDJSON files, which are read once for all types.
 
-A file that is named for a type (``Patient.ndjson``, ``MimicPatient.000.ndjson.gz``) holds that type; in any other
-file each line speaks for itself. Lines that cannot be used are Rejected, under file name and line number.
+A file whose name contains a type (``Patient.ndjson``, ``MimicPatient.000.ndjson.gz``) holds resources of that type. In
+any other file the type is read from each line. A line that cannot be used becomes a RejectedInput with the name of the
+file and the number of the line.
 """
 
 import glob
@@ -37,12 +38,12 @@ _RESOURCE_TYPE = re.compile(rb'"resourceType"\s*:\s*"([A-Za-z]+)"')
 _TYPE_IN_NAME = re.compile(
     rf"(?:(?<![A-Za-z])|(?<=[a-z]))(?:{'|'.join(sorted(BY_NAME, key=len, reverse=True))})(?![a-z])"
 )
-_ALWAYS = Interval(None, datetime.max.replace(tzinfo=UTC))
+_ALL_TIME = Interval(None, datetime.max.replace(tzinfo=UTC))
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file to read: ``name`` as messages show it, ``types`` the resource types it is named for."""
+    """A file to read. ``name`` is its name in messages; ``types`` are the resource types in its file name."""
 
     path: Path
     name: str
@@ -52,14 +53,16 @@ class _File:
 
     @property
     def is_one_resource(self) -> bool:
+        """Whether the file holds a single resource on any number of lines."""
         return self.path.name.lower().endswith((".json", ".json.gz"))
 
 
 class NdjsonSource:
-    """The resources of a file, of all NDJSON files in a folder and below it, or of the files that a glob matches.
+    """The resources of a file, of all NDJSON files in a folder and its subfolders, or of the files that match a glob.
 
-    ``skipped`` counts, by type, the resources of the last fetch whose type the catalog does not know. A resource
-    without ``lastUpdated`` arrived when its file was written. Raises ConfigurationError if there is no such file.
+    ``skipped`` counts, by type, the resources of the last fetch whose type is not in the catalog. A resource without
+    ``lastUpdated`` counts as arrived when its file was written. The methods raise ConfigurationError if there is no
+    file.
     """
 
     name = "ndjson"
@@ -81,49 +84,52 @@ class NdjsonSource:
         self.skipped: Counter[str] = Counter()
 
     def offered(self) -> frozenset[str] | None:
-        """The types that the files are named for; None if one of them may hold any type."""
+        """Return the types in the names of the files; None if a file may hold any type."""
         files = self._files()
         if not all(file.types for file in files):
             return None
         return frozenset[str]().union(*(file.types for file in files))
 
     def state(self) -> str:
-        """A digest of the files' names, sizes and times."""
+        """Return a digest of the names, sizes and modification times of the files."""
         digest = hashlib.sha256()
         for file in self._files():
             digest.update(f"{file.name}\0{file.size}\0{file.modified_ns}\0".encode())
         return digest.hexdigest()[:32]
 
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """From the oldest resource to just after the newest, or to now; reads the files, once a state of theirs."""
+        """Return the interval from the oldest resource to just after the newest, or to now if that is earlier.
+
+        The files are read once for each state of theirs.
+        """
         key = self.state(), frozenset(resource_types)
         if key not in self._extents:
             self._extents[key] = self._extent(resource_types)
         return self._extents[key]
 
     def until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        """Nothing: what it gives reaches to now."""
+        """Return None: the files reach to the present."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
-        """Nothing: files do not say how much they hold."""
+        """Return None: files do not say how many resources they hold."""
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """The resources of the interval. A line that cannot be used counts from when its file was written.
+        """Read the resources of the interval. The time of a line that cannot be used is that of its file.
 
         Raises ConfigurationError if a file is missing or cannot be read.
         """
         self.skipped = Counter()
-        wanted = dict.fromkeys(resource_types)
+        requested = dict.fromkeys(resource_types)
         for file in self._files():
-            if file.types and file.types.isdisjoint(wanted):
+            if file.types and file.types.isdisjoint(requested):
                 continue
-            for item in self._read(file, list(wanted)):
+            for item in self._read(file, list(requested)):
                 if _moment(item) in interval:
                     yield item
 
     def _extent(self, resource_types: Sequence[str]) -> Interval | None:
         first = last = None
-        for item in self.fetch(resource_types, _ALWAYS):
+        for item in self.fetch(resource_types, _ALL_TIME):
             moment = _moment(item)
             if first is None or moment < first:
                 first = moment
@@ -137,81 +143,84 @@ class NdjsonSource:
     def _files(self) -> list[_File]:
         root = Path(self._location).expanduser()
         if root.is_dir():
-            paths = [p for p in root.rglob("*") if _SUFFIXES.search(p.name) and not p.name.startswith(".")]
+            paths = [path for path in root.rglob("*") if _SUFFIXES.search(path.name) and not path.name.startswith(".")]
         elif root.is_file():
             paths, root = [root], root.parent
         else:
-            paths = [Path(found) for found in glob.glob(str(root), recursive=True)]
-            root = Path(os.path.commonpath([p.parent for p in paths])) if paths else root
+            paths = [Path(match) for match in glob.glob(str(root), recursive=True)]
+            root = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
         files = [_describe(path, root) for path in sorted(paths) if path.is_file()]
         if files:
             return files
         if root.is_dir():
             raise ConfigurationError(f"{self._labels.base_url}: the folder {root} holds no .ndjson or .ndjson.gz file")
         raise ConfigurationError(
-            f"{self._labels.base_url}: there is no file, folder or match of a glob at {self._location}"
+            f"{self._labels.base_url}: no file or folder exists, and no glob matches, at {self._location}"
         )
 
-    def _read(self, file: _File, wanted: list[str]) -> Iterator[Record | RejectedInput]:
-        """What a file holds of the wanted types, at any time."""
-        reader = _Reader(file, wanted, min(_time(file), self._now()), self.skipped)
+    def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
+        """Read the resources of the requested types in a file, of any time."""
+        reader = _LineReader(file, requested, min(_modified_at(file), self._now()), self.skipped)
         number = 0
         try:
             if file.is_one_resource:
-                item = reader.take(self._whole(file), None)
+                item = reader.read(self._read_as_line(file), None)
                 if item is not None:
                     yield item
                 return
             for lines in read_lines(file.path, self._max_line_bytes):
                 for line in lines:
                     number += 1
-                    item = reader.take(line, number)
+                    item = reader.read(line, number)
                     if item is not None:
                         yield item
         except DamagedFile as error:
-            yield reader.rejected("json", number + 1, f"{error}; {number} lines were read", b"")
+            yield reader.reject("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
             raise ConfigurationError(f"{self._labels.base_url}: {file.name} cannot be read: {error.strerror}") from None
 
-    def _whole(self, file: _File) -> bytes | None:
-        """A file that holds one resource, over many lines perhaps."""
-        whole: list[bytes] = []
+    def _read_as_line(self, file: _File) -> bytes | None:
+        """Return the content of a file on one line; None if it is longer than the limit."""
+        parts: list[bytes] = []
         length = 0
         for lines in read_lines(file.path, self._max_line_bytes):
             for line in lines:
                 length += len(line or b"") + 1
                 if line is None or length > self._max_line_bytes:
                     return None
-                whole.append(line)
-        return b" ".join(whole)
+                parts.append(line)
+        return b" ".join(parts)
 
 
-class _Reader:
-    """Turns the lines of one file into what they are."""
+class _LineReader:
+    """Turns the lines of one file into records and rejected inputs."""
 
-    def __init__(self, file: _File, wanted: list[str], arrived: datetime, skipped: Counter[str]) -> None:
+    def __init__(self, file: _File, requested: list[str], arrived: datetime, skipped: Counter[str]) -> None:
         self._file = file
-        self._wanted = wanted
+        self._requested = requested
         self._arrived = arrived
         self._skipped = skipped
-        self._named = next((name for name in wanted if name in file.types), None)
+        self._type_of_file = next((name for name in requested if name in file.types), None)
 
-    def take(self, line: bytes | None, number: int | None) -> Record | RejectedInput | None:
-        """What a line is; None if it is nobody's. Without a number it is the file."""
+    def read(self, line: bytes | None, number: int | None) -> Record | RejectedInput | None:
+        """Return the record or the rejected input of a line; None for a blank line and for types not requested.
+
+        ``line`` None stands for a line longer than the limit; ``number`` None for a file that is one resource.
+        """
         if line is None:
-            return self.rejected("json", number, "a line longer than a resource may be", b"")
+            return self.reject("json", number, "a line longer than the limit for one resource", b"")
         body = to_single_line(line)
         if not body:
             return None
         header = None
         try:
             header = read_header(body)
-            return build_record(body, header, self._arrived) if self._is_asked_for(header) else None
+            return build_record(body, header, self._arrived) if self._is_requested(header) else None
         except MalformedResource as error:
-            name = self._type_of(body)
-            return None if name is None else self.rejected(error.rule, number, str(error), body, header, name)
+            name = self._guess_type(body)
+            return None if name is None else self.reject(error.rule, number, str(error), body, header, name)
 
-    def rejected(
+    def reject(
         self,
         rule: str,
         number: int | None,
@@ -220,31 +229,31 @@ class _Reader:
         header: ResourceHeader | None = None,
         resource_type: str | None = None,
     ) -> RejectedInput:
-        """Something that cannot be used."""
-        place = self._file.name if number is None else f"{self._file.name}:{number}"
-        name = resource_type or self._named or self._wanted[0]
-        return RejectedInput(name, header.id if header else None, rule, place, message, self._arrived, body)
+        """Return the rejected input of a line."""
+        path = self._file.name if number is None else f"{self._file.name}:{number}"
+        name = resource_type or self._type_of_file or self._requested[0]
+        return RejectedInput(name, header.id if header else None, rule, path, message, self._arrived, body)
 
-    def _is_asked_for(self, header: ResourceHeader) -> bool:
-        """Raises Malformed if the file's name promises another type."""
+    def _is_requested(self, header: ResourceHeader) -> bool:
+        """Return whether the type is requested. Raises MalformedResource if the file name contains another type."""
         name = header.resourceType
         if self._file.types and name not in self._file.types and (name in BY_NAME or name not in self._file.path.name):
             raise MalformedResource("a resource of another type than the file's name says", "structure")
-        if name in self._wanted:
+        if name in self._requested:
             return True
         if name not in BY_NAME:
             self._skipped[known_resource_type(name)] += 1
         return False
 
-    def _type_of(self, body: bytes) -> str | None:
-        """The type to report a broken line under; None if it belongs to one that is not asked for."""
-        if self._named is not None:
-            return self._named
-        found = _RESOURCE_TYPE.search(body)
-        name = found[1].decode() if found else ""
+    def _guess_type(self, body: bytes) -> str | None:
+        """Return the type under which to report a malformed line; None if its type is not requested."""
+        if self._type_of_file is not None:
+            return self._type_of_file
+        match = _RESOURCE_TYPE.search(body)
+        name = match[1].decode() if match else ""
         if name in BY_NAME:
-            return name if name in self._wanted else None
-        return self._wanted[0]
+            return name if name in self._requested else None
+        return self._requested[0]
 
 
 def _describe(path: Path, root: Path) -> _File:
@@ -257,5 +266,5 @@ def _moment(item: Record | RejectedInput) -> datetime:
     return item.as_of if isinstance(item, Record) else item.arrived
 
 
-def _time(file: _File) -> datetime:
+def _modified_at(file: _File) -> datetime:
     return datetime.fromtimestamp(file.modified_ns / 1e9, UTC)

@@ -1,5 +1,7 @@
-"""Intake records as FHIR resources. Ids are derived, so that the same person is the same Patient whichever way it
-comes; how, the caller says: with keys nobody can read a number from an id.
+"""FHIR resources built from intake records: patient records of the HTTP API and visits in CSV.
+
+Ids are derived from record numbers, so that a person is the same Patient through every ingestion channel. The caller
+passes the derivation: with encryption keys, an id does not reveal the number.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,7 +10,7 @@ from typing import Any
 import orjson
 
 DeriveId = Callable[[str, str], str]
-"""From a resource type and a number to an id."""
+"""A function from a resource type and a record number to an id."""
 
 PURPOSES: Mapping[str, str] = {"data_sharing": "data-sharing", "research": "research"}
 PURPOSE_SYSTEM = "https://fhir-assets.dev/CodeSystem/consent-purpose"
@@ -19,7 +21,10 @@ _V2_0203 = "http://terminology.hl7.org/CodeSystem/v2-0203"
 
 
 def is_patient_record(record: object) -> bool:
-    """Whether this is a patient as intake takes it, not a FHIR Patient: it has an MRN of its own, or a name as text."""
+    """Return whether ``record`` is an intake record of a patient rather than a FHIR Patient.
+
+    An intake record has the member ``mrn``, ``ssn`` or ``consent``, or a ``name`` that is a text or an object.
+    """
     return (
         isinstance(record, dict)
         and record.get("resourceType") == "Patient"
@@ -27,8 +32,11 @@ def is_patient_record(record: object) -> bool:
     )
 
 
-def build_patient_resources(record: Mapping[str, Any], identify: DeriveId, *, now: str) -> list[dict[str, Any]]:
-    """The Patient of a valid patient record, and where consent is given its Consent. ``now`` is an instant."""
+def build_patient_resources(record: Mapping[str, Any], derive_id: DeriveId, *, now: str) -> list[dict[str, Any]]:
+    """Return the Patient of a valid patient record, followed by its Consent if the record contains one.
+
+    ``now`` is the instant of both.
+    """
     mrn = record["mrn"]
     identifiers = [_identifier("MR", MRN_SYSTEM, mrn)]
     if "ssn" in record:
@@ -37,7 +45,7 @@ def build_patient_resources(record: Mapping[str, Any], identify: DeriveId, *, no
         identifiers.append(_identifier("SS", "http://hl7.org/fhir/sid/us-ssn", ssn))
     patient: dict[str, Any] = {
         "resourceType": "Patient",
-        "id": identify("Patient", mrn),
+        "id": derive_id("Patient", mrn),
         "meta": {"lastUpdated": now},
         "identifier": identifiers,
     }
@@ -46,17 +54,17 @@ def build_patient_resources(record: Mapping[str, Any], identify: DeriveId, *, no
     for name in ("gender", "birthDate"):
         if name in record:
             patient[name] = record[name]
-    found = [patient]
+    resources = [patient]
     if "consent" in record:
-        found.append(_consent(record["consent"], patient["id"], identify("Consent", mrn), now))
-    return found
+        resources.append(_consent(record["consent"], patient["id"], derive_id("Consent", mrn), now))
+    return resources
 
 
-def build_visit_patient(row: Mapping[str, str], identity: str, *, version: int, updated: str) -> dict[str, Any]:
-    """The Patient of a valid visit, as its ``version`` of the instant ``updated``."""
+def build_visit_patient(row: Mapping[str, str], resource_id: str, *, version: int, updated: str) -> dict[str, Any]:
+    """Return the Patient of a valid visit, with the given version and instant of its last update."""
     return {
         "resourceType": "Patient",
-        "id": identity,
+        "id": resource_id,
         "meta": {"versionId": str(version), "lastUpdated": updated},
         "identifier": [_identifier("MR", MRN_SYSTEM, row["mrn"])],
         "name": [{"use": "official", "family": row["last_name"], "given": [row["first_name"]]}],
@@ -64,11 +72,11 @@ def build_visit_patient(row: Mapping[str, str], identity: str, *, version: int, 
     }
 
 
-def build_visit_encounter(row: Mapping[str, str], identity: str, patient_id: str, *, updated: str) -> dict[str, Any]:
-    """The Encounter of a valid visit, of the instant ``updated``."""
+def build_visit_encounter(row: Mapping[str, str], resource_id: str, patient_id: str, *, updated: str) -> dict[str, Any]:
+    """Return the Encounter of a valid visit, with the given instant of its last update."""
     encounter = {
         "resourceType": "Encounter",
-        "id": identity,
+        "id": resource_id,
         "meta": {"versionId": "1", "lastUpdated": updated},
         "identifier": [_identifier("AN", ACCOUNT_SYSTEM, row["visit_account_number"])],
         "status": "finished",
@@ -82,7 +90,7 @@ def build_visit_encounter(row: Mapping[str, str], identity: str, patient_id: str
 
 
 def encode_resource(resource: Mapping[str, Any]) -> bytes:
-    """A resource as JSON on one line."""
+    """Encode a resource as JSON on one line."""
     return orjson.dumps(resource)
 
 
@@ -94,12 +102,12 @@ def _name(name: str | Mapping[str, str]) -> dict[str, Any]:
     if isinstance(name, str):
         *given, family = name.split()
         return {"use": "official", "text": name, "family": family, **({"given": given} if given else {})}
-    found: dict[str, Any] = {"use": "official"}
+    human_name: dict[str, Any] = {"use": "official"}
     if "last" in name:
-        found["family"] = name["last"].strip()
+        human_name["family"] = name["last"].strip()
     if "first" in name:
-        found["given"] = name["first"].split()
-    return found
+        human_name["given"] = name["first"].split()
+    return human_name
 
 
 def _consent(consent: Mapping[str, bool], patient_id: str, consent_id: str, now: str) -> dict[str, Any]:

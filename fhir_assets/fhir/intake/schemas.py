@@ -1,4 +1,4 @@
-"""The JSON Schemas of what intake takes, and what is wrong with a record: every error, each with its path."""
+"""JSON Schemas of intake records, and the errors of a record: all of them, each with its path."""
 
 import re
 import sys
@@ -15,18 +15,18 @@ from jsonschema.exceptions import ValidationError
 
 SchemaName = Literal["visit", "patient_record"]
 
-_TRIMMED = r"^[^\s\u0000-\u001f]([^\u0000-\u001f]*[^\s\u0000-\u001f])?$(?!\n)"
-_PATTERNS = {
-    _TRIMMED: "must neither begin nor end with a blank, and hold no control characters",
-    r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f]*$": "must hold no control characters",
+_TRIMMED_TEXT = r"^[^\s\u0000-\u001f]([^\u0000-\u001f]*[^\s\u0000-\u001f])?$(?!\n)"
+_PATTERN_MESSAGES = {
+    _TRIMMED_TEXT: "must not begin or end with a blank, and must not contain control characters",
+    r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f]*$": "must not contain control characters",
     r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$(?!\n)": "must be a date such as 2024-02-29",
 }
-"""What a pattern asks for, where its own words are no help."""
+"""Messages for patterns that are hard to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaError:
-    """One thing that is wrong: ``path`` is a JSON Pointer into the record, ``message`` what is expected there."""
+    """An error of a record. ``path`` is a JSON Pointer into the record; ``message`` says what is expected there."""
 
     path: str
     message: str
@@ -34,26 +34,29 @@ class SchemaError:
 
 @cache
 def load_schema(name: SchemaName) -> Mapping[str, Any]:
-    """The schema, as it stands in its file."""
+    """Return the content of a schema file."""
     content: dict[str, Any] = orjson.loads(files(__package__).joinpath(f"{name}.schema.json").read_bytes())
     return content
 
 
 def find_errors(name: SchemaName, record: object) -> list[SchemaError]:
-    """All that is wrong with a record, in the order of paths; no message holds a value of the record."""
-    found = {
-        SchemaError("".join(f"/{part}" for part in error.absolute_path), said)
+    """Return all errors of a record, sorted by path. No message contains a value of the record."""
+    schema_errors = {
+        SchemaError("".join(f"/{part}" for part in error.absolute_path), message)
         for error in _validator(name).iter_errors(record)
-        for said in _said(error)
+        for message in _describe(error)
     }
-    return sorted(found, key=lambda each: (each.path, each.message))
+    return sorted(schema_errors, key=lambda error: (error.path, error.message))
 
 
 def compile_text_check(name: SchemaName) -> Callable[[Mapping[str, str]], bool]:
-    """Whether an object of texts alone fits a schema of texts alone: what ``errors`` says, some fifty times as fast."""
+    """Compile a schema whose members are all texts into a function that says whether an object of texts is valid.
+
+    The result agrees with ``find_errors`` and is about fifty times as fast.
+    """
     properties = load_schema(name)["properties"]
     required = frozenset(load_schema(name)["required"])
-    rules = {field: _text_rule(rule) for field, rule in properties.items()}
+    rules = {field: _compile_text_rule(rule) for field, rule in properties.items()}
 
     def fits(row: Mapping[str, str]) -> bool:
         try:
@@ -64,13 +67,19 @@ def compile_text_check(name: SchemaName) -> Callable[[Mapping[str, str]], bool]:
     return fits
 
 
-def _text_rule(rule: Mapping[str, Any]) -> Callable[[str], bool]:
-    known = {"type", "minLength", "maxLength", "pattern", "format", "description"}
+def _compile_text_rule(rule: Mapping[str, Any]) -> Callable[[str], bool]:
+    supported = {"type", "minLength", "maxLength", "pattern", "format", "description"}
     assert rule["type"] == "string"
-    assert rule.keys() <= known, "a rule that is not compiled here"
+    assert rule.keys() <= supported, "the schema contains a keyword that this function does not support"
     matches = re.compile(rule["pattern"]).search
-    least, most, is_date = rule.get("minLength", 0), rule.get("maxLength", sys.maxsize), rule.get("format") == "date"
-    return lambda text: least <= len(text) <= most and bool(matches(text)) and (not is_date or _is_date(text))
+    min_length, max_length, is_date = (
+        rule.get("minLength", 0),
+        rule.get("maxLength", sys.maxsize),
+        rule.get("format") == "date",
+    )
+    return lambda text: (
+        min_length <= len(text) <= max_length and bool(matches(text)) and (not is_date or _is_date(text))
+    )
 
 
 def _is_date(text: str) -> bool:
@@ -85,16 +94,16 @@ def _validator(name: SchemaName) -> Draft202012Validator:
     return Draft202012Validator(load_schema(name), format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
-def _said(error: ValidationError) -> Iterator[str]:
-    """What is expected, of the schema's words alone."""
+def _describe(error: ValidationError) -> Iterator[str]:
+    """Describe what is expected, in terms of the schema only."""
     rule: str = str(error.validator)
     expected: Any = error.validator_value
     instance: Any = error.instance
-    within: Any = error.schema
+    schema: Any = error.schema
     if rule == "required":
         yield from (f"{name} is required" for name in expected if name not in instance)
     elif rule == "additionalProperties":
-        yield f"only these fields are known: {', '.join(within['properties'])}"
+        yield f"only these fields are known: {', '.join(schema['properties'])}"
     elif rule == "type":
         yield f"must be of type {expected}"
     elif rule == "format":
@@ -104,14 +113,14 @@ def _said(error: ValidationError) -> Iterator[str]:
     elif rule == "const":
         yield f"must be {expected}"
     elif rule == "minLength":
-        yield "must not be empty" if expected == 1 else f"must have {expected} characters at least"
+        yield "must not be empty" if expected == 1 else f"must have at least {expected} characters"
     elif rule == "maxLength":
-        yield f"must have {expected} characters at most"
+        yield f"must have at most {expected} characters"
     elif rule == "minProperties":
         yield "must not be empty"
     elif rule == "anyOf":
         yield "must be a text, or an object with first and last"
     elif rule == "pattern":
-        yield _PATTERNS.get(expected, f"must match {expected}")
+        yield _PATTERN_MESSAGES.get(expected, f"must match {expected}")
     else:
         yield f"breaks the rule {rule}"

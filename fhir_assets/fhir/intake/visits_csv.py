@@ -1,7 +1,7 @@
-"""Visits as CSV (RFC 4180): written for the landing zone, and read from it, a line at a time.
+"""Visits as CSV (RFC 4180), written for the landing zone and read from it line by line.
 
-A row that cannot be read never takes its neighbours along. One with a quote that is not closed would swallow all that
-follows: it is given up alone, and what comes after it is read anew.
+A row that cannot be read does not affect its neighbours. In particular, a quote that is not closed would make all
+following lines part of the row: such a row is rejected alone, and the lines after it are read again.
 """
 
 import csv
@@ -20,36 +20,37 @@ from fhir_assets.fhir.lines import split_lines
 COLUMNS: tuple[str, ...] = tuple(schemas.load_schema("visit")["properties"])
 REQUIRED: tuple[str, ...] = tuple(schemas.load_schema("visit")["required"])
 
-LONGEST_LINE = 1 << 16
-"""Bytes of a line."""
+MAX_LINE_BYTES = 1 << 16
+"""The longest line that is read."""
 
-LONGEST_ROW = 1 << 14
-"""Bytes of a row whose quoted values span lines."""
+MAX_ROW_BYTES = 1 << 14
+"""The longest row whose quoted values span lines."""
 
 HEADER_RULE = "csv-header"
 ROW_RULE = "csv"
 SCHEMA_RULE = "schema"
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r]").match
-_GUARDED = re.compile(r"'+[=+\-@\t\r]").match
+_is_formula = re.compile(r"'*[=+\-@\t\r]").match
+_is_escaped = re.compile(r"'+[=+\-@\t\r]").match
 
-_fits = schemas.compile_text_check("visit")
+_is_valid = schemas.compile_text_check("visit")
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A valid row. ``place`` says where it stands, ``arrived`` when its file was written."""
+    """A valid row. ``location`` says where it was read, ``arrived`` when its file was written."""
 
     row: Mapping[str, str] = field(repr=False)
-    place: str
+    location: str
     arrived: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidRow:
-    """A row that is no visit: ``problems`` are all that is wrong with it, each with its column where it has one.
+    """A row that is not a valid visit.
 
-    ``body`` is what was read: the values by column, or the line as it is. No message holds any of it.
+    ``problems`` are all of its errors as pairs of a column, which may be empty, and a message. ``body`` is the input:
+    the values by column as JSON, or the line as read. No message contains any of it.
     """
 
     line: int
@@ -60,30 +61,33 @@ class InvalidRow:
 
 @dataclass(frozen=True, slots=True)
 class ValidRow:
-    """A row that fits the schema of a visit."""
+    """A row that is valid by the schema of a visit."""
 
     line: int
     values: Mapping[str, str] = field(repr=False)
 
 
 def write(rows: Iterable[Mapping[str, str]]) -> bytes:
-    """A file of visits with its header. What a spreadsheet would take for a formula is put behind an apostrophe."""
+    """Return a CSV file of visits with its header.
+
+    An apostrophe is put before a value that a spreadsheet would evaluate as a formula.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_guarded(row.get(column, "")) for column in COLUMNS] for row in rows)
+    writer.writerows([_escape(row.get(column, "")) for column in COLUMNS] for row in rows)
     return text.getvalue().encode()
 
 
 def read(chunks: Iterable[bytes]) -> Iterator[ValidRow | InvalidRow]:
-    """The rows of a file, without its header and empty ones. A header that does not fit ends the reading."""
+    """Read the rows of a file, without the header and without empty rows. Reading ends at an invalid header."""
     lines = _Lines(chunks)
     columns: Sequence[str] = ()
     for number, line in lines:
         if line is None:
-            yield InvalidRow(number, ROW_RULE, (("", f"a line of more than {LONGEST_LINE:,} bytes"),))
+            yield InvalidRow(number, ROW_RULE, (("", f"a line of more than {MAX_LINE_BYTES:,} bytes"),))
             continue
-        values, text = _record(lines, line, len(columns))
+        values, text = _read_row(lines, line, len(columns))
         if values is not None and not any(values):
             continue
         if not columns:
@@ -92,86 +96,87 @@ def read(chunks: Iterable[bytes]) -> Iterator[ValidRow | InvalidRow]:
                 yield InvalidRow(number, HEADER_RULE, problems)
                 return
         elif values is None:
-            yield InvalidRow(number, ROW_RULE, (("", "no CSV in UTF-8, or a quote that is not closed"),), text)
+            yield InvalidRow(number, ROW_RULE, (("", "not CSV in UTF-8, or a quote that is not closed"),), text)
         elif len(values) != len(columns):
-            said = f"{len(values)} values, where the header has {len(columns)} columns"
-            yield InvalidRow(number, ROW_RULE, (("", said),), text)
+            message = f"{len(values)} values, where the header has {len(columns)} columns"
+            yield InvalidRow(number, ROW_RULE, (("", message),), text)
         else:
-            yield _judged(number, dict(zip(columns, map(_bare, values), strict=True)))
+            yield _validate(number, dict(zip(columns, map(_unescape, values), strict=True)))
 
 
 def find_errors(row: object) -> tuple[tuple[str, str], ...]:
-    """All that is wrong with a visit: where, as a JSON Pointer, and what is expected there."""
-    if isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) and _fits(row):
+    """Return all errors of a visit as pairs: a JSON Pointer, and what is expected there."""
+    if isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) and _is_valid(row):
         return ()
-    return tuple((each.path, each.message) for each in schemas.find_errors("visit", row))
+    return tuple((error.path, error.message) for error in schemas.find_errors("visit", row))
 
 
-def _judged(number: int, row: dict[str, str]) -> ValidRow | InvalidRow:
-    if _fits(row):
+def _validate(number: int, row: dict[str, str]) -> ValidRow | InvalidRow:
+    if _is_valid(row):
         return ValidRow(number, row)
-    # What a file leaves empty is not there at all.
+    # An empty value in a file means that the member is missing.
     given = {column: value for column, value in row.items() if value or column == "reason"}
-    problems = tuple((path.removeprefix("/"), said) for path, said in find_errors(given))
+    problems = tuple((path.removeprefix("/"), message) for path, message in find_errors(given))
     return InvalidRow(number, SCHEMA_RULE, problems, orjson.dumps(row))
 
 
 def _header_problems(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Columns are named only where they are ours: a file without a header has a patient in its first line."""
+    """Return the errors of a header. Unknown columns are counted, not named: the first line may be a patient's data."""
     problems = []
     if missing := [name for name in REQUIRED if name not in names]:
         problems.append(("", f"the header lacks {', '.join(missing)}"))
     if unknown := sum(name not in COLUMNS for name in names):
-        problems.append(("", f"the header has {unknown} columns that are not known; known are {', '.join(COLUMNS)}"))
-    if twice := sorted({name for name in names if name in COLUMNS and names.count(name) > 1}):
-        problems.append(("", f"the header has {', '.join(twice)} more than once"))
+        problems.append(("", f"the header has {unknown} unknown columns; known are {', '.join(COLUMNS)}"))
+    if duplicates := sorted({name for name in names if name in COLUMNS and names.count(name) > 1}):
+        problems.append(("", f"the header has {', '.join(duplicates)} more than once"))
     return tuple(problems)
 
 
 class _Lines:
-    """Numbered lines, of which some can be put back."""
+    """An iterator of numbered lines that lets a reader put lines back."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._lines = (line for lines in split_lines(chunks, LONGEST_LINE) for line in lines)
-        self._back: deque[bytes | None] = deque()
+        self._lines = (line for lines in split_lines(chunks, MAX_LINE_BYTES) for line in lines)
+        self._returned: deque[bytes | None] = deque()
         self._number = 0
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         return self
 
     def __next__(self) -> tuple[int, bytes | None]:
-        line = self._back.popleft() if self._back else next(self._lines)
+        line = self._returned.popleft() if self._returned else next(self._lines)
         self._number += 1
         return self._number, line
 
     def put_back(self, lines: Sequence[bytes | None]) -> None:
-        self._back.extendleft(reversed(lines))
+        """Return lines that were read, so that they are read again."""
+        self._returned.extendleft(reversed(lines))
         self._number -= len(lines)
 
 
-def _record(lines: _Lines, first: bytes, width: int) -> tuple[list[str] | None, bytes]:
-    """The values of the row that begins with a line, None if it is no CSV; and its text.
+def _read_row(lines: _Lines, first: bytes, width: int) -> tuple[list[str] | None, bytes]:
+    """Return the values of the row that begins with ``first``, None if it is not CSV, and the text of the row.
 
-    A row goes on over lines until its quotes are even. If what that gives is none of ``width`` values (0: any), the
-    row is its first line alone, whatever that is worth, and the others are put back.
+    A row continues over lines until the number of its quotes is even. If the result does not have ``width`` values
+    (0: any number), the row is its first line only, and the other lines are put back.
     """
     taken: list[bytes | None] = [first]
     text = first
-    while text.count(b'"') % 2 and len(text) <= LONGEST_ROW:
+    while text.count(b'"') % 2 and len(text) <= MAX_ROW_BYTES:
         number, line = next(lines, (0, None))
         if number:
             taken.append(line)
         if line is None:
             break
         text += b"\n" + line
-    values = _parsed(text.removesuffix(b"\r"))
+    values = _parse(text.removesuffix(b"\r"))
     if len(taken) > 1 and (values is None or len(values) != width > 0):
         lines.put_back(taken[1:])
-        return _parsed(first.removesuffix(b"\r")), first
+        return _parse(first.removesuffix(b"\r")), first
     return values, text
 
 
-def _parsed(text: bytes) -> list[str] | None:
+def _parse(text: bytes) -> list[str] | None:
     try:
         rows = list(csv.reader([text.decode()], strict=True))
     except (csv.Error, UnicodeDecodeError):
@@ -179,9 +184,9 @@ def _parsed(text: bytes) -> list[str] | None:
     return rows[0] if rows else []
 
 
-def _guarded(value: str) -> str:
-    return f"'{value}" if _FORMULA(value) else value
+def _escape(value: str) -> str:
+    return f"'{value}" if _is_formula(value) else value
 
 
-def _bare(value: str) -> str:
-    return value[1:] if _GUARDED(value) else value
+def _unescape(value: str) -> str:
+    return value[1:] if _is_escaped(value) else value

@@ -177,7 +177,7 @@ def _conflict(row: _Row) -> RejectedInput:
         "Encounter",
         row.visit.id,
         CONFLICT,
-        row.of.place,
+        row.of.location,
         "this visit account number is known with another person, date or reason, and a visit is never changed: "
         "give it its own number, or discard this",
         row.of.arrived,

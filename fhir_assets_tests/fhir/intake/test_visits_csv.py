@@ -107,7 +107,7 @@ def test_the_reason_is_the_only_column_that_may_be_missing() -> None:
     assert isinstance(row, InvalidRow)
     assert (row.line, row.rule) == (1, "csv-header")
     assert "the header lacks mrn, last_name, birth_date, visit_account_number, visit_date" in row.problems[0][1]
-    assert "1 columns that are not known" in row.problems[1][1]
+    assert "1 unknown columns" in row.problems[1][1]
 
 
 def test_a_file_without_a_header_is_refused_and_its_first_line_not_quoted() -> None:
