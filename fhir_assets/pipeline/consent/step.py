@@ -1,4 +1,4 @@
-"""Consent carried out: whose decision changed, his resources leave the tables or come into them, children included."""
+"""Apply consent: resources of patients whose decision changed leave the tables or return to them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,102 +21,114 @@ from fhir_assets.warehouse.postgres.queries import compartments
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
-_PATIENTS_AT_ONCE = 50
-"""Patients whose decisions are made and carried out in one transaction, while loads wait."""
+_PATIENTS_PER_TRANSACTION = 50
+"""How many patients' decisions are updated and applied in one transaction, during which loads wait."""
 
-_RESOURCES_AT_ONCE = 2000
+_RESOURCES_PER_TRANSACTION = 2000
 
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ConsentResult:
-    """What came of it: patients decided on, decisions that are other ones now, resources withheld and released."""
+    """How many patients' decisions were computed and how many of those changed, and how many resources were withheld
+    and released.
+    """
 
     patients: int = 0
     decisions: int = 0
     withheld: int = 0
     released: int = 0
 
+    def __add__(self, other: "ConsentResult") -> "ConsentResult":
+        return ConsentResult(
+            self.patients + other.patients,
+            self.decisions + other.decisions,
+            self.withheld + other.withheld,
+            self.released + other.released,
+        )
+
 
 class ConsentStep:
-    """Brings the tables to what the patients' consents say now. Does nothing, with one query, if nothing changed.
+    """Makes the tables match the patients' current consents: withholds resources, and releases withheld ones.
 
-    Each batch is a transaction of its own, so that it can be stopped at any time and goes on where it was.
+    If nothing changed, a run costs one query. Each batch is a transaction of its own, so that a stopped run continues
+    where it was.
     """
 
     def __init__(
-        self, connect: OpenSession, views: Sequence[View], gate: ConsentGate, *, run_id: str, actor: str
+        self, connect: OpenSession, views: Sequence[View], consent_gate: ConsentGate, *, run_id: str, actor: str
     ) -> None:
         self._connect = connect
-        self._gate = gate
+        self._consent_gate = consent_gate
         self._run_id = run_id
         self._actor = actor
         self._views = sorted(views, key=lambda view: view.resource_type)
-        self._make_rows: dict[str, RowBuilder] = {}
+        self._row_builders: dict[str, RowBuilder] = {}
 
     def run(self, now: datetime) -> ConsentResult:
-        """Carry out what is due at ``now``. Raises DatabaseUnavailable, ViewError or SealingError."""
-        swept = ConsentResult()
+        """Apply the decisions that are due at ``now``. Raises DatabaseUnavailable, ViewError or EncryptionError."""
+        total = ConsentResult()
         with self._connect() as conn:
-            followed = consents.get_applied_policy(conn)
-            if not followed.closed and not self._gate.closed:
-                return swept
-            if followed != self._gate:
+            applied = consents.get_applied_policy(conn)
+            if not applied.closed and not self._consent_gate.closed:
+                return total
+            if applied != self._consent_gate:
                 view_tables.ensure_tables(conn, self._views)
-                if not followed.closed:
-                    self._take_stock(conn)
-            while patients := consents.find_due_patients(conn, now, _PATIENTS_AT_ONCE):
-                if not swept.patients:
+                if not applied.closed:
+                    self._assign_patients(conn)
+            while patients := consents.find_due_patients(conn, now, _PATIENTS_PER_TRANSACTION):
+                if not total.patients:
                     view_tables.ensure_tables(conn, self._views)
                 conn.commit()
                 with conn.transaction():
                     consents.lock_decisions_for_change(conn)
-                    self._decide(conn, patients, now, swept)
+                    total += self._apply_decisions(conn, patients, now)
             conn.commit()
-            if followed != self._gate:
-                self._follow(conn, swept)
-        return swept
+            if applied != self._consent_gate:
+                total += self._apply_policy(conn)
+        return total
 
-    def _decide(self, conn: Session, patients: Sequence[str], now: datetime, swept: ConsentResult) -> None:
+    def _apply_decisions(self, conn: Session, patients: Sequence[str], now: datetime) -> ConsentResult:
         changed = consents.update_decisions(conn, patients, now)
-        swept.patients += len(patients)
-        swept.decisions += changed
-        taken = withheld_resources.withhold_resources(conn, self._gate, patients=patients)
+        withheld = withheld_resources.withhold_resources(conn, self._consent_gate, patients=patients)
         released = self._release(conn, patients=patients)
-        swept.withheld += sum(taken.values())
-        swept.released += sum(released.values())
-        self._record(conn, changed, taken, released)
+        self._record(conn, changed, withheld, released)
+        return ConsentResult(len(patients), changed, sum(withheld.values()), sum(released.values()))
 
-    def _follow(self, conn: Session, swept: ConsentResult) -> None:
-        """The policy is another one: all of the tables, and all that is withheld, is looked through."""
+    def _apply_policy(self, conn: Session) -> ConsentResult:
+        """Apply a changed policy to all resources in the tables and to all withheld resources."""
+        total = ConsentResult()
         while True:
             with conn.transaction():
                 consents.lock_decisions_for_change(conn)
-                taken = withheld_resources.withhold_resources(conn, self._gate, limit=_RESOURCES_AT_ONCE)
-                self._record(conn, 0, taken, {})
-            swept.withheld += sum(taken.values())
-            if not taken:
+                withheld = withheld_resources.withhold_resources(
+                    conn, self._consent_gate, limit=_RESOURCES_PER_TRANSACTION
+                )
+                self._record(conn, 0, withheld, {})
+            total += ConsentResult(withheld=sum(withheld.values()))
+            if not withheld:
                 break
         while True:
             with conn.transaction():
                 consents.lock_decisions_for_change(conn)
-                released = self._release(conn, limit=_RESOURCES_AT_ONCE)
+                released = self._release(conn, limit=_RESOURCES_PER_TRANSACTION)
                 self._record(conn, 0, {}, released)
-            swept.released += sum(released.values())
+            total += ConsentResult(released=sum(released.values()))
             if not released:
                 break
         with conn.transaction():
-            consents.set_applied_policy(conn, self._gate)
+            consents.set_applied_policy(conn, self._consent_gate)
         conn.commit()
+        return total
 
-    def _record(self, conn: Session, decisions: int, taken: Mapping[str, int], released: Mapping[str, int]) -> None:
+    def _record(self, conn: Session, decisions: int, withheld: Mapping[str, int], released: Mapping[str, int]) -> None:
         audit_log.record(
             conn,
             AuditRecord("consent decision", self._actor, "Consent", count=decisions, run_id=self._run_id),
             *(
                 AuditRecord("withhold", self._actor, name, count=count, run_id=self._run_id)
-                for name, count in taken.items()
+                for name, count in withheld.items()
             ),
             *(
                 AuditRecord("release", self._actor, name, count=count, run_id=self._run_id)
@@ -127,16 +139,18 @@ class ConsentStep:
     def _release(
         self, conn: Session, *, patients: Sequence[str] | None = None, limit: int | None = None
     ) -> dict[str, int]:
-        """Bring into the tables what of some patients (None: of all) is withheld and need not be. By type."""
+        """Load the withheld resources of patients (None: of all) that may be released. Return their number by type."""
         released: dict[str, int] = {}
-        at_once = min(limit or _RESOURCES_AT_ONCE, _RESOURCES_AT_ONCE)
-        while releasable := withheld_resources.find_releasable(conn, self._gate, patients=patients, limit=at_once):
+        batch_size = min(limit or _RESOURCES_PER_TRANSACTION, _RESOURCES_PER_TRANSACTION)
+        while releasable := withheld_resources.find_releasable(
+            conn, self._consent_gate, patients=patients, limit=batch_size
+        ):
             for (resource_type, partition_key), group in groupby(
                 releasable, key=lambda resource: (resource.resource_type, resource.partition_key)
             ):
                 resources = list(group)
                 bodies = [resource.body for resource in resources]
-                # Resources without lastUpdated have the earliest time that their window knows.
+                # The earliest time of the window stands for a missing lastUpdated.
                 arrived = min(resource.as_of for resource in resources)
                 self._load(conn, resource_type, Batch(bodies, partition_key, arrived))
                 withheld_resources.remove_released(conn, resource_type, [resource.id for resource in resources])
@@ -146,24 +160,25 @@ class ConsentStep:
         return released
 
     def _load(self, conn: Session, resource_type: str, batch: Batch) -> None:
-        """Load released resources; one that does not load becomes a dead letter, as it would have."""
+        """Load released resources. Resources that cannot be loaded are recorded as dead letters, as in a load."""
         views = [view for view in self._views if view.resource_type == resource_type]
-        make = self._make_rows.get(resource_type)
-        if make is None:
-            make = self._make_rows[resource_type] = RowBuilder(views, cipher_of(conn))
-        rows = make(batch)
+        row_builder = self._row_builders.get(resource_type)
+        if row_builder is None:
+            row_builder = self._row_builders[resource_type] = RowBuilder(views, cipher_of(conn))
+        rows = row_builder(batch)
         loader = Loader(conn, resource_type, views, run_id=self._run_id, restore_rows=True)
-        bad = loader.add_block(rows.block, batch.lines, batch.partition_key)
+        unloadable = loader.add_block(rows.block, batch.lines, batch.partition_key)
         loader.finish()
-        letters = [undone.build_dead_letter(resource_type, batch) for undone in rows.rejected]
-        letters += [build_unloadable_dead_letter(resource_type, item) for item in [*bad, *loader.take_unloadable()]]
-        dead_letters.record(conn, self._run_id, letters)
+        unloadable += loader.take_unloadable()
+        rejected = [line.build_dead_letter(resource_type, batch) for line in rows.rejected]
+        rejected += [build_unloadable_dead_letter(resource_type, item) for item in unloadable]
+        dead_letters.record(conn, self._run_id, rejected)
 
-    def _take_stock(self, conn: Session) -> None:
-        """A policy is switched on: look up what nobody looked at before, in batches."""
+    def _assign_patients(self, conn: Session) -> None:
+        """Record, in batches, the patients of resources that were loaded before a consent policy was switched on."""
         while True:
             with conn.transaction():
-                resources = compartments.lock_unassigned_resources(conn, _RESOURCES_AT_ONCE)
+                resources = compartments.lock_unassigned_resources(conn, _RESOURCES_PER_TRANSACTION)
                 compartments.set_patients(
                     conn,
                     [

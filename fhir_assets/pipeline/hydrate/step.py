@@ -1,4 +1,4 @@
-"""References that lead nowhere: their targets are asked for by id, and received as all that does not come by window."""
+"""Fetch the missing targets of references by id, and receive them into raw."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,32 +12,33 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession
 from fhir_assets.warehouse.postgres.queries import quality
 from fhir_assets.warehouse.postgres.tables import view_tables
 
-IDS_AT_ONCE = 5000
-"""How many ids are looked up in the tables at once."""
+IDS_PER_BATCH = 5000
+"""How many missing ids are looked up and fetched at once."""
 
-READS_AT_ONCE = 500
-"""Of how many ids that a search did not give the server is asked whether it deleted them: each is a request."""
+MAX_READS_PER_BATCH = 500
+"""How many ids that a search did not return are read one by one, to learn whether they are deleted."""
 
-FIRST = "Patient"
+FIRST_TYPE = "Patient"
+"""The type whose missing resources are fetched first, because most other types refer to it."""
 
 
 @runtime_checkable
 class ReadsById(Protocol):
-    """A source that gives resources by their ids."""
+    """A source that can read resources by id."""
 
     def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
-        """The resources of those ids that the source has."""
+        """Yield the resources with these ids that the source has."""
         ...
 
     def find_deleted(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
-        """Those of the ids that the source says it deleted."""
+        """Yield the deletions of the resources with these ids that the source deleted."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class HydratedBatch:
-    """What came of the asking for one type: ids asked for, ids that the source had, and what was received of them;
-    ``deleted`` are those that it once had: they are tombstones now, and are not asked for again.
+    """The result of one batch of missing ids of one type: how many were requested and found, what was received, and how
+    many the source has deleted. Deleted ids are recorded as deletions and are not requested again.
     """
 
     resource_type: str
@@ -48,7 +49,7 @@ class HydratedBatch:
 
 
 class HydrateStep:
-    """Asks a source for what the tables of some views refer to and lack."""
+    """Fetches the resources that the tables of views refer to and do not contain."""
 
     def __init__(
         self,
@@ -62,46 +63,48 @@ class HydrateStep:
     ) -> None:
         self._connect = connect
         self._views = views
-        self._types = sorted(resource_types, key=lambda name: (name != FIRST, LOAD_ORDER[name]))
+        self._types = sorted(resource_types, key=lambda name: (name != FIRST_TYPE, LOAD_ORDER[name]))
         self._source = source
         self._receiver = receiver
         self._run_id = run_id
 
     def run(self) -> Iterator[HydratedBatch]:
-        """Ask for all of it, Patients first; yields what came of each batch, which is in raw then.
+        """Fetch all missing resources, Patients first, and yield the result of each batch once it is in raw.
 
-        Nothing is asked for twice in a day. Raises what the source and the receiver raise.
+        An id is requested at most once a day. Raises the errors of the source and of the receiver.
         """
-        columns = self._columns()
+        columns = self._find_columns()
         for name in self._types:
             number = 0
-            while ids := self._missing(columns, name):
+            while ids := self._find_missing(columns, name):
                 number += 1
-                yield self._ask(name, ids, number)
+                yield self._fetch(name, ids, number)
 
-    def _ask(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
-        found = set()
+    def _fetch(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
+        found_ids = set()
 
-        def given() -> Iterator[Record | RejectedInput]:
+        def fetch() -> Iterator[Record | RejectedInput]:
             for item in self._source.fetch_ids(name, ids):
-                found.add(item.id if isinstance(item, Record) else item.resource_id)
+                found_ids.add(item.id if isinstance(item, Record) else item.resource_id)
                 yield item
 
-        received = self._receiver.receive(given(), f"missing:{self._run_id}/{name}/{number}")
-        lacking = [identity for identity in ids if identity not in found][:READS_AT_ONCE]
-        gone = list(self._source.find_deleted(name, lacking))
-        self._receiver.deletion_log.record(gone, run_id=self._run_id)
+        received = self._receiver.receive(fetch(), f"missing:{self._run_id}/{name}/{number}")
+        not_found = [identity for identity in ids if identity not in found_ids][:MAX_READS_PER_BATCH]
+        deleted = list(self._source.find_deleted(name, not_found))
+        self._receiver.deletion_log.record(deleted, run_id=self._run_id)
         with self._connect() as conn:
             quality.record_requests(conn, self._run_id, name, ids)
-        return HydratedBatch(name, len(ids), len(found), received, len(gone))
+        return HydratedBatch(name, len(ids), len(found_ids), received, len(deleted))
 
-    def _missing(self, columns: Sequence[quality.ReferenceColumn], name: str) -> list[str]:
+    def _find_missing(self, columns: Sequence[quality.ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:
-            return [identity for identity, _ in quality.find_missing_ids(conn, columns, name, limit=IDS_AT_ONCE)]
+            return [identity for identity, _ in quality.find_missing_ids(conn, columns, name, limit=IDS_PER_BATCH)]
 
-    def _columns(self) -> list[quality.ReferenceColumn]:
+    def _find_columns(self) -> list[quality.ReferenceColumn]:
         with self._connect() as conn:
             quality.forget_loaded_requests(conn)
-            there = quality.existing_tables(conn, self._views)
-            fitting = [view for view in self._views if view.name in there and not view_tables.find_drift(conn, view)]
-        return [column for view in fitting for column in quality.find_reference_columns(view)]
+            existing = quality.existing_tables(conn, self._views)
+            current_views = [
+                view for view in self._views if view.name in existing and not view_tables.find_drift(conn, view)
+            ]
+        return [column for view in current_views for column in quality.find_reference_columns(view)]
