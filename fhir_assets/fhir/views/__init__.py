@@ -1,7 +1,11 @@
-"""SQL on FHIR v2: ViewDefinitions, and the rows they make of resources."""
+"""SQL on FHIR v2 (https://sql-on-fhir.org/ig): ViewDefinitions and the rows that they compute from resources.
+
+``definition`` parses a ViewDefinition, ``compiled_views`` compiles the views of a resource type to one Python function.
+"""
 
 from fhir_assets.fhir.views.compiled_views import CompiledViews, RowError
-from fhir_assets.fhir.views.definition import Column, Problem, View, check_view, parse_view
+from fhir_assets.fhir.views.definition import Problem, View, check_view, parse_view
+from fhir_assets.fhir.views.plan import Column
 from fhir_assets.fhir.views.view_files import BrokenView, ViewSet, load_views, read_definition, read_view
 
 __all__ = [

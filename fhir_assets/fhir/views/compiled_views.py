@@ -1,4 +1,4 @@
-"""Views as one generated Python function: a resource in, the rows of each view out."""
+"""The code generator of views: compiles the views of a resource type to one function from a resource to rows."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,14 +8,17 @@ from fhir_assets.errors import FhirPathError, PermanentError
 from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.expressions import Expression
 from fhir_assets.fhir.path.runtime import NOT_FHIR
-from fhir_assets.fhir.views.definition import Column, Filled, Repeated, Select, View
+from fhir_assets.fhir.views.definition import View
+from fhir_assets.fhir.views.plan import Column, FilledColumn, RepeatPaths, Select
 
 Row = tuple[object, ...]
+"""The values of a row, in the order of the columns."""
 Continue = Callable[[Sequence[str]], None]
+"""Writes the statements that follow, given the names of the column values."""
 
 
 class RowError(PermanentError):
-    """A resource that a view cannot make rows of. The message holds nothing of the resource."""
+    """A view cannot compute rows from a resource. The message contains no data of the resource."""
 
     def __init__(self, view: str, column: str, message: str) -> None:
         super().__init__(f"view {view}, column {column}: {message}")
@@ -28,10 +31,11 @@ class RowError(PermanentError):
 
 
 class CompiledViews:
-    """All views of one resource type, made in one pass over a resource.
+    """The views of one resource type, compiled to one function that reads a resource once.
 
-    ``empty_join`` False makes ``join()`` of nothing null, as the newest revision of SQL on FHIR has it; the
-    published suite still expects the empty text. Pickles as its views.
+    ``empty_join`` is the result of ``join()`` on an empty collection: True gives the empty string, which the published
+    test suite expects; False gives null, as the newest revision of SQL on FHIR requires. A pickled instance holds its
+    views only and is compiled again when it is unpickled. Raises ValueError if the views have several resource types.
     """
 
     def __init__(self, views: Sequence[View], *, empty_join: bool = True) -> None:
@@ -42,9 +46,9 @@ class CompiledViews:
         self._rows, self._places = _compile(self.views, empty_join=empty_join)
 
     def rows(self, resource: dict[str, Any]) -> list[list[Row]]:
-        """For each view its rows, with values as JSON has them, in the order of its columns.
+        """Return the rows of each view. A row is a tuple of JSON values in the order of the columns.
 
-        Raises RowError: a column has several values where one is allowed, or the resource is not R4.
+        Raises RowError if a column that is not a collection has several values, or if the resource is not FHIR R4.
         """
         try:
             return self._rows(resource)
@@ -56,7 +60,7 @@ class CompiledViews:
             raise RowError(view, column, message) from None
 
     def _location(self, error: BaseException) -> tuple[str, str]:
-        """Which column's line of the generated function failed."""
+        """Return the view and the column whose line in the generated function raised the error."""
         location = None
         traceback = error.__traceback__
         while traceback:
@@ -69,8 +73,8 @@ class CompiledViews:
         return functools.partial(CompiledViews, empty_join=self.empty_join), (self.views,)
 
 
-_DEEP = 6
-"""Loops within loops beyond which rows are collected first: Python allows 20."""
+_MAX_LOOP_DEPTH = 6
+"""The depth of nested loops beyond which rows are collected in a list first, because Python allows 20 blocks."""
 _NOT_R4 = "an element is not of the type that FHIR R4 gives it"
 
 
@@ -87,67 +91,73 @@ def _compile(
 
 
 class _Writer:
-    """Writes the statements that make the rows of one view."""
+    """Writes the statements that compute the rows of one view."""
 
     def __init__(self, out: Emitter, view: View) -> None:
         self.out = out
         self.view = view
 
     def write(self) -> str:
-        """The name of the list of rows."""
+        """Write all statements and return the name of the list of rows."""
         rows = self.out.declare("[]")
-        self.filtered(list(self.view.plan.where), rows)
+        self.write_filter(list(self.view.plan.where), rows)
         return rows
 
-    def filtered(self, conditions: list[Expression], rows: str) -> None:
+    def write_filter(self, conditions: list[Expression], rows: str) -> None:
         if conditions:
             self.out.origin = (self.view.name, "where")
-            with self.out.block(f"if {self.condition(conditions[0])}:"):
-                self.filtered(conditions[1:], rows)
+            with self.out.block(f"if {self.write_condition(conditions[0])}:"):
+                self.write_filter(conditions[1:], rows)
             return
-        self.all(self.view.plan.selects, (), self.append_to(rows), last=True)
+        self.write_product(self.view.plan.selects, (), self.append_to(rows), last=True)
 
-    def condition(self, expr: Expression) -> str:
-        if expr.types is not None:
-            return expr.emit_conditions(self.out)[0]
-        value = expr.emit_single(self.out)
-        self.out.line(f"if {value} is not None and type({value}) is not bool: {self.refuse('where', 'is no boolean')}")
+    def write_condition(self, expression: Expression) -> str:
+        if expression.types is not None:
+            return expression.emit_conditions(self.out)[0]
+        value = expression.emit_single(self.out)
+        raise_error = self.raise_row_error("where", "is not a boolean")
+        self.out.line(f"if {value} is not None and type({value}) is not bool: {raise_error}")
         return f"{value} is True"
 
-    def refuse(self, column: str, message: str) -> str:
+    def raise_row_error(self, column: str, message: str) -> str:
         return f"raise {self.out.bind(RowError)}({self.view.name!r}, {column!r}, {message!r})"
 
     def append_to(self, rows: str) -> Continue:
         return lambda names: self.out.line(f"{rows}.append(({', '.join(names)},))")
 
-    def all(self, selects: Sequence[Select], before: Sequence[str], then: Continue, *, last: bool) -> None:
-        """The cross product of the selects; ``last`` says that ``then`` may be written more than once."""
+    def write_product(self, selects: Sequence[Select], before: Sequence[str], then: Continue, *, last: bool) -> None:
+        """Write the cross product of the selects.
+
+        ``then`` writes what follows for each row. ``last`` is True if ``then`` may be written more than once.
+        """
         if not selects:
             then(before)
             return
         rest = selects[1:]
-        self.select(
+        self.write_select(
             selects[0],
-            lambda names: self.all(rest, (*before, *names), then, last=last),
+            lambda names: self.write_product(rest, (*before, *names), then, last=last),
             last=last and not rest,
         )
 
-    def select(self, select: Select, then: Continue, *, last: bool) -> None:
+    def write_select(self, select: Select, then: Continue, *, last: bool) -> None:
         if select.iteration is None:
-            self.contents(select, then, last=last)
-        elif select.iteration == "forEach" and not last and self.out.depth > _DEEP:
-            self.merged(lambda each: self.iterate(select, each, last=True), len(select.columns), then, last=last)
+            self.write_contents(select, then, last=last)
+        elif select.iteration == "forEach" and not last and self.out.depth > _MAX_LOOP_DEPTH:
+            self.merge(
+                lambda next_: self.write_iteration(select, next_, last=True), len(select.columns), then, last=last
+            )
         elif select.iteration == "forEachOrNull":
-            self.merged(lambda each: self.or_null(select, each), len(select.columns), then, last=last)
+            self.merge(lambda next_: self.write_iteration_or_null(select, next_), len(select.columns), then, last=last)
         else:
-            self.iterate(select, then, last=last)
+            self.write_iteration(select, then, last=last)
 
-    def iterate(self, select: Select, then: Continue, *, last: bool, started: str | None = None) -> None:
+    def write_iteration(self, select: Select, then: Continue, *, last: bool, started: str | None = None) -> None:
         out = self.out
         out.origin = (self.view.name, select.columns[0].name)
         index = out.declare("-1")
 
-        def on(item: str) -> None:
+        def emit_body(item: str) -> None:
             out.line(f"{index} += 1")
             outer = out.focus, out.context, out.row_index
 
@@ -158,22 +168,22 @@ class _Writer:
                 out.focus, out.context, out.row_index = inner
 
             with out.iterating(item, index):
-                self.contents(select, after, last=last)
+                self.write_contents(select, after, last=last)
 
-        if isinstance(select.over, Repeated):
-            self.repeat(select.over, on)
+        if isinstance(select.over, RepeatPaths):
+            self.write_repeat(select.over, emit_body)
         elif select.over is not None:
-            select.over.emit_for_each(out, on)
+            select.over.emit_for_each(out, emit_body)
         if started:
             out.line(f"{started} = {index} >= 0")
 
-    def repeat(self, paths: Repeated, on: Callable[[str], None]) -> None:
-        """Depth first, each element before those in it."""
+    def write_repeat(self, paths: RepeatPaths, emit_body: Callable[[str], None]) -> None:
+        """Write the traversal of ``repeat``: depth first, each element before its descendants."""
         out = self.out
-        found, walk, item = out.declare("[]"), out.new_name(), out.new_name()
+        elements, walk, item = out.declare("[]"), out.new_name(), out.new_name()
 
         def keep(child: str) -> None:
-            out.line(f"{found}.append({child})")
+            out.line(f"{elements}.append({child})")
             out.line(f"{walk}({child})")
 
         with out.block(f"def {walk}({item}):"), out.focused(item):
@@ -181,18 +191,18 @@ class _Writer:
                 path.emit_for_each(out, keep)
         for path in paths.first:
             path.emit_for_each(out, keep)
-        each = out.new_name()
-        with out.block(f"for {each} in {found}:"):
-            on(each)
+        element = out.new_name()
+        with out.block(f"for {element} in {elements}:"):
+            emit_body(element)
 
-    def or_null(self, select: Select, then: Continue) -> None:
+    def write_iteration_or_null(self, select: Select, then: Continue) -> None:
         started = self.out.new_name()
-        self.iterate(select, then, last=True, started=started)
+        self.write_iteration(select, then, last=True, started=started)
         with self.out.block(f"if not {started}:"):
             then(["0" if index else "None" for index in select.indexes])
 
-    def merged(self, write: Callable[[Continue], None], width: int, then: Continue, *, last: bool) -> None:
-        """Rows that come from several places in the code, and go on in one."""
+    def merge(self, write: Callable[[Continue], None], width: int, then: Continue, *, last: bool) -> None:
+        """Write rows that originate at several points of the code and continue at one, through a list."""
         if last:
             write(then)
             return
@@ -202,36 +212,38 @@ class _Writer:
         with self.out.block(f"for {', '.join(names)}, in {rows}:"):
             then(names)
 
-    def contents(self, select: Select, then: Continue, *, last: bool) -> None:
-        own = [self.column(filled) for filled in select.filled]
+    def write_contents(self, select: Select, then: Continue, *, last: bool) -> None:
+        own = [self.write_column(filled) for filled in select.filled_columns]
         if not select.union:
-            self.all(select.selects, own, then, last=last)
+            self.write_product(select.selects, own, then, last=last)
             return
         width = len(select.union[0].columns)
 
         def union(before: Sequence[str]) -> None:
-            self.merged(
-                lambda each: self.branches(select.union, each),
+            self.merge(
+                lambda next_: self.write_branches(select.union, next_),
                 width,
                 lambda names: then((*before, *names)),
                 last=last,
             )
 
-        self.all(select.selects, own, union, last=False)
+        self.write_product(select.selects, own, union, last=False)
 
-    def branches(self, union: Sequence[Select], then: Continue) -> None:
+    def write_branches(self, union: Sequence[Select], then: Continue) -> None:
         for branch in union:
-            self.select(branch, then, last=True)
+            self.write_select(branch, then, last=True)
 
-    def column(self, filled: Filled) -> str:
+    def write_column(self, filled: FilledColumn) -> str:
         column, path, out = filled.column, filled.path, self.out
         out.origin = (self.view.name, column.name)
         value = path.emit_value(out)
         if column.collection:
             return out.let(f"list({value})") if path.many else out.let(f"[] if {value} is None else [{value}]")
-        return self.one(column, value) if path.many else value
+        return self.write_single(column, value) if path.many else value
 
-    def one(self, column: Column, values: str) -> str:
-        refuse = self.refuse(column.name, "several values where one is allowed; set collection or narrow the path")
-        self.out.line(f"if len({values}) > 1: {refuse}")
+    def write_single(self, column: Column, values: str) -> str:
+        raise_error = self.raise_row_error(
+            column.name, "several values where one is allowed; set collection or narrow the path"
+        )
+        self.out.line(f"if len({values}) > 1: {raise_error}")
         return self.out.let(f"{values}[0] if {values} else None")

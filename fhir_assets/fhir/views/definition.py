@@ -1,12 +1,10 @@
-"""A ViewDefinition read and resolved: its columns with their types, and the typed paths that fill them.
+"""The parser of ViewDefinitions: checks a definition and resolves its columns, types and paths.
 
-https://sql-on-fhir.org/ig/StructureDefinition-ViewDefinition.html
+See https://sql-on-fhir.org/ig/StructureDefinition-ViewDefinition.html.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,80 +17,16 @@ from fhir_assets.fhir.path.boolean_expressions import kind
 from fhir_assets.fhir.path.compiler import Fallback, resolve_expression
 from fhir_assets.fhir.path.expressions import Constant, EmptyCollection, Expression, IndexVariable, Types
 from fhir_assets.fhir.path.resolver import resolve_type_name
+from fhir_assets.fhir.views.fingerprint import compute_fingerprint
+from fhir_assets.fhir.views.plan import Column, FilledColumn, Iteration, Plan, RepeatPaths, Select
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _UNTYPED = "string"
 
-Iteration = Literal["forEach", "forEachOrNull", "repeat"]
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a view. ``type`` is a FHIR type name, declared or inferred from the path (``string`` if neither)."""
-
-    name: str
-    type: str
-    collection: bool
-    description: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """A column and the path that fills it."""
-
-    column: Column
-    path: Expression
-
-
-@dataclass(frozen=True, slots=True)
-class Repeated:
-    """The paths of ``repeat``: at the focus, and at each element found (one that a type lacks is left out)."""
-
-    first: tuple[Expression, ...]
-    again: tuple[Expression, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Select:
-    """One ``select``: what it iterates over, then its own columns, its nested selects and its union."""
-
-    iteration: Iteration | None
-    over: Expression | Repeated | None
-    filled: tuple[Filled, ...]
-    selects: tuple["Select", ...]
-    union: tuple["Select", ...]
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """All columns, in the specification's order."""
-        return (
-            *(filled.column for filled in self.filled),
-            *(column for select in self.selects for column in select.columns),
-            *(self.union[0].columns if self.union else ()),
-        )
-
-    @property
-    def indexes(self) -> tuple[bool, ...]:
-        """For each column, whether it is ``%rowIndex`` itself."""
-        return (
-            *(isinstance(filled.path, IndexVariable) for filled in self.filled),
-            *(index for select in self.selects for index in select.indexes),
-            *(self.union[0].indexes if self.union else ()),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a view does with a resource, resolved."""
-
-    where: tuple[Expression, ...]
-    selects: tuple[Select, ...]
-
 
 @dataclass(frozen=True)
 class View:
-    """A ViewDefinition. Pickles as its definition, and is resolved again where it arrives."""
+    """A parsed ViewDefinition. A pickled View holds its JSON only and is parsed again when it is unpickled."""
 
     name: str
     resource_type: str
@@ -103,11 +37,11 @@ class View:
     columns: tuple[Column, ...]
     path: Path | None
     fingerprint: str
-    """Changes with the meaning of the view (columns, paths, filters, constants), not with its descriptions."""
+    """A hash of columns, paths, filters and constants; texts such as descriptions do not change it."""
     definition: dict[str, Any] = field(repr=False, hash=False)
     plan: Plan = field(repr=False, compare=False)
     fallbacks: tuple[str, ...] = ()
-    """The paths that run in fhirpathpy, much slower than compiled ones."""
+    """The paths that fhirpathpy evaluates, which is much slower than compiled code."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return parse_view, (self.definition, self.path)
@@ -115,7 +49,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a ViewDefinition, and where: ``select[0].column[1].path``. A warning does not stop it."""
+    """A problem of a ViewDefinition and its location, such as ``select[0].column[1].path``.
+
+    A ViewDefinition with warnings only is valid.
+    """
 
     location: str
     message: str
@@ -123,7 +60,10 @@ class Problem:
 
 
 def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
-    """Read a ViewDefinition. Raises ViewError with the file, the place in it and what is wrong."""
+    """Parse a ViewDefinition. ``path`` is the file that it comes from.
+
+    Raises ViewError with the file, the location in it and the problem.
+    """
     reader = _Reader(definition, path)
     try:
         view = reader.view()
@@ -131,12 +71,12 @@ def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
         view = None
     errors = [problem for problem in reader.problems if problem.severity == "error"]
     if view is None or errors:
-        raise ViewError(reader.say(errors[0]))
+        raise ViewError(reader.describe(errors[0]))
     return view
 
 
 def check_view(definition: dict[str, Any]) -> list[Problem]:
-    """All that is wrong with a ViewDefinition, errors and warnings, in the order of their places."""
+    """Return all problems of a ViewDefinition, errors and warnings, in the order in which they are found."""
     reader = _Reader(definition, None)
     with suppress(_Stop):
         reader.view()
@@ -144,35 +84,11 @@ def check_view(definition: dict[str, Any]) -> list[Problem]:
 
 
 class _Stop(Exception):
-    """The definition is so wrong that the rest of it cannot be read."""
-
-
-def fingerprint(definition: dict[str, Any]) -> str:
-    """A short hash of what a ViewDefinition means."""
-    text = json.dumps(_meaning(definition), sort_keys=True, separators=(",", ":"), default=float)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-_MEANINGFUL = {"resource", "name", "path", "type", "collection", "constant", "where", "select", "column"} | {
-    "unionAll",
-    "forEach",
-    "forEachOrNull",
-    "repeat",
-}
-
-
-def _meaning(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {
-            key: _meaning(value)
-            for key, value in node.items()
-            if key in _MEANINGFUL or (key.startswith("value") and "name" in node)
-        }
-    return [_meaning(each) for each in node] if isinstance(node, list) else node
+    """A problem prevents parsing the rest of the definition."""
 
 
 class _Reader:
-    """Reads one definition, knowing where it is for the errors."""
+    """Parses one definition and collects its problems with their locations."""
 
     def __init__(self, definition: dict[str, Any], path: Path | None) -> None:
         self.definition = definition
@@ -182,7 +98,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self.resource = ""
 
-    def say(self, problem: Problem) -> str:
+    def describe(self, problem: Problem) -> str:
         name = self.definition.get("name") if isinstance(self.definition, dict) else None
         where = str(self.path) if self.path else f"view {name}" if isinstance(name, str) else "the ViewDefinition"
         return ": ".join(part for part in (where, problem.location, problem.message) if part)
@@ -192,17 +108,17 @@ class _Reader:
         return _Stop()
 
     def note(self, location: str, message: str, severity: Literal["error", "warning"] = "error") -> None:
-        """A problem that does not keep the rest from being read."""
+        """Record a problem that does not prevent parsing the rest of the definition."""
         self.problems.append(Problem(location, message, severity))
 
     def view(self) -> View:
         definition = self.definition
         if not isinstance(definition, dict):
             raise self.fail("", "is not a JSON object")
-        self.resource = self.text(definition, "resource", "")
+        self.resource = self.read_text(definition, "resource", "")
         type_ = r4().types.get(self.resource)
         if type_ is None or type_.kind != "resource":
-            resources = [name for name, each in r4().types.items() if each.kind == "resource"]
+            resources = [name for name, known in r4().types.items() if known.kind == "resource"]
             raise self.fail("resource", f'R4 has no resource "{self.resource}"{suggest_name(self.resource, resources)}')
         name = definition.get("name") or (self.path.stem if self.path else snake_case(self.resource))
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -213,7 +129,8 @@ class _Reader:
         if not selects:
             raise self.fail("select", "is missing: a view needs at least one")
         where = tuple(
-            self.condition(node, f"where[{n}]", focus) for n, node in enumerate(self.objects(definition, "where", ""))
+            self.condition(node, f"where[{n}]", focus)
+            for n, node in enumerate(self.read_objects(definition, "where", ""))
         )
         columns = tuple(column for select in selects for column in select.columns)
         self.check_names(columns)
@@ -226,7 +143,7 @@ class _Reader:
             description=definition.get("description"),
             columns=columns,
             path=self.path,
-            fingerprint=fingerprint({**definition, "name": name}),
+            fingerprint=compute_fingerprint({**definition, "name": name}),
             definition=definition,
             plan=Plan(where, selects),
             fallbacks=tuple(self.fallbacks),
@@ -241,7 +158,7 @@ class _Reader:
                 self.note("select", f'two columns have the name "{column.name}"')
             seen.add(column.name)
 
-    def text(self, node: dict[str, Any], key: str, location: str) -> str:
+    def read_text(self, node: dict[str, Any], key: str, location: str) -> str:
         value = node.get(key)
         at = f"{location}.{key}" if location else key
         if value is None:
@@ -250,16 +167,16 @@ class _Reader:
             raise self.fail(at, f"must be text, not {type(value).__name__}")
         return value
 
-    def objects(self, node: dict[str, Any], key: str, location: str) -> list[dict[str, Any]]:
+    def read_objects(self, node: dict[str, Any], key: str, location: str) -> list[dict[str, Any]]:
         value = node.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.fail(f"{location}.{key}" if location else key, "must be an array of objects")
         return value
 
     def read_constants(self) -> None:
-        for n, node in enumerate(self.objects(self.definition, "constant", "")):
+        for n, node in enumerate(self.read_objects(self.definition, "constant", "")):
             location = f"constant[{n}]"
-            name = self.text(node, "name", location)
+            name = self.read_text(node, "name", location)
             values = [key for key in node if key.startswith("value")]
             if not _NAME.fullmatch(name) or len(values) != 1:
                 raise self.fail(location, "must have a name of letters, digits and underscores, and one value[x]")
@@ -273,25 +190,25 @@ class _Reader:
         if not isinstance(text, str):
             raise self.fail(location, f"must be a FHIRPath expression, not {type(text).__name__}")
         try:
-            expr = self.typed(text, focus)
+            expression = self.resolve(text, focus)
         except FhirPathError as error:
             self.note(location, str(error))
             return EmptyCollection(many=True, types=None)
-        if isinstance(expr, Fallback):
+        if isinstance(expression, Fallback):
             self.fallbacks.append(text)
-            self.note(location, "runs in fhirpathpy, far slower than compiled paths", "warning")
-        return expr
+            self.note(location, "is evaluated by fhirpathpy, which is far slower than compiled paths", "warning")
+        return expression
 
     def condition(self, node: dict[str, Any], location: str, focus: Types) -> Expression:
-        expr = self.expression(self.text(node, "path", location), f"{location}.path", focus)
-        if expr.types is not None and expr.types - {"boolean"}:
-            self.note(f"{location}.path", f"must give a boolean, not {' or '.join(sorted(expr.types))}")
-        return expr
+        expression = self.expression(self.read_text(node, "path", location), f"{location}.path", focus)
+        if expression.types is not None and expression.types - {"boolean"}:
+            self.note(f"{location}.path", f"must give a boolean, not {' or '.join(sorted(expression.types))}")
+        return expression
 
     def selects(self, node: dict[str, Any], key: str, location: str, focus: Types) -> tuple[Select, ...]:
         prefix = f"{location}.{key}" if location else key
         return tuple(
-            self.select(each, f"{prefix}[{n}]", focus) for n, each in enumerate(self.objects(node, key, location))
+            self.select(item, f"{prefix}[{n}]", focus) for n, item in enumerate(self.read_objects(node, key, location))
         )
 
     def select(self, node: dict[str, Any], location: str, focus: Types) -> Select:
@@ -299,88 +216,89 @@ class _Reader:
         if len(iterations) > 1:
             raise self.fail(location, f"has both {' and '.join(iterations)}: one is allowed")
         iteration = iterations[0] if iterations else None
-        over: Expression | Repeated | None = None
+        over: Expression | RepeatPaths | None = None
         if iteration == "repeat":
-            over, focus = self.repeated(node["repeat"], f"{location}.repeat", focus)
+            over, focus = self.repeat(node["repeat"], f"{location}.repeat", focus)
         elif iteration:
             over = self.expression(node[iteration], f"{location}.{iteration}", focus)
             focus = over.types
-        filled = tuple(
-            self.filled(each, f"{location}.column[{n}]", focus)
-            for n, each in enumerate(self.objects(node, "column", location))
+        filled_columns = tuple(
+            self.column(item, f"{location}.column[{n}]", focus)
+            for n, item in enumerate(self.read_objects(node, "column", location))
         )
         selects = self.selects(node, "select", location, focus)
         union = self.selects(node, "unionAll", location, focus)
-        if not (filled or selects or union):
+        if not (filled_columns or selects or union):
             raise self.fail(location, "has neither column nor select nor unionAll")
         for n, branch in enumerate(union[1:], start=1):
-            expected, found = ([c.name for c in each.columns] for each in (union[0], branch))
-            if found != expected:
+            expected = [column.name for column in union[0].columns]
+            actual = [column.name for column in branch.columns]
+            if actual != expected:
                 self.note(
                     f"{location}.unionAll[{n}]",
-                    f"has the columns {', '.join(found)}; the first has {', '.join(expected)}",
+                    f"has the columns {', '.join(actual)}; the first has {', '.join(expected)}",
                 )
-        return Select(iteration, over, filled, selects, union)
+        return Select(iteration, over, filled_columns, selects, union)
 
-    def repeated(self, paths: object, location: str, focus: Types) -> tuple[Repeated, Types]:
-        if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
+    def repeat(self, paths: object, location: str, focus: Types) -> tuple[RepeatPaths, Types]:
+        if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
             raise self.fail(location, "must be an array of FHIRPath expressions")
         for n, path in enumerate(paths):
             self.expression(path, f"{location}[{n}]", None)
-        first = self.possible(paths, focus)
-        types: Types = frozenset().union(*(expr.types or () for expr in first))
-        if any(expr.types is None for expr in first):
+        first = self.resolve_possible(paths, focus)
+        types: Types = frozenset().union(*(expression.types or () for expression in first))
+        if any(expression.types is None for expression in first):
             types = None
         while True:
-            again = self.possible(paths, types)
-            if types is None or any(expr.types is None for expr in again):
-                return Repeated(first, self.possible(paths, None)), None
-            wider = types.union(*(expr.types or () for expr in again))
+            again = self.resolve_possible(paths, types)
+            if types is None or any(expression.types is None for expression in again):
+                return RepeatPaths(first, self.resolve_possible(paths, None)), None
+            wider = types.union(*(expression.types or () for expression in again))
             if wider == types:
-                return Repeated(first, again), types
+                return RepeatPaths(first, again), types
             types = wider
 
-    def possible(self, paths: Sequence[str], focus: Types) -> tuple[Expression, ...]:
-        """The paths that the types of the focus have: not every element that is found need have them all."""
-        found: list[Expression] = []
+    def resolve_possible(self, paths: Sequence[str], focus: Types) -> tuple[Expression, ...]:
+        """Resolve the paths whose elements the types of the focus have; omit the others."""
+        resolved: list[Expression] = []
         for path in paths:
             with suppress(FhirPathError):
-                expr = self.typed(path, focus)
-                if not isinstance(expr, EmptyCollection):
-                    found.append(expr)
-        return tuple(found)
+                expression = self.resolve(path, focus)
+                if not isinstance(expression, EmptyCollection):
+                    resolved.append(expression)
+        return tuple(resolved)
 
-    def typed(self, text: str, focus: Types) -> Expression:
+    def resolve(self, text: str, focus: Types) -> Expression:
         return resolve_expression(
             text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants
         )
 
-    def filled(self, node: dict[str, Any], location: str, focus: Types) -> Filled:
-        name = self.text(node, "name", location)
+    def column(self, node: dict[str, Any], location: str, focus: Types) -> FilledColumn:
+        name = self.read_text(node, "name", location)
         if not _NAME.fullmatch(name):
             raise self.fail(
                 f"{location}.name", f'"{name}" must be letters, digits and underscores, and begin with a letter'
             )
-        expr = self.expression(self.text(node, "path", location), f"{location}.path", focus)
+        expression = self.expression(self.read_text(node, "path", location), f"{location}.path", focus)
         collection = node.get("collection", False)
         if not isinstance(collection, bool):
             raise self.fail(f"{location}.collection", f"must be true or false, not {type(collection).__name__}")
         column = Column(
             name=name,
-            type=self.type(node.get("type"), f"{location}.type", expr),
+            type=self.type(node.get("type"), f"{location}.type", expression),
             collection=collection,
             description=node.get("description"),
             tags={
                 tag["name"]: tag["value"]
-                for tag in self.objects(node, "tag", location)
+                for tag in self.read_objects(node, "tag", location)
                 if {"name", "value"} <= tag.keys()
             },
         )
-        return Filled(column, expr)
+        return FilledColumn(column, expression)
 
-    def type(self, declared: object, location: str, expr: Expression) -> str:
-        """The declared type, else the one that the path gives."""
-        inferred = next(iter(expr.types)) if expr.types is not None and len(expr.types) == 1 else None
+    def type(self, declared: object, location: str, expression: Expression) -> str:
+        """Return the declared type, otherwise the type that is inferred from the path."""
+        inferred = next(iter(expression.types)) if expression.types is not None and len(expression.types) == 1 else None
         if declared is None:
             return inferred or _UNTYPED
         if not isinstance(declared, str):
@@ -390,7 +308,9 @@ class _Reader:
         except FhirPathError as error:
             self.note(location, str(error))
             return _UNTYPED
-        kinds = kind(frozenset({name})), kind(expr.types)
+        kinds = kind(frozenset({name})), kind(expression.types)
         if None not in kinds and kinds[0] != kinds[1]:
-            self.note(location, f"is {name}, but the path gives {' or '.join(sorted(expr.types or ()))}", "warning")
+            self.note(
+                location, f"is {name}, but the path gives {' or '.join(sorted(expression.types or ()))}", "warning"
+            )
         return name

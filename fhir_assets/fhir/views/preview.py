@@ -1,4 +1,4 @@
-"""A view tried on files, without a database: its rows, and how to show them."""
+"""The preview of a view: computes its rows from files, without a database, and writes them in several formats."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +14,12 @@ from rich.table import Table
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.views.compiled_views import CompiledViews, Row, RowError
-from fhir_assets.fhir.views.definition import Column, View
+from fhir_assets.fhir.views.definition import View
+from fhir_assets.fhir.views.plan import Column
 from fhir_assets.fhir.views.resource_files import read_resources
 
 Format = Literal["table", "csv", "ndjson", "parquet"]
-_ENDLESS = Console(width=100_000)
+_UNLIMITED_WIDTH = Console(width=100_000)
 _PARQUET_BATCH = 10_000
 _WHOLE_NUMBERS = {"integer", "positiveInt", "unsignedInt"}
 
@@ -30,11 +31,11 @@ def run_view(
     refused: Callable[[str, RowError], None] | None = None,
     empty_join: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a view over files, folders or Bundles, streamed; resources of other types are passed over.
+    """Yield the rows of a view over the resources of files and folders; skip resources of other types.
 
-    A resource that the view cannot make rows of goes to ``refused`` with its place (``Patient.ndjson:17``) and is
-    passed over; without ``refused`` its RowError is raised. ``empty_join``: see
-    TypeViews; False is what the tables hold. Raises NotFhir for a file that holds no resources.
+    If the view cannot compute the rows of a resource, ``refused`` is called with its location (``Patient.ndjson:17``)
+    and the error, and the resource is skipped; without ``refused``, the RowError is raised. ``empty_join``: see
+    CompiledViews; the tables use False. Raises NotFhir if a file cannot be read or contains anything but resources.
     """
     views = CompiledViews([view], empty_join=empty_join)
     for location, resource in read_resources(data):
@@ -49,15 +50,18 @@ def run_view(
 
 
 def write_rows(rows: Iterable[Row], columns: Sequence[Column], form: Format, out: IO[bytes]) -> int:
-    """Write rows to a binary stream, and give their number. ``parquet`` needs the extra of that name."""
-    counted = _Counted(rows)
+    """Write rows to a binary stream and return their number.
+
+    Raises ConfigurationError if ``form`` is ``parquet`` and pyarrow is not installed.
+    """
+    counted = _CountedRows(rows)
     {"table": write_table, "csv": write_csv, "ndjson": write_ndjson, "parquet": write_parquet}[form](
         counted, columns, out
     )
     return counted.number
 
 
-class _Counted:
+class _CountedRows:
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = rows
         self.number = 0
@@ -73,25 +77,27 @@ def _json(value: object) -> bytes:
 
 
 def _text(value: object) -> str:
-    """A cell as text: JSON for what is no text, nothing for null."""
+    """Return a cell as text: the empty string for null, JSON for anything but a string."""
     return "" if value is None else value if isinstance(value, str) else _json(value).decode()
 
 
 def write_table(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
-    """A table, cut to the width of a terminal but whole in a file. All rows are held in memory, to find the widths."""
+    """Write a table: cut to the width of a terminal, uncut in a file. All rows are held in memory to compute widths."""
     table = Table()
     for column in columns:
         table.add_column(column.name, justify="right" if column.type in {*_WHOLE_NUMBERS, "decimal"} else "left")
     for row in rows:
         table.add_row(*map(_text, row))
     text = StringIO()
-    width = Console().width if out.isatty() else Measurement.get(_ENDLESS, _ENDLESS.options, table).maximum
+    width = (
+        Console().width if out.isatty() else Measurement.get(_UNLIMITED_WIDTH, _UNLIMITED_WIDTH.options, table).maximum
+    )
     Console(file=text, width=width).print(table)
     out.write(text.getvalue().encode())
 
 
 def write_csv(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
-    """RFC 4180, with a header; a collection is JSON in its cell."""
+    """Write CSV (RFC 4180) with a header. A collection is written as JSON."""
     line = _Line()
     writer = csv.writer(line)
     for row in chain([[column.name for column in columns]], (map(_text, row) for row in rows)):
@@ -100,7 +106,7 @@ def write_csv(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) ->
 
 
 class _Line:
-    """The text of one CSV row."""
+    """The buffer of one CSV line."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -115,19 +121,22 @@ class _Line:
 
 
 def write_ndjson(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
-    """One JSON object a row."""
+    """Write one JSON object per row."""
     names = [column.name for column in columns]
     for row in rows:
         out.write(_json(dict(zip(names, row, strict=True))) + b"\n")
 
 
 def write_parquet(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
-    """A Parquet file: numbers and booleans as such, all else as text, collections as lists."""
+    """Write a Parquet file: numbers and booleans keep their type, collections are lists, everything else is text.
+
+    Raises ConfigurationError if pyarrow is not installed.
+    """
     try:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise ConfigurationError("parquet needs pyarrow: pip install 'fhir-assets[parquet]'") from None
+        raise ConfigurationError("the format parquet needs pyarrow: pip install 'fhir-assets[parquet]'") from None
     kinds = {"boolean": pa.bool_(), "decimal": pa.float64(), **dict.fromkeys(_WHOLE_NUMBERS, pa.int64())}
     types = [kinds.get(column.type, pa.string()) for column in columns]
     schema = pa.schema(
@@ -150,11 +159,11 @@ def write_parquet(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]
 
 
 def _converter(column: Column, *, as_text: bool) -> Callable[[Any], Any]:
-    def one(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         if value is None:
             return None
         if as_text:
             return _text(value)
         return float(value) if column.type == "decimal" else value
 
-    return (lambda values: [one(value) for value in values]) if column.collection else one
+    return (lambda values: [convert(value) for value in values]) if column.collection else convert

@@ -1,4 +1,4 @@
-"""ViewDefinitions from folders. A broken one never stops the others."""
+"""ViewDefinitions in files and folders. An invalid file does not prevent loading the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fhir_assets.fhir.views.definition import View, parse_view
 
 @dataclass(frozen=True, slots=True)
 class BrokenView:
-    """A file that is no valid ViewDefinition, and why."""
+    """A file that is not a valid ViewDefinition, with the reason."""
 
     path: Path
     message: str
@@ -21,14 +21,14 @@ class BrokenView:
 
 @dataclass(frozen=True, slots=True)
 class ViewSet:
-    """What folders hold."""
+    """The views of one or more folders, sorted by name, and the invalid files."""
 
     views: tuple[View, ...]
     broken: tuple[BrokenView, ...]
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises ViewError."""
+    """Read the JSON object of a file. Raises ViewError if the file cannot be read or holds anything else."""
     try:
         definition = orjson.loads(path.read_bytes())
     except OSError as error:
@@ -36,17 +36,17 @@ def read_definition(path: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise ViewError(f"{path}: is not JSON: {error}") from None
     if not isinstance(definition, dict):
-        raise ViewError(f"{path}: is not a JSON object: a ViewDefinition is one")
+        raise ViewError(f"{path}: is not a JSON object, which a ViewDefinition must be")
     return definition
 
 
 def read_view(path: Path) -> View:
-    """The ViewDefinition of a file. Raises ViewError."""
+    """Read and parse the ViewDefinition of a file. Raises ViewError if it cannot be read or is invalid."""
     return parse_view(read_definition(path), path)
 
 
 def load_views(folders: Sequence[Path]) -> ViewSet:
-    """Every ``*.json`` of the folders, by name. Of two views with one name the first holds, the other is broken."""
+    """Load every ``*.json`` file of the folders. Of two views with the same name, the second is reported as broken."""
     views: dict[str, View] = {}
     broken: list[BrokenView] = []
     for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
