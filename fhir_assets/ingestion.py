@@ -1,4 +1,7 @@
-"""Loading without the UI: the job in this process, a range of windows a run."""
+"""Runs of jobs in the calling process, for the command line: no daemon and no webserver is needed.
+
+Each run loads a range of consecutive windows. Dagster's instance records it like any other run.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,11 +40,12 @@ from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.windows import WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
+"""Called with each event of a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One Dagster run of an ingestion."""
+    """The result of one run."""
 
     run_id: str
     windows: WindowRange
@@ -49,7 +53,10 @@ class Outcome:
 
 
 class Ingestion:
-    """Asks what is due and loads it, run by run."""
+    """Find what is due, received or to be replayed, and execute the jobs that load it.
+
+    ``find_due``, ``find_received``, ``fetch_missing_references`` and ``replay`` first mark dead runs as failed.
+    """
 
     def __init__(self, settings: Settings, definitions: dg.Definitions, instance: dg.DagsterInstance) -> None:
         self._settings = settings
@@ -60,8 +67,11 @@ class Ingestion:
     def find_due(
         self, *, first: datetime | None = None, last: datetime | None = None, all_windows: bool = False
     ) -> DueWindows:
-        """The windows to load: those between ``first`` and ``last``; else from the checkpoints to now, or with
-        ``all_windows`` from the source's oldest resource on.
+        """Return the windows to load, in ranges for one run each.
+
+        Without arguments these are the windows from the checkpoints to now. With ``first`` or ``last`` they are the
+        windows from ``first`` (default: the source's oldest resource) to ``last`` (default: now). With ``all_windows``
+        they begin at the source's oldest resource. Raises the source's errors and DatabaseUnavailable.
         """
         now = datetime.now(UTC)
         scheme = self._settings.window_scheme
@@ -78,27 +88,27 @@ class Ingestion:
         return DueWindows(tuple(split_into_runs(scheme, scheme.between(first, min(last, now)))))
 
     def begin_checkpoints(self, due: DueWindows) -> None:
-        """Begin the checkpoints of the types that are loaded for the first time."""
+        """Begin the checkpoints of the resource types that are loaded for the first time."""
         with self._warehouse.connect() as conn:
             begin_checkpoints(conn, due)
 
     def find_types_not_offered(self) -> list[str]:
-        """The types that are asked for but that the source does not offer; they are skipped."""
+        """Return the resource types of the settings that the source does not offer; loads skip them."""
         offered = open_source(self._settings, warehouse=self._warehouse).offered()
         return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
 
     def count_steps(self) -> int:
-        """How many steps one run has."""
+        """Return the number of steps of a run of ``incremental_load``."""
         return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
 
     def load(
         self, windows: WindowRange, *, refresh: Refresh, triggered_by: str, listener: Listener | None = None
     ) -> Outcome:
-        """Load the windows in one run of ``incremental_load``; ``listener`` hears its events."""
+        """Load the windows in one run of ``incremental_load``. ``listener`` is called with its events."""
         return self._run(INCREMENTAL_LOAD, windows, refresh, triggered_by, listener)
 
     def find_received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
-        """What was received, by ``origin`` or at all, and is not in the tables yet."""
+        """Return the windows with received resources that are not loaded yet: all, or those of one ``origin``."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
             return group_windows(self._settings, received.pending(conn, origin=origin))
@@ -106,15 +116,16 @@ class Ingestion:
     def load_received(
         self, waiting: ReceivedWindows, *, triggered_by: str, listener: Listener | None = None
     ) -> Outcome:
-        """Load what was received into the windows in one run of ``load_received``."""
+        """Load the received resources of the windows in one run of ``load_received``."""
         with self._warehouse.connect() as conn:
             received.ask(conn, waiting.pending, now=datetime.now(UTC))
         assets = select_assets(self._definitions.resolve_asset_graph(), waiting.resource_types)
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
     def fetch_missing_references(self, *, triggered_by: str) -> bool:
-        """Ask the source for what loaded resources refer to, in one run. Returns whether it went well; what came waits
-        in ``received``.
+        """Ask the source for missing resources that loaded resources refer to, in one run. Return whether it succeeded.
+
+        ``find_received`` then returns the windows of the resources that the source sent.
         """
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
@@ -126,19 +137,18 @@ class Ingestion:
         return result.success
 
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
-        """Replay the open dead letters of a selection, in a run of ``replay_dead_letters`` a stretch of windows."""
+        """Replay the open dead letters of a selection, in one run for each stretch of consecutive windows."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
             scope = replays.scope(conn, selection)
         by_key: dict[str, set[str]] = {}
-        for each in scope:
-            by_key.setdefault(each.partition_key, set()).add(each.resource_type)
+        for window in scope:
+            by_key.setdefault(window.partition_key, set()).add(window.resource_type)
         graph = self._definitions.resolve_asset_graph()
         outcomes = []
         for windows in group_consecutive_windows(self._settings.window_scheme, by_key):
             keys = [window.key for window in windows.windows]
             types = sorted(set().union(*(by_key[key] for key in keys)))
-            chosen = replace(selection, partition_keys=keys)
             outcomes.append(
                 self._run(
                     REPLAY_DEAD_LETTERS,
@@ -147,14 +157,14 @@ class Ingestion:
                     triggered_by,
                     None,
                     select_assets(graph, types),
-                    claim=chosen,
+                    claim=replace(selection, partition_keys=keys),
                 )
             )
         return outcomes
 
     @contextmanager
     def _claimed(self, run_id: str, selection: Selection | None) -> Iterator[None]:
-        """The letters of a selection are the run's meanwhile; those it did not come to are open again afterwards."""
+        """Claim the dead letters of a selection for a run during the block; those that it leaves are open again."""
         if selection is None:
             yield
             return
@@ -167,11 +177,11 @@ class Ingestion:
                 replays.release_own(conn, run_id)
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
-        """Bring the tables to what consent says now, where no run does so."""
-        sweep = ConsentStep(
+        """Withhold or release resources in the tables as the consents now require, if no window is due."""
+        step = ConsentStep(
             self._warehouse.connect, views, build_consent_gate(self._settings), run_id=actor, actor=actor
         )
-        sweep.run(datetime.now(UTC))
+        step.run(datetime.now(UTC))
 
     def _run(
         self,
@@ -204,5 +214,5 @@ class Ingestion:
 
 
 def select_failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The runs that did not end well."""
+    """Return the outcomes of runs that failed."""
     return [outcome for outcome in outcomes if not outcome.success]

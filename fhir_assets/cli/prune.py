@@ -11,7 +11,7 @@ from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.instance import config
-from fhir_assets.orchestration.prune import kinds
+from fhir_assets.orchestration.prune import list_prunable
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import connections
 
@@ -33,7 +33,7 @@ def prune(
         warehouse.connect() as conn,
         connections.connect(os.environ["DAGSTER_POSTGRES_URL"]) as dagster_conn,
     ):
-        there = kinds(conn, dagster_conn, instance, build_store(settings), before)
+        there = list_prunable(conn, dagster_conn, instance, build_store(settings), before)
         wanted = only.split(",") if only else [kind.name for kind in there]
         if unknown := set(wanted) - {kind.name for kind in there}:
             raise ConfigurationError(
@@ -46,7 +46,7 @@ def prune(
             conn.commit()
             dagster_conn.commit()
             gone = kind.remove() if apply and number else 0
-            rows.append({"what": kind.name, "old": number, "bytes": size, "removed": gone, "that_is": kind.what})
+            rows.append({"what": kind.name, "old": number, "bytes": size, "removed": gone, "that_is": kind.description})
     if json:
         print_json({"before": before, "applied": apply, "kinds": rows})
         return

@@ -22,11 +22,11 @@ def worker(
     settings = load_settings()
     broker = settings.require_broker()
     try:
-        from fhir_assets.orchestration.instance.celery_launcher import QUEUE, app
+        from fhir_assets.orchestration.instance.celery_launcher import QUEUE, build_app
     except ImportError:
         raise ConfigurationError("Workers need dagster-celery: pip install 'fhir-assets[celery]'") from None
     os.environ.update({**config.build_environment(settings), "CELERY_BROKER_URL": broker})
     name = name or f"{socket.gethostname()}-{os.getpid()}"
-    app(settings).worker_main(
+    build_app(settings).worker_main(
         ["worker", "--pool", "solo", "--queues", QUEUE, "--hostname", f"{name}@%h", "--loglevel", settings.log_level]
     )

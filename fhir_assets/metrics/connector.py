@@ -1,4 +1,4 @@
-"""What a connector counts about itself. Labels are words of ours and HTTP's, never data."""
+"""Metrics of a connector process. Labels are the project's own words and HTTP's, never patient data."""
 
 from prometheus_client import Counter, Histogram
 
@@ -23,7 +23,7 @@ CALL_LATENCY = Histogram(
 )
 CALL_ERRORS = Counter(
     "fhir_call_errors_total",
-    "Calls to the FHIR server that failed, by HTTP status or a word for what broke",
+    "Calls to the FHIR server that failed, by HTTP status or kind of failure",
     ["method", "code"],
     registry=REGISTRY,
 )
@@ -37,7 +37,7 @@ DELIVERY = Histogram(
 
 
 def start_series(source: str) -> None:
-    """Let a source's series begin at zero, so that its first change shows in a rate."""
+    """Create the series of a source with the value zero, so that its first change shows in a rate."""
     for outcome in ("created", "updated", "deleted"):
         PROCESSED.labels(source=source, outcome=outcome)
     DELIVERY.labels(source=source)

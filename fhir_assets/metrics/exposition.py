@@ -1,4 +1,4 @@
-"""The registry of the process's metrics, and the endpoint that Prometheus scrapes."""
+"""The registry of the process's metrics, and the HTTP endpoint that Prometheus scrapes."""
 
 import logging
 from collections.abc import Iterator
@@ -13,21 +13,23 @@ REGISTRY = CollectorRegistry()
 _log = logging.getLogger(__name__)
 
 
-def render_metrics(*more: Collector) -> tuple[bytes, str]:
-    """The registry, and ``more`` that is not in it, in Prometheus' text format, and its content type: for a process
-    that serves HTTP already.
+def render_metrics(*collectors: Collector) -> tuple[bytes, str]:
+    """Return the metrics of the registry and of ``collectors`` in Prometheus' text format, and their content type.
+
+    For a process that already serves HTTP. ``collectors`` are not added to the registry.
     """
-    added = CollectorRegistry()
-    for each in more:
-        added.register(each)
-    return generate_latest(REGISTRY) + generate_latest(added), CONTENT_TYPE_PLAIN_0_0_4
+    unregistered = CollectorRegistry()
+    for collector in collectors:
+        unregistered.register(collector)
+    return generate_latest(REGISTRY) + generate_latest(unregistered), CONTENT_TYPE_PLAIN_0_0_4
 
 
 @contextmanager
 def serve_metrics(host: str, port: int) -> Iterator[int | None]:
-    """Serve the registry at ``http://host:port/metrics``; yields the port, None if it is 0 or taken.
+    """Serve the registry at ``http://host:port/metrics`` during the block. Yield the port or None.
 
-    A taken port is only warned of: a second connector on a machine does its work all the same.
+    Nothing is served if ``port`` is 0. A port that is in use causes a warning only, so that a second connector on a
+    machine can work.
     """
     if port == 0:
         yield None
@@ -36,7 +38,7 @@ def serve_metrics(host: str, port: int) -> Iterator[int | None]:
         server, thread = start_http_server(port, host, registry=REGISTRY)
     except OSError as error:
         _log.warning(
-            "no metrics from this process: METRICS_PORT cannot be listened on",
+            "this process serves no metrics: it cannot listen on METRICS_PORT",
             extra={"port": port, "reason": error.strerror or ""},
         )
         yield None

@@ -1,13 +1,14 @@
-"""What the database knows, as metrics: the outbox, runs, windows behind, resources, dead letters, check results.
+"""Metrics that are read from the database: outbox, runs, windows behind, resources, dead letters, check results.
 
-Read when Prometheus asks, at most once in ``MAX_AGE`` seconds however many ask. A table that is not there yet gives no
-series; a database that cannot be reached gives ``fhir_database_up 0`` and nothing stale.
+The database is read when Prometheus scrapes, at most once in ``MAX_AGE_SECONDS``, however many scrapers there are. A
+table that does not exist gives no series. If the database cannot be reached, the only series is ``fhir_database_up 0``.
 """
 
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from threading import Lock
 from typing import Any, LiteralString
@@ -23,71 +24,159 @@ from fhir_assets.warehouse.postgres.db import connections, embedded
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenConnection
 from fhir_assets.windows import WindowScheme
 
-MAX_AGE = 5.0
+MAX_AGE_SECONDS = 5.0
 
-_NOT_THERE = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName)
+_MISSING_TABLE = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName)
 
 Rows = list[tuple[Any, ...]]
 
-_GAUGES: tuple[tuple[str, str, tuple[str, ...], LiteralString], ...] = (
-    (
-        "fhir_outbox_unprocessed_count", "Changes in the outbox that wait", (),
-        "SELECT count(*) FROM health.fhir_outbox WHERE processed_at IS NULL",
-    ),
-    (
-        "fhir_outbox_retrying_count", "Changes in the outbox that wait after a failure", (),
-        "SELECT count(*) FROM health.fhir_outbox WHERE processed_at IS NULL AND claimed_by IS NULL AND attempts > 0",
-    ),
-    (
-        "fhir_outbox_lag_seconds", "Age of the oldest change in the outbox that waits", (),
-        "SELECT greatest(0, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0))"
-        " FROM health.fhir_outbox WHERE processed_at IS NULL",
-    ),
-    (
-        "fhir_dlq_total", "Open dead letters of the connector", (),
-        "SELECT count(*) FROM health.fhir_dlq WHERE status = 'open'",
-    ),
-    (
-        "fhir_dlq_by_reason", "Open dead letters of the connector by reason", ("reason",),
-        "SELECT reason, count(*) FROM health.fhir_dlq WHERE status = 'open' GROUP BY 1",
-    ),
-    (
-        "fhir_runs", "Ingestion runs by status", ("status",),
-        "SELECT status, count(DISTINCT run_id) FROM ops.ingestion_runs GROUP BY 1",
-    ),
-    (
-        "fhir_last_success_timestamp_seconds", "When a load of the type last succeeded", ("type",),
-        "SELECT resource_type, extract(epoch FROM max(finished_at)) FROM ops.ingestion_runs"
-        " WHERE status = 'SUCCESS' GROUP BY 1",
-    ),
-    (
-        "fhir_dead_letters", "Open dead letters of the pipeline by stage and rule", ("stage", "rule"),
-        "SELECT stage, rule, count(*) FROM ops.dead_letters WHERE status = 'open' GROUP BY 1, 2",
-    ),
-    (
-        "fhir_unaccounted_resources", "Fetched, but neither loaded nor dead nor withheld, in the windows' latest runs",
-        ("type",),
-        "SELECT resource_type, sum(abs(fetched - coalesce(loaded, valid, 0) - coalesce(dead, 0)"
-        " - coalesce(withheld, 0))) FROM (SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
-        " WHERE status = 'SUCCESS' ORDER BY resource_type, partition_key, started_at DESC) latest"
-        " WHERE fetched IS NOT NULL GROUP BY 1",
-    ),
-)  # fmt: skip
 
-_RESOURCES: LiteralString = (
-    "SELECT layer, resource_type, sum(n) FROM ops.ingestion_runs, LATERAL"
-    " (VALUES ('raw', fetched), ('validated', valid), ('normalized', loaded)) AS l (layer, n)"
-    " WHERE n IS NOT NULL GROUP BY 1, 2"
+@dataclass(frozen=True, slots=True)
+class _Gauge:
+    """A gauge whose query returns its labels and, as the last column, its value."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    query: LiteralString
+
+
+_GAUGES = (
+    _Gauge(
+        "fhir_outbox_unprocessed_count",
+        "Changes in the outbox that wait",
+        (),
+        """
+        SELECT count(*)
+        FROM health.fhir_outbox
+        WHERE processed_at IS NULL
+        """,
+    ),
+    _Gauge(
+        "fhir_outbox_retrying_count",
+        "Changes in the outbox that wait after a failure",
+        (),
+        """
+        SELECT count(*)
+        FROM health.fhir_outbox
+        WHERE processed_at IS NULL AND claimed_by IS NULL AND attempts > 0
+        """,
+    ),
+    _Gauge(
+        "fhir_outbox_lag_seconds",
+        "Age of the oldest change in the outbox that waits",
+        (),
+        """
+        SELECT greatest(0, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0))
+        FROM health.fhir_outbox
+        WHERE processed_at IS NULL
+        """,
+    ),
+    _Gauge(
+        "fhir_dlq_total",
+        "Open dead letters of the connector",
+        (),
+        """
+        SELECT count(*)
+        FROM health.fhir_dlq
+        WHERE status = 'open'
+        """,
+    ),
+    _Gauge(
+        "fhir_dlq_by_reason",
+        "Open dead letters of the connector by reason",
+        ("reason",),
+        """
+        SELECT reason, count(*)
+        FROM health.fhir_dlq
+        WHERE status = 'open'
+        GROUP BY 1
+        """,
+    ),
+    _Gauge(
+        "fhir_runs",
+        "Ingestion runs by status",
+        ("status",),
+        """
+        SELECT status, count(DISTINCT run_id)
+        FROM ops.ingestion_runs
+        GROUP BY 1
+        """,
+    ),
+    _Gauge(
+        "fhir_last_success_timestamp_seconds",
+        "When a load of the type last succeeded",
+        ("type",),
+        """
+        SELECT resource_type, extract(epoch FROM max(finished_at))
+        FROM ops.ingestion_runs
+        WHERE status = 'SUCCESS'
+        GROUP BY 1
+        """,
+    ),
+    _Gauge(
+        "fhir_dead_letters",
+        "Open dead letters of the pipeline by stage and rule",
+        ("stage", "rule"),
+        """
+        SELECT stage, rule, count(*)
+        FROM ops.dead_letters
+        WHERE status = 'open'
+        GROUP BY 1, 2
+        """,
+    ),
+    _Gauge(
+        "fhir_unaccounted_resources",
+        "Resources that were fetched but are neither loaded, dead letters nor withheld, in the windows' latest runs",
+        ("type",),
+        """
+        SELECT resource_type,
+               sum(abs(fetched - coalesce(loaded, valid, 0) - coalesce(dead, 0) - coalesce(withheld, 0)))
+        FROM (
+            SELECT DISTINCT ON (resource_type, partition_key) *
+            FROM ops.ingestion_runs
+            WHERE status = 'SUCCESS'
+            ORDER BY resource_type, partition_key, started_at DESC
+        ) latest
+        WHERE fetched IS NOT NULL
+        GROUP BY 1
+        """,
+    ),
 )
-_CHECKS: LiteralString = (
-    "SELECT check_name, execution_status, count(*) FROM (SELECT DISTINCT ON (asset_key, check_name, partition) *"
-    " FROM asset_check_executions ORDER BY asset_key, check_name, partition, id DESC) latest"
-    " WHERE execution_status IN ('SUCCEEDED', 'FAILED') GROUP BY 1, 2"
-)
+
+_RESOURCES: LiteralString = """
+    SELECT layer, resource_type, sum(resources)
+    FROM ops.ingestion_runs,
+         LATERAL (
+             VALUES ('raw', fetched), ('validated', valid), ('normalized', loaded)
+         ) AS counts (layer, resources)
+    WHERE resources IS NOT NULL
+    GROUP BY 1, 2
+"""
+
+_CHECKPOINTS: LiteralString = """
+    SELECT resource_type, loaded_until
+    FROM ops.checkpoints
+"""
+
+_CHECKS: LiteralString = """
+    SELECT check_name, execution_status, count(*)
+    FROM (
+        SELECT DISTINCT ON (asset_key, check_name, partition) *
+        FROM asset_check_executions
+        ORDER BY asset_key, check_name, partition, id DESC
+    ) latest
+    WHERE execution_status IN ('SUCCEEDED', 'FAILED')
+    GROUP BY 1, 2
+"""
+"""Run in Dagster's own database."""
 
 
 class DatabaseCollector(Collector):
-    """The metrics of one deployment's database; ``connect_dagster`` opens Dagster's own, for the check results."""
+    """Collect the metrics of a deployment's database.
+
+    ``connect_dagster`` opens Dagster's own database for the results of checks; None leaves them out.
+    """
 
     def __init__(
         self,
@@ -103,13 +192,13 @@ class DatabaseCollector(Collector):
         self._metrics: list[Metric] = []
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry must not ask the database when it is told of this collector."""
+        """Return nothing, so that registering this collector does not read the database."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics, as fresh as MAX_AGE says."""
+        """Return the metrics, at most MAX_AGE_SECONDS old."""
         with self._lock:
-            if time.monotonic() - self._read_at >= MAX_AGE:
+            if time.monotonic() - self._read_at >= MAX_AGE_SECONDS:
                 self._metrics = self._read()
                 self._read_at = time.monotonic()
             return self._metrics
@@ -119,37 +208,39 @@ class DatabaseCollector(Collector):
         try:
             with self._connect() as conn:
                 conn.autocommit = True
-                found = [*self._from_tables(conn)]
+                metrics = [*self._read_tables(conn)]
         except (psycopg.Error, FhirAssetsError):
             up.add_metric([], 0)
             return [up]
         up.add_metric([], 1)
-        return [up, *found, *self._check_results()]
+        return [up, *metrics, *self._read_check_results()]
 
-    def _from_tables(self, conn: Connection) -> Iterator[Metric]:
-        for name, text, labels, query in _GAUGES:
-            if (rows := _rows(conn, query)) is not None:
-                yield _filled(GaugeMetricFamily(name, text, labels=labels), rows)
-        if (rows := _rows(conn, _RESOURCES)) is not None:
+    def _read_tables(self, conn: Connection) -> Iterator[Metric]:
+        for gauge in _GAUGES:
+            if (rows := _fetch_rows(conn, gauge.query)) is not None:
+                yield _add_rows(GaugeMetricFamily(gauge.name, gauge.help, labels=gauge.labels), rows)
+        if (rows := _fetch_rows(conn, _RESOURCES)) is not None:
             resources = CounterMetricFamily(
-                "fhir_resources", "Resources that came through a layer, over all runs", labels=["layer", "type"]
+                "fhir_resources", "Resources that passed a layer, over all runs", labels=["layer", "type"]
             )
-            yield _filled(resources, rows)
-        if (rows := _rows(conn, "SELECT resource_type, loaded_until FROM ops.checkpoints")) is not None:
+            yield _add_rows(resources, rows)
+        if (rows := _fetch_rows(conn, _CHECKPOINTS)) is not None:
             behind = GaugeMetricFamily(
-                "fhir_windows_behind", "Windows between a type's checkpoint and now, the open one too", labels=["type"]
+                "fhir_windows_behind",
+                "Windows between a type's checkpoint and now, including the open window",
+                labels=["type"],
             )
             now = datetime.now(UTC)
-            yield _filled(
+            yield _add_rows(
                 behind, [(name, len(list(self._scheme.between(min(until, now), now)))) for name, until in rows]
             )
 
-    def _check_results(self) -> Iterator[Metric]:
+    def _read_check_results(self) -> Iterator[Metric]:
         if self._connect_dagster is None:
             return
         try:
             with self._connect_dagster() as conn:
-                rows = _rows(conn, _CHECKS)
+                rows = _fetch_rows(conn, _CHECKS)
         except (psycopg.Error, FhirAssetsError):
             return
         if rows is not None:
@@ -158,17 +249,17 @@ class DatabaseCollector(Collector):
                 "Latest evaluations of asset checks over all partitions",
                 labels=["check", "status"],
             )
-            yield _filled(results, [(check, status.lower(), count) for check, status, count in rows])
+            yield _add_rows(results, [(check, status.lower(), count) for check, status, count in rows])
 
 
 def build_collector(settings: Settings, connect: OpenConnection) -> DatabaseCollector:
-    """The database's metrics, for whoever asks for them by himself."""
+    """Return a collector of the database's metrics that is not registered."""
     return DatabaseCollector(connect, lambda: connections.connect(_dagster_url(settings)), settings.window_scheme)
 
 
 @contextmanager
 def register_database_metrics(settings: Settings, connect: OpenConnection) -> Iterator[None]:
-    """Add the database's metrics to the process's registry while the block runs."""
+    """Register the database's metrics with the process's registry during the block."""
     collector = build_collector(settings, connect)
     REGISTRY.register(collector)
     try:
@@ -185,14 +276,14 @@ def _dagster_url(settings: Settings) -> str:
     return connections.with_database(settings.db_url.get_secret_value(), embedded.DAGSTER_DATABASE)
 
 
-def _rows(conn: Connection, query: LiteralString) -> Rows | None:
+def _fetch_rows(conn: Connection, query: LiteralString) -> Rows | None:
     try:
         return conn.execute(query).fetchall()
-    except _NOT_THERE:
+    except _MISSING_TABLE:
         return None
 
 
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, rows: Rows) -> Metric:
+def _add_rows(family: GaugeMetricFamily | CounterMetricFamily, rows: Rows) -> Metric:
     for *labels, value in rows:
         family.add_metric([str(label) for label in labels], float(value))
     return family

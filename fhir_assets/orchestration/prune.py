@@ -1,4 +1,10 @@
-"""What may go, counted and taken away."""
+"""Old data that ``fhir-assets prune`` may delete: where it is, how to count it and how to delete it.
+
+- In Dagster's database: events and ticks, by the statements of ``warehouse/dagster/pruning.py``, because Dagster has
+  no API that deletes them; runs, by ``DagsterInstance.delete_run``.
+- In the project's database: dead letters and incidents, by ``warehouse/ops/retention.py``.
+- In the store: parts without a manifest, by ``storage/orphans.py``.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,81 +22,84 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 LAYERS = ("raw", "validated", "deleted")
 _MARGIN = timedelta(hours=1)
+"""Parts that are younger than the start of the oldest running load, less this margin, are kept."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of thing that grows old: ``count`` says how many may go (and their bytes), ``remove`` takes them away."""
+class Prunable:
+    """One kind of old data."""
 
     name: str
-    what: str
+    description: str
     count: Callable[[], tuple[int, int | None]]
+    """Return the number of items that may be deleted, and their size in bytes if it is known."""
     remove: Callable[[], int]
+    """Delete these items and return their number."""
 
 
-def kinds(
+def list_prunable(
     conn: Connection, dagster_conn: Connection, instance: dg.DagsterInstance, store: Store, before: datetime
-) -> list[Kind]:
-    """Every kind there is, with what of it is older than ``before``. ``dagster_conn`` is to Dagster's own database.
+) -> list[Prunable]:
+    """Return all kinds of data that may be deleted if they are older than ``before``.
 
-    Nothing that a load at work may still name, that reconciliation counts, or on which the state of a partition or
-    of a check in the UI rests, is among it.
+    ``dagster_conn`` is a connection to Dagster's own database. Data that a running load may still use, that
+    reconciliation counts, or that the UI needs to show the state of a partition or check, is never included.
     """
     running = retention.oldest_running(conn)
     unwritten = min(before, running - _MARGIN) if running else before
 
-    def garbage() -> Iterator[Listed]:
+    def list_orphans() -> Iterator[Listed]:
         return chain(
             *(unnamed_parts(store, layer, before=unwritten) for layer in LAYERS),
             left_in_spool(store, before=unwritten),
         )
 
-    def count_garbage() -> tuple[int, int]:
-        found = list(garbage())
-        return len(found), sum(each.bytes for each in found)
+    def count_orphans() -> tuple[int, int]:
+        files = list(list_orphans())
+        return len(files), sum(file.bytes for file in files)
 
-    def remove_garbage() -> int:
-        found = list(garbage())
-        for each in found:
-            store.blobs.delete(each.name)
-        return len(found)
+    def remove_orphans() -> int:
+        files = list(list_orphans())
+        for file in files:
+            store.blobs.delete(file.name)
+        return len(files)
 
     def remove_runs() -> int:
-        found = pruning.find_superseded_runs(dagster_conn, before)
-        for run_id in found:
+        run_ids = pruning.find_superseded_runs(dagster_conn, before)
+        for run_id in run_ids:
             instance.delete_run(run_id)
-        return len(found)
+        return len(run_ids)
 
     return [
-        Kind(
+        Prunable(
             "events",
-            "steps and logs of Dagster's old runs",
+            "events of steps and logs of Dagster's old runs",
             lambda: (pruning.count_old_events(dagster_conn, before), None),
             lambda: pruning.delete_old_events(dagster_conn, before),
         ),
-        Kind(
+        Prunable(
             "runs",
-            "Dagster's old runs that were done again since",
+            "Dagster's old runs that later runs have replaced",
             lambda: (len(pruning.find_superseded_runs(dagster_conn, before)), None),
             remove_runs,
         ),
-        Kind(
+        Prunable(
             "ticks",
             "old ticks of sensors and schedules",
             lambda: (pruning.count_old_ticks(dagster_conn, before), None),
             lambda: pruning.delete_old_ticks(dagster_conn, before),
         ),
-        Kind(
+        Prunable(
             "dead-letters",
             "resolved dead letters",
             lambda: (retention.old_rows(conn, "dead_letters", before), None),
             lambda: retention.delete_old_rows(conn, "dead_letters", before),
         ),
-        Kind(
+        Prunable(
             "incidents",
-            "incidents that are over",
+            "closed incidents",
             lambda: (retention.old_rows(conn, "incidents", before), None),
             lambda: retention.delete_old_rows(conn, "incidents", before),
         ),
-        Kind("store", "parts of the store that no partition names", count_garbage, remove_garbage),
+        Prunable("store", "parts in the store that no manifest names", count_orphans, remove_orphans),
     ]

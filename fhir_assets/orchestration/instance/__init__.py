@@ -1,1 +1,1 @@
-"""What the project plugs into Dagster's instance: its storage, its queue of runs, its launcher for Celery."""
+"""Classes that ``dagster.yaml`` names for Dagster's instance, and the configuration of the instance."""

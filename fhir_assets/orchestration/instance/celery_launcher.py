@@ -1,11 +1,11 @@
-"""Runs on other machines: Dagster's Celery launcher, and the Celery app that `fhir-assets worker` serves.
+"""Runs on other machines: a run launcher that sends runs to Celery, and the Celery app of ``fhir-assets worker``.
 
-A worker takes one run after the other and holds no state: what it has done is in the store and in Postgres. It gives
-the broker its receipt when it has finished a run, so one that dies before a run has begun gives it back; a run that had
-begun is started again by Dagster's daemon, on any worker.
+A worker executes one run after the other and keeps no state: its results are in the store and in Postgres. It
+acknowledges a message when the run has ended. If a worker dies before a run has started, the broker gives the message
+to another worker; if it dies later, Dagster's daemon starts the run again, on any worker.
 
-Whole runs are handed out, not steps as by dagster-celery's executor: that needs a process a run besides the workers,
-and a message and a new execution plan for each of a window's 90 steps, many of which take milliseconds.
+A message is a whole run, not a step as in dagster-celery's executor. That executor needs another process for each run,
+and a message and an execution plan for each of the 90 steps of a window, many of which take milliseconds.
 """
 
 import ctypes
@@ -30,27 +30,29 @@ from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 
 QUEUE = "dagster"
+"""The Celery queue of runs."""
 
-GIVEN_BACK_SECONDS = 600
-"""So long after a worker took a run, and without its receipt, the broker gives the run to another. One that is at work
-already is left alone then.
+REDELIVERY_SECONDS = 600
+"""The time after which the broker gives a message without acknowledgement to another worker.
+
+The other worker ignores the message if the run has started.
 """
 
-_LOOK_SECONDS = 5.0
-"""How often a worker looks whether its run is to be cancelled."""
+_CANCELLATION_CHECK_SECONDS = 5.0
+"""The interval at which a worker checks whether its run is being cancelled."""
 
 _GRACE = timedelta(minutes=1)
-"""How long a run may take from its start until it holds its lock."""
+"""The time that a run may take from its start until it holds its lock."""
 
 
 class Launcher(CeleryRunLauncher):
-    """dagster-celery's, which also sees that a worker was killed: the run no longer holds its lock in Postgres."""
+    """dagster-celery's run launcher, which also detects killed workers: their run holds no advisory lock any more."""
 
     supports_resume_run = False
-    """A run is not resumed step by step: a new one loads what is missing."""
+    """False: a new run loads what is missing, so there is no need to resume a run at its failed step."""
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """What Dagster's daemon asks of every run that is at work."""
+        """Return whether the worker of a run lives. Dagster's daemon calls this for every run that has started."""
         record = self._instance.get_run_record_by_id(run.run_id)
         if run.status is not dg.DagsterRunStatus.STARTED or record is None:
             return super().check_run_worker_health(run)
@@ -60,58 +62,62 @@ class Launcher(CeleryRunLauncher):
             if run.run_id in runs.living(conn, [run.run_id]):
                 return CheckRunHealthResult(WorkerStatus.RUNNING)
         return CheckRunHealthResult(
-            WorkerStatus.FAILED, "The worker of this run is gone: killed, or its machine is down."
+            WorkerStatus.FAILED, "The worker of this run has ended: it was killed, or its machine is down."
         )
 
 
-def app(settings: Settings) -> Celery:
-    """The Celery app of the workers, which take one message at a time, lest others wait behind a long run."""
-    made = make_app(  # type: ignore[no-untyped-call]
+def build_app(settings: Settings) -> Celery:
+    """Return the Celery app of the workers.
+
+    A worker reserves one message at a time, so that no message waits behind a long run. Raises ConfigurationError if
+    CELERY_BROKER_URL is not set.
+    """
+    app = make_app(  # type: ignore[no-untyped-call]
         {
             "broker": settings.require_broker(),
             "backend": settings.require_broker(),
             "config_source": {
                 "worker_prefetch_multiplier": 1,
                 "task_acks_late": True,
-                "broker_transport_options": {"visibility_timeout": GIVEN_BACK_SECONDS},
+                "broker_transport_options": {"visibility_timeout": REDELIVERY_SECONDS},
                 "worker_hijack_root_logger": False,
                 "broker_connection_retry_on_startup": True,
             },
             "task_default_queue": QUEUE,
         }
     )
-    made.task(_work, name=TASK_EXECUTE_JOB_NAME, track_started=True)
-    return made
+    app.task(_execute_message, name=TASK_EXECUTE_JOB_NAME, track_started=True)
+    return app
 
 
-def _work(execute_job_args_packed: Any) -> int:
-    """What a worker does with a message of the launcher: the run, until it has ended or somebody cancels it.
+def _execute_message(execute_job_args_packed: Any) -> int:
+    """Execute the run of a launcher's message until it ends or is cancelled. Return its exit code.
 
-    The run has a thread of its own. In the main one Dagster would take SIGTERM for a cancellation; so it is Celery's,
-    which lets the run finish and then ends.
+    The run has its own thread. In the main thread Dagster would handle SIGTERM as a cancellation; this way Celery
+    handles it: the worker finishes the run and then ends. A process for each run would cost about a second more.
     """
     run_id = read_run_id(execute_job_args_packed)
     with dg.DagsterInstance.get() as instance:
         run = instance.get_run_by_id(run_id)
         if run is None or run.status is dg.DagsterRunStatus.STARTED or run.is_finished:
             return 0
-        done: list[int] = []
+        exit_codes: list[int] = []
 
         def execute() -> None:
-            done.append(execute_run(run_id, instance))
+            exit_codes.append(execute_run(run_id, instance))
 
         thread = Thread(target=execute, name="run")
         thread.start()
         while thread.is_alive():
-            thread.join(_LOOK_SECONDS)
+            thread.join(_CANCELLATION_CHECK_SECONDS)
             run = instance.get_run_by_id(run_id)
             if run is not None and run.status is dg.DagsterRunStatus.CANCELING:
                 _interrupt(thread)
-        return done[0] if done else 1
+        return exit_codes[0] if exit_codes else 1
 
 
 def _interrupt(thread: Thread) -> None:
-    """Have a thread raise, at its next step of Python, what Dagster takes for a cancellation."""
+    """Raise the exception of a cancelled run in another thread, at the next Python instruction that it executes."""
     if thread.ident is not None:
         error = ctypes.py_object(dg.DagsterExecutionInterruptedError)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), error)

@@ -1,4 +1,4 @@
-"""The Dagster instance of a deployment: DAGSTER_HOME, its storage, its processes' environment."""
+"""The Dagster instance of a deployment: its ``dagster.yaml``, its database, and the environment of its processes."""
 
 import os
 from pathlib import Path
@@ -21,23 +21,27 @@ _CELERY: dict[str, Any] = {
             "backend": {"env": "CELERY_BROKER_URL"},
         },
     },
-    # A run waits in the broker until a worker is free, and a worker that dies as it begins gives it back.
+    # A run waits in the broker until a worker is free. If a worker dies before it starts the run, the broker gives the
+    # run to another worker.
     "run_monitoring": {"start_timeout_seconds": 30 * 24 * 3600},
 }
 _LAUNCHERS: dict[Executor, dict[str, Any]] = {Executor.CELERY: _CELERY}
 
 
 def find_dagster_yaml() -> Path:
-    """The project's ``dagster.yaml``: beside the package in a checkout, inside it in a wheel."""
-    here = Path(__file__).resolve().parents[2]
-    for candidate in (here / "dagster.yaml", here.parent / "dagster.yaml"):
+    """Return the path of the project's ``dagster.yaml``: beside the package in a checkout, inside it in a wheel.
+
+    Raises ConfigurationError if neither exists.
+    """
+    package = Path(__file__).resolve().parents[2]
+    for candidate in (package / "dagster.yaml", package.parent / "dagster.yaml"):
         if candidate.exists():
             return candidate
     raise ConfigurationError("dagster.yaml is missing from the installation: install fhir-assets again")
 
 
 def render_dagster_yaml(settings: Settings) -> str:
-    """The ``dagster.yaml`` of a deployment: the project's, with the launcher of its FHIR_EXECUTOR."""
+    """Return the text of a deployment's ``dagster.yaml``: the project's, with the run launcher of FHIR_EXECUTOR."""
     text = find_dagster_yaml().read_text()
     changes = _LAUNCHERS.get(settings.fhir_executor)
     if changes is None:
@@ -49,34 +53,42 @@ def render_dagster_yaml(settings: Settings) -> str:
 
 
 def build_environment(settings: Settings) -> dict[str, str]:
-    """What every Dagster process needs in its environment: DAGSTER_HOME and where its storage is.
+    """Return the environment of a Dagster process: that of this process, with the variables that Dagster needs.
 
-    A DAGSTER_HOME that is set already is kept. Starts the embedded Postgres where there is no DB_URL; with a DB_URL
-    Dagster's tables live in a database ``dagster`` beside the project's, unless DAGSTER_POSTGRES_URL says otherwise.
+    DAGSTER_HOME and DAGSTER_POSTGRES_URL are kept if they are set. Otherwise DAGSTER_HOME is a folder of
+    FHIR_ASSETS_HOME with a ``dagster.yaml``, and Dagster's tables are in a database ``dagster`` beside the project's:
+    on the server of DB_URL or, without DB_URL, on the embedded Postgres, which this starts. Raises DatabaseUnavailable
+    and ConfigurationError.
     """
-    found = dict(os.environ)
-    if "DAGSTER_HOME" not in found:
+    variables = dict(os.environ)
+    if "DAGSTER_HOME" not in variables:
         home = settings.home / "dagster"
         home.mkdir(parents=True, exist_ok=True)
         (home / "dagster.yaml").write_text(render_dagster_yaml(settings))
-        found["DAGSTER_HOME"] = str(home)
-    if "DAGSTER_POSTGRES_URL" not in found:
-        found["DAGSTER_POSTGRES_URL"] = connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
+        variables["DAGSTER_HOME"] = str(home)
+    if "DAGSTER_POSTGRES_URL" not in variables:
+        variables["DAGSTER_POSTGRES_URL"] = connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
     if settings.fhir_executor is Executor.CELERY:
-        found["CELERY_BROKER_URL"] = settings.require_broker()
-    found.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
-    return found
+        variables["CELERY_BROKER_URL"] = settings.require_broker()
+    variables.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
+    return variables
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
-    """The Dagster instance, for this process. Raises DatabaseUnavailable if its storage cannot be reached."""
+    """Open the Dagster instance and set its environment variables in this process.
+
+    Raises DatabaseUnavailable if its storage cannot be reached.
+    """
     os.environ.update(build_environment(settings))
     connections.connect(os.environ["DAGSTER_POSTGRES_URL"]).close()
     return dg.DagsterInstance.get()
 
 
 def ensure_dagster_database(settings: Settings) -> str:
-    """The URL of the database ``dagster`` beside the project's, created if need be. Raises DatabaseUnavailable."""
+    """Return the URL of the database ``dagster`` beside the project's. Create the database if it does not exist.
+
+    Raises DatabaseUnavailable.
+    """
     if settings.db_url is None:
         return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
     url = settings.db_url.get_secret_value()

@@ -1,4 +1,4 @@
-"""Dagster's queue of runs, as long as FHIR_MAX_RUNS says."""
+"""The run coordinator of the project's ``dagster.yaml``: at most FHIR_MAX_RUNS runs at a time."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -10,9 +10,12 @@ from fhir_assets.settings import load_settings
 
 
 class RunQueue(dg.QueuedRunCoordinator[dg.DagsterInstance]):
-    """Configured as ``run_coordinator`` in dagster.yaml, which could not name a number in the environment itself."""
+    """Dagster's queued run coordinator with FHIR_MAX_RUNS as its limit.
+
+    A class of its own, because ``dagster.yaml`` cannot read this number from an environment variable.
+    """
 
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]) -> Self:
-        """What Dagster calls with the ``config`` of dagster.yaml."""
+        """Return the coordinator for the ``config`` of ``dagster.yaml``; Dagster calls this."""
         return cls(inst_data=inst_data, **{**config_value, "max_concurrent_runs": load_settings().fhir_max_runs})

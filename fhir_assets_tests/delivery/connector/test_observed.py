@@ -113,7 +113,7 @@ def test_every_query_of_dashboard_and_alerts_names_metrics_that_exist(busy: Hosp
 
 
 def test_the_outbox_shows_in_the_metrics(busy: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fhir_assets.metrics.pipeline.MAX_AGE", 0.0)
+    monkeypatch.setattr("fhir_assets.metrics.pipeline.MAX_AGE_SECONDS", 0.0)
     assert value("fhir_outbox_unprocessed_count") == 0
     assert value("fhir_outbox_lag_seconds") == 0
     assert value("fhir_dlq_total") == 1
