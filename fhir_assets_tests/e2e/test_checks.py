@@ -121,7 +121,7 @@ def test_the_volume_check_warns_of_a_window_unlike_the_windows_before_it(deploy:
     assert not volume.passed
     assert volume.severity is dg.AssetCheckSeverity.WARN
     unusual = (now - timedelta(days=2)).strftime("%Y-%m-%d")
-    assert f"{unusual} brought 90 resources, where the windows before it brought 10 to 10" in (volume.description or "")
+    assert f"{unusual} brought 90 resources; the windows before it have 10 to 10" in (volume.description or "")
     assert [row["window"] for row in rows(volume, "by_window")] == [unusual]
 
 

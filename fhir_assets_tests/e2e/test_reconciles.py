@@ -74,7 +74,7 @@ def test_a_page_that_the_server_leaves_out_is_missed(server: SandboxServer, depl
     assert set(found) == {None, KEY, NEXT}
     assert [found[key].passed for key in (None, KEY, NEXT)] == [False, False, True]
     assert (number(found[KEY], "server_total"), number(found[KEY], "matched")) == (24, 19)
-    assert "the server counts 24 but gave 19" in (found[KEY].description or "")
+    assert "the server counts 24 but returned 19" in (found[KEY].description or "")
     assert "materialize raw, validated and normalized of 2024-01-05 again" in (found[None].description or "")
     assert number(found[None], "unreconciled_windows") == 1
 
@@ -109,7 +109,7 @@ def test_a_total_that_differs_from_what_is_given_is_told(server: SandboxServer, 
     server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=2))
     (outcome,) = deployment.ingest(first=DAY, last=DAY)
     (said,) = deployment.unreconciled(outcome)
-    assert "1 of 1 windows do not reconcile: the server counts 26 but gave 24" in said
+    assert "1 of 1 windows do not reconcile: the server counts 26 but returned 24" in said
     assert deployment.loaded() == {"Patient": 24}
 
 

@@ -33,8 +33,8 @@ def test_a_source_that_cannot_count_is_no_fault() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"server_total": 12}, "the server counts 12 but gave 10: materialize raw"),
-        ({"server_total": 9}, "the server counts 9 but gave 10: materialize raw"),
+        ({"server_total": 12}, "the server counts 12 but returned 10: materialize raw"),
+        ({"server_total": 9}, "the server counts 9 but returned 10: materialize raw"),
         ({"raw": 7, "validated": 7, "valid": 5}, "8 were received but raw holds 7"),
         ({"validated": 7, "valid": 5}, "raw holds 8 but 7 were validated"),
         ({"dead": 1}, "8 were validated but 6 are valid, 1 dead and 0 withheld"),

@@ -1,4 +1,4 @@
-"""Records that somebody posts: judged at once, one by one, and what is accepted made ready for ``receive``."""
+"""Validate records that are posted over HTTP, and turn the accepted ones into Records for a Receiver."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ from fhir_assets.fhir.validation.issues import STRUCTURE, Issue
 from fhir_assets.fhir.validation.primitives import is_id
 
 SCHEMA = "schema"
-"""Rule of an issue that the JSON Schema of an intake record found."""
+"""The rule of issues that the JSON Schema of a patient record reports."""
 
 _T = TypeVar("_T")
 _URN = re.compile(rb'"(urn:uuid:[0-9a-fA-F-]{36})"')
@@ -27,7 +27,7 @@ _URN = re.compile(rb'"(urn:uuid:[0-9a-fA-F-]{36})"')
 
 @dataclass(frozen=True, slots=True)
 class ValidatedRecord:
-    """What became of one posted record. ``records`` are its resources, none if it was rejected."""
+    """The result of one posted record: its issues and its resources, which are empty if it was rejected."""
 
     resource_type: str | None
     id: str | None
@@ -36,12 +36,15 @@ class ValidatedRecord:
 
     @property
     def accepted(self) -> bool:
+        """Whether the record has no errors."""
         return bool(self.records)
 
 
 class IntakeValidator:
-    """Judges what one request brings. ``origin`` names the request: an id that has to be given follows from it, so
-    that the same request gives the same ids again.
+    """Validates the records of one request.
+
+    ``origin`` names the request. Ids of resources without one are derived from it, so that a repeated request assigns
+    the same ids.
     """
 
     def __init__(
@@ -54,28 +57,29 @@ class IntakeValidator:
         self._now = now
 
     def validate_bodies(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
-        """Each of them: a FHIR resource, or a patient record."""
-        return [self._one(place, to_single_line(body)) for place, body in enumerate(bodies)]
+        """Validate bodies, each a FHIR resource or a patient record. Return the results in the same order."""
+        return [self._validate(index, to_single_line(body)) for index, body in enumerate(bodies)]
 
     def validate_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
-        """As ``judge``, of the entries of a Bundle: a full URL and a resource each. References to full URLs that are
-        ``urn:uuid:…`` become those to the ids that the resources have here.
+        """Validate the entries of a Bundle, each a full URL and a resource, like ``validate_bodies``.
+
+        References to ``urn:uuid:…`` full URLs are replaced by references to the resources' ids.
         """
         known = {}
-        for place, (url, body) in enumerate(entries):
+        for index, (url, body) in enumerate(entries):
             if url and url.startswith("urn:uuid:"):
                 try:
                     header = read_header(body)
                 except MalformedResource:
                     continue
-                known[url.encode()] = f'"{header.resourceType}/{header.id or self._id(place)}"'.encode()
+                known[url.encode()] = f'"{header.resourceType}/{header.id or self._assign_id(index)}"'.encode()
 
-        def resolved(found: re.Match[bytes]) -> bytes:
-            return known.get(found[1], found[0])
+        def resolve(match: re.Match[bytes]) -> bytes:
+            return known.get(match[1], match[0])
 
-        return self.validate_bodies(_URN.sub(resolved, body) if known else body for _, body in entries)
+        return self.validate_bodies(_URN.sub(resolve, body) if known else body for _, body in entries)
 
-    def _one(self, place: int, body: bytes) -> ValidatedRecord:
+    def _validate(self, index: int, body: bytes) -> ValidatedRecord:
         try:
             header = read_header(body)
         except MalformedResource as error:
@@ -84,10 +88,10 @@ class IntakeValidator:
         if name == "Patient" and resources.is_patient_record(value := _parsed(body)):
             return self._patient_record(value)
         if name not in LOAD_ORDER or name not in self._types:
-            told = name if name in LOAD_ORDER else None
-            return ValidatedRecord(told, None, (Issue(STRUCTURE, "error", "Resource", self._not_loaded()),))
+            known_name = name if name in LOAD_ORDER else None
+            return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", self._not_loaded()),))
         if header.id is None and body[:1] == b"{":
-            header.id = self._id(place)
+            header.id = self._assign_id(index)
             body = b'{"id":"' + header.id.encode() + b'",' + body[1:].lstrip()
         verdict = self._validator.check(body)
         if not verdict.valid:
@@ -95,29 +99,31 @@ class IntakeValidator:
         return ValidatedRecord(name, header.id, verdict.issues, (build_record(body, header, self._now),))
 
     def _patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
-        if wrong := schemas.find_errors("patient_record", record):
-            issues = (Issue(SCHEMA, "error", f"Patient{each.path.replace('/', '.')}", each.message) for each in wrong)
+        if errors := schemas.find_errors("patient_record", record):
+            issues = (
+                Issue(SCHEMA, "error", f"Patient{error.path.replace('/', '.')}", error.message) for error in errors
+            )
             return ValidatedRecord("Patient", None, tuple(issues))
-        made = resources.build_patient_resources(
+        built = resources.build_patient_resources(
             record, self._identify, now=self._now.isoformat(timespec="milliseconds")
         )
-        if len(made) > 1 and "Consent" not in self._types:
-            # Without it the person's will would be lost.
+        if len(built) > 1 and "Consent" not in self._types:
+            # The patient record must not be accepted without its consent.
             return ValidatedRecord("Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._not_loaded()),))
-        found: list[Record] = []
-        for resource in made:
+        records: list[Record] = []
+        for resource in built:
             body = resources.encode_resource(resource)
             verdict = self._validator.check(body)
             if not verdict.valid:
                 return ValidatedRecord("Patient", None, verdict.issues)
-            found.append(build_record(body, read_header(body), self._now))
-        return ValidatedRecord("Patient", found[0].id, (), tuple(found))
+            records.append(build_record(body, read_header(body), self._now))
+        return ValidatedRecord("Patient", records[0].id, (), tuple(records))
 
-    def _id(self, place: int) -> str:
-        return hashlib.sha256(f"{self._origin}#{place}".encode()).hexdigest()[:32]
+    def _assign_id(self, index: int) -> str:
+        return hashlib.sha256(f"{self._origin}#{index}".encode()).hexdigest()[:32]
 
     def _not_loaded(self) -> str:
-        return f"a type that is not loaded here; those that are: {', '.join(sorted(self._types))}"
+        return f"this deployment does not load the resource type; it loads {', '.join(sorted(self._types))}"
 
 
 def _parsed(body: bytes) -> Any:
@@ -144,17 +150,17 @@ class _Bundle(msgspec.Struct):
 
 
 class Unreadable(ValueError):
-    """A body that is not of the shape that is asked for; says why, without its content."""
+    """A request body that cannot be parsed. The message has the reason without the content."""
 
 
 def read_submission(body: bytes) -> list[bytes]:
-    """The records of ``{"records": […]}``. Raises Unreadable."""
-    return [bytes(each) for each in _decoded(body, _SUBMISSION).records]
+    """Return the records of a body ``{"records": […]}``. Raises Unreadable."""
+    return [bytes(record) for record in _decode(body, _SUBMISSION).records]
 
 
 @dataclass(frozen=True, slots=True)
 class PostedBody:
-    """What was posted to a FHIR endpoint: entries with full URL and body. ``atomic``: all of them, or none."""
+    """The body of a POST to a FHIR endpoint: its entries (full URL, resource). ``atomic``: accept all or none."""
 
     entries: tuple[tuple[str | None, bytes], ...]
     atomic: bool
@@ -162,21 +168,21 @@ class PostedBody:
 
 
 def read_posted(body: bytes) -> PostedBody:
-    """A resource, or the entries of a Bundle. Raises Unreadable."""
+    """Read a resource, or the entries of a Bundle. Raises Unreadable."""
     try:
         header = read_header(body)
     except MalformedResource as error:
         raise Unreadable(str(error)) from None
     if header.resourceType != "Bundle":
         return PostedBody(((None, body),), atomic=True, is_bundle=False)
-    bundle = _decoded(body, _BUNDLE)
+    bundle = _decode(body, _BUNDLE)
     if bundle.type not in ("batch", "transaction", "collection"):
-        raise Unreadable("a Bundle that is taken is of type batch, transaction or collection")
+        raise Unreadable("the type of a Bundle must be batch, transaction or collection")
     entries = []
-    for each in bundle.entry:
-        if bytes(each.resource) == b"null" or str((each.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
-            raise Unreadable("every entry brings a resource, and asks for PUT or POST if for anything")
-        entries.append((each.fullUrl, bytes(each.resource)))
+    for entry in bundle.entry:
+        if bytes(entry.resource) == b"null" or str((entry.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
+            raise Unreadable("every entry must have a resource, and its request method, if any, must be PUT or POST")
+        entries.append((entry.fullUrl, bytes(entry.resource)))
     return PostedBody(tuple(entries), atomic=bundle.type == "transaction", is_bundle=True)
 
 
@@ -184,19 +190,17 @@ _SUBMISSION = msgspec.json.Decoder(_Submission)
 _BUNDLE = msgspec.json.Decoder(_Bundle)
 
 
-def _decoded(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
+def _decode(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        # It names what it does not know.
-        raise Unreadable(
-            "a member beside those that are known" if "unknown field" in str(error) else str(error)
-        ) from None
+        # The message names the unknown field, which may hold patient data.
+        raise Unreadable("the body has an unknown member" if "unknown field" in str(error) else str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        why = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
-        raise Unreadable(f"not JSON: {why}") from None
+        reason = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
+        raise Unreadable(f"not JSON: {reason}") from None
 
 
 def request_time() -> datetime:
-    """The time that a request counts as now."""
+    """Return the current time, which a request uses throughout."""
     return datetime.now(UTC)

@@ -1,7 +1,8 @@
-"""The doors beside the source: whatever enters through them is put into raw, where later fetches leave it alone.
+"""Receive resources into raw from every ingestion channel except the configured source.
 
-Landing files, intake, missing references and corrections all come through ``receive``. What they brought is noted in
-``ops.received``; loading it is the business of `load_received`, or of any other run over those windows.
+The channels are landing files, HTTP intake, missing references and corrections. Later fetches of a window keep its
+received parts. Table ``ops.received`` lists what was received; the job ``load_received``, or any other run over the
+same windows, loads it into the tables.
 """
 
 from collections import Counter, defaultdict
@@ -29,9 +30,10 @@ from fhir_assets.windows import Window, WindowScheme
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What an origin brought, by type and window; ``again`` if it had been received before, and nothing was done.
+    """The resources of one origin, by type and window.
 
-    ``skipped`` counts, by type, resources of types that this deployment does not load.
+    ``skipped`` counts, by type, resources of types that this deployment does not load. ``already_received``: the origin
+    was received before, so that nothing was done.
     """
 
     origin: str
@@ -41,12 +43,12 @@ class Received:
 
     @property
     def rows(self) -> int:
-        """How many resources are in raw now."""
+        """How many resources were written to raw."""
         return sum(item.rows for item in self.items)
 
     @property
     def rejected(self) -> int:
-        """How many became dead letters at once."""
+        """How many entries became dead letters instead."""
         return sum(item.rejected for item in self.items)
 
 
@@ -66,10 +68,10 @@ class Receiver:
         self._connect = connect
         self._scheme = scheme
         self.resource_types = frozenset(resource_types)
-        """Those that are loaded here; resources of others are counted, and go no further."""
+        """The types that this deployment loads. Resources of other types are counted and skipped."""
         self._now = now
         self.deletion_log = DeletionLog(store, connect, now=now)
-        """What the same doors bring of deletions."""
+        """Records the deletions that arrive through the same channels."""
 
     def receive(
         self,
@@ -78,34 +80,34 @@ class Receiver:
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
     ) -> Received:
-        """Take everything that ``origin`` brings, streamed: all of it is in raw and in the dead letters afterwards, or
-        nothing counts as received and the origin may come again.
+        """Receive all records of ``origin``, streamed and atomically: each record is then in raw or a dead letter.
+        After an error nothing counts as received, and the same origin may be received again.
 
-        An origin is ``<channel>:<identity>`` (``landing:<sha256>``, ``api:<request>``), and the same content for ever:
-        the second time nothing is done, and records are not read. Resources go into the window of their
-        ``lastUpdated``, or of their arrival where they have none or one in the future.
+        An origin has the form ``<channel>:<identity>`` (``landing:<sha256>``, ``api:<request>``) and always stands for
+        the same content: an origin that was received before is skipped, and its records are not read. A resource is
+        written to the window of its ``lastUpdated``, or of its arrival if that is missing or in the future.
 
-        ``deeds`` go on record in the transaction that notes it as received.
+        The ``audit_records`` are written in the transaction that records the origin as received.
 
-        Raises StoreError, DatabaseUnavailable, Overtaken, and what ``records`` raises.
+        Raises StoreError, DatabaseUnavailable, Overtaken, and the errors of ``records``.
         """
         return self.receive_in_transaction(lambda _: records, origin, audit_records=audit_records)
 
     def receive_in_transaction(
         self,
-        bring: Callable[[Session], Iterable[Record | RejectedInput]],
+        read_records: Callable[[Session], Iterable[Record | RejectedInput]],
         origin: str,
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
     ) -> Received:
-        """As ``receive``, of what ``bring`` makes: what it writes through the connection that it is given is committed
-        together with the note that the origin was received, or not at all.
+        """Receive like ``receive``, with records from ``read_records``. Its writes through the connection are committed
+        in the transaction that records the origin as received.
         """
         with self._connect() as conn:
             received.hold(conn, origin)
-            if before := received.of_origin(conn, origin):
-                return Received(origin, tuple(before), already_received=True)
-            return self._receive(conn, bring(conn), origin, audit_records)
+            if earlier := received.of_origin(conn, origin):
+                return Received(origin, tuple(earlier), already_received=True)
+            return self._receive(conn, read_records(conn), origin, audit_records)
 
     def _receive(
         self,
@@ -116,23 +118,23 @@ class Receiver:
     ) -> Received:
         now = self._now()
         intake = _Intake(self._scheme, self.resource_types, origin, now)
-        letters = DeadLetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
+        dead_letter_buffer = DeadLetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
         with PartWriter(self._store, "raw") as writer:
             for item in records:
-                intake.take(item, writer, letters)
-            letters.flush()
+                intake.add(item, writer, dead_letter_buffer)
+            dead_letter_buffer.flush()
             parts = writer.finish()
         items = intake.items(parts)
-        rewrite_partitions(self._connect, self._store, intake.manifests(parts, items), _joined)
-        brought = Received(origin, tuple(items), intake.skipped)
+        rewrite_partitions(self._connect, self._store, intake.manifests(parts, items), _merge)
+        result = Received(origin, tuple(items), intake.skipped)
         received.note(conn, origin, items)
-        audit_log.record(conn, *audit_records(brought))
+        audit_log.record(conn, *audit_records(result))
         conn.commit()
-        return brought
+        return result
 
 
 class _Intake:
-    """One receiving on its way."""
+    """The state of one origin while it is received."""
 
     def __init__(self, scheme: WindowScheme, types: frozenset[str], origin: str, now: datetime) -> None:
         self._scheme = scheme
@@ -142,11 +144,12 @@ class _Intake:
         self._rejected: Counter[tuple[str, str]] = Counter()
         self.skipped: Counter[str] = Counter()
 
-    def take(self, item: Record | RejectedInput, writer: PartWriter, letters: DeadLetterBuffer) -> None:
+    def add(self, item: Record | RejectedInput, writer: PartWriter, dead_letter_buffer: DeadLetterBuffer) -> None:
+        """Write a resource to its window, or add the dead letter of a rejected entry to the buffer."""
         if isinstance(item, RejectedInput):
             key = self._window(item.arrived).key
             self._rejected[item.resource_type, key] += 1
-            letters.add(self._letter(item, key))
+            dead_letter_buffer.add(self._build_dead_letter(item, key))
         elif item.resource_type not in self._types:
             self.skipped[known_resource_type(item.resource_type)] += 1
         else:
@@ -154,19 +157,20 @@ class _Intake:
             writer.add(item.resource_type, self._window(moment).key, item.body, item.last_updated)
 
     def items(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[Receiving]:
-        found = defaultdict[tuple[str, str], tuple[Part, ...]](tuple, parts)
+        """Return the counts and parts by resource type and window."""
+        parts_by_key = defaultdict[tuple[str, str], tuple[Part, ...]](tuple, parts)
         return [
             Receiving(
-                *place,
-                tuple(part.name for part in found[place]),
-                sum(part.rows for part in found[place]),
-                self._rejected[place],
+                *key,
+                tuple(part.name for part in parts_by_key[key]),
+                sum(part.rows for part in parts_by_key[key]),
+                self._rejected[key],
             )
-            for place in sorted(parts.keys() | self._rejected.keys())
+            for key in sorted(parts.keys() | self._rejected.keys())
         ]
 
     def manifests(self, parts: dict[tuple[str, str], tuple[Part, ...]], items: Sequence[Receiving]) -> list[Manifest]:
-        """A manifest a window that holds nothing but what was received now."""
+        """Return a manifest for each window, with the parts of this origin only."""
         return [
             Manifest(
                 "raw",
@@ -187,7 +191,7 @@ class _Intake:
     def _window(self, moment: datetime) -> Window:
         return self._scheme.window_at(min(moment, self._now))
 
-    def _letter(self, item: RejectedInput, partition_key: str) -> DeadLetter:
+    def _build_dead_letter(self, item: RejectedInput, partition_key: str) -> DeadLetter:
         return DeadLetter(
             resource_type=item.resource_type,
             resource_id=item.resource_id,
@@ -202,17 +206,18 @@ class _Intake:
         )
 
 
-def _joined(mine: Manifest, now: Manifest | None) -> Manifest:
-    """The partition with what was received in it, once: an origin that came before and was not noted as received
-    gives way to its second coming.
+def _merge(mine: Manifest, current: Manifest | None) -> Manifest:
+    """Add the received parts to the current partition.
+
+    Parts of the same origin in it are replaced: they are from an attempt that was not recorded as received.
     """
-    if now is None:
+    if current is None:
         return mine
     origins = {receipt.origin for receipt in mine.receipts}
     return msgspec.structs.replace(
-        now,
+        current,
         run_id=mine.run_id,
         written_at=mine.written_at,
-        parts=(*(part for part in now.parts if part.origin not in origins), *mine.parts),
-        receipts=(*(receipt for receipt in now.receipts if receipt.origin not in origins), *mine.receipts),
+        parts=(*(part for part in current.parts if part.origin not in origins), *mine.parts),
+        receipts=(*(receipt for receipt in current.receipts if receipt.origin not in origins), *mine.receipts),
     )

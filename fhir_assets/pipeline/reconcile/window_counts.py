@@ -1,4 +1,4 @@
-"""Does every resource of a window stand somewhere? The counts of each layer, held against each other."""
+"""Reconcile windows: count the resources of a window in each layer, and report counts that do not match."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,49 +15,56 @@ from fhir_assets.warehouse.postgres.queries.reconciliation import AbsentCounts
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
 
 STAGES = ("transform", "load")
+"""The stages whose dead letters explain why a valid resource is not in the tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowCounts:
-    """The counts of one window of one type.
-
-    ``server_total`` is what the source said it has, over all fetches of the window (None: it cannot say), and
-    ``matched`` what it gave; ``received`` what came by other doors; ``raw`` what is in the store, ``valid`` and
-    ``dead`` what validation made of it; ``undone`` the dead letters of transform and load; ``deleted`` the valid
-    resources that the source deleted since; ``withheld`` those that keep every rule but that consent keeps out of the
-    tables; ``missing`` those that are neither in the tables, in this version or a newer one, nor among those.
-    """
+    """The counts of one window of one resource type."""
 
     partition_key: str
     server_total: int | None
+    """The source's own count over all fetches of the window; None if the source does not count."""
     matched: int
+    """Resources that the source returned."""
     repeated: int
+    """Returned resources that the partition had already."""
     rejected: int
+    """Entries that became dead letters when they were fetched or received."""
     raw: int
+    """Resources in the raw partition."""
     validated: int
+    """Resources that were validated."""
     valid: int
+    """Resources that are valid and not withheld."""
     dead: int
+    """Resources that became dead letters of stage ``validate``."""
     not_loaded: int
+    """Dead letters of the stages ``transform`` and ``load``."""
     missing: int
+    """Valid resources that are not in the tables, in this or a newer version, for no recorded reason."""
     withheld: int = 0
+    """Valid resources that consent keeps out of the tables."""
     received: int = 0
+    """Resources that arrived through other channels than the source."""
     deleted: int = 0
+    """Valid resources that the source has deleted since."""
 
     @property
     def loaded(self) -> int:
-        """The valid resources that are in the tables."""
+        """How many valid resources are in the tables."""
         return self.valid - self.not_loaded - self.missing - self.deleted
 
     @property
     def faults(self) -> list[str]:
-        """What does not add up, each with what to do; empty if all does."""
+        """The counts that do not match, each with what to do about it; empty if the window reconciles."""
         faults = []
         again = f"materialize raw, validated and normalized of {self.partition_key} again"
         if self.server_total is not None and self.server_total != self.matched:
-            faults.append(f"the server counts {self.server_total} but gave {self.matched}: {again}")
-        came = self.matched + self.received - self.repeated - self.rejected
-        if self.raw != came:
-            faults.append(f"{came} were received but raw holds {self.raw}: {again}")
+            faults.append(f"the server counts {self.server_total} but returned {self.matched}: {again}")
+        arrived = self.matched + self.received - self.repeated - self.rejected
+        if self.raw != arrived:
+            faults.append(f"{arrived} were received but raw holds {self.raw}: {again}")
         if self.raw != self.validated:
             faults.append(f"raw holds {self.raw} but {self.validated} were validated: materialize validated again")
         if self.validated != self.valid + self.dead + self.withheld:
@@ -78,19 +85,22 @@ def reconcile(
     *,
     main_view: str | None,
 ) -> list[WindowCounts]:
-    """The balance of each window that was fetched or received something. Holds the ids of validated partitions
-    against the tables, in the database: ``fhir.resource``, and ``main_view`` where every resource has a row there.
+    """Return the counts of each window that has a raw partition.
+
+    The ids of the validated partitions are compared in the database with ``fhir.resource``, and with ``main_view`` if
+    every resource has a row in that view. Raises StoreError or DatabaseUnavailable.
     """
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
-    undone = reconciliation.count_unloaded(conn, resource_type, partition_keys)
-    absent = _absent(conn, store, resource_type, list(validated.values()), main_view)
+    not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
+    absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
     return [
-        _balance(m, validated.get(key), undone.get(key, 0), absent.get(key, AbsentCounts())) for key, m in raw.items()
+        _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts()))
+        for key, manifest in raw.items()
     ]
 
 
-def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: AbsentCounts) -> WindowCounts:
+def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: AbsentCounts) -> WindowCounts:
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
@@ -105,7 +115,7 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: Abs
         state.rows_in if state else 0,
         (validated.rows if validated else 0) - absent.withheld,
         sum(state.dead.values()) if state else 0,
-        undone,
+        not_loaded,
         absent.missing,
         withheld=absent.withheld,
         received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
@@ -113,30 +123,32 @@ def _balance(raw: Manifest, validated: Manifest | None, undone: int, absent: Abs
     )
 
 
-def _absent(
+def _count_absent(
     conn: Session, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
 ) -> dict[str, AbsentCounts]:
-    """By partition key, how many validated resources the tables lack, less those that are dead letters."""
+    """Count by partition key the validated resources that are not in the tables and not dead letters."""
     if not any(manifest.parts for manifest in validated):
         return {}
     keys = [manifest.partition_key for manifest in validated]
     corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
-    expected = _expected(store, validated, corrected, cipher_of(conn))
+    expected = _expected_rows(store, validated, corrected, cipher_of(conn))
     return reconciliation.count_absent(conn, resource_type, expected, main_view=main_view)
 
 
-def _expected(
+def _expected_rows(
     store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], cipher: Cipher
 ) -> Iterator[str]:
-    """What the tables should hold, as lines for COPY: of resources that were corrected on their way the correction."""
+    """Yield the key, id and lastUpdated that the tables must contain as lines for COPY, of corrected resources those of
+    the correction.
+    """
     for manifest in validated:
         key = escape_text(manifest.partition_key)
-        instead = corrected.get(manifest.partition_key, {})
+        corrections_of_window = corrected.get(manifest.partition_key, {})
         for batch in store.batches(manifest.parts):
             for line in batch:
-                if instead:
-                    places = (_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
-                    line = next((instead[place] for place in places if place in instead), line)
+                if corrections_of_window:
+                    fingerprints = (_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
+                    line = next((corrections_of_window[f] for f in fingerprints if f in corrections_of_window), line)
                 header = read_header(line)
                 moment = parse_instant(header.meta.lastUpdated) if header.meta else None
                 identity = NULL if header.id is None else escape_text(header.id)
@@ -144,5 +156,5 @@ def _expected(
 
 
 def _fingerprint(manifest: Manifest, stage: str, line: bytes, cipher: Cipher) -> bytes:
-    letter = DeadLetter(manifest.resource_type, None, stage, "", "", "", line, manifest.partition_key)
-    return letter.fingerprint(cipher)
+    dead_letter = DeadLetter(manifest.resource_type, None, stage, "", "", "", line, manifest.partition_key)
+    return dead_letter.fingerprint(cipher)

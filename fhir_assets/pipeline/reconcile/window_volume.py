@@ -1,22 +1,23 @@
-"""Does a window bring about as much as the ones before it?"""
+"""Compare the number of resources of a window with the windows before it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fhir_assets.windows import Window
 
-FEWEST_WINDOWS = 5
-"""With fewer windows to compare with nothing is unusual."""
+MIN_WINDOWS = 5
+"""With fewer earlier windows than this, no window is unusual."""
 
-FEWEST_ROWS = 20
-"""What stays within so many resources is chance."""
+MIN_ROWS = 20
+"""Windows with fewer resources than this are not reported: the difference may be chance."""
 
 FACTOR = 2.0
+"""How many times more or fewer resources than the earlier windows a window has to have to be unusual."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowVolume:
-    """What a window brought, and the least and the most that a window before it did; None if nothing is judged."""
+    """The resources of a window, and the lowest and highest number in the windows before it (None: too few windows)."""
 
     partition_key: str
     rows: int
@@ -25,45 +26,47 @@ class WindowVolume:
 
     @property
     def unusual(self) -> bool:
-        """Less than half of the least or more than twice the most."""
+        """Whether the number is below half of the lowest or above twice the highest."""
         if self.lowest is None or self.highest is None:
             return False
-        too_few = self.rows < self.lowest / FACTOR and self.lowest >= FEWEST_ROWS
-        return too_few or (self.rows > self.highest * FACTOR and self.rows >= FEWEST_ROWS)
+        too_few = self.rows < self.lowest / FACTOR and self.lowest >= MIN_ROWS
+        return too_few or (self.rows > self.highest * FACTOR and self.rows >= MIN_ROWS)
 
     @property
     def description(self) -> str:
-        """In words."""
+        """The comparison as text for a check result."""
         if self.lowest is None:
-            return "too few windows before it to compare with"
-        words = f"where the windows before it brought {self.lowest} to {self.highest}"
-        return f"{self.rows} resources, {words}" if self.unusual else f"usual, {words}"
+            return "too few earlier windows to compare with"
+        expected = f"the windows before it have {self.lowest} to {self.highest}"
+        return f"{self.rows} resources; {expected}" if self.unusual else f"usual; {expected}"
 
 
 def compare_volumes(
     windows: Sequence[Window],
-    judged: Sequence[Window],
-    counted: Mapping[str, int],
+    compared: Sequence[Window],
+    row_counts: Mapping[str, int],
     *,
     span: int,
 ) -> list[WindowVolume]:
-    """The volume of each of the ``judged`` among the ``windows``, which are in order, held against up to ``span``
-    windows before it. History begins with the first window that brought anything.
+    """Compare each of the ``compared`` windows with up to ``span`` windows before it.
+
+    ``windows`` are in order and contain the compared ones; ``row_counts`` has the resources by partition key. Windows
+    before the first one with resources are ignored.
     """
-    rows = [counted.get(window.key, 0) for window in windows]
-    begin = next((place for place, count in enumerate(rows) if count), len(rows))
-    places = {window.key: place for place, window in enumerate(windows)}
-    found = []
-    for window in judged:
-        place = places[window.key]
-        before = rows[max(begin, place - span) : place]
-        enough = len(before) >= FEWEST_WINDOWS
-        found.append(
+    rows = [row_counts.get(window.key, 0) for window in windows]
+    begin = next((index for index, count in enumerate(rows) if count), len(rows))
+    indexes = {window.key: index for index, window in enumerate(windows)}
+    volumes = []
+    for window in compared:
+        index = indexes[window.key]
+        before = rows[max(begin, index - span) : index]
+        enough = len(before) >= MIN_WINDOWS
+        volumes.append(
             WindowVolume(
                 window.key,
-                rows[place],
+                rows[index],
                 min(before) if enough else None,
                 max(before) if enough else None,
             )
         )
-    return found
+    return volumes
