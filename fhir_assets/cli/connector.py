@@ -11,7 +11,7 @@ import typer
 from fhir_assets import logs
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.delivery.connector import dead_letters, outbox
-from fhir_assets.delivery.connector.setup import connector_of, sources_of
+from fhir_assets.delivery.connector.setup import build_connector, load_sources
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.metrics.exposition import serve_metrics
@@ -41,7 +41,7 @@ def install(
         outbox.install(conn)
         console.print("The outbox is installed: changes of health.patient are recorded from now on.")
         if existing:
-            for source in sources_of(settings).values():
+            for source in load_sources(settings).values():
                 console.print(f"{outbox.enqueue_existing(conn, source):,} rows of {source.table} wait for delivery.")
 
 
@@ -56,7 +56,7 @@ def run(
     warehouse = Warehouse(settings)
     with _installed(warehouse):
         pass
-    with closing(connector_of(settings, warehouse.connect, workers=workers)) as connector:
+    with closing(build_connector(settings, warehouse.connect, workers=workers)) as connector:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: connector.stop())
         with (

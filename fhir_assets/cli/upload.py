@@ -18,7 +18,7 @@ import typer
 from fhir_assets import logs
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
-from fhir_assets.delivery.tables import letter
+from fhir_assets.delivery.tables import dead_letter
 from fhir_assets.delivery.upload.files import Folder, Unusable
 from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.delivery.upload.uploader import Silent, Uploader
@@ -172,7 +172,7 @@ def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Ste
         with Warehouse(settings).connect() as conn:
             run_id = journal.facts()["run_id"]
             dead_letters.record(
-                conn, run_id, (letter(each, partition, unknown_type=_UNKNOWN) for each in journal.failures())
+                conn, run_id, (dead_letter(each, partition, unknown_type=_UNKNOWN) for each in journal.failures())
             )
             for name in (*steps, _UNKNOWN):
                 dead_letters.settle(conn, run_id, name, "deliver", [partition])

@@ -1,7 +1,7 @@
-"""tables -> another FHIR server: what of some windows stands in the tables is put there, as the bytes that came.
+"""Delivers loaded resources to another FHIR server, byte for byte as they were received.
 
-Read from the validated parts, and held against ``fhir.resource``: what the tables do not have (withheld, deleted, dead)
-does not leave, nor does a version that a newer one has replaced.
+Resources are read from the validated parts of the windows and compared with ``fhir.resource``. Resources that the
+tables do not contain (withheld, deleted or refused) are not delivered, nor are versions that a newer one has replaced.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ _ACTOR = "pipeline"
 
 @dataclass(slots=True)
 class DeliveredCounts:
-    """What became of the resources of a type. ``not_in_tables`` were withheld, deleted or refused by the tables."""
+    """The resources of a type, counted by result. ``not_in_tables`` were withheld, deleted or refused by the tables."""
 
     created: int = 0
     updated: int = 0
@@ -41,7 +41,7 @@ class DeliveredCounts:
 
 
 class DeliverStep:
-    """Delivers windows to the server behind ``client``, all types in their order."""
+    """Delivers the resources of windows to the server of ``client``, type by type in load order."""
 
     def __init__(
         self,
@@ -63,11 +63,13 @@ class DeliverStep:
         self._workers = workers
 
     def deliver(self, resource_types: Sequence[str], partition_keys: Sequence[str]) -> dict[str, DeliveredCounts]:
-        """Send the parts that this server has not been sent yet; unless only what is missing is asked for, all of
-        them, but for resources that it holds just so.
+        """Send the parts that this server has not received yet.
 
-        Resources that the server refuses become dead letters of stage ``deliver``. Raises ServerUnavailable,
-        ServerRefused, NotFhir, DatabaseUnavailable or StoreError: then the windows count as not delivered.
+        With a refresh other than MISSING, send all parts except for resources that the server holds unchanged.
+        Resources that the server refuses become dead letters of stage ``deliver``.
+
+        Raises ServerUnavailable, ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain
+        undelivered.
         """
         counts = {name: DeliveredCounts() for name in resource_types}
         manifests = [
@@ -87,7 +89,7 @@ class DeliverStep:
 
             def read(name: str, resource_type: str) -> Iterator[BundleEntry]:
                 part, manifest = todo[name]
-                return self._standing(conn, part, manifest, counts[resource_type])
+                return self._current_resources(conn, part, manifest, counts[resource_type])
 
             Uploader(
                 self._client,
@@ -99,22 +101,22 @@ class DeliverStep:
             for name, total in journal.totals().items():
                 for what, count in total.items():
                     setattr(counts[name], what, count)
-            self._bury(journal, {name: manifest.partition_key for name, (_, manifest) in todo.items()})
-        self._remember([manifest for manifest in manifests if manifest.resource_type in steps], counts)
+            self._record_failures(journal, {name: manifest.partition_key for name, (_, manifest) in todo.items()})
+        self._record_delivery([manifest for manifest in manifests if manifest.resource_type in steps], counts)
         return counts
 
     def _parts(self, manifest: Manifest) -> Sequence[Part]:
-        """The parts of a window that are to be sent."""
+        """Return the parts of a window that have to be sent."""
         before = self._store.manifest("delivered", manifest.resource_type, manifest.partition_key)
         known = before.delivered if before else None
         if self._refresh is not Refresh.MISSING or known is None or known.destination != self._client.base_url:
             return manifest.parts
         return [part for part in manifest.parts if part.name not in known.inputs]
 
-    def _standing(
+    def _current_resources(
         self, conn: Connection, part: Part, manifest: Manifest, counts: DeliveredCounts
     ) -> Iterator[BundleEntry]:
-        """The resources of a part that the tables have, in this version."""
+        """Yield the resources of a part that the tables contain in the same version."""
         number = 0
         for lines in self._store.batches([part]):
             headers = [read_header(line) for line in lines]
@@ -130,19 +132,19 @@ class DeliverStep:
                 else:
                     yield BundleEntry(manifest.resource_type, header.id, line, f"{part.name}:{number}")
 
-    def _bury(self, journal: Journal, windows: Mapping[str, str]) -> None:
-        """Make dead letters of what failed; those of these windows that were delivered now are resolved."""
+    def _record_failures(self, journal: Journal, windows: Mapping[str, str]) -> None:
+        """Record failed resources as dead letters."""
 
-        def reject(letters: Sequence[DeadLetter]) -> None:
-            dead_letters.record_now(self._connect, self._run_id, letters)
+        def reject(rejected: Sequence[DeadLetter]) -> None:
+            dead_letters.record_now(self._connect, self._run_id, rejected)
 
         buffer = DeadLetterBuffer(reject)
         for failure in journal.failures():
-            buffer.add(letter(failure, windows[failure.place.rpartition(":")[0]]))
+            buffer.add(dead_letter(failure, windows[failure.place.rpartition(":")[0]]))
         buffer.flush()
 
-    def _remember(self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts]) -> None:
-        """Note which parts the server was sent, and that it was."""
+    def _record_delivery(self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts]) -> None:
+        """Record which parts were delivered, in the store and in the audit log."""
         now = datetime.now(UTC)
         delivered = [
             Manifest(
@@ -173,8 +175,8 @@ class DeliverStep:
             )
 
 
-def letter(failure: Failure, partition_key: str, *, unknown_type: str = "unknown") -> DeadLetter:
-    """What was not delivered as a dead letter."""
+def dead_letter(failure: Failure, partition_key: str, *, unknown_type: str = "unknown") -> DeadLetter:
+    """Return the dead letter of a resource that could not be delivered."""
     rule = f"http-{failure.status}" if failure.status else ("no-answer" if failure.id else "unusable")
     return DeadLetter(
         resource_type=failure.resource_type or unknown_type,

@@ -1,4 +1,4 @@
-"""One message to ALERT_WEBHOOK_URL of what began to fail and what is over. It holds no patient's data."""
+"""Sends alerts to a webhook: one message for incidents that opened and incidents that closed, without patient data."""
 
 from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
@@ -10,17 +10,17 @@ from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_ret
 from fhir_assets.warehouse.ops.incidents import Incident
 
 SAMPLE = 10
-"""How many incidents, and how many partitions of each, a message names; it says how many more there are."""
+"""The maximum number of incidents, and of partitions of each, that a message names. The others are counted."""
 
 _POLICY = RetryPolicy(attempts=3, first_wait=1, max_wait=2, max_retry_after=10, budget=60)
 _TIMEOUT_SECONDS = 10
 _CARD_HOSTS = (".webhook.office.com", ".logic.azure.com", ".api.powerplatform.com")
-_BEGAN = {
+_OPENED_TITLES = {
     "run": "Run of {name} failed",
     "check": "Check {name} failed",
     "behind": "{name} is behind schedule",
 }
-_OVER = {
+_CLOSED_TITLES = {
     "run": "Run of {name} succeeded again",
     "check": "Check {name} passes again",
     "behind": "{name} is up to date again",
@@ -28,16 +28,16 @@ _OVER = {
 
 
 class Webhook:
-    """Where alerts go. ``ui_url`` is the Dagster UI that the messages link to."""
+    """A webhook that receives alerts. ``ui_url`` is the address of the Dagster UI that messages link to."""
 
     def __init__(self, url: str, *, ui_url: str, retrier: Retrier | None = None) -> None:
         self._url = url
         self._ui_url = ui_url.rstrip("/")
         self._retrier = retrier or Retrier(_POLICY)
 
-    def deliver(self, began: Sequence[Incident], over: Sequence[Incident]) -> bool:
-        """Send one message, with retries. Return True if the webhook accepted it."""
-        body = message(began, over, ui_url=self._ui_url, card=_takes_cards(self._url))
+    def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
+        """Send one message, with retries. Returns whether the webhook accepted it."""
+        body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url))
 
         def attempt() -> bool:
             try:
@@ -57,19 +57,23 @@ class Webhook:
             return False
 
 
-def message(began: Sequence[Incident], over: Sequence[Incident], *, ui_url: str, card: bool) -> dict[str, object]:
-    """The JSON of a message: ``text`` for Slack and all that take its form, an adaptive card for Teams; for programs
-    the same facts as ``began`` and ``over``.
+def build_message(
+    opened: Sequence[Incident], closed: Sequence[Incident], *, ui_url: str, card: bool
+) -> dict[str, object]:
+    """Return the JSON of a message.
+
+    It contains ``text`` for Slack and compatible webhooks, or an adaptive card for Teams, and the incidents as data for
+    programs: ``began`` (opened) and ``over`` (closed).
     """
     lines = [
-        *(f"🔴 {_said(incident, _BEGAN, ui_url)}" for incident in began[:SAMPLE]),
-        *_more(began),
-        *(f"🟢 {_said(incident, _OVER, ui_url)}" for incident in over[:SAMPLE]),
-        *_more(over),
+        *(f"🔴 {_describe(incident, _OPENED_TITLES, ui_url)}" for incident in opened[:SAMPLE]),
+        *_more(opened),
+        *(f"🟢 {_describe(incident, _CLOSED_TITLES, ui_url)}" for incident in closed[:SAMPLE]),
+        *_more(closed),
     ]
     facts: dict[str, object] = {
-        "began": [_facts(incident, ui_url) for incident in began],
-        "over": [_facts(incident, ui_url) for incident in over],
+        "began": [_facts(incident, ui_url) for incident in opened],
+        "over": [_facts(incident, ui_url) for incident in closed],
     }
     if not card:
         return {"text": "\n".join(lines), **facts}
@@ -79,15 +83,15 @@ def message(began: Sequence[Incident], over: Sequence[Incident], *, ui_url: str,
     return {"type": "message", "attachments": [attachment], **facts}
 
 
-def _said(incident: Incident, words: dict[str, str], ui_url: str) -> str:
-    said = words[incident.kind].format(name=incident.name)
-    named = [partition for partition in incident.partitions if partition]
-    if named:
-        more = f" and {len(named) - SAMPLE} more" if len(named) > SAMPLE else ""
-        said += f": {', '.join(named[:SAMPLE])}{more}"
+def _describe(incident: Incident, titles: dict[str, str], ui_url: str) -> str:
+    text = titles[incident.kind].format(name=incident.name)
+    partitions = [partition for partition in incident.partitions if partition]
+    if partitions:
+        more = f" and {len(partitions) - SAMPLE} more" if len(partitions) > SAMPLE else ""
+        text += f": {', '.join(partitions[:SAMPLE])}{more}"
     if incident.counts:
-        said += " (" + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in incident.counts.items()) + ")"
-    return f"{said} {_link(incident, ui_url)}"
+        text += " (" + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in incident.counts.items()) + ")"
+    return f"{text} {_link(incident, ui_url)}"
 
 
 def _facts(incident: Incident, ui_url: str) -> dict[str, object]:

@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.delivery.webhook import message
+from fhir_assets.delivery.webhook import build_message
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
@@ -183,7 +183,7 @@ def test_the_message_names_a_few_and_counts_the_rest() -> None:
         Incident(n, "run", f"job{n}", [f"w{k}" for k in range(30)], {"windows": 30}, "r", now, None, None, None)
         for n in range(40)
     ]
-    text = str(message(many, [], ui_url="http://ui", card=False)["text"])
+    text = str(build_message(many, [], ui_url="http://ui", card=False)["text"])
     assert "and 20 more" in text
     assert "40 in all" in text
-    assert "attachments" in message(many, [], ui_url="http://ui", card=True)
+    assert "attachments" in build_message(many, [], ui_url="http://ui", card=True)

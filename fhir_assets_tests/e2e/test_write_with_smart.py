@@ -9,8 +9,8 @@ from joserfc.jwk import ECKey
 from requests import PreparedRequest
 
 from fhir_assets.delivery.connector import outbox
-from fhir_assets.delivery.connector.server import FhirServer, Passing
-from fhir_assets.delivery.connector.setup import connector_of
+from fhir_assets.delivery.connector.server import FhirServer, TransientFailure
+from fhir_assets.delivery.connector.setup import build_connector
 from fhir_assets.errors import ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Credentials
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
@@ -96,7 +96,9 @@ def test_the_connector_outlives_its_token(database: str, tmp_path: Path) -> None
             fhir_auth_client_id="client",
             fhir_auth_client_secret="s3cret",
         )
-        with closing(connector_of(settings, lambda: connect(database, cipher=NO_ENCRYPTION), workers=2)) as connector:
+        with closing(
+            build_connector(settings, lambda: connect(database, cipher=NO_ENCRYPTION), workers=2)
+        ) as connector:
             connector.run(until_empty=True)
         assert server.stats()["resources"] == {"Patient": 30}
     assert smart.issued > 1
@@ -111,7 +113,7 @@ def test_a_change_for_which_there_is_no_token_waits_and_is_nobodys_defect() -> N
 
     with (
         closing(FhirServer("http://127.0.0.1:9/fhir", NoToken(), timeout=1, connections=1)) as server,
-        pytest.raises(Passing, match="no token: the server that gives") as failure,
+        pytest.raises(TransientFailure, match="no token: the server that gives") as failure,
     ):
         server.call("GET", "Patient")
-    assert failure.value.everyone
+    assert failure.value.server_wide

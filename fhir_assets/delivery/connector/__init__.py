@@ -1,5 +1,7 @@
-"""The outbox connector: changes of schema ``health`` go to a FHIR server, in order, once acknowledged never again.
+"""The outbox connector: delivers changes of the tables in schema ``health`` to a FHIR server.
 
-``sql/outbox.sql`` leaves an event a change; ``outbox`` claims them, ``mapping`` makes resources of rows, ``delivery``
-decides what to send, ``server`` sends it, ``settle`` writes down what came of it, ``runner`` keeps it all going.
+Triggers (``sql/outbox.sql``) insert an event for each change into the outbox. ``outbox`` claims events, ``mapping``
+turns rows into resources, ``delivery`` decides which requests to send, ``server`` sends them, ``settle`` records their
+results, and ``runner`` coordinates the threads. The changes of a record are delivered in order; a change that the
+server acknowledged is not delivered again.
 """

@@ -1,6 +1,6 @@
-"""``health.fhir_dlq``: what the FHIR server did not take, to be listed, sent again, or given up.
+"""The repository of ``health.fhir_dlq``: changes that the FHIR server refused, to be listed, replayed or discarded.
 
-Sending again means sending what the tables say then: a dead letter never brings an older state back.
+A replay sends the row as it is at the time of the replay, so that it never restores an older state.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Status = Literal["open", "replayed", "superseded", "discarded"]
 
 @dataclass(frozen=True, slots=True)
 class DeadChange:
-    """A change in the dead letters. ``record_id`` is the key of its row in the source's table."""
+    """A change that could not be delivered. ``record_id`` is the key of its row in the source's table."""
 
     id: int
     source: str
@@ -36,24 +36,35 @@ class DeadChange:
 def find(
     conn: Connection, *, status: Status | None = "open", reason: str | None = None, limit: int = 50
 ) -> list[DeadChange]:
-    """The newest dead changes first."""
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(DeadChange)])
-    query = sql.SQL(
-        "SELECT {} FROM health.fhir_dlq WHERE (%(status)s::text IS NULL OR status = %(status)s)"
-        " AND (%(reason)s::text IS NULL OR reason = %(reason)s) ORDER BY id DESC LIMIT %(limit)s"
-    ).format(columns)
+    """Return dead changes, the newest first. ``status`` or ``reason`` None means any."""
+    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(DeadChange)])
+    query = sql.SQL("""
+        SELECT {}
+        FROM health.fhir_dlq
+        WHERE (%(status)s::text IS NULL OR status = %(status)s)
+        AND (%(reason)s::text IS NULL OR reason = %(reason)s)
+        ORDER BY id DESC
+        LIMIT %(limit)s
+    """).format(columns)
     with conn.cursor(row_factory=class_row(DeadChange)) as cursor:
         return cursor.execute(query, {"status": status, "reason": reason, "limit": limit}).fetchall()
 
 
 def replay(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = None) -> int:
-    """Put open dead changes (None: all, or those of a reason) back into the outbox. Returns how many."""
+    """Put open dead changes back into the outbox and return their number.
+
+    ``ids`` None selects all open ones, or those with ``reason``.
+    """
     with conn.transaction():
         settled = _settle(conn, ids, reason, "replayed")
         conn.execute(
-            "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation, former_system, former_value)"
-            " SELECT DISTINCT source, record_id, source, 'REPLAY', former ->> 0, former ->> 1 FROM health.fhir_dlq"
-            " LEFT JOIN LATERAL jsonb_array_elements(formers) former ON true WHERE id = ANY(%s)",
+            """
+            INSERT INTO health.fhir_outbox (source, record_id, table_name, operation, former_system, former_value)
+            SELECT DISTINCT source, record_id, source, 'REPLAY', former ->> 0, former ->> 1
+            FROM health.fhir_dlq
+            LEFT JOIN LATERAL jsonb_array_elements(formers) former ON true
+            WHERE id = ANY(%s)
+            """,
             [settled],
         )
         conn.execute("SELECT pg_notify(%s, '')", [CHANNEL])
@@ -61,16 +72,21 @@ def replay(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = 
 
 
 def discard(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = None) -> int:
-    """Give open dead changes up: they stay listed as discarded. Returns how many."""
+    """Mark open dead changes as discarded and return their number. They remain listed."""
     with conn.transaction():
         return len(_settle(conn, ids, reason, "discarded"))
 
 
 def _settle(conn: Connection, ids: Sequence[int] | None, reason: str | None, status: Status) -> list[int]:
     rows = conn.execute(
-        "UPDATE health.fhir_dlq SET status = %(status)s, settled_at = clock_timestamp() WHERE status = 'open'"
-        " AND (%(ids)s::bigint[] IS NULL OR id = ANY(%(ids)s)) AND (%(reason)s::text IS NULL OR reason = %(reason)s)"
-        " RETURNING id",
+        """
+        UPDATE health.fhir_dlq
+        SET status = %(status)s, settled_at = clock_timestamp()
+        WHERE status = 'open'
+        AND (%(ids)s::bigint[] IS NULL OR id = ANY(%(ids)s))
+        AND (%(reason)s::text IS NULL OR reason = %(reason)s)
+        RETURNING id
+        """,
         {"status": status, "ids": None if ids is None else list(ids), "reason": reason},
     )
     return [row[0] for row in rows]

@@ -1,8 +1,8 @@
-"""What to send for a change, so that sending it again, or after a crash, ends the same.
+"""Decides which requests a change needs. Delivering a change twice, or again after a crash, has the same result.
 
-A record is found on the server by its identifier (conditional update and delete, https://hl7.org/fhir/R4/http.html#cond-update).
-Only where the identifier itself changed, the resource's id of the last delivery is used: the resource stays the same
-one, and references to it hold.
+A record is addressed on the server by its identifier (conditional update and delete,
+https://hl7.org/fhir/R4/http.html#cond-update). If the identifier itself changed, the record is addressed by the id of
+its last delivery instead, so that the resource keeps its id and references to it stay valid.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import orjson
 
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.delivery.connector.outbox import Change, Delivered
-from fhir_assets.delivery.connector.server import FhirServer, Lasting, Passing, Reply
+from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, Reply, TransientFailure
 from fhir_assets.delivery.connector.settle import Acknowledged
 from fhir_assets.fhir.validation import Validator
 
@@ -20,7 +20,7 @@ _SERVER_OWN = ("id", "meta", "text")
 
 
 class Delivery:
-    """Brings changes of the sources to one server. Several threads may deliver."""
+    """Delivers changes of the sources to one server. Safe for use by several threads."""
 
     def __init__(self, sources: dict[str, Source], server: FhirServer) -> None:
         self._sources = sources
@@ -28,16 +28,19 @@ class Delivery:
         self._validator = Validator()
 
     def deliver(self, change: Change) -> Acknowledged:
-        """Bring the server to the state of the change. Raises Passing or Lasting."""
+        """Make the server's resource equal to the changed row, or delete it.
+
+        Raises TransientFailure or PermanentFailure.
+        """
         source = self._sources[change.claim.source]
         if change.row is None:
             return self._remove(source, change)
         identifier = source.identifier_of(change.row)
         if identifier is None:
-            raise Lasting(
+            raise PermanentFailure(
                 "no-identifier",
                 f"the row has no {source.identifier.system} or no {source.identifier.value}: "
-                "give it one, and it goes out by itself",
+                "set both, and the row is delivered by its next change",
             )
         resource = source.to_resource(change.row, change.children)
         self._check(resource)
@@ -52,7 +55,7 @@ class Delivery:
         else:
             try:
                 reply = self._put_by_identifier(source, identifier, resource)
-            except Lasting as failure:
+            except PermanentFailure as failure:
                 known = change.delivered.resource_id if change.delivered else None
                 if failure.reason != "several-matches" or known is None:
                     raise
@@ -61,7 +64,10 @@ class Delivery:
         return Acknowledged(change, outcome, Delivered(_resource_id(source, reply) or place, identifier))
 
     def _place(self, source: Source, change: Change, identifier: Identifier) -> str | None:
-        """The id to update where the identifier the server knows is another one; None to go by the identifier."""
+        """Return the id of the resource to update if the server knows it by another identifier.
+
+        None means that the record is addressed by its current identifier.
+        """
         if change.delivered is not None and change.delivered.resource_id is not None:
             return None if change.delivered.identifier == identifier else change.delivered.resource_id
         formers = set(change.formers)
@@ -83,7 +89,7 @@ class Delivery:
             outcome = "deleted"
         for former in change.formers:
             if known is None or former != known.identifier:
-                # What is not there gives 204 as well: only a delivered one is surely a deletion.
+                # A server answers 204 for an absent resource too, so this does not count as a deletion.
                 self._delete_by_identifier(source, former, None)
         return Acknowledged(change, outcome, None)
 
@@ -91,7 +97,7 @@ class Delivery:
         try:
             query = {"identifier": identifier.token}
             self._server.call("DELETE", source.resource_type, query=query, absent=_ABSENT)
-        except Lasting as failure:
+        except PermanentFailure as failure:
             if failure.reason != "several-matches" or known is None:
                 raise
             self._server.call("DELETE", f"{source.resource_type}/{known}", absent=_ABSENT)
@@ -105,7 +111,7 @@ class Delivery:
         return self._server.call("PUT", f"{source.resource_type}/{resource_id}", body=body)
 
     def _find(self, source: Source, identifier: Identifier, resource: dict[str, Any], place: str | None) -> str | None:
-        """The id of the resource if the server has this very content: an earlier attempt did arrive."""
+        """Return the id of the server's resource if it has exactly this content: an earlier attempt arrived."""
         if place is None:
             found = self._search(source, identifier)
         else:
@@ -118,7 +124,7 @@ class Delivery:
     def _search(self, source: Source, identifier: Identifier) -> list[dict[str, Any]]:
         reply = self._server.call("GET", source.resource_type, query={"identifier": identifier.token})
         if not isinstance(reply.body, dict) or reply.body.get("resourceType") != "Bundle":
-            raise Passing("not-fhir", "the answer to a search is not a Bundle", everyone=False)
+            raise TransientFailure("not-fhir", "the answer to a search is not a Bundle", server_wide=False)
         resources = [entry.get("resource") for entry in reply.body.get("entry", [])]
         return [r for r in resources if isinstance(r, dict) and r.get("resourceType") == source.resource_type]
 
@@ -127,7 +133,7 @@ class Delivery:
         if not verdict.valid:
             errors = [issue for issue in verdict.issues if issue.severity == "error"]
             found = ", ".join(sorted({f"{issue.rule} at {issue.path}" for issue in errors})[:3])
-            raise Lasting("invalid", f"the row makes a resource that R4 does not allow: {found}")
+            raise PermanentFailure("invalid", f"the row makes a resource that R4 does not allow: {found}")
 
 
 def _resource_id(source: Source, reply: Reply) -> str | None:

@@ -1,9 +1,14 @@
-"""From rows to FHIR resources, by a template: ``mapping.json``, or the file CONNECTOR_MAPPING names.
+"""Maps rows to FHIR resources with a template: ``mapping.json``, or the file that CONNECTOR_MAPPING names.
 
-A template is shaped like the resource. In it ``"$column"`` is a column's value; ``{"$each": child, …}`` one object a
-row of a child table; ``{"$code": column, "codes": {…}, "else": …}`` a code, looked up in lower case; ``{"$unless":
-column, "value": …}`` a value where that column is empty. What is empty is left out, and so is an object whose columns
-are all empty, whatever constants it has. Equal entries of a list become one.
+A template has the shape of the resource. Its placeholders are
+
+- ``"$column"``: the value of a column;
+- ``{"$each": child, …}``: one object for each row of a child table;
+- ``{"$code": column, "codes": {…}, "else": …}``: a code, looked up by the lower-case value of a column;
+- ``{"$unless": column, "value": …}``: a value that is used if the column is NULL.
+
+Empty values are omitted, and so is an object with placeholders if all of them are empty, whatever constants it has.
+Equal entries of a list are merged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,27 +25,26 @@ BUILT_IN = Path(__file__).with_name("mapping.json")
 
 
 class Identifier(msgspec.Struct, frozen=True):
-    """A business identifier: what a conditional update asks for."""
+    """A business identifier, the search criterion of a conditional update."""
 
     system: str
     value: str
 
     @property
     def token(self) -> str:
-        """As a token search parameter (https://hl7.org/fhir/R4/search.html#token), with ``\\``, ``|``, ``,`` and ``$``
-        escaped."""
-        return f"{_escaped(self.system)}|{_escaped(self.value)}"
+        """The identifier as a token search parameter (https://hl7.org/fhir/R4/search.html#token), escaped."""
+        return f"{_escape(self.system)}|{_escape(self.value)}"
 
 
 class IdentifierColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The main table's columns that hold the identifier of its record."""
+    """The columns of the main table that contain the identifier of a record."""
 
     system: str
     value: str
 
 
 class Child(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table with rows that belong to a record: ``key`` holds the record's key, ``order`` sorts them."""
+    """A table whose rows belong to a record: column ``key`` contains the record's key, column ``order`` sorts them."""
 
     table: str
     key: str
@@ -48,7 +52,7 @@ class Child(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"resource_type": "type"}):
-    """A main table whose rows become resources of one type."""
+    """A main table whose rows are mapped to resources of one type."""
 
     name: str
     resource_type: str
@@ -59,16 +63,16 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"r
     children: dict[str, Child] = {}
 
     def identifier_of(self, row: Row) -> Identifier | None:
-        """The row's identifier; None if one of its halves is empty."""
+        """Return the identifier of a row; None if its system or its value is empty."""
         system, value = row.get(self.identifier.system), row.get(self.identifier.value)
         if not system or not value or not str(system).strip() or not str(value).strip():
             return None
         return Identifier(str(system), str(value))
 
     def to_resource(self, row: Row, children: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-        """The FHIR resource, without an id, that a row and its children make."""
-        made, _ = _fill(self.resource, row, children)
-        return {"resourceType": self.resource_type, **(made or {})}
+        """Return the FHIR resource, without an id, of a row and its child rows."""
+        elements, _ = _fill(self.resource, row, children)
+        return {"resourceType": self.resource_type, **(elements or {})}
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,7 +80,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_mapping(path: Path = BUILT_IN) -> dict[str, Source]:
-    """The sources of a mapping file, by name. Raises ConfigurationError that says what is wrong with it, and where."""
+    """Return the sources of a mapping file by name. Raises ConfigurationError that names the fault and its place."""
     try:
         sources = msgspec.json.decode(path.read_bytes(), type=_File).sources
     except OSError as error:
@@ -84,18 +88,18 @@ def load_mapping(path: Path = BUILT_IN) -> dict[str, Source]:
             f"the mapping {path} cannot be read ({error.strerror}): set CONNECTOR_MAPPING"
         ) from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise ConfigurationError(f"the mapping {path} is not as it should be: {error}") from None
+        raise ConfigurationError(f"the mapping {path} is not valid: {error}") from None
     for source in sources:
         for name in _children_named(source.resource):
             if name not in source.children:
                 raise ConfigurationError(
-                    f"the mapping {path}: source {source.name} has no child {name!r}, but its template asks for it"
+                    f"the mapping {path}: source {source.name} has no child {name!r}, which its template uses"
                 )
     return {source.name: source for source in sources}
 
 
 def columns(template: object) -> set[str]:
-    """The names of the columns that a template reads, those of its children too."""
+    """Return the names of the columns that a template reads, including those of child tables."""
     if isinstance(template, str):
         return {template[1:]} if template.startswith("$") else set()
     if isinstance(template, list):
@@ -116,7 +120,7 @@ def _children_named(template: object) -> set[str]:
 
 
 def _fill(template: Any, row: Row, children: Mapping[str, Sequence[Row]]) -> tuple[Any, bool]:
-    """What a template comes to (None if it is empty), and whether a column had a part in it."""
+    """Return the value of a template (None if empty), and whether a column contributed to it."""
     if isinstance(template, str):
         if not template.startswith("$"):
             return template, False
@@ -141,8 +145,8 @@ def _fill_list(template: list[Any], row: Row, children: Mapping[str, Sequence[Ro
     entries: list[Any] = []
     any_column = False
     for part in template:
-        each = part.get("$each") if isinstance(part, dict) else None
-        for source in (row,) if each is None else children[each]:
+        child = part.get("$each") if isinstance(part, dict) else None
+        for source in (row,) if child is None else children[child]:
             value, has_column = _fill(part, source, children)
             any_column |= has_column
             if value is not None and value not in entries:
@@ -164,5 +168,5 @@ def _fill_object(template: dict[str, Any], row: Row, children: Mapping[str, Sequ
     return None, False
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace(",", "\\,").replace("$", "\\$")

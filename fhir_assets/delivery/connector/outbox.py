@@ -1,8 +1,8 @@
-"""The outbox's SQL: what waits is claimed, read, and settled. Every function takes the caller's connection.
+"""The repository of ``health.fhir_outbox``: events are claimed, locked and read. Callers pass their connection.
 
-A connector is a number, and it lives as long as the connection that holds the number's advisory lock: claims of a
-connector that was killed are free again at once, without a clock. The connection also locks the identifiers that are
-being delivered, so that two records between which an identifier moves are never under way together.
+A connector has a number and holds an advisory lock on it. Postgres releases the lock when the connection ends, so the
+claims of a killed connector are free at once, without a timeout. The same connection locks the identifiers that are
+being delivered, so that two records that exchange an identifier are never delivered at the same time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ Connect = OpenSession
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A record that this connector alone works on: its oldest waiting event, and how often that was claimed."""
+    """A record that only this connector works on: its oldest waiting event, and how often that event was claimed."""
 
     event_id: int
     source: str
@@ -36,7 +36,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """Where a record is on the server. ``resource_id`` is None if the server did not say."""
+    """The resource of a record on the server. ``resource_id`` is None if the server did not return it."""
 
     resource_id: str | None
     identifier: Identifier
@@ -44,11 +44,13 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A claimed record as the tables show it now, with all of its events that this state contains.
+    """The current state of a claimed record, and all of its events that this state includes.
 
-    ``row`` is None if it was deleted. ``formers`` are identifiers it gave up that no other row has now;
-    ``shared``: another row has the identifier under which it was delivered; ``contested``: its own identifier is still
-    that of another record's resource on the server, whose change waits too.
+    Attributes:
+        row: The row of the main table; None if it was deleted.
+        formers: Earlier identifiers of the record that no other row has now.
+        shared: Whether another row has the identifier under which the record was delivered.
+        contested: Whether the record's identifier still belongs to the resource of another record, whose change waits.
     """
 
     claim: Claim
@@ -65,7 +67,7 @@ class Change:
 
 
 def install(conn: Connection) -> None:
-    """Run ``sql/outbox.sql``: tables and triggers of schema ``health``. Raises ConfigurationError without the right."""
+    """Create the tables and triggers of ``sql/outbox.sql``. Raises ConfigurationError without the privilege."""
     script = (sql_folder() / "outbox.sql").read_bytes()
     try:
         with conn.transaction():
@@ -79,25 +81,30 @@ def install(conn: Connection) -> None:
 
 
 def is_installed(conn: Connection) -> bool:
-    """Whether the outbox is there."""
+    """Return whether the outbox exists."""
     row = conn.execute("SELECT to_regclass('health.fhir_outbox')").fetchone()
     return row is not None and row[0] is not None
 
 
 def enqueue_existing(conn: Connection, source: Source) -> int:
-    """An event for every row of a source that was never delivered and does not wait. Returns how many."""
+    """Insert an event for every row that was never delivered and does not wait. Returns the number of events."""
     table = sql.Identifier(*source.table.split("."))
     key = sql.Identifier(source.key)
     with conn.transaction():
         count = conn.execute(
-            sql.SQL(
-                "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation)"
-                " SELECT %(source)s, t.{key}::text, %(table)s, 'REPLAY' FROM {table} t"
-                " WHERE NOT EXISTS (SELECT FROM health.fhir_delivered d"
-                "  WHERE d.source = %(source)s AND d.record_id = t.{key}::text)"
-                " AND NOT EXISTS (SELECT FROM health.fhir_outbox o WHERE o.source = %(source)s"
-                "  AND o.record_id = t.{key}::text AND o.processed_at IS NULL)"
-            ).format(table=table, key=key),
+            sql.SQL("""
+                INSERT INTO health.fhir_outbox (source, record_id, table_name, operation)
+                SELECT %(source)s, t.{key}::text, %(table)s, 'REPLAY'
+                FROM {table} t
+                WHERE NOT EXISTS (
+                    SELECT FROM health.fhir_delivered d
+                    WHERE d.source = %(source)s AND d.record_id = t.{key}::text
+                )
+                AND NOT EXISTS (
+                    SELECT FROM health.fhir_outbox o
+                    WHERE o.source = %(source)s AND o.record_id = t.{key}::text AND o.processed_at IS NULL
+                )
+            """).format(table=table, key=key),
             {"source": source.name, "table": source.table.split(".")[-1]},
         ).rowcount
         conn.execute("SELECT pg_notify(%s, '')", [CHANNEL])
@@ -105,12 +112,12 @@ def enqueue_existing(conn: Connection, source: Source) -> int:
 
 
 def listen(conn: Connection) -> None:
-    """Be notified of changes on this connection, from now on."""
+    """Subscribe this connection to notifications of changes."""
     conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
 
 
 def enlist(conn: Connection) -> int:
-    """A number for this connector, its own until the connection ends."""
+    """Return a number for this connector, locked until the connection ends."""
     row = conn.execute("SELECT nextval('health.fhir_connector_number')").fetchone()
     assert row is not None
     conn.execute("SELECT pg_advisory_lock(%s, %s)", [advisory_locks.CONNECTOR, row[0]])
@@ -118,12 +125,20 @@ def enlist(conn: Connection) -> int:
 
 
 def release_orphans(conn: Connection) -> int:
-    """Free what connectors that are gone had claimed. Returns how many records."""
+    """Release the claims of connectors that ended without releasing them. Returns the number of records."""
     return conn.execute(
-        "UPDATE health.fhir_outbox SET claimed_by = NULL WHERE processed_at IS NULL AND claimed_by IS NOT NULL"
-        " AND claimed_by NOT IN (SELECT objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND granted"
-        "  AND classid::bigint = %s AND objsubid = 2"
-        "  AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))",
+        """
+        UPDATE health.fhir_outbox
+        SET claimed_by = NULL
+        WHERE processed_at IS NULL
+        AND claimed_by IS NOT NULL
+        AND claimed_by NOT IN (
+            SELECT objid::bigint
+            FROM pg_locks
+            WHERE locktype = 'advisory' AND granted AND classid::bigint = %s AND objsubid = 2
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        )
+        """,
         [advisory_locks.CONNECTOR],
     ).rowcount
 
@@ -145,19 +160,19 @@ _CLAIM = """
 
 
 def claim(conn: Connection, number: int, sources: Sequence[str], limit: int) -> list[Claim]:
-    """Up to so many records whose oldest event is due, the longest waiting first; for this connector alone."""
+    """Claim up to ``limit`` records whose oldest event is due, the longest waiting first."""
     try:
         rows = conn.execute(_CLAIM, {"number": number, "sources": list(sources), "limit": limit}).fetchall()
     except psycopg.errors.UniqueViolation:
         # An older event became visible while another connector took a newer one of the same record.
         return []
-    return sorted((Claim(*row) for row in rows), key=lambda c: c.event_id)
+    return sorted((Claim(*row) for row in rows), key=lambda claimed: claimed.event_id)
 
 
 def lock_identifiers(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, dict[int, bool]]:
-    """Try to lock, for this session, every identifier that the records have, had or gave up.
+    """Try to lock every identifier, present, delivered or former, of the records, for this database session.
 
-    Returns the locks by record: whether each was granted. A session can take a lock several times.
+    Returns for each record its locks and whether each was granted. A session may take the same lock several times.
     """
     rows = conn.execute(
         _LOCK.format(**_names(conn, source)),
@@ -188,22 +203,26 @@ _LOCK = sql.SQL("""
 
 
 def unlock(conn: Connection, locks: Iterable[int]) -> None:
-    """Give locks of identifiers back, each as often as it stands here."""
-    if listed := list(locks):
+    """Release locks of identifiers, each as often as ``locks`` contains it."""
+    if lock_list := list(locks):
         conn.execute(
             "SELECT pg_advisory_unlock(%s, lock) FROM unnest(%s::int[]) lock",
-            [advisory_locks.CONNECTOR_IDENTIFIER, listed],
+            [advisory_locks.CONNECTOR_IDENTIFIER, lock_list],
         )
 
 
 def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
-    """The claimed records as the tables show them, in one snapshot; with the lock of the identifier each has now."""
+    """Read the claimed records in one snapshot. Returns each with the lock of its current identifier."""
     names = _names(conn, source)
     children = [
-        sql.SQL(
-            "{name}, coalesce((SELECT jsonb_agg(to_jsonb(c) ORDER BY c.{order}) FROM {table} c"
-            " WHERE c.{key} = w.record_id::{type}), '[]')"
-        ).format(
+        sql.SQL("""
+            {name},
+            coalesce((
+                SELECT jsonb_agg(to_jsonb(c) ORDER BY c.{order})
+                FROM {table} c
+                WHERE c.{key} = w.record_id::{type}
+            ), '[]')
+        """).format(
             name=sql.Literal(name),
             table=sql.Identifier(*child.table.split(".")),
             key=sql.Identifier(child.key),
@@ -217,16 +236,18 @@ def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str,
         {"source": source.name, "records": [c.record_id for c in claims]},
     )
     by_record = {c.record_id: c for c in claims}
-    found = {}
-    for record_id, ids, txids, since, row, kept, formers, resource_id, system, value, shared, contested, lock in rows:
-        found[record_id] = (
+    changes = {}
+    for (
+        record_id, ids, txids, since, row, child_rows, formers, resource_id, system, value, shared, contested, lock
+    ) in rows:  # fmt: skip
+        changes[record_id] = (
             Change(
                 claim=by_record[record_id],
                 event_ids=ids,
                 txids=txids,
                 first_change_at=since,
                 row=row,
-                children=kept,
+                children=child_rows,
                 delivered=Delivered(resource_id, Identifier(system, value)) if system is not None else None,
                 formers=tuple(Identifier(*former) for former in formers),
                 shared=shared,
@@ -234,7 +255,7 @@ def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str,
             ),
             lock,
         )
-    return found
+    return changes
 
 
 _READ = sql.SQL("""
@@ -279,35 +300,39 @@ _key_types: dict[tuple[str, str, str], str] = {}
 
 
 def key_type(conn: Connection, source: Source) -> str:
-    """The Postgres type of a source's key. Raises ConfigurationError if the table or the column is not there."""
-    place = (conn.info.dsn, source.table, source.key)
-    if place not in _key_types:
+    """Return the Postgres type of a source's key. Raises ConfigurationError if the table or column does not exist."""
+    column = (conn.info.dsn, source.table, source.key)
+    if column not in _key_types:
         row = conn.execute(
-            "SELECT format_type(atttypid, NULL) FROM pg_attribute WHERE attrelid = to_regclass(%s)"
-            " AND attname = %s AND NOT attisdropped",
+            """
+            SELECT format_type(atttypid, NULL)
+            FROM pg_attribute
+            WHERE attrelid = to_regclass(%s) AND attname = %s AND NOT attisdropped
+            """,
             [source.table, source.key],
         ).fetchone()
         if row is None:
             raise ConfigurationError(
-                f"{source.table} with a column {source.key} is not there: run `fhir-assets connector install`, "
+                f"{source.table} with a column {source.key} does not exist: run `fhir-assets connector install`, "
                 "or correct the mapping"
             )
-        _key_types[place] = row[0]
-    return _key_types[place]
+        _key_types[column] = row[0]
+    return _key_types[column]
 
 
 def seconds_to_next(conn: Connection) -> float | None:
-    """How long until the next waiting event is due; None if none waits."""
-    row = conn.execute(
-        "SELECT extract(epoch FROM min(next_retry_at) - clock_timestamp())::float8 FROM health.fhir_outbox"
-        " WHERE processed_at IS NULL AND claimed_by IS NULL"
-    ).fetchone()
+    """Return the seconds until the next waiting event is due; None if no event waits."""
+    row = conn.execute("""
+        SELECT extract(epoch FROM min(next_retry_at) - clock_timestamp())::float8
+        FROM health.fhir_outbox
+        WHERE processed_at IS NULL AND claimed_by IS NULL
+    """).fetchone()
     return row[0] if row else None
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How the outbox stands."""
+    """The state of the outbox: numbers of changes, the age of the oldest one, and of running connectors."""
 
     unprocessed: int
     retrying: int
@@ -317,15 +342,23 @@ class Status:
 
 
 def status(conn: Connection) -> Status:
-    """How many changes wait, how many of them after a failure, since when the oldest, and what is dead."""
+    """Return the state of the outbox."""
     row = conn.execute(
-        "SELECT count(*), count(*) FILTER (WHERE attempts > 0 AND claimed_by IS NULL),"
-        " coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8,"
-        " (SELECT count(*) FROM health.fhir_dlq WHERE status = 'open'),"
-        " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::bigint = %s"
-        "  AND objsubid = 2 AND objid <> 0"
-        "  AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
-        " FROM health.fhir_outbox WHERE processed_at IS NULL",
+        """
+        SELECT
+            count(*),
+            count(*) FILTER (WHERE attempts > 0 AND claimed_by IS NULL),
+            coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8,
+            (SELECT count(*) FROM health.fhir_dlq WHERE status = 'open'),
+            (
+                SELECT count(*)
+                FROM pg_locks
+                WHERE locktype = 'advisory' AND granted AND classid::bigint = %s AND objsubid = 2 AND objid <> 0
+                AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            )
+        FROM health.fhir_outbox
+        WHERE processed_at IS NULL
+        """,
         [advisory_locks.CONNECTOR],
     ).fetchone()
     assert row is not None

@@ -1,4 +1,4 @@
-"""What the connector has done since some moment, and whether it keeps up."""
+"""The progress of the connector since a given time, and whether it keeps up with the changes."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -7,30 +7,35 @@ from fhir_assets.delivery.connector import outbox
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 _SETTLED = timedelta(seconds=2)
-"""How long a transaction may take to commit after its time was taken."""
+"""The time that a transaction may need to commit after ``clock_timestamp()`` was evaluated in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Changes acknowledged in the half-open time from the one asked for to ``until``, by outcome."""
+    """The number of changes that were acknowledged in a half-open period that ends at ``until``, by outcome."""
 
     until: datetime
     by_outcome: dict[str, int]
 
     @property
     def changes(self) -> int:
-        """How many there are."""
+        """The number of all changes."""
         return sum(self.by_outcome.values())
 
 
 def since(conn: Connection, source: str, moment: datetime | None) -> Progress:
-    """What was acknowledged from ``moment`` on; None: nothing yet, only the time to ask from next."""
+    """Return the changes acknowledged from ``moment`` on. None returns no change, only the start of the next period."""
     row = conn.execute("SELECT clock_timestamp() - %s", [_SETTLED]).fetchone()
     assert row is not None
     until: datetime = row[0]
     rows = conn.execute(
-        "SELECT outcome, count(*) FROM health.fhir_processed_event"
-        " WHERE source = %s AND processed_at >= %s AND processed_at < %s GROUP BY 1 ORDER BY 1",
+        """
+        SELECT outcome, count(*)
+        FROM health.fhir_processed_event
+        WHERE source = %s AND processed_at >= %s AND processed_at < %s
+        GROUP BY outcome
+        ORDER BY outcome
+        """,
         [source, moment or until, until],
     )
     return Progress(until, dict(rows.fetchall()))
@@ -38,15 +43,15 @@ def since(conn: Connection, source: str, moment: datetime | None) -> Progress:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether deliveries keep up. ``said`` says it in a sentence, with what to do if they do not."""
+    """Whether deliveries keep up. ``summary`` is a sentence with the reason and what to do."""
 
     passed: bool
-    said: str
+    summary: str
     status: outbox.Status
 
 
 def health(conn: Connection, *, max_lag_seconds: float) -> Health:
-    """Red if the oldest change waits too long, or if there are open dead letters."""
+    """Return the health of the deliveries: bad if the oldest change waits too long or dead letters are open."""
     status = outbox.status(conn)
     faults = []
     if status.lag_seconds > max_lag_seconds:

@@ -1,7 +1,7 @@
-"""The connector at work: one thread claims and settles, several deliver, one listens.
+"""Runs a connector: one thread claims and settles changes, several deliver them, one listens for notifications.
 
-Only the first talks to the outbox, in batches, and it never waits for the FHIR server: a slow or failing patient
-holds one worker, nobody else. What is under way is bounded, whatever waits in the outbox.
+Only the first thread uses the outbox, in batches, and it never waits for the FHIR server: a slow or failing record
+occupies one worker and delays no other record. The number of changes in progress is bounded, however many wait.
 """
 
 import logging
@@ -21,18 +21,18 @@ from fhir_assets.delivery.connector import outbox, settle
 from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import Source
 from fhir_assets.delivery.connector.outbox import Change, Claim, Connect
-from fhir_assets.delivery.connector.server import Lasting, Passing
+from fhir_assets.delivery.connector.server import PermanentFailure, TransientFailure
 from fhir_assets.delivery.connector.settle import Acknowledged, Refused
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
 from fhir_assets.metrics import connector as metrics
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_JOBS_A_WORKER = 16
+_JOBS_PER_WORKER = 16
 _SETTLE_SECONDS = 0.02
-_DEFERRED = timedelta(milliseconds=25)
-_CONTESTED = timedelta(milliseconds=250)
-_LONGEST_PAUSE = 5.0
+_COLLISION_WAIT = timedelta(milliseconds=25)
+_CONTESTED_WAIT = timedelta(milliseconds=250)
+_MAX_PAUSE_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _RECONNECT = RetryPolicy(first_wait=0.2, max_wait=10)
 
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How a connector works: see the settings CONNECTOR_*. Times in seconds."""
+class RunnerOptions:
+    """How a connector runs. ``poll`` is in seconds; ``keep`` is how long processed events are stored."""
 
     workers: int = 4
     poll: float = 5
@@ -52,38 +52,52 @@ class Pace:
 @dataclass(frozen=True, slots=True)
 class _Failed:
     change: Change
-    failure: Passing
+    failure: TransientFailure
 
 
 _Result = Acknowledged | Refused | _Failed
 
 
-class Connector:
-    """Delivers the outbox until it is told to ``stop``; from any thread, or a signal handler."""
+@dataclass(frozen=True, slots=True)
+class _Channels:
+    """What the threads of a connector share: changes to deliver, results to settle, and the request to stop.
 
-    def __init__(self, connect: Connect, sources: dict[str, Source], delivery: Delivery, pace: Pace) -> None:
+    None in ``changes`` ends a worker; None in ``results`` wakes the settling thread.
+    """
+
+    changes: queue.SimpleQueue[Change | None] = field(default_factory=queue.SimpleQueue)
+    results: queue.SimpleQueue[_Result | None] = field(default_factory=queue.SimpleQueue)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+class Connector:
+    """Delivers the outbox until ``stop`` is called, from any thread or a signal handler."""
+
+    def __init__(
+        self, connect: Connect, sources: dict[str, Source], delivery: Delivery, options: RunnerOptions
+    ) -> None:
         self._connect = connect
         self._sources = sources
         self._delivery = delivery
-        self._pace = pace
-        self._jobs: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[_Result | None] = queue.SimpleQueue()
-        self._stopping = threading.Event()
+        self._options = options
+        self._channels = _Channels()
         for name in sources:
             metrics.start_series(name)
 
     def stop(self) -> None:
-        """Claim nothing more, let what is under way end, then return from ``run``."""
-        self._stopping.set()
-        self._inbox.put(None)
+        """Claim no more changes, finish those in progress, then let ``run`` return."""
+        self._channels.stopping.set()
+        self._channels.results.put(None)
 
     def run(self, *, until_empty: bool = False) -> None:
-        """Deliver until ``stop``, or until nothing waits. A database that goes away is waited for.
+        """Deliver until ``stop`` is called, or with ``until_empty`` until no change waits.
 
-        Raises ConfigurationError if there is no outbox, or no right to it.
+        Reconnects if the database becomes unavailable. Raises ConfigurationError if the outbox does not exist or the
+        user lacks a privilege on it.
         """
         workers = [
-            threading.Thread(target=self._work, name=f"connector-{n}", daemon=True) for n in range(self._pace.workers)
+            threading.Thread(target=self._work, name=f"connector-{n}", daemon=True)
+            for n in range(self._options.workers)
         ]
         for worker in workers:
             worker.start()
@@ -91,75 +105,79 @@ class Connector:
         listener.start()
         lost = 0
         try:
-            while not self._stopping.is_set():
+            while not self._channels.stopping.is_set():
                 session = None
                 try:
                     with self._connect() as conn:
                         conn.autocommit = True
-                        session = _Session(conn, self)
+                        session = _Session(conn, self._sources, self._options, self._channels)
                         session.run(until_empty=until_empty)
                         return
                 except (psycopg.OperationalError, DatabaseUnavailable) as error:
                     lost = 1 if session and session.settled else lost + 1
                     wait = _RECONNECT.wait_seconds(lost)
                     _log.warning(
-                        "the database is gone: waiting for it", extra={"seconds": round(wait, 1)}, exc_info=error
+                        "the connection to the database was lost: reconnecting",
+                        extra={"seconds": round(wait, 1)},
+                        exc_info=error,
                     )
                     if session:
                         session.abandon()
-                    self._stopping.wait(wait)
+                    self._channels.stopping.wait(wait)
         finally:
-            self._stopping.set()
+            self._channels.stopping.set()
             for _ in workers:
-                self._jobs.put(None)
+                self._channels.changes.put(None)
             for thread in (*workers, listener):
                 thread.join()
 
     def _work(self) -> None:
-        while (change := self._jobs.get()) is not None:
-            self._inbox.put(self._attempt(change))
+        while (change := self._channels.changes.get()) is not None:
+            self._channels.results.put(self._attempt(change))
 
     def _attempt(self, change: Change) -> _Result:
-        if self._stopping.is_set():
-            return _Failed(change, Passing("stopped", "the connector stops", everyone=True))
+        if self._channels.stopping.is_set():
+            return _Failed(change, TransientFailure("stopped", "the connector is stopping", server_wide=True))
         try:
             return self._delivery.deliver(change)
-        except Passing as failure:
-            if failure.everyone or change.claim.attempts < self._pace.policy.attempts:
+        except TransientFailure as failure:
+            if failure.server_wide or change.claim.attempts < self._options.policy.attempts:
                 return _Failed(change, failure)
             message = f"{failure}, {change.claim.attempts} times"
             status = int(failure.code) if failure.code.isdecimal() else None
             return Refused(change, "attempts-used-up", message, status)
-        except Lasting as failure:
+        except PermanentFailure as failure:
             return Refused(change, failure.reason, str(failure), failure.status)
         except Exception as error:
-            _log.error("a defect in the connector", exc_info=error, extra={"source": change.claim.source})
-            message = f"the connector failed on this row ({type(error).__name__}): its log says where"
+            _log.error("unexpected error in the connector", exc_info=error, extra={"source": change.claim.source})
+            message = f"the connector failed on this row ({type(error).__name__}): see its log"
             return Refused(change, "defect", message, None)
 
     def _listen(self) -> None:
-        """Wake the session at every notification. Whatever is missed, the slow poll finds."""
-        while not self._stopping.is_set():
+        """Wake the session at every notification. Polling finds changes whose notification was missed."""
+        while not self._channels.stopping.is_set():
             with suppress(psycopg.Error, FhirAssetsError):
                 with self._connect() as conn:
                     conn.autocommit = True
                     outbox.listen(conn)
-                    self._inbox.put(None)
-                    while not self._stopping.is_set():
+                    self._channels.results.put(None)
+                    while not self._channels.stopping.is_set():
                         for _ in conn.notifies(timeout=1, stop_after=1):
-                            self._inbox.put(None)
-            self._stopping.wait(1)
+                            self._channels.results.put(None)
+            self._channels.stopping.wait(1)
 
 
 class _Session:
-    """What a connector does on one connection to the database: its claims live and die with that."""
+    """The work of a connector on one database connection, which holds the locks of its claims."""
 
-    def __init__(self, conn: Connection, connector: Connector) -> None:
+    def __init__(
+        self, conn: Connection, sources: dict[str, Source], options: RunnerOptions, channels: _Channels
+    ) -> None:
         self._conn = conn
-        self._connector = connector
-        self._pace = connector._pace
-        self._sources = connector._sources
-        self._under_way = 0
+        self._sources = sources
+        self._options = options
+        self._channels = channels
+        self._in_progress = 0
         self._locked: Counter[int] = Counter()
         self._failures = 0
         self._paused_until = 0.0
@@ -172,37 +190,41 @@ class _Session:
         self._number = outbox.enlist(self._conn)
         for source in self._sources.values():
             outbox.key_type(self._conn, source)
-        _log.info("connector started", extra={"connector": self._number, "workers": self._pace.workers})
-        stopping = self._connector._stopping
-        while not stopping.is_set() or self._under_way:
+        _log.info("connector started", extra={"connector": self._number, "workers": self._options.workers})
+        stopping = self._channels.stopping
+        while not stopping.is_set() or self._in_progress:
             if not stopping.is_set():
-                self._care()
+                self._poll_and_prune()
                 self._claim()
-                if until_empty and not self._under_way and outbox.status(self._conn).unprocessed == 0:
+                if until_empty and not self._in_progress and outbox.status(self._conn).unprocessed == 0:
                     break
             self._settle(self._collect())
         _log.info("connector stopped", extra={"connector": self._number, "records": self.settled})
 
     def abandon(self) -> None:
-        """Wait for what is under way without settling it: the next session tries it again."""
-        while self._under_way:
-            if self._connector._inbox.get() is not None:
-                self._under_way -= 1
+        """Wait for the changes in progress without settling them. The next session delivers them again."""
+        while self._in_progress:
+            if self._channels.results.get() is not None:
+                self._in_progress -= 1
 
-    def _care(self) -> None:
+    def _poll_and_prune(self) -> None:
         now = time.monotonic()
         if now >= self._poll_at:
-            self._poll_at = now + self._pace.poll
+            self._poll_at = now + self._options.poll
             self._more = True
             if orphans := outbox.release_orphans(self._conn):
-                _log.warning("took over from a connector that is gone", extra={"records": orphans})
+                _log.warning("released the claims of a connector that has ended", extra={"records": orphans})
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_SECONDS
-            settle.prune(self._conn, self._pace.keep)
+            settle.prune(self._conn, self._options.keep)
 
     def _claim(self) -> None:
-        room = self._pace.workers * _JOBS_A_WORKER - self._under_way
-        if not self._more or room < self._pace.workers * _JOBS_A_WORKER // 2 or time.monotonic() < self._paused_until:
+        room = self._options.workers * _JOBS_PER_WORKER - self._in_progress
+        if (
+            not self._more
+            or room < self._options.workers * _JOBS_PER_WORKER // 2
+            or time.monotonic() < self._paused_until
+        ):
             return
         claims = outbox.claim(self._conn, self._number, list(self._sources), room)
         self._more = len(claims) > 0
@@ -210,11 +232,11 @@ class _Session:
             if mine := [claim for claim in claims if claim.source == name]:
                 self._begin(source, mine)
         if not claims and (wait := outbox.seconds_to_next(self._conn)) is not None:
-            # Something may have become due since the claim, but belong to a record that is under way.
-            self._poll_at = min(self._poll_at, time.monotonic() + max(wait, 0.02 if self._under_way else 0.1))
+            # An event may have become due since the claim, but belong to a record that is in progress.
+            self._poll_at = min(self._poll_at, time.monotonic() + max(wait, 0.02 if self._in_progress else 0.1))
 
     def _begin(self, source: Source, claims: Sequence[Claim]) -> None:
-        """Lock the identifiers, read the rows, and hand them to the workers; what collides is deferred."""
+        """Lock the identifiers, read the rows and pass them to the workers. Records that collide are deferred."""
         locks = outbox.lock_identifiers(self._conn, source, claims)
         free: list[Claim] = []
         collided: list[Claim] = []
@@ -236,18 +258,18 @@ class _Session:
             elif change.contested and change.delivered is None:
                 contested.append(claim)
             else:
-                self._under_way += 1
-                self._connector._jobs.put(replace(change, locks=held))
+                self._in_progress += 1
+                self._channels.changes.put(replace(change, locks=held))
                 continue
             self._unlock(list(held))
         if collided:
-            settle.defer(self._conn, collided, _DEFERRED)
+            settle.defer(self._conn, collided, _COLLISION_WAIT)
         if contested:
-            settle.defer(self._conn, contested, _CONTESTED)
+            settle.defer(self._conn, contested, _CONTESTED_WAIT)
 
     def _collect(self) -> list[_Result]:
-        """The results that are there, waiting for the first; a moment longer where more are sure to follow."""
-        inbox = self._connector._inbox
+        """Return the available results. Wait for the first, and briefly for more while many are in progress."""
+        incoming = self._channels.results
         wait = max(0.0, min(self._poll_at, self._prune_at) - time.monotonic())
         pause = self._paused_until - time.monotonic()
         if pause > 0:
@@ -256,7 +278,7 @@ class _Session:
         until = time.monotonic() + wait
         while True:
             try:
-                result = inbox.get(timeout=max(0.0, until - time.monotonic()))
+                result = incoming.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 return results
             if result is None:
@@ -265,8 +287,8 @@ class _Session:
                     until = time.monotonic()
             else:
                 if not results:
-                    until = time.monotonic() + (_SETTLE_SECONDS if self._under_way > self._pace.workers else 0)
-                self._under_way -= 1
+                    until = time.monotonic() + (_SETTLE_SECONDS if self._in_progress > self._options.workers else 0)
+                self._in_progress -= 1
                 results.append(result)
 
     def _settle(self, results: Sequence[_Result]) -> None:
@@ -279,7 +301,7 @@ class _Session:
             if done:
                 settle.acknowledge(self._conn, done)
             if refused:
-                settle.bury(self._conn, refused)
+                settle.record_dead_letters(self._conn, refused)
             if stopped := [f.change.claim for f in failed if f.failure.code == "stopped"]:
                 settle.defer(self._conn, stopped, timedelta(0))
             if waits := [(f.change, self._wait(f)) for f in failed if f.failure.code != "stopped"]:
@@ -296,39 +318,40 @@ class _Session:
 
     def _wait(self, failed: _Failed) -> float:
         failures = min(failed.change.claim.attempts, 30)
-        return self._pace.policy.wait_seconds(failures, failed.failure.retry_after)
+        return self._options.policy.wait_seconds(failures, failed.failure.retry_after)
 
     def _throttle(self, done: Sequence[Acknowledged], failed: Sequence[_Failed]) -> None:
-        """While the server fails for everyone, little is claimed: the backlog needs no attempts to be counted."""
+        """Pause claiming while the server fails for all records, so that waiting changes use up no attempts."""
         if done:
             self._failures = 0
             return
-        self._failures += sum(f.failure.everyone for f in failed)
-        if self._failures >= 2 * self._pace.workers:
-            exponent = min(self._failures // (2 * self._pace.workers), 8)
-            pause = min(_LONGEST_PAUSE, 0.05 * 2.0**exponent)
+        self._failures += sum(f.failure.server_wide for f in failed)
+        if self._failures >= 2 * self._options.workers:
+            exponent = min(self._failures // (2 * self._options.workers), 8)
+            pause = min(_MAX_PAUSE_SECONDS, 0.05 * 2.0**exponent)
             self._paused_until = time.monotonic() + pause
 
     def _report(self, done: Sequence[Acknowledged], refused: Sequence[Refused], failed: Sequence[_Failed]) -> None:
         now = datetime.now(UTC)
-        for each in done:
-            source = each.change.claim.source
-            metrics.PROCESSED.labels(source=source, outcome=each.outcome).inc(len(each.change.event_ids))
-            metrics.DELIVERY.labels(source=source).observe((now - each.change.first_change_at).total_seconds())
+        for acknowledged in done:
+            change = acknowledged.change
+            source = change.claim.source
+            metrics.PROCESSED.labels(source=source, outcome=acknowledged.outcome).inc(len(change.event_ids))
+            metrics.DELIVERY.labels(source=source).observe((now - change.first_change_at).total_seconds())
             _log.debug(
                 "delivered",
-                extra={"source": source, "txid": each.change.txids, "outcome": each.outcome,
-                       "attempts": each.change.claim.attempts},
+                extra={"source": source, "txid": change.txids, "outcome": acknowledged.outcome,
+                       "attempts": change.claim.attempts},
             )  # fmt: skip
         for dead in refused:
             claim = dead.change.claim
             metrics.FAILED.labels(source=claim.source, fate="dead", reason=dead.reason).inc()
             _log.warning(
-                "moved to the dead letters: see `fhir-assets connector dlq list`",
+                "change recorded as a dead letter: see `fhir-assets connector dlq list`",
                 extra={"source": claim.source, "txid": dead.change.txids, "reason": dead.reason,
                        "status": dead.http_status, "attempts": claim.attempts},
             )  # fmt: skip
         for reason, count in Counter(f.failure.code for f in failed).items():
             if reason != "stopped":
                 metrics.FAILED.labels(source=failed[0].change.claim.source, fate="retry", reason=reason).inc(count)
-                _log.warning("will be tried again", extra={"reason": reason, "records": count})
+                _log.warning("changes will be retried", extra={"reason": reason, "records": count})

@@ -1,7 +1,8 @@
-"""Calls of the connector to the FHIR server: one attempt each, on kept connections, sorted into answers and failures.
+"""The connector's calls of the FHIR server: one attempt each, over pooled connections.
 
-urllib3 rather than requests: half the processor time a call, and a connector makes many small ones. Trying again is
-the outbox's business, not this module's: a wait must not hold a worker.
+A call returns a reply or raises a transient or a permanent failure. It never retries: retries are scheduled in the
+outbox, so that a wait does not occupy a worker. urllib3 needs half the CPU time of requests for each call, and the
+connector makes many small ones.
 """
 
 import time
@@ -22,23 +23,29 @@ from fhir_assets.retries import read_retry_after
 
 FHIR_JSON = "application/fhir+json"
 
-_PASSING = frozenset({401, 403, 408, 409, 423, 425, 429})
-_FOR_EVERYONE = frozenset({401, 403, 429, 503})
-_NEVER = frozenset({501, 505})
+_TRANSIENT_STATUSES = frozenset({401, 403, 408, 409, 423, 425, 429})
+_SERVER_WIDE_STATUSES = frozenset({401, 403, 429, 503})
+_PERMANENT_SERVER_ERRORS = frozenset({501, 505})
 
 
-class Passing(Exception):
-    """A call failed in a way that another attempt may not. ``everyone``: it says nothing about this one patient."""
+class TransientFailure(Exception):
+    """A call failed, and a later attempt may succeed.
 
-    def __init__(self, code: str, message: str, *, everyone: bool, retry_after: float | None = None) -> None:
+    ``server_wide`` says that the failure concerns the server, not this record. ``retry_after`` is in seconds.
+    """
+
+    def __init__(self, code: str, message: str, *, server_wide: bool, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.code = code
-        self.everyone = everyone
+        self.server_wide = server_wide
         self.retry_after = retry_after
 
 
-class Lasting(Exception):
-    """A call failed, and would again: ``reason`` is a word to count by, the message a sentence without patient data."""
+class PermanentFailure(Exception):
+    """A call failed, and would fail again.
+
+    ``reason`` is a short label for metrics; the message is a sentence without patient data.
+    """
 
     def __init__(self, reason: str, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -48,7 +55,7 @@ class Lasting(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer of the server: its status, headers, and its body, parsed (None if empty)."""
+    """A response of the server: status, headers, and the parsed body (None if empty)."""
 
     status: int
     headers: Mapping[str, str]
@@ -56,7 +63,7 @@ class Reply:
 
 
 class FhirServer:
-    """The FHIR server behind ``base_url``; several threads may call. ``timeout`` in seconds bounds one call."""
+    """The FHIR server at ``base_url``. Safe for use by several threads. ``timeout`` of a call is in seconds."""
 
     def __init__(self, base_url: str, credentials: Credentials, *, timeout: float, connections: int) -> None:
         parts = urlsplit(base_url)
@@ -69,7 +76,7 @@ class FhirServer:
         )
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         self._pool.clear()
 
     def call(
@@ -81,7 +88,10 @@ class FhirServer:
         body: bytes | None = None,
         absent: frozenset[int] = frozenset(),
     ) -> Reply:
-        """One request. Statuses of ``absent`` are answers too. Raises Passing or Lasting."""
+        """Send one request and return its reply. A status in ``absent`` is a reply too, not a failure.
+
+        Raises TransientFailure or PermanentFailure.
+        """
         url = f"{self.base_url}/{path}"
         if query:
             url += "?" + "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
@@ -93,13 +103,13 @@ class FhirServer:
         except urllib3.exceptions.HTTPError as error:
             code = _code(error)
             metrics.CALL_ERRORS.labels(method=method, code=code).inc()
-            raise Passing(code, f"the FHIR server cannot be reached ({code})", everyone=True) from None
+            raise TransientFailure(code, f"the FHIR server cannot be reached ({code})", server_wide=True) from None
         except (TransientError, ServerRefused, NotFhir) as error:
             metrics.CALL_ERRORS.labels(method=method, code="token").inc()
-            raise Passing("token", f"no token: {error}", everyone=True) from None
+            raise TransientFailure("token", f"no token: {error}", server_wide=True) from None
         finally:
             metrics.CALL_LATENCY.labels(method=method).observe(time.perf_counter() - started)
-        return self._judge(method, response, absent)
+        return self._classify(method, response, absent)
 
     def _send(self, method: str, url: str, body: bytes | None) -> urllib3.BaseHTTPResponse:
         request = PreparedRequest()
@@ -109,7 +119,7 @@ class FhirServer:
         self._credentials(request)
         return self._pool.request(method, url, body=body, headers=dict(request.headers), retries=False, redirect=False)
 
-    def _judge(self, method: str, response: urllib3.BaseHTTPResponse, absent: frozenset[int]) -> Reply:
+    def _classify(self, method: str, response: urllib3.BaseHTTPResponse, absent: frozenset[int]) -> Reply:
         status = response.status
         if status < 300 or status in absent:
             try:
@@ -118,22 +128,24 @@ class FhirServer:
                 if status >= 300:
                     return Reply(status, response.headers, None)
                 metrics.CALL_ERRORS.labels(method=method, code="not-json").inc()
-                raise Passing("not-json", "the answer is not whole JSON", everyone=False) from None
+                raise TransientFailure("not-json", "the response is not complete JSON", server_wide=False) from None
             return Reply(status, response.headers, parsed)
         metrics.CALL_ERRORS.labels(method=method, code=str(status)).inc()
         if status < 400:
-            raise Passing(str(status), "the FHIR server redirects: correct FHIR_BASE_URL", everyone=True)
-        if status in _PASSING or (status >= 500 and status not in _NEVER):
-            raise Passing(
+            raise TransientFailure(str(status), "the FHIR server redirects: correct FHIR_BASE_URL", server_wide=True)
+        if status in _TRANSIENT_STATUSES or (status >= 500 and status not in _PERMANENT_SERVER_ERRORS):
+            raise TransientFailure(
                 str(status),
                 f"the FHIR server answered {status}",
-                everyone=status in _FOR_EVERYONE,
+                server_wide=status in _SERVER_WIDE_STATUSES,
                 retry_after=read_retry_after(response.headers.get("Retry-After")),
             )
         if status == 412:
-            raise Lasting("several-matches", "the FHIR server has several resources with this identifier", status)
-        found = ", ".join(summarize_issues(response.data))
-        raise Lasting("refused", f"the FHIR server answered {status}{f': {found}' if found else ''}", status)
+            raise PermanentFailure(
+                "several-matches", "the FHIR server has several resources with this identifier", status
+            )
+        issues = ", ".join(summarize_issues(response.data))
+        raise PermanentFailure("refused", f"the FHIR server answered {status}{f': {issues}' if issues else ''}", status)
 
 
 def _code(error: urllib3.exceptions.HTTPError) -> str:

@@ -1,4 +1,7 @@
-"""What becomes of claimed changes: acknowledged, dead, due again later, or given back, in the caller's transaction."""
+"""Records the results of claimed changes: acknowledged, refused, to be retried, or released.
+
+Functions run in the caller's transaction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,28 +16,37 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def defer(conn: Connection, claims: Sequence[Claim], wait: timedelta) -> None:
-    """Give claims back that nothing was sent for: due again after ``wait``, and not counted as an attempt."""
+    """Release claims for which no request was sent. They are due again after ``wait``; no attempt is counted."""
     conn.execute(
-        "UPDATE health.fhir_outbox SET claimed_by = NULL, attempts = attempts - 1,"
-        " next_retry_at = greatest(next_retry_at, clock_timestamp() + %s) WHERE id = ANY(%s)",
-        [wait, [c.event_id for c in claims]],
+        """
+        UPDATE health.fhir_outbox
+        SET claimed_by = NULL,
+            attempts = attempts - 1,
+            next_retry_at = greatest(next_retry_at, clock_timestamp() + %s)
+        WHERE id = ANY(%s)
+        """,
+        [wait, [claim.event_id for claim in claims]],
     )
 
 
 def retry(conn: Connection, waits: Sequence[tuple[Change, float]]) -> None:
-    """Give changes back, each due again after so many seconds."""
-    later = [(event_id, wait) for change, wait in waits for event_id in change.event_ids]
+    """Release changes, each to be retried after its number of seconds."""
+    event_waits = [(event_id, wait) for change, wait in waits for event_id in change.event_ids]
     conn.execute(
-        "UPDATE health.fhir_outbox o SET claimed_by = NULL,"
-        " next_retry_at = clock_timestamp() + make_interval(secs => seconds)"
-        " FROM unnest(%s::bigint[], %s::float8[]) AS later (id, seconds) WHERE o.id = later.id",
-        _columns(later, 2),
+        """
+        UPDATE health.fhir_outbox o
+        SET claimed_by = NULL,
+            next_retry_at = clock_timestamp() + make_interval(secs => seconds)
+        FROM unnest(%s::bigint[], %s::float8[]) AS waiting (id, seconds)
+        WHERE o.id = waiting.id
+        """,
+        _columns(event_waits, 2),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """What the server has taken: ``now`` says where the record is, None after a deletion."""
+    """A change that the server accepted. ``now`` is the record's resource; None after a deletion."""
 
     change: Change
     outcome: str
@@ -42,55 +54,71 @@ class Acknowledged:
 
 
 def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
-    """Settle changes that the server has taken: processed, remembered, and open dead letters of theirs superseded.
+    """Mark changes as processed, remember their resources, and supersede open dead letters of their records.
 
-    Belongs in one transaction.
+    The caller provides the transaction.
     """
-    _mark_processed(conn, [each.change for each in done])
+    _mark_processed(conn, [acknowledged.change for acknowledged in done])
     events = [
         (a.change.claim.source, a.change.claim.record_id, txid, a.outcome, a.change.claim.attempts)
         for a in done
         for txid in a.change.txids
     ]
     conn.execute(
-        "INSERT INTO health.fhir_processed_event (source, record_id, txid, outcome, attempts)"
-        " SELECT a, b, c::xid8, d, e FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::int[])"
-        " AS new (a, b, c, d, e) ON CONFLICT DO NOTHING",
+        """
+        INSERT INTO health.fhir_processed_event (source, record_id, txid, outcome, attempts)
+        SELECT source, record_id, txid::xid8, outcome, attempts
+        FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::int[])
+            AS processed (source, record_id, txid, outcome, attempts)
+        ON CONFLICT DO NOTHING
+        """,
         _columns(events, 5),
     )
     sources, records = _columns([(a.change.claim.source, a.change.claim.record_id) for a in done], 2)
-    places = _columns([(a.now.resource_id if a.now else None,) for a in done], 1)[0]
+    resource_ids = _columns([(a.now.resource_id if a.now else None,) for a in done], 1)[0]
     conn.execute(
-        "DELETE FROM health.fhir_delivered d USING unnest(%s::text[], %s::text[]) AS gone (s, r)"
-        " WHERE d.source = s AND d.record_id = r",
+        """
+        DELETE FROM health.fhir_delivered d
+        USING unnest(%s::text[], %s::text[]) AS acknowledged (source, record_id)
+        WHERE d.source = acknowledged.source AND d.record_id = acknowledged.record_id
+        """,
         [sources, records],
     )
     conn.execute(
-        "DELETE FROM health.fhir_delivered d USING unnest(%s::text[], %s::text[]) AS taken (s, id)"
-        " WHERE d.source = s AND d.resource_id = id",
-        [sources, places],
+        """
+        DELETE FROM health.fhir_delivered d
+        USING unnest(%s::text[], %s::text[]) AS acknowledged (source, resource_id)
+        WHERE d.source = acknowledged.source AND d.resource_id = acknowledged.resource_id
+        """,
+        [sources, resource_ids],
     )
-    held = [
+    delivered = [
         (a.change.claim.source, a.change.claim.record_id, a.now.resource_id, *_pair(a.now.identifier))
         for a in done
         if a.now
     ]
     conn.execute(
-        "INSERT INTO health.fhir_delivered (source, record_id, resource_id, identifier_system, identifier_value)"
-        " SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[]) ON CONFLICT DO NOTHING",
-        _columns(held, 5),
+        """
+        INSERT INTO health.fhir_delivered (source, record_id, resource_id, identifier_system, identifier_value)
+        SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+        ON CONFLICT DO NOTHING
+        """,
+        _columns(delivered, 5),
     )
     conn.execute(
-        "UPDATE health.fhir_dlq q SET status = 'superseded', settled_at = clock_timestamp()"
-        " FROM unnest(%s::text[], %s::text[]) AS new (s, r)"
-        " WHERE q.source = s AND q.record_id = r AND q.status = 'open'",
+        """
+        UPDATE health.fhir_dlq q
+        SET status = 'superseded', settled_at = clock_timestamp()
+        FROM unnest(%s::text[], %s::text[]) AS acknowledged (source, record_id)
+        WHERE q.source = acknowledged.source AND q.record_id = acknowledged.record_id AND q.status = 'open'
+        """,
         [sources, records],
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A change that the server will not take, or that cannot be made into a resource."""
+    """A change that the server refuses, or whose row does not make a valid resource."""
 
     change: Change
     reason: str
@@ -98,13 +126,16 @@ class Refused:
     http_status: int | None
 
 
-def bury(conn: Connection, refused: Sequence[Refused]) -> None:
-    """Move changes to the dead letters. Belongs in one transaction."""
-    _mark_processed(conn, [each.change for each in refused])
+def record_dead_letters(conn: Connection, refused: Sequence[Refused]) -> None:
+    """Move changes to the dead letters. The caller provides the transaction."""
+    _mark_processed(conn, [refusal.change for refusal in refused])
     with conn.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO health.fhir_dlq (source, record_id, txids, formers, reason, message, http_status, attempts,"
-            " first_change_at) VALUES (%s, %s, %s::text[]::xid8[], %s, %s, %s, %s, %s, %s)",
+            """
+            INSERT INTO health.fhir_dlq
+                (source, record_id, txids, formers, reason, message, http_status, attempts, first_change_at)
+            VALUES (%s, %s, %s::text[]::xid8[], %s, %s, %s, %s, %s, %s)
+            """,
             [
                 (
                     r.change.claim.source,
@@ -123,22 +154,35 @@ def bury(conn: Connection, refused: Sequence[Refused]) -> None:
 
 
 def prune(conn: Connection, keep: timedelta, limit: int = 10_000) -> int:
-    """Forget processed events older than ``keep``, at most ``limit`` of each table. Returns how many of the outbox."""
+    """Delete processed events older than ``keep``, at most ``limit`` of each table.
+
+    Returns the number of rows that were deleted from the outbox.
+    """
     conn.execute(
-        "DELETE FROM health.fhir_processed_event WHERE ctid = ANY(ARRAY(SELECT ctid FROM health.fhir_processed_event"
-        " WHERE processed_at < now() - %s LIMIT %s))",
+        """
+        DELETE FROM health.fhir_processed_event
+        WHERE ctid = ANY(ARRAY(
+            SELECT ctid FROM health.fhir_processed_event WHERE processed_at < now() - %s LIMIT %s
+        ))
+        """,
         [keep, limit],
     )
     return conn.execute(
-        "DELETE FROM health.fhir_outbox WHERE id IN (SELECT id FROM health.fhir_outbox"
-        " WHERE processed_at < now() - %s LIMIT %s)",
+        """
+        DELETE FROM health.fhir_outbox
+        WHERE id IN (SELECT id FROM health.fhir_outbox WHERE processed_at < now() - %s LIMIT %s)
+        """,
         [keep, limit],
     ).rowcount
 
 
 def _mark_processed(conn: Connection, changes: Sequence[Change]) -> None:
     conn.execute(
-        "UPDATE health.fhir_outbox SET processed_at = clock_timestamp(), claimed_by = NULL WHERE id = ANY(%s)",
+        """
+        UPDATE health.fhir_outbox
+        SET processed_at = clock_timestamp(), claimed_by = NULL
+        WHERE id = ANY(%s)
+        """,
         [[event_id for change in changes for event_id in change.event_ids]],
     )
 

@@ -1,4 +1,4 @@
-"""A connector as the settings describe it."""
+"""Builds the connector that the settings describe."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -6,7 +6,7 @@ from datetime import timedelta
 from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import BUILT_IN, Source, load_mapping
 from fhir_assets.delivery.connector.outbox import Connect
-from fhir_assets.delivery.connector.runner import Connector, Pace
+from fhir_assets.delivery.connector.runner import Connector, RunnerOptions
 from fhir_assets.delivery.connector.server import FhirServer
 from fhir_assets.deployment.credentials import Scope, build_account_credentials
 from fhir_assets.errors import ConfigurationError
@@ -14,33 +14,36 @@ from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
 
 
-def sources_of(settings: Settings) -> dict[str, Source]:
-    """The sources of the mapping in force."""
+def load_sources(settings: Settings) -> dict[str, Source]:
+    """Return the sources of the configured mapping."""
     return load_mapping(settings.connector_mapping or BUILT_IN)
 
 
 @dataclass(frozen=True, slots=True)
-class OwnConnector:
-    """A connector and the connections to its server; close it when it has run."""
+class ConfiguredConnector:
+    """A connector and the connections to its server. Close it after it has run."""
 
     connector: Connector
     server: FhirServer
 
     def run(self, *, until_empty: bool = False) -> None:
-        """See Connector."""
+        """Run the connector (``Connector.run``)."""
         self.connector.run(until_empty=until_empty)
 
     def stop(self) -> None:
-        """See Connector."""
+        """Stop the connector (``Connector.stop``)."""
         self.connector.stop()
 
     def close(self) -> None:
-        """Let the connections to the server go."""
+        """Close the connections to the server."""
         self.server.close()
 
 
-def connector_of(settings: Settings, connect: Connect, *, workers: int | None = None) -> OwnConnector:
-    """A connector from the outbox behind ``connect`` to FHIR_BASE_URL. Raises ConfigurationError."""
+def build_connector(settings: Settings, connect: Connect, *, workers: int | None = None) -> ConfiguredConnector:
+    """Return a connector from the outbox behind ``connect`` to FHIR_BASE_URL.
+
+    Raises ConfigurationError if FHIR_BASE_URL is not set or the mapping is not valid.
+    """
     if not settings.fhir_base_url:
         raise ConfigurationError("FHIR_BASE_URL is not set: give the base URL of the FHIR server to deliver to")
     count = workers or settings.connector_workers
@@ -50,8 +53,8 @@ def connector_of(settings: Settings, connect: Connect, *, workers: int | None = 
         timeout=settings.fhir_timeout_seconds,
         connections=count,
     )
-    sources = sources_of(settings)
-    pace = Pace(
+    sources = load_sources(settings)
+    options = RunnerOptions(
         workers=count,
         poll=settings.connector_poll_seconds,
         policy=RetryPolicy(
@@ -61,4 +64,4 @@ def connector_of(settings: Settings, connect: Connect, *, workers: int | None = 
         ),
         keep=timedelta(days=settings.connector_keep_days),
     )
-    return OwnConnector(Connector(connect, sources, Delivery(sources, server), pace), server)
+    return ConfiguredConnector(Connector(connect, sources, Delivery(sources, server), options), server)

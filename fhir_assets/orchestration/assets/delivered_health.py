@@ -40,7 +40,7 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
             if not outbox.is_installed(conn):
                 return dg.AssetCheckResult(passed=True, description="the outbox is not installed")
             health = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
-        return dg.AssetCheckResult(passed=health.passed, description=health.said, metadata=_metadata(health))
+        return dg.AssetCheckResult(passed=health.passed, description=health.summary, metadata=_metadata(health))
 
     @dg.sensor(
         name="delivered_health_patient",
@@ -66,7 +66,7 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
                     asset_key=KEY,
                     check_name=CHECK,
                     passed=health.passed,
-                    description=health.said,
+                    description=health.summary,
                     metadata=_metadata(health),
                 )
             )

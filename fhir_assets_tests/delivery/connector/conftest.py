@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from fhir_assets.delivery.connector import outbox
-from fhir_assets.delivery.connector.setup import OwnConnector, connector_of
+from fhir_assets.delivery.connector.setup import ConfiguredConnector, build_connector
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import Settings, load_settings
@@ -47,8 +47,8 @@ class Hospital:
         )  # fmt: skip
         return int(row[0][0])
 
-    def connector(self, **settings: object) -> OwnConnector:
-        return connector_of(self.settings.model_copy(update=settings), self.connect)
+    def connector(self, **settings: object) -> ConfiguredConnector:
+        return build_connector(self.settings.model_copy(update=settings), self.connect)
 
     def deliver(self, **settings: object) -> None:
         """Run a connector until nothing waits."""
@@ -56,7 +56,7 @@ class Hospital:
             connector.run(until_empty=True)
 
     @contextmanager
-    def running(self, **settings: object) -> Iterator[OwnConnector]:
+    def running(self, **settings: object) -> Iterator[ConfiguredConnector]:
         """A connector in a thread, stopped and joined at the end."""
         with closing(self.connector(**settings)) as connector:
             thread = threading.Thread(target=connector.run)

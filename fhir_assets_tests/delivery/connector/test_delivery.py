@@ -6,7 +6,7 @@ import pytest
 import requests
 
 from fhir_assets.delivery.connector import dead_letters, outbox
-from fhir_assets.delivery.connector.setup import sources_of
+from fhir_assets.delivery.connector.setup import load_sources
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital
 
@@ -202,7 +202,7 @@ def test_existing_rows_are_delivered_when_asked_for(hospital: Hospital) -> None:
     hospital.admit("1")
     hospital.execute("DELETE FROM health.fhir_outbox")
     with hospital.connect() as conn:
-        source = sources_of(hospital.settings)["patient"]
+        source = load_sources(hospital.settings)["patient"]
         assert outbox.enqueue_existing(conn, source) == 1
         assert outbox.enqueue_existing(conn, source) == 0
     hospital.deliver()

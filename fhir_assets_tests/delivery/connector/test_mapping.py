@@ -60,7 +60,7 @@ def test_a_token_escapes_what_search_reads_as_its_own() -> None:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        ("{", "not as it should be"),
+        ("{", "is not valid"),
         ('{"sources": [{"name": "x"}]}', "`\\$.sources\\[0\\]`"),
         (
             json.dumps({"sources": [{**json.loads(BUILT_IN.read_text())["sources"][0], "children": {}}]}),
