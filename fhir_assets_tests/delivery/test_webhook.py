@@ -18,14 +18,14 @@ def test_a_busy_webhook_gets_the_message_after_the_wait_that_it_asks_for() -> No
     waits: list[float] = []
     with ScriptedServer([reply({}, 429, Retry_After="10"), Reply(status=500), Reply()]) as server:
         assert deliver(server.url, waits)
-        assert len({asked.body for asked in server.asked}) == 1
+        assert len({request.body for request in server.requests}) == 1
     assert waits == [11, 2]
 
 
 def test_a_webhook_that_stays_down_did_not_accept_the_message() -> None:
     with ScriptedServer([Reply(status=503)] * 9) as server:
         assert not deliver(server.url)
-        assert len(server.asked) == 3
+        assert len(server.requests) == 3
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         assert not deliver(f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -34,4 +34,4 @@ def test_a_webhook_that_stays_down_did_not_accept_the_message() -> None:
 def test_a_webhook_that_refuses_the_message_is_not_asked_again() -> None:
     with ScriptedServer([Reply(status=404), Reply()]) as server:
         assert not deliver(server.url)
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1

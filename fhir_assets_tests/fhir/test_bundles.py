@@ -1,4 +1,4 @@
-"""Bundles that write, and the reading of their answers."""
+"""Bundles that write resources, and their responses."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def text(**members: Any) -> bytes:
     return json.dumps(members).encode()
 
 
-def test_the_bytes_of_a_resource_stay_as_they_are() -> None:
+def test_a_bundle_contains_the_bytes_of_a_resource_unchanged() -> None:
     body = b'{ "resourceType" : "Observation", "id":"o", "valueQuantity":{"value": 1.50}}'
     bundle = build_put_bundle("transaction", "http://s/fhir", [BundleEntry("Observation", "o", body)])
     assert body in bundle
@@ -31,7 +31,7 @@ def test_the_bytes_of_a_resource_stay_as_they_are() -> None:
     assert entry["fullUrl"] == "http://s/fhir/Observation/o"
 
 
-def test_an_answer_is_read_by_entry() -> None:
+def test_a_response_bundle_is_parsed_entry_by_entry() -> None:
     outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "invalid"}]}
     answers = parse_response_bundle(
         text(
@@ -52,24 +52,24 @@ def test_an_answer_is_read_by_entry() -> None:
     "body",
     [b"", b"{", b"[]", b'{"resourceType":"OperationOutcome"}', b'{"resourceType":"Bundle","entry":[]}'],
 )
-def test_an_answer_that_does_not_speak_of_every_entry_is_none(body: bytes) -> None:
+def test_a_response_that_lacks_an_entry_is_an_error(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a Bundle"):
         parse_response_bundle(body, 1)
 
 
-def test_a_reason_names_codes_and_places_and_never_the_texts() -> None:
+def test_a_reason_contains_codes_and_paths_but_no_texts() -> None:
     issue = {"code": "value", "expression": ["Patient.name"], "diagnostics": "Ada", "details": {"text": "Ada"}}
     reason = EntryResult(422, text(issue=[issue])).reason
     assert reason == "the server answered 422: value at Patient.name"
     assert EntryResult(500, b"not json").reason == "the server answered 500"
 
 
-def test_what_may_pass_and_what_will_not() -> None:
+def test_transient_statuses_are_retryable_and_others_are_not() -> None:
     assert all(EntryResult(status).retryable for status in (0, 408, 409, 412, 429, 500, 502, 503, 504))
     assert not any(EntryResult(status).retryable for status in (200, 400, 401, 404, 422, 501))
 
 
-def test_references_to_the_same_server_are_found_wherever_they_stand() -> None:
+def test_references_to_the_same_server_are_found_at_any_depth() -> None:
     body = text(
         resourceType="Encounter",
         subject={"reference": "Patient/p"},
@@ -81,7 +81,7 @@ def test_references_to_the_same_server_are_found_wherever_they_stand() -> None:
     assert find_references(body) == {("Patient", "p"), ("Organization", "o")}
 
 
-def test_references_are_taken_out_and_the_rest_stays() -> None:
+def test_references_are_removed_and_the_rest_is_unchanged() -> None:
     body = text(id="e", subject={"reference": "Patient/p", "display": "d"}, partOf={"reference": "Encounter/x"})
     reduced = json.loads(remove_references(body, {("Encounter", "x")}))
     assert reduced == {
@@ -102,11 +102,11 @@ def test_references_are_taken_out_and_the_rest_stays() -> None:
         (b"[", False),
     ],
 )
-def test_same_content_is_the_same_to_the_digit(stored: bytes, same: bool) -> None:
+def test_content_is_compared_digit_by_digit(stored: bytes, same: bool) -> None:
     assert has_same_content(b'{"a":1.0,"b":[1],"meta":{"versionId":"1"}}', stored) is same
 
 
-def test_types_follow_the_catalog_and_strangers_come_last() -> None:
+def test_types_are_sorted_by_the_catalog_and_unknown_types_come_last() -> None:
     assert sort_types({"Observation", "Group", "Patient", "Basic", "Encounter"}) == [
         "Patient",
         "Encounter",

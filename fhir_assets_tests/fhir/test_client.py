@@ -1,4 +1,4 @@
-"""One request to a FHIR server: what is tried again, what is not, and what the errors say."""
+"""Requests to a FHIR server: retries, refusals, and the messages of errors."""
 
 import gzip
 import json
@@ -60,7 +60,7 @@ def body_of(answer: FhirResponse) -> bytes:
     return answer.body
 
 
-def whole_json(answer: FhirResponse) -> object:
+def complete_json(answer: FhirResponse) -> object:
     try:
         return json.loads(answer.body)
     except ValueError:
@@ -109,7 +109,7 @@ def test_retry_after_is_read_in_every_form_of_an_http_date(date: str) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["864000", "9" * 400])
-def test_a_huge_retry_after_is_cut_down(seconds: str) -> None:
+def test_a_retry_after_is_limited(seconds: str) -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After=seconds), Reply(b"there")]) as server:
         client_of(server.url, clock, max_retry_after=100).get("Patient", body_of)
@@ -117,21 +117,21 @@ def test_a_huge_retry_after_is_cut_down(seconds: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["soon", "", "Fri, 99 Nov 2026", "1.5.2"])
-def test_an_unreadable_retry_after_is_as_none(value: str) -> None:
+def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After=value), Reply(b"there")]) as server:
         client_of(server.url, clock, first_wait=3).get("Patient", body_of)
     assert clock.waits == [3]
 
 
-def test_what_is_used_up_says_how_often_and_how_long_it_was_tried() -> None:
+def test_the_final_error_says_how_often_and_how_long_the_call_was_tried() -> None:
     with ScriptedServer([Reply(status=502)] * 9) as server:
         with pytest.raises(ServerUnavailable, match=r"Patient: the server answered 502 \(tried 3 times over 6 s\)"):
             client_of(server.url, attempts=3, first_wait=2).get("Patient", body_of)
-        assert len(server.asked) == 3
+        assert len(server.requests) == 3
 
 
-def test_no_wait_goes_beyond_the_budget() -> None:
+def test_no_wait_exceeds_the_budget() -> None:
     clock = Clock()
     with ScriptedServer([Reply(status=503)] * 99) as server:
         with pytest.raises(ServerUnavailable):
@@ -153,24 +153,24 @@ def test_no_wait_goes_beyond_the_budget() -> None:
         Reply(status=408),
     ],
 )
-def test_what_breaks_in_passing_is_read_whole_at_the_next_attempt(fault: Reply) -> None:
-    whole = {"resourceType": "Bundle"}
-    with ScriptedServer([fault, reply(whole)]) as server:
-        assert client_of(server.url).get("Patient", whole_json) == whole
-        assert len(server.asked) == 2
+def test_a_transient_fault_is_followed_by_a_second_attempt(fault: Reply) -> None:
+    bundle = {"resourceType": "Bundle"}
+    with ScriptedServer([fault, reply(bundle)]) as server:
+        assert client_of(server.url).get("Patient", complete_json) == bundle
+        assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 412, 422, 501])
-def test_a_refusal_is_final_and_keeps_its_status(status: int) -> None:
+def test_a_refused_request_is_not_retried_and_the_error_has_its_status(status: int) -> None:
     with ScriptedServer([reply({"text": SECRET}, status)]) as server:
         with pytest.raises(HttpStatusError) as caught:
             client_of(server.url).get("Patient", body_of)
         assert caught.value.status == status
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
-def test_errors_hold_no_body_no_query_and_no_id(status: int) -> None:
+def test_errors_contain_no_body_no_query_and_no_id(status: int) -> None:
     with ScriptedServer([reply({"text": SECRET}, status)] * 2) as server:
         client = client_of(server.url, attempts=1)
         for path, params in (
@@ -208,10 +208,10 @@ def test_credentials_that_can_be_renewed_are_renewed_once() -> None:
     with ScriptedServer([Reply(status=401), Reply(b"there"), *[Reply(status=401)] * 9]) as server:
         client = client_of(server.url, auth=Renewable("first"))
         assert client.get("Patient", body_of) == b"there"
-        assert [asked.headers["Authorization"] for asked in server.asked] == ["Bearer first", "Bearer second"]
+        assert [request.headers["Authorization"] for request in server.requests] == ["Bearer first", "Bearer second"]
         with pytest.raises(ServerRefused):
             client.get("Patient", body_of)
-        assert len(server.asked) == 4
+        assert len(server.requests) == 4
 
 
 def test_credentials_come_from_the_settings_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,19 +221,19 @@ def test_credentials_come_from_the_settings_only(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("NETRC", str(netrc))
     with ScriptedServer([Reply(b"there")]) as server:
         client_of(server.url).get("Patient", body_of)
-        assert "Authorization" not in server.asked[0].headers
+        assert "Authorization" not in server.requests[0].headers
 
 
 def test_a_redirect_within_the_origin_is_followed_with_credentials() -> None:
     with ScriptedServer([reply({}, 302, Location="/fhir/r4/Patient?_count=1"), Reply(b"there")]) as server:
         client = client_of(server.url, auth=Bearer("t"))
         assert client.get("Patient", body_of, params=[("_count", "1")]) == b"there"
-        assert server.asked[1].path == "/fhir/r4/Patient"
-        assert server.asked[1].query == [("_count", "1")]
-        assert server.asked[1].headers["Authorization"] == "Bearer t"
+        assert server.requests[1].path == "/fhir/r4/Patient"
+        assert server.requests[1].query == [("_count", "1")]
+        assert server.requests[1].headers["Authorization"] == "Bearer t"
 
 
-def test_nothing_is_sent_to_another_origin() -> None:
+def test_no_request_is_sent_to_another_origin() -> None:
     with ScriptedServer([Reply(b"stolen")] * 3) as other:
         with ScriptedServer([reply({}, 302, Location=f"{other.url}/Patient?session={SECRET}")]) as server:
             client = client_of(server.url, auth=Bearer("t"))
@@ -244,7 +244,7 @@ def test_nothing_is_sent_to_another_origin() -> None:
             with pytest.raises(ValueError, match="origin"):
                 client.get(f"{other.url}/Patient", body_of)
         assert SECRET not in str(caught.value)
-        assert other.asked == []
+        assert other.requests == []
 
 
 @pytest.mark.parametrize(
@@ -256,15 +256,15 @@ def test_nothing_is_sent_to_another_origin() -> None:
         "http://fhir.example.org/r4",
     ],
 )
-def test_scheme_host_and_port_make_an_origin(link: str) -> None:
+def test_an_origin_consists_of_scheme_host_and_port(link: str) -> None:
     client = client_of("http://fhir.example/r4")
     with pytest.raises(NotFhir):
         client.resolve(link, "http://fhir.example/r4/Patient")
     assert client.resolve("http://FHIR.example:80/r4?_page=2", "http://fhir.example/r4/Patient")
 
 
-def test_a_circle_of_redirects_ends() -> None:
-    with ScriptedServer(lambda asked: reply({}, 302, Location=asked.path)) as server:
+def test_a_circle_of_redirects_is_an_error() -> None:
+    with ScriptedServer(lambda request: reply({}, 302, Location=request.path)) as server:
         with pytest.raises(NotFhir, match="circle"):
             client_of(server.url).get("Patient", body_of)
 
@@ -274,27 +274,27 @@ def test_one_connection_serves_many_requests() -> None:
         client = client_of(server.url)
         for _ in range(5):
             client.get("Patient", body_of)
-        assert len({asked.connection for asked in server.asked}) == 1
+        assert len({request.connection for request in server.requests}) == 1
 
 
-def test_compressed_answers_are_asked_for_and_unpacked() -> None:
+def test_compressed_responses_are_requested_and_decompressed() -> None:
     packed = Reply(gzip.compress(b"there"), headers={"Content-Encoding": "gzip"})
     with ScriptedServer([packed]) as server:
         assert client_of(server.url).get("Patient", body_of) == b"there"
-        assert "gzip" in server.asked[0].headers["Accept-Encoding"]
+        assert "gzip" in server.requests[0].headers["Accept-Encoding"]
 
 
-def test_what_is_sent_arrives_and_is_sent_again_after_a_failure() -> None:
+def test_a_request_with_a_body_is_sent_again_after_a_transient_failure() -> None:
     with ScriptedServer([Reply(status=503), reply({"id": "a"}, 201), reply({}, 412)]) as server:
         client = client_of(server.url)
         answer = client.send("PUT", "Patient/a", b'{"resourceType":"Patient"}', headers={"If-Match": 'W/"1"'})
         assert (answer.status, answer.body) == (201, b'{"id": "a"}')
-        assert {asked.body for asked in server.asked} == {b'{"resourceType":"Patient"}'}
-        assert server.asked[1].headers["Content-Type"] == "application/fhir+json"
+        assert {request.body for request in server.requests} == {b'{"resourceType":"Patient"}'}
+        assert server.requests[1].headers["Content-Type"] == "application/fhir+json"
         assert client.send("PUT", "Patient/a", b"{}", expect={412}).status == 412
 
 
-def test_a_refused_connection_says_what_to_look_at() -> None:
+def test_a_refused_connection_is_an_error_that_names_the_setting() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
@@ -303,7 +303,7 @@ def test_a_refused_connection_says_what_to_look_at() -> None:
     assert "is the base URL right and the server up?" in str(caught.value)
 
 
-def test_a_server_that_never_answered_is_tried_a_few_times_only() -> None:
+def test_a_server_that_never_answered_is_tried_only_a_few_times() -> None:
     clock = Clock()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -313,7 +313,7 @@ def test_a_server_that_never_answered_is_tried_a_few_times_only() -> None:
     assert sum(clock.waits) < 10
 
 
-def test_a_server_that_answered_before_is_waited_for() -> None:
+def test_a_server_that_answered_before_is_retried_under_the_full_policy() -> None:
     clock = Clock()
     with ScriptedServer([Reply(b"there"), *[Reply(reset=True)] * 8, Reply(b"again")]) as server:
         client = client_of(server.url, clock, attempts=9)
@@ -321,7 +321,7 @@ def test_a_server_that_answered_before_is_waited_for() -> None:
     assert len(clock.waits) == 8
 
 
-def test_an_unknown_host_says_so() -> None:
+def test_an_unknown_host_is_an_error_that_says_so() -> None:
     with pytest.raises(ServerUnavailable, match="its name cannot be resolved"):
         client_of("http://fhir.invalid/r4").capabilities()
 
@@ -338,7 +338,7 @@ def test_a_server_that_does_not_answer_is_unavailable() -> None:
 @pytest.mark.parametrize(
     ("header", "drop"), [(b"Transfer-Encoding: chunked", b"1\r\n \r\n"), (b"Content-Length: 1000000", b" ")]
 )
-def test_a_server_that_drips_is_given_up(header: bytes, drop: bytes) -> None:
+def test_a_response_that_arrives_byte_by_byte_ends_at_a_deadline(header: bytes, drop: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ended = threading.Event()
 
@@ -364,23 +364,23 @@ def test_a_server_that_drips_is_given_up(header: bytes, drop: bytes) -> None:
         thread.join()
 
 
-def test_capabilities_tell_the_types_by_interaction() -> None:
+def test_capabilities_list_the_types_by_interaction() -> None:
     with ScriptedServer([reply(STATEMENT)]) as server:
-        told = client_of(server.url).capabilities()
-        assert server.asked[0].path == "/fhir/metadata"
-    assert told.fhir_version == "4.0.1"
-    assert told.offers("search-type") == frozenset({"Patient", "Observation"})
-    assert told.offers("read") == frozenset({"Patient", "Binary", "Observation"})
+        capabilities = client_of(server.url).capabilities()
+        assert server.requests[0].path == "/fhir/metadata"
+    assert capabilities.fhir_version == "4.0.1"
+    assert capabilities.offers("search-type") == frozenset({"Patient", "Observation"})
+    assert capabilities.offers("read") == frozenset({"Patient", "Binary", "Observation"})
 
 
-def test_a_server_that_names_no_types_cannot_say() -> None:
+def test_capabilities_without_types_offer_none_instead_of_an_empty_set() -> None:
     with ScriptedServer([reply({"resourceType": "CapabilityStatement"})]) as server:
         assert client_of(server.url).capabilities().offers("read") is None
 
 
-def _raises(kind: type[Exception], match: str, told: Reply) -> Callable[[], None]:
+def _raises(kind: type[Exception], match: str, response: Reply) -> Callable[[], None]:
     def check() -> None:
-        with ScriptedServer([told] * 9) as server:
+        with ScriptedServer([response] * 9) as server:
             with pytest.raises(kind, match=match):
                 client_of(server.url).capabilities()
 
@@ -401,7 +401,7 @@ def _raises(kind: type[Exception], match: str, told: Reply) -> Callable[[], None
         _raises(NotFhir, "another version", reply({**STATEMENT, "fhirVersion": "3.0.2"})),
     ],
 )
-def test_what_is_no_fhir_r4_server_is_told_apart(check: Callable[[], None]) -> None:
+def test_a_server_that_is_not_fhir_r4_is_an_error_that_says_which(check: Callable[[], None]) -> None:
     check()
 
 
@@ -418,7 +418,7 @@ def test_what_is_no_fhir_r4_server_is_told_apart(check: Callable[[], None]) -> N
         "http://fhir.example/r4#top",
     ],
 )
-def test_a_base_url_must_be_one(url: str) -> None:
+def test_a_base_url_must_be_an_http_url(url: str) -> None:
     with pytest.raises(ConfigurationError, match="the base URL"):
         FhirClient(url)
 
@@ -429,7 +429,7 @@ def test_a_host_that_cannot_be_called_is_a_bad_setting(host: str) -> None:
         client_of(f"http://{host}/r4").get("Patient", body_of)
 
 
-def test_credentials_in_the_base_url_are_refused_without_showing_them() -> None:
+def test_credentials_in_the_base_url_are_refused_and_not_shown() -> None:
     with pytest.raises(ConfigurationError, match="the password") as caught:
         FhirClient(f"https://anna:{SECRET}@fhir.example/r4")
     assert SECRET not in str(caught.value)

@@ -9,8 +9,8 @@ from fhir_assets.errors import ConfigurationError, ServerUnavailable
 from fhir_assets.fhir.source import Source
 from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.windows import Interval
-from fhir_assets_tests.fhir.test_search import DAY, bundle, patient
 from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
+from fhir_assets_tests.support.search_bundles import DAY, bundle, patient
 
 
 def settings(**values: object) -> Settings:
@@ -23,36 +23,36 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_a_server_is_asked_as_the_settings_say(database: str) -> None:
+def test_the_settings_decide_page_size_and_token(database: str) -> None:
     with ScriptedServer([reply(bundle([patient(1)]))]) as server:
         source = open_source(
             settings(db_url=database, fhir_base_url=server.url, fhir_page_size=7, fhir_auth_token="t0ken")
         )
         assert source.name == "search"
         assert len(list(source.fetch(["Patient"], DAY))) == 1
-        (asked,) = server.asked
-    assert asked.all("_count") == ["7"]
-    assert asked.headers["Authorization"] == "Bearer t0ken"
+        (request,) = server.requests
+    assert request.all("_count") == ["7"]
+    assert request.headers["Authorization"] == "Bearer t0ken"
 
 
-def test_a_user_name_and_its_password_are_sent(database: str) -> None:
+def test_the_settings_decide_user_name_and_password(database: str) -> None:
     with ScriptedServer([reply(bundle([]))]) as server:
         source = open_source(
             settings(db_url=database, fhir_base_url=server.url, fhir_auth_username="anna", fhir_auth_password="secret")
         )
         assert list(source.fetch(["Patient"], DAY)) == []
-        assert server.asked[0].headers["Authorization"] == "Basic YW5uYTpzZWNyZXQ="
+        assert server.requests[0].headers["Authorization"] == "Basic YW5uYTpzZWNyZXQ="
 
 
-def test_calls_are_tried_as_often_as_the_settings_say(database: str) -> None:
+def test_the_settings_decide_the_number_of_attempts(database: str) -> None:
     with ScriptedServer([Reply(status=503)] * 9) as server:
         source = open_source(settings(db_url=database, fhir_base_url=server.url, fhir_max_attempts=1))
         with pytest.raises(ServerUnavailable, match="tried once"):
             list(source.fetch(["Patient"], DAY))
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
-def test_files_are_read_where_the_settings_say(tmp_path: Path) -> None:
+def test_the_settings_decide_the_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / "Patient.ndjson").write_bytes(b'{"resourceType":"Patient","id":"a"}')
     source: Source = open_source(settings(fhir_base_url=str(tmp_path), fhir_source=SourceKind.NDJSON))
     assert source.name == "ndjson"
@@ -60,6 +60,6 @@ def test_files_are_read_where_the_settings_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(SourceKind))
-def test_a_missing_location_is_a_bad_setting(kind: SourceKind) -> None:
+def test_a_missing_location_is_a_configuration_error(kind: SourceKind) -> None:
     with pytest.raises(ConfigurationError, match="FHIR_BASE_URL"):
         open_source(settings(fhir_source=kind))

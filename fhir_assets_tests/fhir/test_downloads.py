@@ -1,4 +1,4 @@
-"""Files of an export: whatever breaks on the way, every line comes once; and who gets the credentials."""
+"""Downloads of exported files: every line is returned once despite faults, and credentials stay with their origin."""
 
 import gzip
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.retries import Retrier, RetryPolicy
-from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer
 
 LINES = [b'{"resourceType":"Patient","id":"p%d","name":[{"family":"x"}]}' % n for n in range(30)]
 FILE = b"\n".join(LINES) + b"\n"
@@ -44,12 +44,12 @@ def download(
     ids=["html", "ends-after-a-brace", "cut", "reset", "503", "gzip-cut"],
 )
 @pytest.mark.parametrize("expected", [30, None])
-def test_what_breaks_once_loses_and_doubles_no_line(first: Reply, expected: int | None) -> None:
+def test_a_fault_in_the_first_attempt_loses_and_repeats_no_line(first: Reply, expected: int | None) -> None:
     with ScriptedServer([first, Reply(FILE)]) as server:
         assert download(server, expected=expected) == LINES
 
 
-def test_a_file_that_ends_early_between_two_lines_is_known_by_its_count() -> None:
+def test_a_file_that_ends_between_two_lines_is_recognized_by_its_count() -> None:
     with ScriptedServer([Reply(b"\n".join(LINES[:9]) + b"\n"), Reply(FILE)]) as server:
         assert download(server, expected=30) == LINES
 
@@ -64,50 +64,48 @@ def test_a_file_that_ends_early_between_two_lines_is_known_by_its_count() -> Non
     ],
     ids=["html", "half", "cut", "gone"],
 )
-def test_what_never_gets_better_is_an_error_that_says_what(
-    always: Reply, error: type[Exception], sentence: str
-) -> None:
-    with ScriptedServer(lambda asked: always) as server, pytest.raises(error, match=sentence):
+def test_a_lasting_fault_is_an_error_that_names_it(always: Reply, error: type[Exception], sentence: str) -> None:
+    with ScriptedServer(lambda request: always) as server, pytest.raises(error, match=sentence):
         download(server)
 
 
 @pytest.mark.parametrize("body", [FILE, FILE[:-1], FILE.replace(b"\n", b"\n\n"), FILE.replace(b"\n", b"\r\n")])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_file_comes_packed_or_not_and_its_blank_lines_are_left_out(body: bytes, packed: bool) -> None:
-    content = Reply(gzip.compress(body), headers={"Content-Encoding": "gzip"}) if packed else Reply(body)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_blank_lines_of_a_file_are_skipped_compressed_or_not(body: bytes, compressed: bool) -> None:
+    content = Reply(gzip.compress(body), headers={"Content-Encoding": "gzip"}) if compressed else Reply(body)
     with ScriptedServer([content]) as server:
         assert [line.strip() for line in download(server, expected=30)] == LINES
 
 
-def test_one_connection_serves_many_files_and_one_that_the_server_closed_is_replaced() -> None:
+def test_connections_are_reused_and_a_closed_connection_is_replaced() -> None:
     closes = Reply(FILE, headers={"Connection": "close"})
-    with ScriptedServer(lambda asked: closes if asked.path.endswith("2") else Reply(FILE)) as server:
+    with ScriptedServer(lambda request: closes if request.path.endswith("2") else Reply(FILE)) as server:
         with Downloads(FhirClient(server.url, retrier=_QUICK)) as downloads:
             for n in range(5):
-                got = downloads.read_lines(f"{server.url}/{n}", authorized=False)
-                assert [line for lines in got for line in lines] == LINES
-        assert len({asked.connection for asked in server.asked}) == 2
+                lines_of_file = downloads.read_lines(f"{server.url}/{n}", authorized=False)
+                assert [line for lines in lines_of_file for line in lines] == LINES
+        assert len({request.connection for request in server.requests}) == 2
 
 
 @pytest.fixture
 def elsewhere() -> Iterator[ScriptedServer]:
-    with ScriptedServer(lambda asked: Reply(FILE)) as server:
+    with ScriptedServer(lambda request: Reply(FILE)) as server:
         yield server
 
 
-def _redirecting(target: str) -> Callable[[Asked], Reply]:
-    return lambda asked: Reply(status=302, headers={"Location": target})
+def _redirecting(target: str) -> Callable[[ReceivedRequest], Reply]:
+    return lambda request: Reply(status=302, headers={"Location": target})
 
 
 def test_a_redirect_to_another_origin_is_followed_without_the_credentials(elsewhere: ScriptedServer) -> None:
     with ScriptedServer(_redirecting(f"{elsewhere.origin}/signed?x=1")) as server:
         assert download(server, credentials=Bearer("secret")) == LINES
-        assert server.asked[0].headers["Authorization"] == "Bearer secret"
-    assert "Authorization" not in elsewhere.asked[0].headers
-    assert elsewhere.asked[0].query == [("x", "1")]
+        assert server.requests[0].headers["Authorization"] == "Bearer secret"
+    assert "Authorization" not in elsewhere.requests[0].headers
+    assert elsewhere.requests[0].query == [("x", "1")]
 
 
-def test_a_redirect_in_a_circle_is_an_error() -> None:
+def test_a_circle_of_redirects_is_an_error() -> None:
     with ScriptedServer(_redirecting("/fhir/file")) as server, pytest.raises(HttpStatusError, match="in a circle"):
         download(server)
 
@@ -117,10 +115,10 @@ def test_a_token_is_not_sent_to_another_origin_without_tls(elsewhere: ScriptedSe
         with pytest.raises(NotFhir, match="without TLS"):
             download(server, f"{elsewhere.origin}/file", credentials=Bearer("secret"))
         assert download(server, f"{elsewhere.origin}/file", credentials=Bearer("secret"), authorized=False) == LINES
-    assert [asked.headers.get("Authorization") for asked in elsewhere.asked] == [None]
+    assert [request.headers.get("Authorization") for request in elsewhere.requests] == [None]
 
 
-class _Renewed(Credentials):
+class _RenewableToken(Credentials):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = iter("abc")
@@ -135,21 +133,21 @@ class _Renewed(Credentials):
         return True
 
 
-def test_a_token_that_ended_is_renewed_once_and_a_refusal_after_that_is_an_error() -> None:
-    def answer(asked: Asked) -> Reply:
-        return Reply(FILE) if asked.headers["Authorization"] == "Bearer b" else Reply(status=401)
+def test_an_expired_token_is_renewed_once_and_a_second_refusal_is_an_error() -> None:
+    def answer(request: ReceivedRequest) -> Reply:
+        return Reply(FILE) if request.headers["Authorization"] == "Bearer b" else Reply(status=401)
 
     with ScriptedServer(answer) as server:
-        assert download(server, credentials=_Renewed()) == LINES
-    with ScriptedServer(lambda asked: Reply(status=401)) as server:
+        assert download(server, credentials=_RenewableToken()) == LINES
+    with ScriptedServer(lambda request: Reply(status=401)) as server:
         with pytest.raises(HttpStatusError, match="401"):
-            download(server, credentials=_Renewed())
-        assert len(server.asked) == 2
+            download(server, credentials=_RenewableToken())
+        assert len(server.requests) == 2
 
 
 def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    with ScriptedServer(lambda asked: Reply(FILE)) as proxy, ScriptedServer([]) as server:
+    with ScriptedServer(lambda request: Reply(FILE)) as proxy, ScriptedServer([]) as server:
         monkeypatch.setenv("http_proxy", proxy.origin)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert download(server, "http://files.example/file", authorized=False) == LINES
-        assert [asked.headers["Host"] for asked in proxy.asked] == ["files.example"]
+        assert [request.headers["Host"] for request in proxy.requests] == ["files.example"]

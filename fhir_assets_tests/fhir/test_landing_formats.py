@@ -1,4 +1,4 @@
-"""Files of every kind, whole and broken: each piece is a record, a deletion, or a rejection that says where."""
+"""Files of every format, intact and damaged: each part is a record, a deletion or a rejected input."""
 
 import gzip
 import io
@@ -28,8 +28,8 @@ def read(name: str, content: bytes, *, limit: int = 1000) -> list[FileItem]:
     return list(formats.read(name, landed))
 
 
-def said(items: list[FileItem]) -> list[object]:
-    """Records by id, deletions by target, rejected pieces by where they stand."""
+def describe(items: list[FileItem]) -> list[object]:
+    """Describe records by id, deletions by target, and rejected inputs by location."""
     return [
         item.id if isinstance(item, Record) else ("-", item.id) if isinstance(item, Deletion) else item.path
         for item in items
@@ -45,7 +45,7 @@ def delete(url: str, **more: Any) -> dict[str, Any]:
     return {"request": {"method": "DELETE", "url": url}, **more}
 
 
-NDJSON = "\n".join(json.dumps(each) for each in (A, B)).encode()
+NDJSON = "\n".join(json.dumps(resource) for resource in (A, B)).encode()
 BUNDLE = bundle({"fullUrl": "x", "resource": A}, {"resource": B, "request": {"method": "PUT", "url": "Encounter/b"}})
 
 
@@ -63,25 +63,25 @@ BUNDLE = bundle({"fullUrl": "x", "resource": A}, {"resource": B, "request": {"me
         ("x.json", json.dumps(A, indent=2).encode() + json.dumps(B, indent=2).encode()),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_kind_of_file_gives_its_resources_byte_for_byte(name: str, content: bytes, packed: bool) -> None:
-    items = read(f"{name}.gz" if packed else name, gzip.compress(content) if packed else content)
-    assert said(items) == ["a", "b"]
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_format_returns_its_resources_byte_for_byte(name: str, content: bytes, compressed: bool) -> None:
+    items = read(f"{name}.gz" if compressed else name, gzip.compress(content) if compressed else content)
+    assert describe(items) == ["a", "b"]
     assert [json.loads(item.body) for item in items if isinstance(item, Record)] == [A, B]
 
 
-def test_deletes_of_a_bundle_are_deletions_at_the_time_of_the_entry_or_of_the_file() -> None:
+def test_delete_entries_of_a_bundle_are_deletions_at_the_time_of_the_entry_or_of_the_file() -> None:
     at = "2024-01-02T00:00:00Z"
     entries = (delete("Patient/a", response={"status": "204", "lastModified": at}), delete("Patient/b"))
     for name in ("x.json", "x.ndjson"):
         items = read(name, json.dumps(bundle(*entries, {"resource": A})).encode())
         assert items[:2] == [Deletion("Patient", "a", datetime(2024, 1, 2, tzinfo=UTC)), Deletion("Patient", "b", NOW)]
-        assert said(items[2:]) == ["a"]
+        assert describe(items[2:]) == ["a"]
 
 
 @pytest.mark.parametrize("url", ["Patient", "Patient?identifier=x", "", "Patient/a/_history/1"])
-def test_a_delete_of_no_single_resource_is_rejected(url: str) -> None:
-    assert said(read("x.json", json.dumps(bundle(delete(url), {"resource": A})).encode())) == ["file:entry[0]", "a"]
+def test_a_delete_that_names_no_single_resource_is_rejected(url: str) -> None:
+    assert describe(read("x.json", json.dumps(bundle(delete(url), {"resource": A})).encode())) == ["file:entry[0]", "a"]
 
 
 @pytest.mark.parametrize(
@@ -107,16 +107,16 @@ def test_a_delete_of_no_single_resource_is_rejected(url: str) -> None:
         ("x.json", b"", []),
     ],
 )
-def test_what_is_broken_is_rejected_where_it_stands_and_the_rest_is_given(
+def test_a_malformed_part_is_rejected_with_its_location_and_the_rest_is_read(
     name: str, content: bytes, expected: list[object]
 ) -> None:
     items = read(name, content)
-    assert said(items) == expected
+    assert describe(items) == expected
     assert all(item.message and "line" not in item.message for item in items if isinstance(item, RejectedInput))
 
 
 @given(st.binary(max_size=60))
-def test_no_bytes_at_all_are_an_error(content: bytes) -> None:
+def test_no_input_raises_an_error(content: bytes) -> None:
     for name in ("x.json", "x.ndjson"):
         read(name, content)
 
@@ -132,18 +132,18 @@ objects = st.dictionaries(st.text(max_size=4), values, max_size=3)
 
 
 @given(st.lists(objects, min_size=1, max_size=4), objects, st.integers(1, 9), st.booleans())
-def test_elements_are_split_alike_however_the_chunks_fall(
-    entries: list[Any], around: dict[str, Any], size: int, indent: bool
+def test_elements_do_not_depend_on_the_borders_of_chunks(
+    entries: list[Any], members: dict[str, Any], size: int, indent: bool
 ) -> None:
-    document = {**{key: value for key, value in around.items() if key != "entry"}, "entry": entries, "z": 1}
+    document = {**{key: value for key, value in members.items() if key != "entry"}, "entry": entries, "z": 1}
     text = json.dumps(document, indent=1 if indent else None).encode()
 
     def chunks() -> Iterator[bytes]:
         for at in range(0, len(text), size):
             yield text[at : at + size]
 
-    found = list(split_elements(chunks(), 10_000))
-    assert [json.loads(body) for name, body in found if name == b"entry"] == entries
-    assert [json.loads(body) for name, body in found if name is None] == [{**document, "entry": []}]
+    split = list(split_elements(chunks(), 10_000))
+    assert [json.loads(body) for name, body in split if name == b"entry"] == entries
+    assert [json.loads(body) for name, body in split if name is None] == [{**document, "entry": []}]
     with pytest.raises(UnbalancedJson):
         list(split_elements([text[:-1]], 10_000))

@@ -1,4 +1,4 @@
-"""The source `ndjson`: every line is a resource, a Rejected, or blank."""
+"""The source `ndjson`: every line is a record, a rejected input, or blank."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def line(resource_type: str = "Patient", resource_id: str = "a", updated: str | 
 
 def write(path: Path, content: bytes | Iterable[bytes]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else b"".join(each + b"\n" for each in content))
+    path.write_bytes(content if isinstance(content, bytes) else b"".join(row + b"\n" for row in content))
     os.utime(path, (WRITTEN.timestamp(), WRITTEN.timestamp()))
     return path
 
@@ -54,7 +54,7 @@ def rejects(items: Iterable[Record | RejectedInput]) -> list[RejectedInput]:
     return [item for item in items if isinstance(item, RejectedInput)]
 
 
-def places(items: Iterable[Record | RejectedInput]) -> list[str]:
+def paths_of_rejects(items: Iterable[Record | RejectedInput]) -> list[str]:
     return [item.path for item in rejects(items)]
 
 
@@ -62,20 +62,20 @@ def ids(items: Iterable[Record | RejectedInput]) -> list[str]:
     return [item.id for item in records(items)]
 
 
-def test_a_line_keeps_its_bytes(tmp_path: Path) -> None:
+def test_the_bytes_of_a_line_are_kept(tmp_path: Path) -> None:
     body = b'{ "resourceType":"Patient" ,"id":"a", "x":1.10, "meta":{"versionId":"3"} }'
     (record,) = records(read(write(tmp_path / "Patient.ndjson", [b"  " + body + b" \r"])))
     assert record == Record("Patient", "a", "3", None, WRITTEN, body)
 
 
-def test_blank_lines_and_a_missing_last_line_feed_pass(tmp_path: Path) -> None:
+def test_blank_lines_and_a_missing_last_line_feed_are_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "Patient.ndjson", b"\n\r\n" + line() + b"\n  \n\n" + line(resource_id="b"))
     items = read(path)
     assert ids(items) == ["a", "b"]
     assert not rejects(items)
 
 
-def test_a_byte_order_mark_and_line_ends_of_windows_pass(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "Patient.ndjson", b"\xef\xbb\xbf" + line() + b"\r\n" + line(resource_id="b") + b"\r\n")
     assert [record.body for record in records(read(path))] == [line(), line(resource_id="b")]
 
@@ -98,7 +98,7 @@ def test_a_byte_order_mark_and_line_ends_of_windows_pass(tmp_path: Path) -> None
         (line(SECRET), "structure"),
     ],
 )
-def test_a_line_that_cannot_be_used_is_rejected_by_file_and_line(tmp_path: Path, bad: bytes, rule: str) -> None:
+def test_a_line_that_cannot_be_used_is_rejected_with_file_and_line(tmp_path: Path, bad: bytes, rule: str) -> None:
     items = read(write(tmp_path / "Patient.ndjson", [line(), b"", bad, line(resource_id="b")]))
     assert ids(items) == ["a", "b"]
     (item,) = rejects(items)
@@ -126,25 +126,25 @@ def test_a_line_that_cannot_be_used_is_rejected_by_file_and_line(tmp_path: Path,
         ("InPatients.ndjson", None),
     ],
 )
-def test_a_file_is_named_for_its_type(tmp_path: Path, name: str, types: set[str] | None) -> None:
+def test_the_type_of_a_file_is_read_from_its_name(tmp_path: Path, name: str, types: set[str] | None) -> None:
     write(tmp_path / name, b"")
     assert NdjsonSource(str(tmp_path)).offered() == (None if types is None else frozenset(types))
 
 
-def test_a_file_named_for_a_type_outside_of_the_catalog_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_resources_of_a_type_outside_of_the_catalog_are_skipped_and_counted(tmp_path: Path) -> None:
     write(tmp_path / "MedicationKnowledge.ndjson", [line("MedicationKnowledge")] * 3)
     source = NdjsonSource(str(tmp_path))
     assert list(source.fetch(["Medication"], ALWAYS)) == []
     assert source.skipped == {"MedicationKnowledge": 3}
 
 
-def test_in_a_mixed_file_each_line_speaks_for_itself(tmp_path: Path) -> None:
+def test_in_a_mixed_file_the_type_is_read_from_each_line(tmp_path: Path) -> None:
     broken = [b'{"resourceType": "Encounter", ', b'{"resourceType":"Patient","x"', b"{"]
     write(tmp_path / "all.ndjson", [line(), line("Encounter"), line("Slot"), line("Observation"), *broken])
     source = NdjsonSource(str(tmp_path))
     items = list(source.fetch(["Patient", "Observation"], ALWAYS))
     assert [item.resource_type for item in items] == ["Patient", "Observation", "Patient", "Patient"]
-    assert places(items) == ["all.ndjson:6", "all.ndjson:7"]
+    assert paths_of_rejects(items) == ["all.ndjson:6", "all.ndjson:7"]
     assert source.skipped == {"Slot": 1}
 
 
@@ -152,25 +152,25 @@ def test_files_of_other_types_are_not_read(tmp_path: Path) -> None:
     write(tmp_path / "Patient.ndjson", [line()])
     write(tmp_path / "Observation.ndjson", [b"broken"])
     assert ids(read(tmp_path)) == ["a"]
-    assert places(read(tmp_path)) == []
+    assert paths_of_rejects(read(tmp_path)) == []
 
 
-def test_a_folder_is_read_to_its_bottom_but_for_what_is_no_ndjson(tmp_path: Path) -> None:
+def test_a_folder_is_read_with_its_subfolders_and_other_files_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "b/deep/Patient.ndjson", [line(resource_id="deep"), b"?"])
     write(tmp_path / "Patient.jsonl.gz", gzip.compress(line(resource_id="zipped")))
     for name in ("manifest.json", "notes.txt", ".Patient.ndjson", "dump.tar.gz", "table.csv.gz"):
         write(tmp_path / name, [b"nothing"])
     items = read(tmp_path)
     assert ids(items) == ["zipped", "deep"]
-    assert places(items) == ["b/deep/Patient.ndjson:2"]
+    assert paths_of_rejects(items) == ["b/deep/Patient.ndjson:2"]
 
 
-def test_a_glob_takes_what_it_matches(tmp_path: Path) -> None:
+def test_a_glob_selects_the_files_that_match(tmp_path: Path) -> None:
     for name in ("2023/Patient.ndjson", "2024/Patient.ndjson", "2024/Patient.txt"):
         write(tmp_path / name, [line(resource_id=name[:4]), b"?"])
     items = read(f"{tmp_path}/*/*.ndjson")
     assert ids(items) == ["2023", "2024"]
-    assert places(items) == ["2023/Patient.ndjson:2", "2024/Patient.ndjson:2"]
+    assert paths_of_rejects(items) == ["2023/Patient.ndjson:2", "2024/Patient.ndjson:2"]
 
 
 def test_a_json_file_is_one_resource_over_many_lines(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_json_file_is_one_resource_over_many_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gone.ndjson", "gone/*.ndjson", "empty"])
-def test_nothing_to_read_is_a_bad_setting(tmp_path: Path, name: str) -> None:
+def test_a_location_without_files_is_a_configuration_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     source = NdjsonSource(str(tmp_path / name))
     with pytest.raises(ConfigurationError, match="the base URL"):
@@ -190,7 +190,7 @@ def test_nothing_to_read_is_a_bad_setting(tmp_path: Path, name: str) -> None:
         list(source.fetch(["Patient"], ALWAYS))
 
 
-def test_gzip_is_known_by_its_bytes_and_may_have_many_members(tmp_path: Path) -> None:
+def test_gzip_is_recognized_by_its_bytes_and_may_have_many_members(tmp_path: Path) -> None:
     write(
         tmp_path / "Patient.1.ndjson",
         gzip.compress(line() + b"\n" + line(resource_id="b")[:9]) + gzip.compress(line(resource_id="b")[9:] + b"\n"),
@@ -199,10 +199,10 @@ def test_gzip_is_known_by_its_bytes_and_may_have_many_members(tmp_path: Path) ->
     assert ids(read(tmp_path)) == ["a", "b", "plain"]
 
 
-def test_a_compressed_file_that_was_cut_off_is_rejected_after_its_whole_lines(tmp_path: Path) -> None:
+def test_a_compressed_file_that_is_cut_off_is_rejected_after_its_complete_lines(tmp_path: Path) -> None:
     bodies = [line(resource_id=f"{n}-{zlib.crc32(b'%d' % n)}") for n in range(20_000)]
-    packed = gzip.compress(b"\n".join(bodies))
-    cut = packed[: len(packed) // 2]
+    compressed = gzip.compress(b"\n".join(bodies))
+    cut = compressed[: len(compressed) // 2]
     held = zlib.decompressobj(31).decompress(cut).count(b"\n")
     items = read(write(tmp_path / "Patient.ndjson.gz", cut))
     assert [record.body for record in records(items)] == bodies[:held]
@@ -212,27 +212,27 @@ def test_a_compressed_file_that_was_cut_off_is_rejected_after_its_whole_lines(tm
 
 
 def test_a_damaged_compressed_file_is_rejected_and_the_others_are_read(tmp_path: Path) -> None:
-    packed = bytearray(gzip.compress(b"\n".join(line(resource_id=str(n)) for n in range(1000)), mtime=0))
-    packed[40:60] = b"\xff" * 20
-    write(tmp_path / "1.Patient.ndjson.gz", bytes(packed))
+    compressed = bytearray(gzip.compress(b"\n".join(line(resource_id=str(n)) for n in range(1000)), mtime=0))
+    compressed[40:60] = b"\xff" * 20
+    write(tmp_path / "1.Patient.ndjson.gz", bytes(compressed))
     write(tmp_path / "2.Patient.ndjson.gz", gzip.compress(line()))
     items = read(tmp_path)
     assert ids(items)[-1] == "a"
-    assert [place.partition(":")[0] for place in places(items)][-1] == "1.Patient.ndjson.gz"
+    assert [place.partition(":")[0] for place in paths_of_rejects(items)][-1] == "1.Patient.ndjson.gz"
     assert "damaged" in rejects(items)[-1].message
 
 
-def test_a_line_longer_than_the_limit_is_rejected_unread(tmp_path: Path) -> None:
+def test_a_line_longer_than_the_limit_is_rejected_without_its_content(tmp_path: Path) -> None:
     long = line(resource_id="x" * 5_000_000)
     path = write(tmp_path / "Patient.ndjson", [line(), long, line(resource_id="b"), long, long])
     items = read(path, max_line_bytes=1000)
     assert ids(items) == ["a", "b"]
-    assert places(items) == ["Patient.ndjson:2", "Patient.ndjson:4", "Patient.ndjson:5"]
+    assert paths_of_rejects(items) == ["Patient.ndjson:2", "Patient.ndjson:4", "Patient.ndjson:5"]
     assert {item.body for item in rejects(items)} == {b""}
     assert len(records(read(path, max_line_bytes=6_000_000))) == 5
 
 
-def test_an_interval_takes_what_was_updated_in_it(tmp_path: Path) -> None:
+def test_an_interval_contains_the_resources_updated_in_it(tmp_path: Path) -> None:
     times = ["2023-12-31T23:59:59.999Z", "2024-01-01T00:00:00Z", "2024-01-02T00:30:00+01:00", "2024-01-02T00:00:00Z"]
     write(tmp_path / "Patient.ndjson", [line(updated=time, resource_id=f"{n}") for n, time in enumerate(times)])
     assert ids(read(tmp_path, interval=DAY)) == ["1", "2"]
@@ -246,34 +246,34 @@ def test_a_resource_without_a_time_arrived_when_its_file_was_written(tmp_path: P
     assert (record.last_updated, record.as_of) == (None, WRITTEN)
 
 
-def test_a_line_that_cannot_be_used_counts_from_when_its_file_was_written(tmp_path: Path) -> None:
+def test_the_time_of_a_line_that_cannot_be_used_is_that_of_its_file(tmp_path: Path) -> None:
     write(tmp_path / "Patient.ndjson", [line(), b"?"])
-    assert places(read(tmp_path, interval=DAY)) == []
-    assert places(read(tmp_path, interval=Interval(WRITTEN, ALWAYS.end))) == ["Patient.ndjson:2"]
+    assert paths_of_rejects(read(tmp_path, interval=DAY)) == []
+    assert paths_of_rejects(read(tmp_path, interval=Interval(WRITTEN, ALWAYS.end))) == ["Patient.ndjson:2"]
     extent = NdjsonSource(str(tmp_path)).extent(["Patient"])
     assert extent is not None
     assert WRITTEN in extent
 
 
-def test_consecutive_intervals_give_everything_once(tmp_path: Path) -> None:
+def test_consecutive_intervals_return_every_line_once(tmp_path: Path) -> None:
     dated = [line(resource_id=f"{n}", updated=f"2024-01-0{1 + n % 4}T00:00:00Z") for n in range(12)]
     write(tmp_path / "Patient.ndjson", [*dated, b"?", line(resource_id="undated", updated=None)])
     days = [datetime(2024, 1, 2, tzinfo=UTC), datetime(2024, 1, 4, tzinfo=UTC), datetime(2025, 1, 1, tzinfo=UTC)]
     intervals = [Interval(None, days[0]), *(Interval(start, end) for start, end in pairwise(days))]
     parts = [item for interval in intervals for item in read(tmp_path, interval=interval)]
-    whole = read(tmp_path)
-    assert len(parts) == len(whole) == 14
-    assert {item.body for item in parts} == {item.body for item in whole}
+    everything = read(tmp_path)
+    assert len(parts) == len(everything) == 14
+    assert {item.body for item in parts} == {item.body for item in everything}
 
 
-def test_a_missing_id_is_left_to_validation(tmp_path: Path) -> None:
+def test_a_resource_without_an_id_is_left_to_validation(tmp_path: Path) -> None:
     (record,) = records(read(write(tmp_path / "Patient.ndjson", [b'{"resourceType":"Patient"}'])))
     assert record.id == ""
 
 
-def test_a_file_holds_only_its_own_of_the_catalogs_types(tmp_path: Path) -> None:
+def test_a_resource_of_another_type_than_the_file_name_is_rejected(tmp_path: Path) -> None:
     write(tmp_path / "MedicationRequest.ndjson", [line("MedicationRequest"), line("Medication")])
-    assert places(read(tmp_path, "MedicationRequest", "Medication")) == ["MedicationRequest.ndjson:2"]
+    assert paths_of_rejects(read(tmp_path, "MedicationRequest", "Medication")) == ["MedicationRequest.ndjson:2"]
 
 
 def test_extent_goes_from_the_oldest_to_just_after_the_newest(tmp_path: Path) -> None:
@@ -300,22 +300,22 @@ def test_state_changes_with_the_files(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(max_size=12)), st.integers(1, 9), st.integers(0, 12))
-def test_lines_are_split_alike_however_the_chunks_fall(parts: list[bytes], size: int, limit: int) -> None:
-    whole = b"\n".join(part.replace(b"\xef", b"") for part in parts)
-    chunks = [whole[at : at + size] for at in range(0, len(whole), size)]
-    split = [each for batch in lines.split_lines(iter(chunks), limit) for each in batch]
-    expected = whole.split(b"\n")
+def test_lines_do_not_depend_on_the_borders_of_chunks(parts: list[bytes], size: int, limit: int) -> None:
+    content = b"\n".join(part.replace(b"\xef", b"") for part in parts)
+    chunks = [content[at : at + size] for at in range(0, len(content), size)]
+    split = [item for batch in lines.split_lines(iter(chunks), limit) for item in batch]
+    expected = content.split(b"\n")
     if not expected[-1]:
         expected.pop()
-    assert split == [each if len(each) <= limit else None for each in expected]
+    assert split == [item if len(item) <= limit else None for item in expected]
 
 
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not here")
-def test_every_line_of_synthea_is_a_record_of_its_files_type() -> None:
+def test_every_line_of_synthea_is_a_record_of_the_type_of_its_file() -> None:
     source = NdjsonSource(str(SYNTHEA))
-    came = Counter(item.resource_type for item in source.fetch(list(BY_NAME), ALWAYS) if isinstance(item, Record))
+    received = Counter(item.resource_type for item in source.fetch(list(BY_NAME), ALWAYS) if isinstance(item, Record))
     files = SYNTHEA.glob("*.ndjson.gz")
     counted = {path.name.partition(".")[0]: gzip.decompress(path.read_bytes()).count(b"\n") for path in files}
-    assert came == counted
-    assert came.total() == 8421
+    assert received == counted
+    assert received.total() == 8421
     assert source.offered() == frozenset(counted)

@@ -1,4 +1,4 @@
-"""The source `search`, against a server scripted to the byte."""
+"""The source `search`, against a scripted server."""
 
 import json
 import threading
@@ -14,24 +14,11 @@ from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.windows import Interval
-from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.search_bundles import DAY, bundle, patient
 
-DAY = Interval(datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 2, tzinfo=UTC))
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 SECRET = "Mustermann"
-
-
-def patient(n: int, *, version: str | None = "1", at: datetime | None = None, **more: object) -> dict[str, Any]:
-    """A Patient that was updated n minutes into the day."""
-    moment = at or datetime(2024, 1, 1, tzinfo=UTC) + timedelta(minutes=n)
-    meta = {"lastUpdated": moment.isoformat()} | ({"versionId": version} if version else {})
-    return {"resourceType": "Patient", "id": f"p{n}", "meta": meta, **more}
-
-
-def bundle(resources: Iterable[object], following: str | None = None, **more: object) -> dict[str, Any]:
-    links = [{"relation": "self", "url": "x"}] + ([{"relation": "next", "url": following}] if following else [])
-    entries = [{"resource": each, "search": {"mode": "match"}} for each in resources]
-    return {"resourceType": "Bundle", "type": "searchset", "link": links, "entry": entries, **more}
 
 
 def source_of(server: ScriptedServer, *, page_size: int = 500) -> SearchSource:
@@ -55,7 +42,7 @@ def records(script: list[Reply], interval: Interval = DAY) -> list[Record]:
 
 
 class Paged:
-    """A server with patients on pages, that sorts as it is told and may forget its next links."""
+    """A script of a server with pages of patients, which may not sort and whose next links may expire."""
 
     def __init__(
         self,
@@ -63,51 +50,51 @@ class Paged:
         size: int,
         *,
         sorts: bool = True,
-        forgets: Callable[[int], bool] = lambda pages: False,
+        expires: Callable[[int], bool] = lambda pages: False,
         status: int = 410,
     ) -> None:
         self._patients = patients
         self._size = size
         self._sorts = sorts
-        self._forgets = forgets
+        self._expires = expires
         self._status = status
         self._pages = 0
-        self._found: list[dict[str, Any]] = []
+        self._matches: list[dict[str, Any]] = []
 
-    def __call__(self, asked: Asked) -> Reply:
+    def __call__(self, request: ReceivedRequest) -> Reply:
         at = 0
-        if offset := asked.all("_page"):
+        if offset := request.all("_page"):
             self._pages += 1
-            if self._forgets(self._pages):
+            if self._expires(self._pages):
                 return reply({"resourceType": "OperationOutcome"}, self._status)
             at = int(offset[0])
         else:
-            bounds = {value[:2]: datetime.fromisoformat(value[2:]) for value in asked.all("_lastUpdated")}
-            self._found = [p for p in self._patients if bounds["ge"] <= self._time(p) < bounds["lt"]]
+            bounds = {value[:2]: datetime.fromisoformat(value[2:]) for value in request.all("_lastUpdated")}
+            self._matches = [p for p in self._patients if bounds["ge"] <= self._time(p) < bounds["lt"]]
             if self._sorts:
-                self._found.sort(key=self._time)
+                self._matches.sort(key=self._time)
         end = at + self._size
-        following = f"/fhir?_page={end}" if end < len(self._found) else None
-        return reply(bundle(self._found[at:end], following))
+        following = f"/fhir?_page={end}" if end < len(self._matches) else None
+        return reply(bundle(self._matches[at:end], following))
 
     @staticmethod
     def _time(resource: dict[str, Any]) -> datetime:
         return datetime.fromisoformat(resource["meta"]["lastUpdated"])
 
 
-def test_an_interval_is_asked_for_half_open_sorted_and_by_the_page() -> None:
+def test_an_interval_is_requested_half_open_sorted_and_in_pages() -> None:
     with ScriptedServer([reply(bundle([]))] * 2) as server:
         source = source_of(server, page_size=250)
         list(source.fetch(["Patient"], DAY))
         list(source.fetch(["Patient"], Interval(None, DAY.end)))
-        assert server.asked[0].path == "/fhir/Patient"
-        assert server.asked[0].query == [
+        assert server.requests[0].path == "/fhir/Patient"
+        assert server.requests[0].query == [
             ("_lastUpdated", "ge2024-01-01T00:00:00.000Z"),
             ("_lastUpdated", "lt2024-01-02T00:00:00.000Z"),
             ("_sort", "_lastUpdated"),
             ("_count", "250"),
         ]
-        assert server.asked[1].all("_lastUpdated") == ["lt2024-01-02T00:00:00.000Z"]
+        assert server.requests[1].all("_lastUpdated") == ["lt2024-01-02T00:00:00.000Z"]
 
 
 def test_neighbouring_intervals_share_their_bound_to_the_millisecond() -> None:
@@ -115,10 +102,10 @@ def test_neighbouring_intervals_share_their_bound_to_the_millisecond() -> None:
     with ScriptedServer([reply(bundle([]))] * 2) as server:
         list(source_of(server).fetch(["Patient"], Interval(None, moment)))
         list(source_of(server).fetch(["Patient"], Interval(moment, DAY.end)))
-        assert server.asked[0].all("_lastUpdated")[-1][2:] == server.asked[1].all("_lastUpdated")[0][2:]
+        assert server.requests[0].all("_lastUpdated")[-1][2:] == server.requests[1].all("_lastUpdated")[0][2:]
 
 
-def test_a_resource_keeps_its_bytes_on_one_line() -> None:
+def test_the_bytes_of_a_resource_are_kept_on_one_line() -> None:
     text = (
         '{ "resourceType":"Patient",\r\n "id":"a", "x":1.10,'
         '"meta":{"lastUpdated":"2024-01-01T01:00:00.5+01:00"},"ü":"\\u00fc"}'
@@ -131,18 +118,22 @@ def test_a_resource_keeps_its_bytes_on_one_line() -> None:
 
 
 def test_pages_are_followed_by_absolute_and_relative_links_and_through_an_empty_one() -> None:
-    told: dict[str, dict[str, Any]] = {}
+    pages: dict[str, dict[str, Any]] = {}
 
-    def script(asked: Asked) -> Reply:
-        return reply(told["".join(asked.all("page"))])
+    def script(request: ReceivedRequest) -> Reply:
+        return reply(pages["".join(request.all("page"))])
 
     with ScriptedServer(script) as server:
-        told[""] = bundle([patient(1)], f"{server.url}?page=2")
-        told["2"] = bundle([patient(2)], "?page=3")
-        told["3"] = {"resourceType": "Bundle", "type": "searchset", "link": bundle([], "/fhir/Patient?page=4")["link"]}
-        told["4"] = bundle([patient(4)])
+        pages[""] = bundle([patient(1)], f"{server.url}?page=2")
+        pages["2"] = bundle([patient(2)], "?page=3")
+        pages["3"] = {
+            "resourceType": "Bundle",
+            "type": "searchset",
+            "link": bundle([], "/fhir/Patient?page=4")["link"],
+        }
+        pages["4"] = bundle([patient(4)])
         assert ids(source_of(server).fetch(["Patient"], DAY)) == ["p1", "p2", "p4"]
-        assert [asked.path for asked in server.asked] == ["/fhir/Patient", "/fhir", "/fhir", "/fhir/Patient"]
+        assert [request.path for request in server.requests] == ["/fhir/Patient", "/fhir", "/fhir", "/fhir/Patient"]
 
 
 def test_a_link_to_another_origin_is_an_error_that_names_the_setting() -> None:
@@ -152,7 +143,7 @@ def test_a_link_to_another_origin_is_an_error_that_names_the_setting() -> None:
     assert SECRET not in str(caught.value)
 
 
-def test_a_link_that_is_no_url_is_an_error() -> None:
+def test_a_link_that_is_not_a_url_is_an_error() -> None:
     with pytest.raises(NotFhir, match="not a URL"):
         fetched([reply(bundle([patient(1)], "http://[broken"))])
 
@@ -164,8 +155,8 @@ def test_pages_in_a_circle_are_an_error() -> None:
 
 
 def test_pages_without_end_are_an_error() -> None:
-    def script(asked: Asked) -> Reply:
-        page = int((asked.all("page") or ["0"])[0])
+    def script(request: ReceivedRequest) -> Reply:
+        page = int((request.all("page") or ["0"])[0])
         return reply(bundle([patient(1)], f"?page={page + 1}"))
 
     with ScriptedServer(script) as server:
@@ -173,7 +164,7 @@ def test_pages_without_end_are_an_error() -> None:
             list(source_of(server).fetch(["Patient"], DAY))
 
 
-def test_a_version_comes_once_however_often_the_pages_repeat_it() -> None:
+def test_a_version_is_returned_once_although_pages_repeat_it() -> None:
     script = [
         reply(bundle([patient(1), patient(2), patient(1)], "?page=2")),
         reply(bundle([patient(2), patient(2, version="2"), patient(3)], "?page=3")),
@@ -188,7 +179,7 @@ def test_a_version_comes_once_however_often_the_pages_repeat_it() -> None:
     ]
 
 
-def test_outcomes_and_includes_are_no_matches() -> None:
+def test_outcomes_and_included_resources_are_not_matches() -> None:
     page = bundle([patient(1)])
     page["entry"] += [
         {"resource": {"resourceType": "OperationOutcome", "issue": []}, "search": {"mode": "outcome"}},
@@ -220,7 +211,7 @@ def test_outcomes_and_includes_are_no_matches() -> None:
         ({"resource": patient(1), "search": SECRET}, "structure", None),
     ],
 )
-def test_an_entry_that_cannot_be_used_is_rejected_and_the_page_goes_on(
+def test_an_entry_that_cannot_be_used_is_rejected_and_the_other_entries_are_read(
     entry: object, rule: str, resource_id: str | None
 ) -> None:
     page = bundle([patient(1), patient(2)])
@@ -249,19 +240,19 @@ def test_an_entry_that_cannot_be_used_is_rejected_and_the_page_goes_on(
         None,
     ],
 )
-def test_anything_else_than_a_searchset_is_an_error_and_no_empty_page(body: object) -> None:
+def test_a_body_other_than_a_searchset_is_an_error_and_not_an_empty_page(body: object) -> None:
     with pytest.raises(NotFhir) as caught:
         fetched([reply(body)] * 3)
     assert SECRET not in str(caught.value)
 
 
-def test_a_body_that_is_cut_off_again_and_again_is_an_error() -> None:
+def test_a_body_that_is_cut_off_at_every_attempt_is_an_error() -> None:
     cut = json.dumps(bundle([patient(1)])).encode()[:-5]
     with pytest.raises(NotFhir, match=r"incomplete JSON \(tried 3 times"):
         fetched([Reply(cut)] * 3)
 
 
-def test_what_was_given_before_an_error_stays_given() -> None:
+def test_records_before_an_error_are_returned() -> None:
     with ScriptedServer([reply(bundle([patient(1)], "?page=2")), *[Reply(status=500)] * 3]) as server:
         items = source_of(server).fetch(["Patient"], DAY)
         assert ids([next(items)]) == ["p1"]
@@ -269,11 +260,11 @@ def test_what_was_given_before_an_error_stays_given() -> None:
             next(items)
 
 
-def test_the_next_page_is_on_its_way_while_one_is_worked_on() -> None:
+def test_the_next_page_is_requested_while_a_page_is_processed() -> None:
     second = threading.Event()
 
-    def script(asked: Asked) -> Reply:
-        if asked.all("page"):
+    def script(request: ReceivedRequest) -> Reply:
+        if request.all("page"):
             second.set()
             return reply(bundle([patient(2)]))
         return reply(bundle([patient(1)], "?page=2"))
@@ -287,27 +278,27 @@ def test_the_next_page_is_on_its_way_while_one_is_worked_on() -> None:
 
 @pytest.mark.parametrize("status", [410, 404])
 @pytest.mark.parametrize("sorts", [True, False])
-def test_an_expired_page_restarts_the_search_and_nothing_is_lost_or_doubled(status: int, sorts: bool) -> None:
+def test_an_expired_page_restarts_the_search_and_no_resource_is_lost_or_repeated(status: int, sorts: bool) -> None:
     patients = [patient(n * 7 % 200) for n in range(200)]
-    script = Paged(patients, 15, sorts=sorts, forgets=lambda pages: pages in (4, 15), status=status)
+    script = Paged(patients, 15, sorts=sorts, expires=lambda pages: pages in (4, 15), status=status)
     with ScriptedServer(script) as server:
-        came = ids(source_of(server).fetch(["Patient"], DAY))
-        starts = [a.all("_lastUpdated")[0] for a in server.asked if a.all("_lastUpdated")]
-    assert len(came) == 200
-    assert set(came) == {p["id"] for p in patients}
+        received_ids = ids(source_of(server).fetch(["Patient"], DAY))
+        starts = [a.all("_lastUpdated")[0] for a in server.requests if a.all("_lastUpdated")]
+    assert len(received_ids) == 200
+    assert set(received_ids) == {p["id"] for p in patients}
     assert len(starts) > 1
     assert (starts == sorted(set(starts))) is sorts
 
 
-def test_pages_that_are_never_there_are_an_error() -> None:
+def test_pages_that_always_expire_are_an_error() -> None:
     at = datetime(2024, 1, 1, 5, tzinfo=UTC)
-    script = Paged([patient(n, at=at) for n in range(20)], 5, forgets=lambda pages: True)
+    script = Paged([patient(n, at=at) for n in range(20)], 5, expires=lambda pages: True)
     with ScriptedServer(script) as server:
         with pytest.raises(ServerUnavailable, match="the page size"):
             list(source_of(server).fetch(["Patient"], DAY))
 
 
-def test_a_refused_first_page_is_no_expired_one() -> None:
+def test_a_refused_first_page_does_not_count_as_expired() -> None:
     with pytest.raises(ServerRefused, match="410"):
         fetched([Reply(status=410)])
     with pytest.raises(ServerRefused, match="400"):
@@ -315,7 +306,7 @@ def test_a_refused_first_page_is_no_expired_one() -> None:
 
 
 @pytest.mark.parametrize("moment", [datetime(2023, 12, 31, 12, tzinfo=UTC), datetime(2024, 1, 3, tzinfo=UTC)])
-def test_a_server_that_ignores_last_updated_is_found_out(moment: datetime) -> None:
+def test_a_server_that_ignores_last_updated_is_an_error(moment: datetime) -> None:
     with pytest.raises(NotFhir, match="_lastUpdated"):
         fetched([reply(bundle([patient(1, at=moment)]), Date="Sat, 01 Jun 2024 00:00:00 GMT")])
 
@@ -336,22 +327,22 @@ def test_a_resource_without_last_updated_is_kept() -> None:
     assert (record.last_updated, record.as_of) == (None, NOW)
 
 
-def test_count_is_the_servers_own_total() -> None:
+def test_count_is_the_total_of_the_server() -> None:
     with ScriptedServer([reply(bundle([], total=42)), reply(bundle([]))]) as server:
         source = source_of(server)
         assert source.count("Patient", DAY) == 42
         assert source.count("Patient", DAY) is None
-        assert server.asked[0].all("_summary") == ["count"]
-        assert len(server.asked[0].all("_lastUpdated")) == 2
+        assert server.requests[0].all("_summary") == ["count"]
+        assert len(server.requests[0].all("_lastUpdated")) == 2
 
 
 @pytest.mark.parametrize("status", [400, 422, 501])
-def test_a_server_that_cannot_count_leaves_the_total_open(status: int) -> None:
+def test_count_is_unknown_if_the_server_cannot_count(status: int) -> None:
     with ScriptedServer([reply({}, status)]) as server:
         assert source_of(server).count("Patient", DAY) is None
 
 
-def test_a_server_that_refuses_its_user_does_not_count_as_unable() -> None:
+def test_a_server_that_refuses_the_user_is_an_error_and_not_an_unknown_count() -> None:
     with ScriptedServer([reply({}, 403)]) as server, pytest.raises(ServerRefused):
         source_of(server).count("Patient", DAY)
 
@@ -361,7 +352,7 @@ def statement_of(*types: str) -> dict[str, Any]:
     return {"resourceType": "CapabilityStatement", "rest": [{"mode": "server", "resource": resources}]}
 
 
-def test_offered_types_are_asked_for_again_only_after_a_while() -> None:
+def test_offered_types_are_requested_again_only_after_ten_minutes() -> None:
     moment = NOW
     with ScriptedServer([reply(statement_of("Patient")), reply(statement_of("Goal"))]) as server:
         source = SearchSource(FhirClient(server.url, timeout=10), now=lambda: moment)
@@ -370,46 +361,46 @@ def test_offered_types_are_asked_for_again_only_after_a_while() -> None:
         assert source.offered() == frozenset({"Goal"})
 
 
-def test_a_server_that_does_not_name_its_types_is_not_asked_again_and_again() -> None:
+def test_capabilities_without_types_are_not_requested_repeatedly() -> None:
     with ScriptedServer([reply(statement_of())]) as server:
         source = source_of(server)
         assert source.offered() is None
         assert source.offered() is None
 
 
-def test_ids_are_asked_for_by_the_batch_and_only_such_as_can_be() -> None:
-    def script(asked: Asked) -> Reply:
-        (wanted,) = asked.all("_id")
-        return reply(bundle(patient(int(each[1:])) for each in wanted.split(",") if int(each[1:]) % 2))
+def test_valid_ids_are_requested_in_batches() -> None:
+    def script(request: ReceivedRequest) -> Reply:
+        (wanted,) = request.all("_id")
+        return reply(bundle(patient(int(id_[1:])) for id_ in wanted.split(",") if int(id_[1:]) % 2))
 
     with ScriptedServer(script) as server:
         wanted = [*(f"p{n}" for n in range(120)), "p1", "a,b", "ä", "", "x" * 65]
-        came = ids(source_of(server).fetch_ids("Patient", wanted))
-        assert came == [f"p{n}" for n in range(1, 120, 2)]
-        assert [len(asked.all("_id")[0].split(",")) for asked in server.asked] == [50, 50, 20]
+        received_ids = ids(source_of(server).fetch_ids("Patient", wanted))
+        assert received_ids == [f"p{n}" for n in range(1, 120, 2)]
+        assert [len(request.all("_id")[0].split(",")) for request in server.requests] == [50, 50, 20]
 
 
-def test_a_server_that_ignores_ids_is_found_out() -> None:
+def test_a_server_that_ignores_ids_is_an_error() -> None:
     with ScriptedServer([reply(bundle([patient(1), patient(2)]))]) as server:
         with pytest.raises(NotFhir, match="_id"):
             list(source_of(server).fetch_ids("Patient", ["p1"]))
 
 
-def _extent(script: Callable[[Asked], Reply]) -> Interval | None:
+def _extent(script: Callable[[ReceivedRequest], Reply]) -> Interval | None:
     with ScriptedServer(script) as server:
         return source_of(server).extent(["Patient"])
 
 
-def _sorting(patients: list[dict[str, Any]], *, sorts: bool = True) -> Callable[[Asked], Reply]:
-    def script(asked: Asked) -> Reply:
-        found = patients
-        for value in asked.all("_lastUpdated"):
+def _sorting(patients: list[dict[str, Any]], *, sorts: bool = True) -> Callable[[ReceivedRequest], Reply]:
+    def script(request: ReceivedRequest) -> Reply:
+        matches = patients
+        for value in request.all("_lastUpdated"):
             bound = datetime.fromisoformat(value[2:])
             low = value.startswith("ge")
-            found = [p for p in found if (_time(p) >= bound if low else _time(p) < bound)]
-        if sorts and (order := asked.all("_sort")):
-            found = sorted(found, key=_time, reverse=order[0].startswith("-"))
-        return reply(bundle([] if asked.all("_summary") else found[:1], total=len(found)))
+            matches = [p for p in matches if (_time(p) >= bound if low else _time(p) < bound)]
+        if sorts and (order := request.all("_sort")):
+            matches = sorted(matches, key=_time, reverse=order[0].startswith("-"))
+        return reply(bundle([] if request.all("_summary") else matches[:1], total=len(matches)))
 
     return script
 
@@ -428,18 +419,18 @@ def test_extent_goes_from_the_oldest_to_the_newest() -> None:
 def test_extent_is_open_where_the_server_does_not_sort() -> None:
     assert _extent(_sorting([patient(5), patient(1), patient(9)], sorts=False)) == Interval(None, NOW)
     refuses = Reply(status=400)
-    assert _extent(lambda asked: refuses) == Interval(None, NOW)
+    assert _extent(lambda request: refuses) == Interval(None, NOW)
 
 
-def test_extent_of_an_empty_server_is_none_and_of_the_future_ends_now() -> None:
+def test_the_extent_of_an_empty_server_is_none_and_an_extent_into_the_future_ends_now() -> None:
     assert _extent(_sorting([])) is None
     extent = _extent(_sorting([patient(1), patient(2, at=NOW + timedelta(days=9000))]))
     assert extent == Interval(datetime(2024, 1, 1, 0, 1, tzinfo=UTC), NOW)
 
 
 def test_extent_is_open_where_the_first_pages_are_empty_but_the_total_is_not() -> None:
-    def script(asked: Asked) -> Reply:
-        return reply(bundle([], None if asked.all("_summary") else "Patient?page=2", total=7))
+    def script(request: ReceivedRequest) -> Reply:
+        return reply(bundle([], None if request.all("_summary") else "Patient?page=2", total=7))
 
     with ScriptedServer(script) as server:
         assert source_of(server).extent(["Patient"]) == Interval(None, NOW)

@@ -1,4 +1,4 @@
-"""The sources against the sandbox server: whatever goes wrong on the way, what arrives is what is there."""
+"""The source `search` against the sandbox server: faults change nothing about the resources that are returned."""
 
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -22,7 +22,7 @@ from fhir_assets.windows import Interval
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 ALWAYS = Interval(None, datetime(2025, 1, 1, tzinfo=UTC))
-TYPES = tuple(each.name for each in CATALOG)
+TYPES = tuple(resource_type.name for resource_type in CATALOG)
 SYNTHEA = Path(__file__).resolve().parents[2].parent / "shared/data/synthea"
 
 FAULTS = {
@@ -38,7 +38,7 @@ FAULTS = {
 
 
 def body(n: int) -> bytes:
-    """An Observation, three of which share each instant."""
+    """Return an Observation. Three consecutive ones share an instant."""
     moment = (START + timedelta(minutes=n // 3)).isoformat()
     return f'{{"resourceType":"Observation","id":"o{n}","meta":{{"lastUpdated":"{moment}"}},"x":{n}.50}}'.encode()
 
@@ -49,13 +49,13 @@ def source_of(server: SandboxServer, *, page_size: int = 40, auth: Credentials |
 
 
 def by_key(items: Iterable[Record | RejectedInput]) -> dict[tuple[str, str], bytes]:
-    """The bodies; each resource may come once only."""
-    found: dict[tuple[str, str], bytes] = {}
+    """Return the bodies by type and id. Fails if a resource is repeated."""
+    bodies: dict[tuple[str, str], bytes] = {}
     for item in items:
         assert isinstance(item, Record)
-        assert (item.resource_type, item.id) not in found
-        found[item.resource_type, item.id] = item.body
-    return found
+        assert (item.resource_type, item.id) not in bodies
+        bodies[item.resource_type, item.id] = item.body
+    return bodies
 
 
 @pytest.fixture
@@ -65,33 +65,31 @@ def server() -> Iterator[SandboxServer]:
 
 
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in FAULTS), tuple(FAULTS)], ids="+".join)
-def test_no_fault_on_the_way_loses_doubles_or_changes_a_resource(
-    server: SandboxServer, kinds: tuple[FaultKind, ...]
-) -> None:
+def test_no_fault_loses_repeats_or_changes_a_resource(server: SandboxServer, kinds: tuple[FaultKind, ...]) -> None:
     server.set_faults(*(FAULTS[kind] for kind in kinds))
-    came = by_key(source_of(server).fetch(["Observation"], ALWAYS))
-    assert came == by_key(Record("Observation", f"o{n}", None, None, START, body(n)) for n in range(1000))
+    received = by_key(source_of(server).fetch(["Observation"], ALWAYS))
+    assert received == by_key(Record("Observation", f"o{n}", None, None, START, body(n)) for n in range(1000))
     assert set(server.stats()["struck"]) == set(kinds)
 
 
-def test_neighbouring_intervals_share_nothing_and_miss_nothing(server: SandboxServer) -> None:
+def test_neighbouring_intervals_overlap_nowhere_and_miss_nothing(server: SandboxServer) -> None:
     source = source_of(server)
     bounds = [START + timedelta(minutes=m) for m in (0, 7, 100, 101, 500)]
     intervals = [Interval(low, high) for low, high in pairwise(bounds)]
-    came = [item for interval in intervals for item in source.fetch(["Observation"], interval)]
-    assert by_key(came).keys() == {("Observation", f"o{n}") for n in range(1000)}
+    received = [item for interval in intervals for item in source.fetch(["Observation"], interval)]
+    assert by_key(received).keys() == {("Observation", f"o{n}") for n in range(1000)}
     assert [source.count("Observation", interval) for interval in intervals] == [21, 279, 3, 697]
 
 
-def test_a_lost_page_shows_in_the_count(server: SandboxServer) -> None:
+def test_a_lost_page_is_visible_in_the_count(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, every=3, times=1))
     source = source_of(server)
-    came = by_key(source.fetch(["Observation"], ALWAYS))
+    received = by_key(source.fetch(["Observation"], ALWAYS))
     assert source.count("Observation", ALWAYS) == 1000
-    assert len(came) == 960
+    assert len(received) == 960
 
 
-def test_the_extent_of_a_server_holds_all_it_has(server: SandboxServer) -> None:
+def test_the_extent_of_a_server_contains_all_of_its_resources(server: SandboxServer) -> None:
     extent = source_of(server).extent(["Patient", "Observation"])
     assert extent is not None
     assert extent.start == START
@@ -101,8 +99,8 @@ def test_the_extent_of_a_server_holds_all_it_has(server: SandboxServer) -> None:
 
 def test_resources_are_fetched_by_id(server: SandboxServer) -> None:
     wanted = [f"o{n}" for n in range(0, 2000, 10)]
-    came = by_key(source_of(server, page_size=7).fetch_ids("Observation", wanted))
-    assert came.keys() == {("Observation", f"o{n}") for n in range(0, 1000, 10)}
+    received = by_key(source_of(server, page_size=7).fetch_ids("Observation", wanted))
+    assert received.keys() == {("Observation", f"o{n}") for n in range(0, 1000, 10)}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ def test_resources_are_fetched_by_id(server: SandboxServer) -> None:
         (Expected(token="secret"), build_credentials(token="secret"), build_credentials(token="other")),
     ],
 )
-def test_credentials_open_the_server(expected: Expected, right: Credentials, wrong: Credentials) -> None:
+def test_only_the_right_credentials_are_accepted(expected: Expected, right: Credentials, wrong: Credentials) -> None:
     with SandboxServer([body(1)], credentials=expected) as server:
         assert len(list(source_of(server, auth=right).fetch(["Observation"], ALWAYS))) == 1
         for auth in (wrong, None):
@@ -126,7 +124,7 @@ def test_credentials_open_the_server(expected: Expected, right: Credentials, wro
 
 
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not here")
-def test_search_and_files_give_the_same_resources() -> None:
+def test_search_and_files_return_the_same_resources() -> None:
     with SandboxServer(SYNTHEA, faults=tuple(FAULTS.values())) as server:
         searched = by_key(source_of(server, page_size=100).fetch(TYPES, ALWAYS))
     assert searched == by_key(NdjsonSource(str(SYNTHEA)).fetch(TYPES, ALWAYS))

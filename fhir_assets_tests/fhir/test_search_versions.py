@@ -1,4 +1,4 @@
-"""The set of seen versions behaves as a set."""
+"""The set of seen versions behaves like a set."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ def test_a_key_is_new_once(keys: list[tuple[str, str | None]]) -> None:
     assert len(seen) == len(known)
 
 
-def test_it_grows_without_forgetting() -> None:
+def test_the_set_grows_without_losing_keys() -> None:
     seen = SeenVersions()
     keys = [(f"id-{n}", "1") for n in range(50_000)]
     assert all(seen.add(key) for key in keys)

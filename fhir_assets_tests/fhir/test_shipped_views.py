@@ -1,4 +1,4 @@
-"""The views in ``sql/views``: complete, well named, true to R4, and marked where they tell who somebody is."""
+"""The views in ``sql/views``: complete, consistent with R4, and tagged where a column identifies a person."""
 
 import gzip
 import json
@@ -40,20 +40,20 @@ RESERVED = frozenset(
         """,
     )
 )
-"""The words that Postgres 18 takes as a column's name only in quotes."""
+"""The words that Postgres 18 accepts as a column name only in quotes."""
 
 TAGS = {"index": {"btree"}, "phi": {"encrypt", "hash", "year", "drop", "none"}, "phi-index": {"hmac"}}
 
 ALIKE = {"dateTime": {"date", "instant"}, "string": {"markdown", "code", "id"}}
-"""What a column of a type holds as well, where an element may have either."""
+"""Types whose values a column of another type also accepts, for elements with a choice of both."""
 
 PERSONAL = re.compile(
     r"HumanName\.(text|family|given|prefix|suffix)|Address\.(text|line|city|district|postalCode)|ContactPoint\.value"
     r"|Identifier\.value|Reference\.display|Annotation\.text|Attachment\.(data|url|title)|Dosage\.(text|patientInstruction)"
 )
-"""What says who somebody is, or is written freely; tagged wherever a view shows it."""
+"""Elements that identify a person or contain free text. A column with one of them must be tagged."""
 
-OF_NO_PERSON = {"Organization", "Location"}
+WITHOUT_PERSONAL_DATA = {"Organization", "Location"}
 
 
 @cache
@@ -71,34 +71,34 @@ def type_views(resource_type: str) -> CompiledViews:
 
 
 def rows(resource: Resource) -> dict[str, list[Row]]:
-    """The rows of each view of the resource's type, by column."""
-    its = type_views(resource["resourceType"])
+    """Return the rows of each view of the resource's type, by column."""
+    views_of_type = type_views(resource["resourceType"])
     return {
         view.name: [dict(zip((column.name for column in view.columns), row, strict=True)) for row in rows_of_view]
-        for view, rows_of_view in zip(its.views, its.rows(resource), strict=True)
+        for view, rows_of_view in zip(views_of_type.views, views_of_type.rows(resource), strict=True)
     }
 
 
 def paths(definition: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The name and path of each column, however deep."""
+    """Yield the name and path of each column at any depth."""
     for column in definition.get("column", ()):
         yield column["name"], column["path"]
-    for each in definition.get("select", ()):
-        yield from paths(each)
+    for select in definition.get("select", ()):
+        yield from paths(select)
 
 
 def expressions(definition: Mapping[str, Any]) -> Iterator[str]:
-    """Every FHIRPath expression: of the columns, and of what one row is made for."""
+    """Yield every FHIRPath expression of a view: of its columns and of ``forEach``."""
     yield from (path for _, path in paths(definition))
-    for each in definition["select"]:
-        yield from (each[key] for key in ("forEach", "forEachOrNull") if key in each)
+    for select in definition["select"]:
+        yield from (select[key] for key in ("forEach", "forEachOrNull") if key in select)
 
 
 def compiled(definition: Mapping[str, Any], root_type: str) -> Iterator[tuple[dict[str, Any], CompiledPath]]:
-    """Each column but ``%rowIndex``, with its path compiled for the type of what its rows are made for."""
-    each = definition.get("forEach") or definition.get("forEachOrNull") or definition.get("repeat", [None])[0]
-    if each is not None:
-        root_type = "|".join(compile_path(each, root_type=root_type).types or ())
+    """Yield each column except ``%rowIndex``, with its path compiled for the type that its rows iterate over."""
+    iterated = definition.get("forEach") or definition.get("forEachOrNull") or definition.get("repeat", [None])[0]
+    if iterated is not None:
+        root_type = "|".join(compile_path(iterated, root_type=root_type).types or ())
     for column in definition.get("column", ()):
         if column["path"] != "%rowIndex":
             yield column, compile_path(column["path"], root_type=root_type)
@@ -111,19 +111,19 @@ def columns() -> list[tuple[View, Column]]:
 
 
 def saturated_for_views(resource_type: str) -> Iterator[Resource]:
-    """Saturated resources, and one for each set of literals on which a view of the type looks."""
+    """Yield saturated resources, and one for each set of literals that a view of the type compares with."""
     yield from saturated_resources(resource_type)
-    looked_at = {
+    compared = {
         tuple(re.findall(r"(\w+) = '([^']*)'", path))
         for view in of_type(resource_type)
         for path in expressions(view.definition)
     }
-    for literals in sorted(looked_at):
-        made = saturated(resource_type, 0, {"focal": True, **dict(literals)})
-        yield {**made, "resourceType": resource_type, "id": "a"}
+    for literals in sorted(compared):
+        rows_by_view = saturated(resource_type, 0, {"focal": True, **dict(literals)})
+        yield {**rows_by_view, "resourceType": resource_type, "id": "a"}
 
 
-# The catalogue ----------------------------------------------------------------------------------------------------
+# The catalog ------------------------------------------------------------------------------------------------------
 
 
 def test_every_shipped_view_loads() -> None:
@@ -132,15 +132,15 @@ def test_every_shipped_view_loads() -> None:
     assert len(loaded.views) == len(list(VIEWS.glob("*.json")))
 
 
-@pytest.mark.parametrize("resource_type", [each.name for each in CATALOG])
-def test_a_type_has_its_main_view_and_its_child_views_bear_its_name(resource_type: str) -> None:
+@pytest.mark.parametrize("resource_type", [resource_type.name for resource_type in CATALOG])
+def test_a_type_has_a_main_view_and_its_child_views_start_with_its_name(resource_type: str) -> None:
     key = BY_NAME[resource_type].key
     names = [view.name for view in of_type(resource_type)]
     assert key in names
     assert [name for name in names if name != key and not name.startswith(f"{key}_")] == []
 
 
-def test_a_view_is_named_as_its_file_and_titled() -> None:
+def test_a_view_has_the_name_of_its_file_and_a_title() -> None:
     for view in views().values():
         assert view.path is not None
         assert view.path.stem == view.name
@@ -150,7 +150,7 @@ def test_a_view_is_named_as_its_file_and_titled() -> None:
         assert view.description
 
 
-def test_a_main_view_begins_with_its_id_and_a_child_view_with_the_key_of_its_parent() -> None:
+def test_the_first_column_is_the_id_in_a_main_view_and_the_key_of_the_parent_in_a_child_view() -> None:
     for view in views().values():
         parent = BY_NAME[view.resource_type].key
         name, path = next(paths(view.definition))
@@ -161,14 +161,14 @@ def test_a_main_view_begins_with_its_id_and_a_child_view_with_the_key_of_its_par
 # The columns ------------------------------------------------------------------------------------------------------
 
 
-def test_a_columns_name_needs_no_quotes_and_does_not_clash_with_the_loaders() -> None:
+def test_a_column_name_needs_no_quotes_and_does_not_collide_with_columns_of_the_loader() -> None:
     for view, column in columns():
         assert re.fullmatch(r"[a-z][a-z0-9_]{0,52}", column.name), f"{view.name}.{column.name}"
         assert column.name not in RESERVED, f"{view.name}.{column.name}"
         assert not column.name.endswith("_precision"), f"{view.name}.{column.name}"
 
 
-def test_a_column_is_typed_described_and_named_once() -> None:
+def test_a_column_has_a_type_a_description_and_a_unique_name() -> None:
     for view, column in columns():
         assert r4().is_primitive(column.type), f"{view.name}.{column.name}"
         assert column.description, f"{view.name}.{column.name}"
@@ -177,7 +177,7 @@ def test_a_column_is_typed_described_and_named_once() -> None:
         assert [name for name, n in Counter(column.name for column in view.columns).items() if n > 1] == []
 
 
-def test_a_path_is_compiled_gives_one_value_and_the_type_that_the_column_declares() -> None:
+def test_a_path_compiles_to_a_single_value_of_the_type_that_the_column_declares() -> None:
     for view in views().values():
         for column, path in compiled(view.definition, view.resource_type):
             name = f"{view.name}.{column['name']}"
@@ -195,28 +195,28 @@ def test_tags_are_of_the_known_kinds() -> None:
         assert column.tags.get("phi-index") is None or column.tags["phi"] == "encrypt", f"{view.name}.{column.name}"
 
 
-def test_keys_that_join_are_indexed_and_no_table_has_too_many_indexes() -> None:
+def test_join_keys_are_indexed_and_no_table_has_too_many_indexes() -> None:
     for view in views().values():
         indexed = {column.name for column in view.columns if "index" in column.tags}
         keys = {view.columns[0].name}
         if view.name == BY_NAME[view.resource_type].key:
             keys |= {column.name for column in view.columns} & {"patient_key", "encounter_key"}
         assert keys <= indexed, view.name
-        # Patients are looked up by each of their names, also in small letters.
+        # Patients are looked up by each of their names, also in lower case.
         assert len(indexed) <= (7 if view.name == "patient" else 5), view.name
 
 
-# What they give ---------------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resource_type", [each.name for each in CATALOG])
-def test_a_resource_that_says_everything_twice_gives_one_value_a_column_and_fills_them_all(resource_type: str) -> None:
+@pytest.mark.parametrize("resource_type", [resource_type.name for resource_type in CATALOG])
+def test_a_saturated_resource_fills_every_column_with_a_single_value(resource_type: str) -> None:
     filled: dict[str, set[str]] = defaultdict(set)
     for resource in saturated_for_views(resource_type):
-        made = rows(resource)
-        assert len(made[BY_NAME[resource_type].key]) == 1
-        for name, its_rows in made.items():
-            filled[name] |= {column for row in its_rows for column, value in row.items() if value not in (None, "")}
+        rows_by_view = rows(resource)
+        assert len(rows_by_view[BY_NAME[resource_type].key]) == 1
+        for name, view_rows in rows_by_view.items():
+            filled[name] |= {column for row in view_rows for column, value in row.items() if value not in (None, "")}
     empty = {
         f"{view.name}.{name}"
         for view in of_type(resource_type)
@@ -226,38 +226,41 @@ def test_a_resource_that_says_everything_twice_gives_one_value_a_column_and_fill
     assert empty == set()
 
 
-@pytest.mark.parametrize("resource_type", [each.name for each in CATALOG if each.name not in OF_NO_PERSON])
-def test_a_column_that_tells_who_somebody_is_says_so(resource_type: str) -> None:
+@pytest.mark.parametrize(
+    "resource_type",
+    sorted({resource_type.name for resource_type in CATALOG} - WITHOUT_PERSONAL_DATA),
+)
+def test_a_column_that_identifies_a_person_is_tagged(resource_type: str) -> None:
     silent = {
         f"{view.name}.{column.name}"
         for resource in saturated_for_views(resource_type)
-        for name, its_rows in rows(resource).items()
+        for name, view_rows in rows(resource).items()
         for view in [views()[name]]
-        for row in its_rows
+        for row in view_rows
         for column in view.columns
         if PERSONAL.search(str(row[column.name])) and "phi" not in column.tags
     }
     assert silent == set()
 
 
-def test_a_birth_date_is_kept_as_its_year() -> None:
+def test_a_birth_date_is_tagged_to_be_reduced_to_its_year() -> None:
     for view, column in columns():
         if "birth_date" in column.name:
             assert column.tags["phi"] == "year", f"{view.name}.{column.name}"
 
 
-def test_a_resource_that_says_nothing_gives_one_row_of_nulls() -> None:
-    for each in CATALOG:
-        made = rows({"resourceType": each.name, "id": "a"})
-        main = made.pop(each.key)
+def test_an_empty_resource_gives_one_row_of_nulls() -> None:
+    for resource_type in CATALOG:
+        rows_by_view = rows({"resourceType": resource_type.name, "id": "a"})
+        main = rows_by_view.pop(resource_type.key)
         assert [{name for name, value in row.items() if value is not None} for row in main] == [{"id"}]
-        assert {name: its for name, its in made.items() if its} == {}
+        assert {name: view_rows for name, view_rows in rows_by_view.items() if view_rows} == {}
 
 
-def test_a_patient_as_an_analyst_reads_one() -> None:
+def test_a_patient_becomes_the_row_that_an_analyst_expects() -> None:
     us_core = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
     identifier_type = "http://terminology.hl7.org/CodeSystem/v2-0203"
-    made = rows(
+    rows_by_view = rows(
         {
             "resourceType": "Patient",
             "id": "p1",
@@ -296,7 +299,7 @@ def test_a_patient_as_an_analyst_reads_one() -> None:
             "managingOrganization": {"reference": "https://example.org/fhir/Organization/o1/_history/2"},
         }
     )
-    patient = made["patient"][0]
+    patient = rows_by_view["patient"][0]
     assert {name: value for name, value in patient.items() if value is not None} == {
         "id": "p1",
         "version_id": "3",
@@ -324,19 +327,20 @@ def test_a_patient_as_an_analyst_reads_one() -> None:
         "general_practitioner_key": "d1",
         "managing_organization_key": "o1",
     }
-    assert [(row["patient_key"], row["index"], row["family"]) for row in made["patient_name"]] == [
+    assert [(row["patient_key"], row["index"], row["family"]) for row in rows_by_view["patient_name"]] == [
         ("p1", 0, "Before"),
         ("p1", 1, "After"),
     ]
     assert [
-        (row["index"], row["organization_key"], row["practitioner_key"]) for row in made["patient_general_practitioner"]
+        (row["index"], row["organization_key"], row["practitioner_key"])
+        for row in rows_by_view["patient_general_practitioner"]
     ] == [
         (0, "o1", None),
         (1, None, "d1"),
     ]
 
 
-def test_a_moment_and_a_period_both_give_a_start() -> None:
+def test_an_instant_and_a_period_both_have_a_start() -> None:
     def start(**effective: object) -> tuple[object, object]:
         row = rows({"resourceType": "Observation", "id": "o", **effective})["observation"][0]
         return row["effective_start"], row["effective_end"]
@@ -347,7 +351,7 @@ def test_a_moment_and_a_period_both_give_a_start() -> None:
     assert start(effectivePeriod={"end": "2021"}) == (None, "2021")
 
 
-def test_a_code_of_a_standard_is_found_wherever_it_stands_among_the_codings() -> None:
+def test_a_code_of_a_standard_is_found_at_any_position_among_the_codings() -> None:
     codings = [
         {"system": "urn:local", "code": "BP", "display": "Blood pressure"},
         {"system": "http://loinc.org", "code": "85354-9"},
@@ -357,27 +361,28 @@ def test_a_code_of_a_standard_is_found_wherever_it_stands_among_the_codings() ->
     assert (row["loinc_code"], row["snomed_code"]) == ("85354-9", None)
 
 
-def test_the_rules_of_a_consent_come_out_at_every_depth_and_their_actors_with_them() -> None:
+def test_consent_provisions_of_every_depth_become_rows_with_their_actors() -> None:
     def actor(code: str) -> Resource:
         return {"role": {"coding": [{"code": code}]}, "reference": {"reference": f"Organization/{code}"}}
 
     exception = {"type": "permit", "actor": [actor("b")]}
     rule = {"type": "deny", "actor": [actor("a")], "provision": [{"type": "permit", "provision": [exception]}]}
-    made = rows({"resourceType": "Consent", "id": "c", "provision": rule})
-    assert [(row["index"], row["type"]) for row in made["consent_provision"]] == [
+    rows_by_view = rows({"resourceType": "Consent", "id": "c", "provision": rule})
+    assert [(row["index"], row["type"]) for row in rows_by_view["consent_provision"]] == [
         (0, "deny"),
         (1, "permit"),
         (2, "permit"),
     ]
     assert [
-        (row["provision_index"], row["index"], row["organization_key"]) for row in made["consent_provision_actor"]
+        (row["provision_index"], row["index"], row["organization_key"])
+        for row in rows_by_view["consent_provision_actor"]
     ] == [
         (0, 0, "a"),
         (2, 0, "b"),
     ]
 
 
-# On real input ----------------------------------------------------------------------------------------------------
+# On real data -----------------------------------------------------------------------------------------------------
 
 
 def resources(source: str) -> Iterator[Resource]:
@@ -396,48 +401,48 @@ def resources(source: str) -> Iterator[Resource]:
 
 @cache
 def real_rows(source: str) -> tuple[Counter[str], dict[str, list[Row]]]:
-    """How many resources of each type there are, and the rows of all views."""
+    """Return the number of resources of each type, and the rows of all views."""
     counts: Counter[str] = Counter()
-    made: dict[str, list[Row]] = {name: [] for name in views()}
+    rows_by_view: dict[str, list[Row]] = {name: [] for name in views()}
     for resource in resources(source):
         counts[BY_NAME[resource["resourceType"]].key] += 1
-        for name, its_rows in rows(resource).items():
-            made[name] += its_rows
-    return counts, made
+        for name, view_rows in rows(resource).items():
+            rows_by_view[name] += view_rows
+    return counts, rows_by_view
 
 
 @pytest.mark.parametrize("source", ["generated", "r4-examples", "synthea"])
 def test_every_real_resource_has_one_row_in_its_main_view(source: str) -> None:
-    counts, made = real_rows(source)
-    assert {name: len(made[name]) for name in counts} == counts
+    counts, rows_by_view = real_rows(source)
+    assert {name: len(rows_by_view[name]) for name in counts} == counts
 
 
 @pytest.mark.parametrize("source", ["generated", "r4-examples"])
 def test_every_main_view_has_rows(source: str) -> None:
-    _, made = real_rows(source)
-    assert [each.key for each in CATALOG if not made[each.key]] == []
+    _, rows_by_view = real_rows(source)
+    assert [resource_type.key for resource_type in CATALOG if not rows_by_view[resource_type.key]] == []
 
 
 def test_every_child_view_has_rows_somewhere() -> None:
     filled = {
         name
         for source in ("generated", "r4-examples", "synthea")
-        for name, its_rows in real_rows(source)[1].items()
-        if its_rows
+        for name, view_rows in real_rows(source)[1].items()
+        if view_rows
     }
     assert set(views()) - filled == {"immunization_protocol", "immunization_reaction"}
 
 
 @pytest.mark.parametrize("source", ["generated", "synthea"])
 def test_references_become_keys_that_join(source: str) -> None:
-    _, made = real_rows(source)
-    ids = {each.name: {row["id"] for row in made[each.key]} for each in CATALOG}
+    _, rows_by_view = real_rows(source)
+    ids = {resource_type.name: {row["id"] for row in rows_by_view[resource_type.key]} for resource_type in CATALOG}
     joined = 0
     for view in views().values():
         for name, path in paths(view.definition):
             target = re.search(r"getReferenceKey\((\w+)\)", path)
             if target is not None:
-                keys = {row[name] for row in made[view.name]} - {None}
+                keys = {row[name] for row in rows_by_view[view.name]} - {None}
                 assert keys <= ids[target[1]], f"{view.name}.{name}"
                 joined += len(keys)
     assert joined > 1000

@@ -40,14 +40,14 @@ def test_a_token_endpoint_that_stays_down_is_an_error_that_names_the_settings() 
     with ScriptedServer([Reply(status=500)] * 9) as server:
         with pytest.raises(ServerUnavailable, match=r"token endpoint .* answered 500 \(tried 4 times.*the token URL"):
             authorization(backend_services(server, Waits()))
-        assert len(server.asked) == 4
+        assert len(server.requests) == 4
 
 
 def test_a_client_that_the_token_endpoint_refuses_is_not_tried_again() -> None:
     with ScriptedServer([Reply(status=401)] * 2) as server:
         with pytest.raises(ServerRefused, match="check the client id"):
             authorization(backend_services(server, Waits()))
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
 def test_an_answer_without_a_token_is_an_error() -> None:

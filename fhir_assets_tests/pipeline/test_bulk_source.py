@@ -25,7 +25,7 @@ from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.windows import Interval
 from fhir_assets_tests.support.content import patient
-from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 WHOLE = Interval(None, datetime(2024, 2, 1, tzinfo=UTC))
@@ -183,10 +183,10 @@ MANIFEST: dict[str, Any] = {
 def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None = None) -> ScriptedServer:
     """A server of one export."""
 
-    def answer(asked: Asked) -> Reply:
-        if asked.path.endswith("$export"):
+    def answer(request: ReceivedRequest) -> Reply:
+        if request.path.endswith("$export"):
             return Reply(status=202, headers={"Content-Location": "/fhir/status"})
-        if asked.path == "/fhir/status":
+        if request.path == "/fhir/status":
             return poll or reply(manifest)
         return file or Reply(status=404)
 

@@ -1,4 +1,4 @@
-"""An HTTP server that answers as a test tells it to, faults to the byte included."""
+"""An HTTP server whose responses a test scripts, with faults such as a body that is cut off or a reset connection."""
 
 import json
 import threading
@@ -11,8 +11,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A request as it came."""
+class ReceivedRequest:
+    """A request as the server received it."""
 
     method: str
     path: str
@@ -22,13 +22,17 @@ class Asked:
     connection: tuple[str, int]
 
     def all(self, name: str) -> list[str]:
-        """The values of a query parameter."""
+        """Return the values of a query parameter."""
         return [value for key, value in self.query if key == name]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer. ``cut`` sends only so many bytes of the body, under the length of all; ``reset`` none at all."""
+    """A response.
+
+    ``cut`` sends only this many bytes of the body, under the Content-Length of the whole body. ``reset`` closes the
+    connection without a response.
+    """
 
     body: bytes = b""
     status: int = 200
@@ -38,22 +42,22 @@ class Reply:
 
 
 def reply(value: object, status: int = 200, **headers: str) -> Reply:
-    """A value as JSON; header names with underscores."""
+    """Return a response with a value as JSON. Header names are written with underscores."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     return Reply(body, status, {name.replace("_", "-"): text for name, text in headers.items()})
 
 
 class ScriptedServer:
-    """Answers with ``script``: a function of the request, or replies in their order."""
+    """A server that answers with ``script``: a function of the request, or replies in order."""
 
-    def __init__(self, script: Callable[[Asked], Reply] | Sequence[Reply]) -> None:
-        self.asked: list[Asked] = []
+    def __init__(self, script: Callable[[ReceivedRequest], Reply] | Sequence[Reply]) -> None:
+        self.requests: list[ReceivedRequest] = []
         if callable(script):
             answer = script
         else:
             replies: Iterator[Reply] = iter(script)
 
-            def answer(asked: Asked) -> Reply:
+            def answer(request: ReceivedRequest) -> Reply:
                 return next(replies, Reply(b"the script has ended", 418))
 
         server = self
@@ -65,7 +69,7 @@ class ScriptedServer:
             def answer(self) -> None:
                 url = urlsplit(self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                asked = Asked(
+                request = ReceivedRequest(
                     self.command,
                     url.path,
                     parse_qsl(url.query, keep_blank_values=True),
@@ -73,23 +77,23 @@ class ScriptedServer:
                     body,
                     self.client_address,
                 )
-                server.asked.append(asked)
-                told = answer(asked)
-                if told.reset:
+                server.requests.append(request)
+                response = answer(request)
+                if response.reset:
                     self.close_connection = True
                     return
-                self.send_response_only(told.status)
-                for name, value in {"Content-Type": "application/fhir+json", **told.headers}.items():
+                self.send_response_only(response.status)
+                for name, value in {"Content-Type": "application/fhir+json", **response.headers}.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(told.body)))
+                self.send_header("Content-Length", str(len(response.body)))
                 self.end_headers()
-                self.wfile.write(told.body[: told.cut])
-                self.close_connection = self.close_connection or told.cut is not None
+                self.wfile.write(response.body[: response.cut])
+                self.close_connection = self.close_connection or response.cut is not None
 
             do_GET = do_PUT = do_POST = answer  # noqa: N815
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

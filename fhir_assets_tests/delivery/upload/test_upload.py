@@ -25,7 +25,7 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.delivery.upload.conftest import Upload, assert_same, lines_of, patient, read_back, write
-from fhir_assets_tests.support.scripted_server import Asked, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
 
 SYNTHEA = Path(__file__).resolve().parents[4] / "shared" / "data" / "synthea"
 BATCH = frozenset({RequestKind.BATCH})
@@ -181,10 +181,10 @@ class Batches:
         self._judge = judge
         self._whole = whole
 
-    def __call__(self, asked: Asked) -> Reply:
-        if asked.method == "GET":
+    def __call__(self, request: ReceivedRequest) -> Reply:
+        if request.method == "GET":
             return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
-        ids = [entry["resource"]["id"] for entry in json.loads(asked.body)["entry"]]
+        ids = [entry["resource"]["id"] for entry in json.loads(request.body)["entry"]]
         self.sent.append(ids)
         if (status := self._whole(ids)) != 200:
             return reply({"resourceType": "OperationOutcome", "issue": [{"code": "too-long"}]}, status)

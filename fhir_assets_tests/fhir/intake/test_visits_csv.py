@@ -1,4 +1,4 @@
-"""CSV of visits: read and written, whole and broken."""
+"""Visits in CSV: written and read back, valid and malformed."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ def bad(rows: list[ValidRow | InvalidRow]) -> list[tuple[int, str, tuple[str, ..
 
 
 @given(st.lists(visits, max_size=8), st.integers(1, 50))
-def test_what_is_written_is_read_back_whatever_its_characters(rows: list[dict[str, str]], chunk: int) -> None:
+def test_written_visits_are_read_back_with_any_characters(rows: list[dict[str, str]], chunk: int) -> None:
     assert good(read(visits_csv.write(rows), chunk=chunk)) == rows
 
 
@@ -74,8 +74,10 @@ def values() -> st.SearchStrategy[object]:
 
 
 @given(values() | visits)
-def test_the_fast_check_and_the_json_schema_are_of_one_mind(row: dict[str, object]) -> None:
-    assert visits_csv.find_errors(row) == tuple((each.path, each.message) for each in schemas.find_errors("visit", row))
+def test_the_fast_check_agrees_with_the_json_schema(row: dict[str, object]) -> None:
+    assert visits_csv.find_errors(row) == tuple(
+        (error.path, error.message) for error in schemas.find_errors("visit", row)
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,15 +91,15 @@ def test_the_fast_check_and_the_json_schema_are_of_one_mind(row: dict[str, objec
         + ROW.removesuffix(",fever"),
     ],
 )
-def test_dialects_that_spreadsheets_write_are_one(content: str) -> None:
+def test_the_dialects_of_spreadsheets_are_read_alike(content: str) -> None:
     assert read(content) == [ValidRow(next(n for n, line in enumerate(content.split("\n"), 1) if "Ada" in line), ADA)]
 
 
-def test_a_quote_within_a_value_is_a_character_wherever_the_row_stands() -> None:
+def test_a_quote_within_a_value_is_a_character_in_any_row() -> None:
     rows = [ROW.replace("Lovelace", 'Love"lace'), ROW, ROW.replace("fever", '"high ""fever"""')]
-    found = read("\n".join([HEADER, *rows, *rows]))
-    assert [row["last_name"] for row in good(found)] == ['Love"lace', "Lovelace", "Lovelace"] * 2
-    assert [row["reason"] for row in good(found)] == ["fever", "fever", 'high "fever"'] * 2
+    rows_read = read("\n".join([HEADER, *rows, *rows]))
+    assert [row["last_name"] for row in good(rows_read)] == ['Love"lace', "Lovelace", "Lovelace"] * 2
+    assert [row["reason"] for row in good(rows_read)] == ["fever", "fever", 'high "fever"'] * 2
 
 
 def test_the_reason_is_the_only_column_that_may_be_missing() -> None:
@@ -110,13 +112,13 @@ def test_the_reason_is_the_only_column_that_may_be_missing() -> None:
     assert "1 unknown columns" in row.problems[1][1]
 
 
-def test_a_file_without_a_header_is_refused_and_its_first_line_not_quoted() -> None:
+def test_a_file_without_a_header_is_rejected_and_its_first_line_is_not_in_the_message() -> None:
     (row,) = read(f"{ROW}\n{ROW}\n")
     assert isinstance(row, InvalidRow)
     assert "Lovelace" not in str(row)
 
 
-def test_all_problems_of_a_row_are_told_with_its_line_and_without_its_values() -> None:
+def test_all_problems_of_a_row_are_reported_with_its_line_and_without_its_values() -> None:
     rows = read(f"{HEADER}\n{ROW}\n,Ada,Lovelace,1815-13-10,V2, 5.1.2024,\n{ROW}\n")
     (row,) = [row for row in rows if isinstance(row, InvalidRow)]
     assert row.line == 3
@@ -127,7 +129,7 @@ def test_all_problems_of_a_row_are_told_with_its_line_and_without_its_values() -
     assert len(good(rows)) == 2
 
 
-BROKEN = [
+MALFORMED = [
     'M2,"Eva,Lovelace,1815-12-10,V9,2024-01-05,',
     'M2,"E"va,Lovelace,1815-12-10,V9,2024-01-05,',
     "M2,Eva",
@@ -138,29 +140,31 @@ BROKEN = [
 ]
 
 
-@given(st.lists(st.sampled_from(BROKEN) | st.just(ROW), max_size=12))
-def test_a_broken_row_takes_none_of_its_neighbours_along(rows: list[str]) -> None:
-    found = read("\n".join([HEADER, *rows]))
-    assert len(good(found)) == rows.count(ROW)
-    assert sorted({row.line for row in found}) == list(range(2, len(rows) + 2))
+@given(st.lists(st.sampled_from(MALFORMED) | st.just(ROW), max_size=12))
+def test_a_malformed_row_does_not_affect_its_neighbours(rows: list[str]) -> None:
+    rows_read = read("\n".join([HEADER, *rows]))
+    assert len(good(rows_read)) == rows.count(ROW)
+    assert sorted({row.line for row in rows_read}) == list(range(2, len(rows) + 2))
 
 
-def test_bytes_that_are_no_utf_8_are_one_bad_row() -> None:
-    found = read(f"{HEADER}\n{ROW}\n".encode() + ROW.replace("Ada", "Zoë").encode("latin-1") + f"\n{ROW}\n".encode())
-    assert len(good(found)) == 2
-    assert [line for line, *_ in bad(found)] == [3]
+def test_bytes_that_are_not_utf_8_make_one_invalid_row() -> None:
+    rows_read = read(
+        f"{HEADER}\n{ROW}\n".encode() + ROW.replace("Ada", "Zoë").encode("latin-1") + f"\n{ROW}\n".encode()
+    )
+    assert len(good(rows_read)) == 2
+    assert [line for line, *_ in bad(rows_read)] == [3]
 
 
-def test_a_large_file_is_read_while_it_comes() -> None:
-    given = 0
+def test_a_large_file_is_read_as_a_stream() -> None:
+    chunks_read = 0
 
     def chunks() -> Iterator[bytes]:
-        nonlocal given
+        nonlocal chunks_read
         yield f"{HEADER}\n".encode()
         for _ in range(1000):
-            given += 1
+            chunks_read += 1
             yield f"{ROW}\n".encode()
 
     rows = visits_csv.read(chunks())
     next(rows)
-    assert given < 10
+    assert chunks_read < 10
