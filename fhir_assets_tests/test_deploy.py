@@ -1,4 +1,4 @@
-"""The deployments shipped beside the code name settings, commands and configuration that exist."""
+"""The deployment files of the repository name settings, commands and configuration that exist."""
 
 import re
 import shlex
@@ -9,7 +9,6 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
-from dagster._config import process_config
 from dagster_k8s import K8sRunLauncher, k8s_job_executor
 from typer.main import get_command
 
@@ -18,24 +17,25 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.settings import Executor, Settings, load_settings
+from fhir_assets_tests.support.dagster_internals import process_config
 
 ROOT = Path(__file__).parent.parent
 FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|CELERY)_[A-Z_]+")
-"""Variables of what is deployed beside us; FHIR_DAGSTER_HOME is compose's own."""
+"""Variables of other software in the deployments. FHIR_DAGSTER_HOME is used by docker-compose.yml only."""
 
 
 def compose() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    return found
+    services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return services
 
 
 def values() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "k8s" / "values.yaml").read_text())
-    return found
+    chart_values: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "k8s" / "values.yaml").read_text())
+    return chart_values
 
 
 def snake(value: Any) -> Any:
-    """Names as the chart gives them to dagster.yaml, below which everything is Kubernetes' own."""
+    """Return a name as the chart writes it to dagster.yaml. Names below these are Kubernetes' own."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", value).lower()
 
 
@@ -72,13 +72,13 @@ def test_compose_names_settings_and_commands_that_exist() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     names |= set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"\b(FHIR_[A-Z_]+)=", text))
     assert [name for name in sorted(names) if not known(name)] == []
-    ours = [each for service in services.values() for each in commands(service.get("command", ""))]
-    assert ["worker"] in ours
-    assert [each for each in ours if not exists(each)] == []
+    own_commands = [command for service in services.values() for command in commands(service.get("command", ""))]
+    assert ["worker"] in own_commands
+    assert [command for command in own_commands if not exists(command)] == []
 
 
 def test_compose_starts_redis_and_two_workers_in_profile_celery() -> None:
-    celery = {name: each for name, each in compose()["services"].items() if each.get("profiles") == ["celery"]}
+    celery = {name: service for name, service in compose()["services"].items() if service.get("profiles") == ["celery"]}
     assert sorted(celery) == ["redis", "worker"]
     assert celery["worker"]["deploy"]["replicas"] == 2
 
@@ -102,7 +102,7 @@ def test_the_values_of_the_chart_name_settings_that_load() -> None:
 def test_the_job_that_migrates_is_a_command_that_exists() -> None:
     job = yaml.safe_load((ROOT / "deploy" / "k8s" / "migrate.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert [exists(each) for each in commands(container["command"])] == [True]
+    assert [exists(command) for command in commands(container["command"])] == [True]
 
 
 def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
@@ -110,7 +110,7 @@ def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
     config = {snake(name): value for name, value in given.items()}
     job = config["run_k8s_config"]
     config["run_k8s_config"] = {snake(name): value for name, value in job.items()}
-    # What the chart adds by itself.
+    # Values that the chart adds.
     config |= {
         "service_account_name": "dagster",
         "job_namespace": "default",
@@ -124,7 +124,7 @@ def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
     assert not process_config(schema, {**config, "no_such_thing": 1}).success
 
 
-def test_with_kubernetes_chosen_assets_have_a_job_a_step_and_loads_work_in_one() -> None:
+def test_with_kubernetes_selected_assets_run_in_one_job_for_each_step_and_loads_in_one_process() -> None:
     settings = load_settings(fhir_executor="k8s", fhir_base_url="https://fhir.example.org/fhir")
     definitions = build_definitions(settings)
     assert definitions.executor is k8s_job_executor
@@ -136,7 +136,7 @@ def test_with_kubernetes_chosen_assets_have_a_job_a_step_and_loads_work_in_one()
 
 
 @pytest.mark.parametrize("executor", [Executor.MULTIPROCESS, Executor.CELERY])
-def test_the_instance_of_every_executor_is_one_that_dagster_takes(
+def test_dagster_opens_the_instance_of_every_executor(
     executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:6379/0")

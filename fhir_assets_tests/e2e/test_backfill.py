@@ -1,11 +1,10 @@
-"""Dagster's own daemon at work on a deployment: a backfill of three months, and the schedule."""
+"""Runs that Dagster's daemon starts on a deployment: a backfill of three months, and the schedule."""
 
 from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.sandbox.population import Population, write_population
@@ -13,6 +12,7 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import backfill, until
+from fhir_assets_tests.support.dagster_internals import InstigatorTick, TickStatus
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 TYPES = "Patient,Encounter,Observation"
 
 
-def test_a_backfill_of_90_days_ends_green_and_reconciles(deploy: Deploy, tmp_path: Path, empty_database: str) -> None:
+def test_a_backfill_of_90_days_succeeds_and_reconciles(deploy: Deploy, tmp_path: Path, empty_database: str) -> None:
     write_population(tmp_path / "population", Population(10, 11, 0.02, start=START, end=END))
     days = [f"{START + timedelta(days=day):%Y-%m-%d}" for day in range((END - START).days)]
     with SandboxServer(tmp_path / "population") as server:
@@ -45,14 +45,14 @@ def test_a_backfill_of_90_days_ends_green_and_reconciles(deploy: Deploy, tmp_pat
         "SELECT count(DISTINCT partition_key), min(status), max(status) FROM ops.ingestion_runs"
     )
     assert partitions == [(90, "SUCCESS", "SUCCESS")]
-    evaluations = [each for run in runs for each in deployment.checks(run.run_id)]
+    evaluations = [evaluation for run in runs for evaluation in deployment.checks(run.run_id)]
     assert len(evaluations) >= 3
-    assert all(each.passed for each in evaluations)
+    assert all(evaluation.passed for evaluation in evaluations)
     assert deployment.tables() == clean.tables()
     assert deployment.dead() == clean.dead()
 
 
-def test_the_schedule_loads_what_is_new_and_asks_for_nothing_twice(deploy: Deploy, tmp_path: Path) -> None:
+def test_the_schedule_loads_new_resources_and_requests_nothing_twice(deploy: Deploy, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "Patient.ndjson").write_bytes(patient("a", START) + b"\n")
@@ -78,9 +78,9 @@ def test_the_schedule_loads_what_is_new_and_asks_for_nothing_twice(deploy: Deplo
         until(lambda: len(ticks()) >= 2, seconds=240)
         until(lambda: deployment.loaded() == {"Patient": 1}, seconds=60)
         (folder / "more.Patient.ndjson").write_bytes(patient("b", START.replace(day=2)) + b"\n")
-        asked = len(ticks())
+        before = len(ticks())
         until(lambda: deployment.loaded() == {"Patient": 2}, seconds=180)
-        until(lambda: len(ticks()) >= asked + 2, seconds=180)
+        until(lambda: len(ticks()) >= before + 2, seconds=180)
     assert {tick.status for tick in ticks()} == {TickStatus.SUCCESS, TickStatus.SKIPPED}
     assert [tick.status for tick in ticks()].count(TickStatus.SUCCESS) == 2
     runs = deployment.instance.get_runs()

@@ -1,4 +1,4 @@
-"""Runs on Celery workers: Redis, an S3 server, two `fhir-assets worker` processes, and one of them killed half way."""
+"""Runs on Celery workers, with Redis, an S3 server and two `fhir-assets worker` processes, one of which is killed."""
 
 import signal
 import socket
@@ -14,13 +14,10 @@ import boto3
 import dagster as dg
 import pytest
 import requests
-from dagster._core.definitions.reconstruct import ReconstructableRepository
-from dagster._core.execution.backfill import PartitionBackfill
-from dagster._core.launcher import LaunchRunContext
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
-from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD, LAYERS
+from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.orchestration.run_requests import UNFINISHED
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
@@ -28,13 +25,14 @@ from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
 from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.dagster_internals import LaunchRunContext, ReconstructableRepository, add_backfill
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon, environment
 
 pytestmark = pytest.mark.slow
 
 WINDOWS = 90
 ALLOWED = 1
-"""Two workers would call the server twice at once."""
+"""FHIR_MAX_CONNECTIONS, which is lower than the number of workers."""
 
 
 def free_port() -> int:
@@ -45,7 +43,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
-    """The URL of a Redis of the test's own."""
+    """Start a Redis for the test and yield its URL."""
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -55,26 +53,26 @@ def redis(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def bucket() -> Iterator[tuple[str, dict[str, str]]]:
-    """``s3://…`` at an S3 server in a process of its own, and what boto3 has to find in the environment."""
+    """Start an S3 server in a process of its own. Yield the URL of a bucket and the environment that boto3 needs."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        found = {
+        variables = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        until(lambda: answers(found["AWS_ENDPOINT_URL"]), seconds=60)
+        until(lambda: answers(variables["AWS_ENDPOINT_URL"]), seconds=60)
         client = boto3.client(
             "s3",
-            endpoint_url=found["AWS_ENDPOINT_URL"],
+            endpoint_url=variables["AWS_ENDPOINT_URL"],
             aws_access_key_id="test",
             aws_secret_access_key="test",
             region_name="us-east-1",
         )
         client.create_bucket(Bucket="store")
-        yield "s3://store/fhir", found
+        yield "s3://store/fhir", variables
         process.terminate()
 
 
@@ -86,7 +84,7 @@ def answers(url: str) -> bool:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """8,421 resources of Synthea in 90 days where the shared ones are, else a small hospital's."""
+    """8,421 resources of Synthea in 90 days if the shared data is present, otherwise those of a small hospital."""
     if (SHARED / "synthea").exists():
         return SHARED / "synthea"
     write_population(tmp_path / "population", Population(30, 11, 0.02, start=START, end=END.replace(day=30)))
@@ -95,7 +93,7 @@ def data(tmp_path: Path) -> Path:
 
 @contextmanager
 def worker(deployment: Deployment, log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """`fhir-assets worker` as a process of its own."""
+    """Run `fhir-assets worker` in a process of its own during the block."""
     code = "from fhir_assets.cli import main; main()"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -108,7 +106,7 @@ def worker(deployment: Deployment, log: Path, env: dict[str, str]) -> Iterator[s
             process.wait()
 
 
-def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clean_run(
+def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
     deploy: Deploy, tmp_path: Path, empty_database: str, redis: str, bucket: tuple[str, dict[str, str]], data: Path
 ) -> None:
     with SandboxProcess(data) as server:
@@ -167,27 +165,13 @@ def test_90_windows_on_two_workers_one_of_them_killed_are_the_tables_of_one_clea
 
 
 def ask_for_a_backfill(deployment: Deployment) -> None:
-    """What the UI does for *Materialize all* of the three layers and 90 of their partitions."""
-    graph = build_definitions(deployment.settings).resolve_asset_graph()
-    keys = [key for key in graph.materializable_asset_keys if key.path[0] in LAYERS]
-    backfill = PartitionBackfill.from_asset_partitions(
-        backfill_id="story",
-        asset_graph=graph,
-        partition_names=[f"{START + timedelta(days=n):%Y-%m-%d}" for n in range(WINDOWS)],
-        asset_selection=keys,
-        backfill_timestamp=time.time(),
-        tags={},
-        dynamic_partitions_store=deployment.instance,
-        all_partitions=False,
-        title=None,
-        description=None,
-        run_config=None,
-    )
-    deployment.instance.add_backfill(backfill)
+    """Store a backfill of 90 partitions of the three layers."""
+    days = [f"{START + timedelta(days=n):%Y-%m-%d}" for n in range(WINDOWS)]
+    add_backfill(deployment.instance, build_definitions(deployment.settings), days, backfill_id="story")
 
 
 def launch(deployment: Deployment, day: str) -> str:
-    """What the daemon does with a run whose turn has come. Returns its id."""
+    """Launch a run as the daemon does when the run is first in its queue. Return its id."""
     job = build_definitions(deployment.settings).resolve_job_def(INCREMENTAL_LOAD)
     origin = ReconstructableRepository.for_module("fhir_assets.definitions", "defs")
     run = deployment.instance.create_run_for_job(
@@ -202,7 +186,7 @@ def launch(deployment: Deployment, day: str) -> str:
 
 @pytest.fixture
 def slow_server(deploy: Deploy, redis: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
-    """A deployment with workers, whose server takes its time."""
+    """A deployment with workers and a slow FHIR server."""
     monkeypatch.setenv("CELERY_BROKER_URL", redis)
     people = [patient(f"p{n}", START + timedelta(days=n)) for n in range(3)]
     with SandboxServer(people, faults=(Fault(kind=FaultKind.SLOW, seconds=2),)) as server:
@@ -229,7 +213,7 @@ def status(deployment: Deployment, run_id: str) -> dg.DagsterRunStatus:
     return run.status
 
 
-def test_a_worker_that_is_told_to_end_finishes_its_run_and_leaves_the_next_to_others(
+def test_a_terminated_worker_finishes_its_run_and_leaves_the_next_run_to_others(
     slow_server: Deployment, tmp_path: Path
 ) -> None:
     env = environment(slow_server, FHIR_EXECUTOR="celery")
@@ -245,7 +229,7 @@ def test_a_worker_that_is_told_to_end_finishes_its_run_and_leaves_the_next_to_ot
     assert slow_server.loaded() == {"Patient": 2}
 
 
-def test_a_run_is_cancelled_at_its_worker_which_goes_on_with_the_next(slow_server: Deployment, tmp_path: Path) -> None:
+def test_a_worker_ends_a_cancelled_run_and_takes_the_next(slow_server: Deployment, tmp_path: Path) -> None:
     env = environment(slow_server, FHIR_EXECUTOR="celery")
     first, second = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
     with worker(slow_server, tmp_path / "one.log", env):
@@ -259,7 +243,7 @@ def test_a_run_is_cancelled_at_its_worker_which_goes_on_with_the_next(slow_serve
 
 
 def finished(deployment: Deployment, types: int) -> bool:
-    """Every window of every type is loaded, and no run is left."""
+    """Return whether every window of every type is loaded and no run is unfinished."""
     done = deployment.query(
         "SELECT count(DISTINCT (resource_type, partition_key)) FROM ops.ingestion_runs"
         " WHERE status = 'SUCCESS' AND loaded IS NOT NULL"

@@ -1,14 +1,14 @@
-"""Events of a range run are written together; each partition is in Dagster's storage as if it had run by itself."""
+"""A range run has the same events in Dagster's storage for each partition as a run of that partition."""
 
 from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
 from fhir_assets.orchestration.instance.storage import BatchedEventLog
 from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.dagster_internals import AssetCheckExecutionRecordStatus
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04"]
 
@@ -38,9 +38,9 @@ def test_every_partition_of_a_range_is_planned_materialized_and_checked(deploy: 
         (record,) = log.get_asset_records([key])
         assert record.asset_entry.last_run_id == outcome.run_id
     reconciles = dg.AssetCheckKey(dg.AssetKey(["normalized", "patient"]), "reconciles")
-    found = {
+    statuses = {
         record.partition: record.status
         for record in log.get_asset_check_execution_history(reconciles, limit=100)
         if record.partition
     }
-    assert found == dict.fromkeys(DAYS, AssetCheckExecutionRecordStatus.SUCCEEDED)
+    assert statuses == dict.fromkeys(DAYS, AssetCheckExecutionRecordStatus.SUCCEEDED)

@@ -1,11 +1,10 @@
-"""What the schedule asks for, and what it does about runs whose process is gone."""
+"""The windows that the schedule requests, and how it treats runs whose process has ended."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import pytest
-from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration import dead_runs
@@ -16,6 +15,7 @@ from fhir_assets.warehouse.ops import checkpoints, runs
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.dagster_internals import ScheduleExecutionData
 
 NOW = datetime(2024, 3, 5, 12, tzinfo=UTC)
 
@@ -33,23 +33,23 @@ def tick(deployment: Deployment, now: datetime = NOW) -> ScheduleExecutionData:
         return repository.get_schedule_def("incremental_load").evaluate_tick(context)
 
 
-def loaded_until(deployment: Deployment, moment: datetime) -> None:
+def set_checkpoint(deployment: Deployment, moment: datetime) -> None:
     with connect(deployment.url) as conn:
         checkpoints.begin(conn, ["Patient"], moment, source_state=None)
 
 
 @pytest.fixture
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run counts as dead at once."""
+    """A run without its lock counts as dead at once."""
     monkeypatch.setattr(dead_runs, "GRACE", timedelta(0))
 
 
-def started(
+def create_started_run(
     deployment: Deployment,
     run_status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED,
     tags: dict[str, str] | None = None,
 ) -> str:
-    """A run that Dagster believes to be at work."""
+    """Create a run that Dagster lists as started, without a process. Return its id."""
     job = build_definitions(deployment.settings).resolve_job_def("incremental_load")
     run = deployment.instance.create_run_for_job(job, status=run_status, tags=tags)
     with connect(deployment.url) as conn:
@@ -57,70 +57,70 @@ def started(
     return run.run_id
 
 
-def status(deployment: Deployment, run_id: str) -> tuple[dg.DagsterRunStatus, str]:
+def read_statuses(deployment: Deployment, run_id: str) -> tuple[dg.DagsterRunStatus, str]:
     run = deployment.instance.get_run_by_id(run_id)
     assert run
-    ((account,),) = deployment.query("SELECT status FROM ops.ingestion_runs WHERE run_id = %s", run_id)
-    return run.status, account
+    ((step_status,),) = deployment.query("SELECT status FROM ops.ingestion_runs WHERE run_id = %s", run_id)
+    return run.status, step_status
 
 
-def test_the_first_tick_asks_for_everything_from_the_oldest_resource_in_one_run(deployment: Deployment) -> None:
+def test_the_first_tick_requests_all_windows_from_the_oldest_resource_in_one_run(deployment: Deployment) -> None:
     (request,) = tick(deployment).run_requests or []
     assert (request.tags[RANGE_START], request.tags[RANGE_END]) == ("2024-03-03", "2024-03-05")
 
 
-def test_after_downtime_a_tick_asks_from_the_checkpoint_to_now(deployment: Deployment) -> None:
-    loaded_until(deployment, NOW - timedelta(days=30))
+def test_after_a_downtime_a_tick_requests_the_windows_from_the_checkpoint_to_now(deployment: Deployment) -> None:
+    set_checkpoint(deployment, NOW - timedelta(days=30))
     (request,) = tick(deployment).run_requests or []
     assert (request.tags[RANGE_START], request.tags[RANGE_END]) == ("2024-02-04", "2024-03-05")
 
 
-def test_the_open_window_is_asked_for_by_its_key_and_with_a_new_run_key_at_each_tick(deployment: Deployment) -> None:
-    loaded_until(deployment, NOW - timedelta(minutes=15))
+def test_each_tick_requests_the_open_window_by_its_key_with_a_new_run_key(deployment: Deployment) -> None:
+    set_checkpoint(deployment, NOW - timedelta(minutes=15))
     ticks = [tick(deployment, NOW + timedelta(minutes=late)) for late in (0, 15)]
-    requests = [request for each in ticks for request in each.run_requests or []]
+    requests = [request for result in ticks for request in result.run_requests or []]
     assert [request.partition_key for request in requests] == ["2024-03-05"] * 2
     assert len({request.run_key for request in requests}) == 2
 
 
 @pytest.mark.usefixtures("no_grace")
-def test_nothing_is_asked_for_while_a_living_run_is_at_work(deployment: Deployment) -> None:
-    run_id = started(deployment)
+def test_nothing_is_requested_while_a_run_lives(deployment: Deployment) -> None:
+    run_id = create_started_run(deployment)
     with connect(deployment.url, autocommit=True) as process:
         runs.hold(process, run_id)
-        found = tick(deployment)
-    assert not found.run_requests
-    assert "not finished" in (found.skip_message or "")
-    assert status(deployment, run_id) == (dg.DagsterRunStatus.STARTED, "RUNNING")
+        result = tick(deployment)
+    assert not result.run_requests
+    assert "not finished" in (result.skip_message or "")
+    assert read_statuses(deployment, run_id) == (dg.DagsterRunStatus.STARTED, "RUNNING")
 
 
 @pytest.mark.usefixtures("no_grace")
-def test_a_run_whose_process_is_gone_is_given_up_and_does_not_stop_the_schedule(deployment: Deployment) -> None:
-    run_id = started(deployment)
+def test_a_dead_run_is_marked_as_failed_and_does_not_stop_the_schedule(deployment: Deployment) -> None:
+    run_id = create_started_run(deployment)
     assert tick(deployment).run_requests
-    assert status(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")
+    assert read_statuses(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")
 
 
 @pytest.mark.parametrize("run_status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
-def test_a_killed_ingest_is_given_up_at_once_and_its_place_at_the_fhir_server_is_free_again(
+def test_a_killed_ingest_is_marked_as_failed_at_once_and_frees_its_slot_in_the_pool(
     deployment: Deployment, run_status: dg.DagsterRunStatus
 ) -> None:
-    run_id = started(deployment, run_status, {TRIGGER_TAG: "cli"})
+    run_id = create_started_run(deployment, run_status, {TRIGGER_TAG: "cli"})
     storage = deployment.instance.event_log_storage
     storage.set_concurrency_slots(FHIR_SERVER_POOL, 1)
     assert storage.claim_concurrency_slot(FHIR_SERVER_POOL, run_id, "raw__patient").is_claimed
     (outcome,) = deployment.ingest(first=NOW, last=NOW)
     assert outcome.success
-    assert status(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")
+    assert read_statuses(deployment, run_id) == (dg.DagsterRunStatus.FAILURE, "FAILED")
 
 
-def test_a_run_that_has_just_started_is_not_given_up(deployment: Deployment) -> None:
-    run_id = started(deployment)
+def test_a_run_that_has_just_started_is_not_marked_as_failed(deployment: Deployment) -> None:
+    run_id = create_started_run(deployment)
     assert not tick(deployment).run_requests
-    assert status(deployment, run_id)[0] is dg.DagsterRunStatus.STARTED
+    assert read_statuses(deployment, run_id)[0] is dg.DagsterRunStatus.STARTED
 
 
-def test_a_run_holds_its_lock_as_long_as_it_works_and_not_longer(deployment: Deployment) -> None:
+def test_a_run_holds_its_lock_until_it_ends(deployment: Deployment) -> None:
     seen = []
 
     def listen(event: dg.EventLogEntry) -> None:

@@ -1,4 +1,4 @@
-"""Dagster's own daemon at work on a deployment."""
+"""Dagster's daemon for a deployment."""
 
 import os
 from contextlib import AbstractContextManager
@@ -11,14 +11,14 @@ from fhir_assets_tests.support.daemon import dagster_daemon
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 3, 31, tzinfo=UTC)
 NEVER = "0 0 1 1 *"
-"""A cron that does not come in a test's time."""
+"""A cron expression without a tick during a test."""
 
 
 def environment(deployment: Deployment, **changed: str) -> dict[str, str]:
-    """What the daemon, its code server and its runs find."""
+    """Return the environment of the daemon, its code server and its runs."""
     return {**os.environ, **deployment.environment(), **changed}
 
 
 def daemon(deployment: Deployment, log: Path, **changed: str) -> AbstractContextManager[None]:
-    """The daemon, as long as the context lasts."""
+    """Run the daemon during the block."""
     return dagster_daemon(environment(deployment, **changed), deployment.settings.home, log)

@@ -1,0 +1,58 @@
+"""Every name that tests import from Dagster's private modules, with its use.
+
+Other tests import them from here, so that an upgrade of Dagster breaks one module of the tests.
+"""
+
+import time
+from collections.abc import Sequence
+
+import dagster as dg
+
+# Validates a config against a schema, as Dagster validates dagster.yaml.
+from dagster._config import process_config as process_config
+
+# The code location of a run, by which a Celery worker finds its job.
+from dagster._core.definitions.reconstruct import ReconstructableRepository as ReconstructableRepository
+
+# The result of one evaluation of a schedule.
+from dagster._core.definitions.schedule_definition import ScheduleExecutionData as ScheduleExecutionData
+
+# A backfill as the UI stores it for the daemon.
+from dagster._core.execution.backfill import BulkActionStatus as BulkActionStatus
+from dagster._core.execution.backfill import PartitionBackfill
+
+# What the daemon passes to a run launcher.
+from dagster._core.launcher import LaunchRunContext as LaunchRunContext
+
+# The recorded evaluations of a schedule or sensor.
+from dagster._core.scheduler.instigation import InstigatorTick as InstigatorTick
+from dagster._core.scheduler.instigation import TickStatus as TickStatus
+
+# The status of the evaluation of a check.
+from dagster._core.storage.asset_check_execution_record import (
+    AssetCheckExecutionRecordStatus as AssetCheckExecutionRecordStatus,
+)
+
+from fhir_assets.orchestration.jobs import LAYERS
+
+
+def add_backfill(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, partition_keys: Sequence[str], *, backfill_id: str
+) -> None:
+    """Store a backfill of all three layers for the daemon, as *Materialize all* does in the UI."""
+    graph = definitions.get_repository_def().asset_graph
+    instance.add_backfill(
+        PartitionBackfill.from_asset_partitions(
+            backfill_id=backfill_id,
+            asset_graph=graph,
+            partition_names=partition_keys,
+            asset_selection=[key for key in graph.materializable_asset_keys if key.path[0] in LAYERS],
+            backfill_timestamp=time.time(),
+            tags={},
+            dynamic_partitions_store=instance,
+            all_partitions=False,
+            title=None,
+            description=None,
+            run_config=None,
+        )
+    )
