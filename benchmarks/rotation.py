@@ -76,7 +76,7 @@ def _rotate(home: Path) -> None:
             {
                 "peak_mib": peak_mib(),
                 "seconds": seconds,
-                "resources": rotated.sealed["resources"],
+                "resources": rotated.encrypted["resources"],
                 "left_over": rotated.left_over,
             }
         )

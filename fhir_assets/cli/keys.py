@@ -15,7 +15,8 @@ from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.pipeline.reencrypt.step import KeyUsage, ReencryptResult, ReencryptStep, count_key_usage
+from fhir_assets.pipeline.reencrypt.key_usage import KeyUsage, count_key_usage
+from fhir_assets.pipeline.reencrypt.step import ReencryptResult, ReencryptStep
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import key_rotations
@@ -47,7 +48,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
         print_json({"keys": _rows(settings, found), "rotation": facts})
         return
     rows = _rows(settings, found)
-    places = [place for place, counts in found.found.items() if counts]
+    places = [place for place, counts in found.counts.items() if counts]
     print_table("Keys", rows, ("key", "set", "newest", *places))
     for line in _advice(settings, found):
         console.print(line, markup=False, soft_wrap=True)
@@ -74,7 +75,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     if json:
         print_json(
             {
-                "sealed": rotated.sealed,
+                "sealed": rotated.encrypted,
                 "from_clear": rotated.from_clear,
                 "refused": rotated.refused,
                 "busy": +rotated.busy,
@@ -128,7 +129,7 @@ def _advice(settings: Settings, found: KeyUsage) -> Iterator[str]:
 
 
 def _tell(settings: Settings, rotated: ReencryptResult) -> None:
-    done = _counted(rotated.sealed) or "nothing was left to do"
+    done = _counted(rotated.encrypted) or "nothing was left to do"
     console.print(f"Sealed with key {build_cipher(settings).key_id}: {done}.", markup=False, soft_wrap=True)
     if any(rotated.from_clear.values()):
         console.print(f"Of these were in the clear before: {_counted(rotated.from_clear)}.", markup=False)

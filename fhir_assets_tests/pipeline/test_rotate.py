@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.errors import ConfigurationError, TransientError, ViewError
-from fhir_assets.pipeline.reencrypt.step import ReencryptStep, count_key_usage
+from fhir_assets.pipeline.reencrypt.key_usage import count_key_usage
+from fhir_assets.pipeline.reencrypt.step import ReencryptStep
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.part_writer import PartWriter
@@ -60,7 +61,7 @@ def test_everything_is_sealed_with_the_newest_key_and_opens_without_the_older_on
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert rotated.left_over == 0
     assert not rotated.refused
-    assert rotated.sealed == {
+    assert rotated.encrypted == {
         "resources": 30, "withheld": 3, "consents": 1, "dead_letters": 1, "corrections": 1, "answers": 1, "parts": 1
     }  # fmt: skip
     assert not +rotated.from_clear
@@ -95,7 +96,7 @@ def test_a_second_rotation_finds_nothing_to_do(place: Place) -> None:
     with opened(place.url, NEW) as conn:
         before = rows(conn, "SELECT xmin::text FROM fhir.resource")
     again = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
-    assert (again.sealed.total(), again.left_over) == (0, 0)
+    assert (again.encrypted.total(), again.left_over) == (0, 0)
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT xmin::text FROM fhir.resource") == before
 
@@ -109,7 +110,7 @@ def test_what_was_stored_in_the_clear_is_sealed_and_said(place: Place) -> None:
         view_tables.apply_changes(conn, VIEWS)
     rotated = rotator(place.url, place.store(NEW), NEW).run()
     assert rotated.left_over == 0
-    assert rotated.from_clear == rotated.sealed
+    assert rotated.from_clear == rotated.encrypted
     with opened(place.url, NEW) as conn:
         found = everything(conn, place.store(NEW))
         assert found["facts"] == facts
@@ -177,9 +178,9 @@ def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place
         lose(conn, 4, "0badc0de")
         before = rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de'")
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
-    assert rotated.sealed["resources"] == 26
+    assert rotated.encrypted["resources"] == 26
     assert rotated.left_over == 4
-    assert rotated.sealed["rows"] == 4 * 3
+    assert rotated.encrypted["rows"] == 4 * 3
     assert rotated.usage.count_by_location("0badc0de")["resources"] == 4
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de'") == before
@@ -197,7 +198,7 @@ def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Pl
         )
         conn.commit()
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
-    assert rotated.sealed["resources"] == 9
+    assert rotated.encrypted["resources"] == 9
     [(why, count)] = rotated.refused.items()
     assert (count, why.startswith("Patient: sealed patient data is damaged")) == (1, True)
     assert "p00003" not in why
@@ -218,7 +219,7 @@ def test_a_damaged_part_stays_as_it_is_and_is_named(place: Place, damage: str) -
         content[-3] ^= 1
     path.write_bytes(content)
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
-    assert (rotated.sealed["parts"], rotated.left_over) == (0, 1)
+    assert (rotated.encrypted["parts"], rotated.left_over) == (0, 1)
     assert all(name in why for why in rotated.refused)
     assert path.read_bytes() == content
     assert not list((place.folder / ".spool").iterdir())
@@ -233,7 +234,7 @@ def test_the_store_is_sealed_in_a_bucket_too(place: Place, s3_url: str) -> None:
         return build_store(load_settings(fhir_store_url=s3_url, phi_encryption_keys=",".join(keys)))
 
     names = [write_part(bucket(OLD), b"Smith", layer, 20_000) for layer in ("raw", "validated")]
-    assert rotator(place.url, bucket(NEW, OLD), NEW, OLD).run().sealed["parts"] == 2
+    assert rotator(place.url, bucket(NEW, OLD), NEW, OLD).run().encrypted["parts"] == 2
     store = bucket(NEW)
     assert sorted(n for layer in ("raw", "validated") for n in store.blobs.names(layer) if "part" in n) == sorted(names)
     for layer in ("raw", "validated"):
@@ -247,7 +248,7 @@ def test_with_the_store_in_the_clear_by_choice_only_sealed_parts_are_sealed_anew
     clear = write_part(store_at(place.folder, NO_ENCRYPTION), b"Smith", "validated")
     in_the_clear = Cipher(parse_keys([NEW, OLD])).reading_only()
     rotated = rotator(place.url, store_at(place.folder, in_the_clear), NEW, OLD).run()
-    assert (rotated.sealed["parts"], rotated.left_over) == (1, 0)
+    assert (rotated.encrypted["parts"], rotated.left_over) == (1, 0)
     assert not (place.folder / clear).read_bytes().startswith(b"FSP1")
 
 
@@ -270,7 +271,7 @@ def test_rows_of_a_view_that_is_gone_and_rows_without_a_resource_are_sealed_toke
         conn.execute("DELETE FROM fhir.resource WHERE id = 'p00000'")
         before = rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1")
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0]]).run()
-    assert (rotated.sealed["resources"], rotated.sealed["rows"], rotated.left_over) == (4, 1 + 10, 0)
+    assert (rotated.encrypted["resources"], rotated.encrypted["rows"], rotated.left_over) == (4, 1 + 10, 0)
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1") == before
         tokens = rows(conn, "SELECT family FROM fhir.patient_name UNION ALL SELECT mrn FROM fhir.patient")
@@ -283,7 +284,7 @@ def test_a_resource_that_its_views_refuse_by_now_is_sealed_and_keeps_its_rows(pl
         load_people(conn, range(5))
     stricter = view("patient_name", "Patient", encrypted("family", "name.family"))
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD, views=[VIEWS[0], stricter]).run()
-    assert (rotated.left_over, rotated.sealed["resources"], rotated.sealed["rows"]) == (0, 5, 15)
+    assert (rotated.left_over, rotated.encrypted["resources"], rotated.encrypted["rows"]) == (0, 5, 15)
     assert not rotated.refused
     with opened(place.url, NEW) as conn:
         assert count_key_usage(conn, place.store(NEW), VIEWS).keys == [NEW_ID]

@@ -8,7 +8,8 @@ import threading
 import time
 from pathlib import Path
 
-from fhir_assets.pipeline.reencrypt.step import ReencryptStep, count_key_usage
+from fhir_assets.pipeline.reencrypt.key_usage import count_key_usage
+from fhir_assets.pipeline.reencrypt.step import ReencryptResult, ReencryptStep
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, key_rotations
@@ -53,14 +54,16 @@ def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database
         loader = Loader(conn, "Patient", VIEWS, run_id="newer")
         loader.add([rows_of(VIEWS, person(n, family="Newer", **NEWER)) for n in range(5)], "2024-02-01")
         loader.finish()
-        rotating = threading.Thread(target=(rotation := rotator(database, store, NEW, OLD, busy_timeout=600)).run)
+        rotation = rotator(database, store, NEW, OLD, busy_timeout=600)
+        results: list[ReencryptResult] = []
+        rotating = threading.Thread(target=lambda: results.append(rotation.run()))
         rotating.start()
         wait_until(database, "SELECT FROM ops.key_rotations WHERE done >= 15")
         assert rotating.is_alive()
         conn.commit()
         rotating.join()
-    assert rotation.done.left_over == 0
-    assert rotation.done.sealed["resources"] == 15
+    assert [result.left_over for result in results] == [0]
+    assert results[0].encrypted["resources"] == 15
     newer = [(f"p{n:05}", "Newer") for n in range(5) for _ in range(2)]
     assert families(database) == newer + [(f"p{n:05}", f"Family{n}-{k}") for n in range(5, 20) for k in range(2)]
     with opened(database, NEW) as conn:
@@ -73,7 +76,7 @@ def test_rows_that_a_load_holds_for_good_are_left_to_the_next_rotation(database:
         load_people(conn, range(5))
         conn.execute("SELECT FROM fhir.resource WHERE id = 'p00002' FOR UPDATE")
         rotated = rotator(database, store, NEW, OLD, busy_timeout=0.2).run()
-        assert (rotated.sealed["resources"], rotated.busy["Patient"]) == (4, 1)
+        assert (rotated.encrypted["resources"], rotated.busy["Patient"]) == (4, 1)
         assert rotated.usage.is_used(OLD_ID)
     assert rotator(database, store, NEW, OLD).run().left_over == 0
 
@@ -147,7 +150,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     assert halfway.count_by_location(NEW_ID)["rows"] == 3 * halfway.count_by_location(NEW_ID)["resources"]
     rotated = rotator(database, store, NEW, OLD).run()
     assert rotated.left_over == 0
-    assert rotated.sealed["resources"] == 4000 - halfway.count_by_location(NEW_ID)["resources"]
+    assert rotated.encrypted["resources"] == 4000 - halfway.count_by_location(NEW_ID)["resources"]
     with opened(database, NEW) as conn:
         assert count_key_usage(conn, store, VIEWS).keys == [NEW_ID]
         assert everything(conn, store_at(tmp_path, Cipher(parse_keys([NEW])))) == before
