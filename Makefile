@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-b
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir second-server lock clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir second-server rules lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -69,6 +69,12 @@ types: $(VENV)/.installed-dev ## mypy, strict
 STORIES ?= fhir_assets_tests
 slow: $(VENV)/.installed-dev ## The long stories; STORIES picks some of them
 	$(PYTEST) -m slow --dist loadfile $(STORIES)
+
+# The two generated data files of the package: make rules DEFINITIONS=path/to/R4/definitions
+DEFINITIONS ?= ../shared/fhir-r4
+rules: $(VENV)/.installed-dev ## Build the validation rules and the type model of R4 from DEFINITIONS
+	$(BIN)/python -m fhir_assets.fhir.validation.build_rules $(DEFINITIONS)
+	$(BIN)/python -m fhir_assets.fhir.build_model $(DEFINITIONS)
 
 # The public SQL-on-FHIR suite: make sql-on-fhir SUITE=path/to/checkout/tests
 SUITE ?= ../shared/sql-on-fhir/tests

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+MODEL_FILE = Path(__file__).with_name("model.json.gz")
+
 _EXTENSIONS = "http://hl7.org/fhir/StructureDefinition/"
 _FHIR_TYPE = f"{_EXTENSIONS}structuredefinition-fhir-type"
 _REGEX = f"{_EXTENSIONS}regex"
@@ -82,11 +84,15 @@ def build(folder: Path) -> dict[str, Any]:
     return {"fhirVersion": "4.0.1", "types": dict(sorted(types.items()))}
 
 
+def encode(model: dict[str, Any]) -> bytes:
+    """Return the content of ``model.json.gz``: compact JSON, compressed without a time stamp."""
+    text = json.dumps(model, separators=(",", ":"), sort_keys=True)
+    return gzip.compress(text.encode(), mtime=0)
+
+
 def main() -> None:
     """Write ``model.json.gz``."""
-    text = json.dumps(build(Path(sys.argv[1])), separators=(",", ":"), sort_keys=True)
-    target = Path(__file__).with_name("model.json.gz")
-    target.write_bytes(gzip.compress(text.encode(), mtime=0))
+    MODEL_FILE.write_bytes(encode(build(Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":

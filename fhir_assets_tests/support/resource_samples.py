@@ -1,4 +1,4 @@
-"""Resources made from the rules: right in structure, with random optional elements."""
+"""Random resources that conform to the structure of the rules, and valid and invalid values of primitive types."""
 
 import json
 from random import Random
@@ -10,7 +10,7 @@ from fhir_assets.fhir.validation.rules import PRIMITIVES, Element, load_rules
 
 RULES = load_rules()
 
-GOOD: dict[str, list[Any]] = {
+VALID_VALUES: dict[str, list[Any]] = {
     "Element.id": ["e1"],
     "base64Binary": ["aGVsbG8="],
     "boolean": [True, False],
@@ -34,7 +34,7 @@ GOOD: dict[str, list[Any]] = {
     "xhtml": ['<div xmlns="http://www.w3.org/1999/xhtml"><p>text</p></div>'],
 }
 
-BAD: dict[str, list[Any]] = {
+INVALID_VALUES: dict[str, list[Any]] = {
     "Element.id": ["a b", ""],
     "base64Binary": ["a", "====", "aGVsbG8", ""],
     "boolean": ["true", 1, ""],
@@ -60,25 +60,27 @@ BAD: dict[str, list[Any]] = {
 
 
 class Sampler:
-    """Makes values of the R4 types; ``share`` is the part of the optional elements that are filled."""
+    """Generates values of R4 types. ``share`` is the probability that an optional element is present."""
 
     def __init__(self, random: Random, share: float) -> None:
         self.random = random
         self.share = share
 
     def resource(self, resource_type: str) -> dict[str, Any]:
+        """Return a resource of the type."""
         return {"resourceType": resource_type, **self.complex(resource_type, 0)}
 
     def complex(self, type_: str, depth: int) -> dict[str, Any]:
+        """Return a value of a complex type or structure."""
         value: dict[str, Any] = {}
         share = self.share / (1 + depth)
         structure = RULES.structure(type_)
         for element in structure.elements.values():
-            wanted = element.required or (self.random.random() < share and depth < 6)
-            if not wanted or element.name in {"contained", "id"} or "Resource" in element.types:
+            present = element.required or (self.random.random() < share and depth < 6)
+            if not present or element.name in {"contained", "id"} or "Resource" in element.types:
                 continue
-            name, of = self.random.choice(list(element.json_names().items()))
-            value[name] = self.items(element, of, depth)
+            name, json_type = self.random.choice(list(element.json_names().items()))
+            value[name] = self.items(element, json_type, depth)
         if "extension" in value and type_ == "Extension":
             value = {"url": value["url"], "valueString": "text"}
         if not value or (type_ == "Extension" and len(value) == 1):
@@ -86,22 +88,24 @@ class Sampler:
         return value
 
     def filler(self, type_: str, depth: int) -> dict[str, Any]:
-        """Something for an object that must not be empty, simple where possible."""
+        """Return one element for an object that must not be empty, a primitive element if there is one."""
         if type_ == "Extension":
             return {"valueString": "text"}
         elements = [
             e for e in RULES.structure(type_).elements.values() if e.name not in {"id", "extension", "contained"}
         ]
         element = next((e for e in elements if set(e.types) & PRIMITIVES), elements[-1])
-        name, of = next(((n, t) for n, t in element.json_names().items()))
-        return {name: self.items(element, of, depth)}
+        name, json_type = next(((n, t) for n, t in element.json_names().items()))
+        return {name: self.items(element, json_type, depth)}
 
     def items(self, element: Element, type_: str, depth: int) -> Any:
+        """Return the JSON value of an element: a list if the element repeats."""
         if not element.is_list:
-            return self.one(element, type_, depth)
-        return [self.one(element, type_, depth) for _ in range(self.random.choice([1, 1, 2]))]
+            return self.item(element, type_, depth)
+        return [self.item(element, type_, depth) for _ in range(self.random.choice([1, 1, 2]))]
 
-    def one(self, element: Element, type_: str, depth: int) -> Any:
+    def item(self, element: Element, type_: str, depth: int) -> Any:
+        """Return a single value of an element."""
         if element.value_set is not None:
             systems = RULES.value_sets[element.value_set]
             if systems is None:
@@ -116,21 +120,35 @@ class Sampler:
                 code = self.random.choice(sorted(systems[system]))
             return code if type_ == "code" else {"coding": [{"system": system, "code": code}]}
         if type_ in PRIMITIVES:
-            return self.random.choice(GOOD[type_])
+            return self.random.choice(VALID_VALUES[type_])
         if type_ == "Reference":
             return {"reference": f"{self.random.choice(sorted(element.targets) or ['Patient'])}/1"}
         return self.complex(type_, depth + 1)
 
 
 def to_bytes(resource: object) -> bytes:
+    """Encode a resource as JSON; lone surrogates are kept."""
     return json.dumps(resource, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def valid_resource(resource_type: str, share: float = 0.5) -> dict[str, Any]:
-    """A resource of the type with no issue, as full as the invariants let it be."""
+    """Return a resource of the type without issues, with as many elements as the invariants permit."""
     validator = Validator()
     for seed in range(400):
         resource = Sampler(Random(seed), share * (1 - seed / 400)).resource(resource_type)
         if not validator.check(to_bytes(resource)).issues:
             return resource
     raise AssertionError(f"no valid {resource_type} found")
+
+
+def list_locations(value: Any) -> list[tuple[Any, Any]]:
+    """Return each object and array inside a JSON value with each of its keys or indexes."""
+    locations: list[tuple[Any, Any]] = []
+    pending = [value]
+    while pending:
+        container = pending.pop()
+        for key in list(container) if isinstance(container, dict) else range(len(container)):
+            locations.append((container, key))
+            if isinstance(container[key], (dict, list)):
+                pending.append(container[key])
+    return locations

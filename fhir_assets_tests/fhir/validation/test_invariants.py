@@ -1,4 +1,4 @@
-"""Invariants of the 30 types, broken by hand, each beside a resource in which it holds."""
+"""Invariants of the 30 resource types: for each, a resource that violates it and a resource that satisfies it."""
 
 from typing import Any
 
@@ -147,11 +147,11 @@ CASES: list[tuple[str, str, Json, Json]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "path", "broken", "whole"), CASES, ids=[case[0] for case in CASES])
-def test_an_invariant_is_found_where_it_is_broken(key: str, path: str, broken: Json, whole: Json) -> None:
-    issues = VALIDATOR.check(to_bytes(broken)).issues
+@pytest.mark.parametrize(("key", "path", "violating", "valid"), CASES, ids=[case[0] for case in CASES])
+def test_a_violated_invariant_is_reported_at_its_path(key: str, path: str, violating: Json, valid: Json) -> None:
+    issues = VALIDATOR.check(to_bytes(violating)).issues
     assert [(issue.rule, issue.path) for issue in issues if issue.severity == "error"] == [(f"invariant:{key}", path)]
-    assert VALIDATOR.check(to_bytes(whole)).valid
+    assert VALIDATOR.check(to_bytes(valid)).valid
 
 
 CONTAINED = {"resourceType": "Practitioner", "id": "p"}
@@ -191,12 +191,12 @@ def test_the_type_of_a_contained_target_is_checked() -> None:
         "Practitioner?identifier=u:x|1",
     ],
 )
-def test_references_of_every_form_are_read(reference: str) -> None:
+def test_references_of_every_form_are_valid(reference: str) -> None:
     resource = {"resourceType": "Patient", "generalPractitioner": [{"reference": reference}]}
     assert VALIDATOR.check(to_bytes(resource)).issues == ()
 
 
-def test_what_is_skipped_without_contained_resources_holds_there() -> None:
+def test_invariants_skipped_without_contained_resources_hold_without_them() -> None:
     rules = [rule for rule in load_rules().structure("Patient").invariants if rule.key in OF_CONTAINED]
     assert {rule.key for rule in rules} == OF_CONTAINED
     for rule in rules:

@@ -1,4 +1,4 @@
-"""The validator's settings, verdicts and outcomes; the rules' file; the report over files."""
+"""Settings and results of the validator, OperationOutcomes, the built rules, and validation of files."""
 
 import gzip
 import json
@@ -47,7 +47,7 @@ def test_a_prefix_demotes_all_invariants() -> None:
     assert Validator(warn_rules=["invariant:org-1"]).check(body).valid
 
 
-def test_no_message_path_or_repr_holds_a_value() -> None:
+def test_no_message_path_or_repr_contains_a_value() -> None:
     text = {"id": SECRET + " ", SECRET + " x": 1, "gender": SECRET, "birthDate": SECRET, "active": SECRET}
     reference = {"reference": SECRET, "type": SECRET}
     narrative = {"status": "generated", "div": f"<div>{SECRET}"}
@@ -60,14 +60,14 @@ def test_no_message_path_or_repr_holds_a_value() -> None:
 
 
 def test_an_operation_outcome_is_itself_valid() -> None:
-    found = Validator().check(patient(gender="x", foo=1, contact=[{}])).issues
-    for issues in (found, (), (Issue("json", "error", "Resource", "broken"),)):
+    all_issues = Validator().check(patient(gender="x", foo=1, contact=[{}])).issues
+    for issues in (all_issues, (), (Issue("json", "error", "Resource", "broken"),)):
         outcome = build_operation_outcome(issues)
         assert Validator().check(to_bytes(outcome)).issues == ()
         assert [i.get("expression") for i in outcome["issue"]] == [[i.path] for i in issues] or not issues
 
 
-def test_threads_and_pickles_judge_alike() -> None:
+def test_threads_and_pickled_validators_give_the_same_results() -> None:
     bodies = [to_bytes(Sampler(Random(n), 0.4).resource("Observation")) for n in range(60)]
     validator = Validator(warn_rules=["invariant"])
     alone = [validator.check(body).issues for body in bodies]
@@ -78,7 +78,7 @@ def test_threads_and_pickles_judge_alike() -> None:
     assert fresh == alone
 
 
-def test_a_bundle_judges_its_entries_in_place() -> None:
+def test_entries_of_a_bundle_are_validated_at_their_paths() -> None:
     bundle = {
         "resourceType": "Bundle",
         "type": "collection",
@@ -138,16 +138,16 @@ def test_all_146_resource_types_have_rules() -> None:
     assert Validator().rules_version.startswith("4.0.1-")
 
 
-def test_files_are_checked_line_by_line_and_bundles_entry_by_entry(tmp_path: Path) -> None:
+def test_files_are_validated_line_by_line_and_bundles_entry_by_entry(tmp_path: Path) -> None:
     lines, pretty, bundle = tmp_path / "p.ndjson.gz", tmp_path / "p.json", tmp_path / "b.json"
     lines.write_bytes(gzip.compress(patient(id="a") + b"\n\n" + patient(gender="x") + b"\n{broken}\n"))
     pretty.write_text(json.dumps({"resourceType": "Patient", "foo": 1}, indent=2))
     entries = [{"resource": {"resourceType": "Patient", "gender": "x"}}, {"resource": {"resourceType": "Patient"}}]
     bundle.write_text(json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries}))
     checked = list(validate_files([lines, pretty, bundle], Validator()))
-    tally = ValidationSummary()
-    for one in checked:
-        tally.add(one.result)
+    summary = ValidationSummary()
+    for resource in checked:
+        summary.add(resource.result)
     assert [(c.line, c.entry, c.result.valid) for c in checked] == [
         (1, None, True),
         (3, None, False),
@@ -156,8 +156,8 @@ def test_files_are_checked_line_by_line_and_bundles_entry_by_entry(tmp_path: Pat
         (1, 0, False),
         (1, 1, True),
     ]
-    assert (tally.resources, tally.invalid) == (6, 4)
-    assert tally.rows()[0] == {"severity": "error", "rule": "required-binding", "path": "Patient.gender", "count": 2}
+    assert (summary.resources, summary.invalid) == (6, 4)
+    assert summary.rows()[0] == {"severity": "error", "rule": "required-binding", "path": "Patient.gender", "count": 2}
     assert build_located_outcome(checked[1])["issue"][0]["location"] == [f"{lines}:3"]
 
 
