@@ -17,11 +17,11 @@ import requests
 
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, free_port
 from fhir_assets_tests.support.api_fuzz import fuzz
 from fhir_assets_tests.support.content import instant, patient
 from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon, environment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)

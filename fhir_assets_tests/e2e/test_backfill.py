@@ -9,10 +9,10 @@ import pytest
 from fhir_assets.definitions import build_definitions
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import backfill, until
 from fhir_assets_tests.support.dagster_internals import InstigatorTick, TickStatus
+from fhir_assets_tests.support.deployment import Deploy
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon
 
 pytestmark = pytest.mark.slow

@@ -23,11 +23,11 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.test_alerts import Watch, receiver
 from fhir_assets_tests.support.api import Serve, api_processes
 from fhir_assets_tests.support.canaries import Canaries, Population
 from fhir_assets_tests.support.content import add
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.echoing_server import Parrot, parrot
 from fhir_assets_tests.support.landing import LandingZone, definitions, receive, tick
 from fhir_assets_tests.support.leak_scan import PLACES, Site

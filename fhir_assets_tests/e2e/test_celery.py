@@ -22,10 +22,10 @@ from fhir_assets.orchestration.run_requests import UNFINISHED
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
-from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import until
 from fhir_assets_tests.support.dagster_internals import LaunchRunContext, ReconstructableRepository, add_backfill
+from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon, environment
 
 pytestmark = pytest.mark.slow

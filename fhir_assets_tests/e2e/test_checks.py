@@ -13,8 +13,8 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import add, instant, patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"

@@ -18,8 +18,8 @@ from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import add, instant
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 

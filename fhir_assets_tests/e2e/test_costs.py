@@ -9,8 +9,8 @@ import pytest
 
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
-from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy
 
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
 TYPES = "Patient,Encounter,Observation,Condition,Procedure,Location"

@@ -17,8 +17,8 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 1, 3, tzinfo=UTC)

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.test_alerts import receiver
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import daemon
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 IDS = [f"p{n}" for n in range(12)]

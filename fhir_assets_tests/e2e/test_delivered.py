@@ -14,8 +14,8 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.delivery.upload.conftest import assert_same, read_back
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import add, materialize, patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY, NEXT = "2024-01-05", "2024-01-06"

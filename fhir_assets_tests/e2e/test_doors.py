@@ -14,7 +14,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import SHARED, Deploy
+from fhir_assets_tests.support.deployment import SHARED, Deploy
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 2, 1, tzinfo=UTC)

@@ -16,11 +16,11 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.test_consent import DAY as DAY_OF_ALL
 from fhir_assets_tests.e2e.test_consent import consent, observation, resource
 from fhir_assets_tests.e2e.test_crash import END, FEW, START
 from fhir_assets_tests.support.content import add
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
 
 DAY = "2024-01-01"

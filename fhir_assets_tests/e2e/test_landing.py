@@ -12,8 +12,8 @@ from fhir_assets.deployment.landing import build_landing_zone
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.warehouse.ops import landing_files, received
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received, receive, tick
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)

@@ -17,10 +17,10 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.pipeline.test_visits import visit
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
 

@@ -11,8 +11,8 @@ import pytest
 from fhir_assets import logs
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 

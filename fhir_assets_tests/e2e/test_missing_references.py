@@ -13,9 +13,9 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.e2e.test_checks import encounter
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 

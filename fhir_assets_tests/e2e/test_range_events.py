@@ -6,9 +6,9 @@ from pathlib import Path
 import dagster as dg
 
 from fhir_assets.orchestration.instance.storage import BatchedEventLog
-from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.dagster_internals import AssetCheckExecutionRecordStatus
+from fhir_assets_tests.support.deployment import Deploy
 
 DAYS = ["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-04"]
 

@@ -11,8 +11,8 @@ from fhir_assets.orchestration.received_windows import build_materializations
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 

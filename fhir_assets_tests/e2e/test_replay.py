@@ -21,8 +21,8 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
 from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import add, materialize, patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = "2024-01-05"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.conftest import SHARED, Deploy, Deployment
 from fhir_assets_tests.e2e.test_doors import ALL_FAULTS
+from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land
 
 SYNTHEA = SHARED / "synthea"

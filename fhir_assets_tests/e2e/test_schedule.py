@@ -13,9 +13,9 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints, runs
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.dagster_internals import ScheduleExecutionData
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 NOW = datetime(2024, 3, 5, 12, tzinfo=UTC)
 

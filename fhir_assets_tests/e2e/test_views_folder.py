@@ -14,8 +14,8 @@ import pytest
 from fhir_assets.definitions import build_definitions
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = dg.AssetKey(["normalized", "patient_birth"])

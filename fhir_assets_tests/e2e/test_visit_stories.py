@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.intake import visits_csv
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment
 from fhir_assets_tests.pipeline.test_visits import visit
 from fhir_assets_tests.support.api import Api, api_process, api_settings
 from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
 

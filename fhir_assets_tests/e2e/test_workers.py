@@ -11,8 +11,8 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.storage import store
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.e2e.test_crash import END, FEW, START
+from fhir_assets_tests.support.deployment import Deploy
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.delivery.connector.conftest import MRN
 from fhir_assets_tests.delivery.upload.conftest import Upload, upload_of, write  # noqa: F401
-from fhir_assets_tests.e2e.conftest import Deploy
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.deployment import Deploy
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SLOW = Fault(

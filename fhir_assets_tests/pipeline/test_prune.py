@@ -17,8 +17,8 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment, deploy
 from fhir_assets_tests.support.content import add, patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment, deploy
 
 __all__ = ["deploy"]
 

@@ -13,7 +13,7 @@ from fhir_assets.orchestration.tags import REFRESH_TAG
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.windows import WindowRange
-from fhir_assets_tests.e2e.conftest import Deployment
+from fhir_assets_tests.support.deployment import Deployment
 
 
 def instant(moment: datetime) -> str:

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fhir_assets_tests.e2e.conftest import Deployment
 from fhir_assets_tests.support.daemon import dagster_daemon
+from fhir_assets_tests.support.deployment import Deployment
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 3, 31, tzinfo=UTC)

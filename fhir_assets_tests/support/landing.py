@@ -11,7 +11,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion
 from fhir_assets.orchestration.jobs import LOAD_LANDING
 from fhir_assets.settings import Settings
-from fhir_assets_tests.e2e.conftest import Deployment
+from fhir_assets_tests.support.deployment import Deployment
 
 
 @dataclass

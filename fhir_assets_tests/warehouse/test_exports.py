@@ -18,8 +18,8 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.conftest import Deploy, Deployment, deploy
 from fhir_assets_tests.support.content import add, patient
+from fhir_assets_tests.support.deployment import Deploy, Deployment, deploy
 
 __all__ = ["deploy"]
 
