@@ -14,7 +14,7 @@ _PATIENT_REFERENCE = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 
 
 def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
-    """Return the ids of the patients in whose compartment the resource is, each once.
+    """Return the ids of the patients whose compartment contains the resource, without duplicates.
 
     Takes any JSON object with a resourceType: an element that does not conform to R4 counts as no reference.
     """

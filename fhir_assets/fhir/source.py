@@ -13,7 +13,7 @@ class Source(Protocol):
 
     name: str
     one_pass: bool
-    """True if all types are read together (files, a bulk export), False if each type is read by itself."""
+    """True if all types are read together (files, a bulk export), False if the types are read separately."""
 
     def offered(self) -> frozenset[str] | None:
         """Return the resource types that the source offers; None if it cannot say."""

@@ -127,7 +127,7 @@ class FhirClient:
         expect: Collection[int] = frozenset({200}),
         policy: RetryPolicy | None = None,
     ) -> T:
-        """GET a path below the base URL, or a URL of its origin, and return what ``read`` makes of the response.
+        """GET a path below the base URL, or a URL of its origin, and return the result of ``read(response)``.
 
         ``read`` raises TransientFailure (see ``invalid_json_failure``) for a body that may be complete at another
         attempt. Statuses in ``expect`` are read; all others raise HttpStatusError, ServerUnavailable or NotFhir.
@@ -147,7 +147,7 @@ class FhirClient:
         expect: Collection[int],
         policy: RetryPolicy | None = None,
     ) -> T:
-        """POST a body that does no harm if it arrives twice, and return what ``read`` makes of the response.
+        """POST a body that does no harm if it arrives twice, and return the result of ``read(response)``.
 
         ``read``, ``expect`` and the errors are those of ``get``.
         """

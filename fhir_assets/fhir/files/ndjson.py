@@ -100,7 +100,7 @@ class NdjsonSource:
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest resource to just after the newest, or to now if that is earlier.
 
-        The files are read once for each state of theirs.
+        The result is kept until ``state`` changes, because the files are read for it.
         """
         key = self.state(), frozenset(resource_types)
         if key not in self._extents:

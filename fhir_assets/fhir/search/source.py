@@ -81,7 +81,7 @@ class SearchSource:
         return Interval(min(starts) if len(starts) == len(extents) else None, max(extent.end for extent in extents))
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """Read every version of a resource that the server gives for the interval, each once.
+        """Read every version of a resource that the server returns for the interval, without duplicates.
 
         Raises NotFhir if the server does not honour ``_lastUpdated`` or its pages have no end; ServerUnavailable or
         ServerRefused as the client does.
