@@ -14,8 +14,8 @@ class Record:
     """A resource as received.
 
     ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``arrived`` decides the
-    window of a resource without ``meta.lastUpdated``. ``patients`` are the ids of the patients whose compartment contains
-    the resource, None if they have not been determined.
+    window of a resource without ``meta.lastUpdated``. ``patients`` are the ids of the patients to whose
+    compartment it belongs, None if they have not been determined.
     """
 
     resource_type: str

@@ -4,7 +4,6 @@ import gzip
 import json
 import socket
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -16,44 +15,10 @@ from fhir_assets.fhir.auth.credentials import Bearer, Credentials, build_credent
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
 from fhir_assets.retries import Retrier, RetryPolicy, read_retry_after
+from fhir_assets_tests.support.fhir_clients import Clock, build_client
 from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
 
 SECRET = "Mustermann"
-STATEMENT = {
-    "resourceType": "CapabilityStatement",
-    "fhirVersion": "4.0.1",
-    "rest": [
-        {
-            "mode": "server",
-            "resource": [
-                {"type": "Patient", "interaction": [{"code": "read"}, {"code": "search-type"}]},
-                {"type": "Binary", "interaction": [{"code": "read"}]},
-                {"type": "Observation"},
-            ],
-        },
-        {"mode": "client", "resource": [{"type": "Goal"}]},
-    ],
-}
-
-
-class Clock:
-    """Time that passes only in sleep."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.waits: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.waits.append(seconds)
-        self.now += seconds
-
-
-def client_of(url: str, clock: Clock | None = None, *, auth: Credentials | None = None, **policy: float) -> FhirClient:
-    clock = clock or Clock()
-    retry = RetryPolicy(**policy)  # type: ignore[arg-type]
-    return FhirClient(
-        url, credentials=auth, timeout=5, retrier=Retrier(retry, clock.sleep, lambda: clock.now, lambda: 1)
-    )
 
 
 def body_of(answer: FhirResponse) -> bytes:
@@ -70,7 +35,7 @@ def complete_json(answer: FhirResponse) -> object:
 def test_waits_grow_from_failure_to_failure_and_stop_growing_at_the_longest() -> None:
     clock = Clock()
     with ScriptedServer([Reply(status=503)] * 4 + [Reply(b"there")]) as server:
-        assert client_of(server.url, clock, first_wait=1, max_wait=4).get("Patient", body_of) == b"there"
+        assert build_client(server.url, clock, first_wait=1, max_wait=4).get("Patient", body_of) == b"there"
     assert clock.waits == [1, 2, 4, 4]
 
 
@@ -82,7 +47,7 @@ def test_jitter_takes_at_most_half_of_a_wait(jitter: float) -> None:
 def test_retry_after_in_seconds_is_waited_for() -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After="7"), Reply(b"there")]) as server:
-        client_of(server.url, clock).get("Patient", body_of)
+        build_client(server.url, clock).get("Patient", body_of)
     assert 7 <= clock.waits[0] < 8
 
 
@@ -90,7 +55,7 @@ def test_retry_after_as_a_date_is_waited_for() -> None:
     clock = Clock()
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=200), usegmt=True)
     with ScriptedServer([reply({}, 503, Retry_After=date), Reply(b"there")]) as server:
-        client_of(server.url, clock).get("Patient", body_of)
+        build_client(server.url, clock).get("Patient", body_of)
     assert 150 < clock.waits[0] <= 220
 
 
@@ -112,7 +77,7 @@ def test_retry_after_is_read_in_every_form_of_an_http_date(date: str) -> None:
 def test_a_retry_after_is_limited(seconds: str) -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After=seconds), Reply(b"there")]) as server:
-        client_of(server.url, clock, max_retry_after=100).get("Patient", body_of)
+        build_client(server.url, clock, max_retry_after=100).get("Patient", body_of)
     assert clock.waits == [pytest.approx(110)]
 
 
@@ -120,14 +85,14 @@ def test_a_retry_after_is_limited(seconds: str) -> None:
 def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After=value), Reply(b"there")]) as server:
-        client_of(server.url, clock, first_wait=3).get("Patient", body_of)
+        build_client(server.url, clock, first_wait=3).get("Patient", body_of)
     assert clock.waits == [3]
 
 
 def test_the_final_error_says_how_often_and_how_long_the_call_was_tried() -> None:
     with ScriptedServer([Reply(status=502)] * 9) as server:
         with pytest.raises(ServerUnavailable, match=r"Patient: the server answered 502 \(tried 3 times over 6 s\)"):
-            client_of(server.url, attempts=3, first_wait=2).get("Patient", body_of)
+            build_client(server.url, attempts=3, first_wait=2).get("Patient", body_of)
         assert len(server.requests) == 3
 
 
@@ -135,7 +100,7 @@ def test_no_wait_exceeds_the_budget() -> None:
     clock = Clock()
     with ScriptedServer([Reply(status=503)] * 99) as server:
         with pytest.raises(ServerUnavailable):
-            client_of(server.url, clock, attempts=99, first_wait=10, max_wait=10, budget=35).get("Patient", body_of)
+            build_client(server.url, clock, attempts=99, first_wait=10, max_wait=10, budget=35).get("Patient", body_of)
     assert clock.now == 30
 
 
@@ -156,7 +121,7 @@ def test_no_wait_exceeds_the_budget() -> None:
 def test_a_transient_fault_is_followed_by_a_second_attempt(fault: Reply) -> None:
     bundle = {"resourceType": "Bundle"}
     with ScriptedServer([fault, reply(bundle)]) as server:
-        assert client_of(server.url).get("Patient", complete_json) == bundle
+        assert build_client(server.url).get("Patient", complete_json) == bundle
         assert len(server.requests) == 2
 
 
@@ -164,7 +129,7 @@ def test_a_transient_fault_is_followed_by_a_second_attempt(fault: Reply) -> None
 def test_a_refused_request_is_not_retried_and_the_error_has_its_status(status: int) -> None:
     with ScriptedServer([reply({"text": SECRET}, status)]) as server:
         with pytest.raises(HttpStatusError) as caught:
-            client_of(server.url).get("Patient", body_of)
+            build_client(server.url).get("Patient", body_of)
         assert caught.value.status == status
         assert len(server.requests) == 1
 
@@ -172,7 +137,7 @@ def test_a_refused_request_is_not_retried_and_the_error_has_its_status(status: i
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
 def test_errors_contain_no_body_no_query_and_no_id(status: int) -> None:
     with ScriptedServer([reply({"text": SECRET}, status)] * 2) as server:
-        client = client_of(server.url, attempts=1)
+        client = build_client(server.url, attempts=1)
         for path, params in (
             ("Patient", [("name", SECRET)]),
             (f"Patient/{SECRET}", []),
@@ -195,7 +160,7 @@ def test_errors_contain_no_body_no_query_and_no_id(status: int) -> None:
 def test_401_names_the_setting_to_look_at(auth: Credentials, setting: str) -> None:
     with ScriptedServer([Reply(status=401)]) as server:
         with pytest.raises(ServerRefused, match=setting) as caught:
-            client_of(server.url, auth=auth).get("Patient", body_of)
+            build_client(server.url, auth=auth).get("Patient", body_of)
         assert SECRET not in str(caught.value)
 
 
@@ -206,7 +171,7 @@ def test_credentials_that_can_be_renewed_are_renewed_once() -> None:
             return True
 
     with ScriptedServer([Reply(status=401), Reply(b"there"), *[Reply(status=401)] * 9]) as server:
-        client = client_of(server.url, auth=Renewable("first"))
+        client = build_client(server.url, auth=Renewable("first"))
         assert client.get("Patient", body_of) == b"there"
         assert [request.headers["Authorization"] for request in server.requests] == ["Bearer first", "Bearer second"]
         with pytest.raises(ServerRefused):
@@ -220,13 +185,13 @@ def test_credentials_come_from_the_settings_only(tmp_path: Path, monkeypatch: py
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     with ScriptedServer([Reply(b"there")]) as server:
-        client_of(server.url).get("Patient", body_of)
+        build_client(server.url).get("Patient", body_of)
         assert "Authorization" not in server.requests[0].headers
 
 
 def test_a_redirect_within_the_origin_is_followed_with_credentials() -> None:
     with ScriptedServer([reply({}, 302, Location="/fhir/r4/Patient?_count=1"), Reply(b"there")]) as server:
-        client = client_of(server.url, auth=Bearer("t"))
+        client = build_client(server.url, auth=Bearer("t"))
         assert client.get("Patient", body_of, params=[("_count", "1")]) == b"there"
         assert server.requests[1].path == "/fhir/r4/Patient"
         assert server.requests[1].query == [("_count", "1")]
@@ -236,7 +201,7 @@ def test_a_redirect_within_the_origin_is_followed_with_credentials() -> None:
 def test_no_request_is_sent_to_another_origin() -> None:
     with ScriptedServer([Reply(b"stolen")] * 3) as other:
         with ScriptedServer([reply({}, 302, Location=f"{other.url}/Patient?session={SECRET}")]) as server:
-            client = client_of(server.url, auth=Bearer("t"))
+            client = build_client(server.url, auth=Bearer("t"))
             with pytest.raises(NotFhir, match="set the base URL") as caught:
                 client.get("Patient", body_of)
             with pytest.raises(NotFhir, match="set the base URL"):
@@ -257,7 +222,7 @@ def test_no_request_is_sent_to_another_origin() -> None:
     ],
 )
 def test_an_origin_consists_of_scheme_host_and_port(link: str) -> None:
-    client = client_of("http://fhir.example/r4")
+    client = build_client("http://fhir.example/r4")
     with pytest.raises(NotFhir):
         client.resolve(link, "http://fhir.example/r4/Patient")
     assert client.resolve("http://FHIR.example:80/r4?_page=2", "http://fhir.example/r4/Patient")
@@ -266,12 +231,12 @@ def test_an_origin_consists_of_scheme_host_and_port(link: str) -> None:
 def test_a_circle_of_redirects_is_an_error() -> None:
     with ScriptedServer(lambda request: reply({}, 302, Location=request.path)) as server:
         with pytest.raises(NotFhir, match="circle"):
-            client_of(server.url).get("Patient", body_of)
+            build_client(server.url).get("Patient", body_of)
 
 
 def test_one_connection_serves_many_requests() -> None:
     with ScriptedServer([Reply(b"there")] * 5) as server:
-        client = client_of(server.url)
+        client = build_client(server.url)
         for _ in range(5):
             client.get("Patient", body_of)
         assert len({request.connection for request in server.requests}) == 1
@@ -280,13 +245,13 @@ def test_one_connection_serves_many_requests() -> None:
 def test_compressed_responses_are_requested_and_decompressed() -> None:
     packed = Reply(gzip.compress(b"there"), headers={"Content-Encoding": "gzip"})
     with ScriptedServer([packed]) as server:
-        assert client_of(server.url).get("Patient", body_of) == b"there"
+        assert build_client(server.url).get("Patient", body_of) == b"there"
         assert "gzip" in server.requests[0].headers["Accept-Encoding"]
 
 
 def test_a_request_with_a_body_is_sent_again_after_a_transient_failure() -> None:
     with ScriptedServer([Reply(status=503), reply({"id": "a"}, 201), reply({}, 412)]) as server:
-        client = client_of(server.url)
+        client = build_client(server.url)
         answer = client.send("PUT", "Patient/a", b'{"resourceType":"Patient"}', headers={"If-Match": 'W/"1"'})
         assert (answer.status, answer.body) == (201, b'{"id": "a"}')
         assert {request.body for request in server.requests} == {b'{"resourceType":"Patient"}'}
@@ -299,7 +264,7 @@ def test_a_refused_connection_is_an_error_that_names_the_setting() -> None:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
     with pytest.raises(ServerUnavailable, match=f"cannot reach {url} : connection refused") as caught:
-        client_of(url).capabilities()
+        build_client(url).capabilities()
     assert "is the base URL right and the server up?" in str(caught.value)
 
 
@@ -309,21 +274,21 @@ def test_a_server_that_never_answered_is_tried_only_a_few_times() -> None:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
     with pytest.raises(ServerUnavailable, match="tried 4 times"):
-        client_of(url, clock, attempts=20).get("Patient", body_of)
+        build_client(url, clock, attempts=20).get("Patient", body_of)
     assert sum(clock.waits) < 10
 
 
 def test_a_server_that_answered_before_is_retried_under_the_full_policy() -> None:
     clock = Clock()
     with ScriptedServer([Reply(b"there"), *[Reply(reset=True)] * 8, Reply(b"again")]) as server:
-        client = client_of(server.url, clock, attempts=9)
+        client = build_client(server.url, clock, attempts=9)
         assert [client.get("Patient", body_of) for _ in range(2)] == [b"there", b"again"]
     assert len(clock.waits) == 8
 
 
 def test_an_unknown_host_is_an_error_that_says_so() -> None:
     with pytest.raises(ServerUnavailable, match="its name cannot be resolved"):
-        client_of("http://fhir.invalid/r4").capabilities()
+        build_client("http://fhir.invalid/r4").capabilities()
 
 
 def test_a_server_that_does_not_answer_is_unavailable() -> None:
@@ -364,47 +329,6 @@ def test_a_response_that_arrives_byte_by_byte_ends_at_a_deadline(header: bytes, 
         thread.join()
 
 
-def test_capabilities_list_the_types_by_interaction() -> None:
-    with ScriptedServer([reply(STATEMENT)]) as server:
-        capabilities = client_of(server.url).capabilities()
-        assert server.requests[0].path == "/fhir/metadata"
-    assert capabilities.fhir_version == "4.0.1"
-    assert capabilities.offers("search-type") == frozenset({"Patient", "Observation"})
-    assert capabilities.offers("read") == frozenset({"Patient", "Binary", "Observation"})
-
-
-def test_capabilities_without_types_offer_none_instead_of_an_empty_set() -> None:
-    with ScriptedServer([reply({"resourceType": "CapabilityStatement"})]) as server:
-        assert client_of(server.url).capabilities().offers("read") is None
-
-
-def _raises(kind: type[Exception], match: str, response: Reply) -> Callable[[], None]:
-    def check() -> None:
-        with ScriptedServer([response] * 9) as server:
-            with pytest.raises(kind, match=match):
-                client_of(server.url).capabilities()
-
-    return check
-
-
-@pytest.mark.parametrize(
-    "check",
-    [
-        _raises(ServerUnavailable, "no /metadata .404.; is the base URL right", Reply(status=404)),
-        _raises(NotFhir, "HTML, not FHIR", Reply(b"<html><body>Welcome</body></html>")),
-        _raises(NotFhir, "XML, not FHIR", Reply(b'<CapabilityStatement xmlns="http://hl7.org/fhir"/>')),
-        _raises(NotFhir, "not FHIR in JSON", Reply(b"hello")),
-        _raises(NotFhir, "no CapabilityStatement", reply({"status": "up"})),
-        _raises(NotFhir, "no CapabilityStatement", reply({"resourceType": "CapabilityStatement", "rest": 7})),
-        _raises(NotFhir, "another resource", reply({"resourceType": "Patient"})),
-        _raises(NotFhir, "another version", reply({**STATEMENT, "fhirVersion": "5.0.0"})),
-        _raises(NotFhir, "another version", reply({**STATEMENT, "fhirVersion": "3.0.2"})),
-    ],
-)
-def test_a_server_that_is_not_fhir_r4_is_an_error_that_says_which(check: Callable[[], None]) -> None:
-    check()
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -426,7 +350,7 @@ def test_a_base_url_must_be_an_http_url(url: str) -> None:
 @pytest.mark.parametrize("host", ["x" * 64 + ".example", "fhir.example:99999", ".example"])
 def test_a_host_that_cannot_be_called_is_a_bad_setting(host: str) -> None:
     with pytest.raises(ConfigurationError, match="the base URL"):
-        client_of(f"http://{host}/r4").get("Patient", body_of)
+        build_client(f"http://{host}/r4").get("Patient", body_of)
 
 
 def test_credentials_in_the_base_url_are_refused_and_not_shown() -> None:

@@ -2,37 +2,24 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from fhir_assets.errors import NotFhir, ServerRefused, ServerUnavailable
-from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import Record, RejectedInput
-from fhir_assets.fhir.search.source import SearchSource
-from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.windows import Interval
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
-from fhir_assets_tests.support.search_bundles import DAY, bundle, patient
+from fhir_assets_tests.support.search_bundles import DAY, NOW, build_search_source, bundle, patient, resource_ids
 
-NOW = datetime(2024, 6, 1, tzinfo=UTC)
 SECRET = "Mustermann"
-
-
-def source_of(server: ScriptedServer, *, page_size: int = 500) -> SearchSource:
-    retrier = Retrier(RetryPolicy(attempts=3), sleep=lambda seconds: None)
-    return SearchSource(FhirClient(server.url, timeout=10, retrier=retrier), page_size=page_size, now=lambda: NOW)
-
-
-def ids(items: Iterable[Record | RejectedInput]) -> list[str]:
-    return [item.id if isinstance(item, Record) else f"rejected {item.resource_id}" for item in items]
 
 
 def fetched(script: list[Reply], interval: Interval = DAY) -> list[Record | RejectedInput]:
     with ScriptedServer(script) as server:
-        return list(source_of(server).fetch(["Patient"], interval))
+        return list(build_search_source(server).fetch(["Patient"], interval))
 
 
 def records(script: list[Reply], interval: Interval = DAY) -> list[Record]:
@@ -84,7 +71,7 @@ class Paged:
 
 def test_an_interval_is_requested_half_open_sorted_and_in_pages() -> None:
     with ScriptedServer([reply(bundle([]))] * 2) as server:
-        source = source_of(server, page_size=250)
+        source = build_search_source(server, page_size=250)
         list(source.fetch(["Patient"], DAY))
         list(source.fetch(["Patient"], Interval(None, DAY.end)))
         assert server.requests[0].path == "/fhir/Patient"
@@ -100,8 +87,8 @@ def test_an_interval_is_requested_half_open_sorted_and_in_pages() -> None:
 def test_neighbouring_intervals_share_their_bound_to_the_millisecond() -> None:
     moment = datetime(2024, 1, 1, 12, 0, 0, 123_999, tzinfo=UTC)
     with ScriptedServer([reply(bundle([]))] * 2) as server:
-        list(source_of(server).fetch(["Patient"], Interval(None, moment)))
-        list(source_of(server).fetch(["Patient"], Interval(moment, DAY.end)))
+        list(build_search_source(server).fetch(["Patient"], Interval(None, moment)))
+        list(build_search_source(server).fetch(["Patient"], Interval(moment, DAY.end)))
         assert server.requests[0].all("_lastUpdated")[-1][2:] == server.requests[1].all("_lastUpdated")[0][2:]
 
 
@@ -132,7 +119,7 @@ def test_pages_are_followed_by_absolute_and_relative_links_and_through_an_empty_
             "link": bundle([], "/fhir/Patient?page=4")["link"],
         }
         pages["4"] = bundle([patient(4)])
-        assert ids(source_of(server).fetch(["Patient"], DAY)) == ["p1", "p2", "p4"]
+        assert resource_ids(build_search_source(server).fetch(["Patient"], DAY)) == ["p1", "p2", "p4"]
         assert [request.path for request in server.requests] == ["/fhir/Patient", "/fhir", "/fhir", "/fhir/Patient"]
 
 
@@ -161,7 +148,7 @@ def test_pages_without_end_are_an_error() -> None:
 
     with ScriptedServer(script) as server:
         with pytest.raises(NotFhir, match="no end"):
-            list(source_of(server).fetch(["Patient"], DAY))
+            list(build_search_source(server).fetch(["Patient"], DAY))
 
 
 def test_a_version_is_returned_once_although_pages_repeat_it() -> None:
@@ -188,8 +175,8 @@ def test_outcomes_and_included_resources_are_not_matches() -> None:
         {"resource": patient(2)},
     ]
     with ScriptedServer([reply(page)]) as server:
-        source = source_of(server)
-        assert ids(source.fetch(["Patient"], DAY)) == ["p1", "p2"]
+        source = build_search_source(server)
+        assert resource_ids(source.fetch(["Patient"], DAY)) == ["p1", "p2"]
         assert source.included == {"Practitioner": 1}
 
 
@@ -254,8 +241,8 @@ def test_a_body_that_is_cut_off_at_every_attempt_is_an_error() -> None:
 
 def test_records_before_an_error_are_returned() -> None:
     with ScriptedServer([reply(bundle([patient(1)], "?page=2")), *[Reply(status=500)] * 3]) as server:
-        items = source_of(server).fetch(["Patient"], DAY)
-        assert ids([next(items)]) == ["p1"]
+        items = build_search_source(server).fetch(["Patient"], DAY)
+        assert resource_ids([next(items)]) == ["p1"]
         with pytest.raises(ServerUnavailable):
             next(items)
 
@@ -270,10 +257,10 @@ def test_the_next_page_is_requested_while_a_page_is_processed() -> None:
         return reply(bundle([patient(1)], "?page=2"))
 
     with ScriptedServer(script) as server:
-        items = source_of(server).fetch(["Patient"], DAY)
+        items = build_search_source(server).fetch(["Patient"], DAY)
         first = next(items)
         assert second.wait(10)
-        assert ids([first, *items]) == ["p1", "p2"]
+        assert resource_ids([first, *items]) == ["p1", "p2"]
 
 
 @pytest.mark.parametrize("status", [410, 404])
@@ -282,7 +269,7 @@ def test_an_expired_page_restarts_the_search_and_no_resource_is_lost_or_repeated
     patients = [patient(n * 7 % 200) for n in range(200)]
     script = Paged(patients, 15, sorts=sorts, expires=lambda pages: pages in (4, 15), status=status)
     with ScriptedServer(script) as server:
-        received_ids = ids(source_of(server).fetch(["Patient"], DAY))
+        received_ids = resource_ids(build_search_source(server).fetch(["Patient"], DAY))
         starts = [a.all("_lastUpdated")[0] for a in server.requests if a.all("_lastUpdated")]
     assert len(received_ids) == 200
     assert set(received_ids) == {p["id"] for p in patients}
@@ -295,7 +282,7 @@ def test_pages_that_always_expire_are_an_error() -> None:
     script = Paged([patient(n, at=at) for n in range(20)], 5, expires=lambda pages: True)
     with ScriptedServer(script) as server:
         with pytest.raises(ServerUnavailable, match="the page size"):
-            list(source_of(server).fetch(["Patient"], DAY))
+            list(build_search_source(server).fetch(["Patient"], DAY))
 
 
 def test_a_refused_first_page_does_not_count_as_expired() -> None:
@@ -319,118 +306,9 @@ def test_a_resource_updated_while_the_search_runs_is_left_to_the_next_one(
     headers: dict[str, str], began: datetime
 ) -> None:
     page = bundle([patient(1), patient(2, at=began + timedelta(seconds=3)), patient(3)])
-    assert ids(records([Reply(json.dumps(page).encode(), headers=headers)])) == ["p1", "p3"]
+    assert resource_ids(records([Reply(json.dumps(page).encode(), headers=headers)])) == ["p1", "p3"]
 
 
 def test_a_resource_without_last_updated_is_kept() -> None:
     (record,) = records([reply(bundle([{"resourceType": "Patient", "id": "a"}]))])
     assert (record.last_updated, record.as_of) == (None, NOW)
-
-
-def test_count_is_the_total_of_the_server() -> None:
-    with ScriptedServer([reply(bundle([], total=42)), reply(bundle([]))]) as server:
-        source = source_of(server)
-        assert source.count("Patient", DAY) == 42
-        assert source.count("Patient", DAY) is None
-        assert server.requests[0].all("_summary") == ["count"]
-        assert len(server.requests[0].all("_lastUpdated")) == 2
-
-
-@pytest.mark.parametrize("status", [400, 422, 501])
-def test_count_is_unknown_if_the_server_cannot_count(status: int) -> None:
-    with ScriptedServer([reply({}, status)]) as server:
-        assert source_of(server).count("Patient", DAY) is None
-
-
-def test_a_server_that_refuses_the_user_is_an_error_and_not_an_unknown_count() -> None:
-    with ScriptedServer([reply({}, 403)]) as server, pytest.raises(ServerRefused):
-        source_of(server).count("Patient", DAY)
-
-
-def statement_of(*types: str) -> dict[str, Any]:
-    resources = [{"type": name, "interaction": [{"code": "search-type"}]} for name in types]
-    return {"resourceType": "CapabilityStatement", "rest": [{"mode": "server", "resource": resources}]}
-
-
-def test_offered_types_are_requested_again_only_after_ten_minutes() -> None:
-    moment = NOW
-    with ScriptedServer([reply(statement_of("Patient")), reply(statement_of("Goal"))]) as server:
-        source = SearchSource(FhirClient(server.url, timeout=10), now=lambda: moment)
-        assert source.offered() == source.offered() == frozenset({"Patient"})
-        moment += timedelta(minutes=11)
-        assert source.offered() == frozenset({"Goal"})
-
-
-def test_capabilities_without_types_are_not_requested_repeatedly() -> None:
-    with ScriptedServer([reply(statement_of())]) as server:
-        source = source_of(server)
-        assert source.offered() is None
-        assert source.offered() is None
-
-
-def test_valid_ids_are_requested_in_batches() -> None:
-    def script(request: ReceivedRequest) -> Reply:
-        (wanted,) = request.all("_id")
-        return reply(bundle(patient(int(id_[1:])) for id_ in wanted.split(",") if int(id_[1:]) % 2))
-
-    with ScriptedServer(script) as server:
-        wanted = [*(f"p{n}" for n in range(120)), "p1", "a,b", "ä", "", "x" * 65]
-        received_ids = ids(source_of(server).fetch_ids("Patient", wanted))
-        assert received_ids == [f"p{n}" for n in range(1, 120, 2)]
-        assert [len(request.all("_id")[0].split(",")) for request in server.requests] == [50, 50, 20]
-
-
-def test_a_server_that_ignores_ids_is_an_error() -> None:
-    with ScriptedServer([reply(bundle([patient(1), patient(2)]))]) as server:
-        with pytest.raises(NotFhir, match="_id"):
-            list(source_of(server).fetch_ids("Patient", ["p1"]))
-
-
-def _extent(script: Callable[[ReceivedRequest], Reply]) -> Interval | None:
-    with ScriptedServer(script) as server:
-        return source_of(server).extent(["Patient"])
-
-
-def _sorting(patients: list[dict[str, Any]], *, sorts: bool = True) -> Callable[[ReceivedRequest], Reply]:
-    def script(request: ReceivedRequest) -> Reply:
-        matches = patients
-        for value in request.all("_lastUpdated"):
-            bound = datetime.fromisoformat(value[2:])
-            low = value.startswith("ge")
-            matches = [p for p in matches if (_time(p) >= bound if low else _time(p) < bound)]
-        if sorts and (order := request.all("_sort")):
-            matches = sorted(matches, key=_time, reverse=order[0].startswith("-"))
-        return reply(bundle([] if request.all("_summary") else matches[:1], total=len(matches)))
-
-    return script
-
-
-def _time(resource: dict[str, Any]) -> datetime:
-    return datetime.fromisoformat(resource["meta"]["lastUpdated"])
-
-
-def test_extent_goes_from_the_oldest_to_the_newest() -> None:
-    extent = _extent(_sorting([patient(5), patient(1), patient(9)]))
-    assert extent is not None
-    assert extent.start == datetime(2024, 1, 1, 0, 1, tzinfo=UTC)
-    assert datetime(2024, 1, 1, 0, 9, tzinfo=UTC) < extent.end <= datetime(2024, 1, 1, 0, 9, 1, tzinfo=UTC)
-
-
-def test_extent_is_open_where_the_server_does_not_sort() -> None:
-    assert _extent(_sorting([patient(5), patient(1), patient(9)], sorts=False)) == Interval(None, NOW)
-    refuses = Reply(status=400)
-    assert _extent(lambda request: refuses) == Interval(None, NOW)
-
-
-def test_the_extent_of_an_empty_server_is_none_and_an_extent_into_the_future_ends_now() -> None:
-    assert _extent(_sorting([])) is None
-    extent = _extent(_sorting([patient(1), patient(2, at=NOW + timedelta(days=9000))]))
-    assert extent == Interval(datetime(2024, 1, 1, 0, 1, tzinfo=UTC), NOW)
-
-
-def test_extent_is_open_where_the_first_pages_are_empty_but_the_total_is_not() -> None:
-    def script(request: ReceivedRequest) -> Reply:
-        return reply(bundle([], None if request.all("_summary") else "Patient?page=2", total=7))
-
-    with ScriptedServer(script) as server:
-        assert source_of(server).extent(["Patient"]) == Interval(None, NOW)
