@@ -74,7 +74,7 @@ def listing(url: str, letters: int) -> float:
         took = _median(lambda: quality.count_unresolved_dead_letters(conn, "Patient", ["2024-01-05"]))
         print(f"{'by rule, of one window':<32}{took:>8.1f} ms")
         judges = [(name, "validate", "rules") for name in ("Patient", "Encounter", "Condition", "Observation")]
-        took = _median(lambda: replays.outdated(conn, judges, limit=1000))
+        took = _median(lambda: replays.find_outdated(conn, judges, limit=1000))
         print(f"{'what an upgrade could heal: none':<32}{took:>8.1f} ms")
     return longest
 
@@ -117,7 +117,7 @@ def replay(home: Path, resources: int) -> tuple[float, float]:
     outcomes = ingestion.replay(Selection(), triggered_by="benchmark")
     seconds = perf_counter() - started
     with connect(embedded.ensure(willing.home)) as conn:
-        healed = replays.outcome(conn, [outcome.run_id for outcome in outcomes]).healed
+        healed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes]).resolved
         (loaded,) = conn.execute("SELECT count(*) FROM fhir.patient").fetchone() or (0,)
     instance.dispose()
     if select_failed(outcomes) or healed != resources or loaded != resources:

@@ -111,14 +111,14 @@ class Ingestion:
         """Return the windows with received resources that are not loaded yet: all, or those of one ``origin``."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
-            return group_windows(self._settings, received.pending(conn, origin=origin))
+            return group_windows(self._settings, received.find_pending(conn, origin=origin))
 
     def load_received(
         self, waiting: ReceivedWindows, *, triggered_by: str, listener: Listener | None = None
     ) -> Outcome:
         """Load the received resources of the windows in one run of ``load_received``."""
         with self._warehouse.connect() as conn:
-            received.ask(conn, waiting.pending, now=datetime.now(UTC))
+            received.record_request(conn, waiting.pending, now=datetime.now(UTC))
         assets = select_assets(self._definitions.resolve_asset_graph(), waiting.resource_types)
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
@@ -140,7 +140,7 @@ class Ingestion:
         """Replay the open dead letters of a selection, in one run for each stretch of consecutive windows."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
-            scope = replays.scope(conn, selection)
+            scope = replays.find_replayable(conn, selection)
         by_key: dict[str, set[str]] = {}
         for window in scope:
             by_key.setdefault(window.partition_key, set()).add(window.resource_type)
@@ -169,12 +169,12 @@ class Ingestion:
             yield
             return
         with self._warehouse.connect() as conn:
-            replays.mark(conn, selection, claimed_by=run_id)
+            replays.request_replay(conn, selection, claimed_by=run_id)
         try:
             yield
         finally:
             with self._warehouse.connect() as conn:
-                replays.release_own(conn, run_id)
+                replays.release_claims(conn, run_id)
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Withhold or release resources in the tables as the consents now require, if no window is due."""

@@ -146,7 +146,7 @@ class AppContext:
         records = [record for submission in submissions for record in submission.records]
         if patients := [record for record in records if record.resource_type == "Patient"]:
             with self.connection() as conn:
-                visits.said_elsewhere(
+                visits.record_elsewhere(
                     conn, [patient.id for patient in patients], max(patient.as_of for patient in patients)
                 )
         self.receiver.receive(

@@ -44,7 +44,7 @@ def answer_once(
         request = idempotency.Request.of(conn, caller.token.name, path, key, body)
         try:
             stored = idempotency.begin(conn, request)
-        except idempotency.AnotherBody:
+        except idempotency.KeyReused:
             raise Problem(
                 422, "this Idempotency-Key was used with another body: give this request a key of its own"
             ) from None
@@ -52,5 +52,5 @@ def answer_once(
             status, content = stored
             return Response(content, status, headers={"Idempotent-Replayed": "true"}, media_type=media_type)
         answer = work(f"api:{request.key.hex()}:{request.body.hex()}")
-        idempotency.end(conn, request, answer.status_code, bytes(answer.body))
+        idempotency.record_response(conn, request, answer.status_code, bytes(answer.body))
         return answer

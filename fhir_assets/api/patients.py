@@ -184,7 +184,7 @@ def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int 
         _action(conn),
         caller.actor,
         "Patient",
-        audit_log.subject(conn, "Patient", patient_id),
+        audit_log.hash_subject(conn, "Patient", patient_id),
         request_id=caller.request_id,
         detail=dict(detail),
     )

@@ -14,7 +14,7 @@ RunId = Annotated[str, Path(description="A run's id, or its first characters", p
 
 def find_run_id(conn: Connection, prefix: str) -> str:
     """Return the id of the run whose id begins with ``prefix``. Raises Problem (404) if no run or several match."""
-    run_ids = runs.beginning_with(conn, prefix)
+    run_ids = runs.find_by_prefix(conn, prefix)
     if len(run_ids) != 1:
         raise run_not_found(run_ids)
     return run_ids[0]

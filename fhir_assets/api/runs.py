@@ -84,7 +84,7 @@ def list_runs(
     """Runs, newest first."""
     name = find_resource_type(context.settings.fhir_resource_types, resource_type) if resource_type else None
     with context.connection() as conn:
-        latest = run_history.latest(conn, limit=limit, status=status, resource_type=name)
+        latest = run_history.list_runs(conn, limit=limit, status=status, resource_type=name)
     return _json({"runs": latest})
 
 
@@ -94,8 +94,8 @@ def one_run(context: Context, run_id: RunId) -> Response:
     queue is found by its complete id only.
     """
     with context.connection() as conn:
-        matches = runs.beginning_with(conn, run_id)
-        types = run_history.by_type(conn, matches[0]) if len(matches) == 1 else []
+        matches = runs.find_by_prefix(conn, run_id)
+        types = run_history.list_types_of_run(conn, matches[0]) if len(matches) == 1 else []
     if len(matches) > 1:
         raise run_not_found(matches)
     full_run_id = matches[0] if matches else run_id
@@ -149,7 +149,7 @@ def replay_run(
     """Mark the dead letters of a run. The sensor `replay_dead_letters` then starts the runs that replay them."""
     with context.connection() as conn:
         full_run_id = find_run_id(conn, run_id)
-        count = replays.mark(conn, Selection(run_id=full_run_id, stage=stage))
+        count = replays.request_replay(conn, Selection(run_id=full_run_id, stage=stage))
         audit_record = AuditRecord(
             "replay", caller.actor, None, None, count, full_run_id, caller.request_id, {"stage": stage}
         )
@@ -197,7 +197,7 @@ def _answer_started(context: AppContext, run_ids: Sequence[str], wait: float | N
         counts = None
         if status in FINISHED:
             with context.connection() as conn:
-                counts = run_history.by_type(conn, run_id)
+                counts = run_history.list_types_of_run(conn, run_id)
         started.append(
             {
                 "run_id": run_id,

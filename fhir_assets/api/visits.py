@@ -18,7 +18,7 @@ from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import load_schema
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import visits
-from fhir_assets.warehouse.ops.visits import FileState, Post
+from fhir_assets.warehouse.ops.visits import VisitFileState, VisitPost
 
 router = APIRouter(tags=["visits"])
 
@@ -155,17 +155,17 @@ def visits_task(
 ) -> Response:
     """Whether the file is in the tables, and the number of its records of each kind."""
     with context.connection() as conn:
-        post = visits.post(conn, task_id)
+        post = visits.get_post(conn, task_id)
         if post is None:
             raise Problem(404, "there is no task with this id")
-        state = visits.file_state(conn, post.zone, post.csv_filename)
+        state = visits.get_file_state(conn, post.zone, post.csv_filename)
     content = {
         "task_id": post.task_id,
         "csv_filename": post.csv_filename,
         "status": _status(state),
         "records_received": post.records,
         "records_rejected": post.rejected,
-        "counts": {name: getattr(state.brought, name) for name in Counts.model_fields},
+        "counts": {name: getattr(state.counts, name) for name in Counts.model_fields},
         "dead_letters": state.dead_letters,
         "known_before": state.known_before,
         "run_id": state.run_id,
@@ -174,14 +174,14 @@ def visits_task(
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]], count: int) -> Post:
+def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]], count: int) -> VisitPost:
     """Write the valid visits of a list of ``count`` records to the landing zone, and record the post."""
     # The id begins with the time, because the landing zone is read in the order of file names.
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
-    post = Post(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(valid), caller.token.name)
+    post = VisitPost(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(valid), caller.token.name)
     audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(valid), request_id=caller.request_id)
     with context.connection() as conn:
-        visits.posted(conn, post)
+        visits.record_post(conn, post)
         try:
             context.zone.put(post.csv_filename, visits_csv.write(valid))
         except (StoreError, ConfigurationError) as error:
@@ -208,7 +208,7 @@ def _require_zone(context: AppContext) -> None:
         raise Problem(503, f"visits are not accepted here: FHIR_RESOURCE_TYPES lacks {' and '.join(missing)}")
 
 
-def _status(state: FileState) -> str:
+def _status(state: VisitFileState) -> str:
     if state.status == "loaded":
         return "received" if state.waiting else "loaded"
     return "failed" if state.status == "failed" else "waiting"

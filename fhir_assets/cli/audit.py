@@ -34,10 +34,10 @@ def verify(
             "--noted takes a number and a link, as an earlier `audit verify` printed them: 1234:9f86…"
         )
     with Warehouse(load_settings()).connect() as conn:
-        fault = audit_log.first_fault(conn)
+        fault = audit_log.find_fault(conn)
         if fault is None and noted:
-            fault = audit_log.differs(conn, int(number), known)
-        seq, link = audit_log.head(conn)
+            fault = audit_log.check_link(conn, int(number), known)
+        seq, link = audit_log.get_head(conn)
     if json:
         print_json({"records": seq, "link": link, "fault": asdict(fault) if fault else None})
     elif fault:
@@ -61,8 +61,8 @@ def list_records(
     if about and not resource_id:
         raise ConfigurationError("--about takes a type and an id, such as Patient/123")
     with Warehouse(load_settings()).connect() as conn:
-        subject = audit_log.subject(conn, resource_type, resource_id) if about else None
-        found = audit_log.latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
+        subject = audit_log.hash_subject(conn, resource_type, resource_id) if about else None
+        found = audit_log.find_latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
     rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.audit_record)} for entry in found]
     if json:
         print_json(rows)

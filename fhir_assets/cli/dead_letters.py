@@ -87,15 +87,15 @@ def show(
                 f"there is no dead letter {letter}: `fhir-assets dead-letters list` shows what there is"
             )
         facts, issues = stored
-        correction = corrections.of_letter(conn, letter)
+        correction = corrections.get(conn, letter)
         found: dict[str, object] = asdict(facts)
         if correction:
             found |= {"corrected_by": correction.corrected_by, "corrected_at": correction.corrected_at}
         if resource:
-            found["resource"] = _text(dead_letters.resource(conn, letter))
+            found["resource"] = _text(dead_letters.read_resource(conn, letter))
             if correction:
                 found["corrected_resource"] = _text(correction.resource)
-            subject = audit_log.subject(conn, facts.resource_type, facts.resource_id or "")
+            subject = audit_log.hash_subject(conn, facts.resource_type, facts.resource_id or "")
             action: Action = "decrypt" if cipher_of(conn).on else "read"
             audit_record = AuditRecord(
                 action, f"cli:{getpass.getuser()}", facts.resource_type, subject, detail={"dead_letter": letter}
@@ -175,7 +175,9 @@ def replay(
     chosen = _selection(ids, run, resource_type, stage, rule, window, since, until)
     if outdated:
         with warehouse.connect() as conn:
-            found = replays.outdated(conn, current_rulesets(settings, build_views(settings)), limit=_OUTDATED_AT_ONCE)
+            found = replays.find_outdated(
+                conn, current_rulesets(settings, build_views(settings)), limit=_OUTDATED_AT_ONCE
+            )
         chosen = replace(chosen, ids=found if ids is None else sorted(set(ids).intersection(found)))
     elif chosen == Selection() and not everything:
         raise ConfigurationError(
@@ -183,16 +185,16 @@ def replay(
         )
     chosen = _whole_run(warehouse, chosen)
     with warehouse.connect() as conn:
-        letters = sum(each.letters for each in replays.scope(conn, chosen))
+        letters = sum(each.dead_letters for each in replays.find_replayable(conn, chosen))
         if not wait:
-            replays.mark(conn, chosen)
+            replays.request_replay(conn, chosen)
         audit_record = AuditRecord(
             "replay", f"cli:{getpass.getuser()}", chosen.resource_type, count=letters, detail={"waited": wait}
         )
         audit_log.record(conn, audit_record)
     outcomes = _replay(settings, chosen) if wait and letters else []
     with warehouse.connect() as conn:
-        came = replays.outcome(conn, [outcome.run_id for outcome in outcomes])
+        came = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes])
     broken = select_failed(outcomes)
     if json:
         facts = {"letters": letters, "runs": [outcome.run_id for outcome in outcomes], "success": not broken}
@@ -202,8 +204,8 @@ def replay(
     elif not wait:
         console.print(f"{letters:,} dead letters are marked: the sensor replay_dead_letters replays them.")
     else:
-        console.print(f"Of {letters:,} dead letters {came.healed:,} healed and {came.failed:,} failed again.")
-        rest = letters - came.healed - came.failed
+        console.print(f"Of {letters:,} dead letters {came.resolved:,} resolved and {came.failed:,} failed again.")
+        rest = letters - came.resolved - came.failed
         if rest > 0 and not broken:
             console.print(f"{rest:,} wait for a load of their window that is on its way: replay them again.")
     for outcome in broken:
@@ -277,7 +279,7 @@ def _whole_run(warehouse: Warehouse, chosen: Selection) -> Selection:
     if chosen.run_id is None:
         return chosen
     with warehouse.connect_read_only() as conn:
-        found = runs.beginning_with(conn, chosen.run_id)
+        found = runs.find_by_prefix(conn, chosen.run_id)
     if len(found) > 1:
         raise ConfigurationError(f"several runs begin with {chosen.run_id}: give more of the id")
     return replace(chosen, run_id=found[0]) if found else chosen

@@ -106,7 +106,7 @@ def _load() -> None:
     console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
     outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
-        everything = runs.totals(conn)
+        everything = runs.summarize_latest(conn)
     if loaded := summary(settings, outcomes):
         print_table("Loaded now", loaded, SUMMARY)
     else:

@@ -152,13 +152,13 @@ def summary(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, o
     if not outcomes:
         return []
     with Warehouse(settings).connect() as conn:
-        return runs.summary(conn, [outcome.run_id for outcome in outcomes])
+        return runs.summarize(conn, [outcome.run_id for outcome in outcomes])
 
 
 def report_failure(settings: Settings, outcome: Outcome) -> None:
     """Say which types of a run failed and why."""
     with Warehouse(settings).connect() as conn:
-        reasons = runs.errors(conn, outcome.run_id)
+        reasons = runs.get_errors(conn, outcome.run_id)
     errors.print(f"Run {outcome.run_id} of {_named(outcome.windows)} failed:", markup=False)
     for reason, types in reasons.items():
         errors.print(f"  {', '.join(types)}: {reason}", markup=False, soft_wrap=True)

@@ -40,7 +40,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
         found = count_key_usage(conn, build_store(settings), build_views(settings).views)
-        rotation = key_rotations.latest(conn)
+        rotation = key_rotations.get_latest(conn)
     if json:
         facts = None
         if rotation:

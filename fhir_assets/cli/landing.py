@@ -29,7 +29,7 @@ def list_files(
     """The files of the zone as they were last seen, newest first. `bad`: unreadable, or with unsettled dead letters."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        found = landing_files.listed(conn, build_landing_zone(settings).url, status=status, limit=limit)
+        found = landing_files.list_files(conn, build_landing_zone(settings).url, status=status, limit=limit)
     if json:
         print_json(found)
     else:

@@ -42,7 +42,7 @@ def list_runs(
     """The latest runs, newest first."""
     settings = load_settings()
     with Warehouse(settings).connect_read_only() as conn:
-        found = run_history.latest(
+        found = run_history.list_runs(
             conn,
             limit=limit,
             status=status.upper() if status else None,
@@ -64,8 +64,8 @@ def show(
     """One run, by resource type: its counts, its checkpoints, what of it is a dead letter still."""
     settings = load_settings()
     with Warehouse(settings).connect_read_only() as conn:
-        found = run_history.by_type(conn, run_id)
-        reasons = runs.errors(conn, found[0]["run_id"]) if found else {}
+        found = run_history.list_types_of_run(conn, run_id)
+        reasons = runs.get_errors(conn, found[0]["run_id"]) if found else {}
     if not found:
         raise ConfigurationError(f"no run begins with {run_id}: `fhir-assets runs list` shows those there are")
     whole = found[0]

@@ -175,7 +175,7 @@ def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Ste
                 conn, run_id, (dead_letter(each, partition, unknown_type=_UNKNOWN) for each in journal.failures())
             )
             for name in (*steps, _UNKNOWN):
-                dead_letters.settle(conn, run_id, name, "deliver", [partition])
+                dead_letters.resolve_not_repeated(conn, run_id, name, "deliver", [partition])
     except (DatabaseUnavailable, psycopg.Error):
         errors.print(f"The database is not there: the failures are in {path} only, not in ops.dead_letters.")
     return count

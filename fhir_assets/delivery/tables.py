@@ -165,7 +165,7 @@ class DeliverStep:
         with self._connect() as conn, conn.transaction():
             if self._refresh is not Refresh.MISSING:
                 for name, of_type in keys.items():
-                    dead_letters.settle(conn, self._run_id, name, "deliver", of_type)
+                    dead_letters.resolve_not_repeated(conn, self._run_id, name, "deliver", of_type)
             audit_log.record(
                 conn,
                 *(

@@ -83,7 +83,7 @@ class Warehouse:
     def hold_run(self, run_id: str) -> Iterator["Warehouse"]:
         """Mark a run as alive for the ``with`` block. Raises DatabaseUnavailable."""
         with connections.connect(self.url(), autocommit=True) as conn:
-            runs.hold(conn, run_id)
+            runs.hold_liveness_lock(conn, run_id)
             yield self
 
     def _connect_for_slots(self) -> connections.Connection:

@@ -29,7 +29,7 @@ def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
         for record in instance.get_run_records(dg.RunsFilter(job_name=job, statuses=UNFINISHED))
         if _must_hold_lock(record)
     ]
-    living = runs.living(conn, [run.run_id for run in doubtful])
+    living = runs.find_alive(conn, [run.run_id for run in doubtful])
     conn.commit()
     for run in doubtful:
         latest = instance.get_run_by_id(run.run_id)

@@ -45,7 +45,7 @@ def list_prunable(
     ``dagster_conn`` is a connection to Dagster's own database. Data that a running load may still use, that
     reconciliation counts, or that the UI needs to show the state of a partition or check, is never included.
     """
-    running = retention.oldest_running(conn)
+    running = retention.find_oldest_running(conn)
     unwritten = min(before, running - _MARGIN) if running else before
 
     def list_orphans() -> Iterator[Listed]:
@@ -92,14 +92,14 @@ def list_prunable(
         Prunable(
             "dead-letters",
             "resolved dead letters",
-            lambda: (retention.old_rows(conn, "dead_letters", before), None),
-            lambda: retention.delete_old_rows(conn, "dead_letters", before),
+            lambda: (retention.count_expired_rows(conn, "dead_letters", before), None),
+            lambda: retention.delete_expired_rows(conn, "dead_letters", before),
         ),
         Prunable(
             "incidents",
             "closed incidents",
-            lambda: (retention.old_rows(conn, "incidents", before), None),
-            lambda: retention.delete_old_rows(conn, "incidents", before),
+            lambda: (retention.count_expired_rows(conn, "incidents", before), None),
+            lambda: retention.delete_expired_rows(conn, "incidents", before),
         ),
         Prunable("store", "parts in the store that no manifest names", count_orphans, remove_orphans),
     ]

@@ -15,7 +15,7 @@ from fhir_assets.orchestration.dagster_internals import AssetGraph
 from fhir_assets.pipeline.due_windows import group_consecutive_windows
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops.received import Pending
+from fhir_assets.warehouse.ops.received import PendingWindow
 from fhir_assets.windows import WindowRange, WindowScheme
 
 MAX_MATERIALIZATIONS = 1000
@@ -27,7 +27,7 @@ class ReceivedWindows:
     """Consecutive windows for one run of ``load_received``, with the entries of ``ops.received`` in them."""
 
     windows: WindowRange
-    pending: tuple[Pending, ...]
+    pending: tuple[PendingWindow, ...]
 
     @property
     def resource_types(self) -> list[str]:
@@ -41,14 +41,14 @@ class ReceivedWindows:
         return f"{first}..{last}/attempt {max(entry.asked for entry in self.pending) + 1}"
 
 
-def group_windows(settings: Settings, pending: Sequence[Pending]) -> list[ReceivedWindows]:
+def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[ReceivedWindows]:
     """Group the entries of ``ops.received`` into one run for each stretch of group_consecutive_windows windows.
 
     Entries of a resource type or a window that the settings do not have are left out; they wait until the settings have
     them again.
     """
     scheme = settings.window_scheme
-    by_key: dict[str, list[Pending]] = {}
+    by_key: dict[str, list[PendingWindow]] = {}
     for entry in pending:
         if entry.resource_type in settings.fhir_resource_types and _has_window(scheme, entry.partition_key):
             by_key.setdefault(entry.partition_key, []).append(entry)

@@ -73,7 +73,7 @@ class Clinic:
 
     def audit_records(self) -> list[Entry]:
         with self.warehouse.connect() as conn:
-            return audit_log.latest(conn, limit=500)
+            return audit_log.find_latest(conn, limit=500)
 
 
 @pytest.fixture(scope="module", params=["sealed", "clear"])
@@ -226,8 +226,8 @@ def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clin
     warehouse = clinic.warehouse
     ada, silent = clinic.ids["ada"], clinic.ids["silent"]
     with warehouse.connect() as conn:
-        seq, _ = audit_log.head(conn)
-        subjects = {name: audit_log.subject(conn, "Patient", identity) for name, identity in clinic.ids.items()}
+        seq, _ = audit_log.get_head(conn)
+        subjects = {name: audit_log.hash_subject(conn, "Patient", identity) for name, identity in clinic.ids.items()}
     request = clinic.api.get(f"/patients/{ada}", role="reader").headers["X-Request-ID"]
     clinic.api.get(f"/patients/{silent}", role="reader")
     clinic.listed("?last_name=m%C3%BCller&page_size=200")
@@ -242,7 +242,7 @@ def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clin
     assert {audit_record.subject for audit_record in audit_records[2:-1]} == crowd
     assert (audit_records[-1].subject, audit_records[-1].detail) == (None, {"found": 0})
     with warehouse.connect() as conn:
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
 
 
 def test_nobody_hears_of_a_patient_when_it_cannot_be_put_on_record(

@@ -129,8 +129,8 @@ class Hospital:
     def records(self) -> list[AuditRecord]:
         """Who and what; the user of this machine is nobody in particular."""
         with self.connect() as conn:
-            assert audit_log.first_fault(conn) is None
-            return [entry.audit_record for entry in reversed(audit_log.latest(conn, limit=50))]
+            assert audit_log.find_fault(conn) is None
+            return [entry.audit_record for entry in reversed(audit_log.find_latest(conn, limit=50))]
 
     def state(self) -> dict[str, list[str]]:
         """What deeds change: the tables, what waits and is kept, and files that left."""

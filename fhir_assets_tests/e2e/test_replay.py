@@ -178,9 +178,9 @@ def test_equal_lines_heal_together(deploy: Deploy, tmp_path: Path, monkeypatch: 
     (letter,) = letters(deployment)
     assert letter.occurrences == 3
     with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
-        body = dead_letters.resource(conn, letter.id)
+        body = dead_letters.read_resource(conn, letter.id)
         assert body
-        corrections.keep(conn, letter.id, body.replace(b"wrong", b"male"), by="anna")
+        corrections.record(conn, letter.id, body.replace(b"wrong", b"male"), by="anna")
     (outcome,) = deployment.ingestion().replay(Selection(), triggered_by="test")
     assert outcome.success
     assert reconciled(deployment, KEY)
@@ -314,14 +314,14 @@ def test_a_replay_that_fails_is_asked_for_again_and_then_given_up(deployment: De
 
 def test_no_letter_is_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
     with connect(deployment.url, autocommit=True) as process, connect(deployment.url, autocommit=True) as other:
-        runs.hold(process, "first")
-        assert replays.mark(process, Selection(partition_keys=[KEY]), claimed_by="first") == 3
-        assert replays.marked(other) == []
+        runs.hold_liveness_lock(process, "first")
+        assert replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="first") == 3
+        assert replays.find_requested(other) == []
         assert not replays.claim(other, "second", "Patient", ["validate"], {KEY: []}, also_open=True)
     with connect(deployment.url, autocommit=True) as conn:
-        while runs.living(conn, ["first"]):  # Postgres notices at once, but not in the same instant.
+        while runs.find_alive(conn, ["first"]):  # Postgres notices at once, but not in the same instant.
             time.sleep(0.01)
-        assert [(each.partition_key, each.letters) for each in replays.marked(conn)] == [(KEY, 3)]
+        assert [(each.partition_key, each.dead_letters) for each in replays.find_requested(conn)] == [(KEY, 3)]
         assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False)
 
 
@@ -329,8 +329,8 @@ def test_a_replay_that_died_after_its_commit_is_not_done_twice(deployment: Deplo
     """As if it had died between the commit of the validated partition and the load."""
     edit(tmp_path, letter_of(deployment, "p0-0"))
     with connect(deployment.url, autocommit=True) as process:
-        runs.hold(process, "dead")
-        replays.mark(process, Selection(partition_keys=[KEY]), claimed_by="dead")
+        runs.hold_liveness_lock(process, "dead")
+        replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="dead")
     job = build_definitions(deployment.settings).resolve_job_def("replay_dead_letters")
     only_validated = job.execute_in_process(
         instance=deployment.instance,

@@ -87,7 +87,7 @@ def test_each_tick_requests_the_open_window_by_its_key_with_a_new_run_key(deploy
 def test_nothing_is_requested_while_a_run_lives(deployment: Deployment) -> None:
     run_id = create_started_run(deployment)
     with connect(deployment.url, autocommit=True) as process:
-        runs.hold(process, run_id)
+        runs.hold_liveness_lock(process, run_id)
         result = tick(deployment)
     assert not result.run_requests
     assert "not finished" in (result.skip_message or "")
@@ -126,11 +126,11 @@ def test_a_run_holds_its_lock_until_it_ends(deployment: Deployment) -> None:
     def listen(event: dg.EventLogEntry) -> None:
         if event.dagster_event_type is dg.DagsterEventType.STEP_SUCCESS:
             with connect(deployment.url) as conn:
-                seen.append(runs.living(conn, [event.run_id]) == {event.run_id})
+                seen.append(runs.find_alive(conn, [event.run_id]) == {event.run_id})
 
     ingestion = deployment.ingestion()
     (windows,) = ingestion.find_due(first=NOW, last=NOW)
     outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test", listener=listen)
     assert seen == [True] * 3
     with connect(deployment.url) as conn:
-        assert runs.living(conn, [outcome.run_id]) == frozenset()
+        assert runs.find_alive(conn, [outcome.run_id]) == frozenset()

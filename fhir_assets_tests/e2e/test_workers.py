@@ -68,7 +68,7 @@ def test_a_worker_killed_in_mid_load_fails_the_run_with_one_sentence_and_the_nex
     failed = [outcome for outcome in outcomes if not outcome.success]
     assert len(failed) == 1
     with connect(killed.url) as conn:
-        (reason,) = runs.errors(conn, failed[0].run_id)
+        (reason,) = runs.get_errors(conn, failed[0].run_id)
     assert "a worker process ended in mid-work (killed by signal 9)" in reason
     assert killed.loaded() == {}
     assert all(outcome.success for outcome in killed.ingest())

@@ -283,10 +283,10 @@ def test_what_consent_did_is_on_record(database: str) -> None:
     tables.load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
     tables.sweep()
     with tables.connect() as conn:
-        audit_records = [entry.audit_record for entry in audit_log.latest(conn, limit=50)]
+        audit_records = [entry.audit_record for entry in audit_log.find_latest(conn, limit=50)]
         assert AuditRecord("consent decision", "test", "Consent", count=2, run_id="sweep") in audit_records
         assert AuditRecord("release", "test", "Observation", count=1, run_id="sweep") in audit_records
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
 
 
 # The naive model: it knows nothing of sweeps, versions or periods' ends, and looks at everything anew each time.

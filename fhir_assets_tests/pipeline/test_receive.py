@@ -100,14 +100,14 @@ def test_an_origin_that_broke_off_counts_as_not_received_and_comes_again_whole(
     assert store.manifest("raw", "Patient", KEY) is None
     # Even where raw was committed already: killed just before it was noted.
     with monkeypatch.context() as patched:
-        patched.setattr(received, "note", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(received, "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             receiver.receive([record("a"), record("b")], "landing:x")
     assert ids(store) == ["a", "b"]
-    assert received.pending(conn) == []
+    assert received.find_pending(conn) == []
     receiver.receive([record("a"), record("b")], "landing:x")
     assert ids(store) == ["a", "b"]
-    assert [each.partition_key for each in received.pending(conn)] == [KEY]
+    assert [each.partition_key for each in received.find_pending(conn)] == [KEY]
 
 
 def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_settle(
@@ -116,8 +116,8 @@ def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_
     bad = RejectedInput("Patient", None, "json", "file:3", "not JSON", NOW - timedelta(days=4), b"{")
     brought = receiver.receive([bad], "landing:x")
     assert brought.rejected == 1
-    assert received.pending(conn) == []
-    dead_letters.settle(conn, "run", "Patient", "fetch", [KEY])
+    assert received.find_pending(conn) == []
+    dead_letters.resolve_not_repeated(conn, "run", "Patient", "fetch", [KEY])
     letters = conn.execute("SELECT stage, status, origin, partition_key FROM ops.dead_letters").fetchall()
     assert letters == [("fetch", "open", "landing:x", KEY)]
 
@@ -222,17 +222,17 @@ def test_a_window_that_was_asked_for_is_asked_for_again_after_a_wait_that_double
 ) -> None:
     receiver.receive([record("a")], "landing:x")
     for wait in (60, 120, 240):
-        (waiting,) = received.pending(conn, now=NOW)
-        received.ask(conn, [waiting], now=NOW)
-        assert received.pending(conn, now=NOW + timedelta(seconds=wait)) == []
-        assert received.pending(conn, now=NOW + timedelta(seconds=wait + 1)) != []
+        (waiting,) = received.find_pending(conn, now=NOW)
+        received.record_request(conn, [waiting], now=NOW)
+        assert received.find_pending(conn, now=NOW + timedelta(seconds=wait)) == []
+        assert received.find_pending(conn, now=NOW + timedelta(seconds=wait + 1)) != []
         conn.execute("UPDATE ops.received SET asked_at = asked_at - interval '1 day'")
 
 
 def test_a_window_is_loaded_when_all_parts_of_an_origin_are(receiver: Receiver, conn: Connection) -> None:
     first = receiver.receive([record("a")], "landing:x")
     receiver.receive([record("b")], "landing:y")
-    received.loaded(conn, "run", "Patient", {KEY: first.items[0].parts})
+    received.record_loaded(conn, "run", "Patient", {KEY: first.items[0].parts})
     assert conn.execute("SELECT origin, loaded_run_id FROM ops.received ORDER BY 1").fetchall() == [
         ("landing:x", "run"),
         ("landing:y", None),

@@ -70,7 +70,7 @@ def test_everything_is_sealed_with_the_newest_key_and_opens_without_the_older_on
         found = count_key_usage(conn, place.store(NEW), VIEWS)
         assert found.keys == [NEW_ID]
         assert rows(conn, "SELECT DISTINCT key_id FROM ops.corrections") == [(NEW_ID,)]
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
         audit_records = rows(conn, "SELECT sum(count)::int FROM ops.audit_log WHERE action = 'key rotation'")
         assert audit_records == [(38 + 1,)]
     with pytest.raises(ConfigurationError, match=f"sealed with key {NEW_ID}, which PHI_ENCRYPTION_KEYS lacks"):
@@ -86,7 +86,7 @@ def test_blind_indexes_and_fingerprints_outlive_the_rotation(place: Place) -> No
         assert rows(conn, "SELECT _resource_key, mrn_index FROM fhir.patient ORDER BY 1") == before
         dead_letters.record(conn, "again", [LETTER])
         assert rows(conn, "SELECT attempts FROM ops.dead_letters") == [(2,)]
-        assert corrections.of_letter(conn, 1) is not None
+        assert corrections.get(conn, 1) is not None
 
 
 def test_a_second_rotation_finds_nothing_to_do(place: Place) -> None:
@@ -130,7 +130,7 @@ def test_a_letter_and_its_correction_from_before_there_were_keys_are_known_again
     with opened(place.url, NEW) as conn:
         dead_letters.record(conn, "again", [LETTER])
         assert rows(conn, "SELECT attempts FROM ops.dead_letters") == [(2,)]
-        known = corrections.by_fingerprint(conn, "Patient", ["validate"], [DAY])
+        known = corrections.read_by_fingerprint(conn, "Patient", ["validate"], [DAY])
         assert known == {DAY: {LETTER.fingerprint(cipher_of(conn)): CORRECTED}}
 
 
@@ -143,7 +143,7 @@ def test_a_letter_that_failed_again_before_the_rotation_loses_neither_of_its_row
     assert rotator(place.url, place.store(NEW), NEW).run().left_over == 0
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT attempts, key_id FROM ops.dead_letters") == [(1, NEW_ID), (1, NEW_ID)]
-        known = corrections.by_fingerprint(conn, "Patient", ["validate"], [DAY])
+        known = corrections.read_by_fingerprint(conn, "Patient", ["validate"], [DAY])
         assert LETTER.fingerprint(cipher_of(conn)) in known[DAY]
         assert LETTER.fingerprint(NO_ENCRYPTION) not in {
             fp for (fp,) in rows(conn, "SELECT fingerprint FROM ops.dead_letters")
@@ -260,7 +260,7 @@ def test_without_keys_there_is_nothing_to_rotate_to(place: Place) -> None:
 def test_two_rotations_at_once_are_refused(place: Place) -> None:
     guard = opened(place.url, NEW)
     guard.autocommit = True
-    with guard, key_rotations.alone(guard):
+    with guard, key_rotations.lock_rotation(guard):
         with pytest.raises(TransientError, match="keys status"):
             rotator(place.url, place.store(NEW), NEW).run()
 
@@ -321,7 +321,7 @@ def test_progress_is_kept_where_others_see_it(place: Place) -> None:
     ]
     assert all(p.seconds_left is not None and p.rate > 0 for p in seen)
     with connect(place.url, cipher=NO_ENCRYPTION) as conn:
-        last = key_rotations.latest(conn)
+        last = key_rotations.get_latest(conn)
     assert last is not None
     assert (last.left_over, last.at_work, last.done) == (0, False, 2501)
 

@@ -110,7 +110,7 @@ def test_loads_and_a_rotation_at_once_end_in_the_newest_version_of_everything(da
     ]
     with opened(database, NEW) as conn:
         assert count_key_usage(conn, store, VIEWS).keys == [NEW_ID]
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
 
 
 def test_a_process_that_still_seals_with_the_older_key_is_noticed(database: str, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with opened(database, NEW, OLD) as conn:
-        stopped = key_rotations.latest(conn)
+        stopped = key_rotations.get_latest(conn)
         halfway = count_key_usage(conn, store, VIEWS)
     assert stopped is not None
     assert (stopped.at_work, stopped.ended_at) == (False, None)
@@ -154,7 +154,7 @@ def test_a_killed_rotation_goes_on_where_it_was(database: str, tmp_path: Path) -
     with opened(database, NEW) as conn:
         assert count_key_usage(conn, store, VIEWS).keys == [NEW_ID]
         assert everything(conn, store_at(tmp_path, Cipher(parse_keys([NEW])))) == before
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
 
 
 if __name__ == "__main__":

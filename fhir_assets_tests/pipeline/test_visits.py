@@ -175,7 +175,7 @@ def test_a_receiving_that_dies_before_its_note_is_done_again_and_nothing_is_doub
 ) -> None:
     world.put("a.csv", [visit("1", "V1"), visit("1", "V2", "Byron"), visit("2", "V3")])
     with monkeypatch.context() as patched:
-        patched.setattr(received, "note", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(received, "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             world.receive()
     assert len(world.raw("Encounter")) == 3
@@ -284,7 +284,7 @@ def test_what_another_door_said_of_a_person_is_not_taken_for_what_visits_said(wo
     world.receive()
     (patient,) = world.raw("Patient")
     with connect(world.url) as conn:
-        visits.said_elsewhere(conn, [patient["id"], "other"], NOW - timedelta(hours=46))
+        visits.record_elsewhere(conn, [patient["id"], "other"], NOW - timedelta(hours=46))
     world.put("b.csv", [visit("1", "V2")], hours=1)
     world.receive()
     assert world.counts() == {"patients": 1, "outdated": 1, "visits": 2}

@@ -87,8 +87,10 @@ def fill(conn: Session, store: Store, people: int = 30) -> None:
     )
     dead_letters.record(conn, "run", [LETTER])
     [(letter,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
-    corrections.keep(conn, letter, CORRECTED, by="somebody")
-    idempotency.end(conn, idempotency.Request.of(conn, "me", "/visits", "key", b"body"), 200, b"the answer: Smith")
+    corrections.record(conn, letter, CORRECTED, by="somebody")
+    idempotency.record_response(
+        conn, idempotency.Request.of(conn, "me", "/visits", "key", b"body"), 200, b"the answer: Smith"
+    )
     conn.commit()
     write_part(store, b'{"id": "raw-Smith"}')
 

@@ -27,7 +27,7 @@ def log(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
     with connect(database, autocommit=True, cipher=request.param) as conn:
         for number in range(10):
             audit_log.record(
-                conn, AuditRecord("read", "test", "Patient", audit_log.subject(conn, "Patient", str(number)))
+                conn, AuditRecord("read", "test", "Patient", audit_log.hash_subject(conn, "Patient", str(number)))
             )
         yield conn
 
@@ -40,8 +40,8 @@ def tamper(conn: Connection, statement: str) -> None:
 
 
 def test_a_log_that_nobody_touched_is_whole(log: Session) -> None:
-    assert audit_log.first_fault(log) is None
-    assert audit_log.head(log)[0] == 10
+    assert audit_log.find_fault(log) is None
+    assert audit_log.get_head(log)[0] == 10
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_a_log_that_nobody_touched_is_whole(log: Session) -> None:
 )
 def test_an_altered_record_is_found(log: Session, change: str) -> None:
     tamper(log, f"UPDATE ops.audit_log SET {change} WHERE seq = 4")
-    assert audit_log.first_fault(log) == Fault(4, "altered")
+    assert audit_log.find_fault(log) == Fault(4, "altered")
 
 
 @pytest.mark.parametrize("seq", [1, 5, 10])
 def test_a_deleted_record_is_found_also_the_last_one(log: Session, seq: int) -> None:
     tamper(log, f"DELETE FROM ops.audit_log WHERE seq = {seq}")
-    assert audit_log.first_fault(log) == Fault(seq, "missing")
+    assert audit_log.find_fault(log) == Fault(seq, "missing")
 
 
 def test_an_inserted_record_is_found(log: Session) -> None:
@@ -71,7 +71,7 @@ def test_an_inserted_record_is_found(log: Session) -> None:
     tamper(
         log, f"INSERT INTO ops.audit_log (seq, at, {copied}) SELECT 11, at, {copied} FROM ops.audit_log WHERE seq = 3"
     )
-    assert audit_log.first_fault(log) == Fault(11, "inserted")
+    assert audit_log.find_fault(log) == Fault(11, "inserted")
 
 
 def test_a_record_pushed_in_between_is_found(log: Session) -> None:
@@ -82,7 +82,7 @@ def test_a_record_pushed_in_between_is_found(log: Session) -> None:
         "UPDATE ops.audit_log SET seq = -seq + 1 WHERE seq < 0;"
         f"INSERT INTO ops.audit_log (seq, at, {copied}) SELECT 6, at, {copied} FROM ops.audit_log WHERE seq = 3",
     )
-    assert audit_log.first_fault(log) == Fault(6, "altered")
+    assert audit_log.find_fault(log) == Fault(6, "altered")
 
 
 def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
@@ -93,7 +93,7 @@ def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
         conn.execute("UPDATE ops.audit_head h SET seq = 1, link = l.link FROM ops.audit_log l WHERE l.seq = 1")
         audit_log.record(conn, AuditRecord("read", "nobody"))
     with connect(database, autocommit=True, cipher=CIPHER) as conn:
-        assert audit_log.first_fault(conn) == Fault(2, "altered")
+        assert audit_log.find_fault(conn) == Fault(2, "altered")
 
 
 def verified(url: str, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -130,7 +130,7 @@ def test_records_from_before_the_first_key_stay_true(database: str) -> None:
         audit_log.record(conn, AuditRecord("read", "test"))
     with connect(database, autocommit=True, cipher=CIPHER) as conn:
         audit_log.record(conn, AuditRecord("read", "test"))
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_log_can_only_be_appended_to(log: Connection, statement: str) -> Non
 def test_a_deed_that_was_undone_is_not_on_record(conn: Session) -> None:
     audit_log.record(conn, AuditRecord("delete", "test"))
     conn.rollback()
-    assert audit_log.head(conn)[0] == 0
+    assert audit_log.get_head(conn)[0] == 0
 
 
 def test_many_at_once_make_one_chain(database: str) -> None:
@@ -166,8 +166,8 @@ def test_many_at_once_make_one_chain(database: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     with connect(database, cipher=NO_ENCRYPTION) as conn:
-        assert audit_log.first_fault(conn) is None
-        assert audit_log.head(conn)[0] == 80
+        assert audit_log.find_fault(conn) is None
+        assert audit_log.get_head(conn)[0] == 80
 
 
 def test_reading_a_patient_is_on_record_before_it_is_given(database: str) -> None:
@@ -179,7 +179,7 @@ def test_reading_a_patient_is_on_record_before_it_is_given(database: str) -> Non
         assert found.body == record.body
         assert read_patient(conn, "unknown", actor="nurse") == []
         conn.rollback()
-        one, other = reversed(audit_log.latest(conn, limit=10))
+        one, other = reversed(audit_log.find_latest(conn, limit=10))
         assert (one.audit_record.action, one.audit_record.actor, one.audit_record.request_id) == (
             "decrypt",
             "nurse",

@@ -49,14 +49,14 @@ def test_only_a_new_beginning_takes_it_back(conn: Connection) -> None:
 
 
 def test_the_parts_of_a_partition_are_those_last_remembered(conn: Connection) -> None:
-    checkpoints.remember_parts(conn, "one", "Patient", {"w": [Part("a", 1), Part("b", 2)], "v": [Part("c", 3)]})
-    checkpoints.remember_parts(conn, "two", "Patient", {"w": [Part("b", 2), Part("d", 4)]})
-    assert checkpoints.loaded_parts(conn, "Patient", ["v", "w", "x"]) == {
+    checkpoints.record_loaded_parts(conn, "one", "Patient", {"w": [Part("a", 1), Part("b", 2)], "v": [Part("c", 3)]})
+    checkpoints.record_loaded_parts(conn, "two", "Patient", {"w": [Part("b", 2), Part("d", 4)]})
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["v", "w", "x"]) == {
         "w": frozenset({"b", "d"}),
         "v": frozenset({"c"}),
     }
-    checkpoints.remember_parts(conn, "two", "Patient", {"w": []})
-    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
-    checkpoints.remember_parts(conn, "two", "Patient", {})
-    checkpoints.forget_parts(conn, "Patient")
-    assert checkpoints.loaded_parts(conn, "Patient", ["v"]) == {}
+    checkpoints.record_loaded_parts(conn, "two", "Patient", {"w": []})
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {}
+    checkpoints.record_loaded_parts(conn, "two", "Patient", {})
+    checkpoints.remove_loaded_parts(conn, "Patient")
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["v"]) == {}

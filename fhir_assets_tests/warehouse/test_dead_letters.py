@@ -59,9 +59,9 @@ def test_bytes_that_are_neither_json_nor_text_come_back_as_received(conn: Sessio
     body = bytes(range(256)) * 3
     dead_letters.record(conn, "one", [replace(LETTER, resource=body, resource_id="x\0\ud800" * 200)])
     [found] = stored(conn)
-    assert dead_letters.resource(conn, found.id) == body
+    assert dead_letters.read_resource(conn, found.id) == body
     with pytest.raises(KeyError):
-        dead_letters.resource(conn, found.id + 1)
+        dead_letters.read_resource(conn, found.id + 1)
 
 
 def test_what_did_not_fail_again_is_resolved_in_its_scope_only(conn: Session) -> None:
@@ -70,7 +70,7 @@ def test_what_did_not_fail_again_is_resolved_in_its_scope_only(conn: Session) ->
     elsewhere.append(replace(LETTER, resource_type="Encounter"))
     dead_letters.record(conn, "one", letters + elsewhere)
     dead_letters.record(conn, "two", letters[:1])
-    assert dead_letters.settle(conn, "two", "Patient", "validate", ["2024-01-01"]) == 2
+    assert dead_letters.resolve_not_repeated(conn, "two", "Patient", "validate", ["2024-01-01"]) == 2
     assert len(stored(conn, Selection(status="open"))) == 4
     assert {each.resolved_run_id for each in stored(conn, Selection(status="resolved"))} == {"two"}
     dead_letters.record(conn, "three", letters)
@@ -82,7 +82,7 @@ def test_a_discarded_letter_stays_discarded(conn: Session) -> None:
     dead_letters.record(conn, "one", [LETTER])
     conn.execute("UPDATE ops.dead_letters SET status = 'discarded'")
     dead_letters.record(conn, "two", [LETTER])
-    dead_letters.settle(conn, "three", "Patient", "validate", ["2024-01-01"])
+    dead_letters.resolve_not_repeated(conn, "three", "Patient", "validate", ["2024-01-01"])
     assert [(each.status, each.attempts) for each in stored(conn)] == [("discarded", 2)]
 
 
@@ -111,7 +111,7 @@ def test_letters_are_found_by_everything_people_ask_for_page_by_page(conn: Sessi
 def test_counts_say_which_rule_and_path_lead(conn: Session) -> None:
     dead_letters.record(conn, "one", [LETTER, replace(LETTER, resource=b"1"), LETTER])
     dead_letters.record(conn, "one", [replace(LETTER, resource=b"2", rule="json", path="f:1")])
-    assert dead_letters.counts(conn, Selection(resource_type="Patient")) == [
+    assert dead_letters.count_by_reason(conn, Selection(resource_type="Patient")) == [
         {"stage": "validate", "rule": "cardinality", "path": "Patient.name", "letters": 2, "occurrences": 3},
         {"stage": "validate", "rule": "json", "path": "f:1", "letters": 1, "occurrences": 1},
     ]

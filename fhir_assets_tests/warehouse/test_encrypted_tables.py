@@ -66,7 +66,7 @@ def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(seal
     assert attempts == 2
     assert b"MRN" not in stored
     assert letter.fingerprint(cipher_of(sealed)) != letter.fingerprint(NO_ENCRYPTION)
-    assert dead_letters.resource(sealed, number) == PATIENT_WITH_PHI.body
+    assert dead_letters.read_resource(sealed, number) == PATIENT_WITH_PHI.body
 
 
 def test_without_keys_all_is_in_the_clear_as_before(conn: Session) -> None:

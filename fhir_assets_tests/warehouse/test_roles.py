@@ -103,7 +103,7 @@ def test_an_operator_sees_and_settles_what_failed_but_no_patient(filled: str, us
     with connect(url, cipher=keyring(filled)) as conn:
         assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
         assert [letter.rule for letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
-        replays.mark(conn, Selection())
+        replays.request_replay(conn, Selection())
         audit_log.record(conn, AuditRecord("replay", "an operator"))
     for statement in (
         "SELECT FROM fhir.patient",
@@ -139,7 +139,7 @@ def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: Use
         gone = deletions.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
         assert deletions.apply(conn, [gone], run_id="run").gone == {"Patient": 1}
         conn.commit()
-        assert audit_log.first_fault(conn) is None
+        assert audit_log.find_fault(conn) is None
     for statement in (
         "CREATE TABLE ops.mine (x int)",
         "DELETE FROM ops.encryption",

@@ -25,7 +25,7 @@ def test_a_run_goes_from_running_to_success_or_failed_by_type(conn: Connection) 
     runs.fail(conn, "one", ["Observation"], KEYS, error="the disk\0is full")
     runs.finish(conn, "one", ["Observation"], KEYS)
     assert select(conn, STATUS) == [("Observation", "FAILED"), ("Patient", "SUCCESS")]
-    assert runs.errors(conn, "one") == {"the disk�is full": ["Observation"]}
+    assert runs.get_errors(conn, "one") == {"the disk�is full": ["Observation"]}
 
 
 def test_a_step_that_is_tried_again_is_running_again(conn: Connection) -> None:
@@ -39,12 +39,12 @@ def test_a_step_that_is_tried_again_is_running_again(conn: Connection) -> None:
 
 def test_counts_come_layer_by_layer_and_are_summed_in_load_order(conn: Connection) -> None:
     start(conn)
-    runs.count(conn, "one", "Patient", {key: {"server_total": None, "fetched": 10} for key in KEYS})
-    runs.count(conn, "one", "Patient", {KEYS[0]: {"valid": 9, "dead": 1}, KEYS[1]: {"valid": 10, "dead": 0}})
-    runs.count(conn, "one", "Patient", {KEYS[0]: {"loaded": 9}})
-    runs.count(conn, "one", "Observation", {KEYS[0]: {"fetched": 5, "loaded": 4}})
+    runs.record_counts(conn, "one", "Patient", {key: {"server_total": None, "fetched": 10} for key in KEYS})
+    runs.record_counts(conn, "one", "Patient", {KEYS[0]: {"valid": 9, "dead": 1}, KEYS[1]: {"valid": 10, "dead": 0}})
+    runs.record_counts(conn, "one", "Patient", {KEYS[0]: {"loaded": 9}})
+    runs.record_counts(conn, "one", "Observation", {KEYS[0]: {"fetched": 5, "loaded": 4}})
     runs.finish(conn, "one", TYPES, KEYS)
-    rows = runs.summary(conn, ["one"])
+    rows = runs.summarize(conn, ["one"])
     assert [(row["type"], row["fetched"], row["valid"], row["dead"], row["loaded"]) for row in rows] == [
         ("Patient", 300, 19, 1, 9),
         ("Observation", 5, None, None, 4),
@@ -52,25 +52,25 @@ def test_counts_come_layer_by_layer_and_are_summed_in_load_order(conn: Connectio
     ]
     assert select(conn, "SELECT server_total FROM ops.ingestion_runs WHERE fetched = 10 LIMIT 1") == [(None,)]
     with pytest.raises(ValueError, match="felled"):
-        runs.count(conn, "one", "Patient", {KEYS[0]: {"felled": 1}})
+        runs.record_counts(conn, "one", "Patient", {KEYS[0]: {"felled": 1}})
 
 
 def test_a_run_that_did_nothing_has_no_summary(conn: Connection) -> None:
     start(conn)
     runs.finish(conn, "one", TYPES, KEYS)
-    assert runs.summary(conn, ["one"]) == []
+    assert runs.summarize(conn, ["one"]) == []
 
 
 def test_totals_take_the_last_fetch_of_each_window_that_succeeded(conn: Connection) -> None:
     for run_id, hours, loaded in (("one", 0, 5), ("two", 1, 7), ("broken", 2, 9)):
         start(conn, run_id, NOW + timedelta(hours=hours))
-        runs.count(conn, run_id, "Patient", {key: {"fetched": loaded, "loaded": loaded} for key in KEYS})
+        runs.record_counts(conn, run_id, "Patient", {key: {"fetched": loaded, "loaded": loaded} for key in KEYS})
         if run_id != "broken":
             runs.finish(conn, run_id, TYPES, KEYS)
     start(conn, "replay", NOW + timedelta(hours=3))
-    runs.count(conn, "replay", "Patient", {key: {"loaded": 1} for key in KEYS})
+    runs.record_counts(conn, "replay", "Patient", {key: {"loaded": 1} for key in KEYS})
     runs.finish(conn, "replay", TYPES, KEYS)
-    assert [(row["type"], row["loaded"]) for row in runs.totals(conn)] == [("Patient", 210), ("total", 210)]
+    assert [(row["type"], row["loaded"]) for row in runs.summarize_latest(conn)] == [("Patient", 210), ("total", 210)]
 
 
 def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection, database: str) -> None:
@@ -78,10 +78,10 @@ def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection, dat
         start(conn, run_id)
     runs.finish(conn, "done", TYPES, KEYS)
     with connect(database, autocommit=True) as process, connect(database, autocommit=True) as another_step:
-        runs.hold(process, "living")
-        runs.hold(another_step, "living")
+        runs.hold_liveness_lock(process, "living")
+        runs.hold_liveness_lock(another_step, "living")
         process.close()
-        assert runs.living(conn, ["dead", "living", "done"]) == {"living"}
+        assert runs.find_alive(conn, ["dead", "living", "done"]) == {"living"}
         assert runs.abandon_dead(conn) == 60
     assert select(conn, "SELECT DISTINCT run_id, status FROM ops.ingestion_runs ORDER BY 1") == [
         ("dead", "FAILED"),

@@ -111,14 +111,14 @@ def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database:
     assert migrations.is_current(database)
     assert find_drift(session, VIEW) == []
     ensure_tables(session, [VIEW])
-    assert checkpoints.loaded_parts(session, "Patient", ["2024-01-01"]) == {"2024-01-01": frozenset({"part"})}
+    assert checkpoints.get_loaded_parts(session, "Patient", ["2024-01-01"]) == {"2024-01-01": frozenset({"part"})}
     assert before is not None
     assert resources.read(session, "Patient", "a") == before
     [dead_letter] = dead_letters.find(session, Selection())
-    assert dead_letters.resource(session, dead_letter.id) == DEAD_LETTER.resource
-    assert replays.outdated(session, [("Patient", "validate", "rules")], limit=10) == []
-    assert replays.outdated(session, [("Patient", "validate", "new rules")], limit=10) == [dead_letter.id]
-    assert replays.mark(session, Selection()) == 1
+    assert dead_letters.read_resource(session, dead_letter.id) == DEAD_LETTER.resource
+    assert replays.find_outdated(session, [("Patient", "validate", "rules")], limit=10) == []
+    assert replays.find_outdated(session, [("Patient", "validate", "new rules")], limit=10) == [dead_letter.id]
+    assert replays.request_replay(session, Selection()) == 1
     session.commit()
     load(session, patient("a", "2024-01-02T00:00:00Z", "2", gender="male"), patient("c"), views=(VIEW,))
     assert select(session, "SELECT _resource_key, gender FROM fhir.patient ORDER BY 1") == [("a", "male"), ("c", None)]

@@ -91,14 +91,14 @@ def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Session
     view_tables.ensure_tables(conn, [wider])
     assert view_tables.find_drift(conn, wider) == []
     assert select(conn, "SELECT _resource_key, gender, born FROM fhir.patient") == [("a", "male", None)]
-    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {}
 
 
 def test_a_view_of_other_paths_but_the_same_columns_makes_its_rows_stale(conn: Session) -> None:
     view_tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
     _remember(conn)
     view_tables.ensure_tables(conn, [_changed(column("who", "language", "code"))])
-    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {}
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {}
 
 
 def test_a_new_comment_or_index_leaves_the_windows_loaded(conn: Session) -> None:
@@ -107,7 +107,7 @@ def test_a_new_comment_or_index_leaves_the_windows_loaded(conn: Session) -> None
     commented = _changed(column("who", "gender", "code", description="Administrative gender", index=True))
     view_tables.ensure_tables(conn, [commented])
     assert view_tables.find_drift(conn, commented) == []
-    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
 
 
 def _remember(conn: Connection) -> None:
@@ -115,7 +115,7 @@ def _remember(conn: Connection) -> None:
         "INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)"
         " VALUES ('Patient', 'w', 'p', 1, 'r')"
     )
-    assert checkpoints.loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
+    assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         with sanitized_errors():
             landed = build_landing_step(settings, warehouse).run(context.run.run_id, on_received=report)
         with sanitized_errors(), warehouse.connect() as conn:
-            state = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
+            state = landing_files.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
         yield dg.MaterializeResult(
             metadata=_metadata(landed, perf_counter() - started), check_results=[_evaluate(state)]
         )
@@ -80,7 +80,7 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         with sanitized_errors():
             waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
-            state = landing_files.state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
+            state = landing_files.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
         # The check turns green without a run when the dead letters of a file have been resolved.
         cursor = f"{state.bad} bad files"
         events = [] if context.cursor in (None, cursor) else [_evaluation_event(state)]

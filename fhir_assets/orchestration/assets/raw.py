@@ -118,8 +118,8 @@ def _build_raw_step(
                     | ({"deleted": deleted[name]} if name in deleted else {}),
                 )
                 with warehouse.connect() as conn:
-                    dead_letters.settle(conn, run.run_id, name, "fetch", update.refetched_keys)
-                    runs.count(
+                    dead_letters.resolve_not_repeated(conn, run.run_id, name, "fetch", update.refetched_keys)
+                    runs.record_counts(
                         conn,
                         run.run_id,
                         name,

@@ -71,8 +71,8 @@ def _build_validated_asset(
                 update = step.run(name, raw)
                 counts = _counts(update)
             with warehouse.connect() as conn:
-                dead_letters.settle(conn, run.run_id, name, "validate", update.revalidated_keys)
-                runs.count(conn, run.run_id, name, counts)
+                dead_letters.resolve_not_repeated(conn, run.run_id, name, "validate", update.revalidated_keys)
+                runs.record_counts(conn, run.run_id, name, counts)
             for manifest in update.manifests:
                 if manifest.validated:
                     context.add_asset_metadata(

@@ -160,7 +160,7 @@ class _TableEvaluator:
         return self._result(FRESH, passed, description, metadata)
 
     def _check_failed_partitions(self, conn: Connection) -> dg.AssetCheckResult:
-        failed = run_history.failed_windows(conn, self._type.name)
+        failed = run_history.find_failed_windows(conn, self._type.name)
         description = "the last run of every window succeeded"
         if failed:
             keys = [window.partition_key for window in failed]

@@ -59,7 +59,7 @@ class Launcher(CeleryRunLauncher):
         if record.update_timestamp.replace(tzinfo=UTC) > datetime.now(UTC) - _GRACE:
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         with Warehouse(load_settings()).connect() as conn:
-            if run.run_id in runs.living(conn, [run.run_id]):
+            if run.run_id in runs.find_alive(conn, [run.run_id]):
                 return CheckRunHealthResult(WorkerStatus.RUNNING)
         return CheckRunHealthResult(
             WorkerStatus.FAILED, "The worker of this run has ended: it was killed, or its machine is down."

@@ -61,7 +61,7 @@ def build_alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDe
                         break
                 _record_types_behind(conn, settings)
             delivered = webhook is None or _report(conn, webhook)
-            open_incidents = len(incidents.still_open(conn))
+            open_incidents = len(incidents.list_open(conn))
         message = f"{open_incidents} incidents are open" if open_incidents else "no incident is open"
         if not delivered:
             message += "; ALERT_WEBHOOK_URL did not accept the message: the next tick sends it again"
@@ -79,7 +79,7 @@ def _report(conn: Connection, webhook: Webhook) -> bool:
         accepted = webhook.deliver(began, over)
         return accepted
 
-    incidents.tell(conn, deliver)
+    incidents.announce(conn, deliver)
     return accepted
 
 
@@ -103,10 +103,10 @@ def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Setti
             continue
         name, partitions = _describe_run(run), _partition_keys(run, settings)
         if record.event_log_entry.dagster_event_type is dg.DagsterEventType.RUN_SUCCESS:
-            incidents.recovered(conn, "run", name, partitions)
+            incidents.record_recovery(conn, "run", name, partitions)
         elif run.tags.get("dagster/will_retry") != "true":
             counts = {"windows": len(partitions)} if partitions != [_UNPARTITIONED] else {}
-            incidents.failed(conn, "run", name, partitions, run_id=run.run_id, counts=counts)
+            incidents.record_failure(conn, "run", name, partitions, run_id=run.run_id, counts=counts)
     return records[-1].storage_id if records else after
 
 
@@ -142,9 +142,9 @@ def _record_checks(
         name = f"{key.asset_key.to_user_string()}:{key.name}"
         partitions = [evaluation.partition or _UNPARTITIONED]
         if evaluation.passed:
-            incidents.recovered(conn, "check", name, partitions)
+            incidents.record_recovery(conn, "check", name, partitions)
         elif evaluation.severity is dg.AssetCheckSeverity.ERROR:
-            incidents.failed(conn, "check", name, partitions, run_id=run_id, counts=_integers(evaluation))
+            incidents.record_failure(conn, "check", name, partitions, run_id=run_id, counts=_integers(evaluation))
     return evaluations[-1][0] if evaluations else after
 
 
@@ -192,5 +192,5 @@ def _record_types_behind(conn: Connection, settings: Settings) -> None:
     late = [name for name, point in by_type.items() if point.source_state is None and point.loaded_until < limit]
     stuck = [name for name in late if by_type[name].moved_at < limit]
     if stuck:
-        incidents.failed(conn, "behind", INCREMENTAL_LOAD, stuck, counts={"resource_types": len(stuck)})
-    incidents.recovered(conn, "behind", INCREMENTAL_LOAD, [name for name in by_type if name not in late])
+        incidents.record_failure(conn, "behind", INCREMENTAL_LOAD, stuck, counts={"resource_types": len(stuck)})
+    incidents.record_recovery(conn, "behind", INCREMENTAL_LOAD, [name for name in by_type if name not in late])

@@ -45,8 +45,8 @@ def build_load_received_sensor(
             return
         now = datetime.now(UTC)
         with warehouse.connect() as conn:
-            waiting = group_windows(settings, received.pending(conn, now=now))[:MAX_RUNS]
-            received.ask(conn, [entry for stretch in waiting for entry in stretch.pending], now=now)
+            waiting = group_windows(settings, received.find_pending(conn, now=now))[:MAX_RUNS]
+            received.record_request(conn, [entry for stretch in waiting for entry in stretch.pending], now=now)
         if not waiting:
             yield dg.SkipReason("everything that was received is loaded")
         assert context.repository_def

@@ -61,7 +61,7 @@ def build_replay_sensor(
             return dg.SensorResult(skip_reason=f"{unfinished} runs of {job.name} are not finished yet")
         with warehouse.connect() as conn:
             messages = _mark_outdated(conn, settings, rulesets)
-            marked = replays.marked(conn)
+            marked = replays.find_requested(conn)
         attempts: dict[str, int] = json.loads(context.cursor) if context.cursor else {}
         assert context.repository_def
         plan = _plan(settings, warehouse, context.repository_def.asset_graph, marked, attempts)
@@ -88,11 +88,11 @@ class _Plan:
 
 def _mark_outdated(conn: Connection, settings: Settings, rulesets: Rulesets) -> list[str]:
     """Mark dead letters that failed under earlier rules if the settings ask for it; otherwise return a message."""
-    outdated = replays.outdated(conn, rulesets, limit=MAX_OUTDATED)
+    outdated = replays.find_outdated(conn, rulesets, limit=MAX_OUTDATED)
     if not outdated:
         return []
     if settings.replay_after_upgrade:
-        replays.mark(conn, Selection(ids=outdated))
+        replays.request_replay(conn, Selection(ids=outdated))
         return []
     return [
         f"{len(outdated)} open dead letters failed under earlier rules or views: "
@@ -104,10 +104,10 @@ def _plan(
     settings: Settings,
     warehouse: Warehouse,
     graph: AssetGraph,
-    marked: Sequence[replays.Marked],
+    marked: Sequence[replays.ReplayRequest],
     previous_attempts: Mapping[str, int],
 ) -> _Plan:
-    by_key: dict[str, list[replays.Marked]] = {}
+    by_key: dict[str, list[replays.ReplayRequest]] = {}
     for mark in marked:
         by_key.setdefault(mark.partition_key, []).append(mark)
     plan = _Plan()
@@ -115,11 +115,11 @@ def _plan(
         marks = [mark for window in windows.windows for mark in by_key[window.key]]
         types = sorted({mark.resource_type for mark in marks}, key=LOAD_ORDER.__getitem__)
         first, last = windows.windows[0].key, windows.windows[-1].key
-        key = f"{first}..{last}@{max(mark.asked_at for mark in marks):%Y-%m-%dT%H:%M:%S.%f}"
+        key = f"{first}..{last}@{max(mark.requested_at for mark in marks):%Y-%m-%dT%H:%M:%S.%f}"
         attempt = previous_attempts.get(key, 0) + 1
         if attempt > MAX_ATTEMPTS:
             with warehouse.connect() as conn:
-                released = replays.release(conn, types, [window.key for window in windows.windows])
+                released = replays.cancel_requests(conn, types, [window.key for window in windows.windows])
             plan.messages.append(
                 f"{released} replays of {first} to {last} are given up after {MAX_ATTEMPTS} runs that failed"
             )

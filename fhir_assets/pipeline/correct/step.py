@@ -56,11 +56,11 @@ class CorrectionStep:
                     f"ones of the stages {', '.join(CORRECTABLE)} can be corrected"
                 )
             body = self._build_corrected(conn, dead_letter, correction)
-            corrections.keep(conn, dead_letter_id, body, by=correction.by)
+            corrections.record(conn, dead_letter_id, body, by=correction.by)
             if dead_letter.stage == "fetch":
                 self._receive(dead_letter, body)
-                replays.corrected_on_arrival(conn, dead_letter_id)
-            subject = audit_log.subject(conn, dead_letter.resource_type, read_header(body).id or "")
+                replays.resolve_corrected(conn, dead_letter_id)
+            subject = audit_log.hash_subject(conn, dead_letter.resource_type, read_header(body).id or "")
             audit_log.record(
                 conn,
                 AuditRecord(
@@ -73,8 +73,8 @@ class CorrectionStep:
         if correction.resource is not None:
             body = to_single_line(correction.resource)
         else:
-            before = corrections.of_letter(conn, dead_letter.id)
-            original = before.resource if before else dead_letters.resource(conn, dead_letter.id)
+            before = corrections.get(conn, dead_letter.id)
+            original = before.resource if before else dead_letters.read_resource(conn, dead_letter.id)
             body = apply_patch(original or b"", correction.patch or b"")
         try:
             header = read_header(body)

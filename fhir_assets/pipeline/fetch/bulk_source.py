@@ -100,7 +100,7 @@ class BulkSource:
         """Return the interval from the oldest resource to the transaction time of a complete export, made if needed."""
         export = self._export(resource_types, None, self._now())
         with self._connect() as conn:
-            firsts = [part.first for _, part in bulk_exports.parts(conn, export.id) if part.first]
+            firsts = [part.first for _, part in bulk_exports.list_parts(conn, export.id) if part.first]
         assert export.transaction_time is not None
         return Interval(min(firsts), export.transaction_time) if firsts else None
 
@@ -114,7 +114,7 @@ class BulkSource:
         """Yield the resources of the interval from the export that ``until`` chose."""
         export = self._chosen or self._export(resource_types, interval.start, min(interval.end, self._now()))
         with self._connect() as conn:
-            stored = bulk_exports.parts(conn, export.id)
+            stored = bulk_exports.list_parts(conn, export.id)
         for resource_type, part in stored:
             if resource_type in resource_types and _may_hold(part, interval):
                 for item in self._read(resource_type, part, default_last_updated(export.transaction_time)):
@@ -140,7 +140,7 @@ class BulkSource:
     def _export(self, resource_types: Sequence[str], since: datetime | None, until: datetime) -> BulkExport:
         """Return a complete export of the types since ``since``: an existing one, a continued one, or a new one."""
         request = ExportRequest(self._level, tuple(resource_types), since, self._type_filter)
-        with self._connect() as conn, bulk_exports.alone(conn, self._base_url):
+        with self._connect() as conn, bulk_exports.lock_server(conn, self._base_url):
             if export := bulk_exports.find(conn, self._base_url, request, ["done"], until=until):
                 return export
             recent = bulk_exports.find(conn, self._base_url, request, ["done"])
@@ -203,7 +203,7 @@ class BulkSource:
                 self._check_limit(export)
                 raise
             if not isinstance(answer, ExportPending):
-                bulk_exports.ready(conn, export.id, answer)
+                bulk_exports.record_manifest(conn, export.id, answer)
                 return answer
             if answer.progress and answer.progress != reported:
                 reported = answer.progress
@@ -230,7 +230,7 @@ class BulkSource:
             on_progress=lambda text: self._report(f"export {export.id}: {text}"),
         )
         for parts, files in download.groups(export.files_done):
-            bulk_exports.store_parts(conn, export.id, parts, files)
+            bulk_exports.record_parts(conn, export.id, parts, files)
 
     def _apply(self, conn: Session, export: BulkExport, manifest: ExportManifest) -> None:
         """Apply the deletions of the export, and record the server's errors as dead letters."""
@@ -255,12 +255,12 @@ class BulkSource:
 
     def _remove_outdated(self, conn: Connection) -> None:
         """Delete exports from the store that are older than _KEPT."""
-        for export_id in bulk_exports.outdated(conn, self._base_url, self._now() - _KEPT):
-            types = {resource_type for resource_type, _ in bulk_exports.parts(conn, export_id)}
+        for export_id in bulk_exports.find_expired(conn, self._base_url, self._now() - _KEPT):
+            types = {resource_type for resource_type, _ in bulk_exports.list_parts(conn, export_id)}
             for resource_type in types:  # also parts that a killed process wrote but did not record
                 for name in list(self._store.blobs.names(folder(LAYER, resource_type, export_id))):
                     self._store.blobs.delete(name)
-            bulk_exports.forget_parts(conn, export_id)
+            bulk_exports.remove_parts(conn, export_id)
 
 
 def _may_hold(part: Part, interval: Interval) -> bool:

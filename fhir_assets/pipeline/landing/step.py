@@ -71,8 +71,8 @@ class LandingStep:
         those that did not change since the last look, or have a ``.done`` beside.
         """
         with self._connect() as conn, conn.transaction():
-            landing_files.see(conn, self._zone.url, self._files(assume_complete))
-            return len(landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
+            landing_files.record_listing(conn, self._zone.url, self._files(assume_complete))
+            return len(landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
 
     def run(self, run_id: str, *, on_received: Callable[[Received], None] = lambda _: None) -> LandingResult:
         """Receive the files that wait, the oldest first, those of visits together. One that cannot be read is noted,
@@ -82,7 +82,7 @@ class LandingStep:
         """
         landed = LandingResult()
         with self._connect() as conn:
-            waiting = landing_files.ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
+            waiting = landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
         landed.files = len(waiting)
         for file in waiting:
             if not formats.is_visits_file(file.name):
@@ -107,7 +107,7 @@ class LandingStep:
         except FhirAssetsError as error:
             landed.failed += 1
             with self._connect() as conn, conn.transaction():
-                landing_files.failed(conn, self._zone.url, file, run_id=run_id, error=str(error))
+                landing_files.record_failure(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
     def _files(self, complete: bool) -> Iterator[tuple[FoundFile, bool]]:
         found = list(self._zone.files())
@@ -157,7 +157,7 @@ class LandingStep:
         for together in fresh:
             batch = uuid4().hex
             with self._connect() as conn, conn.transaction():
-                joined = landing_files.join(conn, self._zone.url, together, batch)
+                joined = landing_files.assign_batch(conn, self._zone.url, together, batch)
             if joined:
                 yield batch, joined
 
@@ -195,7 +195,7 @@ class LandingStep:
                 with self._noting(at, run_id, landed):
                     raise
         with self._connect() as conn:
-            known = ledger.files(conn, [f"{CHANNEL}:{whole[file.name]}" for file in rest])
+            known = ledger.find_files(conn, [f"{CHANNEL}:{whole[file.name]}" for file in rest])
         taken = set[str]()
         for file in rest:
             with self._noting(file, run_id, landed):
@@ -237,7 +237,7 @@ class LandingStep:
         skipped: Mapping[str, int],
     ) -> None:
         with self._connect() as conn, conn.transaction():
-            landing_files.loaded(
+            landing_files.record_loaded(
                 conn,
                 self._zone.url,
                 file,

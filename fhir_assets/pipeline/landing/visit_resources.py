@@ -20,7 +20,7 @@ from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.ops import visits
-from fhir_assets.warehouse.ops.visits import Brought, KnownVisit, Person
+from fhir_assets.warehouse.ops.visits import KnownVisit, Person, VisitFileCounts
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 CONFLICT = "visit-conflict"
@@ -36,10 +36,10 @@ def read_new_resources(
     through ``conn``, in the caller's transaction: of the types that the deployment loads, so that those it does not
     are news when it does. ``received_as`` is the origin of all that the caller receives, this file among it.
     """
-    visits.hold(conn)
-    if visits.files(conn, [origin]):
+    visits.lock_ledger(conn)
+    if visits.find_files(conn, [origin]):
         return
-    counts = Brought()
+    counts = VisitFileCounts()
     for found in _read(conn, items, origin, resource_types, counts):
         if isinstance(found, RejectedInput):
             counts.rejected += 1
@@ -47,11 +47,11 @@ def read_new_resources(
         else:
             counts.rows += found.resource_type in resource_types
             yield found
-    visits.brought(conn, origin, received_as, counts)
+    visits.record_file(conn, origin, received_as, counts)
 
 
 def _read(
-    conn: Session, items: Iterable[FileItem], origin: str, resource_types: Collection[str], counts: Brought
+    conn: Session, items: Iterable[FileItem], origin: str, resource_types: Collection[str], counts: VisitFileCounts
 ) -> Iterator[Record | RejectedInput]:
     waiting: list[Visit] = []
     for item in items:
@@ -68,10 +68,10 @@ def _read(
 
 
 def _entered(
-    conn: Session, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: Brought
+    conn: Session, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: VisitFileCounts
 ) -> Iterator[Record | RejectedInput]:
     rows = [_hashed(visit, cipher_of(conn)) for visit in batch]
-    known = visits.visits(conn, [row.visit.id for row in rows])
+    known = visits.find_visits(conn, [row.visit.id for row in rows])
     said: dict[str, list[_Row]] = {}
     added: list[KnownVisit] = []
     for row in rows:
@@ -86,14 +86,14 @@ def _entered(
             yield _encounter(row)
         else:
             counts.repeats += 1
-    people = visits.persons(conn, list(said))
+    people = visits.find_persons(conn, list(said))
     for identity, of_person in said.items():
         for row, person in _news(people.get(identity), of_person, counts):
             people[identity] = person
             yield _patient(row, person)
         newest = max(people[identity].as_of, of_person[-1].person.as_of)
         people[identity] = replace(people[identity], as_of=newest)
-    visits.note(
+    visits.record(
         conn,
         origin,
         list(people.values()) if "Patient" in resource_types else [],
@@ -126,7 +126,7 @@ def _hashed(visit: Visit, cipher: Cipher) -> _Row:
     )
 
 
-def _news(before: Person | None, rows: Sequence[_Row], counts: Brought) -> Iterator[tuple[_Row, Person]]:
+def _news(before: Person | None, rows: Sequence[_Row], counts: VisitFileCounts) -> Iterator[tuple[_Row, Person]]:
     """The rows that say something new of a person, with the person as of then. The last is right: if it says what is
     known, so that the file is one that came before, the others say nothing.
     """

@@ -140,7 +140,7 @@ class LoadStep:
         self, conn: Connection, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]
     ) -> Iterator[_Task]:
         by_key = {window.key: window for window in windows}
-        loaded = checkpoints.loaded_parts(conn, resource_type, list(by_key))
+        loaded = checkpoints.get_loaded_parts(conn, resource_type, list(by_key))
         conn.commit()
         keys = [manifest.partition_key for manifest in validated]
         raw_by_key = {raw.partition_key: raw for raw in self._store.manifests("raw", resource_type, keys)}
@@ -230,15 +230,15 @@ class LoadStep:
         """
         keys = [task.window.key for task in group]
         for stage in STAGES:
-            dead_letters.settle(
+            dead_letters.resolve_not_repeated(
                 conn, self._run_id, resource_type, stage, [task.window.key for task in group if task.from_start]
             )
-        settled_windows = replays.supersede(conn, self._run_id, resource_type, keys)
+        settled_windows = replays.resolve_superseded(conn, self._run_id, resource_type, keys)
         if self._all_views:
             self._record_loaded_parts(conn, resource_type, group)
             self._resolve_replayed(conn, resource_type, group)
         withheld = withheld_resources.count_by_partition(conn, resource_type, keys)
-        runs.count(
+        runs.record_counts(
             conn,
             self._run_id,
             resource_type,
@@ -283,11 +283,11 @@ class LoadStep:
 
     def _record_loaded_parts(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
         """Record the parts as loaded and move the checkpoint, in the transaction of their rows."""
-        checkpoints.remember_parts(
+        checkpoints.record_loaded_parts(
             conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
         )
         inputs = {task.window.key: task.manifest.validated.inputs for task in group if task.manifest.validated}
-        received.loaded(conn, self._run_id, resource_type, inputs)
+        received.record_loaded(conn, self._run_id, resource_type, inputs)
         for span in joined(Interval(task.window.start, task.until) for task in group if task.until is not None):
             checkpoints.advance(conn, resource_type, span.start, span.end, self._run_id)
 
@@ -296,7 +296,7 @@ class LoadStep:
         replay_runs = {
             task.window.key: state.replays for task in group if (state := task.manifest.validated) and state.replays
         }
-        replays.healed(conn, self._run_id, resource_type, ["validate"], replay_runs)
+        replays.resolve_claimed(conn, self._run_id, resource_type, ["validate"], replay_runs)
 
 
 def build_load_audit_records(

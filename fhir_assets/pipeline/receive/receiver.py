@@ -23,7 +23,7 @@ from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters, received
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.ops.received import Receiving
+from fhir_assets.warehouse.ops.received import ReceivedWindow
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 from fhir_assets.windows import Window, WindowScheme
 
@@ -37,7 +37,7 @@ class Received:
     """
 
     origin: str
-    items: tuple[Receiving, ...]
+    items: tuple[ReceivedWindow, ...]
     skipped: Counter[str] = field(default_factory=Counter)
     already_received: bool = False
 
@@ -104,8 +104,8 @@ class Receiver:
         in the transaction that records the origin as received.
         """
         with self._connect() as conn:
-            received.hold(conn, origin)
-            if earlier := received.of_origin(conn, origin):
+            received.lock_origin(conn, origin)
+            if earlier := received.list_by_origin(conn, origin):
                 return Received(origin, tuple(earlier), already_received=True)
             return self._receive(conn, read_records(conn), origin, audit_records)
 
@@ -127,7 +127,7 @@ class Receiver:
         items = intake.items(parts)
         rewrite_partitions(self._connect, self._store, intake.manifests(parts, items), _merge)
         result = Received(origin, tuple(items), intake.skipped)
-        received.note(conn, origin, items)
+        received.record(conn, origin, items)
         audit_log.record(conn, *audit_records(result))
         conn.commit()
         return result
@@ -156,11 +156,11 @@ class _Intake:
             moment = item.as_of if item.as_of < self._now else item.arrived
             writer.add(item.resource_type, self._window(moment).key, item.body, item.last_updated)
 
-    def items(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[Receiving]:
+    def items(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[ReceivedWindow]:
         """Return the counts and parts by resource type and window."""
         parts_by_key = defaultdict[tuple[str, str], tuple[Part, ...]](tuple, parts)
         return [
-            Receiving(
+            ReceivedWindow(
                 *key,
                 tuple(part.name for part in parts_by_key[key]),
                 sum(part.rows for part in parts_by_key[key]),
@@ -169,7 +169,9 @@ class _Intake:
             for key in sorted(parts.keys() | self._rejected.keys())
         ]
 
-    def manifests(self, parts: dict[tuple[str, str], tuple[Part, ...]], items: Sequence[Receiving]) -> list[Manifest]:
+    def manifests(
+        self, parts: dict[tuple[str, str], tuple[Part, ...]], items: Sequence[ReceivedWindow]
+    ) -> list[Manifest]:
         """Return a manifest for each window, with the parts of this origin only."""
         return [
             Manifest(

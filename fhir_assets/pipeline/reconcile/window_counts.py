@@ -130,7 +130,7 @@ def _count_absent(
     if not any(manifest.parts for manifest in validated):
         return {}
     keys = [manifest.partition_key for manifest in validated]
-    corrected = corrections.by_fingerprint(conn, resource_type, STAGES, keys)
+    corrected = corrections.read_by_fingerprint(conn, resource_type, STAGES, keys)
     expected = _expected_rows(store, validated, corrected, cipher_of(conn))
     return reconciliation.count_absent(conn, resource_type, expected, main_view=main_view)
 

@@ -43,5 +43,5 @@ def count_key_usage(conn: Connection, store: Store, views: Sequence[View]) -> Ke
     """Count the keys of everything that is encrypted in the database and in the store. Raises StoreError."""
     counts = reencryption_batches.count_rows_by_key(conn, views)
     counts[PARTS] = Counter(key for _, key in reencrypt.sealed_parts(store))
-    counts[SECRET] = Counter(filter(None, [encryption_secret.key_of_secret(conn)]))
+    counts[SECRET] = Counter(filter(None, [encryption_secret.get_key_id(conn)]))
     return KeyUsage(counts)

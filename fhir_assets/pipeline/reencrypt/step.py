@@ -100,7 +100,7 @@ class ReencryptStep:
                     "There are no keys to rotate to: make one with `fhir-assets keys new` and set PHI_ENCRYPTION_KEYS"
                 )
             guard.autocommit = True
-            with key_rotations.alone(guard):
+            with key_rotations.lock_rotation(guard):
                 view_tables.ensure_tables(conn, self._views)
                 before = count_key_usage(guard, self._store, self._views)
                 self._rotation = key_rotations.begin(conn, self._actor, self._count_remaining(before, cipher))
@@ -269,7 +269,7 @@ class ReencryptStep:
         audit_log.record(conn, AuditRecord("key rotation", self._actor, resource_type, count=encrypted, detail=detail))
 
     def _report(self, conn: Connection) -> None:
-        progress = key_rotations.latest(conn)
+        progress = key_rotations.get_latest(conn)
         conn.commit()
         if progress:
             self._on_progress(progress)

@@ -10,7 +10,7 @@ from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
 from fhir_assets.pipeline.load.step import build_load_audit_records, compute_views_ruleset
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, replays
-from fhir_assets.warehouse.ops.replays import Claimed, Failed
+from fhir_assets.warehouse.ops.replays import ClaimedDeadLetter, FailedReplay
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, Loader
@@ -57,7 +57,7 @@ class ReplayLoadStep:
             claimed = replays.claim(
                 conn, self._run_id, resource_type, LOAD_STAGES, replay_runs, also_open=self._also_open
             )
-            replays.note_origin(conn, self._run_id, resource_type, list(arrived))
+            replays.record_origin(conn, self._run_id, resource_type, list(arrived))
             conn.commit()
             if not claimed:
                 return ReplayLoadResult()
@@ -66,7 +66,7 @@ class ReplayLoadStep:
         resolved = failed = 0
         with self._connect() as reading, self._connect() as writing:
             row_builder = RowBuilder(self._views, cipher_of(writing))
-            for batch in replays.claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
+            for batch in replays.stream_claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
                 with writing.transaction():
                     failures = self._load(writing, row_builder, resource_type, batch, arrived)
                 failed += failures
@@ -78,14 +78,14 @@ class ReplayLoadStep:
         conn: Session,
         row_builder: RowBuilder,
         resource_type: str,
-        dead_letters: Sequence[Claimed],
+        dead_letters: Sequence[ClaimedDeadLetter],
         arrived: Mapping[str, datetime],
     ) -> int:
         """Load the dead letters of one transaction and return how many of them failed again."""
         loader = Loader(
             conn, resource_type, self._views, run_id=self._run_id, restore_rows=True, consent_gate=self._consent_gate
         )
-        failed: dict[int, Failed] = {}
+        failed: dict[int, FailedReplay] = {}
         by_resource = {(dead_letter.partition_key, dead_letter.body): dead_letter for dead_letter in dead_letters}
         unloadable = []
         for dead_letter in dead_letters:
@@ -99,13 +99,13 @@ class ReplayLoadStep:
             dead_letter = by_resource[item.partition_key, item.body]
             path = format_column_path(item.view, item.column)
             failed[dead_letter.id] = self._build_failure(dead_letter, "unloadable", path, item.message)
-        replays.failed(conn, self._run_id, list(failed.values()))
+        replays.record_failures(conn, self._run_id, list(failed.values()))
         resolved = [dead_letter.id for dead_letter in dead_letters if dead_letter.id not in failed]
-        replays.healed_letters(conn, self._run_id, resolved)
+        replays.resolve_by_ids(conn, self._run_id, resolved)
         audit_log.record(
             conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True})
         )
         return len(failed)
 
-    def _build_failure(self, dead_letter: Claimed, rule: str, path: str, message: str) -> Failed:
-        return Failed(dead_letter.id, rule, path, message, [], compute_views_ruleset(self._views))
+    def _build_failure(self, dead_letter: ClaimedDeadLetter, rule: str, path: str, message: str) -> FailedReplay:
+        return FailedReplay(dead_letter.id, rule, path, message, [], compute_views_ruleset(self._views))

@@ -17,7 +17,7 @@ from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import replays
-from fhir_assets.warehouse.ops.replays import Claimed, Failed
+from fhir_assets.warehouse.ops.replays import ClaimedDeadLetter, FailedReplay
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 STAGE = "validate"
@@ -83,13 +83,13 @@ class ReplayValidateStep:
         with self._connect() as conn:
             replay_runs = {key: m.validated.replays if m.validated else [] for key, m in manifests.items()}
             replays.claim(conn, self._run_id, resource_type, [STAGE], replay_runs, also_open=self._also_open)
-            replays.note_origin(conn, self._run_id, resource_type, partition_keys)
+            replays.record_origin(conn, self._run_id, resource_type, partition_keys)
             conn.commit()
         with self._connect() as reading, self._connect() as writing:
             with PartWriter(self._store, "validated") as writer:
-                for batch in replays.claimed(reading, self._run_id, resource_type, [STAGE], list(manifests)):
+                for batch in replays.stream_claimed(reading, self._run_id, resource_type, [STAGE], list(manifests)):
                     failed = self._validate(resource_type, batch, changes, writer)
-                    replays.failed(writing, self._run_id, failed)
+                    replays.record_failures(writing, self._run_id, failed)
                     writing.commit()
                 parts = writer.finish()
         changed = [key for key, change in changes.items() if change.dead_letters]
@@ -105,10 +105,10 @@ class ReplayValidateStep:
     def _validate(
         self,
         resource_type: str,
-        dead_letters: Sequence[Claimed],
+        dead_letters: Sequence[ClaimedDeadLetter],
         changes: dict[str, "_PartitionChange"],
         writer: PartWriter,
-    ) -> list[Failed]:
+    ) -> list[FailedReplay]:
         """Write the resources that are valid now, and return the dead letters that failed again."""
         failed = []
         for dead_letter in dead_letters:
@@ -125,7 +125,9 @@ class ReplayValidateStep:
             again = build_dead_letter(resource_type, key, dead_letter.body, verdict, ruleset=self._validator.ruleset)
             change.failed += 1
             change.dead[again.rule] += dead_letter.occurrences
-            failed.append(Failed(dead_letter.id, again.rule, again.path, again.message, again.issues, again.ruleset))
+            failed.append(
+                FailedReplay(dead_letter.id, again.rule, again.path, again.message, again.issues, again.ruleset)
+            )
         return failed
 
     def _manifest(self, base: Manifest, change: "_PartitionChange", parts: tuple[Part, ...]) -> Manifest:

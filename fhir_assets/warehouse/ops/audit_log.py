@@ -57,12 +57,12 @@ def record(conn: Session, *audit_records: AuditRecord) -> None:
         conn.execute("UPDATE ops.audit_head SET seq = %s, link = %s", [seq, previous])
 
 
-def subject(conn: Session, resource_type: str, resource_id: str) -> str:
+def hash_subject(conn: Session, resource_type: str, resource_id: str) -> str:
     """The keyed hash by which the log names a resource."""
     return cipher_of(conn).subject(resource_type, resource_id)
 
 
-def first_fault(conn: Session) -> Fault | None:
+def find_fault(conn: Session) -> Fault | None:
     """The first record that was altered, is missing or was inserted; None if the log is whole."""
     query = f"SELECT h.seq, h.link, l.* FROM ops.audit_head h LEFT JOIN ({_LOG}) l ON true ORDER BY l.seq"  # noqa: S608
     with conn.transaction(), conn.cursor(name="audit") as cursor:
@@ -76,7 +76,7 @@ def first_fault(conn: Session) -> Fault | None:
         return verify(entries, (first[0], bytes(first[1])), cipher_of(conn))
 
 
-def differs(conn: Connection, seq: int, link: str) -> Fault | None:
+def check_link(conn: Connection, seq: int, link: str) -> Fault | None:
     """Whether a record is another one than when its link was noted, or is gone; None if it is not."""
     row = conn.execute("SELECT encode(link, 'hex') FROM ops.audit_log WHERE seq = %s", [seq]).fetchone()
     if row is None:
@@ -84,13 +84,13 @@ def differs(conn: Connection, seq: int, link: str) -> Fault | None:
     return None if row[0] == link else Fault(seq, "altered")
 
 
-def head(conn: Connection) -> tuple[int, str]:
+def get_head(conn: Connection) -> tuple[int, str]:
     """The number and the link of the last record. Noted elsewhere, they show that nothing was cut off the end."""
     row = conn.execute("SELECT seq, encode(link, 'hex') FROM ops.audit_head").fetchone()
     return (row[0], row[1]) if row else (0, "")
 
 
-def latest(
+def find_latest(
     conn: Connection,
     *,
     limit: int,

@@ -32,7 +32,7 @@ class BulkExport:
 
 
 @contextmanager
-def alone(conn: Connection, base_url: str) -> Iterator[None]:
+def lock_server(conn: Connection, base_url: str) -> Iterator[None]:
     """Meanwhile nobody else works on an export of the server: who comes second finds what the first one brought."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.BULK_EXPORT, base_url])
     conn.commit()
@@ -93,7 +93,7 @@ def begin(
     return BulkExport(export_id, base_url, status_url, "waiting", request.since, at, None, None, frozenset())
 
 
-def ready(conn: Connection, export_id: str, manifest: ExportManifest) -> None:
+def record_manifest(conn: Connection, export_id: str, manifest: ExportManifest) -> None:
     """The server has the export ready. Commits."""
     conn.execute(
         "UPDATE ops.bulk_exports SET status = 'downloading', manifest = %s, transaction_time = %s WHERE id = %s",
@@ -102,7 +102,7 @@ def ready(conn: Connection, export_id: str, manifest: ExportManifest) -> None:
     conn.commit()
 
 
-def store_parts(conn: Connection, export_id: str, parts: Mapping[str, Sequence[Part]], files: Sequence[int]) -> None:
+def record_parts(conn: Connection, export_id: str, parts: Mapping[str, Sequence[Part]], files: Sequence[int]) -> None:
     """These parts hold these files, all of them. Commits."""
     with conn.cursor() as cursor:
         cursor.executemany(
@@ -130,7 +130,7 @@ def end(conn: Connection, export_id: str, status: str, *, error: str | None = No
     conn.commit()
 
 
-def parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
+def list_parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
     """What is in the store of an export, by resource type."""
     rows = conn.execute(
         "SELECT resource_type, name, rows, bytes, stored_bytes, first, last FROM ops.bulk_parts"
@@ -141,7 +141,7 @@ def parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
     return [(name, Part(*facts)) for name, *facts in rows]
 
 
-def outdated(conn: Connection, base_url: str, before: datetime) -> list[str]:
+def find_expired(conn: Connection, base_url: str, before: datetime) -> list[str]:
     """Exports that ended before ``before`` and that have parts in the store still."""
     rows = conn.execute(
         "SELECT DISTINCT e.id FROM ops.bulk_exports e JOIN ops.bulk_parts p ON p.export_id = e.id"
@@ -152,7 +152,7 @@ def outdated(conn: Connection, base_url: str, before: datetime) -> list[str]:
     return [export_id for (export_id,) in rows]
 
 
-def forget_parts(conn: Connection, export_id: str) -> None:
+def remove_parts(conn: Connection, export_id: str) -> None:
     """The parts of an export are no more in the store, and it can serve nobody any more. Commits."""
     conn.execute("DELETE FROM ops.bulk_parts WHERE export_id = %s", [export_id])
     conn.execute(

@@ -64,7 +64,7 @@ def advance(conn: Connection, resource_type: str, window_start: datetime | None,
     return moved.rowcount == 1
 
 
-def loaded_parts(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, frozenset[str]]:
+def get_loaded_parts(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, frozenset[str]]:
     """The parts of each partition that are in the tables of all views; partitions without any are left out."""
     rows = conn.execute(
         "SELECT partition_key, array_agg(part) FROM ops.loaded_parts"
@@ -74,7 +74,7 @@ def loaded_parts(conn: Connection, resource_type: str, partition_keys: Sequence[
     return {key: frozenset(parts) for key, parts in rows}
 
 
-def remember_parts(
+def record_loaded_parts(
     conn: Connection, run_id: str, resource_type: str, parts: Mapping[str, Iterable[LoadedPart]]
 ) -> None:
     """These are now, by partition key, the parts in the tables. Belongs in the transaction that loaded them."""
@@ -93,6 +93,6 @@ def remember_parts(
     )
 
 
-def forget_parts(conn: Connection, resource_type: str) -> None:
+def remove_loaded_parts(conn: Connection, resource_type: str) -> None:
     """Nothing of the type counts as loaded any more: the next load of each window brings all of it."""
     conn.execute("DELETE FROM ops.loaded_parts WHERE resource_type = %s", [resource_type])

@@ -20,7 +20,7 @@ class Correction:
     corrected_at: datetime
 
 
-def keep(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
+def record(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
     """From now on ``resource`` takes the place of the letter's; an earlier correction of it is replaced, the original
     kept.
     """
@@ -36,7 +36,7 @@ def keep(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
     )
 
 
-def of_letter(conn: Session, letter_id: int) -> Correction | None:
+def get(conn: Session, letter_id: int) -> Correction | None:
     """The correction of a letter; None if it has none. Raises SealingError."""
     row = conn.execute(
         "SELECT c.resource, c.corrected_by, c.corrected_at FROM ops.corrections c"
@@ -46,7 +46,7 @@ def of_letter(conn: Session, letter_id: int) -> Correction | None:
     return None if row is None else Correction(cipher_of(conn).decrypt_and_decompress(bytes(row[0])), row[1], row[2])
 
 
-def by_fingerprint(
+def read_by_fingerprint(
     conn: Session, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
 ) -> dict[str, dict[bytes, bytes]]:
     """By partition key, what takes whose place. Raises SealingError."""

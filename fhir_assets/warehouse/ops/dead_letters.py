@@ -73,7 +73,9 @@ def record_now(connect: OpenSession, run_id: str, letters: Sequence[DeadLetter])
         record(conn, run_id, letters)
 
 
-def settle(conn: Connection, run_id: str, resource_type: str, stage: str, partition_keys: Sequence[str]) -> int:
+def resolve_not_repeated(
+    conn: Connection, run_id: str, resource_type: str, stage: str, partition_keys: Sequence[str]
+) -> int:
     """Letters of partitions that this run passed through whole and that did not fail again are resolved. Returns
     how many.
 
@@ -192,7 +194,7 @@ def get(conn: Connection, letter_id: int) -> tuple[StoredDeadLetter, list[dict[s
     return None if row is None else (StoredDeadLetter(*row[:-1]), row[-1])
 
 
-def resource(conn: Session, letter_id: int) -> bytes | None:
+def read_resource(conn: Session, letter_id: int) -> bytes | None:
     """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id, SealingError."""
     row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
     if row is None:
@@ -215,7 +217,7 @@ def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLett
             )
 
 
-def counts(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
+def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
     """How many letters there are by stage, rule and path, the most first: ``occurrences`` counts equal lines."""
     where, params = selection.where()
     rows = conn.execute(

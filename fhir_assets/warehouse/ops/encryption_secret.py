@@ -54,7 +54,7 @@ def reencrypt(conn: Connection, cipher: Cipher) -> bool:
         return True
 
 
-def key_of_secret(conn: Connection) -> str | None:
+def get_key_id(conn: Connection) -> str | None:
     """The id of the key that seals the secret; None before keys are first used."""
     sealed = _sealed_secret(conn)
     return sealed[0] if sealed else None

@@ -9,7 +9,7 @@ from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 KEPT = timedelta(days=1)
 
 
-class AnotherBody(Exception):
+class KeyReused(Exception):
     """The key was used for another request."""
 
 
@@ -40,11 +40,11 @@ def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
     if row is None:
         return None
     if bytes(row[0]) != request.body:
-        raise AnotherBody
+        raise KeyReused
     return row[1], cipher_of(conn).decrypt_and_decompress(bytes(row[2]))
 
 
-def end(conn: Session, request: Request, status: int, answer: bytes) -> None:
+def record_response(conn: Session, request: Request, status: int, answer: bytes) -> None:
     """The request was answered so. What is older than a day is forgotten."""
     cipher = cipher_of(conn)
     conn.execute(

@@ -33,7 +33,7 @@ class Incident:
     all_clear_at: datetime | None
 
 
-def failed(
+def record_failure(
     conn: Connection,
     kind: Kind,
     name: str,
@@ -59,7 +59,7 @@ def failed(
     )
 
 
-def recovered(conn: Connection, kind: Kind, name: str, partitions: Iterable[str]) -> None:
+def record_recovery(conn: Connection, kind: Kind, name: str, partitions: Iterable[str]) -> None:
     """These partitions fail no more; with the last of them the incident is over."""
     conn.execute(
         "UPDATE ops.incidents SET partitions = left_over, closed_at = CASE WHEN left_over = '{}' THEN now() END"
@@ -71,7 +71,7 @@ def recovered(conn: Connection, kind: Kind, name: str, partitions: Iterable[str]
     )
 
 
-def tell(conn: Connection, deliver: Callable[[list[Incident], list[Incident]], bool]) -> None:
+def announce(conn: Connection, deliver: Callable[[list[Incident], list[Incident]], bool]) -> None:
     """Hand ``deliver`` what began and what is over, as far as nobody was told yet; remembered if it answers True.
 
     What came and went between two looks, in one transaction, is told to nobody. The rows are locked meanwhile: of
@@ -98,7 +98,7 @@ def _untold(conn: Connection, condition: str) -> list[Incident]:
         return cursor.execute(query).fetchall()
 
 
-def still_open(conn: Connection) -> list[Incident]:
+def list_open(conn: Connection) -> list[Incident]:
     """What is wrong right now, the oldest first."""
     query = sql.SQL("SELECT {} FROM ops.incidents WHERE closed_at IS NULL ORDER BY id").format(
         sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(Incident)])

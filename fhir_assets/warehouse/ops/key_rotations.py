@@ -41,7 +41,7 @@ class Rotation:
 
 
 @contextmanager
-def alone(conn: Connection) -> Iterator[None]:
+def lock_rotation(conn: Connection) -> Iterator[None]:
     """Meanwhile nobody else rotates. Raises TransientError if somebody does already. ``conn`` is in autocommit."""
     row = conn.execute("SELECT pg_try_advisory_lock(%s)", [advisory_locks.KEY_ROTATION]).fetchone()
     if not row or not row[0]:
@@ -80,7 +80,7 @@ def end(conn: Connection, rotation: int, left_over: int) -> None:
     )
 
 
-def latest(conn: Connection) -> Rotation | None:
+def get_latest(conn: Connection) -> Rotation | None:
     """The last rotation that began; None if none ever did."""
     with conn.cursor(row_factory=class_row(Rotation)) as cursor:
         return cursor.execute(

@@ -23,7 +23,7 @@ BAD = (
 """A file is bad as long as it could not be read, or a piece of it is an unsettled dead letter."""
 
 
-class Found(Protocol):
+class ListedFile(Protocol):
     """A file as it lies in its zone now."""
 
     @property
@@ -47,7 +47,7 @@ class ReadyFile:
     batch: str | None = None
 
 
-def see(conn: Connection, zone: str, files: Iterable[tuple[Found, bool]]) -> None:
+def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool]]) -> None:
     """What the zone holds now, each with whether it is known to be complete.
 
     A file is ready when it was the same at the last look, or is known to be complete. One that changed begins anew.
@@ -71,7 +71,7 @@ def see(conn: Connection, zone: str, files: Iterable[tuple[Found, bool]]) -> Non
         cursor.execute("DROP TABLE seen")
 
 
-def ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
+def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
     """The files that wait, the oldest first; one that failed when it has waited long enough."""
     rows = conn.execute(
         "SELECT name, size, mark, written_at, batch FROM ops.landing_files WHERE zone = %(zone)s"
@@ -89,7 +89,7 @@ def ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[Rea
     return [ReadyFile(*row) for row in rows]
 
 
-def join(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
+def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
     """The files are received together from now on, also after a crash. Returns them, without those that somebody else
     put into a batch meanwhile.
     """
@@ -101,7 +101,7 @@ def join(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) ->
     return [file for file in files if file.name in joined]
 
 
-def loaded(
+def record_loaded(
     conn: Connection,
     zone: str,
     file: ReadyFile,
@@ -129,12 +129,12 @@ def loaded(
     )
 
 
-def failed(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
+def record_failure(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
     """The file could not be received; it is tried again later. ``error`` holds no patient data."""
     _settle(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
 
 
-def listed(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+def list_files(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
     """The files of a zone, the newest first."""
     return (
         conn.cursor(row_factory=dict_row)
@@ -160,7 +160,7 @@ class ZoneState:
     sample: list[tuple[str, int, str]]
 
 
-def state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
+def get_zone_state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
     """The zone as it was last seen."""
     by_status: dict[str, int] = dict(
         conn.execute("SELECT status, count(*) FROM ops.landing_files WHERE zone = %s GROUP BY 1", [zone]).fetchall()

@@ -14,7 +14,7 @@ LONGEST_WAIT_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
-class Receiving:
+class ReceivedWindow:
     """What an origin brought for one window of one type: ``parts`` by name, ``rows`` in them, ``rejected`` lines."""
 
     resource_type: str
@@ -25,7 +25,7 @@ class Receiving:
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingWindow:
     """A window of a type that waits for a run; ``asked`` is how many were asked for already."""
 
     resource_type: str
@@ -33,23 +33,23 @@ class Pending:
     asked: int
 
 
-def hold(conn: Connection, origin: str) -> None:
+def lock_origin(conn: Connection, origin: str) -> None:
     """Wait until nobody else receives the origin; it is this connection's until it closes. Commits."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.RECEIVED_ORIGIN, origin])
     conn.commit()
 
 
-def of_origin(conn: Connection, origin: str) -> list[Receiving]:
+def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
     """What the origin brought when it was received; empty if it was not, or brought nothing."""
     rows = conn.execute(
         "SELECT resource_type, partition_key, parts, rows, rejected FROM ops.received WHERE origin = %s"
         " ORDER BY resource_type, partition_key",
         [origin],
     )
-    return [Receiving(name, key, tuple(parts), count, rejected) for name, key, parts, count, rejected in rows]
+    return [ReceivedWindow(name, key, tuple(parts), count, rejected) for name, key, parts, count, rejected in rows]
 
 
-def note(conn: Connection, origin: str, items: Sequence[Receiving]) -> None:
+def record(conn: Connection, origin: str, items: Sequence[ReceivedWindow]) -> None:
     """The origin was received whole, and this is all that it brought. What holds no resource needs no run."""
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
@@ -64,7 +64,7 @@ def note(conn: Connection, origin: str, items: Sequence[Receiving]) -> None:
         )
 
 
-def pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[Pending]:
+def find_pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[PendingWindow]:
     """The windows that were received and not loaded, in order; with ``now`` those only whose last run had its time."""
     rows = conn.execute(
         "SELECT resource_type, partition_key, max(asked) FROM ops.received WHERE loaded_at IS NULL"
@@ -75,10 +75,10 @@ def pending(conn: Connection, *, origin: str | None = None, now: datetime | None
         " ORDER BY 2, 1",
         {"origin": origin, "now": now, "first": FIRST_WAIT_SECONDS, "longest": LONGEST_WAIT_SECONDS},
     )
-    return [Pending(*row) for row in rows]
+    return [PendingWindow(*row) for row in rows]
 
 
-def ask(conn: Connection, windows: Sequence[Pending], *, now: datetime) -> None:
+def record_request(conn: Connection, windows: Sequence[PendingWindow], *, now: datetime) -> None:
     """A run was asked for that loads these."""
     conn.execute(
         "UPDATE ops.received SET asked = asked + 1, asked_at = %s FROM unnest(%s::text[], %s::text[]) AS w (type, key)"
@@ -87,7 +87,7 @@ def ask(conn: Connection, windows: Sequence[Pending], *, now: datetime) -> None:
     )
 
 
-def loaded(conn: Connection, run_id: str, resource_type: str, inputs: Mapping[str, Sequence[str]]) -> None:
+def record_loaded(conn: Connection, run_id: str, resource_type: str, inputs: Mapping[str, Sequence[str]]) -> None:
     """What is in these raw parts, by partition key, is in the tables. Belongs in the transaction that loaded them."""
     found = conn.execute(
         "SELECT origin, partition_key, parts FROM ops.received WHERE loaded_at IS NULL AND resource_type = %s"

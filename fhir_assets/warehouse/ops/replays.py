@@ -27,17 +27,17 @@ _STREAMED = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Marked:
+class ReplayRequest:
     """Letters of one type and window that wait for a replay; ``asked_at`` is the newest mark."""
 
     resource_type: str
     partition_key: str
-    letters: int
-    asked_at: datetime
+    dead_letters: int
+    requested_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class ClaimedDeadLetter:
     """A letter that a run replays: ``body`` is the correction where there is one, else the resource as received."""
 
     id: int
@@ -48,7 +48,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailedReplay:
     """Why a letter failed again."""
 
     id: int
@@ -70,7 +70,7 @@ def _replayable(selection: Selection, left_by: Sequence[str] = ()) -> tuple[sql.
     return condition, {**params, "statuses": statuses, "replayed": list(REPLAYED), "left_by": list(left_by)}
 
 
-def scope(conn: Connection, selection: Selection) -> list[Marked]:
+def find_replayable(conn: Connection, selection: Selection) -> list[ReplayRequest]:
     """The types and windows of the letters of a selection that can be replayed; those that a run held when it died
     are among them, and the next run over their windows takes them.
     """
@@ -82,10 +82,10 @@ def scope(conn: Connection, selection: Selection) -> list[Marked]:
         ).format(where),
         params,
     )
-    return [Marked(*row) for row in rows]
+    return [ReplayRequest(*row) for row in rows]
 
 
-def mark(conn: Connection, selection: Selection, *, claimed_by: str | None = None) -> int:
+def request_replay(conn: Connection, selection: Selection, *, claimed_by: str | None = None) -> int:
     """Ask for the replay of a selection; the sensor sees to it, unless ``claimed_by`` names the run that does."""
     where, params = _replayable(selection)
     return conn.execute(
@@ -97,17 +97,17 @@ def mark(conn: Connection, selection: Selection, *, claimed_by: str | None = Non
     ).rowcount
 
 
-def marked(conn: Connection) -> list[Marked]:
+def find_requested(conn: Connection) -> list[ReplayRequest]:
     """What waits for a replay that no living run does, by window and type."""
     rows = conn.execute(
         "SELECT resource_type, partition_key, count(*), max(replay_requested_at) FROM ops.dead_letters"
         " WHERE status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%s)) GROUP BY 1, 2 ORDER BY 2, 1",
         [_dead_claimers(conn)],
     )
-    return [Marked(*row) for row in rows]
+    return [ReplayRequest(*row) for row in rows]
 
 
-def release(conn: Connection, resource_types: Sequence[str], partition_keys: Sequence[str]) -> int:
+def cancel_requests(conn: Connection, resource_types: Sequence[str], partition_keys: Sequence[str]) -> int:
     """Give up replays that no living run does: their letters are open again."""
     return conn.execute(
         "UPDATE ops.dead_letters SET status = 'open', replay_requested_at = NULL, claimed_by = NULL"
@@ -117,7 +117,7 @@ def release(conn: Connection, resource_types: Sequence[str], partition_keys: Seq
     ).rowcount
 
 
-def release_own(conn: Connection, run_id: str) -> int:
+def release_claims(conn: Connection, run_id: str) -> int:
     """What a run claimed and did not come to is open again."""
     return conn.execute(
         "UPDATE ops.dead_letters SET status = 'open', replay_requested_at = NULL, claimed_by = NULL"
@@ -166,9 +166,9 @@ def claim(
     return bool(found and found[0])
 
 
-def claimed(
+def stream_claimed(
     conn: Session, run_id: str, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
-) -> Iterator[list[Claimed]]:
+) -> Iterator[list[ClaimedDeadLetter]]:
     """The letters that a run has claimed in some partitions, by partition, streamed on ``conn``, which is in a
     transaction meanwhile. Raises SealingError.
     """
@@ -183,12 +183,12 @@ def claimed(
         )
         while rows := cursor.fetchmany(_STREAMED):
             yield [
-                Claimed(identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")))
+                ClaimedDeadLetter(identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")))
                 for identity, key, rule, occurrences, body in rows
             ]
 
 
-def failed(conn: Connection, run_id: str, letters: Sequence[Failed]) -> None:
+def record_failures(conn: Connection, run_id: str, letters: Sequence[FailedReplay]) -> None:
     """These failed again: open, with one attempt more."""
     if not letters:
         return
@@ -210,7 +210,7 @@ def failed(conn: Connection, run_id: str, letters: Sequence[Failed]) -> None:
         cursor.execute("TRUNCATE pg_temp.failed_again")
 
 
-def healed(
+def resolve_claimed(
     conn: Connection, run_id: str, resource_type: str, stages: Sequence[str], runs_by_key: Mapping[str, Sequence[str]]
 ) -> int:
     """What these runs still hold in these partitions is in the tables now: resolved. Returns how many letters."""
@@ -234,7 +234,7 @@ def healed(
     return total
 
 
-def supersede(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
+def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
     """Letters whose resource the tables have in a newer version are resolved: those of these windows, and those of
     whatever window whose newer version came with these. Returns the windows of the letters.
     """
@@ -260,7 +260,7 @@ def supersede(conn: Connection, run_id: str, resource_type: str, partition_keys:
     }
 
 
-def healed_letters(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
+def resolve_by_ids(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
     """These letters of the run are in the tables now: resolved."""
     conn.execute(
         "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
@@ -271,7 +271,7 @@ def healed_letters(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
     )
 
 
-def corrected_on_arrival(conn: Connection, letter_id: int) -> None:
+def resolve_corrected(conn: Connection, letter_id: int) -> None:
     """A letter of stage ``fetch`` whose correction was received: resolved, also when its window is read again."""
     conn.execute(
         "UPDATE ops.dead_letters SET status = 'resolved', resolution = 'corrected', resolved_at = now() WHERE id = %s",
@@ -280,14 +280,14 @@ def corrected_on_arrival(conn: Connection, letter_id: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReplayOutcome:
     """What came of the letters that some runs replayed."""
 
-    healed: int
+    resolved: int
     failed: int
 
 
-def outcome(conn: Connection, run_ids: Sequence[str]) -> Outcome:
+def count_outcome(conn: Connection, run_ids: Sequence[str]) -> ReplayOutcome:
     """What came of the letters in the windows of some runs."""
     row = conn.execute(
         "SELECT count(*) FILTER (WHERE d.status = 'resolved' AND d.resolved_run_id = r.run_id),"
@@ -296,7 +296,7 @@ def outcome(conn: Connection, run_ids: Sequence[str]) -> Outcome:
         " WHERE r.run_id = ANY(%s) AND d.stage = ANY(%s)",
         [list(run_ids), list(REPLAYED)],
     ).fetchone()
-    return Outcome(*(row or (0, 0)))
+    return ReplayOutcome(*(row or (0, 0)))
 
 
 def discard(conn: Connection, selection: Selection, *, reason: str, by: str) -> int:
@@ -311,7 +311,7 @@ def discard(conn: Connection, selection: Selection, *, reason: str, by: str) -> 
     ).rowcount
 
 
-def outdated(conn: Connection, judges: Sequence[tuple[str, str, str]], *, limit: int) -> list[int]:
+def find_outdated(conn: Connection, judges: Sequence[tuple[str, str, str]], *, limit: int) -> list[int]:
     """Ids of open letters that failed under other rules or views than the present ones: type, stage, ruleset."""
     types, stages, present = zip(*judges, strict=True) if judges else ((), (), ())
     one_side = (
@@ -328,7 +328,7 @@ def outdated(conn: Connection, judges: Sequence[tuple[str, str, str]], *, limit:
     return [identity for (identity,) in rows]
 
 
-def note_origin(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> None:
+def record_origin(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> None:
     """Note in ``ops.ingestion_runs`` whose failures the run replays: by window the run in which they failed last."""
     conn.execute(
         "UPDATE ops.ingestion_runs r SET replay_of_run_id = failed.run_id FROM"
@@ -346,4 +346,4 @@ def _dead_claimers(conn: Connection) -> list[str]:
         "SELECT DISTINCT claimed_by FROM ops.dead_letters WHERE status = 'replaying' AND claimed_by IS NOT NULL"
     ).fetchall()
     claimers = [claimer for (claimer,) in found]
-    return sorted(set(claimers) - runs.living(conn, claimers))
+    return sorted(set(claimers) - runs.find_alive(conn, claimers))

@@ -16,14 +16,14 @@ _OLD = {
 }
 
 
-def old_rows(conn: Connection, table: str, before: datetime) -> int:
+def count_expired_rows(conn: Connection, table: str, before: datetime) -> int:
     """How many rows of ``ops.<table>`` may go: resolved dead letters, incidents that are over."""
     query = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(sql.Identifier("ops", table), _OLD[table])
     row = conn.execute(query, {"before": before}).fetchone()
     return int(row[0]) if row else 0
 
 
-def delete_old_rows(conn: Connection, table: str, before: datetime) -> int:
+def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
     """Delete them, a batch at a time. Returns how many."""
     query = sql.SQL("DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {old} LIMIT {batch})").format(
         table=sql.Identifier("ops", table), old=_OLD[table], batch=sql.Literal(BATCH)
@@ -37,7 +37,7 @@ def delete_old_rows(conn: Connection, table: str, before: datetime) -> int:
             return total
 
 
-def oldest_running(conn: Connection) -> datetime | None:
+def find_oldest_running(conn: Connection) -> datetime | None:
     """When the longest load that is still at work began; None if nothing is."""
     row = conn.execute("SELECT min(started_at) FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchone()
     return row[0] if row else None

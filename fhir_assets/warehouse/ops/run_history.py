@@ -20,7 +20,7 @@ class FailedWindow:
     error: str | None
 
 
-def latest(
+def list_runs(
     conn: Connection,
     *,
     limit: int,
@@ -45,7 +45,7 @@ def latest(
     return conn.cursor(row_factory=dict_row).execute(query, params).fetchall()
 
 
-def by_type(conn: Connection, run_id: str) -> list[dict[str, Any]]:
+def list_types_of_run(conn: Connection, run_id: str) -> list[dict[str, Any]]:
     """The run whose id begins with ``run_id``, by resource type in load order; empty if there is none or several.
 
     ``dead_letters`` counts what failed in the run and is not resolved, by stage.
@@ -65,7 +65,7 @@ def by_type(conn: Connection, run_id: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: LOAD_ORDER.get(row["resource_type"], len(LOAD_ORDER)))
 
 
-def failed_windows(conn: Connection, resource_type: str) -> list[FailedWindow]:
+def find_failed_windows(conn: Connection, resource_type: str) -> list[FailedWindow]:
     """The windows of a type whose last run failed, in order."""
     rows = conn.execute(
         "SELECT partition_key, run_id, error FROM (SELECT DISTINCT ON (partition_key) partition_key, run_id, error,"

@@ -51,7 +51,9 @@ def start(
     )
 
 
-def count(conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int | None]]) -> None:
+def record_counts(
+    conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int | None]]
+) -> None:
     """Set counts by partition key; those of COUNTS that are not given, or None, stay as they are."""
     keys = sorted(counts)
     given = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
@@ -111,14 +113,14 @@ def abandon(conn: Connection, run_id: str, *, error: str) -> int:
     ).rowcount
 
 
-def hold(conn: Connection, run_id: str) -> None:
+def hold_liveness_lock(conn: Connection, run_id: str) -> None:
     """From now on the run counts as living, as long as a connection that holds it is open: Postgres notices at once
     when a process dies, however it dies.
     """
     conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [advisory_locks.LIVE_RUN, run_id])
 
 
-def living(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
+def find_alive(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
     """Those of the runs that a living process holds."""
     rows = conn.execute(_HELD, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})
     return frozenset(run_id for (run_id,) in rows)
@@ -127,11 +129,11 @@ def living(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
 def abandon_dead(conn: Connection, *, error: str = "the run ended without saying so: killed, or crashed") -> int:
     """What runs that no process holds left RUNNING is FAILED. Returns how many rows."""
     started = conn.execute("SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchall()
-    dead = {run_id for (run_id,) in started}.difference(living(conn, [run_id for (run_id,) in started]))
+    dead = {run_id for (run_id,) in started}.difference(find_alive(conn, [run_id for (run_id,) in started]))
     return sum(abandon(conn, run_id, error=error) for run_id in sorted(dead))
 
 
-def beginning_with(conn: Connection, prefix: str) -> list[str]:
+def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
     """The ids of the runs that begin with ``prefix``, two at most."""
     rows = conn.execute(
         "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
@@ -139,7 +141,7 @@ def beginning_with(conn: Connection, prefix: str) -> list[str]:
     return [run_id for (run_id,) in rows]
 
 
-def errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
+def get_errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
     """Why a run failed: each reason with the types it stopped, in load order."""
     rows = conn.execute(
         "SELECT DISTINCT coalesce(error, 'no reason was recorded'), resource_type FROM ops.ingestion_runs"
@@ -164,7 +166,7 @@ _LATEST = sql.SQL(
 )
 
 
-def summary(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
+def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
     """By type, in load order, what some runs did together: counts, seconds of work, resources_per_second (loaded).
 
     The last row, of type ``total``, is their sum. Types without anything are left out.
@@ -177,7 +179,7 @@ def summary(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]
     return rows
 
 
-def totals(conn: Connection) -> list[dict[str, object]]:
+def summarize_latest(conn: Connection) -> list[dict[str, object]]:
     """As ``summary``, over the last run of every type and partition that fetched and succeeded; without speeds.
 
     Replays, and loads of tables alone, count a part of a window only.

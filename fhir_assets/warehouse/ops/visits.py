@@ -31,7 +31,7 @@ class KnownVisit:
 
 
 @dataclass(slots=True)
-class Brought:
+class VisitFileCounts:
     """What a file brought: new persons, changes of known ones and such that a newer file contradicts; new visits,
     known ones, and known ones with other content. ``rows`` went into raw, ``rejected`` became dead letters.
     """
@@ -46,12 +46,12 @@ class Brought:
     rejected: int = 0
 
 
-def hold(conn: Connection) -> None:
+def lock_ledger(conn: Connection) -> None:
     """Wait until nobody else writes the ledger; until the transaction ends nobody does."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.VISIT_LEDGER])
 
 
-def persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
+def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
     """Those of them that are known. Where another door spoke since, its time counts, and no content is the same."""
     rows = conn.execute(
         "SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)"
@@ -61,7 +61,7 @@ def persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
     return {identity: Person(identity, version, bytes(content), as_of) for identity, version, content, as_of in rows}
 
 
-def said_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
+def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
     """Another door said what these Patients are."""
     conn.execute(
         "INSERT INTO ops.visit_persons_elsewhere AS known (id, at) SELECT id, %s FROM unnest(%s::text[]) AS id"
@@ -70,13 +70,13 @@ def said_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
     )
 
 
-def visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
+def find_visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
     """Those of them that are known."""
     rows = conn.execute("SELECT id, person, content FROM ops.visits WHERE id = ANY(%s)", [list(ids)])
     return {identity: KnownVisit(identity, person, bytes(content)) for identity, person, content in rows}
 
 
-def note(conn: Connection, origin: str, people: Sequence[Person], added: Sequence[KnownVisit]) -> None:
+def record(conn: Connection, origin: str, people: Sequence[Person], added: Sequence[KnownVisit]) -> None:
     """The persons are so now, and the visits known. Belongs in the transaction that ``hold`` began."""
     conn.execute(
         "INSERT INTO ops.visit_persons AS known (id, version, content, as_of, origin)"
@@ -98,14 +98,14 @@ def note(conn: Connection, origin: str, people: Sequence[Person], added: Sequenc
     )
 
 
-def forget(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
+def remove_deleted(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
     """What was deleted is not known any more: the next row that says it is news."""
     table = {"Patient": "visit_persons", "Encounter": "visits"}.get(resource_type)
     if table:
         conn.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(sql.Identifier("ops", table)), [list(ids)])
 
 
-def brought(conn: Connection, origin: str, received_as: str, counts: Brought) -> None:
+def record_file(conn: Connection, origin: str, received_as: str, counts: VisitFileCounts) -> None:
     """A file was received as part of an origin, and brought so much."""
     values = {"origin": origin, "received_as": received_as, **asdict(counts)}
     conn.execute(
@@ -116,16 +116,16 @@ def brought(conn: Connection, origin: str, received_as: str, counts: Brought) ->
     )
 
 
-def files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, Brought]]:
+def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, VisitFileCounts]]:
     """Those of the files that were received: as part of which origin, and what they brought."""
-    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(Brought))
+    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(VisitFileCounts))
     query = sql.SQL("SELECT origin, received_as, {} FROM ops.visit_files WHERE origin = ANY(%s)").format(columns)
     rows = conn.execute(query, [list(origins)]).fetchall()
-    return {origin: (received_as, Brought(*counts)) for origin, received_as, *counts in rows}
+    return {origin: (received_as, VisitFileCounts(*counts)) for origin, received_as, *counts in rows}
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
+class VisitPost:
     """A list of visits that was posted: ``records`` in all, of them ``rejected`` at once."""
 
     task_id: str
@@ -137,7 +137,7 @@ class Post:
 
 
 @dataclass(frozen=True, slots=True)
-class FileState:
+class VisitFileState:
     """What became of a file: ``status`` as the landing zone has it, None before it was seen there; ``waiting`` is how
     many windows of what it brought are not in the tables yet.
     """
@@ -148,12 +148,12 @@ class FileState:
     dead_letters: int
     run_id: str | None
     waiting: int
-    brought: Brought
+    counts: VisitFileCounts
 
 
-def posted(conn: Connection, post: Post) -> None:
+def record_post(conn: Connection, post: VisitPost) -> None:
     """A list was posted."""
-    names = [each.name for each in fields(Post)]
+    names = [each.name for each in fields(VisitPost)]
     conn.execute(
         sql.SQL("INSERT INTO ops.visit_posts ({}) VALUES ({})").format(
             sql.SQL(", ").join(map(sql.Identifier, names)), sql.SQL(", ").join(map(sql.Placeholder, names))
@@ -162,15 +162,15 @@ def posted(conn: Connection, post: Post) -> None:
     )
 
 
-def post(conn: Connection, task_id: str) -> Post | None:
+def get_post(conn: Connection, task_id: str) -> VisitPost | None:
     """The post of a task."""
-    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(Post))
-    with conn.cursor(row_factory=class_row(Post)) as cursor:
+    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(VisitPost))
+    with conn.cursor(row_factory=class_row(VisitPost)) as cursor:
         query = sql.SQL("SELECT {} FROM ops.visit_posts WHERE task_id = %s").format(columns)
         return cursor.execute(query, [task_id]).fetchone()
 
 
-def file_state(conn: Connection, zone: str, name: str) -> FileState:
+def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
     """What became of a file of a zone."""
     row = conn.execute(
         "SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256"
@@ -178,11 +178,13 @@ def file_state(conn: Connection, zone: str, name: str) -> FileState:
         [zone, name],
     ).fetchone()
     if row is None:
-        return FileState(None, None, False, 0, None, 0, Brought())
+        return VisitFileState(None, None, False, 0, None, 0, VisitFileCounts())
     status, error, known_before, rejected, run_id, origin = row
-    received_as, counts = files(conn, [origin or ""]).get(origin or "", (origin, Brought()))
+    received_as, counts = find_files(conn, [origin or ""]).get(origin or "", (origin, VisitFileCounts()))
     (waiting,) = conn.execute(
         "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [received_as]
     ).fetchone() or (0,)
     # The same content under another name had been received already: this file brought nothing.
-    return FileState(status, error, known_before, rejected, run_id, waiting, Brought() if known_before else counts)
+    return VisitFileState(
+        status, error, known_before, rejected, run_id, waiting, VisitFileCounts() if known_before else counts
+    )

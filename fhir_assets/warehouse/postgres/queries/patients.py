@@ -68,7 +68,7 @@ def _record(
             "decrypt" if cipher_of(conn).on else "read",
             actor,
             resource_type,
-            audit_log.subject(conn, resource_type, resource_id),
+            audit_log.hash_subject(conn, resource_type, resource_id),
             request_id=request_id,
             detail={"found": found},
         ),

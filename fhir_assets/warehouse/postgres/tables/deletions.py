@@ -147,7 +147,7 @@ def _apply(
         withheld_resources.remove_deleted(conn, resource_type, keys)
         if resource_type == "Consent":
             consents.remove_deleted(conn, keys)
-        visits.forget(conn, resource_type, keys)
+        visits.remove_deleted(conn, resource_type, keys)
         for table in _tables(conn, resource_type):
             conn.execute(
                 sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(
