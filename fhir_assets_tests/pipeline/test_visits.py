@@ -206,7 +206,7 @@ def test_many_small_files_are_received_as_one_and_each_is_told_by_itself(world: 
 def test_a_batch_that_died_comes_again_as_the_same_beside_what_came_meanwhile(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room, name in ((received, "note"), (landing_files, "loaded")):
+    for room, name in ((received, "record"), (landing_files, "record_loaded")):
         world.put(f"{name}-a.csv", [visit(name, f"{name}-1")])
         world.put(f"{name}-b.csv", [visit(name, f"{name}-2", "Byron")], hours=1)
         with monkeypatch.context() as patched:
