@@ -198,7 +198,7 @@ def test_a_load_that_dies_between_raw_and_its_note_is_done_again_and_nothing_is_
     zone.put("a.ndjson", patient("a", DAY))
     tick(deployment)
     tick(deployment)
-    for room, name in ((received, "note"), (landing_files, "loaded")):
+    for room, name in ((received, "record"), (landing_files, "record_loaded")):
         with monkeypatch.context() as patched:
 
             def dies(*_: object, **__: object) -> None:

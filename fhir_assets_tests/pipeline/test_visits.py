@@ -216,7 +216,7 @@ def test_a_batch_that_died_comes_again_as_the_same_beside_what_came_meanwhile(
         world.put(f"{name}-c.csv", [visit(name, f"{name}-3", "King")], hours=2)
         world.receive()
     assert (len(world.raw("Patient")), len(world.raw("Encounter"))) == (6, 6)
-    assert world.names() == {"note": "King", "loaded": "King"}
+    assert world.names() == {"record": "King", "record_loaded": "King"}
     assert world.counts() == {"patients": 2, "updates": 4, "visits": 6}
     assert world.query("SELECT DISTINCT status, known_before, rows FROM ops.landing_files") == [("loaded", False, 2)]
 
