@@ -21,7 +21,7 @@ from fhir_assets.cli.upload_progress import Progress
 from fhir_assets.delivery.tables import dead_letter
 from fhir_assets.delivery.upload.files import Folder, Unusable
 from fhir_assets.delivery.upload.journal import Journal
-from fhir_assets.delivery.upload.uploader import Silent, Uploader
+from fhir_assets.delivery.upload.uploader import NullListener, Uploader
 from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.deployment.targets import build_upload_client
 from fhir_assets.deployment.warehouse import Warehouse
@@ -79,7 +79,7 @@ def upload(
         steps = _planned(folder, journal, shape, resume=resume)
         if not json:
             _show(steps)
-        with nullcontext(Silent()) if json else Progress(steps) as listener, _interruptible(stop):
+        with nullcontext(NullListener()) if json else Progress(steps) as listener, _interruptible(stop):
             Uploader(
                 client,
                 journal,

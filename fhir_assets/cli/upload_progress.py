@@ -6,7 +6,7 @@ from typing import Self
 from rich import progress
 
 from fhir_assets.cli.output import console
-from fhir_assets.delivery.upload.journal import BatchKey, Done
+from fhir_assets.delivery.upload.journal import BatchKey, BatchResult
 
 _BARS = 10
 """So many bars of finished files stay on the screen."""
@@ -51,7 +51,7 @@ class Progress:
         self._sent = dict.fromkeys(files, 0)
         self._tasks = {name: self._bars.add_task(name, total=count, failed=0) for name, count in files.items()}
 
-    def batch(self, key: BatchKey, done: Done, size: int) -> None:
+    def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
         """A line for the batch, and its file's bar moves on."""
         if key.file in self._tasks:
             self._sent[key.file] += size

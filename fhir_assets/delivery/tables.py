@@ -140,7 +140,7 @@ class DeliverStep:
 
         buffer = DeadLetterBuffer(reject)
         for failure in journal.failures():
-            buffer.add(dead_letter(failure, windows[failure.place.rpartition(":")[0]]))
+            buffer.add(dead_letter(failure, windows[failure.location.rpartition(":")[0]]))
         buffer.flush()
 
     def _record_delivery(self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts]) -> None:
@@ -183,7 +183,7 @@ def dead_letter(failure: Failure, partition_key: str, *, unknown_type: str = "un
         resource_id=failure.id,
         stage="deliver",
         rule=rule,
-        path=failure.place,
+        path=failure.location,
         message=failure.message,
         resource=failure.body,
         partition_key=partition_key,

@@ -1,1 +1,1 @@
-"""Resources to a FHIR server, in batches. Knows neither Dagster nor Postgres."""
+"""Uploads NDJSON resources to a FHIR server, in batches and in referential order. Uses neither Dagster nor Postgres."""

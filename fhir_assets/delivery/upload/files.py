@@ -1,4 +1,4 @@
-"""What an upload sends: files of NDJSON, counted first, then read again type by type."""
+"""The input of an upload: NDJSON files, which are counted first and then read again type by type."""
 
 import hashlib
 import re
@@ -19,35 +19,35 @@ _SUFFIX = re.compile(r"\.(?:ndjson|jsonl)(?:\.gz)?$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A line that cannot be sent; ``message`` holds nothing of it."""
+    """A line that cannot be sent. ``location`` is ``file:line``; ``message`` contains nothing of the line."""
 
     resource_type: str
-    place: str
+    location: str
     message: str
     body: bytes
 
 
 class Folder:
-    """The NDJSON files of a folder and below it, or one file. Raises ConfigurationError if there are none."""
+    """The NDJSON files of a folder and its subfolders, or one file. Raises ConfigurationError if there is no file."""
 
     def __init__(self, location: Path) -> None:
         root = location.expanduser()
         if root.is_file():
-            self._root, found = root.parent, [root]
+            self._root, paths = root.parent, [root]
         else:
             self._root = root
-            found = [path for path in root.rglob("*") if path.is_file() and _SUFFIX.search(path.name)]
-        if not found:
+            paths = [path for path in root.rglob("*") if path.is_file() and _SUFFIX.search(path.name)]
+        if not paths:
             raise ConfigurationError(f"--input {location}: there is no .ndjson or .ndjson.gz file")
-        self._paths = {path.relative_to(self._root).as_posix(): path for path in sorted(found)}
+        self._paths = {path.relative_to(self._root).as_posix(): path for path in sorted(paths)}
 
     @property
     def names(self) -> list[str]:
-        """The files, in the order in which they are read."""
+        """The names of the files, in the order in which they are read."""
         return list(self._paths)
 
     def state(self) -> str:
-        """A digest of the files' names, sizes and times."""
+        """Return a digest of the names, sizes and modification times of the files."""
         digest = hashlib.sha256()
         for name, path in self._paths.items():
             stat = path.stat()
@@ -55,7 +55,7 @@ class Folder:
         return digest.hexdigest()[:32]
 
     def count(self, name: str, refuse: Callable[[Unusable], None]) -> dict[str, int]:
-        """How many resources of each type a file holds; its lines say so, not its name."""
+        """Count the resources of a file by type, as its lines state it. Unusable lines are passed to ``refuse``."""
         counts: dict[str, int] = {}
         for item in self._items(name):
             if isinstance(item, BundleEntry):
@@ -65,7 +65,7 @@ class Folder:
         return counts
 
     def entries(self, name: str, resource_type: str) -> Iterator[BundleEntry]:
-        """A file's resources of one type."""
+        """Yield the resources of one type of a file."""
         for item in self._items(name):
             if isinstance(item, BundleEntry) and item.resource_type == resource_type:
                 yield item
@@ -77,7 +77,7 @@ class Folder:
                 for line in lines:
                     number += 1
                     if line is None:
-                        yield Unusable("", f"{name}:{number}", "a line longer than a resource may be", b"")
+                        yield Unusable("", f"{name}:{number}", "the line is longer than the limit of 64 MiB", b"")
                     elif body := to_single_line(line):
                         yield read_entry(body, f"{name}:{number}")
         except DamagedFile as error:
@@ -86,18 +86,18 @@ class Folder:
             raise ConfigurationError(f"--input: {name} cannot be read: {error.strerror}") from None
 
 
-def read_entry(body: bytes, place: str) -> BundleEntry | Unusable:
-    """One line as what can be sent, or why not."""
+def read_entry(body: bytes, location: str) -> BundleEntry | Unusable:
+    """Return the Bundle entry of a line, or the reason why there is none."""
     try:
         header = read_header(body)
     except MalformedResource as error:
-        return Unusable("", place, str(error), body)
+        return Unusable("", location, str(error), body)
     if known_resource_type(header.resourceType) != header.resourceType:
-        return Unusable("", place, "a resourceType that is not one of FHIR R4", body)
+        return Unusable("", location, "its resourceType is not defined by FHIR R4", body)
     if not header.id:
-        return Unusable(header.resourceType, place, "a resource without id: there is nowhere to put it", body)
-    return BundleEntry(header.resourceType, header.id, body, place)
+        return Unusable(header.resourceType, location, "it has no id, which an update (PUT) needs", body)
+    return BundleEntry(header.resourceType, header.id, body, location)
 
 
 Counts = Mapping[str, Mapping[str, int]]
-"""By file, how many resources it holds of each type."""
+"""The number of resources by file and resource type."""

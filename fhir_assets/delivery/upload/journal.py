@@ -1,7 +1,7 @@
-"""What an upload has done, in a SQLite file: it survives a kill, and its size in memory does not grow.
+"""The journal of an upload: a SQLite file that survives a kill and uses a constant amount of memory.
 
-A commit is on disk when it returns. What was under way at a kill is sent again: putting a resource twice does no harm.
-Resources and outcomes are sealed there where there are keys.
+A commit is on disk when it returns. Batches that were in flight at a kill are sent again, which is harmless because an
+update (PUT) is idempotent. Resources and outcomes are encrypted if there are keys.
 """
 
 import sqlite3
@@ -35,12 +35,12 @@ _SCHEMA = """
     CREATE INDEX IF NOT EXISTS failures_by_id ON failures (resource_type, id);
     CREATE TEMP TABLE edges (source INTEGER, target INTEGER, PRIMARY KEY (source, target)) WITHOUT ROWID;
 """
-_AT_ONCE = 100
+_ROWS_PER_QUERY = 100
 
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """Which batch: the resources of a type in a file that share a lane, so many at a time."""
+    """The key of a batch: resources of one type and one file that the same lane sends, numbered from 0."""
 
     resource_type: str
     file: str
@@ -49,8 +49,8 @@ class BatchKey:
 
 
 @dataclass(slots=True)
-class Done:
-    """What became of the entries of a batch."""
+class BatchResult:
+    """The results of the entries of a batch."""
 
     created: int = 0
     updated: int = 0
@@ -62,8 +62,11 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """An entry that waits for another try; ``first_pass`` is the status its reduced form got, 0 if there was none."""
+class HeldEntry:
+    """An entry that waits for another attempt.
+
+    ``first_pass`` is the HTTP status of its delivery without circular references; 0 if there was none.
+    """
 
     n: int
     entry: BundleEntry
@@ -73,11 +76,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What was not delivered, and why."""
+    """A resource that was not delivered, with its location in the input, its HTTP status (0: none) and the reason."""
 
     resource_type: str
     id: str | None
-    place: str
+    location: str
     body: bytes
     status: int
     outcome: bytes
@@ -85,14 +88,14 @@ class Failure:
 
     @property
     def line(self) -> bytes:
-        """As a line of ``upload_failures.ndjson``."""
-        head = orjson.dumps({"status": self.status or None, "reason": self.message, "place": self.place})[:-1]
+        """The failure as a line of ``upload_failures.ndjson``."""
+        head = orjson.dumps({"status": self.status or None, "reason": self.message, "place": self.location})[:-1]
         resource = self.body if _is_json(self.body) else orjson.dumps(self.body.decode("utf-8", "replace"))
         return b'%b,"outcome":%b,"resource":%b}\n' % (head, self.outcome or b"null", resource)
 
 
 class Journal:
-    """The state of one upload; used by one thread. ``path`` None keeps it in a temporary file."""
+    """The state of one upload. For use by one thread. ``path`` None stores it in a temporary file."""
 
     def __init__(self, path: Path | None = None, *, cipher: Cipher) -> None:
         self._cipher = cipher
@@ -101,14 +104,14 @@ class Journal:
             path.touch(mode=0o600)
         self.path = path
         self._db = sqlite3.connect("" if path is None else path, isolation_level=None, timeout=0)
-        # Ours alone, and one write and one fsync a commit.
+        # An exclusive lock keeps other uploads out and saves system calls: one write and one fsync for each commit.
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError:
             self._db.close()
             raise ConfigurationError(
-                "another upload of this input to this server is at work: wait for it, or end it"
+                "another upload of this input to this server is running: wait until it ends, or stop it"
             ) from None
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.create_function("reason", 3, self._reason, deterministic=True)
@@ -122,16 +125,17 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         self._db.close()
 
     def facts(self) -> dict[str, str]:
-        """What was noted of the upload as a whole."""
+        """Return the facts about the whole upload by name."""
         return dict(self._db.execute("SELECT name, value FROM facts"))
 
     def begin(self, count: Callable[[Callable[[Unusable], None]], dict[str, str]]) -> None:
-        """A new upload: forget what was. ``count`` looks through the input, hands on each line that cannot be sent,
-        and returns what is to be noted of the upload as a whole.
+        """Begin a new upload and delete the state of the previous one.
+
+        ``count`` reads the input, passes each unusable line to its argument and returns the facts of the upload.
         """
         with self._db:
             self._db.execute("BEGIN")
@@ -144,28 +148,30 @@ class Journal:
         self._db.execute(
             "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
             " VALUES (?, NULL, ?, ?, 0, x'', ?)",
-            (line.resource_type, line.place, self._cipher.compress_and_encrypt(line.body), line.message),
+            (line.resource_type, line.location, self._cipher.compress_and_encrypt(line.body), line.message),
         )
 
     def resume(self, facts: dict[str, str]) -> None:
-        """Go on: note what has changed of the upload as a whole, and let what failed be tried again."""
+        """Resume the upload: update its facts and hold failed entries for another attempt."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
-            self._db.execute(
-                "INSERT OR IGNORE INTO held (resource_type, id, place, body, status, outcome, own_type, first_pass)"
-                " SELECT resource_type, id, place, body, status, outcome, 0, 0 FROM failures WHERE id IS NOT NULL"
-            )
+            self._db.execute("""
+                INSERT OR IGNORE INTO held (resource_type, id, place, body, status, outcome, own_type, first_pass)
+                SELECT resource_type, id, place, body, status, outcome, 0, 0
+                FROM failures
+                WHERE id IS NOT NULL
+            """)
             self._db.execute("DELETE FROM failures WHERE id IS NOT NULL")
         self._any_open = self.held_count() + self.failed_count() > 0
 
     def is_done(self, key: BatchKey) -> bool:
-        """Whether a batch was sent and its results are noted."""
+        """Return whether a batch was sent and its results are committed."""
         query = "SELECT 1 FROM batches WHERE resource_type = ? AND file = ? AND lane = ? AND number = ?"
         return self._db.execute(query, (key.resource_type, key.file, key.lane, key.number)).fetchone() is not None
 
-    def commit(self, key: BatchKey, done: Done) -> None:
-        """Note the results of a batch."""
+    def commit(self, key: BatchKey, done: BatchResult) -> None:
+        """Write the results of a batch to disk."""
         with self._db:
             self._db.execute("BEGIN")
             self._count(key, done)
@@ -176,13 +182,13 @@ class Journal:
                 ((*self._row(entry, result), result.reason) for entry, result in done.failed),
             )
             if self._any_open:
-                # What has come through now is the newer line of a resource: an older one must not follow it.
+                # The line that was accepted now is the newest one of its resource: no older line may follow it.
                 names = [(entry.resource_type, entry.id) for entry in done.settled]
                 self._db.executemany("DELETE FROM held WHERE resource_type = ? AND id = ?", names)
                 self._db.executemany("DELETE FROM failures WHERE resource_type = ? AND id = ?", names)
         self._any_open = self._any_open or bool(done.held or done.failed)
 
-    def _count(self, key: BatchKey, done: Done) -> None:
+    def _count(self, key: BatchKey, done: BatchResult) -> None:
         self._db.execute(
             "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key.resource_type, key.file, key.lane, key.number, done.created, done.updated, done.unchanged),
@@ -190,9 +196,15 @@ class Journal:
 
     def _hold(self, held: Iterable[tuple[BundleEntry, EntryResult]]) -> None:
         self._db.executemany(
-            "INSERT INTO held (resource_type, id, place, body, status, outcome, own_type, first_pass)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO UPDATE SET place = excluded.place, body = excluded.body,"
-            " status = excluded.status, outcome = excluded.outcome",
+            """
+            INSERT INTO held (resource_type, id, place, body, status, outcome, own_type, first_pass)
+            VALUES (?, ?, ?, ?, ?, ?, ?, 0)
+            ON CONFLICT DO UPDATE SET
+                place = excluded.place,
+                body = excluded.body,
+                status = excluded.status,
+                outcome = excluded.outcome
+            """,
             (
                 (
                     *self._row(entry, result),
@@ -203,93 +215,99 @@ class Journal:
         )  # fmt: skip
 
     def next_number(self) -> int:
-        """The first number that is free for batches of entries that are tried again; they are of no file."""
+        """Return the first free number for batches of retried entries, which belong to no file."""
         query = "SELECT coalesce(max(number) + 1, 0) FROM batches WHERE file = ''"
         return int(self._db.execute(query).fetchone()[0])
 
     def held_count(self, *, own_type_of: str | None = None) -> int:
-        """How many entries wait for another try; of one type only those that refer to their own type."""
+        """Count the held entries; with ``own_type_of`` only those of that type which refer to their own type."""
         if own_type_of is None:
             return int(self._db.execute("SELECT count(*) FROM held").fetchone()[0])
         query = "SELECT count(*) FROM held WHERE resource_type = ? AND own_type"
         return int(self._db.execute(query, (own_type_of,)).fetchone()[0])
 
-    def held(self, *, own_type_of: str | None = None) -> Iterator[Held]:
-        """The entries that wait, in the order in which they came; a few of them are read at a time."""
+    def held(self, *, own_type_of: str | None = None) -> Iterator[HeldEntry]:
+        """Yield the held entries in the order in which they were held, reading a few at a time."""
         after = 0
         condition = "" if own_type_of is None else "AND resource_type = :type AND own_type"
-        query = (
-            "SELECT n, resource_type, id, place, body, status, outcome, first_pass FROM held"  # noqa: S608
-            f" WHERE n > :after {condition} ORDER BY n LIMIT :limit"
-        )
-        while rows := self._db.execute(query, {"after": after, "type": own_type_of, "limit": _AT_ONCE}).fetchall():
-            for n, name, identity, place, body, status, outcome, first_pass in rows:
+        query = f"""
+            SELECT n, resource_type, id, place, body, status, outcome, first_pass
+            FROM held
+            WHERE n > :after {condition}
+            ORDER BY n
+            LIMIT :limit
+        """  # noqa: S608
+        parameters = {"type": own_type_of, "limit": _ROWS_PER_QUERY}
+        while rows := self._db.execute(query, {"after": after, **parameters}).fetchall():
+            for n, name, resource_id, location, body, status, outcome, first_pass in rows:
                 after = n
-                yield Held(
+                yield HeldEntry(
                     n,
-                    BundleEntry(name, identity, self._cipher.decrypt_and_decompress(body), place),
+                    BundleEntry(name, resource_id, self._cipher.decrypt_and_decompress(body), location),
                     EntryResult(status, self._cipher.decrypt_and_decompress(outcome)),
                     first_pass,
                 )
 
-    def note_first_pass(self, done: Iterable[tuple[Held, EntryResult]]) -> None:
-        """Entries whose reduced form the server has taken."""
+    def record_first_pass(self, accepted: Iterable[tuple[HeldEntry, EntryResult]]) -> None:
+        """Record the entries that the server accepted without their circular references."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.executemany(
-                "UPDATE held SET first_pass = ? WHERE n = ?", ((result.status, each.n) for each, result in done)
+                "UPDATE held SET first_pass = ? WHERE n = ?", ((result.status, held.n) for held, result in accepted)
             )
 
-    def find_circles(self) -> int:
-        """Find out which of the waiting entries refer to one another in circles; returns how many there are."""
+    def find_circular_references(self) -> int:
+        """Find the held entries that refer to each other in circles, and return their number."""
         self._db.execute("DELETE FROM edges")
-        for each in self.held():
+        for held in self.held():
             self._db.executemany(
                 "INSERT OR IGNORE INTO edges SELECT ?, n FROM held WHERE resource_type = ? AND id = ? AND n <> ?",
-                ((each.n, *target, each.n) for target in find_references(each.entry.body)),
+                ((held.n, *target, held.n) for target in find_references(held.entry.body)),
             )
-        # What nothing waits for, and what waits for nothing, is in no circle; nor is what then is left so.
-        while self._db.execute(
-            "DELETE FROM edges WHERE source NOT IN (SELECT target FROM edges)"
-            " OR target NOT IN (SELECT source FROM edges)"
-        ).rowcount:
+        # Entries without a referrer, or without a reference, are in no circle. Removing them may expose others.
+        while self._db.execute("""
+            DELETE FROM edges
+            WHERE source NOT IN (SELECT target FROM edges)
+            OR target NOT IN (SELECT source FROM edges)
+        """).rowcount:
             pass
         return int(self._db.execute("SELECT count(DISTINCT source) FROM edges").fetchone()[0])
 
-    def circular(self) -> Iterator[tuple[Held, set[ReferenceTarget]]]:
-        """The entries of the circles, and what each refers to in them."""
-        for each in self.held():
+    def circular_entries(self) -> Iterator[tuple[HeldEntry, set[ReferenceTarget]]]:
+        """Yield the entries that ``find_circular_references`` found, with the targets of their circular references."""
+        for held in self.held():
             targets = self._db.execute(
-                "SELECT resource_type, id FROM edges JOIN held ON n = target WHERE source = ?", (each.n,)
+                "SELECT resource_type, id FROM edges JOIN held ON n = target WHERE source = ?", (held.n,)
             ).fetchall()
             if targets:
-                yield each, set(targets)
+                yield held, set(targets)
 
-    def give_up(self) -> None:
-        """What waits still has failed."""
+    def fail_held(self) -> None:
+        """Turn all held entries into failures."""
         with self._db:
             self._db.execute("BEGIN")
-            self._db.execute(
-                "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
-                " SELECT resource_type, id, place, body, status, outcome, reason(status, outcome, first_pass)"
-                " FROM held ORDER BY n"
-            )
+            self._db.execute("""
+                INSERT INTO failures (resource_type, id, place, body, status, outcome, message)
+                SELECT resource_type, id, place, body, status, outcome, reason(status, outcome, first_pass)
+                FROM held
+                ORDER BY n
+            """)
             self._db.execute("DELETE FROM held")
 
     def failed_count(self) -> int:
-        """How many resources were not delivered."""
+        """Return the number of resources that were not delivered."""
         return int(self._db.execute("SELECT count(*) FROM failures").fetchone()[0])
 
     def failures(self) -> Iterator[Failure]:
-        """What was not delivered."""
+        """Yield the resources that were not delivered."""
         query = "SELECT resource_type, id, place, body, status, outcome, message FROM failures ORDER BY n"
         with closing(self._db.execute(query)) as rows:
             for row in rows:
-                name, identity, place, body, status, outcome, message = row
+                name, resource_id, location, body, status, outcome, message = row
                 yield Failure(
                     name,
-                    identity,
-                    place,
+                    resource_id,
+                    location,
                     self._cipher.decrypt_and_decompress(body),
                     status,
                     self._cipher.decrypt_and_decompress(outcome),
@@ -309,18 +327,22 @@ class Journal:
 
     def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
         reason = EntryResult(status, self._cipher.decrypt_and_decompress(outcome)).reason
-        return (
-            f"{reason}; it stands on the server without its references to others that failed" if first_pass else reason
-        )
+        if not first_pass:
+            return reason
+        return f"{reason}; the server holds it without its references to resources that failed"
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """By type: created, updated, unchanged, failed."""
+        """Return the numbers of created, updated, unchanged and failed resources by resource type."""
         names = ("created", "updated", "unchanged", "failed")
-        query = (
-            "SELECT resource_type, sum(c), sum(u), sum(s), sum(f) FROM ("
-            " SELECT resource_type, created c, updated u, unchanged s, 0 f FROM batches"
-            " UNION ALL SELECT resource_type, 0, 0, 0, 1 FROM failures) GROUP BY 1"
-        )
+        query = """
+            SELECT resource_type, sum(created), sum(updated), sum(unchanged), sum(failed)
+            FROM (
+                SELECT resource_type, created, updated, unchanged, 0 AS failed FROM batches
+                UNION ALL
+                SELECT resource_type, 0, 0, 0, 1 FROM failures
+            )
+            GROUP BY resource_type
+        """
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in self._db.execute(query)}
 
 

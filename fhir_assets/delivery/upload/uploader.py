@@ -1,7 +1,7 @@
-"""Resources to a FHIR server: batch after batch, a type after the other, each entry's fate read from the answer.
+"""Sends resources to a FHIR server in batches, type by type, and reads the result of each entry from the response.
 
-What the server refuses for now is held and tried again: entries whose references point to what comes later, and those
-that failed in passing. Entries that refer to one another in circles are put without those references first.
+Entries that may succeed later are held and retried: those that refer to resources still to come, and those that failed
+transiently. Entries that refer to each other in circles are first sent without the circular references.
 """
 
 import threading
@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count, groupby, islice
 from typing import Protocol, TypeVar
 
-from fhir_assets.delivery.upload.journal import BatchKey, Done, Held, Journal
+from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, HeldEntry, Journal
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult
@@ -26,72 +26,76 @@ from fhir_assets.retries import RetryPolicy, TransientFailure
 T = TypeVar("T")
 
 ENTRY_RETRIES = RetryPolicy(attempts=4, first_wait=0.25, max_wait=8)
-"""For entries that fail in passing while their batch as a whole is answered; what is left then is held."""
+"""Retries of entries that fail transiently in a batch that is answered. Entries that still fail are held."""
 
 HALF_RETRIES = RetryPolicy(attempts=2, first_wait=0.5)
-"""For halves of a batch that the server failed at, though it is up."""
+"""Retries of the halves of a batch that made an available server fail."""
 
 _FEWER_ATTEMPTS = {0: 1, 409: 2, 412: 2}
-_WHOLE_REFUSED = frozenset({400, 409, 410, 412, 413, 422})
+_BATCH_REFUSED = frozenset({400, 409, 410, 412, 413, 422})
 
-Read = Callable[[str, str], Iterable[BundleEntry]]
-"""Gives the entries of a file that have a type."""
+ReadEntries = Callable[[str, str], Iterable[BundleEntry]]
+"""Takes a file and a resource type, and returns the file's entries of that type."""
 
 
 class Listener(Protocol):
-    """Hears how an upload goes; called by one thread."""
+    """Receives the progress of an upload. Its methods are called by one thread."""
 
     def step(self, resource_type: str, files: Mapping[str, int]) -> None:
-        """A type's turn has come: so many resources in each of these files."""
+        """Called when the upload of a type begins. ``files`` has the number of its resources by file."""
         ...
 
-    def batch(self, key: BatchKey, done: Done, size: int) -> None:
-        """The results of a batch are noted; of one that was done before a kill, too."""
+    def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
+        """Called when the results of a batch are committed, or were committed by an earlier attempt."""
         ...
 
     def again(self, what: str, count: int) -> None:
-        """So many entries are tried again."""
+        """Called when ``count`` entries are retried."""
         ...
 
 
-class Silent:
-    """Hears, and says nothing."""
+class NullListener:
+    """A listener that ignores all progress."""
 
     def step(self, resource_type: str, files: Mapping[str, int]) -> None:
-        """A type's turn."""
+        """Ignore the beginning of a type."""
 
-    def batch(self, key: BatchKey, done: Done, size: int) -> None:
-        """A batch's results."""
+    def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
+        """Ignore the results of a batch."""
 
     def again(self, what: str, count: int) -> None:
-        """Entries tried again."""
+        """Ignore a retry."""
 
 
 @dataclass
 class Uploader:
-    """Sends to one server. ``workers`` batches of a type are under way at once; the order between types holds.
+    """Uploads to one server.
 
-    All lines of one resource go the same way, so that its last line is the one that stays. An upload whose journal
-    knows what is done continues there. Raises ServerUnavailable, ServerRefused or NotFhir if the server as a whole
-    does not take it: then the journal says what is done.
+    Up to ``workers`` batches of a type are sent concurrently; the next type begins when the previous one is complete. A
+    lane is a worker with a queue: all lines of a resource use the same lane, so that the last line wins. An upload
+    continues from the state of its journal.
     """
 
     client: FhirClient
     journal: Journal
-    listener: Listener = field(default_factory=Silent)
+    listener: Listener = field(default_factory=NullListener)
     batch_size: int = 100
     workers: int = 4
     transaction: bool = False
     skip_unchanged: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def upload(self, steps: Mapping[str, Mapping[str, int]], read: Read) -> None:
-        """Send all. ``steps`` holds by type, in order, how many resources each file has of it."""
+    def upload(self, steps: Mapping[str, Mapping[str, int]], read: ReadEntries) -> None:
+        """Send all resources. ``steps`` has, by type in load order, the number of resources by file.
+
+        Raises ServerUnavailable, ServerRefused or NotFhir if the server does not accept the upload as a whole. The
+        journal then contains the results so far.
+        """
         self._types = frozenset(steps)
         self._numbers = count(self.journal.next_number())
         with ExitStack() as stack:
             self._lanes = [stack.enter_context(ThreadPoolExecutor(1, f"upload-{n}")) for n in range(self.workers)]
-            self._under_way: dict[Future[Done], tuple[BatchKey, int]] = {}
+            self._in_flight: dict[Future[BatchResult], tuple[BatchKey, int]] = {}
             try:
                 for name, files in steps.items():
                     self.listener.step(name, files)
@@ -100,13 +104,13 @@ class Uploader:
                     self._await_all()
                     self._retry(name)
                 self._retry()
-                if self.journal.find_circles():
-                    self._first_pass()
+                if self.journal.find_circular_references():
+                    self._send_without_circular_references()
                     self._retry()
-                self.journal.give_up()
+                self.journal.fail_held()
             except BaseException:
                 self.stop.set()
-                self._keep_what_was_sent()
+                self._commit_finished()
                 raise
 
     def _send_file(self, resource_type: str, file: str, entries: Iterable[BundleEntry]) -> None:
@@ -119,7 +123,7 @@ class Uploader:
             numbers[lane] += 1
             waiting[lane] = {}
             if self.journal.is_done(key):
-                self.listener.batch(key, Done(), len(batch))
+                self.listener.batch(key, BatchResult(), len(batch))
             else:
                 self._submit(key, len(batch), partial(self._deliver, batch))
 
@@ -134,36 +138,36 @@ class Uploader:
             if rest:
                 send(lane)
 
-    def _submit(self, key: BatchKey, size: int, deliver: Callable[[], Done]) -> None:
-        while len(self._under_way) >= 2 * self.workers:
-            self._note(wait(self._under_way, return_when=FIRST_COMPLETED).done)
-        self._under_way[self._lanes[key.lane].submit(deliver)] = key, size
+    def _submit(self, key: BatchKey, size: int, deliver: Callable[[], BatchResult]) -> None:
+        while len(self._in_flight) >= 2 * self.workers:
+            self._commit(wait(self._in_flight, return_when=FIRST_COMPLETED).done)
+        self._in_flight[self._lanes[key.lane].submit(deliver)] = key, size
 
     def _await_all(self) -> None:
-        while self._under_way:
-            self._note(wait(self._under_way, return_when=FIRST_COMPLETED).done)
+        while self._in_flight:
+            self._commit(wait(self._in_flight, return_when=FIRST_COMPLETED).done)
 
-    def _note(self, finished: Set["Future[Done]"]) -> None:
+    def _commit(self, finished: Set["Future[BatchResult]"]) -> None:
         for future in self._in_order(finished):
-            key, size = self._under_way.pop(future)
+            key, size = self._in_flight.pop(future)
             done = future.result()
             self.journal.commit(key, done)
             self.listener.batch(key, done, size)
 
-    def _keep_what_was_sent(self) -> None:
-        """On the way out: results that have come are not asked for again by the next attempt."""
-        for future in list(self._under_way):
+    def _commit_finished(self) -> None:
+        """Commit the results of finished batches after an error, so that the next attempt does not send them again."""
+        for future in list(self._in_flight):
             future.cancel()
-        for future in self._in_order(wait(self._under_way).done):
+        for future in self._in_order(wait(self._in_flight).done):
             if not future.cancelled() and future.exception() is None:
-                self.journal.commit(self._under_way[future][0], future.result())
+                self.journal.commit(self._in_flight[future][0], future.result())
 
-    def _in_order(self, finished: Set["Future[Done]"]) -> list["Future[Done]"]:
-        """As they were sent: a newer line of a resource must not be noted before an older one."""
-        return [future for future in self._under_way if future in finished]
+    def _in_order(self, finished: Set["Future[BatchResult]"]) -> list["Future[BatchResult]"]:
+        """Return the finished batches in the order of sending: an older line is committed before a newer one."""
+        return [future for future in self._in_flight if future in finished]
 
     def _retry(self, own_type_of: str | None = None) -> None:
-        """Try what is held again, until a round settles nothing. Between types only those that wait for their own."""
+        """Retry held entries until a round settles none; with a type, only entries that refer to their own type."""
         while waiting := self.journal.held_count(own_type_of=own_type_of):
             self.listener.again(own_type_of or "all types", waiting)
             chunks = _chunks_of_a_type(self.journal.held(own_type_of=own_type_of), self.batch_size)
@@ -175,18 +179,18 @@ class Uploader:
             if self.journal.held_count(own_type_of=own_type_of) == waiting:
                 return
 
-    def _deliver_held(self, held: Sequence[Held]) -> Done:
-        """As ``_deliver``; what was created without its references counts as created when it is whole."""
-        done = self._deliver([each.entry for each in held], held=True)
-        begun = {each.entry.url for each in held if each.first_pass == 201}
-        created = sum(entry.url in begun for entry in done.settled)
+    def _deliver_held(self, held: Sequence[HeldEntry]) -> BatchResult:
+        """Deliver held entries. An entry that its first pass created counts as created, not as updated."""
+        done = self._deliver([entry.entry for entry in held], held=True)
+        first_created = {entry.entry.url for entry in held if entry.first_pass == 201}
+        created = sum(entry.url in first_created for entry in done.settled)
         done.created, done.updated = done.created + created, done.updated - created
         return done
 
-    def _first_pass(self) -> None:
-        """Put the entries of circles without what they wait for."""
-        self.listener.again("circular references, first pass", self.journal.find_circles())
-        for chunk in _chunks(self.journal.circular(), self.batch_size):
+    def _send_without_circular_references(self) -> None:
+        """Send the entries of circles without their circular references."""
+        self.listener.again("circular references, first pass", self.journal.find_circular_references())
+        for chunk in _chunks(self.journal.circular_entries(), self.batch_size):
             reduced = [
                 BundleEntry(
                     held.entry.resource_type, held.entry.id, bundles.remove_references(held.entry.body, targets)
@@ -194,14 +198,14 @@ class Uploader:
                 for held, targets in chunk
             ]
             results = self._results(reduced)
-            self.journal.note_first_pass(
+            self.journal.record_first_pass(
                 (held, result) for (held, _), result in zip(chunk, results, strict=True) if result.accepted
             )
 
-    def _deliver(self, batch: Sequence[BundleEntry], *, held: bool = False) -> Done:
-        """Send a batch until each entry is accepted, refused or held."""
+    def _deliver(self, batch: Sequence[BundleEntry], *, held: bool = False) -> BatchResult:
+        """Send a batch, with retries, until each entry is accepted, refused or held."""
         started = time.perf_counter()
-        done = Done()
+        done = BatchResult()
         pending = self._changed(batch, done) if self.skip_unchanged else list(batch)
         tried = 0
         while pending and not self.stop.is_set():
@@ -227,11 +231,11 @@ class Uploader:
         return done
 
     def _may_wait_for_others(self, entry: BundleEntry) -> bool:
-        """Whether it was perhaps refused for a reference to a resource that is still to come."""
+        """Return whether the entry may have been refused for a reference to a resource that is still to come."""
         return any(name in self._types for name, _ in bundles.find_references(entry.body))
 
-    def _changed(self, batch: Sequence[BundleEntry], done: Done) -> list[BundleEntry]:
-        """The entries that the server does not hold just so."""
+    def _changed(self, batch: Sequence[BundleEntry], done: BatchResult) -> list[BundleEntry]:
+        """Return the entries whose content differs from the server's."""
         _, answers = self._post(bundles.build_get_bundle(batch), len(batch))
         if answers is None:
             return list(batch)
@@ -245,12 +249,12 @@ class Uploader:
         return changed
 
     def _results(self, entries: Sequence[BundleEntry], policy: RetryPolicy | None = None) -> list[EntryResult]:
-        """What the server says of each entry. A batch that it refuses, or fails at, as a whole goes in halves."""
+        """Send entries and return their results. A batch that is refused or fails as a whole is split in halves."""
         bundle = bundles.build_put_bundle("transaction" if self.transaction else "batch", self.client.base_url, entries)
         try:
             whole, answers = self._post(bundle, len(entries), policy)
         except ServerUnavailable:
-            # Either the server is down, which this finds out, or it fails at one of these entries.
+            # This raises ServerUnavailable again if the server is down. Otherwise it fails at one of these entries.
             self.client.capabilities()
             whole, answers, policy = EntryResult(0), None, HALF_RETRIES
         if answers is not None:
@@ -263,8 +267,8 @@ class Uploader:
     def _post(
         self, body: bytes, size: int, policy: RetryPolicy | None = None
     ) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
-        """The answers to the entries of a Bundle; None if the server refused it as a whole, which the Result says."""
-        refused = _WHOLE_REFUSED | {404} if self.transaction else _WHOLE_REFUSED
+        """Post a Bundle. Returns the results of its entries, or None with the result of the refused Bundle."""
+        refused = _BATCH_REFUSED | {404} if self.transaction else _BATCH_REFUSED
         return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 
 
@@ -285,7 +289,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def _chunks_of_a_type(held: Iterable[Held], size: int) -> Iterator[tuple[str, list[Held]]]:
-    for name, of_type in groupby(held, key=lambda each: each.entry.resource_type):
+def _chunks_of_a_type(held: Iterable[HeldEntry], size: int) -> Iterator[tuple[str, list[HeldEntry]]]:
+    for name, of_type in groupby(held, key=lambda entry: entry.entry.resource_type):
         for chunk in _chunks(of_type, size):
             yield name, chunk

@@ -17,7 +17,7 @@ import requests
 from cryptography.fernet import Fernet
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.delivery.upload.journal import BatchKey, Done, Journal
+from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, Journal
 from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.gate import Credentials
@@ -228,7 +228,7 @@ def test_an_older_line_that_was_refused_does_not_come_back_over_a_newer_one(uplo
 def test_results_that_come_together_are_noted_in_the_order_in_which_their_lines_were_sent(
     upload_of: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow_commit(journal: Journal, key: BatchKey, done: Done) -> None:
+    def slow_commit(journal: Journal, key: BatchKey, done: BatchResult) -> None:
         time.sleep(0.03)  # meanwhile the results of several batches come
         commit(journal, key, done)
 
