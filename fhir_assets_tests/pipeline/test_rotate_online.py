@@ -27,7 +27,7 @@ from fhir_assets_tests.support.key_rotation import (
     rows,
     store_at,
 )
-from fhir_assets_tests.support.views import rows_of
+from fhir_assets_tests.support.views import build_rows
 
 OLD, NEW = new_key(), new_key()
 OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
@@ -52,7 +52,7 @@ def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database
         load_people(conn, range(20))
     with opened(database, NEW, OLD) as conn:
         loader = Loader(conn, "Patient", VIEWS, run_id="newer")
-        loader.add([rows_of(VIEWS, person(n, family="Newer", **NEWER)) for n in range(5)], "2024-02-01")
+        loader.add([build_rows(VIEWS, person(n, family="Newer", **NEWER)) for n in range(5)], "2024-02-01")
         loader.finish()
         rotation = rotator(database, store, NEW, OLD, busy_timeout=600)
         results: list[ReencryptResult] = []

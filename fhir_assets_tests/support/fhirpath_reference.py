@@ -1,4 +1,4 @@
-"""A second evaluator to compare with: fhirpathpy for paths, and the plainest possible reading of a ViewDefinition."""
+"""Reference evaluators for comparison: fhirpathpy for paths, and a simple interpreter of ViewDefinitions."""
 
 import copy
 from collections.abc import Iterator
@@ -14,26 +14,29 @@ from fhir_assets.fhir.model import r4
 Row = dict[str, Any]
 
 
-def plain(value: Any) -> Any:
-    """A value so that the same numbers and dates are equal, whichever evaluator gave them."""
+def normalize(value: Any) -> Any:
+    """Convert a value so that equal numbers and dates of different evaluators compare equal."""
     if isinstance(value, list):
-        return [plain(each) for each in value]
+        return [normalize(item) for item in value]
     if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
+        return {name: normalize(item) for name, item in value.items()}
     if isinstance(value, float | Decimal):
         return float(value)
     return str(value) if type(value).__name__.startswith("FP_") else value
 
 
 def evaluate(focus: Any, path: str, type_: str) -> list[Any]:
-    """What fhirpathpy gives for a focus of a type."""
+    """Evaluate a path with fhirpathpy on a focus of a type."""
     expression: Any = path if r4().types[type_].kind == "resource" else {"base": type_, "expression": path}
-    found: list[Any] = plain(fhirpathpy.evaluate(copy.deepcopy(focus), expression, {}, models["r4"]))
-    return found
+    values: list[Any] = normalize(fhirpathpy.evaluate(copy.deepcopy(focus), expression, {}, models["r4"]))
+    return values
 
 
-def view_rows(view: dict[str, Any], resource: dict[str, Any], types: dict[str, str]) -> list[Row]:
-    """The rows of a view; ``types`` gives the type that each ``forEach`` path leads to. Columns are collections."""
+def compute_view_rows(view: dict[str, Any], resource: dict[str, Any], types: dict[str, str]) -> list[Row]:
+    """Return the rows of a view whose columns are all collections.
+
+    ``types`` has the type of each ``forEach`` path.
+    """
     root = view["resource"]
     for where in view.get("where", ()):
         if evaluate(resource, where["path"], root) != [True]:

@@ -1,4 +1,4 @@
-"""Resources that the tests of paths read."""
+"""Sample resources for tests of FHIRPath."""
 
 from decimal import Decimal
 from typing import Any

@@ -1,4 +1,7 @@
-"""Random resources, and random paths and views over them, for comparison with another evaluator (hypothesis)."""
+"""Hypothesis strategies for resources, FHIRPath expressions and ViewDefinitions.
+
+Tests evaluate them with the compiler and with another evaluator and compare the results.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +11,6 @@ from hypothesis import strategies as st
 
 from fhir_assets.fhir.model import r4
 
-# The elements that take part, so that paths often meet values.
 ELEMENTS: dict[str, tuple[str, ...]] = {
     "Patient": (
         *("id", "active", "gender", "birthDate", "deceased", "multipleBirth"),
@@ -25,6 +27,7 @@ ELEMENTS: dict[str, tuple[str, ...]] = {
     "Observation.component": ("code", "value"),
     "Quantity": ("value", "unit"),
 }
+"""The elements of generated resources, by type. They are few, so that random paths often have values."""
 CHOICES = {
     "Patient.deceased": ("boolean", "dateTime"),
     "Patient.multipleBirth": ("boolean", "integer"),
@@ -33,6 +36,7 @@ CHOICES = {
     "Observation.component.value": ("Quantity", "string"),
     "Observation.effective": ("dateTime", "Period"),
 }
+"""The types that generated choice elements may have."""
 POOLS: dict[str, tuple[Any, ...]] = {
     "boolean": (True, False),
     "integer": (0, 1, 2),
@@ -41,13 +45,14 @@ POOLS: dict[str, tuple[Any, ...]] = {
     "date": ("1970", "1970-06", "1970-06-15", "1980-01-01"),
     "dateTime": ("1970-06-15", "1980-01-01", "2010-10-10T10:00:00Z", "2010-10-10T12:00:00+02:00"),
 }
+"""The values of generated primitives, by type; all other types use ``TEXTS``."""
 TEXTS = ("official", "usual", "Ann", "Bo", "ann b", "12")
 NUMBERS = {"integer", "positiveInt", "decimal"}
-MOMENTS = {"date", "dateTime"}
+DATES = {"date", "dateTime"}
 
 
-def types_of(owner: str, name: str) -> tuple[str, ...]:
-    """The types of an element that take part."""
+def list_types(owner: str, name: str) -> tuple[str, ...]:
+    """Return the types that a generated element may have."""
     element = r4().element(owner, name)
     assert element is not None
     return CHOICES[f"{owner}.{name}"] if element.choice else element.types
@@ -55,43 +60,43 @@ def types_of(owner: str, name: str) -> tuple[str, ...]:
 
 @st.composite
 def objects(draw: st.DrawFn, type_: str) -> dict[str, Any]:
-    """A resource or a part of one."""
-    found: dict[str, Any] = {"resourceType": type_} if type_ in ("Patient", "Observation") else {}
+    """Generate a resource or an object of a complex type."""
+    generated: dict[str, Any] = {"resourceType": type_} if type_ in ("Patient", "Observation") else {}
     for name in ELEMENTS[type_]:
         element = r4().element(type_, name)
         assert element is not None
         if not draw(st.booleans()):
             continue
-        chosen = draw(st.sampled_from(types_of(type_, name)))
+        chosen = draw(st.sampled_from(list_types(type_, name)))
         key = f"{name}{chosen[0].upper()}{chosen[1:]}" if element.choice else name
-        one = values(chosen)
-        found[key] = draw(st.lists(one, min_size=1, max_size=3)) if element.many else draw(one)
-    return found
+        value = values(chosen)
+        generated[key] = draw(st.lists(value, min_size=1, max_size=3)) if element.many else draw(value)
+    return generated
 
 
 def values(type_: str) -> st.SearchStrategy[Any]:
-    """A value of a type."""
+    """Generate a value of a type."""
     if type_ in ELEMENTS:
-        return objects(type_).filter(bool)  # an empty object is no FHIR
+        return objects(type_).filter(bool)  # FHIR does not allow empty objects
     return st.sampled_from(POOLS.get(type_, TEXTS))
 
 
 @dataclass(frozen=True)
 class Path:
-    """A path that a resource of its root has, and what it gives."""
+    """A path with the type of its values; ``many`` is True if it may have several values."""
 
     text: str
     type: str
     many: bool
 
     def then(self, step: str, type_: str, *, many: bool | None = None) -> "Path":
-        """The path with a step more."""
+        """Return the path with one more step."""
         return Path(f"{self.text}.{step}" if self.text else step, type_, self.many if many is None else many)
 
 
 @st.composite
 def elements(draw: st.DrawFn, root: str, *, steps: int = 3) -> Path:
-    """A path of element names, with filters and subsets in between."""
+    """Generate a path of element names, with filters and subsets between them."""
     path = Path("", root, False)
     for _ in range(draw(st.integers(1, steps))):
         if path.type not in ELEMENTS:
@@ -106,7 +111,7 @@ def _step(draw: st.DrawFn, path: Path) -> Path:
     name = draw(st.sampled_from(ELEMENTS[owner]))
     element = r4().element(owner, name)
     assert element is not None
-    chosen = draw(st.sampled_from(types_of(owner, name)))
+    chosen = draw(st.sampled_from(list_types(owner, name)))
     path = path.then(name, chosen, many=path.many or element.many)
     if element.choice:
         path = path.then(f"ofType({chosen})", chosen)
@@ -128,7 +133,7 @@ def _step(draw: st.DrawFn, path: Path) -> Path:
 
 @st.composite
 def comparisons(draw: st.DrawFn, root: str) -> str:
-    """A comparison of a single value with a literal."""
+    """Generate a comparison of a single value with a literal."""
     path = draw(elements(root, steps=2).filter(lambda path: path.type not in ELEMENTS))
     text = path.text if not path.many else f"{path.text}.first()"
     if path.type == "boolean":
@@ -136,7 +141,7 @@ def comparisons(draw: st.DrawFn, root: str) -> str:
     if path.type in NUMBERS:
         operator = draw(st.sampled_from(("=", "!=", "<", "<=", ">", ">=")))
         return f"{text} {operator} {draw(st.sampled_from(('1', '2', '1.5')))}"
-    if path.type in MOMENTS:
+    if path.type in DATES:
         return f"{text} {draw(st.sampled_from(('=', '<', '>=')))} @1970-06-15"
     literal = f"'{draw(st.sampled_from(TEXTS))}'"
     match draw(st.integers(0, 4)):
@@ -151,7 +156,7 @@ def comparisons(draw: st.DrawFn, root: str) -> str:
 
 @st.composite
 def conditions(draw: st.DrawFn, root: str, *, depth: int = 2) -> str:
-    """A boolean expression."""
+    """Generate a boolean expression."""
     if depth and draw(st.booleans()):
         left, right = draw(conditions(root, depth=depth - 1)), draw(conditions(root, depth=depth - 1))
         operator = draw(st.sampled_from(("and", "or", "xor", "implies")))
@@ -170,7 +175,7 @@ def conditions(draw: st.DrawFn, root: str, *, depth: int = 2) -> str:
 
 @st.composite
 def paths(draw: st.DrawFn, root: str) -> str:
-    """Any path for a column."""
+    """Generate a path for a column."""
     path = draw(elements(root))
     match draw(st.integers(0, 11)):
         case 0:
@@ -194,7 +199,7 @@ def paths(draw: st.DrawFn, root: str) -> str:
 
 
 def texts() -> st.SearchStrategy[str]:
-    """A function of one text."""
+    """Generate a call of a string function."""
     return st.sampled_from(
         (
             *("upper()", "lower()", "length()", "substring(1)", "substring(0, 2)", "contains('n')", "endsWith('l')"),
@@ -205,32 +210,32 @@ def texts() -> st.SearchStrategy[str]:
 
 @st.composite
 def selects(draw: st.DrawFn, root: str, names: Sequence[str], *, depth: int = 1) -> dict[str, Any]:
-    """A ``select`` whose columns have these names."""
-    found: dict[str, Any] = {}
+    """Generate a ``select`` whose columns have these names."""
+    select: dict[str, Any] = {}
     if depth and draw(st.booleans()):
         over = draw(elements(root, steps=2).filter(lambda path: path.type in ELEMENTS))
-        found[draw(st.sampled_from(("forEach", "forEachOrNull")))] = over.text
+        select[draw(st.sampled_from(("forEach", "forEachOrNull")))] = over.text
         root = over.type
     own = draw(st.integers(1, len(names)))
-    found["column"] = [{"name": name, "path": draw(paths(root)), "collection": True} for name in names[:own]]
+    select["column"] = [{"name": name, "path": draw(paths(root)), "collection": True} for name in names[:own]]
     rest = names[own:]
     if not rest:
-        return found
+        return select
     if depth and draw(st.booleans()):
         branches = draw(st.integers(1, 2))
-        found["unionAll"] = [draw(selects(root, rest, depth=depth - 1)) for _ in range(branches)]
+        select["unionAll"] = [draw(selects(root, rest, depth=depth - 1)) for _ in range(branches)]
     else:
-        found["select"] = [draw(selects(root, rest, depth=depth))]
-    return found
+        select["select"] = [draw(selects(root, rest, depth=depth))]
+    return select
 
 
 @st.composite
 def views(draw: st.DrawFn, root: str) -> dict[str, Any]:
-    """A ViewDefinition."""
-    found: dict[str, Any] = {
+    """Generate a ViewDefinition."""
+    view: dict[str, Any] = {
         "resource": root,
         "select": [draw(selects(root, ("a", "b", "c"))), draw(selects(root, ("d", "e")))],
     }
     if draw(st.booleans()):
-        found["where"] = [{"path": draw(conditions(root, depth=1))}]
-    return found
+        view["where"] = [{"path": draw(conditions(root, depth=1))}]
+    return view

@@ -1,7 +1,8 @@
-"""Runs the public SQL on FHIR test suite and writes its report.
+"""Run the public SQL on FHIR test suite and write its report.
 
-``python -m fhir_assets_tests.support.sql_on_fhir_suite FOLDER [--report FILE]``; FOLDER holds the suite's ``*.json``.
-The report is the ``test_report.json`` that implementations publish: by file, each test's name and whether it passed.
+``python -m fhir_assets_tests.support.sql_on_fhir_suite FOLDER [--report FILE]``; FOLDER holds the
+``*.json`` files of the suite. The report has the format of the ``test_report.json`` that implementations publish: for
+each file, the name of each test and whether it passed.
 """
 
 import argparse
@@ -16,12 +17,12 @@ from typing import Any
 from fhir_assets.errors import PermanentError
 from fhir_assets.fhir.views import CompiledViews, parse_view
 
-_KNOWN_KINDS = {"expect", "expectCount", "expectError", "expectColumns"}
+_KNOWN_EXPECTATIONS = {"expect", "expectCount", "expectError", "expectColumns"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One case of the suite."""
+    """A test case of the suite."""
 
     file: str
     title: str
@@ -30,28 +31,28 @@ class Case:
 
 
 def read_cases(folder: Path) -> Iterator[Case]:
-    """All cases of a folder of the suite, numbers with their digits."""
+    """Yield all cases in a folder of the suite; numbers with a fraction are Decimals."""
     for path in sorted(folder.glob("*.json")):
         suite = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
         for test in suite["tests"]:
             yield Case(path.name, test["title"], tuple(suite["resources"]), test)
 
 
-def _plain(value: object) -> str:
-    """A value so that rows can be sorted and numbers compare by value; booleans are no numbers."""
+def _sort_key(value: object) -> str:
+    """Convert a value to text by which rows are sorted and compared; equal numbers have equal text."""
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return f"number {Decimal(str(value)).normalize():f}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_plain, value))}]"
+        return f"[{', '.join(map(_sort_key, value))}]"
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    return sorted(json.dumps({name: _plain(value) for name, value in row.items()}, sort_keys=True) for row in rows)
+def _sort_rows(rows: list[dict[str, Any]]) -> list[str]:
+    return sorted(json.dumps({name: _sort_key(value) for name, value in row.items()}, sort_keys=True) for row in rows)
 
 
-def why_it_fails(case: Case) -> str | None:
-    """None if the case passes, otherwise how it fails."""
+def find_failure(case: Case) -> str | None:
+    """Run a case. Return None if it passes, otherwise the reason of its failure."""
     test = case.test
     try:
         view = parse_view(test["view"])
@@ -67,34 +68,34 @@ def why_it_fails(case: Case) -> str | None:
         return None if test.get("expectError") else f"error: {error}"
     if test.get("expectError"):
         return f"no error, but {len(rows)} rows"
-    if not _KNOWN_KINDS & test.keys():
-        return "the case expects nothing that this runner knows"
+    if not _KNOWN_EXPECTATIONS & test.keys():
+        return "the case has no expectation that this runner knows"
     if "expectColumns" in test and names != test["expectColumns"]:
         return f"columns {names}, not {test['expectColumns']}"
     if "expectCount" in test and len(rows) != test["expectCount"]:
         return f"{len(rows)} rows, not {test['expectCount']}"
-    if "expect" in test and _rows(rows) != _rows(test["expect"]):
+    if "expect" in test and _sort_rows(rows) != _sort_rows(test["expect"]):
         return f"rows {rows}, not {test['expect']}"
     return None
 
 
-def report(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The results in the form of ``test_report.json``."""
+def build_report(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Run all cases in a folder and return the results in the format of ``test_report.json``."""
     files: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for case in read_cases(folder):
-        reason = why_it_fails(case)
+        reason = find_failure(case)
         result = {"passed": reason is None} | ({"error": reason} if reason else {})
         files.setdefault(case.file, {"tests": []})["tests"].append({"name": case.title, "result": result})
     return files
 
 
 def main() -> int:
-    """Run the suite; 0 only if every case passes."""
+    """Run the suite and return the exit code: 0 if every case passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the suite's tests")
-    parser.add_argument("--report", type=Path, help="where to write test_report.json")
+    parser.add_argument("folder", type=Path, help="the folder with the test files of the suite")
+    parser.add_argument("--report", type=Path, help="the file to write the report to")
     arguments = parser.parse_args()
-    results = report(arguments.folder)
+    results = build_report(arguments.folder)
     tests = [(file, test) for file, entry in results.items() for test in entry["tests"]]
     for file, test in tests:
         if not test["result"]["passed"]:

@@ -1,4 +1,4 @@
-"""Small views and resources for the warehouse's tests."""
+"""Small views and resources for tests of the warehouse."""
 
 import json
 from datetime import datetime
@@ -18,13 +18,13 @@ _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 
 def column(name: str, path: str, kind: str, **more: Any) -> dict[str, Any]:
-    """A column of a ViewDefinition; ``index`` gives it an index."""
+    """Return a column of a ViewDefinition. ``index=True`` adds the tag for a database index."""
     tags = [{"name": "index", "value": "btree"}] if more.pop("index", False) else []
     return {"name": name, "path": path, "type": kind, "tag": tags, **more}
 
 
 def view(name: str, resource_type: str, *columns: dict[str, Any], **select: Any) -> View:
-    """A view of one select."""
+    """Return a view with one select."""
     return parse_view(
         {
             "resourceType": "ViewDefinition",
@@ -53,7 +53,7 @@ PATIENTS = (PATIENT, PATIENT_NAME)
 
 
 def patient(key: str, updated: str | None = "2024-01-01T00:00:00Z", version: str | None = "1", **more: Any) -> Record:
-    """A Patient as received."""
+    """Return the record of a Patient."""
     meta = {name: value for name, value in (("versionId", version), ("lastUpdated", updated)) if value}
     body = json.dumps({"resourceType": "Patient", "id": key, "meta": meta, **more}).encode()
     arrived = parse_instant("2024-01-01T00:00:00+00:00")
@@ -61,26 +61,26 @@ def patient(key: str, updated: str | None = "2024-01-01T00:00:00Z", version: str
     return Record("Patient", key, version, parse_instant(updated), arrived, body)
 
 
-def rows_of(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:
-    """What a Loader takes."""
+def build_rows(views: tuple[View, ...], record: Record) -> tuple[Record, ViewRows]:
+    """Return a record with its rows, as ``Loader.add`` expects it."""
     return record, CompiledViews(views).rows(_parse(record.body))
 
 
 def load(
     conn: Session, *records: Record, views: tuple[View, ...] = PATIENTS, run_id: str = "run", key: str = "2024-01-01"
 ) -> tuple[LoadCounts, list[UnloadableResource]]:
-    """Load and commit."""
+    """Create the tables of the views, load the records in one transaction, return counts and failures."""
     ensure_tables(conn, views)
     compiled = CompiledViews(views)
     with conn.transaction():
         loader = Loader(conn, records[0].resource_type, views, run_id=run_id)
-        bad: list[UnloadableResource] = []
+        unloadable: list[UnloadableResource] = []
         for record in records:
-            bad += loader.add([(record, compiled.rows(_parse(record.body)))], key)
+            unloadable += loader.add([(record, compiled.rows(_parse(record.body)))], key)
         counts = loader.finish()
-    return counts, bad + loader.take_unloadable()
+    return counts, unloadable + loader.take_unloadable()
 
 
 def select(conn: Connection, query: str) -> list[tuple[Any, ...]]:
-    """All rows of a query."""
+    """Return all rows of a query."""
     return conn.execute(query.encode()).fetchall()

@@ -20,10 +20,10 @@ from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
 from fhir_assets_tests.support.views import (
     PATIENTS,
+    build_rows,
     column,
     load,
     patient,
-    rows_of,
     select,
     view,
 )
@@ -122,7 +122,7 @@ def test_a_load_is_seen_whole_or_not_at_all(database: str, monkeypatch: pytest.M
         conn.commit()
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
         for n in range(5):
-            loader.add([rows_of(PATIENTS, named(f"p{n}", "A"))], "w")
+            loader.add([build_rows(PATIENTS, named(f"p{n}", "A"))], "w")
         assert select(other, "SELECT count(*) FROM fhir.resource") == [(0,)]
         loader.finish()
         conn.rollback()
@@ -141,7 +141,7 @@ def test_writing_beside_the_callers_work_ends_in_the_same_tables(
     bad = []
     with conn.transaction(), Loader(conn, "Patient", PATIENTS, run_id="run") as loader:
         for record in records:
-            bad += loader.add([rows_of(PATIENTS, record)], "w")
+            bad += loader.add([build_rows(PATIENTS, record)], "w")
         loader.wait()
         assert conn.execute("SELECT count(*) > 0 FROM fhir.resource").fetchone() == (True,)
         counts = loader.finish()
@@ -156,7 +156,7 @@ def test_a_caller_that_fails_beside_a_write_rolls_back_cleanly(conn: Session, mo
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 500)
     ensure_tables(conn, PATIENTS)
     conn.commit()
-    items = [rows_of(PATIENTS, named(f"p{n}", "A")) for n in range(600)]
+    items = [build_rows(PATIENTS, named(f"p{n}", "A")) for n in range(600)]
 
     def fail_beside_a_write() -> None:
         with conn.transaction(), Loader(conn, "Patient", PATIENTS, run_id="run") as loader:
@@ -191,7 +191,7 @@ def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Se
     rows = ([tuple(more.get(name) for name in _PATIENT_FIELDS)], [(n["family"],) for n in more.get("name", ())])
     with conn.transaction():
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
-        good = [rows_of(PATIENTS, named(f"p{n}", "A")) for n in range(9)]
+        good = [build_rows(PATIENTS, named(f"p{n}", "A")) for n in range(9)]
         found = loader.add([*good[:5], (bad, rows), *good[5:]], "w")
         counts = loader.finish()
         found += loader.take_unloadable()
@@ -257,7 +257,7 @@ def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str
                     records.append(named(f"p{n}", f"V{version}", f"W{version}", version=str(version)))
                 if worker:
                     records.reverse()
-                items = [rows_of(PATIENTS, record) for record in records]
+                items = [build_rows(PATIENTS, record) for record in records]
                 barrier.wait()
                 with conn.transaction():
                     loader = Loader(conn, "Patient", PATIENTS, run_id=f"run {worker}")
@@ -305,7 +305,7 @@ def test_a_server_that_goes_away_is_a_transient_error_and_leaves_nothing(databas
         ensure_tables(conn, PATIENTS)
     conn = connect(database, cipher=NO_ENCRYPTION)
     loader = Loader(conn, "Patient", PATIENTS, run_id="run")
-    loader.add([rows_of(PATIENTS, named("a", "One"))], "w")
+    loader.add([build_rows(PATIENTS, named("a", "One"))], "w")
     with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as other:
         other.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
     with pytest.raises(DatabaseUnavailable, match="run it again"):

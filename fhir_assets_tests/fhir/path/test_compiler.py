@@ -1,4 +1,4 @@
-"""What compilation promises: errors with the right name, types, the fallback, hooks, and three-valued logic."""
+"""The compiler: error messages, result types, the fallback to fhirpathpy, constants, hooks and three-valued logic."""
 
 from copy import deepcopy
 from typing import Any
@@ -30,7 +30,7 @@ from fhir_assets_tests.support.fhirpath_sample import OBSERVATION, PATIENT
         ("Patiente", "id", 'there is no type "Patiente"; did you mean "Patient"?'),
     ],
 )
-def test_a_wrong_expression_is_refused_with_the_nearest_right_name(root: str, expression: str, message: str) -> None:
+def test_an_unknown_name_is_an_error_that_suggests_the_nearest_name(root: str, expression: str, message: str) -> None:
     with pytest.raises(FhirPathError) as error:
         compile_path(expression, root_type=root)
     assert message in str(error.value)
@@ -59,7 +59,7 @@ def test_the_types_of_the_result_are_known(expression: str, types: set[str], man
     assert (set(path.types), path.many) == (types, many)
 
 
-def test_what_cannot_be_known_has_no_types() -> None:
+def test_a_result_whose_type_depends_on_the_resource_has_no_types() -> None:
     assert compile_path("descendants()", root_type="Patient").types is None
 
 
@@ -74,20 +74,20 @@ TABLES = {
 
 @pytest.mark.parametrize("operator", TABLES)
 def test_logic_has_three_values(operator: str) -> None:
-    found = {
+    results = {
         operands: compile_path(f"{VALUES[operands[0]]} {operator} {VALUES[operands[1]]}", root_type="Patient").test(
             {"resourceType": "Patient"}
         )
         for operands in (*TABLES[operator], "EE")
     }
-    assert found == TABLES[operator] | {"EE": None}
+    assert results == TABLES[operator] | {"EE": None}
 
 
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [("active", True), ("active.not()", False), ("photo.title = 'x'", None), ("gender", True), ("photo", None)],
 )
-def test_a_single_value_that_is_no_boolean_counts_as_true(expression: str, expected: bool | None) -> None:
+def test_a_single_value_that_is_not_a_boolean_counts_as_true(expression: str, expected: bool | None) -> None:
     assert compile_path(expression, root_type="Patient").test(PATIENT) is expected
 
 
@@ -104,7 +104,7 @@ def test_a_resource_that_is_not_r4_is_an_error_without_its_values() -> None:
     assert "Olsen" not in str(error.value)
 
 
-def test_what_is_not_compiled_runs_in_fhirpathpy_and_leaves_the_resource_alone() -> None:
+def test_fhirpathpy_evaluates_unsupported_expressions_without_changing_the_resource() -> None:
     path = compile_path("name.given.aggregate($this & $total, '')", root_type="Patient")
     patient: dict[str, Any] = {"resourceType": "Patient", "name": [{"given": ["b", "a"]}]}
     before = deepcopy(patient)
@@ -113,7 +113,7 @@ def test_what_is_not_compiled_runs_in_fhirpathpy_and_leaves_the_resource_alone()
     assert patient == before
 
 
-def test_an_error_of_the_fallback_holds_no_values() -> None:
+def test_an_error_of_the_fallback_contains_no_values() -> None:
     path = compile_path("name.family.aggregate($this & 1, '')", root_type="Patient")
     with pytest.raises(FhirPathError) as error:
         path({"resourceType": "Patient", "name": [{"family": "Olsen"}]})
@@ -123,8 +123,8 @@ def test_an_error_of_the_fallback_holds_no_values() -> None:
 def test_a_fallback_gives_plain_values() -> None:
     path = compile_path("birthDate + 1 year", root_type="Patient")
     assert path.fallback
-    (found,) = path({"resourceType": "Patient", "birthDate": "1970-06-15"})
-    assert (type(found), found) == (str, "1971-06-15")
+    (result,) = path({"resourceType": "Patient", "birthDate": "1970-06-15"})
+    assert (type(result), result) == (str, "1971-06-15")
 
 
 def test_a_fallback_works_within_an_element() -> None:
@@ -132,7 +132,7 @@ def test_a_fallback_works_within_an_element() -> None:
     assert path({"telecom": [{"rank": 2}, {"rank": 3}]}) == [5]
 
 
-def test_a_focus_within_a_resource_knows_its_resource() -> None:
+def test_a_focus_inside_a_resource_can_refer_to_the_resource() -> None:
     path = compile_path("family & ' ' & %resource.id", root_type="HumanName", resource_type="Patient")
     assert path({"family": "Olsen"}, resource=PATIENT) == ["Olsen p1"]
 
@@ -150,16 +150,16 @@ def test_constants_have_their_fhir_type() -> None:
     assert compile_path("name[%n].use", root_type="Patient", constants=constants)(PATIENT) == ["usual"]
 
 
-def test_hooks_are_functions_that_the_caller_brings() -> None:
-    asked: list[tuple[object, ...]] = []
+def test_hooks_are_additional_functions() -> None:
+    calls: list[tuple[object, ...]] = []
 
     def member_of(value: object, value_set: object) -> bool:
-        asked.append((value, value_set))
+        calls.append((value, value_set))
         return False
 
     path = compile_path("status.memberOf('x')", root_type="Observation", hooks={"memberOf": member_of})
     assert path.test(OBSERVATION) is False
-    assert asked == [("final", "x")]
+    assert calls == [("final", "x")]
 
 
 def test_the_right_operand_is_not_evaluated_where_the_left_one_decides() -> None:
@@ -167,7 +167,7 @@ def test_the_right_operand_is_not_evaluated_where_the_left_one_decides() -> None
     assert path.test(PATIENT) is False
 
 
-def test_a_path_is_read_only_once_for_all_that_need_it() -> None:
+def test_an_element_that_occurs_several_times_is_read_once() -> None:
     path = compile_path("name.first().family & name.first().use & name.first().text", root_type="Patient")
     assert path(PATIENT) == ["Olsenofficial"]
     assert path.function.__source__.count("get('name')") == 1  # type: ignore[attr-defined]

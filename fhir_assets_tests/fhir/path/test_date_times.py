@@ -1,3 +1,5 @@
+"""Comparison and boundaries of dates, times and decimals."""
+
 from decimal import Decimal
 
 import pytest
@@ -26,7 +28,7 @@ from fhir_assets.fhir.path import date_times
         ("2024-02-29", "2024-03", -1),
     ],
 )
-def test_moments_compare_as_the_intervals_they_stand_for(left: str, right: str, expected: int | None) -> None:
+def test_partial_dates_compare_as_intervals(left: str, right: str, expected: int | None) -> None:
     assert date_times.compare(left, right) == expected
     assert date_times.compare(right, left) == (None if expected is None else -expected)
     assert date_times.equal(left, right) is (None if expected is None else expected == 0)
@@ -35,7 +37,7 @@ def test_moments_compare_as_the_intervals_they_stand_for(left: str, right: str, 
 @pytest.mark.parametrize(
     ("left", "right"), [("2024-13", "2024-12"), ("yesterday", "2024"), ("2023-02-29T10:00Z", "2024")]
 )
-def test_what_is_no_moment_has_no_order(left: str, right: str) -> None:
+def test_an_invalid_date_cannot_be_compared(left: str, right: str) -> None:
     with pytest.raises(FhirPathError) as error:
         date_times.compare(left, right)
     assert left not in str(error.value)
@@ -75,6 +77,8 @@ def test_boundaries_of_a_time() -> None:
     ("value", "low", "high"),
     [(1.0, "0.95", "1.05"), (Decimal("1.50"), "1.495", "1.505"), (3, "2.5", "3.5"), (Decimal("-2"), "-2.5", "-1.5")],
 )
-def test_boundaries_of_a_number_are_half_a_digit_away(value: float | Decimal, low: str, high: str) -> None:
+def test_boundaries_of_a_number_are_half_a_unit_of_its_last_digit_away(
+    value: float | Decimal, low: str, high: str
+) -> None:
     assert date_times.decimal_boundary(value, False) == Decimal(low)
     assert date_times.decimal_boundary(value, True) == Decimal(high)

@@ -1,3 +1,5 @@
+"""The type model of R4: nested types, choices, ancestors and reference targets."""
+
 from fhir_assets.fhir.model import r4, suggest_name
 
 
@@ -10,7 +12,7 @@ def test_a_nested_type_is_named_by_its_path() -> None:
     assert model.types["Patient.contact"].base == "BackboneElement"
 
 
-def test_a_content_reference_leads_to_the_type_that_it_repeats() -> None:
+def test_a_content_reference_has_the_type_that_it_refers_to() -> None:
     item = r4().element("Questionnaire.item", "item")
     assert item is not None
     assert item.types == ("Questionnaire.item",)
@@ -39,10 +41,10 @@ def test_references_know_their_targets() -> None:
 
 def test_every_type_of_every_element_is_known() -> None:
     model = r4()
-    named = {type_ for each in model.types.values() for element in each.elements.values() for type_ in element.types}
-    assert named <= model.types.keys()
+    names = {type_ for owner in model.types.values() for element in owner.elements.values() for type_ in element.types}
+    assert names <= model.types.keys()
 
 
-def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
+def test_the_nearest_name_is_suggested_only_if_it_is_similar() -> None:
     assert suggest_name("birthdate", ["birthDate", "id"]) == '; did you mean "birthDate"?'
     assert suggest_name("zzz", ["birthDate", "id"]) == ""

@@ -1,4 +1,4 @@
-"""What expressions give, by example."""
+"""Results of FHIRPath expressions, by example."""
 
 from decimal import Decimal
 from typing import Any
@@ -80,7 +80,7 @@ ON_PATIENT: list[tuple[str, list[Any]]] = [
     ("active.not().anyFalse()", [True]),
     ("name.where(use = 'usual').given.subsetOf(name.given)", [True]),
     ("name.given.supersetOf(name.family)", [False]),
-    # a primitive without a value exists, but gives nothing
+    # a primitive without a value exists, but has no value
     ("telecom.value", []),
     ("telecom.value.exists()", [True]),
     ("telecom.value.count()", [1]),
@@ -154,7 +154,7 @@ ON_OBSERVATION: list[tuple[str, list[Any]]] = [
     ("code.coding.where(system = %loinc).code", ["8867-4"]),
 ]
 
-ALONE: list[tuple[str, list[Any]]] = [
+WITHOUT_ELEMENTS: list[tuple[str, list[Any]]] = [
     # numbers
     ("1 + 2 * 3", [7]),
     ("(1 + 2) * 3", [9]),
@@ -265,12 +265,12 @@ def test_on_an_observation(expression: str, expected: list[Any]) -> None:
     assert compile_path(expression, root_type="Observation")(OBSERVATION) == expected
 
 
-@pytest.mark.parametrize(("expression", "expected"), ALONE)
-def test_alone(expression: str, expected: list[Any]) -> None:
+@pytest.mark.parametrize(("expression", "expected"), WITHOUT_ELEMENTS)
+def test_without_elements(expression: str, expected: list[Any]) -> None:
     path = compile_path(expression, root_type="Patient")
     assert not path.fallback
-    found = path({"resourceType": "Patient"})
-    assert [(type(value), value) for value in found] == [(type(value), value) for value in expected]
+    result = path({"resourceType": "Patient"})
+    assert [(type(value), value) for value in result] == [(type(value), value) for value in expected]
 
 
 UNTYPED = (
@@ -284,5 +284,5 @@ UNTYPED = (
 
 
 @pytest.mark.parametrize(("expression", "expected"), [case for case in ON_PATIENT if case[0] in UNTYPED])
-def test_without_the_type_of_the_root_elements_are_found_by_name(expression: str, expected: list[Any]) -> None:
+def test_elements_of_a_root_of_unknown_type_are_looked_up_by_name(expression: str, expected: list[Any]) -> None:
     assert compile_path(expression, root_type=None)(PATIENT) == expected

@@ -1,10 +1,12 @@
+"""The parser of FHIRPath: precedence, literals, errors."""
+
 import pytest
 
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.path.syntax import Call, Literal, Operation, Sign, TypeTest, find_specials, parse
 
 
-def test_operators_bind_as_the_grammar_says() -> None:
+def test_operators_have_the_precedence_of_the_grammar() -> None:
     tree = parse("a or b and c = 1 + 2 * 3")
     assert isinstance(tree, Operation)
     assert tree.operator == "or"
@@ -23,7 +25,7 @@ def test_operators_of_one_level_bind_to_the_left() -> None:
     assert isinstance(tree.left, Operation)
 
 
-def test_a_sign_takes_the_whole_path_behind_it() -> None:
+def test_a_sign_applies_to_the_entire_path_after_it() -> None:
     tree = parse("-1.abs()")
     assert isinstance(tree, Sign)
     assert isinstance(tree.operand, Call)
@@ -67,7 +69,7 @@ def test_a_number_with_a_unit_is_a_quantity() -> None:
     ]
 
 
-def test_comments_and_white_space_mean_nothing() -> None:
+def test_comments_and_white_space_are_ignored() -> None:
     assert parse("1 // one") == parse("1 /* the\nfirst */") == parse("1")
 
 
@@ -76,7 +78,7 @@ def test_the_specials_of_a_tree_are_found_at_any_depth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "expected"),
+    ("text", "position", "expected"),
     [
         ("@@", 1, ""),
         ("a.", 3, "a name"),
@@ -88,8 +90,8 @@ def test_the_specials_of_a_tree_are_found_at_any_depth() -> None:
         ("'open", 1, ""),
     ],
 )
-def test_an_error_says_where_and_what_was_expected(text: str, place: int, expected: str) -> None:
+def test_an_error_has_the_position_and_the_expected_token(text: str, position: int, expected: str) -> None:
     with pytest.raises(FhirPathError) as error:
         parse(text)
-    assert f"at character {place}" in str(error.value)
+    assert f"at character {position}" in str(error.value)
     assert expected in str(error.value)

@@ -1,4 +1,4 @@
-"""The rows of views, feature by feature."""
+"""The rows of compiled views, feature by feature."""
 
 import pickle
 from typing import Any
@@ -48,31 +48,31 @@ def test_columns_of_one_resource_are_one_row() -> None:
     assert rows(columns("id", "gender", "birthDate")) == [("p1", "female", None)]
 
 
-def test_for_each_gives_a_row_an_item() -> None:
+def test_for_each_gives_one_row_per_item() -> None:
     assert rows(columns("id"), {"forEach": "name", **columns("family")}) == [("p1", "Olsen"), ("p1", "Berg")]
 
 
-def test_for_each_of_nothing_gives_no_row() -> None:
+def test_for_each_of_an_empty_collection_gives_no_row() -> None:
     assert rows(columns("id"), {"forEach": "photo", **columns("title")}) == []
 
 
-def test_for_each_or_null_of_nothing_gives_a_row_of_nulls() -> None:
+def test_for_each_or_null_of_an_empty_collection_gives_a_row_of_nulls() -> None:
     nested = {"forEachOrNull": "photo", **columns("title", "'constant'"), "select": [columns("url")]}
     assert rows(columns("id"), nested) == [("p1", None, None, None)]
 
 
-def test_selects_side_by_side_give_their_product() -> None:
-    found = rows({"forEach": "name", **columns("family")}, {"forEach": "telecom", **columns("value")})
-    assert found == [("Olsen", "1"), ("Olsen", "2"), ("Berg", "1"), ("Berg", "2")]
+def test_sibling_selects_give_their_cross_product() -> None:
+    result = rows({"forEach": "name", **columns("family")}, {"forEach": "telecom", **columns("value")})
+    assert result == [("Olsen", "1"), ("Olsen", "2"), ("Berg", "1"), ("Berg", "2")]
 
 
-def test_a_product_goes_on_after_for_each_or_null_and_a_union() -> None:
+def test_the_cross_product_includes_for_each_or_null_and_a_union() -> None:
     union = {"unionAll": [{"forEach": "telecom", **columns("value")}, {"column": [column("id", "value")]}]}
-    found = rows({"forEachOrNull": "photo", **columns("title")}, union, {"forEach": "name", **columns("family")})
-    assert [row[1:] for row in found] == [(value, name) for value in ("1", "2", "p1") for name in ("Olsen", "Berg")]
+    result = rows({"forEachOrNull": "photo", **columns("title")}, union, {"forEach": "name", **columns("family")})
+    assert [row[1:] for row in result] == [(value, name) for value in ("1", "2", "p1") for name in ("Olsen", "Berg")]
 
 
-def test_a_path_after_a_for_each_is_evaluated_where_it_stands() -> None:
+def test_a_path_after_a_for_each_is_evaluated_on_its_own_focus() -> None:
     assert rows({"forEach": "contact.first()", **columns("name.family")}, columns("id")) == [("Kin", "p1")]
 
 
@@ -86,13 +86,13 @@ def test_union_all_gives_the_rows_of_each_branch() -> None:
     assert rows({**columns("id"), "unionAll": branches}) == [("p1", "1"), ("p1", "2"), ("p1", "3")]
 
 
-def test_repeat_goes_down_by_every_path_each_element_before_those_in_it() -> None:
+def test_repeat_traverses_all_paths_depth_first() -> None:
     definition = {
         "resource": "QuestionnaireResponse",
         "select": [{"repeat": ["item", "answer.item"], "column": [column("%rowIndex", "n"), column("linkId")]}],
     }
-    found = CompiledViews([parse_view(definition)]).rows(RESPONSE)[0]
-    assert found == [(0, "1"), (1, "1.1"), (2, "1.1.1"), (3, "2")]
+    result = CompiledViews([parse_view(definition)]).rows(RESPONSE)[0]
+    assert result == [(0, "1"), (1, "1.1"), (2, "1.1.1"), (3, "2")]
 
 
 def test_row_index_counts_within_the_nearest_iteration() -> None:
@@ -104,22 +104,22 @@ def test_row_index_counts_within_the_nearest_iteration() -> None:
     assert rows({"column": [column("%rowIndex", "top")]}, nested) == [(0, 0, 0, "3"), (0, 1, 0, None)]
 
 
-def test_columns_stand_in_the_specifications_order() -> None:
+def test_columns_have_the_order_of_the_specification() -> None:
     select = {
         "unionAll": [{"column": [column("'e'")]}, {"column": [column("'f'", "e")]}],
         "select": [{"forEach": "name", "column": [column("'c'")]}],
         "column": [column("'a'")],
     }
-    assert [each.name for each in view(select, {"column": [column("'g'")]}).columns] == ["a", "c", "e", "g"]
+    assert [result.name for result in view(select, {"column": [column("'g'")]}).columns] == ["a", "c", "e", "g"]
 
 
-def test_where_keeps_the_resources_for_which_all_conditions_are_true() -> None:
+def test_where_keeps_resources_for_which_all_conditions_are_true() -> None:
     conditions = [{"path": "gender = 'female'"}, {"path": "name.exists()"}]
     assert rows(columns("id"), where=conditions) == [("p1",)]
     assert rows(columns("id"), where=[*conditions, {"path": "active"}]) == []
 
 
-def test_a_where_whose_type_is_open_must_give_a_boolean() -> None:
+def test_a_where_of_unknown_type_must_give_a_boolean() -> None:
     with pytest.raises(RowError, match="column where"):
         rows(columns("id"), where=[{"path": "descendants().where($this = 'phone').first()"}])
 
@@ -142,14 +142,14 @@ def test_constants(constant: dict[str, Any], path: str, expected: object) -> Non
     assert rows({"column": [column(path, "a")]}, constant=[{"name": "c", **constant}]) == [(expected,)]
 
 
-def test_a_collection_is_a_list_also_of_one_value_or_none() -> None:
+def test_a_collection_is_a_list_even_with_one_value_or_no_value() -> None:
     select = {
         "column": [column(path, collection=True) for path in ("name.given", "gender", "photo.title", "birthDate")]
     }
     assert rows(select) == [(["Ann", "Bo"], ["female"], [], [])]
 
 
-def test_two_values_where_one_is_allowed_name_the_column_but_not_the_values() -> None:
+def test_the_error_for_several_values_names_the_column_but_not_the_values() -> None:
     with pytest.raises(RowError) as error:
         rows(columns("id", "name.family"), name="people")
     assert (error.value.view, error.value.column) == ("people", "namefamily")
@@ -161,7 +161,7 @@ def test_two_values_are_allowed_one_at_a_time() -> None:
     assert rows({"forEach": "name", **columns("family")}) == [("Olsen",), ("Berg",)]
 
 
-def test_a_resource_that_is_not_r4_names_the_column_where_it_shows() -> None:
+def test_the_error_for_a_resource_that_is_not_r4_names_the_column() -> None:
     with pytest.raises(RowError) as error:
         rows(columns("id", "gender", "maritalStatus.text"), resource={**PATIENT, "maritalStatus": "single"})
     assert error.value.column == "maritalStatustext"
@@ -169,34 +169,34 @@ def test_a_resource_that_is_not_r4_names_the_column_where_it_shows() -> None:
 
 
 @pytest.mark.parametrize("value", [1, True, ["text"], [1], [[]], [None], {"given": {}}, "text"])
-def test_whatever_stands_in_an_element_the_error_is_a_row_error(value: object) -> None:
-    made = CompiledViews([view({"forEachOrNull": "name.where(use != 'x')", **columns("given")})])
+def test_any_invalid_element_value_is_a_row_error(value: object) -> None:
+    compiled = CompiledViews([view({"forEachOrNull": "name.where(use != 'x')", **columns("given")})])
     with pytest.raises(RowError, match="not of the type that FHIR R4 gives it"):
-        made.rows({"resourceType": "Patient", "name": value})
+        compiled.rows({"resourceType": "Patient", "name": value})
 
 
-def test_many_selects_side_by_side_are_no_problem() -> None:
+def test_many_sibling_selects_compile() -> None:
     selects = [{"forEach": "contact.telecom", "column": [column("value", f"c{n}")]} for n in range(15)]
     assert rows(*selects) == [("3",) * 15]
 
 
-def test_a_row_error_survives_a_process_border() -> None:
+def test_a_row_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(RowError("v", "c", "why")))
     assert (error.view, error.column, str(error)) == ("v", "c", "view v, column c: why")
 
 
 def test_all_views_of_a_type_come_from_one_pass() -> None:
     views = [view(columns("id", "gender")), view({"forEach": "name", **columns("family")}), view(columns("id"))]
-    found = CompiledViews(views).rows(PATIENT)
-    assert found == [[("p1", "female")], [("Olsen",), ("Berg",)], [("p1",)]]
+    result = CompiledViews(views).rows(PATIENT)
+    assert result == [[("p1", "female")], [("Olsen",), ("Berg",)], [("p1",)]]
 
 
-def test_views_of_two_types_are_no_type_views() -> None:
+def test_views_of_two_resource_types_cannot_be_compiled_together() -> None:
     with pytest.raises(ValueError, match="several resource types"):
         CompiledViews([view(columns("id")), parse_view({"resource": "Device", "select": [columns("id")]})])
 
 
-def test_type_views_work_in_another_process() -> None:
+def test_compiled_views_can_be_pickled() -> None:
     views = CompiledViews([view(columns("id", "name.given.join(' ')"))], empty_join=False)
     again = pickle.loads(pickle.dumps(views))
     assert again.rows(PATIENT) == [[("p1", "Ann Bo")]]
@@ -205,7 +205,7 @@ def test_type_views_work_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(("empty_join", "expected"), [(True, ""), (False, None)])
-def test_join_of_nothing_is_empty_text_or_null_as_chosen(empty_join: bool, expected: str | None) -> None:
+def test_join_of_an_empty_collection_is_the_empty_string_or_null(empty_join: bool, expected: str | None) -> None:
     views = CompiledViews([view(columns("photo.title.join(',')"))], empty_join=empty_join)
     assert views.rows(PATIENT) == [[(expected,)]]
 
@@ -216,8 +216,8 @@ def test_rows_do_not_share_lists_with_the_resource() -> None:
     assert given is not PATIENT["name"][0]["given"]
 
 
-def test_a_path_left_to_fhirpathpy_gives_its_values_and_is_counted() -> None:
+def test_a_path_that_fhirpathpy_evaluates_is_listed_in_fallbacks() -> None:
     path = "given.aggregate($this & $total, '')"
-    made = view(columns("id"), {"forEach": "name", "column": [column(path, "all")]})
-    assert made.fallbacks == (path,)
-    assert CompiledViews([made]).rows(PATIENT) == [[("p1", "BoAnn"), ("p1", "")]]
+    compiled = view(columns("id"), {"forEach": "name", "column": [column(path, "all")]})
+    assert compiled.fallbacks == (path,)
+    assert CompiledViews([compiled]).rows(PATIENT) == [[("p1", "BoAnn"), ("p1", "")]]

@@ -1,4 +1,4 @@
-"""ViewDefinitions read: columns and their types, fingerprints, and errors with their place."""
+"""Parsing of ViewDefinitions: columns and their types, fingerprints, and errors with their location."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ DEFINITION: dict[str, Any] = {
     "version": "1.2",
     "name": "people",
     "title": "People",
-    "description": "One row a name",
+    "description": "One row per name",
     "resource": "Patient",
     "constant": [{"name": "use", "valueCode": "official"}],
     "select": [
@@ -45,14 +45,14 @@ def with_column(**column: Any) -> dict[str, Any]:
     return changed(select=[{"column": [{"name": "x", "path": "id", **column}]}])
 
 
-def test_a_view_knows_what_its_definition_says() -> None:
+def test_a_view_has_the_metadata_of_its_definition() -> None:
     view = parse_view(DEFINITION)
     assert (view.name, view.resource_type, view.url) == ("people", "Patient", DEFINITION["url"])
-    assert (view.version, view.title, view.description) == ("1.2", "People", "One row a name")
+    assert (view.version, view.title, view.description) == ("1.2", "People", "One row per name")
     assert view.fallbacks == ()
 
 
-def test_columns_have_the_declared_type_or_that_of_their_path() -> None:
+def test_columns_have_the_declared_type_or_the_type_of_their_path() -> None:
     view = parse_view(DEFINITION)
     assert [(c.name, c.type, c.collection) for c in view.columns] == [
         ("id", "string", False),
@@ -83,11 +83,11 @@ def test_the_type_of_a_path_is_inferred(path: str, type_: str) -> None:
     assert parse_view(with_column(path=path)).columns[0].type == type_
 
 
-def test_the_fingerprint_is_that_of_the_meaning() -> None:
-    mark = parse_view(DEFINITION).fingerprint
-    retold = changed(title="Other", description="Other", version="9", url="http://x", status="draft", contact=[])
-    retold["select"][0]["column"][0] |= {"description": "Other", "tag": []}
-    assert parse_view(retold).fingerprint == mark
+def test_the_fingerprint_depends_on_the_meaning_only() -> None:
+    fingerprint = parse_view(DEFINITION).fingerprint
+    reworded = changed(title="Other", description="Other", version="9", url="http://x", status="draft", contact=[])
+    reworded["select"][0]["column"][0] |= {"description": "Other", "tag": []}
+    assert parse_view(reworded).fingerprint == fingerprint
     others = [
         changed(where=[]),
         changed(name="others"),
@@ -95,7 +95,7 @@ def test_the_fingerprint_is_that_of_the_meaning() -> None:
         changed(constant=[{"name": "use", "valueString": "official"}]),
         changed(select=DEFINITION["select"][:1]),
     ]
-    assert len({mark, *(parse_view(other).fingerprint for other in others)}) == len(others) + 1
+    assert len({fingerprint, *(parse_view(other).fingerprint for other in others)}) == len(others) + 1
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_fingerprint_is_that_of_the_meaning() -> None:
         ),
     ],
 )
-def test_an_invalid_definition_is_one_error_with_file_place_and_reason(
+def test_an_invalid_definition_is_an_error_with_file_location_and_reason(
     definition: dict[str, Any], location: str, message: str
 ) -> None:
     with pytest.raises(ViewError) as error:
@@ -156,12 +156,12 @@ def test_an_invalid_definition_is_one_error_with_file_place_and_reason(
     assert message in str(error.value)
 
 
-def test_a_definition_that_is_no_object_is_refused() -> None:
+def test_a_definition_that_is_not_an_object_is_an_error() -> None:
     with pytest.raises(ViewError, match="is not a JSON object"):
         parse_view([])  # type: ignore[arg-type]
 
 
-def test_checking_gives_every_problem() -> None:
+def test_check_view_returns_every_problem() -> None:
     definition = changed(where=[{"path": "id"}], select=[{"column": [{"name": "x", "path": "idd"}]}])
     definition["select"].append({"column": [{"name": "y", "path": "birthDate", "type": "boolean"}]})
     definition["select"].append({"column": [{"name": "z", "path": "name.family.aggregate($this, '')"}]})
@@ -174,31 +174,31 @@ def test_checking_gives_every_problem() -> None:
     assert check_view(DEFINITION) == []
 
 
-def test_a_broken_view_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_an_invalid_view_does_not_prevent_loading_the_others(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text(json.dumps(DEFINITION))
     (tmp_path / "misspelt.json").write_text(json.dumps(with_column(path="idd")))
     (tmp_path / "no.json").write_text("{")
     (tmp_path / "readme.txt").write_text("not a view")
-    found = load_views([tmp_path])
-    assert [view.name for view in found.views] == ["people"]
-    assert [each.path.name for each in found.broken] == ["misspelt.json", "no.json"]
-    assert all(str(each.path) in each.message for each in found.broken)
+    view_set = load_views([tmp_path])
+    assert [view.name for view in view_set.views] == ["people"]
+    assert [broken.path.name for broken in view_set.broken] == ["misspelt.json", "no.json"]
+    assert all(str(broken.path) in broken.message for broken in view_set.broken)
 
 
-def test_of_two_views_with_one_name_the_first_holds(tmp_path: Path) -> None:
+def test_of_two_views_with_the_same_name_the_second_is_reported(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.json").write_text(json.dumps(DEFINITION))
-    found = load_views([tmp_path])
-    assert [view.path for view in found.views] == [tmp_path / "a.json"]
-    assert '"people" is already the name of' in found.broken[0].message
+    view_set = load_views([tmp_path])
+    assert [view.path for view in view_set.views] == [tmp_path / "a.json"]
+    assert '"people" is already the name of' in view_set.broken[0].message
 
 
 def test_views_of_several_folders_are_sorted_by_name(tmp_path: Path) -> None:
     for folder, name in (("one", "zebra"), ("two", "ant")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.json").write_text(json.dumps(changed(name=name)))
-    found = load_views([tmp_path / "one", tmp_path / "two", tmp_path / "none"])
-    assert [view.name for view in found.views] == ["ant", "zebra"]
+    view_set = load_views([tmp_path / "one", tmp_path / "two", tmp_path / "none"])
+    assert [view.name for view in view_set.views] == ["ant", "zebra"]
 
 
 def test_a_view_without_a_name_is_named_by_its_file(tmp_path: Path) -> None:

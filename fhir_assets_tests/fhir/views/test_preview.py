@@ -1,4 +1,4 @@
-"""A view tried on files: what it reads, and the forms it writes."""
+"""The preview of a view: the files that it reads and the formats that it writes."""
 
 import csv
 import gzip
@@ -61,33 +61,35 @@ def test_one_resource_or_a_bundle_is_read(tmp_path: Path) -> None:
     assert ids(tmp_path / "ann.json", tmp_path / "bundle.json.gz") == ["ann", "bo"]
 
 
-def test_ndjson_under_another_name_is_read_by_its_lines(tmp_path: Path) -> None:
+def test_ndjson_without_its_suffix_is_read_line_by_line(tmp_path: Path) -> None:
     (tmp_path / "all.json").write_text(f"{json.dumps(ANN)}\n{json.dumps(BO)}\n")
     assert ids(tmp_path / "all.json") == ["ann", "bo"]
 
 
-def test_a_folder_stands_for_its_data_files(tmp_path: Path) -> None:
+def test_a_folder_represents_its_data_files(tmp_path: Path) -> None:
     (tmp_path / "a.ndjson").write_text(json.dumps(ANN))
     (tmp_path / "notes.txt").write_text("nothing")
     assert ids(tmp_path) == ["ann"]
 
 
 @pytest.mark.parametrize("text", ['{"resourceType": "Patient"', "[1]", '{"id": "secret"}'])
-def test_what_is_no_resource_is_named_by_file_and_line_without_its_content(tmp_path: Path, text: str) -> None:
+def test_the_error_for_a_line_that_is_not_a_resource_has_file_and_line_but_no_content(
+    tmp_path: Path, text: str
+) -> None:
     (tmp_path / "a.ndjson").write_text(f"{json.dumps(ANN)}\n{text}\n")
     with pytest.raises(NotFhir, match=r"a\.ndjson:2: is not") as error:
         ids(tmp_path / "a.ndjson")
     assert "secret" not in str(error.value)
 
 
-def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_or_damaged_file_names_it(tmp_path: Path) -> None:
     (tmp_path / "bad.ndjson.gz").write_bytes(gzip.compress(json.dumps(ANN).encode())[:-12])
     for name in ("none.ndjson", "bad.ndjson.gz"):
         with pytest.raises(NotFhir, match=f"{name}: cannot be read"):
             ids(tmp_path / name)
 
 
-def test_a_resource_that_the_view_refuses_is_reported_with_its_place(tmp_path: Path) -> None:
+def test_a_resource_that_the_view_refuses_is_reported_with_its_location(tmp_path: Path) -> None:
     two = {**ANN, "name": [{"family": "a"}, {"family": "b"}]}
     (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, (BO, two, ANN))))
     refused: list[tuple[str, str]] = []
@@ -114,7 +116,7 @@ def test_csv_has_a_header_and_collections_as_json(tmp_path: Path) -> None:
     ]
 
 
-def test_ndjson_has_an_object_a_row(tmp_path: Path) -> None:
+def test_ndjson_has_one_object_per_row(tmp_path: Path) -> None:
     first, second = (json.loads(line) for line in written("ndjson", tmp_path).splitlines())
     assert first == {
         "id": "ann",
@@ -141,12 +143,12 @@ def test_parquet_has_typed_columns(tmp_path: Path) -> None:
     assert table.column("births").to_pylist() == [2, None]
 
 
-def test_a_table_shows_every_value_whole(tmp_path: Path) -> None:
+def test_a_table_shows_every_value_uncut(tmp_path: Path) -> None:
     text = written("table", tmp_path).decode()
     assert all(word in text for word in ("births", '["Ann","B,o"]', 'O"Hara', "1.45"))
 
 
-def test_a_view_without_rows_writes_its_columns_all_the_same(tmp_path: Path) -> None:
+def test_a_view_without_rows_still_writes_its_columns(tmp_path: Path) -> None:
     (tmp_path / "none.ndjson").write_text("")
     out = io.BytesIO()
     assert write_rows(run_view(VIEW, [tmp_path]), VIEW.columns, "parquet", out) == 0

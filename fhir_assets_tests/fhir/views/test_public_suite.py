@@ -1,4 +1,4 @@
-"""The public SQL on FHIR suite, and the runner that reports on it."""
+"""The public SQL on FHIR suite, and the runner that writes its report."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fhir_assets_tests.support.sql_on_fhir_suite import main, read_cases, report, why_it_fails
+from fhir_assets_tests.support.sql_on_fhir_suite import build_report, find_failure, main, read_cases
 
 SUITE = Path(__file__).resolve().parents[3].parent / "shared" / "sql-on-fhir" / "tests"
 OWN: dict[str, Any] = {
@@ -23,10 +23,10 @@ def suite(folder: Path, **test: Any) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not SUITE.exists(), reason="the public suite is not at hand")
+@pytest.mark.skipif(not SUITE.exists(), reason=f"the public suite is not in {SUITE}")
 def test_every_case_of_the_public_suite_passes() -> None:
     cases = list(read_cases(SUITE))
-    failures = [f"{case.file}: {case.title}: {reason}" for case in cases if (reason := why_it_fails(case))]
+    failures = [f"{case.file}: {case.title}: {reason}" for case in cases if (reason := find_failure(case))]
     assert len(cases) == 134
     assert failures == []
 
@@ -40,8 +40,8 @@ def test_every_case_of_the_public_suite_passes() -> None:
         {"view": {"resource": "Patient"}, "expectError": True},
     ],
 )
-def test_a_case_that_holds_passes(tmp_path: Path, test: dict[str, Any]) -> None:
-    assert report(suite(tmp_path, **test))["own.json"]["tests"] == [{"name": "case", "result": {"passed": True}}]
+def test_a_case_with_the_expected_rows_passes(tmp_path: Path, test: dict[str, Any]) -> None:
+    assert build_report(suite(tmp_path, **test))["own.json"]["tests"] == [{"name": "case", "result": {"passed": True}}]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_a_case_that_holds_passes(tmp_path: Path, test: dict[str, Any]) -> None:
         {},
     ],
 )
-def test_a_case_that_does_not_hold_fails_with_a_reason(tmp_path: Path, test: dict[str, Any]) -> None:
-    (result,) = report(suite(tmp_path, **test))["own.json"]["tests"]
+def test_a_case_with_other_rows_fails_with_a_reason(tmp_path: Path, test: dict[str, Any]) -> None:
+    (result,) = build_report(suite(tmp_path, **test))["own.json"]["tests"]
     assert result["result"]["passed"] is False
     assert result["result"]["error"]
 
 
-def test_the_command_writes_the_report_and_fails_with_a_case(
+def test_the_command_writes_the_report_and_fails_if_a_case_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "out" / "test_report.json"
