@@ -1,4 +1,4 @@
-"""The landing zone: files that others put down, each content received once, nothing of theirs touched."""
+"""Receive the files of the landing zone, each content once. The files are never changed or deleted."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,21 +23,35 @@ from fhir_assets.warehouse.ops.landing_files import ReadyFile
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 
 CHANNEL = "landing"
-FILES_AT_ONCE = 1000
-"""How many files one run takes."""
+"""The ingestion channel in the origins of landed resources."""
 
-_CHUNK = 1 << 20
-_DELETIONS = 5000
+MAX_FILES_PER_RUN = 1000
+"""How many files one run receives."""
+
+_CHUNK_BYTES = 1 << 20
+_DELETIONS_PER_BATCH = 5000
 _BATCH_BYTES = 64 << 20
 
 
-class _Changed(FhirAssetsError):
-    """A file changed while it was read."""
+class _FileChanged(FhirAssetsError):
+    """A file changed while it was read, or joined its batch too late. It is received again by a later run."""
+
+
+@dataclass(frozen=True, slots=True)
+class LandingResult:
+    """The counts of a run: files, and among them failed and already known ones; resources, dead letters, deletions."""
+
+    files: int
+    failed: int
+    known_before: int
+    rows: int
+    rejected: int
+    deleted: int
 
 
 @dataclass(slots=True)
-class LandingResult:
-    """What a run made of the files that waited."""
+class _Totals:
+    """The counts of a run while it works."""
 
     files: int = 0
     failed: int = 0
@@ -46,9 +60,12 @@ class LandingResult:
     rejected: int = 0
     deleted: int = 0
 
+    def result(self) -> LandingResult:
+        return LandingResult(self.files, self.failed, self.known_before, self.rows, self.rejected, self.deleted)
+
 
 class LandingStep:
-    """Looks at a zone, and receives what is complete in it."""
+    """Receives the complete files of a landing zone. ``scan`` finds the files, ``run`` receives them."""
 
     def __init__(
         self,
@@ -59,7 +76,7 @@ class LandingStep:
         max_bytes: int,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """``max_bytes``: the size of one resource."""
+        """Create the step. ``max_bytes`` is the maximum size of one resource."""
         self._zone = zone
         self._receiver = receiver
         self._connect = connect
@@ -67,146 +84,148 @@ class LandingStep:
         self._now = now
 
     def scan(self, *, assume_complete: bool = False) -> int:
-        """Note what lies in the zone; returns how many files wait. With ``complete`` all are taken as complete, else
-        those that did not change since the last look, or have a ``.done`` beside.
+        """Record the files of the zone in the database, and return how many wait to be received.
+
+        A file is complete if it did not change since the last scan or has a ``.done`` file beside it. With
+        ``assume_complete`` every file counts as complete. Raises StoreError or DatabaseUnavailable.
         """
         with self._connect() as conn, conn.transaction():
-            landing_files.record_listing(conn, self._zone.url, self._files(assume_complete))
-            return len(landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE))
+            landing_files.record_listing(conn, self._zone.url, self._list_files(assume_complete))
+            return len(landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=MAX_FILES_PER_RUN))
 
     def run(self, run_id: str, *, on_received: Callable[[Received], None] = lambda _: None) -> LandingResult:
-        """Receive the files that wait, the oldest first, those of visits together. One that cannot be read is noted,
-        and the others go on.
+        """Receive the waiting files, oldest first, and files of visits in batches. ``on_received`` is called for each
+        file or batch. A file that cannot be read is recorded as failed, and the others are received.
 
-        Raises DatabaseUnavailable.
+        Raises DatabaseUnavailable and other transient errors.
         """
-        landed = LandingResult()
+        totals = _Totals()
         with self._connect() as conn:
-            waiting = landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=FILES_AT_ONCE)
-        landed.files = len(waiting)
+            waiting = landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=MAX_FILES_PER_RUN)
+        totals.files = len(waiting)
         for file in waiting:
             if not formats.is_visits_file(file.name):
-                with self._noting(file, run_id, landed):
-                    self._tell(self._receive(file, run_id, landed), on_received)
+                with self._recording_failure(file, run_id, totals):
+                    self._notify(self._receive(file, run_id, totals), on_received)
         for batch, files in self._batches([file for file in waiting if formats.is_visits_file(file.name)]):
-            if received := self._receive_batch(batch, files, run_id, landed):
-                self._tell(received, on_received)
-        return landed
+            if received := self._receive_batch(batch, files, run_id, totals):
+                self._notify(received, on_received)
+        return totals.result()
 
-    def _tell(self, received: Received, on_received: Callable[[Received], None]) -> None:
+    def _notify(self, received: Received, on_received: Callable[[Received], None]) -> None:
         if not received.already_received:
             on_received(received)
 
     @contextmanager
-    def _noting(self, file: ReadyFile, run_id: str, landed: LandingResult) -> Iterator[None]:
-        """What goes wrong with a file is noted; what may go right the next time is raised."""
+    def _recording_failure(self, file: ReadyFile, run_id: str, totals: _Totals) -> Iterator[None]:
+        """Record a permanent error as the failure of the file. Transient errors are raised."""
         try:
             yield
         except TransientError:
             raise
         except FhirAssetsError as error:
-            landed.failed += 1
+            totals.failed += 1
             with self._connect() as conn, conn.transaction():
                 landing_files.record_failure(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
-    def _files(self, complete: bool) -> Iterator[tuple[FoundFile, bool]]:
-        found = list(self._zone.files())
-        done = {file.name for file in found if file.name.endswith(DONE)}
-        for file in found:
+    def _list_files(self, assume_complete: bool) -> Iterator[tuple[FoundFile, bool]]:
+        files = list(self._zone.files())
+        done = {file.name for file in files if file.name.endswith(DONE)}
+        for file in files:
             if file.name.lower().endswith(formats.SUFFIXES):
-                yield file, complete or self._zone.whole or _is_done(file.name, done)
+                yield file, assume_complete or self._zone.whole or _is_done(file.name, done)
 
-    def _receive(self, file: ReadyFile, run_id: str, landed: LandingResult) -> Received:
-        buried = 0
+    def _receive(self, file: ReadyFile, run_id: str, totals: _Totals) -> Received:
+        deleted = 0
         sha256 = self._sha256(file)
         origin = f"{CHANNEL}:{sha256}"
 
         def resources() -> Iterator[Record | RejectedInput]:
-            nonlocal buried
+            nonlocal deleted
             deletions: list[Deletion] = []
             for item in self._read(file, sha256):
                 if isinstance(item, Deletion):
                     deletions.append(item)
-                    if len(deletions) >= _DELETIONS:
-                        buried += self._bury(deletions, origin)
+                    if len(deletions) >= _DELETIONS_PER_BATCH:
+                        deleted += self._record_deletions(deletions, origin)
                         deletions = []
                 elif not isinstance(item, Visit):
                     yield item
-            buried += self._bury(deletions, origin)
+            deleted += self._record_deletions(deletions, origin)
 
         received = self._receiver.receive(resources(), origin)
-        counts = {"rows": received.rows, "rejected": received.rejected, "deleted": buried}
-        self._settle(file, sha256, counts, received.already_received, run_id, landed, received.skipped)
+        counts = {"rows": received.rows, "rejected": received.rejected, "deleted": deleted}
+        self._record_loaded(file, sha256, counts, received.already_received, run_id, totals, received.skipped)
         return received
 
     def _batches(self, files: Sequence[ReadyFile]) -> Iterator[tuple[str, list[ReadyFile]]]:
-        """Files of visits that are received together: those of a batch that broke off as that batch, others anew."""
-        broken_off: dict[str, list[ReadyFile]] = {}
-        fresh: list[list[ReadyFile]] = []
+        """Group files of visits into batches. The files of an interrupted batch form the same batch again."""
+        interrupted: dict[str, list[ReadyFile]] = {}
+        new_batches: list[list[ReadyFile]] = []
         size = 0
         for file in files:
             if file.batch is not None:
-                broken_off.setdefault(file.batch, []).append(file)
+                interrupted.setdefault(file.batch, []).append(file)
                 continue
             size += file.size
-            if not fresh or size > _BATCH_BYTES:
-                fresh.append([])
+            if not new_batches or size > _BATCH_BYTES:
+                new_batches.append([])
                 size = file.size
-            fresh[-1].append(file)
-        yield from broken_off.items()
-        for together in fresh:
+            new_batches[-1].append(file)
+        yield from interrupted.items()
+        for group in new_batches:
             batch = uuid4().hex
             with self._connect() as conn, conn.transaction():
-                joined = landing_files.assign_batch(conn, self._zone.url, together, batch)
+                joined = landing_files.assign_batch(conn, self._zone.url, group, batch)
             if joined:
                 yield batch, joined
 
-    def _receive_batch(
-        self, batch: str, files: Sequence[ReadyFile], run_id: str, landed: LandingResult
-    ) -> Received | None:
-        """Many small files as one origin: a manifest is written once for all of them, not once for each."""
-        whole: dict[str, str] = {}
+    def _receive_batch(self, batch: str, files: Sequence[ReadyFile], run_id: str, totals: _Totals) -> Received | None:
+        """Receive many small files as one origin, so that manifests are written once for all of them."""
+        hashes: dict[str, str] = {}
         for file in files:
-            with self._noting(file, run_id, landed):
-                whole[file.name] = self._sha256(file)
-        rest = [file for file in files if file.name in whole]
+            with self._recording_failure(file, run_id, totals):
+                hashes[file.name] = self._sha256(file)
+        remaining = [file for file in files if file.name in hashes]
         received_as = f"{CHANNEL}:batch-{batch}"
-        at: ReadyFile | None = None
+        current: ReadyFile | None = None
 
         def resources(conn: Session) -> Iterator[Record | RejectedInput]:
-            nonlocal at
-            for file in rest:
-                at = file
-                sha256 = whole[file.name]
+            nonlocal current
+            for file in remaining:
+                current = file
+                sha256 = hashes[file.name]
                 items = self._read(file, sha256)
                 types = self._receiver.resource_types
                 yield from visit_resources.read_new_resources(conn, items, f"{CHANNEL}:{sha256}", received_as, types)
-            at = None
+            current = None
 
         received = None
-        while rest and received is None:
+        while remaining and received is None:
             try:
                 received = self._receiver.receive_in_transaction(resources, received_as)
             except FhirAssetsError as error:
-                if at is None or isinstance(error, TransientError):
+                if current is None or isinstance(error, TransientError):
                     raise
-                # Of one that broke nothing is in raw, nor of the others: they come again without it.
-                rest = [file for file in rest if file is not at]
-                with self._noting(at, run_id, landed):
+                # Nothing of the batch is in raw: receive the other files without the failed one.
+                remaining = [file for file in remaining if file is not current]
+                with self._recording_failure(current, run_id, totals):
                     raise
         with self._connect() as conn:
-            known = ledger.find_files(conn, [f"{CHANNEL}:{whole[file.name]}" for file in rest])
-        taken = set[str]()
-        for file in rest:
-            with self._noting(file, run_id, landed):
-                sha256 = whole[file.name]
+            known = ledger.find_files(conn, [f"{CHANNEL}:{hashes[file.name]}" for file in remaining])
+        received_hashes = set[str]()
+        for file in remaining:
+            with self._recording_failure(file, run_id, totals):
+                sha256 = hashes[file.name]
                 if f"{CHANNEL}:{sha256}" not in known:
-                    raise _Changed("it came into its batch when that was received already: it comes again by itself")
-                came_as, brought = known[f"{CHANNEL}:{sha256}"]
-                again = came_as != received_as or sha256 in taken
-                taken.add(sha256)
-                counts = {"rows": brought.rows, "rejected": brought.rejected, "deleted": 0}
-                self._settle(file, sha256, counts, again, run_id, landed, {})
+                    raise _FileChanged(
+                        "the file joined its batch after the batch was received: a later run receives it"
+                    )
+                known_origin, file_counts = known[f"{CHANNEL}:{sha256}"]
+                known_before = known_origin != received_as or sha256 in received_hashes
+                received_hashes.add(sha256)
+                counts = {"rows": file_counts.rows, "rejected": file_counts.rejected, "deleted": 0}
+                self._record_loaded(file, sha256, counts, known_before, run_id, totals, {})
         return received
 
     def _sha256(self, file: ReadyFile) -> str:
@@ -214,26 +233,26 @@ class LandingStep:
             try:
                 return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
             except EOFError:
-                raise StoreError("a sealed file of the landing zone was cut off: post its content again") from None
+                raise StoreError("an encrypted file of the landing zone is truncated: post its content again") from None
 
     def _read(self, file: ReadyFile, sha256: str) -> Iterator[FileItem]:
-        """What a file holds. Raises StoreError, and _Changed if it is not what its hash was made of."""
+        """Yield the items of a file. Raises StoreError, or _FileChanged if its content does not have the hash."""
         with self._zone.open(file.name) as stream:
             hashed = _Hashed(stream)
             arrived = min(file.written, self._now())
             content = LandedContent(sha256[:12], decompress(hashed), arrived, self._max_bytes)  # type: ignore[arg-type]
             yield from formats.read(file.name, content)
-            if hashed.whole() != sha256:
-                raise _Changed("the file changed while it was read: it is taken when it is complete")
+            if hashed.read_rest() != sha256:
+                raise _FileChanged("the file changed while it was read: it is received when it is complete")
 
-    def _settle(
+    def _record_loaded(
         self,
         file: ReadyFile,
         sha256: str,
         counts: Mapping[str, int],
-        again: bool,
+        known_before: bool,
         run_id: str,
-        landed: LandingResult,
+        totals: _Totals,
         skipped: Mapping[str, int],
     ) -> None:
         with self._connect() as conn, conn.transaction():
@@ -245,41 +264,42 @@ class LandingStep:
                 sha256=sha256,
                 counts=counts,
                 skipped=skipped,
-                known_before=again,
+                known_before=known_before,
             )
-        landed.known_before += again
-        if not again:
-            landed.rows += counts["rows"]
-            landed.rejected += counts["rejected"]
-            landed.deleted += counts["deleted"]
+        totals.known_before += known_before
+        if not known_before:
+            totals.rows += counts["rows"]
+            totals.rejected += counts["rejected"]
+            totals.deleted += counts["deleted"]
 
-    def _bury(self, deletions: list[Deletion], origin: str) -> int:
+    def _record_deletions(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:
             self._receiver.deletion_log.record(deletions, run_id=origin, actor=CHANNEL)
         return len(deletions)
 
 
 class _Hashed:
-    """A stream that knows the hash of what was read of it."""
+    """A stream that computes the SHA-256 of the bytes that are read from it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._hash = hashlib.sha256()
 
     def read(self, count: int) -> bytes:
-        piece = self._stream.read(count)
-        self._hash.update(piece)
-        return piece
+        """Read up to ``count`` bytes."""
+        chunk = self._stream.read(count)
+        self._hash.update(chunk)
+        return chunk
 
-    def whole(self) -> str:
-        """The hash of all of it."""
-        while self.read(_CHUNK):
+    def read_rest(self) -> str:
+        """Read the rest of the stream and return the hash of the whole content in hex."""
+        while self.read(_CHUNK_BYTES):
             pass
         return self._hash.hexdigest()
 
 
 def _is_done(name: str, done: set[str]) -> bool:
-    """``x.ndjson.done`` or ``x.done`` beside ``x.ndjson``."""
+    """Return whether ``x.ndjson.done`` or ``x.done`` is beside ``x.ndjson``."""
     stem = name
     while True:
         if stem + DONE in done:

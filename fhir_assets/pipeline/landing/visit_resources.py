@@ -1,10 +1,11 @@
-"""Visits on their way into raw: one Patient an MRN, one Encounter a visit account number.
+"""Turn the rows of visit files into FHIR resources: a Patient for each MRN, an Encounter for each visit account number.
 
-The ledger (warehouse/visits.py) knows by hashes what was said before, so that only news is received: a person that is
-new or was changed, a visit that is new. It is written in the transaction that notes the file as received: after a
-crash the file comes again, and finds the ledger as it was.
+The ledger (``warehouse/ops/visits.py``) has hashes of all earlier rows, so that only new visits and new or changed
+persons become resources. It is written in the transaction that records the file as received: after a crash the file is
+received again and the ledger is unchanged.
 
-Of what files say of a person the newest written is right, in whatever order they come; in one file the last row.
+If files differ about a person, the newest file is right, regardless of their order of arrival; within a file the last
+row is right.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,96 +25,98 @@ from fhir_assets.warehouse.ops.visits import KnownVisit, Person, VisitFileCounts
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 CONFLICT = "visit-conflict"
-"""Rule of the dead letter of a visit whose account number is known with other content."""
+"""The rule of dead letters of visits whose account number is known with other content."""
 
-_AT_ONCE = 2000
+_VISITS_PER_BATCH = 2000
 
 
 def read_new_resources(
     conn: Session, items: Iterable[FileItem], origin: str, received_as: str, resource_types: Collection[str]
 ) -> Iterator[Record | RejectedInput]:
-    """What a file of visits holds, as the resources that are news; nothing if it was received before. Writes the ledger
-    through ``conn``, in the caller's transaction: of the types that the deployment loads, so that those it does not
-    are news when it does. ``received_as`` is the origin of all that the caller receives, this file among it.
+    """Yield the new resources and rejected rows of a file of visits; nothing if the file was received before.
+
+    The ledger is written through ``conn`` in the caller's transaction, for the types that the deployment loads only, so
+    that resources of the other types are new when they are loaded later. ``received_as`` is the origin of the batch to
+    which the file belongs.
     """
     visits.lock_ledger(conn)
     if visits.find_files(conn, [origin]):
         return
     counts = VisitFileCounts()
-    for found in _read(conn, items, origin, resource_types, counts):
-        if isinstance(found, RejectedInput):
+    for item in _read(conn, items, origin, resource_types, counts):
+        if isinstance(item, RejectedInput):
             counts.rejected += 1
-            yield replace(found, origin=origin)
+            yield replace(item, origin=origin)
         else:
-            counts.rows += found.resource_type in resource_types
-            yield found
+            counts.rows += item.resource_type in resource_types
+            yield item
     visits.record_file(conn, origin, received_as, counts)
 
 
 def _read(
     conn: Session, items: Iterable[FileItem], origin: str, resource_types: Collection[str], counts: VisitFileCounts
 ) -> Iterator[Record | RejectedInput]:
-    waiting: list[Visit] = []
+    batch: list[Visit] = []
     for item in items:
         if isinstance(item, RejectedInput):
             yield item
             continue
         assert isinstance(item, Visit)
-        waiting.append(item)
-        if len(waiting) >= _AT_ONCE:
-            yield from _entered(conn, waiting, origin, resource_types, counts)
-            waiting = []
-    if waiting:
-        yield from _entered(conn, waiting, origin, resource_types, counts)
+        batch.append(item)
+        if len(batch) >= _VISITS_PER_BATCH:
+            yield from _enter_batch(conn, batch, origin, resource_types, counts)
+            batch = []
+    if batch:
+        yield from _enter_batch(conn, batch, origin, resource_types, counts)
 
 
-def _entered(
+def _enter_batch(
     conn: Session, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: VisitFileCounts
 ) -> Iterator[Record | RejectedInput]:
-    rows = [_hashed(visit, cipher_of(conn)) for visit in batch]
+    rows = [_hash_row(visit, cipher_of(conn)) for visit in batch]
     known = visits.find_visits(conn, [row.visit.id for row in rows])
-    said: dict[str, list[_Row]] = {}
-    added: list[KnownVisit] = []
+    rows_by_person: dict[str, list[_Row]] = {}
+    new_visits: list[KnownVisit] = []
     for row in rows:
         if known.setdefault(row.visit.id, row.visit) != row.visit:
             counts.conflicts += 1
-            yield _conflict(row)
+            yield _build_conflict(row)
             continue
-        said.setdefault(row.person.id, []).append(row)
+        rows_by_person.setdefault(row.person.id, []).append(row)
         if known[row.visit.id] is row.visit:
             counts.visits += 1
-            added.append(row.visit)
-            yield _encounter(row)
+            new_visits.append(row.visit)
+            yield _build_encounter(row)
         else:
             counts.repeats += 1
-    people = visits.find_persons(conn, list(said))
-    for identity, of_person in said.items():
-        for row, person in _news(people.get(identity), of_person, counts):
+    people = visits.find_persons(conn, list(rows_by_person))
+    for identity, person_rows in rows_by_person.items():
+        for row, person in _find_changes(people.get(identity), person_rows, counts):
             people[identity] = person
-            yield _patient(row, person)
-        newest = max(people[identity].as_of, of_person[-1].person.as_of)
+            yield _build_patient(row, person)
+        newest = max(people[identity].as_of, person_rows[-1].person.as_of)
         people[identity] = replace(people[identity], as_of=newest)
     visits.record(
         conn,
         origin,
         list(people.values()) if "Patient" in resource_types else [],
-        added if "Encounter" in resource_types else [],
+        new_visits if "Encounter" in resource_types else [],
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A visit with what the ledger would have of it; ``person`` as of its first version."""
+    """A visit, and its person and visit as the ledger records them; ``person`` has version 1."""
 
-    of: Visit
+    source: Visit
     person: Person
     visit: KnownVisit
 
 
-def _hashed(visit: Visit, cipher: Cipher) -> _Row:
+def _hash_row(visit: Visit, cipher: Cipher) -> _Row:
     row = visit.row
     person = "\0".join((row["first_name"], row["last_name"], row["birth_date"]))
-    what = "\0".join((row["visit_date"], row.get("reason", "").strip()))
+    content = "\0".join((row["visit_date"], row.get("reason", "").strip()))
     patient_id = cipher.identity("Patient", row["mrn"])
     return _Row(
         visit,
@@ -121,20 +124,21 @@ def _hashed(visit: Visit, cipher: Cipher) -> _Row:
         KnownVisit(
             cipher.identity("Encounter", row["visit_account_number"]),
             patient_id,
-            cipher.fingerprint(what.encode()),
+            cipher.fingerprint(content.encode()),
         ),
     )
 
 
-def _news(before: Person | None, rows: Sequence[_Row], counts: VisitFileCounts) -> Iterator[tuple[_Row, Person]]:
-    """The rows that say something new of a person, with the person as of then. The last is right: if it says what is
-    known, so that the file is one that came before, the others say nothing.
+def _find_changes(known: Person | None, rows: Sequence[_Row], counts: VisitFileCounts) -> Iterator[tuple[_Row, Person]]:
+    """Yield the rows that change a person, each with the person's new version.
+
+    The last row is right: if it has the known content, or is older, no row of the file is a change.
     """
     last = rows[-1].person
-    if before and (last.as_of < before.as_of or last.content == before.content):
-        counts.outdated += sum(row.person.content != before.content for row in rows)
+    if known and (last.as_of < known.as_of or last.content == known.content):
+        counts.outdated += sum(row.person.content != known.content for row in rows)
         return
-    person = before
+    person = known
     for row in rows:
         if person is None:
             counts.patients += 1
@@ -147,39 +151,39 @@ def _news(before: Person | None, rows: Sequence[_Row], counts: VisitFileCounts) 
         yield row, person
 
 
-def _patient(row: _Row, person: Person) -> Record:
+def _build_patient(row: _Row, person: Person) -> Record:
     resource = resources.build_visit_patient(
-        row.of.row, person.id, version=person.version, updated=_instant(row.of.arrived)
+        row.source.row, person.id, version=person.version, updated=_format_instant(row.source.arrived)
     )
-    return _record(row, resource, str(person.version))
+    return _build_record(row, resource, str(person.version))
 
 
-def _encounter(row: _Row) -> Record:
+def _build_encounter(row: _Row) -> Record:
     resource = resources.build_visit_encounter(
-        row.of.row, row.visit.id, row.person.id, updated=_instant(row.of.arrived)
+        row.source.row, row.visit.id, row.person.id, updated=_format_instant(row.source.arrived)
     )
-    return _record(row, resource, "1")
+    return _build_record(row, resource, "1")
 
 
-def _record(row: _Row, resource: Mapping[str, Any], version: str) -> Record:
-    arrived = row.of.arrived
+def _build_record(row: _Row, resource: Mapping[str, Any], version: str) -> Record:
+    arrived = row.source.arrived
     return Record(
         resource["resourceType"], resource["id"], version, arrived, arrived, resources.encode_resource(resource)
     )
 
 
-def _instant(moment: datetime) -> str:
+def _format_instant(moment: datetime) -> str:
     return moment.isoformat(timespec="microseconds")
 
 
-def _conflict(row: _Row) -> RejectedInput:
+def _build_conflict(row: _Row) -> RejectedInput:
     return RejectedInput(
         "Encounter",
         row.visit.id,
         CONFLICT,
-        row.of.location,
-        "this visit account number is known with another person, date or reason, and a visit is never changed: "
-        "give it its own number, or discard this",
-        row.of.arrived,
-        orjson.dumps(dict(row.of.row)),
+        row.source.location,
+        "this visit account number is known with another person, date or reason, and visits cannot be changed: "
+        "give the visit a number of its own, or discard this dead letter",
+        row.source.arrived,
+        orjson.dumps(dict(row.source.row)),
     )
