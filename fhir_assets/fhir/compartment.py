@@ -10,7 +10,7 @@ from fhir_assets.catalog import BY_NAME
 UNKNOWN_PATIENT = "?"
 """The id of a patient whose reference contains none: a contained Patient, or a reference by identifier only."""
 
-_PATIENT_REFERENCE = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
+_match_patient = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 
 
 def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
@@ -18,7 +18,7 @@ def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
 
     Takes any JSON object with a resourceType: an element that does not conform to R4 counts as no reference.
     """
-    paths = _paths(resource["resourceType"])
+    paths = _patient_paths(resource["resourceType"])
     if not paths:
         return ()
     if paths == _OWN_ID:
@@ -37,7 +37,7 @@ _OWN_ID = (("id",),)
 
 
 @cache
-def _paths(resource_type: str) -> tuple[tuple[str, ...], ...]:
+def _patient_paths(resource_type: str) -> tuple[tuple[str, ...], ...]:
     catalogued = BY_NAME.get(resource_type)
     return tuple(tuple(path.split(".")) for path in catalogued.patient) if catalogued else ()
 
@@ -59,7 +59,7 @@ def _find_patient_id(resource: dict[str, Any], reference: dict[str, Any]) -> str
     if isinstance(target, str):
         if target.startswith("Patient/") and target.find("/", 8) < 0 and target.isascii():
             return target[8:]
-        if match := _PATIENT_REFERENCE(target):
+        if match := _match_patient(target):
             return match[1]
         if target.startswith("#"):
             contained = resource.get("contained")

@@ -291,7 +291,7 @@ class FhirClient:
         if parse_origin(target) != self.origin or response.request.method not in ("GET", "HEAD"):
             raise NotFhir(
                 f"{self.base_url} redirects to {format_origin(target)}: set {self.labels.base_url} to the FHIR "
-                "server's own address, or ask for a way around the login page or the proxy that stands before it"
+                "server's own address, or ask its administrator for one without the login page or the proxy before it"
             )
         return target
 

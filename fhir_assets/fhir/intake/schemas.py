@@ -1,4 +1,4 @@
-"""JSON Schemas of intake records, and the errors of a record: all of them, each with its path."""
+"""JSON Schemas of intake records, and the validation of a record: all of its errors, each with its path."""
 
 import re
 import sys

@@ -59,7 +59,7 @@ class DeletionHistory:
     def __init__(self, client: FhirClient, *, page_size: int = 500) -> None:
         self._client = client
         self._page_size = page_size
-        self.asked_at: datetime | None = None
+        self.requested_at: datetime | None = None
         """When the last request for a history began, by the server's clock; None if the server does not say."""
 
     def offered(self) -> frozenset[str] | None:
@@ -87,7 +87,7 @@ class DeletionHistory:
 
     def _read(self, resource_type: str, params: Params) -> Iterator[Deletion]:
         page = self._client.get(f"{resource_type}/_history", _parse_page, params=params)
-        self.asked_at = page.date
+        self.requested_at = page.date
         links = set()
         while True:
             for entry in page.bundle.entry:

@@ -207,7 +207,7 @@ class SearchPager:
 
 
 class _MatchOrder:
-    """Whether the matches arrive in the order that was asked for, and where a search can therefore resume."""
+    """Whether the matches arrive in the requested order, and the time from which a search can therefore resume."""
 
     def __init__(self) -> None:
         self._newest: datetime | None = None

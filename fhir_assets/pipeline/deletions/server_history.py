@@ -37,5 +37,5 @@ def apply_server_deletions(
         deleted[name] = deletion_log.record(new_deletions, run_id=run_id).gone[name]
         with connect() as conn, conn.transaction():
             # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
-            deletions.advance_checkpoint(conn, name, min(now, history.asked_at or now), run_id)
+            deletions.advance_checkpoint(conn, name, min(now, history.requested_at or now), run_id)
     return deleted
