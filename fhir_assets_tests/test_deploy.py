@@ -17,7 +17,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.settings import Executor, Settings, load_settings
-from fhir_assets_tests.support.dagster_internals import process_config
+from fhir_assets_tests.support.dagster_internals import InstigatorType, TickStatus, process_config
 
 ROOT = Path(__file__).parent.parent
 FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|CELERY)_[A-Z_]+")
@@ -152,3 +152,14 @@ def test_dagster_opens_the_instance_of_every_executor(
             type(instance.run_launcher).__module__ == "fhir_assets.orchestration.instance.celery_launcher"
         ) == celery
         assert (instance.run_monitoring_start_timeout_seconds > 86_400) == celery
+
+
+def test_dagster_deletes_ticks_after_30_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str) -> None:
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", database.replace("postgresql://", "postgresql+psycopg2://"))
+    (tmp_path / "dagster.yaml").write_text(render_dagster_yaml(load_settings()))
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        for instigator in (InstigatorType.SCHEDULE, InstigatorType.SENSOR):
+            days = instance.get_tick_retention_settings(instigator)
+            assert days[TickStatus.SUCCESS] == days[TickStatus.FAILURE] == 30
+            assert days[TickStatus.STARTED] == -1
+        assert instance.get_tick_retention_settings(InstigatorType.SENSOR)[TickStatus.SKIPPED] == 7

@@ -14,6 +14,9 @@ from dagster._config import process_config as process_config
 # The code location of a run, by which a Celery worker finds its job.
 from dagster._core.definitions.reconstruct import ReconstructableRepository as ReconstructableRepository
 
+# Schedule or sensor, in the retention settings of an instance.
+from dagster._core.definitions.run_request import InstigatorType as InstigatorType
+
 # The result of one evaluation of a schedule.
 from dagster._core.definitions.schedule_definition import ScheduleExecutionData as ScheduleExecutionData
 
