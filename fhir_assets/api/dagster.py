@@ -1,4 +1,9 @@
-"""A client of the Dagster webserver: starts runs and reads their status through its GraphQL API."""
+"""A client of the Dagster webserver: starts runs and reads their status through its GraphQL API.
+
+``dagster_graphql.DagsterGraphQLClient`` is not used: threads cannot share it (its transport refuses a second concurrent
+query), it has no query by which ``is_ready`` could see that the code location is loaded, and it asks for the location
+of a job before each run.
+"""
 
 from collections.abc import Mapping, Sequence
 from time import monotonic, sleep

@@ -23,7 +23,7 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.test_alerts import Watch, receiver
+from fhir_assets_tests.support.alerts import AlertsSensor, receive_webhooks
 from fhir_assets_tests.support.api import Serve, api_processes
 from fhir_assets_tests.support.canaries import Canaries, Population
 from fhir_assets_tests.support.content import add
@@ -304,7 +304,7 @@ def test_no_canary_turns_up_anywhere(
     population = Population(canaries, DAY + timedelta(hours=8))
     whole = [body for n in range(3) for body in population.everything(f"p{n}")]
 
-    with SandboxServer(whole) as server, receiver() as hook, parrot() as echo:
+    with SandboxServer(whole) as server, receive_webhooks() as hook, parrot() as echo:
         source = {"FHIR_BASE_URL": server.url}
         # What is good, what validation refuses, and what the views cannot take
         rank = [{"url": "http://x.org/rank", "valueString": mark("an extension")}]
@@ -421,9 +421,9 @@ def test_no_canary_turns_up_anywhere(
         checks = definitions(deployment.settings).resolve_job_def(CHECK_TABLES)
         checks.execute_in_process(instance=deployment.instance, raise_on_error=False)
         alarmed = deployment.settings.model_copy(update={"alert_webhook_url": SecretStr(hook.url)})
-        Watch(Deployment(alarmed, deployment.instance)).tick()
-        assert hook.told
-        site.alerts.extend(hook.told)
+        AlertsSensor(Deployment(alarmed, deployment.instance)).tick()
+        assert hook.messages
+        site.alerts.extend(hook.messages)
         site.metrics.append(metrics_of(deployment))
 
     (site.output / "this process").write_text("".join(capfd.readouterr()))

@@ -1,4 +1,4 @@
-"""What an empty window costs, counted and not timed: it must not grow with the number of types or statements."""
+"""The cost of an empty window, counted in connections: it must not grow with the number of resource types."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ DAY = datetime(2024, 1, 1, tzinfo=UTC)
 TYPES = "Patient,Encounter,Observation,Condition,Procedure,Location"
 
 
-def test_an_empty_window_takes_a_handful_of_connections_whatever_the_number_of_types(
+def test_an_empty_window_opens_a_few_connections_whatever_the_number_of_types(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "Patient.ndjson").write_bytes(patient("a", DAY) + b"\n")
@@ -29,15 +29,17 @@ def test_an_empty_window_takes_a_handful_of_connections_whatever_the_number_of_t
     ingestion = deployment.ingestion()
     (windows,) = ingestion.find_due(first=DAY.replace(day=2), last=DAY.replace(day=2))
     CONNECTION_CACHE.clear()
-    made = 0
+    opened = 0
     connect = psycopg.Connection.connect.__func__  # type: ignore[attr-defined]
 
-    def counted(cls: type[psycopg.Connection[Any]], *arguments: Any, **options: Any) -> psycopg.Connection[Any]:
-        nonlocal made
-        made += 1
-        found: psycopg.Connection[Any] = connect(cls, *arguments, **options)
-        return found
+    def count_connection(
+        cls: type[psycopg.Connection[Any]], *arguments: Any, **options: Any
+    ) -> psycopg.Connection[Any]:
+        nonlocal opened
+        opened += 1
+        connection: psycopg.Connection[Any] = connect(cls, *arguments, **options)
+        return connection
 
-    monkeypatch.setattr(psycopg.Connection, "connect", classmethod(counted))
+    monkeypatch.setattr(psycopg.Connection, "connect", classmethod(count_connection))
     assert ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test").success
-    assert 0 < made <= 12
+    assert 0 < opened <= 12

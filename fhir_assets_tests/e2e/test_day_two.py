@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.test_alerts import receiver
+from fhir_assets_tests.support.alerts import receive_webhooks
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.daemon import until
 from fhir_assets_tests.support.deployment import Deploy, Deployment
@@ -56,7 +56,7 @@ def test_bad_resources_are_told_mended_replayed_and_all_is_green_again(
         patient(f"p{n}", MONTH + timedelta(hours=n), name=name, gender=SECRET if f"p{n}" in BAD else "male")
         for n in range(200)
     ]
-    with SandboxServer(bodies) as server, receiver() as webhook:
+    with SandboxServer(bodies) as server, receive_webhooks() as webhook:
         deployment = deploy(
             fhir_base_url=server.url,
             fhir_resource_types="Patient",
@@ -73,7 +73,7 @@ def test_bad_resources_are_told_mended_replayed_and_all_is_green_again(
             monkeypatch.setenv(variable, value)
         with daemon(deployment, tmp_path / "daemon.log", **settings):
             until(lambda: deployment.loaded() == {"Patient": 196}, seconds=240)
-            until(lambda: len(webhook.told) == 1, seconds=120)
+            until(lambda: len(webhook.messages) == 1, seconds=120)
             assert not latest(deployment, "dead_letter_rate", KEY)
             assert latest(deployment, "reconciles", KEY)
             letters = fhir_assets("dead-letters", "list")
@@ -92,7 +92,7 @@ def test_bad_resources_are_told_mended_replayed_and_all_is_green_again(
                 fhir_assets("dead-letters", "edit", str(each["id"]), "--patch", str(patch))
             assert fhir_assets("dead-letters", "replay", "--run", load, "--no-wait")["letters"] == 2
             until(lambda: deployment.loaded() == {"Patient": 200}, seconds=240)
-            until(lambda: len(webhook.told) == 2, seconds=120)
+            until(lambda: len(webhook.messages) == 2, seconds=120)
 
         assert fhir_assets("dead-letters", "list") == []
         resolutions = [each["resolution"] for each in fhir_assets("dead-letters", "list", "--status", "all")]
@@ -104,7 +104,7 @@ def test_bad_resources_are_told_mended_replayed_and_all_is_green_again(
         (replay,) = [run for run in fhir_assets("runs", "list") if run["replay_of_run_id"]]
         assert (replay["replay_of_run_id"], replay["status"], replay["loaded"]) == (load, "SUCCESS", 2)
 
-        alert, all_clear = webhook.told
+        alert, all_clear = webhook.messages
         assert [each["name"] for each in alert["began"]] == ["normalized/patient:dead_letter_rate"]
         assert [each["name"] for each in all_clear["over"]] == ["normalized/patient:dead_letter_rate"]
         assert (alert["over"], all_clear["began"]) == ([], [])

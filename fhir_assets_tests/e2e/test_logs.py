@@ -1,4 +1,4 @@
-"""What the pipeline logs: the same lines of JSON as all processes, with run, types and window, and no patient data."""
+"""The log of the pipeline: lines of JSON with run, resource types and window, without patient data."""
 
 import io
 import json
@@ -19,14 +19,14 @@ DAY = datetime(2024, 1, 5, tzinfo=UTC)
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    """Where the project's loggers write, as in Dagster's processes."""
-    ours = logging.getLogger("fhir_assets")
-    before = ours.handlers[:], ours.propagate, ours.level
+    """The stream that the project's loggers write to, configured as in Dagster's processes."""
+    own_logger = logging.getLogger("fhir_assets")
+    before = own_logger.handlers[:], own_logger.propagate, own_logger.level
     stream = io.StringIO()
     logs.configure("dagster", "INFO", stream=stream, libraries=False)
     yield stream
-    ours.handlers[:], ours.propagate = before[:2]
-    ours.setLevel(before[2])
+    own_logger.handlers[:], own_logger.propagate = before[:2]
+    own_logger.setLevel(before[2])
 
 
 def test_every_step_leaves_a_line_and_a_failed_one_its_reason(deploy: Deploy, stream: io.StringIO) -> None:
@@ -38,22 +38,22 @@ def test_every_step_leaves_a_line_and_a_failed_one_its_reason(deploy: Deploy, st
             fhir_last_updated_gte="2024-01-01",
             fhir_max_attempts=1,
         )
-        [good] = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
+        [succeeded] = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
         server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH})))
-        [bad] = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=2))
+        [failed_run] = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=2))
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    done = [line for line in lines if line.get("run") == good.run_id]
+    done = [line for line in lines if line.get("run") == succeeded.run_id]
     assert len(done) == 3
     assert {(line["level"], line["window"]) for line in done} == {("INFO", "2024-01-05")}
     assert {line["service"] for line in lines} == {"dagster"}
     assert all(line["types"] == ["Patient"] and line["seconds"] >= 0 for line in done)
-    [failed] = [line for line in lines if line.get("run") == bad.run_id]
+    [failed] = [line for line in lines if line.get("run") == failed_run.run_id]
     assert failed["level"] == "ERROR"
     assert "500" in failed["reason"]
     assert "Canary" not in stream.getvalue()
 
 
-def test_of_what_a_library_logs_only_the_words_are_written(stream: io.StringIO) -> None:
+def test_messages_of_libraries_are_logged_without_their_arguments(stream: io.StringIO) -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level
     logs.configure("connector", stream=stream)

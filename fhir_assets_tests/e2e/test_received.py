@@ -1,4 +1,4 @@
-"""What was received by another door, through Dagster into the tables."""
+"""Resources from other channels than the source are loaded into the tables by Dagster."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -33,7 +33,7 @@ def load(deployment: Deployment) -> list[bool]:
     return [outcome.success for outcome in outcomes]
 
 
-def sensed(deployment: Deployment) -> list[dg.RunRequest]:
+def evaluate_sensor(deployment: Deployment) -> list[dg.RunRequest]:
     definitions = build_definitions(deployment.settings)
     context = dg.build_sensor_context(instance=deployment.instance, repository_def=definitions.get_repository_def())
     data = definitions.get_repository_def().get_sensor_def("load_received").evaluate_tick(context)
@@ -49,7 +49,7 @@ def test_received_resources_are_loaded_without_a_source_and_without_moving_a_che
     assert deployment.ingestion().find_received() == []
 
 
-def test_a_fetch_of_a_window_keeps_what_was_received_in_it_and_both_add_up(deploy: Deploy) -> None:
+def test_a_fetch_of_a_window_keeps_the_resources_received_in_it(deploy: Deploy) -> None:
     with SandboxServer([patient("a", DAY)]) as server:
         deployment = deploy(fhir_base_url=server.url, fhir_resource_types=("Patient",))
         receiver(deployment).receive([record(patient("b", DAY))], "api:1")
@@ -63,39 +63,39 @@ def test_a_fetch_of_a_window_keeps_what_was_received_in_it_and_both_add_up(deplo
         assert deployment.loaded() == {"Patient": 3}
 
 
-def test_the_sensor_asks_for_the_types_and_windows_that_wait_and_for_nothing_twice(deploy: Deploy) -> None:
+def test_the_sensor_requests_the_waiting_types_and_windows_once(deploy: Deploy) -> None:
     deployment = deploy(fhir_resource_types=("Patient", "Encounter"))
     days = (0, 1, 5)
     receiver(deployment).receive([record(patient(f"p{n}", DAY + timedelta(days=n))) for n in days], "api:1")
-    first, second = sensed(deployment)
+    first, second = evaluate_sensor(deployment)
     assert first.tags["dagster/asset_partition_range_start"] == "2024-01-05"
     assert first.tags["dagster/asset_partition_range_end"] == "2024-01-06"
     assert second.partition_key == "2024-01-10"
     keys = {key.to_user_string() for key in second.asset_selection or ()}
     assert {"validated/patient", "normalized/patient"} <= keys
     assert not any("encounter" in key for key in keys)
-    assert sensed(deployment) == []
+    assert evaluate_sensor(deployment) == []
     assert load(deployment) == [True, True]
     assert deployment.loaded() == {"Patient": 3}
 
 
-def test_what_was_received_is_a_materialization_of_raw(deploy: Deploy) -> None:
+def test_a_receipt_is_reported_as_a_materialization_of_raw(deploy: Deploy) -> None:
     deployment = deploy(fhir_resource_types=("Patient",))
-    brought = receiver(deployment).receive([record(patient("a", DAY))], "api:1")
-    for event in build_materializations(brought):
+    receipt = receiver(deployment).receive([record(patient("a", DAY))], "api:1")
+    for event in build_materializations(receipt):
         deployment.instance.report_runless_asset_event(event)
     keys = deployment.instance.get_materialized_partitions(dg.AssetKey(["raw", "patient"]))
     assert keys == {"2024-01-05"}
 
 
-def test_what_was_received_under_other_settings_waits_and_stops_nothing(deploy: Deploy) -> None:
+def test_resources_received_under_other_settings_wait_and_do_not_block_others(deploy: Deploy) -> None:
     before = deploy(fhir_resource_types=("Patient", "Encounter"), fhir_partition="hourly")
     receiver(before).receive([record(patient("a", DAY))], "api:1")
     deployment = deploy(fhir_resource_types=("Patient",), fhir_last_updated_gte=DAY)
     receiver(deployment).receive([record(patient("b", DAY))], "api:2")
     encounters = b'{"resourceType":"Encounter","id":"e","meta":{"lastUpdated":"2024-01-05T00:00:00Z"}}'
     receiver(before).receive([record(encounters)], "api:3")
-    (request,) = sensed(deployment)
+    (request,) = evaluate_sensor(deployment)
     assert request.partition_key == "2024-01-05"
     assert load(deployment) == [True]
     assert deployment.query("SELECT origin FROM ops.received WHERE loaded_at IS NULL ORDER BY 1") == [

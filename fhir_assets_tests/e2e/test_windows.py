@@ -1,4 +1,4 @@
-"""Windows over time: what is fetched when, which version wins, and that every way of asking ends in the same tables."""
+"""Windows over time: which windows are fetched when, which version wins, and that all ways to load are equivalent."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -19,21 +19,22 @@ KEY = "2024-01-05"
 GENDERS = "SELECT id, gender FROM fhir.patient ORDER BY id"
 
 
-def of_patients(deploy: Deploy, server: SandboxServer, **settings: object) -> Deployment:
+def deploy_patients(deploy: Deploy, server: SandboxServer, **settings: object) -> Deployment:
     values = {"fhir_resource_types": "Patient", "fhir_last_updated_gte": "2024-01-01", **settings}
     return deploy(fhir_base_url=server.url, **values)
 
 
 def reconciles(deployment: Deployment, *runs: dg.ExecuteInProcessResult) -> bool:
-    """Whether the runs went well and every check in them is green, and there was one."""
-    evaluations = [each for run in runs for each in deployment.checks(run.run_id)]
-    return all(run.success for run in runs) and bool(evaluations) and all(each.passed for each in evaluations)
+    """Return whether the runs succeeded with at least one check, and every check passed."""
+    evaluations = [evaluation for run in runs for evaluation in deployment.checks(run.run_id)]
+    passed = all(evaluation.passed for evaluation in evaluations)
+    return all(run.success for run in runs) and bool(evaluations) and passed
 
 
 def test_a_second_ingest_extends_the_open_window_from_the_checkpoint(deploy: Deploy) -> None:
     now = datetime.now(UTC)
     with SandboxServer([patient("a", now - timedelta(seconds=5))]) as server:
-        deployment = of_patients(deploy, server, fhir_overlap_seconds=60)
+        deployment = deploy_patients(deploy, server, fhir_overlap_seconds=60)
         assert [outcome.success for outcome in deployment.ingest()] == [True]
         ((_, first_until),) = asked(server)
         add(server, patient("late", datetime.now(UTC) - timedelta(seconds=30)))
@@ -46,9 +47,9 @@ def test_a_second_ingest_extends_the_open_window_from_the_checkpoint(deploy: Dep
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
 
 
-def test_what_is_updated_and_created_on_the_server_is_in_the_tables_after_the_next_ingest(deploy: Deploy) -> None:
+def test_the_next_ingest_loads_updated_and_created_resources(deploy: Deploy) -> None:
     with SandboxServer([patient("a", DAY, gender="male"), patient("b", DAY, gender="male")]) as server:
-        deployment = of_patients(deploy, server, fhir_partition="monthly")
+        deployment = deploy_patients(deploy, server, fhir_partition="monthly")
         assert all(outcome.success for outcome in deployment.ingest())
         for identity in ("a", "c"):
             body = {"resourceType": "Patient", "id": identity, "gender": "female"}
@@ -65,7 +66,7 @@ def test_what_is_updated_and_created_on_the_server_is_in_the_tables_after_the_ne
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_an_older_version_never_replaces_a_newer_one_whatever_window_is_loaded_last(
+def test_an_older_version_never_replaces_a_newer_one_in_any_order_of_windows(
     deploy: Deploy, tmp_path: Path, order: tuple[int, int]
 ) -> None:
     older = patient("a", DAY, version="1", gender="male", name=[{"family": "A"}, {"family": "B"}])
@@ -83,9 +84,9 @@ def test_an_older_version_never_replaces_a_newer_one_whatever_window_is_loaded_l
     assert deployment.query("SELECT family FROM fhir.patient_name") == [("C",)]
 
 
-def test_materializing_a_complete_window_fetches_it_anew_and_the_schedule_does_not(deploy: Deploy) -> None:
+def test_materializing_a_complete_window_fetches_it_again_and_an_ingest_does_not(deploy: Deploy) -> None:
     with SandboxServer([patient("a", DAY)]) as server:
-        deployment = of_patients(deploy, server)
+        deployment = deploy_patients(deploy, server)
         deployment.ingest(first=DAY, last=DAY)
         add(server, patient("forgotten", DAY + timedelta(hours=1)))
         server.reset_stats()
@@ -99,9 +100,9 @@ def test_materializing_a_complete_window_fetches_it_anew_and_the_schedule_does_n
     assert reconciles(deployment, materialize(deployment, windows=[KEY]))
 
 
-def test_a_full_refresh_asks_the_server_for_everything_again(deploy: Deploy) -> None:
+def test_a_full_refresh_fetches_everything_again(deploy: Deploy) -> None:
     with SandboxServer([patient("a", datetime.now(UTC) - timedelta(seconds=5))]) as server:
-        deployment = of_patients(deploy, server)
+        deployment = deploy_patients(deploy, server)
         deployment.ingest()
         first = asked(server)[0][0]
         server.reset_stats()
@@ -111,12 +112,14 @@ def test_a_full_refresh_asks_the_server_for_everything_again(deploy: Deploy) -> 
     assert deployment.loaded() == {"Patient": 1}
 
 
-def test_a_type_that_the_server_does_not_offer_is_skipped_and_loaded_once_it_does(deploy: Deploy) -> None:
+def test_a_type_that_the_server_does_not_offer_is_skipped_until_it_does(deploy: Deploy) -> None:
     now = datetime.now(UTC)
     meta = {"lastUpdated": instant(now - timedelta(hours=50))}
     organization = {"resourceType": "Organization", "id": "o", "meta": meta, "name": "O"}
     with SandboxServer([patient("a", now - timedelta(seconds=5))], all_types=False) as server:
-        deployment = of_patients(deploy, server, fhir_resource_types="Organization,Patient", fhir_last_updated_gte=None)
+        deployment = deploy_patients(
+            deploy, server, fhir_resource_types="Organization,Patient", fhir_last_updated_gte=None
+        )
         assert [outcome.success for outcome in deployment.ingest()] == [True]
         assert asked(server, "Organization") == []
         assert deployment.loaded() == {"Patient": 1}
@@ -126,7 +129,7 @@ def test_a_type_that_the_server_does_not_offer_is_skipped_and_loaded_once_it_doe
     assert deployment.loaded() == {"Organization": 1, "Patient": 1}
 
 
-def test_a_range_run_and_runs_of_one_partition_end_in_the_same_tables(
+def test_a_range_run_and_runs_of_single_partitions_give_the_same_tables(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
     types = "Patient,Encounter"
@@ -134,9 +137,9 @@ def test_a_range_run_and_runs_of_one_partition_end_in_the_same_tables(
     write_population(tmp_path, Population(3, 5, 0.2, start=DAY - timedelta(days=4), end=DAY))
     keys = [f"{layer}/{kind}" for layer in ("raw", "validated", "normalized") for kind in ("patient", "encounter")]
     with SandboxServer(tmp_path) as server:
-        ranged = of_patients(deploy, server, fhir_resource_types=types, home="ranged")
+        ranged = deploy_patients(deploy, server, fhir_resource_types=types, home="ranged")
         assert materialize(ranged, *keys, windows=windows).success
-        single = of_patients(deploy, server, fhir_resource_types=types, home="single", url=empty_database)
+        single = deploy_patients(deploy, server, fhir_resource_types=types, home="single", url=empty_database)
         for window in reversed(windows):
             assert materialize(single, *keys, windows=[window]).success
     assert ranged.loaded()["Encounter"] > 10
@@ -149,10 +152,10 @@ def test_a_range_run_and_runs_of_one_partition_end_in_the_same_tables(
             assert len({manifest.rows if manifest else None for manifest in rows}) == 1
 
 
-def test_one_view_of_a_type_can_be_materialized_alone_and_the_others_come_later(deploy: Deploy) -> None:
+def test_one_view_of_a_type_can_be_materialized_before_the_others(deploy: Deploy) -> None:
     body = patient("a", DAY, gender="male", name=[{"family": "A"}, {"family": "B"}])
     with SandboxServer([body]) as server:
-        deployment = of_patients(deploy, server)
+        deployment = deploy_patients(deploy, server)
         assert materialize(deployment, "raw/patient", "validated/patient", windows=[KEY]).success
         assert materialize(deployment, "normalized/patient_name", windows=[KEY]).success
         assert deployment.query("SELECT family FROM fhir.patient_name ORDER BY 1") == [("A",), ("B",)]
@@ -162,9 +165,9 @@ def test_one_view_of_a_type_can_be_materialized_alone_and_the_others_come_later(
     assert deployment.query("SELECT family FROM fhir.patient_name ORDER BY 1") == [("A",), ("B",)]
 
 
-def test_the_check_can_be_executed_alone(deploy: Deploy) -> None:
+def test_the_reconciliation_check_can_be_executed_alone(deploy: Deploy) -> None:
     with SandboxServer([patient("a", DAY)]) as server:
-        deployment = of_patients(deploy, server)
+        deployment = deploy_patients(deploy, server)
         deployment.ingest(first=DAY, last=DAY)
         server.reset_stats()
         result = materialize(deployment, windows=[KEY])

@@ -1,4 +1,4 @@
-"""Small content for a sandbox server, and what it was asked."""
+"""Small resources for a sandbox server, and the requests that it received."""
 
 import json
 from datetime import datetime
@@ -17,24 +17,24 @@ from fhir_assets_tests.support.deployment import Deployment
 
 
 def instant(moment: datetime) -> str:
-    """FHIR's instant, to the millisecond."""
+    """Return a time as a FHIR instant with milliseconds."""
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def patient(identity: str, moment: datetime, *, version: str = "1", **fields: Any) -> bytes:
-    """A valid Patient."""
+    """Return a valid Patient as JSON."""
     meta = {"versionId": version, "lastUpdated": instant(moment)}
     return json.dumps({"resourceType": "Patient", "id": identity, "meta": meta, **fields}).encode()
 
 
 def add(server: SandboxServer, *bodies: bytes) -> None:
-    """Put resources on the server under the time they bring, as late commits come."""
+    """Put resources on the server with the ``lastUpdated`` that they contain, which may be in the past."""
     for body in bodies:
         server.store.seed(body, 0)
 
 
 def asked(server: SandboxServer, resource_type: str = "Patient") -> list[tuple[str, str]]:
-    """The intervals of ``_lastUpdated`` whose resources the server was asked for, counts and further pages left out."""
+    """Return the intervals of ``_lastUpdated`` in the server's searches, without counts and further pages."""
     intervals = []
     for line in server.stats()["recent"]:
         url = urlsplit(line.split(" ", 1)[1])
@@ -51,9 +51,9 @@ def materialize(
     windows: list[str],
     refresh: Refresh = Refresh.WINDOW,
 ) -> dg.ExecuteInProcessResult:
-    """What *Materialize selected* does in the UI: assets such as ``normalized/patient``, one partition or a range.
+    """Materialize assets such as ``normalized/patient`` of one partition or a range, as *Materialize selected* does.
 
-    Without keys the check ``reconciles`` of Patient is executed alone.
+    Without keys, only evaluate the check ``reconciles`` of Patient.
     """
     job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
     if keys:

@@ -119,10 +119,10 @@ def _build_normalized_step(
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
         if context.selected_asset_check_keys:
             with sanitized_errors(), warehouse.connect() as conn:
-                balances = reconcile(conn, store, name, run.partition_keys, main_view=main_view)
+                counts = reconcile(conn, store, name, run.partition_keys, main_view=main_view)
                 checks = WindowChecks(resource_type, settings, run.now)
                 check_names = sorted(key.name for key in context.selected_asset_check_keys)
-                yield from checks.evaluate(context, conn, balances, check_names)
+                yield from checks.evaluate(context, conn, counts, check_names)
                 if resolved_windows and DEAD_LETTER_RATE in check_names:
                     others = reconcile(conn, store, name, resolved_windows, main_view=main_view)
                     checks.log_other_windows(context, conn, others, DEAD_LETTER_RATE)
