@@ -102,7 +102,7 @@ def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_commen
     found = spec(deployment)
     assert found.description == "Births."
     columns = {c.name: (c.type, c.description) for c in found.metadata["dagster/column_schema"].columns}
-    said = "What born is known to: year, month or day"
+    said = "Precision of born: year, month or day"
     assert columns == {
         "id": ("text", "Key of the patient"),
         "born": ("date", "Day of birth"),

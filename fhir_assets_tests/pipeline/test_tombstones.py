@@ -40,7 +40,7 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
 ) -> None:
     given = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
     done = open_log(store, database).record(iter(given), run_id="r")
-    assert dict(done.unseen) == {"Patient": 1, "Observation": 1}
+    assert dict(done.unknown) == {"Patient": 1, "Observation": 1}
     expected = {("Patient", "p1"): AT, ("Observation", "o1"): AT + timedelta(days=1)}
     assert buried(database) == expected
     conn.execute("TRUNCATE fhir.resource, ops.deletion_parts")
@@ -50,7 +50,7 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
         again.apply_pending(conn, name, run_id="r2")
     assert buried(database) == expected
     assert conn.execute("SELECT version_id FROM fhir.resource WHERE id = 'p1'").fetchone() == ("3",)
-    assert not again.apply_pending(conn, "Patient", run_id="r3").unseen, "a part is applied once"
+    assert not again.apply_pending(conn, "Patient", run_id="r3").unknown, "a part is applied once"
 
 
 def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:

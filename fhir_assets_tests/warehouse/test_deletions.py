@@ -49,7 +49,7 @@ def _tables(conn: Session) -> None:
 def test_a_deletion_takes_the_rows_of_all_views_and_leaves_a_tombstone_with_its_time(conn: Session) -> None:
     load(conn, at(0))
     found = delete(conn, at(1))
-    assert (found.gone, found.unseen, found.stale) == ({"Patient": 1}, {}, {"Patient": 0})
+    assert (found.deleted, found.unknown, found.outdated) == ({"Patient": 1}, {}, {"Patient": 0})
     assert rows(conn) == [0, 0, 0]
     assert conn.execute("SELECT id, deleted_at, resource FROM fhir.resource").fetchall() == [("a", at(1), None)]
     assert resources.read(conn, "Patient", "a") is None
@@ -87,7 +87,7 @@ def test_a_version_newer_than_the_deletion_brings_the_resource_back_in_every_ord
 
 def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(conn: Session) -> None:
     load(conn, at(0), version="3")
-    assert delete(conn, at(0), version="2").stale == {"Patient": 1}
+    assert delete(conn, at(0), version="2").outdated == {"Patient": 1}
     delete(conn, at(0), version="4")
     assert rows(conn) == [0, 0, 0]
     load(conn, at(0), version="3")
@@ -99,10 +99,10 @@ def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(
 
 
 def test_a_deletion_before_the_resource_was_ever_seen_keeps_it_out(conn: Session) -> None:
-    assert delete(conn, at(1)).unseen == {"Patient": 1}
+    assert delete(conn, at(1)).unknown == {"Patient": 1}
     load(conn, at(0))
     assert rows(conn) == [0, 0, 0]
-    assert delete(conn, at(1)).stale == {"Patient": 1}
+    assert delete(conn, at(1)).outdated == {"Patient": 1}
 
 
 def test_a_deletion_is_a_record_of_the_audit_log_and_one_that_did_nothing_is_none(conn: Session) -> None:
@@ -119,4 +119,4 @@ def test_many_deletions_of_many_types_at_once_and_ids_that_no_table_can_hold(con
     found = deletions.apply(
         conn, [*many, Deletion("Patient", "a", at(1)), Deletion("Patient", "x\0", at(1))], run_id="run"
     )
-    assert (found.gone, found.unseen) == ({"Patient": 1}, {"Patient": 6000, "Observation": 6000})
+    assert (found.deleted, found.unknown) == ({"Patient": 1}, {"Patient": 6000, "Observation": 6000})

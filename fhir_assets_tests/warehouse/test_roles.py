@@ -137,7 +137,7 @@ def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: Use
         load(conn, patient("other"), views=(view("patient_more", "Patient", column("gender", "gender", "code")),))
         dead_letters.record(conn, "run", [DeadLetter("Patient", "x", "load", "r", "", "", b"x", "2024-01-01")])
         gone = deletions.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
-        assert deletions.apply(conn, [gone], run_id="run").gone == {"Patient": 1}
+        assert deletions.apply(conn, [gone], run_id="run").deleted == {"Patient": 1}
         conn.commit()
         assert audit_log.find_fault(conn) is None
     for statement in (

@@ -88,7 +88,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
         session.execute("ALTER TABLE fhir.patient RENAME COLUMN _key_id TO _sealed_by")
         columns = [replace(c, name="_sealed_by") if c.name == KEY_ID_COLUMN else c for c in layout.columns]
         layout = replace(layout, columns=tuple(columns))
-    session.execute("UPDATE ops.view_tables SET layout = %s", [f"{layout.shape}:{layout.meaning}"])
+    session.execute("UPDATE ops.view_tables SET layout = %s", [f"{layout.shape}:{layout.fingerprint}"])
     session.execute("UPDATE ops.alembic_version SET version_num = '0019'")
     session.commit()
 

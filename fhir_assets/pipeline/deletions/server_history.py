@@ -34,7 +34,7 @@ def apply_server_deletions(
             begin = deletions.read_checkpoint(conn, name) or now
             conn.commit()
         new_deletions = history.fetch_since(name, begin - overlap)
-        deleted[name] = deletion_log.record(new_deletions, run_id=run_id).gone[name]
+        deleted[name] = deletion_log.record(new_deletions, run_id=run_id).deleted[name]
         with connect() as conn, conn.transaction():
             # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
             deletions.advance_checkpoint(conn, name, min(now, history.requested_at or now), run_id)

@@ -1,11 +1,11 @@
-"""What the source deleted: its rows leave every view, and ``fhir.resource`` keeps a tombstone with the time.
+"""Deletions at the source: a deleted resource leaves every view, and ``fhir.resource`` keeps a tombstone of it.
 
-A tombstone takes part in the order of versions as any version does: a version that is older than the deletion does not
-bring the resource back, whenever it arrives, and one that is newer does.
+A tombstone is ordered among the versions of its resource by the time of the deletion. A version that is older than the
+deletion does not restore the resource, even if it arrives later; a version that is newer does.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -22,41 +22,46 @@ from fhir_assets.warehouse.postgres.tables.copy_blocks import parse_version_numb
 from fhir_assets.warehouse.postgres.tables.encoding import MAX_INDEXED_BYTES
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
-_CHUNK = 5000
-_CROSSINGS = 5
+_DELETIONS_PER_STATEMENT = 5000
+_DEADLOCK_ATTEMPTS = 5
 
 
 @dataclass(slots=True)
 class DeletionCounts:
-    """What applying deletions did, by type. ``gone`` were in the tables; ``unseen`` were not, and cannot come late any
-    more; ``stale`` were deleted already, or are there in a newer version.
+    """Counts of applied deletions by resource type.
+
+    ``deleted`` resources were in the tables. ``unknown`` ones were not: their tombstones keep late versions out.
+    ``outdated`` deletions changed nothing, because the resource is deleted already or is stored in a newer version.
     """
 
-    gone: Counter[str] = field(default_factory=Counter)
-    unseen: Counter[str] = field(default_factory=Counter)
-    stale: Counter[str] = field(default_factory=Counter)
+    deleted: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
+    outdated: Counter[str] = field(default_factory=Counter)
 
     def update(self, other: "DeletionCounts") -> None:
-        """Add what another application did."""
-        self.gone.update(other.gone)
-        self.unseen.update(other.unseen)
-        self.stale.update(other.stale)
+        """Add other counts to these."""
+        self.deleted.update(other.deleted)
+        self.unknown.update(other.unknown)
+        self.outdated.update(other.outdated)
 
 
 def apply(
     conn: Session, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", partition_key: str = ""
 ) -> DeletionCounts:
-    """Apply deletions in the caller's transaction: seen together with all that it writes, or not at all.
+    """Apply deletions in the caller's transaction, in any order; a deletion may be applied more than once.
 
-    In any order, and any number of times. ``run_id`` and ``partition_key`` say by what they came.
+    ``run_id`` and ``partition_key`` are stored with the tombstones of resources that were not in the tables.
     """
     total = DeletionCounts()
-    rest = iter(deletions)
-    while chunk := list(islice(rest, _CHUNK)):
-        _apply(conn, chunk, run_id, partition_key, total)
+    iterator = iter(deletions)
+    while chunk := list(islice(iterator, _DELETIONS_PER_STATEMENT)):
+        _apply_chunk(conn, chunk, run_id, partition_key, total)
     audit_log.record(
         conn,
-        *(AuditRecord("delete", actor, name, count=count, run_id=run_id) for name, count in sorted(total.gone.items())),
+        *(
+            AuditRecord("delete", actor, name, count=count, run_id=run_id)
+            for name, count in sorted(total.deleted.items())
+        ),
     )
     return total
 
@@ -64,11 +69,11 @@ def apply(
 def apply_in_transaction(
     connect: OpenSession, deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
 ) -> DeletionCounts:
-    """Apply some thousands of deletions in a transaction of their own, again where it crossed a load.
+    """Apply up to some thousands of deletions in a transaction of their own; a deadlock with a load is retried.
 
     Raises DatabaseUnavailable.
     """
-    for _ in range(_CROSSINGS):
+    for _ in range(_DEADLOCK_ATTEMPTS):
         try:
             with connect() as conn, conn.transaction():
                 return apply(conn, deletions, run_id=run_id, actor=actor)
@@ -76,119 +81,141 @@ def apply_in_transaction(
             continue
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(
-                f"Postgres went away while deletions were applied ({type(error).__name__}): run it again"
+                f"Postgres became unavailable while deletions were applied ({type(error).__name__}): run it again"
             ) from None
-    raise DatabaseUnavailable("Loads of the same resources crossed the deletions again and again: run it again")
+    raise DatabaseUnavailable(
+        f"Deletions were in a deadlock with loads of the same resources {_DEADLOCK_ATTEMPTS} times: run it again"
+    )
 
 
 def read_checkpoint(conn: Connection, resource_type: str) -> datetime | None:
-    """Up to where the source's history was followed; else since when the type is loaded; None if it never was."""
+    """Return the time up to which the deletions of the source's history are applied.
+
+    If no deletion of the type was applied yet, it is the start of the type's first run; None without any run.
+    """
     row = conn.execute(
-        "SELECT coalesce((SELECT applied_until FROM ops.deletion_checkpoints WHERE resource_type = %(type)s),"
-        " (SELECT min(started_at) FROM ops.ingestion_runs WHERE resource_type = %(type)s))",
+        """
+        SELECT coalesce(
+            (SELECT applied_until FROM ops.deletion_checkpoints WHERE resource_type = %(type)s),
+            (SELECT min(started_at) FROM ops.ingestion_runs WHERE resource_type = %(type)s)
+        )
+        """,
         {"type": resource_type},
     ).fetchone()
     return row[0] if row else None
 
 
 def advance_checkpoint(conn: Connection, resource_type: str, until: datetime, run_id: str) -> None:
-    """The history was followed up to ``until``; never back."""
+    """Record that the deletions of the source's history before ``until`` are applied. A checkpoint never moves back."""
     conn.execute(
-        "INSERT INTO ops.deletion_checkpoints (resource_type, applied_until, run_id) VALUES (%s, %s, %s)"
-        " ON CONFLICT (resource_type) DO UPDATE SET applied_until ="
-        " greatest(ops.deletion_checkpoints.applied_until, excluded.applied_until),"
-        " run_id = excluded.run_id, updated_at = now()",
+        """
+        INSERT INTO ops.deletion_checkpoints AS checkpoint (resource_type, applied_until, run_id)
+        VALUES (%s, %s, %s)
+        ON CONFLICT (resource_type) DO UPDATE SET
+            applied_until = greatest(checkpoint.applied_until, excluded.applied_until),
+            run_id = excluded.run_id,
+            updated_at = now()
+        """,
         [resource_type, until, run_id],
     )
 
 
 def find_unapplied_parts(conn: Connection, names: Sequence[str]) -> list[str]:
-    """Those parts of the store whose deletions this database has not applied yet."""
+    """Return the parts of the store among ``names`` whose deletions are not applied to this database."""
     rows = conn.execute(
-        "SELECT name FROM unnest(%s::text[]) AS p (name) WHERE NOT EXISTS"
-        " (SELECT FROM ops.deletion_parts d WHERE d.name = p.name)",
+        """
+        SELECT name
+        FROM unnest(%s::text[]) AS p (name)
+        WHERE NOT EXISTS (SELECT FROM ops.deletion_parts d WHERE d.name = p.name)
+        """,
         [list(names)],
     ).fetchall()
     return [name for (name,) in rows]
 
 
 def mark_part_applied(conn: Connection, name: str) -> None:
-    """All deletions of a part of the store are applied."""
+    """Record that all deletions in a part of the store are applied."""
     conn.execute("INSERT INTO ops.deletion_parts (name) VALUES (%s) ON CONFLICT DO NOTHING", [name])
 
 
-def _apply(
+def _apply_chunk(
     conn: Connection, deletions: Sequence[Deletion], run_id: str, partition_key: str, total: DeletionCounts
 ) -> None:
-    newest = _newest(deletions)
-    # In one order everywhere, the loader's, so that a load and a deletion do not wait for each other crosswise.
-    rows = [newest[key] for key in sorted(newest)]
+    latest = _keep_latest(deletions)
+    # Rows are locked in the order of ids, as loads do, so that a load and a deletion rarely deadlock.
+    rows = [latest[key] for key in sorted(latest)]
     ids = {"types": [row.resource_type for row in rows], "ids": [row.id for row in rows]}
-    there = set(conn.execute(_THERE, ids).fetchall())
-    buried = conn.execute(
-        _UPSERT,
+    stored = set(conn.execute(_FIND_STORED, ids).fetchall())
+    written = conn.execute(
+        _WRITE_TOMBSTONES,
         {
             **ids,
             "versions": [row.version_id for row in rows],
             "numbers": [parse_version_number(row.version_id) for row in rows],
             "times": [row.at for row in rows],
             "run": run_id,
-            "key": partition_key,
+            "partition_key": partition_key,
         },
     ).fetchall()
-    by_type = defaultdict[str, list[str]](list)
-    for resource_type, resource_id in buried:
-        by_type[resource_type].append(resource_id)
-        known = (resource_type, resource_id) in there
-        (total.gone if known else total.unseen)[resource_type] += 1
+    ids_by_type = defaultdict[str, list[str]](list)
+    for resource_type, resource_id in written:
+        ids_by_type[resource_type].append(resource_id)
+        was_stored = (resource_type, resource_id) in stored
+        (total.deleted if was_stored else total.unknown)[resource_type] += 1
     for resource_type, count in Counter(row.resource_type for row in rows).items():
-        total.stale[resource_type] += count - len(by_type[resource_type])
-    for resource_type, keys in by_type.items():
-        withheld_resources.remove_deleted(conn, resource_type, keys)
+        total.outdated[resource_type] += count - len(ids_by_type[resource_type])
+    for resource_type, resource_ids in ids_by_type.items():
+        withheld_resources.remove_deleted(conn, resource_type, resource_ids)
         if resource_type == "Consent":
-            consents.remove_deleted(conn, keys)
-        visits.remove_deleted(conn, resource_type, keys)
-        for table in _tables(conn, resource_type):
-            conn.execute(
-                sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(
-                    sql.Identifier("fhir", table), sql.Identifier(KEY_COLUMN)
-                ),
-                [keys],
+            consents.remove_deleted(conn, resource_ids)
+        visits.forget(conn, resource_type, resource_ids)
+        for table in _find_view_tables(conn, resource_type):
+            delete = sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(
+                sql.Identifier("fhir", table), sql.Identifier(KEY_COLUMN)
             )
+            conn.execute(delete, [resource_ids])
 
 
-def _newest(deletions: Iterable[Deletion]) -> dict[tuple[str, str], Deletion]:
-    """The latest deletion of each resource. What cannot be a key of the tables cannot be in them."""
-    newest: dict[tuple[str, str], Deletion] = {}
-    for each in deletions:
-        key = each.resource_type, each.id
-        if "\0" in each.id or len(each.id) > MAX_INDEXED_BYTES // 4:
+def _keep_latest(deletions: Iterable[Deletion]) -> dict[tuple[str, str], Deletion]:
+    """Return the latest deletion of each resource, without ids that the tables cannot contain."""
+    latest: dict[tuple[str, str], Deletion] = {}
+    for deletion in deletions:
+        key = deletion.resource_type, deletion.id
+        if "\0" in deletion.id or len(deletion.id) > MAX_INDEXED_BYTES // 4:
             continue
-        if key not in newest or newest[key].at < each.at:
-            newest[key] = each
-    return newest
+        if key not in latest or latest[key].at < deletion.at:
+            latest[key] = deletion
+    return latest
 
 
-def _tables(conn: Connection, resource_type: str) -> Iterator[str]:
-    found = conn.execute(
-        "SELECT name FROM ops.view_tables WHERE resource_type = %s"
-        " AND to_regclass(format('fhir.%%I', name)) IS NOT NULL ORDER BY 1",
+def _find_view_tables(conn: Connection, resource_type: str) -> list[str]:
+    rows = conn.execute(
+        """
+        SELECT name
+        FROM ops.view_tables
+        WHERE resource_type = %s
+            AND to_regclass(format('fhir.%%I', name)) IS NOT NULL
+        ORDER BY name
+        """,
         [resource_type],
     ).fetchall()
-    return (name for (name,) in found)
+    return [name for (name,) in rows]
 
 
-_THERE = """
-    SELECT resource_type, id FROM fhir.resource JOIN unnest(%(types)s::text[], %(ids)s::text[]) AS d (type, key)
-        ON resource_type = type AND id = key WHERE deleted_at IS NULL
+_FIND_STORED = """
+    SELECT resource_type, id
+    FROM fhir.resource
+    JOIN unnest(%(types)s::text[], %(ids)s::text[]) AS d (type, key) ON resource_type = type AND id = key
+    WHERE deleted_at IS NULL
 """
-_UPSERT = """
+_WRITE_TOMBSTONES = """
     INSERT INTO fhir.resource AS stored (
         resource_type, id, version_id, version_number, as_of, partition_key, run_id, loaded_at, deleted_at, patients
     )
-    SELECT type, id, version, number, at, %(key)s, %(run)s, clock_timestamp(), at, '{}'
-    FROM unnest(%(types)s::text[], %(ids)s::text[], %(versions)s::text[], %(numbers)s::bigint[],
-        %(times)s::timestamptz[]) AS d (type, id, version, number, at)
+    SELECT type, id, version, number, at, %(partition_key)s, %(run)s, clock_timestamp(), at, '{}'
+    FROM unnest(
+        %(types)s::text[], %(ids)s::text[], %(versions)s::text[], %(numbers)s::bigint[], %(times)s::timestamptz[]
+    ) AS d (type, id, version, number, at)
     ON CONFLICT (resource_type, id) DO UPDATE SET
         version_id = excluded.version_id,
         version_number = excluded.version_number,

@@ -1,6 +1,6 @@
-r"""Values of a view's rows as the text that COPY reads, checked so that Postgres takes every line.
+"""Encoding of values in the text format of COPY, with checks that Postgres accepts every line.
 
-A value that Postgres would refuse raises Refused, whose message never holds the value.
+A value that Postgres would reject raises ``UnstorableValue``. The message of that error never contains the value.
 """
 
 import re
@@ -24,12 +24,12 @@ from fhir_assets.warehouse.postgres.tables.layout import (
     phi_treatment,
 )
 
-Cell = Callable[[object], str]
-"""A value that is not None as the text of its cell, or of its two: that of a partial date and its precision."""
+ValueEncoder = Callable[[object], str]
+"""Returns the text of a value that is not None. The text of a partial date is two cells: the date and its precision."""
 
 NULL = r"\N"
 MAX_INDEXED_BYTES = 2600
-"""Bytes: a B-tree takes no longer key than a third of a page."""
+"""The longest text in an indexed column, in bytes: a key of a B-tree may occupy a third of a page."""
 
 _DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2})?)?").fullmatch
 _DATETIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:\d{2})?").fullmatch
@@ -40,58 +40,63 @@ _json = msgspec.json.Encoder(decimal_format="number").encode
 
 
 class UnstorableValue(ValueError):
-    """A value that does not fit its column; says why, without the value."""
+    """A value that does not fit its column. The message states the reason without the value."""
 
 
 def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]:
-    """The function from a row of the view to its COPY line, without the key column and the line feed. What the view
-    tags as patient data goes through ``sealing``.
+    """Return a function that encodes a row of ``view`` as a line of COPY, without the key column and the line feed.
 
-    It raises Refused, with the index of the column as second argument.
+    Columns that the view tags as patient data are encrypted with ``cipher``. The function raises UnstorableValue with
+    the index of the column as second argument.
     """
-    made = [_column(column, cipher) for column in view.columns]
-    cells = [cell for cell, _ in made]
-    write = _writer(made, f"\t{cipher.key_id}" if cipher.on and holds_phi(view) else "")
+    encoders = [_build_column_encoder(column, cipher) for column in view.columns]
+    value_encoders = [encode_value for encode_value, _ in encoders]
+    write = _compile_row_writer(encoders, f"\t{cipher.key_id}" if cipher.on and holds_phi(view) else "")
 
     def encode(row: Sequence[object]) -> str:
         try:
             return write(row)
         except (UnstorableValue, ValueError, TypeError, OverflowError):
-            raise _located(cells, row) from None
+            raise _find_unstorable_column(value_encoders, row) from None
 
     return encode
 
 
-def _writer(columns: Sequence[tuple[Cell, str]], end: str) -> Callable[[Sequence[object]], str]:
-    """The line of a row as one generated expression: most values of a wide row are null or plain text, and a loop over
-    them, or a call for each, costs more than what is done with them.
+def _compile_row_writer(columns: Sequence[tuple[ValueEncoder, str]], end: str) -> Callable[[Sequence[object]], str]:
+    """Compile a function that encodes a row in one expression.
+
+    Most values of a wide row are null or plain text. A loop or a call for each value would cost more than its encoding.
     """
     namespace: dict[str, Any] = {"end": end, "backslash": "\\"}
     line = ""
-    for i, (cell, null) in enumerate(columns):
-        namespace |= {f"cell{i}": cell, f"null{i}": null}
-        plain = _if_plain(f"v{i}") if cell in _TEXTS else ""
-        line += f"{{null{i} if v{i} is None else {plain}cell{i}(v{i})}}\t"
+    for i, (encode_value, null) in enumerate(columns):
+        namespace |= {f"encode{i}": encode_value, f"null{i}": null}
+        plain = _plain_text_branch(f"v{i}") if encode_value in _TEXT_ENCODERS else ""
+        line += f"{{null{i} if v{i} is None else {plain}encode{i}(v{i})}}\t"
     names = "".join(f"v{i}, " for i in range(len(columns)))
     exec(f"def write(row):\n    {names} = row\n    return f'{line[:-1]}{{end}}'", namespace)
     write: Callable[[Sequence[object]], str] = namespace["write"]
     return write
 
 
-def _located(cells: Sequence[Cell], row: Sequence[object]) -> UnstorableValue:
-    for place, (cell, value) in enumerate(zip(cells, row, strict=False)):
+def _find_unstorable_column(value_encoders: Sequence[ValueEncoder], row: Sequence[object]) -> UnstorableValue:
+    """Encode the values of a row one by one, and return the error of the first that fails, with its column."""
+    for index, (encode_value, value) in enumerate(zip(value_encoders, row, strict=False)):
         try:
             if value is not None:
-                cell(value)
-        except UnstorableValue as refused:
-            return UnstorableValue(str(refused), place)
+                encode_value(value)
+        except UnstorableValue as error:
+            return UnstorableValue(str(error), index)
         except (ValueError, TypeError, OverflowError):
-            return UnstorableValue("a value of a type that the column does not take", place)
-    return UnstorableValue("a row with another number of columns than the view", 0)
+            return UnstorableValue("a value of a type that the column does not accept", index)
+    return UnstorableValue("a row whose number of values differs from the number of columns of the view", 0)
 
 
 def encode_body(body: bytes, cipher: Cipher) -> bytes:
-    """A resource's JSON, sealed, as COPY text for a jsonb column. Raises Refused for what jsonb cannot hold."""
+    """Encode the JSON of a resource for a jsonb column, encrypted if ``cipher`` has keys.
+
+    Raises UnstorableValue for text that jsonb cannot store.
+    """
     if cipher.on:
         if b"\\u" in body:
             check_escapes(body)
@@ -104,7 +109,10 @@ def encode_body(body: bytes, cipher: Cipher) -> bytes:
 
 
 def check_escapes(body: bytes) -> None:
-    """Raises Refused if JSON text holds the NUL character or half a surrogate pair, which Postgres does not store."""
+    """Check the escape sequences of JSON text.
+
+    Raises UnstorableValue for the NUL character and for half a surrogate pair, which Postgres does not store.
+    """
     high_ends_at = -1
     for escape in _ESCAPE.finditer(body):
         code = int(escape[1], 16) if escape[1] else -1
@@ -112,16 +120,16 @@ def check_escapes(body: bytes) -> None:
         if code == 0:
             raise UnstorableValue(_NUL)
         if low != (high_ends_at == escape.start()):
-            raise UnstorableValue(_HALF)
+            raise UnstorableValue(_HALF_SURROGATE_PAIR)
         if high_ends_at >= 0 and not low:
-            raise UnstorableValue(_HALF)
+            raise UnstorableValue(_HALF_SURROGATE_PAIR)
         high_ends_at = escape.end() if 0xD800 <= code < 0xDC00 else -1
     if high_ends_at >= 0:
-        raise UnstorableValue(_HALF)
+        raise UnstorableValue(_HALF_SURROGATE_PAIR)
 
 
 def escape_text(value: str) -> str:
-    """Text as COPY reads it. Raises Refused for a NUL character or half a surrogate pair."""
+    """Escape text for COPY. Raises UnstorableValue for the NUL character and for half a surrogate pair."""
     if value.isprintable() and "\\" not in value:
         return value
     if "\\" in value:
@@ -135,65 +143,65 @@ def escape_text(value: str) -> str:
     if "\0" in value:
         raise UnstorableValue(_NUL)
     if not value.isascii() and _SURROGATE(value):
-        raise UnstorableValue(_HALF)
+        raise UnstorableValue(_HALF_SURROGATE_PAIR)
     return value
 
 
 _NUL = "text with the NUL character (\\u0000), which Postgres does not store: remove it at the source"
-_HALF = "text with half a surrogate pair, which is no character: correct it at the source"
+_HALF_SURROGATE_PAIR = "text with half a surrogate pair, which is not a character: correct it at the source"
 
 
 def encode_text_array(values: Sequence[str]) -> str:
-    """An array of texts as COPY reads it. Raises Refused."""
-    return _texts(values)
+    """Encode a list of texts for a column of type text[]. Raises UnstorableValue."""
+    return _encode_array(values)
 
 
 _TWO_NULLS = f"{NULL}\t{NULL}"
 
 
-def _column(column: Column, cipher: Cipher) -> tuple[Cell, str]:
-    """How a column's value is written, and its null."""
+def _build_column_encoder(column: Column, cipher: Cipher) -> tuple[ValueEncoder, str]:
+    """Return the encoder of a column's values, and the text for null."""
     kind = column_kind(column)
     match phi_treatment(column, encrypted=cipher.on):
         case PhiTreatment.ENCRYPT if has_blind_index(column):
-            return lambda value: f"{cipher.token(text := _sealable(value))}\t{cipher.index(text)}", _TWO_NULLS
+            return lambda value: f"{cipher.token(text := _to_plaintext(value))}\t{cipher.index(text)}", _TWO_NULLS
         case PhiTreatment.ENCRYPT:
-            return lambda value: cipher.token(_sealable(value)), NULL
+            return lambda value: cipher.token(_to_plaintext(value)), NULL
         case PhiTreatment.HASH:
-            return lambda value: cipher.index(_sealable(value)), NULL
+            return lambda value: cipher.index(_to_plaintext(value)), NULL
         case PhiTreatment.DROP:
             null = _TWO_NULLS if kind in PARTIAL_DATE_KINDS else NULL
             return lambda value: null, null
         case phi:
-            cell = _cell(kind, indexed="index" in column.tags)
+            encode_value = _choose_encoder(kind, indexed="index" in column.tags)
             null = _TWO_NULLS if kind in PARTIAL_DATE_KINDS else NULL
-            return (lambda value: cell(str(value)[:4])) if phi is PhiTreatment.YEAR else cell, null
+            return (lambda value: encode_value(str(value)[:4])) if phi is PhiTreatment.YEAR else encode_value, null
 
 
-def _sealable(value: object) -> str:
-    """A value as the text that is encrypted or hashed; refused where it would be in the clear."""
+def _to_plaintext(value: object) -> str:
+    """Return the text of a value that is to be encrypted or hashed. The checks are those of unencrypted text."""
     text: str = value if value.__class__ is str else _json(value).decode()
     if "\0" in text:
         raise UnstorableValue(_NUL)
     if not text.isascii() and _SURROGATE(text):
-        raise UnstorableValue(_HALF)
+        raise UnstorableValue(_HALF_SURROGATE_PAIR)
     return text
 
 
-def _cell(kind: Kind, *, indexed: bool) -> Cell:
+def _choose_encoder(kind: Kind, *, indexed: bool) -> ValueEncoder:
     if kind is Kind.TEXT:
-        return _indexed_text if indexed else _text
-    return _CELLS[kind]
+        return _encode_indexed_text if indexed else _encode_text
+    return _ENCODERS[kind]
 
 
-def _text(value: object) -> str:
+def _encode_text(value: object) -> str:
     if value.__class__ is not str:
         value = _json(value).decode()
     return escape_text(value)
 
 
-def _indexed_text(value: object) -> str:
-    text = _text(value)
+def _encode_indexed_text(value: object) -> str:
+    text = _encode_text(value)
     if len(text) * 4 > MAX_INDEXED_BYTES and len(text.encode()) > MAX_INDEXED_BYTES:
         raise UnstorableValue(
             f"text of more than {MAX_INDEXED_BYTES} bytes in an indexed column: remove its tag `index`"
@@ -201,7 +209,7 @@ def _indexed_text(value: object) -> str:
     return text
 
 
-def _boolean(value: object) -> str:
+def _encode_boolean(value: object) -> str:
     if value is True:
         return "t"
     if value is False:
@@ -209,7 +217,7 @@ def _boolean(value: object) -> str:
     raise UnstorableValue("not a boolean")
 
 
-def _integer(value: object) -> str:
+def _encode_integer(value: object) -> str:
     if value.__class__ is not int:
         raise UnstorableValue("not an integer")
     if -0x80000000 <= value <= 0x7FFFFFFF:
@@ -217,7 +225,7 @@ def _integer(value: object) -> str:
     raise UnstorableValue("an integer beyond 32 bits")
 
 
-def _bigint(value: object) -> str:
+def _encode_bigint(value: object) -> str:
     if value.__class__ is str:
         value = int(value)
     if value.__class__ is not int:
@@ -227,7 +235,7 @@ def _bigint(value: object) -> str:
     raise UnstorableValue("an integer beyond 64 bits")
 
 
-def _numeric(value: object) -> str:
+def _encode_numeric(value: object) -> str:
     if value.__class__ is Decimal:
         text = str(value)
         if len(text) < 1000 and "E" not in text:
@@ -238,7 +246,7 @@ def _numeric(value: object) -> str:
         if not isinstance(exponent, int):
             raise UnstorableValue("not a number")
         if exponent < -16_383 or value.adjusted() >= 131_072:
-            raise UnstorableValue("a number with more digits than Postgres's numeric holds")
+            raise UnstorableValue("a number with more digits than Postgres's numeric stores")
         return text
     if value.__class__ is int:
         return str(value)
@@ -247,54 +255,54 @@ def _numeric(value: object) -> str:
     raise UnstorableValue("not a number")
 
 
-def _date(value: object) -> str:
+def _encode_date(value: object) -> str:
     if value.__class__ is not str or not _DATE(value):
         raise UnstorableValue("not a date of the form YYYY, YYYY-MM or YYYY-MM-DD")
-    return _whole_date(value)
+    return _complete_date(value)
 
 
-def _whole_date(text: str) -> str:
+def _complete_date(text: str) -> str:
     if len(text) == 10:
-        whole, precision = text, "day"
+        complete, precision = text, "day"
     elif len(text) == 7:
-        whole, precision = f"{text}-01", "month"
+        complete, precision = f"{text}-01", "month"
     else:
-        whole, precision = f"{text}-01-01", "year"
+        complete, precision = f"{text}-01-01", "year"
     try:
-        date.fromisoformat(whole)
+        date.fromisoformat(complete)
     except ValueError:
         raise UnstorableValue("a date that the calendar does not have") from None
-    return f"{whole}\t{precision}"
+    return f"{complete}\t{precision}"
 
 
-def _datetime(value: object) -> str:
+def _encode_datetime(value: object) -> str:
     if value.__class__ is not str:
         raise UnstorableValue("not a dateTime")
-    return _date(value) if len(value) <= 10 else f"{_moment(value)}\tinstant"
+    return _encode_date(value) if len(value) <= 10 else f"{_check_instant(value)}\tinstant"
 
 
-def _instant(value: object) -> str:
+def _encode_instant(value: object) -> str:
     if value.__class__ is not str:
         raise UnstorableValue("not a dateTime")
-    return _moment(value)
+    return _check_instant(value)
 
 
 @lru_cache(8192)
-def _moment(text: str) -> str:
-    """A time that Postgres takes. Those of a resource and of its neighbours are often the same."""
+def _check_instant(text: str) -> str:
+    """Return the text of an instant unchanged. Cached: consecutive resources often have the same times."""
     if not _DATETIME(text):
         raise UnstorableValue("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
     try:
         datetime.fromisoformat(text)
     except ValueError:
-        if text[16:19] != ":60" or not _is_moment(f"{text[:17]}59{text[19:]}"):
+        if text[16:19] != ":60" or not _is_instant(f"{text[:17]}59{text[19:]}"):
             raise UnstorableValue("a time that the calendar or the clock does not have") from None
     if text[-6] in "+-" and (text[-5:-3] > "15" or text[-2:] > "59"):
         raise UnstorableValue("a time zone that does not exist")
     return text
 
 
-def _is_moment(text: str) -> bool:
+def _is_instant(text: str) -> bool:
     try:
         datetime.fromisoformat(text)
     except ValueError:
@@ -302,7 +310,7 @@ def _is_moment(text: str) -> bool:
     return True
 
 
-def _time(value: object) -> str:
+def _encode_time(value: object) -> str:
     if value.__class__ is not str or not _TIME(value):
         raise UnstorableValue("not a time of the form hh:mm:ss")
     text: str = value
@@ -311,20 +319,20 @@ def _time(value: object) -> str:
     return text
 
 
-def _as_json(value: object) -> str:
+def _encode_json(value: object) -> str:
     encoded = _json(value)
     if b"\\u" in encoded:
         check_escapes(encoded)
     return encoded.decode().replace("\\", "\\\\")
 
 
-def _texts(value: object) -> str:
+def _encode_array(value: object) -> str:
     if not isinstance(value, list | tuple):
         raise UnstorableValue("not a collection")
-    return escape_text("{" + ",".join([_element(each) for each in value]) + "}")
+    return escape_text("{" + ",".join([_encode_element(element) for element in value]) + "}")
 
 
-def _element(value: object) -> str:
+def _encode_element(value: object) -> str:
     if value is None:
         return "NULL"
     text = value if isinstance(value, str) else _json(value).decode()
@@ -332,24 +340,24 @@ def _element(value: object) -> str:
     return f'"{quoted}"'
 
 
-_TEXTS: tuple[Cell, ...] = (_text, _indexed_text)
+_TEXT_ENCODERS: tuple[ValueEncoder, ...] = (_encode_text, _encode_indexed_text)
 
 
-def _if_plain(name: str) -> str:
-    """The beginning of a conditional expression: text that stands in a line as it is."""
+def _plain_text_branch(name: str) -> str:
+    """Return the first branch of a conditional expression, for text that needs no escaping."""
     plain = f"len({name}) < {MAX_INDEXED_BYTES // 4} and {name}.isprintable() and backslash not in {name}"
     return f"{name} if {name}.__class__ is str and {plain} else "
 
 
-_CELLS: dict[Kind, Cell] = {
-    Kind.BOOLEAN: _boolean,
-    Kind.INTEGER: _integer,
-    Kind.BIGINT: _bigint,
-    Kind.NUMERIC: _numeric,
-    Kind.DATE: _date,
-    Kind.DATETIME: _datetime,
-    Kind.INSTANT: _instant,
-    Kind.TIME: _time,
-    Kind.JSON: _as_json,
-    Kind.TEXTS: _texts,
+_ENCODERS: dict[Kind, ValueEncoder] = {
+    Kind.BOOLEAN: _encode_boolean,
+    Kind.INTEGER: _encode_integer,
+    Kind.BIGINT: _encode_bigint,
+    Kind.NUMERIC: _encode_numeric,
+    Kind.DATE: _encode_date,
+    Kind.DATETIME: _encode_datetime,
+    Kind.INSTANT: _encode_instant,
+    Kind.TIME: _encode_time,
+    Kind.JSON: _encode_json,
+    Kind.TEXTS: _encode_array,
 }

@@ -1,4 +1,7 @@
-"""From a ViewDefinition's columns to a table's: types, precision columns, indexes, comments."""
+"""The table layout of a view: names and types of its columns, precision columns, indexes and comments.
+
+Creating and changing the tables is the job of ``view_tables``.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,16 +12,16 @@ from fhir_assets.fhir.views import Column, View
 
 KEY_COLUMN = "_resource_key"
 KEY_ID_COLUMN = "_key_id"
-"""In tables that hold patient data, where there are keys: which of them sealed the row."""
+"""The column with the id of the key that encrypts the row, in tables of patient data of a deployment with keys."""
 
-_LONGEST_NAME = 63
-_RESERVED = "resource"
+_MAX_NAME_BYTES = 63
+_RESERVED_NAME = "resource"
 BLIND_INDEX_SUFFIX = "_index"
-_METHODS = frozenset({"btree", "hash", "gin", "brin"})
+_INDEX_METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
 
 class Kind(StrEnum):
-    """How a value is written for Postgres."""
+    """How the values of a column are stored in Postgres."""
 
     TEXT = "text"
     BOOLEAN = "boolean"
@@ -33,7 +36,7 @@ class Kind(StrEnum):
     TEXTS = "texts"
 
 
-_POSTGRES = {
+_POSTGRES_TYPES = {
     Kind.TEXT: "text",
     Kind.BOOLEAN: "boolean",
     Kind.INTEGER: "integer",
@@ -46,11 +49,11 @@ _POSTGRES = {
     Kind.JSON: "jsonb",
     Kind.TEXTS: "text[]",
 }
-_TEXTUAL = frozenset(
+_TEXT_TYPES = frozenset(
     {"string", "code", "id", "uri", "url", "canonical", "oid", "uuid", "markdown", "base64Binary", "xhtml"}
     | {"date", "dateTime", "instant", "time"}
 )
-_SCALARS = {
+_SCALAR_KINDS = {
     "boolean": Kind.BOOLEAN,
     "integer": Kind.INTEGER,
     "positiveInt": Kind.INTEGER,
@@ -63,29 +66,32 @@ _SCALARS = {
     "time": Kind.TIME,
 }
 PARTIAL_DATE_KINDS = frozenset({Kind.DATE, Kind.DATETIME})
-"""Kinds that may be known to the year or month only, and so have a ``<column>_precision`` beside them."""
+"""Kinds whose values may be partial dates, such as 2024-05. A column ``<column>_precision`` follows each of them."""
 
 
 def column_kind(column: Column) -> Kind:
-    """How the values of a view's column are kept: typed if it is a single primitive, else as text[] or jsonb."""
+    """Return how a view's column is stored.
+
+    A single primitive is stored by its type, a collection of text as text[], everything else as jsonb.
+    """
     if column.collection:
-        return Kind.TEXTS if column.type in _TEXTUAL else Kind.JSON
-    if column.type in _SCALARS:
-        return _SCALARS[column.type]
-    return Kind.TEXT if column.type in _TEXTUAL else Kind.JSON
+        return Kind.TEXTS if column.type in _TEXT_TYPES else Kind.JSON
+    if column.type in _SCALAR_KINDS:
+        return _SCALAR_KINDS[column.type]
+    return Kind.TEXT if column.type in _TEXT_TYPES else Kind.JSON
 
 
 class PhiTreatment(StrEnum):
-    """What becomes of a column's values where there are keys: the column's tag ``phi``."""
+    """How a column's values are protected in a deployment with encryption keys: the column's tag ``phi``."""
 
     NONE = "none"
-    """In the clear."""
+    """Not encrypted."""
 
     ENCRYPT = "encrypt"
-    """A Fernet token of the value's text; beside it ``<column>_index``, a hash to search by, if tagged so."""
+    """A Fernet token of the value's text. If the column is tagged for it, ``<column>_index`` has a hash to search by."""
 
     HASH = "hash"
-    """The value's blind index, in its place: it joins and counts, and cannot be read back."""
+    """The blind index of the value instead of the value: it can be joined and counted, but not decrypted."""
 
     YEAR = "year"
     """The year of a date, as the first of January."""
@@ -95,7 +101,7 @@ class PhiTreatment(StrEnum):
 
 
 def phi_treatment(column: Column, *, encrypted: bool) -> PhiTreatment:
-    """The treatment of a column; all is in the clear unless ``sealed``. Raises ViewError for an unknown tag."""
+    """Return the treatment of a column, which is NONE unless ``encrypted``. Raises ViewError for an unknown tag."""
     tag = column.tags.get("phi", "none")
     try:
         treatment = PhiTreatment(tag)
@@ -107,22 +113,24 @@ def phi_treatment(column: Column, *, encrypted: bool) -> PhiTreatment:
 
 
 def has_blind_index(column: Column) -> bool:
-    """Whether an encrypted column is searched by equality: it is tagged ``phi-index``, or ``index``."""
+    """Whether an encrypted column can be searched by equality: it is tagged ``phi-index`` or ``index``."""
     return "phi-index" in column.tags or "index" in column.tags
 
 
 def holds_phi(view: View) -> bool:
-    """Whether keys change anything about a view's table."""
+    """Whether the table of a view contains patient data: any column that is treated when there are keys."""
     return any(phi_treatment(column, encrypted=True) is not PhiTreatment.NONE for column in view.columns)
 
 
 def column_type(column: Column, *, encrypted: bool = False) -> str:
-    """The Postgres type of a view's column."""
-    return "text" if phi_treatment(column, encrypted=encrypted) in _AS_TEXT else _POSTGRES[column_kind(column)]
+    """Return the Postgres type of a view's column."""
+    if phi_treatment(column, encrypted=encrypted) in _STORED_AS_TEXT:
+        return "text"
+    return _POSTGRES_TYPES[column_kind(column)]
 
 
-_AS_TEXT = frozenset({PhiTreatment.ENCRYPT, PhiTreatment.HASH})
-_SAID = {
+_STORED_AS_TEXT = frozenset({PhiTreatment.ENCRYPT, PhiTreatment.HASH})
+_TREATMENT_COMMENTS = {
     PhiTreatment.ENCRYPT: "encrypted: a Fernet token",
     PhiTreatment.HASH: "a keyed hash of the value",
     PhiTreatment.YEAR: "cut to the year",
@@ -132,7 +140,7 @@ _SAID = {
 
 @dataclass(frozen=True, slots=True)
 class TableColumn:
-    """A column of a table. ``index`` is the access method of its index, None if it has none."""
+    """A column of a table. ``index`` is the access method of its index; None: not indexed."""
 
     name: str
     type: str
@@ -143,79 +151,81 @@ class TableColumn:
 
 @dataclass(frozen=True, slots=True)
 class TableLayout:
-    """A view's table: ``columns`` in the order that rows are copied in."""
+    """The table of a view. ``columns`` are in the order in which rows are copied."""
 
     name: str
     resource_type: str
     description: str | None
     columns: tuple[TableColumn, ...]
-    meaning: str
-    """The view's fingerprint: rows made under another one are stale."""
+    fingerprint: str
+    """Fingerprint of the view and its treatments; rows that were built with another one are outdated."""
 
     @property
     def shape(self) -> str:
-        """Changes with the columns, indexes and comments."""
+        """A hash of the columns, indexes and comments."""
         text = repr((self.name, self.resource_type, self.description, self.columns))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
-    """The table of a view, ``sealed`` where there are keys. Raises ViewError if a name cannot be a table's or a
-    column's.
+    """Return the table of a view, ``encrypted`` in a deployment with keys.
+
+    Raises ViewError if a name cannot be the name of a table or of a column.
     """
-    if view.name == _RESERVED or view.name.startswith(f"{_RESERVED}_"):
-        raise ViewError(f"view {view.name}: this name belongs to fhir.{_RESERVED}; give the view another one")
+    if view.name == _RESERVED_NAME or view.name.startswith(f"{_RESERVED_NAME}_"):
+        raise ViewError(f"view {view.name}: this name belongs to fhir.{_RESERVED_NAME}; rename the view")
     _check_length(view.name, f"view {view.name}")
-    columns = [TableColumn(KEY_COLUMN, "text", "Logical id of the resource that the row is made of", "btree", True)]
+    columns = [TableColumn(KEY_COLUMN, "text", "Logical id of the resource of the row", "btree", True)]
     for column in view.columns:
         kind = column_kind(column)
         phi = phi_treatment(column, encrypted=encrypted)
-        kind_here = Kind.TEXT if phi in _AS_TEXT else kind
-        index = None if phi in (PhiTreatment.ENCRYPT, PhiTreatment.DROP) else _index(view, column, kind_here)
-        columns.append(TableColumn(column.name, _POSTGRES[kind_here], _described(column, phi), index))
+        stored_kind = Kind.TEXT if phi in _STORED_AS_TEXT else kind
+        index = None if phi in (PhiTreatment.ENCRYPT, PhiTreatment.DROP) else _choose_index(view, column, stored_kind)
+        columns.append(TableColumn(column.name, _POSTGRES_TYPES[stored_kind], _build_comment(column, phi), index))
         if phi is PhiTreatment.ENCRYPT and has_blind_index(column):
-            said = f"Blind index of {column.name}: the same for equal values"
-            columns.append(TableColumn(f"{column.name}{BLIND_INDEX_SUFFIX}", "text", said, "btree"))
-        if kind_here in PARTIAL_DATE_KINDS:
+            comment = f"Blind index of {column.name}: equal values have equal indexes"
+            columns.append(TableColumn(f"{column.name}{BLIND_INDEX_SUFFIX}", "text", comment, "btree"))
+        if stored_kind in PARTIAL_DATE_KINDS:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
-            columns.append(TableColumn(f"{column.name}_precision", "text", f"What {column.name} is known to: {grain}"))
+            columns.append(TableColumn(f"{column.name}_precision", "text", f"Precision of {column.name}: {grain}"))
     if encrypted and holds_phi(view):
-        columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that sealed the row; null: not sealed yet"))
+        columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that encrypts the row; null: not encrypted"))
     seen: set[str] = set()
-    for each in columns:
-        _check_length(each.name, f"view {view.name}, column {each.name}")
-        if each.name in seen:
-            raise ViewError(f"view {view.name}: two columns of its table would be named {each.name}; rename one")
-        seen.add(each.name)
-    meaning = f"{view.fingerprint}/{_treatments(view)}" if encrypted else view.fingerprint
-    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), meaning)
+    for table_column in columns:
+        name = table_column.name
+        _check_length(name, f"view {view.name}, column {name}")
+        if name in seen:
+            raise ViewError(f"view {view.name}: two columns of its table would be named {name}; rename one")
+        seen.add(name)
+    fingerprint = f"{view.fingerprint}/{_hash_treatments(view)}" if encrypted else view.fingerprint
+    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), fingerprint)
 
 
-def _described(column: Column, phi: PhiTreatment) -> str | None:
+def _build_comment(column: Column, phi: PhiTreatment) -> str | None:
     if phi is PhiTreatment.NONE:
         return column.description
-    return f"{column.description or column.name} ({_SAID[phi]})"
+    return f"{column.description or column.name} ({_TREATMENT_COMMENTS[phi]})"
 
 
-def _treatments(view: View) -> str:
+def _hash_treatments(view: View) -> str:
     text = repr([(column.name, phi_treatment(column, encrypted=True).value) for column in view.columns])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _index(view: View, column: Column, kind: Kind) -> str | None:
+def _choose_index(view: View, column: Column, kind: Kind) -> str | None:
     method = column.tags.get("index")
     if method is None:
         return None
-    if method not in _METHODS:
+    if method not in _INDEX_METHODS:
         raise ViewError(
             f"view {view.name}, column {column.name}: tag index is {method}, "
-            f"but must be one of {', '.join(sorted(_METHODS))}"
+            f"but must be one of {', '.join(sorted(_INDEX_METHODS))}"
         )
     if kind in (Kind.JSON, Kind.TEXTS):
         return "gin"
     return method if method != "gin" else "btree"
 
 
-def _check_length(name: str, place: str) -> None:
-    if len(name.encode()) > _LONGEST_NAME:
-        raise ViewError(f"{place}: a name in Postgres has at most {_LONGEST_NAME} bytes; shorten it")
+def _check_length(name: str, owner: str) -> None:
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        raise ViewError(f"{owner}: a name in Postgres has at most {_MAX_NAME_BYTES} bytes; shorten it")

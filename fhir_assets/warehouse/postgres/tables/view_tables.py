@@ -102,7 +102,9 @@ def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -
         stale_types: set[str] = set()
         for layout, applied in _unfit(conn, layouts):
             changes += (differences := _drift(conn, layout))
-            if _meaning(applied) != layout.meaning or any(each.what != "index" and each.wanted for each in differences):
+            if _meaning(applied) != layout.fingerprint or any(
+                each.what != "index" and each.wanted for each in differences
+            ):
                 stale_types.add(layout.resource_type)
             lossy = [each for each in differences if not each.safe]
             if lossy and not destroy:
@@ -141,7 +143,7 @@ def _unfit(conn: Connection, layouts: Sequence[TableLayout]) -> list[tuple[Table
 
 
 def _stamp(layout: TableLayout) -> str:
-    return f"{layout.shape}:{layout.meaning}"
+    return f"{layout.shape}:{layout.fingerprint}"
 
 
 def _meaning(stamp: str | None) -> str | None:
