@@ -14,7 +14,8 @@ from fhir_assets.errors import PermanentError
 from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.postgres.queries import quality
+from fhir_assets.warehouse.postgres.queries import references
+from fhir_assets.warehouse.postgres.tables import view_tables
 
 app = typer.Typer(help="What loaded resources refer to and the tables lack.", no_args_is_help=True)
 
@@ -27,9 +28,9 @@ def list_missing(json: Json = False) -> None:
     settings = load_settings()
     views = build_views(settings).views
     with Warehouse(settings).connect() as conn:
-        there = quality.existing_tables(conn, views)
-        columns = [c for view in views if view.name in there for c in quality.find_reference_columns(view)]
-        found = [asdict(each) for each in quality.count_references(conn, columns, settings.fhir_resource_types)]
+        there = view_tables.find_existing_tables(conn, views)
+        columns = [c for view in views if view.name in there for c in references.find_reference_columns(view)]
+        found = [asdict(each) for each in references.count_references(conn, columns, settings.fhir_resource_types)]
     if json:
         print_json(found)
     else:

@@ -19,7 +19,7 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, normalise_url
-from fhir_assets.warehouse.postgres.queries.patient_directory import Page, PatientDirectory, PatientSearch
+from fhir_assets.warehouse.postgres.queries.patient_directory import PatientDirectory, PatientPage, PatientSearch
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
 from fhir_assets_tests.support.databases import fresh_database
@@ -267,4 +267,4 @@ def test_names_are_found_by_all_their_letters_in_tables_from_before_small_letter
 
 
 def test_a_page_after_an_id_is_empty_while_there_is_no_table_of_patients(conn: Session) -> None:
-    assert PatientDirectory(lambda: conn).page(conn, 1, 5, after="example") == Page(0, ())
+    assert PatientDirectory(lambda: conn).page(conn, 1, 5, after="example") == PatientPage(0, ())

@@ -64,6 +64,6 @@ def test_a_resource_in_the_clear_is_found(sealed: Connection, change: str) -> No
 
 def test_of_a_large_table_a_sample_is_looked_at(sealed: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     sealed.execute("INSERT INTO fhir.patient SELECT p.* FROM fhir.patient p, generate_series(1, 3000)")
-    monkeypatch.setattr(plaintext_scan, "_SAMPLE_PAGES", 20)
+    monkeypatch.setattr(plaintext_scan, "SAMPLE_PAGES", 20)
     [family] = [each for each in plaintext_scan.scan_view(sealed, TAGGED_PATIENT) if each.column == "family"]
     assert 0 < family.values < 1500

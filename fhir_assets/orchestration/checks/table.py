@@ -21,7 +21,7 @@ from fhir_assets.pipeline.reconcile.window_volume import compare_volumes
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, run_history
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session
-from fhir_assets.warehouse.postgres.queries import quality
+from fhir_assets.warehouse.postgres.queries import quality, references
 from fhir_assets.warehouse.postgres.tables import plaintext_scan, view_tables
 from fhir_assets.windows import Window, WindowScheme
 
@@ -83,7 +83,7 @@ def _build_checks(
         evaluator = _TableEvaluator(settings, resource_type, views, open_source)
         selected = {key.name for key in context.selected_asset_check_keys}
         with sanitized_errors(), warehouse.connect() as conn:
-            existing = quality.existing_tables(conn, views)
+            existing = view_tables.find_existing_tables(conn, views)
             for name in (name for name in _DESCRIPTIONS if name in selected):
                 yield evaluator.evaluate(conn, existing, name)
 
@@ -232,14 +232,14 @@ class _TableEvaluator:
         return self._result(NO_PLAINTEXT_PHI, not plain, description, metadata)
 
     def _check_references(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
-        columns = [column for view in present for column in quality.find_reference_columns(view)]
-        targets = quality.count_references(conn, columns, self._settings.fhir_resource_types)
-        references, missing = sum(target.references for target in targets), sum(target.missing for target in targets)
-        share = missing / references if references else 0.0
-        description = f"all of {references} references lead to a loaded resource"
+        columns = [column for view in present for column in references.find_reference_columns(view)]
+        targets = references.count_references(conn, columns, self._settings.fhir_resource_types)
+        total, missing = sum(target.references for target in targets), sum(target.missing for target in targets)
+        share = missing / total if total else 0.0
+        description = f"all of {total} references lead to a loaded resource"
         if missing:
             description = (
-                f"{missing} of {references} references ({share:.2%}) lead to resources that are not loaded, most of "
+                f"{missing} of {total} references ({share:.2%}) lead to resources that are not loaded, most of "
                 f"them to {targets[0].target}. `fhir-assets missing-references fetch` asks the server for them; "
                 "`fhir-assets dead-letters list` lists those that are dead letters"
             )
@@ -254,7 +254,7 @@ class _TableEvaluator:
             REFERENCES_RESOLVE,
             not missing,
             description,
-            {"references": references, "missing": missing, "by_target": table},
+            {"references": total, "missing": missing, "by_target": table},
             severity=dg.AssetCheckSeverity.WARN,
         )
 

@@ -107,7 +107,7 @@ class WindowChecks:
     def _evaluate_rate(self, counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> "_Evaluation":
         total = sum(window.validated + window.rejected for window in counts)
         rules = _sum_rules([rule for window in counts for rule in leading.get(window.partition_key, [])])
-        dead = sum(rule.letters for rule in rules)
+        dead = sum(rule.dead_letters for rule in rules)
         rate = dead / total if total else float(bool(dead))
         settings = self.settings
         passed = not dead or rate < min(settings.dead_letter_warn_rate, settings.dead_letter_error_rate)
@@ -128,7 +128,7 @@ class WindowChecks:
             "by_rule": rows_table(
                 ("stage", "rule", "path", "dead_letters:int", "share", "command"),
                 [
-                    (r.stage, r.rule, r.path, r.letters, f"{r.letters / dead:.1%}", _list_command(r, scope))
+                    (r.stage, r.rule, r.path, r.dead_letters, f"{r.dead_letters / dead:.1%}", _list_command(r, scope))
                     for r in rules[: quality.MAX_RULES]
                 ],
             ),
@@ -221,7 +221,7 @@ def _rate_by_window(counts: Sequence[WindowCounts], leading: dict[str, list[Rule
     """Return a table of the windows with dead letters, those with the most first."""
     windows = sorted(
         (
-            (sum(rule.letters for rule in leading[window.partition_key]), window)
+            (sum(rule.dead_letters for rule in leading[window.partition_key]), window)
             for window in counts
             if window.partition_key in leading
         ),
@@ -241,8 +241,8 @@ def _sum_rules(rules: Sequence[RuleCount]) -> list[RuleCount]:
     totals: dict[tuple[str, str, str], int] = {}
     for rule in rules:
         key = (rule.stage, rule.rule, rule.path)
-        totals[key] = totals.get(key, 0) + rule.letters
-    return sorted((RuleCount(*key, count) for key, count in totals.items()), key=lambda rule: -rule.letters)
+        totals[key] = totals.get(key, 0) + rule.dead_letters
+    return sorted((RuleCount(*key, count) for key, count in totals.items()), key=lambda rule: -rule.dead_letters)
 
 
 def _describe_rule(rule: RuleCount) -> str:

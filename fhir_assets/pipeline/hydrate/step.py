@@ -9,7 +9,7 @@ from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
-from fhir_assets.warehouse.postgres.queries import quality
+from fhir_assets.warehouse.postgres.queries import references
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 IDS_PER_BATCH = 5000
@@ -93,18 +93,18 @@ class HydrateStep:
         deleted = list(self._source.find_deleted(name, not_found))
         self._receiver.deletion_log.record(deleted, run_id=self._run_id)
         with self._connect() as conn:
-            quality.record_requests(conn, self._run_id, name, ids)
+            references.record_requests(conn, self._run_id, name, ids)
         return HydratedBatch(name, len(ids), len(found_ids), received, len(deleted))
 
-    def _find_missing(self, columns: Sequence[quality.ReferenceColumn], name: str) -> list[str]:
+    def _find_missing(self, columns: Sequence[references.ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:
-            return [identity for identity, _ in quality.find_missing_ids(conn, columns, name, limit=IDS_PER_BATCH)]
+            return [identity for identity, _ in references.find_missing_ids(conn, columns, name, limit=IDS_PER_BATCH)]
 
-    def _find_columns(self) -> list[quality.ReferenceColumn]:
+    def _find_columns(self) -> list[references.ReferenceColumn]:
         with self._connect() as conn:
-            quality.forget_loaded_requests(conn)
-            existing = quality.existing_tables(conn, self._views)
+            references.forget_loaded_requests(conn)
+            existing = view_tables.find_existing_tables(conn, self._views)
             current_views = [
                 view for view in self._views if view.name in existing and not view_tables.find_drift(conn, view)
             ]
-        return [column for view in current_views for column in quality.find_reference_columns(view)]
+        return [column for view in current_views for column in references.find_reference_columns(view)]

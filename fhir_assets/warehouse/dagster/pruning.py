@@ -1,4 +1,7 @@
-"""What Dagster keeps of old runs, in its own database. Its tables are those of the pinned dagster 1.13."""
+"""Old events, ticks and runs in Dagster's own database: count and delete them.
+
+The tables are those of the pinned Dagster 1.13. Times are passed with a zone; Dagster stores UTC without a zone.
+"""
 
 from datetime import datetime
 
@@ -7,9 +10,9 @@ from psycopg import sql
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 BATCH = 10_000
-"""Rows of one deletion, in a transaction of its own."""
+"""The number of rows that one statement deletes, in a transaction of its own."""
 
-_KEPT = (
+_KEPT_EVENTS = (
     "ASSET_MATERIALIZATION",
     "ASSET_MATERIALIZATION_PLANNED",
     "ASSET_OBSERVATION",
@@ -20,71 +23,92 @@ _KEPT = (
     "RUN_FAILURE",
     "RUN_CANCELED",
 )
-"""Events that say what state partitions and checks are in."""
+"""Events from which Dagster derives the state of partitions, checks and runs."""
 
-_OLD_RUNS = sql.SQL(
-    "r.status IN ('SUCCESS', 'FAILURE', 'CANCELED') AND r.update_timestamp < %(before)s::timestamptz AT TIME ZONE 'UTC'"
-)
-_EVENTS = sql.SQL(
-    " FROM event_logs e JOIN runs r USING (run_id)"
-    " WHERE {} AND (e.dagster_event_type IS NULL OR e.dagster_event_type <> ALL(%(kept)s))"
-).format(_OLD_RUNS)
-_TICKS = sql.SQL(
-    " FROM job_ticks t WHERE t.timestamp < %(before)s::timestamptz AT TIME ZONE 'UTC' AND t.status <> 'STARTED'"
-    " AND EXISTS (SELECT FROM job_ticks n WHERE n.selector_id = t.selector_id AND n.id > t.id)"
-)
-_RUNS = sql.SQL(
-    " FROM runs r WHERE {} AND NOT EXISTS (SELECT FROM event_logs e WHERE e.run_id = r.run_id"
-    " AND e.dagster_event_type = 'ASSET_MATERIALIZATION' AND NOT EXISTS (SELECT FROM event_logs n"
-    " WHERE n.asset_key = e.asset_key AND n.partition IS NOT DISTINCT FROM e.partition"
-    " AND n.dagster_event_type = 'ASSET_MATERIALIZATION' AND n.id > e.id))"
-    " AND NOT EXISTS (SELECT FROM asset_check_executions c WHERE c.run_id = r.run_id AND NOT EXISTS"
-    " (SELECT FROM asset_check_executions n WHERE n.asset_key = c.asset_key AND n.check_name = c.check_name"
-    " AND n.partition IS NOT DISTINCT FROM c.partition AND n.id > c.id))"
-).format(_OLD_RUNS)
+_OLD_EVENTS = sql.SQL("""
+    FROM event_logs e
+    JOIN runs r USING (run_id)
+    WHERE r.status IN ('SUCCESS', 'FAILURE', 'CANCELED')
+        AND r.update_timestamp < %(before)s::timestamptz AT TIME ZONE 'UTC'
+        AND (e.dagster_event_type IS NULL OR e.dagster_event_type <> ALL(%(kept)s))
+""")
+_OLD_TICKS = sql.SQL("""
+    FROM job_ticks t
+    WHERE t.timestamp < %(before)s::timestamptz AT TIME ZONE 'UTC'
+        AND t.status <> 'STARTED'
+        AND EXISTS (SELECT FROM job_ticks later WHERE later.selector_id = t.selector_id AND later.id > t.id)
+""")
+_SUPERSEDED_RUNS = """
+    SELECT r.run_id
+    FROM runs r
+    WHERE r.status IN ('SUCCESS', 'FAILURE', 'CANCELED')
+        AND r.update_timestamp < %(before)s::timestamptz AT TIME ZONE 'UTC'
+        AND NOT EXISTS (
+            SELECT FROM event_logs e
+            WHERE e.run_id = r.run_id
+                AND e.dagster_event_type = 'ASSET_MATERIALIZATION'
+                AND NOT EXISTS (
+                    SELECT FROM event_logs later
+                    WHERE later.asset_key = e.asset_key
+                        AND later.partition IS NOT DISTINCT FROM e.partition
+                        AND later.dagster_event_type = 'ASSET_MATERIALIZATION'
+                        AND later.id > e.id
+                )
+        )
+        AND NOT EXISTS (
+            SELECT FROM asset_check_executions c
+            WHERE c.run_id = r.run_id
+                AND NOT EXISTS (
+                    SELECT FROM asset_check_executions later
+                    WHERE later.asset_key = c.asset_key
+                        AND later.check_name = c.check_name
+                        AND later.partition IS NOT DISTINCT FROM c.partition
+                        AND later.id > c.id
+                )
+        )
+    ORDER BY r.id
+"""
 
 
 def count_old_events(conn: Connection, before: datetime) -> int:
-    """How many events of old runs say nothing of assets and checks: steps, logs, engine."""
-    return _count(conn, _EVENTS, before)
+    """Return how many events of runs that ended before a time are not needed for the state of assets and checks."""
+    return _count(conn, _OLD_EVENTS, before)
 
 
 def delete_old_events(conn: Connection, before: datetime) -> int:
-    """Delete them, a batch at a time. Returns how many."""
-    return _delete(conn, "event_logs", "e.id", _EVENTS, before)
+    """Delete the events that ``count_old_events`` counts, in batches. Returns how many were deleted."""
+    return _delete(conn, "event_logs", "e.id", _OLD_EVENTS, before)
 
 
 def count_old_ticks(conn: Connection, before: datetime) -> int:
-    """How many ticks of sensors and schedules are old; the last one of each stays."""
-    return _count(conn, _TICKS, before)
+    """Return how many ticks of sensors and schedules are older than a time, without the last tick of each."""
+    return _count(conn, _OLD_TICKS, before)
 
 
 def delete_old_ticks(conn: Connection, before: datetime) -> int:
-    """Delete them, a batch at a time. Returns how many."""
-    return _delete(conn, "job_ticks", "t.id", _TICKS, before)
+    """Delete the ticks that ``count_old_ticks`` counts, in batches. Returns how many were deleted."""
+    return _delete(conn, "job_ticks", "t.id", _OLD_TICKS, before)
 
 
 def find_superseded_runs(conn: Connection, before: datetime) -> list[str]:
-    """The ids of old runs whose every materialization and check was done again since: nothing in the UI rests on
-    them.
-    """
-    query = sql.SQL("SELECT r.run_id {} ORDER BY r.id").format(_RUNS)
-    return [run_id for (run_id,) in conn.execute(query, {"before": before})]
+    """Return the ids of runs that ended before a time and whose materializations and checks were all repeated later."""
+    return [run_id for (run_id,) in conn.execute(_SUPERSEDED_RUNS, {"before": before})]
 
 
-def _count(conn: Connection, what: sql.Composable, before: datetime) -> int:
-    row = conn.execute(sql.SQL("SELECT count(*) {}").format(what), {"before": before, "kept": list(_KEPT)}).fetchone()
+def _count(conn: Connection, source: sql.Composable, before: datetime) -> int:
+    query = sql.SQL("SELECT count(*) {source}").format(source=source)
+    row = conn.execute(query, {"before": before, "kept": list(_KEPT_EVENTS)}).fetchone()
     return int(row[0]) if row else 0
 
 
-def _delete(conn: Connection, table: str, key: str, what: sql.Composable, before: datetime) -> int:
-    query = sql.SQL("DELETE FROM {} WHERE id IN (SELECT {} {} LIMIT {})").format(
-        sql.Identifier(table), sql.Identifier(*key.split(".")), what, sql.Literal(BATCH)
+def _delete(conn: Connection, table: str, key: str, source: sql.Composable, before: datetime) -> int:
+    query = sql.SQL("DELETE FROM {table} WHERE id IN (SELECT {key} {source} LIMIT {batch})").format(
+        table=sql.Identifier(table), key=sql.Identifier(*key.split(".")), source=source, batch=sql.Literal(BATCH)
     )
     total = 0
     while True:
         with conn.transaction():
-            deleted = conn.execute(query, {"before": before, "kept": list(_KEPT)}).rowcount
+            deleted = conn.execute(query, {"before": before, "kept": list(_KEPT_EVENTS)}).rowcount
         total += deleted
         if deleted < BATCH:
             return total

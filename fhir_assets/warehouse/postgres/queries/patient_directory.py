@@ -1,7 +1,7 @@
-"""The patients in order, by page or by what they are known by; page 50,000 costs what page 1 does.
+"""Pages of the patients in the order of their ids, all of them or those that a search finds.
 
-Of all patients every ``STRIDE``-th id is remembered for some seconds. A page begins at the remembered id before it,
-so that Postgres skips STRIDE rows of an index at most, and ``total`` is known without counting.
+The id of every ``STRIDE``-th patient is cached for some seconds. A page is read from the last cached id before it, so
+that Postgres skips at most STRIDE rows of an index: page 50,000 costs as much as page 1. The cache also has the total.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,17 @@ from fhir_assets.warehouse.postgres.resources import StoredResource
 
 STRIDE = 500
 FRESH_SECONDS = 30.0
-"""How old the remembered ids may be before they are read again; those who ask meanwhile get the old ones."""
+"""The age of the cached ids at which they are read again. Until then requests use the old ones."""
 
-_MISSING = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
-"""Before the first load there is no table; before the load after an upgrade a column may be missing."""
+_TABLE_NOT_READY = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
+"""Errors of a database before its first load, or of an upgraded one whose tables lack a column."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatientSearch:
-    """What a patient is known by; every field that is given must be equal. A name is so in capitals and small letters
-    alike, and the first given name, or all of them together.
+    """A search for patients. Every given field must match.
+
+    Names match regardless of case. ``given`` matches the first given name, or all given names joined by spaces.
     """
 
     mrn: str | None = None
@@ -36,137 +37,163 @@ class PatientSearch:
     family: str | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, each.name) is not None for each in fields(self))
+        return any(getattr(self, field.name) is not None for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """The ids of a page, and how many patients there are in all."""
+class PatientPage:
+    """The ids of the patients on a page, and the total number of patients."""
 
     total: int
     ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Marks:
-    at: float
+class _CachedIds:
+    read_at: float
     total: int
     ids: tuple[str, ...]
 
 
 class PatientDirectory:
-    """Pages of patients. One for a process; ``connect`` gives the connection that its remembered ids are read with."""
+    """Pages of patients. A process needs one instance; ``connect`` opens the session that refreshes the cached ids."""
 
     def __init__(self, connect: OpenSession, *, fresh_seconds: float = FRESH_SECONDS) -> None:
         self._connect = connect
         self._fresh = fresh_seconds
-        self._marks: _Marks | None = None
+        self._cached: _CachedIds | None = None
         self._lock = Lock()
-        self._reading = False
+        self._refreshing = False
 
-    def page(self, conn: Connection, number: int, size: int, *, after: str | None = None) -> Page:
-        """The page ``number`` (from 1) of all patients, in the order of ids; or the one that begins after an id: a
-        walk from id to id meets everybody once, whoever comes or goes meanwhile.
+    def page(self, conn: Connection, number: int, size: int, *, after: str | None = None) -> PatientPage:
+        """Return page ``number`` (from 1) of all patients, or with ``after`` the page that begins after this id.
+
+        Iteration with ``after`` returns each patient once, even if patients are added or deleted meanwhile.
         """
-        marks = self._current(conn)
+        cached = self._get_cached(conn)
         skip = (number - 1) * size
-        if not marks.total:
-            return Page(0, ())
+        if not cached.total:
+            return PatientPage(0, ())
         if after is not None:
-            return Page(marks.total, _following(conn, sql.SQL("id > %s"), [after], size, 0))
-        if skip >= marks.total:
-            return Page(marks.total, ())
-        begin = marks.ids[skip // STRIDE]
-        return Page(marks.total, _following(conn, sql.SQL("id >= %s"), [begin], size, skip % STRIDE))
+            return PatientPage(cached.total, _read_page(conn, sql.SQL("id > %s"), [after], size, 0))
+        if skip >= cached.total:
+            return PatientPage(cached.total, ())
+        first_id = cached.ids[skip // STRIDE]
+        return PatientPage(cached.total, _read_page(conn, sql.SQL("id >= %s"), [first_id], size, skip % STRIDE))
 
-    def find(self, conn: Session, search: PatientSearch, number: int, size: int, *, after: str | None = None) -> Page:
-        """The page ``number`` (from 1), or the one after an id, of those known by ``search``: found by index, also
-        where it is sealed.
+    def find(
+        self, conn: Session, search: PatientSearch, number: int, size: int, *, after: str | None = None
+    ) -> PatientPage:
+        """Return page ``number`` (from 1) of the patients found by ``search``, or the page after the id ``after``.
+
+        Encrypted columns are searched by their blind indexes.
         """
-        for folded in (True, False):
-            where, params = _condition(search, cipher_of(conn), folded=folded)
+        for fold_case in (True, False):
+            where, params = _build_condition(search, cipher_of(conn), fold_case=fold_case)
             try:
                 with conn.transaction():
                     count = conn.execute(sql.SQL("SELECT count(*) FROM fhir.patient WHERE {}").format(where), params)
                     (total,) = count.fetchone() or (0,)
                     if after is not None:
                         where, params, number = where + sql.SQL(" AND id > %s"), [*params, after], 1
-                    return Page(total, _following(conn, where, params, size, (number - 1) * size) if total else ())
-            except _MISSING:
+                    return PatientPage(
+                        total, _read_page(conn, where, params, size, (number - 1) * size) if total else ()
+                    )
+            except _TABLE_NOT_READY:
                 continue
-        return Page(0, ())
+        return PatientPage(0, ())
 
-    def _current(self, conn: Connection) -> _Marks:
-        marks = self._marks
-        if marks is None or not marks.total:
-            self._marks = marks = _read(conn)
-        elif monotonic() - marks.at > self._fresh:
-            self._read_aside()
-        return marks
+    def _get_cached(self, conn: Connection) -> _CachedIds:
+        cached = self._cached
+        if cached is None or not cached.total:
+            self._cached = cached = _read_ids(conn)
+        elif monotonic() - cached.read_at > self._fresh:
+            self._refresh_in_background()
+        return cached
 
-    def _read_aside(self) -> None:
+    def _refresh_in_background(self) -> None:
         with self._lock:
-            if self._reading:
+            if self._refreshing:
                 return
-            self._reading = True
-        Thread(target=self._read_again, name="directory", daemon=True).start()
+            self._refreshing = True
+        Thread(target=self._refresh, name="patient-directory", daemon=True).start()
 
-    def _read_again(self) -> None:
+    def _refresh(self) -> None:
         try:
             with self._connect() as conn:
-                self._marks = _read(conn)
+                self._cached = _read_ids(conn)
         finally:
-            self._reading = False
+            self._refreshing = False
 
 
-def _following(
+def _read_page(
     conn: Connection, where: sql.Composable, params: Sequence[object], size: int, skip: int
 ) -> tuple[str, ...]:
-    query = sql.SQL("SELECT id FROM fhir.patient WHERE {} ORDER BY id LIMIT %s OFFSET %s").format(where)
+    query = sql.SQL("""
+        SELECT id
+        FROM fhir.patient
+        WHERE {where}
+        ORDER BY id
+        LIMIT %s OFFSET %s
+    """).format(where=where)
     return tuple(row[0] for row in conn.execute(query, [*params, size, skip]).fetchall())
 
 
-def _condition(search: PatientSearch, cipher: Cipher, *, folded: bool) -> tuple[sql.Composed, list[object]]:
-    """The condition of a search. ``folded``: names in small letters too, which older tables lack."""
+def _build_condition(search: PatientSearch, cipher: Cipher, *, fold_case: bool) -> tuple[sql.Composed, list[object]]:
+    """Return the condition of a search and its parameters.
+
+    ``fold_case`` also compares lower-case names, in columns that older tables lack.
+    """
     terms: list[sql.Composable] = []
     params: list[object] = []
-    for each in fields(search):
-        value = getattr(search, each.name)
+    for field in fields(search):
+        value = getattr(search, field.name)
         if value is None:
             continue
-        ways = [(f"{each.name}_index" if cipher.on else each.name, value)]
-        if folded and each.name in ("given", "family"):
-            ways.append((f"{each.name}_search", value.strip().lower()))
+        comparisons = [(f"{field.name}_index" if cipher.on else field.name, value)]
+        if fold_case and field.name in ("given", "family"):
+            comparisons.append((f"{field.name}_search", value.strip().lower()))
         terms.append(
             sql.SQL("({})").format(
-                sql.SQL(" OR ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name, _ in ways)
+                sql.SQL(" OR ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name, _ in comparisons)
             )
         )
-        params += [cipher.index(known) if cipher.on else known for _, known in ways]
+        params += [cipher.index(text) if cipher.on else text for _, text in comparisons]
     return sql.SQL(" AND ").join(terms), params
 
 
-def _read(conn: Connection) -> _Marks:
+def _read_ids(conn: Connection) -> _CachedIds:
     try:
         with conn.transaction():
             rows = conn.execute(
-                "SELECT n, id FROM (SELECT id, row_number() OVER (ORDER BY id) AS n, count(*) OVER () AS total"
-                " FROM fhir.patient) numbered WHERE n %% %s = 1 OR n = total ORDER BY n",
+                """
+                SELECT n, id
+                FROM (
+                    SELECT id, row_number() OVER (ORDER BY id) AS n, count(*) OVER () AS total
+                    FROM fhir.patient
+                ) numbered
+                WHERE n %% %s = 1 OR n = total
+                ORDER BY n
+                """,
                 [STRIDE],
             ).fetchall()
-    except _MISSING:
+    except _TABLE_NOT_READY:
         rows = []
     total = rows[-1][0] if rows else 0
-    return _Marks(monotonic(), total, tuple(identity for n, identity in rows if n % STRIDE == 1))
+    return _CachedIds(monotonic(), total, tuple(patient_id for n, patient_id in rows if n % STRIDE == 1))
 
 
 def read_compartments(conn: Session, resource_type: str, ids: Sequence[str]) -> list[StoredResource]:
-    """The resources of a type in the compartments of some patients, in the order of ids. Raises SealingError."""
+    """Return the resources of a type in the compartments of patients, in the order of ids. Raises EncryptionError."""
     rows = conn.execute(
-        sql.SQL(
-            "SELECT {} FROM fhir.resource WHERE resource_type = %s AND patients[1] = ANY(%s)"
-            " AND resource IS NOT NULL ORDER BY id"
-        ).format(resources.COLUMNS),
+        sql.SQL("""
+            SELECT {columns}
+            FROM fhir.resource
+            WHERE resource_type = %s
+                AND patients[1] = ANY(%s)
+                AND resource IS NOT NULL
+            ORDER BY id
+        """).format(columns=resources.COLUMNS),
         [resource_type, list(ids)],
     ).fetchall()
     cipher = cipher_of(conn)

@@ -88,7 +88,7 @@ class PhiTreatment(StrEnum):
     """Not encrypted."""
 
     ENCRYPT = "encrypt"
-    """A Fernet token of the value's text. If the column is tagged for it, ``<column>_index`` has a hash to search by."""
+    """A Fernet token of the value's text. A column ``<column>_index`` has a hash to search by, if tagged."""
 
     HASH = "hash"
     """The blind index of the value instead of the value: it can be joined and counted, but not decrypted."""

@@ -1,4 +1,4 @@
-"""The rows of a view's table, streamed: what exports, the lake and assets downstream read."""
+"""Streams of the rows of a view's table, for exports, the lake and downstream assets."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_FETCHED = 2000
+_ROWS_PER_FETCH = 2000
 
 
 def stream_rows(
@@ -18,7 +18,10 @@ def stream_rows(
     columns: Sequence[str] | None = None,
     partition_keys: Sequence[str] | None = None,
 ) -> Iterator[tuple[Any, ...]]:
-    """The rows, in no particular order: those ``columns``, of resources in those partitions; None: all of them."""
+    """Yield rows of a table in no particular order, in a transaction that ends with the last row.
+
+    ``columns`` are the columns to return, ``partition_keys`` the partitions of the resources; None: all.
+    """
     query = sql.SQL("SELECT {} {} {}").format(
         sql.SQL("v.*")
         if columns is None
@@ -28,13 +31,17 @@ def stream_rows(
     )
     keys = None if partition_keys is None else list(partition_keys)
     with conn.transaction(), conn.cursor(name="slice") as cursor:
-        cursor.itersize = _FETCHED
+        cursor.itersize = _ROWS_PER_FETCH
         yield from cursor.execute(query, {"type": resource_type, "keys": keys})
 
 
 def join_resources(table: str) -> sql.Composed:
-    """A table ``v`` and the resources ``r`` of type ``%(type)s`` that its rows are made of, deleted ones left out."""
-    return sql.SQL(
-        "FROM fhir.{} v JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = v._resource_key"
-        " WHERE r.resource IS NOT NULL"
-    ).format(sql.Identifier(table))
+    """Return a FROM and WHERE clause that joins a table ``v`` with its resources ``r``, without deleted ones.
+
+    The clause has the parameter ``%(type)s``: the resource type.
+    """
+    return sql.SQL("""
+        FROM fhir.{table} v
+        JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = v._resource_key
+        WHERE r.resource IS NOT NULL
+    """).format(table=sql.Identifier(table))

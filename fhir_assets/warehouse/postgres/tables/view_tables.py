@@ -1,4 +1,7 @@
-"""The tables of the views in schema ``fhir``: made, widened, compared with their views, and changed when asked to."""
+"""The tables of the views in schema ``fhir``: create them, add to them, compare them with their views.
+
+What the table of a view looks like is the job of ``layout``.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
-from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
+from fhir_assets.warehouse.ops.checkpoints import forget_parts
 from fhir_assets.warehouse.postgres.db import roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
@@ -24,15 +27,19 @@ __all__ = [
     "count_rows",
     "ensure_tables",
     "find_drift",
+    "find_existing_tables",
 ]
 
 SCHEMA = "fhir"
-_COUNTED = 1_000_000
+_MAX_EXACT_COUNT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One difference between a table and its view: ``wanted`` and ``found`` are Postgres types, None if absent."""
+    """One difference between a table and its view.
+
+    ``wanted`` is the Postgres type of a column in the view, ``found`` the one in the table; None: there is no column.
+    """
 
     view: str
     what: Literal["table", "column", "index"]
@@ -42,7 +49,7 @@ class Drift:
 
     @property
     def safe(self) -> bool:
-        """Whether it goes away by adding something, so that nothing is lost."""
+        """Whether the difference can be removed without losing data, by adding a table, column or index."""
         return self.found is None
 
     def __str__(self) -> str:
@@ -56,60 +63,74 @@ class Drift:
 
 
 def ensure_tables(conn: Session, views: Iterable[View]) -> None:
-    """Make what is missing: tables, columns, indexes, comments. One cheap query if there is nothing to do.
+    """Create missing tables, columns, indexes and comments. If nothing is missing, this is one cheap query.
 
-    Rows that a changed view makes stale (another expression, another column) are forgotten in ``ops.loaded_parts``, so
-    that the next load writes them again; a changed comment or index makes no row stale.
-    Committed at once if ``conn`` is outside of a transaction; several processes may do so together.
-    Raises ViewError if a column's type changed or a column is gone from the view; nothing is changed then.
+    If a changed view makes rows outdated (another expression, another column), the parts of its resource type are
+    removed from ``ops.loaded_parts``, so that the next load writes them again. A changed comment or index makes no row
+    outdated. The changes are committed if ``conn`` is not in a transaction. Several processes may call this at once.
+    Raises ViewError, and changes nothing, if a column has another type than in the view or is not in the view.
     """
-    _bring_up(conn, _layouts(conn, views), destroy=False)
+    _update_tables(conn, _build_layouts(conn, views), drop_columns=False)
 
 
 def apply_changes(conn: Session, views: Iterable[View]) -> list[Drift]:
-    """As ``ensure_tables``, and drops columns that a view lacks and remakes those of another type, empty.
+    """Do what ``ensure_tables`` does, drop columns that are not in a view, and recreate columns of another type, empty.
 
-    Returns what was different. The rows fill again as the windows are loaded again.
+    Returns the differences found. The recreated columns are filled when the windows are loaded again.
     """
-    return _bring_up(conn, _layouts(conn, views), destroy=True)
+    return _update_tables(conn, _build_layouts(conn, views), drop_columns=True)
 
 
 def count_rows(conn: Connection, view: View) -> int:
-    """How many rows the table of a view has: exact up to a million, beyond that as Postgres last estimated."""
+    """Return the number of rows in the table of a view: exact up to a million, above that Postgres's estimate."""
     table = sql.Identifier(SCHEMA, view.name)
     estimate = conn.execute("SELECT reltuples::bigint FROM pg_class WHERE oid = %s::regclass", [table.as_string(conn)])
-    found = estimate.fetchone()
-    if found is None or found[0] <= _COUNTED:
-        found = conn.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
-    return int(found[0]) if found else 0
+    count = estimate.fetchone()
+    if count is None or count[0] <= _MAX_EXACT_COUNT:
+        count = conn.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
+    return int(count[0]) if count else 0
+
+
+def find_existing_tables(conn: Connection, views: Sequence[View]) -> frozenset[str]:
+    """Return the names of the views whose table exists."""
+    rows = conn.execute(
+        """
+        SELECT relname
+        FROM pg_class
+        WHERE relnamespace = 'fhir'::regnamespace
+            AND relname = ANY(%s)
+        """,
+        [[view.name for view in views]],
+    )
+    return frozenset(name for (name,) in rows)
 
 
 def find_drift(conn: Session, view: View) -> list[Drift]:
-    """How the table differs from its view; empty if it fits."""
-    return _drift(conn, *_layouts(conn, [view]))
+    """Return the differences between a table and its view; an empty list if there are none."""
+    return _compare(conn, *_build_layouts(conn, [view]))
 
 
-def _layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
+def _build_layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
     return [build_layout(view, encrypted=cipher_of(conn).on) for view in views]
 
 
-def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -> list[Drift]:
+def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_columns: bool) -> list[Drift]:
     changes: list[Drift] = []
     with conn.transaction():
-        if not _unfit(conn, layouts):
+        if not _find_changed(conn, layouts):
             return changes
         lock_schema(conn)
-        stale_types: set[str] = set()
-        for layout, applied in _unfit(conn, layouts):
-            changes += (differences := _drift(conn, layout))
-            if _meaning(applied) != layout.fingerprint or any(
-                each.what != "index" and each.wanted for each in differences
+        outdated_types: set[str] = set()
+        for layout, applied in _find_changed(conn, layouts):
+            changes += (differences := _compare(conn, layout))
+            if _read_fingerprint(applied) != layout.fingerprint or any(
+                difference.what != "index" and difference.wanted for difference in differences
             ):
-                stale_types.add(layout.resource_type)
-            lossy = [each for each in differences if not each.safe]
-            if lossy and not destroy:
+                outdated_types.add(layout.resource_type)
+            lossy = [difference for difference in differences if not difference.safe]
+            if lossy and not drop_columns:
                 raise ViewError(
-                    f"table {SCHEMA}.{layout.name} no longer fits its view: {'; '.join(map(str, lossy))}. "
+                    f"table {SCHEMA}.{layout.name} differs from its view: {'; '.join(map(str, lossy))}. "
                     "Run `fhir-assets migrate --apply-view-changes` (drops the data of these columns), "
                     + (
                         "then `fhir-assets keys rotate`, which fills them from fhir.resource"
@@ -118,24 +139,30 @@ def _bring_up(conn: Session, layouts: Sequence[TableLayout], *, destroy: bool) -
                     )
                 )
             try:
-                _apply(conn, layout, differences)
+                _apply_layout(conn, layout, differences)
             except psycopg.errors.InsufficientPrivilege:
                 raise ConfigurationError(
-                    f"The user of DB_URL may not make or change table {SCHEMA}.{layout.name}: "
+                    f"The user of DB_URL may not create or change table {SCHEMA}.{layout.name}: "
                     "run `fhir-assets migrate` as the user that owns the schema, or grant it fhir_loader"
                 ) from None
-        for resource_type in sorted(stale_types):
-            remove_loaded_parts(conn, resource_type)
+        for resource_type in sorted(outdated_types):
+            forget_parts(conn, resource_type)
     return changes
 
 
-def _unfit(conn: Connection, layouts: Sequence[TableLayout]) -> list[tuple[TableLayout, str | None]]:
-    """The layouts that differ from those last applied, each with the stamp of the one applied, None if none was."""
+def _find_changed(conn: Connection, layouts: Sequence[TableLayout]) -> list[tuple[TableLayout, str | None]]:
+    """Return the layouts that differ from the one last applied, each with the stamp of that one, or None."""
     names = [layout.name for layout in layouts]
     applied: dict[str, str] = dict(
         conn.execute(
-            "SELECT v.name, v.layout FROM ops.view_tables v WHERE v.name = ANY(%s)"
-            " AND EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = 'fhir'::regnamespace AND c.relname = v.name)",
+            """
+            SELECT v.name, v.layout
+            FROM ops.view_tables v
+            WHERE v.name = ANY(%s)
+                AND EXISTS (
+                    SELECT FROM pg_class c WHERE c.relnamespace = 'fhir'::regnamespace AND c.relname = v.name
+                )
+            """,
             [names],
         ).fetchall()
     )
@@ -146,16 +173,22 @@ def _stamp(layout: TableLayout) -> str:
     return f"{layout.shape}:{layout.fingerprint}"
 
 
-def _meaning(stamp: str | None) -> str | None:
+def _read_fingerprint(stamp: str | None) -> str | None:
     return None if stamp is None else stamp.partition(":")[2]
 
 
-def _drift(conn: Connection, layout: TableLayout) -> list[Drift]:
+def _compare(conn: Connection, layout: TableLayout) -> list[Drift]:
     found: dict[str, str] = dict(
         conn.execute(
-            "SELECT a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a"
-            " JOIN pg_class c ON c.oid = a.attrelid"
-            " WHERE c.relnamespace = %s::regnamespace AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped",
+            """
+            SELECT a.attname, format_type(a.atttypid, a.atttypmod)
+            FROM pg_attribute a
+            JOIN pg_class c ON c.oid = a.attrelid
+            WHERE c.relnamespace = %s::regnamespace
+                AND c.relname = %s
+                AND a.attnum > 0
+                AND NOT a.attisdropped
+            """,
             [SCHEMA, layout.name],
         ).fetchall()
     )
@@ -168,7 +201,7 @@ def _drift(conn: Connection, layout: TableLayout) -> list[Drift]:
         if found.get(name) != column.type
     ]
     changes += [Drift(layout.name, "column", name, None, kind) for name, kind in found.items() if name not in wanted]
-    indexed = _indexed(conn, layout)
+    indexed = _find_indexed_columns(conn, layout)
     changes += [
         Drift(layout.name, "index", name, column.index, None)
         for name, column in wanted.items()
@@ -177,23 +210,30 @@ def _drift(conn: Connection, layout: TableLayout) -> list[Drift]:
     return changes
 
 
-def _indexed(conn: Connection, layout: TableLayout) -> set[str]:
-    """The columns that an index begins with."""
+def _find_indexed_columns(conn: Connection, layout: TableLayout) -> set[str]:
+    """Return the columns that are the first column of an index."""
     rows = conn.execute(
-        "SELECT a.attname FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid"
-        " JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]"
-        " WHERE c.relnamespace = %s::regnamespace AND c.relname = %s",
+        """
+        SELECT a.attname
+        FROM pg_index i
+        JOIN pg_class c ON c.oid = i.indrelid
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+        WHERE c.relnamespace = %s::regnamespace
+            AND c.relname = %s
+        """,
         [SCHEMA, layout.name],
     ).fetchall()
     return {row[0] for row in rows}
 
 
-def _apply(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> None:
+def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> None:
     table = sql.Identifier(SCHEMA, layout.name)
     columns = {column.name: column for column in layout.columns}
     if any(change.what == "table" for change in changes):
         conn.execute(
-            sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(", ").join(map(_definition, layout.columns)))
+            sql.SQL("CREATE TABLE {} ({})").format(
+                table, sql.SQL(", ").join(map(_build_column_definition, layout.columns))
+            )
         )
         roles.cover(conn, [layout.name])
     for change in changes:
@@ -203,8 +243,10 @@ def _apply(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> N
         if change.found is not None:
             conn.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(table, name))
         if change.wanted is not None:
-            conn.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(table, _definition(columns[change.name])))
-    indexed = _indexed(conn, layout)
+            conn.execute(
+                sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(table, _build_column_definition(columns[change.name]))
+            )
+    indexed = _find_indexed_columns(conn, layout)
     for column in layout.columns:
         if column.index and column.name not in indexed:
             conn.execute(
@@ -220,14 +262,19 @@ def _apply(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> N
             )
         )
     conn.execute(
-        "INSERT INTO ops.view_tables (name, resource_type, layout) VALUES (%s, %s, %s)"
-        " ON CONFLICT (name) DO UPDATE SET resource_type = excluded.resource_type, layout = excluded.layout,"
-        " applied_at = now()",
+        """
+        INSERT INTO ops.view_tables (name, resource_type, layout)
+        VALUES (%s, %s, %s)
+        ON CONFLICT (name) DO UPDATE SET
+            resource_type = excluded.resource_type,
+            layout = excluded.layout,
+            applied_at = now()
+        """,
         [layout.name, layout.resource_type, _stamp(layout)],
     )
 
 
-def _definition(column: TableColumn) -> sql.Composed:
+def _build_column_definition(column: TableColumn) -> sql.Composed:
     return sql.SQL("{} {} {}").format(
         sql.Identifier(column.name),
         sql.SQL(column.type),

@@ -1,0 +1,155 @@
+"""References between resources in the tables: count them, and find the ids of referenced resources that are missing."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from fhir_assets.fhir.views import View
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+_REFERENCE_KEY = re.compile(r"getReferenceKey\(\s*([A-Za-z]*)\s*\)")
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceColumn:
+    """A column of a view with the ids of other resources.
+
+    ``target`` is their resource type; None: the type is in the column ``reference`` of the view.
+    """
+
+    view: str
+    column: str
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCounts:
+    """The number of references to resources of type ``target``, and how many of those resources are ``missing``."""
+
+    target: str
+    references: int
+    missing: int
+
+
+def find_reference_columns(view: View) -> list[ReferenceColumn]:
+    """Return the columns of a view whose path contains ``getReferenceKey()``."""
+    names = {column.name for column in view.columns}
+    reference_columns = []
+    for name, path in _iterate_columns(view.definition):
+        call = _REFERENCE_KEY.search(path)
+        if call and name in names and (call[1] or "reference" in names):
+            reference_columns.append(ReferenceColumn(view.name, name, call[1] or None))
+    return reference_columns
+
+
+def count_references(
+    conn: Connection, columns: Sequence[ReferenceColumn], targets: Sequence[str]
+) -> list[ReferenceCounts]:
+    """Count the references in ``columns`` by target type, the most missing first.
+
+    Only the types in ``targets`` are counted: resources of other types are not loaded.
+    """
+    counts: dict[str, list[int]] = {}
+    for column in columns:
+        query = sql.SQL("""
+            SELECT q.target, sum(q.n)::bigint, coalesce(sum(q.n) FILTER (WHERE r.id IS NULL), 0)::bigint
+            FROM ({references}) q
+            LEFT JOIN fhir.resource r ON r.resource_type = q.target AND r.id = q.id
+            GROUP BY 1
+        """).format(references=_select_references(column))
+        for target, references, missing in conn.execute(query, {"targets": list(targets)}):
+            sums = counts.setdefault(target, [0, 0])
+            sums[0] += references
+            sums[1] += missing
+    return [ReferenceCounts(target, *sums) for target, sums in sorted(counts.items(), key=lambda item: -item[1][1])]
+
+
+def find_missing_ids(
+    conn: Connection, columns: Sequence[ReferenceColumn], target: str, *, limit: int
+) -> list[tuple[str, int]]:
+    """Return at most ``limit`` distinct ids of type ``target`` that ``columns`` refer to and the tables lack.
+
+    Each id comes with the number of references in the first column that refers to it. Ids that were requested within
+    the last day are left out.
+    """
+    counts: dict[str, int] = {}
+    for column in columns:
+        if column.target not in (None, target):
+            continue
+        query = sql.SQL("""
+            SELECT q.id, q.n
+            FROM ({references}) q
+            WHERE NOT EXISTS (
+                    SELECT FROM fhir.resource r WHERE r.resource_type = %(target)s AND r.id = q.id
+                )
+                AND NOT EXISTS (
+                    SELECT FROM ops.missing_references m
+                    WHERE m.resource_type = %(target)s
+                        AND m.resource_id = q.id
+                        AND m.asked_at > now() - interval '1 day'
+                )
+                AND q.target = %(target)s
+            LIMIT %(limit)s
+        """).format(references=_select_references(column))
+        params = {"targets": [target], "target": target, "limit": limit}
+        for resource_id, count in conn.execute(query, params):
+            counts.setdefault(resource_id, count)
+        if len(counts) >= limit:
+            break
+    return list(counts.items())[:limit]
+
+
+def record_requests(conn: Connection, run_id: str, resource_type: str, ids: Sequence[str]) -> None:
+    """Record that resources were requested from the server: ``find_missing_ids`` leaves them out for a day."""
+    conn.execute(
+        """
+        INSERT INTO ops.missing_references (resource_type, resource_id, run_id)
+        SELECT %s, id, %s
+        FROM unnest(%s::text[]) id
+        ON CONFLICT (resource_type, resource_id) DO UPDATE SET
+            asked_at = now(),
+            run_id = excluded.run_id
+        """,
+        [resource_type, run_id, list(ids)],
+    )
+
+
+def forget_loaded_requests(conn: Connection) -> None:
+    """Delete the records of requests for resources that are loaded now, and those older than a day."""
+    conn.execute(
+        """
+        DELETE FROM ops.missing_references m
+        WHERE asked_at < now() - interval '1 day'
+            OR EXISTS (
+                SELECT FROM fhir.resource r WHERE r.resource_type = m.resource_type AND r.id = m.resource_id
+            )
+        """
+    )
+
+
+def _select_references(column: ReferenceColumn) -> sql.Composed:
+    """Return a query for the distinct references in a column: target type, id and number of references."""
+    target: sql.Composable = sql.Literal(column.target)
+    if column.target is None:
+        target = sql.SQL("substring(v.reference from '([A-Za-z]+)/[^/]+(?:/_history/[^/]+)?$')")
+    return sql.SQL("""
+        SELECT *
+        FROM (
+            SELECT {target}::text AS target, v.{column} AS id, count(*) AS n
+            FROM fhir.{view} v
+            WHERE v.{column} IS NOT NULL
+            GROUP BY 1, 2
+        ) counted
+        WHERE target = ANY(%(targets)s)
+    """).format(target=target, column=sql.Identifier(column.column), view=sql.Identifier(column.view))
+
+
+def _iterate_columns(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and path of each column of a ViewDefinition, also of nested selects."""
+    for column in node.get("column", ()):
+        yield column.get("name", ""), column.get("path", "")
+    for child in (*node.get("select", ()), *node.get("unionAll", ())):
+        yield from _iterate_columns(child)
