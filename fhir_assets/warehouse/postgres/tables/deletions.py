@@ -168,7 +168,7 @@ def _apply_chunk(
         withheld_resources.remove_deleted(conn, resource_type, resource_ids)
         if resource_type == "Consent":
             consents.remove_deleted(conn, resource_ids)
-        visits.forget(conn, resource_type, resource_ids)
+        visits.remove_deleted(conn, resource_type, resource_ids)
         for table in _find_view_tables(conn, resource_type):
             delete = sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(
                 sql.Identifier("fhir", table), sql.Identifier(KEY_COLUMN)

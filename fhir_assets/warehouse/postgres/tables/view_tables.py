@@ -12,7 +12,7 @@ from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
-from fhir_assets.warehouse.ops.checkpoints import forget_parts
+from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
 from fhir_assets.warehouse.postgres.db import roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
@@ -146,7 +146,7 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
                     "run `fhir-assets migrate` as the user that owns the schema, or grant it fhir_loader"
                 ) from None
         for resource_type in sorted(outdated_types):
-            forget_parts(conn, resource_type)
+            remove_loaded_parts(conn, resource_type)
     return changes
 
 
