@@ -1,5 +1,7 @@
-"""Resources corrected by hand. Each is kept by the fingerprint of the dead letter that it corrects, so that it takes
-the original's place whenever that is judged again, in a replay or when its window is materialized anew.
+"""``ops.corrections``: resources corrected by hand, by the fingerprint of the dead letter that they correct.
+
+A correction replaces the original whenever that is validated again: in a replay, or when its window is materialized
+again. The dead letters themselves are in ``dead_letters``.
 """
 
 from collections.abc import Sequence
@@ -13,35 +15,46 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What takes the place of a letter's resource, and who says so."""
+    """The resource that replaces the resource of a dead letter, and who corrected it when."""
 
     resource: bytes
     corrected_by: str
     corrected_at: datetime
 
 
-def record(conn: Session, letter_id: int, resource: bytes, *, by: str) -> None:
-    """From now on ``resource`` takes the place of the letter's; an earlier correction of it is replaced, the original
-    kept.
+def record(conn: Session, dead_letter_id: int, resource: bytes, *, by: str) -> None:
+    """Replace the resource of a dead letter by ``resource`` from now on.
+
+    An earlier correction is replaced; the original is kept.
     """
     cipher = cipher_of(conn)
     conn.execute(
-        "INSERT INTO ops.corrections"
-        " (fingerprint, resource_type, stage, partition_key, original, resource, key_id, corrected_by)"
-        " SELECT fingerprint, resource_type, stage, partition_key, resource, %(resource)s, %(key)s, %(by)s"
-        " FROM ops.dead_letters WHERE id = %(id)s"
-        " ON CONFLICT (fingerprint) DO UPDATE SET resource = excluded.resource, key_id = excluded.key_id,"
-        " corrected_by = excluded.corrected_by, corrected_at = now()",
-        {"id": letter_id, "resource": cipher.compress_and_encrypt(resource), "key": cipher.key_id, "by": by},
+        """
+        INSERT INTO ops.corrections
+            (fingerprint, resource_type, stage, partition_key, original, resource, key_id, corrected_by)
+        SELECT fingerprint, resource_type, stage, partition_key, resource, %(resource)s, %(key)s, %(by)s
+        FROM ops.dead_letters
+        WHERE id = %(id)s
+        ON CONFLICT (fingerprint) DO UPDATE SET
+            resource = excluded.resource,
+            key_id = excluded.key_id,
+            corrected_by = excluded.corrected_by,
+            corrected_at = now()
+        """,
+        {"id": dead_letter_id, "resource": cipher.compress_and_encrypt(resource), "key": cipher.key_id, "by": by},
     )
 
 
-def get(conn: Session, letter_id: int) -> Correction | None:
-    """The correction of a letter; None if it has none. Raises SealingError."""
+def get(conn: Session, dead_letter_id: int) -> Correction | None:
+    """Return the correction of a dead letter, None if it has none. Raises EncryptionError."""
     row = conn.execute(
-        "SELECT c.resource, c.corrected_by, c.corrected_at FROM ops.corrections c"
-        " JOIN ops.dead_letters d USING (fingerprint) WHERE d.id = %s",
-        [letter_id],
+        """
+        SELECT c.resource, c.corrected_by, c.corrected_at
+        FROM ops.corrections c
+        JOIN ops.dead_letters d USING (fingerprint)
+        WHERE d.id = %s
+        """,
+        [dead_letter_id],
     ).fetchone()
     return None if row is None else Correction(cipher_of(conn).decrypt_and_decompress(bytes(row[0])), row[1], row[2])
 
@@ -49,21 +62,25 @@ def get(conn: Session, letter_id: int) -> Correction | None:
 def read_by_fingerprint(
     conn: Session, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
 ) -> dict[str, dict[bytes, bytes]]:
-    """By partition key, what takes whose place. Raises SealingError."""
-    found: dict[str, dict[bytes, bytes]] = {}
+    """Return the corrected resources by partition key and fingerprint of the dead letter. Raises EncryptionError."""
+    resources: dict[str, dict[bytes, bytes]] = {}
     rows = conn.execute(
-        "SELECT partition_key, fingerprint, resource FROM ops.corrections"
-        " WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)",
+        """
+        SELECT partition_key, fingerprint, resource
+        FROM ops.corrections
+        WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)
+        """,
         [resource_type, list(stages), list(partition_keys)],
     )
     for key, fingerprint, resource in rows:
-        found.setdefault(key, {})[bytes(fingerprint)] = cipher_of(conn).decrypt_and_decompress(bytes(resource))
-    return found
+        resources.setdefault(key, {})[bytes(fingerprint)] = cipher_of(conn).decrypt_and_decompress(bytes(resource))
+    return resources
 
 
 class Corrections:
-    """The corrections of some partitions of one type in some stages. Their fingerprints are held, asked for when the
-    first resource is refused; the resources are read one by one.
+    """The corrections of some partitions of one type in some stages.
+
+    The fingerprints are read when the first resource fails and kept in memory; the resources are read one by one.
     """
 
     def __init__(self, connect: OpenSession, resource_type: str, stages: Sequence[str], keys: Sequence[str]) -> None:
@@ -73,16 +90,16 @@ class Corrections:
         self._cipher: Cipher | None = None
 
     def any_in(self, partition_key: str) -> bool:
-        """Whether there are any for a partition."""
+        """Return True if a partition has corrections."""
         return bool(self._fingerprints().get(partition_key))
 
-    def find(self, letter: DeadLetter) -> bytes | None:
-        """What takes the place of the letter's resource; None if nothing does. Raises SealingError."""
-        if not self.any_in(letter.partition_key):
+    def find(self, dead_letter: DeadLetter) -> bytes | None:
+        """Return the correction of a dead letter's resource, None if it has none. Raises EncryptionError."""
+        if not self.any_in(dead_letter.partition_key):
             return None
         assert self._cipher is not None
-        fingerprint = letter.fingerprint(self._cipher)
-        if fingerprint not in self._fingerprints()[letter.partition_key]:
+        fingerprint = dead_letter.fingerprint(self._cipher)
+        if fingerprint not in self._fingerprints()[dead_letter.partition_key]:
             return None
         with self._connect() as conn:
             row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
@@ -94,8 +111,11 @@ class Corrections:
             with self._connect() as conn:
                 self._cipher = cipher_of(conn)
                 rows = conn.execute(
-                    "SELECT partition_key, fingerprint FROM ops.corrections"
-                    " WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)",
+                    """
+                    SELECT partition_key, fingerprint
+                    FROM ops.corrections
+                    WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)
+                    """,
                     self._scope,
                 )
                 for key, fingerprint in rows:

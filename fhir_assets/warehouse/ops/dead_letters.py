@@ -1,4 +1,7 @@
-"""Dead letters: what could not go on, each with its reason and its bytes, to be listed, settled and replayed."""
+"""``ops.dead_letters``: resources that failed a step, each with the reason and its bytes as received.
+
+Here they are recorded, listed and counted. Replays are in ``replays``, corrections by hand in ``corrections``.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,16 +25,16 @@ Status = Literal["open", "replaying", "resolved", "discarded"]
 _CHUNK = 5000
 _STREAMED = 500
 _IS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
-"""What else stands in the place of an id may be anything, a patient's name too, and stays in the resource alone."""
+"""A valid FHIR id. Any other text in the element id may be patient data, and is stored with the resource only."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A resource (its bytes as received, whatever they are) that a stage refused.
+    """A resource, as the bytes received, that failed a stage.
 
-    ``path``, ``message`` and ``issues`` hold no patient data; ``rule`` and ``path`` are of the issue that leads.
-    ``origin`` says by what it was received, None if it was fetched from the configured source.
-    ``ruleset`` names the rules or views that refused it: others may not.
+    ``path``, ``message`` and ``issues`` contain no patient data; ``rule`` and ``path`` are those of the first error.
+    ``origin`` identifies the input (see ``received``), None if the resource was fetched from the configured source.
+    ``ruleset`` is the fingerprint of the rules or views under which it failed.
     """
 
     resource_type: str
@@ -47,7 +50,7 @@ class DeadLetter:
     ruleset: str = ""
 
     def fingerprint(self, cipher: Cipher) -> bytes:
-        """The same for the same content that fails in the same stage, type and partition; keyed by ``sealing``."""
+        """Return the keyed hash of stage, type, partition and content, by which a repeated failure is recognized."""
         content = self.resource
         if content is None:
             content = "\0".join((self.resource_id or "", self.rule, self.path, self.message)).encode(*_UTF8)
@@ -58,42 +61,58 @@ class DeadLetter:
 _UTF8 = ("utf-8", "backslashreplace")
 
 
-def record(conn: Session, run_id: str, letters: Iterable[DeadLetter]) -> None:
-    """Keep the letters. One that is known already has failed once more (``attempts``), and is open again unless it
-    was discarded; ``occurrences`` is how often its content came in this run.
+def record(conn: Session, run_id: str, failures: Iterable[DeadLetter]) -> None:
+    """Record dead letters of a run.
+
+    A known dead letter counts one more attempt and is open again unless it was discarded; ``occurrences`` counts how
+    often the run received its content.
     """
-    rest = iter(letters)
+    rest = iter(failures)
     while chunk := list(islice(rest, _CHUNK)):
         _record(conn, run_id, chunk)
 
 
-def record_now(connect: OpenSession, run_id: str, letters: Sequence[DeadLetter]) -> None:
-    """As ``record``, committed at once on a connection of its own, whatever becomes of the caller's work."""
+def record_now(connect: OpenSession, run_id: str, failures: Sequence[DeadLetter]) -> None:
+    """Record dead letters on a connection of its own and commit, also if the caller's transaction is rolled back."""
     with connect() as conn, conn.transaction():
-        record(conn, run_id, letters)
+        record(conn, run_id, failures)
 
 
 def resolve_not_repeated(
     conn: Connection, run_id: str, resource_type: str, stage: str, partition_keys: Sequence[str]
 ) -> int:
-    """Letters of partitions that this run passed through whole and that did not fail again are resolved. Returns
-    how many.
+    """Resolve the dead letters of a stage that did not fail again in a run that processed the partitions completely.
 
-    Reading the source again says nothing about what was received by another door: its letters of stage ``fetch`` stay.
+    Returns their number. Dead letters of stage ``fetch`` that came through another channel than the source are left:
+    fetching the source again does not repeat their input.
     """
     return conn.execute(
-        "UPDATE ops.dead_letters d SET status = 'resolved', resolved_at = now(), resolved_run_id = %(run)s,"
-        " resolution = CASE WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint)"
-        " THEN 'corrected' ELSE 'did not fail again' END, claimed_by = NULL, replay_requested_at = NULL"
-        " WHERE resource_type = %(type)s AND stage = %(stage)s AND partition_key = ANY(%(keys)s)"
-        " AND status IN ('open', 'replaying') AND run_id <> %(run)s AND (stage <> 'fetch' OR origin IS NULL)",
+        """
+        UPDATE ops.dead_letters d
+        SET
+            status = 'resolved',
+            resolved_at = now(),
+            resolved_run_id = %(run)s,
+            resolution = CASE
+                WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint) THEN 'corrected'
+                ELSE 'did not fail again'
+            END,
+            claimed_by = NULL,
+            replay_requested_at = NULL
+        WHERE resource_type = %(type)s
+            AND stage = %(stage)s
+            AND partition_key = ANY(%(keys)s)
+            AND status IN ('open', 'replaying')
+            AND run_id <> %(run)s
+            AND (stage <> 'fetch' OR origin IS NULL)
+        """,
         {"run": run_id, "type": resource_type, "stage": stage, "keys": list(partition_keys)},
     ).rowcount
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDeadLetter:
-    """A letter as it is listed: all but the resource."""
+    """A row of ``ops.dead_letters`` without the resource."""
 
     id: int
     resource_type: str
@@ -117,8 +136,10 @@ class StoredDeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which letters: every field that is given must match. ``run_id`` is the run in which they failed first or last;
-    ``since`` and ``until`` bound the last failure.
+    """A filter of dead letters: every field that is not None must match.
+
+    ``run_id`` is the run in which they failed first or last; ``since`` (inclusive) and ``until`` (exclusive) bound the
+    time of the last failure.
     """
 
     ids: Sequence[int] | None = None
@@ -132,7 +153,7 @@ class Selection:
     until: datetime | None = None
 
     def where(self) -> tuple[sql.Composed, dict[str, object]]:
-        """The condition, and its parameters."""
+        """Return the SQL condition and its parameters."""
         equal = {name: getattr(self, name) for name in ("resource_type", "stage", "rule", "status")}
         params: dict[str, object] = {name: value for name, value in equal.items() if value is not None}
         terms: list[sql.Composable] = [
@@ -159,17 +180,20 @@ class Selection:
 def find(
     conn: Connection, selection: Selection, *, before: int | None = None, limit: int = 100
 ) -> list[StoredDeadLetter]:
-    """The letters of a selection, those that failed last first; ``before`` is the last id of the page before."""
+    """Return a page of a selection, ordered by last failure, newest first.
+
+    ``before`` is the last id of the previous page.
+    """
     if selection.run_id is not None:
-        # Of two indexes one page each: an OR would have Postgres sort all letters of the run.
-        either = replace(selection, run_id=None).where()[0]
-        places = [
-            sql.SQL("{} = %(run_id)s AND {}").format(sql.Identifier(name), either)
+        # One page from each of two indexes: with OR, Postgres would sort all dead letters of the run.
+        other_terms = replace(selection, run_id=None).where()[0]
+        conditions = [
+            sql.SQL("{} = %(run_id)s AND {}").format(sql.Identifier(name), other_terms)
             for name in ("run_id", "first_run_id")
         ]
     else:
-        places = [selection.where()[0]]
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
+        conditions = [selection.where()[0]]
+    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(StoredDeadLetter)])
     page = sql.SQL(
         "AND (last_failure, id) < (SELECT last_failure, id FROM ops.dead_letters WHERE id = %(before)s)"
         if before is not None
@@ -178,34 +202,37 @@ def find(
     order = sql.SQL("ORDER BY last_failure DESC, id DESC LIMIT %(limit)s")
     parts = [
         sql.SQL("(SELECT {} FROM ops.dead_letters WHERE {} {} {})").format(columns, where, page, order)
-        for where in places
+        for where in conditions
     ]
-    query = sql.SQL("SELECT * FROM ({}) found {}").format(sql.SQL(" UNION ").join(parts), order)
+    query = sql.SQL("SELECT * FROM ({}) AS pages {}").format(sql.SQL(" UNION ").join(parts), order)
     params = {**selection.where()[1], "before": before, "limit": limit}
     with conn.cursor(row_factory=class_row(StoredDeadLetter)) as cursor:
         return cursor.execute(query, params).fetchall()
 
 
-def get(conn: Connection, letter_id: int) -> tuple[StoredDeadLetter, list[dict[str, str]]] | None:
-    """A letter with all of its issues; None for an unknown id."""
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
+def get(conn: Connection, dead_letter_id: int) -> tuple[StoredDeadLetter, list[dict[str, str]]] | None:
+    """Return a dead letter and all of its issues, None for an unknown id."""
+    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(StoredDeadLetter)])
     query = sql.SQL("SELECT {}, issues FROM ops.dead_letters WHERE id = %s").format(columns)
-    row = conn.execute(query, [letter_id]).fetchone()
+    row = conn.execute(query, [dead_letter_id]).fetchone()
     return None if row is None else (StoredDeadLetter(*row[:-1]), row[-1])
 
 
-def read_resource(conn: Session, letter_id: int) -> bytes | None:
-    """The bytes of a letter's resource; None if it has none. Raises KeyError for an unknown id, SealingError."""
-    row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [letter_id]).fetchone()
+def read_resource(conn: Session, dead_letter_id: int) -> bytes | None:
+    """Return the resource of a dead letter as received, None if it has none.
+
+    Raises KeyError for an unknown id, EncryptionError.
+    """
+    row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [dead_letter_id]).fetchone()
     if row is None:
-        raise KeyError(letter_id)
+        raise KeyError(dead_letter_id)
     return None if row[0] is None else cipher_of(conn).decrypt_and_decompress(bytes(row[0]))
 
 
 def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLetter, bytes | None]]:
-    """The letters of a selection with their resources, the oldest first, streamed. Raises SealingError."""
+    """Yield the dead letters of a selection with their resources, in the order of ids. Raises EncryptionError."""
     where, params = selection.where()
-    columns = sql.SQL(", ").join([sql.Identifier(each.name) for each in fields(StoredDeadLetter)])
+    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(StoredDeadLetter)])
     query = sql.SQL("SELECT {}, resource FROM ops.dead_letters WHERE {} ORDER BY id").format(columns, where)
     cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="dead_letters") as cursor:
@@ -218,50 +245,58 @@ def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLett
 
 
 def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
-    """How many letters there are by stage, rule and path, the most first: ``occurrences`` counts equal lines."""
+    """Return the numbers of dead letters (key ``letters``) and of their occurrences by stage, rule and path.
+
+    The most frequent come first; ``occurrences`` counts equal resources of a run separately.
+    """
     where, params = selection.where()
     rows = conn.execute(
         sql.SQL(
-            "SELECT stage, rule, path, count(*), sum(occurrences)::bigint FROM ops.dead_letters"
-            " WHERE {} GROUP BY 1, 2, 3 ORDER BY 5 DESC, 1, 2, 3"
+            """
+            SELECT stage, rule, path, count(*), sum(occurrences)::bigint
+            FROM ops.dead_letters
+            WHERE {}
+            GROUP BY 1, 2, 3
+            ORDER BY 5 DESC, 1, 2, 3
+            """
         ).format(where),
         params,
     )
     return [
-        {"stage": stage, "rule": rule, "path": path, "letters": letters, "occurrences": occurrences}
-        for stage, rule, path, letters, occurrences in rows
+        {"stage": stage, "rule": rule, "path": path, "letters": count, "occurrences": occurrences}
+        for stage, rule, path, count, occurrences in rows
     ]
 
 
-def _record(conn: Session, run_id: str, letters: Sequence[DeadLetter]) -> None:
+def _record(conn: Session, run_id: str, failures: Sequence[DeadLetter]) -> None:
     cipher = cipher_of(conn)
     unique: dict[bytes, list[Any]] = {}
-    for letter in letters:
-        fingerprint = letter.fingerprint(cipher)
+    for dead_letter in failures:
+        fingerprint = dead_letter.fingerprint(cipher)
         if fingerprint in unique:
             unique[fingerprint][-1] += 1
             continue
         unique[fingerprint] = [
             fingerprint,
-            _storable(letter.resource_type),
-            letter.resource_id if letter.resource_id and _IS_ID(letter.resource_id) else None,
-            letter.stage,
-            _storable(letter.rule),
-            _storable(letter.path),
-            _storable(letter.message),
-            Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in letter.issues]),
-            None if letter.resource is None else cipher.compress_and_encrypt(letter.resource),
-            _storable(letter.partition_key),
-            letter.origin,
-            _last_updated(letter.resource),
-            letter.ruleset,
+            _storable(dead_letter.resource_type),
+            dead_letter.resource_id if dead_letter.resource_id and _IS_ID(dead_letter.resource_id) else None,
+            dead_letter.stage,
+            _storable(dead_letter.rule),
+            _storable(dead_letter.path),
+            _storable(dead_letter.message),
+            Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in dead_letter.issues]),
+            None if dead_letter.resource is None else cipher.compress_and_encrypt(dead_letter.resource),
+            _storable(dead_letter.partition_key),
+            dead_letter.origin,
+            _last_updated(dead_letter.resource),
+            dead_letter.ruleset,
             1,
         ]
     with conn.transaction() if conn.autocommit else nullcontext(), conn.cursor() as cursor:
         cursor.execute(_STAGE)
         with cursor.copy("COPY pg_temp.stage_dead_letters FROM STDIN (FORMAT binary)") as copy:
             copy.set_types(_STAGE_TYPES)
-            # In one order everywhere, so that two runs do not wait for each other crosswise.
+            # Every run inserts in the same order, so that two runs cannot deadlock.
             for fingerprint in sorted(unique):
                 copy.write_row(unique[fingerprint])
         cursor.execute(_UPSERT, [run_id, run_id, cipher.key_id])
@@ -303,7 +338,7 @@ _UPSERT = sql.SQL("""
         claimed_by = NULL,
         replay_requested_at = NULL
 """).format(
-    # What was corrected at the door has come in corrected: that it is refused again when its window is read is known.
+    # A corrected dead letter of stage fetch fails again whenever its window is fetched, and stays resolved.
     stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'")
 )
 
@@ -319,7 +354,7 @@ def _last_updated(resource: bytes | None) -> datetime | None:
 
 
 def _storable(text: str) -> str:
-    """Text without what Postgres does not store: NUL, and halves of surrogate pairs."""
+    """Replace characters that Postgres cannot store: NUL, and halves of surrogate pairs."""
     if text.isascii() and "\0" not in text:
         return text
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(*_UTF8).decode()
