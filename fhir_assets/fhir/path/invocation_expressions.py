@@ -11,7 +11,7 @@ from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.expressions import Constant, EmitBody, Expression, Focus, IndexVariable, Navigation, Types
 
 Template = str | Callable[..., object]
-"""How a function is emitted: a Python function to call, or Python text with ``{0}``, ``{1}`` for its operands."""
+"""The emitted form of a function: a Python function to call, or Python text with ``{0}``, ``{1}`` for its operands."""
 
 
 def apply_template(out: Emitter, function: Template, values: Sequence[str]) -> str:

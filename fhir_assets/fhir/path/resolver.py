@@ -59,10 +59,8 @@ def resolve(tree: syntax.Syntax, scope: Scope) -> Expression:
     match tree:
         case syntax.Literal():
             return _literal(tree)
-        case syntax.Member(base=None, name=name) if _is_root_name(name, scope):
-            return scope.this
-        case syntax.Member(base=base, name=name):
-            return navigate(scope.this if base is None else resolve(base, scope), name)
+        case syntax.Member():
+            return _member(tree, scope)
         case syntax.Call():
             return _call(tree, scope)
         case syntax.Special(name="$this"):
@@ -87,6 +85,12 @@ def resolve(tree: syntax.Syntax, scope: Scope) -> Expression:
         case syntax.Operation(operator=operator, left=left, right=right):
             return _operation(operator, resolve(left, scope), resolve(right, scope))
     raise NotCompiled(type(tree).__name__)
+
+
+def _member(tree: syntax.Member, scope: Scope) -> Expression:
+    if tree.base is not None:
+        return navigate(resolve(tree.base, scope), tree.name)
+    return scope.this if _is_root_name(tree.name, scope) else navigate(scope.this, tree.name)
 
 
 def _signed(operator: str, operand: Expression) -> Expression:

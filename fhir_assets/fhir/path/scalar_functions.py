@@ -1,6 +1,6 @@
 """Functions of single values: strings, conversion and arithmetic (FHIRPath sections 5.5 to 5.7, 6.6).
 
-None stands for the empty collection.
+None represents the empty collection.
 """
 
 import base64

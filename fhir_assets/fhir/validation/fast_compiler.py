@@ -259,7 +259,7 @@ class CheckWriter:
             yield f"{known}not new_{kind}(v)"
 
     def _invariant_condition(self, rule: Invariant) -> str:
-        """Return the Python condition on ``o`` under which the invariant surely holds."""
+        """Return a Python condition on ``o`` that implies the invariant."""
         if rule.key in invariants.SUBSUMED or rule.key in invariants.NOT_EVALUATED:
             return "True"
         condition = SUFFICIENT_CONDITIONS.get(rule.key, "False")

@@ -44,7 +44,7 @@ def is_code(value: str) -> bool:
 
 
 def is_id(value: str) -> bool:
-    """Return True for an id: 1 to 64 letters, digits, ``-`` and ``.``."""
+    """Return True for an id: 1 to 64 characters of ``A-Z``, ``a-z``, ``0-9``, ``-`` and ``.``."""
     return _ID(value) is not None
 
 
@@ -101,7 +101,7 @@ TEXT: dict[str, tuple[Check, str]] = {
     "code": (is_code, "a code: not empty, no white space but single blanks inside"),
     "date": (is_date, "a date that exists: YYYY, YYYY-MM or YYYY-MM-DD"),
     "dateTime": (is_date_time, "a date that exists, with or without a time; a time has seconds and a zone"),
-    "id": (is_id, "an id: 1 to 64 letters, digits, '-' and '.'"),
+    "id": (is_id, "an id: 1 to 64 characters of A-Z, a-z, 0-9, '-' and '.'"),
     "instant": (is_instant, "an instant: YYYY-MM-DDThh:mm:ss with a zone"),
     "markdown": (is_string, "text, not empty, without control characters, at most 1 MiB"),
     "oid": (is_oid, "an OID as urn:oid:…"),

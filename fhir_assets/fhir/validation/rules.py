@@ -17,7 +17,7 @@ PRIMITIVES = frozenset(
         "markdown", "oid", "positiveInt", "string", "time", "unsignedInt", "uri", "url", "uuid", "xhtml", "Element.id",
     }
 )  # fmt: skip
-"""The primitive types; ``Element.id`` stands for the id attribute of elements (a string without white space)."""
+"""The primitive types. ``Element.id`` is the type of the attribute ``id`` of elements, a string without white space."""
 
 
 ALSO_TARGETS: dict[str, frozenset[str]] = {

@@ -21,6 +21,7 @@ from fhir_assets.fhir.views.fingerprint import compute_fingerprint
 from fhir_assets.fhir.views.plan import Column, FilledColumn, Iteration, Plan, RepeatPaths, Select
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_NAME_RULE = "must consist of A-Z, a-z, 0-9 and _ and not begin with a digit or _"
 _UNTYPED = "string"
 
 
@@ -122,7 +123,7 @@ class _Reader:
             raise self.fail("resource", f'R4 has no resource "{self.resource}"{suggest_name(self.resource, resources)}')
         name = definition.get("name") or (self.path.stem if self.path else snake_case(self.resource))
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise self.fail("name", "must be letters, digits and underscores, and begin with a letter")
+            raise self.fail("name", _NAME_RULE)
         self.read_constants()
         focus: Types = frozenset({self.resource})
         selects = self.selects(definition, "select", "", focus)
@@ -179,7 +180,7 @@ class _Reader:
             name = self.read_text(node, "name", location)
             values = [key for key in node if key.startswith("value")]
             if not _NAME.fullmatch(name) or len(values) != 1:
-                raise self.fail(location, "must have a name of letters, digits and underscores, and one value[x]")
+                raise self.fail(location, f"must have one value[x] and a name, which {_NAME_RULE}")
             type_ = values[0].removeprefix("value")
             type_ = type_[:1].lower() + type_[1:]
             if not r4().is_primitive(type_) or isinstance(node[values[0]], dict | list | None):
@@ -276,9 +277,7 @@ class _Reader:
     def column(self, node: dict[str, Any], location: str, focus: Types) -> FilledColumn:
         name = self.read_text(node, "name", location)
         if not _NAME.fullmatch(name):
-            raise self.fail(
-                f"{location}.name", f'"{name}" must be letters, digits and underscores, and begin with a letter'
-            )
+            raise self.fail(f"{location}.name", f'"{name}" {_NAME_RULE}')
         expression = self.expression(self.read_text(node, "path", location), f"{location}.path", focus)
         collection = node.get("collection", False)
         if not isinstance(collection, bool):
