@@ -1,18 +1,23 @@
-"""The resource types the project loads, in load order. The only list of types in the code."""
+"""The catalog: the FHIR resource types that the project loads, in load order. No other module lists them."""
 
 import re
 from dataclasses import dataclass
 
 
 def snake_case(name: str) -> str:
-    """``MedicationRequest`` -> ``medication_request``: the form of asset keys and table names."""
+    """Return a name in snake case, as in asset keys and table names:
+
+    ``MedicationRequest`` -> ``medication_request``.
+    """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceType:
-    """A FHIR resource type: ``patient`` names the elements whose references put a resource into a patient's
-    compartment (https://hl7.org/fhir/R4/compartmentdefinition-patient.html); ``group`` is the Dagster group.
+    """A FHIR resource type.
+
+    ``group`` is the group of its assets in Dagster. ``patient`` names the elements whose references put a resource into
+    the compartment of a patient (https://hl7.org/fhir/R4/compartmentdefinition-patient.html).
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""One log format for all processes: a line of JSON a record on stderr, level from LOG_LEVEL.
+"""The log format of all processes: one line of JSON for each record, on stderr, from the level LOG_LEVEL on.
 
-``{"time", "level", "service", "logger", "message", …}`` with the facts given as ``extra``: run, window, txid, counts.
-Patient data must not get in, and mostly cannot: facts are numbers, booleans and short words, and of an error only
-the project's own message is written, of any other just its type and where it was raised: a driver's message may
-quote a row. Of what libraries log the words are written, without what they fill in.
+A line has ``time``, ``level``, ``service``, ``logger``, ``message`` and the facts given as ``extra``, for example run,
+window and counts. Logs contain no patient data. Facts are numbers, booleans and short words. An error of the project is
+logged with its message, any other error with its type and location alone, because the message of a driver may quote a
+row. Messages of libraries are logged as templates, without their arguments.
 """
 
 import logging
@@ -23,20 +23,20 @@ _FRAMES = 5
 
 
 class JsonFormatter(logging.Formatter):
-    """Records as lines of JSON. ``service`` names the process's part: connector, api, dagster."""
+    """Formats records as lines of JSON. ``service`` is the component of the process: connector, api, dagster."""
 
     def __init__(self, service: str = "fhir_assets") -> None:
         super().__init__()
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the line of a record, without a line feed."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "service": self._service,
             "logger": record.name,
-            # What a library fills in may be a URL with somebody's number: of it only the words.
+            # The arguments of a library may contain patient data, for example a URL with an identifier.
             "message": record.getMessage() if _is_ours(record.name or "") else str(record.msg),
         }
         for name, value in record.__dict__.items():
@@ -48,9 +48,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None, libraries: bool = True) -> None:
-    """Make this process log as all others do; what libraries log, from warnings on, in the same lines.
+    """Configure logging: the project's records from ``level`` on, records of libraries from WARNING on.
 
-    Without ``libraries`` these log as they did: Dagster's processes have formats of their own (``--log-format json``).
+    Without ``libraries`` the logging of libraries stays as it is, because Dagster's processes have formats of their own
+    (``--log-format json``).
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(service))
@@ -65,14 +66,13 @@ def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None
 
 
 def described(error: BaseException) -> dict[str, object]:
-    """An error's type, its message if it is one of ours, and the places it came through, the innermost last."""
-    found: dict[str, object] = {"type": f"{type(error).__module__}.{type(error).__qualname__}"}
+    """Return an error's type, its message if it is an error of the project, and its last frames, innermost last."""
+    description: dict[str, object] = {"type": f"{type(error).__module__}.{type(error).__qualname__}"}
     if isinstance(error, FhirAssetsError):
-        found["message"] = str(error)
-    found["at"] = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in extract_tb(error.__traceback__)][
-        -_FRAMES:
-    ]
-    return found
+        description["message"] = str(error)
+    frames = extract_tb(error.__traceback__)[-_FRAMES:]
+    description["at"] = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames]
+    return description
 
 
 def _is_ours(logger: str) -> bool:

@@ -1,4 +1,4 @@
-"""Windows of ``meta.lastUpdated``: half-open intervals in UTC, named as Dagster names the partitions."""
+"""Windows of ``meta.lastUpdated``: half-open intervals in UTC, with the keys of Dagster's time-window partitions."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -16,11 +16,11 @@ class Granularity(StrEnum):
 
     @property
     def key_format(self) -> str:
-        """The partition key of a window, as Dagster's hourly, daily and monthly partitions write it."""
+        """The strftime format of partition keys, the same as in Dagster's hourly, daily and monthly partitions."""
         return "%Y-%m-%d-%H:%M" if self is Granularity.HOURLY else "%Y-%m-%d"
 
     def floor(self, moment: datetime) -> datetime:
-        """The start of the window that holds ``moment``."""
+        """Return the start of the window that contains ``moment``."""
         moment = moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
         if self is Granularity.HOURLY:
             return moment
@@ -28,7 +28,7 @@ class Granularity(StrEnum):
         return moment if self is Granularity.DAILY else moment.replace(day=1)
 
     def next(self, start: datetime) -> datetime:
-        """The start of the window after the one that starts at ``start``."""
+        """Return the start of the window after the one that starts at ``start``."""
         if self is Granularity.HOURLY:
             return start + timedelta(hours=1)
         if self is Granularity.DAILY:
@@ -38,7 +38,7 @@ class Granularity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A half-open stretch of time, UTC. ``start`` is None where nothing bounds it below."""
+    """A half-open interval of time in UTC. Without ``start`` it has no lower bound."""
 
     start: datetime | None
     end: datetime
@@ -48,27 +48,29 @@ class Interval:
 
 
 def joined(intervals: Iterable[Interval]) -> list[Interval]:
-    """Intervals in the order of their starts, those as one that follow one another without a gap."""
+    """Merge intervals that touch or overlap. They must be, and are returned, in the order of their starts."""
     spans: list[Interval] = []
-    for each in intervals:
-        if spans and (each.start is None or each.start <= spans[-1].end):
-            spans[-1] = Interval(spans[-1].start, max(spans[-1].end, each.end))
+    for interval in intervals:
+        if spans and (interval.start is None or interval.start <= spans[-1].end):
+            spans[-1] = Interval(spans[-1].start, max(spans[-1].end, interval.end))
         else:
-            spans.append(each)
+            spans.append(interval)
     return spans
 
 
 @dataclass(frozen=True, slots=True)
 class Window(Interval):
-    """One partition: its key and its interval."""
+    """The window of one partition: its key and its interval."""
 
     key: str
 
 
 @dataclass(frozen=True, slots=True)
 class WindowScheme:
-    """All windows there are: consecutive, from ``start`` on. With ``open_start`` the first window also takes all
-    that is older, so that a server's history is never cut off unseen. One run takes ``per_run`` of them at most.
+    """The consecutive windows of a deployment, from ``start`` on.
+
+    With ``open_start`` the first window has no lower bound, so that it contains all older resources. A run loads at
+    most ``per_run`` windows.
     """
 
     granularity: Granularity
@@ -77,22 +79,22 @@ class WindowScheme:
     per_run: int = 100
 
     def window_at(self, moment: datetime) -> Window:
-        """The window that holds ``moment``; the first one for anything older."""
+        """Return the window that contains ``moment``, or the first window for an older moment."""
         start = max(self.granularity.floor(moment), self.start)
         return self._window(start)
 
     def window(self, key: str) -> Window:
-        """The window of a partition key. Raises ValueError if the key is not one."""
+        """Return the window of a partition key. Raises ValueError if the key is malformed."""
         start = datetime.strptime(key, self.granularity.key_format).replace(tzinfo=UTC)
         return self._window(start)
 
     def before(self, window: Window) -> Window:
-        """The window before one that is not the first."""
+        """Return the window before ``window``, which must not be the first."""
         assert window.start is not None
         return self._window(self.granularity.floor(window.start - timedelta(microseconds=1)))
 
     def between(self, first: datetime, last: datetime) -> Iterator[Window]:
-        """Every window from the one that holds ``first`` to the one that holds ``last``."""
+        """Yield the windows from the one that contains ``first`` to the one that contains ``last``."""
         window = self.window_at(first)
         yield window
         while window.end <= last:
@@ -109,21 +111,21 @@ class WindowScheme:
 
 
 class WindowRange:
-    """Consecutive windows that are worked on together, in one pass. Never empty."""
+    """One or more consecutive windows that are processed in one pass."""
 
     def __init__(self, windows: list[Window], *, from_first: bool = False) -> None:
-        """``from_first``: the range begins with the first window there is."""
+        """``from_first`` is whether the range begins with the first window of the scheme."""
         self.windows = windows
         self.from_first = from_first
         self.interval = Interval(windows[0].start, windows[-1].end)
         self._ends = [window.end for window in windows]
 
-    def place(self, moment: datetime) -> Window | None:
-        """The window that holds ``moment``, None if it lies outside of the range."""
+    def find(self, moment: datetime) -> Window | None:
+        """Return the window that contains ``moment``, or None if it is outside of the range."""
         if moment not in self.interval:
             return None
         return self.windows[bisect_right(self._ends, moment)]
 
     def nearest(self, moment: datetime) -> Window:
-        """The window that holds ``moment``, or else the nearer end of the range."""
+        """Return the window that contains ``moment``, or the window at the nearer end of the range."""
         return self.windows[min(bisect_right(self._ends, moment), len(self.windows) - 1)]

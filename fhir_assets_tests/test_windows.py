@@ -34,7 +34,7 @@ def test_every_moment_lies_in_exactly_the_window_it_is_given(moment: datetime, g
 def test_a_range_places_a_moment_as_the_scheme_does(first: datetime, days: int, moment: datetime) -> None:
     windows = WindowRange(list(scheme().between(first, first + timedelta(days=days))))
     expected = scheme().window_at(moment)
-    placed = windows.place(moment)
+    placed = windows.find(moment)
     assert placed == (expected if expected in windows.windows else None)
     assert windows.nearest(moment) in windows.windows
 
@@ -45,7 +45,7 @@ def test_with_an_open_start_the_first_window_takes_all_that_is_older() -> None:
     first = ours.window_at(old)
     assert first.key == "2024-01-01"
     assert old in first
-    assert WindowRange([first]).place(old) == first
+    assert WindowRange([first]).find(old) == first
     assert ours.window("2024-01-02").start == datetime(2024, 1, 2, tzinfo=UTC)
 
 

@@ -1,4 +1,4 @@
-"""Who we are to a FHIR server: FHIR_AUTH_* at FHIR_BASE_URL, FHIR_DELIVERY_* at FHIR_DELIVERY_URL."""
+"""Credentials at FHIR servers: FHIR_AUTH_* at FHIR_BASE_URL, FHIR_DELIVERY_* at FHIR_DELIVERY_URL."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -14,19 +14,19 @@ from fhir_assets.settings import Settings
 
 
 class Account(StrEnum):
-    """The settings of one account begin with this word."""
+    """An account at a FHIR server. The value is the prefix of its settings."""
 
     SOURCE = "fhir_auth"
     DELIVERY = "fhir_delivery"
 
     @property
     def labels(self) -> ServerLabels:
-        """The settings that messages about the account's server name."""
+        """The names of the settings that error messages about the server of the account contain."""
         return SOURCE_LABELS if self is Account.SOURCE else DELIVERY_LABELS
 
 
 class Scope(StrEnum):
-    """What a token is asked for where the settings do not say."""
+    """The scope that a token is requested for unless the settings name one."""
 
     READ = "system/*.read"
     WRITE = "system/*.read system/*.write"
@@ -35,8 +35,10 @@ class Scope(StrEnum):
 def build_account_credentials(
     settings: Settings, url: str, *, account: Account = Account.SOURCE, scope: Scope = Scope.READ
 ) -> Credentials:
-    """What the settings of an account show the server at ``url``: Basic, a fixed token, or tokens of SMART Backend
-    Services. Raises ConfigurationError.
+    """Return the credentials of an account at the server at ``url``.
+
+    These are Basic authentication, a fixed bearer token, or tokens of SMART Backend Services
+    (https://hl7.org/fhir/smart-app-launch/backend-services.html). Raises ConfigurationError.
     """
 
     def text(name: str) -> str | None:
@@ -46,10 +48,12 @@ def build_account_credentials(
     client_id = text("client_id")
     if not client_id:
         return build_credentials(text("username"), text("password"), text("token"), labels=account.labels)
-    key, secret = text("private_key") or _content(settings, account), text("client_secret")
-    word = account.upper()
+    key, secret = text("private_key") or _read_key_file(settings, account), text("client_secret")
+    prefix = account.upper()
     if (key is None) == (secret is None):
-        raise ConfigurationError(f"{word}_CLIENT_ID needs either {word}_PRIVATE_KEY (or _FILE) or {word}_CLIENT_SECRET")
+        raise ConfigurationError(
+            f"{prefix}_CLIENT_ID needs either {prefix}_PRIVATE_KEY (or _FILE) or {prefix}_CLIENT_SECRET"
+        )
     return BackendServices(
         url,
         client_id,
@@ -61,12 +65,12 @@ def build_account_credentials(
     )
 
 
-def _content(settings: Settings, account: Account) -> str | None:
+def _read_key_file(settings: Settings, account: Account) -> str | None:
     path: Path | None = getattr(settings, f"{account}_private_key_file")
     if path is None:
         return None
     try:
         return path.expanduser().read_text("ascii")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigurationError(f"{account.upper()}_PRIVATE_KEY_FILE cannot be read: {why}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise ConfigurationError(f"{account.upper()}_PRIVATE_KEY_FILE cannot be read: {reason}") from None

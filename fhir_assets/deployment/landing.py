@@ -1,4 +1,4 @@
-"""The doors of a deployment beside its source, as its settings describe them."""
+"""The landing zone of a deployment, and the receiver of resources that do not come from its source."""
 
 from functools import partial
 
@@ -13,16 +13,16 @@ from fhir_assets.storage.landing_zone import EncryptedZone, Zone, open_zone
 
 
 def build_receiver(settings: Settings, warehouse: Warehouse) -> Receiver:
-    """What receives resources into the deployment's store."""
+    """Return the receiver that writes resources to ``raw`` in the store of the deployment."""
     return Receiver(build_store(settings), warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
 
 
 def build_landing_zone(settings: Settings) -> Zone:
-    """The zone at FHIR_LANDING_URL. Raises ConfigurationError if it is unset; calls nothing yet."""
+    """Return the zone at FHIR_LANDING_URL; nothing is read. Raises ConfigurationError if it is unset."""
     if not settings.fhir_landing_url:
         raise ConfigurationError(
-            "FHIR_LANDING_URL is not set: give a folder or s3://bucket/prefix where files land, in the environment or "
-            "in .env"
+            "FHIR_LANDING_URL is not set: set it to a folder or s3://bucket/prefix that files are put into, in the "
+            "environment or in .env"
         )
     return EncryptedZone(
         open_zone(settings.fhir_landing_url, bucket=partial(build_bucket, settings)), build_store_cipher(settings)
@@ -30,7 +30,7 @@ def build_landing_zone(settings: Settings) -> Zone:
 
 
 def build_landing_step(settings: Settings, warehouse: Warehouse) -> LandingStep:
-    """The landing zone of the deployment. Raises ConfigurationError."""
+    """Return the step that receives files of the landing zone. Raises ConfigurationError."""
     return LandingStep(
         build_landing_zone(settings),
         build_receiver(settings, warehouse),

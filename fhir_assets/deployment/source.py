@@ -1,4 +1,4 @@
-"""The source of a deployment, as FHIR_SOURCE names it."""
+"""The source of a deployment, which FHIR_SOURCE names, and the client of its FHIR server."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -52,15 +52,16 @@ def open_source(
 
 
 def open_history(settings: Settings, warehouse: Warehouse) -> DeletionHistory | None:
-    """Where the source's deletions are read; None if FHIR_DELETES is off, or the source is no server."""
+    """Return the reader of the source's deletions, or None if FHIR_DELETES is off or the source is not a server."""
     if settings.fhir_deletes == "off" or settings.fhir_source is SourceKind.NDJSON:
         return None
     return DeletionHistory(open_client(settings, warehouse), page_size=settings.fhir_page_size)
 
 
 def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
-    """A client of the FHIR server at FHIR_BASE_URL, which is called FHIR_MAX_CONNECTIONS times at once at most, by all
-    processes that share the warehouse. Raises ConfigurationError; calls nothing yet.
+    """Return a client of the FHIR server at FHIR_BASE_URL; no request is sent. Raises ConfigurationError.
+
+    All processes that share the warehouse make at most FHIR_MAX_CONNECTIONS calls at the same time.
     """
     return FhirClient(
         settings.require_source(),

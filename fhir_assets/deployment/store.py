@@ -1,4 +1,4 @@
-"""The store of a deployment, and the buckets that its settings name."""
+"""The store of a deployment, and other folders and buckets that its settings name."""
 
 from functools import partial
 
@@ -12,17 +12,17 @@ _ATTEMPTS = 8
 
 
 def build_store(settings: Settings) -> Store:
-    """The store at FHIR_STORE_URL. Raises ConfigurationError; calls nothing yet."""
+    """Return the store at FHIR_STORE_URL; nothing is read or written. Raises ConfigurationError."""
     return open_store(settings.store_url, build_store_cipher(settings), bucket=partial(build_bucket, settings))
 
 
 def build_blobs(settings: Settings, url: str) -> Blobs:
-    """A folder, or ``s3://bucket/prefix``, for files that are not partitions. Raises ConfigurationError."""
+    """Return the files at ``url``, a folder or ``s3://bucket/prefix``. Raises ConfigurationError."""
     return open_blobs(url, bucket=partial(build_bucket, settings))
 
 
 def build_bucket(settings: Settings, url: str) -> Bucket:
-    """The bucket at ``s3://bucket/prefix``; credentials, region and endpoint come from the AWS variables."""
+    """Return the bucket at ``s3://bucket/prefix``. Credentials, region and endpoint come from the AWS variables."""
     encryption = {
         "ServerSideEncryption": settings.fhir_s3_encryption,
         "SSEKMSKeyId": settings.fhir_s3_kms_key_id,
@@ -31,7 +31,7 @@ def build_bucket(settings: Settings, url: str) -> Bucket:
 
 
 def _client() -> S3Client:
-    # Only here: it brings boto3, which takes longer to import than all of ours.
+    # Imported late: boto3 takes longer to import than the whole project.
     from dagster_aws.s3 import S3Resource
 
     return S3Resource(max_attempts=_ATTEMPTS).get_client()

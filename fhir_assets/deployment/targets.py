@@ -1,4 +1,4 @@
-"""The FHIR servers that are written to."""
+"""Clients of the FHIR servers that the deployment writes to."""
 
 from threading import Event
 
@@ -10,14 +10,19 @@ from fhir_assets.settings import Settings
 
 
 def build_upload_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
-    """A client of the server at FHIR_BASE_URL, as the target of `fhir-assets upload`; ``stop`` ends its waits."""
+    """Return a client of the server at FHIR_BASE_URL for `fhir-assets upload`. Setting ``stop`` ends its waits.
+
+    Raises ConfigurationError.
+    """
     if not settings.fhir_base_url:
-        raise ConfigurationError("nowhere to upload to: give --url or set FHIR_BASE_URL to the FHIR server's base URL")
+        raise ConfigurationError(
+            "the upload has no target: give --url, or set FHIR_BASE_URL to the base URL of the FHIR server"
+        )
     return _client(settings, settings.fhir_base_url, Account.SOURCE, workers, stop)
 
 
 def build_delivery_client(settings: Settings, *, workers: int, stop: Event) -> FhirClient:
-    """A client of the server at FHIR_DELIVERY_URL. It never gets the credentials of the source."""
+    """Return a client of the server at FHIR_DELIVERY_URL. It never uses the credentials of the source."""
     return _client(settings, settings.fhir_delivery_url, Account.DELIVERY, workers, stop)
 
 

@@ -14,7 +14,7 @@ from itertools import chain
 import dagster as dg
 
 from fhir_assets.storage.blobs import Listed
-from fhir_assets.storage.orphans import left_in_spool, unnamed_parts
+from fhir_assets.storage.orphans import find_unfinished_files, find_unreferenced_parts
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.dagster import pruning
 from fhir_assets.warehouse.ops import retention
@@ -50,8 +50,8 @@ def list_prunable(
 
     def list_orphans() -> Iterator[Listed]:
         return chain(
-            *(unnamed_parts(store, layer, before=unwritten) for layer in LAYERS),
-            left_in_spool(store, before=unwritten),
+            *(find_unreferenced_parts(store, layer, before=unwritten) for layer in LAYERS),
+            find_unfinished_files(store, before=unwritten),
         )
 
     def count_orphans() -> tuple[int, int]:

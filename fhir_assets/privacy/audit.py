@@ -1,6 +1,6 @@
-"""Records of deeds, each linked to the one before: an altered, a missing or an inserted record breaks the chain.
+"""Audit records in a hash chain: an altered, missing or inserted record breaks the chain.
 
-Where there are keys a link is an HMAC, so that nobody without them can mend a chain that he broke.
+With encryption keys a link is an HMAC, so that without the keys a broken chain cannot be repaired.
 """
 
 import json
@@ -28,13 +28,15 @@ Action = Literal[
 ]
 
 START = bytes(32)
-"""What the first record is linked to."""
+"""The link before the first record."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditRecord:
-    """Who did what, to which resource, how often, as part of what. Holds no patient data: a resource is named by its
-    keyed hash (``Cipher.subject``), a bulk deed by its ``count`` alone. ``detail`` holds short words and numbers.
+    """One audited action: the actor, the action, the resource and the run or request it belongs to.
+
+    It contains no patient data. ``subject`` names a resource by its keyed hash (``Cipher.subject``); a bulk action has
+    only a ``count`` of resources. ``detail`` holds short words and numbers.
     """
 
     action: Action
@@ -49,7 +51,7 @@ class AuditRecord:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A deed as it is recorded. ``keyed`` says that the link was made with the keys."""
+    """A stored audit record with its number and link. ``keyed`` is whether the link is an HMAC made with keys."""
 
     seq: int
     at: datetime
@@ -60,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The first record that is not as it was written."""
+    """The first record of a log that differs from how it was written."""
 
     seq: int
     what: Literal["altered", "missing", "inserted"]
@@ -70,7 +72,7 @@ class Fault:
 
 
 def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cipher: Cipher) -> bytes:
-    """The link of a record to the one before."""
+    """Return the link of a record, computed from its content and the ``previous`` link."""
     content = [
         seq,
         at.astimezone(UTC).isoformat(timespec="microseconds"),
@@ -83,12 +85,13 @@ def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cip
         audit_record.request_id,
         audit_record.detail,
     ]
-    return cipher.chained(previous + json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    return cipher.chain_link(previous + json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def verify(entries: Iterable[Entry], head: tuple[int, bytes], cipher: Cipher) -> Fault | None:
-    """The first fault of a log, None if it is whole. ``entries`` come in the order of ``seq``; ``head`` is the number
-    and the link that the log says it ends with.
+    """Return the first fault of a log, or None if the chain is intact.
+
+    ``entries`` are in the order of ``seq``; ``head`` is the number and the link of the last record, as stored.
     """
     seq, previous, keyed = 0, START, False
     for entry in entries:

@@ -1,15 +1,15 @@
-"""What a patient's Consent resources say: permit or deny, for a purpose, at a moment. Pure.
+"""Decisions from Consent resources: permit or deny, for a purpose, at a moment. No I/O.
 
-The rules, where FHIR R4 leaves them open (https://hl7.org/fhir/R4/consent.html):
+Rules where FHIR R4 leaves them open (https://hl7.org/fhir/R4/consent.html):
 
-- Only ``active`` consents count, and those whose scope is about disclosure: ``patient-privacy`` (or none given) speaks
-  for every purpose, ``research`` for research alone; consent to a treatment and advance directives say nothing here.
-- A provision holds while its ``period`` does (the end included, to its precision) and for the purposes it names; none
-  named means all. The innermost provision that holds decides; of several beside each other a deny.
-- The root provision's type may be missing, as R4 has it: then the policy rule (OPTIN, OPTOUT) is the base.
-- Tables cannot give a part of a patient's data to some. So a permit that is narrowed to actors, actions, classes,
-  codes, labels or single data is none, and a deny so narrowed holds for all.
-- Of several consents that contradict each other the deny holds.
+- Only ``active`` consents count, and of these only the ones about disclosure. Scope ``patient-privacy``, or no scope,
+  covers every purpose; ``research`` covers research alone; treatment and advance directives cover no purpose.
+- A provision applies during its ``period`` (the end is included, to its precision) and for the purposes it names;
+  without a purpose it applies to all. The innermost provision that applies decides; among siblings a deny wins.
+- R4 allows the root provision to have no type; then the policy rule (OPTIN, OPTOUT) is the base decision.
+- Tables cannot show a part of a patient's data to some readers. Therefore a permit that is narrowed to actors, actions,
+  classes, codes, labels or single data counts as no permit, and a deny narrowed in this way counts in full.
+- If consents contradict each other, the deny wins.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ Verdict = Literal["permit", "deny"]
 
 
 class Policy(StrEnum):
-    """CONSENT_POLICY."""
+    """The value of CONSENT_POLICY: which patients are withheld."""
 
     OFF = "off"
     OPT_OUT = "opt-out"
@@ -30,7 +30,7 @@ class Policy(StrEnum):
 
 
 class Purpose(StrEnum):
-    """What data is used for."""
+    """The use that the data of the tables is put to."""
 
     DATA_SHARING = "data-sharing"
     RESEARCH = "research"
@@ -38,14 +38,14 @@ class Purpose(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ConsentGate:
-    """What the tables follow: a policy, and the purpose that they serve."""
+    """The rule that withholds patients from the tables: a policy, and the purpose that the tables serve."""
 
     policy: Policy = Policy.OFF
     purpose: Purpose = Purpose.DATA_SHARING
 
     @property
     def closed(self) -> bool:
-        """Whether anything may be withheld."""
+        """Whether any resource may be withheld."""
         return self.policy is not Policy.OFF
 
 
@@ -59,7 +59,7 @@ _CODES: Mapping[Purpose, frozenset[str]] = {
         | {"patadmin", "patsfty", "qualimp", "directtreat", "clintreat", "popgtreat"}
     ),
 }
-"""Codes of provision.purpose (v3-ActReason, and the plain names), in lower case, by what they mean here."""
+"""The codes of ``provision.purpose`` (v3-ActReason and plain names, in lower case) that each purpose covers."""
 
 _SCOPES: Mapping[str, frozenset[Purpose]] = {
     "patient-privacy": frozenset(Purpose),
@@ -73,18 +73,19 @@ _RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout"
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """From ``start`` up to ``end``, half-open; None is open."""
+    """A half-open interval from ``start`` to ``end``; None means unbounded."""
 
     start: datetime | None = None
     end: datetime | None = None
 
-    def holds(self, at: datetime) -> bool:
+    def contains(self, at: datetime) -> bool:
+        """Return whether the period contains a moment."""
         return (self.start is None or self.start <= at) and (self.end is None or at < self.end)
 
 
 @dataclass(frozen=True, slots=True)
 class Provision:
-    """A rule and its exceptions. ``path`` is where it stands in the resource."""
+    """A provision and its exceptions. ``path`` is its FHIRPath location in the Consent."""
 
     path: str
     verdict: Verdict | None
@@ -96,7 +97,7 @@ class Provision:
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """What matters of a Consent resource."""
+    """The parts of a Consent resource that decide."""
 
     id: str
     patient: str
@@ -105,7 +106,7 @@ class Consent:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """For one patient and purpose. ``consent`` and ``path`` say which provision decided."""
+    """The decision for one patient and purpose; ``consent`` and ``path`` name the provision that decided."""
 
     verdict: Verdict
     consent: str
@@ -113,7 +114,10 @@ class Decision:
 
 
 def read_consent(resource: Mapping[str, Any], patient: str | None) -> Consent | None:
-    """The Consent of a resource about ``patient``; None if it says nothing: not active, another scope, no patient."""
+    """Read a Consent resource about ``patient``.
+
+    Return None if it decides nothing: it is not active, has another scope, or has no patient.
+    """
     if patient is None or resource.get("status") != "active":
         return None
     purposes = _scope(resource)
@@ -130,27 +134,28 @@ def read_consent(resource: Mapping[str, Any], patient: str | None) -> Consent | 
 
 
 def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decision | None:
-    """What the consents of one patient say at a moment; None if they say nothing."""
+    """Return the decision of the consents of one patient at a moment, or None if they decide nothing."""
     decision: Decision | None = None
-    for consent in sorted(consents, key=lambda each: each.id):
-        found = _decide(consent.provision, purpose, at) if consent.provision else None
-        if found and (decision is None or (found[0] == "deny" and decision.verdict == "permit")):
-            decision = Decision(found[0], consent.id, found[1])
+    for consent in sorted(consents, key=lambda consent: consent.id):
+        result = _decide(consent.provision, purpose, at) if consent.provision else None
+        if result and (decision is None or (result[0] == "deny" and decision.verdict == "permit")):
+            decision = Decision(result[0], consent.id, result[1])
     return decision
 
 
 def next_change(consents: Iterable[Consent], after: datetime) -> datetime | None:
-    """When a decision may next be another one because a period begins or ends; None if never."""
-    moments = (moment for each in consents if each.provision for moment in _moments(each.provision))
+    """Return the next moment at which a period begins or ends, so that a decision may change; None if there is none."""
+    provisions = (consent.provision for consent in consents if consent.provision)
+    moments = (moment for provision in provisions for moment in _moments(provision))
     return min((moment for moment in moments if moment > after), default=None)
 
 
 def _decide(provision: Provision, purpose: Purpose, at: datetime) -> tuple[Verdict, str] | None:
-    if purpose not in provision.purposes or not provision.period.holds(at):
+    if purpose not in provision.purposes or not provision.period.contains(at):
         return None
-    inner = [found for each in provision.exceptions if (found := _decide(each, purpose, at))]
-    if inner:
-        return next((found for found in inner if found[0] == "deny"), inner[0])
+    results = [result for exception in provision.exceptions if (result := _decide(exception, purpose, at))]
+    if results:
+        return next((result for result in results if result[0] == "deny"), results[0])
     if provision.verdict is None or (provision.verdict == "permit" and provision.narrowed):
         return None
     return provision.verdict, provision.path
@@ -160,8 +165,8 @@ def _moments(provision: Provision) -> Iterator[datetime]:
     for moment in (provision.period.start, provision.period.end):
         if moment is not None:
             yield moment
-    for each in provision.exceptions:
-        yield from _moments(each)
+    for exception in provision.exceptions:
+        yield from _moments(exception)
 
 
 def _provision(
@@ -171,7 +176,7 @@ def _provision(
     named = node.get("purpose")
     if isinstance(named, list) and named:
         codes = frozenset(_codes([{"coding": named}]))
-        purposes = frozenset(each for each in purposes if codes & _CODES[each])
+        purposes = frozenset(purpose for purpose in purposes if codes & _CODES[purpose])
     nested = node.get("provision")
     return Provision(
         path,
@@ -180,9 +185,9 @@ def _provision(
         _period(node.get("period")),
         any(node.get(name) for name in _NARROWING),
         tuple(
-            _provision(each, f"{path}.provision[{place}]", purposes)
-            for place, each in enumerate(nested if isinstance(nested, list) else ())
-            if isinstance(each, dict)
+            _provision(child, f"{path}.provision[{index}]", purposes)
+            for index, child in enumerate(nested if isinstance(nested, list) else ())
+            if isinstance(child, dict)
         ),
     )
 
@@ -195,7 +200,7 @@ def _scope(resource: Mapping[str, Any]) -> frozenset[Purpose]:
 
 
 def _codes(concepts: Iterable[Any]) -> Iterator[str]:
-    """The codes of CodeableConcepts, in lower case."""
+    """Yield the codes of CodeableConcepts in lower case."""
     for concept in concepts:
         codings = concept.get("coding") if isinstance(concept, dict) else None
         for coding in codings if isinstance(codings, list) else ():
@@ -210,9 +215,9 @@ def _period(node: Any) -> Period:
 
 
 def _moment(text: Any, *, after: bool = False) -> datetime | None:
-    """A dateTime as a moment; ``after`` gives the one just after all that it may mean. None if it is absent.
+    """Return the first moment of a FHIR dateTime, or with ``after`` the first moment after it; None if it is absent.
 
-    What cannot be read leaves the period open, which shows in what is decided: nothing is guessed.
+    A dateTime that cannot be parsed leaves the period unbounded, as an absent one does.
     """
     if not isinstance(text, str):
         return None

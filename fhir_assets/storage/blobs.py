@@ -1,4 +1,4 @@
-"""Where bytes live: a folder, or anything else that offers these few calls."""
+"""Named files: the interface ``Blobs`` and its implementation in a local folder. The one for S3 is in ``s3.py``."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from typing import BinaryIO, Protocol
 from fhir_assets.errors import StoreError
 
 UNFINISHED = ".tmp"
-"""How the names of files end that are being written; of a process that was killed they stay."""
+"""The suffix of files that are being written. A killed process leaves them behind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A name, how many bytes are under it, and since when."""
+    """A file in a listing: its name, its size in bytes and its time of modification."""
 
     name: str
     bytes: int
@@ -25,12 +25,12 @@ class Listed:
 
 
 class Blobs(Protocol):
-    """Named bytes. Names are relative paths with ``/``; what is put appears whole or not at all."""
+    """Named files. Names are relative paths with ``/``. A file appears under its name complete or not at all."""
 
     url: str
 
     def spool(self) -> Path:
-        """A local folder, on the same disk where there is one, in which files grow before they are put."""
+        """Return the local folder, on the same disk if possible, for files that ``put_file`` moves later."""
         ...
 
     def put_file(self, name: str, path: Path) -> None:
@@ -38,43 +38,43 @@ class Blobs(Protocol):
         ...
 
     def put(self, name: str, content: bytes) -> None:
-        """Write or replace ``name`` in one step."""
+        """Write or replace ``name`` atomically."""
         ...
 
     def get(self, name: str) -> bytes | None:
-        """The content of ``name``, None if there is none."""
+        """Return the content of ``name``, or None if it does not exist."""
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """``name`` as a stream. Raises StoreError if there is none."""
+        """Open ``name`` for reading. Raises StoreError if it does not exist."""
         ...
 
     def names(self, prefix: str) -> Iterator[str]:
-        """Every name that begins with the folder ``prefix``."""
+        """Yield every name below the folder ``prefix``."""
         ...
 
     def listing(self, prefix: str) -> Iterator[Listed]:
-        """As ``names``, with sizes and ages."""
+        """Yield the files below the folder ``prefix`` with sizes and times."""
         ...
 
     def delete(self, name: str) -> None:
-        """Remove ``name`` if it is there."""
+        """Delete ``name`` if it exists."""
         ...
 
 
 @contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
+def _disk_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"cannot {what}: {error.strerror or type(error).__name__}. Free space or mend the "
-            "rights of the store's folder (FHIR_STORE_URL), then run the partition again"
+            f"cannot {action}: {error.strerror or type(error).__name__}. Free space or correct "
+            "the rights of the store's folder (FHIR_STORE_URL), then run the partition again"
         ) from None
 
 
 def _write(path: str, content: bytes) -> None:
-    """A new file, complete and on the disk, or none."""
+    """Create a file and flush it to the disk; delete it if that fails."""
     with open(path, "xb", buffering=0) as file:
         try:
             rest = memoryview(content)
@@ -87,7 +87,7 @@ def _write(path: str, content: bytes) -> None:
 
 
 class LocalBlobs:
-    """A folder. A file is complete and on the disk before its name appears."""
+    """Files in a local folder. A file is complete and flushed to the disk before its name appears."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -95,11 +95,13 @@ class LocalBlobs:
         self._spool = root / ".spool"
 
     def spool(self) -> Path:
+        """Return the folder ``.spool`` in the root, created if needed. Raises StoreError."""
         with _disk_errors(f"write to {self.root}"):
             self._spool.mkdir(parents=True, exist_ok=True)
         return self._spool
 
     def put_file(self, name: str, path: Path) -> None:
+        """Flush the local file ``path`` and move it to ``name``. Raises StoreError."""
         target = self.root / name
         with _disk_errors(f"write {target}"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +110,10 @@ class LocalBlobs:
             path.replace(target)
 
     def put(self, name: str, content: bytes) -> None:
+        """Write or replace ``name`` atomically. Raises StoreError."""
         target = f"{self.root}/{name}"
         folder, _, file = target.rpartition("/")
-        # Beside its place and not in the spool: there a disk has to look long for room among so many small files.
+        # Small files are written beside their target: in one spool folder, many of them slow the file system down.
         path = f"{folder}/.{file}.{os.urandom(8).hex()}{UNFINISHED}"
         with _disk_errors(f"write {target}"):
             try:
@@ -121,6 +124,7 @@ class LocalBlobs:
             os.replace(path, target)
 
     def get(self, name: str) -> bytes | None:
+        """Return the content of ``name``, or None if it does not exist. Raises StoreError."""
         with _disk_errors(f"read {self.root}/{name}"):
             try:
                 with open(f"{self.root}/{name}", "rb", buffering=0) as file:
@@ -129,23 +133,27 @@ class LocalBlobs:
                 return None
 
     def open(self, name: str) -> BinaryIO:
+        """Open ``name`` for reading. Raises StoreError."""
         with _disk_errors(f"read {self.root / name}"):
             return (self.root / name).open("rb")
 
     def names(self, prefix: str) -> Iterator[str]:
+        """Yield every name below the folder ``prefix``."""
         for folder, _, files in os.walk(self.root / prefix):
             for file in sorted(files):
                 yield (Path(folder) / file).relative_to(self.root).as_posix()
 
     def listing(self, prefix: str) -> Iterator[Listed]:
+        """Yield the files below the folder ``prefix`` with sizes and times."""
         for name in self.names(prefix):
             with suppress(FileNotFoundError):
-                found = (self.root / name).stat()
-                yield Listed(name, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+                status = (self.root / name).stat()
+                yield Listed(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def delete(self, name: str) -> None:
+        """Delete ``name`` if it exists."""
         (self.root / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove everything."""
+        """Delete the folder with all files."""
         shutil.rmtree(self.root, ignore_errors=True)

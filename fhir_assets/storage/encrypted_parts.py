@@ -1,10 +1,10 @@
-"""Parts that are encrypted: a mark, then frames, each the length of its sealed bytes and these bytes."""
+"""The file format of encrypted parts: MARK, then frames. A frame is a length of 4 bytes and as many encrypted bytes."""
 
 import io
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
-from fhir_assets.privacy.encryption import Cipher, sealed_by
+from fhir_assets.privacy.encryption import Cipher, key_id_of
 
 MARK = b"FSP1"
 SUFFIX = ".sealed"
@@ -13,35 +13,35 @@ _LENGTH = 4
 
 
 def frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
-    """The content of a part as the frames that go into its file, after MARK."""
+    """Yield the content of a part as encrypted frames, which follow MARK in its file."""
     view = memoryview(content)
     for start in range(0, len(view), FRAME_BYTES):
-        sealed = cipher.encrypt(bytes(view[start : start + FRAME_BYTES]))
-        yield len(sealed).to_bytes(_LENGTH, "big") + sealed
+        encrypted = cipher.encrypt(bytes(view[start : start + FRAME_BYTES]))
+        yield len(encrypted).to_bytes(_LENGTH, "big") + encrypted
 
 
 def opened(file: BinaryIO, cipher: Cipher) -> BinaryIO:
-    """The content of a part as a stream: decrypted if it is sealed, else the file itself."""
+    """Return the content of a part as a stream: decrypted if it is encrypted, else the file itself."""
     if not file.seekable():
         head = file.read(len(MARK))
-        raw = _Opened(file, cipher) if head == MARK else _Joined(head, file)
+        raw = _DecryptedFile(file, cipher) if head == MARK else _PrefixedFile(head, file)
         return cast(BinaryIO, io.BufferedReader(raw, FRAME_BYTES))
     if file.read(len(MARK)) == MARK:
-        return cast(BinaryIO, io.BufferedReader(_Opened(file, cipher), FRAME_BYTES))
+        return cast(BinaryIO, io.BufferedReader(_DecryptedFile(file, cipher), FRAME_BYTES))
     file.seek(0)
     return file
 
 
 def key_of(file: BinaryIO) -> str | None:
-    """The id of the key that seals a part; None if it is in the clear."""
+    """Return the id of the key that a part is encrypted with, or None for clear text. Reads the first bytes."""
     if file.read(len(MARK)) != MARK:
         return None
     file.read(_LENGTH)
-    return sealed_by(file.read(16))
+    return key_id_of(file.read(16))
 
 
-class _Opened(io.RawIOBase):
-    """Decrypts frame by frame. Raises EOFError where the file was cut off, SealingError where it was altered."""
+class _DecryptedFile(io.RawIOBase):
+    """Decrypts frame by frame. Raises EOFError where the file ends early, EncryptionError where it was altered."""
 
     def __init__(self, file: BinaryIO, cipher: Cipher) -> None:
         self._file = file
@@ -70,14 +70,14 @@ class _Opened(io.RawIOBase):
         length = int.from_bytes(head, "big")
         if len(head) < _LENGTH or length > 2 * FRAME_BYTES:
             raise EOFError
-        sealed = self._file.read(length)
-        if len(sealed) < length:
+        encrypted = self._file.read(length)
+        if len(encrypted) < length:
             raise EOFError
-        return self._cipher.decrypt(sealed)
+        return self._cipher.decrypt(encrypted)
 
 
-class _Joined(io.RawIOBase):
-    """What was read of a stream already, and the rest of it."""
+class _PrefixedFile(io.RawIOBase):
+    """A stream whose first bytes were read already: these bytes, then the rest of the stream."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head = head

@@ -1,4 +1,4 @@
-"""A place where files are put: a folder, or a bucket. What is in it is never moved or deleted."""
+"""The landing zone: a folder or a bucket that others put files into. Files in it are never moved or deleted."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from fhir_assets.storage.encrypted_parts import MARK, frames, opened
 from fhir_assets.storage.s3 import Bucket
 
 DONE = ".done"
-"""What a file's name bears in addition where the empty file beside it says that it is complete."""
+"""The suffix of an empty file beside a file that says that the file is complete."""
 
 
 @dataclass(frozen=True, slots=True)
-class FoundFile:
-    """A file of a zone: ``mark`` changes when its content does."""
+class LandingFile:
+    """A file of a zone. ``mark`` changes when the content changes: a time of modification or an ETag."""
 
     name: str
     size: int
@@ -27,36 +27,39 @@ class FoundFile:
 
 
 class Zone(Protocol):
-    """Where files land. ``whole``: a file that is listed is complete, however it came."""
+    """A landing zone. ``atomic`` is whether every file that is listed is complete."""
 
     url: str
-    whole: bool
+    atomic: bool
 
-    def files(self) -> Iterator[FoundFile]:
-        """Every file, hidden ones left out. Raises ConfigurationError if there is no such zone."""
+    def files(self) -> Iterator[LandingFile]:
+        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """A file as a stream. Raises StoreError."""
+        """Open a file for reading. Raises StoreError."""
         ...
 
     def put(self, name: str, content: bytes) -> None:
-        """Put a file down, which appears whole and counts as complete at once. Raises StoreError."""
+        """Write a file, which is complete when it appears. Raises StoreError."""
         ...
 
 
 class FolderZone:
-    """A folder and all below it."""
+    """A folder and its subfolders."""
 
-    whole = False
+    atomic = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
 
-    def files(self) -> Iterator[FoundFile]:
+    def files(self) -> Iterator[LandingFile]:
+        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
         if not self.root.is_dir():
-            raise ConfigurationError(f"FHIR_LANDING_URL: there is no folder {self.root}: create it, or correct this")
+            raise ConfigurationError(
+                f"FHIR_LANDING_URL: the folder {self.root} does not exist: create it, or correct the setting"
+            )
         for folder, below, names in os.walk(self.root):
             below[:] = [name for name in below if not name.startswith(".")]
             for name in names:
@@ -64,19 +67,23 @@ class FolderZone:
                 try:
                     stat = path.stat()
                 except FileNotFoundError:
-                    continue  # gone since it was listed
+                    continue  # deleted since it was listed
                 if not name.startswith(".") and path.is_file():
                     written = datetime.fromtimestamp(stat.st_mtime, UTC)
                     relative = path.relative_to(self.root).as_posix()
-                    yield FoundFile(relative, stat.st_size, str(stat.st_mtime_ns), written)
+                    yield LandingFile(relative, stat.st_size, str(stat.st_mtime_ns), written)
 
     def open(self, name: str) -> BinaryIO:
+        """Open a file for reading. Raises StoreError."""
         try:
             return (self.root / name).open("rb")
         except OSError as error:
-            raise StoreError(f"a landed file cannot be read: {error.strerror or type(error).__name__}") from None
+            raise StoreError(
+                f"a file of the landing zone cannot be read: {error.strerror or type(error).__name__}"
+            ) from None
 
     def put(self, name: str, content: bytes) -> None:
+        """Write a file, which is complete when it appears. Raises StoreError."""
         path = self.root / name
         hidden = path.with_name(f".{path.name}.part")
         try:
@@ -88,60 +95,68 @@ class FolderZone:
             path.with_name(path.name + DONE).touch()
             hidden.replace(path)
         except OSError as error:
-            raise StoreError(f"the landing zone cannot take a file: {error.strerror or type(error).__name__}") from None
+            raise StoreError(
+                f"a file cannot be written to the landing zone: {error.strerror or type(error).__name__}"
+            ) from None
 
 
 class BucketZone:
-    """A bucket below a prefix. An object appears in it whole."""
+    """A bucket below a prefix. An object is complete when it appears."""
 
-    whole = True
+    atomic = True
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.url = bucket.url
 
-    def files(self) -> Iterator[FoundFile]:
-        for found in self.bucket.listing():
-            name = found["Name"]
+    def files(self) -> Iterator[LandingFile]:
+        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
+        for entry in self.bucket.listing():
+            name = entry["Name"]
             if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
                 continue
-            # S3 tells whole seconds: what was put before the object in its second stays before it.
-            written = found["LastModified"].astimezone(UTC).replace(microsecond=999_999)
-            yield FoundFile(name, found["Size"], found["ETag"].strip('"'), written)
+            # S3 reports whole seconds. The last microsecond keeps files of other zones from the same second before it.
+            written = entry["LastModified"].astimezone(UTC).replace(microsecond=999_999)
+            yield LandingFile(name, entry["Size"], entry["ETag"].strip('"'), written)
 
     def open(self, name: str) -> BinaryIO:
+        """Open a file for reading. Raises StoreError."""
         return self.bucket.open(name)
 
     def put(self, name: str, content: bytes) -> None:
+        """Write a file, which is complete when it appears. Raises StoreError."""
         self.bucket.put(name, content)
 
 
 class EncryptedZone:
-    """A zone in which what is put from here is sealed. What others put there they put in the clear; both are read."""
+    """A zone whose files are encrypted when this project writes them, and clear text when others do. Both are read."""
 
     def __init__(self, zone: Zone, cipher: Cipher) -> None:
         self._zone = zone
         self._cipher = cipher
         self.url = zone.url
-        self.whole = zone.whole
+        self.atomic = zone.atomic
 
-    def files(self) -> Iterator[FoundFile]:
+    def files(self) -> Iterator[LandingFile]:
+        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
         return self._zone.files()
 
     def open(self, name: str) -> BinaryIO:
+        """Open a file for reading. Raises StoreError."""
         return opened(self._zone.open(name), self._cipher)
 
     def put(self, name: str, content: bytes) -> None:
-        sealed = b"".join([MARK, *frames(content, self._cipher)]) if self._cipher.on else content
-        self._zone.put(name, sealed)
+        """Write a file, which is complete when it appears. Raises StoreError."""
+        stored = b"".join([MARK, *frames(content, self._cipher)]) if self._cipher.on else content
+        self._zone.put(name, stored)
 
 
 def open_zone(url: str, *, bucket: Callable[[str], Bucket]) -> Zone:
-    """The zone at a folder or ``s3://bucket/prefix``. Raises ConfigurationError for another scheme."""
+    """Return the zone at a folder or ``s3://bucket/prefix``. Raises ConfigurationError for another scheme."""
     if url.startswith("s3://"):
         return BucketZone(bucket(url))
     if "://" in url and not url.startswith("file://"):
         raise ConfigurationError(
-            f"FHIR_LANDING_URL: {url.split('://')[0]}:// is not served; give a folder or s3://bucket/prefix"
+            f"FHIR_LANDING_URL: {url.split('://')[0]}:// is not supported; set a folder or s3://bucket/prefix"
         )
     return FolderZone(Path(url.removeprefix("file://")).expanduser().absolute())

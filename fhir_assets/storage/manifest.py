@@ -1,6 +1,6 @@
-"""The manifest of a partition: which parts it has, and how they came about.
+"""The manifest of a partition: its parts, and how they were made.
 
-A reader sees a partition only through its manifest, which is written last and in one step.
+A reader sees a partition only through its manifest, which is written last and atomically.
 """
 
 from datetime import datetime
@@ -9,9 +9,11 @@ import msgspec
 
 
 class Part(msgspec.Struct, frozen=True):
-    """One gzip file of NDJSON. ``bytes`` counts the lines with their line feeds, ``stored_bytes`` the file;
-    ``first`` and ``last`` bound the ``lastUpdated`` of its resources. ``origin`` says by what it was received
-    (``landing:<hash>``), None for what was fetched from the configured source.
+    """One gzip file of NDJSON with ``rows`` resources.
+
+    ``bytes`` is the size of the lines with their line feeds, ``stored_bytes`` the size of the file. ``first`` and
+    ``last`` are the least and the greatest ``lastUpdated``. ``origin`` names the file or request that the resources
+    were received in (``landing:<hash>``); it is None for resources fetched from the configured source.
     """
 
     name: str
@@ -24,8 +26,9 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What came into a raw partition by another door than the source: ``rows`` resources, and ``rejected`` that
-    became dead letters at once.
+    """The resources that a raw partition received from one origin other than the configured source.
+
+    ``rows`` were written, ``rejected`` became dead letters.
     """
 
     origin: str
@@ -35,10 +38,10 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """One asking of the source for a stretch of the window, and what came of it.
+    """One fetch of an interval of the window from the source, with its counts of resources.
 
-    ``server_total`` is what the source said it has, None if it cannot say; ``matched`` what it gave;
-    ``repeated`` those of them that were there already; ``rejected`` those that became dead letters at once.
+    ``server_total`` is the number that the source reported, None if it reports none; ``matched`` were returned, of
+    which ``repeated`` were in the partition already and ``rejected`` became dead letters.
     """
 
     start: datetime | None
@@ -51,7 +54,7 @@ class Fetch(msgspec.Struct, frozen=True):
 
 
 class Fetched(msgspec.Struct, frozen=True):
-    """How a raw partition came about. ``until``: the window has been read up to here."""
+    """The fetches of a raw partition. The window has been fetched up to ``until``."""
 
     until: datetime
     complete: bool
@@ -63,8 +66,9 @@ REPLAY = "replay:"
 
 
 class Validated(msgspec.Struct, frozen=True):
-    """How a validated partition came about: from which raw parts, under which rules. ``inputs`` names besides the
-    parts, as ``replay:<run>``, the replays whose healed dead letters are in the partition too.
+    """How a validated partition was made: from which inputs, with which rules.
+
+    ``inputs`` names raw parts, and as ``replay:<run>`` the replays whose resolved dead letters are in the partition.
     """
 
     inputs: tuple[str, ...]
@@ -75,24 +79,24 @@ class Validated(msgspec.Struct, frozen=True):
 
     @property
     def raw_parts(self) -> frozenset[str]:
-        """The names of the raw parts that were judged."""
+        """The names of the raw parts that were validated."""
         return frozenset(name for name in self.inputs if not name.startswith(REPLAY))
 
     @property
     def replays(self) -> list[str]:
-        """The runs whose healed letters are in the partition."""
+        """The ids of the replay runs whose resolved dead letters are in the partition."""
         return [name.removeprefix(REPLAY) for name in self.inputs if name.startswith(REPLAY)]
 
 
 class Delivered(msgspec.Struct, frozen=True):
-    """What was delivered: which validated parts, to which FHIR server."""
+    """A delivery to a FHIR server: its address and the validated parts that were delivered."""
 
     destination: str
     inputs: tuple[str, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """One partition of one type in one layer."""
+    """One partition of one resource type in one layer, with its parts."""
 
     layer: str
     resource_type: str
@@ -107,15 +111,15 @@ class Manifest(msgspec.Struct, frozen=True):
 
     @property
     def rows(self) -> int:
-        """How many resources the partition holds."""
+        """The number of resources in the partition."""
         return sum(part.rows for part in self.parts)
 
     @property
     def bytes(self) -> int:
-        """How many bytes its lines take, uncompressed."""
+        """The size of the lines, uncompressed."""
         return sum(part.bytes for part in self.parts)
 
     @property
     def stored_bytes(self) -> int:
-        """How many bytes its files take."""
+        """The size of the files."""
         return sum(part.stored_bytes for part in self.parts)

@@ -1,4 +1,4 @@
-"""Parts that no manifest names, and unfinished files: what refreshed partitions and killed runs left behind."""
+"""Files that can be deleted: parts that no manifest names, and unfinished files of killed runs."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -11,14 +11,14 @@ from fhir_assets.storage.store import Store
 _PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}", UNFINISHED)
 
 
-def unnamed_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Listed]:
-    """The parts of a layer that no manifest names and that were written before ``before``.
+def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Listed]:
+    """Yield the parts of a layer that no manifest names and that were written before ``before``.
 
-    A part is written before the manifest that names it, so ``before`` must lie before the start of every load that is
-    at work.
+    A part is written before the manifest that names it, so ``before`` must be earlier than the start of every load that
+    is running.
     """
-    listing = sorted(store.blobs.listing(layer), key=lambda found: found.name)
-    for folder, files in groupby(listing, key=lambda found: found.name.rpartition("/")[0]):
+    listing = sorted(store.blobs.listing(layer), key=lambda file: file.name)
+    for folder, files in groupby(listing, key=lambda file: file.name.rpartition("/")[0]):
         old = [file for file in files if file.modified < before and file.name.endswith(_PARTS)]
         if not old:
             continue
@@ -28,6 +28,6 @@ def unnamed_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Lis
         yield from (file for file in old if file.name not in named)
 
 
-def left_in_spool(store: Store, *, before: datetime) -> Iterator[Listed]:
-    """Files that a killed run was writing, of stores whose spool is in the store itself."""
+def find_unfinished_files(store: Store, *, before: datetime) -> Iterator[Listed]:
+    """Return the unfinished files in the spool of a store in a folder that were written before ``before``."""
     return (file for file in store.blobs.listing(".spool") if file.modified < before)

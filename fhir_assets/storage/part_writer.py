@@ -1,4 +1,4 @@
-"""Writing parts: many partitions at once, in bounded memory."""
+"""Writing parts of many partitions at once, in bounded memory."""
 
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from fhir_assets.errors import StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, frames
 from fhir_assets.storage.manifest import Part
-from fhir_assets.storage.store import LAYERS, Store, at_once, folder
+from fhir_assets.storage.store import LAYERS, Store, folder, map_concurrently
 
 BUFFER_BYTES = 16 << 20
-"""How much all open parts together may hold before it goes to disk."""
+"""The size of the lines that all open parts together buffer before they are written to the disk."""
 
 PART_BYTES = 128 << 20
-"""A part that grew beyond this, compressed, is put and a new one begun."""
+"""The compressed size at which a part is finished and the next one begun."""
 
 
 @dataclass(slots=True)
@@ -35,8 +35,9 @@ class _OpenPart:
     last: datetime | None = None
 
     def flush(self) -> None:
-        """Append what is buffered as one gzip member: members in a row are again a gzip file. With keys nothing of
-        it is ever on the disk in the clear.
+        """Append the buffered lines as one gzip member; a sequence of members is a gzip file (RFC 1952, section 2.2).
+
+        With encryption keys no clear text is written to the disk.
         """
         if not self.lines:
             return
@@ -56,15 +57,15 @@ class _OpenPart:
 
 
 class PartWriter:
-    """Takes lines for any partition of one layer, in any order; ``finish`` puts the parts and returns them.
+    """Writes lines to the parts of any partitions of one layer, in any order.
 
-    The parts belong to no partition until a manifest names them, so leaving the ``with`` block without
-    ``finish``, or dying, leaves every partition as it was.
+    ``finish`` stores the parts and returns them. They belong to no partition until a manifest names them, so that a
+    ``with`` block that ends without ``finish``, or a killed process, changes no partition.
     """
 
     def __init__(self, store: Store, layer: str, *, buffer_bytes: int = BUFFER_BYTES) -> None:
         if layer not in LAYERS:
-            raise ValueError(f"layer {layer} is none of store.LAYERS: a rotation of the keys would miss its parts")
+            raise ValueError(f"layer {layer} is not in store.LAYERS: a key rotation would not re-encrypt its parts")
         self._store = store
         self._layer = layer
         self._buffer_bytes = buffer_bytes
@@ -85,7 +86,7 @@ class PartWriter:
             part.path.unlink(missing_ok=True)
 
     def add(self, resource_type: str, partition_key: str, line: bytes, moment: datetime | None) -> None:
-        """Write one line, which holds no line feed. ``moment`` is its lastUpdated. Raises StoreError."""
+        """Write one line, without its line feed. ``moment`` is its lastUpdated. Raises StoreError."""
         key = (resource_type, partition_key)
         part = self._open.get(key) or self._begin(key)
         part.lines.append(line)
@@ -99,9 +100,9 @@ class PartWriter:
             self._flush()
 
     def finish(self) -> dict[tuple[str, str], tuple[Part, ...]]:
-        """Put every part in its place; by (resource type, partition key). Raises StoreError."""
+        """Store every part; return the parts by (resource type, partition key). Raises StoreError."""
         self._flush()
-        for key, part in at_once(self._put, self._open):
+        for key, part in map_concurrently(self._put, self._open):
             self._done.setdefault(key, []).append(part)
         self._open.clear()
         return {key: tuple(parts) for key, parts in self._done.items()}
@@ -121,7 +122,7 @@ class PartWriter:
         except OSError as error:
             raise StoreError(
                 f"cannot write to {self._spool}: {error.strerror or type(error).__name__}. Free space there, "
-                "then run the partition again: nothing of it was kept"
+                "then run the partition again: it was not changed"
             ) from None
         self._buffered = 0
         for key in [key for key, part in self._open.items() if part.stored_bytes >= PART_BYTES]:
@@ -135,6 +136,6 @@ class PartWriter:
 
 
 def lines_of(batches: Iterator[list[bytes]]) -> Iterator[bytes]:
-    """The lines of batches, one by one."""
+    """Yield the lines of batches one by one."""
     for batch in batches:
         yield from batch

@@ -1,4 +1,4 @@
-"""Parts sealed anew where they lie, each in one step: name and content stay, and so does all that names them."""
+"""Re-encryption of parts in place: each file is replaced atomically, its name and content stay the same."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,39 +10,41 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, frames, key_of, opened
 from fhir_assets.storage.store import LAYERS, Store
 
-AT_ONCE = 64
-"""Parts whose outcome is told together."""
+BATCH_PARTS = 64
+"""The number of parts that are re-encrypted before their outcomes are returned."""
 
-_CALLS_AT_ONCE = 8
+_CALLS_BATCH_PARTS = 8
 
 
-def sealed_parts(store: Store) -> Iterator[tuple[str, str | None]]:
-    """Every part of the store, whether a manifest names it or not, with the id of the key that seals it; None: it is
-    in the clear. Reads the first bytes of each. Raises StoreError.
+def list_part_keys(store: Store) -> Iterator[tuple[str, str | None]]:
+    """Yield every part of the store with the id of the key that it is encrypted with, or None for clear text.
+
+    Parts that no manifest names are included. Reads the first bytes of each part. Raises StoreError.
     """
     names = (
         name for layer in LAYERS for name in store.blobs.names(layer) if name.rpartition("/")[2].startswith("part-")
     )
-    with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-        while group := list(islice(names, 16 * _CALLS_AT_ONCE)):
-            yield from (found for found in pool.map(lambda name: _key(store, name), group) if found)
+    with ThreadPoolExecutor(_CALLS_BATCH_PARTS) as pool:
+        while group := list(islice(names, 16 * _CALLS_BATCH_PARTS)):
+            yield from (entry for entry in pool.map(lambda name: _key(store, name), group) if entry)
 
 
 def reencrypt(
     store: Store, parts: Iterable[tuple[str, str | None]], cipher: Cipher
 ) -> Iterator[tuple[str, str | None, FhirAssetsError | None]]:
-    """Seal parts with the newest key; each comes back with what went wrong, None if nothing did. Parts that are gone
-    count as done. Those that cannot be read stay as they are.
+    """Re-encrypt parts with the newest key. Yield each part with its error, or None if it succeeded.
+
+    A part that was deleted in the meantime counts as done. A part that cannot be read stays unchanged.
     """
-    with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_CALLS_BATCH_PARTS) as pool:
         rest = iter(parts)
-        while group := list(islice(rest, AT_ONCE)):
-            errors = pool.map(lambda part: _try_to_reseal(store, part[0], cipher), group)
+        while group := list(islice(rest, BATCH_PARTS)):
+            errors = pool.map(lambda part: _try_to_reencrypt(store, part[0], cipher), group)
             yield from ((*part, error) for part, error in zip(group, errors, strict=True))
 
 
-def _try_to_reseal(store: Store, name: str, cipher: Cipher) -> FhirAssetsError | None:
-    path = store.blobs.spool() / f"reseal-{os.urandom(8).hex()}.tmp"
+def _try_to_reencrypt(store: Store, name: str, cipher: Cipher) -> FhirAssetsError | None:
+    path = store.blobs.spool() / f"reencrypt-{os.urandom(8).hex()}.tmp"
     try:
         with store.blobs.open(name) as file, path.open("wb") as target:
             target.write(MARK)
@@ -55,7 +57,7 @@ def _try_to_reseal(store: Store, name: str, cipher: Cipher) -> FhirAssetsError |
     except EncryptionError as error:
         return EncryptionError(f"{store.blobs.url}/{name}: {error}")
     except StoreError as error:
-        return error if _there(store, name) else None
+        return error if _exists(store, name) else None
     except OSError as error:
         return StoreError(
             f"cannot write to {store.blobs.spool()}: {error.strerror or type(error).__name__}: free space"
@@ -70,10 +72,10 @@ def _key(store: Store, name: str) -> tuple[str, str | None] | None:
         with store.blobs.open(name) as file:
             return name, key_of(file)
     except StoreError:
-        if _there(store, name):
+        if _exists(store, name):
             raise
-        return None  # taken away since it was listed
+        return None  # deleted since it was listed
 
 
-def _there(store: Store, name: str) -> bool:
-    return any(each == name for each in store.blobs.names(name.rpartition("/")[0]))
+def _exists(store: Store, name: str) -> bool:
+    return any(other == name for other in store.blobs.names(name.rpartition("/")[0]))

@@ -1,4 +1,4 @@
-"""A bucket of S3, or of anything that speaks its HTTP."""
+"""Files in a bucket of S3 or of a compatible service."""
 
 import atexit
 import io
@@ -15,7 +15,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.storage.blobs import Listed
 
 S3Client = Any
-"""boto3's client; it has no types of its own."""
+"""The S3 client of boto3, which has no static types."""
 
 READ_BYTES = 1 << 18
 _RESUMES = 5
@@ -23,17 +23,17 @@ _MULTIPART_BYTES = 16 << 20
 
 
 class Bucket:
-    """The keys of a bucket below a prefix. Touches nothing before its first use; ``connect`` makes the client.
+    """The objects of a bucket below a prefix. ``connect`` creates the client at the first use.
 
-    ``encryption`` is passed on with every write: ``ServerSideEncryption``, ``SSEKMSKeyId``. Wrong settings are
-    ConfigurationErrors (no credentials, no such bucket), everything else that fails a StoreError.
+    ``encryption`` is sent with every write: ``ServerSideEncryption``, ``SSEKMSKeyId``. Methods raise ConfigurationError
+    for wrong settings (no credentials, no such bucket) and StoreError for every other failure.
     """
 
     def __init__(self, url: str, connect: Callable[[], S3Client], encryption: Mapping[str, str] | None = None) -> None:
-        """``url``: ``s3://bucket/prefix``."""
+        """Take the bucket and the prefix from ``url``, ``s3://bucket/prefix``. Raises ConfigurationError."""
         name, _, prefix = url.removeprefix("s3://").partition("/")
         if not name:
-            raise ConfigurationError(f"{url} names no bucket: give s3://bucket/prefix")
+            raise ConfigurationError(f"{url} names no bucket: set s3://bucket/prefix")
         self.url = url.rstrip("/")
         self.name = name
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -47,7 +47,7 @@ class Bucket:
 
     @property
     def client(self) -> S3Client:
-        """The client, made when it is first needed: importing boto3 takes its time."""
+        """The client, created at the first use, because importing boto3 is slow."""
         with self._lock:
             if self._client is None:
                 with self.explained("be opened"):
@@ -55,11 +55,11 @@ class Bucket:
             return self._client
 
     def key(self, name: str) -> str:
-        """The key of a name below the prefix."""
+        """Return the key of a name: the prefix and the name."""
         return self._prefix + name
 
     def upload(self, name: str, path: Path) -> None:
-        """The file as ``name``, a large one in parts. It appears whole or not at all."""
+        """Upload a file as ``name``, a large file in several parts. It appears complete or not at all."""
         from boto3.s3.transfer import TransferConfig
 
         config = TransferConfig(multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES)
@@ -69,12 +69,12 @@ class Bucket:
             )
 
     def put(self, name: str, content: bytes) -> None:
-        """The bytes as ``name``."""
+        """Upload bytes as ``name``."""
         with self.explained(f"take {name}"):
             self.client.put_object(Bucket=self.name, Key=self.key(name), Body=content, **self._encryption)
 
     def get(self, name: str) -> bytes | None:
-        """The content of ``name``, None if there is none."""
+        """Return the content of ``name``, or None if it does not exist."""
         try:
             with self.open(name) as stream:
                 return stream.read()
@@ -82,73 +82,76 @@ class Bucket:
             return None
 
     def open(self, name: str) -> BinaryIO:
-        """``name`` as a stream, which goes on where it was when the connection breaks."""
+        """Open ``name`` for reading. The stream resumes where it was when the connection breaks."""
         raw = _Stream(self, self.key(name))
         return cast(BinaryIO, io.BufferedReader(raw, READ_BYTES))
 
     def listing(self, prefix: str = "") -> Iterator[Mapping[str, Any]]:
-        """What S3 says of each key below ``prefix``, a page at a time; ``Name`` is the name in it."""
+        """Yield the attributes of each object below ``prefix`` as S3 lists them, with its name as ``Name``."""
         with self.explained("be listed"):
             for page in self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.name, Prefix=self.key(prefix)
             ):
-                for found in page.get("Contents", ()):
-                    yield {**found, "Name": found["Key"].removeprefix(self._prefix)}
+                for entry in page.get("Contents", ()):
+                    yield {**entry, "Name": entry["Key"].removeprefix(self._prefix)}
 
     def delete(self, name: str) -> None:
-        """Remove ``name`` if it is there."""
+        """Delete ``name`` if it exists."""
         with self.explained(f"delete {name}"):
             self.client.delete_object(Bucket=self.name, Key=self.key(name))
 
     @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Errors of S3 in one sentence each; their own text may hold keys and addresses, and is left out."""
+    def explained(self, action: str) -> Iterator[None]:
+        """Translate errors of S3 into one sentence without their text, which may contain keys and addresses."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield
         except (ClientError, BotoCoreError, Boto3Error) as error:
-            # The error of a transfer is about another error.
+            # An error of a transfer wraps the error of S3.
             cause = error.__context__ if isinstance(error, Boto3Error) else error
-            raise self._explained(what, cause or error) from None
+            raise self._explained(action, cause or error) from None
 
-    def _explained(self, what: str, error: BaseException) -> ConfigurationError | StoreError:
+    def _explained(self, action: str, error: BaseException) -> ConfigurationError | StoreError:
         name = type(error).__name__
         answer = getattr(error, "response", None) or {}
         code = str(answer.get("Error", {}).get("Code", ""))
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"):
             return ConfigurationError(
-                f"there are no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE, or give the machine a role"
+                f"no credentials are configured for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "AWS_PROFILE, or assign a role to the machine"
             )
         if name in ("NoRegionError", "InvalidRegionError"):
-            return ConfigurationError(f"there is no region for {self.url}: set AWS_DEFAULT_REGION")
+            return ConfigurationError(f"no region is configured for {self.url}: set AWS_DEFAULT_REGION")
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
             return ConfigurationError(f"{self.url} refuses the credentials ({code}): correct or renew them")
         if code == "NoSuchBucket":
             return ConfigurationError(f"there is no bucket {self.name}: create it, or correct {self.url}")
         if code in ("NoSuchKey", "404") or status == 404:
-            return _NoSuchKey(f"{self.url} cannot {what}: it is not there")
+            return _NoSuchKey(f"{self.url} cannot {action}: it does not exist")
         if code in ("AccessDenied", "403") or status == 403:
             return StoreError(
-                f"{self.url} may not {what}: give the credentials s3:GetObject, s3:PutObject, s3:DeleteObject and "
+                f"{self.url} may not {action}: give the credentials s3:GetObject, s3:PutObject, s3:DeleteObject and "
                 "s3:ListBucket there"
             )
         if name in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "SSLError"):
-            return StoreError(f"{self.url} cannot be reached ({name}): see AWS_ENDPOINT_URL and the network")
-        return StoreError(f"{self.url} cannot {what}: {code or name}. Run it again; what was committed is kept")
+            return StoreError(f"{self.url} cannot be reached ({name}): check AWS_ENDPOINT_URL and the network")
+        return StoreError(
+            f"{self.url} cannot {action}: {code or name}. Run it again; committed partitions are unchanged"
+        )
 
 
 class S3Blobs:
-    """The store in a bucket. Parts grow in a local folder that only this user may read, until they are uploaded."""
+    """Files in a bucket. Parts are written to a local folder that only this user may read, then uploaded."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.url = bucket.url
 
     def spool(self) -> Path:
+        """Return a temporary folder that only this user may read."""
         return self._spool
 
     @cached_property
@@ -161,36 +164,43 @@ class S3Blobs:
         return S3Blobs, (self.bucket,)
 
     def put_file(self, name: str, path: Path) -> None:
+        """Upload the local file ``path`` as ``name`` and delete it. Raises StoreError."""
         self.bucket.upload(name, path)
         path.unlink()
 
     def put(self, name: str, content: bytes) -> None:
+        """Write or replace ``name`` atomically. Raises StoreError."""
         self.bucket.put(name, content)
 
     def get(self, name: str) -> bytes | None:
+        """Return the content of ``name``, or None if it does not exist. Raises StoreError."""
         return self.bucket.get(name)
 
     def open(self, name: str) -> BinaryIO:
+        """Open ``name`` for reading. Raises StoreError."""
         return self.bucket.open(name)
 
     def names(self, prefix: str) -> Iterator[str]:
-        for found in self.bucket.listing(f"{prefix.rstrip('/')}/"):
-            yield found["Name"]
+        """Yield every name below the folder ``prefix``."""
+        for entry in self.bucket.listing(f"{prefix.rstrip('/')}/"):
+            yield entry["Name"]
 
     def listing(self, prefix: str) -> Iterator[Listed]:
-        for found in self.bucket.listing(f"{prefix.rstrip('/')}/"):
-            yield Listed(found["Name"], found["Size"], found["LastModified"])
+        """Yield the files below the folder ``prefix`` with sizes and times."""
+        for entry in self.bucket.listing(f"{prefix.rstrip('/')}/"):
+            yield Listed(entry["Name"], entry["Size"], entry["LastModified"])
 
     def delete(self, name: str) -> None:
+        """Delete ``name`` if it exists."""
         self.bucket.delete(name)
 
 
 class _NoSuchKey(StoreError):
-    """A key that is not there."""
+    """The requested object does not exist."""
 
 
 class _Stream(io.RawIOBase):
-    """The bytes of a key. A connection that breaks is opened again at the byte where it broke, on the same version."""
+    """The content of an object. A broken connection is resumed at the next byte of the same version of the object."""
 
     def __init__(self, bucket: Bucket, key: str) -> None:
         self._bucket = bucket
@@ -214,8 +224,7 @@ class _Stream(io.RawIOBase):
             except (BotoCoreError, HTTPError, OSError) as error:
                 if attempt == _RESUMES:
                     raise StoreError(
-                        f"{self._bucket.url} broke off {self._key} again and again ({type(error).__name__}): "
-                        "run it again"
+                        f"{self._bucket.url} broke off {self._key} repeatedly ({type(error).__name__}): run it again"
                     ) from None
                 self._body.close()
                 self._body = self._open()

@@ -16,56 +16,57 @@ from fhir_assets.storage.encrypted_parts import opened
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.s3 import Bucket, S3Blobs
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 LAYERS = ("raw", "validated", "bulk", "deleted")
-"""What parts are written to: a rotation of the keys goes through all of them."""
+"""The layers that have parts. A key rotation re-encrypts the parts of all of them."""
 
 BATCH_BYTES = 1 << 20
-"""How much is read at once: a batch of lines is the unit of work of validation and loading."""
+"""The size of one read. A batch of lines is the unit of work of validation and loading."""
 
 _CALLS_AT_ONCE = 8
-"""How many manifests are read or written at once: a bucket, or a disk that is to be sure, takes its time for each."""
+"""The number of manifests that are read or written concurrently: each waits for the bucket or the disk."""
 
-_MEND = {
-    "raw": "put it back from a backup. Without one move this one file away, keep the parts beside it, materialize the "
-    "partition with a full refresh, and land or send again what came for it by other doors: ops.received lists the "
-    "origins",
-    "deleted": "put it back from a backup. Without one move this one file away: the tables know these deletions, but "
-    "tables that are built anew will not",
+_REMEDY = {
+    "raw": "restore it from a backup. Without a backup move this file away, keep the parts beside it, materialize the "
+    "partition with a full refresh, and send again the files and requests that ops.received lists for the partition",
+    "deleted": "restore it from a backup. Without a backup move this file away: the tables contain these deletions, "
+    "but tables that are rebuilt will not",
 }
-_MEND_ANY = "move this one file away and materialize the partition again: it is made of the raw one"
-"""What to do about a damaged manifest, by layer. The folder itself holds what may be nowhere else."""
+_DEFAULT_REMEDY = "move this file away and materialize the partition again: it is made from the raw partition"
+"""The advice for a damaged manifest, by layer. The parts in its folder may exist nowhere else."""
 
 _unpack = cast(Callable[..., BinaryIO], igzip.IGzipFile)
 _DAMAGED = cast(type[Exception], isal_zlib.error)
 _decoder = msgspec.json.Decoder(Manifest)
 
 
-def at_once(do: Callable[[Given], Made], items: Iterable[Given], *, calls: int = _CALLS_AT_ONCE) -> list[Made]:
-    """What ``do`` makes of each item, in their order, with several calls under way; a single one needs no thread."""
-    some = list(items)
-    if min(len(some), calls) < 2:
-        return [do(item) for item in some]
-    with ThreadPoolExecutor(min(len(some), calls)) as pool:
-        return list(pool.map(do, some))
+def map_concurrently(
+    do: Callable[[Item], Result], items: Iterable[Item], *, calls: int = _CALLS_AT_ONCE
+) -> list[Result]:
+    """Return the results of ``do`` for all items, in their order, with up to ``calls`` concurrent threads."""
+    inputs = list(items)
+    if min(len(inputs), calls) < 2:
+        return [do(item) for item in inputs]
+    with ThreadPoolExecutor(min(len(inputs), calls)) as pool:
+        return list(pool.map(do, inputs))
 
 
 def folder(layer: str, resource_type: str, partition_key: str) -> str:
-    """The folder of a partition, relative to the store."""
+    """Return the folder of a partition, relative to the store."""
     return f"{layer}/{snake_case(resource_type)}/{partition_key}"
 
 
 class Store:
-    """Reads and commits partitions. Writing their parts is PartWriter's. ``sealing`` opens and seals the parts."""
+    """Reads and commits partitions; ``PartWriter`` writes their parts. ``cipher`` encrypts and decrypts the parts."""
 
     def __init__(self, blobs: Blobs, cipher: Cipher) -> None:
         self.blobs = blobs
         self.cipher = cipher
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
-        """The committed state of a partition, None if it was never written. Raises StoreError."""
+        """Return the manifest of a partition, or None if it was never written. Raises StoreError if it is damaged."""
         name = f"{folder(layer, resource_type, partition_key)}/manifest.json"
         content = self.blobs.get(name)
         if content is None:
@@ -73,25 +74,27 @@ class Store:
         try:
             return _decoder.decode(content)
         except msgspec.DecodeError:
-            raise StoreError(f"{self.blobs.url}/{name} is damaged: {_MEND.get(layer, _MEND_ANY)}") from None
+            raise StoreError(f"{self.blobs.url}/{name} is damaged: {_REMEDY.get(layer, _DEFAULT_REMEDY)}") from None
 
     def manifests(self, layer: str, resource_type: str, partition_keys: Iterable[str]) -> list[Manifest]:
-        """The manifests of those partitions that have one, in the order of the keys."""
-        found = self._manifests((layer, resource_type, key) for key in partition_keys)
-        return [manifest for manifest in found if manifest is not None]
+        """Return the manifests of the partitions that have one, in the order of the keys. Raises StoreError."""
+        manifests = self._manifests((layer, resource_type, key) for key in partition_keys)
+        return [manifest for manifest in manifests if manifest is not None]
 
     def present(self, manifests: Iterable[Manifest]) -> list[Manifest | None]:
-        """What is committed of the partitions of these manifests, each in its place."""
-        return self._manifests((each.layer, each.resource_type, each.partition_key) for each in manifests)
+        """Return the committed manifests of the same partitions, in the same order; None where there is none."""
+        return self._manifests(
+            (manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests
+        )
 
     def _manifests(self, partitions: Iterable[tuple[str, str, str]]) -> list[Manifest | None]:
-        # A small file of this machine is read before a thread has begun.
+        # Reading a small local file takes less time than starting a thread.
         calls = 1 if isinstance(self.blobs, LocalBlobs) else _CALLS_AT_ONCE
-        return at_once(lambda partition: self.manifest(*partition), partitions, calls=calls)
+        return map_concurrently(lambda partition: self.manifest(*partition), partitions, calls=calls)
 
     def commit(self, manifests: Iterable[Manifest]) -> None:
-        """Make the partitions visible, each in one step. Their parts must have been put before."""
-        at_once(self._commit_one, manifests)
+        """Write the manifests, each atomically. Their parts must be stored already. Raises StoreError."""
+        map_concurrently(self._commit_one, manifests)
 
     def _commit_one(self, manifest: Manifest) -> None:
         where = folder(manifest.layer, manifest.resource_type, manifest.partition_key)
@@ -99,14 +102,14 @@ class Store:
         self.blobs.put(f"{where}/manifest.json", content)
 
     def partition_keys(self, layer: str, resource_type: str) -> list[str]:
-        """The keys of every partition of a type that was ever written, in order. Lists the store."""
+        """Return the sorted keys of all partitions of a type. Lists the files of the store."""
         names = self.blobs.names(f"{layer}/{snake_case(resource_type)}")
         return sorted(name.split("/")[-2] for name in names if name.endswith("/manifest.json"))
 
     def batches(self, parts: Iterable[Part]) -> Iterator[list[bytes]]:
-        """The lines of the parts, without line feeds, about 1 MiB at a time.
+        """Yield the lines of the parts without line feeds, in batches of about 1 MiB.
 
-        Raises StoreError if a part is missing, damaged, or has not as many lines as its manifest says.
+        Raises StoreError if a part is missing or damaged, or if its number of lines differs from its manifest.
         """
         for part in parts:
             rows = 0

@@ -169,7 +169,7 @@ def test_rows_of_a_view_that_a_partial_load_left_with_the_older_key_are_sealed_t
     assert rotator(place.url, place.store(NEW, OLD), NEW, OLD).run().left_over == 0
     with opened(place.url, NEW) as conn:
         tokens = rows(conn, "SELECT family FROM fhir.patient_name")
-        assert len([cipher_of(conn).read_token(str(token)) for (token,) in tokens]) == 10
+        assert len([cipher_of(conn).decrypt_token(str(token)) for (token,) in tokens]) == 10
 
 
 def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place: Place) -> None:
@@ -186,7 +186,7 @@ def test_what_only_a_lost_key_opens_stays_as_it_is_and_the_rest_is_rotated(place
         assert rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de'") == before
         assert not count_key_usage(conn, place.store(NEW), VIEWS).is_used(OLD_ID)
         names = rows(conn, "SELECT family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
-        assert {cipher_of(conn).read_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
+        assert {cipher_of(conn).decrypt_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
 
 
 def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Place) -> None:
@@ -275,7 +275,7 @@ def test_rows_of_a_view_that_is_gone_and_rows_without_a_resource_are_sealed_toke
     with opened(place.url, NEW) as conn:
         assert rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1") == before
         tokens = rows(conn, "SELECT family FROM fhir.patient_name UNION ALL SELECT mrn FROM fhir.patient")
-        opened_tokens = {cipher_of(conn).read_token(str(token)) for (token,) in tokens}
+        opened_tokens = {cipher_of(conn).decrypt_token(str(token)) for (token,) in tokens}
         assert opened_tokens == {f"Family{n}-{k}" for n in range(5) for k in range(2)} | {f"MRN-{n}" for n in range(5)}
 
 

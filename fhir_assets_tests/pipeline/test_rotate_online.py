@@ -43,7 +43,7 @@ def wait_until(url: str, query: str) -> None:
 def families(url: str) -> list[tuple[str, str]]:
     with opened(url, NEW) as conn:
         tokens = rows(conn, "SELECT _resource_key, family FROM fhir.patient_name")
-        return sorted((str(key), cipher_of(conn).read_token(str(token))) for key, token in tokens)
+        return sorted((str(key), cipher_of(conn).decrypt_token(str(token))) for key, token in tokens)
 
 
 def test_what_a_load_writes_meanwhile_stays_and_its_rows_are_waited_for(database: str, tmp_path: Path) -> None:

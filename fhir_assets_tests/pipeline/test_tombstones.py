@@ -13,7 +13,7 @@ from fhir_assets.pipeline.deletions import deletion_log
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import parse_keys
-from fhir_assets.storage.reencrypt import sealed_parts
+from fhir_assets.storage.reencrypt import list_part_keys
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 
@@ -55,7 +55,7 @@ def test_another_database_learns_them_from_the_store_with_time_and_version(
 
 def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:
     open_log(store, database).record([Deletion("Patient", "p1", AT)], run_id="r")
-    assert [key is not None for _, key in sealed_parts(store)] == [True]
+    assert [key is not None for _, key in list_part_keys(store)] == [True]
 
 
 def test_what_breaks_off_keeps_none(store: Store, database: str) -> None:

@@ -9,7 +9,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest
-from fhir_assets.storage.orphans import unnamed_parts
+from fhir_assets.storage.orphans import find_unreferenced_parts
 from fhir_assets.storage.part_writer import PartWriter, lines_of
 from fhir_assets.storage.store import Store, open_store
 
@@ -150,7 +150,7 @@ def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(
     assert store.manifest("raw", "Patient", "2024-01-01") == manifest
     assert store.partition_keys("raw", "Patient") == ["2024-01-01"]
     later = datetime.now(UTC) + timedelta(hours=1)
-    assert [found.name for found in unnamed_parts(store, "raw", before=later)] == [left]
+    assert [found.name for found in find_unreferenced_parts(store, "raw", before=later)] == [left]
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,8 @@ def everything(conn: Connection, store: Store) -> dict[str, object]:
         "facts": conn.execute(
             "SELECT id, run_id, loaded_at, as_of, partition_key FROM fhir.resource ORDER BY 1"
         ).fetchall(),
-        "mrn": [(key, cipher.read_token(mrn)) for key, mrn in tokens],
-        "names": sorted((key, cipher.read_token(family)) for key, family in names),
+        "mrn": [(key, cipher.decrypt_token(mrn)) for key, mrn in tokens],
+        "names": sorted((key, cipher.decrypt_token(family)) for key, family in names),
         "withheld": text(f"SELECT {shown} FROM ops.withheld ORDER BY id"),
         "consents": text(f"SELECT {shown} FROM ops.consent_records"),
         "letters": binary("SELECT resource FROM ops.dead_letters ORDER BY id"),

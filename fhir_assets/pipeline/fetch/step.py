@@ -174,7 +174,7 @@ class FetchStep:
         writer: PartWriter,
     ) -> None:
         moment = item.last_updated if isinstance(item, Record) else None
-        window = windows.nearest(item.arrived) if moment is None else windows.place(moment)
+        window = windows.nearest(item.arrived) if moment is None else windows.find(moment)
         if window is None:
             before_first_window[item.resource_type] += 1
             return

@@ -16,7 +16,7 @@ from fhir_assets.fhir.lines import decompress
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
-from fhir_assets.storage.landing_zone import DONE, FoundFile, Zone
+from fhir_assets.storage.landing_zone import DONE, LandingFile, Zone
 from fhir_assets.warehouse.ops import landing_files
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
@@ -128,12 +128,12 @@ class LandingStep:
             with self._connect() as conn, conn.transaction():
                 landing_files.record_failure(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
-    def _list_files(self, assume_complete: bool) -> Iterator[tuple[FoundFile, bool]]:
+    def _list_files(self, assume_complete: bool) -> Iterator[tuple[LandingFile, bool]]:
         files = list(self._zone.files())
         done = {file.name for file in files if file.name.endswith(DONE)}
         for file in files:
             if file.name.lower().endswith(formats.SUFFIXES):
-                yield file, assume_complete or self._zone.whole or _is_done(file.name, done)
+                yield file, assume_complete or self._zone.atomic or _is_done(file.name, done)
 
     def _receive(self, file: ReadyFile, run_id: str, totals: _Totals) -> Received:
         deleted = 0

@@ -42,6 +42,6 @@ class KeyUsage:
 def count_key_usage(conn: Connection, store: Store, views: Sequence[View]) -> KeyUsage:
     """Count the keys of everything that is encrypted in the database and in the store. Raises StoreError."""
     counts = reencryption_batches.count_rows_by_key(conn, views)
-    counts[PARTS] = Counter(key for _, key in reencrypt.sealed_parts(store))
+    counts[PARTS] = Counter(key for _, key in reencrypt.list_part_keys(store))
     counts[SECRET] = Counter(filter(None, [encryption_secret.get_key_id(conn)]))
     return KeyUsage(counts)

@@ -26,7 +26,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
 from fhir_assets.warehouse.postgres.db import session_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.resources import decrypt_text
 from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
@@ -221,7 +221,7 @@ class ReencryptStep:
         key_ids = {}
         for resource_id, key_id, text in rows:
             try:
-                bodies.append(open_text(text, key_id, cipher))
+                bodies.append(decrypt_text(text, key_id, cipher))
             except EncryptionError as error:
                 result.refused[str(error)] += 1
                 continue
@@ -245,9 +245,9 @@ class ReencryptStep:
 
     def _reencrypt_parts(self, conn: Session, cipher: Cipher) -> None:
         readable_keys = {key.id for key in cipher.keys[1:]} | ({None} if self._store.cipher.on else set())
-        outdated = (part for part in reencrypt.sealed_parts(self._store) if part[1] in readable_keys)
+        outdated = (part for part in reencrypt.list_part_keys(self._store) if part[1] in readable_keys)
         results = reencrypt.reencrypt(self._store, outdated, cipher)
-        while group := list(islice(results, reencrypt.AT_ONCE)):
+        while group := list(islice(results, reencrypt.BATCH_PARTS)):
             reencrypted = [key for _, key, error in group if error is None]
             from_clear = reencrypted.count(None)
             with conn.transaction():

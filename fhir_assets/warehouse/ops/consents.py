@@ -31,7 +31,7 @@ from fhir_assets.privacy.consent import (
 )
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.resources import decrypt_text
 
 _parse = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -208,7 +208,7 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
         [list(patients)],
     )
     for patient, version, text, key_id in rows:
-        consent = read_consent(_parse(open_text(text, key_id, cipher)), patient)
+        consent = read_consent(_parse(decrypt_text(text, key_id, cipher)), patient)
         if consent:
             consents[patient].append((consent, version))
     return consents

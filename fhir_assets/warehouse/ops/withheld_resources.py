@@ -12,7 +12,7 @@ from psycopg import sql
 
 from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.resources import decrypt_text
 
 _COLUMNS = sql.SQL("id, version_id, version_number, last_updated, as_of, partition_key")
 
@@ -248,7 +248,7 @@ def find_releasable(
     cipher = cipher_of(conn)
     rows = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
     return [
-        WithheldResource(resource_type, partition_key, resource_id, as_of, open_text(text, key_id, cipher))
+        WithheldResource(resource_type, partition_key, resource_id, as_of, decrypt_text(text, key_id, cipher))
         for resource_type, partition_key, resource_id, as_of, text, key_id in rows
     ]
 

@@ -1,4 +1,4 @@
-"""Whole resources out of ``fhir.resource``, as the bytes that were loaded: the one place where they are opened."""
+"""Reading resources from ``fhir.resource`` as the bytes that were loaded, decrypted."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _STREAMED = 500
 
 @dataclass(frozen=True, slots=True)
 class StoredResource:
-    """The newest version of a resource; ``body`` is its JSON."""
+    """The newest version of a resource in the tables; ``body`` is its JSON."""
 
     resource_type: str
     id: str
@@ -25,68 +25,81 @@ class StoredResource:
     body: bytes
 
 
-COLUMNS = sql.SQL(
-    "resource_type, id, version_id, last_updated, partition_key,"
-    " CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END, key_id"
-)
-"""What ``opened`` reads of ``fhir.resource``."""
+COLUMNS = sql.SQL("""
+    resource_type, id, version_id, last_updated, partition_key,
+    CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END, key_id
+""")
+"""The columns of ``fhir.resource`` that ``decrypt_row`` takes."""
 
 
-def opened(row: Sequence[Any], cipher: Cipher) -> StoredResource:
-    """The resource of a row of COLUMNS. Raises SealingError."""
+def decrypt_row(row: Sequence[Any], cipher: Cipher) -> StoredResource:
+    """Return the resource in a row of COLUMNS. Raises EncryptionError."""
     resource_type, resource_id, version_id, last_updated, partition_key, text, key_id = row
-    body = open_text(text, key_id, cipher)
+    body = decrypt_text(text, key_id, cipher)
     return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body)
 
 
-def open_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:
-    """The JSON of a resource whose column holds ``text``. Raises SealingError."""
+def decrypt_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:
+    """Return the JSON of a resource whose column contains ``text``, encrypted if ``key_id`` is set.
+
+    Raises EncryptionError.
+    """
     return text.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(text))
 
 
 def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource | None:
-    """A resource, None if the tables do not have it. Raises SealingError."""
+    """Return a resource, or None if the tables do not contain it. Raises EncryptionError."""
     row = conn.execute(
-        sql.SQL("SELECT {} FROM fhir.resource WHERE resource_type = %s AND id = %s AND resource IS NOT NULL").format(
-            COLUMNS
-        ),
+        sql.SQL("""
+            SELECT {}
+            FROM fhir.resource
+            WHERE resource_type = %s AND id = %s AND resource IS NOT NULL
+        """).format(COLUMNS),
         [resource_type, resource_id],
     ).fetchone()
-    return None if row is None else opened(row, cipher_of(conn))
+    return None if row is None else decrypt_row(row, cipher_of(conn))
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Which version of a resource the tables have: its time, and its window."""
+    """The version of a resource in the tables: its time and its partition."""
 
     as_of: datetime
     partition_key: str
 
 
 def standing(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, Standing]:
-    """The resources among ``ids`` that the tables have."""
+    """Return the stored versions, by id, of the resources among ``ids`` that the tables contain."""
     rows = conn.execute(
-        "SELECT id, as_of, partition_key FROM fhir.resource"
-        " WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL",
+        """
+        SELECT id, as_of, partition_key
+        FROM fhir.resource
+        WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
+        """,
         [resource_type, list(ids)],
     )
     return {identity: Standing(as_of, key) for identity, as_of, key in rows}
 
 
 def of_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
-    """Every resource of a patient's compartment, the patient first, streamed. Raises SealingError."""
-    query = sql.SQL(
-        "SELECT {} FROM fhir.resource WHERE (patients[1] = %(id)s"
-        " OR (cardinality(patients) > 1 AND patients @> ARRAY[%(id)s::text])) AND resource IS NOT NULL"
-        " ORDER BY resource_type <> 'Patient', resource_type, id"
-    ).format(COLUMNS)
+    """Stream all resources of a patient's compartment, the Patient first. Raises EncryptionError."""
+    query = sql.SQL("""
+        SELECT {}
+        FROM fhir.resource
+        WHERE (patients[1] = %(id)s OR (cardinality(patients) > 1 AND patients @> ARRAY[%(id)s::text]))
+            AND resource IS NOT NULL
+        ORDER BY resource_type <> 'Patient', resource_type, id
+    """).format(COLUMNS)
     yield from _streamed(conn, query, {"id": patient_id})
 
 
 def of_type(
     conn: Session, resource_type: str, *, partition_keys: Sequence[str] | None = None
 ) -> Iterator[StoredResource]:
-    """Every resource of a type, of some partitions if given, in the order of ids, streamed. Raises SealingError."""
+    """Stream all resources of a type in the order of ids, only those of ``partition_keys`` if given.
+
+    Raises EncryptionError.
+    """
     query = sql.SQL(
         "SELECT {} FROM fhir.resource WHERE resource_type = %(type)s AND resource IS NOT NULL {} ORDER BY id"
     ).format(COLUMNS, sql.SQL("" if partition_keys is None else "AND partition_key = ANY(%(keys)s)"))
@@ -98,4 +111,4 @@ def _streamed(conn: Session, query: sql.Composed, params: dict[str, object]) -> 
     with conn.transaction(), conn.cursor(name="resources") as cursor:
         cursor.itersize = _STREAMED
         for row in cursor.execute(query, params):
-            yield opened(row, cipher)
+            yield decrypt_row(row, cipher)

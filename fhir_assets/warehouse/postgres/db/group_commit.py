@@ -1,6 +1,7 @@
-"""Work that costs as much for many as for one: what several threads ask for at the same time is done together.
+"""Group commit: requests of several threads are processed in batches.
 
-A commit is the example: while one is written to disk, those who come wait, and the next one is for all of them.
+It pays where a batch costs as much as one request, as a commit does: requests that arrive while one commit is written
+to the disk share the next one.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
-class _Asked(Generic[Item, Result]):
+class _Request(Generic[Item, Result]):
     item: Item
     done: bool = False
     result: Result | None = None
@@ -21,39 +22,40 @@ class _Asked(Generic[Item, Result]):
 
 
 class GroupCommit(Generic[Item, Result]):
-    """Gives ``work`` all that has been asked for since it was last begun, at most ``most`` at once, and each asker its
-    own result. ``work`` gives as many results as it got items; what it raises, all that asked hear.
+    """Calls ``work`` with all items that were submitted since its last call, at most ``most``.
+
+    ``work`` returns one result for each item, in their order. If it raises an error, every caller of the batch gets it.
     """
 
     def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], *, most: int = 64) -> None:
         self._work = work
         self._most = most
-        self._waiting: list[_Asked[Item, Result]] = []
+        self._waiting: list[_Request[Item, Result]] = []
         self._lock = Lock()
         self._working = Lock()
 
     def do(self, item: Item) -> Result:
-        """Return when it is done. Raises what ``work`` raises."""
-        asked = _Asked[Item, Result](item)
+        """Submit an item, wait for its batch and return the result of the item. Raises what ``work`` raises."""
+        request = _Request[Item, Result](item)
         with self._lock:
-            self._waiting.append(asked)
-        # Whoever gets in first works for all who wait; the others find theirs done when they get in.
+            self._waiting.append(request)
+        # The first thread to get the lock processes all waiting items; the others then find their items done.
         with self._working:
-            while not asked.done:
+            while not request.done:
                 with self._lock:
                     batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
                 self._run(batch)
-        if asked.error is not None:
-            raise asked.error
-        return cast(Result, asked.result)
+        if request.error is not None:
+            raise request.error
+        return cast(Result, request.result)
 
-    def _run(self, batch: Sequence[_Asked[Item, Result]]) -> None:
+    def _run(self, batch: Sequence[_Request[Item, Result]]) -> None:
         try:
-            results = self._work([each.item for each in batch])
-            for each, result in zip(batch, results, strict=True):
-                each.result = result
+            results = self._work([request.item for request in batch])
+            for request, result in zip(batch, results, strict=True):
+                request.result = result
         except Exception as error:
-            for each in batch:
-                each.error = error
-        for each in batch:
-            each.done = True
+            for request in batch:
+                request.error = error
+        for request in batch:
+            request.done = True

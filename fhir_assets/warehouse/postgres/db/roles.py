@@ -1,8 +1,8 @@
-"""Who may do what in the database: three group roles, with no more rights than their work needs.
+"""The rights in the database: three group roles, each with the rights that its work needs.
 
-``fhir_reader`` reads the views' tables, and nothing else: no ``ops``, no ``fhir.resource``. ``fhir_operator`` looks
-after runs and dead letters and sees no table of schema ``fhir``. ``fhir_loader`` is what loads: it may add to the audit
-log, never change it, and has no right to the schema's history. Migrations and rotations of keys are the owner's.
+``fhir_reader`` reads the tables of views, but neither ``ops`` nor ``fhir.resource``. ``fhir_operator`` manages runs and
+dead letters, and has no right to schema ``fhir``. ``fhir_loader`` loads data: it may add to the audit log, but not
+change it, and may not migrate. Migrations and key rotations are run by the owner of the schemas.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ _LOADER = {
     "encryption": "SELECT, INSERT",
     "key_rotations": "SELECT",
 }
-"""Tables of ``ops`` in which the loader may do less than ``_LOADS``."""
+"""Tables of ``ops`` on which the loader has fewer rights than ``_LOADS``."""
 
 _OPERATOR = {
     "audit_log": "SELECT, INSERT",
@@ -35,16 +35,19 @@ _OPERATOR = {
     "consent_records": "",
     "idempotency": "",
 }
-"""Tables of ``ops`` in which the operator may do more than read, or not even that."""
+"""Tables of ``ops`` on which the operator has other rights than SELECT."""
 
 
 def missing(conn: Connection) -> list[str]:
-    """The roles that are not there, because whoever migrates may not make them."""
+    """Return the roles that do not exist, because the migrating user may not create roles."""
     return [name for name in ROLES if name not in _present(conn)]
 
 
 def grant(conn: Connection) -> None:
-    """Give every role that is there exactly what it needs, of all that is there now. By the owner of the schemas."""
+    """Grant each existing role its rights on all existing tables, and revoke others.
+
+    Run by the owner of the schemas.
+    """
     present = _present(conn)
     ops = _relations(conn, "ops")
     resources = [name for name in _relations(conn, "fhir") if name == "resource" or name.startswith("resource_")]
@@ -64,7 +67,7 @@ def grant(conn: Connection) -> None:
 
 
 def cover(conn: Connection, tables: Iterable[str]) -> None:
-    """Let readers read tables of views, and loaders load them, whoever of them made them. By their owner."""
+    """Grant readers and loaders their rights on tables of views. Run by the owner of the tables."""
     present = _present(conn)
     for name in tables:
         table = sql.Identifier("fhir", name)
@@ -72,8 +75,8 @@ def cover(conn: Connection, tables: Iterable[str]) -> None:
             _execute(conn, "GRANT SELECT ON {} TO {}", table, sql.Identifier(READER))
         if LOADER in present:
             _execute(conn, f"GRANT {_LOADS} ON {{}} TO {{}}", table, sql.Identifier(LOADER))
-            # Then each loader may widen it when its view gets another column.
-            if _may_give_away(conn):
+            # A table that the role owns can be altered by every loader when its view gets another column.
+            if _may_transfer_ownership(conn):
                 _execute(conn, "ALTER TABLE {} OWNER TO {}", table, sql.Identifier(LOADER))
 
 
@@ -103,7 +106,7 @@ def _relations(conn: Connection, schema: str) -> Sequence[str]:
 
 
 def _ours(conn: Connection, schema: str) -> frozenset[str]:
-    """The tables that the user may give rights to."""
+    """Return the tables that the current user may grant rights on."""
     rows = conn.execute(
         "SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND pg_has_role(relowner, 'USAGE')",
         [schema],
@@ -111,7 +114,7 @@ def _ours(conn: Connection, schema: str) -> frozenset[str]:
     return frozenset(name for (name,) in rows)
 
 
-def _may_give_away(conn: Connection) -> bool:
+def _may_transfer_ownership(conn: Connection) -> bool:
     kind = "SET" if conn.info.server_version >= 160_000 else "MEMBER"
     row = conn.execute("SELECT pg_has_role(%s, %s)", [LOADER, kind]).fetchone()
     return bool(row and row[0])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.resources import decrypt_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def lock_unassigned_resources(conn: Session, limit: int) -> list[UnassignedResou
         """,
         [limit],
     ).fetchall()
-    return [UnassignedResource(name, key, open_text(text, key_id, cipher)) for name, key, text, key_id in rows]
+    return [UnassignedResource(name, key, decrypt_text(text, key_id, cipher)) for name, key, text, key_id in rows]
 
 
 def set_patients(conn: Connection, assignments: Iterable[tuple[list[str], str, str]]) -> None:

@@ -197,4 +197,4 @@ def read_compartments(conn: Session, resource_type: str, ids: Sequence[str]) -> 
         [resource_type, list(ids)],
     ).fetchall()
     cipher = cipher_of(conn)
-    return [resources.opened(row, cipher) for row in rows]
+    return [resources.decrypt_row(row, cipher) for row in rows]

@@ -164,9 +164,12 @@ def _build_column_encoder(column: Column, cipher: Cipher) -> tuple[ValueEncoder,
     kind = column_kind(column)
     match phi_treatment(column, encrypted=cipher.on):
         case PhiTreatment.ENCRYPT if has_blind_index(column):
-            return lambda value: f"{cipher.token(text := _to_plaintext(value))}\t{cipher.index(text)}", _TWO_NULLS
+            return (
+                lambda value: f"{cipher.encrypt_token(text := _to_plaintext(value))}\t{cipher.index(text)}",
+                _TWO_NULLS,
+            )
         case PhiTreatment.ENCRYPT:
-            return lambda value: cipher.token(_to_plaintext(value)), NULL
+            return lambda value: cipher.encrypt_token(_to_plaintext(value)), NULL
         case PhiTreatment.HASH:
             return lambda value: cipher.index(_to_plaintext(value)), NULL
         case PhiTreatment.DROP:

@@ -17,7 +17,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.resources import decrypt_text
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, holds_phi
 
 BATCH_ROWS = 1000
@@ -246,7 +246,7 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
     updates = []
     for place, *values in rows:
         try:
-            updates.append([*(cipher.retoken(each) if each else each for each in values), cipher.key_id, place])
+            updates.append([*(cipher.reencrypt_token(each) if each else each for each in values), cipher.key_id, place])
             batch.sealed += 1
         except EncryptionError as error:
             batch.refused[str(error)] += 1
@@ -317,7 +317,7 @@ def _resealed(stored: Any, key_id: str | None, place: EncryptedTable, cipher: Ci
         return None
     if not place.json:
         return cipher.reencrypt(bytes(stored))
-    return as_json(cipher.compress_and_encrypt(open_text(stored, key_id, cipher))).decode()
+    return as_json(cipher.compress_and_encrypt(decrypt_text(stored, key_id, cipher))).decode()
 
 
 def _letters(conn: Session, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:

@@ -9,9 +9,9 @@ import pytest
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.manifest import Manifest
-from fhir_assets.storage.orphans import unnamed_parts
+from fhir_assets.storage.orphans import find_unreferenced_parts
 from fhir_assets.storage.part_writer import PartWriter
-from fhir_assets.storage.reencrypt import reencrypt, sealed_parts
+from fhir_assets.storage.reencrypt import list_part_keys, reencrypt
 from fhir_assets.storage.store import Store, open_store
 
 OLD, NEW = new_key(), new_key()
@@ -42,10 +42,10 @@ def read(store: Store, manifest: Manifest) -> Iterator[bytes]:
 def test_a_part_keeps_its_name_and_lines_and_a_reader_that_is_at_it_goes_on(tmp_path: Path, manifest: Manifest) -> None:
     at_it = read(store(tmp_path, BOTH), manifest)
     first = [next(at_it)]
-    [(name, key)] = sealed_parts(store(tmp_path, BOTH))
+    [(name, key)] = list_part_keys(store(tmp_path, BOTH))
     assert (name, key) == (manifest.parts[0].name, OLDER.key_id)
     assert list(reencrypt(store(tmp_path, BOTH), [(name, key)], BOTH)) == [(name, key, None)]
-    assert list(sealed_parts(store(tmp_path, NEWER))) == [(name, NEWER.key_id)]
+    assert list(list_part_keys(store(tmp_path, NEWER))) == [(name, NEWER.key_id)]
     assert first + list(at_it) == LINES
     assert list(read(store(tmp_path, NEWER), manifest)) == LINES
 
@@ -60,6 +60,6 @@ def test_a_part_that_is_gone_when_its_turn_comes_is_no_failure(tmp_path: Path, m
 def test_sealed_parts_that_no_manifest_names_are_found_to_be_taken_away(tmp_path: Path, manifest: Manifest) -> None:
     place = store(tmp_path, OLDER)
     later = datetime.now(UTC) + timedelta(days=1)
-    assert list(unnamed_parts(place, "raw", before=later)) == []
+    assert list(find_unreferenced_parts(place, "raw", before=later)) == []
     place.commit([Manifest("raw", "Patient", "2024-01-01", "run", NOW, ())])
-    assert [found.name for found in unnamed_parts(place, "raw", before=later)] == [manifest.parts[0].name]
+    assert [found.name for found in find_unreferenced_parts(place, "raw", before=later)] == [manifest.parts[0].name]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.errors import EncryptionError
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json, from_json, is_token, new_secret, sealed_by
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json, from_json, is_token, key_id_of, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.encrypted_parts import MARK, frames, key_of, opened
 
@@ -26,7 +26,7 @@ def test_bytes_round_trip(content: bytes) -> None:
     sealed = CIPHER.compress_and_encrypt(content)
     assert CIPHER.decrypt_and_decompress(sealed) == BOTH.decrypt_and_decompress(sealed) == content
     assert from_json(as_json(sealed).decode().strip('"')) == sealed
-    assert sealed_by(sealed) == CIPHER.key_id
+    assert key_id_of(sealed) == CIPHER.key_id
     assert NO_ENCRYPTION.compress_and_encrypt(content) == content
 
 
@@ -34,22 +34,22 @@ def test_bytes_round_trip(content: bytes) -> None:
 def test_values_round_trip_as_fernet_tokens(value: str) -> None:
     if any("\ud800" <= c < "\ue000" for c in value):
         return
-    token = CIPHER.token(value)
+    token = CIPHER.encrypt_token(value)
     assert is_token(token)
     assert MultiFernet([Fernet(NEW), Fernet(OLD)]).decrypt(token).decode() == value
-    assert BOTH.read_token(token) == value
-    assert CIPHER.token(value) != token
+    assert BOTH.decrypt_token(token) == value
+    assert CIPHER.encrypt_token(value) != token
 
 
 def test_a_lost_key_is_named() -> None:
     with pytest.raises(EncryptionError, match=CIPHER.key_id):
         ONLY_NEW.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x"))
-    with pytest.raises(EncryptionError, match="there is none"):
+    with pytest.raises(EncryptionError, match="it holds no key"):
         NO_ENCRYPTION.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x"))
     with pytest.raises(EncryptionError, match="add the key"):
-        ONLY_NEW.read_token(CIPHER.token("x"))
-    with pytest.raises(EncryptionError, match="there is none"):
-        NO_ENCRYPTION.read_token(CIPHER.token("x"))
+        ONLY_NEW.decrypt_token(CIPHER.encrypt_token("x"))
+    with pytest.raises(EncryptionError, match="it holds no key"):
+        NO_ENCRYPTION.decrypt_token(CIPHER.encrypt_token("x"))
 
 
 @pytest.mark.parametrize("place", [8, 20, -1])
