@@ -1,32 +1,34 @@
-"""Every error the project raises on purpose.
+"""The exceptions that the project raises.
+
+Transient and permanent are types: a caller may retry a ``TransientError``, never a ``PermanentError``.
 
 ::
 
     FhirAssetsError
     ├── ConfigurationError        a setting is missing, malformed or contradicts another
     ├── TransientError            the same call may succeed later
-    │   ├── ServerUnavailable     a FHIR server that is down, overloaded or drops connections
+    │   ├── ServerUnavailable     a FHIR server is down, overloaded or drops connections
     │   ├── DatabaseUnavailable   Postgres cannot be reached
     │   ├── DagsterUnavailable    Dagster's webserver cannot be reached, or did not start a run
-    │   ├── Overtaken             another run changed the same partition meanwhile
+    │   ├── Overtaken             another run changed the same partition in the meantime
     │   └── WorkerLost            a worker process of the load was killed
     └── PermanentError            the same call will fail again
-        ├── ServerRefused         a FHIR server answered 4xx: credentials, rights, an unknown search
-        ├── NotFhir               an answer or a file that is not what FHIR promises
+        ├── ServerRefused         a FHIR server responded with 4xx: credentials, rights, an unknown search
+        ├── NotFhir               a response or a file that is not valid FHIR
         ├── StoreError            the store cannot be read or written (disk full, rights, damaged part)
-        ├── SealingError          patient data that is sealed with a key that is missing, or was altered
-        ├── MissingCipher         patient data was to be read or written through a connection without a cipher
-        ├── FhirPathError         an expression that cannot be parsed, resolved or evaluated
-        ├── CorrectionRefused     an edit of a dead letter that is no correction
-        └── ViewError             a ViewDefinition that is invalid, or a table that it no longer fits
+        ├── EncryptionError       encrypted patient data was altered, or its key is missing
+        ├── MissingCipher         a connection without a cipher was used for patient data
+        ├── FhirPathError         a FHIRPath expression cannot be parsed, resolved or evaluated
+        ├── CorrectionRefused     an edit of a dead letter is not a valid correction
+        └── ViewError             a ViewDefinition is invalid, or its table does not match it
 
-A message says what happened, where, and what to do next. It never holds a patient's data: no resource, no
-element's value, no response body.
+A message states what happened, where, and what to do next. It contains no patient data: no resource, no value of an
+element, no response body.
 """
 
 
 class FhirAssetsError(Exception):
-    """The root of the project's errors."""
+    """The base class of all errors of the project."""
 
 
 class ConfigurationError(FhirAssetsError):
@@ -54,7 +56,7 @@ class DagsterUnavailable(TransientError):
 
 
 class Overtaken(TransientError):
-    """Another run changed the same partition meanwhile, so that what this one made of it no longer fits."""
+    """Another run changed the same partition in the meantime, so that the result of this run is outdated."""
 
 
 class WorkerLost(TransientError):
@@ -62,11 +64,11 @@ class WorkerLost(TransientError):
 
 
 class ServerRefused(PermanentError):
-    """A FHIR server answered 4xx: credentials, rights, an unknown search."""
+    """A FHIR server responded with 4xx: credentials, rights, an unknown search."""
 
 
 class NotFhir(PermanentError):
-    """An answer or a file is not what FHIR promises."""
+    """A response or a file is not valid FHIR."""
 
 
 class StoreError(PermanentError):
@@ -74,11 +76,11 @@ class StoreError(PermanentError):
 
 
 class EncryptionError(PermanentError):
-    """Patient data is sealed with a key that is missing, or was altered."""
+    """Encrypted patient data was altered, or the key that encrypts it is missing."""
 
 
 class MissingCipher(PermanentError):
-    """Patient data was to be read or written through a connection without a cipher: an error of the program."""
+    """A connection without a cipher was used for patient data. This is an error in the program, not in its input."""
 
 
 class FhirPathError(PermanentError):
@@ -86,8 +88,8 @@ class FhirPathError(PermanentError):
 
 
 class ViewError(PermanentError):
-    """A ViewDefinition is invalid, or a table no longer fits it."""
+    """A ViewDefinition is invalid, or its table does not match it."""
 
 
 class CorrectionRefused(PermanentError):
-    """An edit of a dead letter is no correction: it does not fit the resource, or what it gives is refused again."""
+    """An edit of a dead letter is not a valid correction: it cannot be applied, or its result is invalid again."""

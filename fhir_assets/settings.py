@@ -1,6 +1,7 @@
-"""Every environment variable the project reads: typed, documented and checked at start.
+"""The environment variables that the project reads: typed, documented and checked at start.
 
-``.env`` of the working folder is read too; the environment wins over it.
+The file ``.env`` of the working folder is read too; the environment takes precedence. Settings are plain values; the
+modules of ``deployment/`` build objects from them.
 """
 
 import os
@@ -19,11 +20,11 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.windows import Granularity, WindowScheme
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
-"""Where windows begin when FHIR_LAST_UPDATED_GTE is unset; the first one then takes all that is older."""
+"""The start of the first window if FHIR_LAST_UPDATED_GTE is unset. That window also contains all older resources."""
 
 
 class SourceKind(StrEnum):
-    """How resources come in."""
+    """The kind of source that resources are fetched from."""
 
     SEARCH = "search"
     NDJSON = "ndjson"
@@ -31,20 +32,20 @@ class SourceKind(StrEnum):
 
 
 class Executor(StrEnum):
-    """Where runs work that the Dagster UI, its schedule or a backfill started."""
+    """Where runs are executed that the Dagster UI, a schedule or a backfill started."""
 
     IN_PROCESS = "in_process"
-    """Beside the code location, a process a run."""
+    """On the machine of the code location, one process for each run."""
     MULTIPROCESS = "multiprocess"
-    """The same; runs of chosen assets have a process a step."""
+    """As ``in_process``; a run of selected assets has one process for each step."""
     CELERY = "celery"
-    """On workers: `fhir-assets worker`, on any machine."""
+    """On Celery workers (`fhir-assets worker`), on any machine."""
     K8S = "k8s"
-    """A Kubernetes Job a run; runs of chosen assets have a Job a step."""
+    """One Kubernetes Job for each run; a run of selected assets has one Job for each step."""
 
 
 class Settings(BaseSettings):
-    """The settings of one deployment. ``load_settings`` makes one with readable errors."""
+    """The settings of one deployment. ``load_settings`` creates them with readable errors."""
 
     model_config = SettingsConfigDict(
         env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True
@@ -62,33 +63,33 @@ class Settings(BaseSettings):
     )
     fhir_partition: Granularity = Field(Granularity.DAILY, description="`hourly`, `daily` or `monthly` windows")
     fhir_overlap_seconds: int = Field(
-        120, ge=0, description="How far back an extension of the open window reads again, for late commits"
+        120, ge=0, description="How far an extension of the open window reads back, for late commits of the server"
     )
     fhir_schedule: str = Field("*/15 * * * *", description="Cron of the schedule `incremental_load`, UTC")
     fhir_timeout_seconds: float = Field(60, gt=0, description="How long one call to the FHIR server may take")
-    fhir_max_attempts: int = Field(8, ge=1, description="How often a call that failed in passing is tried")
+    fhir_max_attempts: int = Field(8, ge=1, description="Attempts of a call that fails with a transient error")
     fhir_max_connections: int = Field(
         4, ge=1, description="Calls to the FHIR server at once, over all runs on all machines"
     )
     fhir_max_loaders: int = Field(4, ge=1, description="Loads into the tables at once, over all runs on all machines")
-    fhir_max_runs: int = Field(4, ge=1, description="Runs that Dagster's daemon has at work at once")
+    fhir_max_runs: int = Field(4, ge=1, description="Runs that Dagster's daemon executes at once")
     fhir_windows_per_run: int = Field(
         100,
         ge=1,
         le=1000,
-        description="Windows of one run of a backfill or a catch-up; several workers want it smaller",
+        description="Windows of one run of a backfill or a catch-up; set it lower to share work among workers",
     )
     fhir_executor: Executor = Field(
-        Executor.IN_PROCESS, description="Where runs work: `in_process`, `multiprocess`, `celery` or `k8s`"
+        Executor.IN_PROCESS, description="Where runs are executed: `in_process`, `multiprocess`, `celery` or `k8s`"
     )
     celery_broker_url: SecretStr | None = Field(None, description="Redis of the workers: redis://host:6379/0")
     fhir_workers: int | None = Field(
-        None, ge=1, description="Processes of one run that validate and make rows; unset: a core each, 1: none besides"
+        None, ge=1, description="Processes of one run that validate and build rows; unset: one for each core"
     )
     fhir_bulk_level: str = Field("system", description="What is exported: `system`, `patient` or `group/<id>`")
-    fhir_bulk_type_filter: str = Field("", description="`_typeFilter` of an export: searches, with commas between them")
-    fhir_bulk_days: float = Field(30, gt=0, description="How long the server may take for an export")
-    fhir_bulk_fresh_minutes: float = Field(10, ge=0, description="How long an export serves further runs")
+    fhir_bulk_type_filter: str = Field("", description="`_typeFilter` of an export: comma-separated searches")
+    fhir_bulk_days: float = Field(30, gt=0, description="Days that the server may take for an export")
+    fhir_bulk_fresh_minutes: float = Field(10, ge=0, description="Minutes in which further runs reuse an export")
     fhir_auth_username: str | None = Field(None, description="Basic authentication")
     fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication")
     fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
@@ -96,27 +97,29 @@ class Settings(BaseSettings):
     fhir_auth_client_secret: SecretStr | None = Field(None, description="… its secret, or else")
     fhir_auth_private_key: SecretStr | None = Field(None, description="… its private key: PEM or JWK, RSA or P-384")
     fhir_auth_private_key_file: Path | None = Field(None, description="… or the file that holds it")
-    fhir_auth_key_id: str | None = Field(None, description="… the key's `kid`, where its JWK does not say")
+    fhir_auth_key_id: str | None = Field(None, description="… the `kid` of the key, if its JWK has none")
     fhir_auth_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered at the server")
     fhir_auth_scope: str | None = Field(
-        None, description="… what the token is for; unset: system/*.read, to write system/*.write too"
+        None, description="… the scope of the token; unset: system/*.read, for writing also system/*.write"
     )
     fhir_store_url: str = Field(
-        "", description="Where raw and validated live: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
+        "", description="The store of raw and validated: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
     )
     fhir_deletes: Literal["off", "history"] = Field(
-        "off", description="`history`: each load also asks `_history` for what the server deleted"
+        "off", description="`history`: each load also reads deletions from `_history` of the server"
     )
-    fhir_landing_url: str = Field("", description="A folder or s3://bucket/prefix where files land; unset: none")
+    fhir_landing_url: str = Field("", description="The landing zone: a folder or s3://bucket/prefix; unset: none")
     fhir_s3_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = Field(
-        None, description="Server-side encryption that S3 is asked for; unset: what the bucket does by itself"
+        None, description="Server-side encryption that is requested from S3; unset: the default of the bucket"
     )
     fhir_s3_kms_key_id: str | None = Field(None, description="The KMS key of `aws:kms`; unset: the account's")
-    fhir_views: Path | None = Field(None, description="A folder of further ViewDefinitions")
+    fhir_views: Path | None = Field(None, description="A folder of additional ViewDefinitions")
     db_url: SecretStr | None = Field(None, description="Postgres 15 or newer; unset: the embedded one")
-    fhir_assets_home: Path = Field(Path(".fhir_assets"), description="State of the embedded parts")
+    fhir_assets_home: Path = Field(
+        Path(".fhir_assets"), description="The folder of the embedded Postgres, the store and Dagster"
+    )
     validation_warn_rules: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Comma-separated rules that only warn, such as `invariant:obs-6`"
+        (), description="Comma-separated rules that only warn, for example `invariant:obs-6`"
     )
     validation_max_bytes: int = Field(64 * 2**20, ge=1024, description="Size limit of one resource")
     validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
@@ -125,19 +128,19 @@ class Settings(BaseSettings):
     volume_windows: int = Field(14, ge=1, description="How many windows the check `volume` looks back")
     checks_schedule: str = Field("30 5 * * *", description="Cron of the schedule `check_tables`, UTC")
     replay_after_upgrade: bool = Field(
-        False, description="Replay by itself what new rules or a changed view could heal; unset: say so only"
+        False, description="Replay dead letters that changed rules or views may resolve; unset: report them only"
     )
 
     phi_encryption_keys: SecretStr | None = Field(
-        None, description="Fernet keys, comma-separated, newest first: `fhir-assets keys new`. Unset: data in the clear"
+        None, description="Fernet keys, comma-separated, newest first: `fhir-assets keys new`. Unset: clear text"
     )
-    phi_encryption_keys_file: Path | None = Field(None, description="A file with the keys instead, one a line")
+    phi_encryption_keys_file: Path | None = Field(None, description="A file with the keys instead, one on each line")
     phi_required: bool = Field(False, description="Refuse to start without keys")
     phi_encrypt_store: bool = Field(True, description="With keys: encrypt the parts in the store too")
 
     batch_size: int = Field(100, ge=1, le=10_000, description="Resources in one Bundle of `upload` and of delivered/*")
     fhir_delivery_url: str = Field(
-        "", description="The FHIR server that what was loaded is delivered to (assets delivered/*); unset: none"
+        "", description="The FHIR server that loaded resources are delivered to (assets delivered/*); unset: none"
     )
     fhir_delivery_username: str | None = Field(None, description="Basic authentication there")
     fhir_delivery_password: SecretStr | None = Field(None, description="Basic authentication there")
@@ -146,52 +149,62 @@ class Settings(BaseSettings):
     fhir_delivery_client_secret: SecretStr | None = Field(None, description="… its secret, or else")
     fhir_delivery_private_key: SecretStr | None = Field(None, description="… its private key: PEM or JWK")
     fhir_delivery_private_key_file: Path | None = Field(None, description="… or the file that holds it")
-    fhir_delivery_key_id: str | None = Field(None, description="… the key's `kid`, where its JWK does not say")
+    fhir_delivery_key_id: str | None = Field(None, description="… the `kid` of the key, if its JWK has none")
     fhir_delivery_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered there")
     fhir_delivery_scope: str | None = Field(None, description="… unset: system/*.read system/*.write")
 
     consent_policy: Literal["off", "opt-out", "opt-in"] = Field(
         "off",
-        description="`opt-out`: a patient's data is withheld if a Consent denies; `opt-in`: unless one permits; `off`",
+        description="`opt-out`: a patient is withheld if a Consent denies; `opt-in`: unless a Consent permits; `off`",
     )
     consent_purpose: Literal["data-sharing", "research"] = Field(
-        "data-sharing", description="What the tables serve: `data-sharing` or `research`"
+        "data-sharing", description="The purpose of the tables: `data-sharing` or `research`"
     )
 
-    connector_mapping: Path | None = Field(None, description="Rows to resources, in place of connector/mapping.json")
-    connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
-    connector_poll_seconds: float = Field(5, gt=0, description="How often the outbox is looked at unasked")
-    connector_first_wait_seconds: float = Field(0.5, gt=0, description="Wait after a first failure in passing")
-    connector_max_wait_seconds: float = Field(300, gt=0, description="Longest wait between attempts")
-    connector_max_attempts: int = Field(
-        20, ge=1, description="Attempts that the server answers with 5xx before a change becomes a dead letter"
+    connector_mapping: Path | None = Field(
+        None, description="The mapping from rows to resources, in place of connector/mapping.json"
     )
-    connector_keep_days: float = Field(7, gt=0, description="How long processed events are kept")
-    connector_max_lag_seconds: float = Field(300, gt=0, description="Lag of the outbox that turns its check red")
-    fhir_lake_url: str = Field("", description="Where assets lake/<view> write Parquet; unset: there are none")
-    fhir_export_url: str = Field("", description="Where assets `exports/<type>` write; unset: there are none")
+    connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
+    connector_poll_seconds: float = Field(
+        5, gt=0, description="Seconds between polls of the outbox without a notification"
+    )
+    connector_first_wait_seconds: float = Field(
+        0.5, gt=0, description="Seconds of wait after the first transient failure"
+    )
+    connector_max_wait_seconds: float = Field(300, gt=0, description="The longest wait between attempts, in seconds")
+    connector_max_attempts: int = Field(
+        20, ge=1, description="Attempts with a response of 5xx before a change becomes a dead letter"
+    )
+    connector_keep_days: float = Field(7, gt=0, description="Days that processed events are kept")
+    connector_max_lag_seconds: float = Field(
+        300, gt=0, description="Lag of the outbox in seconds at which its check fails"
+    )
+    fhir_lake_url: str = Field("", description="Where the assets lake/<view> write Parquet; unset: no such assets")
+    fhir_export_url: str = Field("", description="Where the assets `exports/<type>` write; unset: no such assets")
     alert_webhook_url: SecretStr | None = Field(
-        None, description="Where failures are told to, once an incident: a webhook of Slack, of Teams, or of your own"
+        None, description="The webhook (Slack, Teams or your own) that gets one message for each incident"
     )
     alert_behind_minutes: float = Field(
-        60, gt=0, description="How long a type's checkpoint may lag behind without moving before it alarms"
+        60, gt=0, description="Minutes that the checkpoint of a type may stand still before an alert is sent"
     )
-    dagster_ui_url: str = Field("http://127.0.0.1:3000", description="The Dagster UI, as messages link to it")
+    dagster_ui_url: str = Field("http://127.0.0.1:3000", description="The Dagster UI that messages link to")
     dagster_webserver_url: str = Field(
-        "", description="Where Dagster's GraphQL is reached by the API; unset: DAGSTER_UI_URL"
+        "", description="Dagster's webserver, which the API calls; unset: DAGSTER_UI_URL"
     )
     api_tokens: SecretStr | None = Field(
-        None, description="name:role:sha256, comma-separated: `fhir-assets api token NAME ROLE`. Unset: nobody gets in"
+        None, description="name:role:sha256, comma-separated: `fhir-assets api token NAME ROLE`. Unset: no access"
     )
-    api_host: str = Field("127.0.0.1", description="Where the HTTP API is served")
+    api_host: str = Field("127.0.0.1", description="The address that the HTTP API listens on")
     api_port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API")
-    api_docs: bool = Field(True, description="Serve /docs and /openapi.json, to those with a token")
+    api_docs: bool = Field(True, description="Serve /docs and /openapi.json to callers with a token")
     api_rate_limit: float = Field(100, gt=0, description="Requests a second of one token, over all workers")
     api_max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Size limit of one request")
-    api_max_records: int = Field(10_000, ge=1, description="How many records one request may bring")
-    metrics_host: str = Field("127.0.0.1", description="Where Prometheus metrics are served")
+    api_max_records: int = Field(10_000, ge=1, description="The most records in one request")
+    metrics_host: str = Field("127.0.0.1", description="The address that the Prometheus metrics are served on")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Port of the Prometheus metrics; 0: none")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="The lowest level that is logged"
+    )
 
     @field_validator("fhir_resource_types", "validation_warn_rules", mode="before")
     @classmethod
@@ -222,9 +235,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.fhir_last_updated_gte and self.fhir_last_updated_gte > datetime.now(UTC):
-            raise ValueError("FHIR_LAST_UPDATED_GTE lies in the future")
+            raise ValueError("FHIR_LAST_UPDATED_GTE is in the future")
         if bool(self.fhir_auth_username) != bool(self.fhir_auth_password):
-            raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD go together: one of them is missing")
+            raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD are both required: one of them is missing")
         if self.phi_encryption_keys and self.phi_encryption_keys_file:
             raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE exclude each other: unset one")
         if not self.encrypts and self.phi_required:
@@ -242,9 +255,9 @@ class Settings(BaseSettings):
         if self.fhir_delivery_username and self.fhir_delivery_token:
             raise ValueError("FHIR_DELIVERY_TOKEN and FHIR_DELIVERY_USERNAME exclude each other: unset one")
         if bool(self.fhir_delivery_username) != bool(self.fhir_delivery_password):
-            raise ValueError("FHIR_DELIVERY_USERNAME and FHIR_DELIVERY_PASSWORD go together: one of them is missing")
+            raise ValueError("FHIR_DELIVERY_USERNAME and FHIR_DELIVERY_PASSWORD are both required: one is missing")
         if self.fhir_delivery_url and self.fhir_delivery_url.rstrip("/") == self.fhir_base_url.rstrip("/"):
-            raise ValueError("FHIR_DELIVERY_URL is FHIR_BASE_URL: what came from a server would be written back to it")
+            raise ValueError("FHIR_DELIVERY_URL equals FHIR_BASE_URL: resources would be written back to their server")
         if self.fhir_source is not SourceKind.NDJSON and self.fhir_base_url:
             url = urlsplit(self.fhir_base_url)
             if url.scheme not in ("http", "https") or not url.netloc:
@@ -274,17 +287,17 @@ class Settings(BaseSettings):
 
     @cached_property
     def home(self) -> Path:
-        """The absolute folder of the embedded parts."""
+        """The absolute path of FHIR_ASSETS_HOME."""
         return self.fhir_assets_home.expanduser().absolute()
 
     @cached_property
     def store_url(self) -> str:
-        """Where the partitions of raw and validated live: a folder, or a bucket."""
+        """The location of the partitions of raw and validated: a folder or ``s3://bucket/prefix``."""
         return self.fhir_store_url or str(self.home / "store")
 
     @cached_property
     def window_scheme(self) -> WindowScheme:
-        """The windows that the settings ask for."""
+        """The windows of the deployment."""
         start = self.fhir_last_updated_gte
         return WindowScheme(
             self.fhir_partition,
@@ -295,43 +308,43 @@ class Settings(BaseSettings):
 
     @cached_property
     def workers(self) -> int:
-        """How many processes of one run validate and make rows."""
+        """The number of processes of one run that validate and build rows."""
         return self.fhir_workers or _cores()
 
     @cached_property
     def overlap(self) -> timedelta:
-        """How far an extension of the open window reads back."""
+        """The time that an extension of the open window reads back."""
         return timedelta(seconds=self.fhir_overlap_seconds)
 
     def require_broker(self) -> str:
-        """CELERY_BROKER_URL. Raises ConfigurationError if it is unset."""
+        """Return CELERY_BROKER_URL. Raises ConfigurationError if it is unset."""
         if self.celery_broker_url is None:
-            raise ConfigurationError("CELERY_BROKER_URL is not set: give the workers' Redis, redis://host:6379/0")
+            raise ConfigurationError("CELERY_BROKER_URL is not set: set the Redis of the workers, redis://host:6379/0")
         return self.celery_broker_url.get_secret_value()
 
     def require_source(self) -> str:
-        """FHIR_BASE_URL. Raises ConfigurationError if it is unset."""
+        """Return FHIR_BASE_URL. Raises ConfigurationError if it is unset."""
         if not self.fhir_base_url:
             raise ConfigurationError(
-                "FHIR_BASE_URL is not set: give the base URL of a FHIR server (https://…/fhir), or with "
+                "FHIR_BASE_URL is not set: set the base URL of a FHIR server (https://…/fhir), or with "
                 "FHIR_SOURCE=ndjson a folder of NDJSON files, in the environment or in .env"
             )
         return self.fhir_base_url
 
 
 def load_settings(**overrides: object) -> Settings:
-    """The settings of the environment. Raises ConfigurationError that names every bad variable."""
+    """Return the settings of the environment. Raises ConfigurationError, whose message names every bad variable."""
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
+        details = error.errors(include_url=False, include_input=False, include_context=False)
         reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in found
+            f"{'.'.join(map(str, detail['loc'])).upper() or 'settings'}: {detail['msg'].removeprefix('Value error, ')}"
+            for detail in details
         )
         raise ConfigurationError(f"Bad settings. {reasons}") from None
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

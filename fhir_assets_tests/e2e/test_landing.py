@@ -188,7 +188,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(
 
 def test_a_zone_that_is_not_there_is_one_sentence(deploy: Deploy, tmp_path: Path) -> None:
     deployment = deploy(fhir_landing_url=str(tmp_path / "none"), fhir_resource_types=("Patient",))
-    with pytest.raises(Exception, match="there is no folder"):
+    with pytest.raises(Exception, match="does not exist"):
         tick(deployment)
 
 

