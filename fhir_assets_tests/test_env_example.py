@@ -1,4 +1,4 @@
-"""``.env.example`` is the list that people copy: it has every variable, and none that does not exist."""
+"""``.env.example`` names every setting of the project, and no other variable."""
 
 import re
 from pathlib import Path

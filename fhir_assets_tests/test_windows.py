@@ -16,7 +16,7 @@ def scheme(granularity: Granularity = Granularity.DAILY, *, open_start: bool = F
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))
-def test_window_keys_are_the_partition_keys_that_dagster_gives(granularity: Granularity) -> None:
+def test_window_keys_equal_the_partition_keys_of_dagster(granularity: Granularity) -> None:
     ours = scheme(granularity)
     now = START + timedelta(days=70, hours=5)
     keys = build_partitions(ours).get_partition_keys(current_time=now)
@@ -24,14 +24,14 @@ def test_window_keys_are_the_partition_keys_that_dagster_gives(granularity: Gran
 
 
 @given(moment=MOMENTS, granularity=st.sampled_from(list(Granularity)))
-def test_every_moment_lies_in_exactly_the_window_it_is_given(moment: datetime, granularity: Granularity) -> None:
+def test_every_moment_is_in_exactly_one_window(moment: datetime, granularity: Granularity) -> None:
     window = scheme(granularity).window_at(moment)
     assert moment in window
     assert scheme(granularity).window(window.key) == window
 
 
 @given(first=MOMENTS, days=st.integers(0, 40), moment=MOMENTS)
-def test_a_range_places_a_moment_as_the_scheme_does(first: datetime, days: int, moment: datetime) -> None:
+def test_a_range_finds_the_same_window_as_the_scheme(first: datetime, days: int, moment: datetime) -> None:
     windows = WindowRange(list(scheme().between(first, first + timedelta(days=days))))
     expected = scheme().window_at(moment)
     placed = windows.find(moment)
@@ -39,7 +39,7 @@ def test_a_range_places_a_moment_as_the_scheme_does(first: datetime, days: int, 
     assert windows.nearest(moment) in windows.windows
 
 
-def test_with_an_open_start_the_first_window_takes_all_that_is_older() -> None:
+def test_with_an_open_start_the_first_window_contains_all_older_moments() -> None:
     ours = scheme(open_start=True)
     old = datetime(1999, 5, 1, tzinfo=UTC)
     first = ours.window_at(old)
@@ -55,7 +55,7 @@ def test_windows_are_half_open() -> None:
     assert window.end - timedelta(microseconds=1) in window
 
 
-def test_intervals_that_follow_one_another_are_joined_and_gaps_stay() -> None:
+def test_adjacent_intervals_are_merged_and_gaps_stay() -> None:
     a, b, c, d, e = (datetime(2024, 1, day, tzinfo=UTC) for day in range(1, 6))
     assert joined([]) == []
     assert joined([Interval(None, a), Interval(a, b), Interval(b, c), Interval(d, e)]) == [

@@ -1,4 +1,4 @@
-"""What Consents say: each rule of privacy/consent.py by itself."""
+"""Decisions from Consent resources: every rule of privacy/consent.py."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -25,9 +25,9 @@ def consent(provision: dict[str, Any] | None = None, *, scope: str = "patient-pr
 
 def says(*consents: Consent | None) -> tuple[str | None, str | None]:
     """The verdicts for sharing and for research."""
-    known = [each for each in consents if each]
-    found = [decide(known, purpose, NOW) for purpose in Purpose]
-    return (found[0].verdict if found[0] else None), (found[1].verdict if found[1] else None)
+    readable = [consent for consent in consents if consent]
+    sharing, research = [decide(readable, purpose, NOW) for purpose in Purpose]
+    return (sharing.verdict if sharing else None), (research.verdict if research else None)
 
 
 def purpose(*codes: str) -> dict[str, Any]:
@@ -80,25 +80,25 @@ def test_one_consent(given: Consent | None, expected: tuple[str | None, str | No
     assert says(given) == expected
 
 
-def test_of_contradicting_consents_the_deny_holds_whatever_their_order() -> None:
+def test_a_deny_wins_over_a_permit_in_any_order() -> None:
     permit, deny = consent(PERMIT, id="a"), consent(DENY, id="b")
     assert says(permit, deny) == says(deny, permit) == ("deny", "deny")
     assert permit
     assert deny
-    found = decide([permit, deny], SHARING, NOW)
-    assert found is not None
-    assert (found.consent, found.path) == ("b", "Consent.provision")
+    decision = decide([permit, deny], SHARING, NOW)
+    assert decision is not None
+    assert (decision.consent, decision.path) == ("b", "Consent.provision")
 
 
-def test_the_source_is_the_provision_that_decided() -> None:
+def test_a_decision_names_the_provision_that_decided() -> None:
     given = consent({**DENY, "provision": [{**PERMIT, **purpose("HRESCH")}]})
     assert given
-    found = decide([given], RESEARCH, NOW)
-    assert found is not None
-    assert found.path == "Consent.provision.provision[0]"
+    decision = decide([given], RESEARCH, NOW)
+    assert decision is not None
+    assert decision.path == "Consent.provision.provision[0]"
 
 
-def test_the_next_change_is_the_nearest_end_or_beginning_of_any_period() -> None:
+def test_the_next_change_is_the_next_start_or_end_of_any_period() -> None:
     given = consent(
         {
             **PERMIT,
@@ -108,12 +108,12 @@ def test_the_next_change_is_the_nearest_end_or_beginning_of_any_period() -> None
     )
     assert given
     moments = []
-    found = next_change([given], NOW)
-    while found:
-        moments.append(found.date().isoformat())
-        found = next_change([given], found)
+    moment = next_change([given], NOW)
+    while moment:
+        moments.append(moment.date().isoformat())
+        moment = next_change([given], moment)
     assert moments == ["2024-07-01", "2024-08-01", "2025-02-01"]
 
 
-def test_a_consent_about_nobody_says_nothing() -> None:
+def test_a_consent_without_a_patient_decides_nothing() -> None:
     assert read_consent({"resourceType": "Consent", "id": "c", "status": "active", "provision": PERMIT}, None) is None

@@ -1,4 +1,4 @@
-"""Sealing: what goes in comes out, with any of the keys; what was altered or lacks its key does not."""
+"""Encryption: content round-trips with any of the keys; altered content and content of a missing key are refused."""
 
 import io
 import pickle
@@ -23,10 +23,10 @@ ONLY_NEW = Cipher(parse_keys([NEW]), SECRET)
 
 @given(st.binary(max_size=5000))
 def test_bytes_round_trip(content: bytes) -> None:
-    sealed = CIPHER.compress_and_encrypt(content)
-    assert CIPHER.decrypt_and_decompress(sealed) == BOTH.decrypt_and_decompress(sealed) == content
-    assert from_json(as_json(sealed).decode().strip('"')) == sealed
-    assert key_id_of(sealed) == CIPHER.key_id
+    encrypted = CIPHER.compress_and_encrypt(content)
+    assert CIPHER.decrypt_and_decompress(encrypted) == BOTH.decrypt_and_decompress(encrypted) == content
+    assert from_json(as_json(encrypted).decode().strip('"')) == encrypted
+    assert key_id_of(encrypted) == CIPHER.key_id
     assert NO_ENCRYPTION.compress_and_encrypt(content) == content
 
 
@@ -41,23 +41,23 @@ def test_values_round_trip_as_fernet_tokens(value: str) -> None:
     assert CIPHER.encrypt_token(value) != token
 
 
-def test_a_lost_key_is_named() -> None:
+def test_a_missing_key_is_named() -> None:
     with pytest.raises(EncryptionError, match=CIPHER.key_id):
         ONLY_NEW.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x"))
     with pytest.raises(EncryptionError, match="it holds no key"):
         NO_ENCRYPTION.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x"))
-    with pytest.raises(EncryptionError, match="add the key"):
+    with pytest.raises(EncryptionError, match="add the missing key"):
         ONLY_NEW.decrypt_token(CIPHER.encrypt_token("x"))
     with pytest.raises(EncryptionError, match="it holds no key"):
         NO_ENCRYPTION.decrypt_token(CIPHER.encrypt_token("x"))
 
 
-@pytest.mark.parametrize("place", [8, 20, -1])
-def test_altered_bytes_are_refused(place: int) -> None:
-    sealed = bytearray(CIPHER.compress_and_encrypt(b"a resource"))
-    sealed[place] ^= 1
+@pytest.mark.parametrize("position", [8, 20, -1])
+def test_altered_bytes_are_refused(position: int) -> None:
+    encrypted = bytearray(CIPHER.compress_and_encrypt(b"a resource"))
+    encrypted[position] ^= 1
     with pytest.raises(EncryptionError, match="damaged"):
-        CIPHER.decrypt_and_decompress(bytes(sealed))
+        CIPHER.decrypt_and_decompress(bytes(encrypted))
 
 
 def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
@@ -69,7 +69,7 @@ def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
     assert CIPHER.index("x")[:32] != CIPHER.subject("x", "")[:32]
 
 
-def test_keys_reach_other_processes_and_stay_out_of_texts() -> None:
+def test_a_cipher_is_pickled_with_its_keys_and_its_repr_shows_only_ids() -> None:
     again = pickle.loads(pickle.dumps(BOTH))
     assert again.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"
     assert again.index("x") == BOTH.index("x")
@@ -94,19 +94,19 @@ class Pipe(io.BytesIO):
         return False
 
 
-def test_parts_are_read_from_streams_that_cannot_go_back() -> None:
-    sealed = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
-    assert opened(Pipe(sealed), CIPHER).read() == b"x" * 1000
+def test_parts_are_read_from_streams_that_cannot_seek() -> None:
+    encrypted = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
+    assert opened(Pipe(encrypted), CIPHER).read() == b"x" * 1000
     assert opened(Pipe(b"clear" * 200), CIPHER).read() == b"clear" * 200
 
 
-def test_a_part_that_was_cut_off_is_noticed() -> None:
-    sealed = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
+def test_a_truncated_part_is_refused() -> None:
+    encrypted = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
     with pytest.raises(EOFError):
-        opened(io.BytesIO(sealed[:-1]), CIPHER).read()
+        opened(io.BytesIO(encrypted[:-1]), CIPHER).read()
 
 
-def test_without_encrypting_the_store_sealed_parts_still_open() -> None:
+def test_encrypted_parts_are_read_when_the_store_is_not_encrypted() -> None:
     reading = CIPHER.reading_only()
     assert not reading.on
     assert reading.encrypt(b"x") == b"x"

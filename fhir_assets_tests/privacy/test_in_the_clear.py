@@ -1,4 +1,4 @@
-"""Without keys `demo` and `dev` say loudly that data is stored in the clear, and PHI_REQUIRED=1 refuses everything."""
+"""Without keys `demo` and `dev` warn that data is stored as clear text; with PHI_REQUIRED=1 every command refuses."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", [["dev"], ["demo", "--no-ui", "--patients", "1"]])
-def test_what_is_stored_in_the_clear_is_said_once_and_not_where_there_are_keys(
+def test_clear_text_is_warned_about_once_and_only_without_keys(
     command: list[str], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DB_URL", database)

@@ -1,4 +1,4 @@
-"""Keys: what is taken, what is refused and how it is said."""
+"""Parsing of encryption keys: valid keys are accepted, others are refused without being shown."""
 
 import base64
 import os
@@ -41,7 +41,7 @@ def test_a_malformed_or_weak_key_is_refused_without_being_shown(text: str) -> No
     assert not text or text not in str(refused.value)
 
 
-def test_every_new_key_is_taken() -> None:
+def test_every_new_key_is_accepted() -> None:
     keys = parse_keys([new_key() for _ in range(200)])
     assert len({key.id for key in keys}) == 200
     assert all(len(key.id) == 8 for key in keys)
@@ -69,7 +69,7 @@ def test_keys_come_from_the_environment_or_from_a_file(tmp_path: object, monkeyp
         load_settings()
 
 
-def test_required_keys_that_are_missing_stop_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_keys_are_refused_if_keys_are_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI_REQUIRED", "1")
     with pytest.raises(ConfigurationError, match="PHI_REQUIRED"):
         load_settings()

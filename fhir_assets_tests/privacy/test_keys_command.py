@@ -1,4 +1,4 @@
-"""`fhir-assets keys`: a new key serves, the status says what seals what, a rotation makes an older key dispensable."""
+"""`fhir-assets keys`: new keys are valid, the status counts data by key, and after a rotation an old key is unused."""
 
 import json
 from pathlib import Path
@@ -32,8 +32,8 @@ def keys(*arguments: str, code: int = 0) -> str:
 
 
 def status() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(keys("status", "--json"))["keys"]
-    return found
+    rows: list[dict[str, Any]] = json.loads(keys("status", "--json"))["keys"]
+    return rows
 
 
 def fill(url: str, *of_keys: str) -> None:

@@ -1,4 +1,4 @@
-"""Parts sealed anew: same name, same lines, and no part that somebody takes away or leaves behind is in the way."""
+"""Re-encryption of parts: name and lines stay the same, and deleted or unreferenced parts cause no failure."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -39,7 +39,7 @@ def read(store: Store, manifest: Manifest) -> Iterator[bytes]:
     return (line for batch in store.batches(manifest.parts) for line in batch)
 
 
-def test_a_part_keeps_its_name_and_lines_and_a_reader_that_is_at_it_goes_on(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_part_keeps_its_name_and_lines_and_its_reader_continues(tmp_path: Path, manifest: Manifest) -> None:
     at_it = read(store(tmp_path, BOTH), manifest)
     first = [next(at_it)]
     [(name, key)] = list_part_keys(store(tmp_path, BOTH))
@@ -50,16 +50,16 @@ def test_a_part_keeps_its_name_and_lines_and_a_reader_that_is_at_it_goes_on(tmp_
     assert list(read(store(tmp_path, NEWER), manifest)) == LINES
 
 
-def test_a_part_that_is_gone_when_its_turn_comes_is_no_failure(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_part_that_was_deleted_in_the_meantime_is_no_failure(tmp_path: Path, manifest: Manifest) -> None:
     name = manifest.parts[0].name
     (tmp_path / name).unlink()
     assert list(reencrypt(store(tmp_path, BOTH), [(name, OLDER.key_id)], BOTH)) == [(name, OLDER.key_id, None)]
     assert not (tmp_path / name).exists()
 
 
-def test_sealed_parts_that_no_manifest_names_are_found_to_be_taken_away(tmp_path: Path, manifest: Manifest) -> None:
-    place = store(tmp_path, OLDER)
+def test_encrypted_parts_that_no_manifest_names_are_found(tmp_path: Path, manifest: Manifest) -> None:
+    partitions = store(tmp_path, OLDER)
     later = datetime.now(UTC) + timedelta(days=1)
-    assert list(find_unreferenced_parts(place, "raw", before=later)) == []
-    place.commit([Manifest("raw", "Patient", "2024-01-01", "run", NOW, ())])
-    assert [found.name for found in find_unreferenced_parts(place, "raw", before=later)] == [manifest.parts[0].name]
+    assert list(find_unreferenced_parts(partitions, "raw", before=later)) == []
+    partitions.commit([Manifest("raw", "Patient", "2024-01-01", "run", NOW, ())])
+    assert [part.name for part in find_unreferenced_parts(partitions, "raw", before=later)] == [manifest.parts[0].name]

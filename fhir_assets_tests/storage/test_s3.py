@@ -1,4 +1,4 @@
-"""What is of S3 alone: large objects, connections that break, encryption, and its errors in plain words."""
+"""The store on S3: large objects, broken connections, server-side encryption, and error messages."""
 
 import os
 import socket
@@ -19,12 +19,12 @@ def bucket(s3_url: str) -> Bucket:
     return build_bucket(load_settings(), s3_url)
 
 
-def test_a_large_part_goes_up_in_pieces_and_comes_back_whole(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_large_part_is_uploaded_in_pieces_and_read_back_complete(bucket: Bucket, tmp_path: Path) -> None:
     content = os.urandom(40 << 20)
     (tmp_path / "file").write_bytes(content)
     bucket.upload("large", tmp_path / "file")
-    found = bucket.client.head_object(Bucket=bucket.name, Key="some/prefix/large")
-    assert found["ETag"].strip('"').endswith("-3")
+    head = bucket.client.head_object(Bucket=bucket.name, Key="some/prefix/large")
+    assert head["ETag"].strip('"').endswith("-3")
     with bucket.open("large") as stream:
         assert stream.read(1000) == content[:1000]
         assert stream.read() == content[1000:]
@@ -48,7 +48,7 @@ class _Breaks:
 
 
 @pytest.mark.parametrize("times", [3, 99])
-def test_a_stream_goes_on_where_its_connection_broke_or_gives_up_with_an_error(
+def test_a_stream_resumes_after_a_broken_connection_or_raises_an_error(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     content = os.urandom(1 << 20)
@@ -72,9 +72,7 @@ def test_a_stream_goes_on_where_its_connection_broke_or_gives_up_with_an_error(
                 stream.read()
 
 
-def test_a_key_that_changed_between_two_pieces_is_an_error_and_no_mixture(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_object_that_changes_during_a_read_is_an_error(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("x", b"a" * 1000)
     get = bucket.client.get_object
     monkeypatch.setattr(
@@ -88,7 +86,7 @@ def test_a_key_that_changed_between_two_pieces_is_an_error_and_no_mixture(
             stream.read()
 
 
-def test_encryption_settings_go_along_with_every_write(s3_url: str, tmp_path: Path) -> None:
+def test_encryption_settings_are_sent_with_every_write(s3_url: str, tmp_path: Path) -> None:
     settings = load_settings(fhir_store_url=s3_url, fhir_s3_encryption="aws:kms", fhir_s3_kms_key_id="alias/x")
     blobs = build_store(settings).blobs
     blobs.put("small", b"x")
@@ -96,8 +94,8 @@ def test_encryption_settings_go_along_with_every_write(s3_url: str, tmp_path: Pa
     blobs.put_file("large", tmp_path / "file")
     name, prefix = s3_url.removeprefix("s3://").split("/", 1)
     for key in ("small", "large"):
-        found = boto3.client("s3").head_object(Bucket=name, Key=f"{prefix}/{key}")
-        assert (found["ServerSideEncryption"], found["SSEKMSKeyId"]) == ("aws:kms", "alias/x")
+        head = boto3.client("s3").head_object(Bucket=name, Key=f"{prefix}/{key}")
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "alias/x")
 
 
 def explained(url: str) -> FhirAssetsError:
@@ -106,13 +104,13 @@ def explained(url: str) -> FhirAssetsError:
     return caught.value
 
 
-def test_a_bucket_that_is_not_there_is_a_setting_to_correct(s3_url: str) -> None:
+def test_a_missing_bucket_is_a_configuration_error(s3_url: str) -> None:
     error = explained("s3://no-such-bucket-here/x")
     assert isinstance(error, ConfigurationError)
     assert str(error) == "there is no bucket no-such-bucket-here: create it, or correct s3://no-such-bucket-here/x"
 
 
-def test_missing_credentials_are_a_setting_to_correct(
+def test_missing_credentials_are_a_configuration_error(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -44,7 +44,7 @@ def write(store: Store, key: str, content: list[bytes], **options: int) -> Manif
     return manifest
 
 
-def test_what_was_written_is_read_back_byte_for_byte(store: Store) -> None:
+def test_lines_are_read_back_byte_for_byte(store: Store) -> None:
     content = lines(5000)
     write(store, "2024-01-01", content, buffer_bytes=10_000)
     manifest = store.manifest("raw", "Patient", "2024-01-01")
@@ -53,7 +53,7 @@ def test_what_was_written_is_read_back_byte_for_byte(store: Store) -> None:
     assert (manifest.rows, manifest.bytes) == (5000, sum(map(len, content)) + 5000)
 
 
-def test_lines_of_many_partitions_may_come_mixed(store: Store) -> None:
+def test_lines_of_many_partitions_may_be_interleaved(store: Store) -> None:
     with PartWriter(store, "raw", buffer_bytes=500) as writer:
         for n, line in enumerate(lines(300)):
             writer.add("Patient", f"k{n % 7}", line, None)
@@ -71,7 +71,7 @@ def test_nothing_is_visible_before_the_commit(store: Store) -> None:
     assert store.manifest("raw", "Patient", "k") == before
 
 
-def test_a_writer_that_is_left_early_leaves_no_files_behind(store: Store) -> None:
+def test_a_writer_that_is_not_finished_leaves_no_files(store: Store) -> None:
     with PartWriter(store, "raw", buffer_bytes=1) as writer:
         writer.add("Patient", "k", b"{}", None)
         assert files(store)
@@ -87,7 +87,7 @@ def test_names_are_listed_below_their_folder_and_deleted_by_name(store: Store) -
     store.blobs.delete(part)
 
 
-def test_manifests_of_many_partitions_come_in_the_order_of_their_keys(store: Store) -> None:
+def test_manifests_are_returned_in_the_order_of_their_keys(store: Store) -> None:
     for n in range(20):
         write(store, f"k{n:02}", lines(n))
     keys = [f"k{n:02}" for n in range(30)]
@@ -125,13 +125,13 @@ def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, 
     ("layer", "advice"),
     [("raw", "keep the parts beside it.* ops.received lists"), ("validated", "materialize the partition again")],
 )
-def test_a_damaged_manifest_says_what_to_do_without_the_loss_of_a_part(store: Store, layer: str, advice: str) -> None:
+def test_the_error_for_a_damaged_manifest_says_how_to_keep_the_parts(store: Store, layer: str, advice: str) -> None:
     store.blobs.put(f"{layer}/patient/k/manifest.json", b"{")
     with pytest.raises(StoreError, match=rf"{layer}/patient/k/manifest\.json is damaged: .*{advice}"):
         store.manifest(layer, "Patient", "k")
 
 
-def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_raises_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         write(open_store(str(tmp_path / "file" / "store"), NO_ENCRYPTION), "k", lines(1))
@@ -142,7 +142,7 @@ def test_an_unknown_scheme_is_refused() -> None:
         open_store("ftp://somewhere", NO_ENCRYPTION)
 
 
-def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_killed_run_are_ignored_and_found_as_garbage(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), NO_ENCRYPTION)
     manifest = write(store, "2024-01-01", lines(1))
     left = "raw/patient/2024-01-01/.manifest.json.0a1b.tmp"
@@ -150,7 +150,7 @@ def test_what_a_killed_run_left_unfinished_is_nothing_and_goes_with_the_garbage(
     assert store.manifest("raw", "Patient", "2024-01-01") == manifest
     assert store.partition_keys("raw", "Patient") == ["2024-01-01"]
     later = datetime.now(UTC) + timedelta(hours=1)
-    assert [found.name for found in find_unreferenced_parts(store, "raw", before=later)] == [left]
+    assert [part.name for part in find_unreferenced_parts(store, "raw", before=later)] == [left]
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The embedded Postgres as its users meet it: several processes, kills, odd folders, root."""
+"""The embedded Postgres with several processes, kills, unusual folders, and as root."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_processes_that_start_together_share_one_server_and_leave_it_running(hom
     assert embedded.is_running(home)
 
 
-def test_both_databases_are_there(home: Path) -> None:
+def test_both_databases_exist(home: Path) -> None:
     for name in (embedded.DATABASE, embedded.DAGSTER_DATABASE):
         with connect(embedded.ensure(home, name)) as conn:
             assert conn.execute("SELECT current_database()").fetchone() == (name,)
@@ -97,7 +97,7 @@ def test_a_folder_too_long_for_a_socket_with_blanks_and_quotes_works(home: Path)
     assert not sockets.exists()
 
 
-def test_a_broken_off_first_start_is_begun_anew(home: Path) -> None:
+def test_an_interrupted_first_start_is_repeated(home: Path) -> None:
     home.mkdir()
     half = home / "postgres-broken"
     half.mkdir()
@@ -105,13 +105,13 @@ def test_a_broken_off_first_start_is_begun_anew(home: Path) -> None:
     assert embedded.ensure(home)
 
 
-def test_nobody_but_the_owner_gets_to_the_socket(home: Path) -> None:
+def test_only_the_owner_reaches_the_socket(home: Path) -> None:
     embedded.ensure(home)
     assert (home / "postgres").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_a_home_that_the_servers_user_cannot_reach_gets_its_data_elsewhere(home: Path) -> None:
+def test_the_data_folder_is_elsewhere_if_the_servers_user_cannot_reach_the_home(home: Path) -> None:
     home.mkdir(mode=0o700)
     url = embedded.ensure(home)
     assert (home / "postgres").is_symlink()
@@ -126,7 +126,7 @@ def test_a_home_that_the_servers_user_cannot_reach_gets_its_data_elsewhere(home:
     subprocess.run(["rm", "-r", str((home / "postgres").resolve())], check=True)
 
 
-def test_a_home_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ConfigurationError, match="FHIR_ASSETS_HOME"):

@@ -1,4 +1,4 @@
-"""The group roles, each tried by a user that has it: what it may do, and what it is refused."""
+"""The group roles: the rights that a member of each role has and lacks."""
 
 import shutil
 import tempfile
@@ -98,11 +98,11 @@ def test_a_reader_reads_the_tables_of_the_views_and_nothing_else(filled: str, us
         assert refused(url, statement), statement
 
 
-def test_an_operator_sees_and_settles_what_failed_but_no_patient(filled: str, user: User) -> None:
+def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient(filled: str, user: User) -> None:
     url = user(roles.OPERATOR)
     with connect(url, cipher=keyring(filled)) as conn:
         assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
-        assert [letter.rule for letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
+        assert [dead_letter.rule for dead_letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
         replays.request_replay(conn, Selection())
         audit_log.record(conn, AuditRecord("replay", "an operator"))
     for statement in (
@@ -166,7 +166,7 @@ def test_nobody_but_the_owner_can_even_try_to_change_the_audit_log(filled: str, 
         assert refused(url, statement), statement
 
 
-def test_a_table_that_a_loader_makes_is_there_for_readers_and_for_other_loaders(database: str, user: User) -> None:
+def test_a_table_that_a_loader_creates_is_shared_with_readers_and_other_loaders(database: str, user: User) -> None:
     with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as conn:
         load(conn, patient("a", gender="male"), views=(PATIENT,))
     wider = view(
@@ -211,7 +211,7 @@ def test_every_table_of_ops_is_covered_whoever_adds_it(conn: Connection) -> None
             assert row == (not hidden,), (role, name)
 
 
-def test_what_was_granted_too_much_by_hand_is_taken_back(conn: Connection) -> None:
+def test_rights_that_were_granted_by_hand_are_revoked(conn: Connection) -> None:
     conn.execute("GRANT UPDATE ON ops.audit_log TO fhir_loader")
     roles.grant(conn)
     assert conn.execute("SELECT has_table_privilege('fhir_loader', 'ops.audit_log', 'UPDATE')").fetchone() == (False,)
@@ -226,9 +226,9 @@ def test_a_migration_by_a_user_who_may_not_make_roles_goes_on_and_says_so(
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
     monkeypatch.setattr("fhir_assets.cli.migrate.build_views", lambda settings: ViewSet(VIEWS, ()))
     monkeypatch.setattr("fhir_assets.orchestration.instance.config.ensure_dagster_database", lambda settings: plain)
-    said = CliRunner().invoke(app, ["migrate"], catch_exceptions=False)
-    assert said.exit_code == 0
-    assert "CREATE ROLE fhir_reader NOLOGIN; CREATE ROLE fhir_operator NOLOGIN" in said.output
+    result = CliRunner().invoke(app, ["migrate"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "CREATE ROLE fhir_reader NOLOGIN; CREATE ROLE fhir_operator NOLOGIN" in result.output
     with connect(own_server, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         for role in roles.ROLES:
             conn.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
