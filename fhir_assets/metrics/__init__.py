@@ -1,0 +1,1 @@
+"""Prometheus metrics of a process and of a deployment's database."""

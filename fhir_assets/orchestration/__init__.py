@@ -1,0 +1,1 @@
+"""All of Dagster: assets, checks, IO managers, jobs, schedules, sensors, resources and the instance."""
