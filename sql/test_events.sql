@@ -1,5 +1,5 @@
--- Changes to see the connector at work: psql "$DB_URL" -f sql/test_events.sql, with `fhir-assets connector run` beside.
--- Invented people. Run it as often as you like: it ends as it began, but for the one row that is meant to fail.
+-- Changes to try the connector with: run `fhir-assets connector run`, then psql "$DB_URL" -f sql/test_events.sql.
+-- The people are invented. The file may be run repeatedly; it leaves only the row that is meant to fail.
 
 -- One transaction, one patient, three rows: one PUT with all identifiers.
 BEGIN;
@@ -13,17 +13,17 @@ SELECT id, system, value FROM health.patient,
 WHERE identifier_value = 'TRY-0001';
 COMMIT;
 
--- An update, and one that is rolled back and never leaves.
+-- An update that is delivered, and one that is rolled back and not delivered.
 UPDATE health.patient SET phone_number = '+1-555-0199', updated_at = now() WHERE identifier_value = 'TRY-0001';
 BEGIN;
 UPDATE health.patient SET name_family = 'Never' WHERE identifier_value = 'TRY-0001';
 ROLLBACK;
 
--- An identifier taken away from the patient, and the patient's own identifier corrected: the resource keeps its id.
+-- One identifier is removed and another one corrected: the resource on the server keeps its id.
 DELETE FROM health.patient_other_identifiers WHERE identifier_value = 'L-12';
 UPDATE health.patient SET identifier_value = 'TRY-0002', updated_at = now() WHERE identifier_value = 'TRY-0001';
 
--- A row without an identifier: `fhir-assets connector dlq list` says why it did not go out.
+-- A row without an identifier: `fhir-assets connector dlq list` shows why it was not delivered.
 INSERT INTO health.patient (name_family, name_given) VALUES ('Nobody', 'Known');
 
 SELECT id, txid, table_name, operation, record_id, created_at, processed_at

@@ -1,4 +1,4 @@
-"""``ops.audit_log``: who did what to whose data, written in the transaction of the deed."""
+"""``ops.audit_log``: the append-only audit log. Records are written in the transaction of the action they describe."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -16,21 +16,21 @@ _LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
 
 
 def record(conn: Session, *audit_records: AuditRecord) -> None:
-    """Append deeds. Call it last in the transaction of the deed: until that ends, other records wait.
+    """Append audit records. Call it last in the transaction of the action: other writers of the log wait for its end.
 
-    What does a thing many times over records it once, with a count; a deed of count 0 is left out.
+    An action on many resources is one record with a count; records with count 0 are left out.
     """
-    told = [audit_record for audit_record in audit_records if audit_record.count]
-    if not told:
+    counted = [audit_record for audit_record in audit_records if audit_record.count]
+    if not counted:
         return
     cipher = cipher_of(conn)
     with conn.transaction() if conn.autocommit else nullcontext():
         head = conn.execute("SELECT seq, link, clock_timestamp() FROM ops.audit_head FOR UPDATE").fetchone()
         if head is None:
-            raise AssertionError("ops.audit_head is empty: the audit log was tampered with")
+            raise AssertionError("ops.audit_head has no row: the audit log was tampered with")
         seq, previous, at = head[0], bytes(head[1]), head[2]
         rows = []
-        for audit_record in told:
+        for audit_record in counted:
             seq += 1
             previous = link(seq, at, audit_record, previous, cipher)
             rows.append(
@@ -58,16 +58,16 @@ def record(conn: Session, *audit_records: AuditRecord) -> None:
 
 
 def hash_subject(conn: Session, resource_type: str, resource_id: str) -> str:
-    """The keyed hash by which the log names a resource."""
+    """Return the keyed hash that stands for a resource in the log."""
     return cipher_of(conn).subject(resource_type, resource_id)
 
 
 def find_fault(conn: Session) -> Fault | None:
-    """The first record that was altered, is missing or was inserted; None if the log is whole."""
+    """Return the first record that was altered, is missing or was inserted; None if the log is intact."""
     query = f"SELECT h.seq, h.link, l.* FROM ops.audit_head h LEFT JOIN ({_LOG}) l ON true ORDER BY l.seq"  # noqa: S608
     with conn.transaction(), conn.cursor(name="audit") as cursor:
         cursor.itersize = 5000
-        # The end and the records in one statement, so that what is written meanwhile is in neither.
+        # One statement reads the head and the records, so that records written meanwhile are in neither.
         rows = iter(cursor.execute(query))
         first = next(rows, None)
         if first is None:
@@ -77,7 +77,7 @@ def find_fault(conn: Session) -> Fault | None:
 
 
 def check_link(conn: Connection, seq: int, link: str) -> Fault | None:
-    """Whether a record is another one than when its link was noted, or is gone; None if it is not."""
+    """Return a fault if a record is missing or its link differs from the one noted earlier, else None."""
     row = conn.execute("SELECT encode(link, 'hex') FROM ops.audit_log WHERE seq = %s", [seq]).fetchone()
     if row is None:
         return Fault(seq, "missing")
@@ -85,7 +85,10 @@ def check_link(conn: Connection, seq: int, link: str) -> Fault | None:
 
 
 def get_head(conn: Connection) -> tuple[int, str]:
-    """The number and the link of the last record. Noted elsewhere, they show that nothing was cut off the end."""
+    """Return the sequence number and the link of the last record.
+
+    Noted elsewhere, they prove later that no record was removed from the end.
+    """
     row = conn.execute("SELECT seq, encode(link, 'hex') FROM ops.audit_head").fetchone()
     return (row[0], row[1]) if row else (0, "")
 
@@ -99,12 +102,17 @@ def find_latest(
     run_id: str | None = None,
     since: datetime | None = None,
 ) -> list[Entry]:
-    """The newest records first; ``about`` is a resource's hash."""
+    """Return records, newest first; ``about`` is the hash of a resource."""
     rows = conn.execute(
-        f"{_LOG}"
-        " WHERE (%(action)s::text IS NULL OR action = %(action)s) AND (%(about)s::text IS NULL OR subject = %(about)s)"
-        " AND (%(run)s::text IS NULL OR run_id = %(run)s) AND (%(since)s::timestamptz IS NULL OR at >= %(since)s)"
-        " ORDER BY seq DESC LIMIT %(limit)s",
+        f"""
+        {_LOG}
+        WHERE (%(action)s::text IS NULL OR action = %(action)s)
+            AND (%(about)s::text IS NULL OR subject = %(about)s)
+            AND (%(run)s::text IS NULL OR run_id = %(run)s)
+            AND (%(since)s::timestamptz IS NULL OR at >= %(since)s)
+        ORDER BY seq DESC
+        LIMIT %(limit)s
+        """,
         {"action": action, "about": about, "run": run_id, "since": since, "limit": limit},
     )
     return list(_entries(rows))

@@ -1,4 +1,4 @@
-"""``ops.bulk_exports``: what was asked of a server, how far it is, and what of it is in the store."""
+"""``ops.bulk_exports`` and ``ops.bulk_parts``: requested bulk exports, their progress, and their parts in the store."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,10 @@ _COLUMNS = "id, base_url, status_url, status, since, requested_at, transaction_t
 
 @dataclass(frozen=True, slots=True)
 class BulkExport:
-    """An export. ``manifest`` is known once the server has it ready, ``files_done`` are places in its output."""
+    """A bulk export. ``manifest`` is None until the export is complete on the server.
+
+    ``files_done`` are the indexes in the manifest's output of the files that are in the store.
+    """
 
     id: str
     base_url: str
@@ -33,7 +36,7 @@ class BulkExport:
 
 @contextmanager
 def lock_server(conn: Connection, base_url: str) -> Iterator[None]:
-    """Meanwhile nobody else works on an export of the server: who comes second finds what the first one brought."""
+    """Hold the lock of a server's exports. A process that waited for it finds the export of the process before."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.BULK_EXPORT, base_url])
     conn.commit()
     try:
@@ -47,9 +50,9 @@ def lock_server(conn: Connection, base_url: str) -> Iterator[None]:
 def find(
     conn: Connection, base_url: str, request: ExportRequest, statuses: Sequence[str], *, until: datetime | None = None
 ) -> BulkExport | None:
-    """The latest export that holds what ``request`` asks for: its types, and all since then or since earlier.
+    """Return the latest export that contains the types and time range of ``request``, None if there is none.
 
-    With ``until`` only one whose transaction time is not before it.
+    With ``until``, the transaction time of the export must not be before it.
     """
     row = conn.execute(
         f"SELECT {_COLUMNS} FROM ops.bulk_exports WHERE base_url = %(base)s AND level = %(level)s"  # noqa: S608
@@ -74,7 +77,7 @@ def find(
 def begin(
     conn: Connection, export_id: str, base_url: str, request: ExportRequest, status_url: str, at: datetime
 ) -> BulkExport:
-    """Remember an export, the moment that the server has taken it. Commits."""
+    """Record an export as soon as the server has accepted the request. Commits."""
     conn.execute(
         "INSERT INTO ops.bulk_exports (id, base_url, level, resource_types, type_filter, since, status_url,"
         " requested_at) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
@@ -94,7 +97,7 @@ def begin(
 
 
 def record_manifest(conn: Connection, export_id: str, manifest: ExportManifest) -> None:
-    """The server has the export ready. Commits."""
+    """Record that the server has completed the export. Commits."""
     conn.execute(
         "UPDATE ops.bulk_exports SET status = 'downloading', manifest = %s, transaction_time = %s WHERE id = %s",
         [Jsonb(manifest_to_json(manifest)), manifest.transaction_time, export_id],
@@ -103,7 +106,7 @@ def record_manifest(conn: Connection, export_id: str, manifest: ExportManifest) 
 
 
 def record_parts(conn: Connection, export_id: str, parts: Mapping[str, Sequence[Part]], files: Sequence[int]) -> None:
-    """These parts hold these files, all of them. Commits."""
+    """Record parts that contain some files of the export completely. Commits."""
     with conn.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO ops.bulk_parts (export_id, resource_type, name, rows, bytes, stored_bytes, first, last)"
@@ -122,7 +125,7 @@ def record_parts(conn: Connection, export_id: str, parts: Mapping[str, Sequence[
 
 
 def end(conn: Connection, export_id: str, status: str, *, error: str | None = None) -> None:
-    """The export is done, failed or cancelled; ``error`` holds no patient data. Commits."""
+    """Record that the export is done, failed or cancelled; ``error`` must contain no patient data. Commits."""
     conn.execute(
         "UPDATE ops.bulk_exports SET status = %s, error = %s, finished_at = now() WHERE id = %s",
         [status, error, export_id],
@@ -131,7 +134,7 @@ def end(conn: Connection, export_id: str, status: str, *, error: str | None = No
 
 
 def list_parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
-    """What is in the store of an export, by resource type."""
+    """Return the parts of an export that are in the store, each with its resource type."""
     rows = conn.execute(
         "SELECT resource_type, name, rows, bytes, stored_bytes, first, last FROM ops.bulk_parts"
         " WHERE export_id = %s ORDER BY resource_type, name",
@@ -142,7 +145,7 @@ def list_parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
 
 
 def find_expired(conn: Connection, base_url: str, before: datetime) -> list[str]:
-    """Exports that ended before ``before`` and that have parts in the store still."""
+    """Return the ids of exports that ended before a time and still have parts in the store."""
     rows = conn.execute(
         "SELECT DISTINCT e.id FROM ops.bulk_exports e JOIN ops.bulk_parts p ON p.export_id = e.id"
         " WHERE base_url = %s AND finished_at < %s",
@@ -153,7 +156,7 @@ def find_expired(conn: Connection, base_url: str, before: datetime) -> list[str]
 
 
 def remove_parts(conn: Connection, export_id: str) -> None:
-    """The parts of an export are no more in the store, and it can serve nobody any more. Commits."""
+    """Record that the parts of an export are deleted from the store, so that it is not used again. Commits."""
     conn.execute("DELETE FROM ops.bulk_parts WHERE export_id = %s", [export_id])
     conn.execute(
         "UPDATE ops.bulk_exports SET status = 'failed', error = 'its files are gone' WHERE id = %s AND status = 'done'",

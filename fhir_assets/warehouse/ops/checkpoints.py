@@ -1,4 +1,4 @@
-"""How far the tables are: a checkpoint a type, and the store's parts that are in them."""
+"""``ops.checkpoints`` and ``ops.loaded_parts``: up to which time each type is loaded, and which parts of the store."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,21 @@ class LoadedPart(Protocol):
     """A part of a partition in the store."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the part."""
+        ...
+
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """The number of resources in the part."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything of a type before ``loaded_until`` is loaded; at ``moved_at`` it last moved, or began.
+    """Every resource of a type that was updated before ``loaded_until`` is loaded.
 
-    ``source_state``: see Source.state.
+    ``moved_at`` is when the checkpoint last moved or was set; for ``source_state`` see Source.state.
     """
 
     loaded_until: datetime
@@ -30,45 +35,61 @@ class Checkpoint:
 
 
 def get(conn: Connection, resource_types: Sequence[str]) -> dict[str, Checkpoint]:
-    """The checkpoints of the types that have one."""
+    """Return the checkpoints of the types that have one, by type."""
     rows = conn.execute(
-        "SELECT resource_type, loaded_until, source_state, updated_at FROM ops.checkpoints"
-        " WHERE resource_type = ANY(%s)",
+        """
+        SELECT resource_type, loaded_until, source_state, updated_at
+        FROM ops.checkpoints
+        WHERE resource_type = ANY(%s)
+        """,
         [list(resource_types)],
     )
     return {name: Checkpoint(*values) for name, *values in rows}
 
 
 def begin(conn: Connection, resource_types: Sequence[str], start: datetime, *, source_state: str | None) -> None:
-    """Start the types' loading at ``start``, for a source in this state. The only way for a checkpoint to go back."""
+    """Set the checkpoints of types to ``start``, for a source in this state. Nothing else moves a checkpoint back."""
     conn.execute(
-        "INSERT INTO ops.checkpoints (resource_type, loaded_until, source_state)"
-        " SELECT resource_type, %s, %s FROM unnest(%s::text[]) resource_type ORDER BY 1"
-        " ON CONFLICT (resource_type) DO UPDATE SET loaded_until = excluded.loaded_until,"
-        " source_state = excluded.source_state, run_id = NULL, updated_at = now()",
+        """
+        INSERT INTO ops.checkpoints (resource_type, loaded_until, source_state)
+        SELECT resource_type, %s, %s FROM unnest(%s::text[]) resource_type ORDER BY 1
+        ON CONFLICT (resource_type) DO UPDATE SET
+            loaded_until = excluded.loaded_until,
+            source_state = excluded.source_state,
+            run_id = NULL,
+            updated_at = now()
+        """,
         [start, source_state, list(resource_types)],
     )
 
 
 def advance(conn: Connection, resource_type: str, window_start: datetime | None, until: datetime, run_id: str) -> bool:
-    """Note that a window is loaded from its start to ``until``. Returns whether the checkpoint moved.
+    """Record that a window is loaded from its start to ``until``. Return True if the checkpoint moved.
 
-    It never goes back, and never over a gap: a window that begins after the checkpoint does not move it.
+    It never moves back and never over a gap: a window that begins after the checkpoint does not move it.
     """
     moved = conn.execute(
-        "UPDATE ops.checkpoints SET loaded_until = %(until)s, run_id = %(run)s, updated_at = now()"
-        " WHERE resource_type = %(type)s AND loaded_until < %(until)s"
-        " AND (%(start)s::timestamptz IS NULL OR loaded_until >= %(start)s)",
+        """
+        UPDATE ops.checkpoints
+        SET loaded_until = %(until)s, run_id = %(run)s, updated_at = now()
+        WHERE resource_type = %(type)s
+            AND loaded_until < %(until)s
+            AND (%(start)s::timestamptz IS NULL OR loaded_until >= %(start)s)
+        """,
         {"until": until, "run": run_id, "type": resource_type, "start": window_start},
     )
     return moved.rowcount == 1
 
 
 def get_loaded_parts(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, frozenset[str]]:
-    """The parts of each partition that are in the tables of all views; partitions without any are left out."""
+    """Return the parts of each partition that are loaded into all tables; partitions without parts are left out."""
     rows = conn.execute(
-        "SELECT partition_key, array_agg(part) FROM ops.loaded_parts"
-        " WHERE resource_type = %s AND partition_key = ANY(%s) GROUP BY 1",
+        """
+        SELECT partition_key, array_agg(part)
+        FROM ops.loaded_parts
+        WHERE resource_type = %s AND partition_key = ANY(%s)
+        GROUP BY 1
+        """,
         [resource_type, list(partition_keys)],
     )
     return {key: frozenset(parts) for key, parts in rows}
@@ -77,7 +98,7 @@ def get_loaded_parts(conn: Connection, resource_type: str, partition_keys: Seque
 def record_loaded_parts(
     conn: Connection, run_id: str, resource_type: str, parts: Mapping[str, Iterable[LoadedPart]]
 ) -> None:
-    """These are now, by partition key, the parts in the tables. Belongs in the transaction that loaded them."""
+    """Replace the loaded parts of partitions, by partition key. Call it in the transaction that loads them."""
     rows = [(key, part.name, part.rows) for key in sorted(parts) for part in parts[key]]
     keys, names, counts = zip(*rows, strict=True) if rows else ((), (), ())
     conn.execute(
@@ -94,5 +115,5 @@ def record_loaded_parts(
 
 
 def remove_loaded_parts(conn: Connection, resource_type: str) -> None:
-    """Nothing of the type counts as loaded any more: the next load of each window brings all of it."""
+    """Mark every part of a type as not loaded, so that the next load of each window loads all of it."""
     conn.execute("DELETE FROM ops.loaded_parts WHERE resource_type = %s", [resource_type])

@@ -1,4 +1,7 @@
-"""``ops.idempotency``: a request that comes again is answered as it was, and its work is not done again."""
+"""``ops.idempotency``: stored responses to API requests that have an Idempotency-Key.
+
+A repeated request gets the stored response, and its work is not done again.
+"""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -7,28 +10,32 @@ from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 KEPT = timedelta(days=1)
+"""How long a response is kept."""
 
 
 class KeyReused(Exception):
-    """The key was used for another request."""
+    """The idempotency key was used for a request with another body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request by its hashes: ``key`` for who asks what with which key, ``body`` for what it brings."""
+    """Keyed hashes of a request: ``key`` of the caller, path and idempotency key; ``body`` of its body."""
 
     key: bytes
     body: bytes
 
     @classmethod
     def of(cls, conn: Session, caller: str, path: str, key: str, body: bytes) -> "Request":
+        """Return the hashes of a request, keyed with the secret of the database."""
         cipher = cipher_of(conn)
         return cls(cipher.fingerprint("\0".join((caller, path, key)).encode()), cipher.fingerprint(body))
 
 
 def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
-    """Wait until the same request is not under way elsewhere; then the status and the answer that it had, if it was
-    answered. Nobody else begins it until the transaction ends. Raises AnotherBody, SealingError.
+    """Wait until no other process handles the same request, and return the status and body of its stored response, or
+    None.
+
+    The request is locked until the transaction ends. Raises KeyReused, or EncryptionError.
     """
     conn.execute(
         "SELECT pg_advisory_xact_lock(%s, hashtext(%s))", [advisory_locks.IDEMPOTENT_REQUEST, request.key.hex()]
@@ -45,16 +52,27 @@ def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
 
 
 def record_response(conn: Session, request: Request, status: int, answer: bytes) -> None:
-    """The request was answered so. What is older than a day is forgotten."""
+    """Store the response to a request, and delete some of the responses that are older than a day."""
     cipher = cipher_of(conn)
     conn.execute(
-        "INSERT INTO ops.idempotency AS known (key, body, status, answer, key_id) VALUES (%s, %s, %s, %s, %s)"
-        " ON CONFLICT (key) DO UPDATE SET body = excluded.body, status = excluded.status, answer = excluded.answer,"
-        " key_id = excluded.key_id, answered_at = now()",
+        """
+        INSERT INTO ops.idempotency (key, body, status, answer, key_id)
+        VALUES (%s, %s, %s, %s, %s)
+        ON CONFLICT (key) DO UPDATE SET
+            body = excluded.body,
+            status = excluded.status,
+            answer = excluded.answer,
+            key_id = excluded.key_id,
+            answered_at = now()
+        """,
         [request.key, request.body, status, cipher.compress_and_encrypt(answer), cipher.key_id],
     )
     conn.execute(
-        "DELETE FROM ops.idempotency WHERE key IN (SELECT key FROM ops.idempotency WHERE answered_at < now() - %s"
-        " LIMIT 100 FOR UPDATE SKIP LOCKED)",
+        """
+        DELETE FROM ops.idempotency
+        WHERE key IN (
+            SELECT key FROM ops.idempotency WHERE answered_at < now() - %s LIMIT 100 FOR UPDATE SKIP LOCKED
+        )
+        """,
         [KEPT],
     )

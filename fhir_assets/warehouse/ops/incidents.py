@@ -1,4 +1,4 @@
-"""Incidents: what fails, from its first failure until nothing of it is left, and whether somebody was told."""
+"""``ops.incidents``: failures of runs, checks and schedules, each until its recovery, and the alerts about them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -16,9 +16,11 @@ Kind = Literal["run", "check", "behind"]
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """``name`` is the job, the check (``asset:check``) or the schedule; ``partitions`` are what fails still (windows,
-    or the resource types behind; one empty name where there are none), nothing of it when it is over. ``counts`` are
-    the numbers of the last failure.
+    """A failure that lasts until all of its partitions recover.
+
+    ``name`` is the job, the check (``asset:check``) or the schedule. ``partitions`` are the windows or resource types
+    that still fail; one empty name where there are no partitions; none when the incident is over. ``counts`` are the
+    numbers of the last failure.
     """
 
     id: int
@@ -44,11 +46,14 @@ def record_failure(
 ) -> None:
     """Open an incident, or add the partitions to the open one."""
     conn.execute(
-        "INSERT INTO ops.incidents AS i (kind, name, partitions, run_id, counts)"
-        " VALUES (%(kind)s, %(name)s, %(partitions)s, %(run_id)s, %(counts)s)"
-        " ON CONFLICT (kind, name) WHERE closed_at IS NULL DO UPDATE SET run_id = excluded.run_id,"
-        " counts = excluded.counts,"
-        " partitions = ARRAY(SELECT DISTINCT unnest(i.partitions || excluded.partitions) ORDER BY 1)",
+        """
+        INSERT INTO ops.incidents AS i (kind, name, partitions, run_id, counts)
+        VALUES (%(kind)s, %(name)s, %(partitions)s, %(run_id)s, %(counts)s)
+        ON CONFLICT (kind, name) WHERE closed_at IS NULL DO UPDATE SET
+            run_id = excluded.run_id,
+            counts = excluded.counts,
+            partitions = ARRAY(SELECT DISTINCT unnest(i.partitions || excluded.partitions) ORDER BY 1)
+        """,
         {
             "kind": kind,
             "name": name,
@@ -60,36 +65,48 @@ def record_failure(
 
 
 def record_recovery(conn: Connection, kind: Kind, name: str, partitions: Iterable[str]) -> None:
-    """These partitions fail no more; with the last of them the incident is over."""
+    """Remove recovered partitions from the open incident; close it when no partition is left."""
     conn.execute(
-        "UPDATE ops.incidents SET partitions = left_over, closed_at = CASE WHEN left_over = '{}' THEN now() END"
-        " FROM (SELECT id AS this, ARRAY(SELECT unnest(partitions) EXCEPT SELECT unnest(%(partitions)s::text[])"
-        " ORDER BY 1) AS left_over FROM ops.incidents"
-        " WHERE kind = %(kind)s AND name = %(name)s AND closed_at IS NULL FOR UPDATE) AS open"
-        " WHERE id = open.this",
+        """
+        UPDATE ops.incidents
+        SET partitions = still_failing, closed_at = CASE WHEN still_failing = '{}' THEN now() END
+        FROM (
+            SELECT
+                id AS open_id,
+                ARRAY(
+                    SELECT unnest(partitions) EXCEPT SELECT unnest(%(partitions)s::text[]) ORDER BY 1
+                ) AS still_failing
+            FROM ops.incidents
+            WHERE kind = %(kind)s AND name = %(name)s AND closed_at IS NULL
+            FOR UPDATE
+        ) AS open
+        WHERE id = open.open_id
+        """,
         {"kind": kind, "name": name, "partitions": list(partitions)},
     )
 
 
 def announce(conn: Connection, deliver: Callable[[list[Incident], list[Incident]], bool]) -> None:
-    """Hand ``deliver`` what began and what is over, as far as nobody was told yet; remembered if it answers True.
+    """Pass incidents that started and that ended since the last call to ``deliver``; if it returns True, record that.
 
-    What came and went between two looks, in one transaction, is told to nobody. The rows are locked meanwhile: of
-    two callers one tells. Commits.
+    An incident that opened and closed in one transaction is not announced. The rows are locked meanwhile, so that only
+    one of two callers announces them. Commits.
     """
     with conn.transaction():
-        began = _untold(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")
-        over = _untold(conn, "alerted_at IS NOT NULL AND closed_at IS NOT NULL AND all_clear_at IS NULL")
-        if (began or over) and deliver(began, over):
+        started = _lock_unannounced(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")
+        ended = _lock_unannounced(conn, "alerted_at IS NOT NULL AND closed_at IS NOT NULL AND all_clear_at IS NULL")
+        if (started or ended) and deliver(started, ended):
             conn.execute(
-                "UPDATE ops.incidents SET alerted_at = now() WHERE id = ANY(%s)", [[each.id for each in began]]
+                "UPDATE ops.incidents SET alerted_at = now() WHERE id = ANY(%s)",
+                [[incident.id for incident in started]],
             )
             conn.execute(
-                "UPDATE ops.incidents SET all_clear_at = now() WHERE id = ANY(%s)", [[each.id for each in over]]
+                "UPDATE ops.incidents SET all_clear_at = now() WHERE id = ANY(%s)",
+                [[incident.id for incident in ended]],
             )
 
 
-def _untold(conn: Connection, condition: str) -> list[Incident]:
+def _lock_unannounced(conn: Connection, condition: str) -> list[Incident]:
     query = sql.SQL("SELECT {} FROM ops.incidents WHERE {} ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED").format(
         sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(Incident)]),
         sql.SQL(condition),
@@ -99,7 +116,7 @@ def _untold(conn: Connection, condition: str) -> list[Incident]:
 
 
 def list_open(conn: Connection) -> list[Incident]:
-    """What is wrong right now, the oldest first."""
+    """Return the open incidents, oldest first."""
     query = sql.SQL("SELECT {} FROM ops.incidents WHERE closed_at IS NULL ORDER BY id").format(
         sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(Incident)])
     )

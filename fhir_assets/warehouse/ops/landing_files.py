@@ -1,4 +1,4 @@
-"""The files of a landing zone: when they came, whether they are complete, and what became of them."""
+"""``ops.landing_files``: the files of each landing zone, with their status and counts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
-"""How long after a failure a file is tried again; doubles with each."""
+"""Seconds after which a failed file is tried again; doubled with each failure."""
 
 LONGEST_WAIT_SECONDS = 3600
 
@@ -20,25 +20,36 @@ BAD = (
     "(status = 'failed' OR rejected > 0 AND EXISTS (SELECT FROM ops.dead_letters d"
     " WHERE d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')))"
 )
-"""A file is bad as long as it could not be read, or a piece of it is an unsettled dead letter."""
+"""The condition for bad files: the file could not be read, or a part of it is an unresolved dead letter."""
 
 
 class ListedFile(Protocol):
-    """A file as it lies in its zone now."""
+    """A file in the listing of a zone."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The path in the zone."""
+        ...
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The size in bytes."""
+        ...
+
     @property
-    def mark(self) -> str: ...
+    def mark(self) -> str:
+        """The version of the content: modification time or ETag."""
+        ...
+
     @property
-    def written(self) -> datetime: ...
+    def written(self) -> datetime:
+        """The time of the last modification."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyFile:
-    """A file that is complete and waits; ``batch`` is the one that it belongs to, if it was put into one."""
+    """A complete file that is to be received, with the batch that it was assigned to, if any."""
 
     name: str
     size: int
@@ -48,31 +59,31 @@ class ReadyFile:
 
 
 def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool]]) -> None:
-    """What the zone holds now, each with whether it is known to be complete.
+    """Record the current listing of a zone: files, each with True if it is known to be complete.
 
-    A file is ready when it was the same at the last look, or is known to be complete. One that changed begins anew.
-    What is not there any more and was not loaded is forgotten.
+    A file is ready if it is unchanged since the last listing, or known to be complete. The row of a changed file is
+    reset. Rows of files that have disappeared without being loaded are deleted.
     """
     with conn.cursor() as cursor:
         cursor.execute(
-            "CREATE TEMPORARY TABLE seen (name text, size bigint, mark text, written timestamptz, complete boolean)"
+            "CREATE TEMPORARY TABLE listing (name text, size bigint, mark text, written timestamptz, complete boolean)"
             " ON COMMIT DROP"
         )
-        with cursor.copy("COPY seen FROM STDIN") as copy:
-            for found, complete in files:
-                copy.write_row((found.name, found.size, found.mark, found.written, complete))
-        cursor.execute("ANALYZE seen")
+        with cursor.copy("COPY listing FROM STDIN") as copy:
+            for file, complete in files:
+                copy.write_row((file.name, file.size, file.mark, file.written, complete))
+        cursor.execute("ANALYZE listing")
         cursor.execute(
             "DELETE FROM ops.landing_files f WHERE zone = %s AND status <> 'loaded'"
-            " AND NOT EXISTS (SELECT FROM seen s WHERE s.name = f.name)",
+            " AND NOT EXISTS (SELECT FROM listing s WHERE s.name = f.name)",
             [zone],
         )
-        cursor.execute(_SEE, [zone])
-        cursor.execute("DROP TABLE seen")
+        cursor.execute(_UPSERT_LISTING, [zone])
+        cursor.execute("DROP TABLE listing")
 
 
 def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
-    """The files that wait, the oldest first; one that failed when it has waited long enough."""
+    """Return files to receive, oldest first. Failed files are included after their waiting time."""
     rows = conn.execute(
         "SELECT name, size, mark, written_at, batch FROM ops.landing_files WHERE zone = %(zone)s"
         " AND (status = 'ready' OR status = 'failed' AND tried_at < %(now)s"
@@ -90,8 +101,9 @@ def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> lis
 
 
 def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
-    """The files are received together from now on, also after a crash. Returns them, without those that somebody else
-    put into a batch meanwhile.
+    """Assign files to a batch, which is received together, also after a crash.
+
+    Returns the files that were assigned; files that another process assigned in the meantime are left out.
     """
     rows = conn.execute(
         "UPDATE ops.landing_files SET batch = %s WHERE zone = %s AND name = ANY(%s) AND batch IS NULL RETURNING name",
@@ -112,8 +124,8 @@ def record_loaded(
     skipped: Mapping[str, int],
     known_before: bool,
 ) -> None:
-    """The file was received whole. ``counts`` are rows, rejected and deleted."""
-    _settle(
+    """Record that a file was received completely. ``counts`` are rows, rejected and deleted."""
+    _record_attempt(
         conn,
         zone,
         file,
@@ -130,12 +142,12 @@ def record_loaded(
 
 
 def record_failure(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
-    """The file could not be received; it is tried again later. ``error`` holds no patient data."""
-    _settle(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
+    """Record that a file could not be received; it is tried again later. ``error`` must contain no patient data."""
+    _record_attempt(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
 
 
 def list_files(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-    """The files of a zone, the newest first."""
+    """Return the files of a zone, newest first; ``status`` may also be ``bad``."""
     return (
         conn.cursor(row_factory=dict_row)
         .execute(
@@ -151,8 +163,9 @@ def list_files(conn: Connection, zone: str, *, status: str | None = None, limit:
 
 @dataclass(frozen=True, slots=True)
 class ZoneState:
-    """How many files a zone holds, by what became of them; ``bad`` are those that want somebody's attention, the
-    ``sample`` the first of them: the beginning of their hash and what is wrong.
+    """The number of files of a zone by status, and the number of bad files (see BAD).
+
+    ``sample`` describes the first bad files: the beginning of the hash, the number of rejected parts, the error.
     """
 
     by_status: dict[str, int]
@@ -161,7 +174,7 @@ class ZoneState:
 
 
 def get_zone_state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
-    """The zone as it was last seen."""
+    """Return the state of a zone as last listed, with at most ``sample`` bad files."""
     by_status: dict[str, int] = dict(
         conn.execute("SELECT status, count(*) FROM ops.landing_files WHERE zone = %s GROUP BY 1", [zone]).fetchall()
     )
@@ -173,7 +186,7 @@ def get_zone_state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
     return ZoneState(by_status, len(bad), bad[:sample])
 
 
-def _settle(conn: Connection, zone: str, file: ReadyFile, values: Mapping[str, object]) -> None:
+def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mapping[str, object]) -> None:
     assignments = sql.SQL(", ").join(
         sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in values
     )
@@ -186,9 +199,9 @@ def _settle(conn: Connection, zone: str, file: ReadyFile, values: Mapping[str, o
     )
 
 
-_SEE = """
+_UPSERT_LISTING = """
     INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status)
-    SELECT %s, name, size, mark, written, CASE WHEN complete THEN 'ready' ELSE 'arriving' END FROM seen ORDER BY name
+    SELECT %s, name, size, mark, written, CASE WHEN complete THEN 'ready' ELSE 'arriving' END FROM listing ORDER BY name
     ON CONFLICT (zone, name) DO UPDATE SET
         size = excluded.size,
         mark = excluded.mark,

@@ -1,4 +1,8 @@
-"""What was received by other doors than the source, and whether it is in the tables yet."""
+"""``ops.received``: inputs that entered through another channel than the source, and whether they are loaded.
+
+An origin (``<channel>:<identity>``, for example ``landing:<sha256>``) identifies an input; it has a row for each window
+and resource type.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +12,14 @@ from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
-"""How long a run may take to load what it was asked for before another is asked; doubles with each."""
+"""Seconds after which another run is requested if the windows are not loaded; doubled with each request."""
 
 LONGEST_WAIT_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedWindow:
-    """What an origin brought for one window of one type: ``parts`` by name, ``rows`` in them, ``rejected`` lines."""
+    """The part names, resources (``rows``) and ``rejected`` lines of an origin for one window of one type."""
 
     resource_type: str
     partition_key: str
@@ -26,7 +30,7 @@ class ReceivedWindow:
 
 @dataclass(frozen=True, slots=True)
 class PendingWindow:
-    """A window of a type that waits for a run; ``asked`` is how many were asked for already."""
+    """A window of a type that is not loaded yet; ``asked`` is the number of runs requested so far."""
 
     resource_type: str
     partition_key: str
@@ -34,13 +38,13 @@ class PendingWindow:
 
 
 def lock_origin(conn: Connection, origin: str) -> None:
-    """Wait until nobody else receives the origin; it is this connection's until it closes. Commits."""
+    """Wait until no other connection receives the origin, and lock it until this connection closes. Commits."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.RECEIVED_ORIGIN, origin])
     conn.commit()
 
 
 def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
-    """What the origin brought when it was received; empty if it was not, or brought nothing."""
+    """Return the windows of an origin; empty if it was not received or contained nothing."""
     rows = conn.execute(
         "SELECT resource_type, partition_key, parts, rows, rejected FROM ops.received WHERE origin = %s"
         " ORDER BY resource_type, partition_key",
@@ -50,13 +54,16 @@ def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
 
 
 def record(conn: Connection, origin: str, items: Sequence[ReceivedWindow]) -> None:
-    """The origin was received whole, and this is all that it brought. What holds no resource needs no run."""
+    """Record that an origin was received completely. Windows without resources count as loaded at once."""
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO ops.received (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)"
-            " ON CONFLICT (origin, resource_type, partition_key) DO NOTHING",
+            """
+            INSERT INTO ops.received
+                (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)
+            VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
+            ON CONFLICT (origin, resource_type, partition_key) DO NOTHING
+            """,
             [
                 (origin, channel, i.resource_type, i.partition_key, list(i.parts), i.rows, i.rejected, not i.parts)
                 for i in items
@@ -65,41 +72,59 @@ def record(conn: Connection, origin: str, items: Sequence[ReceivedWindow]) -> No
 
 
 def find_pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[PendingWindow]:
-    """The windows that were received and not loaded, in order; with ``now`` those only whose last run had its time."""
+    """Return the received windows that are not loaded, in order, of one origin if given.
+
+    With ``now``, windows whose last requested run may still be at work are left out.
+    """
     rows = conn.execute(
-        "SELECT resource_type, partition_key, max(asked) FROM ops.received WHERE loaded_at IS NULL"
-        " AND (%(origin)s::text IS NULL OR origin = %(origin)s)"
-        " GROUP BY 1, 2"
-        " HAVING %(now)s::timestamptz IS NULL OR bool_or(asked_at IS NULL) OR max(asked_at) < %(now)s"
-        " - least(%(first)s * power(2, least(max(asked), 20) - 1), %(longest)s) * interval '1 second'"
-        " ORDER BY 2, 1",
+        """
+        SELECT resource_type, partition_key, max(asked)
+        FROM ops.received
+        WHERE loaded_at IS NULL AND (%(origin)s::text IS NULL OR origin = %(origin)s)
+        GROUP BY 1, 2
+        HAVING %(now)s::timestamptz IS NULL
+            OR bool_or(asked_at IS NULL)
+            OR max(asked_at) < %(now)s
+                - least(%(first)s * power(2, least(max(asked), 20) - 1), %(longest)s) * interval '1 second'
+        ORDER BY 2, 1
+        """,
         {"origin": origin, "now": now, "first": FIRST_WAIT_SECONDS, "longest": LONGEST_WAIT_SECONDS},
     )
     return [PendingWindow(*row) for row in rows]
 
 
 def record_request(conn: Connection, windows: Sequence[PendingWindow], *, now: datetime) -> None:
-    """A run was asked for that loads these."""
+    """Record that a run was requested to load these windows."""
     conn.execute(
-        "UPDATE ops.received SET asked = asked + 1, asked_at = %s FROM unnest(%s::text[], %s::text[]) AS w (type, key)"
-        " WHERE loaded_at IS NULL AND resource_type = w.type AND partition_key = w.key",
+        """
+        UPDATE ops.received
+        SET asked = asked + 1, asked_at = %s
+        FROM unnest(%s::text[], %s::text[]) AS w (type, key)
+        WHERE loaded_at IS NULL AND resource_type = w.type AND partition_key = w.key
+        """,
         [now, [w.resource_type for w in windows], [w.partition_key for w in windows]],
     )
 
 
 def record_loaded(conn: Connection, run_id: str, resource_type: str, inputs: Mapping[str, Sequence[str]]) -> None:
-    """What is in these raw parts, by partition key, is in the tables. Belongs in the transaction that loaded them."""
-    found = conn.execute(
-        "SELECT origin, partition_key, parts FROM ops.received WHERE loaded_at IS NULL AND resource_type = %s"
-        " AND partition_key = ANY(%s)",
+    """Record that the raw parts in ``inputs``, by partition key, are loaded. Call it in the transaction of the load."""
+    rows = conn.execute(
+        """
+        SELECT origin, partition_key, parts
+        FROM ops.received
+        WHERE loaded_at IS NULL AND resource_type = %s AND partition_key = ANY(%s)
+        """,
         [resource_type, list(inputs)],
     ).fetchall()
     names = {key: frozenset(parts) for key, parts in inputs.items()}
-    done = [(origin, key) for origin, key, parts in found if names[key].issuperset(parts)]
+    done = [(origin, key) for origin, key, parts in rows if names[key].issuperset(parts)]
     if done:
         conn.execute(
-            "UPDATE ops.received SET loaded_at = clock_timestamp(), loaded_run_id = %s"
-            " FROM unnest(%s::text[], %s::text[]) AS d (origin_done, key)"
-            " WHERE origin = d.origin_done AND resource_type = %s AND partition_key = d.key",
+            """
+            UPDATE ops.received
+            SET loaded_at = clock_timestamp(), loaded_run_id = %s
+            FROM unnest(%s::text[], %s::text[]) AS d (loaded_origin, key)
+            WHERE origin = d.loaded_origin AND resource_type = %s AND partition_key = d.key
+            """,
             [run_id, [origin for origin, _ in done], [key for _, key in done], resource_type],
         )

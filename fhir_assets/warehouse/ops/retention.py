@@ -1,4 +1,4 @@
-"""Rows of schema ``ops`` that have had their time."""
+"""Deletion of rows of schema ``ops`` after their retention time."""
 
 from datetime import datetime
 
@@ -7,24 +7,24 @@ from psycopg import sql
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 BATCH = 10_000
-"""Rows of one deletion, in a transaction of its own."""
+"""The number of rows that one transaction deletes."""
 
 _OLD = {
-    # Discarded ones stay: reconciliation counts them.
+    # Discarded dead letters are kept: reconciliation counts them.
     "dead_letters": sql.SQL("status = 'resolved' AND resolved_at < %(before)s"),
     "incidents": sql.SQL("closed_at < %(before)s"),
 }
 
 
 def count_expired_rows(conn: Connection, table: str, before: datetime) -> int:
-    """How many rows of ``ops.<table>`` may go: resolved dead letters, incidents that are over."""
+    """Count the rows of ``ops.<table>`` to delete: resolved dead letters, or closed incidents, from before a time."""
     query = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(sql.Identifier("ops", table), _OLD[table])
     row = conn.execute(query, {"before": before}).fetchone()
     return int(row[0]) if row else 0
 
 
 def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
-    """Delete them, a batch at a time. Returns how many."""
+    """Delete the rows that ``count_expired_rows`` counts, in batches, and return their number."""
     query = sql.SQL("DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {old} LIMIT {batch})").format(
         table=sql.Identifier("ops", table), old=_OLD[table], batch=sql.Literal(BATCH)
     )
@@ -38,6 +38,6 @@ def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
 
 
 def find_oldest_running(conn: Connection) -> datetime | None:
-    """When the longest load that is still at work began; None if nothing is."""
+    """Return the start of the oldest load that is still running, None if there is none."""
     row = conn.execute("SELECT min(started_at) FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchone()
     return row[0] if row else None

@@ -1,4 +1,7 @@
-"""Runs as people ask about them: the latest ones, and one of them by resource type."""
+"""Lists of runs for the command line and the API, read from ``ops.ingestion_runs`` and its views.
+
+Runs write their rows in ``runs``.
+"""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,9 +32,9 @@ def list_runs(
     since: datetime | None = None,
     triggered_by: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The latest runs, newest first, each over all types and windows; of one type where that is given.
+    """Return runs, newest first, each summed over its types and windows, or over the windows of one type if given.
 
-    ``triggered_by`` is the beginning of who asked for the run: ``schedule``, ``cli``, ``replay``.
+    ``triggered_by`` is a prefix of the trigger: ``schedule``, ``cli``, ``replay``.
     """
     query = sql.SQL(
         "SELECT * FROM {} WHERE (%(status)s::text IS NULL OR status = %(status)s)"
@@ -46,31 +49,40 @@ def list_runs(
 
 
 def list_types_of_run(conn: Connection, run_id: str) -> list[dict[str, Any]]:
-    """The run whose id begins with ``run_id``, by resource type in load order; empty if there is none or several.
+    """Return the rows by resource type, in load order, of the run whose id begins with ``run_id``; empty unless exactly
+    one run matches.
 
-    ``dead_letters`` counts what failed in the run and is not resolved, by stage.
+    ``dead_letters`` counts the unresolved dead letters of the run by stage.
     """
     cursor = conn.cursor(row_factory=dict_row)
     rows = cursor.execute("SELECT * FROM ops.run_types WHERE starts_with(run_id, %s)", [run_id]).fetchall()
     if len({row["run_id"] for row in rows}) != 1:
         return []
-    letters: dict[str, dict[str, int]] = {}
+    dead_letters: dict[str, dict[str, int]] = {}
     for resource_type, stage, count in conn.execute(
         "SELECT resource_type, stage, sum(occurrences)::bigint FROM ops.dead_letters"
         " WHERE run_id = %s AND status <> 'resolved' GROUP BY 1, 2",
         [rows[0]["run_id"]],
     ):
-        letters.setdefault(resource_type, {})[stage] = count
-    found = [{**row, "dead_letters": letters.get(row["resource_type"], {})} for row in rows]
-    return sorted(found, key=lambda row: LOAD_ORDER.get(row["resource_type"], len(LOAD_ORDER)))
+        dead_letters.setdefault(resource_type, {})[stage] = count
+    by_type = [{**row, "dead_letters": dead_letters.get(row["resource_type"], {})} for row in rows]
+    return sorted(by_type, key=lambda row: LOAD_ORDER.get(row["resource_type"], len(LOAD_ORDER)))
 
 
 def find_failed_windows(conn: Connection, resource_type: str) -> list[FailedWindow]:
-    """The windows of a type whose last run failed, in order."""
+    """Return the windows of a type whose last run failed, in order."""
     rows = conn.execute(
-        "SELECT partition_key, run_id, error FROM (SELECT DISTINCT ON (partition_key) partition_key, run_id, error,"
-        " status FROM ops.ingestion_runs WHERE resource_type = %s ORDER BY partition_key, started_at DESC) AS last"
-        " WHERE status = 'FAILED' ORDER BY partition_key",
+        """
+        SELECT partition_key, run_id, error
+        FROM (
+            SELECT DISTINCT ON (partition_key) partition_key, run_id, error, status
+            FROM ops.ingestion_runs
+            WHERE resource_type = %s
+            ORDER BY partition_key, started_at DESC
+        ) AS last_runs
+        WHERE status = 'FAILED'
+        ORDER BY partition_key
+        """,
         [resource_type],
     )
     return [FailedWindow(*row) for row in rows]

@@ -1,4 +1,7 @@
-"""What each run did: one row of ``ops.ingestion_runs`` a run, resource type and partition."""
+"""``ops.ingestion_runs``: state and counts of each run, one row for each resource type and partition.
+
+Here runs write their rows, and dead runs are detected. Lists of runs for people and the API are in ``run_history``.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -31,15 +34,20 @@ def start(
     at: datetime,
     replay_of: str | None = None,
 ) -> None:
-    """The run works on every one of the types in every one of the partitions: RUNNING, again or for the first time."""
+    """Record that a run works on each of the types in each of the partitions: status RUNNING."""
     conn.execute(
-        "INSERT INTO ops.ingestion_runs"
-        " (run_id, resource_type, partition_key, status, triggered_by, started_at, replay_of_run_id, checkpoint_before)"
-        " SELECT %(run)s, resource_type, partition_key, 'RUNNING', %(by)s, %(at)s, %(replay_of)s, c.loaded_until"
-        " FROM unnest(%(types)s::text[]) resource_type CROSS JOIN unnest(%(keys)s::text[]) partition_key"
-        " LEFT JOIN ops.checkpoints c USING (resource_type) ORDER BY resource_type, partition_key"
-        " ON CONFLICT (run_id, resource_type, partition_key)"
-        " DO UPDATE SET status = 'RUNNING', finished_at = NULL, error = NULL",
+        """
+        INSERT INTO ops.ingestion_runs (
+            run_id, resource_type, partition_key, status, triggered_by, started_at, replay_of_run_id, checkpoint_before
+        )
+        SELECT %(run)s, resource_type, partition_key, 'RUNNING', %(by)s, %(at)s, %(replay_of)s, c.loaded_until
+        FROM unnest(%(types)s::text[]) resource_type
+        CROSS JOIN unnest(%(keys)s::text[]) partition_key
+        LEFT JOIN ops.checkpoints c USING (resource_type)
+        ORDER BY resource_type, partition_key
+        ON CONFLICT (run_id, resource_type, partition_key)
+            DO UPDATE SET status = 'RUNNING', finished_at = NULL, error = NULL
+        """,
         {
             "run": run_id,
             "by": triggered_by,
@@ -54,10 +62,12 @@ def start(
 def record_counts(
     conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int | None]]
 ) -> None:
-    """Set counts by partition key; those of COUNTS that are not given, or None, stay as they are."""
+    """Set counts by partition key. Counts that are missing or None keep their values. Raises ValueError for a name that
+    is not in COUNTS.
+    """
     keys = sorted(counts)
     given = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
-    if unknown := {name for each in counts.values() for name in each} - set(COUNTS):
+    if unknown := {name for values in counts.values() for name in values} - set(COUNTS):
         raise ValueError(f"no such counts: {', '.join(sorted(unknown))}")
     conn.execute(
         "UPDATE ops.ingestion_runs r SET server_total = coalesce(n.server_total, r.server_total),"
@@ -75,14 +85,14 @@ def record_counts(
 def finish(
     conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, seconds: float = 0
 ) -> None:
-    """What was RUNNING is SUCCESS, after ``seconds`` more of work."""
+    """Set the status of RUNNING rows to SUCCESS, and add ``seconds`` of work."""
     _end(conn, run_id, resource_types, partition_keys, "SUCCESS", None, seconds)
 
 
 def fail(
     conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
 ) -> None:
-    """What was RUNNING is FAILED. ``error`` holds no patient data."""
+    """Set the status of RUNNING rows to FAILED. ``error`` must contain no patient data."""
     _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), 0)
 
 
@@ -105,7 +115,7 @@ def _end(
 
 
 def abandon(conn: Connection, run_id: str, *, error: str) -> int:
-    """What a dead run left RUNNING is FAILED. Returns how many rows."""
+    """Set the status of a dead run's RUNNING rows to FAILED, and return their number."""
     return conn.execute(
         "UPDATE ops.ingestion_runs SET status = 'FAILED', finished_at = clock_timestamp(), error = %s"
         " WHERE run_id = %s AND status = 'RUNNING'",
@@ -114,27 +124,25 @@ def abandon(conn: Connection, run_id: str, *, error: str) -> int:
 
 
 def hold_liveness_lock(conn: Connection, run_id: str) -> None:
-    """From now on the run counts as living, as long as a connection that holds it is open: Postgres notices at once
-    when a process dies, however it dies.
-    """
+    """Mark the run as alive until this connection closes. Postgres releases the lock when the process dies."""
     conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [advisory_locks.LIVE_RUN, run_id])
 
 
 def find_alive(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
-    """Those of the runs that a living process holds."""
+    """Return those of the runs whose liveness lock is held by a process."""
     rows = conn.execute(_HELD, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})
     return frozenset(run_id for (run_id,) in rows)
 
 
-def abandon_dead(conn: Connection, *, error: str = "the run ended without saying so: killed, or crashed") -> int:
-    """What runs that no process holds left RUNNING is FAILED. Returns how many rows."""
+def abandon_dead(conn: Connection, *, error: str = "the process of the run was killed or crashed") -> int:
+    """Set the status of RUNNING rows of all dead runs to FAILED, and return their number."""
     started = conn.execute("SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchall()
     dead = {run_id for (run_id,) in started}.difference(find_alive(conn, [run_id for (run_id,) in started]))
     return sum(abandon(conn, run_id, error=error) for run_id in sorted(dead))
 
 
 def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
-    """The ids of the runs that begin with ``prefix``, two at most."""
+    """Return the ids of at most two runs that begin with ``prefix``."""
     rows = conn.execute(
         "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
     ).fetchall()
@@ -142,7 +150,7 @@ def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
 
 
 def get_errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
-    """Why a run failed: each reason with the types it stopped, in load order."""
+    """Return the errors of a run, each with the resource types that failed with it, in load order."""
     rows = conn.execute(
         "SELECT DISTINCT coalesce(error, 'no reason was recorded'), resource_type FROM ops.ingestion_runs"
         " WHERE run_id = %s AND status = 'FAILED'",
@@ -167,9 +175,9 @@ _LATEST = sql.SQL(
 
 
 def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
-    """By type, in load order, what some runs did together: counts, seconds of work, resources_per_second (loaded).
+    """Sum runs up by type, in load order: counts, seconds of work, resources_per_second (loaded).
 
-    The last row, of type ``total``, is their sum. Types without anything are left out.
+    The last row, of type ``total``, is the sum of the others. Types whose counts are all 0 or null are left out.
     """
     cursor = conn.cursor(row_factory=dict_row).execute(_SUMS.format(_OF_RUNS), [list(run_ids)])
     rows = _with_total(cursor.fetchall())
@@ -180,9 +188,9 @@ def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object
 
 
 def summarize_latest(conn: Connection) -> list[dict[str, object]]:
-    """As ``summary``, over the last run of every type and partition that fetched and succeeded; without speeds.
+    """Sum up by type the last successful run of each partition that fetched it; as ``summarize``, without speeds.
 
-    Replays, and loads of tables alone, count a part of a window only.
+    Replays and runs that only load tables are left out, because they count only a part of a window.
     """
     rows = _with_total(conn.cursor(row_factory=dict_row).execute(_SUMS.format(_LATEST)).fetchall())
     for row in rows:

@@ -1,4 +1,6 @@
-"""The ledger of visits: which persons and visits are known, by id and hash; what each file and each post brought."""
+"""``ops.visits``, ``ops.visit_persons`` and related tables: known persons and visits by id and hash, and the counts of
+each file and each posted list.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +15,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A person as last said: ``content`` is a hash, ``as_of`` when the newest file was written that says so."""
+    """The newest known facts about a person: ``content`` is their keyed hash, ``as_of`` the time of the newest file."""
 
     id: str
     version: int
@@ -23,7 +25,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class KnownVisit:
-    """A visit; ``content`` is a hash, ``person`` whose it is."""
+    """A known visit: ``content`` is a keyed hash, ``person`` the id of the Patient."""
 
     id: str
     person: str
@@ -32,8 +34,11 @@ class KnownVisit:
 
 @dataclass(slots=True)
 class VisitFileCounts:
-    """What a file brought: new persons, changes of known ones and such that a newer file contradicts; new visits,
-    known ones, and known ones with other content. ``rows`` went into raw, ``rejected`` became dead letters.
+    """The counts of a file of visits.
+
+    ``patients`` are new persons, ``updates`` new facts about known ones, ``outdated`` facts that a newer file
+    contradicts; ``visits`` are new visits, ``repeats`` known ones, ``conflicts`` known ones with other content.
+    ``rows`` were written to raw, ``rejected`` became dead letters.
     """
 
     patients: int = 0
@@ -47,12 +52,15 @@ class VisitFileCounts:
 
 
 def lock_ledger(conn: Connection) -> None:
-    """Wait until nobody else writes the ledger; until the transaction ends nobody does."""
+    """Wait until no other transaction writes visits or persons, and lock them until this transaction ends."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.VISIT_LEDGER])
 
 
 def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
-    """Those of them that are known. Where another door spoke since, its time counts, and no content is the same."""
+    """Return the known persons among ``ids``.
+
+    A person that another channel received later has the time of that input and an empty hash, which equals no content.
+    """
     rows = conn.execute(
         "SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)"
         " FROM ops.visit_persons LEFT JOIN ops.visit_persons_elsewhere USING (id) WHERE id = ANY(%s)",
@@ -62,7 +70,7 @@ def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
 
 
 def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
-    """Another door said what these Patients are."""
+    """Record that another channel than visits received these Patients."""
     conn.execute(
         "INSERT INTO ops.visit_persons_elsewhere AS known (id, at) SELECT id, %s FROM unnest(%s::text[]) AS id"
         " ON CONFLICT (id) DO UPDATE SET at = greatest(known.at, excluded.at)",
@@ -71,13 +79,13 @@ def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None
 
 
 def find_visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
-    """Those of them that are known."""
+    """Return the known visits among ``ids``."""
     rows = conn.execute("SELECT id, person, content FROM ops.visits WHERE id = ANY(%s)", [list(ids)])
     return {identity: KnownVisit(identity, person, bytes(content)) for identity, person, content in rows}
 
 
 def record(conn: Connection, origin: str, people: Sequence[Person], added: Sequence[KnownVisit]) -> None:
-    """The persons are so now, and the visits known. Belongs in the transaction that ``hold`` began."""
+    """Store the new facts about persons, and new visits. Call it in the transaction that called ``lock_ledger``."""
     conn.execute(
         "INSERT INTO ops.visit_persons AS known (id, version, content, as_of, origin)"
         " SELECT *, %s FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[])"
@@ -99,14 +107,14 @@ def record(conn: Connection, origin: str, people: Sequence[Person], added: Seque
 
 
 def remove_deleted(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
-    """What was deleted is not known any more: the next row that says it is news."""
+    """Delete the entries of deleted Patients and Encounters, so that the next row about them counts as new."""
     table = {"Patient": "visit_persons", "Encounter": "visits"}.get(resource_type)
     if table:
         conn.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(sql.Identifier("ops", table)), [list(ids)])
 
 
 def record_file(conn: Connection, origin: str, received_as: str, counts: VisitFileCounts) -> None:
-    """A file was received as part of an origin, and brought so much."""
+    """Record the counts of a file that was received as part of an origin."""
     values = {"origin": origin, "received_as": received_as, **asdict(counts)}
     conn.execute(
         sql.SQL("INSERT INTO ops.visit_files ({}) VALUES ({})").format(
@@ -117,8 +125,8 @@ def record_file(conn: Connection, origin: str, received_as: str, counts: VisitFi
 
 
 def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, VisitFileCounts]]:
-    """Those of the files that were received: as part of which origin, and what they brought."""
-    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(VisitFileCounts))
+    """Return, for those of the files that were received, the origin that they are part of and their counts."""
+    columns = sql.SQL(", ").join(sql.Identifier(field.name) for field in fields(VisitFileCounts))
     query = sql.SQL("SELECT origin, received_as, {} FROM ops.visit_files WHERE origin = ANY(%s)").format(columns)
     rows = conn.execute(query, [list(origins)]).fetchall()
     return {origin: (received_as, VisitFileCounts(*counts)) for origin, received_as, *counts in rows}
@@ -126,7 +134,7 @@ def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str,
 
 @dataclass(frozen=True, slots=True)
 class VisitPost:
-    """A list of visits that was posted: ``records`` in all, of them ``rejected`` at once."""
+    """A list of visits posted to the API: ``records`` in total, of which ``rejected`` were refused immediately."""
 
     task_id: str
     zone: str
@@ -138,8 +146,10 @@ class VisitPost:
 
 @dataclass(frozen=True, slots=True)
 class VisitFileState:
-    """What became of a file: ``status`` as the landing zone has it, None before it was seen there; ``waiting`` is how
-    many windows of what it brought are not in the tables yet.
+    """The state of a file of visits.
+
+    ``status`` is that of the landing zone, None before the file was listed there; ``waiting`` is the number of its
+    windows that are not loaded yet.
     """
 
     status: str | None
@@ -152,8 +162,8 @@ class VisitFileState:
 
 
 def record_post(conn: Connection, post: VisitPost) -> None:
-    """A list was posted."""
-    names = [each.name for each in fields(VisitPost)]
+    """Record a posted list."""
+    names = [field.name for field in fields(VisitPost)]
     conn.execute(
         sql.SQL("INSERT INTO ops.visit_posts ({}) VALUES ({})").format(
             sql.SQL(", ").join(map(sql.Identifier, names)), sql.SQL(", ").join(map(sql.Placeholder, names))
@@ -163,15 +173,15 @@ def record_post(conn: Connection, post: VisitPost) -> None:
 
 
 def get_post(conn: Connection, task_id: str) -> VisitPost | None:
-    """The post of a task."""
-    columns = sql.SQL(", ").join(sql.Identifier(each.name) for each in fields(VisitPost))
+    """Return the posted list of a task, None for an unknown id."""
+    columns = sql.SQL(", ").join(sql.Identifier(field.name) for field in fields(VisitPost))
     with conn.cursor(row_factory=class_row(VisitPost)) as cursor:
         query = sql.SQL("SELECT {} FROM ops.visit_posts WHERE task_id = %s").format(columns)
         return cursor.execute(query, [task_id]).fetchone()
 
 
 def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
-    """What became of a file of a zone."""
+    """Return the state of a file of a zone."""
     row = conn.execute(
         "SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256"
         " FROM ops.landing_files WHERE zone = %s AND name = %s",
@@ -184,7 +194,7 @@ def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
     (waiting,) = conn.execute(
         "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [received_as]
     ).fetchone() or (0,)
-    # The same content under another name had been received already: this file brought nothing.
+    # The same content was received before under another name: this file adds nothing.
     return VisitFileState(
         status, error, known_before, rejected, run_id, waiting, VisitFileCounts() if known_before else counts
     )
