@@ -1,4 +1,4 @@
-"""`fhir-assets api`: the HTTP API, and tokens for it."""
+"""`fhir-assets api`: serve the HTTP API and create tokens for it."""
 
 import os
 from typing import Annotated
@@ -14,25 +14,32 @@ from fhir_assets.metrics.exposition import serve_metrics
 from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.settings import load_settings
 
-app = typer.Typer(help="The HTTP API: intake, look-ups, runs.", invoke_without_command=True)
+app = typer.Typer(
+    help="Serve the HTTP API (intake of records, patient look-ups, runs) and create tokens for it.",
+    invoke_without_command=True,
+)
 
 
 @app.callback()
 def serve(
     context: typer.Context,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="In place of API_PORT")] = None,
-    host: Annotated[str | None, typer.Option(help="In place of API_HOST")] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve")] = 1,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="TCP port; default: API_PORT")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: API_HOST")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of worker processes")] = 1,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests under way are answered. `fhir-assets api token NAME ROLE` lets one in."""
+    """Serve the HTTP API until SIGTERM or Ctrl-C; requests in progress are answered first.
+
+    Callers need a token: `fhir-assets api token NAME ROLE` creates one.
+    """
     if context.invoked_subcommand is not None:
         return
-    import uvicorn  # not for every command
+    import uvicorn  # imported here, because it is slow and other commands do not need it
 
     settings = load_settings()
     if not parse_tokens(settings.api_tokens.get_secret_value() if settings.api_tokens else ""):
         raise ConfigurationError(
-            "API_TOKENS is not set: nobody could call anything. `fhir-assets api token NAME ROLE` makes a token"
+            "API_TOKENS is not set, so every request would be refused: create a token with "
+            "`fhir-assets api token NAME ROLE`"
         )
     warehouse = Warehouse(settings)
     warehouse.url()
@@ -47,7 +54,7 @@ def serve(
             host=host or settings.api_host,
             port=settings.api_port if port is None else port,
             workers=workers,
-            # Its access log would hold what is searched for; the API writes its own.
+            # The access log of uvicorn contains search parameters; the API writes its own without them.
             access_log=False,
             server_header=False,
             date_header=True,
@@ -58,14 +65,14 @@ def serve(
 
 @app.command()
 def token(
-    name: Annotated[str, typer.Argument(help="Whose it is, as the audit log names it")],
-    role: Annotated[Role, typer.Argument(help="What it is for")],
+    name: Annotated[str, typer.Argument(help="The caller's name in the audit log")],
+    role: Annotated[Role, typer.Argument(help="The operations that the token may call")],
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Make a token: the secret for the caller, and its entry in API_TOKENS for this side. The secret is shown once."""
+    """Create a token: the secret for the caller, and the entry for API_TOKENS. The secret is printed only this once."""
     secret, entry = create_token(name, role)
     if json:
         print_json({"token": secret, "entry": entry})
         return
-    console.print(f"Token, for {name} alone:  {secret}", markup=False, soft_wrap=True)
+    console.print(f"Token for {name}:  {secret}", markup=False, soft_wrap=True)
     console.print(f"Add to API_TOKENS:  {entry}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`fhir-assets audit`: who did what to whose data, and whether the log is whole."""
+"""`fhir-assets audit`: list the audit log and verify that it is complete and unaltered."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -11,60 +11,66 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import audit_log
 
-app = typer.Typer(help="Who did what to whose data, and whether the log is whole.", no_args_is_help=True)
+app = typer.Typer(
+    help="List the audit log (who accessed whose data) and verify that it is unaltered.", no_args_is_help=True
+)
 
-_LISTED = ("seq", "at", "actor", "action", "resource_type", "subject", "count", "run_id")
+_COLUMNS = ("seq", "at", "actor", "action", "resource_type", "subject", "count", "run_id")
 
 
 @app.command()
 def verify(
     noted: Annotated[
-        str | None, typer.Option(help="Number and link of an earlier verification, as 1234:9f86…: it must stand there")
+        str | None, typer.Option(help="Number and hash that an earlier verification printed, such as 1234:9f86…")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Find the first record that was altered, is missing or was inserted; exit code 1 if there is one.
+    """Find the first record that was altered, removed or inserted. The exit code is 1 if there is one.
 
-    Note the last number and link elsewhere and give them as --noted the next time: then not even who holds the keys
-    can cut the end of the log off unseen, or write it anew.
+    Store the printed number and hash outside of this system and pass them as --noted the next time. This also detects a
+    log that was truncated or written again by a person who holds the keys.
     """
-    number, _, known = (noted or "").partition(":")
-    if noted and not (number.isdecimal() and known):
+    number, _, link_then = (noted or "").partition(":")
+    if noted and not (number.isdecimal() and link_then):
         raise ConfigurationError(
-            "--noted takes a number and a link, as an earlier `audit verify` printed them: 1234:9f86…"
+            "--noted takes a number and a hash, as an earlier `audit verify` printed them: 1234:9f86…"
         )
     with Warehouse(load_settings()).connect() as conn:
         fault = audit_log.find_fault(conn)
         if fault is None and noted:
-            fault = audit_log.check_link(conn, int(number), known)
+            fault = audit_log.check_link(conn, int(number), link_then)
         seq, link = audit_log.get_head(conn)
     if json:
         print_json({"records": seq, "link": link, "fault": asdict(fault) if fault else None})
     elif fault:
-        errors.print(f"The audit log is not whole: {fault}.", markup=False)
+        errors.print(f"The audit log was altered: {fault}.", markup=False)
     else:
-        console.print(f"The audit log is whole: {seq} records, the last is {seq}:{link}.", markup=False, soft_wrap=True)
+        console.print(
+            f"The audit log is unaltered: {seq} records, the last is {seq}:{link}.", markup=False, soft_wrap=True
+        )
     if fault:
         raise typer.Exit(1)
 
 
 @app.command("list")
 def list_records(
-    about: Annotated[str | None, typer.Option(help="Of this resource, such as Patient/123")] = None,
-    action: Annotated[str | None, typer.Option(help="read, create, update, decrypt, export, …")] = None,
-    run: Annotated[str | None, typer.Option(help="Of this run")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 50,
+    about: Annotated[str | None, typer.Option(help="Only records about this resource, such as Patient/123")] = None,
+    action: Annotated[
+        str | None, typer.Option(help="Only this action: read, create, update, decrypt, export, …")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Only records of this run")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Print at most this many")] = 50,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """The newest records first."""
+    """List records, newest first."""
     resource_type, _, resource_id = (about or "").partition("/")
     if about and not resource_id:
         raise ConfigurationError("--about takes a type and an id, such as Patient/123")
     with Warehouse(load_settings()).connect() as conn:
         subject = audit_log.hash_subject(conn, resource_type, resource_id) if about else None
-        found = audit_log.find_latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
-    rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.audit_record)} for entry in found]
+        entries = audit_log.find_latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
+    rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.audit_record)} for entry in entries]
     if json:
         print_json(rows)
     else:
-        print_table("Audit log", rows, _LISTED)
+        print_table("Audit log", rows, _COLUMNS)

@@ -1,4 +1,4 @@
-"""`fhir-assets connector`: changes of the tables in schema health, delivered to a FHIR server."""
+"""`fhir-assets connector`: deliver changes of the tables in schema ``health`` to a FHIR server."""
 
 import signal
 from collections.abc import Iterator
@@ -20,26 +20,33 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 app = typer.Typer(help="Deliver changes of the tables in schema health to a FHIR server.", no_args_is_help=True)
-dlq = typer.Typer(help="Changes that the FHIR server did not take, each with its reason.", no_args_is_help=True)
+dlq = typer.Typer(help="List, replay or discard changes that the FHIR server did not accept.", no_args_is_help=True)
 app.add_typer(dlq, name="dlq")
 
-_LISTED = ("id", "source", "record_id", "reason", "message", "attempts", "failed_at", "status")
+_COLUMNS = ("id", "source", "record_id", "reason", "message", "attempts", "failed_at", "status")
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
-Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID…]", show_default=False)]
-All = Annotated[bool, typer.Option("--all", help="All that are open")]
-Reason = Annotated[str | None, typer.Option(help="Such as no-identifier, several-matches, refused, invalid")]
+Ids = Annotated[
+    list[int] | None,
+    typer.Argument(metavar="[ID…]", show_default=False, help="Ids, as `connector dlq list` prints them"),
+]
+All = Annotated[bool, typer.Option("--all", help="All open changes")]
+Reason = Annotated[
+    str | None, typer.Option(help="Only this reason: no-identifier, several-matches, refused, invalid, …")
+]
 
 
 @app.command()
 def install(
-    existing: Annotated[bool, typer.Option("--existing", help="Also deliver the rows that are there already")] = False,
+    existing: Annotated[
+        bool, typer.Option("--existing", help="Also deliver the rows that the tables already contain")
+    ] = False,
 ) -> None:
-    """Install the outbox: tables and triggers of schema health. Doing it again changes nothing."""
+    """Install the outbox: tables and triggers in schema health. A second installation changes nothing."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
         outbox.install(conn)
-        console.print("The outbox is installed: changes of health.patient are recorded from now on.")
+        console.print("The outbox is installed. From now on it records changes of health.patient.")
         if existing:
             for source in load_sources(settings).values():
                 console.print(f"{outbox.enqueue_existing(conn, source):,} rows of {source.table} wait for delivery.")
@@ -47,10 +54,15 @@ def install(
 
 @app.command()
 def run(
-    workers: Annotated[int | None, typer.Option(min=1, max=64, help="In place of CONNECTOR_WORKERS")] = None,
-    until_empty: Annotated[bool, typer.Option("--until-empty", help="End when nothing waits")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Number of worker threads; default: CONNECTOR_WORKERS")
+    ] = None,
+    until_empty: Annotated[bool, typer.Option("--until-empty", help="Stop when no change is left to deliver")] = False,
 ) -> None:
-    """Deliver until SIGTERM or Ctrl-C; what is under way then is brought to its end. Several can run at once."""
+    """Deliver changes until SIGTERM or Ctrl-C; deliveries in progress are completed first.
+
+    Several connectors can run at the same time.
+    """
     settings = load_settings()
     logs.configure("connector", settings.log_level)
     warehouse = Warehouse(settings)
@@ -68,53 +80,56 @@ def run(
 
 @app.command()
 def status(json: Json = False) -> None:
-    """How many changes wait, how long the oldest has, and what is dead. Exit code 1 if the lag is too long."""
+    """Print how many changes wait, the age of the oldest, and the number of dead letters.
+
+    The exit code is 1 if the oldest change waits longer than CONNECTOR_MAX_LAG_SECONDS.
+    """
     settings = load_settings()
     with _installed(Warehouse(settings)) as conn:
-        found = outbox.status(conn)
+        outbox_status = outbox.status(conn)
     if json:
-        print_json(asdict(found))
+        print_json(asdict(outbox_status))
     else:
-        print_table("Outbox", [asdict(found)], asdict(found))
-    if found.lag_seconds > settings.connector_max_lag_seconds:
+        print_table("Outbox", [asdict(outbox_status)], asdict(outbox_status))
+    if outbox_status.lag_seconds > settings.connector_max_lag_seconds:
         raise typer.Exit(1)
 
 
 @dlq.command("list")
-def list_dead(
+def list_dead_letters(
     reason: Reason = None,
-    status: Annotated[str, typer.Option(help="open, replayed, superseded, discarded; or all")] = "open",
-    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 50,
+    status: Annotated[str, typer.Option(help="open, replayed, superseded, discarded, or all")] = "open",
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Print at most this many")] = 50,
     json: Json = False,
 ) -> None:
-    """The newest changes that did not go out."""
+    """List changes that were not delivered, newest first."""
     if status not in ("open", "replayed", "superseded", "discarded", "all"):
         raise ConfigurationError("--status is one of open, replayed, superseded, discarded, all")
     with _installed(Warehouse(load_settings())) as conn:
         wanted: dead_letters.Status | None = None if status == "all" else status  # type: ignore[assignment]
-        found = [asdict(each) for each in dead_letters.find(conn, status=wanted, reason=reason, limit=limit)]
+        rows = [asdict(row) for row in dead_letters.find(conn, status=wanted, reason=reason, limit=limit)]
     if json:
-        print_json(found)
+        print_json(rows)
     else:
-        print_table("Not delivered", found, _LISTED)
+        print_table("Not delivered", rows, _COLUMNS)
 
 
 @dlq.command()
 def replay(ids: Ids = None, everything: All = False, reason: Reason = None) -> None:
-    """Send changes again, as the tables are now."""
+    """Put changes back into the outbox. The current rows of the tables are sent."""
     _require_choice(ids, everything, reason)
     with _installed(Warehouse(load_settings())) as conn:
         count = dead_letters.replay(conn, ids or None, reason=reason)
-    _report(ids, count, "back in the outbox")
+    _report(ids, count, "changes are back in the outbox")
 
 
 @dlq.command()
 def discard(ids: Ids = None, everything: All = False, reason: Reason = None) -> None:
-    """Give changes up; they stay in the table as discarded."""
+    """Discard changes. They stay in the table with the status discarded."""
     _require_choice(ids, everything, reason)
     with _installed(Warehouse(load_settings())) as conn:
         count = dead_letters.discard(conn, ids or None, reason=reason)
-    _report(ids, count, "discarded")
+    _report(ids, count, "changes are discarded")
 
 
 @contextmanager
@@ -127,10 +142,10 @@ def _installed(warehouse: Warehouse) -> Iterator[Connection]:
 
 def _require_choice(ids: list[int] | None, everything: bool, reason: str | None) -> None:
     if not ids and not everything and not reason:
-        raise ConfigurationError("say which: ids as `connector dlq list` shows them, --reason, or --all")
+        raise ConfigurationError("select changes: ids as `connector dlq list` prints them, --reason, or --all")
 
 
-def _report(ids: list[int] | None, count: int, what: str) -> None:
-    console.print(f"{count:,} {what}.")
+def _report(ids: list[int] | None, count: int, outcome: str) -> None:
+    console.print(f"{count:,} {outcome}.")
     if ids and count < len(set(ids)):
         raise ConfigurationError(f"{len(set(ids)) - count} of the ids are not open dead letters of the connector")

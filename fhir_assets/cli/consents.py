@@ -1,4 +1,4 @@
-"""`fhir-assets consents`: what patients allow, and the tables brought to it."""
+"""`fhir-assets consents`: list the consent decisions of patients and apply them to the tables."""
 
 import getpass
 from datetime import UTC, datetime
@@ -14,43 +14,46 @@ from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import consents
 
-app = typer.Typer(help="What patients allow, and the tables brought to it.", no_args_is_help=True)
+app = typer.Typer(help="List the consent decisions of patients and apply them to the tables.", no_args_is_help=True)
 
-_LISTED = ("patient_id", "purpose", "decision", "consent_id", "version_id", "source", "decided_at", "changes_at")
+_COLUMNS = ("patient_id", "purpose", "decision", "consent_id", "version_id", "source", "decided_at", "changes_at")
 
 
 @app.command("list")
 def list_decisions(
-    patient: Annotated[str | None, typer.Option(help="Of this patient")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1_000_000)] = 100,
+    patient: Annotated[str | None, typer.Option(help="Only decisions of this patient (id)")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="Print at most this many")] = 100,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """The decisions in force, and which provision of which Consent they come from."""
+    """List the decisions in force, with the Consent and the provision that they come from."""
     with Warehouse(load_settings()).connect() as conn:
-        found = consents.list_decisions(conn, patient=patient, limit=limit)
+        decisions = consents.list_decisions(conn, patient=patient, limit=limit)
     if json:
-        print_json(found)
+        print_json(decisions)
     else:
-        print_table("Consents", found, _LISTED)
+        print_table("Consents", decisions, _COLUMNS)
 
 
 @app.command()
 def apply(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """Take back what consent no longer covers, and bring what it now does. Runs do so by themselves."""
+    """Remove resources from the tables that consent now withholds, and load those that it now allows.
+
+    Runs do this automatically.
+    """
     settings = load_settings()
-    sweep = ConsentStep(
+    step = ConsentStep(
         Warehouse(settings).connect,
         build_views(settings).views,
         build_consent_gate(settings),
         run_id="cli",
         actor=f"cli:{getpass.getuser()}",
     )
-    swept = sweep.run(datetime.now(UTC))
+    result = step.run(datetime.now(UTC))
     facts = {
-        "patients": swept.patients,
-        "decisions_changed": swept.decisions,
-        "resources_withheld": swept.withheld,
-        "resources_released": swept.released,
+        "patients": result.patients,
+        "decisions_changed": result.decisions,
+        "resources_withheld": result.withheld,
+        "resources_released": result.released,
     }
     if json:
         print_json(facts)

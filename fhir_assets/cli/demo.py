@@ -1,4 +1,4 @@
-"""`fhir-assets demo`: the whole pipeline on a synthetic population, then the UI."""
+"""`fhir-assets demo`: run the pipeline on a synthetic population, then serve the Dagster UI."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from fhir_assets.cli.dev import serve_ui
-from fhir_assets.cli.ingest import SUMMARY, load_due, report_failure, summary
+from fhir_assets.cli.ingest import SUMMARY_COLUMNS, load_due, report_failure, summarize_runs
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -28,31 +28,34 @@ BAD_SHARE = 0.02
 SEED = 1
 
 
-class Windows(msgspec.Struct):
-    """The range of the population that was generated, so that the next demo asks for the same windows."""
+class PopulationRange(msgspec.Struct):
+    """The time range of the generated population. It is stored, so that the next demo loads the same windows."""
 
     start: datetime
     end: datetime
 
 
 def demo(
-    ui: Annotated[bool, typer.Option(help="Serve the Dagster UI afterwards")] = True,
-    patients: Annotated[int, typer.Option(min=1, help="Size of the synthetic population")] = PATIENTS,
-    port: Annotated[int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; a free one if taken")] = None,
+    ui: Annotated[bool, typer.Option(help="Serve the Dagster UI after the load")] = True,
+    patients: Annotated[int, typer.Option(min=1, help="Number of synthetic patients")] = PATIENTS,
+    port: Annotated[
+        int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; if it is taken, a free port is used")
+    ] = None,
 ) -> None:
-    """Load a synthetic population, about 2 % of it bad in known ways, from a sandbox FHIR server; then show the UI.
+    """Load a synthetic population from a sandbox FHIR server, then serve the Dagster UI.
 
-    All state is in FHIR_ASSETS_HOME (.fhir_assets/ if unset); a second demo finds its data.
+    About 2 % of the resources have deliberate defects. All state is in FHIR_ASSETS_HOME (default: .fhir_assets/), and a
+    second demo continues with it.
     """
     settings = load_settings()
     if not settings.encrypts:
         warn_of_clear_data()
     home = settings.home
     folder = home / "sandbox"
-    windows = _population(folder, patients)
+    population = _ensure_population(folder, patients)
     started = settings.db_url is None and not embedded.is_running(home)
     try:
-        with SandboxProcess(folder / "population") as sandbox, _pointed_at(sandbox.url, windows):
+        with SandboxProcess(folder / "population") as sandbox, _sandbox_environment(sandbox.url, population):
             _load()
             if ui:
                 serve_ui(load_settings(), port)
@@ -61,36 +64,36 @@ def demo(
             embedded.stop(home)
 
 
-def _population(folder: Path, patients: int) -> Windows:
-    """The windows of an earlier demo's population, or of a new one that ends yesterday."""
+def _ensure_population(folder: Path, patients: int) -> PopulationRange:
+    """Return the range of the population of an earlier demo, or generate a population that ends yesterday."""
     facts = folder / "windows.json"
     if facts.exists():
-        return msgspec.json.decode(facts.read_bytes(), type=Windows)
+        return msgspec.json.decode(facts.read_bytes(), type=PopulationRange)
     console.print(f"Generating {patients} synthetic patients …")
     end = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    windows = Windows(end - timedelta(days=DAYS), end)
+    new_range = PopulationRange(end - timedelta(days=DAYS), end)
     try:
-        population = Population(patients, SEED, BAD_SHARE, end=windows.end, start=windows.start)
+        population = Population(patients, SEED, BAD_SHARE, end=new_range.end, start=new_range.start)
         write_population(folder / "population", population)
-        facts.write_bytes(msgspec.json.encode(windows))
+        facts.write_bytes(msgspec.json.encode(new_range))
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write {folder}: {error.strerror}. Set FHIR_ASSETS_HOME to a folder with room and rights"
+            f"cannot write {folder}: {error.strerror}. Set FHIR_ASSETS_HOME to a writable folder with free space"
         ) from None
-    return windows
+    return new_range
 
 
 @contextmanager
-def _pointed_at(url: str, windows: Windows) -> Iterator[None]:
-    """The environment of every process that the demo starts: its own server, its own windows."""
-    ours = {
+def _sandbox_environment(url: str, population: PopulationRange) -> Iterator[None]:
+    """Set the environment of this process and of those that it starts: the sandbox server and the windows to load."""
+    variables = {
         "FHIR_BASE_URL": url,
         "FHIR_SOURCE": "search",
-        "FHIR_LAST_UPDATED_GTE": windows.start.isoformat(),
+        "FHIR_LAST_UPDATED_GTE": population.start.isoformat(),
         "FHIR_PARTITION": "daily",
     }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -106,15 +109,16 @@ def _load() -> None:
     console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
     outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
-        everything = runs.summarize_latest(conn)
-    if loaded := summary(settings, outcomes):
-        print_table("Loaded now", loaded, SUMMARY)
+        totals = runs.summarize_latest(conn)
+    if loaded := summarize_runs(settings, outcomes):
+        print_table("Loaded now", loaded, SUMMARY_COLUMNS)
     else:
-        print_table("Loaded earlier", everything, SUMMARY[:-1])
-    for outcome in select_failed(outcomes):
+        print_table("Loaded earlier", totals, SUMMARY_COLUMNS[:-1])
+    failures = select_failed(outcomes)
+    for outcome in failures:
         report_failure(settings, outcome)
-    if select_failed(outcomes):
+    if failures:
         raise typer.Exit(1)
-    where = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"
-    console.print(f"Tables: schema fhir, {where}", markup=False, soft_wrap=True)
+    database = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"
+    console.print(f"Tables: schema fhir, {database}", markup=False, soft_wrap=True)
     console.print("Dead letters: fhir-assets dead-letters list", markup=False)

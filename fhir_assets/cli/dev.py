@@ -1,4 +1,4 @@
-"""`fhir-assets dev`: the Dagster UI with its daemon, on the embedded parts or on DB_URL."""
+"""`fhir-assets dev`: the Dagster UI and daemon, on the embedded Postgres or on DB_URL."""
 
 import os
 import signal
@@ -19,13 +19,15 @@ from fhir_assets.warehouse.postgres.db import embedded
 DEFAULT_PORT = 3000
 
 _SUPERSEDED = "ignore:Function `dev_command`"
-"""`dagster dev` recommends `dg dev`, a package that would do nothing for a user here."""
+"""Filter for the warning in which `dagster dev` recommends `dg dev`, which this project does not use."""
 
 
 def dev(
-    port: Annotated[int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; a free one if taken")] = None,
+    port: Annotated[
+        int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; if it is taken, a free port is used")
+    ] = None,
 ) -> None:
-    """Serve the Dagster UI on 127.0.0.1 and run its daemon until Ctrl-C."""
+    """Serve the Dagster UI on 127.0.0.1 and run the Dagster daemon, until Ctrl-C."""
     settings = load_settings()
     if not settings.encrypts:
         warn_of_clear_data()
@@ -38,9 +40,9 @@ def dev(
 
 
 def serve_ui(settings: Settings, port: int | None) -> None:
-    """Run ``dagster dev`` until it ends or is interrupted; then nothing of it is left running.
+    """Run ``dagster dev`` until it ends or is interrupted, then stop all of its processes.
 
-    Raises ConfigurationError if it ends by itself.
+    ``port`` is DEFAULT_PORT if None. Raises ConfigurationError if ``dagster dev`` fails.
     """
     Warehouse(settings).url()
     environment = {**config.build_environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
@@ -59,11 +61,11 @@ def serve_ui(settings: Settings, port: int | None) -> None:
             signal.signal(sign, handler)
         _stop(process)
     if code:
-        raise ConfigurationError(f"dagster dev ended with exit code {code}: its own message is above")
+        raise ConfigurationError(f"dagster dev ended with exit code {code}: its messages are above")
 
 
 def free_port(wanted: int) -> int:
-    """``wanted`` if nobody listens on it, else any free port of 127.0.0.1."""
+    """Return ``wanted`` if no process listens on it, else a free port of 127.0.0.1. Raises ConfigurationError."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,7 +74,7 @@ def free_port(wanted: int) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise ConfigurationError("no free port on 127.0.0.1: stop something, or set DAGSTER_PORT")
+    raise ConfigurationError("127.0.0.1 has no free port: stop a server, or set DAGSTER_PORT")
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -80,7 +82,7 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started: first kindly, then for certain."""
+    """Stop the process and its children: with SIGINT, then SIGTERM, then SIGKILL."""
     for sign, seconds in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, sign)

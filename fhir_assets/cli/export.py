@@ -1,4 +1,4 @@
-"""`fhir-assets export`: resources, dead letters and tables as files."""
+"""`fhir-assets export`: write resources, dead letters and tables to files."""
 
 import getpass
 from datetime import UTC, datetime
@@ -19,42 +19,47 @@ from fhir_assets.warehouse.postgres.tables import view_tables
 
 
 def export(
-    resource_type: Annotated[str, typer.Argument(metavar="TYPE|all", help="A resource type, or all of them")],
-    output: Annotated[str, typer.Option("--output", "-o", help="A folder or s3://bucket/prefix")],
-    first: Annotated[datetime | None, typer.Option("--from", help="The windows from this date on, UTC")] = None,
-    last: Annotated[datetime | None, typer.Option("--to", help="… up to this date, UTC")] = None,
-    run: Annotated[str | None, typer.Option("--run", help="The windows that a run worked on")] = None,
-    form: Annotated[Format, typer.Option("--format", help="Of the tables: ndjson, parquet or csv")] = "parquet",
-    raw: Annotated[bool, typer.Option("--raw", help="Resources as received")] = False,
-    valid: Annotated[bool, typer.Option("--valid", help="Valid resources as received")] = False,
-    normalized: Annotated[bool, typer.Option("--normalized", help="The tables of the views")] = False,
-    letters: Annotated[bool, typer.Option("--dead-letters", help="What could not go on, with the reasons")] = False,
+    resource_type: Annotated[
+        str, typer.Argument(metavar="TYPE|all", help="A resource type, or all for every loaded type")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="A folder or s3://bucket/prefix to write to")],
+    first: Annotated[datetime | None, typer.Option("--from", help="Export the windows from this date (UTC)")] = None,
+    last: Annotated[datetime | None, typer.Option("--to", help="… to this date (UTC)")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Export the windows of this run")] = None,
+    form: Annotated[Format, typer.Option("--format", help="Format of the tables: ndjson, parquet or csv")] = "parquet",
+    raw: Annotated[bool, typer.Option("--raw", help="Export all resources as received")] = False,
+    valid: Annotated[bool, typer.Option("--valid", help="Export valid resources as received")] = False,
+    normalized: Annotated[bool, typer.Option("--normalized", help="Export the tables of the views")] = False,
+    failed: Annotated[bool, typer.Option("--dead-letters", help="Export the dead letters with their reasons")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the files as JSON")] = False,
 ) -> None:
-    """Write files: valid resources and tables, unless it is said what. The export of a run has a folder of its own."""
+    """Write resources and tables to files: by default the valid resources and the tables.
+
+    With --run the files are written to a folder for that run.
+    """
     settings = load_settings()
     types = _types(settings, resource_type)
     if run and (first or last):
-        raise ConfigurationError("--run names its windows itself: leave --from and --to out")
-    if not (raw or valid or normalized or letters):
+        raise ConfigurationError("--run selects the windows of the run: leave out --from and --to")
+    if not (raw or valid or normalized or failed):
         valid = normalized = True
     views = build_views(settings).views
     warehouse = Warehouse(settings)
     store = build_store(settings)
     target = build_blobs(settings, output)
-    found: list[ExportedFile] = []
+    files: list[ExportedFile] = []
     with warehouse.connect() as conn:
-        by_type: dict[str, list[str]] = {}
+        keys_by_type: dict[str, list[str]] = {}
         folder, run_id, keys = "", None, _windows(settings, first, last)
         if run:
             try:
-                run_id, by_type = find_run_windows(conn, run)
+                run_id, keys_by_type = find_run_windows(conn, run)
             except KeyError:
                 raise ConfigurationError(
-                    f"no run, or more than one, begins with {run}: `fhir-assets runs list` shows those there are"
+                    f"no run, or several, have an id that begins with {run}: `fhir-assets runs list` prints the ids"
                 ) from None
             folder = build_run_folder(run_id, datetime.now(UTC))
-            types = [name for name in types if name in by_type]
+            types = [name for name in types if name in keys_by_type]
         view_tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
@@ -62,30 +67,28 @@ def export(
             conn, store, target, folder, run_id=run_id, actor=actor, withholding=build_consent_gate(settings).closed
         )
         for name in types:
-            of_type = writer.for_type(name, by_type[name] if run else keys)
+            type_export = writer.for_type(name, keys_by_type[name] if run else keys)
             if raw:
-                found.append(of_type.raw())
+                files.append(type_export.raw())
             if valid:
-                found.append(of_type.valid())
-            if letters:
-                found.append(of_type.dead_letters())
+                files.append(type_export.valid())
+            if failed:
+                files.append(type_export.dead_letters())
             if normalized:
-                found.extend(of_type.table(view, form) for view in views if view.resource_type == name)
-        place = writer.finish()
+                files.extend(type_export.table(view, form) for view in views if view.resource_type == name)
+        written_folder = writer.finish()
     if json:
-        print_json({"folder": place, "files": found})
+        print_json({"folder": written_folder, "files": files})
         return
-    print_table("Exported", [_row(file) for file in found if file.rows], ("file", "rows", "bytes"))
-    console.print(f"{len(found)} files in {place}, listed with their hashes in manifest.json", markup=False)
+    print_table("Exported", [_row(file) for file in files if file.rows], ("file", "rows", "bytes"))
+    console.print(f"{len(files)} files in {written_folder}, listed in manifest.json with their hashes", markup=False)
 
 
 def _types(settings: Settings, wanted: str) -> list[str]:
     if wanted == "all":
         return list(settings.fhir_resource_types)
     if wanted not in BY_NAME:
-        raise ConfigurationError(
-            f"{wanted} is no resource type of the catalog: give one of {', '.join(BY_NAME)}, or all"
-        )
+        raise ConfigurationError(f"{wanted} is not a supported resource type: give one of {', '.join(BY_NAME)}, or all")
     return [wanted]
 
 
@@ -96,7 +99,7 @@ def _windows(settings: Settings, first: datetime | None, last: datetime | None) 
     begin = first.replace(tzinfo=UTC) if first else scheme.start
     end = last.replace(tzinfo=UTC) if last else datetime.now(UTC)
     if end < begin:
-        raise ConfigurationError("--to lies before --from: nothing is exported")
+        raise ConfigurationError("--to is before --from: give a later --to")
     return [window.key for window in scheme.between(begin, end)]
 
 

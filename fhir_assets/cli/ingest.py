@@ -1,4 +1,4 @@
-"""`fhir-assets ingest`: load without the UI."""
+"""`fhir-assets ingest`: load windows without the Dagster UI."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ import typer
 from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fhir_assets.cli.output import console, errors, only_our_words, print_json, print_table
+from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -27,37 +27,39 @@ from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange
 
-SUMMARY = ("type", "fetched", "valid", "dead", "loaded", "resources_per_second")
+SUMMARY_COLUMNS = ("type", "fetched", "valid", "dead", "loaded", "resources_per_second")
 
 
 def ingest(
     types: Annotated[
-        str | None, typer.Option(help="Comma-separated resource types; all of the settings if unset")
+        str | None, typer.Option(help="Comma-separated resource types; default: FHIR_RESOURCE_TYPES")
     ] = None,
-    first: Annotated[datetime | None, typer.Option("--from", help="Load the windows from this date on, UTC")] = None,
-    last: Annotated[datetime | None, typer.Option("--to", help="… up to this date, UTC")] = None,
-    full_refresh: Annotated[bool, typer.Option("--full-refresh", help="Fetch everything anew")] = False,
+    first: Annotated[datetime | None, typer.Option("--from", help="Load the windows from this date (UTC)")] = None,
+    last: Annotated[datetime | None, typer.Option("--to", help="… to this date (UTC)")] = None,
+    full_refresh: Annotated[bool, typer.Option("--full-refresh", help="Fetch all resources again")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
-    """Load every window from the checkpoint to now, or those of a date range, one Dagster run a range of windows.
+    """Load the windows from the checkpoint to now, or those of a date range, in one Dagster run for each range.
 
-    Ends with 0 only if all of it was loaded. Dead letters are no failure: they are listed by `dead-letters list`.
+    The exit code is 0 only if all windows were loaded. Dead letters are not a failure: `dead-letters list` prints them.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     settings.require_source()
     if types:
         os.environ["FHIR_RESOURCE_TYPES"] = types
     outcomes = load_due(settings, first=_utc(first), last=_utc(last), full_refresh=full_refresh, quiet=json)
-    rows = summary(settings, outcomes)
+    rows = summarize_runs(settings, outcomes)
+    failures = select_failed(outcomes)
+    run_ids = [outcome.run_id for outcome in outcomes]
     if json:
-        print_json({"runs": [o.run_id for o in outcomes], "success": not select_failed(outcomes), "types": rows})
+        print_json({"runs": run_ids, "success": not failures, "types": rows})
     elif not outcomes:
-        console.print("Every window is loaded: nothing to do.")
+        console.print("All windows are loaded: there is nothing to do.")
     else:
-        print_table("Loaded", rows, SUMMARY)
-    for outcome in select_failed(outcomes):
+        print_table("Loaded", rows, SUMMARY_COLUMNS)
+    for outcome in failures:
         report_failure(settings, outcome)
-    if select_failed(outcomes):
+    if failures:
         raise typer.Exit(1)
 
 
@@ -70,16 +72,20 @@ def load_due(
     quiet: bool = False,
     triggered_by: str = "cli",
 ) -> list[Outcome]:
-    """Load what is due, with a progress bar on a terminal."""
+    """Load the windows that are due, with a progress bar on a terminal. Return the outcome of each run.
+
+    ``first`` and ``last`` select the windows of a date range instead. Raises DatabaseUnavailable if the database
+    becomes unavailable during a run.
+    """
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
-    with _export_told():
+    with _show_export_progress():
         due = ingestion.find_due(first=first, last=last, all_windows=full_refresh)
     ingestion.begin_checkpoints(due)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
     if due and not quiet and (missing := ingestion.find_types_not_offered()):
-        console.print(f"Not offered by the source, skipped: {', '.join(missing)}")
+        console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
     if not due:
         ingestion.apply_consent(build_views(settings).views, actor=triggered_by)
     steps = ingestion.count_steps()
@@ -103,30 +109,30 @@ def load_due(
 
         for windows in due:
             if not quiet:
-                console.print(f"Windows {_named(windows)}")
-            with only_our_words(), _export_told():
+                console.print(f"Windows {_format_windows(windows)}")
+            with hide_library_output(), _show_export_progress():
                 outcome = _load(ingestion, windows, refresh, triggered_by, listen)
             if outcome is None:
                 raise DatabaseUnavailable(
-                    f"The database went away while the windows {_named(windows)} were loaded: what was not finished is "
-                    "not kept. See that Postgres runs, then run the same command again"
+                    f"The database became unavailable while the windows {_format_windows(windows)} were loaded; "
+                    "unfinished work was discarded. See that Postgres runs, then run the same command again"
                 )
             outcomes.append(outcome)
         progress.update(task, description="Loaded", completed=max(1, len(due)) * steps)
     return outcomes
 
 
-class _OnTerminal(logging.Handler):
-    """On stderr, where it is no part of the summary, and beside the progress bar."""
+class _StderrHandler(logging.Handler):
+    """Prints messages to stderr, apart from the summary on stdout, and above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         errors.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _export_told() -> Iterator[None]:
-    """Meanwhile one sees how far an export is."""
-    logger, handler = logging.getLogger(bulk_source.__name__), _OnTerminal()
+def _show_export_progress() -> Iterator[None]:
+    """Print the progress of a bulk export."""
+    logger, handler = logging.getLogger(bulk_source.__name__), _StderrHandler()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -140,15 +146,15 @@ def _export_told() -> Iterator[None]:
 def _load(
     ingestion: Ingestion, windows: WindowRange, refresh: Refresh, triggered_by: str, listener: Listener
 ) -> Outcome | None:
-    """One run; None if it could not be brought to an end, since Dagster's storage or the tables went away."""
+    """Load the windows in one run. Return None if Dagster's storage or the tables became unavailable."""
     try:
         return ingestion.load(windows, refresh=refresh, triggered_by=triggered_by, listener=listener)
     except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException):
         return None
 
 
-def summary(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
-    """By type, what the runs did, from ``ops.ingestion_runs``; the last row is their sum."""
+def summarize_runs(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
+    """Return the counts of the runs by resource type, from ``ops.ingestion_runs``. The last row is the total."""
     if not outcomes:
         return []
     with Warehouse(settings).connect() as conn:
@@ -156,15 +162,15 @@ def summary(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, o
 
 
 def report_failure(settings: Settings, outcome: Outcome) -> None:
-    """Say which types of a run failed and why."""
+    """Print the resource types of a run that failed, with the reasons."""
     with Warehouse(settings).connect() as conn:
         reasons = runs.get_errors(conn, outcome.run_id)
-    errors.print(f"Run {outcome.run_id} of {_named(outcome.windows)} failed:", markup=False)
+    errors.print(f"Run {outcome.run_id} of {_format_windows(outcome.windows)} failed:", markup=False)
     for reason, types in reasons.items():
         errors.print(f"  {', '.join(types)}: {reason}", markup=False, soft_wrap=True)
 
 
-def _named(windows: WindowRange) -> str:
+def _format_windows(windows: WindowRange) -> str:
     first, last = windows.windows[0].key, windows.windows[-1].key
     return first if first == last else f"{first} to {last} ({len(windows.windows)})"
 

@@ -1,4 +1,4 @@
-"""`fhir-assets keys`: the keys that seal patient data."""
+"""`fhir-assets keys`: create, inspect and rotate the keys that encrypt patient data."""
 
 import getpass
 from collections.abc import Iterator
@@ -22,160 +22,166 @@ from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import key_rotations
 from fhir_assets.warehouse.ops.key_rotations import Rotation
 
-app = typer.Typer(help="The keys that seal patient data.", no_args_is_help=True)
+app = typer.Typer(help="Create, inspect and rotate the keys that encrypt patient data.", no_args_is_help=True)
 
-_CLEAR = "in the clear"
-_EVERY_SECONDS = 10.0
+_UNENCRYPTED = "in the clear"
+_LINE_INTERVAL_SECONDS = 10.0
 
 
 @app.command()
 def new() -> None:
-    """Make a key. It belongs into PHI_ENCRYPTION_KEYS, before those that are there, and where it cannot get lost."""
+    """Create a key. Put it in front of the other keys in PHI_ENCRYPTION_KEYS, and keep a safe copy of it."""
     typer.echo(new_key())
 
 
 @app.command()
 def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """The keys by their ids, what each one seals in the tables and the store, and which are no longer needed."""
+    """List the keys by id, with what each encrypts in the tables and the store, and whether it is still needed."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        found = count_key_usage(conn, build_store(settings), build_views(settings).views)
+        usage = count_key_usage(conn, build_store(settings), build_views(settings).views)
         rotation = key_rotations.get_latest(conn)
     if json:
         facts = None
         if rotation:
             facts = {**asdict(rotation), "rate": rotation.rate, "seconds_left": rotation.seconds_left}
-        print_json({"keys": _rows(settings, found), "rotation": facts})
+            facts["doing"] = facts.pop("current_step")
+        print_json({"keys": _rows(settings, usage), "rotation": facts})
         return
-    rows = _rows(settings, found)
-    places = [place for place, counts in found.counts.items() if counts]
-    print_table("Keys", rows, ("key", "set", "newest", *places))
-    for line in _advice(settings, found):
+    rows = _rows(settings, usage)
+    locations = [location for location, counts in usage.counts.items() if counts]
+    print_table("Keys", rows, ("key", "set", "newest", *locations))
+    for line in _advice(settings, usage):
         console.print(line, markup=False, soft_wrap=True)
     if rotation:
-        console.print(f"Last rotation: {_said(rotation)}", markup=False, soft_wrap=True)
+        console.print(f"Last rotation: {_describe(rotation)}", markup=False, soft_wrap=True)
 
 
 @app.command()
 def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """Seal everything with the newest key, also what was stored in the clear, while loads go on.
+    """Encrypt all patient data with the newest key, also data stored in the clear. Loads can run at the same time.
 
-    Stopped, however, it goes on where it was when it is started again. Start whatever runs with the new keys first:
-    what was started before seals with the older ones. Exit code 1 if something could not be sealed anew.
+    Before the rotation, restart all processes with the new PHI_ENCRYPTION_KEYS: a process with the old setting
+    encrypts with an older key. A stopped rotation continues where it was when it is started again. The exit code is 1
+    if some data could not be encrypted with the newest key.
     """
     settings = load_settings()
-    with _watched(quiet=json) as watch:
-        rotated = ReencryptStep(
+    with _progress(quiet=json) as show_progress:
+        result = ReencryptStep(
             Warehouse(settings).connect,
             build_store(settings),
             build_views(settings).views,
             actor=f"cli:{getpass.getuser()}",
-            on_progress=watch,
+            on_progress=show_progress,
         ).run()
     if json:
         print_json(
             {
-                "sealed": rotated.encrypted,
-                "from_clear": rotated.from_clear,
-                "refused": rotated.refused,
-                "busy": +rotated.busy,
-                "left_over": rotated.left_over,
-                "keys": _rows(settings, rotated.usage),
+                "sealed": result.encrypted,
+                "from_clear": result.from_clear,
+                "refused": result.refused,
+                "busy": +result.busy,
+                "left_over": result.left_over,
+                "keys": _rows(settings, result.usage),
             }
         )
     else:
-        _tell(settings, rotated)
-    if rotated.left_over:
+        _print_result(settings, result)
+    if result.left_over:
         raise typer.Exit(1)
 
 
-def _rows(settings: Settings, found: KeyUsage) -> list[dict[str, object]]:
-    """Every key that is set or needed, the newest first."""
-    ids: list[str | None] = [key.id for key in build_cipher(settings).keys]
+def _rows(settings: Settings, usage: KeyUsage) -> list[dict[str, object]]:
+    """Return a row for each key that is set or used, newest first."""
+    cipher = build_cipher(settings)
+    ids: list[str | None] = [key.id for key in cipher.keys]
     return [
         {
-            "key": key or _CLEAR,
+            "key": key or _UNENCRYPTED,
             "set": key is None or key in ids,
-            "newest": key is not None and key == build_cipher(settings).key_id,
-            "needed": key is not None and (key == build_cipher(settings).key_id or found.is_used(key)),
-            **found.count_by_location(key),
+            "newest": key is not None and key == cipher.key_id,
+            "needed": key is not None and (key == cipher.key_id or usage.is_used(key)),
+            **usage.count_by_location(key),
         }
-        for key in dict.fromkeys([*ids, *found.keys])
+        for key in dict.fromkeys([*ids, *usage.keys])
     ]
 
 
-def _advice(settings: Settings, found: KeyUsage) -> Iterator[str]:
-    """What to do about each key."""
+def _advice(settings: Settings, usage: KeyUsage) -> Iterator[str]:
+    """Yield a sentence on what to do about each key."""
     if not settings.encrypts:
-        yield "Patient data is stored in the clear: `fhir-assets keys new`, then set PHI_ENCRYPTION_KEYS."
+        yield "Patient data is stored in the clear: put a key of `fhir-assets keys new` into PHI_ENCRYPTION_KEYS."
         return
     newest, *older = [key.id for key in build_cipher(settings).keys]
     for key in older:
-        if found.is_used(key):
-            yield f"Key {key} is still needed: `fhir-assets keys rotate` makes it dispensable."
+        if usage.is_used(key):
+            yield f"Key {key} is still needed: `fhir-assets keys rotate` encrypts its data with the newest key."
         else:
-            yield f"Key {key} is no longer needed: take it out of PHI_ENCRYPTION_KEYS."
-    for missing in [key for key in found.keys if key not in (newest, *older, None)]:
+            yield f"Key {key} is no longer needed: remove it from PHI_ENCRYPTION_KEYS."
+    for missing in [key for key in usage.keys if key not in (newest, *older, None)]:
         yield (
-            f"Key {missing} is missing: it seals {_counted(found.count_by_location(missing))}. Add it to "
-            "PHI_ENCRYPTION_KEYS as the last one, then `fhir-assets keys rotate`; if it is lost, load the windows "
+            f"Key {missing} is missing: it encrypts {_format_counts(usage.count_by_location(missing))}. Add it to "
+            "the end of PHI_ENCRYPTION_KEYS, then run `fhir-assets keys rotate`. If it is lost, load the windows "
             "again with a full refresh."
         )
-    clear = found.count_by_location(None)
+    clear = usage.count_by_location(None)
     if not settings.phi_encrypt_store:
         del clear["parts"]
     if any(clear.values()):
-        yield f"In the clear: {_counted(clear)}. `fhir-assets keys rotate` seals them."
+        yield f"In the clear: {_format_counts(clear)}. `fhir-assets keys rotate` encrypts them."
 
 
-def _tell(settings: Settings, rotated: ReencryptResult) -> None:
-    done = _counted(rotated.encrypted) or "nothing was left to do"
-    console.print(f"Sealed with key {build_cipher(settings).key_id}: {done}.", markup=False, soft_wrap=True)
-    if any(rotated.from_clear.values()):
-        console.print(f"Of these were in the clear before: {_counted(rotated.from_clear)}.", markup=False)
-    for why, count in rotated.refused.most_common():
-        errors.print(f"Left as they were, {count:,}: {why}", markup=False, soft_wrap=True)
-    if any(rotated.busy.values()):
-        errors.print(f"Held by loads: {_counted(rotated.busy)}. Run it again when they are through.", markup=False)
-    for line in _advice(settings, rotated.usage):
+def _print_result(settings: Settings, result: ReencryptResult) -> None:
+    done = _format_counts(result.encrypted) or "nothing, all data already was"
+    console.print(f"Encrypted with key {build_cipher(settings).key_id}: {done}.", markup=False, soft_wrap=True)
+    if any(result.from_clear.values()):
+        console.print(f"Of these were stored in the clear before: {_format_counts(result.from_clear)}.", markup=False)
+    for reason, count in result.refused.most_common():
+        errors.print(f"{count:,} not encrypted with the newest key: {reason}", markup=False, soft_wrap=True)
+    if any(result.busy.values()):
+        errors.print(
+            f"Locked by running loads: {_format_counts(result.busy)}. Rotate again when the loads have ended.",
+            markup=False,
+        )
+    for line in _advice(settings, result.usage):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _counted(counts: dict[str, int]) -> str:
-    """Counts by place in words."""
-    return ", ".join(f"{count:,} {place.replace('_', ' ')}" for place, count in counts.items() if count)
+def _format_counts(counts: dict[str, int]) -> str:
+    """Return counts by location as text."""
+    return ", ".join(f"{count:,} {location.replace('_', ' ')}" for location, count in counts.items() if count)
 
 
-def _said(rotation: Rotation) -> str:
+def _describe(rotation: Rotation) -> str:
     share = rotation.done / rotation.total if rotation.total else 1.0
     done = f"to key {rotation.key_id}, {rotation.done:,} of {rotation.total:,} ({share:.0%})"
     if rotation.ended_at:
-        rest = f", {rotation.left_over:,} left over" if rotation.left_over else ""
-        return f"{done}, ended {rotation.ended_at:%Y-%m-%d %H:%M:%S} UTC{rest}"
+        left_over = f", {rotation.left_over:,} not encrypted with it" if rotation.left_over else ""
+        return f"{done}, ended {rotation.ended_at:%Y-%m-%d %H:%M:%S} UTC{left_over}"
     if not rotation.at_work:
-        return f"{done}, stopped {rotation.updated_at:%Y-%m-%d %H:%M:%S} UTC: `fhir-assets keys rotate` goes on"
+        return f"{done}, stopped {rotation.updated_at:%Y-%m-%d %H:%M:%S} UTC: `fhir-assets keys rotate` continues it"
     left = "" if rotation.seconds_left is None else f", about {rotation.seconds_left:,.0f} s left"
     return f"{done}, {rotation.current_step}, {rotation.rate:,.0f}/s{left}"
 
 
-class _Watch:
-    """Shows a rotation: a bar on a terminal, a line every few seconds elsewhere."""
+class _ProgressDisplay:
+    """Shows the progress of a rotation: a bar on a terminal, otherwise a line every few seconds."""
 
     def __init__(self, bars: progress.Progress, *, quiet: bool) -> None:
         self._bars = bars
         self._quiet = quiet
         self._task = bars.add_task("", total=None)
-        self._next = monotonic() + _EVERY_SECONDS
+        self._next_line_at = monotonic() + _LINE_INTERVAL_SECONDS
 
     def __call__(self, rotation: Rotation) -> None:
         self._bars.update(self._task, description=rotation.current_step, completed=rotation.done, total=rotation.total)
-        if not self._quiet and self._bars.disable and monotonic() >= self._next:
-            self._next = monotonic() + _EVERY_SECONDS
-            console.print(_said(rotation), markup=False, soft_wrap=True)
+        if not self._quiet and self._bars.disable and monotonic() >= self._next_line_at:
+            self._next_line_at = monotonic() + _LINE_INTERVAL_SECONDS
+            console.print(_describe(rotation), markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _watched(*, quiet: bool) -> Iterator[_Watch]:
+def _progress(*, quiet: bool) -> Iterator[_ProgressDisplay]:
     bars = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -186,4 +192,4 @@ def _watched(*, quiet: bool) -> Iterator[_Watch]:
         disable=quiet or not console.is_terminal,
     )
     with bars:
-        yield _Watch(bars, quiet=quiet)
+        yield _ProgressDisplay(bars, quiet=quiet)

@@ -1,4 +1,4 @@
-"""Puts the commands together and turns the project's errors into one sentence and an exit code."""
+"""Assembly of the commands. An error of the project becomes one sentence on stderr and an exit code."""
 
 import logging
 import sys
@@ -34,7 +34,7 @@ from fhir_assets.logs import described
 
 app = typer.Typer(
     name="fhir-assets",
-    help="FHIR data out of clinical servers and into Postgres tables that people trust.",
+    help="Load FHIR data from clinical servers into Postgres tables, and operate the pipeline that does so.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,8 +64,8 @@ app.command("generate")(sandbox.generate)
 
 
 def main() -> None:
-    """Run the command line; an error of the project is one sentence on stderr and exit code 1."""
-    # A line of log that cannot be written any more must not become a stack trace on the terminal.
+    """Run the command line. An error of the project is printed as one sentence on stderr, with exit code 1."""
+    # A log record that cannot be written must not print a stack trace, which may quote patient data.
     logging.raiseExceptions = False
     try:
         app()
@@ -75,11 +75,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        # A driver's message may quote a row, so no stack trace: its type, and the places it came through.
-        found = described(error)
+        # The message of a driver may quote a row, so only the type and the positions in the code are printed.
+        facts = described(error)
         Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"fhir-assets: unexpected {found['type']} at {found['at']}: this is a defect, please report it with these "
-            "words",
+            f"fhir-assets: unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message",
             markup=False,
         )
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`fhir-assets migrate`: the database's schema."""
+"""`fhir-assets migrate`: create or upgrade the schema of the database."""
 
 from typing import Annotated
 
@@ -15,10 +15,11 @@ from fhir_assets.warehouse.postgres.tables import view_tables
 
 def migrate(
     apply_view_changes: Annotated[
-        bool, typer.Option(help="Also apply changed types and removed columns of ViewDefinitions; drops their data")
+        bool,
+        typer.Option(help="Also change and drop columns as the ViewDefinitions require; this deletes their data"),
     ] = False,
 ) -> None:
-    """Create or upgrade the schemas, a table for every ViewDefinition, and Dagster's database."""
+    """Create or upgrade the schemas, the tables of all ViewDefinitions, and Dagster's database."""
     settings = load_settings()
     config.ensure_dagster_database(settings)
     views = build_views(settings)
@@ -30,14 +31,17 @@ def migrate(
         else:
             view_tables.ensure_tables(conn, views.views)
         roles.grant(conn)
-        absent = roles.missing(conn)
+        missing_roles = roles.missing(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
-    if absent:
+    if missing_roles:
+        statements = "; ".join(f"CREATE ROLE {name} NOLOGIN" for name in missing_roles)
         console.print(
-            f"The user of DB_URL may not create the roles {', '.join(absent)}: nobody but it has rights here. Have an "
-            f"administrator run `{'; '.join(f'CREATE ROLE {name} NOLOGIN' for name in absent)}`, then this again.",
+            f"The user of DB_URL may not create the roles {', '.join(missing_roles)}, so only that user can read the "
+            f"tables. Ask an administrator to run `{statements}`, then run `fhir-assets migrate` again.",
             markup=False,
             soft_wrap=True,
         )
     for broken in views.broken:
-        console.print(f"Left out: {broken.path}: {broken.message}", markup=False)
+        console.print(
+            f"Skipped, because the ViewDefinition is not valid: {broken.path}: {broken.message}", markup=False
+        )

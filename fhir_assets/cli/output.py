@@ -1,4 +1,4 @@
-"""How commands print: tables for people, JSON for programs."""
+"""Output of commands: tables for people, JSON for programs."""
 
 import os
 import sys
@@ -12,55 +12,56 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH_ELSEWHERE = 160
-"""Columns of a table where there is no terminal to ask."""
+_WIDTH_WITHOUT_TERMINAL = 160
+"""Width of a table, in characters, if stdout is not a terminal."""
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_ELSEWHERE)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
 errors = Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def only_our_words() -> Iterator[None]:
-    """Meanwhile nothing but ``errors`` writes to stderr: what libraries say there are stack traces, which may quote
-    a resource.
+def hide_library_output() -> Iterator[None]:
+    """Discard what libraries write to stderr, because their stack traces may quote a resource.
+
+    ``errors`` still prints to stderr.
     """
     errors.file = sys.stderr
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        with open(os.devnull, "w") as devnull, redirect_stderr(devnull):
             yield
     finally:
-        errors.file = None  # type: ignore[assignment]  # to rich: whatever sys.stderr is
+        errors.file = None  # type: ignore[assignment]  # rich takes None as the current sys.stderr
 
 
 def warn_of_clear_data() -> None:
-    """Say, loudly and once, that patient data is stored in the clear."""
+    """Print a warning that patient data is stored in the clear."""
     errors.print(
-        "[bold yellow]WARNING: patient data is stored in the clear, since there are no keys.[/bold yellow] "
-        "For data of real people set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one); "
-        "PHI_REQUIRED=1 refuses to run without.",
+        "[bold yellow]WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is not set.[/bold yellow]"
+        " Set it before you load data of real people: `fhir-assets keys new` creates a key. "
+        "With PHI_REQUIRED=1 nothing runs without a key.",
         soft_wrap=True,
     )
 
 
 def print_json(value: object) -> None:
-    """``value`` as one line of JSON on stdout."""
+    """Print ``value`` as one line of JSON on stdout."""
     sys.stdout.write(orjson.dumps(value, default=_plain).decode() + "\n")
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]], columns: Iterable[str]) -> None:
-    """Rows as a table; numbers to the right."""
+    """Print ``columns`` of the rows as a table. Columns of numbers are right-aligned."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     names = list(columns)
     for name in names:
         numeric = any(isinstance(row.get(name), int | float | Decimal) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(shown(row.get(name)) for name in names))
+        table.add_row(*(format_cell(row.get(name)) for name in names))
     console.print(table)
 
 
-def shown(value: object) -> str:
-    """A value as a table shows it."""
+def format_cell(value: object) -> str:
+    """Return the text of a value in a table."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""`fhir-assets patient`: a patient's resources, decrypted, on record."""
+"""`fhir-assets patient`: print the decrypted resources of a patient; each access is an audit record."""
 
 import getpass
 import sys
@@ -12,34 +12,38 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.queries.patients import find_patients, read_patient
 
-app = typer.Typer(help="Patient data, decrypted for those who hold the keys; each reading is on record.")
+app = typer.Typer(
+    help="Print patient data, decrypted with the keys of this deployment. Every access is an audit record."
+)
 
 
 @app.callback()
 def patient() -> None:
-    """Patient data, decrypted for those who hold the keys; each reading is on record."""
+    """Print patient data, decrypted with the keys of this deployment. Every access is an audit record."""
 
 
 @app.command()
 def show(
-    patient_id: Annotated[str | None, typer.Argument(metavar="ID", help="The Patient's logical id")] = None,
-    identifier: Annotated[str | None, typer.Option(help="Find it by an identifier, such as the MRN")] = None,
-    everything: Annotated[bool, typer.Option(help="All resources of the patient, not the Patient alone")] = False,
+    patient_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="The logical id of the Patient resource")
+    ] = None,
+    identifier: Annotated[str | None, typer.Option(help="Find the patient by an identifier, such as the MRN")] = None,
+    everything: Annotated[bool, typer.Option(help="Print all resources of the patient, not only the Patient")] = False,
 ) -> None:
-    """Print a patient's resources as NDJSON on stdout. Writes a record into the audit log first."""
+    """Print the resources of a patient as NDJSON on stdout, after writing an audit record."""
     if (patient_id is None) == (identifier is None):
-        raise ConfigurationError("give either a Patient's id or --identifier")
+        raise ConfigurationError("give either the id of a Patient or --identifier")
     with Warehouse(load_settings()).connect() as conn:
         ids = [patient_id] if patient_id is not None else find_patients(conn, identifier or "")
-        found = [
+        resources = [
             resource
-            for each in ids
-            for resource in read_patient(conn, each, actor=f"cli:{getpass.getuser()}", everything=everything)
+            for found_id in ids
+            for resource in read_patient(conn, found_id, actor=f"cli:{getpass.getuser()}", everything=everything)
         ]
-    for resource in found:
+    for resource in resources:
         sys.stdout.write(resource.body.decode() + "\n")
-    if not found:
-        errors.print("No such patient in the tables.")
+    if not resources:
+        errors.print("The tables contain no such patient.")
         raise typer.Exit(1)
     if sys.stdout.isatty():
-        console.print(f"{len(found)} resources; this reading is on record: `fhir-assets audit list`.")
+        console.print(f"{len(resources)} resources. This access is in the audit log: `fhir-assets audit list`.")

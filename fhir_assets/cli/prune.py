@@ -1,4 +1,4 @@
-"""`fhir-assets prune`: what has had its time."""
+"""`fhir-assets prune`: count or remove old events, runs, dead letters, incidents and unused files."""
 
 import os
 from datetime import UTC, datetime, timedelta
@@ -17,13 +17,17 @@ from fhir_assets.warehouse.postgres.db import connections
 
 
 def prune(
-    older_than_days: Annotated[float, typer.Option(min=1, help="What is at least so old")] = 30,
-    only: Annotated[str | None, typer.Option(help="Comma-separated: events, runs, ticks, dead-letters, …")] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Take it away; without this it is only counted")] = False,
+    older_than_days: Annotated[float, typer.Option(min=1, help="Only data that is older than this many days")] = 30,
+    only: Annotated[
+        str | None, typer.Option(help="Only these kinds, comma-separated: events, runs, ticks, dead-letters, …")
+    ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Remove the data; without this option it is only counted")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Count, or with --apply take away: Dagster's old events, runs and ticks, resolved dead letters, incidents that
-    are over, and parts of the store that no partition names.
+    """Count old data, or remove it with --apply: Dagster's events, runs and ticks, resolved dead letters, ended
+    incidents, and files of the store that no partition refers to.
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
@@ -33,23 +37,26 @@ def prune(
         warehouse.connect() as conn,
         connections.connect(os.environ["DAGSTER_POSTGRES_URL"]) as dagster_conn,
     ):
-        there = list_prunable(conn, dagster_conn, instance, build_store(settings), before)
-        wanted = only.split(",") if only else [kind.name for kind in there]
-        if unknown := set(wanted) - {kind.name for kind in there}:
+        prunable = list_prunable(conn, dagster_conn, instance, build_store(settings), before)
+        wanted = only.split(",") if only else [kind.name for kind in prunable]
+        if unknown := set(wanted) - {kind.name for kind in prunable}:
             raise ConfigurationError(
-                f"--only: {', '.join(sorted(unknown))} is unknown; give some of "
-                f"{', '.join(kind.name for kind in there)}"
+                f"--only: {', '.join(sorted(unknown))} is unknown; known kinds are "
+                f"{', '.join(kind.name for kind in prunable)}"
             )
         rows: list[dict[str, object]] = []
-        for kind in (kind for kind in there if kind.name in wanted):
-            number, size = kind.count()
+        for kind in (kind for kind in prunable if kind.name in wanted):
+            count, size = kind.count()
             conn.commit()
             dagster_conn.commit()
-            gone = kind.remove() if apply and number else 0
-            rows.append({"what": kind.name, "old": number, "bytes": size, "removed": gone, "that_is": kind.description})
+            removed = kind.remove() if apply and count else 0
+            rows.append(
+                {"what": kind.name, "old": count, "bytes": size, "removed": removed, "that_is": kind.description}
+            )
     if json:
         print_json({"before": before, "applied": apply, "kinds": rows})
         return
-    print_table(f"Older than {before:%Y-%m-%d %H:%M} UTC", rows, ("what", "old", "bytes", "removed", "that_is"))
+    table = [{**row, "kind": row["what"], "description": row["that_is"]} for row in rows]
+    print_table(f"Older than {before:%Y-%m-%d %H:%M} UTC", table, ("kind", "old", "bytes", "removed", "description"))
     if not apply:
-        console.print("Nothing was removed: --apply does it.")
+        console.print("Nothing was removed: run the command with --apply to remove the data.")

@@ -1,4 +1,4 @@
-"""`fhir-assets sandbox` and `fhir-assets generate`: a FHIR server and data to try things on."""
+"""`fhir-assets sandbox` and `fhir-assets generate`: a FHIR server for tests and demos, and synthetic data for it."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,29 +14,33 @@ from fhir_assets.sandbox.process import serve
 
 
 def sandbox(
-    port: Annotated[int, typer.Option(help="0: any free port")] = 8090,
+    port: Annotated[int, typer.Option(help="TCP port; 0: any free port")] = 8090,
     data: Annotated[Path | None, typer.Option(help="A folder of NDJSON files to serve")] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Begin with nothing")] = False,
+    empty: Annotated[bool, typer.Option("--empty", help="Start without any resource")] = False,
     faults: Annotated[
-        str | None, typer.Option(help="A plan of faults as JSON; see fhir_assets/sandbox/faults.py")
+        str | None, typer.Option(help="Faults to simulate, as JSON; see fhir_assets/sandbox/faults.py")
     ] = None,
 ) -> None:
-    """Serve a small FHIR R4 server under http://127.0.0.1:PORT/fhir until Ctrl-C."""
+    """Run a small FHIR R4 server at http://127.0.0.1:PORT/fhir until Ctrl-C."""
     if (data is None) == (not empty):
         raise ConfigurationError("give either --data DIR or --empty")
     serve(data, port, FaultPlan.model_validate_json(faults) if faults else None)
 
 
 def generate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for <Type>.ndjson.gz")] = Path("population"),
-    patients: Annotated[int, typer.Option(min=1)] = 100,
-    seed: Annotated[int, typer.Option()] = 1,
-    bad_share: Annotated[float, typer.Option(min=0, max=1, help="Share of resources that are bad in known ways")] = 0.0,
-    start: Annotated[datetime, typer.Option(help="First lastUpdated, UTC")] = datetime(2024, 1, 1),
-    end: Annotated[datetime, typer.Option(help="Last lastUpdated, UTC")] = datetime(2024, 3, 31),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write <Type>.ndjson.gz files to")] = Path(
+        "population"
+    ),
+    patients: Annotated[int, typer.Option(min=1, help="Number of patients")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the random generator")] = 1,
+    bad_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of resources with deliberate defects, 0 to 1")
+    ] = 0.0,
+    start: Annotated[datetime, typer.Option(help="First meta.lastUpdated (UTC)")] = datetime(2024, 1, 1),
+    end: Annotated[datetime, typer.Option(help="Last meta.lastUpdated (UTC)")] = datetime(2024, 3, 31),
     json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON")] = False,
 ) -> None:
-    """Write a synthetic population: linked, valid resources of all 30 types, the same for the same seed."""
+    """Write a synthetic population: linked, valid resources of all 30 types. The same seed gives the same resources."""
     population = Population(patients, seed, bad_share, end=end.replace(tzinfo=UTC), start=start.replace(tzinfo=UTC))
     try:
         written = write_population(output, population)
@@ -49,5 +53,5 @@ def generate(
     print_table(f"Written to {output}", rows, ("type", "resources", "bad"))
     if written.defects:
         defects = [{"defect": name, "resources": count} for name, count in written.defects.items()]
-        print_table("Bad on purpose", defects, ("defect", "resources"))
+        print_table("Deliberate defects", defects, ("defect", "resources"))
     console.print(f"{written.resources.total():,} resources")

@@ -1,4 +1,4 @@
-"""`fhir-assets upload`: a folder of NDJSON to a FHIR server."""
+"""`fhir-assets upload`: send a folder of NDJSON files to a FHIR server."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import dead_letters
 
 Steps = dict[str, dict[str, int]]
-"""By type, in order: how many resources each file has of it."""
+"""The number of resources of each file, by resource type, in the order of the upload."""
 
 _UNKNOWN = "unknown"
 _COLUMNS = ("type", "created", "updated", "unchanged", "failed")
@@ -40,24 +40,30 @@ _COLUMNS = ("type", "created", "updated", "unchanged", "failed")
 
 def upload(
     source: Annotated[Path, typer.Option("--input", "-i", help="A folder of NDJSON files (.gz too), or one file")],
-    url: Annotated[str | None, typer.Option(help="The FHIR server's base URL, in place of FHIR_BASE_URL")] = None,
+    url: Annotated[str | None, typer.Option(help="Base URL of the FHIR server; default: FHIR_BASE_URL")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Resources in a Bundle, in place of BATCH_SIZE (100)")
+        int | None, typer.Option(min=1, max=10_000, help="Number of resources in a Bundle; default: BATCH_SIZE (100)")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Bundles of a type under way at once")] = 4,
-    transaction: Annotated[bool, typer.Option("--transaction", help="Send transactions in place of batches")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of Bundles that are sent at the same time")] = 4,
+    transaction: Annotated[bool, typer.Option("--transaction", help="Send transactions instead of batches")] = False,
     skip_unchanged: Annotated[
-        bool, typer.Option("--skip-unchanged", help="Ask first, and do not send what the server holds just so")
+        bool,
+        typer.Option(
+            "--skip-unchanged", help="Do not send resources that the server already has with the same content"
+        ),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an upload of this input to this server ended")
+        bool, typer.Option("--resume", help="Continue an unfinished upload of this input to this server")
     ] = False,
-    failures: Annotated[Path, typer.Option(help="Where what was refused is written")] = Path("upload_failures.ndjson"),
+    failures: Annotated[Path, typer.Option(help="File for the resources that the server refused")] = Path(
+        "upload_failures.ndjson"
+    ),
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
-    """Put every resource of a folder under its own id: type by type, in the order in which they refer to one another.
+    """Send every resource of a folder with its own id. Types are sent in the order of their references.
 
-    Ends with 0 only if the server took all of them. What it refused is in the failure file and in the dead letters.
+    The exit code is 0 only if the server accepted all resources. Refused resources are in the failure file and in the
+    dead letters.
     """
     overrides = {"fhir_source": "search", **({"fhir_base_url": url} if url else {})}
     settings = load_settings(**overrides)
@@ -68,17 +74,19 @@ def upload(
         build_upload_client(settings, workers=workers, stop=stop) as client,
         _journal(settings, client, source) as journal,
     ):
-        say = (lambda *_: None) if json else _say
-        say("Source", f"{source}, {len(folder.names)} files")
-        say("Destination", client.base_url)
+        print_fact = (lambda *_: None) if json else _print_fact
+        print_fact("Source", f"{source}, {len(folder.names)} files")
+        print_fact("Destination", client.base_url)
         kind = "transactions" if transaction else "batches"
-        say("Sent as", f"{kind} of {size}, {workers} at once{', unchanged ones left out' if skip_unchanged else ''}")
-        version = client.capabilities().fhir_version or "of an unnamed version"
-        say("Server test", f"passed: FHIR {version} after {time.perf_counter() - started:.2f} s")
+        print_fact(
+            "Sent as", f"{kind} of {size}, {workers} at once{', without unchanged resources' if skip_unchanged else ''}"
+        )
+        version = client.capabilities().fhir_version or "version unknown"
+        print_fact("Server test", f"passed: FHIR {version} after {time.perf_counter() - started:.2f} s")
         shape = {"size": str(size), "workers": str(workers)}
-        steps = _planned(folder, journal, shape, resume=resume)
+        steps = _plan(folder, journal, shape, resume=resume)
         if not json:
-            _show(steps)
+            _print_plan(steps)
         with nullcontext(NullListener()) if json else Progress(steps) as listener, _interruptible(stop):
             Uploader(
                 client,
@@ -90,8 +98,8 @@ def upload(
                 skip_unchanged=skip_unchanged,
                 stop=stop,
             ).upload(steps, folder.entries)
-        failed = _report(settings, journal, client, steps, failures)
-        _summarize(journal, client, source, failures if failed else None, time.perf_counter() - started, json=json)
+        failed = _record_failures(settings, journal, steps, failures)
+        _print_summary(journal, client, source, failures if failed else None, time.perf_counter() - started, json=json)
     if failed:
         raise typer.Exit(1)
     if journal.path:
@@ -99,62 +107,65 @@ def upload(
 
 
 def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
-    """Where this upload is noted: a file for this input and this server."""
+    """Open the journal of the upload of this input to this server."""
     digest = hashlib.sha256(f"{source.expanduser().resolve()}\0{client.base_url}".encode()).hexdigest()[:16]
     return Journal(settings.home / "uploads" / f"{digest}.sqlite", cipher=build_cipher(settings))
 
 
-def _planned(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:
-    """What is to be sent in which order, counted; or as it was when the upload began that goes on now."""
+def _plan(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:
+    """Count the resources to send and return them in order, or the steps of the upload that is resumed."""
     state, run_id = folder.state(), str(uuid.uuid4())
     facts = journal.facts()
     if resume and facts:
         if facts["state"] != state:
-            raise ConfigurationError("the files have changed since that upload began: start anew, without --resume")
+            raise ConfigurationError("the files have changed since that upload started: start again without --resume")
         if any(facts[name] != value for name, value in shape.items()):
             raise ConfigurationError(
-                f"that upload was begun with --batch-size {facts['size']} --workers {facts['workers']}: give the same"
+                f"that upload was started with --batch-size {facts['size']} --workers {facts['workers']}: use the same "
+                "options"
             )
         journal.resume({"run_id": run_id})
-        begun: Steps = orjson.loads(facts["steps"])
-        return begun
+        stored_steps: Steps = orjson.loads(facts["steps"])
+        return stored_steps
     if resume:
-        errors.print("There is no upload of this input to this server to resume: it begins anew.")
+        errors.print("There is no unfinished upload of this input to this server: a new upload starts.")
     elif facts:
-        errors.print("An earlier upload of this input did not end well; this one begins anew. --resume would go on.")
+        errors.print(
+            "An earlier upload of this input is not finished; a new upload starts. To continue it, use --resume."
+        )
     steps: Steps = {}
 
-    def count(refuse: Callable[[Unusable], None]) -> dict[str, str]:
+    def count_resources(refuse: Callable[[Unusable], None]) -> dict[str, str]:
         counts = {name: folder.count(name, refuse) for name in folder.names}
-        for name in bundles.sort_types({name for of_file in counts.values() for name in of_file}):
-            steps[name] = {file: of_file[name] for file, of_file in counts.items() if name in of_file}
+        for name in bundles.sort_types({name for types in counts.values() for name in types}):
+            steps[name] = {file: types[name] for file, types in counts.items() if name in types}
         return {"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(steps).decode()}
 
-    journal.begin(count)
+    journal.begin(count_resources)
     return steps
 
 
 @contextmanager
 def _interruptible(stop: Event) -> Iterator[None]:
-    """What ends an upload early says that it can be resumed. SIGTERM ends it as Ctrl-C does."""
+    """Print that an interrupted or failed upload can be resumed. SIGTERM interrupts it like Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         stop.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except (FhirAssetsError, KeyboardInterrupt):
-        errors.print("The upload is not finished; what was sent is noted. The same command with --resume goes on.")
+        errors.print("The upload is not finished. Run the same command with --resume to continue it.")
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Steps, path: Path) -> int:
-    """Write the failure file and the dead letters; how many there are. Letters of earlier uploads that are delivered
-    now are resolved.
+def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: Path) -> int:
+    """Write the failure file and the dead letters, and return the number of failures. Dead letters of earlier uploads
+    whose resources are delivered now are resolved.
     """
     count = journal.failed_count()
     try:
@@ -172,33 +183,33 @@ def _report(settings: Settings, journal: Journal, client: FhirClient, steps: Ste
         with Warehouse(settings).connect() as conn:
             run_id = journal.facts()["run_id"]
             dead_letters.record(
-                conn, run_id, (dead_letter(each, partition, unknown_type=_UNKNOWN) for each in journal.failures())
+                conn, run_id, (dead_letter(failure, partition, unknown_type=_UNKNOWN) for failure in journal.failures())
             )
             for name in (*steps, _UNKNOWN):
                 dead_letters.resolve_not_repeated(conn, run_id, name, "deliver", [partition])
     except (DatabaseUnavailable, psycopg.Error):
-        errors.print(f"The database is not there: the failures are in {path} only, not in ops.dead_letters.")
+        errors.print(f"The database is not available: the failures are in {path} only, not in ops.dead_letters.")
     return count
 
 
-def _say(what: str, value: str) -> None:
-    console.print(f"{what:<12} {value}", markup=False, soft_wrap=True)
+def _print_fact(name: str, value: str) -> None:
+    console.print(f"{name:<12} {value}", markup=False, soft_wrap=True)
 
 
-def _show(steps: Steps) -> None:
+def _print_plan(steps: Steps) -> None:
     rows = [
-        {"step": n, "type": name, "files": len(files), "resources": sum(files.values())}
-        for n, (name, files) in enumerate(steps.items(), 1)
+        {"step": number, "type": name, "files": len(files), "resources": sum(files.values())}
+        for number, (name, files) in enumerate(steps.items(), 1)
     ]
-    print_table("In this order", rows, ("step", "type", "files", "resources"))
+    print_table("Resources to upload, in this order", rows, ("step", "type", "files", "resources"))
 
 
-def _summarize(
+def _print_summary(
     journal: Journal, client: FhirClient, source: Path, failures: Path | None, seconds: float, *, json: bool
 ) -> None:
     totals = journal.totals()
     rows = [{"type": name, **totals[name]} for name in bundles.sort_types(totals)]
-    whole = {column: sum(of_type[column] for of_type in totals.values()) for column in _COLUMNS[1:]}
+    total = {column: sum(counts[column] for counts in totals.values()) for column in _COLUMNS[1:]}
     if json:
         print_json(
             {
@@ -206,14 +217,16 @@ def _summarize(
                 "destination": client.base_url,
                 "success": failures is None,
                 "seconds": round(seconds, 3),
-                "totals": whole,
+                "totals": total,
                 "types": rows,
                 "failures": str(failures) if failures else None,
             }
         )
         return
-    print_table("Uploaded", [*rows, {"type": "all", **whole}], _COLUMNS)
-    rate = sum(whole.values()) / seconds
-    _say("Duration", f"{seconds:.1f} s, {rate:,.0f} resources/s")
+    print_table("Uploaded", [*rows, {"type": "all", **total}], _COLUMNS)
+    rate = sum(total.values()) / seconds
+    _print_fact("Duration", f"{seconds:.1f} s, {rate:,.0f} resources/s")
     if failures:
-        _say("Failures", f"{whole['failed']:,} in {failures} and in `fhir-assets dead-letters list --stage deliver`")
+        _print_fact(
+            "Failures", f"{total['failed']:,} in {failures} and in `fhir-assets dead-letters list --stage deliver`"
+        )

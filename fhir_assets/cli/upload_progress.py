@@ -1,4 +1,4 @@
-"""How an upload shows itself: a bar a file on a terminal, plain lines elsewhere."""
+"""Progress of an upload: a bar for each file on a terminal, otherwise a line for each batch."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -8,12 +8,12 @@ from rich import progress
 from fhir_assets.cli.output import console
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult
 
-_BARS = 10
-"""So many bars of finished files stay on the screen."""
+_MAX_FINISHED_BARS = 10
+"""How many bars of finished files stay on the screen."""
 
 
 class Progress:
-    """A line a batch, and on a terminal a bar for each file of the type whose turn it is."""
+    """Prints a line for each batch, and on a terminal a bar for each file of the current resource type."""
 
     def __init__(self, steps: Mapping[str, Mapping[str, int]]) -> None:
         self._steps = list(steps)
@@ -39,38 +39,38 @@ class Progress:
         self._bars.stop()
 
     def step(self, resource_type: str, files: Mapping[str, int]) -> None:
-        """Name the step, and begin a bar for each of its files."""
+        """Start the step of a resource type, with a bar for each of its files."""
         for task in self._tasks.values():
             self._bars.stop_task(task)
-        for old in self._bars.task_ids[: -_BARS or None]:
-            self._bars.remove_task(old)
-        place = f"{self._steps.index(resource_type) + 1}/{len(self._steps)}"
-        console.print(f"Step {place}: {resource_type}, {sum(files.values()):,} resources", markup=False)
+        for finished in self._bars.task_ids[: -_MAX_FINISHED_BARS or None]:
+            self._bars.remove_task(finished)
+        position = f"{self._steps.index(resource_type) + 1}/{len(self._steps)}"
+        console.print(f"Step {position}: {resource_type}, {sum(files.values()):,} resources", markup=False)
         self._files = files
         self._failed = dict.fromkeys(files, 0)
         self._sent = dict.fromkeys(files, 0)
         self._tasks = {name: self._bars.add_task(name, total=count, failed=0) for name, count in files.items()}
 
     def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
-        """A line for the batch, and its file's bar moves on."""
+        """Print a line for a batch of ``size`` resources, and advance the bar of its file."""
         if key.file in self._tasks:
             self._sent[key.file] += size
             self._failed[key.file] += len(done.failed)
             self._bars.update(self._tasks[key.file], advance=size, failed=self._failed[key.file])
-            where = f"{key.file} {self._sent[key.file]:,}/{self._files[key.file]:,}"
+            label = f"{key.file} {self._sent[key.file]:,}/{self._files[key.file]:,}"
         else:
-            where = f"{key.resource_type} again"
+            label = f"{key.resource_type}, sent again"
         if not done.seconds:
             return
         unchanged = f"{done.unchanged} unchanged, " if done.unchanged else ""
-        held = f", {len(done.held)} to try again" if done.held else ""
+        held = f", {len(done.held)} to send again" if done.held else ""
         console.print(
-            f"  {where}: {done.created} created, {done.updated} updated, {unchanged}{len(done.failed)} failed{held},"
+            f"  {label}: {done.created} created, {done.updated} updated, {unchanged}{len(done.failed)} failed{held},"
             f" {done.seconds:.2f} s",
             markup=False,
             soft_wrap=True,
         )
 
     def again(self, what: str, count: int) -> None:
-        """Say what is tried again."""
-        console.print(f"Again, {what}: {count:,} resources", markup=False)
+        """Print that resources are sent a second time."""
+        console.print(f"Sent again: {count:,} resources ({what})", markup=False)

@@ -1,4 +1,4 @@
-"""`fhir-assets validate`: judge files without loading them."""
+"""`fhir-assets validate`: validate files without loading them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +15,15 @@ from fhir_assets.settings import load_settings
 
 
 def validate(
-    files: Annotated[list[Path], typer.Argument(help="NDJSON, a resource or a Bundle; .gz too", metavar="FILE…")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of NDJSON, a resource or a Bundle; also .gz", metavar="FILE…")
+    ],
     outcomes: Annotated[
-        Path | None, typer.Option(help="Write an OperationOutcome a faulty resource, as NDJSON")
+        Path | None, typer.Option(help="File for the OperationOutcomes of resources with issues, as NDJSON")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
 ) -> None:
-    """Judge every resource by the rules of R4; exit code 1 when one is invalid."""
+    """Validate every resource against the rules of FHIR R4. The exit code is 1 if a resource is invalid."""
     settings = load_settings()
     validator = Validator(
         warn_rules=settings.validation_warn_rules,

@@ -1,4 +1,4 @@
-"""`fhir-assets view`: ViewDefinitions listed, checked, and tried on files without a database."""
+"""`fhir-assets view`: list and check ViewDefinitions, and run them over files without a database."""
 
 import sys
 from pathlib import Path
@@ -13,13 +13,13 @@ from fhir_assets.fhir.views import RowError, check_view, read_definition, read_v
 from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 from fhir_assets.settings import load_settings
 
-app = typer.Typer(help="SQL-on-FHIR ViewDefinitions: list, check, try.", no_args_is_help=True)
+app = typer.Typer(help="List and check ViewDefinitions of SQL on FHIR, and run them over files.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """Every ViewDefinition of sql/views and FHIR_VIEWS; the broken ones with what is wrong. Exit code 1 if any is."""
-    found = build_views(load_settings())
+    """List the ViewDefinitions of sql/views and FHIR_VIEWS. The exit code is 1 if one is not valid."""
+    view_set = build_views(load_settings())
     rows = [
         {
             "view": view.name,
@@ -29,22 +29,22 @@ def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON"
             "title": view.title,
             "file": str(view.path or ""),
         }
-        for view in found.views
+        for view in view_set.views
     ]
     if json:
-        broken = [{"file": str(b.path), "error": b.message} for b in found.broken]
+        broken = [{"file": str(view.path), "error": view.message} for view in view_set.broken]
         print_json({"views": rows, "broken": broken})
     else:
         print_table(f"{len(rows)} views", rows, ("view", "type", "columns", "version", "title"))
-        for b in found.broken:
-            errors.print(f"broken: {b.message}", markup=False, soft_wrap=True)
-    if found.broken:
+        for broken_view in view_set.broken:
+            errors.print(f"not valid: {broken_view.message}", markup=False, soft_wrap=True)
+    if view_set.broken:
         raise typer.Exit(1)
 
 
 @app.command()
 def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files", metavar="VIEW.json…")]) -> None:
-    """Say all that is wrong with ViewDefinitions, and where; exit code 1 if one of them is not valid."""
+    """Print the problems of ViewDefinitions with their locations. The exit code is 1 if one is not valid."""
     invalid = 0
     for path in view:
         try:
@@ -60,31 +60,38 @@ def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files"
         if any(problem.severity == "error" for problem in problems):
             invalid += 1
             continue
-        found = read_view(path)
-        console.print(f"{path}: {found.name}: {len(found.columns)} columns of {found.resource_type}", markup=False)
-        for expression in found.fallbacks:
-            console.print(f"  not compiled, evaluated slowly: {expression}", markup=False, soft_wrap=True)
+        definition = read_view(path)
+        console.print(
+            f"{path}: {definition.name}: {len(definition.columns)} columns of {definition.resource_type}", markup=False
+        )
+        for expression in definition.fallbacks:
+            console.print(f"  not compiled, so evaluated slowly: {expression}", markup=False, soft_wrap=True)
     if invalid:
         raise typer.Exit(1)
 
 
 @app.command()
 def run(
-    view: Annotated[Path, typer.Argument(help="A ViewDefinition", metavar="VIEW.json")],
-    data: Annotated[list[Path], typer.Argument(help="NDJSON, a resource or a Bundle; .gz too", metavar="DATA…")],
-    form: Annotated[Format, typer.Option("--format")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal")] = None,
+    view: Annotated[Path, typer.Argument(help="ViewDefinition file", metavar="VIEW.json")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Files of NDJSON, a resource or a Bundle; also .gz", metavar="DATA…")
+    ],
+    form: Annotated[Format, typer.Option("--format", help="Format of the rows")] = "table",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write to; default: stdout")] = None,
 ) -> None:
-    """Print the rows of a view over files. Resources it cannot make rows of are named on stderr; exit code 1 then."""
+    """Print the rows of a view over files.
+
+    Resources that have no valid rows are named on stderr, with their reasons; the exit code is then 1.
+    """
     definition = read_view(view)
     refused = 0
 
-    def refuse(place: str, error: RowError) -> None:
+    def report_refused(position: str, error: RowError) -> None:
         nonlocal refused
         refused += 1
-        errors.print(f"{place}: {error}", markup=False, soft_wrap=True)
+        errors.print(f"{position}: {error}", markup=False, soft_wrap=True)
 
-    rows = run_view(definition, data, refused=refuse)
+    rows = run_view(definition, data, refused=report_refused)
     if output:
         with output.open("wb") as file:
             write_rows(rows, definition.columns, form, file)

@@ -1,4 +1,4 @@
-"""`fhir-assets worker`: takes the deployment's runs from the broker, one after the other."""
+"""`fhir-assets worker`: execute Dagster runs from a Celery broker, one at a time."""
 
 import os
 import socket
@@ -12,19 +12,19 @@ from fhir_assets.settings import load_settings
 
 
 def worker(
-    name: Annotated[str | None, typer.Option(help="What it is called in the logs; unset: host and process")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the logs; default: host name and process id")] = None,
 ) -> None:
-    """Work for FHIR_EXECUTOR=celery: takes Dagster runs from CELERY_BROKER_URL until it is stopped.
+    """Execute Dagster runs from the queue at CELERY_BROKER_URL until stopped; for FHIR_EXECUTOR=celery.
 
-    Start as many as there is room for, on any machine that reaches the broker, Postgres and the store. SIGTERM lets it
-    finish the run it is at.
+    Each worker executes one run at a time. Start any number, on machines that can reach the broker, Postgres and the
+    store. After SIGTERM a worker finishes its current run.
     """
     settings = load_settings()
     broker = settings.require_broker()
     try:
         from fhir_assets.orchestration.instance.celery_launcher import QUEUE, build_app
     except ImportError:
-        raise ConfigurationError("Workers need dagster-celery: pip install 'fhir-assets[celery]'") from None
+        raise ConfigurationError("Workers need dagster-celery: run pip install 'fhir-assets[celery]'") from None
     os.environ.update({**config.build_environment(settings), "CELERY_BROKER_URL": broker})
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     build_app(settings).worker_main(

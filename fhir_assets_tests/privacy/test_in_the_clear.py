@@ -10,7 +10,7 @@ from fhir_assets.definitions import defs
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.keys import new_key
 
-LOUD = "WARNING: patient data is stored in the clear, since there are no keys."
+LOUD = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is not set."
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`fhir-assets keys`: new keys are valid, the status counts data by key, and after a rotation an old key is unused."""
+"""`fhir-assets keys`: new keys, the status of keys, and rotations."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def fill(url: str, *of_keys: str) -> None:
         load_people(conn, range(20))
 
 
-def test_the_status_says_what_is_in_the_clear_and_what_a_new_key_is_to_seal(
+def test_the_status_says_what_is_in_the_clear_and_what_a_new_key_will_encrypt(
     deployed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connect(deployed) as conn:
@@ -59,17 +59,17 @@ def test_the_status_says_what_is_in_the_clear_and_what_a_new_key_is_to_seal(
     newest, clear = status()
     assert (newest["set"], newest["newest"], newest["resources"]) == (True, True, 0)
     assert (clear["key"], clear["newest"], clear["resources"]) == ("in the clear", False, 1)
-    assert "In the clear: 1 resources. `fhir-assets keys rotate` seals them." in keys("status")
+    assert "In the clear: 1 resources. `fhir-assets keys rotate` encrypts them." in keys("status")
 
 
-def test_a_rotation_makes_the_older_key_dispensable_and_says_so(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_rotation_the_older_key_is_no_longer_needed(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(deployed, OLD)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
     assert f"Key {OLD_ID} is still needed: `fhir-assets keys rotate`" in keys("status")
-    said = keys("rotate")
-    assert f"Sealed with key {NEW_ID}: 20 resources." in said
-    assert f"Key {OLD_ID} is no longer needed: take it out of PHI_ENCRYPTION_KEYS." in said
-    assert said.splitlines()[-1] in keys("status")
+    output = keys("rotate")
+    assert f"Encrypted with key {NEW_ID}: 20 resources." in output
+    assert f"Key {OLD_ID} is no longer needed: remove it from PHI_ENCRYPTION_KEYS." in output
+    assert output.splitlines()[-1] in keys("status")
     newest, older = status()
     assert (newest["needed"], older["needed"]) == (True, False)
     assert f"Last rotation: to key {NEW_ID}, 21 of 21 (100%), ended" in keys("status")
@@ -79,24 +79,26 @@ def test_a_rotation_makes_the_older_key_dispensable_and_says_so(deployed: str, m
     assert "no longer" not in keys("status")
 
 
-def test_a_rotation_from_the_clear_says_what_was(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_reports_how_much_was_in_the_clear(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(deployed)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
-    assert "Of these were in the clear before: 20 resources." in keys("rotate")
+    assert "Of these were stored in the clear before: 20 resources." in keys("rotate")
     assert "In the clear" not in keys("status")
 
 
-def test_a_lost_key_is_named_with_what_it_seals_and_what_to_do(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_is_reported_with_the_number_of_resources_and_what_to_do(
+    deployed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(deployed, OLD)
     with opened(deployed, OLD) as conn:
         lose(conn, 3, "0badc0de")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
-    expected = "Key 0badc0de is missing: it seals 3 resources. Add it to PHI_ENCRYPTION_KEYS as the last one, then "
+    expected = "Key 0badc0de is missing: it encrypts 3 resources. Add it to the end of PHI_ENCRYPTION_KEYS, then run "
     assert expected in keys("status")
     assert expected in keys("rotate", code=1)
 
 
-def test_a_wrong_key_is_refused_before_anything_is_read(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_is_refused_before_data_is_read(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(deployed, OLD)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
     for command in ("status", "rotate"):
@@ -105,6 +107,6 @@ def test_a_wrong_key_is_refused_before_anything_is_read(deployed: str, monkeypat
         assert NEW not in str(refused.exception)
 
 
-def test_without_keys_a_rotation_says_how_to_make_one(deployed: str) -> None:
+def test_a_rotation_without_keys_tells_how_to_create_one(deployed: str) -> None:
     refused = CliRunner().invoke(app, ["keys", "rotate"])
     assert "keys new" in str(refused.exception)

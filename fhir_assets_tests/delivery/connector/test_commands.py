@@ -57,7 +57,7 @@ def test_dead_changes_are_listed_replayed_and_discarded(environment: Hospital) -
     ]
     with pytest.raises(ConfigurationError, match="not open dead letters"):
         CliRunner().invoke(app, ["dlq", "discard", str(dead[0]["id"])], catch_exceptions=False)
-    with pytest.raises(ConfigurationError, match="say which"):
+    with pytest.raises(ConfigurationError, match="select changes"):
         CliRunner().invoke(app, ["dlq", "replay"], catch_exceptions=False)
 
 

@@ -1,0 +1,66 @@
+"""Options of `fhir-assets dead-letters` that select dead letters."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops.dead_letters import Selection
+
+SELECTING_OPTIONS = "ids, --run, --type, --stage, --rule, --window, --since"
+
+Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Dead letters by id; or select by options")]
+Run = Annotated[
+    str | None, typer.Option("--run", help="Those that failed first or last in this run (its id, or its beginning)")
+]
+Type = Annotated[str | None, typer.Option("--type", help="Resource type")]
+Stage = Annotated[str | None, typer.Option(help="fetch, validate, transform or load")]
+Rule = Annotated[str | None, typer.Option(help="Such as required-binding or invariant:obs-6")]
+Window = Annotated[list[str] | None, typer.Option("--window", help="Partition, such as 2024-01-05; repeatable")]
+Since = Annotated[datetime | None, typer.Option(help="Those whose last failure is at this time (UTC) or later")]
+Until = Annotated[datetime | None, typer.Option(help="Those whose last failure is before this time (UTC)")]
+Everything = Annotated[bool, typer.Option("--all", help="All open dead letters")]
+By = Annotated[str | None, typer.Option("--by", help="The person who decides; default: the user of this machine")]
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
+
+
+def build_selection(
+    ids: list[int] | None,
+    run: str | None,
+    resource_type: str | None,
+    stage: str | None,
+    rule: str | None,
+    window: list[str] | None,
+    since: datetime | None,
+    until: datetime | None,
+) -> Selection:
+    """Return the selection of the options. Times without a time zone are UTC."""
+    return Selection(
+        ids=ids or None,
+        run_id=run,
+        resource_type=resource_type,
+        stage=stage,
+        rule=rule,
+        partition_keys=window or None,
+        since=_utc(since),
+        until=_utc(until),
+    )
+
+
+def with_full_run_id(warehouse: Warehouse, selection: Selection) -> Selection:
+    """Return the selection with the complete id of its run. Raises ConfigurationError if several runs match."""
+    if selection.run_id is None:
+        return selection
+    with warehouse.connect_read_only() as conn:
+        run_ids = runs.find_by_prefix(conn, selection.run_id)
+    if len(run_ids) > 1:
+        raise ConfigurationError(f"several run ids begin with {selection.run_id}: give more of the id")
+    return replace(selection, run_id=run_ids[0]) if run_ids else selection
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return moment.replace(tzinfo=UTC) if moment and moment.tzinfo is None else moment

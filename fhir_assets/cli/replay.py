@@ -1,0 +1,125 @@
+"""`fhir-assets dead-letters replay`."""
+
+import getpass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from fhir_assets.cli.dead_letter_options import (
+    SELECTING_OPTIONS,
+    Everything,
+    Ids,
+    Json,
+    Rule,
+    Run,
+    Since,
+    Stage,
+    Type,
+    Until,
+    Window,
+    build_selection,
+    with_full_run_id,
+)
+from fhir_assets.cli.ingest import report_failure
+from fhir_assets.cli.output import console, hide_library_output, print_json
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.validation import current_rulesets
+from fhir_assets.deployment.views import build_views
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.ingestion import Ingestion, Outcome, select_failed
+from fhir_assets.orchestration.instance import config
+from fhir_assets.privacy.audit import AuditRecord
+from fhir_assets.settings import Settings, load_settings
+from fhir_assets.warehouse.ops import audit_log, replays
+from fhir_assets.warehouse.ops.dead_letters import Selection
+
+_MAX_OUTDATED = 1_000_000
+
+
+def replay(
+    ids: Ids = None,
+    run: Run = None,
+    resource_type: Type = None,
+    stage: Stage = None,
+    rule: Rule = None,
+    window: Window = None,
+    since: Since = None,
+    until: Until = None,
+    everything: Everything = False,
+    outdated: Annotated[
+        bool, typer.Option("--outdated", help="Those that failed under other rules or views than the current ones")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Replay in this process, or leave it to the Dagster daemon")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Validate dead letters again and load those that are valid now.
+
+    The replay is done in Dagster runs of this process. The exit code is 0 if the runs succeeded, also if dead letters
+    failed again; the output says how many.
+    """
+    settings = load_settings()
+    warehouse = Warehouse(settings)
+    selection = build_selection(ids, run, resource_type, stage, rule, window, since, until)
+    if outdated:
+        selection = _select_outdated(settings, warehouse, selection)
+    elif selection == Selection() and not everything:
+        raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS}, --outdated or --all")
+    selection = with_full_run_id(warehouse, selection)
+    count = _mark(warehouse, selection, wait=wait)
+    outcomes = _run_replay(settings, selection) if wait and count else []
+    with warehouse.connect() as conn:
+        replayed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes])
+    failures = select_failed(outcomes)
+    if json:
+        facts = {"letters": count, "runs": [outcome.run_id for outcome in outcomes], "success": not failures}
+        print_json({**facts, "healed": replayed.resolved, "failed": replayed.failed, "marked": not wait})
+    elif not count:
+        console.print("No open dead letter matches: there is nothing to replay.")
+    elif not wait:
+        console.print(f"{count:,} dead letters are marked: the sensor replay_dead_letters replays them.")
+    else:
+        console.print(
+            f"Of {count:,} dead letters {replayed.resolved:,} are resolved and {replayed.failed:,} failed again."
+        )
+        pending = count - replayed.resolved - replayed.failed
+        if pending > 0 and not failures:
+            console.print(
+                f"A running load of their window holds {pending:,} dead letters: replay them again afterwards."
+            )
+    for outcome in failures:
+        report_failure(settings, outcome)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _select_outdated(settings: Settings, warehouse: Warehouse, selection: Selection) -> Selection:
+    """Return the selection without the dead letters that failed under the current rules and views."""
+    with warehouse.connect() as conn:
+        outdated = replays.find_outdated(conn, current_rulesets(settings, build_views(settings)), limit=_MAX_OUTDATED)
+    if selection.ids is None:
+        return replace(selection, ids=outdated)
+    return replace(selection, ids=sorted(set(selection.ids).intersection(outdated)))
+
+
+def _mark(warehouse: Warehouse, selection: Selection, *, wait: bool) -> int:
+    """Count the dead letters, write the audit record, and mark them for the sensor unless this process replays them."""
+    with warehouse.connect() as conn:
+        count = sum(row.dead_letters for row in replays.find_replayable(conn, selection))
+        if not wait:
+            replays.request_replay(conn, selection)
+        audit_record = AuditRecord(
+            "replay", f"cli:{getpass.getuser()}", selection.resource_type, count=count, detail={"waited": wait}
+        )
+        audit_log.record(conn, audit_record)
+    return count
+
+
+def _run_replay(settings: Settings, selection: Selection) -> Sequence[Outcome]:
+    instance = config.open_instance(settings)
+    with hide_library_output():
+        return Ingestion(settings, build_definitions(settings), instance).replay(selection, triggered_by="cli")
