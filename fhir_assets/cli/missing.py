@@ -30,9 +30,11 @@ def list_missing(json: Json = False) -> None:
     settings = load_settings()
     views = build_views(settings).views
     with Warehouse(settings).connect() as conn:
-        existing = quality.existing_tables(conn, views)
-        columns = [column for view in views if view.name in existing for column in quality.find_reference_columns(view)]
-        rows = [asdict(row) for row in quality.count_references(conn, columns, settings.fhir_resource_types)]
+        existing = view_tables.find_existing_tables(conn, views)
+        columns = [
+            column for view in views if view.name in existing for column in references.find_reference_columns(view)
+        ]
+        rows = [asdict(row) for row in references.count_references(conn, columns, settings.fhir_resource_types)]
     if json:
         print_json(rows)
     else:
