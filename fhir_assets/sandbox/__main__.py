@@ -1,17 +1,17 @@
-"""``python -m fhir_assets.sandbox``: the server as ``fhir-assets sandbox`` starts it, for SandboxProcess."""
+"""Entry point of ``python -m fhir_assets.sandbox``, which SandboxProcess starts."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from fhir_assets.errors import FhirAssetsError
+from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import FaultPlan
-from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import serve
 
 
 def main() -> int:
-    """Serve as the arguments say; 1 with one sentence if that cannot be."""
+    """Run the server with the command line's arguments. Returns 1, with a message, if it cannot start."""
     parser = argparse.ArgumentParser(prog="python -m fhir_assets.sandbox")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path)

@@ -41,10 +41,10 @@ _TRANSACTION_ORDER = {"DELETE": 0, "POST": 1, "PUT": 2, "GET": 3, "HEAD": 3}
 
 
 def run_bundle(interactions: Interactions, body: bytes, page: Page) -> bytes:
-    """Do what a batch or transaction asks for; the answer is the Bundle of its responses, in the same order.
+    """Execute a batch or transaction and return the Bundle of its responses, in the same order.
 
-    ``page`` renders the first page of a search. Raises Refusal for a Bundle that is none, and for a transaction
-    in which any entry is refused: then nothing of it was done.
+    ``page`` renders the first page of a search. Raises Refusal if the body is not a batch or transaction, and for a
+    transaction with a refused entry, which then changes nothing.
     """
     try:
         bundle = _bundle.decode(body)
@@ -92,7 +92,7 @@ def _transaction(interactions: Interactions, entries: list[_Entry], page: Page) 
 
 
 def _resolved(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
-    """The resources with ``urn:uuid:`` references replaced by the ids that POSTed entries are going to get."""
+    """Return the resources with ``urn:uuid:`` references replaced by the ids that POSTed entries will get."""
     texts = [bytes(entry.resource) for entry in entries]
     ids: dict[int, str] = {}
     for n, entry in enumerate(entries):
@@ -108,7 +108,7 @@ def _resolved(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
 def _run(
     interactions: Interactions, entry: _Entry, text: bytes, page: Page, new_id: str | None = None
 ) -> tuple[bytes, Done | None]:
-    """The answer to one entry, and what it wrote."""
+    """Execute one entry. Returns its response and the version that it wrote."""
     if entry.request is None:
         raise Refusal(400, "required", "The entry has no request")
     method, url = entry.request.method, urlsplit(entry.request.url)

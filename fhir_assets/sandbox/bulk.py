@@ -1,6 +1,6 @@
 """Bulk Data Access (https://hl7.org/fhir/uv/bulkdata/STU2/): ``$export`` at all three levels, asynchronous.
 
-An export is a snapshot of the moment it is asked for. It is ready after a few polls, so that a client has to wait.
+An export is a snapshot of the moment of its kick-off. It is complete after a few polls, so that a client has to wait.
 """
 
 import secrets
@@ -15,15 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.sandbox.dates import parse_date
+from fhir_assets.sandbox.fault_injection import Control
 from fhir_assets.sandbox.faults import Fault, FaultKind
-from fhir_assets.sandbox.gate import Control
 from fhir_assets.sandbox.interactions import Interactions
 from fhir_assets.sandbox.memory import Version
 from fhir_assets.sandbox.outcomes import Refusal, operation_outcome
 from fhir_assets.sandbox.search import matches, parse
 
 EXPORT = "_export"
-"""Below the FHIR base: where the status and the files of exports are."""
+"""The path below the FHIR base of the status and the files of exports."""
 
 _NDJSON = "application/fhir+ndjson"
 
@@ -48,7 +48,7 @@ class _Export:
     errors: list[_File] = field(default_factory=list)
 
     def file(self, name: str) -> _File | None:
-        """The file whose URL ends with ``name``: ``output-17.ndjson``."""
+        """Return the file whose URL ends with ``name``, such as ``output-17.ndjson``."""
         kind, _, number = name.removesuffix(".ndjson").partition("-")
         files = {"output": self.output, "deleted": self.deleted, "error": self.errors}.get(kind, [])
         return files[int(number)] if number.isdigit() and int(number) < len(files) else None
@@ -61,15 +61,16 @@ class Exports:
         self.by_token: dict[str, _Export] = {}
 
     def at(self, token: str) -> _Export:
-        """The export of a token. Raises Refusal."""
+        """Return the export of a token. Raises Refusal if there is none."""
         if token not in self.by_token:
             raise Refusal(404, "not-found", "There is no such export")
         return self.by_token[token]
 
 
 class ExportFiles:
-    """ASGI middleware that answers for files which are there, past the framework: small ones are asked for by the
-    thousand, and a client's cost for them cannot be measured at a server that costs more.
+    """ASGI middleware that serves existing files without the framework.
+
+    Clients request small files by the thousand, and a benchmark of a client needs a server that costs less.
     """
 
     def __init__(self, app: ASGIApp, *, base: str, exports: Exports) -> None:
@@ -78,7 +79,7 @@ class ExportFiles:
         self._exports = exports
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Handle one request."""
         path = str(scope.get("path", ""))
         if scope["type"] == "http" and path.startswith(self._prefix) and scope["method"] == "GET":
             token, _, name = path[len(self._prefix) :].partition("/")
@@ -102,8 +103,10 @@ def bulk_routes(
     file_resources: int,
     needs_token: bool,
 ) -> APIRouter:
-    """The routes of ``$export``. An export is ready after ``polls`` polls; its files hold ``file_resources`` each,
-    and are served by ExportFiles.
+    """Return the routes of ``$export``.
+
+    An export is complete after ``polls`` polls. Each of its files contains up to ``file_resources`` resources and is
+    served by ExportFiles.
     """
     routes = APIRouter()
     store = interactions.store
@@ -230,7 +233,7 @@ def _since(text: str | None) -> int | None:
 
 
 def _filters(text: str) -> dict[str, list[str]]:
-    """The searches of ``_typeFilter`` by type; commas inside them come as %2C."""
+    """Return the searches of ``_typeFilter`` by resource type. Commas inside a search are written as %2C."""
     found: dict[str, list[str]] = {}
     for each in filter(None, text.split(",")):
         name, _, query = unquote(each).partition("?")
@@ -239,7 +242,7 @@ def _filters(text: str) -> dict[str, list[str]]:
 
 
 def _belongs(version: Version, patients: frozenset[str]) -> bool:
-    """Whether a resource is a patient's of ``patients``."""
+    """Return whether a resource belongs to one of ``patients``."""
     if version.resource_type == "Patient":
         return version.id in patients
     resource = orjson.loads(version.body)

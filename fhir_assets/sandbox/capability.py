@@ -20,7 +20,7 @@ _COMMON = (("_id", "token"), ("_lastUpdated", "date"))
 
 
 def capability_statement(base: str, resource_types: Sequence[str], date: str) -> bytes:
-    """What the server can do, as JSON (https://hl7.org/fhir/R4/capabilitystatement.html)."""
+    """Return the CapabilityStatement as JSON (https://hl7.org/fhir/R4/capabilitystatement.html)."""
     return orjson.dumps(
         {
             "resourceType": "CapabilityStatement",

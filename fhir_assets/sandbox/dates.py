@@ -1,5 +1,7 @@
-"""FHIR dates as ranges of microseconds, and the comparison prefixes of a search
-(https://hl7.org/fhir/R4/search.html#date)."""
+"""FHIR dates as ranges of microseconds, and the comparison prefixes of a search.
+
+See https://hl7.org/fhir/R4/search.html#date.
+"""
 
 import re
 from dataclasses import dataclass
@@ -17,30 +19,30 @@ FAR_FUTURE = 2**62
 
 
 def microseconds(moment: datetime) -> int:
-    """An aware datetime as microseconds since 1970."""
+    """Return the microseconds since 1970 of an aware datetime."""
     return (moment - _EPOCH) // _MICROSECOND
 
 
 def instant(when: int) -> str:
-    """Microseconds since 1970 as a FHIR instant in UTC, with milliseconds."""
+    """Return microseconds since 1970 as a FHIR instant in UTC, with milliseconds."""
     return (_EPOCH + timedelta(microseconds=when)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def from_microseconds(when: int) -> datetime:
-    """Microseconds since 1970 as an aware datetime."""
+    """Return microseconds since 1970 as an aware datetime."""
     return _EPOCH + timedelta(microseconds=when)
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A half-open range of microseconds since 1970: what a FHIR date of any precision covers."""
+    """A half-open range of microseconds since 1970: the period that a FHIR date of any precision covers."""
 
     start: int
     end: int
 
 
 def parse_date(text: str) -> Stretch:
-    """A FHIR date, dateTime or instant of any precision; UTC where no zone is given. Raises ValueError."""
+    """Parse a FHIR date, dateTime or instant of any precision, in UTC if it has no zone. Raises ValueError."""
     match = _DATE.fullmatch(text)
     if match is None:
         raise ValueError("not a FHIR date")
@@ -69,9 +71,9 @@ def parse_date(text: str) -> Stretch:
 
 
 def compare(text: str) -> Stretch:
-    """The stretch of instants that a search value such as ``ge2024-01`` matches. Raises ValueError.
+    """Return the range of instants that a search value such as ``ge2024-01`` matches. Raises ValueError.
 
-    ``ne`` has a hole in it and is not offered.
+    ``ne`` is not supported, because it does not match a single range.
     """
     match = _PREFIXED.fullmatch(text)
     if match is None or match["prefix"] == "ne":

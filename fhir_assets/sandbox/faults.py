@@ -1,6 +1,6 @@
-"""Faults that the sandbox server makes on demand: which there are, when one strikes, and a plan of them.
+"""Faults that the sandbox server injects on demand: their kinds, and plans of when they occur.
 
-A plan is deterministic: a fault strikes every Nth request of the kinds it is for, or by a seeded probability.
+A plan is deterministic: a fault affects every Nth request of its kinds, or a share of them by a seeded probability.
 """
 
 import random
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RequestKind(StrEnum):
-    """What a request to the server is, for faults and for the statistics."""
+    """The kinds of requests that faults and statistics distinguish."""
 
     METADATA = "metadata"
     READ = "read"
@@ -29,33 +29,33 @@ class RequestKind(StrEnum):
 
 
 class FaultKind(StrEnum):
-    """What goes wrong."""
+    """The kinds of faults."""
 
     THROTTLE = "throttle"
-    """429 with Retry-After"""
+    """status 429 with Retry-After"""
     ERROR = "error"
-    """500, or another ``status``, before anything was done"""
+    """status 500, or ``status``, before the request is executed"""
     RESET = "reset"
-    """the connection is closed before any answer, nothing was done"""
+    """the connection is closed without a response; the request is not executed"""
     DROP = "drop"
-    """the connection is closed in the middle of the answer; a write was done"""
+    """the connection is closed in the middle of the response; the request is executed"""
     TRUNCATE = "truncate"
-    """the JSON ends in its middle, and the headers agree with it"""
+    """the response ends in the middle of the JSON, with a matching Content-Length"""
     HTML = "html"
-    """200 with a page of HTML"""
+    """status 200 with an HTML page"""
     SLOW = "slow"
-    """the answer comes ``seconds`` late"""
+    """the response is delayed by ``seconds``"""
     EXPIRE = "expire"
-    """a next link, an export or a file of one is gone: 410, or another ``status`` such as 404; a link stays gone, and
-    an export too"""
+    """a next link, an export or one of its files has expired: status 410, or ``status``. A link or an export stays
+    expired."""
     DUPLICATE = "duplicate"
-    """a page begins with the last resource of the page before"""
+    """a page begins with the last resource of the previous page"""
     LOSE_PAGE = "lose_page"
-    """a page is left out, and the total still counts it: a server that lies"""
+    """a page is omitted, but the total includes it"""
     WRONG_TOTAL = "wrong_total"
-    """the total, or the count of an export's first file, is off ``by`` so many"""
+    """the total, or the count of the first file of an export, is wrong by ``by``"""
     MALFORMED = "malformed"
-    """the manifest of an export lacks what it must have"""
+    """the manifest of an export lacks required members"""
 
 
 _ALL = frozenset(RequestKind)
@@ -71,23 +71,25 @@ _STATUS = {FaultKind.THROTTLE: 429, FaultKind.ERROR: 500, FaultKind.EXPIRE: 410}
 
 
 class Fault(BaseModel):
-    """One fault and when it strikes: every request of its kinds, unless ``every`` or ``probability`` says less."""
+    """A fault and its requests: all of its kinds, or those selected by ``every`` or ``probability``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: FaultKind
     on: frozenset[RequestKind] = Field(
-        default=frozenset(), description="Requests it is for; empty: all that it can hit"
+        default=frozenset(), description="The kinds of requests; empty: all that it applies to"
     )
-    every: int | None = Field(default=None, ge=1, description="Each Nth of those requests")
-    probability: float | None = Field(default=None, ge=0, le=1, description="Or this share of them")
-    after: int = Field(default=0, ge=0, description="The first so many go well")
-    times: int | None = Field(default=None, ge=1, description="It strikes at most so often")
-    status: int | None = Field(default=None, ge=400, le=599, description="Instead of the fault's usual status")
+    every: int | None = Field(default=None, ge=1, description="Affects every Nth of those requests")
+    probability: float | None = Field(default=None, ge=0, le=1, description="Affects this share of those requests")
+    after: int = Field(default=0, ge=0, description="The number of requests before the first that it may affect")
+    times: int | None = Field(default=None, ge=1, description="The maximum number of times that it occurs")
+    status: int | None = Field(
+        default=None, ge=400, le=599, description="The status in place of the default of the kind"
+    )
     retry_after: int | None = Field(default=None, ge=0, description="Seconds in Retry-After")
     retry_after_date: bool = Field(default=False, description="Retry-After as an HTTP date")
-    seconds: float = Field(default=1.0, ge=0, description="How late a slow answer is")
-    by: int = Field(default=1, description="How far off a wrong total is")
+    seconds: float = Field(default=1.0, ge=0, description="The delay of a slow response in seconds")
+    by: int = Field(default=1, description="The error of a wrong total")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -99,16 +101,16 @@ class Fault(BaseModel):
 
     @property
     def answer_status(self) -> int:
-        """The status of the answer where the fault gives one."""
+        """The status of a response that the fault creates."""
         return self.status or _STATUS.get(self.kind, 200)
 
     def strikes(self, kind: RequestKind) -> bool:
-        """Whether the fault is for requests of this kind."""
+        """Return whether the fault applies to requests of this kind."""
         return kind in (self.on or _STRIKES.get(self.kind, _ALL))
 
 
 class FaultPlan(BaseModel):
-    """The faults of a server, and the seed of those that strike by probability."""
+    """The faults of a server, and the seed of those with a probability."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,7 +119,7 @@ class FaultPlan(BaseModel):
 
 
 class FaultDraw:
-    """A plan at work: counts requests, and says which faults strike the next one."""
+    """The state of a running plan: counts requests and selects the faults of the next one."""
 
     def __init__(self, plan: FaultPlan) -> None:
         self.plan = plan
@@ -126,7 +128,7 @@ class FaultDraw:
         self._random = [random.Random(f"{plan.seed}:{n}") for n in range(len(plan.faults))]
 
     def draw(self, kind: RequestKind) -> dict[FaultKind, Fault]:
-        """The faults that strike this request."""
+        """Return the faults that affect this request."""
         drawn: dict[FaultKind, Fault] = {}
         for n, fault in enumerate(self.plan.faults):
             if not fault.strikes(kind):

@@ -1,6 +1,6 @@
-"""FHIR's RESTful interactions on the store, without HTTP: batches use them as the routes do.
+"""The RESTful interactions of FHIR on the store, without HTTP, for routes and batches.
 
-See https://hl7.org/fhir/R4/http.html; every refusal is a Refusal with the status the specification names.
+See https://hl7.org/fhir/R4/http.html. Errors are raised as Refusal with the status that the specification requires.
 """
 
 import re
@@ -33,8 +33,10 @@ _head = msgspec.json.Decoder(_Head)
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What an interaction came to: the status, and the version it made or found (None if there is none).
-    ``changed`` is False if the store is as it was."""
+    """The result of an interaction: its status, and the version that it created or found (None if there is none).
+
+    ``changed`` is False if the interaction did not change the store.
+    """
 
     status: int
     version: Version | None
@@ -42,8 +44,10 @@ class Done:
 
 
 class Interactions:
-    """The interactions of one server. ``all_types`` offers the whole catalog, otherwise the types in use;
-    ``referential_integrity`` refuses a write whose ``Type/id`` references point to nothing.
+    """The interactions of one server.
+
+    ``all_types`` supports the whole catalog instead of the types in use. ``referential_integrity`` refuses a write with
+    ``Type/id`` references to resources that do not exist.
     """
 
     def __init__(
@@ -60,25 +64,25 @@ class Interactions:
         self._clock = clock
 
     def now(self) -> int:
-        """The server's time in microseconds, whole milliseconds."""
+        """Return the server's time in microseconds, rounded to milliseconds."""
         return microseconds(self._clock()) // 1000 * 1000
 
     def offers(self, resource_type: str) -> bool:
-        """Whether the server has this type."""
+        """Return whether the server supports a type."""
         return resource_type in self._catalog or resource_type in self.store.shelves
 
     def types(self) -> list[str]:
-        """The types the server has: the catalog's order, then the rest by name."""
+        """Return the supported types in the order of the catalog, then the others by name."""
         order = [t.name for t in CATALOG if self.offers(t.name)]
         return order + sorted(self.store.shelves.keys() - set(order))
 
     def require(self, resource_type: str) -> None:
-        """Raise Refusal 404 for a type the server does not have."""
+        """Raise Refusal 404 if the server does not support the type."""
         if not self.offers(resource_type):
             raise Refusal(404, "not-supported", "This server does not have that resource type")
 
     def latest(self, resource_type: str, resource_id: str) -> Version:
-        """The current version of a resource: 404 if it never was, 410 if it was deleted."""
+        """Return the current version of a resource. Raises Refusal: 404 if it never existed, 410 if it was deleted."""
         self.require(resource_type)
         version = self.store.latest(resource_type, resource_id)
         if version is None:
@@ -88,7 +92,7 @@ class Interactions:
         return version
 
     def version(self, resource_type: str, resource_id: str, version_id: str) -> Version:
-        """One version of a resource, current or not."""
+        """Return one version of a resource, current or not."""
         for version in self.history(resource_type, resource_id):
             if version.version_id == version_id:
                 if version.deleted:
@@ -97,7 +101,7 @@ class Interactions:
         raise Refusal(404, "not-found", f"No such version of this {resource_type}")
 
     def history(self, resource_type: str, resource_id: str) -> list[Version]:
-        """All versions of a resource, newest first."""
+        """Return all versions of a resource, newest first."""
         self.require(resource_type)
         latest = self.store.latest(resource_type, resource_id)
         if latest is None:
@@ -107,7 +111,7 @@ class Interactions:
     def create(
         self, resource_type: str, body: bytes, if_none_exist: str | None = None, new_id: str | None = None
     ) -> Done:
-        """Store a new resource under an id of the server's own, or under ``new_id`` that it picked before."""
+        """Store a new resource under a new id, or under ``new_id`` if the server chose it before."""
         self._accept(resource_type, body)
         if if_none_exist:
             found = self.find(resource_type, if_none_exist)
@@ -118,7 +122,7 @@ class Interactions:
         return Done(201, self._write(resource_type, new_id or str(uuid.uuid4()), body))
 
     def update(self, resource_type: str, resource_id: str, body: bytes, if_match: str | None = None) -> Done:
-        """Store a resource under the client's id: a new one, or a new version."""
+        """Store a resource, or a new version of it, under the client's id."""
         head = self._accept(resource_type, body)
         if not _ID.fullmatch(resource_id):
             raise Refusal(400, "value", "The id in the URL is not a FHIR id")
@@ -131,7 +135,7 @@ class Interactions:
         return Done(201 if latest is None or latest.deleted else 200, version)
 
     def update_where(self, resource_type: str, query: str, body: bytes) -> Done:
-        """Conditional update: the one match is updated, no match is created, several are refused with 412."""
+        """Update the one match of a condition, or create a resource. Several matches are refused with 412."""
         head = self._accept(resource_type, body)
         found = self.find(resource_type, query)
         if len(found) > 1:
@@ -143,7 +147,7 @@ class Interactions:
         return Done(200, self._write(resource_type, found[0].id, body))
 
     def delete(self, resource_type: str, resource_id: str) -> Done:
-        """Delete a resource. What is not there, or deleted already, stays so: 204 as well."""
+        """Delete a resource. Status 204 also if it does not exist or was deleted before."""
         self.require(resource_type)
         latest = self.store.latest(resource_type, resource_id)
         if latest is None or latest.deleted:
@@ -151,7 +155,7 @@ class Interactions:
         return Done(204, self._store(resource_type, resource_id, lambda *_: b""))
 
     def delete_where(self, resource_type: str, query: str) -> Done:
-        """Conditional delete of the one match; several are refused with 412."""
+        """Delete the one match of a condition. Several matches are refused with 412."""
         self.require(resource_type)
         found = self.find(resource_type, query)
         if len(found) > 1:
@@ -159,7 +163,7 @@ class Interactions:
         return self.delete(resource_type, found[0].id) if found else Done(204, None, changed=False)
 
     def find(self, resource_type: str, query: str) -> list[Version]:
-        """What a condition such as ``identifier=system|value`` matches. Unknown parameters are refused."""
+        """Return the matches of a condition such as ``identifier=system|value``. Unknown parameters are refused."""
         search = parse(resource_type, parse_qsl(query, keep_blank_values=True), strict=True)
         if search.ids is None and not search.tokens:
             raise Refusal(400, "required", "The condition has no search parameter")

@@ -1,4 +1,4 @@
-"""JSON changed at its top level only: every other byte, digit and key order stays as it was received."""
+"""Edits the top level of JSON objects: all other bytes, digits and the order of keys are preserved."""
 
 from collections.abc import Mapping
 
@@ -9,17 +9,17 @@ _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def members(body: bytes | msgspec.Raw) -> dict[str, bytes]:
-    """The members of a JSON object as their own text. Raises msgspec.DecodeError if it is not an object."""
+    """Return the members of a JSON object as JSON texts. Raises msgspec.DecodeError if it is not an object."""
     return {name: bytes(raw) for name, raw in _members.decode(body).items()}
 
 
 def assemble(parts: Mapping[str, bytes]) -> bytes:
-    """The JSON object with these members, in this order."""
+    """Return the JSON object with these members, in this order."""
     return b"{%b}" % b",".join(orjson.dumps(name) + b":" + text for name, text in parts.items())
 
 
 def stamp(body: bytes | msgspec.Raw, resource_id: str, version_id: str, last_updated: str) -> bytes:
-    """The resource with ``id``, ``meta.versionId`` and ``meta.lastUpdated`` set as a server sets them."""
+    """Return the resource with the ``id``, ``meta.versionId`` and ``meta.lastUpdated`` that the server assigns."""
     parts = members(body)
     meta = members(parts.pop("meta")) if "meta" in parts else {}
     meta["versionId"] = orjson.dumps(version_id)

@@ -1,4 +1,4 @@
-"""The sandbox server's resources, in memory: every version as its bytes, by type, in order of ``lastUpdated``."""
+"""The resources of the sandbox server, in memory: the bytes of every version, by type, ordered by ``lastUpdated``."""
 
 import gzip
 from bisect import bisect_left
@@ -32,11 +32,11 @@ class Version:
 
     @property
     def deleted(self) -> bool:
-        """Whether this version is a deletion."""
+        """Return whether this version is a deletion."""
         return not self.body
 
     def history(self) -> Iterator["Version"]:
-        """This version and those before it, newest first."""
+        """Yield this version and the earlier ones, newest first."""
         version: Version | None = self
         while version is not None:
             yield version
@@ -54,7 +54,7 @@ class Shelf:
     indexes: dict[str, dict[str, dict[str, None]]] = field(default_factory=dict)
 
     def live(self) -> int:
-        """How many resources there are, deleted ones not counted."""
+        """Return the number of resources, without deleted ones."""
         return sum(1 for version in self.latest.values() if version.body)
 
     def add(self, version: Version) -> None:
@@ -74,7 +74,7 @@ class Shelf:
         self.timeline.append(version)
 
     def undo(self, version: Version) -> None:
-        """Take back the latest version, as a transaction that fails does."""
+        """Remove the latest version, to roll a transaction back."""
         version.current = False
         self.stale += 1
         for name, index in self.indexes.items():
@@ -88,7 +88,7 @@ class Shelf:
             self.latest[version.id] = version.previous
 
     def between(self, stretch: Stretch) -> list[Version]:
-        """The resources whose ``lastUpdated`` lies in the stretch, in its order."""
+        """Return the resources with a ``lastUpdated`` in the range, in its order."""
         if not self.sorted or self.stale > len(self.timeline) // 4:
             self.timeline = [version for version in self.timeline if version.current]
             self.timeline.sort(key=_order)
@@ -98,7 +98,7 @@ class Shelf:
         return [version for version in self.timeline[start:end] if version.current and version.body]
 
     def where(self, name: str, keys: Iterable[str]) -> dict[str, None]:
-        """The ids of the resources whose parameter has one of the keys."""
+        """Return the ids of the resources whose search parameter has one of the keys."""
         index = self.indexes.get(name)
         if index is None:
             index = self.indexes[name] = {}
@@ -137,25 +137,25 @@ _seed = msgspec.json.Decoder(_Seed)
 
 
 class Store:
-    """All resources of a sandbox server, by type. Not thread-safe: the server's event loop is its only user."""
+    """All resources of a sandbox server, by type. Not thread-safe: only the server's event loop uses it."""
 
     def __init__(self) -> None:
         self.shelves: dict[str, Shelf] = {}
 
     def shelf(self, resource_type: str) -> Shelf:
-        """The resources of a type, made when first asked for."""
+        """Return the resources of a type."""
         shelf = self.shelves.get(resource_type)
         if shelf is None:
             shelf = self.shelves[resource_type] = Shelf()
         return shelf
 
     def latest(self, resource_type: str, resource_id: str) -> Version | None:
-        """The latest version of a resource, which may be a deletion."""
+        """Return the latest version of a resource, which may be a deletion."""
         shelf = self.shelves.get(resource_type)
         return shelf.latest.get(resource_id) if shelf else None
 
     def seed(self, body: bytes, arrived: int) -> None:
-        """Take a resource with the id, version and time it brings; the bytes are served as they are.
+        """Store a resource under its own id, version and time. Its bytes are served unchanged.
 
         Raises msgspec.DecodeError if it is not a JSON object with a resourceType and an id.
         """
@@ -168,7 +168,7 @@ class Store:
         shelf.add(Version(head.resourceType, head.id, number, when, body))
 
     def next_version(self, resource_type: str, resource_id: str) -> str:
-        """The versionId that the next version of a resource gets."""
+        """Return the versionId of the next version of a resource."""
         latest = self.latest(resource_type, resource_id)
         return "1" if latest is None else _next(latest.version_id)
 
@@ -178,9 +178,9 @@ def _next(version_id: str) -> str:
 
 
 def read_lines(folder: Path) -> Iterator[bytes]:
-    """Every line of the .ndjson and .ndjson.gz files of a folder, blank ones left out.
+    """Yield the non-blank lines of the .ndjson and .ndjson.gz files of a folder.
 
-    Raises ConfigurationError if there is no such folder or no such file in it.
+    Raises ConfigurationError if the folder does not exist or contains no such file.
     """
     files = sorted(path for path in folder.glob("*") if path.name.endswith((".ndjson", ".ndjson.gz")))
     if not files:

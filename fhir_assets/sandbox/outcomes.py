@@ -1,4 +1,4 @@
-"""Refusals: every error of the sandbox server is an OperationOutcome."""
+"""Errors of the sandbox server, each with an OperationOutcome."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import orjson
 
 
 def operation_outcome(severity: str, code: str, diagnostics: str) -> dict[str, object]:
-    """An OperationOutcome with one issue; ``code`` is of https://hl7.org/fhir/R4/valueset-issue-type.html."""
+    """Return an OperationOutcome with one issue. ``code`` is one of https://hl7.org/fhir/R4/valueset-issue-type.html."""
     return {
         "resourceType": "OperationOutcome",
         "issue": [{"severity": severity, "code": code, "diagnostics": diagnostics}],
@@ -14,7 +14,7 @@ def operation_outcome(severity: str, code: str, diagnostics: str) -> dict[str, o
 
 
 class Refusal(Exception):
-    """A request that the server answers with an error status and an OperationOutcome."""
+    """A request is answered with an error status and an OperationOutcome."""
 
     def __init__(self, status: int, code: str, diagnostics: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(diagnostics)

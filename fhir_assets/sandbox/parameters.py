@@ -1,4 +1,4 @@
-"""The plain search parameters of the sandbox server: which types have them, and the values they index.
+"""The search parameters of the sandbox server, their types, and the values that they index.
 
 A token is indexed as ``system|code``, as ``code`` and as ``system|`` (``|code`` where it has no system); a
 reference as ``Type/id``. See https://hl7.org/fhir/R4/search.html#token and #reference.
@@ -38,7 +38,7 @@ _PATIENT_ELEMENTS = ("subject", "patient", "beneficiary", "target")
 
 
 def offered(resource_type: str) -> tuple[str, ...]:
-    """The plain parameters that the sandbox has for a type."""
+    """Return the search parameters of a type."""
     known = BY_NAME.get(resource_type)
     if known is None:
         return ()
@@ -107,7 +107,7 @@ EXTRACT: Mapping[str, Callable[[Resource], Iterator[str]]] = {
 
 
 def key_of(name: str, value: str) -> str:
-    """The key under which the index holds what a search value asks for."""
+    """Return the index key of a search value."""
     if KIND[name] == "reference":
         value = "/".join(value.split("/")[-2:])
         return value if "/" in value else f"Patient/{value}"

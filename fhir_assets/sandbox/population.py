@@ -1,7 +1,7 @@
-"""A synthetic population: linked, plausible resources of all types of the catalog, the same for the same seed.
+"""Generates a synthetic population: linked, plausible resources of all types of the catalog, reproducible by seed.
 
-``generate`` streams it, ``write_population`` writes it as ``<Type>.ndjson.gz``. A share of the resources can be
-broken in known ways (``synthetic/defects.py``); the rest does not change when it is.
+``generate`` yields resources, ``write_population`` writes files ``<Type>.ndjson.gz``. A share of the resources can be
+given known defects (``synthetic/defects.py``), which does not change the others.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ DEFECTS_FILE = "defects.json"
 
 
 class Item(NamedTuple):
-    """One resource of a population; ``defect`` is how it was broken, None if it is valid."""
+    """A resource of a population. ``defect`` is its defect; None if it is valid."""
 
     resource_type: str
     body: bytes
@@ -49,10 +49,10 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """Which population: ``patients`` of it, ``lastUpdated`` spread over ``start`` to ``end`` (half-open, UTC).
+    """A population of ``patients``, with ``lastUpdated`` spread from ``start`` to ``end`` (half-open, UTC).
 
-    Unless given, the range is the 90 days that end today at midnight UTC: give it where runs on different days
-    must agree. A patient is the same however many others there are.
+    The default range is the 90 days that end today at midnight UTC. Set it if runs on different days must agree. A
+    patient's resources do not depend on the number of patients.
     """
 
     patients: int
@@ -62,7 +62,7 @@ class Population:
     start: datetime | None = None
 
     def __iter__(self) -> Iterator[Item]:
-        """Every resource: the shared ones, then patient by patient."""
+        """Yield every resource: the shared ones, then patient by patient."""
         name = f"syn{self.seed}"
         end = microseconds(self.end) // 1000
         start = microseconds(self.start or self.end - timedelta(days=DEFAULT_DAYS)) // 1000
@@ -82,7 +82,7 @@ class Population:
 
 
 def _patient_record(person: Person, first_ms: int) -> Resources:
-    """All resources of one patient."""
+    """Yield all resources of one patient."""
     random = person.random
     visits = plan_visits(person, first_ms)
     yield from patient(person, max(visit.end for visit in visits))
@@ -134,14 +134,14 @@ def generate(
     start: datetime | None = None,
     end: datetime | None = None,
 ) -> Iterator[tuple[str, bytes]]:
-    """The resources of a population as type and JSON. See Population for the arguments, and for the defects."""
+    """Yield the resources of a population as type and JSON. Population describes the arguments."""
     population = Population(patients, seed, bad_share, start=start, **({"end": end} if end else {}))
     return ((item.resource_type, item.body) for item in population)
 
 
 @dataclass(slots=True)
 class Summary:
-    """What ``write_population`` wrote: resources by type, and broken ones by type and by defect."""
+    """The numbers of written resources by type, and of resources with defects by type and by defect."""
 
     resources: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
@@ -149,7 +149,7 @@ class Summary:
 
 
 class _Part:
-    """A file that grows by gzip members, and takes its name when it is whole."""
+    """A gzip file that is written member by member and gets its name when it is complete."""
 
     _BLOCK = 2**20
 
@@ -178,8 +178,7 @@ class _Part:
 
 
 def write_population(folder: Path, population: Population) -> Summary:
-    """Write ``<Type>.ndjson.gz`` for every type, and at the very end ``defects.json``: which resources were
-    broken, how, and the rule each breaks.
+    """Write ``<Type>.ndjson.gz`` for every type, and last ``defects.json`` with each defective resource and its rule.
 
     Raises OSError if the folder cannot be written.
     """

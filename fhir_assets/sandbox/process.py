@@ -1,4 +1,4 @@
-"""Running the sandbox server: in this process, in a thread for tests, or in a process of its own."""
+"""Runs the sandbox server in this process, in a thread for tests, or in a process of its own."""
 
 import signal
 import socket
@@ -19,8 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fhir_assets.errors import ConfigurationError, ServerUnavailable
 from fhir_assets.sandbox.dates import microseconds
+from fhir_assets.sandbox.fault_injection import CLOSE_SOCKET
 from fhir_assets.sandbox.faults import Fault, FaultPlan
-from fhir_assets.sandbox.gate import CLOSE_SOCKET
 from fhir_assets.sandbox.memory import Store, read_lines
 from fhir_assets.sandbox.server import BASE, Options, create_app
 
@@ -28,7 +28,7 @@ _READY = "Sandbox FHIR server: "
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which lets a fault close the socket without an answer."""
+    """uvicorn's HTTP protocol with an extension that closes the socket without a response."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -37,7 +37,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 def fill(store: Store, data: Path | Iterable[bytes] | None) -> None:
-    """Seed a store from a folder of NDJSON files, or from resources as JSON; None leaves it as it is.
+    """Fill a store from a folder of NDJSON files, or from resources as JSON. None adds nothing.
 
     Raises ConfigurationError for a folder without such files, and for a line that is not a resource with an id.
     """
@@ -69,7 +69,7 @@ def _listen(port: int, host: str = "127.0.0.1") -> socket.socket:
 
 
 def _uvicorn(app: FastAPI) -> uvicorn.Server:
-    """A uvicorn server without logs: request lines hold search values."""
+    """Return a uvicorn server without logs, because request lines contain search values."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -84,23 +84,26 @@ def _uvicorn(app: FastAPI) -> uvicorn.Server:
 
 
 class _Controls:
-    """What a test can do with a running server, over its own HTTP endpoints."""
+    """Methods that control a running server through its own HTTP endpoints."""
 
     url: str
     """The FHIR base URL, such as ``http://127.0.0.1:8090/fhir``."""
 
     def set_faults(self, *faults: Fault, seed: int = 0) -> None:
-        """Let these faults strike from now on, and no others."""
+        """Replace the faults of the server."""
         plan = FaultPlan(faults=faults, seed=seed)
         requests.put(self._own("faults"), data=plan.model_dump_json(), timeout=10).raise_for_status()
 
     def stats(self) -> dict[str, Any]:
-        """What the server has seen: ``requests`` by kind, ``statuses``, ``struck`` faults, ``max_in_flight``,
-        ``kick_offs``, ``recent`` request lines, live ``resources`` by type."""
+        """Return the statistics of the server.
+
+        They are ``requests`` by kind, ``statuses``, ``struck`` faults, ``max_in_flight``, ``kick_offs``, ``recent``
+        request lines and live ``resources`` by type.
+        """
         return cast("dict[str, Any]", requests.get(self._own("stats"), timeout=10).json())
 
     def reset_stats(self) -> None:
-        """Count from zero again."""
+        """Reset the statistics."""
         requests.delete(self._own("stats"), timeout=10).raise_for_status()
 
     def _own(self, name: str) -> str:
@@ -148,7 +151,7 @@ class SandboxServer(_Controls):
 
 
 class SandboxProcess(_Controls):
-    """A sandbox server in a process of its own, which ends when this one does. ``data`` None starts it empty."""
+    """A sandbox server in a process of its own that ends with this process. ``data`` None starts it empty."""
 
     def __init__(self, data: Path | None = None, *, port: int = 0, options: tuple[str, ...] = ()) -> None:
         source = ("--empty",) if data is None else ("--data", str(data))
@@ -196,11 +199,10 @@ def serve(
     ready: Callable[[str], None] | None = None,
     **options: Unpack[Options],
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM, and with ``end_with_stdin`` no longer than standard input stays open.
+    """Serve until Ctrl-C or SIGTERM, and with ``end_with_stdin`` until standard input is closed.
 
-    Only for the main thread. ``data`` is a folder of NDJSON files, or None for an empty server; ``ready`` is told
-    the URL (by default it is written to standard output). Raises ConfigurationError for unusable data or a port
-    that is taken.
+    Call it from the main thread. ``data`` is a folder of NDJSON files, or None for an empty server. ``ready`` receives
+    the URL; by default it is written to standard output. Raises ConfigurationError for unusable data or a port in use.
     """
     with suppress(KeyboardInterrupt), _listen(port) as listener:
         store = Store()
@@ -219,7 +221,7 @@ def _tell(url: str) -> None:
 
 
 def _end_with_signals(server: uvicorn.Server) -> None:
-    """From now on, not only from when uvicorn takes over: an interrupt while its loop starts would get lost."""
+    """End the server at SIGINT and SIGTERM, including those that arrive before uvicorn installs its own handlers."""
 
     def end(number: int, frame: FrameType | None) -> None:
         server.should_exit = True

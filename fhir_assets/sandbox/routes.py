@@ -1,4 +1,4 @@
-"""The HTTP face of the FHIR interactions (https://hl7.org/fhir/R4/http.html)."""
+"""HTTP routes of the FHIR interactions (https://hl7.org/fhir/R4/http.html)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ FHIR_JSON = "application/fhir+json"
 
 
 def fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
-    """The routes of a FHIR server."""
+    """Return the routes of a FHIR server."""
     routes = APIRouter()
     store = interactions.store
     started = datetime.now(UTC).isoformat(timespec="seconds")

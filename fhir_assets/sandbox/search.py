@@ -1,4 +1,4 @@
-"""FHIR search over the store: parameters to matches, matches to pages, pages to Bundles of joined bytes."""
+"""FHIR search on the store: parses parameters, finds matches, and renders pages as Bundles."""
 
 import secrets
 from collections import OrderedDict
@@ -25,7 +25,7 @@ _ALWAYS = Stretch(-FAR_FUTURE, FAR_FUTURE)
 
 @dataclass(slots=True)
 class Search:
-    """A search as asked for. ``unknown`` holds the parameters that the server leaves out of account."""
+    """A parsed search. ``unknown`` contains the parameters that the server ignores."""
 
     count: int = _DEFAULT_COUNT
     total: bool = True
@@ -39,7 +39,7 @@ class Search:
 
 
 def parse(resource_type: str, query: Query, *, strict: bool) -> Search:
-    """Read the parameters of a search. Raises Refusal on a malformed one, and if ``strict`` on an unknown one."""
+    """Parse the parameters of a search. Raises Refusal for a malformed one and, if ``strict``, for an unknown one."""
     search = Search()
     plain = offered(resource_type)
     for name, value in query:
@@ -80,7 +80,7 @@ def _narrow(stretch: Stretch, value: str) -> Stretch:
 
 
 def matches(store: Store, resource_type: str, search: Search) -> list[Version]:
-    """The resources that match, in the order asked for."""
+    """Return the matching resources in the requested order."""
     shelf = store.shelf(resource_type)
     ids: set[str] | None = search.ids
     for name, keys in search.tokens:
@@ -103,7 +103,7 @@ def matches(store: Store, resource_type: str, search: Search) -> list[Version]:
 
 
 def patients_of(store: Store, page: Sequence[Version]) -> list[Version]:
-    """The resources that the patient or subject of a page's resources point to, each once."""
+    """Return the resources that the patient or subject elements of a page refer to, without duplicates."""
     keys = {key: None for version in page for key in EXTRACT["patient"](orjson.loads(version.body))}
     targets = (store.latest(*key.split("/", 1)) for key in keys if "/" in key)
     return [version for version in targets if version is not None and version.body]
@@ -111,7 +111,7 @@ def patients_of(store: Store, page: Sequence[Version]) -> list[Version]:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The answer to a search or a history, cut into pages on demand. A snapshot: later writes do not move it."""
+    """The result of a search or a history, paged on demand. A snapshot: later writes do not change it."""
 
     kind: str
     self_link: str
@@ -130,7 +130,7 @@ class _Place:
 
 
 class Pages:
-    """The next links that are out: opaque, unguessable, and good for ``lifetime`` seconds."""
+    """The next links in use: opaque, unguessable, and valid for ``lifetime`` seconds."""
 
     def __init__(self, clock: Callable[[], float], lifetime: float = 600, at_most: int = 20_000) -> None:
         self._clock = clock
@@ -139,7 +139,7 @@ class Pages:
         self._places: OrderedDict[str, _Place] = OrderedDict()
 
     def link(self, listing: Listing, offset: int) -> str:
-        """A token for the page of ``listing`` that begins at ``offset``."""
+        """Return a token for the page of ``listing`` that begins at ``offset``."""
         token = secrets.token_urlsafe(18)
         self._places[token] = _Place(listing, offset, self._clock() + self._lifetime)
         while len(self._places) > self._at_most or (len(self._places) > 1 and self._oldest_expired()):
@@ -147,14 +147,14 @@ class Pages:
         return token
 
     def at(self, token: str) -> tuple[Listing, int]:
-        """The page a token stands for. Raises Refusal 410 if it expired or never was."""
+        """Return the page of a token. Raises Refusal 410 if it expired or never existed."""
         place = self._places.get(token)
         if place is None or place.expires < self._clock():
             raise expired(410)
         return place.listing, place.offset
 
     def expire(self, token: str) -> None:
-        """Let a next link end before its time."""
+        """Expire a next link."""
         self._places.pop(token, None)
 
     def _oldest_expired(self) -> bool:
@@ -162,18 +162,18 @@ class Pages:
 
 
 def expired(status: int) -> Refusal:
-    """The refusal of a next link that is gone."""
+    """Return the error of an expired next link."""
     return Refusal(status, "not-found", "This page of the search has expired: search again")
 
 
 def unknown_outcome(names: Sequence[str]) -> bytes:
-    """The OperationOutcome that tells of parameters left out of account."""
+    """Return the OperationOutcome that names ignored parameters."""
     text = f"Unknown search parameters were ignored: {', '.join(names)}"
     return orjson.dumps(operation_outcome("warning", "not-supported", text))
 
 
 def render(base: str, listing: Listing, offset: int, pages: Pages, faults: dict[FaultKind, Fault]) -> bytes:
-    """One page of a listing as a Bundle, the resources byte for byte as they are stored."""
+    """Return one page of a listing as a Bundle, with resources byte for byte as stored."""
     start = offset
     if FaultKind.LOSE_PAGE in faults:
         start += listing.count

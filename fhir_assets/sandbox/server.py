@@ -1,4 +1,4 @@
-"""The sandbox's FHIR R4 server: its app, with FHIR under ``/fhir`` and its own controls under ``/_sandbox``."""
+"""The app of the sandbox server: FHIR R4 under ``/fhir`` and its controls under ``/_sandbox``."""
 
 import time
 from typing import TypedDict, Unpack
@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from fhir_assets.sandbox.bulk import ExportFiles, Exports, bulk_routes
+from fhir_assets.sandbox.fault_injection import Control, Credentials, FaultInjection, Stats
 from fhir_assets.sandbox.faults import FaultDraw, FaultPlan
-from fhir_assets.sandbox.gate import Control, Credentials, Gate, Stats
 from fhir_assets.sandbox.interactions import Interactions
 from fhir_assets.sandbox.memory import Store
 from fhir_assets.sandbox.outcomes import Refusal
@@ -22,20 +22,20 @@ BASE = "/fhir"
 
 
 class Options(TypedDict, total=False):
-    """What kind of server it is; everything may be left out."""
+    """The options of a server. All are optional."""
 
     credentials: Credentials | None
-    """Asked for everywhere but at ``/fhir/metadata``."""
+    """Required everywhere but at ``/fhir/metadata``."""
     all_types: bool
-    """Offer the whole catalog (as it does if left out), or only the types in use."""
+    """Support the whole catalog (the default), or only the types in use."""
     referential_integrity: bool
-    """Refuse a write whose ``Type/id`` references point to nothing."""
+    """Refuse a write with ``Type/id`` references to resources that do not exist."""
     page_lifetime: float
-    """How long a next link is good, in seconds; 600 if left out."""
+    """The lifetime of a next link in seconds; 600 by default."""
     export_polls: int
-    """After how many polls an export is ready; 2 if left out."""
+    """The number of polls until an export is complete; 2 by default."""
     export_file_resources: int
-    """How many resources a file of an export holds; 10,000 if left out."""
+    """The maximum number of resources in a file of an export; 10,000 by default."""
     smart: Smart | None
     """Tokens of SMART Backend Services, in place of ``credentials``."""
 
@@ -45,7 +45,7 @@ def create_app(
     faults: FaultPlan | None = None,
     **options: Unpack[Options],
 ) -> FastAPI:
-    """A FHIR server over ``store``, with these faults and options."""
+    """Return the app of a FHIR server on ``store``, with faults and options."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     control = Control(faults or FaultPlan())
     interactions = Interactions(
@@ -71,7 +71,7 @@ def create_app(
     app.include_router(_control_routes(control, store), prefix="/_sandbox")
     app.add_middleware(ExportFiles, base=BASE, exports=exports)
     app.add_middleware(
-        Gate,
+        FaultInjection,
         base=BASE,
         credentials=options.get("credentials"),
         control=control,

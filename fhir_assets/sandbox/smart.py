@@ -1,5 +1,6 @@
-"""SMART Backend Services for the sandbox: discovery, a token endpoint that verifies what a client signs, and tokens
-that end (https://hl7.org/fhir/smart-app-launch/backend-services.html).
+"""SMART Backend Services for the sandbox: discovery, a token endpoint, and tokens that expire.
+
+See https://hl7.org/fhir/smart-app-launch/backend-services.html.
 """
 
 import base64
@@ -23,22 +24,22 @@ _ALGORITHMS = ["RS384", "ES384"]
 
 @dataclass(slots=True)
 class Smart:
-    """Who gets a token, and for how long. ``clients`` hold a public JWK or a secret by client id."""
+    """The registered clients and the lifetime of tokens. ``clients`` has a public JWK or a secret by client id."""
 
     clients: Mapping[str, Mapping[str, Any] | str]
     lifetime: float = 300
     issued: int = 0
     scopes: set[str] = field(default_factory=set)
-    """What tokens were asked for."""
+    """The scopes that clients requested."""
     _tokens: dict[str, float] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
 
     def admits(self, header: str) -> bool:
-        """Whether an Authorization header holds a token that is good still."""
+        """Return whether an Authorization header contains a valid token."""
         return self._tokens.get(header.removeprefix("Bearer "), 0.0) > time.monotonic()
 
     def issue(self, scope: str) -> dict[str, object]:
-        """A new token for what was asked."""
+        """Issue a new token."""
         token = secrets.token_urlsafe(24)
         self._tokens[token] = time.monotonic() + self.lifetime
         self.issued += 1
@@ -46,7 +47,7 @@ class Smart:
         return {"access_token": token, "token_type": "bearer", "expires_in": self.lifetime, "scope": scope}
 
     def verified(self, form: Mapping[str, str], basic: str, audience: str) -> bool:
-        """Whether a request for a token comes from a client that we know."""
+        """Return whether a token request comes from a registered client."""
         if form.get("grant_type") != "client_credentials":
             return False
         if form.get("client_assertion_type") == ASSERTION:
@@ -69,7 +70,7 @@ class Smart:
 
 
 def smart_routes(smart: Smart, base: str) -> APIRouter:
-    """Discovery and the token endpoint."""
+    """Return the routes of discovery and the token endpoint."""
     routes = APIRouter()
 
     @routes.get(f"{base}/.well-known/smart-configuration")

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 from psycopg import sql
 
+from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
-from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.support.content import patient

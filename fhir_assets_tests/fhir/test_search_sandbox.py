@@ -15,8 +15,8 @@ from fhir_assets.fhir.files.ndjson import NdjsonSource
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.retries import Retrier, RetryPolicy
+from fhir_assets.sandbox.fault_injection import Credentials as Expected
 from fhir_assets.sandbox.faults import Fault, FaultKind
-from fhir_assets.sandbox.gate import Credentials as Expected
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.windows import Interval
 

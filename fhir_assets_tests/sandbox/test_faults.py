@@ -8,8 +8,8 @@ import pytest
 import requests
 from pydantic import ValidationError
 
+from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultDraw, FaultKind, FaultPlan, RequestKind
-from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.sandbox.conftest import hourly
 

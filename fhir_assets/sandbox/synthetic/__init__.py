@@ -1,1 +1,1 @@
-"""The parts of the synthetic population, a module for each domain; `population.py` puts them together."""
+"""The parts of the synthetic population, one module for each domain. ``population.py`` combines them."""

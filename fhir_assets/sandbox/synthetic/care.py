@@ -27,7 +27,7 @@ _CREATE = hl7("v3-DataOperation", "CREATE", "create")
 
 
 def care(person: Person, visit: Visit, condition: str) -> Resources:
-    """A care team, a goal, and the plan that names both, for a lasting condition."""
+    """Yield a care team, a goal, and a plan that refers to both, for a chronic condition."""
     team, goal = person.new("ct"), person.new("g")
     since = day_of(visit.start)
     addresses = f'"addresses":[{{"reference":"Condition/{condition}"}}]'
@@ -60,7 +60,7 @@ def care(person: Person, visit: Visit, condition: str) -> Resources:
 
 
 def order(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
-    """The ServiceRequest ``request`` for a laboratory panel."""
+    """Yield the ServiceRequest with id ``request`` for a laboratory panel."""
     yield (
         "ServiceRequest",
         person.head("ServiceRequest", request, visit.updated)
@@ -74,7 +74,7 @@ def order(person: Person, visit: Visit, request: str, panel: Panel) -> Resources
 
 
 def consent(person: Person, visit: Visit) -> Resources:
-    """The patient's consent: one in twenty declines to share, one in three declines research."""
+    """Yield the patient's Consent: one in twenty denies sharing, one in three denies research."""
     shares, research = person.random.random() < 0.95, person.random.random() < 0.67
     research_rule = f'"provision":[{{"type":"{"permit" if research else "deny"}","purpose":[{_RESEARCH}]}}]'
     yield (
@@ -90,7 +90,7 @@ def consent(person: Person, visit: Visit) -> Resources:
 
 
 def provenance(person: Person, visit: Visit, targets: list[str]) -> Resources:
-    """Who recorded ``targets`` (``Type/id``) at a visit."""
+    """Yield the Provenance of ``targets`` (``Type/id``) that were recorded at a visit."""
     listed = ",".join(f'{{"reference":"{target}"}}' for target in targets)
     yield (
         "Provenance",

@@ -37,7 +37,7 @@ _SEVERITY = ("mild", "moderate", "severe")
 
 
 def plan_visits(person: Person, first_ms: int) -> list[Visit]:
-    """Three to eight visits, oldest first; two in five are older than the time they were last updated."""
+    """Return three to eight visits, oldest first. Two in five took place long before they were last updated."""
     random = person.random
     visits = []
     for n in range(3 + int(random.random() * 6)):
@@ -67,7 +67,7 @@ def plan_visits(person: Person, first_ms: int) -> list[Visit]:
 
 
 def encounter(person: Person, visit: Visit, condition: str | None) -> Resources:
-    """The Encounter of a visit; ``condition`` is the id of what was diagnosed in it."""
+    """Yield the Encounter of a visit. ``condition`` is the id of the condition that was diagnosed."""
     start, end = date_time(visit.start), date_time(visit.end)
     diagnosis = ""
     if condition is not None:
@@ -94,7 +94,7 @@ def encounter(person: Person, visit: Visit, condition: str | None) -> Resources:
 
 
 def choose_disorder(person: Person) -> Disorder:
-    """What a patient has: chronic disorders come with age."""
+    """Choose a disorder. Chronic disorders are more likely with age."""
     while True:
         disorder = pick(person.random, DISORDERS)
         if not disorder.chronic or person.random.random() * 60 < person.age(person.last // 1000) - 15:
@@ -102,7 +102,7 @@ def choose_disorder(person: Person) -> Disorder:
 
 
 def condition(person: Person, visit: Visit, disorder: Disorder, condition_id: str) -> Resources:
-    """A Condition diagnosed at a visit. Long-standing ones have an onset of a year, or a year and month."""
+    """Yield a Condition that was diagnosed at a visit. The onset of a long-standing one is a year or a month."""
     random = person.random
     resolved = not disorder.chronic and random.random() < 0.7
     onset = f'"onsetDateTime":"{date_time(visit.start - int(random.random() * 5 * DAY))}"'
@@ -121,7 +121,7 @@ def condition(person: Person, visit: Visit, disorder: Disorder, condition_id: st
 
 
 def allergies(person: Person) -> Resources:
-    """None for most patients, else one or two."""
+    """Yield one or two allergies for some patients."""
     random = person.random
     if random.random() < 0.65:
         return
@@ -141,7 +141,7 @@ def allergies(person: Person) -> Resources:
 
 
 def procedure(person: Person, visit: Visit, request: str | None) -> Resources:
-    """A Procedure done during a visit, ordered by ``request`` if there is one."""
+    """Yield a Procedure during a visit, based on ``request`` if there is one."""
     start = visit.start + 120
     based_on = f',"basedOn":[{{"reference":"ServiceRequest/{request}"}}]' if request else ""
     yield (
@@ -156,7 +156,7 @@ def procedure(person: Person, visit: Visit, request: str | None) -> Resources:
 
 
 def document(person: Person, visit: Visit, disorder: Disorder | None) -> Resources:
-    """The note of a visit, as an attachment in base64."""
+    """Yield the note of a visit, with its text as a base64 attachment."""
     complaint = disorder.name if disorder else "no acute complaint"
     note = (
         f"{day_of(visit.start)}\n\n# Subjective\n{person.first} {person.family}, {person.age(visit.start)} years: "

@@ -1,4 +1,4 @@
-"""Times as FHIR writes them, from seconds since 1970, by table: dates are most of what a generator formats."""
+"""Formats seconds since 1970 as FHIR dates with tables, because a generator formats little else than dates."""
 
 from datetime import date
 
@@ -14,24 +14,24 @@ class _Days(dict[int, str]):
 
 
 DAYS = _Days()
-"""Day number since 1970 -> ``YYYY-MM-DD``."""
+"""``YYYY-MM-DD`` by the number of days since 1970."""
 _MINUTES = tuple(f"{minute // 60:02}:{minute % 60:02}:" for minute in range(1440))
 _SECONDS = tuple(f"{second:02}" for second in range(60))
 
 
 def instant(milliseconds: int) -> str:
-    """A FHIR instant in UTC."""
+    """Return a FHIR instant in UTC."""
     seconds, rest = divmod(milliseconds, 1000)
     day, second = divmod(seconds, DAY)
     return f"{DAYS[day]}T{_MINUTES[second // 60]}{_SECONDS[second % 60]}.{rest:03}Z"
 
 
 def date_time(seconds: int) -> str:
-    """A FHIR dateTime with the offset of US Eastern Standard Time."""
+    """Return a FHIR dateTime with the offset of US Eastern Standard Time."""
     day, second = divmod(seconds - _ZONE, DAY)
     return f"{DAYS[day]}T{_MINUTES[second // 60]}{_SECONDS[second % 60]}-05:00"
 
 
 def day_of(seconds: int) -> str:
-    """A FHIR date."""
+    """Return a FHIR date."""
     return DAYS[(seconds - _ZONE) // DAY]

@@ -1,4 +1,4 @@
-"""Real codes with their displays, rendered once as the JSON of CodeableConcepts."""
+"""Codes of public code systems with their displays, rendered once as the JSON of CodeableConcepts."""
 
 from dataclasses import dataclass
 
@@ -13,24 +13,24 @@ HL7 = "http://terminology.hl7.org/CodeSystem/"
 
 
 def coding(system: str, code: str, display: str = "") -> str:
-    """The JSON of a Coding."""
+    """Return the JSON of a Coding."""
     shown = f',"display":"{display}"' if display else ""
     return f'{{"system":"{system}","code":"{code}"{shown}}}'
 
 
 def concept(system: str, code: str, display: str, text: str = "") -> str:
-    """The JSON of a CodeableConcept with one coding."""
+    """Return the JSON of a CodeableConcept with one coding."""
     return f'{{"coding":[{coding(system, code, display)}],"text":"{text or display}"}}'
 
 
 def hl7(name: str, code: str, display: str = "") -> str:
-    """The JSON of a CodeableConcept of one of HL7's own code systems, without a text."""
+    """Return the JSON of a CodeableConcept from a code system of HL7, without a text."""
     return f'{{"coding":[{coding(HL7 + name, code, display)}]}}'
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Something measured: its code, unit (UCUM), the range of a healthy value, and its decimal places."""
+    """A measurement: its code, UCUM unit, the range of healthy values, and its decimal places."""
 
     code: str
     name: str
@@ -67,7 +67,7 @@ SMOKING_ANSWERS = (
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A laboratory report and what it measures."""
+    """A laboratory report and its measurements."""
 
     code: str
     name: str
@@ -118,7 +118,7 @@ PANELS = (
 
 @dataclass(frozen=True, slots=True)
 class Disorder:
-    """A condition, whether it lasts, and the medication (an index into MEDICATIONS) that it is treated with."""
+    """A condition, whether it is chronic, and its medication (an index of MEDICATIONS)."""
 
     code: str
     name: str
@@ -133,7 +133,7 @@ def _disorder(snomed: str, icd10: str, name: str, chronic: bool, medication: int
 
 @dataclass(frozen=True, slots=True)
 class Drug:
-    """A medication: its concept, its dose form's unit, and how often a day it is taken."""
+    """A medication: its concept, the unit of its dose form, and the number of doses a day."""
 
     code: str
     name: str
@@ -218,7 +218,7 @@ DEVICES = (
 
 @dataclass(frozen=True, slots=True)
 class VisitKind:
-    """A kind of encounter: its class, its type, what it is billed as, and how long it lasts in minutes."""
+    """A kind of encounter: its class, type, billing code, and duration in minutes."""
 
     act: str
     type: str

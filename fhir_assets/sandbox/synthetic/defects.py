@@ -1,6 +1,6 @@
-"""Known ways to break a resource, each with the validation rule that must catch it.
+"""Defects of resources, each with the validation rule that has to detect it.
 
-A defect leaves ``resourceType``, ``id`` and ``meta`` as they are, so that a server still serves the resource.
+A defect does not change ``resourceType``, ``id`` and ``meta``, so that a server can still serve the resource.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Resource = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """A way to break a resource. ``types`` it is for (empty: all); ``rule`` as an Issue names it."""
+    """A defect. ``types`` are the types it applies to (empty: all); ``rule`` is the rule of the resulting issue."""
 
     name: str
     rule: str
@@ -179,11 +179,11 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("script in the narrative", "invariant:txt-1", frozenset(), _script_in_narrative),
     Defect("narrative that is not XHTML", "primitive", frozenset(), _unclosed_narrative),
 )
-"""Every defect. All types of the catalog have several."""
+"""All defects. Several apply to each type of the catalog."""
 
 
 def break_resource(resource_type: str, body: bytes, random: Random) -> tuple[Defect, bytes]:
-    """Break a resource in one way that fits its type: the way, and the broken resource."""
+    """Give a resource a defect that applies to its type. Returns the defect and the changed resource."""
     fitting = [defect for defect in DEFECTS if not defect.types or resource_type in defect.types]
     specific = [defect for defect in fitting if defect.types]
     defect = random.choice(specific if specific and random.random() < 0.7 else fitting)

@@ -39,7 +39,7 @@ def _quantity(value: str, unit: str) -> str:
 
 
 def _observation(person: Person, visit: Visit, category: str, code: str, rest: str, seconds: int = 300) -> str:
-    """The JSON of an Observation, up to and with ``rest``."""
+    """Return the JSON of an Observation that ends with ``rest``."""
     return (
         person.head("Observation", person.new("o"), visit.updated)
         + f',"status":"final","category":[{category}],"code":{code},"subject":{person.subject}'
@@ -49,7 +49,7 @@ def _observation(person: Person, visit: Visit, category: str, code: str, rest: s
 
 
 def _draw(person: Person, measure: Measure) -> str:
-    """A value as its digits, trailing zeros and all: mostly healthy, at times out of range."""
+    """Draw a value as text with trailing zeros: mostly healthy, sometimes out of range."""
     spread = measure.high - measure.low
     draw = person.random.random()
     share = draw / 0.85 if draw < 0.85 else 1 + (draw - 0.85) * 3
@@ -61,7 +61,7 @@ def _measured(measure: Measure, value: str) -> str:
 
 
 def vitals(person: Person, visit: Visit) -> Resources:
-    """Blood pressure with its components, and some of the other vital signs."""
+    """Yield blood pressure with its components, and some of the other vital signs."""
     random = person.random
     pressure = random.random()
     systolic, diastolic = f"{105 + pressure * 55:.0f}", f"{65 + pressure * 33:.0f}"
@@ -87,7 +87,7 @@ def vitals(person: Person, visit: Visit) -> Resources:
 
 
 def build(person: Person, visit: Visit) -> Resources:
-    """Height, weight, body mass index and smoking status: they fit one another."""
+    """Yield consistent height, weight and body mass index, and the smoking status."""
     age = person.age(visit.start)
     person.bmi *= 0.97 + person.random.random() * 0.06
     grown = min(age / 18, 1) ** 0.8
@@ -104,7 +104,7 @@ def build(person: Person, visit: Visit) -> Resources:
 
 
 def laboratory(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
-    """A specimen, what was measured in it, and the report, all ordered by ``request``."""
+    """Yield a specimen, its measurements and the report, all based on ``request``."""
     specimen = person.new("sp")
     collected = date_time(visit.start + 420)
     yield (
@@ -149,7 +149,7 @@ def laboratory(person: Person, visit: Visit, request: str, panel: Panel) -> Reso
 
 
 def imaging(person: Person, visit: Visit) -> Resources:
-    """An ImagingStudy of one series."""
+    """Yield an ImagingStudy with one series."""
     modality, sop_class = pick(person.random, _MODALITIES)
     study = person.new("im")
     uid = f"2.25.{person.number + 1}{person.serial:04}"

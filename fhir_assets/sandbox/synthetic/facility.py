@@ -1,4 +1,4 @@
-"""What all patients share: organizations, locations, practitioners, their roles, medications. Always as many."""
+"""The resources that all patients share: organizations, locations, practitioners, their roles, and medications."""
 
 from dataclasses import dataclass
 from random import Random
@@ -33,7 +33,7 @@ class _Shelf:
 
 
 def facility(population: str, first_ms: int, last_ms: int) -> Resources:
-    """The shared resources of a population."""
+    """Yield the shared resources of a population."""
     shelf = _Shelf(Random(f"{population}:facility"), first_ms, last_ms)
     yield from _organizations(population, shelf)
     yield from _practitioners(population, shelf)

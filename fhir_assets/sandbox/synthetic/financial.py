@@ -30,7 +30,7 @@ def _usd(cents: int) -> str:
 
 
 def coverage(person: Person, coverage_id: str) -> Resources:
-    """The patient's Coverage."""
+    """Yield the patient's Coverage."""
     start = max(person.born, person.last // 86_400_000 - 700)
     yield (
         "Coverage",
@@ -43,7 +43,7 @@ def coverage(person: Person, coverage_id: str) -> Resources:
 
 
 def claim(person: Person, visit: Visit, coverage_id: str, condition: str | None) -> Resources:
-    """The Claim for a visit, and the ExplanationOfBenefit that answers it."""
+    """Yield the Claim of a visit and its ExplanationOfBenefit."""
     claim_id = person.new("cl")
     cents = visit.kind.price * 100 + int(person.random.random() * 2500)
     copay = min(2000, cents // 5)

@@ -1,4 +1,4 @@
-"""The patient: who, where, since when, with which identifiers; and what all of a patient's resources share."""
+"""The patient, and the facts that all resources of a patient share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from fhir_assets.sandbox.synthetic.clock import DAY, DAYS, date_time, instant
 from fhir_assets.sandbox.synthetic.codes import HL7, VisitKind, hl7
 
 Resources = Iterator[tuple[str, str]]
-"""Resource types with the JSON of a resource."""
+"""Pairs of a resource type and the JSON of a resource."""
 
 T = TypeVar("T")
 
@@ -43,14 +43,15 @@ _LANGUAGES = (("en-US", "English (United States)"), ("es", "Spanish"), ("zh", "C
 
 
 def pick(random: Random, options: Sequence[T]) -> T:
-    """One of the options; faster than ``random.choice``."""
+    """Return one of the options, faster than ``random.choice``."""
     return options[int(random.random() * len(options))]
 
 
 @dataclass(slots=True)
 class Person:
-    """What the resources of a patient need to know. ``updated`` is in milliseconds, ``born`` a day number,
-    ``height`` what it is as an adult, in centimetres.
+    """The facts about a patient that the patient's resources need.
+
+    ``updated`` is in milliseconds, ``born`` a number of days since 1970, ``height`` the adult height in centimetres.
     """
 
     id: str
@@ -69,12 +70,12 @@ class Person:
     serial: int = 0
 
     def new(self, prefix: str) -> str:
-        """A fresh id for a resource of this patient."""
+        """Return a new id for a resource of this patient."""
         self.serial += 1
         return f"{self.id}-{prefix}{self.serial}"
 
     def head(self, resource_type: str, resource_id: str, updated: int) -> str:
-        """How the JSON of a resource begins; ``lastUpdated`` is some seconds after ``updated``."""
+        """Return the beginning of the JSON of a resource. ``lastUpdated`` is some seconds after ``updated``."""
         self.serial += 1
         when = instant(min(updated + self.serial * 977, self.last))
         return (
@@ -82,13 +83,13 @@ class Person:
         )
 
     def age(self, seconds: int) -> int:
-        """Whole years at a time in seconds."""
+        """Return the age in whole years at a time in seconds."""
         return int((seconds // DAY - self.born) / 365.25)
 
 
 @dataclass(slots=True)
 class Visit:
-    """An encounter, before it is written; ``start`` and ``end`` in seconds, ``updated`` in milliseconds."""
+    """An encounter before it is rendered. ``start`` and ``end`` are in seconds, ``updated`` in milliseconds."""
 
     id: str
     kind: VisitKind
@@ -102,12 +103,12 @@ class Visit:
 
     @property
     def encounter(self) -> str:
-        """The JSON of a reference to the encounter."""
+        """Return the JSON of a reference to the encounter."""
         return f'{{"reference":"Encounter/{self.id}"}}'
 
 
 def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Person:
-    """The patient of a number: the same for the same population, whatever the other numbers are."""
+    """Return the patient with a number, independent of the other patients."""
     random = Random(f"{population}:{number}")
     female = random.random() < 0.51
     born = first_ms // (1000 * DAY) - 30 - int(random.random() ** 0.8 * 90 * 365)
@@ -130,7 +131,7 @@ def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Pe
 
 
 def patient(person: Person, last_seen: int) -> Resources:
-    """The Patient resource. Some of the old died after they were ``last_seen`` (seconds)."""
+    """Yield the Patient resource. Some old patients died after they were ``last_seen`` (seconds)."""
     random, n = person.random, person.number
     race_code, race = pick(random, _RACES)
     hispanic = random.random() < 0.18

@@ -23,7 +23,7 @@ _IMMUNITY = hl7("v3-ActReason", "IMMUNE", "immunity")
 
 
 def medication(person: Person, visit: Visit, disorder: Disorder, condition: str) -> Resources:
-    """A course of treatment: the request, and of it the dispense, the statement, and in hospital the dose given."""
+    """Yield a course of medication: the request, its dispense and statement and, in hospital, its administration."""
     random = person.random
     drug = MEDICATIONS[disorder.medication]
     coded = f'"medicationCodeableConcept":{drug.code}'
@@ -89,7 +89,7 @@ def medication(person: Person, visit: Visit, disorder: Disorder, condition: str)
 
 
 def immunization(person: Person, visit: Visit) -> Resources:
-    """A vaccine given at a visit; one in twenty was refused."""
+    """Yield a vaccination at a visit. One in twenty was refused."""
     random = person.random
     refused = random.random() < 0.05
     outcome = f',"statusReason":{_IMMUNITY}' if refused else ""
@@ -109,7 +109,7 @@ def immunization(person: Person, visit: Visit) -> Resources:
 
 
 def device(person: Person, visit: Visit) -> Resources:
-    """A Device that the patient uses, with its UDI."""
+    """Yield a Device that the patient uses, with its UDI."""
     name, kind = pick(person.random, DEVICES)
     device_id = person.new("dev")
     serial = f"{person.number:06}{person.serial:03}"

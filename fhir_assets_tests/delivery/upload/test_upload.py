@@ -19,8 +19,8 @@ from cryptography.fernet import Fernet
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, Journal
 from fhir_assets.errors import ConfigurationError, ServerRefused
+from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
-from fhir_assets.sandbox.gate import Credentials
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect

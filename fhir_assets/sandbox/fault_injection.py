@@ -1,6 +1,6 @@
-"""The gate before the FHIR routes: counts requests, asks for credentials, and lets faults strike.
+"""ASGI middleware in front of the FHIR routes: counts requests, checks credentials and injects faults.
 
-It is plain ASGI, because faults need the answer before it is sent, and the socket itself.
+It is plain ASGI, because faults change responses before they are sent, or close the socket.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from fhir_assets.sandbox.outcomes import Refusal
 CLOSE_SOCKET = "sandbox.close"
 """The ASGI extension that closes the connection at once (``process.py`` puts it there)."""
 
-_PASSING = frozenset(
+_HANDLED_BY_ROUTES = frozenset(
     {FaultKind.DUPLICATE, FaultKind.LOSE_PAGE, FaultKind.WRONG_TOTAL, FaultKind.SLOW, FaultKind.MALFORMED}
 )
 _HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please sign in.</body></html>"
@@ -29,7 +29,7 @@ _HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please s
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a client must show: user name and password, or a bearer token."""
+    """The credentials that a client must send: user name and password, or a bearer token."""
 
     username: str | None = None
     password: str | None = None
@@ -37,7 +37,7 @@ class Credentials:
 
     @property
     def header(self) -> str:
-        """The Authorization header that is let in."""
+        """The Authorization header that is accepted."""
         if self.token is not None:
             return f"Bearer {self.token}"
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
@@ -45,10 +45,10 @@ class Credentials:
 
 @dataclass(slots=True)
 class Stats:
-    """What the server has seen since its start, or since the statistics were reset.
+    """Statistics of requests since the start of the server, or since they were reset.
 
-    Most answers take less than a millisecond: calls that overlap at the client show in ``max_in_flight`` for sure
-    only while a slow fault holds them.
+    Most responses take less than a millisecond. ``max_in_flight`` therefore reliably shows concurrent calls only while
+    a slow fault delays them.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -61,7 +61,7 @@ class Stats:
 
 
 class Control:
-    """What can be watched and switched at run time: the statistics and the faults."""
+    """The statistics and the faults of a running server."""
 
     def __init__(self, plan: FaultPlan) -> None:
         self.stats = Stats()
@@ -69,7 +69,7 @@ class Control:
 
 
 def kind_of(method: str, path: str, query: str) -> RequestKind:
-    """The kind of a request; ``path`` is below the FHIR base, without its leading slash."""
+    """Return the kind of a request. ``path`` is relative to the FHIR base, without a leading slash."""
     parts = path.split("/") if path else []
     if parts[-1:] == ["$export"]:
         return RequestKind.KICK_OFF
@@ -92,8 +92,8 @@ def kind_of(method: str, path: str, query: str) -> RequestKind:
     return RequestKind.COUNT if "_summary=count" in query else RequestKind.SEARCH
 
 
-class Gate:
-    """ASGI middleware around everything under ``/fhir``."""
+class FaultInjection:
+    """ASGI middleware around the routes below ``/fhir``."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Gate:
         control: Control,
         admits: Callable[[str], bool] | None = None,
     ) -> None:
-        """``admits`` says of an Authorization header whether it is let in, in place of fixed ``credentials``."""
+        """Wrap ``app``. ``admits`` decides on an Authorization header, in place of fixed ``credentials``."""
         self._app = app
         self._admits = admits
         self._base = base
@@ -113,7 +113,7 @@ class Gate:
         self._scheme = credentials.header.split()[0] if credentials else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Handle one request."""
         path = str(scope.get("path", ""))
         if scope["type"] != "http" or not (path == self._base or path.startswith(self._base + "/")):
             await self._app(scope, receive, send)
@@ -134,7 +134,7 @@ class Gate:
     async def _serve(self, kind: RequestKind, scope: Scope, receive: Receive, send: Send) -> None:
         if kind is not RequestKind.METADATA and not scope["path"].endswith("/smart-configuration"):
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not self._lets_in(given):
+            if not self._is_authorized(given):
                 refusal = Refusal(401, "login", "Credentials are missing or wrong")
                 challenge = f'{self._scheme or "Bearer"} realm="sandbox"'
                 await _answer(refusal, {"WWW-Authenticate": challenge})(scope, receive, send)
@@ -145,7 +145,7 @@ class Gate:
         scope.setdefault("state", {})["faults"] = drawn
         if FaultKind.SLOW in drawn:
             await asyncio.sleep(drawn[FaultKind.SLOW].seconds)
-        fault = next((fault for fault in drawn.values() if fault.kind not in _PASSING), None)
+        fault = next((fault for fault in drawn.values() if fault.kind not in _HANDLED_BY_ROUTES), None)
         match fault.kind if fault else None:
             case FaultKind.RESET:
                 scope["extensions"][CLOSE_SOCKET]()
@@ -161,7 +161,7 @@ class Gate:
             case _:
                 await self._app(scope, receive, send)
 
-    def _lets_in(self, given: bytes) -> bool:
+    def _is_authorized(self, given: bytes) -> bool:
         if self._admits is not None:
             return self._admits(given.decode("latin-1"))
         return self._expected is None or hmac.compare_digest(given, self._expected)
@@ -194,7 +194,7 @@ def _failure(fault: Fault) -> Response:
 
 
 def _cutting(send: Send, *, whole_length: bool) -> Callable[[Message], Awaitable[None]]:
-    """Send the first half of the answer. With the length of the whole one announced, the connection breaks."""
+    """Send the first half of a response. With ``whole_length`` its header announces the whole, and the connection breaks."""
     held: list[Message] = []
 
     async def cutting(message: Message) -> None:
