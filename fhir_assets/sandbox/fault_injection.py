@@ -194,7 +194,7 @@ def _failure(fault: Fault) -> Response:
 
 
 def _cutting(send: Send, *, whole_length: bool) -> Callable[[Message], Awaitable[None]]:
-    """Send the first half of a response. With ``whole_length`` its header announces the whole, and the connection breaks."""
+    """Send half of a response. With ``whole_length`` its header announces the whole, and the connection breaks."""
     held: list[Message] = []
 
     async def cutting(message: Message) -> None:
