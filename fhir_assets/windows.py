@@ -47,7 +47,7 @@ class Interval:
         return (self.start is None or self.start <= moment) and moment < self.end
 
 
-def joined(intervals: Iterable[Interval]) -> list[Interval]:
+def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
     """Merge intervals that touch or overlap. They must be, and are returned, in the order of their starts."""
     spans: list[Interval] = []
     for interval in intervals:

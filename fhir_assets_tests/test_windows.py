@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.orchestration.partitions import build_partitions
-from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme, joined
+from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme, merge_intervals
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 MOMENTS = st.datetimes(datetime(2024, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
@@ -57,9 +57,9 @@ def test_windows_are_half_open() -> None:
 
 def test_adjacent_intervals_are_merged_and_gaps_stay() -> None:
     a, b, c, d, e = (datetime(2024, 1, day, tzinfo=UTC) for day in range(1, 6))
-    assert joined([]) == []
-    assert joined([Interval(None, a), Interval(a, b), Interval(b, c), Interval(d, e)]) == [
+    assert merge_intervals([]) == []
+    assert merge_intervals([Interval(None, a), Interval(a, b), Interval(b, c), Interval(d, e)]) == [
         Interval(None, c),
         Interval(d, e),
     ]
-    assert joined([Interval(a, d), Interval(b, c)]) == [Interval(a, d)]
+    assert merge_intervals([Interval(a, d), Interval(b, c)]) == [Interval(a, d)]

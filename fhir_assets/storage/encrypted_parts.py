@@ -12,7 +12,7 @@ FRAME_BYTES = 1 << 18
 _LENGTH = 4
 
 
-def frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
+def encrypt_frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
     """Yield the content of a part as encrypted frames, which follow MARK in its file."""
     view = memoryview(content)
     for start in range(0, len(view), FRAME_BYTES):
@@ -20,7 +20,7 @@ def frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
         yield len(encrypted).to_bytes(_LENGTH, "big") + encrypted
 
 
-def opened(file: BinaryIO, cipher: Cipher) -> BinaryIO:
+def decrypt_stream(file: BinaryIO, cipher: Cipher) -> BinaryIO:
     """Return the content of a part as a stream: decrypted if it is encrypted, else the file itself."""
     if not file.seekable():
         head = file.read(len(MARK))
@@ -32,7 +32,7 @@ def opened(file: BinaryIO, cipher: Cipher) -> BinaryIO:
     return file
 
 
-def key_of(file: BinaryIO) -> str | None:
+def read_key_id(file: BinaryIO) -> str | None:
     """Return the id of the key that a part is encrypted with, or None for clear text. Reads the first bytes."""
     if file.read(len(MARK)) != MARK:
         return None

@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.storage.encrypted_parts import MARK, frames, opened
+from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_frames
 from fhir_assets.storage.s3 import Bucket
 
 DONE = ".done"
@@ -143,11 +143,11 @@ class EncryptedZone:
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
-        return opened(self._zone.open(name), self._cipher)
+        return decrypt_stream(self._zone.open(name), self._cipher)
 
     def put(self, name: str, content: bytes) -> None:
         """Write a file, which is complete when it appears. Raises StoreError."""
-        stored = b"".join([MARK, *frames(content, self._cipher)]) if self._cipher.on else content
+        stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.on else content
         self._zone.put(name, stored)
 
 

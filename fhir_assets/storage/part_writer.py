@@ -11,7 +11,7 @@ from isal import igzip
 
 from fhir_assets.errors import StoreError
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, frames
+from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, encrypt_frames
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.store import LAYERS, Store, folder, map_concurrently
 
@@ -49,7 +49,7 @@ class _OpenPart:
             else:
                 if not self.rows:
                     file.write(MARK)
-                file.writelines(frames(packed, self.cipher))
+                file.writelines(encrypt_frames(packed, self.cipher))
             self.stored_bytes = file.tell()
         self.rows += len(self.lines)
         self.bytes += len(content)

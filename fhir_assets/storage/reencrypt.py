@@ -7,7 +7,7 @@ from itertools import islice
 
 from fhir_assets.errors import EncryptionError, FhirAssetsError, StoreError
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, frames, key_of, opened
+from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, decrypt_stream, encrypt_frames, read_key_id
 from fhir_assets.storage.store import LAYERS, Store
 
 BATCH_PARTS = 64
@@ -48,9 +48,9 @@ def _try_to_reencrypt(store: Store, name: str, cipher: Cipher) -> FhirAssetsErro
     try:
         with store.blobs.open(name) as file, path.open("wb") as target:
             target.write(MARK)
-            content = opened(file, cipher)
+            content = decrypt_stream(file, cipher)
             while chunk := content.read(FRAME_BYTES):
-                target.writelines(frames(chunk, cipher))
+                target.writelines(encrypt_frames(chunk, cipher))
         store.blobs.put_file(name, path)
     except EOFError:
         return StoreError(f"{store.blobs.url}/{name} is incomplete: materialize its raw partition again, in full")
@@ -70,7 +70,7 @@ def _try_to_reencrypt(store: Store, name: str, cipher: Cipher) -> FhirAssetsErro
 def _key(store: Store, name: str) -> tuple[str, str | None] | None:
     try:
         with store.blobs.open(name) as file:
-            return name, key_of(file)
+            return name, read_key_id(file)
     except StoreError:
         if _exists(store, name):
             raise

@@ -12,7 +12,7 @@ from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
-from fhir_assets.storage.encrypted_parts import opened
+from fhir_assets.storage.encrypted_parts import decrypt_stream
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.s3 import Bucket, S3Blobs
 
@@ -121,7 +121,7 @@ class Store:
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""
-        with self.blobs.open(part.name) as raw, _unpack(fileobj=opened(raw, self.cipher), mode="rb") as file:
+        with self.blobs.open(part.name) as raw, _unpack(fileobj=decrypt_stream(raw, self.cipher), mode="rb") as file:
             while True:
                 try:
                     chunk = file.read(BATCH_BYTES)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fhir_assets.errors import EncryptionError
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json, from_json, is_token, key_id_of, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.storage.encrypted_parts import MARK, frames, key_of, opened
+from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_frames, read_key_id
 
 OLD, NEW = new_key(), new_key()
 SECRET = new_secret()
@@ -79,14 +79,14 @@ def test_a_cipher_is_pickled_with_its_keys_and_its_repr_shows_only_ids() -> None
 
 
 def part(content: bytes, cipher: Cipher) -> BinaryIO:
-    return io.BytesIO(MARK + b"".join(frames(content, cipher)))
+    return io.BytesIO(MARK + b"".join(encrypt_frames(content, cipher)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 18, (1 << 18) + 1, 3 << 18])
 def test_parts_round_trip_frame_by_frame(size: int) -> None:
     content = bytes(n % 251 for n in range(size))
-    assert opened(part(content, CIPHER), BOTH).read() == content
-    assert key_of(part(content, CIPHER)) == (CIPHER.key_id if size else None)
+    assert decrypt_stream(part(content, CIPHER), BOTH).read() == content
+    assert read_key_id(part(content, CIPHER)) == (CIPHER.key_id if size else None)
 
 
 class Pipe(io.BytesIO):
@@ -96,14 +96,14 @@ class Pipe(io.BytesIO):
 
 def test_parts_are_read_from_streams_that_cannot_seek() -> None:
     encrypted = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
-    assert opened(Pipe(encrypted), CIPHER).read() == b"x" * 1000
-    assert opened(Pipe(b"clear" * 200), CIPHER).read() == b"clear" * 200
+    assert decrypt_stream(Pipe(encrypted), CIPHER).read() == b"x" * 1000
+    assert decrypt_stream(Pipe(b"clear" * 200), CIPHER).read() == b"clear" * 200
 
 
 def test_a_truncated_part_is_refused() -> None:
     encrypted = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
     with pytest.raises(EOFError):
-        opened(io.BytesIO(encrypted[:-1]), CIPHER).read()
+        decrypt_stream(io.BytesIO(encrypted[:-1]), CIPHER).read()
 
 
 def test_encrypted_parts_are_read_when_the_store_is_not_encrypted() -> None:

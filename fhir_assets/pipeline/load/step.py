@@ -25,7 +25,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSessio
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, LoadCounts, Loader, UnloadableResource
-from fhir_assets.windows import Interval, Window, joined
+from fhir_assets.windows import Interval, Window, merge_intervals
 
 TRANSACTION_ROWS = 50_000
 """Small windows share a transaction up to this many resources; a larger window has a transaction of its own."""
@@ -288,7 +288,9 @@ class LoadStep:
         )
         inputs = {task.window.key: task.manifest.validated.inputs for task in group if task.manifest.validated}
         received.record_loaded(conn, self._run_id, resource_type, inputs)
-        for span in joined(Interval(task.window.start, task.until) for task in group if task.until is not None):
+        for span in merge_intervals(
+            Interval(task.window.start, task.until) for task in group if task.until is not None
+        ):
             checkpoints.advance(conn, resource_type, span.start, span.end, self._run_id)
 
     def _resolve_replayed(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
