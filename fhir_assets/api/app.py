@@ -3,6 +3,7 @@
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -17,8 +18,6 @@ from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import RequestMiddleware
 from fhir_assets.api.problems import Problem, ProblemDocument
 from fhir_assets.settings import Settings, load_settings
-
-VERSION = "1.0.0"
 
 
 def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
@@ -36,7 +35,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
 
     app = FastAPI(
         title="fhir_assets",
-        version=VERSION,
+        version=version("fhir-assets"),
         summary="FHIR data in Postgres tables: intake of records, patient look-ups, runs",
         openapi_url=None,
         docs_url=None,

@@ -1,11 +1,14 @@
 """The OpenAPI document, and whether the API answers as it says."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fhir_assets.api.app import build_openapi, create_app, list_routes
+from fhir_assets.cli.main import app as command_line
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.api import TOKENS, Serve
 from fhir_assets_tests.support.api_fuzz import fuzz
@@ -24,6 +27,11 @@ NEEDS_DAGSTER = frozenset(
 @pytest.fixture(scope="module")
 def described() -> dict[str, Any]:
     return build_openapi(create_app(load_settings(api_tokens=TOKENS)))
+
+
+def test_the_api_and_the_command_have_the_version_of_the_package(described: dict[str, Any]) -> None:
+    printed = CliRunner().invoke(command_line, ["--version"]).output.strip()
+    assert described["info"]["version"] == printed == version("fhir-assets")
 
 
 def test_every_route_is_in_the_document_but_the_documents_own(described: dict[str, Any]) -> None:

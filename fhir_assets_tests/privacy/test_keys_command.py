@@ -103,7 +103,7 @@ def test_a_wrong_key_is_refused_before_data_is_read(deployed: str, monkeypatch: 
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
     for command in ("status", "rotate"):
         refused = CliRunner().invoke(app, ["keys", command])
-        assert f"sealed with key {OLD_ID}, which PHI_ENCRYPTION_KEYS lacks" in str(refused.exception)
+        assert f"encrypted with key {OLD_ID}, which is not in PHI_ENCRYPTION_KEYS" in str(refused.exception)
         assert NEW not in str(refused.exception)
 
 
