@@ -18,8 +18,8 @@ from fhir_assets_tests.support.deployment import Deploy
 @pytest.fixture
 def population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder of resources, some of them bad; even so little work goes to the workers."""
-    monkeypatch.setattr(pool, "WORTH_A_START", 0)
-    monkeypatch.setattr(pool, "WORTH_A_TRIP", 0)
+    monkeypatch.setattr(pool, "MIN_SECONDS_TO_START", 0)
+    monkeypatch.setattr(pool, "MIN_SECONDS_TO_SHARE", 0)
     monkeypatch.setattr(pool, "UNIT_BYTES", 20_000)
     monkeypatch.setattr(store, "BATCH_BYTES", 20_000)
     write_population(tmp_path / "population", Population(20, 3, 0.05, end=END, start=START))
@@ -52,24 +52,24 @@ def test_a_worker_killed_in_mid_load_fails_the_run_with_one_sentence_and_the_nex
     clean = deploy(home="clean", fhir_workers=1, **settings)
     assert all(outcome.success for outcome in clean.ingest())
     killed = deploy(home="killed", url=empty_database, fhir_workers=2, **settings)
-    ask = pool._Worker.ask
+    ask = pool.WorkerProcess.ask
     batches = 0
 
-    def killed_in_the_third(self: pool._Worker, job: bytes, items: list[Any]) -> Any:
+    def killed_in_the_third(self: pool.WorkerProcess, job: bytes, items: list[Any]) -> Any:
         nonlocal batches
         batches += isinstance(items[0], Batch)
         if batches == 3:
-            self._process.kill()
+            self.kill()
         return ask(self, job, items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool._Worker, "ask", killed_in_the_third)
+        patch.setattr(pool.WorkerProcess, "ask", killed_in_the_third)
         outcomes = killed.ingest()
     failed = [outcome for outcome in outcomes if not outcome.success]
     assert len(failed) == 1
     with connect(killed.url) as conn:
         (reason,) = runs.get_errors(conn, failed[0].run_id)
-    assert "a worker process ended in mid-work (killed by signal 9)" in reason
+    assert "a worker process ended during its work (killed by signal 9)" in reason
     assert killed.loaded() == {}
     assert all(outcome.success for outcome in killed.ingest())
     assert killed.tables() == clean.tables()

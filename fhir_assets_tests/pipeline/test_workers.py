@@ -1,4 +1,4 @@
-"""Worker processes: the same results in the same order, and an end with one sentence when one of them is killed."""
+"""Worker processes: results in order, bounded memory, and the end of a worker or of its parent."""
 
 import os
 import signal
@@ -15,9 +15,10 @@ import pytest
 from fhir_assets.errors import PermanentError, StoreError, WorkerLost
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.pipeline.validate.step import LineValidator
-from fhir_assets.pipeline.workers.pool import UNIT_BYTES, WORTH_A_START, WorkerPool
+from fhir_assets.pipeline.workers.pool import MIN_SECONDS_TO_START, UNIT_BYTES, WorkerPool
+from fhir_assets_tests.support.worker_jobs import process_of
 
-LARGE = WORTH_A_START + 1
+LARGE = MIN_SECONDS_TO_START + 1
 
 
 @pytest.fixture
@@ -31,19 +32,15 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-def shouted(text: str) -> str:
+def upper(text: str) -> str:
     return text.upper()
-
-
-def process_of(text: str) -> int:
-    return os.getpid()
 
 
 def refuse(text: str) -> str:
     raise StoreError("the part is damaged")
 
 
-def choke(text: str) -> str:
+def fail(text: str) -> str:
     raise ValueError(f"could not read {text}")
 
 
@@ -52,14 +49,14 @@ def die(text: str) -> str:
     return text
 
 
-def chatter(text: str) -> str:
+def print_text(text: str) -> str:
     print("something that a library prints")
     return text
 
 
 @dataclass(frozen=True)
 class Unpickled:
-    """Says how often it was unpickled in its process."""
+    """Counts how often it was unpickled in its process."""
 
     seen = 0
 
@@ -74,18 +71,18 @@ class Unpickled:
 
 
 def run(workers: WorkerPool, job: Callable[[str], object], items: list[str], *, seconds: float = LARGE) -> list[object]:
-    """A unit an item."""
+    """Run a job with one unit for each item."""
     weighed = workers.map(job, enumerate(items), weigh=lambda _: UNIT_BYTES, seconds=seconds)
-    found = []
-    for place, (context, item, result) in enumerate(weighed):
-        assert (context, item) == (place, items[place])
-        found.append(result)
-    return found
+    results = []
+    for index, (context, item, result) in enumerate(weighed):
+        assert (context, item) == (index, items[index])
+        results.append(result)
+    return results
 
 
 def test_results_come_in_order_from_several_processes(workers: WorkerPool) -> None:
     items = [f"line {n}" for n in range(50)]
-    assert run(workers, shouted, items) == [item.upper() for item in items]
+    assert run(workers, upper, items) == [item.upper() for item in items]
     processes: set[object] = set()
     deadline = time.monotonic() + 60
     # A busy machine may let the first process do everything before the second one has started.
@@ -97,17 +94,17 @@ def test_results_come_in_order_from_several_processes(workers: WorkerPool) -> No
 
 def test_little_work_starts_no_process_and_one_worker_is_none(workers: WorkerPool) -> None:
     before = children()
-    assert run(workers, process_of, ["a", "b"], seconds=WORTH_A_START / 2) == [os.getpid()] * 2
+    assert run(workers, process_of, ["a", "b"], seconds=MIN_SECONDS_TO_START / 2) == [os.getpid()] * 2
     assert run(WorkerPool(1), process_of, ["a", "b"], seconds=1000) == [os.getpid()] * 2
     assert children() == before
 
 
-def test_small_items_travel_together(workers: WorkerPool) -> None:
+def test_small_items_share_a_unit(workers: WorkerPool) -> None:
     weighed = workers.map(process_of, ((None, str(n)) for n in range(100)), weigh=lambda _: 10, seconds=LARGE)
     assert len({process for _, _, process in weighed}) == 1
 
 
-def test_a_job_is_unpickled_once_a_worker(workers: WorkerPool) -> None:
+def test_a_job_is_unpickled_once_in_each_worker(workers: WorkerPool) -> None:
     assert set(run(workers, Unpickled(), [str(n) for n in range(20)])) == {1}
 
 
@@ -120,7 +117,7 @@ def test_no_more_units_are_read_than_fit_in_flight(workers: WorkerPool) -> None:
             read += 1
             yield None, str(n)
 
-    results = workers.map(shouted, items(), weigh=lambda _: UNIT_BYTES, seconds=LARGE)
+    results = workers.map(upper, items(), weigh=lambda _: UNIT_BYTES, seconds=LARGE)
     next(results)
     assert read <= 6
     assert len(list(results)) == 99
@@ -129,41 +126,41 @@ def test_no_more_units_are_read_than_fit_in_flight(workers: WorkerPool) -> None:
 def test_an_error_of_the_project_arrives_as_it_is(workers: WorkerPool) -> None:
     with pytest.raises(StoreError, match="the part is damaged"):
         run(workers, refuse, ["a"] * 10)
-    assert run(workers, shouted, ["still there"]) == ["STILL THERE"]
+    assert run(workers, upper, ["still there"]) == ["STILL THERE"]
 
 
-def test_any_other_error_tells_type_and_place_but_not_what_it_choked_on(workers: WorkerPool) -> None:
+def test_any_other_error_has_its_type_and_location_but_not_its_message(workers: WorkerPool) -> None:
     with pytest.raises(PermanentError, match=r"unexpected ValueError in test_workers.py, line \d+") as caught:
-        run(workers, choke, ["Mrs Miller"])
+        run(workers, fail, ["Mrs Miller"])
     assert "Miller" not in str(caught.value)
 
 
-def test_a_killed_worker_is_one_sentence_and_the_next_work_has_a_new_one(workers: WorkerPool) -> None:
+def test_a_killed_worker_raises_worker_lost_and_the_next_work_starts_a_new_worker(workers: WorkerPool) -> None:
     with pytest.raises(WorkerLost, match=r"killed by signal 9.*nothing of these windows is kept"):
         run(workers, die, ["a"] * 10)
-    assert run(workers, shouted, ["again"] * 10) == ["AGAIN"] * 10
+    assert run(workers, upper, ["again"] * 10) == ["AGAIN"] * 10
 
 
-def test_a_worker_that_died_idle_is_replaced_without_a_word(workers: WorkerPool) -> None:
+def test_a_worker_that_was_killed_while_idle_is_replaced(workers: WorkerPool) -> None:
     for process in set(run(workers, process_of, ["a"] * 10)):
         assert isinstance(process, int)
         psutil.Process(process).kill()
         psutil.Process(process).wait()
-    assert run(workers, shouted, ["a"] * 10) == ["A"] * 10
+    assert run(workers, upper, ["a"] * 10) == ["A"] * 10
 
 
-def test_what_a_worker_prints_does_not_get_between_its_answers(workers: WorkerPool) -> None:
-    assert run(workers, chatter, ["a", "b"]) == ["a", "b"]
+def test_printed_text_of_a_worker_does_not_disturb_its_results(workers: WorkerPool) -> None:
+    assert run(workers, print_text, ["a", "b"]) == ["a", "b"]
 
 
 def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "parent.py"
     program.write_text(
         "import os, time\n"
-        "from fhir_assets.pipeline.workers.pool import UNIT_BYTES, Workers\n"
-        "from fhir_assets_tests.pipeline.test_workers import LARGE, process_of\n"
-        "found = Workers(2).map(process_of, enumerate('abcdefgh'), weigh=lambda _: UNIT_BYTES, seconds=LARGE)\n"
-        "print(*{process for _, _, process in found}, flush=True)\n"
+        "from fhir_assets.pipeline.workers.pool import UNIT_BYTES, WorkerPool\n"
+        "from fhir_assets_tests.support.worker_jobs import process_of\n"
+        "results = WorkerPool(2).map(process_of, enumerate('abcdefgh'), weigh=lambda _: UNIT_BYTES, seconds=2)\n"
+        "print(*{process for _, _, process in results}, flush=True)\n"
         "time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE) as parent:
@@ -177,16 +174,16 @@ def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> N
         time.sleep(0.05)
 
 
-def test_the_judgement_is_the_same_in_a_worker(workers: WorkerPool) -> None:
+def test_validation_gives_the_same_issues_in_a_worker(workers: WorkerPool) -> None:
     lines = [
         b'{"resourceType":"Patient","id":"a"}',
         b'{"resourceType":"Patient","id":"b","gender":"malee"}',
         b"{broken",
         b'{"resourceType":"Patient","id":"c","birthDate":"1980"}',
     ]
-    judge = LineValidator(Validator(warn_rules=["required-binding"]))
-    ((_, _, elsewhere),) = workers.map(judge, [(None, lines)], weigh=len, seconds=LARGE)
-    assert elsewhere == judge(lines)
+    validator = LineValidator(Validator(warn_rules=["required-binding"]))
+    ((_, _, elsewhere),) = workers.map(validator, [(None, lines)], weigh=len, seconds=LARGE)
+    assert elsewhere == validator(lines)
     assert [(place, issues[0].rule, issues[0].severity) for place, issues in elsewhere] == [
         (1, "required-binding", "warning"),
         (2, "json", "error"),

@@ -1,23 +1,23 @@
-"""The garbage collector while resources stream by the hundred thousand."""
+"""Settings of the garbage collector for steps that stream many resources."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_ALLOCATIONS = 100_000
+_THRESHOLD = 100_000
 
 
 @contextmanager
 def infrequent_gc() -> Iterator[None]:
-    """Have the collector run some hundred times less often, and not walk what is there already.
+    """Run the garbage collector about a hundred times less often, and exclude the objects that exist already.
 
-    Parsed resources and their rows hold no cycles, so they go when the last reference does; all the collector does
-    is to walk each batch, and Dagster's definitions with it, over and over: a tenth of a load's time. It stays on,
-    for the few cycles of exceptions and connections. As a decorator it serves each call.
+    Parsed resources and their rows contain no cycles and are freed by reference counting. The collector would only
+    traverse each batch and Dagster's definitions again and again, which takes a tenth of a load's time. It stays on for
+    the few cycles of exceptions and connections. Usable as a context manager and as a decorator.
     """
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(_ALLOCATIONS, *before[1:])
+    gc.set_threshold(_THRESHOLD, *before[1:])
     try:
         yield
     finally:

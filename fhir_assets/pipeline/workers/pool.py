@@ -1,7 +1,12 @@
-"""All cores of the machine: worker processes that judge batches of lines and make rows of them.
+"""Worker processes that validate batches of lines and build rows of them, on all cores of the machine.
 
-A worker is ``python -m fhir_assets.pipeline.workers.process`` at the other end of two pipes: nothing is forked (Dagster
-has threads), nobody's ``__main__`` is run again, and a worker ends by itself when its parent is gone, however it went.
+A worker is ``python -m fhir_assets.pipeline.workers.process``, connected by two pipes. It is not forked, because
+Dagster has threads, and it ends at the end of its input, even if its parent was killed.
+
+A ``ProcessPoolExecutor`` with the ``spawn`` method is as fast once it runs, but every one of its workers first imports
+the parent's ``__main__`` again, which is the command line or the code server with all of Dagster: 20,000 resources took
+about twice the processor time. It also does not report the exit code of a lost worker, and one lost worker fails the
+work of every run that shares the pool.
 """
 
 import pickle
@@ -21,30 +26,33 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Job = Callable[[Item], Result]
-"""What is done with an item. It pickles with all that it needs (rules, views, keys), and is unpickled once a worker."""
+"""Processes one item. A job is pickled with its rules, views and keys, and unpickled once in each worker."""
 
 UNIT_BYTES = 1 << 20
-"""Smaller items travel together."""
+"""Items are sent to a worker in units of at least this many bytes."""
 
-WORTH_A_START = 1.0
-"""Seconds of work, all that was asked for so far, for which processes are started."""
+MIN_SECONDS_TO_START = 1.0
+"""Processes are started once this many seconds of work were requested in total."""
 
-WORTH_A_TRIP = 0.1
-"""Seconds of work that is shared at all."""
+MIN_SECONDS_TO_SHARE = 0.1
+"""Work of fewer seconds is done in this process."""
 
-_IN_FLIGHT = 2
-"""Units a worker that are given out at most before the first of them is taken back."""
+_UNITS_PER_WORKER = 2
+"""How many units for each worker are in memory at most: the bound of what is sent before a result is consumed."""
 
 
 class WorkerPool:
-    """Some processes, shared by all that runs in this one. They start when there is enough work, and never with one."""
+    """A pool of ``count`` worker processes, shared by all runs in this process.
+
+    Workers start when enough work was requested. With a count of 1 all work is done in this process.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._asked = 0.0
-        self._idle: deque[_Worker] = deque()
+        self._requested_seconds = 0.0
+        self._idle: deque[WorkerProcess] = deque()
         self._threads: ThreadPoolExecutor | None = None
-        self._finalizer = finalize(self, _close, self._idle)
+        self._finalizer = finalize(self, _close_all, self._idle)
 
     def map(
         self,
@@ -54,13 +62,16 @@ class WorkerPool:
         weigh: Callable[[Item], int],
         seconds: float,
     ) -> Iterator[tuple[Context, Item, Result]]:
-        """What the job makes of each item, in their order; the contexts stay here. ``weigh`` gives the bytes of an
-        item; ``seconds`` is about what all of them take: little work is done in this process.
+        """Yield each context, item and result of the job in the order of the items. Contexts are not sent to workers.
 
-        Raises what the job raises, or WorkerLost if a process died.
+        ``weigh`` returns the size of an item in bytes. ``seconds`` estimates the time of all items, so that little
+        work is done in this process.
+
+        Raises the errors of the job if they are FhirAssetsErrors, PermanentError for any other error of the job, or
+        WorkerLost if a worker process ended.
         """
-        self._asked += seconds
-        if self.count < 2 or seconds < WORTH_A_TRIP or self._asked < WORTH_A_START:
+        self._requested_seconds += seconds
+        if self.count < 2 or seconds < MIN_SECONDS_TO_SHARE or self._requested_seconds < MIN_SECONDS_TO_START:
             for context, item in items:
                 yield context, item, job(item)
             return
@@ -69,7 +80,7 @@ class WorkerPool:
         packed = pickle.dumps(job)
         waiting: deque[tuple[list[tuple[Context, Item]], Future[list[Result]]]] = deque()
 
-        def taken_back() -> Iterator[tuple[Context, Item, Result]]:
+        def take_first() -> Iterator[tuple[Context, Item, Result]]:
             unit, future = waiting.popleft()
             for (context, item), result in zip(unit, future.result(), strict=True):
                 yield context, item, result
@@ -77,44 +88,44 @@ class WorkerPool:
         try:
             for unit in _units(items, weigh):
                 waiting.append((unit, self._threads.submit(self._ask, packed, [item for _, item in unit])))
-                if len(waiting) > _IN_FLIGHT * self.count:
-                    yield from taken_back()
+                if len(waiting) > _UNITS_PER_WORKER * self.count:
+                    yield from take_first()
             while waiting:
-                yield from taken_back()
+                yield from take_first()
         finally:
             for _, future in waiting:
                 future.cancel()
 
     def close(self) -> None:
-        """End the processes that have nothing to do; the next work starts new ones."""
+        """End all idle workers. The next work starts new ones."""
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
-        _close(self._idle)
+        _close_all(self._idle)
 
     def _ask(self, job: bytes, items: list[Any]) -> list[Any]:
-        """Have an idle process do a unit of work. One thread a process waits here."""
-        worker = self._worker()
+        """Send a unit of work to an idle worker and return the results. Each worker has one thread that waits here."""
+        worker = self._take_worker()
         answer = worker.ask(job, items)
         self._idle.append(worker)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def _worker(self) -> "_Worker":
-        """An idle process that is still there, or a new one."""
+    def _take_worker(self) -> "WorkerProcess":
+        """Return an idle worker that still runs, or a new one."""
         while True:
             try:
                 worker = self._idle.pop()
             except IndexError:
-                return _Worker()
-            if not worker.is_gone():
+                return WorkerProcess()
+            if not worker.has_ended():
                 return worker
             worker.close()
 
 
-class _Worker:
-    """One process."""
+class WorkerProcess:
+    """One worker process and the pipes to it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -123,12 +134,16 @@ class _Worker:
             stdout=subprocess.PIPE,
         )
 
-    def is_gone(self) -> bool:
-        """Whether the process ended by itself while it had nothing to do."""
+    def kill(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+
+    def has_ended(self) -> bool:
+        """Return whether the process ended while it was idle."""
         return self._process.poll() is not None
 
     def ask(self, job: bytes, items: list[Any]) -> list[Any] | FhirAssetsError:
-        """Send work and wait for what came of it. Raises WorkerLost."""
+        """Send a pickled job with items, and return the results or the error of the job. Raises WorkerLost."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -140,13 +155,13 @@ class _Worker:
             code = self._process.wait()
             self.close()
             raise WorkerLost(
-                f"a worker process ended in mid-work ({_how(code)}): nothing of these windows is kept; run them again, "
-                "with fewer FHIR_WORKERS if the machine has too little memory"
+                f"a worker process ended during its work ({_describe_exit(code)}): nothing of these windows is kept. "
+                "Run them again, with fewer FHIR_WORKERS if the machine has too little memory"
             ) from None
         return answer
 
     def close(self) -> None:
-        """Let the process end: at the end of its input it does."""
+        """Close the pipes and wait until the process ends, which it does at the end of its input."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(OSError):
@@ -155,24 +170,24 @@ class _Worker:
         self._process.wait()
 
 
-def _close(workers: "deque[_Worker]") -> None:
+def _close_all(workers: "deque[WorkerProcess]") -> None:
     while workers:
         workers.pop().close()
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _units(items: Iterable[tuple[Context, Item]], weigh: Callable[[Item], int]) -> Iterator[list[tuple[Context, Item]]]:
-    """Items in groups of at least UNIT_BYTES."""
+    """Group items into units of at least UNIT_BYTES bytes."""
     unit: list[tuple[Context, Item]] = []
-    held = 0
+    size = 0
     for item in items:
         unit.append(item)
-        held += weigh(item[1])
-        if held >= UNIT_BYTES:
+        size += weigh(item[1])
+        if size >= UNIT_BYTES:
             yield unit
-            unit, held = [], 0
+            unit, size = [], 0
     if unit:
         yield unit

@@ -1,4 +1,4 @@
-"""What a worker process does: read work from its standard input, answer on its standard output, end with its parent."""
+"""The main module of a worker process: read jobs from standard input, and write results to standard output."""
 
 import os
 import pickle
@@ -15,12 +15,12 @@ from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 
 
 @lru_cache(64)
-def _job(packed: bytes) -> Callable[[Any], Any]:
+def _unpickle_job(packed: bytes) -> Callable[[Any], Any]:
     return cast(Callable[[Any], Any], pickle.loads(packed))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Work until the requests end."""
+    """Answer requests until the input ends."""
     while True:
         try:
             packed, items = pickle.load(requests)
@@ -31,22 +31,28 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _answer(packed: bytes, items: list[Any]) -> list[Any] | FhirAssetsError:
-    """The results, or the error that ends the work. Of an error that is not the project's own only type and place
-    are told: its message may quote what it choked on.
+    """Return the results of a job, or its error.
+
+    An error that is not a FhirAssetsError becomes a PermanentError with its type and location only, because its message
+    may contain patient data.
     """
     try:
-        job = _job(packed)
+        job = _unpickle_job(packed)
         return [job(item) for item in items]
     except FhirAssetsError as error:
         return error
     except Exception as error:
-        place = extract_tb(error.__traceback__)[-1]
-        name = Path(place.filename).name
-        return PermanentError(f"unexpected {type(error).__name__} in {name}, line {place.lineno}, in a worker process")
+        frame = extract_tb(error.__traceback__)[-1]
+        name = Path(frame.filename).name
+        return PermanentError(f"unexpected {type(error).__name__} in {name}, line {frame.lineno}, in a worker process")
 
 
 def main() -> None:
-    """Serve the parent. Ctrl-C is the parent's to handle; what anybody prints does not get between the answers."""
+    """Serve the parent process.
+
+    The parent handles Ctrl-C. Standard output is redirected to standard error, so that nothing that is printed gets
+    between the results.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
