@@ -73,11 +73,11 @@ def export_type(
             manifest=f"{name}.manifest.json",
         )
         type_export = export.for_type(name, keys)
-        files = [type_export.valid()]
+        files = [type_export.write_valid()]
         if include_raw:
-            files.append(type_export.raw())
+            files.append(type_export.write_raw())
         if include_normalized:
-            files += [type_export.table(view, "parquet") for view in views]
+            files += [type_export.write_table(view, "parquet") for view in views]
         written_folder = export.finish()
     content = {"folder": written_folder, "files": [asdict(file) for file in files]}
     return Response(orjson.dumps(content, default=str), media_type="application/json")

@@ -175,7 +175,7 @@ def export(hospital: Hospital) -> None:
         writer = Export(
             conn, hospital.store, hospital.target, "", actor="cli:anna", withholding=False, run_id="exported"
         )
-        writer.for_type("Patient", None).valid()
+        writer.for_type("Patient", None).write_valid()
 
 
 def into_the_lake(hospital: Hospital) -> None:

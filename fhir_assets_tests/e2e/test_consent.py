@@ -136,8 +136,8 @@ def test_what_leaves_obeys_consent(deploy: Deploy, server: SandboxServer, tmp_pa
         with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
             export = Export(conn, deployment.store, folder, "export", actor="test", withholding=True)
             for view in views:
-                export.for_type(view.resource_type, None).valid()
-                export.for_type(view.resource_type, None).table(view, "ndjson")
+                export.for_type(view.resource_type, None).write_valid()
+                export.for_type(view.resource_type, None).write_table(view, "ndjson")
                 writer.update(conn, folder, view, [], run_id="run", actor="test")
         resources = (folder.root / "export" / "Patient.valid.ndjson").read_bytes().splitlines()
         of_export = [json.loads(line) for line in (folder.root / "export" / "observation.ndjson").open()]

@@ -67,7 +67,7 @@ def _build_export_asset(
                 manifest=f"{resource_type.name}.manifest.json",
             )
             files_of_type = export.for_type(resource_type.name, run.partition_keys)
-            files = [files_of_type.valid(), *(files_of_type.table(view, "parquet") for view in views)]
+            files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
             path = export.finish()
         return dg.MaterializeResult(
             metadata={

@@ -166,8 +166,8 @@ class ReencryptStep:
                 conn.commit()
                 batch = self._reencrypt_batch(conn, location, label, partial(reencrypt_batch, keys))
                 after = keys[-1]
-                locked += batch.passed_over if batch else len(keys)
-                if batch and batch.sealed:
+                locked += batch.skipped if batch else len(keys)
+                if batch and batch.encrypted:
                     last_progress = monotonic()
                 if batch:
                     refused += batch.refused
@@ -193,7 +193,7 @@ class ReencryptStep:
             with conn.transaction():
                 session_settings.limit_lock_wait(conn, LOCK_TIMEOUT_MS)
                 batch = reencrypt_batch()
-                self._record(conn, location, batch.sealed, batch.from_clear, label)
+                self._record(conn, location, batch.encrypted, batch.from_clear, label)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
             return None
         except DatabaseUnavailable:
@@ -205,7 +205,7 @@ class ReencryptStep:
                 f"the connection to Postgres was lost during the rotation ({type(error).__name__}): run "
                 "`fhir-assets keys rotate` again, which continues where it was"
             ) from None
-        self._result.encrypted[location] += batch.sealed
+        self._result.encrypted[location] += batch.encrypted
         self._result.from_clear[location] += batch.from_clear
         self._report(conn)
         return batch
@@ -215,8 +215,8 @@ class ReencryptStep:
     ) -> reencryption_batches.BatchResult:
         """Reencrypt resources and rebuild the rows of their views; if that fails, reencrypt the resource only."""
         cipher = cipher_of(conn)
-        rows, passed_over = reencryption_batches.lock_resources(conn, resource_type, keys)
-        result = reencryption_batches.BatchResult(0, 0, passed_over, Counter())
+        rows, skipped = reencryption_batches.lock_resources(conn, resource_type, keys)
+        result = reencryption_batches.BatchResult(0, 0, skipped, Counter())
         bodies = []
         key_ids = {}
         for resource_id, key_id, text in rows:
@@ -229,7 +229,7 @@ class ReencryptStep:
         built = row_builder(Batch(bodies, "", _EPOCH))
         loader = Loader(conn, resource_type, self._views_by_type[resource_type], run_id="", reencrypt=True)
         unloadable = loader.add_block(built.block, bodies, "")
-        result.sealed = loader.finish().updated
+        result.encrypted = loader.finish().updated
         unloadable += loader.take_unloadable()
         ids = list(key_ids)
         without_rows = {ids[line.position]: f"{line.path}: {line.message}" for line in built.rejected}
@@ -239,8 +239,8 @@ class ReencryptStep:
         resources_only = [
             (k, body) for k, body in zip(ids, bodies, strict=True) if k in without_rows and key_ids[k] != newest
         ]
-        result.sealed += reencryption_batches.encrypt_resources(conn, resource_type, resources_only)
-        result.from_clear = min(list(key_ids.values()).count(None), result.sealed)
+        result.encrypted += reencryption_batches.encrypt_resources(conn, resource_type, resources_only)
+        result.from_clear = min(list(key_ids.values()).count(None), result.encrypted)
         return result
 
     def _reencrypt_parts(self, conn: Session, cipher: Cipher) -> None:

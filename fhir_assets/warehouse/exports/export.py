@@ -1,4 +1,7 @@
-"""Exports: resources, dead letters and tables as files, streamed, each whole under its name or not there at all."""
+"""Exports of resources, dead letters and tables as files.
+
+Files are streamed to a temporary file first, and get their name when they are complete.
+"""
 
 import csv
 import hashlib
@@ -27,12 +30,12 @@ from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 Format = Literal["ndjson", "parquet", "csv"]
 
-_FETCHED = 2000
+_IDS_PER_QUERY = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """One file of an export: ``rows`` are lines or table rows, ``sha256`` is of its bytes."""
+    """One file of an export. ``rows`` is the number of lines or of table rows, ``sha256`` the hash of its bytes."""
 
     name: str
     rows: int
@@ -41,11 +44,11 @@ class ExportedFile:
 
 
 class Export:
-    """Writes files into one folder of ``target``; ``finish`` adds ``manifest``, last. One that an earlier export left
-    there goes first: it would vouch for files that are about to be replaced.
+    """Writes files into one folder of ``target``. ``finish`` writes the manifest last.
 
-    ``withholding`` says that a consent policy is in force: raw and dead letters, which hold what it withholds, are
-    refused then.
+    The manifest of an earlier export in the same folder is deleted first, because its hashes would not match the new
+    files. ``withholding`` means that a consent policy is on: files of raw resources and dead letters, which contain
+    withheld resources, are refused then.
     """
 
     def __init__(
@@ -72,24 +75,27 @@ class Export:
         target.delete(self._path(manifest))
 
     def for_type(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
-        """The files of a type, of some windows or (None) of all there are."""
+        """Return the export of one type, for the given partitions; None: all partitions."""
         return TypeExport(self, resource_type, partition_keys)
 
     def write(self, name: str, resource_type: str, write: Callable[[Path], int]) -> ExportedFile:
-        """One file, which ``write`` fills and counts the rows of; it goes to its name when it is whole, on record."""
+        """Write one file and its audit record. ``write`` writes the rows to a path and returns how many there are.
+
+        The file is deleted again if the audit record cannot be written. Raises StoreError.
+        """
         path = self._target.spool() / f"{os.urandom(8).hex()}.export"
         try:
             rows = write(path)
-            file = ExportedFile(name, rows, path.stat().st_size, _sha256(path))
+            file = ExportedFile(name, rows, path.stat().st_size, _compute_sha256(path))
             self._target.put_file(self._path(name), path)
         except OSError as error:
             raise StoreError(
-                f"cannot write {name} of the export: {error.strerror or type(error).__name__}. Free space or mend the "
-                "rights there, then export again"
+                f"cannot write {name} of the export: {error.strerror or type(error).__name__}. Free space or "
+                "correct the permissions there, then export again"
             ) from None
         finally:
             path.unlink(missing_ok=True)
-        # What was read is over; others wait for their turn in the log until this transaction ends.
+        # End the reading transaction first: writers of the audit log wait for each other until their transactions end.
         self.conn.commit()
         try:
             with self.conn.transaction():
@@ -98,14 +104,14 @@ class Export:
                 )
                 audit_log.record(self.conn, audit_record)
         except BaseException:
-            # What cannot be put on record does not leave.
+            # Without an audit record there is no export.
             self._target.delete(self._path(name))
             raise
         self._files.append(file)
         return file
 
     def finish(self) -> str:
-        """Write the manifest. Returns where the export is."""
+        """Write the manifest. Returns the URL of the folder."""
         content = {
             "exported_at": datetime.now(UTC).isoformat(),
             "run_id": self.run_id,
@@ -119,8 +125,10 @@ class Export:
 
 
 class TypeExport:
-    """The files of one type. What has left the tables, because it was deleted at the source or because consent
-    withholds it, is in none of valid resources and tables; raw and dead letters are as they came.
+    """Writes the files of one resource type.
+
+    Resources that are deleted at the source or withheld by consent are not in the files of valid resources and tables.
+    Files of raw resources and dead letters have everything that was received.
     """
 
     def __init__(self, export: Export, resource_type: str, partition_keys: Sequence[str] | None) -> None:
@@ -130,52 +138,55 @@ class TypeExport:
         self._type = resource_type
         self._keys = partition_keys
 
-    def raw(self) -> ExportedFile:
-        """``<Type>.raw.ndjson``: every line as it was received. Raises ConfigurationError where consent withholds."""
-        self._refuse_what_consent_withholds("raw")
-        return self._lines("raw", self._stored("raw"))
+    def write_raw(self) -> ExportedFile:
+        """Write ``<Type>.raw.ndjson``: every line as received. Raises ConfigurationError if a consent policy is on."""
+        self._refuse_if_withholding("raw")
+        return self._write_lines_to("raw", self._read_layer("raw"))
 
-    def valid(self) -> ExportedFile:
-        """``<Type>.valid.ndjson``: the valid resources as they were received, those that the tables hold."""
-        return self._lines("valid", self._in_tables())
+    def write_valid(self) -> ExportedFile:
+        """Write ``<Type>.valid.ndjson``: the valid resources that are in the tables, as received."""
+        return self._write_lines_to("valid", self._read_valid())
 
-    def dead_letters(self) -> ExportedFile:
-        """``<Type>.deadletters.ndjson``: each letter with its reason; ``resource`` is the JSON as it came, or text
-        where it is none. Of a run: those that failed in it. Raises ConfigurationError where consent withholds.
+    def write_dead_letters(self) -> ExportedFile:
+        """Write ``<Type>.deadletters.ndjson``: each dead letter with its reason.
+
+        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has the dead
+        letters of that run. Raises ConfigurationError if a consent policy is on.
         """
-        self._refuse_what_consent_withholds("dead letters")
+        self._refuse_if_withholding("dead letters")
         run_id = self._export.run_id
-        chosen = Selection(
+        selection = Selection(
             run_id=run_id, resource_type=self._type, partition_keys=None if run_id is not None else self._keys
         )
-        return self._lines(
-            "deadletters", (_as_line(letter, body) for letter, body in dead_letters.stream(self._conn, chosen))
+        return self._write_lines_to(
+            "deadletters",
+            (_build_line(dead_letter, body) for dead_letter, body in dead_letters.stream(self._conn, selection)),
         )
 
-    def table(self, view: View, form: Format) -> ExportedFile:
-        """``<view>.<format>``: the rows of a view; what is sealed in the table is sealed in the file."""
+    def write_table(self, view: View, file_format: Format) -> ExportedFile:
+        """Write ``<view>.<format>``: the rows of a view. Encrypted columns stay encrypted."""
         layout = build_layout(view, encrypted=cipher_of(self._conn).on)
         names = [column.name for column in layout.columns]
         rows = row_streams.stream_rows(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
 
         def write(path: Path) -> int:
-            if form == "parquet":
+            if file_format == "parquet":
                 return parquet.write(path, layout, rows)
             with path.open("wb") as file:
-                if form == "csv":
+                if file_format == "csv":
                     return _write_csv(file, names, rows)
-                return _write_lines(file, (_object(names, row) for row in rows))
+                return _write_lines(file, (_build_object(names, row) for row in rows))
 
-        return self._export.write(f"{view.name}.{form}", self._type, write)
+        return self._export.write(f"{view.name}.{file_format}", self._type, write)
 
-    def _refuse_what_consent_withholds(self, what: str) -> None:
+    def _refuse_if_withholding(self, content: str) -> None:
         if self._export.withholding:
             raise ConfigurationError(
-                f"CONSENT_POLICY is on, and {what} hold resources that consent withholds too: export the valid "
+                f"CONSENT_POLICY is on, and {content} contain withheld resources as well: export the valid "
                 "resources and the tables instead"
             )
 
-    def _stored(self, layer: str) -> Iterator[bytes]:
+    def _read_layer(self, layer: str) -> Iterator[bytes]:
         keys = self._keys if self._keys is not None else self._store.partition_keys(layer, self._type)
         for key in keys:
             manifest = self._store.manifest(layer, self._type, key)
@@ -183,17 +194,21 @@ class TypeExport:
                 for batch in self._store.batches(manifest.parts):
                     yield from batch
 
-    def _in_tables(self) -> Iterator[bytes]:
-        for lines in _chunks(self._stored("validated")):
+    def _read_valid(self) -> Iterator[bytes]:
+        for lines in _split(self._read_layer("validated")):
             ids = [read_header(line).id for line in lines]
-            found = self._conn.execute(
-                "SELECT id FROM fhir.resource WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL",
+            rows = self._conn.execute(
+                """
+                SELECT id
+                FROM fhir.resource
+                WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
+                """,
                 [self._type, ids],
             )
-            there = {resource_id for (resource_id,) in found}
-            yield from (line for line, resource_id in zip(lines, ids, strict=True) if resource_id in there)
+            stored = {resource_id for (resource_id,) in rows}
+            yield from (line for line, resource_id in zip(lines, ids, strict=True) if resource_id in stored)
 
-    def _lines(self, kind: str, lines: Iterable[bytes]) -> ExportedFile:
+    def _write_lines_to(self, kind: str, lines: Iterable[bytes]) -> ExportedFile:
         def write(path: Path) -> int:
             with path.open("wb") as file:
                 return _write_lines(file, lines)
@@ -201,18 +216,23 @@ class TypeExport:
         return self._export.write(f"{self._type}.{kind}.ndjson", self._type, write)
 
 
-def build_run_folder(run_id: str, at: datetime) -> str:
-    """Where the export of a run goes: ``exports/run_<id>_<timestamp>``."""
-    return f"exports/run_{run_id}_{at:%Y%m%dT%H%M%SZ}"
+def build_run_folder(run_id: str, started_at: datetime) -> str:
+    """Return the folder of the export of a run: ``exports/run_<id>_<timestamp>``."""
+    return f"exports/run_{run_id}_{started_at:%Y%m%dT%H%M%SZ}"
 
 
 def find_run_windows(conn: Connection, run_id: str) -> tuple[str, dict[str, list[str]]]:
-    """The whole id of the run that begins so, and the windows it worked on, by resource type. Raises KeyError if there
-    is no such run, or several.
+    """Return the id of the run whose id starts with ``run_id``, and its partition keys by resource type.
+
+    Raises KeyError if there is no such run, or more than one.
     """
     rows = conn.execute(
-        "SELECT run_id, resource_type, array_agg(partition_key ORDER BY partition_key) FROM ops.ingestion_runs"
-        " WHERE starts_with(run_id, %s) GROUP BY 1, 2",
+        """
+        SELECT run_id, resource_type, array_agg(partition_key ORDER BY partition_key)
+        FROM ops.ingestion_runs
+        WHERE starts_with(run_id, %s)
+        GROUP BY 1, 2
+        """,
         [run_id],
     ).fetchall()
     if len({row[0] for row in rows}) != 1:
@@ -220,11 +240,11 @@ def find_run_windows(conn: Connection, run_id: str) -> tuple[str, dict[str, list
     return rows[0][0], {resource_type: keys for _, resource_type, keys in rows}
 
 
-def _chunks(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _split(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
     chunk: list[bytes] = []
     for line in lines:
         chunk.append(line)
-        if len(chunk) == _FETCHED:
+        if len(chunk) == _IDS_PER_QUERY:
             yield chunk
             chunk = []
     if chunk:
@@ -241,42 +261,42 @@ def _write_lines(file: BinaryIO, lines: Iterable[bytes]) -> int:
 
 
 def _write_csv(file: BinaryIO, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-    """RFC 4180 with a header; JSON and lists are JSON in their cell."""
+    """Write CSV (RFC 4180) with a header. Values of jsonb and array columns are JSON. Returns the number of rows."""
     count = 0
     with io.TextIOWrapper(file, "utf-8", newline="", write_through=True) as text:
         writer = csv.writer(text)
         writer.writerow(names)
         for row in rows:
-            writer.writerow([_cell(value) for value in row])
+            writer.writerow([_format_cell(value) for value in row])
             count += 1
         text.flush()
     return count
 
 
-def _cell(value: object) -> object:
+def _format_cell(value: object) -> object:
     if isinstance(value, dict | list):
         return orjson.dumps(value, default=str).decode()
     return value.isoformat() if isinstance(value, datetime) else value
 
 
-def _object(names: Sequence[str], row: Sequence[Any]) -> bytes:
-    return orjson.dumps(dict(zip(names, row, strict=True)), default=_number)
+def _build_object(names: Sequence[str], row: Sequence[Any]) -> bytes:
+    return orjson.dumps(dict(zip(names, row, strict=True)), default=_to_json)
 
 
-def _number(value: object) -> float | str:
+def _to_json(value: object) -> float | str:
     return float(value) if hasattr(value, "as_tuple") else str(value)  # type: ignore[arg-type]
 
 
-def _as_line(letter: dead_letters.StoredDeadLetter, body: bytes | None) -> bytes:
-    facts = asdict(letter)
+def _build_line(dead_letter: dead_letters.StoredDeadLetter, body: bytes | None) -> bytes:
+    fields = asdict(dead_letter)
     if body is not None:
         try:
-            facts["resource"] = orjson.Fragment(body) if orjson.loads(body) is not None else None
+            fields["resource"] = orjson.Fragment(body) if orjson.loads(body) is not None else None
         except orjson.JSONDecodeError:
-            facts["resource"] = body.decode("utf-8", "backslashreplace")
-    return orjson.dumps(facts)
+            fields["resource"] = body.decode("utf-8", "backslashreplace")
+    return orjson.dumps(fields)
 
 
-def _sha256(path: Path) -> str:
+def _compute_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Rows of a view's table as Parquet: typed columns, zstd, the view's descriptions as field metadata."""
+"""Parquet files of a view's rows: typed columns, compressed with zstd, with the column comments as field metadata."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 10_000
-"""Rows of a row group: what is held in memory at once."""
+"""The number of rows in a row group, which is in memory as a whole."""
 
-_Convert = Callable[[Any], Any]
+_Converter = Callable[[Any], Any]
 
 
-def schema_of(layout: TableLayout) -> "pa.Schema":
-    """The Arrow schema of a table. A ``numeric`` is a double, which DuckDB, Spark and Trino sum as it is; JSON is text.
+def build_schema(layout: TableLayout) -> "pa.Schema":
+    """Return the Arrow schema of a table: ``numeric`` becomes a double, which every engine can sum, and jsonb text.
 
-    Raises ConfigurationError without pyarrow.
+    Raises ConfigurationError if pyarrow is not installed.
     """
-    arrow = _pyarrow()
+    arrow = _import_pyarrow()
     types = {
         "text": arrow.string(),
         "boolean": arrow.bool_(),
@@ -50,15 +50,15 @@ def schema_of(layout: TableLayout) -> "pa.Schema":
 
 
 def write(path: Path, layout: TableLayout, rows: Iterable[Sequence[Any]]) -> int:
-    """Write rows, in the order of the layout's columns, to a new file, a row group at a time. Returns how many."""
-    arrow = _pyarrow()
+    """Write rows, whose values are in the order of the layout's columns, to a new file. Returns the number of rows."""
+    arrow = _import_pyarrow()
     from pyarrow import parquet
 
-    schema = schema_of(layout)
+    schema = build_schema(layout)
     converters = [_CONVERTERS.get(column.type) for column in layout.columns]
     count = 0
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        for batch in _batches(rows):
+        for batch in _split(rows):
             count += len(batch)
             arrays = [
                 arrow.array(values if convert is None else map(convert, values), type=field.type)
@@ -68,26 +68,26 @@ def write(path: Path, layout: TableLayout, rows: Iterable[Sequence[Any]]) -> int
     return count
 
 
-def _batches(rows: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+def _split(rows: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
     stream = iter(rows)
     while batch := list(islice(stream, BATCH_ROWS)):
         yield batch
 
 
-def _number(value: Any) -> float | None:
+def _to_float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _json(value: Any) -> str | None:
+def _to_json(value: Any) -> str | None:
     return None if value is None else orjson.dumps(value, default=float).decode()
 
 
-_CONVERTERS: dict[str, _Convert] = {"numeric": _number, "jsonb": _json}
+_CONVERTERS: dict[str, _Converter] = {"numeric": _to_float, "jsonb": _to_json}
 
 
-def _pyarrow() -> Any:
+def _import_pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ConfigurationError("Parquet needs pyarrow: pip install 'fhir-assets[parquet]'") from None
+        raise ConfigurationError("Parquet requires pyarrow: pip install 'fhir-assets[parquet]'") from None
     return pyarrow

@@ -1,7 +1,7 @@
-"""The lake: the rows of a view as Parquet, ``<view>/partition_key=<window>/rows.parquet``, kept equal to its table.
+"""The lake: Parquet files with the rows of a view, ``<view>/partition_key=<window>/rows.parquet``.
 
-A row moves to another window with a newer version of its resource, and goes with a deletion or a withdrawn consent. So
-every window whose rows changed since its file was written is written anew, whichever run asks.
+A newer version of a resource can move its rows to another window, and a deletion or a withdrawn consent removes rows.
+An update therefore rewrites every window whose rows changed since its file was written, not only those of its run.
 """
 
 import os
@@ -23,23 +23,25 @@ from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, build_layout
 
 _STATE = "_windows.json"
-"""Names that begin with an underscore are no data to Spark, Trino and Hive."""
+"""The state of the files. Spark, Trino and Hive ignore files whose name begins with an underscore."""
 
 
-class _Window(msgspec.Struct, frozen=True):
-    """What a file holds: how many rows, the sum of the transactions that wrote them, the shape of the table then."""
+class _FileState(msgspec.Struct, frozen=True):
+    """The state of a window's rows when its file was written: their number, the sum of the ids of the transactions
+    that wrote them, and the hash of the table's layout.
+    """
 
     rows: int
     written_by: str | None = None
     shape: str = ""
 
 
-_decoder = msgspec.json.Decoder(dict[str, _Window])
+_decoder = msgspec.json.Decoder(dict[str, _FileState])
 
 
 @dataclass(frozen=True, slots=True)
 class LakeUpdate:
-    """What an update of a view's folder did: windows written and removed, rows and bytes of those written."""
+    """The result of an update of a view's folder: windows written and removed, and rows and bytes of those written."""
 
     windows: int = 0
     removed: int = 0
@@ -47,10 +49,12 @@ class LakeUpdate:
     bytes: int = 0
 
 
-def update(conn: Session, target: Blobs, view: View, wanted: Collection[str], *, run_id: str, actor: str) -> LakeUpdate:
-    """Write the ``wanted`` windows of a view, and all others that are no longer what their table holds.
+def update(
+    conn: Session, target: Blobs, view: View, partition_keys: Collection[str], *, run_id: str, actor: str
+) -> LakeUpdate:
+    """Write the windows ``partition_keys`` of a view, and all other windows whose rows changed.
 
-    Each file is replaced in one step, all from one snapshot of the database. Raises StoreError.
+    All files are written from one snapshot of the database, and each is replaced atomically. Raises StoreError.
     """
     lock = f"fhir_assets lake {view.name}"
     conn.commit()
@@ -59,16 +63,16 @@ def update(conn: Session, target: Blobs, view: View, wanted: Collection[str], *,
     try:
         with conn.transaction():
             conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            lake = LakeFolder(conn, target, view)
-            written = lake.update(wanted)
-        # Not in the same transaction: its snapshot is older than the last record of the log. But before the files count
-        # as written, so that those which are not on record are written again.
+            folder = LakeFolder(conn, target, view)
+            written = folder.update(partition_keys)
+        # The audit record needs a transaction of its own, because the snapshot does not see the newest audit records.
+        # It precedes the state, so that files without an audit record are written again.
         with conn.transaction():
             audit_record = AuditRecord(
                 "export", actor, view.resource_type, count=written.rows, run_id=run_id, detail={"file": "lake"}
             )
             audit_log.record(conn, audit_record)
-        lake.remember(written)
+        folder.save_state(written)
     finally:
         conn.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [lock])
         conn.commit()
@@ -76,58 +80,62 @@ def update(conn: Session, target: Blobs, view: View, wanted: Collection[str], *,
 
 
 class LakeFolder:
-    """The folder of one view."""
+    """The folder of one view in the lake. Used within the lock and the transaction of ``update``."""
 
     def __init__(self, conn: Session, target: Blobs, view: View) -> None:
         self._conn = conn
         self._target = target
         self._view = view
         self._layout: TableLayout = build_layout(view, encrypted=cipher_of(conn).on)
-        self._now: dict[str, _Window] = {}
+        self._states: dict[str, _FileState] = {}
 
-    def update(self, wanted: Collection[str]) -> LakeUpdate:
+    def update(self, partition_keys: Collection[str]) -> LakeUpdate:
+        """Write the given windows and those whose rows changed, and delete the files of windows without rows."""
         before = _decoder.decode(self._target.get(f"{self._view.name}/{_STATE}") or b"{}")
-        now = self._windows()
-        gone = [key for key in before if key not in now]
-        stale = [key for key, window in now.items() if key in wanted or before.get(key) != window]
-        size = sum(self.write_window(key) for key in sorted(stale))
-        for key in gone:
-            self._target.delete(self._name(key))
-        self._now = now
-        return LakeUpdate(len(stale), len(gone), sum(now[key].rows for key in stale), size)
+        states = self._read_states()
+        removed = [key for key in before if key not in states]
+        outdated = [key for key, state in states.items() if key in partition_keys or before.get(key) != state]
+        size = sum(self.write_window(key) for key in sorted(outdated))
+        for key in removed:
+            self._target.delete(self._path(key))
+        self._states = states
+        return LakeUpdate(len(outdated), len(removed), sum(states[key].rows for key in outdated), size)
 
-    def remember(self, written: LakeUpdate) -> None:
-        """What was written holds."""
+    def save_state(self, written: LakeUpdate) -> None:
+        """Save the state of the files, so that unchanged windows are not written again."""
         if written.windows or written.removed:
-            self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(self._now))
+            self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(self._states))
 
-    def _windows(self) -> dict[str, _Window]:
-        # xmin is the transaction that wrote a row: whatever replaces rows (loads, deletions, other keys) changes it.
-        query = sql.SQL("SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text {} GROUP BY 1").format(
-            row_streams.join_resources(self._view.name)
-        )
-        found = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
-        return {key: _Window(rows, written_by, self._layout.shape) for key, rows, written_by in found}
+    def _read_states(self) -> dict[str, _FileState]:
+        # xmin is the id of the transaction that wrote a row. Everything that replaces rows changes the sum.
+        query = sql.SQL("""
+            SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text
+            {source}
+            GROUP BY 1
+        """).format(source=row_streams.join_resources(self._view.name))
+        rows_by_window = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
+        return {key: _FileState(rows, written_by, self._layout.shape) for key, rows, written_by in rows_by_window}
 
     def write_window(self, key: str) -> int:
+        """Write the file of one window. Returns its size in bytes. Raises StoreError."""
         path = self._target.spool() / f"{os.urandom(8).hex()}.parquet"
         try:
-            parquet.write(path, self._layout, self._rows(key))
+            parquet.write(path, self._layout, self._stream_rows(key))
             size = path.stat().st_size
-            self._target.put_file(self._name(key), path)
+            self._target.put_file(self._path(key), path)
         except OSError as error:
             raise StoreError(
-                f"cannot write {self._name(key)} of the lake: {error.strerror or type(error).__name__}. Free space or "
-                "mend the rights there, then materialize it again"
+                f"cannot write {self._path(key)} of the lake: {error.strerror or type(error).__name__}. Free space or "
+                "correct the permissions there, then materialize the asset again"
             ) from None
         finally:
             path.unlink(missing_ok=True)
         return size
 
-    def _rows(self, key: str) -> Iterator[Sequence[Any]]:
+    def _stream_rows(self, key: str) -> Iterator[Sequence[Any]]:
         columns = [column.name for column in self._layout.columns]
         view = self._view
         return row_streams.stream_rows(self._conn, view.name, view.resource_type, columns=columns, partition_keys=[key])
 
-    def _name(self, key: str) -> str:
+    def _path(self, key: str) -> str:
         return f"{self._view.name}/partition_key={key}/rows.parquet"

@@ -1,11 +1,15 @@
-"""What is sealed in the database, by which key, and how it is sealed anew: in batches, each locked before it is read.
+"""Batches of rows that are to be encrypted again with the newest key, and how to encrypt one batch.
 
-Rows that a load holds are passed over (SKIP LOCKED), and no batch waits for a lock: a rotation never makes a load
-wait for more than one batch, and never takes part in a deadlock.
+The database side of `fhir-assets keys rotate`. The order of the batches and the rows of the views are the job of
+``pipeline.reencrypt``; the record of rotations is ``ops.key_rotations``; parts of the store are encrypted again by
+``storage.reencrypt``.
+
+Rows that another transaction has locked are skipped (SKIP LOCKED), and each batch locks its rows before it reads them.
+A rotation therefore delays a load by one batch at most, and never causes a deadlock.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString
 
@@ -14,25 +18,31 @@ from psycopg import sql
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
-from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.resources import open_text
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, holds_phi
+from fhir_assets.warehouse.postgres.tables.reencrypted_fingerprints import compute_fingerprints, replace_fingerprints
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 4 << 20
+_RESOURCES_PER_BATCH = BATCH_ROWS // 10
+
 RowKey = tuple[Any, ...]
+"""The values of the key columns of a row."""
 
-
-_RESEALED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
-_ORIGINAL = "CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex') END"
+_OUTDATED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
+_KEY_ID_OF_ORIGINAL = """
+    CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex') END
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptedTable:
-    """A table of ``ops`` with sealed ``contents``, jsonb or bytea, and ``key_id``; ``todo`` says which of its rows
-    are not sealed by the newest key.
+    """A table of schema ``ops`` with encrypted columns (``contents``, all jsonb or all bytea) and a column ``key_id``.
+
+    ``outdated`` is the condition for rows that are not encrypted with the newest key; its parameter ``older`` is the
+    list of ids of the older keys.
     """
 
     name: str
@@ -40,7 +50,17 @@ class EncryptedTable:
     key: tuple[str, ...]
     contents: tuple[str, ...]
     json: bool = False
-    todo: LiteralString = _RESEALED
+    outdated: LiteralString = _OUTDATED
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """The qualified name of the table."""
+        return sql.Identifier("ops", self.table)
+
+    @property
+    def key_columns(self) -> sql.Composed:
+        """The key columns, separated by commas."""
+        return sql.SQL(", ").join(map(sql.Identifier, self.key))
 
 
 ENCRYPTED_TABLES = (
@@ -52,8 +72,8 @@ ENCRYPTED_TABLES = (
         "corrections",
         ("fingerprint",),
         ("resource", "original"),
-        # The original of a correction is as its dead letter had it, maybe under another key.
-        todo=f"({_RESEALED} OR original IS NOT NULL AND coalesce({_ORIGINAL} = ANY(%(older)s), true))",
+        # The original is a copy of the dead letter's bytes, which another key than that of the row may have encrypted.
+        outdated=f"({_OUTDATED} OR original IS NOT NULL AND coalesce({_KEY_ID_OF_ORIGINAL} = ANY(%(older)s), true))",
     ),
     EncryptedTable("answers", "idempotency", ("key",), ("answer",)),
 )
@@ -61,124 +81,164 @@ ENCRYPTED_TABLES = (
 
 @dataclass(slots=True)
 class BatchResult:
-    """What came of a batch. ``passed_over`` are held by a load; ``refused`` says why what could not be sealed was not,
-    and how often.
+    """The result of one batch.
+
+    ``encrypted`` rows have the newest key now; ``from_clear`` of them were not encrypted before. ``skipped`` rows were
+    locked by another transaction. ``refused`` counts the rows that could not be encrypted, by reason.
     """
 
-    sealed: int
+    encrypted: int
     from_clear: int
-    passed_over: int
+    skipped: int
     refused: Counter[str]
 
 
-# What is there
-
-
 def count_rows_by_key(conn: Connection, views: Sequence[View]) -> dict[str, Counter[str | None]]:
-    """By place, how many rows each key seals, by its id; None: those in the clear. ``rows`` are those of the views'
-    tables that hold patient data.
+    """Count the rows that each key encrypts, by location and then by the id of the key; None: not encrypted.
+
+    The locations are ``resources``, ``rows`` (of the views' tables with patient data), and the names of
+    ``ENCRYPTED_TABLES``.
     """
-    found = {"resources": _counted(conn, sql.SQL("SELECT key_id FROM fhir.resource WHERE resource IS NOT NULL"))}
-    found["rows"] = Counter[str | None]()
-    for table, has_column in find_tables_with_phi(conn, views).items():
-        column = sql.Identifier(KEY_ID_COLUMN) if has_column else sql.SQL("NULL::text")
-        found["rows"] += _counted(conn, sql.SQL("SELECT {} FROM {}").format(column, sql.Identifier("fhir", table)))
-    for place in ENCRYPTED_TABLES:
-        found[place.name] = _counted(conn, sql.SQL("SELECT key_id FROM {}").format(_table(place)))
-    found["corrections"] += _counted(
-        conn,
-        sql.SQL(
-            "SELECT k FROM (SELECT {} AS k, key_id FROM ops.corrections WHERE original IS NOT NULL) o"
-            " WHERE k IS DISTINCT FROM key_id"
-        ).format(sql.SQL(_ORIGINAL)),
-    )
-    return found
+    counts = {"resources": _count_by_key(conn, sql.SQL("SELECT key_id FROM fhir.resource WHERE resource IS NOT NULL"))}
+    counts["rows"] = Counter[str | None]()
+    for name, has_key_id in find_tables_with_phi(conn, views).items():
+        column = sql.Identifier(KEY_ID_COLUMN) if has_key_id else sql.SQL("NULL::text")
+        key_ids = sql.SQL("SELECT {column} FROM {table}").format(column=column, table=sql.Identifier("fhir", name))
+        counts["rows"] += _count_by_key(conn, key_ids)
+    for table in ENCRYPTED_TABLES:
+        counts[table.name] = _count_by_key(conn, sql.SQL("SELECT key_id FROM {table}").format(table=table.identifier))
+    originals = sql.SQL("""
+        SELECT original_key_id
+        FROM (
+            SELECT {key_id_of_original} AS original_key_id, key_id
+            FROM ops.corrections
+            WHERE original IS NOT NULL
+        ) corrections
+        WHERE original_key_id IS DISTINCT FROM key_id
+    """).format(key_id_of_original=sql.SQL(_KEY_ID_OF_ORIGINAL))
+    counts["corrections"] += _count_by_key(conn, originals)
+    return counts
 
 
 def find_tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, bool]:
-    """The tables that hold patient data, also those that no view makes any more; whether each says which key sealed
-    its rows.
-    """
+    """Return the tables with patient data, also of views that were removed, and whether each has a key id column."""
     rows = conn.execute(
-        "SELECT relname, EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = %s AND NOT attisdropped)"
-        " FROM pg_class c WHERE relnamespace = 'fhir'::regnamespace AND relkind = 'r' ORDER BY 1",
+        """
+        SELECT
+            relname,
+            EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = %s AND NOT attisdropped)
+        FROM pg_class c
+        WHERE relnamespace = 'fhir'::regnamespace
+            AND relkind = 'r'
+        ORDER BY 1
+        """,
         [KEY_ID_COLUMN],
     )
-    ours = {view.name for view in views if holds_phi(view)}
-    return {name: has_column for name, has_column in rows if has_column or name in ours}
+    with_phi = {view.name for view in views if holds_phi(view)}
+    return {name: has_key_id for name, has_key_id in rows if has_key_id or name in with_phi}
 
 
 def find_resource_types(conn: Connection) -> list[str]:
-    """The types that may be in ``fhir.resource``."""
+    """Return the resource types that may be in ``fhir.resource``: those of the catalog, and others that are stored."""
     others = conn.execute("SELECT DISTINCT resource_type FROM fhir.resource_other ORDER BY 1")
-    return [*(each.name for each in CATALOG), *(name for (name,) in others)]
+    return [*(catalog_type.name for catalog_type in CATALOG), *(name for (name,) in others)]
 
 
-def _counted(conn: Connection, keys: sql.Composable) -> Counter[str | None]:
-    query = sql.SQL("SELECT key_id, count(*) FROM ({}) AS k (key_id) GROUP BY 1").format(keys)
+def _count_by_key(conn: Connection, key_ids: sql.Composable) -> Counter[str | None]:
+    query = sql.SQL("SELECT key_id, count(*) FROM ({key_ids}) AS k (key_id) GROUP BY 1").format(key_ids=key_ids)
     return Counter(dict(conn.execute(query).fetchall()))
 
 
-# The next ones to seal
+# The keys of the next batch
 
 
 def find_resources(conn: Connection, resource_type: str, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
-    """The ids of some resources, after that one, that are in the clear or sealed by one of the ``older`` keys."""
-    rows = conn.execute(
-        "SELECT id, pg_column_size(resource) FROM fhir.resource WHERE resource_type = %(type)s"  # noqa: S608
-        f" AND id > %(after)s AND resource IS NOT NULL AND {_RESEALED}"
-        " ORDER BY id LIMIT %(limit)s",
-        {"type": resource_type, "after": after[0] if after else "", "older": list(older), "limit": BATCH_ROWS},
-    )
-    return _some(rows)
+    """Return ids after ``after`` of resources that are not encrypted, or encrypted with one of the ``older`` keys."""
+    query = sql.SQL("""
+        SELECT id, pg_column_size(resource)
+        FROM fhir.resource
+        WHERE resource_type = %(type)s
+            AND id > %(after)s
+            AND resource IS NOT NULL
+            AND {outdated}
+        ORDER BY id
+        LIMIT %(limit)s
+    """).format(outdated=sql.SQL(_OUTDATED))
+    params = {"type": resource_type, "after": after[0] if after else "", "older": list(older), "limit": BATCH_ROWS}
+    return _limit_size(conn.execute(query, params))
 
 
 def find_outdated_rows(conn: Connection, table: str, newest: str, after: RowKey | None) -> list[RowKey]:
-    """The ids of some resources, after that one, that have rows in a table which another key sealed, or none."""
-    query = sql.SQL(
-        "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s"
-        " AND {key_id} IS DISTINCT FROM %(newest)s ORDER BY 1 LIMIT %(limit)s"
-    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN))
-    limit = BATCH_ROWS // 10
-    return list(conn.execute(query, {"after": after[0] if after else "", "newest": newest, "limit": limit}))
+    """Return ids after ``after`` of resources with rows in a table that are not encrypted with the ``newest`` key."""
+    query = sql.SQL("""
+        SELECT DISTINCT {key}
+        FROM {table}
+        WHERE {key} > %(after)s
+            AND {key_id} IS DISTINCT FROM %(newest)s
+        ORDER BY 1
+        LIMIT %(limit)s
+    """).format(
+        key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN)
+    )
+    params = {"after": after[0] if after else "", "newest": newest, "limit": _RESOURCES_PER_BATCH}
+    return list(conn.execute(query, params))
 
 
 def find_leftover_rows(conn: Connection, table: str, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
-    """As ``next_with_rows``, of rows that one of the ``older`` keys sealed."""
-    query = sql.SQL(
-        "SELECT DISTINCT {key} FROM {table} WHERE {key} > %(after)s AND {key_id} = ANY(%(older)s)"
-        " ORDER BY 1 LIMIT %(limit)s"
-    ).format(key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN))
-    limit = BATCH_ROWS // 10
-    return list(conn.execute(query, {"after": after[0] if after else "", "older": list(older), "limit": limit}))
-
-
-def find_rows(conn: Connection, place: EncryptedTable, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
-    """The keys of some rows of a place, after that one, that are in the clear or sealed by ``older`` keys."""
-    sizes = sql.SQL(" + ").join(
-        [sql.SQL("coalesce(pg_column_size({}), 0)").format(sql.Identifier(each)) for each in place.contents]
+    """Return ids after ``after`` of resources with rows in a table that one of the ``older`` keys encrypts."""
+    query = sql.SQL("""
+        SELECT DISTINCT {key}
+        FROM {table}
+        WHERE {key} > %(after)s
+            AND {key_id} = ANY(%(older)s)
+        ORDER BY 1
+        LIMIT %(limit)s
+    """).format(
+        key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN)
     )
-    query = sql.SQL("SELECT {key}, {sizes} FROM {table} WHERE {after} AND {todo} ORDER BY {key} LIMIT {limit}").format(
-        key=_key(place),
-        sizes=sizes,
-        table=_table(place),
-        after=_beyond(place, after),
-        todo=sql.SQL(place.todo),
+    params = {"after": after[0] if after else "", "older": list(older), "limit": _RESOURCES_PER_BATCH}
+    return list(conn.execute(query, params))
+
+
+def find_rows(conn: Connection, table: EncryptedTable, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
+    """Return keys after ``after`` of rows that are not encrypted, or encrypted with one of the ``older`` keys."""
+    size = sql.SQL(" + ").join(
+        [sql.SQL("coalesce(pg_column_size({}), 0)").format(sql.Identifier(column)) for column in table.contents]
+    )
+    is_after: sql.Composable = sql.SQL("true")
+    if after is not None:
+        is_after = sql.SQL("({key}) > ({after})").format(key=table.key_columns, after=_join_literals(after))
+    query = sql.SQL("""
+        SELECT {key}, {size}
+        FROM {table}
+        WHERE {is_after}
+            AND {outdated}
+        ORDER BY {key}
+        LIMIT {limit}
+    """).format(
+        key=table.key_columns,
+        size=size,
+        table=table.identifier,
+        is_after=is_after,
+        outdated=sql.SQL(table.outdated),
         limit=sql.Literal(BATCH_ROWS),
     )
-    return _some(conn.execute(query, {"older": list(older)}))
+    return _limit_size(conn.execute(query, {"older": list(older)}))
 
 
-def _some(rows: Iterable[tuple[Any, ...]]) -> list[RowKey]:
-    """The keys of as many rows as a batch holds, at least one; the last value of each row is its size."""
-    chosen: list[RowKey] = []
+def _limit_size(rows: Iterable[tuple[Any, ...]]) -> list[RowKey]:
+    """Return the keys of the first rows whose sizes sum up to at most BATCH_BYTES, at least one.
+
+    The last value of each row is its size in bytes, the others are its key.
+    """
+    keys: list[RowKey] = []
     total = 0
     for *key, size in rows:
         total += size
-        if chosen and total > BATCH_BYTES:
+        if keys and total > BATCH_BYTES:
             break
-        chosen.append(tuple(key))
-    return chosen
+        keys.append(tuple(key))
+    return keys
 
 
 # One batch, in the caller's transaction
@@ -187,204 +247,174 @@ def _some(rows: Iterable[tuple[Any, ...]]) -> list[RowKey]:
 def lock_resources(
     conn: Connection, resource_type: str, keys: Sequence[RowKey]
 ) -> tuple[list[tuple[str, str | None, str]], int]:
-    """Id, key and stored text of those resources that no load holds, locked until the transaction ends; and how many
-    a load holds.
+    """Lock resources until the transaction ends, without those that another transaction has locked.
+
+    Returns the id, the key id and the stored text of each locked resource, and the number of skipped resources.
     """
-    which = {"type": resource_type, "ids": [key for (key,) in keys]}
-    there = "FROM fhir.resource WHERE resource_type = %(type)s AND id = ANY(%(ids)s) AND resource IS NOT NULL"
+    params = {"type": resource_type, "ids": [resource_id for (resource_id,) in keys]}
     rows = conn.execute(
-        "SELECT id, key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
-        f" {there} ORDER BY id FOR UPDATE SKIP LOCKED",
-        which,
+        """
+        SELECT id, key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END
+        FROM fhir.resource
+        WHERE resource_type = %(type)s
+            AND id = ANY(%(ids)s)
+            AND resource IS NOT NULL
+        ORDER BY id
+        FOR UPDATE SKIP LOCKED
+        """,
+        params,
     ).fetchall()
     if len(rows) == len(keys):
         return rows, 0
-    found = conn.execute(f"SELECT count(*) {there}", which).fetchone()
-    return rows, max(0, found[0] - len(rows)) if found else 0
+    count = conn.execute(
+        """
+        SELECT count(*)
+        FROM fhir.resource
+        WHERE resource_type = %(type)s
+            AND id = ANY(%(ids)s)
+            AND resource IS NOT NULL
+        """,
+        params,
+    ).fetchone()
+    return rows, max(0, count[0] - len(rows)) if count else 0
 
 
 def encrypt_resources(conn: Session, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
-    """Seal resources, by their ids, with the newest key, and leave their rows as they are. Returns how many."""
+    """Encrypt resources, given as pairs of id and JSON, with the newest key. Their rows in views are not changed.
+
+    Returns how many resources were updated.
+    """
     cipher = cipher_of(conn)
     with conn.cursor() as cursor:
         cursor.executemany(
-            "UPDATE fhir.resource SET resource = %s::jsonb, key_id = %s WHERE resource_type = %s AND id = %s",
+            """
+            UPDATE fhir.resource
+            SET resource = %s::jsonb, key_id = %s
+            WHERE resource_type = %s AND id = %s
+            """,
             [
-                (as_json(cipher.compress_and_encrypt(body)).decode(), cipher.key_id, resource_type, key)
-                for key, body in resources
+                (as_json(cipher.compress_and_encrypt(body)).decode(), cipher.key_id, resource_type, resource_id)
+                for resource_id, body in resources
             ],
         )
         return max(0, cursor.rowcount)
 
 
 def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
-    """Seal with the newest key, token by token, rows that cannot be made anew: their resource cannot be opened, is not
-    there, or their view is gone. ``keys`` are of their resources.
+    """Encrypt the tokens in rows of a view's table again, for the resources with these ids.
+
+    For rows that cannot be rebuilt: their resource cannot be decrypted or is not stored, or the view was removed.
     """
     cipher = cipher_of(conn)
     target = sql.Identifier("fhir", table)
     names = [
         sql.Identifier(name)
         for (name,) in conn.execute(
-            "SELECT attname FROM pg_attribute WHERE attrelid = format('fhir.%%I', %s::text)::regclass AND attnum > 0"
-            " AND NOT attisdropped AND atttypid = 'text'::regtype AND attname <> ALL(%s) ORDER BY attnum",
+            """
+            SELECT attname
+            FROM pg_attribute
+            WHERE attrelid = format('fhir.%%I', %s::text)::regclass
+                AND attnum > 0
+                AND NOT attisdropped
+                AND atttypid = 'text'::regtype
+                AND attname <> ALL(%s)
+            ORDER BY attnum
+            """,
             [table, [KEY_COLUMN, KEY_ID_COLUMN]],
         )
     ]
-    rows = conn.execute(
-        sql.SQL(
-            "SELECT ctid, {columns} FROM {table} WHERE {key} = ANY(%s) AND {key_id} = ANY(%s) FOR UPDATE SKIP LOCKED"
-        ).format(
-            columns=sql.SQL(", ").join(names),
-            table=target,
-            key=sql.Identifier(KEY_COLUMN),
-            key_id=sql.Identifier(KEY_ID_COLUMN),
-        ),
-        [[key for (key,) in keys], list(older)],
-    ).fetchall()
-    batch = BatchResult(0, 0, 0 if rows else len(keys), Counter())
+    select = sql.SQL("""
+        SELECT ctid, {columns}
+        FROM {table}
+        WHERE {key} = ANY(%s)
+            AND {key_id} = ANY(%s)
+        FOR UPDATE SKIP LOCKED
+    """).format(
+        columns=sql.SQL(", ").join(names),
+        table=target,
+        key=sql.Identifier(KEY_COLUMN),
+        key_id=sql.Identifier(KEY_ID_COLUMN),
+    )
+    rows = conn.execute(select, [[resource_id for (resource_id,) in keys], list(older)]).fetchall()
+    result = BatchResult(0, 0, 0 if rows else len(keys), Counter())
     updates = []
-    for place, *values in rows:
+    for ctid, *values in rows:
         try:
-            updates.append([*(cipher.reencrypt_token(each) if each else each for each in values), cipher.key_id, place])
-            batch.sealed += 1
+            updates.append([*(cipher.retoken(value) if value else value for value in values), cipher.key_id, ctid])
+            result.encrypted += 1
         except EncryptionError as error:
-            batch.refused[str(error)] += 1
-    update = sql.SQL("UPDATE {} SET {}, {} = %s WHERE ctid = %s").format(
-        target,
-        sql.SQL(", ").join([sql.SQL("{} = %s").format(name) for name in names]),
-        sql.Identifier(KEY_ID_COLUMN),
+            result.refused[str(error)] += 1
+    update = sql.SQL("UPDATE {table} SET {assignments}, {key_id} = %s WHERE ctid = %s").format(
+        table=target,
+        assignments=sql.SQL(", ").join([sql.SQL("{} = %s").format(name) for name in names]),
+        key_id=sql.Identifier(KEY_ID_COLUMN),
     )
     with conn.cursor() as cursor:
         cursor.executemany(update, updates)
-    return batch
+    return result
 
 
-def reencrypt_rows(conn: Session, place: EncryptedTable, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
-    """Seal these rows of a place with the newest key, where they are still in the clear or sealed by ``older`` ones."""
+def reencrypt_rows(conn: Session, table: EncryptedTable, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
+    """Encrypt the rows with these keys again, if they still are not encrypted with the newest key.
+
+    Fingerprints of rows that were not encrypted are replaced by keyed ones.
+    """
     cipher = cipher_of(conn)
-    contents: Sequence[sql.Composable] = [sql.Identifier(each) for each in place.contents]
-    if place.json:
+    contents: Sequence[sql.Composable] = [sql.Identifier(column) for column in table.contents]
+    if table.json:
         text = sql.SQL("CASE WHEN key_id IS NULL THEN {0}::text ELSE {0} #>> '{{}}' END")
-        contents = [text.format(each) for each in contents]
-    query = sql.SQL(
-        "SELECT key_id, {key}, {contents} FROM {table} WHERE ({key}) IN (VALUES {keys}) AND {todo}"
-        " FOR UPDATE SKIP LOCKED"
-    ).format(
-        key=_key(place),
+        contents = [text.format(column) for column in contents]
+    select = sql.SQL("""
+        SELECT key_id, {key}, {contents}
+        FROM {table}
+        WHERE ({key}) IN (VALUES {keys})
+            AND {outdated}
+        FOR UPDATE SKIP LOCKED
+    """).format(
+        key=table.key_columns,
         contents=sql.SQL(", ").join(contents),
-        table=_table(place),
-        keys=sql.SQL(", ").join([sql.SQL("({})").format(_literals(key)) for key in keys]),
-        todo=sql.SQL(place.todo),
+        table=table.identifier,
+        keys=sql.SQL(", ").join([sql.SQL("({})").format(_join_literals(key)) for key in keys]),
+        outdated=sql.SQL(table.outdated),
     )
-    rows = conn.execute(query, {"older": list(older)}).fetchall()
-    batch = BatchResult(0, 0, max(0, len(keys) - len(rows)), Counter())
+    rows = conn.execute(select, {"older": list(older)}).fetchall()
+    result = BatchResult(0, 0, max(0, len(keys) - len(rows)), Counter())
     updates = []
-    from_clear = []
-    width = len(place.key)
+    keys_from_clear = []
+    width = len(table.key)
     for key_id, *row in rows:
         key, stored = row[:width], row[width:]
         try:
-            updates.append([*(_resealed(each, key_id, place, cipher) for each in stored), cipher.key_id, *key])
+            updates.append([*(_reencrypt_value(value, key_id, table, cipher) for value in stored), cipher.key_id, *key])
         except EncryptionError as error:
-            batch.refused[str(error)] += 1
+            result.refused[str(error)] += 1
             continue
-        batch.sealed += 1
+        result.encrypted += 1
         if key_id is None:
-            batch.from_clear += 1
-            from_clear.append(key[0])
-    fingerprints = _FINGERPRINTS[place.name](conn, from_clear) if place.name in _FINGERPRINTS and from_clear else []
-    update = sql.SQL("UPDATE {} SET {}, key_id = %s WHERE ({}) = ({})").format(
-        _table(place),
-        sql.SQL(", ").join(
-            [
-                sql.SQL("{} = %s::jsonb" if place.json else "{} = %s").format(sql.Identifier(each))
-                for each in place.contents
-            ]
-        ),
-        _key(place),
-        sql.SQL(", ").join([sql.Placeholder()] * width),
+            result.from_clear += 1
+            keys_from_clear.append(key[0])
+    fingerprints = compute_fingerprints(conn, table.table, keys_from_clear) if keys_from_clear else []
+    assignment = sql.SQL("{} = %s::jsonb" if table.json else "{} = %s")
+    update = sql.SQL("UPDATE {table} SET {assignments}, key_id = %s WHERE ({key}) = ({values})").format(
+        table=table.identifier,
+        assignments=sql.SQL(", ").join([assignment.format(sql.Identifier(column)) for column in table.contents]),
+        key=table.key_columns,
+        values=sql.SQL(", ").join([sql.Placeholder()] * width),
     )
     with conn.cursor() as cursor:
         cursor.executemany(update, updates)
         if fingerprints:
-            _rename(conn, place, fingerprints)
-    return batch
+            replace_fingerprints(conn, table.table, fingerprints)
+    return result
 
 
-def _resealed(stored: Any, key_id: str | None, place: EncryptedTable, cipher: Cipher) -> Any:
+def _reencrypt_value(stored: Any, key_id: str | None, table: EncryptedTable, cipher: Cipher) -> Any:
     if stored is None:
         return None
-    if not place.json:
+    if not table.json:
         return cipher.reencrypt(bytes(stored))
-    return as_json(cipher.compress_and_encrypt(decrypt_text(stored, key_id, cipher))).decode()
+    return as_json(cipher.compress_and_encrypt(open_text(stored, key_id, cipher))).decode()
 
 
-def _letters(conn: Session, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
-    """Fingerprints of letters that were kept without keys: what they are, and what they would be with keys."""
-    rows = conn.execute(
-        "SELECT fingerprint, resource_type, resource_id, stage, rule, path, message, resource, partition_key"
-        " FROM ops.dead_letters WHERE id = ANY(%s)",
-        [list(ids)],
-    )
-    return [_fingerprints(conn, bytes(row[0]), DeadLetter(*row[1:])) for row in rows]
-
-
-def _corrected(conn: Session, fingerprints: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """As ``_letters``, of corrections whose letters are gone: the others went along with theirs."""
-    rows = conn.execute(
-        "SELECT fingerprint, resource_type, NULL, stage, '', '', '', original, partition_key FROM ops.corrections"
-        " WHERE fingerprint = ANY(%s)",
-        [list(fingerprints)],
-    )
-    found = ((bytes(row[0]), DeadLetter(*row[1:])) for row in rows)
-    return [_fingerprints(conn, old, letter) for old, letter in found if old == letter.fingerprint(NO_ENCRYPTION)]
-
-
-def _fingerprints(conn: Session, old: bytes, letter: DeadLetter) -> tuple[bytes, bytes]:
-    return old, letter.fingerprint(cipher_of(conn))
-
-
-_FINGERPRINTS: Mapping[str, Callable[[Session, Sequence[Any]], list[tuple[bytes, bytes]]]] = {
-    "dead_letters": _letters,
-    "corrections": _corrected,
-}
-
-
-def _rename(conn: Session, place: EncryptedTable, fingerprints: Sequence[tuple[bytes, bytes]]) -> None:
-    """Give rows the fingerprints that what fails from now on has. Where the same has failed since, the older row gets
-    one of its own: nothing of it is lost, and no unkeyed hash of patient data stays.
-    """
-    cipher = cipher_of(conn)
-    tables = ("dead_letters", "corrections") if place.name == "dead_letters" else ("corrections",)
-    for table in tables:
-        known = {
-            bytes(each)
-            for (each,) in conn.execute(
-                sql.SQL("SELECT fingerprint FROM {} WHERE fingerprint = ANY(%s)").format(sql.Identifier("ops", table)),
-                [[new for _, new in fingerprints]],
-            )
-        }
-        with conn.cursor() as cursor:
-            cursor.executemany(
-                sql.SQL("UPDATE {} SET fingerprint = %s WHERE fingerprint = %s").format(sql.Identifier("ops", table)),
-                [(cipher.fingerprint(b"again\0" + old) if new in known else new, old) for old, new in fingerprints],
-            )
-
-
-def _table(place: EncryptedTable) -> sql.Identifier:
-    return sql.Identifier("ops", place.table)
-
-
-def _key(place: EncryptedTable) -> sql.Composed:
-    return sql.SQL(", ").join(map(sql.Identifier, place.key))
-
-
-def _beyond(place: EncryptedTable, after: RowKey | None) -> sql.Composable:
-    if after is None:
-        return sql.SQL("true")
-    return sql.SQL("({}) > ({})").format(_key(place), _literals(after))
-
-
-def _literals(key: RowKey) -> sql.Composed:
+def _join_literals(key: RowKey) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Literal, key))

@@ -1,0 +1,86 @@
+"""Keyed fingerprints for dead letters and corrections that were stored before there were encryption keys.
+
+The fingerprint of a dead letter is a hash of its content. A deployment with keys computes it with a key, so that no
+unkeyed hash of patient data is stored.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from psycopg import sql
+
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
+
+Fingerprints = tuple[bytes, bytes]
+"""The stored fingerprint of a row, and the keyed one that replaces it."""
+
+
+def compute_fingerprints(conn: Session, table: str, keys: Sequence[Any]) -> list[Fingerprints]:
+    """Return the fingerprints to replace for rows of a table in schema ``ops``; ``keys`` are the rows' keys.
+
+    The list is empty for tables without fingerprints.
+    """
+    match table:
+        case "dead_letters":
+            return _compute_for_dead_letters(conn, keys)
+        case "corrections":
+            return _compute_for_corrections(conn, keys)
+    return []
+
+
+def replace_fingerprints(conn: Session, table: str, fingerprints: Sequence[Fingerprints]) -> None:
+    """Replace fingerprints in a table; those of dead letters also in their corrections.
+
+    If the same content failed again since, a row with the keyed fingerprint exists. The older row then gets a
+    fingerprint of its own, so that both rows are kept.
+    """
+    cipher = cipher_of(conn)
+    for name in ("dead_letters", "corrections") if table == "dead_letters" else ("corrections",):
+        identifier = sql.Identifier("ops", name)
+        select = sql.SQL("SELECT fingerprint FROM {table} WHERE fingerprint = ANY(%s)").format(table=identifier)
+        existing = {bytes(value) for (value,) in conn.execute(select, [[keyed for _, keyed in fingerprints]])}
+        with conn.cursor() as cursor:
+            cursor.executemany(
+                sql.SQL("UPDATE {table} SET fingerprint = %s WHERE fingerprint = %s").format(table=identifier),
+                [
+                    (cipher.fingerprint(b"again\0" + stored) if keyed in existing else keyed, stored)
+                    for stored, keyed in fingerprints
+                ],
+            )
+
+
+def _compute_for_dead_letters(conn: Session, ids: Sequence[int]) -> list[Fingerprints]:
+    cipher = cipher_of(conn)
+    rows = conn.execute(
+        """
+        SELECT fingerprint, resource_type, resource_id, stage, rule, path, message, resource, partition_key
+        FROM ops.dead_letters
+        WHERE id = ANY(%s)
+        """,
+        [list(ids)],
+    )
+    return [(bytes(stored), DeadLetter(*fields).fingerprint(cipher)) for stored, *fields in rows]
+
+
+def _compute_for_corrections(conn: Session, stored_fingerprints: Sequence[bytes]) -> list[Fingerprints]:
+    """Compute the fingerprints of corrections whose dead letter is deleted; the others change with their dead letter.
+
+    The unkeyed fingerprint of a deleted dead letter can be computed from the original that the correction keeps.
+    """
+    cipher = cipher_of(conn)
+    rows = conn.execute(
+        """
+        SELECT fingerprint, resource_type, NULL, stage, '', '', '', original, partition_key
+        FROM ops.corrections
+        WHERE fingerprint = ANY(%s)
+        """,
+        [list(stored_fingerprints)],
+    )
+    dead_letters = ((bytes(stored), DeadLetter(*fields)) for stored, *fields in rows)
+    return [
+        (stored, dead_letter.fingerprint(cipher))
+        for stored, dead_letter in dead_letters
+        if stored == dead_letter.fingerprint(NO_ENCRYPTION)
+    ]
