@@ -69,13 +69,13 @@ def export(
         for name in types:
             type_export = writer.for_type(name, keys_by_type[name] if run else keys)
             if raw:
-                files.append(type_export.raw())
+                files.append(type_export.write_raw())
             if valid:
-                files.append(type_export.valid())
+                files.append(type_export.write_valid())
             if failed:
-                files.append(type_export.dead_letters())
+                files.append(type_export.write_dead_letters())
             if normalized:
-                files.extend(type_export.table(view, form) for view in views if view.resource_type == name)
+                files.extend(type_export.write_table(view, form) for view in views if view.resource_type == name)
         written_folder = writer.finish()
     if json:
         print_json({"folder": written_folder, "files": files})

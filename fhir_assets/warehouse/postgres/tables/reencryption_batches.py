@@ -20,7 +20,7 @@ from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import open_text
+from fhir_assets.warehouse.postgres.resources import decrypt_text
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, holds_phi
 from fhir_assets.warehouse.postgres.tables.reencrypted_fingerprints import compute_fingerprints, replace_fingerprints
 
@@ -340,7 +340,9 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
     updates = []
     for ctid, *values in rows:
         try:
-            updates.append([*(cipher.retoken(value) if value else value for value in values), cipher.key_id, ctid])
+            updates.append(
+                [*(cipher.reencrypt_token(value) if value else value for value in values), cipher.key_id, ctid]
+            )
             result.encrypted += 1
         except EncryptionError as error:
             result.refused[str(error)] += 1
@@ -413,7 +415,7 @@ def _reencrypt_value(stored: Any, key_id: str | None, table: EncryptedTable, cip
         return None
     if not table.json:
         return cipher.reencrypt(bytes(stored))
-    return as_json(cipher.compress_and_encrypt(open_text(stored, key_id, cipher))).decode()
+    return as_json(cipher.compress_and_encrypt(decrypt_text(stored, key_id, cipher))).decode()
 
 
 def _join_literals(key: RowKey) -> sql.Composed:
