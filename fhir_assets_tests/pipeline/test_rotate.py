@@ -73,7 +73,7 @@ def test_everything_is_sealed_with_the_newest_key_and_opens_without_the_older_on
         assert audit_log.find_fault(conn) is None
         audit_records = rows(conn, "SELECT sum(count)::int FROM ops.audit_log WHERE action = 'key rotation'")
         assert audit_records == [(38 + 1,)]
-    with pytest.raises(ConfigurationError, match=f"sealed with key {NEW_ID}, which PHI_ENCRYPTION_KEYS lacks"):
+    with pytest.raises(ConfigurationError, match=f"encrypted with key {NEW_ID}, which is not in PHI_ENCRYPTION_KEYS"):
         keyring(place.url, OLD)
 
 
@@ -203,7 +203,7 @@ def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Pl
     assert (count, why.startswith("Patient: sealed patient data is damaged")) == (1, True)
     assert "p00003" not in why
     assert keyring(place.url, NEW, OLD)
-    with pytest.raises(ConfigurationError, match=f"sealed with key {OLD_ID}"):
+    with pytest.raises(ConfigurationError, match=f"encrypted with key {OLD_ID}"):
         keyring(place.url, NEW)
 
 
