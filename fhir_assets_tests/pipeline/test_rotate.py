@@ -200,7 +200,7 @@ def test_an_altered_resource_is_named_by_its_type_and_holds_nothing_up(place: Pl
     rotated = rotator(place.url, place.store(NEW, OLD), NEW, OLD).run()
     assert rotated.encrypted["resources"] == 9
     [(why, count)] = rotated.refused.items()
-    assert (count, why.startswith("Patient: sealed patient data is damaged")) == (1, True)
+    assert (count, why.startswith("Patient: encrypted patient data is damaged")) == (1, True)
     assert "p00003" not in why
     assert keyring(place.url, NEW, OLD)
     with pytest.raises(ConfigurationError, match=f"encrypted with key {OLD_ID}"):
