@@ -176,7 +176,7 @@ def _answer_patient(context: AppContext, caller: Caller, patient_id: str) -> Res
 
 
 def _action(conn: Session) -> Action:
-    return "decrypt" if cipher_of(conn).on else "read"
+    return "decrypt" if cipher_of(conn).encrypts else "read"
 
 
 def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int | bool) -> AuditRecord:

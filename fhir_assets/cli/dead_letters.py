@@ -96,7 +96,7 @@ def show(
             if correction:
                 facts["corrected_resource"] = _decode(correction.resource)
             subject = audit_log.hash_subject(conn, dead_letter.resource_type, dead_letter.resource_id or "")
-            action: Action = "decrypt" if cipher_of(conn).on else "read"
+            action: Action = "decrypt" if cipher_of(conn).encrypts else "read"
             audit_record = AuditRecord(
                 action,
                 f"cli:{getpass.getuser()}",

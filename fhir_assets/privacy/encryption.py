@@ -45,7 +45,7 @@ class Cipher:
 
     def __init__(self, keys: Sequence[Key] = (), secret: bytes | None = None, *, writes: bool = True) -> None:
         self.keys = tuple(keys)
-        self.on = bool(keys) and writes
+        self.encrypts = bool(keys) and writes
         """Whether written data is encrypted."""
         self._secret = secret
         self._ciphers = {bytes.fromhex(key.id): AESGCM(key.derived("resource")) for key in self.keys}
@@ -59,7 +59,7 @@ class Cipher:
         return f"Cipher({', '.join(key.id for key in self.keys)})" if self.keys else "Cipher(no keys)"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(Cipher, writes=self.on), (self.keys, self._secret)
+        return partial(Cipher, writes=self.encrypts), (self.keys, self._secret)
 
     @property
     def key_id(self) -> str | None:
@@ -78,7 +78,7 @@ class Cipher:
 
     def compress_and_encrypt(self, content: bytes) -> bytes:
         """Return ``content`` compressed with zlib and encrypted, or unchanged without keys."""
-        return self.encrypt(isal_zlib.compress(content, 1)) if self.on else content
+        return self.encrypt(isal_zlib.compress(content, 1)) if self.encrypts else content
 
     def decrypt_and_decompress(self, encrypted: bytes) -> bytes:
         """Return the content that ``compress_and_encrypt`` was given; clear text is returned unchanged.
@@ -94,7 +94,7 @@ class Cipher:
 
     def encrypt(self, content: bytes) -> bytes:
         """Return ``content`` encrypted without compression, or unchanged without keys."""
-        if not self.on:
+        if not self.encrypts:
             return content
         nonce = os.urandom(_NONCE_BYTES)
         return self._head + nonce + self._newest.encrypt(nonce, content, None)

@@ -147,7 +147,7 @@ class EncryptedZone:
 
     def put(self, name: str, content: bytes) -> None:
         """Write a file, which is complete when it appears. Raises StoreError."""
-        stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.on else content
+        stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.encrypts else content
         self._zone.put(name, stored)
 
 

@@ -44,7 +44,7 @@ class _OpenPart:
         content = b"\n".join(self.lines) + b"\n"
         packed = igzip.compress(content, 1)
         with self.path.open("ab") as file:
-            if not self.cipher.on:
+            if not self.cipher.encrypts:
                 file.write(packed)
             else:
                 if not self.rows:
@@ -110,7 +110,7 @@ class PartWriter:
     def _begin(self, key: tuple[str, str]) -> _OpenPart:
         self._number += 1
         cipher = self._store.cipher
-        file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if cipher.on else ''}"
+        file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if cipher.encrypts else ''}"
         part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}", cipher)
         self._open[key] = part
         return part

@@ -234,7 +234,9 @@ def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clin
     clinic.listed("?mrn=none")
     audit_records = [each.audit_record for each in reversed(clinic.audit_records()) if each.seq > seq]
     assert {audit_record.actor for audit_record in audit_records} == {"api:reader"}
-    assert {audit_record.action for audit_record in audit_records} == {"decrypt" if warehouse.cipher().on else "read"}
+    assert {audit_record.action for audit_record in audit_records} == {
+        "decrypt" if warehouse.cipher().encrypts else "read"
+    }
     assert audit_records[0].subject == subjects["ada"]
     assert audit_records[0].request_id == request
     assert (audit_records[1].subject, audit_records[1].detail) == (subjects["silent"], {"found": 0, "refused": True})

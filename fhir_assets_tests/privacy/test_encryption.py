@@ -108,6 +108,6 @@ def test_a_truncated_part_is_refused() -> None:
 
 def test_encrypted_parts_are_read_when_the_store_is_not_encrypted() -> None:
     reading = CIPHER.reading_only()
-    assert not reading.on
+    assert not reading.encrypts
     assert reading.encrypt(b"x") == b"x"
     assert reading.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"

@@ -71,7 +71,7 @@ def fill(conn: Session, store: Store, people: int = 30) -> None:
     compress_and_encrypt = cipher_of(conn)
     body = (
         as_json(compress_and_encrypt.compress_and_encrypt(b'{"id": "held-Smith"}')).decode()
-        if compress_and_encrypt.on
+        if compress_and_encrypt.encrypts
         else '{"id": "held-Smith"}'
     )
     for number in range(3):

@@ -94,7 +94,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
 
 
 def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database: str, session: Session) -> None:
-    encrypted = session.cipher.on
+    encrypted = session.cipher.encrypts
     load(session, patient("a", gender="female", name=[{"family": "Old"}]), views=(VIEW,))
     dead_letters.record(session, "run", [DEAD_LETTER])
     session.execute(

@@ -95,7 +95,7 @@ class ReencryptStep:
         """
         with self._connect() as conn, self._connect() as guard:
             cipher = cipher_of(conn)
-            if not cipher.on:
+            if not cipher.encrypts:
                 raise ConfigurationError(
                     "There are no keys to rotate to: make one with `fhir-assets keys new` and set PHI_ENCRYPTION_KEYS"
                 )
@@ -244,7 +244,7 @@ class ReencryptStep:
         return result
 
     def _reencrypt_parts(self, conn: Session, cipher: Cipher) -> None:
-        readable_keys = {key.id for key in cipher.keys[1:]} | ({None} if self._store.cipher.on else set())
+        readable_keys = {key.id for key in cipher.keys[1:]} | ({None} if self._store.cipher.encrypts else set())
         outdated = (part for part in reencrypt.list_part_keys(self._store) if part[1] in readable_keys)
         results = reencrypt.reencrypt(self._store, outdated, cipher)
         while group := list(islice(results, reencrypt.BATCH_PARTS)):
@@ -295,7 +295,7 @@ class ReencryptStep:
         """Count the items that are not encrypted with the newest key. Rows are part of their resources by default."""
         remaining = 0
         for location, counts in usage.counts.items():
-            cleartext_intended = location == PARTS and not self._store.cipher.on
+            cleartext_intended = location == PARTS and not self._store.cipher.encrypts
             if location != ROWS or rows:
                 remaining += sum(
                     n for key, n in counts.items() if key != cipher.key_id and (key or not cleartext_intended)

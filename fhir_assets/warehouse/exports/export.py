@@ -165,7 +165,7 @@ class TypeExport:
 
     def write_table(self, view: View, file_format: Format) -> ExportedFile:
         """Write ``<view>.<format>``: the rows of a view. Encrypted columns stay encrypted."""
-        layout = build_layout(view, encrypted=cipher_of(self._conn).on)
+        layout = build_layout(view, encrypted=cipher_of(self._conn).encrypts)
         names = [column.name for column in layout.columns]
         rows = row_streams.stream_rows(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
 

@@ -86,7 +86,7 @@ class LakeFolder:
         self._conn = conn
         self._target = target
         self._view = view
-        self._layout: TableLayout = build_layout(view, encrypted=cipher_of(conn).on)
+        self._layout: TableLayout = build_layout(view, encrypted=cipher_of(conn).encrypts)
         self._states: dict[str, _FileState] = {}
 
     def update(self, partition_keys: Collection[str]) -> LakeUpdate:

@@ -45,7 +45,7 @@ def record(conn: Session, *audit_records: AuditRecord) -> None:
                     audit_record.run_id,
                     audit_record.request_id,
                     Jsonb(audit_record.detail),
-                    cipher.on,
+                    cipher.encrypts,
                     previous,
                 ]
             )

@@ -16,7 +16,7 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
     with conn.transaction():
         encrypted = _read_encrypted_secret(conn)
         if encrypted is None:
-            if not cipher.on:
+            if not cipher.encrypts:
                 return cipher
             conn.execute(
                 "INSERT INTO ops.encryption (key_id, secret) VALUES (%s, %s) ON CONFLICT DO NOTHING",
@@ -25,7 +25,7 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
             encrypted = _read_encrypted_secret(conn)
             assert encrypted is not None
     key_id, content = encrypted
-    if not cipher.on:
+    if not cipher.encrypts:
         raise ConfigurationError(
             f"This database is encrypted with key {key_id}, but PHI_ENCRYPTION_KEYS is not set: set it. "
             "Without that key its patient data cannot be read, only loaded again into a new database"

@@ -150,7 +150,7 @@ def _build_condition(search: PatientSearch, cipher: Cipher, *, fold_case: bool) 
         value = getattr(search, field.name)
         if value is None:
             continue
-        comparisons = [(f"{field.name}_index" if cipher.on else field.name, value)]
+        comparisons = [(f"{field.name}_index" if cipher.encrypts else field.name, value)]
         if fold_case and field.name in ("given", "family"):
             comparisons.append((f"{field.name}_search", value.strip().lower()))
         terms.append(
@@ -158,7 +158,7 @@ def _build_condition(search: PatientSearch, cipher: Cipher, *, fold_case: bool) 
                 sql.SQL(" OR ").join(sql.SQL("{} = %s").format(sql.Identifier(name)) for name, _ in comparisons)
             )
         )
-        params += [cipher.index(text) if cipher.on else text for _, text in comparisons]
+        params += [cipher.index(text) if cipher.encrypts else text for _, text in comparisons]
     return sql.SQL(" AND ").join(terms), params
 
 

@@ -53,7 +53,7 @@ def find_patients(conn: Session, identifier: str) -> Sequence[str]:
     Encrypted identifiers are found by their blind index.
     """
     cipher = cipher_of(conn)
-    column, value = ("value_index", cipher.index(identifier)) if cipher.on else ("value", identifier)
+    column, value = ("value_index", cipher.index(identifier)) if cipher.encrypts else ("value", identifier)
     query = sql.SQL("SELECT DISTINCT _resource_key FROM fhir.patient_identifier WHERE {column} = %s ORDER BY 1")
     try:
         rows = conn.execute(query.format(column=sql.Identifier(column)), [value]).fetchall()
@@ -69,7 +69,7 @@ def _record_read(
     audit_log.record(
         conn,
         AuditRecord(
-            "decrypt" if cipher_of(conn).on else "read",
+            "decrypt" if cipher_of(conn).encrypts else "read",
             actor,
             resource_type,
             audit_log.hash_subject(conn, resource_type, resource_id),

@@ -51,7 +51,7 @@ def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]]
     """
     encoders = [_build_column_encoder(column, cipher) for column in view.columns]
     value_encoders = [encode_value for encode_value, _ in encoders]
-    write = _compile_row_writer(encoders, f"\t{cipher.key_id}" if cipher.on and holds_phi(view) else "")
+    write = _compile_row_writer(encoders, f"\t{cipher.key_id}" if cipher.encrypts and holds_phi(view) else "")
 
     def encode(row: Sequence[object]) -> str:
         try:
@@ -97,7 +97,7 @@ def encode_body(body: bytes, cipher: Cipher) -> bytes:
 
     Raises UnstorableValue for text that jsonb cannot store.
     """
-    if cipher.on:
+    if cipher.encrypts:
         if b"\\u" in body:
             check_escapes(body)
         return as_json(cipher.compress_and_encrypt(body))
@@ -162,7 +162,7 @@ _TWO_NULLS = f"{NULL}\t{NULL}"
 def _build_column_encoder(column: Column, cipher: Cipher) -> tuple[ValueEncoder, str]:
     """Return the encoder of a column's values, and the text for null."""
     kind = column_kind(column)
-    match phi_treatment(column, encrypted=cipher.on):
+    match phi_treatment(column, encrypted=cipher.encrypts):
         case PhiTreatment.ENCRYPT if has_blind_index(column):
             return (
                 lambda value: f"{cipher.encrypt_token(text := _to_plaintext(value))}\t{cipher.index(text)}",

@@ -130,7 +130,7 @@ class Loader:
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[UnloadableResource] = []
         self._statements = LoadStatements(
-            resource_type, views, encrypted=self._cipher.on, consent_gate=consent_gate, reencrypt=reencrypt
+            resource_type, views, encrypted=self._cipher.encrypts, consent_gate=consent_gate, reencrypt=reencrypt
         )
         self._holds_decisions = False
         self._switch_interval = sys.getswitchinterval()

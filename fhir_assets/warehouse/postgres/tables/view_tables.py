@@ -111,7 +111,7 @@ def find_drift(conn: Session, view: View) -> list[Drift]:
 
 
 def _build_layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
-    return [build_layout(view, encrypted=cipher_of(conn).on) for view in views]
+    return [build_layout(view, encrypted=cipher_of(conn).encrypts) for view in views]
 
 
 def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_columns: bool) -> list[Drift]:
@@ -134,7 +134,7 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
                     "Run `fhir-assets migrate --apply-view-changes` (drops the data of these columns), "
                     + (
                         "then `fhir-assets keys rotate`, which fills them from fhir.resource"
-                        if cipher_of(conn).on
+                        if cipher_of(conn).encrypts
                         else "then load the windows again"
                     )
                 )
