@@ -117,7 +117,7 @@ def _build(
             build_load_received_sensor(settings, load_received, warehouse),
             *(
                 [build_consent_sensor(settings, apply_consent, warehouse)]
-                if build_consent_gate(settings).closed
+                if build_consent_gate(settings).withholds
                 else ()
             ),
         ],

@@ -56,7 +56,7 @@ def export_type(
             keys, folder = keys_by_type.get(name, []), build_run_folder(full_run_id, datetime.now(UTC))
         view_tables.ensure_tables(conn, views)
         conn.commit()
-        withholding = build_consent_gate(context.settings).closed
+        withholding = build_consent_gate(context.settings).withholds
         if include_raw and withholding:
             raise Problem(
                 409,

@@ -64,7 +64,7 @@ def export(
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
         writer = Export(
-            conn, store, target, folder, run_id=run_id, actor=actor, withholding=build_consent_gate(settings).closed
+            conn, store, target, folder, run_id=run_id, actor=actor, withholding=build_consent_gate(settings).withholds
         )
         for name in types:
             type_export = writer.for_type(name, keys_by_type[name] if run else keys)

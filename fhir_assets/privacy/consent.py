@@ -44,7 +44,7 @@ class ConsentGate:
     purpose: Purpose = Purpose.DATA_SHARING
 
     @property
-    def closed(self) -> bool:
+    def withholds(self) -> bool:
         """Whether any resource may be withheld."""
         return self.policy is not Policy.OFF
 

@@ -63,7 +63,7 @@ def _build_export_asset(
                 folder,
                 run_id=run.run_id,
                 actor=run.triggered_by,
-                withholding=build_consent_gate(settings).closed,
+                withholding=build_consent_gate(settings).withholds,
                 manifest=f"{resource_type.name}.manifest.json",
             )
             files_of_type = export.for_type(resource_type.name, run.partition_keys)

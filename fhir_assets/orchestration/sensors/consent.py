@@ -31,7 +31,7 @@ def build_consent_sensor(settings: Settings, job: dg.JobDefinition, warehouse: W
     def apply_consent(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         with sanitized_errors(), warehouse.connect() as conn:
             followed = consents.get_applied_policy(conn)
-            due = consents.find_due_patients(conn, datetime.now(UTC), 1) if followed.closed else []
+            due = consents.find_due_patients(conn, datetime.now(UTC), 1) if followed.withholds else []
         if followed == build_consent_gate(settings) and not due:
             return dg.SkipReason("the tables follow the consents")
         if context.instance.get_runs_count(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED)):

@@ -71,11 +71,11 @@ class ConsentStep:
         total = ConsentResult()
         with self._connect() as conn:
             applied = consents.get_applied_policy(conn)
-            if not applied.closed and not self._consent_gate.closed:
+            if not applied.withholds and not self._consent_gate.withholds:
                 return total
             if applied != self._consent_gate:
                 view_tables.ensure_tables(conn, self._views)
-                if not applied.closed:
+                if not applied.withholds:
                     self._assign_patients(conn)
             while patients := consents.find_due_patients(conn, now, _PATIENTS_PER_TRANSACTION):
                 if not total.patients:

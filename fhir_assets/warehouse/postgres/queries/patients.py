@@ -105,7 +105,7 @@ def explain_absence(conn: Connection, patient_id: str) -> Absence:
 
 def find_withheld(conn: Connection, gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
     """Return the patients among ``ids`` that consent withholds now, even if the tables still have their resources."""
-    if not gate.closed or not ids:
+    if not gate.withholds or not ids:
         return frozenset()
     query = sql.SQL("""
         SELECT p.id

@@ -123,7 +123,7 @@ class LoadStatements:
             self.record_consents = consents.build_record_statements(stage, sql.Placeholder("key_id"))
         self.consent_gate = (
             withheld_resources.build_gate_statements(consent_gate, resource_type, table, stage)
-            if consent_gate.closed
+            if consent_gate.withholds
             else None
         )
         self.may_copy_new = not (self.record_consents or self.consent_gate or reencrypt)
