@@ -30,8 +30,8 @@ def migrate(
             view_tables.apply_changes(conn, views.views)
         else:
             view_tables.ensure_tables(conn, views.views)
-        roles.grant(conn)
-        missing_roles = roles.missing(conn)
+        roles.grant_rights(conn)
+        missing_roles = roles.list_missing_roles(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
     if missing_roles:
         statements = "; ".join(f"CREATE ROLE {name} NOLOGIN" for name in missing_roles)

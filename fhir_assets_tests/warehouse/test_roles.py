@@ -203,7 +203,7 @@ def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(co
 
 def test_every_table_of_ops_is_covered_whoever_adds_it(conn: Connection) -> None:
     conn.execute("CREATE TABLE ops.a_new_one (x int)")
-    roles.grant(conn)
+    roles.grant_rights(conn)
     for role in (roles.LOADER, roles.OPERATOR):
         for name in ops_tables(conn):
             row = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, f"ops.{name}"]).fetchone()
@@ -213,7 +213,7 @@ def test_every_table_of_ops_is_covered_whoever_adds_it(conn: Connection) -> None
 
 def test_rights_that_were_granted_by_hand_are_revoked(conn: Connection) -> None:
     conn.execute("GRANT UPDATE ON ops.audit_log TO fhir_loader")
-    roles.grant(conn)
+    roles.grant_rights(conn)
     assert conn.execute("SELECT has_table_privilege('fhir_loader', 'ops.audit_log', 'UPDATE')").fetchone() == (False,)
 
 

@@ -53,7 +53,7 @@ def upgrade(url: str) -> None:
             driver = connection.connection.driver_connection
             assert isinstance(driver, psycopg.Connection)
             _create_partitions(driver)
-            roles.grant(driver)
+            roles.grant_rights(driver)
     except sqlalchemy.exc.ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise ConfigurationError(

@@ -38,12 +38,12 @@ _OPERATOR = {
 """Tables of ``ops`` on which the operator has other rights than SELECT."""
 
 
-def missing(conn: Connection) -> list[str]:
+def list_missing_roles(conn: Connection) -> list[str]:
     """Return the roles that do not exist, because the migrating user may not create roles."""
     return [name for name in ROLES if name not in _present(conn)]
 
 
-def grant(conn: Connection) -> None:
+def grant_rights(conn: Connection) -> None:
     """Grant each existing role its rights on all existing tables, and revoke others.
 
     Run by the owner of the schemas.
@@ -63,10 +63,10 @@ def grant(conn: Connection) -> None:
         _set(conn, LOADER, "fhir", dict.fromkeys(resources, _LOADS))
     tables = conn.execute("SELECT name FROM ops.view_tables WHERE to_regclass(format('fhir.%I', name)) IS NOT NULL")
     ours = _ours(conn, "fhir")
-    cover(conn, [name for (name,) in tables if name in ours])
+    grant_view_rights(conn, [name for (name,) in tables if name in ours])
 
 
-def cover(conn: Connection, tables: Iterable[str]) -> None:
+def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
     """Grant readers and loaders their rights on tables of views. Run by the owner of the tables."""
     present = _present(conn)
     for name in tables:

@@ -235,7 +235,7 @@ def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift
                 table, sql.SQL(", ").join(map(_build_column_definition, layout.columns))
             )
         )
-        roles.cover(conn, [layout.name])
+        roles.grant_view_rights(conn, [layout.name])
     for change in changes:
         if change.what != "column":
             continue
