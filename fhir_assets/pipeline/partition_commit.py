@@ -14,7 +14,7 @@ import msgspec
 
 from fhir_assets.errors import Overtaken
 from fhir_assets.storage.manifest import Manifest, Part
-from fhir_assets.storage.store import Store, folder
+from fhir_assets.storage.store import Store, partition_folder
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.db.partition_locks import lock_partitions
 
@@ -68,7 +68,9 @@ def rewrite_partitions(
         for start in range(0, len(manifests), _PARTITIONS_PER_TRANSACTION):
             group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
             with _partition_locks(conn, group):
-                merged = [merge(mine, current) for mine, current in zip(group, store.present(group), strict=True)]
+                merged = [
+                    merge(mine, current) for mine, current in zip(group, store.committed_manifests(group), strict=True)
+                ]
                 store.commit(merged)
             written += merged
     return written
@@ -161,7 +163,7 @@ def _add_counts(current: Mapping[str, int], mine: Mapping[str, int], common: Map
 @contextmanager
 def _partition_locks(conn: Connection, manifests: Sequence[Manifest]) -> Iterator[None]:
     """Hold the locks of the partitions. All commits take them in the same order, so that they cannot deadlock."""
-    names = [folder(manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests]
+    names = [partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests]
     with conn.transaction():
         lock_partitions(conn, names)
         yield

@@ -13,7 +13,7 @@ from fhir_assets.errors import StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, encrypt_frames
 from fhir_assets.storage.manifest import Part
-from fhir_assets.storage.store import LAYERS, Store, folder, map_concurrently
+from fhir_assets.storage.store import LAYERS, Store, map_concurrently, partition_folder
 
 BUFFER_BYTES = 16 << 20
 """The size of the lines that all open parts together buffer before they are written to the disk."""
@@ -111,7 +111,7 @@ class PartWriter:
         self._number += 1
         cipher = self._store.cipher
         file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if cipher.encrypts else ''}"
-        part = _OpenPart(self._spool / file, f"{folder(self._layer, *key)}/{file}", cipher)
+        part = _OpenPart(self._spool / file, f"{partition_folder(self._layer, *key)}/{file}", cipher)
         self._open[key] = part
         return part
 

@@ -53,7 +53,7 @@ def map_concurrently(
         return list(pool.map(do, inputs))
 
 
-def folder(layer: str, resource_type: str, partition_key: str) -> str:
+def partition_folder(layer: str, resource_type: str, partition_key: str) -> str:
     """Return the folder of a partition, relative to the store."""
     return f"{layer}/{snake_case(resource_type)}/{partition_key}"
 
@@ -67,7 +67,7 @@ class Store:
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
         """Return the manifest of a partition, or None if it was never written. Raises StoreError if it is damaged."""
-        name = f"{folder(layer, resource_type, partition_key)}/manifest.json"
+        name = f"{partition_folder(layer, resource_type, partition_key)}/manifest.json"
         content = self.blobs.get(name)
         if content is None:
             return None
@@ -81,7 +81,7 @@ class Store:
         manifests = self._manifests((layer, resource_type, key) for key in partition_keys)
         return [manifest for manifest in manifests if manifest is not None]
 
-    def present(self, manifests: Iterable[Manifest]) -> list[Manifest | None]:
+    def committed_manifests(self, manifests: Iterable[Manifest]) -> list[Manifest | None]:
         """Return the committed manifests of the same partitions, in the same order; None where there is none."""
         return self._manifests(
             (manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests
@@ -97,7 +97,7 @@ class Store:
         map_concurrently(self._commit_one, manifests)
 
     def _commit_one(self, manifest: Manifest) -> None:
-        where = folder(manifest.layer, manifest.resource_type, manifest.partition_key)
+        where = partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)
         content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         self.blobs.put(f"{where}/manifest.json", content)
 

@@ -34,7 +34,7 @@ from fhir_assets.fhir.record import (
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, default_last_updated
 from fhir_assets.storage.manifest import Part
-from fhir_assets.storage.store import Store, folder
+from fhir_assets.storage.store import Store, partition_folder
 from fhir_assets.warehouse.ops import bulk_exports, dead_letters
 from fhir_assets.warehouse.ops.bulk_exports import BulkExport
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
@@ -258,7 +258,7 @@ class BulkSource:
         for export_id in bulk_exports.find_expired(conn, self._base_url, self._now() - _KEPT):
             types = {resource_type for resource_type, _ in bulk_exports.list_parts(conn, export_id)}
             for resource_type in types:  # also parts that a killed process wrote but did not record
-                for name in list(self._store.blobs.names(folder(LAYER, resource_type, export_id))):
+                for name in list(self._store.blobs.names(partition_folder(LAYER, resource_type, export_id))):
                     self._store.blobs.delete(name)
             bulk_exports.remove_parts(conn, export_id)
 
