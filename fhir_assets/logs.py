@@ -43,7 +43,7 @@ class JsonFormatter(logging.Formatter):
             if name not in _STANDARD and name not in line:
                 line[name] = _fact(value)
         if record.exc_info and record.exc_info[1] is not None:
-            line["error"] = described(record.exc_info[1])
+            line["error"] = describe_error(record.exc_info[1])
         return orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
@@ -65,7 +65,7 @@ def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None
         root.setLevel(logging.WARNING)
 
 
-def described(error: BaseException) -> dict[str, object]:
+def describe_error(error: BaseException) -> dict[str, object]:
     """Return an error's type, its message if it is an error of the project, and its last frames, innermost last."""
     description: dict[str, object] = {"type": f"{type(error).__module__}.{type(error).__qualname__}"}
     if isinstance(error, FhirAssetsError):

@@ -32,7 +32,7 @@ from fhir_assets.cli import (
     worker,
 )
 from fhir_assets.errors import FhirAssetsError
-from fhir_assets.logs import described
+from fhir_assets.logs import describe_error
 
 app = typer.Typer(
     name="fhir-assets",
@@ -95,7 +95,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         # The message of a driver may quote a row, so only the type and the positions in the code are printed.
-        facts = described(error)
+        facts = describe_error(error)
         Console(stderr=True, soft_wrap=True, highlight=False).print(
             f"fhir-assets: unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message",
             markup=False,

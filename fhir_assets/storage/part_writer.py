@@ -135,7 +135,7 @@ class PartWriter:
         return key, Part(part.name, part.rows, part.bytes, part.stored_bytes, part.first, part.last)
 
 
-def lines_of(batches: Iterator[list[bytes]]) -> Iterator[bytes]:
+def flatten_batches(batches: Iterator[list[bytes]]) -> Iterator[bytes]:
     """Yield the lines of batches one by one."""
     for batch in batches:
         yield from batch

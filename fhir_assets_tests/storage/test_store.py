@@ -10,7 +10,7 @@ from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest
 from fhir_assets.storage.orphans import find_unreferenced_parts
-from fhir_assets.storage.part_writer import PartWriter, lines_of
+from fhir_assets.storage.part_writer import PartWriter, flatten_batches
 from fhir_assets.storage.store import Store, open_store
 
 NOW = datetime(2024, 1, 2, tzinfo=UTC)
@@ -49,7 +49,7 @@ def test_lines_are_read_back_byte_for_byte(store: Store) -> None:
     write(store, "2024-01-01", content, buffer_bytes=10_000)
     manifest = store.manifest("raw", "Patient", "2024-01-01")
     assert manifest is not None
-    assert list(lines_of(store.batches(manifest.parts))) == content
+    assert list(flatten_batches(store.batches(manifest.parts))) == content
     assert (manifest.rows, manifest.bytes) == (5000, sum(map(len, content)) + 5000)
 
 
@@ -59,7 +59,7 @@ def test_lines_of_many_partitions_may_be_interleaved(store: Store) -> None:
             writer.add("Patient", f"k{n % 7}", line, None)
         parts = writer.finish()
     for k in range(7):
-        read = list(lines_of(store.batches(parts["Patient", f"k{k}"])))
+        read = list(flatten_batches(store.batches(parts["Patient", f"k{k}"])))
         assert read == [line for n, line in enumerate(lines(300)) if n % 7 == k]
 
 

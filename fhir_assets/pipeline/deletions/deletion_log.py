@@ -15,7 +15,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.storage.manifest import Manifest, Part
-from fhir_assets.storage.part_writer import PartWriter, lines_of
+from fhir_assets.storage.part_writer import PartWriter, flatten_batches
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.tables import deletions as deletes
@@ -107,7 +107,7 @@ class DeletionLog:
         name = manifest.resource_type
         small = [part for part in manifest.parts if part.bytes < _SMALL_PART_BYTES]
         with PartWriter(self._store, LAYER) as writer:
-            for line in lines_of(self._store.batches(small)):
+            for line in flatten_batches(self._store.batches(small)):
                 writer.add(name, PARTITION, line, _decoder.decode(line).deleted)
             merged = writer.finish()[name, PARTITION]
         small_names = {part.name for part in small}
@@ -125,7 +125,7 @@ class DeletionLog:
         return Manifest(LAYER, resource_type, PARTITION, run_id, self._now(), tuple(parts))
 
     def _read_deletions(self, resource_type: str, part: Part) -> Iterator[Deletion]:
-        for line in lines_of(self._store.batches([part])):
+        for line in flatten_batches(self._store.batches([part])):
             deletion = _decoder.decode(line)
             yield Deletion(resource_type, deletion.id, deletion.deleted, deletion.versionId)
 
