@@ -120,7 +120,7 @@ class DeliverStep:
         number = 0
         for lines in self._store.batches([part]):
             headers = [read_header(line) for line in lines]
-            rows = resources.standing(conn, manifest.resource_type, [header.id or "" for header in headers])
+            rows = resources.find_versions(conn, manifest.resource_type, [header.id or "" for header in headers])
             for line, header in zip(lines, headers, strict=True):
                 number += 1
                 row = rows.get(header.id or "")

@@ -53,7 +53,7 @@ def test_a_deletion_takes_the_rows_of_all_views_and_leaves_a_tombstone_with_its_
     assert rows(conn) == [0, 0, 0]
     assert conn.execute("SELECT id, deleted_at, resource FROM fhir.resource").fetchall() == [("a", at(1), None)]
     assert resources.read(conn, "Patient", "a") is None
-    assert list(resources.of_type(conn, "Patient")) == []
+    assert list(resources.stream_type(conn, "Patient")) == []
 
 
 def test_versions_and_a_deletion_end_the_same_in_every_order(conn: Session) -> None:

@@ -53,7 +53,7 @@ def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Session) -
     assert found is not None
     assert found.body == PATIENT_WITH_PHI.body
     assert resources.read(sealed, "Patient", "b") is None
-    assert [each.body for each in resources.of_type(sealed, "Patient")] == [PATIENT_WITH_PHI.body]
+    assert [each.body for each in resources.stream_type(sealed, "Patient")] == [PATIENT_WITH_PHI.body]
 
 
 def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(sealed: Session) -> None:

@@ -61,14 +61,14 @@ def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource 
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class StoredVersion:
     """The version of a resource in the tables: its time and its partition."""
 
     as_of: datetime
     partition_key: str
 
 
-def standing(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, Standing]:
+def find_versions(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, StoredVersion]:
     """Return the stored versions, by id, of the resources among ``ids`` that the tables contain."""
     rows = conn.execute(
         """
@@ -78,10 +78,10 @@ def standing(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[s
         """,
         [resource_type, list(ids)],
     )
-    return {identity: Standing(as_of, key) for identity, as_of, key in rows}
+    return {identity: StoredVersion(as_of, key) for identity, as_of, key in rows}
 
 
-def of_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
+def stream_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
     """Stream all resources of a patient's compartment, the Patient first. Raises EncryptionError."""
     query = sql.SQL("""
         SELECT {}
@@ -90,10 +90,10 @@ def of_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
             AND resource IS NOT NULL
         ORDER BY resource_type <> 'Patient', resource_type, id
     """).format(COLUMNS)
-    yield from _streamed(conn, query, {"id": patient_id})
+    yield from _stream(conn, query, {"id": patient_id})
 
 
-def of_type(
+def stream_type(
     conn: Session, resource_type: str, *, partition_keys: Sequence[str] | None = None
 ) -> Iterator[StoredResource]:
     """Stream all resources of a type in the order of ids, only those of ``partition_keys`` if given.
@@ -103,10 +103,10 @@ def of_type(
     query = sql.SQL(
         "SELECT {} FROM fhir.resource WHERE resource_type = %(type)s AND resource IS NOT NULL {} ORDER BY id"
     ).format(COLUMNS, sql.SQL("" if partition_keys is None else "AND partition_key = ANY(%(keys)s)"))
-    yield from _streamed(conn, query, {"type": resource_type, "keys": partition_keys and list(partition_keys)})
+    yield from _stream(conn, query, {"type": resource_type, "keys": partition_keys and list(partition_keys)})
 
 
-def _streamed(conn: Session, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
+def _stream(conn: Session, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
     cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="resources") as cursor:
         cursor.itersize = _STREAMED

@@ -27,7 +27,7 @@ def read_patient(
     """
     with conn.transaction():
         if everything:
-            patient_resources = list(resources.of_patient(conn, patient_id))
+            patient_resources = list(resources.stream_patient(conn, patient_id))
         else:
             patient = resources.read(conn, "Patient", patient_id)
             patient_resources = [patient] if patient else []
