@@ -11,8 +11,8 @@ from psycopg import sql
 from fhir_assets.deployment.landing import build_landing_step
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.pipeline.test_visits import visit
 from fhir_assets_tests.support.api import Api, Serve
+from fhir_assets_tests.support.visits import visit
 
 
 def files(api: Api) -> list[Path]:

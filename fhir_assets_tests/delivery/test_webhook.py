@@ -14,7 +14,7 @@ def deliver(url: str, waits: list[float] | None = None) -> bool:
     return Webhook(url, ui_url="http://dagster", retrier=retrier).deliver([], [])
 
 
-def test_a_busy_webhook_gets_the_message_after_the_wait_that_it_asks_for() -> None:
+def test_a_throttled_message_is_sent_again_after_the_requested_wait() -> None:
     waits: list[float] = []
     with ScriptedServer([reply({}, 429, Retry_After="10"), Reply(status=500), Reply()]) as server:
         assert deliver(server.url, waits)
@@ -22,7 +22,7 @@ def test_a_busy_webhook_gets_the_message_after_the_wait_that_it_asks_for() -> No
     assert waits == [11, 2]
 
 
-def test_a_webhook_that_stays_down_did_not_accept_the_message() -> None:
+def test_an_unreachable_webhook_does_not_accept_the_message() -> None:
     with ScriptedServer([Reply(status=503)] * 9) as server:
         assert not deliver(server.url)
         assert len(server.requests) == 3
@@ -31,7 +31,7 @@ def test_a_webhook_that_stays_down_did_not_accept_the_message() -> None:
         assert not deliver(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
 
-def test_a_webhook_that_refuses_the_message_is_not_asked_again() -> None:
+def test_a_refused_message_is_not_sent_again() -> None:
     with ScriptedServer([Reply(status=404), Reply()]) as server:
         assert not deliver(server.url)
         assert len(server.requests) == 1

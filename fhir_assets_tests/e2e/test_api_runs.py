@@ -79,7 +79,7 @@ def ended(api: Api, run_id: str) -> str:
 
 
 @pytest.mark.slow
-def test_runs_are_started_waited_for_looked_at_replayed_and_exported(deploy: Deploy, tmp_path: Path) -> None:
+def test_runs_are_started_awaited_inspected_replayed_and_exported_over_http(deploy: Deploy, tmp_path: Path) -> None:
     # Patient b is outside of the windows that are asked for: only a backfill of references brings it.
     bad = observation("o3", "a", status="finale")
     content = [patient("a", DAY), patient("b", datetime(2023, 1, 1, tzinfo=UTC)), bad]

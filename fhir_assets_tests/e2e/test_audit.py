@@ -328,7 +328,9 @@ REFUSE_COMMITS = """
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_deed_and_its_record_are_committed_together_or_not_at_all(case: Case, database: str, tmp_path: Path) -> None:
+def test_an_action_and_its_audit_records_are_committed_in_one_transaction(
+    case: Case, database: str, tmp_path: Path
+) -> None:
     hospital = Hospital(database, tmp_path, new_key() if case.keys else None)
     hospital.receive(patient("a"))
     hospital.load("first")
@@ -366,7 +368,7 @@ def _of_nobody(audit_record: AuditRecord) -> AuditRecord:
     )
 
 
-def test_what_no_deed_did_is_not_on_record(database: str, tmp_path: Path) -> None:
+def test_a_run_that_changes_nothing_leaves_no_audit_record(database: str, tmp_path: Path) -> None:
     hospital = Hospital(database, tmp_path, new_key())
     hospital.receive(patient("a"))
     hospital.load("first")

@@ -121,21 +121,21 @@ def refused(process: subprocess.CompletedProcess[str], *said: str) -> bool:
     return True
 
 
-def test_a_server_that_cannot_be_reached(deployment: Deployment) -> None:
+def test_an_unreachable_server_is_one_clear_error(deployment: Deployment) -> None:
     before = deployment.tables()
     url = f"http://127.0.0.1:{closed_port()}/fhir"
     assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), url.removesuffix("/fhir"))
     assert deployment.tables() == before
 
 
-def test_a_server_that_is_no_fhir_server(deployment: Deployment) -> None:
+def test_a_server_that_does_not_speak_fhir_is_one_clear_error(deployment: Deployment) -> None:
     before = deployment.tables()
     with website() as url:
         assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), "FHIR")
     assert deployment.tables() == before
 
 
-def test_wrong_credentials(deployment: Deployment) -> None:
+def test_wrong_credentials_are_one_clear_error(deployment: Deployment) -> None:
     before = deployment.tables()
     with SandboxServer([patient("x", DAY)], credentials=Credentials("anna", "right")) as guarded:
         url = guarded.url
@@ -161,11 +161,11 @@ def test_wrong_credentials(deployment: Deployment) -> None:
         ({"FHIR_SCHEDULE": "every now and then"}, "FHIR_SCHEDULE"),
     ],
 )
-def test_a_bad_setting_is_named(deployment: Deployment, changed: dict[str, str | None], said: str) -> None:
+def test_an_error_names_the_invalid_setting(deployment: Deployment, changed: dict[str, str | None], said: str) -> None:
     assert refused(ingest(deployment, *NEXT_DAY, prepare=None, **changed), said)
 
 
-def test_a_database_that_is_down(deployment: Deployment) -> None:
+def test_an_unreachable_database_is_one_clear_error(deployment: Deployment) -> None:
     url = f"postgresql://anna:geheim@127.0.0.1:{closed_port()}/clinic"
     for dagster_storage in (normalise_url(url, "psycopg2"), normalise_url(deployment.url, "psycopg2"), None):
         process = ingest(deployment, DB_URL=url, DAGSTER_POSTGRES_URL=dagster_storage)
@@ -174,7 +174,9 @@ def test_a_database_that_is_down(deployment: Deployment) -> None:
 
 
 @pytest.mark.slow
-def test_a_database_that_goes_away_in_the_middle(server: SandboxServer, deployment: Deployment, postgres: str) -> None:
+def test_a_database_lost_during_a_load_leaves_the_tables_unchanged(
+    server: SandboxServer, deployment: Deployment, postgres: str
+) -> None:
     before = deployment.tables()
     name = urlsplit(deployment.url).path.removeprefix("/")
     server.reset_stats()
@@ -202,7 +204,7 @@ def test_a_database_that_goes_away_in_the_middle(server: SandboxServer, deployme
     assert deployment.loaded() == {"Patient": 21}
 
 
-def test_a_server_that_breaks_off_in_the_middle(server: SandboxServer, deployment: Deployment) -> None:
+def test_truncated_responses_leave_the_tables_unchanged(server: SandboxServer, deployment: Deployment) -> None:
     before = deployment.tables()
     server.set_faults(Fault(kind=FaultKind.TRUNCATE, on=frozenset({RequestKind.SEARCH})))
     assert refused(ingest(deployment, *NEXT_DAY), "Patient:")
@@ -213,14 +215,14 @@ def test_a_server_that_breaks_off_in_the_middle(server: SandboxServer, deploymen
     assert deployment.loaded() == {"Patient": 21}
 
 
-def test_a_store_that_is_a_file(deployment: Deployment, tmp_path: Path) -> None:
+def test_a_store_url_that_names_a_file_is_one_clear_error(deployment: Deployment, tmp_path: Path) -> None:
     before = deployment.tables()
     (tmp_path / "store").write_bytes(b"")
     assert refused(ingest(deployment, *NEXT_DAY, FHIR_STORE_URL=str(tmp_path / "store")), str(tmp_path / "store"))
     assert deployment.tables() == before
 
 
-def test_a_disk_that_is_full(server: SandboxServer, deployment: Deployment) -> None:
+def test_a_full_disk_leaves_the_tables_and_the_store_unchanged(server: SandboxServer, deployment: Deployment) -> None:
     before = deployment.tables()
     manifests = [deployment.store.manifest(layer, "Patient", "2024-01-05") for layer in ("raw", "validated")]
     for n in range(2000):
@@ -236,7 +238,7 @@ def test_a_disk_that_is_full(server: SandboxServer, deployment: Deployment) -> N
     assert list((deployment.settings.home / "store" / ".spool").iterdir()) == []
 
 
-def test_the_failed_run_says_why_in_the_account_of_runs(server: SandboxServer, deployment: Deployment) -> None:
+def test_the_error_of_a_failed_run_is_stored_in_ingestion_runs(server: SandboxServer, deployment: Deployment) -> None:
     server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH}), status=403))
     assert refused(ingest(deployment, *NEXT_DAY), "Patient:", "403")
     found = deployment.query("SELECT DISTINCT status, error LIKE '%%403%%' FROM ops.ingestion_runs WHERE error <> ''")

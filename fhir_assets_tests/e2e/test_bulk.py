@@ -83,7 +83,7 @@ def load(deployment: Deployment) -> None:
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
 
 
-def test_an_export_gives_the_tables_that_the_files_give(deploy: Deploy, population: Path, clean: Expected) -> None:
+def test_a_bulk_export_gives_the_same_tables_as_files(deploy: Deploy, population: Path, clean: Expected) -> None:
     with SandboxServer(population, export_file_resources=50) as server:
         deployment = bulk(deploy, server)
         load(deployment)
@@ -108,7 +108,7 @@ def test_an_export_gives_the_tables_that_the_files_give(deploy: Deploy, populati
     ],
     ids=["kick-off-503", "throttled", "poll-502", "reset", "drop", "truncated", "file-gone"],
 )
-def test_what_fails_in_passing_ends_in_complete_tables(
+def test_transient_failures_end_in_complete_tables(
     deploy: Deploy, population: Path, clean: Expected, fault: Fault
 ) -> None:
     with SandboxServer(population, faults=(fault,), export_file_resources=40) as server:
@@ -121,7 +121,7 @@ def test_what_fails_in_passing_ends_in_complete_tables(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "on"), CASES, ids=[f"{kind}-{on}" for kind, on in CASES])
-def test_a_fault_of_the_sandbox_s_list_ends_in_complete_tables_or_a_sentence(
+def test_each_sandbox_fault_ends_in_complete_tables_or_a_clear_error(
     deploy: Deploy, population: Path, clean: Expected, kind: FaultKind, on: RequestKind
 ) -> None:
     fault = Fault(kind=kind, on=frozenset({on}), times=2, retry_after=0, seconds=0.01)
@@ -157,7 +157,7 @@ def test_all_faults_together_end_in_complete_tables(deploy: Deploy, population: 
     assert deployment.tables() == clean.tables
 
 
-def test_a_count_that_the_file_does_not_keep_is_an_error_and_nothing_is_loaded(
+def test_a_file_with_fewer_resources_than_its_count_is_an_error_and_nothing_is_loaded(
     deploy: Deploy, population: Path
 ) -> None:
     wrong = Fault(kind=FaultKind.WRONG_TOTAL, on=frozenset({RequestKind.POLL}), by=3)
@@ -171,7 +171,7 @@ def test_a_count_that_the_file_does_not_keep_is_an_error_and_nothing_is_loaded(
         load(deployment)
 
 
-def test_the_next_export_asks_for_what_changed_and_brings_deletions(deploy: Deploy) -> None:
+def test_the_next_export_requests_changes_since_the_last_one_and_applies_deletions(deploy: Deploy) -> None:
     with SandboxServer([patient(f"p{n}", START) for n in range(3)]) as server:
         deployment = bulk(deploy, server, fhir_bulk_fresh_minutes=0, fhir_last_updated_gte="2024-01-01")
         load(deployment)
@@ -188,7 +188,7 @@ def _delete(server: SandboxServer, patient_id: str) -> int:
     return requests.delete(f"{server.url}/Patient/{patient_id}", timeout=10).status_code
 
 
-def test_a_group_exports_its_patients_only(deploy: Deploy) -> None:
+def test_a_group_export_loads_only_the_patients_of_the_group(deploy: Deploy) -> None:
     group = {"resourceType": "Group", "id": "g", "member": [{"entity": {"reference": "Patient/p1"}}]}
     bodies = [patient(f"p{n}", START) for n in range(3)]
     for n in range(3):
@@ -203,7 +203,7 @@ def test_a_group_exports_its_patients_only(deploy: Deploy) -> None:
     ]
 
 
-def test_what_the_server_could_not_export_is_a_dead_letter_of_stage_export(deploy: Deploy) -> None:
+def test_an_error_file_of_the_export_becomes_dead_letters_of_stage_export(deploy: Deploy) -> None:
     with SandboxServer([patient("p", START)], all_types=False) as server:
         deployment = bulk(deploy, server, fhir_resource_types="Patient,Encounter")
         load(deployment)
@@ -214,7 +214,7 @@ def test_what_the_server_could_not_export_is_a_dead_letter_of_stage_export(deplo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["RS384", "ES384"])
-def test_a_token_that_ends_in_mid_download_is_renewed(
+def test_a_token_that_expires_during_a_download_is_renewed(
     deploy: Deploy, population: Path, clean: Expected, algorithm: str, tmp_path: Path
 ) -> None:
     key = RSAKey.generate_key(2048) if algorithm == "RS384" else ECKey.generate_key("P-384")
@@ -231,7 +231,7 @@ def test_a_token_that_ends_in_mid_download_is_renewed(
     assert deployment.tables() == clean.tables
 
 
-def test_search_with_a_client_secret(deploy: Deploy) -> None:
+def test_search_authenticates_with_a_client_secret(deploy: Deploy) -> None:
     smart = Smart({"client": "s3cret"})
     with SandboxServer([patient("p", START)], smart=smart) as server:
         settings: dict[str, Any] = {
@@ -272,7 +272,7 @@ def slow_server(population: Path) -> Iterator[SandboxServer]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["poll", "file", "loading"])
-def test_a_kill_goes_on_with_the_same_export(
+def test_a_killed_run_resumes_the_same_export(
     deploy: Deploy, clean: Expected, slow_server: SandboxServer, moment: str
 ) -> None:
     deployment = bulk(deploy, slow_server)
@@ -302,7 +302,7 @@ def _reached(deployment: Deployment, server: SandboxServer, moment: str) -> bool
     return seen >= 2
 
 
-def test_how_far_an_export_is_shows_among_the_events_of_the_step_and_on_the_terminal(
+def test_the_progress_of_an_export_is_shown_in_step_events_and_on_the_terminal(
     deploy: Deploy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SandboxServer([patient("p0", START)]) as server:

@@ -154,9 +154,7 @@ PLANTS: dict[str, list[Callable[[Site, str], None]]] = {
 """By place, how a marker gets there."""
 
 
-def test_a_leak_put_in_by_hand_is_found_in_every_kind_of_place(
-    deploy: Deploy, tmp_path: Path, canaries: Canaries
-) -> None:
+def test_the_scan_finds_a_planted_marker_in_every_location(deploy: Deploy, tmp_path: Path, canaries: Canaries) -> None:
     deployment = deploy()
     with connect(deployment.url) as conn:
         outbox.install(conn)
@@ -174,7 +172,7 @@ def test_a_leak_put_in_by_hand_is_found_in_every_kind_of_place(
 @pytest.mark.parametrize(
     "form", ["{0}-{1}-{2}", "{0}/{1}/{2}", "{2}.{1}.{0}", "{1}/{2}/{0}", "datetime.date({0}, {1}, {2})"]
 )
-def test_a_date_is_found_however_it_is_written(canaries: Canaries, form: str) -> None:
+def test_the_scan_finds_a_date_in_every_format(canaries: Canaries, form: str) -> None:
     year, month, day = canaries.day("Patient.birthDate").split("-")
     assert canaries.found_in(f"born {form.format(year, month, day)}, it says".encode()) == {"Patient.birthDate"}
     assert canaries.found_in(f"{year}-01-01 and {year}-12-{day}".encode()) == set()
@@ -297,7 +295,7 @@ def refuse(conn: Any, table: str, condition: str, marker: str, sqlstate: str) ->
 
 
 @pytest.mark.slow
-def test_no_canary_turns_up_anywhere(
+def test_no_patient_data_leaks_outside_encrypted_storage(
     road: Road, serve: Serve, tmp_path: Path, canaries: Canaries, capfd: pytest.CaptureFixture[str]
 ) -> None:
     site, deployment, mark = road.site, road.deployment, canaries.text

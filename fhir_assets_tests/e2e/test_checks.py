@@ -1,6 +1,5 @@
 """The checks other than `reconciles`: the condition that makes each fail, its message, and its result by window."""
 
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,24 +12,11 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.support.content import add, instant, patient
+from fhir_assets_tests.support.content import add, encounter, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"
-
-
-def encounter(identity: str, moment: datetime, subject: str, **fields: Any) -> bytes:
-    resource = {
-        "resourceType": "Encounter",
-        "id": identity,
-        "meta": {"lastUpdated": instant(moment)},
-        "status": "finished",
-        "class": {"code": "AMB"},
-        "subject": {"reference": subject},
-        **fields,
-    }
-    return json.dumps(resource).encode()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pyarrow.parquet import read_table
@@ -18,35 +17,9 @@ from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.support.content import add, instant
+from fhir_assets_tests.support.consent_resources import DAY, consent, observation, resource
+from fhir_assets_tests.support.content import add
 from fhir_assets_tests.support.deployment import Deploy, Deployment
-
-DAY = datetime(2024, 1, 5, tzinfo=UTC)
-
-
-def resource(kind: str, identity: str, moment: datetime, *, version: str = "1", **fields: Any) -> bytes:
-    meta = {"versionId": version, "lastUpdated": instant(moment)}
-    return json.dumps({"resourceType": kind, "id": identity, "meta": meta, **fields}).encode()
-
-
-def observation(identity: str, about: str) -> bytes:
-    subject = {"reference": f"Patient/{about}"}
-    return resource("Observation", identity, DAY, status="final", code={"text": "x"}, subject=subject)
-
-
-def consent(verdict: str, moment: datetime, *, version: str = "1", status: str = "active") -> bytes:
-    return resource(
-        "Consent",
-        "c",
-        moment,
-        version=version,
-        status=status,
-        scope={"coding": [{"system": "http://terminology.hl7.org/CodeSystem/consentscope", "code": "patient-privacy"}]},
-        category=[{"coding": [{"code": "59284-0"}]}],
-        policyRule={"coding": [{"code": "OPTIN"}]},
-        patient={"reference": "Patient/a"},
-        provision={"type": verdict},
-    )
 
 
 @pytest.fixture
@@ -81,7 +54,7 @@ def ingest(deployment: Deployment) -> Outcome:
     return outcome
 
 
-def test_consent_comes_and_goes(deployment: Deployment, server: SandboxServer) -> None:
+def test_resources_are_released_and_withheld_as_consent_changes(deployment: Deployment, server: SandboxServer) -> None:
     closed = deployment.settings.consent_policy == "opt-in"
     others = set() if closed else {"b"}
     first = ingest(deployment)
@@ -100,9 +73,7 @@ def test_consent_comes_and_goes(deployment: Deployment, server: SandboxServer) -
     assert deployment.query("SELECT count(*) FROM ops.consents") == [(0,)]
 
 
-def test_who_denied_never_comes_into_the_tables_not_even_for_the_length_of_a_run(
-    deploy: Deploy, server: SandboxServer
-) -> None:
+def test_resources_of_a_patient_who_denied_consent_are_never_inserted(deploy: Deploy, server: SandboxServer) -> None:
     add(server, consent("deny", DAY))
     deployment = deploy(
         fhir_base_url=server.url,
@@ -120,7 +91,9 @@ def test_who_denied_never_comes_into_the_tables_not_even_for_the_length_of_a_run
     assert shown(deployment) == ({"b"}, {"b"})
 
 
-def test_what_leaves_obeys_consent(deploy: Deploy, server: SandboxServer, tmp_path: Path) -> None:
+def test_exports_and_the_lake_leave_out_withheld_resources(
+    deploy: Deploy, server: SandboxServer, tmp_path: Path
+) -> None:
     deployment = deploy(
         fhir_base_url=server.url,
         fhir_resource_types="Patient,Observation,Consent",

@@ -16,7 +16,7 @@ DAY = datetime(2024, 1, 1, tzinfo=UTC)
 TYPES = "Patient,Encounter,Observation,Condition,Procedure,Location"
 
 
-def test_an_empty_window_opens_a_few_connections_whatever_the_number_of_types(
+def test_an_empty_window_opens_few_connections_whatever_the_number_of_types(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "Patient.ndjson").write_bytes(patient("a", DAY) + b"\n")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,7 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
-
-START = datetime(2024, 1, 1, tzinfo=UTC)
-END = datetime(2024, 1, 3, tzinfo=UTC)
-FEW = "Patient,Encounter,Observation"
-
+from fhir_assets_tests.support.small_population import END, RESOURCE_TYPES, START
 
 LOAD = ("ingest", "--from", "2024-01-01", "--to", "2024-01-02")
 REPLAY = ("dead-letters", "replay", "--all")
@@ -96,21 +92,21 @@ def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patient
     assert left == [(0,)]
 
 
-def test_a_load_killed_three_times_ends_in_the_tables_of_a_clean_one(
+def test_a_load_killed_three_times_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
-    story(deploy, tmp_path / "population", empty_database, kills=3, patients=10, fhir_resource_types=FEW)
+    story(deploy, tmp_path / "population", empty_database, kills=3, patients=10, fhir_resource_types=RESOURCE_TYPES)
 
 
 @pytest.mark.slow
-def test_a_load_killed_twenty_times_ends_in_the_tables_of_a_clean_one(
+def test_a_load_killed_twenty_times_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
     story(deploy, tmp_path / "population", empty_database, kills=20, patients=20)
 
 
 @pytest.mark.slow
-def test_a_replay_killed_ten_times_ends_in_the_tables_of_a_load_that_needed_none(
+def test_a_replay_killed_ten_times_gives_the_tables_of_a_load_without_dead_letters(
     deploy: Deploy, empty_database: str
 ) -> None:
     bodies = [

@@ -48,7 +48,7 @@ def latest(deployment: Deployment, name: str, partition: str) -> bool:
     return evaluations[0].passed
 
 
-def test_bad_resources_are_told_mended_replayed_and_all_is_green_again(
+def test_invalid_resources_are_reported_corrected_and_replayed_until_the_checks_pass(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = [{"family": SECRET}]

@@ -48,7 +48,7 @@ def present(deployment: Deployment) -> set[str]:
     return rows
 
 
-def test_the_next_load_takes_what_the_server_deleted_out_of_the_tables(deploy: Deploy, server: SandboxServer) -> None:
+def test_the_next_load_removes_resources_that_the_server_deleted(deploy: Deploy, server: SandboxServer) -> None:
     deployment = deployed(deploy, server)
     ingest(deployment)
     assert present(deployment) == set(IDS)
@@ -59,7 +59,7 @@ def test_the_next_load_takes_what_the_server_deleted_out_of_the_tables(deploy: D
     assert present(deployment) == set(IDS[7:])
 
 
-def test_reading_an_old_window_anew_or_loading_it_again_brings_nothing_back(
+def test_a_deleted_resource_stays_deleted_when_its_window_is_fetched_or_loaded_again(
     deploy: Deploy, server: SandboxServer
 ) -> None:
     deployment = deployed(deploy, server)
@@ -72,7 +72,7 @@ def test_reading_an_old_window_anew_or_loading_it_again_brings_nothing_back(
     assert present(deployment) == set(IDS[1:])
 
 
-def test_a_resource_that_is_made_again_is_back(deploy: Deploy, server: SandboxServer) -> None:
+def test_a_deleted_resource_that_is_created_again_is_loaded(deploy: Deploy, server: SandboxServer) -> None:
     deployment = deployed(deploy, server)
     ingest(deployment)
     delete(server, "p0")
@@ -83,7 +83,7 @@ def test_a_resource_that_is_made_again_is_back(deploy: Deploy, server: SandboxSe
     assert present(deployment) == set(IDS)
 
 
-def test_off_leaves_the_history_alone_and_history_then_finds_all_since_the_first_load(
+def test_fhir_deletes_off_requests_no_history_and_switching_it_on_applies_all_deletions_since_the_first_load(
     deploy: Deploy, server: SandboxServer
 ) -> None:
     deployment = deployed(deploy, server, fhir_deletes="off")
@@ -97,7 +97,7 @@ def test_off_leaves_the_history_alone_and_history_then_finds_all_since_the_first
     assert present(later) == set(IDS[1:])
 
 
-def test_a_server_on_a_bad_day_loses_no_deletion(deploy: Deploy, server: SandboxServer) -> None:
+def test_deletions_are_applied_despite_transient_faults(deploy: Deploy, server: SandboxServer) -> None:
     deployment = deployed(deploy, server, fhir_max_attempts=12)
     ingest(deployment)
     delete(server, *IDS[:11])
@@ -110,7 +110,9 @@ def test_a_server_on_a_bad_day_loses_no_deletion(deploy: Deploy, server: Sandbox
     assert present(deployment) == {"p11"}
 
 
-def test_a_history_that_stays_broken_fails_the_load_and_keeps_the_place(deploy: Deploy, server: SandboxServer) -> None:
+def test_a_history_that_keeps_failing_fails_the_load_and_keeps_the_checkpoint(
+    deploy: Deploy, server: SandboxServer
+) -> None:
     deployment = deployed(deploy, server)
     ingest(deployment)
     before = deployment.query("SELECT applied_until FROM ops.deletion_checkpoints")
@@ -124,7 +126,7 @@ def test_a_history_that_stays_broken_fails_the_load_and_keeps_the_place(deploy: 
     assert present(deployment) == {"p11"}
 
 
-def test_tables_built_anew_from_the_store_end_without_what_was_deleted(
+def test_tables_rebuilt_from_the_store_contain_no_deleted_resources(
     deploy: Deploy, server: SandboxServer, empty_database: str
 ) -> None:
     ingest(before := deployed(deploy, server))

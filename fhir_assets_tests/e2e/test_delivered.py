@@ -13,9 +13,9 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.delivery.upload.conftest import assert_same, read_back
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.uploads import assert_same, read_back
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY, NEXT = "2024-01-05", "2024-01-06"
@@ -66,7 +66,7 @@ def letters(deployment: Deployment) -> list[tuple[object, ...]]:
     return deployment.query("SELECT resource_id, status FROM ops.dead_letters WHERE stage = 'deliver' ORDER BY id")
 
 
-def test_what_is_loaded_is_delivered_once_and_later_only_what_is_new(
+def test_loaded_resources_are_delivered_once_and_later_loads_deliver_only_new_ones(
     deployment: Deployment, source: SandboxServer, target: SandboxServer
 ) -> None:
     assert load(deployment)
@@ -81,17 +81,17 @@ def test_what_is_loaded_is_delivered_once_and_later_only_what_is_new(
     assert all(b'"versionId":"1"' in body for body in after.values())
 
 
-def test_without_a_delivery_url_there_is_nothing_to_deliver(deploy: Deploy, source: SandboxServer) -> None:
+def test_without_a_delivery_url_there_are_no_delivery_assets(deploy: Deploy, source: SandboxServer) -> None:
     graph = build_definitions(deploy(fhir_base_url=source.url).settings).resolve_asset_graph()
     assert {key.path[-1] for key in graph.get_all_asset_keys() if key.path[0] == "delivered"} == {"health_patient"}
 
 
-def test_a_server_is_not_delivered_to_itself() -> None:
+def test_a_delivery_url_equal_to_the_source_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="FHIR_DELIVERY_URL"):
         load_settings(fhir_base_url="http://a.example.org/fhir/", fhir_delivery_url="http://a.example.org/fhir")
 
 
-def test_what_the_tables_do_not_have_does_not_leave(deployment: Deployment, target: SandboxServer) -> None:
+def test_resources_missing_from_the_tables_are_not_delivered(deployment: Deployment, target: SandboxServer) -> None:
     """A resource that was withheld or deleted is in the store, but not in the tables."""
     assert materialize(deployment, "raw/patient", "validated/patient", "normalized/patient", windows=[KEY]).success
     with connect(deployment.url) as conn:
@@ -104,7 +104,7 @@ def test_what_the_tables_do_not_have_does_not_leave(deployment: Deployment, targ
     assert (event.metadata["not_in_tables"].value, event.metadata["superseded"].value) == (1, 1)
 
 
-def test_what_the_server_refuses_is_a_dead_letter_and_turns_the_check_red_until_it_is_delivered(
+def test_a_refused_resource_is_a_dead_letter_and_the_check_fails_until_it_is_delivered(
     deployment: Deployment, source: SandboxServer, target: SandboxServer
 ) -> None:
     add(source, encounter("lost", "nobody"))
@@ -127,7 +127,7 @@ def test_what_the_server_refuses_is_a_dead_letter_and_turns_the_check_red_until_
     assert "Encounter/lost" in held(target)
 
 
-def test_a_target_that_is_down_fails_the_run_after_the_tables_are_loaded(deploy: Deploy, source: SandboxServer) -> None:
+def test_an_unreachable_target_fails_the_run_after_the_tables_are_loaded(deploy: Deploy, source: SandboxServer) -> None:
     settings = {
         "fhir_base_url": source.url,
         "fhir_resource_types": "Patient",
@@ -148,7 +148,7 @@ def test_a_target_that_is_down_fails_the_run_after_the_tables_are_loaded(deploy:
         assert held(target).keys() == {f"Patient/p{n}" for n in range(30)}
 
 
-def test_the_graph_shows_where_it_comes_from(deployment: Deployment) -> None:
+def test_a_delivery_asset_depends_on_the_validated_and_normalized_assets(deployment: Deployment) -> None:
     graph = build_definitions(deployment.settings).resolve_asset_graph()
     parents = graph.get(dg.AssetKey(["delivered", "patient"])).parent_keys
     assert parents == {dg.AssetKey(["validated", "patient"]), dg.AssetKey(["normalized", "patient"])}

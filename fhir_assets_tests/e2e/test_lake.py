@@ -16,12 +16,12 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.test_consent import DAY as DAY_OF_ALL
-from fhir_assets_tests.e2e.test_consent import consent, observation, resource
-from fhir_assets_tests.e2e.test_crash import END, FEW, START
+from fhir_assets_tests.support.consent_resources import DAY as DAY_OF_ALL
+from fhir_assets_tests.support.consent_resources import consent, observation, resource
 from fhir_assets_tests.support.content import add
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
+from fhir_assets_tests.support.small_population import END, RESOURCE_TYPES, START
 
 DAY = "2024-01-01"
 
@@ -33,7 +33,7 @@ def deployment(deploy: Deploy, tmp_path: Path) -> Deployment:
     made = deploy(
         fhir_source="ndjson",
         fhir_base_url=str(tmp_path / "population"),
-        fhir_resource_types=FEW,
+        fhir_resource_types=RESOURCE_TYPES,
         fhir_last_updated_gte=DAY,
         fhir_lake_url=str(tmp_path / "lake"),
     )
@@ -42,7 +42,7 @@ def deployment(deploy: Deploy, tmp_path: Path) -> Deployment:
 
 
 def views(deployment: Deployment) -> list[View]:
-    return [view for view in build_views(deployment.settings).views if view.resource_type in FEW.split(",")]
+    return [view for view in build_views(deployment.settings).views if view.resource_type in RESOURCE_TYPES.split(",")]
 
 
 def materialize(deployment: Deployment, *names: str, key: str = DAY) -> dict[str, dict[str, object]]:
@@ -63,7 +63,7 @@ def same(deployment: Deployment, view: str) -> bool:
         return in_lake(deployment.settings.fhir_lake_url, view) == in_table(conn, view)
 
 
-def test_duckdb_reads_the_rows_of_every_table(deployment: Deployment) -> None:
+def test_duckdb_reads_the_same_rows_as_every_table(deployment: Deployment) -> None:
     names = [view.name for view in views(deployment)]
     materialize(deployment, *names)
     filled = [name for name in names if deployment.query(f"SELECT FROM fhir.{name} LIMIT 1")]
@@ -86,7 +86,7 @@ def test_columns_are_typed_and_described(deployment: Deployment) -> None:
     assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_a_second_run_writes_its_window_and_leaves_the_others(deployment: Deployment) -> None:
+def test_a_second_run_rewrites_only_its_window(deployment: Deployment) -> None:
     first = materialize(deployment, "patient")["patient"]
     second = materialize(deployment, "patient")["patient"]
     windows = deployment.query(
@@ -96,7 +96,7 @@ def test_a_second_run_writes_its_window_and_leaves_the_others(deployment: Deploy
     assert second["windows_written"] == 1
 
 
-def test_rows_that_moved_or_went_leave_their_window_whichever_one_is_materialized(deployment: Deployment) -> None:
+def test_moved_and_deleted_rows_leave_their_old_window_whichever_window_is_materialized(deployment: Deployment) -> None:
     materialize(deployment, "patient")
     with_rows = deployment.query(
         "SELECT r.id, r.partition_key FROM fhir.patient v JOIN fhir.resource r ON r.id = v._resource_key"
@@ -115,7 +115,7 @@ def test_rows_that_moved_or_went_leave_their_window_whichever_one_is_materialize
     assert same(deployment, "patient")
 
 
-def test_a_lake_in_the_middle_of_its_update_is_whole_after_the_next(
+def test_an_interrupted_lake_update_is_completed_by_the_next_one(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = writer.LakeFolder.write_window
@@ -142,7 +142,7 @@ def test_a_lake_in_the_middle_of_its_update_is_whole_after_the_next(
 
 
 @pytest.mark.slow
-def test_what_consent_withholds_and_what_was_deleted_leaves_the_lake(deploy: Deploy, tmp_path: Path) -> None:
+def test_withheld_and_deleted_resources_are_removed_from_the_lake(deploy: Deploy, tmp_path: Path) -> None:
     people = [resource("Patient", key, DAY_OF_ALL, name=[{"family": key}]) for key in "ab"]
     with SandboxServer([*people, *(observation(f"o{key}", key) for key in "ab")]) as server:
         made = deploy(
@@ -181,6 +181,6 @@ def values(deployment: Deployment, view: str, column: str) -> set[str]:
     return {value for (value,) in found}
 
 
-def test_without_a_url_there_are_no_assets_of_the_lake(deploy: Deploy) -> None:
+def test_without_a_lake_url_there_are_no_lake_assets(deploy: Deploy) -> None:
     keys = build_definitions(deploy().settings).resolve_all_asset_keys()
     assert not [key for key in keys if key.path[0] == "lake"]

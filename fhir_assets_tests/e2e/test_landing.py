@@ -48,7 +48,7 @@ def files(deployment: Deployment) -> dict[str, str]:
     return dict(deployment.query("SELECT name, status FROM ops.landing_files"))
 
 
-def test_files_of_several_types_and_kinds_are_split_loaded_and_left_where_they_are(
+def test_files_of_several_types_and_formats_are_split_loaded_and_left_in_the_landing_zone(
     deployment: Deployment, zone: LandingZone
 ) -> None:
     zone.put("a.ndjson", patient("a", DAY) + b"\n" + json.dumps(ENCOUNTER).encode() + b"\n")
@@ -66,7 +66,7 @@ def test_files_of_several_types_and_kinds_are_split_loaded_and_left_where_they_a
     assert load_received(deployment) == []
 
 
-def test_the_same_content_is_loaded_once_whatever_its_name(deployment: Deployment, zone: LandingZone) -> None:
+def test_the_same_content_is_loaded_once_under_any_file_name(deployment: Deployment, zone: LandingZone) -> None:
     zone.put("a.ndjson", patient("a", DAY))
     assert land(deployment) == []
     zone.put("again/b.ndjson", patient("a", DAY))
@@ -88,7 +88,7 @@ def test_a_file_with_new_content_under_its_old_name_is_loaded(deployment: Deploy
     assert deployment.loaded() == {"Patient": 2}
 
 
-def test_a_bad_file_is_dead_letters_and_a_red_check_until_they_are_settled_and_stops_nothing(
+def test_an_invalid_file_fails_the_check_until_its_dead_letters_are_resolved_and_stops_no_other_file(
     deployment: Deployment, zone: LandingZone
 ) -> None:
     zone.put("bad.ndjson", patient("a", DAY) + b'\n{"resourceType": "Patient", "id": \n')
@@ -113,7 +113,7 @@ def test_a_bad_file_is_dead_letters_and_a_red_check_until_they_are_settled_and_s
     assert event.passed
 
 
-def test_names_of_files_which_may_be_patients_stay_out_of_events_and_letters(
+def test_file_names_which_may_name_patients_stay_out_of_events_and_dead_letters(
     deployment: Deployment, zone: LandingZone
 ) -> None:
     zone.put("Peter_Chalmers_1974.ndjson", b"{")
@@ -126,7 +126,7 @@ def test_names_of_files_which_may_be_patients_stay_out_of_events_and_letters(
     assert "Chalmers" not in str(events) + str(letters)
 
 
-def test_deletes_that_land_take_the_rows_and_an_older_file_does_not_bring_them_back(
+def test_deletions_in_landed_files_remove_rows_and_an_older_file_does_not_restore_them(
     deployment: Deployment, zone: LandingZone
 ) -> None:
     zone.put("a.ndjson", patient("a", DAY) + b"\n" + patient("b", DAY))
@@ -150,7 +150,7 @@ def test_deletes_that_land_take_the_rows_and_an_older_file_does_not_bring_them_b
     assert outcomes == []
 
 
-def test_a_folder_file_is_taken_when_it_stopped_growing_or_has_its_done_beside(deploy: Deploy, tmp_path: Path) -> None:
+def test_a_file_is_received_once_it_stopped_growing_or_has_a_done_file(deploy: Deploy, tmp_path: Path) -> None:
     zone = LandingZone(str(tmp_path / "landing"))
     zone.put("growing.ndjson", patient("a", DAY))
     zone.put("marked.ndjson", patient("b", DAY))
@@ -168,7 +168,7 @@ def test_a_folder_file_is_taken_when_it_stopped_growing_or_has_its_done_beside(d
     assert deployment.loaded() == {"Patient": 3}
 
 
-def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(
+def test_an_unreadable_file_is_named_and_the_other_files_are_loaded(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zone = LandingZone(str(tmp_path / "landing"))
@@ -186,13 +186,13 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(
     assert files(deployment) == {"a.ndjson": "loaded"}
 
 
-def test_a_zone_that_is_not_there_is_one_sentence(deploy: Deploy, tmp_path: Path) -> None:
+def test_a_missing_landing_zone_is_one_clear_error(deploy: Deploy, tmp_path: Path) -> None:
     deployment = deploy(fhir_landing_url=str(tmp_path / "none"), fhir_resource_types=("Patient",))
     with pytest.raises(Exception, match="does not exist"):
         tick(deployment)
 
 
-def test_a_load_that_dies_between_raw_and_its_note_is_done_again_and_nothing_is_double(
+def test_a_load_that_dies_before_it_records_the_file_is_repeated_without_duplicates(
     deployment: Deployment, zone: LandingZone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zone.put("a.ndjson", patient("a", DAY))
@@ -213,7 +213,7 @@ def test_a_load_that_dies_between_raw_and_its_note_is_done_again_and_nothing_is_
     assert deployment.loaded() == {"Patient": 1}
 
 
-def test_with_keys_what_we_put_down_ourselves_is_sealed_and_still_known_by_its_content(
+def test_with_keys_files_that_the_api_lands_are_encrypted_and_still_identified_by_content(
     deploy: Deploy, tmp_path: Path
 ) -> None:
     (tmp_path / "landing").mkdir()

@@ -17,12 +17,12 @@ from psycopg.errors import InvalidSchemaName, UndefinedTable
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
-from fhir_assets_tests.pipeline.test_visits import visit
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import until
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
+from fhir_assets_tests.support.visits import visit
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 3, 1, tzinfo=UTC)
@@ -80,7 +80,7 @@ def test_the_daemon_finds_receives_and_loads_files_by_itself(deploy: Deploy, tmp
     assert deployment.dead() == {"json": 1}
 
 
-def test_the_command_loads_what_lies_there_and_says_which_file_is_bad(deploy: Deploy, tmp_path: Path) -> None:
+def test_the_landing_command_loads_waiting_files_and_names_the_invalid_one(deploy: Deploy, tmp_path: Path) -> None:
     zone = LandingZone(str(tmp_path / "landing"))
     zone.put("good.ndjson", patient("a", START))
     zone.put("bad.ndjson", b"{\n" + patient("b", START))
@@ -119,7 +119,7 @@ def loaded_once_and_killed_five_times(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
+def test_the_load_after_a_kill_at_any_moment_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
     write_population(tmp_path / "landing", Population(6, 3, 0.02, end=END, start=START))
@@ -138,7 +138,7 @@ def test_killed_at_any_moment_the_next_load_ends_in_the_tables_of_one_clean_run(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_visits_end_as_those_of_one_clean_run(
+def test_the_load_of_visits_after_a_kill_at_any_moment_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
     zone = LandingZone(str(tmp_path / "landing"))

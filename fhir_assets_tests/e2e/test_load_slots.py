@@ -10,9 +10,9 @@ import pytest
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
-from fhir_assets_tests.e2e.test_crash import START
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy
+from fhir_assets_tests.support.small_population import START
 
 
 def test_a_load_writes_to_the_tables_only_while_it_holds_a_slot(

@@ -13,8 +13,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.test_checks import encounter
-from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.content import encounter, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
@@ -59,7 +58,7 @@ def patients_of_encounters(deployment: Deployment) -> list[tuple[str, bool]]:
     return [(key, there) for key, there in rows]
 
 
-def test_missing_patients_are_fetched_once_and_those_that_are_nowhere_are_not_asked_for_again(
+def test_missing_patients_are_fetched_once_and_nonexistent_ones_are_not_requested_again(
     server: SandboxServer, deployment: Deployment
 ) -> None:
     deployment.ingest(first=DAY, last=DAY)
@@ -91,7 +90,9 @@ def test_a_window_that_is_fetched_later_keeps_what_was_received_in_it(
     assert deployment.loaded() == {"Patient": 2, "Encounter": 4}
 
 
-def test_a_source_of_files_is_not_asked(deploy: Deploy, server: SandboxServer, deployment: Deployment) -> None:
+def test_missing_references_are_not_requested_from_a_file_source(
+    deploy: Deploy, server: SandboxServer, deployment: Deployment
+) -> None:
     deployment.ingest(first=DAY, last=DAY)
     files = deploy(
         fhir_source="ndjson",
@@ -103,7 +104,7 @@ def test_a_source_of_files_is_not_asked(deploy: Deploy, server: SandboxServer, d
     assert deployment.query("SELECT count(*) FROM ops.missing_references") == [(0,)]
 
 
-def test_the_command_fetches_and_says_what_came(
+def test_the_command_fetches_missing_references_and_reports_the_result(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, server: SandboxServer
 ) -> None:
     deployment.ingest(first=DAY, last=DAY)
@@ -117,11 +118,11 @@ def test_the_command_fetches_and_says_what_came(
     assert {row["type"]: row["loaded"] for row in said["types"]} == {"Patient": 2, "total": 2}
 
 
-def test_the_definitions_load_whole_as_a_code_server_loads_them(deployment: Deployment) -> None:
+def test_a_code_server_loads_all_definitions(deployment: Deployment) -> None:
     build_definitions(deployment.settings).get_repository_def().load_all_definitions()
 
 
-def test_what_the_server_deleted_becomes_a_tombstone_and_what_it_never_had_does_not(
+def test_a_missing_reference_that_the_server_deleted_becomes_a_tombstone_and_an_unknown_one_does_not(
     server: SandboxServer, deployment: Deployment
 ) -> None:
     deployment.ingest(first=DAY, last=DAY)

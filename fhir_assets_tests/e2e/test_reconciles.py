@@ -66,7 +66,7 @@ def manifest(deployment: Deployment, layer: str) -> Manifest:
     return found
 
 
-def test_a_page_that_the_server_leaves_out_is_missed(server: SandboxServer, deployment: Deployment) -> None:
+def test_a_page_that_the_server_leaves_out_fails_reconciliation(server: SandboxServer, deployment: Deployment) -> None:
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, on=frozenset({RequestKind.PAGE}), times=1))
     (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
     assert outcome.success
@@ -84,7 +84,7 @@ def test_a_page_that_the_server_leaves_out_is_missed(server: SandboxServer, depl
     assert deployment.loaded() == {"Patient": 30}
 
 
-def test_a_page_that_is_lost_from_the_open_window_stays_missed_until_it_is_fetched_anew(
+def test_a_page_lost_from_the_open_window_fails_reconciliation_until_the_window_is_fetched_again(
     deploy: Deploy,
 ) -> None:
     now = datetime.now(UTC)
@@ -105,7 +105,9 @@ def test_a_page_that_is_lost_from_the_open_window_stays_missed_until_it_is_fetch
     assert deployment.loaded() == {"Patient": 10}
 
 
-def test_a_total_that_differs_from_what_is_given_is_told(server: SandboxServer, deployment: Deployment) -> None:
+def test_a_total_that_differs_from_the_resources_received_is_reported(
+    server: SandboxServer, deployment: Deployment
+) -> None:
     server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=2))
     (outcome,) = deployment.ingest(first=DAY, last=DAY)
     (said,) = deployment.unreconciled(outcome)
@@ -114,7 +116,9 @@ def test_a_total_that_differs_from_what_is_given_is_told(server: SandboxServer, 
 
 
 @pytest.mark.parametrize("table", ["patient", "resource"])
-def test_a_row_deleted_behind_the_projects_back_is_missed_and_comes_back(deployment: Deployment, table: str) -> None:
+def test_a_row_deleted_by_hand_fails_reconciliation_and_the_next_load_restores_it(
+    deployment: Deployment, table: str
+) -> None:
     deployment.ingest(first=DAY, last=DAY)
     assert run_check(deployment).passed
     execute(deployment, f"DELETE FROM fhir.{table} WHERE id IN ('p3', 'p4')")
@@ -128,7 +132,7 @@ def test_a_row_deleted_behind_the_projects_back_is_missed_and_comes_back(deploym
     assert deployment.query("SELECT count(*) FROM fhir.patient_name") == [(24,)]
 
 
-def test_a_row_deleted_from_the_open_window_comes_back_too(deploy: Deploy) -> None:
+def test_a_row_deleted_by_hand_from_the_open_window_is_restored(deploy: Deploy) -> None:
     with SandboxServer([patient("a", datetime.now(UTC) - timedelta(seconds=5))]) as server:
         deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_partition="monthly")
         (outcome,) = deployment.ingest()
@@ -149,7 +153,9 @@ def test_a_newer_version_in_the_tables_accounts_for_an_older_one(server: Sandbox
 
 @pytest.mark.parametrize("layer", ["raw", "validated"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_part_is_a_clear_error_and_the_tables_stay(deployment: Deployment, layer: str, damage: str) -> None:
+def test_a_damaged_part_is_a_clear_error_and_the_tables_stay_unchanged(
+    deployment: Deployment, layer: str, damage: str
+) -> None:
     deployment.ingest(first=DAY, last=DAY)
     tables = deployment.tables()
     (part,) = manifest(deployment, layer).parts

@@ -107,7 +107,7 @@ def run(deployment: Deployment, request: dg.RunRequest) -> dg.ExecuteInProcessRe
     )
 
 
-def test_a_corrected_resource_heals_in_its_own_window_and_one_that_fails_again_is_open_again(
+def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_again_is_reopened(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     first = letters(deployment)[0].run_id
@@ -136,7 +136,7 @@ def test_a_corrected_resource_heals_in_its_own_window_and_one_that_fails_again_i
 
 
 @pytest.mark.slow
-def test_a_window_that_is_materialized_anew_keeps_the_correction(deployment: Deployment, tmp_path: Path) -> None:
+def test_a_window_that_is_materialized_again_keeps_the_correction(deployment: Deployment, tmp_path: Path) -> None:
     edit(tmp_path, letter_of(deployment, "p0-0"))
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
     assert genders(deployment) == {"male": 14, "female": 1}
@@ -148,7 +148,7 @@ def test_a_window_that_is_materialized_anew_keeps_the_correction(deployment: Dep
     assert reconciled(deployment, KEY)
 
 
-def test_what_is_mended_at_the_source_settles_its_letter_when_it_is_loaded_and_the_check_of_its_window_says_so(
+def test_a_resource_corrected_at_the_source_resolves_its_dead_letter_and_the_check_of_its_window_passes(
     server: SandboxServer, deployment: Deployment
 ) -> None:
     later = DAY + timedelta(days=2)
@@ -163,7 +163,9 @@ def test_what_is_mended_at_the_source_settles_its_letter_when_it_is_loaded_and_t
 
 
 @pytest.mark.slow
-def test_equal_lines_heal_together(deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_correction_resolves_all_equal_lines(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     line = patient("twin", DAY, gender="wrong") + b"\n"
@@ -187,7 +189,7 @@ def test_equal_lines_heal_together(deploy: Deploy, tmp_path: Path, monkeypatch: 
     assert genders(deployment) == {"male": 1}
 
 
-def test_a_valid_resource_that_no_row_could_be_made_of_is_corrected_and_loaded(
+def test_a_valid_resource_that_no_view_could_turn_into_rows_is_corrected_and_loaded(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "files"
@@ -221,7 +223,7 @@ def test_a_valid_resource_that_no_row_could_be_made_of_is_corrected_and_loaded(
 
 
 @pytest.mark.slow
-def test_a_resource_that_never_reached_raw_comes_in_when_it_is_corrected(
+def test_a_resource_that_never_reached_raw_is_received_when_it_is_corrected(
     deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "files"
@@ -250,7 +252,9 @@ def test_a_resource_that_never_reached_raw_comes_in_when_it_is_corrected(
     assert [(each.status, each.resolution) for each in letters(deployment)] == [("resolved", "corrected")]
 
 
-def test_an_edit_that_does_not_heal_is_refused_and_nothing_is_kept(deployment: Deployment, tmp_path: Path) -> None:
+def test_an_edit_that_leaves_the_resource_invalid_is_refused_and_not_stored(
+    deployment: Deployment, tmp_path: Path
+) -> None:
     letter = letter_of(deployment, "p0-0")
     for patch, said in (
         ([{"op": "replace", "path": "/gender", "value": "secret"}], "required-binding at Patient.gender"),
@@ -269,7 +273,9 @@ def test_an_edit_that_does_not_heal_is_refused_and_nothing_is_kept(deployment: D
 
 
 @pytest.mark.slow
-def test_discarded_letters_count_no_more_and_come_back_by_id(deployment: Deployment, tmp_path: Path) -> None:
+def test_discarded_dead_letters_are_not_counted_and_can_be_replayed_by_id(
+    deployment: Deployment, tmp_path: Path
+) -> None:
     assert fhir_assets("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
     assert "test data" in (letter_of(deployment, "p0-2").resolution or "")
     assert fhir_assets("replay", "--window", KEY)["letters"] == 0
@@ -281,7 +287,7 @@ def test_discarded_letters_count_no_more_and_come_back_by_id(deployment: Deploym
     assert reconciled(deployment, KEY)
 
 
-def test_the_sensor_replays_what_was_marked_and_asks_for_it_once(deployment: Deployment, tmp_path: Path) -> None:
+def test_the_sensor_requests_each_marked_dead_letter_once(deployment: Deployment, tmp_path: Path) -> None:
     assert tick(deployment)[2] == "no dead letter is marked for a replay"
     edit(tmp_path, letter_of(deployment, "p1-0"))
     said = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
@@ -298,7 +304,7 @@ def test_the_sensor_replays_what_was_marked_and_asks_for_it_once(deployment: Dep
 
 
 @pytest.mark.slow
-def test_a_replay_that_fails_is_asked_for_again_and_then_given_up(deployment: Deployment) -> None:
+def test_a_failed_replay_is_requested_again_a_limited_number_of_times(deployment: Deployment) -> None:
     fhir_assets("replay", "--window", KEY, "--no-wait")
     keys = []
     cursor = None
@@ -312,7 +318,7 @@ def test_a_replay_that_fails_is_asked_for_again_and_then_given_up(deployment: De
     assert {each.status for each in letters(deployment)} == {"open"}
 
 
-def test_no_letter_is_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
+def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
     with connect(deployment.url, autocommit=True) as process, connect(deployment.url, autocommit=True) as other:
         runs.hold_liveness_lock(process, "first")
         assert replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="first") == 3
@@ -325,7 +331,7 @@ def test_no_letter_is_replayed_by_two_runs_at_once(deployment: Deployment) -> No
         assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False)
 
 
-def test_a_replay_that_died_after_its_commit_is_not_done_twice(deployment: Deployment, tmp_path: Path) -> None:
+def test_a_replay_that_died_after_its_commit_is_not_repeated(deployment: Deployment, tmp_path: Path) -> None:
     """As if it had died between the commit of the validated partition and the load."""
     edit(tmp_path, letter_of(deployment, "p0-0"))
     with connect(deployment.url, autocommit=True) as process:
@@ -355,7 +361,7 @@ def test_a_replay_that_died_after_its_commit_is_not_done_twice(deployment: Deplo
 
 
 @pytest.mark.slow
-def test_after_an_upgrade_the_sensor_offers_what_it_could_heal_and_replays_it_if_told(
+def test_after_an_upgrade_the_sensor_reports_dead_letters_that_now_validate_and_replays_them_if_configured(
     deploy: Deploy, deployment: Deployment
 ) -> None:
     assert tick(deployment)[2] == "no dead letter is marked for a replay"
@@ -383,7 +389,7 @@ def test_after_an_upgrade_the_sensor_offers_what_it_could_heal_and_replays_it_if
 
 
 @pytest.mark.slow
-def test_the_job_launched_by_hand_replays_the_open_letters_of_its_windows(
+def test_the_replay_job_launched_by_hand_replays_the_open_dead_letters_of_its_windows(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     for name in ("p0-0", "p1-0"):

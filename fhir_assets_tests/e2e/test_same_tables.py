@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.test_doors import ALL_FAULTS
 from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
+from fhir_assets_tests.support.faults import ALL_FAULTS
 from fhir_assets_tests.support.landing import LandingZone, land
 
 SYNTHEA = SHARED / "synthea"
@@ -99,7 +99,7 @@ CHANNELS: dict[str, Through] = {
 @pytest.mark.slow
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not beside this checkout")
 @pytest.mark.parametrize("door", CHANNELS)
-def test_all_of_synthea_gives_the_same_tables_through_every_door(
+def test_synthea_gives_the_same_tables_through_every_ingestion_channel(
     deploy: Deploy, empty_database: str, tmp_path: Path, request: pytest.FixtureRequest, door: str
 ) -> None:
     expected = through_files(deploy, tmp_path, request)

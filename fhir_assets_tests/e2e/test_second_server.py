@@ -11,8 +11,8 @@ import pytest
 import requests
 
 from fhir_assets.sandbox.population import Population, write_population
-from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital, hospital
-from fhir_assets_tests.delivery.upload.conftest import Upload, lines_of, patient, upload_of, write
+from fhir_assets_tests.support.hospital import MRN, Hospital, hospital
+from fhir_assets_tests.support.uploads import Upload, lines_of, patient, upload_of, write
 
 __all__ = ["hospital", "upload_of"]
 
@@ -42,7 +42,7 @@ def content(resource: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in resource.items() if name != "meta"}, **({"meta": meta} if meta else {})}
 
 
-def test_a_population_is_uploaded_whole(upload_of: Upload, medplum: str) -> None:
+def test_a_population_is_uploaded_completely(upload_of: Upload, medplum: str) -> None:
     write_population(upload_of.input, Population(2, 1))
     sent = {name: json.loads(body) for name, body in lines_of(upload_of.input).items()}
     summary = upload_of(url=medplum)
@@ -55,14 +55,14 @@ def test_a_population_is_uploaded_whole(upload_of: Upload, medplum: str) -> None
     assert again["unchanged"] > len(sent) / 2
 
 
-def test_transactions_are_taken_as_well(upload_of: Upload, medplum: str) -> None:
+def test_transactions_are_accepted(upload_of: Upload, medplum: str) -> None:
     write(upload_of.input / "p.ndjson", [patient(f"transacted-{n}") for n in range(25)])
     assert upload_of("--transaction", "--batch-size", "10", url=medplum)["totals"]["failed"] == 0
     for n in range(25):
         assert requests.get(f"{medplum}/Patient/transacted-{n}", timeout=10).status_code == 200
 
 
-def test_the_connectors_conditional_updates_and_deletes_arrive(hospital: Hospital, medplum: str) -> None:
+def test_the_connector_delivers_conditional_updates_and_deletes(hospital: Hospital, medplum: str) -> None:
     def held() -> list[dict[str, Any]]:
         bundle = requests.get(f"{medplum}/Patient", params={"_count": "1000"}, timeout=10).json()
         found = [entry["resource"] for entry in bundle.get("entry", [])]

@@ -132,7 +132,7 @@ def test_a_new_column_is_added_and_filled_and_the_asset_counts_as_changed(deploy
     assert deployment.query("SELECT count(*) FROM fhir.patient") == [(2,)]
 
 
-def test_words_that_change_no_row_do_not_make_an_asset_stale(deployment: Deployment, folder: Path) -> None:
+def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployment, folder: Path) -> None:
     drop(folder, ID, BORN)
     before = spec(deployment).code_version
     drop(folder, ID, BORN | {"description": "Said otherwise"}, description="Said otherwise")
@@ -150,7 +150,7 @@ def test_words_that_change_no_row_do_not_make_an_asset_stale(deployment: Deploym
         ),
     ],
 )
-def test_what_would_lose_data_is_refused_until_it_is_asked_for(
+def test_a_change_that_loses_data_is_refused_until_it_is_requested(
     deployment: Deployment, folder: Path, columns: tuple[Column, ...], said: str, types: list[tuple[str, str]]
 ) -> None:
     drop(folder, ID, BORN)
@@ -173,7 +173,7 @@ def test_what_would_lose_data_is_refused_until_it_is_asked_for(
     assert deployment.query("SELECT id FROM fhir.patient_birth ORDER BY 1") == [("a",), ("b",)]
 
 
-def test_a_broken_view_stands_in_the_ui_and_stops_no_other(deployment: Deployment, folder: Path) -> None:
+def test_an_invalid_view_is_shown_in_the_ui_and_stops_no_other_view(deployment: Deployment, folder: Path) -> None:
     drop(folder, ID, BORN)
     drop(folder, ID, {"name": "x", "path": "birthDay", "type": "date"}, name="misspelt")
     (folder / "torn.json").write_text('{"resourceType": ')
@@ -188,7 +188,7 @@ def test_a_broken_view_stands_in_the_ui_and_stops_no_other(deployment: Deploymen
     assert "misspelt.json" in told.stdout.replace("\n", "")
 
 
-def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_view_is_mended(
+def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_view_is_corrected(
     deployment: Deployment, folder: Path, tmp_path: Path
 ) -> None:
     two = patient("c", DAY, name=[{"family": "A"}, {"family": "B"}])

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.intake import visits_csv
-from fhir_assets_tests.pipeline.test_visits import visit
 from fhir_assets_tests.support.api import Api, api_process, api_settings
 from fhir_assets_tests.support.daemon import until
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
+from fhir_assets_tests.support.visits import visit
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def hospital(deploy: Deploy, tmp_path: Path, s3_url: str) -> Iterator[Hospital]:
         yield Hospital(api, deployment, zone)
 
 
-def test_stories(hospital: Hospital) -> None:
+def test_a_scripted_story_of_visits_ends_in_the_expected_tables(hospital: Hospital) -> None:
     """They follow one another, since a daemon takes its time."""
     people_consent_or_do_not(hospital)
     three = new_patients(hospital)

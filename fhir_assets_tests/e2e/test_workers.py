@@ -11,8 +11,8 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.storage import store
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.e2e.test_crash import END, FEW, START
 from fhir_assets_tests.support.deployment import Deploy
+from fhir_assets_tests.support.small_population import END, RESOURCE_TYPES, START
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "population")
 
 
-def test_with_workers_the_tables_and_the_dead_letters_are_those_of_one_process(
+def test_several_workers_give_the_tables_and_dead_letters_of_one_process(
     deploy: Deploy, population: str, empty_database: str
 ) -> None:
-    settings = {"fhir_source": "ndjson", "fhir_base_url": population, "fhir_resource_types": FEW}
+    settings = {"fhir_source": "ndjson", "fhir_base_url": population, "fhir_resource_types": RESOURCE_TYPES}
     one = deploy(home="one", fhir_workers=1, **settings)
     three = deploy(home="three", url=empty_database, fhir_workers=3, **settings)
     for deployment in (one, three):
@@ -39,7 +39,7 @@ def test_with_workers_the_tables_and_the_dead_letters_are_those_of_one_process(
     assert three.tables() == one.tables()
 
 
-def test_a_worker_killed_in_mid_load_fails_the_run_with_one_sentence_and_the_next_run_completes(
+def test_a_worker_killed_during_a_load_fails_the_run_with_one_clear_error_and_the_next_run_completes(
     deploy: Deploy, population: str, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {

@@ -19,10 +19,10 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.sandbox.smart import Smart
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.delivery.connector.conftest import MRN
-from fhir_assets_tests.delivery.upload.conftest import Upload, upload_of, write  # noqa: F401
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy
+from fhir_assets_tests.support.hospital import MRN
+from fhir_assets_tests.support.uploads import Upload, upload_of, write  # noqa: F401
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SLOW = Fault(
@@ -40,7 +40,7 @@ def key(tmp_path: Path) -> tuple[Path, dict[str, object]]:
     return file, dict(made.as_dict(private=False))
 
 
-def test_an_upload_outlives_its_token(
+def test_an_upload_continues_when_its_token_expires(
     upload_of: Upload,  # noqa: F811
     key: tuple[Path, dict[str, object]],
     monkeypatch: pytest.MonkeyPatch,
@@ -57,7 +57,7 @@ def test_an_upload_outlives_its_token(
     assert smart.scopes == {WRITE}
 
 
-def test_the_delivery_has_an_account_of_its_own(deploy: Deploy, key: tuple[Path, dict[str, object]]) -> None:
+def test_the_delivery_uses_its_own_credentials(deploy: Deploy, key: tuple[Path, dict[str, object]]) -> None:
     smart = Smart({"research": key[1]}, lifetime=0.2)
     with (
         SandboxServer([patient(f"p{n}", DAY) for n in range(40)]) as source,
@@ -79,7 +79,7 @@ def test_the_delivery_has_an_account_of_its_own(deploy: Deploy, key: tuple[Path,
     assert smart.scopes == {WRITE}
 
 
-def test_the_connector_outlives_its_token(database: str, tmp_path: Path) -> None:
+def test_the_connector_continues_when_its_token_expires(database: str, tmp_path: Path) -> None:
     smart = Smart({"client": "s3cret"}, lifetime=0.3)
     with connect(database, cipher=NO_ENCRYPTION) as conn:
         outbox.install(conn)
@@ -106,7 +106,7 @@ def test_the_connector_outlives_its_token(database: str, tmp_path: Path) -> None
         assert conn.execute("SELECT count(*) FROM health.fhir_dlq").fetchone() == (0,)
 
 
-def test_a_change_for_which_there_is_no_token_waits_and_is_nobodys_defect() -> None:
+def test_a_change_without_an_available_token_waits_and_is_not_a_dead_letter() -> None:
     class NoToken(Credentials):
         def __call__(self, request: PreparedRequest) -> PreparedRequest:
             raise ServerUnavailable("the server that gives the tokens does not answer")

@@ -28,22 +28,10 @@ from fhir_assets.warehouse.ops import landing_files, received, visits
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.windows import Granularity, WindowScheme
+from fhir_assets_tests.support.visits import Row, visit
 
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=True)
 NOW = datetime(2024, 1, 9, 12, tzinfo=UTC)
-Row = dict[str, str]
-
-
-def visit(mrn: str, account: str, last: str = "Lovelace", *, day: str = "2024-01-05", reason: str = "") -> Row:
-    return {
-        "mrn": mrn,
-        "first_name": "Ada",
-        "last_name": last,
-        "birth_date": "1815-12-10",
-        "visit_account_number": account,
-        "visit_date": day,
-        "reason": reason,
-    }
 
 
 class World:

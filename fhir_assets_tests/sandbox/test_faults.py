@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultDraw, FaultKind, FaultPlan, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.sandbox.conftest import hourly
+from fhir_assets_tests.support.sandbox_observations import hourly_observations
 
 
 def get(server: SandboxServer, path: str = "Observation?_count=10") -> requests.Response:
@@ -26,7 +26,7 @@ def ids(bundle: dict[str, Any]) -> list[str]:
     return [e["resource"]["id"] for e in bundle["entry"]]
 
 
-def test_too_many_requests_says_when_to_come_back(server: SandboxServer) -> None:
+def test_a_throttled_response_has_a_retry_after_header(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=3))
     answer = get(server)
     assert (answer.status_code, answer.headers["Retry-After"]) == (429, "3")
@@ -37,13 +37,13 @@ def test_too_many_requests_says_when_to_come_back(server: SandboxServer) -> None
     assert answer.json()["resourceType"] == "OperationOutcome"
 
 
-def test_a_dropped_connection_breaks_in_the_middle_of_the_answer(server: SandboxServer) -> None:
+def test_a_dropped_connection_ends_in_the_middle_of_the_response(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.DROP))
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         get(server)
 
 
-def test_a_reset_connection_gives_no_answer_at_all(server: SandboxServer) -> None:
+def test_a_reset_connection_gives_no_response(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.RESET))
     with pytest.raises(requests.exceptions.ConnectionError):
         get(server)
@@ -51,7 +51,7 @@ def test_a_reset_connection_gives_no_answer_at_all(server: SandboxServer) -> Non
     assert get(server).status_code == 200
 
 
-def test_a_write_whose_answer_is_dropped_was_done_and_one_that_is_reset_was_not(empty: SandboxServer) -> None:
+def test_a_write_is_executed_before_a_drop_and_not_before_a_reset(empty: SandboxServer) -> None:
     for kind, done in ((FaultKind.DROP, 200), (FaultKind.RESET, 404)):
         empty.set_faults(Fault(kind=kind, on=frozenset({RequestKind.UPDATE})))
         body = {"resourceType": "Patient", "id": kind.value}
@@ -60,7 +60,7 @@ def test_a_write_whose_answer_is_dropped_was_done_and_one_that_is_reset_was_not(
         assert get(empty, f"Patient/{kind.value}").status_code == done
 
 
-def test_a_truncated_body_agrees_with_its_length_and_is_no_json(server: SandboxServer) -> None:
+def test_a_truncated_body_has_its_declared_length_and_is_not_json(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.TRUNCATE))
     answer = get(server)
     assert answer.status_code == 200
@@ -76,7 +76,7 @@ def test_a_body_can_be_html(server: SandboxServer) -> None:
 
 
 @pytest.mark.parametrize("status", [410, 404])
-def test_an_expired_page_stays_gone_when_the_faults_are_over(server: SandboxServer, status: int) -> None:
+def test_an_expired_page_stays_expired_after_the_faults_end(server: SandboxServer, status: int) -> None:
     server.set_faults(Fault(kind=FaultKind.EXPIRE, status=status))
     first = get(server)
     assert first.status_code == 200
@@ -85,7 +85,7 @@ def test_an_expired_page_stays_gone_when_the_faults_are_over(server: SandboxServ
     assert requests.get(next_url(first.json()), timeout=10).status_code == 410
 
 
-def test_a_duplicate_is_the_last_resource_of_the_page_before(server: SandboxServer) -> None:
+def test_a_duplicate_is_the_last_resource_of_the_previous_page(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.DUPLICATE))
     first = get(server).json()
     second = requests.get(next_url(first), timeout=10).json()
@@ -93,7 +93,7 @@ def test_a_duplicate_is_the_last_resource_of_the_page_before(server: SandboxServ
     assert len(ids(second)) == 11
 
 
-def test_a_lost_page_is_missing_though_the_total_counts_it(server: SandboxServer) -> None:
+def test_a_lost_page_is_missing_although_the_total_counts_it(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, times=1, on=frozenset({RequestKind.PAGE})))
     bundle = get(server).json()
     found = ids(bundle)
@@ -104,19 +104,19 @@ def test_a_lost_page_is_missing_though_the_total_counts_it(server: SandboxServer
     assert found == [f"o{n}" for n in range(100) if not 10 <= n < 20]
 
 
-def test_a_wrong_total_is_off_by_what_was_asked(server: SandboxServer) -> None:
+def test_a_wrong_total_differs_by_the_configured_amount(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=-3))
     assert get(server, "Observation?_summary=count").json()["total"] == 97
     assert get(server).json()["total"] == 97
 
 
-def test_a_slow_answer_is_complete(server: SandboxServer) -> None:
+def test_a_slow_response_is_complete(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.01))
     assert get(server).json()["total"] == 100
     assert server.stats()["struck"] == {"slow": 1}
 
 
-def test_calls_that_overlap_are_seen(server: SandboxServer) -> None:
+def test_overlapping_requests_are_counted(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.5))
     with ThreadPoolExecutor(3) as threads:
         answers = list(threads.map(get, [server] * 3))
@@ -124,7 +124,7 @@ def test_calls_that_overlap_are_seen(server: SandboxServer) -> None:
     assert server.stats()["max_in_flight"] > 1
 
 
-def test_a_fault_strikes_every_nth_request_of_its_kind_after_the_first_ones_at_most_so_often() -> None:
+def test_a_fault_affects_every_nth_request_of_its_kind_after_an_offset_and_up_to_a_limit() -> None:
     plan = FaultPlan(
         faults=(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH}), every=3, after=1, times=2),)
     )
@@ -147,7 +147,7 @@ def test_faults_by_probability_are_the_same_for_the_same_seed() -> None:
     assert 50 < sum(drawn(1)) < 130
 
 
-def test_a_fault_on_requests_that_it_cannot_hit_is_refused(server: SandboxServer) -> None:
+def test_a_fault_on_request_kinds_that_it_cannot_affect_is_refused(server: SandboxServer) -> None:
     with pytest.raises(ValidationError):
         Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.READ}))
     own = server.url.replace("/fhir", "/_sandbox/faults")
@@ -156,14 +156,14 @@ def test_a_fault_on_requests_that_it_cannot_hit_is_refused(server: SandboxServer
     assert requests.get(own, timeout=10).json()["faults"] == []
 
 
-def test_faults_can_be_on_from_the_start_and_taken_off() -> None:
-    with SandboxServer(hourly(2), faults=(Fault(kind=FaultKind.ERROR, status=503),)) as server:
+def test_faults_can_be_set_at_the_start_and_removed_later() -> None:
+    with SandboxServer(hourly_observations(2), faults=(Fault(kind=FaultKind.ERROR, status=503),)) as server:
         assert get(server).status_code == 503
         requests.delete(server.url.replace("/fhir", "/_sandbox/faults"), timeout=10)
         assert get(server).status_code == 200
 
 
-def test_the_statistics_count_requests_by_kind_and_start_again(server: SandboxServer) -> None:
+def test_the_statistics_count_requests_by_kind_and_can_be_reset(server: SandboxServer) -> None:
     get(server, "metadata")
     get(server, "Observation?_summary=count")
     requests.get(next_url(get(server).json()), timeout=10)
@@ -184,10 +184,10 @@ def test_the_statistics_count_requests_by_kind_and_start_again(server: SandboxSe
         (Credentials(token="t"), "Bearer t", "Bearer"),
     ],
 )
-def test_credentials_are_asked_for_everywhere_but_at_the_metadata(
+def test_credentials_are_required_everywhere_except_for_the_metadata(
     credentials: Credentials, right: str, scheme: str
 ) -> None:
-    with SandboxServer(hourly(1), credentials=credentials) as server:
+    with SandboxServer(hourly_observations(1), credentials=credentials) as server:
         for headers in ({}, {"Authorization": right + "x"}):
             answer = requests.get(f"{server.url}/Observation", headers=headers, timeout=10)
             assert (answer.status_code, answer.json()["resourceType"]) == (401, "OperationOutcome")

@@ -33,7 +33,7 @@ def good() -> list[Item]:
     return population(40)
 
 
-def test_it_has_resources_of_every_type_of_the_catalog(good: list[Item]) -> None:
+def test_the_population_has_resources_of_every_type_of_the_catalog(good: list[Item]) -> None:
     assert {item.resource_type for item in good} == {t.name for t in CATALOG}
 
 
@@ -52,7 +52,7 @@ def test_every_resource_is_valid_for_both_validators(good: list[Item]) -> None:
         get_fhir_model_class(item.resource_type).model_validate_json(item.body)
 
 
-def test_last_updated_spreads_over_the_range_and_nothing_happens_after_it(good: list[Item]) -> None:
+def test_last_updated_covers_the_range_and_never_exceeds_it(good: list[Item]) -> None:
     months: Counter[str] = Counter()
     for item in good:
         resource = orjson.loads(item.body)
@@ -79,12 +79,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
     assert {i.body for i in population(3)}.isdisjoint(i.body for i in population(3, seed=2))
 
 
-def test_a_patient_is_the_same_however_many_others_there_are() -> None:
+def test_a_patient_does_not_depend_on_the_size_of_the_population() -> None:
     few, many = population(2), population(5)
     assert many[: len(few)] == few
 
 
-def test_breaking_some_leaves_the_others_as_they_are(good: list[Item]) -> None:
+def test_defects_leave_the_other_resources_unchanged(good: list[Item]) -> None:
     broken = population(40, bad_share=0.05)
     assert [key(item) for item in broken] == [key(item) for item in good]
     bad = [item for item in broken if item.defect]
@@ -103,11 +103,11 @@ def test_every_defect_occurs_and_is_caught_by_its_rule() -> None:
     assert set(occurred) == {defect.name for defect in DEFECTS}
 
 
-def test_generate_gives_type_and_json() -> None:
+def test_generate_yields_resource_type_and_json() -> None:
     assert list(generate(2, start=START, end=END)) == [(i.resource_type, i.body) for i in population(2)]
 
 
-def test_the_files_hold_the_population_and_the_list_of_what_was_broken(tmp_path: Path) -> None:
+def test_the_files_contain_the_population_and_the_list_of_its_defects(tmp_path: Path) -> None:
     summary = write_population(tmp_path, Population(5, 1, 0.1, start=START, end=END))
     lines = {t.name: gzip.decompress((tmp_path / f"{t.name}.ndjson.gz").read_bytes()).splitlines() for t in CATALOG}
     expected = population(5, bad_share=0.1)

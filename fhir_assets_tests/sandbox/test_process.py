@@ -14,7 +14,7 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer, serve
 
 
-def test_a_process_serves_a_written_population_and_ends_with_its_owner(tmp_path: Path) -> None:
+def test_a_sandbox_process_serves_a_written_population_and_ends_with_its_parent(tmp_path: Path) -> None:
     summary = write_population(tmp_path, Population(3))
     with SandboxProcess(tmp_path) as server:
         assert server.stats()["resources"] == summary.resources
@@ -23,25 +23,25 @@ def test_a_process_serves_a_written_population_and_ends_with_its_owner(tmp_path:
         requests.get(f"{url}/metadata", timeout=10)
 
 
-def test_an_empty_process_takes_resources() -> None:
+def test_an_empty_sandbox_process_accepts_resources() -> None:
     with SandboxProcess() as server:
         patient = {"resourceType": "Patient", "id": "p"}
         assert requests.put(f"{server.url}/Patient/p", json=patient, timeout=10).status_code == 201
 
 
-def test_a_folder_without_resources_is_said_so(tmp_path: Path) -> None:
+def test_a_folder_without_resources_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ServerUnavailable, match=r"holds no \.ndjson"), SandboxProcess(tmp_path):
         pass
 
 
-def test_a_line_that_is_no_resource_is_said_so_without_its_content(tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_resource_is_an_error_without_its_content(tmp_path: Path) -> None:
     (tmp_path / "x.ndjson").write_text('\n{"resourceType":"Patient","id":"1"}\n\n{"secret"\n')
     with pytest.raises(ConfigurationError, match="Resource 2") as caught:
         SandboxServer(tmp_path)
     assert "secret" not in str(caught.value)
 
 
-def test_a_port_that_is_taken_is_said_so() -> None:
+def test_an_occupied_port_is_a_clear_error() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -49,7 +49,7 @@ def test_a_port_that_is_taken_is_said_so() -> None:
             serve(None, other.getsockname()[1])
 
 
-def test_ctrl_c_ends_it_without_a_traceback() -> None:
+def test_ctrl_c_ends_the_server_without_a_traceback() -> None:
     command = [sys.executable, "-m", "fhir_assets.sandbox", "--empty"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -6,7 +6,7 @@ import pytest
 import requests
 
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.sandbox.conftest import hourly, observation
+from fhir_assets_tests.support.sandbox_observations import hourly_observations, observation
 
 
 def get(server: SandboxServer, path: str, **headers: str) -> requests.Response:
@@ -76,7 +76,7 @@ def test_pages_give_every_resource_once_and_in_order(server: SandboxServer) -> N
     assert all_ids(server, "Observation?_count=9&_sort=-_lastUpdated") == expected[::-1]
 
 
-def test_paging_is_a_snapshot_that_later_writes_do_not_move(server: SandboxServer) -> None:
+def test_paging_is_a_snapshot_that_later_writes_do_not_change(server: SandboxServer) -> None:
     bundle = search(server, "Observation?_count=60&_sort=-_lastUpdated")
     requests.post(f"{server.url}/Observation", data=observation(500, "2024-02-01T00:00:00Z"), timeout=10)
     url = next_link(bundle)
@@ -92,14 +92,14 @@ def test_a_next_link_can_be_fetched_again(server: SandboxServer) -> None:
     assert requests.get(url, timeout=10).json()["entry"] == requests.get(url, timeout=10).json()["entry"]
 
 
-def test_a_next_link_ends_after_its_lifetime() -> None:
-    with SandboxServer(hourly(3), page_lifetime=-1) as server:
+def test_a_next_link_expires_after_its_lifetime() -> None:
+    with SandboxServer(hourly_observations(3), page_lifetime=-1) as server:
         url = next_link(search(server, "Observation?_count=2"))
         assert url is not None
         assert requests.get(url, timeout=10).status_code == 410
 
 
-def test_resources_come_byte_for_byte_as_they_were_loaded() -> None:
+def test_resources_are_returned_byte_for_byte_as_they_were_loaded() -> None:
     odd = b'{ "resourceType" : "Patient","meta":{"lastUpdated":"2024-01-01T00:00:00+02:00"}, "id":"x","a":1.50E+2}'
     with SandboxServer([odd]) as server:
         assert get(server, "Patient/x").content == odd
@@ -130,7 +130,7 @@ def test_an_identifier_is_found_by_system_by_value_and_by_both() -> None:
             assert all_ids(server, f"Patient?identifier={value}") == [], value
 
 
-def test_unknown_parameters_are_told_of_and_left_out(server: SandboxServer) -> None:
+def test_unknown_parameters_are_ignored_with_an_outcome(server: SandboxServer) -> None:
     bundle = search(server, "Observation?_count=2&colour=blue")
     assert len(ids(bundle)) == 2
     outcomes = [e["resource"] for e in bundle["entry"] if e["search"]["mode"] == "outcome"]
@@ -143,9 +143,9 @@ def test_unknown_parameters_are_refused_under_strict_handling(server: SandboxSer
     assert get(server, "Observation?_count=2", Prefer="handling=strict").status_code == 200
 
 
-def test_included_patients_come_beside_the_matches() -> None:
+def test_included_patients_are_returned_with_the_matches() -> None:
     patient = b'{"resourceType":"Patient","id":"a"}'
-    with SandboxServer([patient, *hourly(3)]) as server:
+    with SandboxServer([patient, *hourly_observations(3)]) as server:
         bundle = search(server, "Observation?_include=Observation:subject&_count=2")
         assert ids(bundle) == ["o0", "o1"]
         assert ids(bundle, "include") == ["a"]
@@ -164,7 +164,7 @@ def test_a_summary_of_count_has_no_entries(server: SandboxServer) -> None:
         assert bundle["total"] == 100
 
 
-def test_a_search_by_post_is_the_search_by_get(server: SandboxServer) -> None:
+def test_a_search_by_post_equals_the_search_by_get(server: SandboxServer) -> None:
     form = {"_lastUpdated": "ge2024-01-05", "_count": "2"}
     answer = requests.post(f"{server.url}/Observation/_search", data=form, timeout=10).json()
     assert ids(answer) == ["o96", "o97"]
@@ -175,13 +175,13 @@ def test_the_capability_statement_lists_the_types(server: SandboxServer) -> None
         return [r["type"] for r in requests.get(f"{url}/metadata", timeout=10).json()["rest"][0]["resource"]]
 
     assert len(types(server.url)) == 30
-    with SandboxServer(hourly(1), all_types=False) as small:
+    with SandboxServer(hourly_observations(1), all_types=False) as small:
         assert types(small.url) == ["Observation"]
         assert get(small, "Patient").status_code == 404
     assert get(server, "Patient?_summary=count").json()["total"] == 0
 
 
-def test_what_is_not_there_is_an_operation_outcome(server: SandboxServer) -> None:
+def test_an_unknown_resource_is_an_operation_outcome(server: SandboxServer) -> None:
     for path in ("Nothing", "Patient/1", "Observation/o1/_history/9", "a/b/c/d", "?_page=made-up"):
         answer = get(server, path)
         assert answer.status_code in (404, 410), path

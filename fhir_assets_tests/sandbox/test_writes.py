@@ -6,7 +6,7 @@ import orjson
 import requests
 
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.sandbox.conftest import observation
+from fhir_assets_tests.support.sandbox_observations import observation
 
 PATIENT = b'{"resourceType":"Patient","id":"p","identifier":[{"system":"urn:mrn","value":"7"}],"x":1.50}'
 
@@ -31,7 +31,7 @@ def statuses(answer: requests.Response) -> list[str]:
     return [e["response"]["status"][:3] for e in answer.json()["entry"]]
 
 
-def test_a_put_creates_then_updates_and_keeps_the_digits(empty: SandboxServer) -> None:
+def test_a_put_creates_then_updates_and_keeps_decimal_precision(empty: SandboxServer) -> None:
     first = call(empty, "PUT", "Patient/p", PATIENT)
     assert (first.status_code, first.headers["ETag"]) == (201, 'W/"1"')
     second = call(empty, "PUT", "Patient/p", PATIENT.replace(b"1.50", b"2.50"))
@@ -53,13 +53,13 @@ def test_a_written_resource_is_found_in_its_window_and_by_its_parameters(empty: 
     assert call(empty, "GET", "Patient?_summary=count").json()["total"] == 1
 
 
-def test_the_meta_that_a_client_sends_is_kept_but_for_version_and_time(empty: SandboxServer) -> None:
+def test_the_meta_that_a_client_sends_is_kept_except_version_and_time(empty: SandboxServer) -> None:
     body = b'{"resourceType":"Patient","meta":{"profile":["http://p"],"versionId":"99"},"id":"p"}'
     meta = call(empty, "PUT", "Patient/p", body).json()["meta"]
     assert (meta["profile"], meta["versionId"]) == (["http://p"], "1")
 
 
-def test_what_does_not_fit_the_url_or_is_no_resource_is_refused(empty: SandboxServer) -> None:
+def test_a_body_that_does_not_match_the_url_or_is_not_a_resource_is_refused(empty: SandboxServer) -> None:
     refused = {
         "Patient/q": PATIENT,
         "Observation/p": PATIENT,
@@ -71,7 +71,7 @@ def test_what_does_not_fit_the_url_or_is_no_resource_is_refused(empty: SandboxSe
         assert (answer.status_code, answer.json()["resourceType"]) == (400, "OperationOutcome"), path
 
 
-def test_an_update_of_another_version_than_expected_is_refused(empty: SandboxServer) -> None:
+def test_an_update_with_an_outdated_if_match_version_is_refused(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     assert call(empty, "PUT", "Patient/p", PATIENT, headers={"If-Match": 'W/"4"'}).status_code == 412
     assert call(empty, "PUT", "Patient/p", PATIENT, headers={"If-Match": 'W/"1"'}).status_code == 200
@@ -89,14 +89,14 @@ def test_a_conditional_update_creates_updates_and_refuses_several(empty: Sandbox
     assert call(empty, "PUT", "Patient?colour=blue", anonymous).status_code == 400
 
 
-def test_a_conditional_create_finds_what_is_there(empty: SandboxServer) -> None:
+def test_a_conditional_create_returns_the_existing_resource(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     answer = call(empty, "POST", "Patient", PATIENT, headers={"If-None-Exist": "identifier=urn:mrn|7"})
     assert (answer.status_code, answer.json()["id"]) == (200, "p")
     assert call(empty, "POST", "Patient", PATIENT).status_code == 201
 
 
-def test_a_deleted_resource_is_gone_and_can_come_back(empty: SandboxServer) -> None:
+def test_a_deleted_resource_is_gone_and_can_be_created_again(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     assert call(empty, "DELETE", "Patient/p").status_code == 204
     assert call(empty, "DELETE", "Patient/p").status_code == 204
@@ -108,7 +108,7 @@ def test_a_deleted_resource_is_gone_and_can_come_back(empty: SandboxServer) -> N
     assert call(empty, "GET", "Patient/p").json()["meta"]["versionId"] == "3"
 
 
-def test_a_conditional_delete_takes_the_one_match(empty: SandboxServer) -> None:
+def test_a_conditional_delete_removes_the_single_match(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     assert call(empty, "DELETE", "Patient?identifier=nobody").status_code == 204
     assert call(empty, "GET", "Patient/p").status_code == 200
@@ -116,7 +116,7 @@ def test_a_conditional_delete_takes_the_one_match(empty: SandboxServer) -> None:
     assert call(empty, "GET", "Patient/p").status_code == 410
 
 
-def test_the_history_since_a_time_has_changes_and_deletions(empty: SandboxServer) -> None:
+def test_the_history_since_a_time_lists_changes_and_deletions(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     when = call(empty, "PUT", "Patient/p", PATIENT).json()["meta"]["lastUpdated"]
     call(empty, "DELETE", "Patient/p")
@@ -126,13 +126,13 @@ def test_the_history_since_a_time_has_changes_and_deletions(empty: SandboxServer
         assert bundle["entry"][0]["request"] == {"method": "DELETE", "url": "Patient/p"}
 
 
-def test_a_read_of_a_known_version_is_not_sent_again(empty: SandboxServer) -> None:
+def test_a_read_of_a_known_version_is_not_modified(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     assert call(empty, "GET", "Patient/p", headers={"If-None-Match": 'W/"1"'}).status_code == 304
     assert call(empty, "GET", "Patient/p", headers={"If-None-Match": 'W/"0"'}).status_code == 200
 
 
-def test_a_batch_answers_each_entry_for_itself_in_order(empty: SandboxServer) -> None:
+def test_a_batch_processes_each_entry_independently_and_in_order(empty: SandboxServer) -> None:
     answer = post(
         empty,
         "batch",
@@ -151,7 +151,7 @@ def test_a_batch_answers_each_entry_for_itself_in_order(empty: SandboxServer) ->
     assert entries[3]["resource"]["total"] == 1
 
 
-def test_a_transaction_resolves_the_references_of_what_it_creates(empty: SandboxServer) -> None:
+def test_a_transaction_resolves_references_to_the_resources_that_it_creates(empty: SandboxServer) -> None:
     subject = {"reference": "urn:uuid:1"}
     answer = post(
         empty,
@@ -165,7 +165,7 @@ def test_a_transaction_resolves_the_references_of_what_it_creates(empty: Sandbox
     assert call(empty, "GET", place).status_code == 200
 
 
-def test_a_transaction_that_fails_leaves_nothing_behind(empty: SandboxServer) -> None:
+def test_a_failed_transaction_changes_nothing(empty: SandboxServer) -> None:
     call(empty, "PUT", "Patient/p", PATIENT)
     call(empty, "GET", "Patient?identifier=urn:mrn|7")
     answer = post(
@@ -182,7 +182,7 @@ def test_a_transaction_that_fails_leaves_nothing_behind(empty: SandboxServer) ->
     assert call(empty, "GET", "Patient?_lastUpdated=ge2000").json()["total"] == 1
 
 
-def test_referential_integrity_refuses_a_dangling_reference_until_its_target_is_there() -> None:
+def test_referential_integrity_refuses_a_dangling_reference_until_its_target_exists() -> None:
     body = observation(1, "2024-01-01T00:00:00Z", "p")
     with SandboxServer(referential_integrity=True) as server:
         assert call(server, "PUT", "Observation/o1", body).status_code == 422

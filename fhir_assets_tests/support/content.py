@@ -27,6 +27,20 @@ def patient(identity: str, moment: datetime, *, version: str = "1", **fields: An
     return json.dumps({"resourceType": "Patient", "id": identity, "meta": meta, **fields}).encode()
 
 
+def encounter(identity: str, moment: datetime, subject: str, **fields: Any) -> bytes:
+    """Return a finished Encounter of a subject as JSON."""
+    resource = {
+        "resourceType": "Encounter",
+        "id": identity,
+        "meta": {"lastUpdated": instant(moment)},
+        "status": "finished",
+        "class": {"code": "AMB"},
+        "subject": {"reference": subject},
+        **fields,
+    }
+    return json.dumps(resource).encode()
+
+
 def add(server: SandboxServer, *bodies: bytes) -> None:
     """Put resources on the server with the ``lastUpdated`` that they contain, which may be in the past."""
     for body in bodies:

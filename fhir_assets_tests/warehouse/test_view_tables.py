@@ -123,7 +123,7 @@ def _remember(conn: Connection) -> None:
     [_changed(column("gender", "gender = 'male'", "boolean")), _changed(column("sex", "gender", "code"))],
     ids=["another type", "a column less"],
 )
-def test_what_would_lose_data_is_refused_until_it_is_asked_for(conn: Session, changed: View) -> None:
+def test_a_change_that_loses_data_is_refused_until_it_is_requested(conn: Session, changed: View) -> None:
     original = _changed(column("gender", "gender", "code"))
     load(conn, patient("a", gender="male"), views=(original,))
     with pytest.raises(ViewError, match=r"gender.*--apply-view-changes"):

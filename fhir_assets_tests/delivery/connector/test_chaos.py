@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from fhir_assets.sandbox.faults import Fault, FaultKind
-from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital
+from fhir_assets_tests.support.hospital import MRN, Hospital
 
 INSURER = "https://insurer.example.org"
 
@@ -150,10 +150,10 @@ def check_order(hospital: Hospital) -> None:
     assert seen > 0
 
 
-def test_a_few_changes_with_kills(hospital: Hospital) -> None:
+def test_random_changes_are_delivered_although_the_connector_is_killed(hospital: Hospital) -> None:
     story(hospital, changes=600, writers=4, people=40, kills=2)
 
 
 @pytest.mark.slow
-def test_ten_thousand_changes_with_twenty_kills(hospital: Hospital) -> None:
+def test_ten_thousand_changes_are_delivered_although_the_connector_is_killed_twenty_times(hospital: Hospital) -> None:
     story(hospital, changes=10_000, writers=8, people=300, kills=20)

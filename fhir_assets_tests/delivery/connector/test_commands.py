@@ -13,7 +13,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.assets.delivered_health import KEY, build_health_patient
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
-from fhir_assets_tests.delivery.connector.conftest import Hospital
+from fhir_assets_tests.support.hospital import Hospital
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def call(*arguments: str) -> str:
     return done.stdout
 
 
-def test_the_outbox_has_to_be_installed_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_fail_until_the_outbox_is_installed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_URL", database)
     with pytest.raises(ConfigurationError, match="connector install"):
         CliRunner().invoke(app, ["status"], catch_exceptions=False)
@@ -61,14 +61,14 @@ def test_dead_changes_are_listed_replayed_and_discarded(environment: Hospital) -
         CliRunner().invoke(app, ["dlq", "replay"], catch_exceptions=False)
 
 
-def test_a_lag_that_is_too_long_is_an_exit_code(environment: Hospital) -> None:
+def test_the_status_command_fails_when_the_lag_is_too_long(environment: Hospital) -> None:
     environment.admit("1")
     assert CliRunner().invoke(app, ["status"]).exit_code == 0
     environment.execute("UPDATE health.fhir_outbox SET created_at = created_at - interval '1 hour'")
     assert CliRunner().invoke(app, ["status"]).exit_code == 1
 
 
-def test_the_events_to_try_it_with_arrive_as_they_say(environment: Hospital) -> None:
+def test_the_sample_events_are_delivered_as_documented(environment: Hospital) -> None:
     script = (sql_folder() / "test_events.sql").read_bytes()
     for _ in range(2):
         with environment.connect() as conn:
@@ -81,7 +81,7 @@ def test_the_events_to_try_it_with_arrive_as_they_say(environment: Hospital) -> 
     assert [reason for _, reason in environment.dead()] == ["no-identifier"] * 2
 
 
-def test_dagster_sees_what_was_delivered_and_what_is_late(hospital: Hospital, tmp_path: Path) -> None:
+def test_the_sensor_reports_delivered_changes_and_a_late_outbox(hospital: Hospital, tmp_path: Path) -> None:
     definitions = build_health_patient(hospital.settings, Warehouse(hospital.settings))
     dg.Definitions.validate_loadable(definitions)
     sensor = definitions.resolve_sensor_def("delivered_health_patient")
@@ -116,7 +116,7 @@ def test_dagster_sees_what_was_delivered_and_what_is_late(hospital: Hospital, tm
         assert "connector run" in (late.description or "")
 
 
-def test_nothing_delivered_is_counted_twice_or_left_out(hospital: Hospital) -> None:
+def test_each_delivered_change_is_counted_exactly_once(hospital: Hospital) -> None:
     with hospital.connect() as conn:
         start = progress.since(conn, "patient", None)
         assert start.changes == 0

@@ -8,12 +8,12 @@ import requests
 from fhir_assets.delivery.connector import dead_letters, outbox
 from fhir_assets.delivery.connector.setup import load_sources
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
-from fhir_assets_tests.delivery.connector.conftest import MRN, Hospital
+from fhir_assets_tests.support.hospital import MRN, Hospital
 
 INSURER = "https://insurer.example.org"
 
 
-def test_a_row_arrives_as_a_patient(hospital: Hospital) -> None:
+def test_a_row_is_delivered_as_a_patient_resource(hospital: Hospital) -> None:
     patient = hospital.admit(
         "1", "Testperson", name_given="Ada", gender="F", birth_date="1972-03-28", phone_number="+1-555-0100",
         email="ada@example.org", address_line="1 Example Street", address_city="Springfield", address_state="MA",
@@ -55,7 +55,7 @@ def test_rows_of_one_transaction_are_one_update(hospital: Hospital) -> None:
     assert hospital.execute("SELECT record_id, outcome FROM health.fhir_processed_event") == [("7", "created")]
 
 
-def test_what_is_rolled_back_never_leaves(hospital: Hospital) -> None:
+def test_a_rolled_back_change_is_not_delivered(hospital: Hospital) -> None:
     with hospital.connect() as conn:
         conn.execute("INSERT INTO health.patient (identifier_system, identifier_value) VALUES (%s, 'x')", [MRN])
         conn.rollback()
@@ -63,7 +63,7 @@ def test_what_is_rolled_back_never_leaves(hospital: Hospital) -> None:
     assert hospital.patients() == {}
 
 
-def test_a_deleted_row_is_deleted_there(hospital: Hospital) -> None:
+def test_a_deleted_row_deletes_the_resource_on_the_server(hospital: Hospital) -> None:
     hospital.admit("1")
     hospital.admit("2")
     hospital.deliver()
@@ -72,7 +72,7 @@ def test_a_deleted_row_is_deleted_there(hospital: Hospital) -> None:
     assert set(hospital.patients()) == {"2"}
 
 
-def test_a_row_that_came_and_went_in_between_needs_no_update(hospital: Hospital) -> None:
+def test_a_row_inserted_and_deleted_before_delivery_sends_no_update(hospital: Hospital) -> None:
     hospital.admit("1")
     hospital.execute("DELETE FROM health.patient")
     hospital.deliver()
@@ -81,7 +81,7 @@ def test_a_row_that_came_and_went_in_between_needs_no_update(hospital: Hospital)
     assert "update" not in hospital.server.stats()["requests"]
 
 
-def test_a_corrected_identifier_keeps_the_resource(hospital: Hospital) -> None:
+def test_a_corrected_identifier_updates_the_same_resource(hospital: Hospital) -> None:
     hospital.admit("1", "Same")
     hospital.deliver()
     before = hospital.patients()["1"]["id"]
@@ -90,7 +90,7 @@ def test_a_corrected_identifier_keeps_the_resource(hospital: Hospital) -> None:
     assert {mrn: p["id"] for mrn, p in hospital.patients().items()} == {"2": before}
 
 
-def test_identifiers_that_change_hands_leave_everyone_with_their_own_resource(hospital: Hospital) -> None:
+def test_swapped_identifiers_leave_each_row_with_its_own_resource(hospital: Hospital) -> None:
     for name in "ABC":
         hospital.admit(name.lower(), name)
     hospital.deliver()
@@ -107,7 +107,7 @@ def test_identifiers_that_change_hands_leave_everyone_with_their_own_resource(ho
     assert {p["name"][0]["family"]: p["id"] for p in hospital.patients().values()} == ids
 
 
-def test_a_new_patient_with_a_deleted_ones_identifier_is_another_resource_s_content(hospital: Hospital) -> None:
+def test_a_new_row_with_the_identifier_of_a_deleted_row_replaces_its_content(hospital: Hospital) -> None:
     hospital.admit("1", "Old")
     hospital.deliver()
     hospital.execute("DELETE FROM health.patient")
@@ -116,7 +116,7 @@ def test_a_new_patient_with_a_deleted_ones_identifier_is_another_resource_s_cont
     assert hospital.families() == {"1": "New"}
 
 
-def test_a_patient_without_identifier_is_dead_until_it_has_one(hospital: Hospital) -> None:
+def test_a_patient_without_identifier_is_a_dead_letter_until_it_has_one(hospital: Hospital) -> None:
     patient = hospital.admit(None)
     hospital.deliver()
     assert hospital.dead() == [(str(patient), "no-identifier")]
@@ -126,7 +126,7 @@ def test_a_patient_without_identifier_is_dead_until_it_has_one(hospital: Hospita
     assert set(hospital.patients()) == {"1"}
 
 
-def test_several_matches_are_permanent(hospital: Hospital) -> None:
+def test_several_matches_are_a_permanent_failure(hospital: Hospital) -> None:
     for n in range(2):
         body = {"resourceType": "Patient", "identifier": [{"system": MRN, "value": "1"}], "id": f"twin{n}"}
         requests.put(f"{hospital.server.url}/Patient/twin{n}", json=body, timeout=10).raise_for_status()
@@ -143,7 +143,7 @@ def test_several_matches_are_permanent(hospital: Hospital) -> None:
     assert hospital.families() == {"1": "Test", "2": "Test"}
 
 
-def test_a_row_that_makes_an_invalid_resource_is_dead_with_the_rule(hospital: Hospital) -> None:
+def test_a_row_that_gives_an_invalid_resource_is_a_dead_letter_with_the_rule(hospital: Hospital) -> None:
     hospital.admit("1", birth_date="0044-03-15 BC")
     hospital.deliver()
     [letter] = hospital.execute("SELECT reason, message FROM health.fhir_dlq")
@@ -152,7 +152,7 @@ def test_a_row_that_makes_an_invalid_resource_is_dead_with_the_rule(hospital: Ho
     assert "0044" not in letter[1]
 
 
-def test_a_refusal_is_told_without_the_servers_words(hospital: Hospital) -> None:
+def test_the_message_of_a_refusal_does_not_quote_the_response(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.ERROR, status=422, on=frozenset({RequestKind.UPDATE})))
     hospital.admit("1")
     hospital.deliver()
@@ -160,7 +160,7 @@ def test_a_refusal_is_told_without_the_servers_words(hospital: Hospital) -> None
     assert letter == ("refused", "the FHIR server answered 422: exception", 422)
 
 
-def test_discarded_changes_stay_listed_and_do_not_come_back(hospital: Hospital) -> None:
+def test_discarded_changes_stay_listed_and_are_not_replayed(hospital: Hospital) -> None:
     hospital.admit(None)
     hospital.deliver()
     with hospital.connect() as conn:
@@ -172,7 +172,7 @@ def test_discarded_changes_stay_listed_and_do_not_come_back(hospital: Hospital) 
 
 
 @pytest.mark.parametrize("kind", [FaultKind.DROP, FaultKind.TRUNCATE])
-def test_an_answer_that_breaks_off_does_not_send_twice(hospital: Hospital, kind: FaultKind) -> None:
+def test_a_truncated_response_does_not_send_the_update_twice(hospital: Hospital, kind: FaultKind) -> None:
     hospital.server.set_faults(Fault(kind=kind, on=frozenset({RequestKind.UPDATE}), times=1))
     hospital.admit("1")
     hospital.deliver()
@@ -182,7 +182,7 @@ def test_an_answer_that_breaks_off_does_not_send_twice(hospital: Hospital, kind:
 
 
 @pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.THROTTLE, FaultKind.RESET, FaultKind.HTML])
-def test_failures_in_passing_are_tried_again(hospital: Hospital, kind: FaultKind) -> None:
+def test_transient_failures_are_retried(hospital: Hospital, kind: FaultKind) -> None:
     hospital.server.set_faults(Fault(kind=kind, times=3, retry_after=0))
     hospital.admit("1")
     hospital.deliver()
@@ -190,7 +190,7 @@ def test_failures_in_passing_are_tried_again(hospital: Hospital, kind: FaultKind
     assert hospital.dead() == []
 
 
-def test_a_failing_server_is_given_up_on_after_so_many_attempts(hospital: Hospital) -> None:
+def test_a_change_is_a_dead_letter_after_the_maximum_number_of_attempts(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.ERROR))
     patient = hospital.admit("1")
     hospital.deliver(connector_max_attempts=3, connector_max_wait_seconds=0.05)
@@ -198,7 +198,7 @@ def test_a_failing_server_is_given_up_on_after_so_many_attempts(hospital: Hospit
     assert sum(hospital.server.stats()["requests"].values()) == 3
 
 
-def test_existing_rows_are_delivered_when_asked_for(hospital: Hospital) -> None:
+def test_existing_rows_are_delivered_when_enqueued(hospital: Hospital) -> None:
     hospital.admit("1")
     hospital.execute("DELETE FROM health.fhir_outbox")
     with hospital.connect() as conn:
@@ -209,7 +209,7 @@ def test_existing_rows_are_delivered_when_asked_for(hospital: Hospital) -> None:
     assert set(hospital.patients()) == {"1"}
 
 
-def test_an_identifier_is_one_token_whatever_it_holds(hospital: Hospital) -> None:
+def test_an_identifier_with_special_characters_is_one_search_token(hospital: Hospital) -> None:
     value = f"a b&c=d#/é?{uuid.uuid4()}"
     hospital.admit(value)
     hospital.deliver()

@@ -16,23 +16,23 @@ def made(row: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     return PATIENT.to_resource(row, {"other_identifiers": others})
 
 
-def test_an_empty_row_makes_an_empty_resource() -> None:
+def test_an_empty_row_gives_an_empty_resource() -> None:
     assert made({}) == {"resourceType": "Patient"}
     assert made({"name_family": "  ", "phone_number": ""}) == {"resourceType": "Patient"}
 
 
-def test_constants_alone_make_no_element() -> None:
+def test_an_element_with_constants_only_is_left_out() -> None:
     assert made({"email": "a@example.org"})["telecom"] == [{"system": "email", "value": "a@example.org"}]
 
 
 @pytest.mark.parametrize(
     ("stored", "code"), [("M", "male"), (" Female ", "female"), ("o", "other"), ("?", "unknown"), (None, None)]
 )
-def test_codes_are_looked_up(stored: str | None, code: str | None) -> None:
+def test_stored_codes_are_mapped_to_fhir_codes(stored: str | None, code: str | None) -> None:
     assert made({"gender": stored}).get("gender") == code
 
 
-def test_deceased_is_a_date_where_there_is_one() -> None:
+def test_deceased_is_a_date_if_the_row_has_one() -> None:
     assert made({"deceased": True, "deceased_at": "2024-01-01T00:00:00Z"}) == {
         "resourceType": "Patient",
         "deceasedDateTime": "2024-01-01T00:00:00Z",
@@ -40,7 +40,7 @@ def test_deceased_is_a_date_where_there_is_one() -> None:
     assert made({"deceased": False})["deceasedBoolean"] is False
 
 
-def test_an_identifier_that_is_there_twice_is_sent_once() -> None:
+def test_a_duplicate_identifier_is_sent_once() -> None:
     row = {"identifier_system": "s", "identifier_value": "1"}
     assert made(row, row, {"identifier_system": "t", "identifier_value": "2"})["identifier"] == [
         {"system": "s", "value": "1"},
@@ -49,11 +49,11 @@ def test_an_identifier_that_is_there_twice_is_sent_once() -> None:
 
 
 @pytest.mark.parametrize("row", [{}, {"identifier_value": "1"}, {"identifier_system": "s", "identifier_value": " "}])
-def test_half_an_identifier_is_none(row: dict[str, Any]) -> None:
+def test_an_identifier_without_system_or_value_is_ignored(row: dict[str, Any]) -> None:
     assert PATIENT.identifier_of(row) is None
 
 
-def test_a_token_escapes_what_search_reads_as_its_own() -> None:
+def test_a_token_escapes_the_special_characters_of_search() -> None:
     assert Identifier("s", "a|b,c$d\\e").token == "s|a\\|b\\,c\\$d\\\\e"
 
 
@@ -68,13 +68,13 @@ def test_a_token_escapes_what_search_reads_as_its_own() -> None:
         ),
     ],
 )
-def test_a_broken_mapping_says_where(tmp_path: Path, broken: str, said: str) -> None:
+def test_the_error_of_an_invalid_mapping_says_where(tmp_path: Path, broken: str, said: str) -> None:
     path = tmp_path / "mapping.json"
     path.write_text(broken)
     with pytest.raises(ConfigurationError, match=said):
         load_mapping(path)
 
 
-def test_a_mapping_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_a_missing_mapping_file_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="CONNECTOR_MAPPING"):
         load_mapping(tmp_path / "none.json")

@@ -23,7 +23,7 @@ from fhir_assets.errors import ServerUnavailable
 from fhir_assets.metrics.exposition import REGISTRY, render_metrics, serve_metrics
 from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
-from fhir_assets_tests.delivery.connector.conftest import Hospital
+from fhir_assets_tests.support.hospital import Hospital
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 FAMILY = "Canary-Family-Name"
@@ -102,7 +102,7 @@ def value(name: str) -> float:
     return float(found)
 
 
-def test_every_query_of_dashboard_and_alerts_names_metrics_that_exist(busy: Hospital) -> None:
+def test_every_query_of_dashboard_and_alerts_uses_existing_metrics(busy: Hospital) -> None:
     there = set(re.findall(r"^(fhir_\w+)", exposed(), re.MULTILINE)) | OF_PROMETHEUS
     assert there >= ISSUED
     asked = {query for queries in panels().values() for query in queries} | set(alerts().values())
@@ -112,7 +112,7 @@ def test_every_query_of_dashboard_and_alerts_names_metrics_that_exist(busy: Hosp
         assert named(query) <= there, query
 
 
-def test_the_outbox_shows_in_the_metrics(busy: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_report_the_outbox(busy: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhir_assets.metrics.pipeline.MAX_AGE_SECONDS", 0.0)
     assert value("fhir_outbox_unprocessed_count") == 0
     assert value("fhir_outbox_lag_seconds") == 0
@@ -126,7 +126,7 @@ def test_the_outbox_shows_in_the_metrics(busy: Hospital, monkeypatch: pytest.Mon
     assert value('fhir_check_results{check="reconciles",status="succeeded"}') == 1
 
 
-def test_a_database_that_is_gone_shows_as_down_and_nothing_stale(hospital: Hospital) -> None:
+def test_an_unreachable_database_is_reported_as_down_without_stale_values(hospital: Hospital) -> None:
     def gone() -> "psycopg.Connection[tuple[Any, ...]]":
         raise psycopg.OperationalError
 
@@ -135,12 +135,12 @@ def test_a_database_that_is_gone_shows_as_down_and_nothing_stale(hospital: Hospi
         assert "fhir_outbox_unprocessed_count" not in exposed()
 
 
-def test_a_taken_port_is_no_reason_to_stop() -> None:
+def test_an_occupied_metrics_port_does_not_stop_the_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, serve_metrics("127.0.0.1", taken.getsockname()[1]) as port:
         assert port is None
 
 
-def test_neither_metrics_nor_logs_hold_patient_data(busy: Hospital) -> None:
+def test_metrics_and_logs_contain_no_patient_data(busy: Hospital) -> None:
     stream = io.StringIO()
     before = list(logging.getLogger().handlers)
     try:
@@ -160,7 +160,7 @@ def test_neither_metrics_nor_logs_hold_patient_data(busy: Hospital) -> None:
         assert "0044" not in place
 
 
-def test_an_error_is_logged_by_its_type_unless_its_words_are_ours() -> None:
+def test_a_foreign_error_is_logged_by_its_type_and_an_own_error_with_its_message() -> None:
     formatter = logs.JsonFormatter("api")
 
     def line(error: Exception) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def test_an_error_is_logged_by_its_type_unless_its_words_are_ours() -> None:
 
 
 @pytest.mark.parametrize("tool", ["check config prometheus.yml", "check rules alerts.yml"])
-def test_promtool_accepts(tool: str) -> None:
+def test_promtool_accepts_the_configuration(tool: str) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed: apt-get install prometheus")
@@ -190,7 +190,7 @@ def test_promtool_accepts(tool: str) -> None:
 
 
 @pytest.mark.slow
-def test_prometheus_scrapes_it_and_every_panel_has_data(busy: Hospital, tmp_path: Path) -> None:
+def test_prometheus_scrapes_the_metrics_and_every_panel_has_data(busy: Hospital, tmp_path: Path) -> None:
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("Prometheus is not installed: apt-get install prometheus")
@@ -251,13 +251,13 @@ def has_data(port: int, query: str) -> bool:
     return any(sample["value"][1] != "NaN" for sample in found)
 
 
-def test_a_process_that_serves_http_can_show_the_same_metrics(busy: Hospital) -> None:
+def test_rendered_metrics_equal_the_exposition(busy: Hospital) -> None:
     body, content_type = render_metrics()
     assert body.decode() == exposed()
     assert content_type.startswith("text/plain")
 
 
-def test_compose_serves_what_prometheus_and_grafana_are_told_of() -> None:
+def test_compose_provides_the_targets_that_prometheus_and_grafana_are_configured_for() -> None:
     compose = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())
     services = compose["services"]
     for service in services.values():

@@ -11,7 +11,7 @@ import requests
 from fhir_assets.delivery.connector import outbox, settle
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.delivery.connector.conftest import Hospital
+from fhir_assets_tests.support.hospital import Hospital
 
 LONG = 600.0
 
@@ -24,7 +24,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_patient_that_waits_for_its_retry_holds_up_nobody_else(hospital: Hospital) -> None:
+def test_a_patient_that_waits_for_its_retry_does_not_delay_others(hospital: Hospital) -> None:
     waits = hospital.admit("1")
     hospital.execute("UPDATE health.fhir_outbox SET next_retry_at = now() + interval '1 hour', attempts = 1")
     hospital.execute("UPDATE health.patient SET name_family = 'Later'")
@@ -37,7 +37,7 @@ def test_a_patient_that_waits_for_its_retry_holds_up_nobody_else(hospital: Hospi
     ]
 
 
-def test_waits_grow_and_are_written_down(hospital: Hospital) -> None:
+def test_the_retry_time_is_stored(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.ERROR))
     hospital.admit("1")
     with hospital.running(connector_first_wait_seconds=2.0, connector_max_wait_seconds=300):
@@ -51,7 +51,7 @@ def test_waits_grow_and_are_written_down(hospital: Hospital) -> None:
     assert hospital.server.stats()["requests"] == {"update": 1}
 
 
-def test_a_wish_of_the_server_to_wait_is_honoured(hospital: Hospital) -> None:
+def test_the_retry_after_header_is_honoured(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=200))
     hospital.admit("1")
     with hospital.running():
@@ -64,13 +64,13 @@ def test_a_wish_of_the_server_to_wait_is_honoured(hospital: Hospital) -> None:
     assert wait >= 200
 
 
-def test_a_notification_is_enough(hospital: Hospital) -> None:
+def test_a_notification_triggers_delivery_before_the_next_poll(hospital: Hospital) -> None:
     with hospital.running(connector_poll_seconds=3600):
         hospital.admit("1")
         until(lambda: "1" in hospital.families())
 
 
-def test_a_missed_notification_is_found(hospital: Hospital) -> None:
+def test_a_change_without_notification_is_found_by_polling(hospital: Hospital) -> None:
     hospital.execute("ALTER TABLE health.patient DISABLE TRIGGER USER")
     hospital.admit("1")
     hospital.execute("ALTER TABLE health.patient ENABLE TRIGGER USER")
@@ -96,7 +96,7 @@ def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) ->
         assert bodies == sorted(set(bodies), reverse=True)
 
 
-def test_claims_of_a_connector_that_is_gone_are_free_at_once(hospital: Hospital) -> None:
+def test_claims_of_a_disconnected_connector_are_released_at_once(hospital: Hospital) -> None:
     hospital.admit("1")
     with hospital.connect() as gone:
         gone.autocommit = True
@@ -110,7 +110,7 @@ def test_claims_of_a_connector_that_is_gone_are_free_at_once(hospital: Hospital)
     assert set(hospital.families()) == {"1"}
 
 
-def test_a_crash_after_the_update_does_not_send_twice(hospital: Hospital) -> None:
+def test_a_crash_after_the_update_does_not_send_the_update_twice(hospital: Hospital) -> None:
     hospital.admit("1")
     hospital.execute("CREATE TABLE mark AS SELECT * FROM health.fhir_outbox")
     hospital.deliver()
@@ -126,7 +126,7 @@ def test_a_crash_after_the_update_does_not_send_twice(hospital: Hospital) -> Non
     assert hospital.execute("SELECT outcome FROM health.fhir_processed_event") == [("found",)]
 
 
-def test_sigterm_ends_what_is_under_way_and_leaves_the_rest(hospital: Hospital) -> None:
+def test_sigterm_completes_claimed_changes_and_leaves_the_others(hospital: Hospital) -> None:
     for n in range(100):
         hospital.admit(str(n))
     hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.05, on=frozenset({RequestKind.UPDATE})))
@@ -143,7 +143,7 @@ def test_sigterm_ends_what_is_under_way_and_leaves_the_rest(hospital: Hospital) 
     assert hospital.server.stats()["requests"]["update"] == 100
 
 
-def test_a_lost_database_connection_is_taken_up_again(hospital: Hospital) -> None:
+def test_a_lost_database_connection_is_reopened(hospital: Hospital) -> None:
     with hospital.running():
         hospital.admit("1")
         until(lambda: "1" in hospital.families())
@@ -155,7 +155,7 @@ def test_a_lost_database_connection_is_taken_up_again(hospital: Hospital) -> Non
         until(lambda: "2" in hospital.families())
 
 
-def test_a_server_that_is_down_loses_nothing(hospital: Hospital) -> None:
+def test_changes_wait_while_the_server_is_down(hospital: Hospital) -> None:
     with SandboxServer() as server:
         url = server.url
     for n in range(30):
@@ -169,7 +169,7 @@ def test_a_server_that_is_down_loses_nothing(hospital: Hospital) -> None:
     assert len(hospital.families()) == 30
 
 
-def test_old_events_are_forgotten_and_waiting_ones_are_not(hospital: Hospital) -> None:
+def test_prune_deletes_old_processed_events_and_keeps_waiting_ones(hospital: Hospital) -> None:
     hospital.admit("1")
     hospital.deliver()
     hospital.admit("2")
@@ -185,7 +185,7 @@ def test_truncate_is_refused(hospital: Hospital, table: str) -> None:
         hospital.execute(f"TRUNCATE health.{table} CASCADE")
 
 
-def test_installing_again_keeps_everything(hospital: Hospital) -> None:
+def test_installing_again_keeps_waiting_changes(hospital: Hospital) -> None:
     hospital.admit("1")
     with hospital.connect() as conn:
         outbox.install(conn)

@@ -24,8 +24,8 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.delivery.upload.conftest import Upload, assert_same, lines_of, patient, read_back, write
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.uploads import Upload, assert_same, lines_of, patient, read_back, write
 
 SYNTHEA = Path(__file__).resolve().parents[4] / "shared" / "data" / "synthea"
 BATCH = frozenset({RequestKind.BATCH})
@@ -55,7 +55,7 @@ def dead_letters(upload: Upload) -> list[tuple[Any, ...]]:
         ).fetchall()
 
 
-def test_a_population_comes_back_through_search_as_it_was_sent_whatever_fails(
+def test_an_uploaded_population_is_found_unchanged_by_search_despite_faults(
     upload_of: Upload, population: Path
 ) -> None:
     """A server that holds every reference to account, so that order and circles matter, and fails in every way."""
@@ -73,7 +73,7 @@ def test_a_population_comes_back_through_search_as_it_was_sent_whatever_fails(
     assert not list((upload_of.home / "uploads").glob("*.sqlite"))
 
 
-def test_types_go_in_the_catalogs_order_whatever_the_files_are_called(upload_of: Upload) -> None:
+def test_types_are_uploaded_in_the_order_of_the_catalog_under_any_file_names(upload_of: Upload) -> None:
     write(upload_of.input / "MimicPatient.ndjson.gz", [patient(f"p{n}") for n in range(30)])
     write(
         upload_of.input / "deep" / "Patient_part1.ndjson",
@@ -93,7 +93,7 @@ def test_types_go_in_the_catalogs_order_whatever_the_files_are_called(upload_of:
     assert max(times["Patient"]) <= min(times["Observation"])
 
 
-def test_references_to_what_comes_later_and_in_circles_arrive_whole(upload_of: Upload) -> None:
+def test_forward_and_circular_references_are_uploaded_completely(upload_of: Upload) -> None:
     """Within a type, between types, in a chain against the order, and something that only hangs on a circle."""
     chain = [
         {"resourceType": "Organization", "id": f"g{n}", "partOf": {"reference": f"Organization/g{n + 1}"}}
@@ -124,7 +124,7 @@ def test_references_to_what_comes_later_and_in_circles_arrive_whole(upload_of: U
     assert json.loads(held["Encounter/e"])["meta"]["versionId"] == "2"
 
 
-def test_what_is_refused_for_good_is_written_down_and_the_rest_goes_on(upload_of: Upload) -> None:
+def test_a_permanently_refused_resource_is_recorded_and_the_others_are_uploaded(upload_of: Upload) -> None:
     write(
         upload_of.input / "Patient.ndjson",
         [
@@ -158,7 +158,7 @@ def test_what_is_refused_for_good_is_written_down_and_the_rest_goes_on(upload_of
     assert "Canary" not in upload_of.last.output
 
 
-def test_resuming_sends_again_what_failed_and_resolves_its_dead_letters(upload_of: Upload) -> None:
+def test_resuming_sends_failed_resources_again_and_resolves_their_dead_letters(upload_of: Upload) -> None:
     write(
         upload_of.input / "o.ndjson",
         [{"resourceType": "Observation", "id": "o", "subject": {"reference": "Patient/p"}}],
@@ -196,7 +196,7 @@ class Batches:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 409, 412])
-def test_an_entry_that_fails_in_passing_is_sent_again_alone(upload_of: Upload, status: int) -> None:
+def test_an_entry_with_a_transient_failure_is_sent_again_alone(upload_of: Upload, status: int) -> None:
     write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     batches = Batches(lambda identity, time: status if identity == "7" and time == 1 else 201)
     with ScriptedServer(batches) as server:
@@ -204,7 +204,7 @@ def test_an_entry_that_fails_in_passing_is_sent_again_alone(upload_of: Upload, s
     assert batches.sent == [[str(n) for n in range(10)], ["7"]]
 
 
-def test_an_entry_the_server_always_fails_at_is_given_up_and_the_others_are_sent_once(upload_of: Upload) -> None:
+def test_an_entry_that_always_fails_is_given_up_and_the_others_are_sent_once(upload_of: Upload) -> None:
     write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     batches = Batches(lambda identity, time: 412 if identity == "7" else 200)
     with ScriptedServer(batches) as server:
@@ -214,7 +214,7 @@ def test_an_entry_the_server_always_fails_at_is_given_up_and_the_others_are_sent
     assert {identity for identity, times in batches.times.items() if times > 1} == {"7"}
 
 
-def test_an_older_line_that_was_refused_does_not_come_back_over_a_newer_one(upload_of: Upload) -> None:
+def test_a_refused_older_line_does_not_overwrite_a_newer_one(upload_of: Upload) -> None:
     lines = [patient("p", gender="male"), patient("q"), patient("p", gender="female")]
     write(upload_of.input / "p.ndjson", lines)
     batches = Batches(lambda identity, time: 422 if (identity, time) == ("p", 1) or identity == "q" else 200)
@@ -225,7 +225,7 @@ def test_an_older_line_that_was_refused_does_not_come_back_over_a_newer_one(uplo
     assert batches.times["p"] == 2
 
 
-def test_results_that_come_together_are_noted_in_the_order_in_which_their_lines_were_sent(
+def test_concurrent_results_are_recorded_in_the_order_of_their_lines(
     upload_of: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow_commit(journal: Journal, key: BatchKey, done: BatchResult) -> None:
@@ -244,7 +244,7 @@ def test_results_that_come_together_are_noted_in_the_order_in_which_their_lines_
     assert summary["totals"]["failed"] == 0
 
 
-def test_an_entry_at_which_the_server_breaks_does_not_hold_the_others_up(
+def test_an_entry_that_crashes_the_server_does_not_stop_the_others(
     upload_of: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHIR_MAX_ATTEMPTS", "2")
@@ -258,7 +258,7 @@ def test_an_entry_at_which_the_server_breaks_does_not_hold_the_others_up(
 
 
 @pytest.mark.parametrize("status", [413, 400, 422])
-def test_a_batch_that_is_refused_as_a_whole_goes_in_halves(upload_of: Upload, status: int) -> None:
+def test_a_batch_that_is_refused_as_a_whole_is_split_in_halves(upload_of: Upload, status: int) -> None:
     write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     batches = Batches(lambda *_: 201, lambda ids: status if len(ids) > 3 else 200)
     with ScriptedServer(batches) as server:
@@ -268,7 +268,7 @@ def test_a_batch_that_is_refused_as_a_whole_goes_in_halves(upload_of: Upload, st
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
-def test_a_server_that_takes_no_batches_from_us_ends_the_upload(upload_of: Upload, status: int) -> None:
+def test_a_server_that_refuses_all_batches_ends_the_upload(upload_of: Upload, status: int) -> None:
     write(upload_of.input / "p.ndjson", [patient("1")])
     with (
         ScriptedServer(Batches(lambda *_: 201, lambda ids: status)) as server,
@@ -277,7 +277,7 @@ def test_a_server_that_takes_no_batches_from_us_ends_the_upload(upload_of: Uploa
         upload_of(url=server.url)
 
 
-def test_transactions_leave_out_only_what_is_bad(upload_of: Upload) -> None:
+def test_transactions_leave_out_only_invalid_resources(upload_of: Upload) -> None:
     write(upload_of.input / "p.ndjson", [patient("a bad id" if n == 13 else str(n)) for n in range(30)])
     with SandboxServer() as server:
         summary = upload_of("--transaction", url=server.url, exit_code=1)
@@ -285,7 +285,7 @@ def test_transactions_leave_out_only_what_is_bad(upload_of: Upload) -> None:
     assert summary["totals"] == {"created": 29, "updated": 0, "unchanged": 0, "failed": 1}
 
 
-def test_what_the_server_holds_just_so_is_not_sent_with_skip_unchanged(upload_of: Upload) -> None:
+def test_skip_unchanged_does_not_send_resources_that_the_server_has_with_the_same_content(upload_of: Upload) -> None:
     value = b'{"resourceType":"Observation","id":"o%d","valueQuantity":{"value":%s}}'
     write(upload_of.input / "o.ndjson", [value % (n, b"1.50") for n in range(20)])
     with SandboxServer() as server:
@@ -297,7 +297,7 @@ def test_what_the_server_holds_just_so_is_not_sent_with_skip_unchanged(upload_of
     assert {name for name, body in held.items() if json.loads(body)["meta"]["versionId"] != "1"} == {"Observation/o3"}
 
 
-def test_of_several_lines_of_a_resource_the_last_one_stays(upload_of: Upload) -> None:
+def test_the_last_line_of_a_resource_is_the_final_version(upload_of: Upload) -> None:
     rng = random.Random(1)
     ids = [str(rng.randrange(40)) for _ in range(300)]
     write(upload_of.input / "a.ndjson", [patient(identity, birthDate=f"{n:04d}") for n, identity in enumerate(ids)])
@@ -308,7 +308,7 @@ def test_of_several_lines_of_a_resource_the_last_one_stays(upload_of: Upload) ->
     assert {name: json.loads(body)["birthDate"] for name, body in held.items()} == last
 
 
-def test_a_resumed_upload_must_be_of_the_same_files_in_the_same_shape(upload_of: Upload) -> None:
+def test_a_resumed_upload_must_have_the_same_files_and_batch_size(upload_of: Upload) -> None:
     write(upload_of.input / "p.ndjson", [patient("a bad id")])
     with SandboxServer() as server:
         upload_of(url=server.url, exit_code=1)
@@ -320,7 +320,7 @@ def test_a_resumed_upload_must_be_of_the_same_files_in_the_same_shape(upload_of:
         assert upload_of(url=server.url)["totals"]["created"] == 2
 
 
-def test_an_upload_that_is_at_work_is_not_begun_a_second_time(upload_of: Upload) -> None:
+def test_a_running_upload_cannot_be_started_a_second_time(upload_of: Upload) -> None:
     write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
 
     def judge(identity: str, time: int) -> int:
@@ -348,7 +348,7 @@ def test_server_credentials_and_batch_size_come_from_the_environment(
             upload_of()
 
 
-def test_where_there_are_keys_no_resource_lies_open_in_the_journal(
+def test_with_keys_the_journal_contains_no_plain_text_resource(
     upload_of: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
@@ -361,7 +361,7 @@ def test_where_there_are_keys_no_resource_lies_open_in_the_journal(
     assert upload_of.refused()[0]["resource"]["name"] == [{"family": "Canary"}]
 
 
-def test_an_input_without_files_is_said_so(upload_of: Upload) -> None:
+def test_an_input_without_files_is_a_clear_error(upload_of: Upload) -> None:
     upload_of.input.mkdir()
     with pytest.raises(ConfigurationError, match=r"no \.ndjson"):
         upload_of(url="http://127.0.0.1:9/fhir")
@@ -384,9 +384,7 @@ def sent_so_far(server: SandboxServer) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_upload_that_is_killed_in_the_middle_is_resumed_and_complete(
-    upload_of: Upload, population: Path, number: signal.Signals
-) -> None:
+def test_a_killed_upload_is_completed_when_resumed(upload_of: Upload, population: Path, number: signal.Signals) -> None:
     upload_of.home.joinpath("input").symlink_to(population)
     sent = lines_of(population)
     # From a third of the batches on the server takes so long that the kill cannot come after the last one.
@@ -419,7 +417,7 @@ def test_an_upload_that_is_killed_in_the_middle_is_resumed_and_complete(
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared Synthea population is not here")
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True])
-def test_synthea_with_faults_comes_back_as_it_was_sent(upload_of: Upload, kill: bool) -> None:
+def test_synthea_is_found_unchanged_by_search_despite_faults(upload_of: Upload, kill: bool) -> None:
     upload_of.home.joinpath("input").symlink_to(SYNTHEA)
     sent = lines_of(SYNTHEA)
     slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=3, after=len(sent) // 200)
@@ -439,7 +437,7 @@ def test_synthea_with_faults_comes_back_as_it_was_sent(upload_of: Upload, kill: 
     assert sum(summary["totals"].values()) == len(sent)
 
 
-def test_plain_lines_without_a_terminal_hold_all_that_somebody_wants_to_know(upload_of: Upload) -> None:
+def test_output_without_a_terminal_is_plain_lines_with_all_facts(upload_of: Upload) -> None:
     write(upload_of.input / "Patient.ndjson", [patient(str(n), name=[{"family": "Canary"}]) for n in range(25)])
     with SandboxServer() as server:
         process = command(upload_of, server.url, "--batch-size", "10", "--workers", "1")

@@ -11,25 +11,14 @@ import orjson
 import pytest
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.deployment import SHARED, Deploy
+from fhir_assets_tests.support.faults import ALL_FAULTS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 2, 1, tzinfo=UTC)
 SYNTHEA = SHARED / "synthea"
-ALL_FAULTS = (
-    Fault(kind=FaultKind.THROTTLE, every=17, retry_after=0),
-    Fault(kind=FaultKind.ERROR, every=13, status=503),
-    Fault(kind=FaultKind.RESET, every=19),
-    Fault(kind=FaultKind.DROP, every=23),
-    Fault(kind=FaultKind.TRUNCATE, every=11),
-    Fault(kind=FaultKind.EXPIRE, every=4),
-    Fault(kind=FaultKind.DUPLICATE, every=3),
-)
-"""Everything that an honest server does on a bad day."""
-
 needs_shared = pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not beside this checkout")
 
 
@@ -44,7 +33,7 @@ def lines_by_type(folder: Path) -> Counter[str]:
     return Counter({path.name.split(".")[0]: sum(1 for _ in gzip.open(path)) for path in folder.glob("*.ndjson.gz")})
 
 
-def test_files_load_whole_and_each_known_defect_becomes_a_dead_letter_with_its_rule(
+def test_files_load_completely_and_each_known_defect_becomes_a_dead_letter_with_its_rule(
     deploy: Deploy, population: Path
 ) -> None:
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
@@ -72,7 +61,7 @@ def test_loading_the_same_files_again_changes_nothing(deploy: Deploy, population
 
 
 @pytest.mark.slow
-def test_a_search_with_every_fault_on_gives_the_tables_that_the_files_give(
+def test_a_search_with_every_fault_gives_the_same_tables_as_files(
     deploy: Deploy, population: Path, empty_database: str
 ) -> None:
     files = deploy(home="files", fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
@@ -96,7 +85,7 @@ def test_a_search_with_every_fault_on_gives_the_tables_that_the_files_give(
 
 
 @needs_shared
-def test_all_of_synthea_is_in_the_tables(deploy: Deploy) -> None:
+def test_all_synthea_resources_are_loaded(deploy: Deploy) -> None:
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly")
     outcomes = deployment.ingest()
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
@@ -119,7 +108,9 @@ def test_the_published_examples_of_the_30_types_all_load(deploy: Deploy, tmp_pat
     assert deployment.loaded() == {kind: count for kind, count in kinds.items() if kind in BY_NAME}
 
 
-def test_an_old_file_without_last_updated_belongs_to_the_first_window(deploy: Deploy, tmp_path: Path) -> None:
+def test_a_resource_without_last_updated_in_an_old_file_belongs_to_the_first_window(
+    deploy: Deploy, tmp_path: Path
+) -> None:
     file = tmp_path / "Patient.ndjson"
     dated = b'{"resourceType":"Patient","id":"dated","meta":{"lastUpdated":"2023-12-31T23:59:59Z"}}'
     file.write_bytes(b'{"resourceType":"Patient","id":"undated"}\n' + dated + b"\n")

@@ -1,0 +1,126 @@
+"""Folders of NDJSON to upload, the command ``fhir-assets upload``, and the resources that a server has afterwards."""
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import requests
+import typer
+from typer.testing import CliRunner, Result
+
+from fhir_assets.cli.upload import upload
+from fhir_assets.fhir.bundles import has_same_content
+
+Resource = Mapping[str, Any]
+
+
+def write(path: Path, resources: Iterable[Resource | bytes]) -> None:
+    """Write one resource per line, compressed if the name ends with ``.gz``."""
+    lines = b"".join(
+        (resource if isinstance(resource, bytes) else json.dumps(resource).encode()) + b"\n" for resource in resources
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def patient(identity: str, **members: Any) -> dict[str, Any]:
+    return {"resourceType": "Patient", "id": identity, **members}
+
+
+@dataclass
+class Upload:
+    """The command ``fhir-assets upload`` with a home and an input folder of its own."""
+
+    home: Path
+    last: Result | None = field(default=None, init=False)
+
+    @property
+    def input(self) -> Path:
+        return self.home / "input"
+
+    @property
+    def failures(self) -> Path:
+        return self.home / "upload_failures.ndjson"
+
+    def __call__(self, *options: str, url: str | None = None, exit_code: int = 0) -> dict[str, Any]:
+        """Run the command and return its ``--json`` output. Errors of the project are raised."""
+        app = typer.Typer()
+        app.command()(upload)
+        arguments = ["--input", str(self.input), *(["--url", url] if url else []), "--json", *options]
+        self.last = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert self.last.exit_code == exit_code, self.last.output
+        summary: dict[str, Any] = json.loads(self.last.stdout)
+        return summary
+
+    def refused(self) -> list[dict[str, Any]]:
+        """Return the parsed lines of the failure file."""
+        return [json.loads(line) for line in self.failures.read_text().splitlines()]
+
+
+@pytest.fixture
+def upload_of(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upload:
+    """Return the upload command with a home and a database of its own, which stores the dead letters."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DB_URL", database)
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
+    for name in ("FHIR_BASE_URL", "FHIR_SOURCE", "BATCH_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return Upload(tmp_path)
+
+
+class _Entry(msgspec.Struct):
+    resource: msgspec.Raw
+
+
+class _Link(msgspec.Struct):
+    relation: str
+    url: str
+
+
+class _Page(msgspec.Struct):
+    link: list[_Link] = []
+    entry: list[_Entry] = []
+
+
+class _Head(msgspec.Struct):
+    resourceType: str  # noqa: N815
+    id: str
+
+
+def name_of(resource: bytes) -> str:
+    """Return the ``Type/id`` of a resource."""
+    head = msgspec.json.decode(resource, type=_Head)
+    return f"{head.resourceType}/{head.id}"
+
+
+def read_back(url: str, types: Iterable[str]) -> dict[str, bytes]:
+    """Return all resources that a search of the server gives, as their exact bytes, by ``Type/id``."""
+    resources: dict[str, bytes] = {}
+    for name in types:
+        page: str | None = f"{url}/{name}?_count=500"
+        while page:
+            bundle = msgspec.json.decode(requests.get(page, timeout=30).content, type=_Page)
+            resources |= {name_of(bytes(entry.resource)): bytes(entry.resource) for entry in bundle.entry}
+            page = next((link.url for link in bundle.link if link.relation == "next"), None)
+    return resources
+
+
+def lines_of(folder: Path) -> dict[str, bytes]:
+    """Return the resources of a folder of NDJSON by ``Type/id``."""
+    resources: dict[str, bytes] = {}
+    for path in sorted(folder.rglob("*.ndjson*")):
+        content = path.read_bytes()
+        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()
+        resources |= {name_of(line): line for line in lines}
+    return resources
+
+
+def assert_same(sent: Mapping[str, bytes], held: Mapping[str, bytes]) -> None:
+    """Assert that the server has exactly the resources that were sent, with the same content."""
+    assert sent.keys() == held.keys()
+    assert [name for name, body in sent.items() if not has_same_content(body, held[name])] == []
