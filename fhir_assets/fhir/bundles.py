@@ -1,7 +1,7 @@
 """Bundles that write resources to a server: their content, their responses, and the order of resource types
 (https://hl7.org/fhir/R4/http.html#transaction).
 
-HTTP does not belong here.
+Sending them does not belong here: see ``delivery.upload``.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -28,7 +28,8 @@ _SERVER_META = ("versionId", "lastUpdated")
 class BundleEntry:
     """A resource to write under its own id.
 
-    ``body`` holds its bytes as received. ``location`` says where they come from, such as ``Patient.ndjson:3``.
+    ``body`` is its JSON as received. ``location`` is the file and line that it comes from, such as
+    ``Patient.ndjson:3``.
     """
 
     resource_type: str
@@ -44,7 +45,7 @@ class BundleEntry:
 
 @dataclass(frozen=True, slots=True)
 class EntryResult:
-    """The result of one entry: its HTTP status, 0 if the server gave none, and its OperationOutcome, if any."""
+    """The result of one entry: its HTTP status (0 if the response has none) and its OperationOutcome, if any."""
 
     status: int
     outcome: bytes = b""
@@ -56,7 +57,7 @@ class EntryResult:
 
     @property
     def retryable(self) -> bool:
-        """Whether the server may accept the same entry at another attempt."""
+        """Whether the server may accept the same entry on another attempt."""
         return (
             self.status in _RETRYABLE_STATUS
             or (self.status >= 500 and self.status not in _PERMANENT_STATUS)
@@ -65,9 +66,9 @@ class EntryResult:
 
     @property
     def reason(self) -> str:
-        """Why the entry was refused: the status, and the codes and paths of the issues.
+        """The reason for the refusal: the status, and the codes and paths of the issues.
 
-        The texts of the issues are left out, because they may contain patient data.
+        The texts of the issues are omitted, because they may contain patient data.
         """
         answer = f"the server answered {self.status}" if self.status else "the server gave no answer for it"
         issues = summarize_issues(self.outcome)
@@ -87,7 +88,7 @@ def build_put_bundle(kind: BundleType, base_url: str, entries: Iterable[BundleEn
 
 
 def build_get_bundle(entries: Iterable[BundleEntry]) -> bytes:
-    """Return a batch that reads the resources that the server has under the same ids."""
+    """Return a batch Bundle that reads the server's current resource for each entry."""
     return _bundle("batch", (b'{"request":{"method":"GET","url":%b}}' % orjson.dumps(entry.url) for entry in entries))
 
 
@@ -145,7 +146,7 @@ def find_references(body: bytes) -> set[ReferenceTarget]:
 def remove_references(body: bytes, targets: Collection[ReferenceTarget]) -> bytes:
     """Return the resource without its references to ``targets``. Their types and displays remain, so it stays valid.
 
-    For a first pass only, before the targets exist at the server: numbers may lose trailing zeros.
+    The result is meant to be replaced once the targets exist at the server: its decimals may lose trailing zeros.
     """
     resource = orjson.loads(body)
 
@@ -178,7 +179,7 @@ def has_same_content(sent: bytes, stored: bytes) -> bool:
 
 
 def sort_types(resource_types: Iterable[str]) -> list[str]:
-    """Return the types in the order in which to send them: the catalog's, in which targets of references come first."""
+    """Return the types in load order: the order of the catalog, where the targets of references come first."""
     return sorted(resource_types, key=lambda name: (LOAD_ORDER.get(name, len(LOAD_ORDER)), name))
 
 

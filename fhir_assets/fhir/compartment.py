@@ -8,7 +8,7 @@ from typing import Any
 from fhir_assets.catalog import BY_NAME
 
 UNKNOWN_PATIENT = "?"
-"""The id of a patient whose reference contains none: a contained Patient, or a reference by identifier only."""
+"""The id used if a reference to a patient contains no id: a contained Patient, or a reference by identifier only."""
 
 _match_patient = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 
@@ -16,7 +16,7 @@ _match_patient = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
     """Return the ids of the patients whose compartment contains the resource, without duplicates.
 
-    Takes any JSON object with a resourceType: an element that does not conform to R4 counts as no reference.
+    ``resource`` may be any JSON object with a resourceType: elements that do not conform to R4 are ignored.
     """
     paths = _patient_paths(resource["resourceType"])
     if not paths:
@@ -38,12 +38,12 @@ _OWN_ID = (("id",),)
 
 @cache
 def _patient_paths(resource_type: str) -> tuple[tuple[str, ...], ...]:
-    catalogued = BY_NAME.get(resource_type)
-    return tuple(tuple(path.split(".")) for path in catalogued.patient) if catalogued else ()
+    catalog_entry = BY_NAME.get(resource_type)
+    return tuple(tuple(path.split(".")) for path in catalog_entry.patient) if catalog_entry else ()
 
 
 def _select(node: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the objects at a path. Lists on the way are searched item by item."""
+    """Yield the objects at a path. Every item of a list along the path is searched."""
     if isinstance(node, list):
         for item in node:
             yield from _select(item, path)

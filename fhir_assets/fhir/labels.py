@@ -1,7 +1,7 @@
-"""Names of the settings of a FHIR server, as error messages show them.
+"""The names of a FHIR server's settings in error messages.
 
-The modules below ``fhir`` do not know where their settings come from. A caller that reads them from environment
-variables passes the names of the variables, so that a message says which variable to change.
+The modules of ``fhir`` do not read settings themselves. A caller that reads them from environment variables passes the
+names of the variables, so that a message states which variable to change.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServerLabels:
-    """The names by which error messages refer to settings. Each one fits into a sentence as a noun."""
+    """The names of settings in error messages. Each name is a noun phrase."""
 
     base_url: str = "the base URL"
     username: str = "the user name"

@@ -1,4 +1,4 @@
-"""Lines of a text file, compressed by gzip or not, in bounded memory."""
+"""Read the lines of a text file, plain or compressed with gzip, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,7 +45,7 @@ def decompress(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _decompress_members(compressed: bytes, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the content of gzip members in small pieces, also the content before a missing end."""
+    """Yield the content of gzip members in small pieces, including the available content of a truncated member."""
     while compressed:
         member = isal_zlib.decompressobj(wbits=_GZIP)
         while not member.eof:
@@ -72,7 +72,7 @@ def _next_member(rest: bytes, file: BinaryIO) -> bytes:
 
 def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes | None]]:
     """Split content into lines without line feeds, in batches. A line of more than ``limit`` bytes is None."""
-    held: list[bytes] = []
+    parts: list[bytes] = []
     length = 0
     first = True
     for chunk in chunks:
@@ -80,14 +80,14 @@ def split_lines(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes | No
         first = False
         length += len(head)
         if length <= limit:
-            held.append(head)
+            parts.append(head)
         else:
-            held.clear()
+            parts.clear()
         if not lines:
             continue
         tail = lines.pop()
-        first_line = b"".join(held) if length <= limit else None
+        first_line = b"".join(parts) if length <= limit else None
         yield [first_line, *(line if len(line) <= limit else None for line in lines)]
-        held, length = [tail], len(tail)
+        parts, length = [tail], len(tail)
     if length:
-        yield [b"".join(held) if length <= limit else None]
+        yield [b"".join(parts) if length <= limit else None]

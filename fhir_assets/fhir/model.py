@@ -36,7 +36,7 @@ class Element:
         return self.max is None or self.max > 1
 
     def json_names(self) -> tuple[tuple[str, str], ...]:
-        """Return the JSON names of the element, each with the type that the element has under it."""
+        """Return the JSON names of the element, each with the element's type under that name."""
         if not self.choice:
             return ((self.name, self.types[0]),)
         return tuple((f"{self.name}{type_[0].upper()}{type_[1:]}", type_) for type_ in self.types)
@@ -53,7 +53,7 @@ class Type:
     elements: Mapping[str, Element]
     regex: str | None = None
     json: Mapping[str, tuple[Element, str]] = field(default_factory=dict)
-    """By JSON name, such as ``valueQuantity``: the element, and its type under this name."""
+    """The element and its type by JSON name, such as ``valueQuantity``."""
 
 
 class Model:
@@ -87,13 +87,13 @@ class Model:
 
 
 UNKNOWN_TYPE = "Resource"
-"""The abstract type of R4, which stands for a resource type that R4 does not have."""
+"""The abstract type of R4, used in place of a resource type that R4 does not define."""
 
 
 def known_resource_type(name: str) -> str:
     """Return ``name`` if it is a resource type of R4, else UNKNOWN_TYPE.
 
-    Any text may stand in ``resourceType``, also patient data; the result is safe to log and to count by.
+    ``resourceType`` of received input may be any text, even patient data; the result is safe in logs and metrics.
     """
     type_ = r4().types.get(name)
     return name if type_ is not None and type_.kind == "resource" else UNKNOWN_TYPE
@@ -112,10 +112,10 @@ def r4() -> Model:
     with (files(__package__) / "model.json.gz").open("rb") as file:
         data = json.loads(gzip.decompress(file.read()))
     types: dict[str, Type] = {}
-    for name, facts in data["types"].items():
+    for name, definition in data["types"].items():
         elements: dict[str, Element] = {}
         json_names: dict[str, tuple[Element, str]] = {}
-        for path, type_names, minimum, maximum, *targets in facts["elements"]:
+        for path, type_names, minimum, maximum, *targets in definition["elements"]:
             element = Element(
                 name=path.removesuffix("[x]"),
                 types=tuple(type_names),
@@ -127,6 +127,12 @@ def r4() -> Model:
             elements[element.name] = element
             json_names.update({json_name: (element, type_) for json_name, type_ in element.json_names()})
         types[name] = Type(
-            name, facts["kind"], facts["base"], facts["abstract"], elements, facts.get("regex"), json_names
+            name,
+            definition["kind"],
+            definition["base"],
+            definition["abstract"],
+            elements,
+            definition.get("regex"),
+            json_names,
         )
     return Model(types)

@@ -16,8 +16,8 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 def apply_patch(resource: bytes, patch: bytes) -> bytes:
     """Apply the operations of ``patch`` to ``resource`` and return the result as JSON on one line.
 
-    Raises CorrectionRefused with the number of the operation that does not fit. The message contains no value of the
-    resource or of the patch.
+    Raises CorrectionRefused with the number of the operation that cannot be applied. The message contains no value of
+    the resource or of the patch.
     """
     try:
         value: Any = _parse(resource)

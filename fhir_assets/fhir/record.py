@@ -13,9 +13,9 @@ from fhir_assets.errors import PermanentError
 class Record:
     """A resource as received.
 
-    ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``arrived`` decides the
-    window of a resource without ``meta.lastUpdated``. ``patients`` are the ids of the patients to whose
-    compartment it belongs, None if they have not been determined.
+    ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``arrived`` determines
+    the window of a resource without ``meta.lastUpdated``. ``patients`` are the ids of the patients whose compartment
+    contains the resource, None if they have not been determined.
     """
 
     resource_type: str
@@ -28,7 +28,7 @@ class Record:
 
     @property
     def as_of(self) -> datetime:
-        """The time that orders the versions of a resource and decides its window."""
+        """The time that orders the versions of a resource and determines its window."""
         return self.last_updated or self.arrived
 
 
@@ -36,9 +36,9 @@ class Record:
 class RejectedInput:
     """Received input that cannot become a Record. It becomes a dead letter of stage ``fetch``.
 
-    ``path`` says where the input was found (``Patient.ndjson.gz:17``); ``message`` contains no patient data. ``issues``
-    are all issues of the input if there are several, in the form of dead letters. ``origin`` identifies the delivery
-    that contained the input; None if it was fetched from the configured source.
+    ``path`` is the location of the input (``Patient.ndjson.gz:17``); ``message`` contains no patient data. ``issues``
+    are all issues of the input if there are several, in the JSON form of dead letters. ``origin`` identifies the
+    delivery that contained the input; None if it was fetched from the configured source.
     """
 
     resource_type: str
@@ -80,7 +80,7 @@ class ResourceHeader(msgspec.Struct):
 class MalformedResource(PermanentError):
     """The input is not a JSON object with a resourceType, or its id or meta has the wrong JSON type.
 
-    ``rule`` is the name of the validation rule that it breaks: ``json`` or ``structure``.
+    ``rule`` is the name of the violated validation rule: ``json`` or ``structure``.
     """
 
     def __init__(self, message: str, rule: str) -> None:
@@ -92,7 +92,7 @@ _header = msgspec.json.Decoder(ResourceHeader)
 
 
 def to_single_line(body: bytes) -> bytes:
-    """Return JSON on one line. Line ends in JSON are insignificant white space, so they are replaced by blanks."""
+    """Return JSON on one line. Line breaks are insignificant white space in JSON; they are replaced by blanks."""
     if b"\n" in body or b"\r" in body:
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
     return body.strip()
@@ -101,7 +101,7 @@ def to_single_line(body: bytes) -> bytes:
 def read_header(body: bytes) -> ResourceHeader:
     """Decode ``resourceType``, ``id`` and ``meta`` and skip the rest.
 
-    Raises MalformedResource; the message does not contain the content.
+    Raises MalformedResource; the message contains no patient data.
     """
     try:
         return _header.decode(body)

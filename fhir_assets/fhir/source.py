@@ -16,7 +16,7 @@ class Source(Protocol):
     """True if all types are read together (files, a bulk export), False if the types are read separately."""
 
     def offered(self) -> frozenset[str] | None:
-        """Return the resource types that the source offers; None if it cannot say."""
+        """Return the resource types that the source offers; None if they are unknown."""
         ...
 
     def state(self) -> str | None:
@@ -31,18 +31,18 @@ class Source(Protocol):
         ...
 
     def until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
-        """Return the time up to which the source is complete, for sources of past data only (a bulk export).
+        """Return the time up to which the source is complete, for a snapshot of the past (a bulk export).
 
-        Sources that reach to the present return None.
+        Sources that include the present return None.
         """
         ...
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
-        """Return the number of resources that the source says it has in ``interval``; None if it cannot say."""
+        """Return the number of resources in ``interval`` as declared by the source; None if it declares none."""
         ...
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """Read every resource of the types whose ``lastUpdated`` lies in ``interval``, or that has none, as a stream.
+        """Stream the resources of the types whose ``lastUpdated`` lies in ``interval``, and those without one.
 
         Raises ServerUnavailable, ServerRefused or NotFhir. The records before the error are valid but incomplete.
         """

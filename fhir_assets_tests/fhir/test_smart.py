@@ -51,5 +51,5 @@ def test_a_client_that_the_token_endpoint_refuses_is_not_tried_again() -> None:
 
 
 def test_an_answer_without_a_token_is_an_error() -> None:
-    with ScriptedServer([reply({"expires_in": 300})]) as server, pytest.raises(NotFhir, match="gives no token"):
+    with ScriptedServer([reply({"expires_in": 300})]) as server, pytest.raises(NotFhir, match="returns no token"):
         authorization(backend_services(server, Waits()))

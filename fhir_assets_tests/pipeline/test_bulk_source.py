@@ -208,7 +208,7 @@ def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None 
 def test_a_manifest_that_is_none_is_an_error_and_the_next_run_asks_anew(
     store: Store, database: str, conn: Connection, wrong: dict[str, Any]
 ) -> None:
-    with scripted({**MANIFEST, **wrong}) as server, pytest.raises(NotFhir, match="not a manifest of Bulk Data Access"):
+    with scripted({**MANIFEST, **wrong}) as server, pytest.raises(NotFhir, match="not a Bulk Data manifest"):
         ids(source(server.url, store, database))
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
 

@@ -1,6 +1,7 @@
 """HTTP credentials of a FHIR client: none, Basic or a fixed Bearer token.
 
-The client sends credentials to the origin of its base URL only. Tokens that a client requests belong in ``smart``.
+The client sends credentials to the origin of its base URL only. Tokens that are requested from a server belong in
+``smart``.
 """
 
 import re
@@ -19,7 +20,7 @@ _TOKEN = re.compile(r"[!-~]+")
 class Credentials(AuthBase):
     """No credentials; the base class of all other kinds.
 
-    Requests are always given an instance, even without credentials: otherwise ``requests`` reads ``~/.netrc``.
+    Every request gets an instance, even without credentials: otherwise ``requests`` reads ``~/.netrc``.
     """
 
     def __init__(self, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
@@ -27,7 +28,7 @@ class Credentials(AuthBase):
 
     @property
     def remedy(self) -> str:
-        """What to do after status 401: the rest of a sentence that begins with "the server answered 401"."""
+        """The advice after status 401, to be appended to "the server answered 401: "."""
         return f"it asks for credentials: set {self.labels.token}, or {self.labels.username} and {self.labels.password}"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
@@ -35,7 +36,7 @@ class Credentials(AuthBase):
         return request
 
     def renew(self) -> bool:
-        """Get new credentials after status 401. Return True if the request is worth another attempt."""
+        """Discard credentials that were refused with status 401. Return True if the request should be repeated."""
         return False
 
 
@@ -53,7 +54,7 @@ class Basic(Credentials):
 
     @property
     def remedy(self) -> str:
-        """What to do after status 401."""
+        """The advice after status 401."""
         return f"it refuses the user name or the password: check {self.labels.username} and {self.labels.password}"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
@@ -79,7 +80,7 @@ class Bearer(Credentials):
 
     @property
     def remedy(self) -> str:
-        """What to do after status 401."""
+        """The advice after status 401."""
         return f"it refuses the token: check {self.labels.token}, it may have expired"
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
@@ -95,7 +96,7 @@ def build_credentials(
     *,
     labels: ServerLabels = DEFAULT_LABELS,
 ) -> Credentials:
-    """Return Bearer credentials if there is a token, else Basic if there is a user name, else none.
+    """Return Bearer credentials if there is a token, else Basic if there is a user name, else empty Credentials.
 
     Raises ConfigurationError for a value that cannot be sent.
     """

@@ -1,4 +1,4 @@
-"""SMART Backend Services: access tokens for a client that signs an assertion or that has a secret
+"""SMART Backend Services: access tokens for a client that authenticates by a signed assertion or a secret
 (https://hl7.org/fhir/smart-app-launch/backend-services.html).
 """
 
@@ -27,7 +27,7 @@ _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _ASSERTION_SECONDS = 240
 _DEFAULT_LIFETIME = 300
 _RENEWAL_SHARE = 0.2
-"""A token is renewed when this share of its lifetime is left, but at most ``_RENEWAL_SECONDS`` before its end."""
+"""A token is renewed when this share of its lifetime is left, but at most ``_RENEWAL_SECONDS`` before it expires."""
 _RENEWAL_SECONDS = 60.0
 _TIMEOUT_SECONDS = 30
 
@@ -37,8 +37,7 @@ Key = RSAKey | ECKey
 def parse_private_key(text: str, key_id: str | None = None, *, labels: ServerLabels = DEFAULT_LABELS) -> Key:
     """Parse a private key from PEM or a JWK. An RSA key signs with RS384, an elliptic-curve key (P-384) with ES384.
 
-    ``key_id`` is the ``kid`` of the key if its JWK does not say. Raises ConfigurationError; no message contains the
-    key.
+    ``key_id`` is the ``kid`` of a key whose JWK has none. Raises ConfigurationError; no message contains the key.
     """
     content = text.strip()
     try:
@@ -57,7 +56,7 @@ def parse_private_key(text: str, key_id: str | None = None, *, labels: ServerLab
     if not isinstance(key, RSAKey | ECKey) or not key.is_private:
         raise ConfigurationError(f"{labels.private_key} is not a private key of RSA or of an elliptic curve")
     if isinstance(key, ECKey) and key.curve_name != "P-384":
-        raise ConfigurationError(f"{labels.private_key} is of the curve {key.curve_name}; ES384 needs P-384")
+        raise ConfigurationError(f"{labels.private_key} uses the curve {key.curve_name}; ES384 needs P-384")
     return key
 
 
@@ -69,10 +68,10 @@ def _parse_pem(content: str, parameters: Any) -> Key:
 
 
 class BackendServices(Credentials):
-    """Access tokens of a client that signs with a private ``key`` or that has a ``secret``.
+    """Access tokens for a client that signs with a private ``key`` or has a ``secret``.
 
-    All threads share one token. It is renewed shortly before its end, during any request. ``token_url`` None means
-    that the token endpoint is discovered at the FHIR server.
+    All threads share one token, which is renewed shortly before it expires. If ``token_url`` is None, the token
+    endpoint is read from the FHIR server's SMART configuration.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class BackendServices(Credentials):
 
     @property
     def remedy(self) -> str:
-        """What to do after status 401."""
+        """The advice after status 401."""
         return (
             f"it refuses the token: check {self.labels.client_id}, its key or secret and {self.labels.scope}, and that "
             "the client is registered there"
@@ -118,7 +117,7 @@ class BackendServices(Credentials):
         return request
 
     def renew(self) -> bool:
-        """Discard a token that the server refused."""
+        """Discard the token, which the server refused; the next request gets another one."""
         with self._lock:
             self._token = None
         return True
@@ -139,7 +138,7 @@ class BackendServices(Credentials):
         document = self._read_object(response, "token endpoint")
         token, lifetime = document.get("access_token"), document.get("expires_in", _DEFAULT_LIFETIME)
         if not isinstance(token, str) or not isinstance(lifetime, int | float):
-            raise NotFhir(f"the token endpoint of {self._base_url} gives no token: is {self.labels.token_url} right?")
+            raise NotFhir(f"the token endpoint of {self._base_url} returns no token: is {self.labels.token_url} right?")
         self._token = token
         self._renew_at = self._clock() + lifetime - min(lifetime * _RENEWAL_SHARE, _RENEWAL_SECONDS)
 
@@ -166,7 +165,7 @@ class BackendServices(Credentials):
         return token_url
 
     def _call(self, method: str, url: str, name: str, **options: Any) -> requests.Response:
-        """Return the response of any status that another attempt would not change. Raises ServerUnavailable."""
+        """Send a request and return its response. Status 429 and 5xx are retried. Raises ServerUnavailable."""
         advice = f"is the server that issues tokens up, and is {self.labels.token_url} right?"
 
         def attempt() -> requests.Response:

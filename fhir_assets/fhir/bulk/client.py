@@ -42,7 +42,7 @@ class ExportPending:
 
 
 class ExportGone(NotFhir):
-    """The server no longer has the export, or one of its files."""
+    """The server no longer has the export or one of its files."""
 
 
 class ExportFailed(PermanentError):
@@ -71,7 +71,8 @@ class BulkClient:
                 failure = invalid_json_failure(response)
                 failure.reason = "the server answers the export with 200, not 202"
                 failure.advice = (
-                    f"does it have Bulk Data, is {response.labels.base_url} right, is there a login page before it?"
+                    f"does it support Bulk Data Access, is {response.labels.base_url} right, is there a login page in "
+                    "front of it?"
                 )
                 raise failure
             location = response.headers.get("Content-Location")
@@ -79,7 +80,7 @@ class BulkClient:
                 raise NotFhir("the server accepts the export but does not say where its status is (Content-Location)")
             return self._client.resolve(location, response.url)
 
-        # A kick-off whose response is lost is sent again: at worst the server makes an export that nobody downloads.
+        # A kick-off whose response is lost is sent again. The first export, if any, is never downloaded.
         return self._client.get(
             f"{path}?{request.query()}",
             read,
@@ -105,7 +106,7 @@ class BulkClient:
             return ExportPending(seconds, response.headers.get("X-Progress", "")[:100])
 
         try:
-            # 429 does not count as a failed poll: like 202, it says when to poll again.
+            # 429 does not count as a failed poll: like 202, it carries the time of the next poll.
             return self._client.get(
                 status_url,
                 read,
@@ -123,7 +124,7 @@ class BulkClient:
             ) from None
 
     def _raise_for_failure(self, response: FhirResponse) -> NoReturn:
-        """Raise the error that status 500 means. With an OperationOutcome of no transient code, the export failed."""
+        """Raise the error for a 5xx status: ExportFailed if the OperationOutcome has no transient code."""
         codes: list[str] = []
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             codes = [str(issue["code"])[:40] for issue in orjson.loads(response.body)["issue"]]
@@ -135,7 +136,7 @@ class BulkClient:
         self._client.raise_for_status(response.status, response.headers, "GET", response.url)
 
     def delete_export(self, status_url: str) -> None:
-        """Tell the server that the export is no longer needed. An export that the server deleted before is no error."""
+        """Delete the export at the server. Succeeds if the server has already deleted it."""
         self._client.send("DELETE", status_url, expect={200, 202, 204, 404, 410}, policy=_DELETE_POLICY)
 
     def open_downloads(self) -> Downloads:
@@ -143,7 +144,7 @@ class BulkClient:
         return Downloads(self._client)
 
     def read_lines(self, downloads: Downloads, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
-        """Read the lines of a file in batches, without blank lines. A broken connection continues where it broke.
+        """Read the lines of a file in batches, without blank lines. A broken download resumes where it broke off.
 
         Raises ExportGone if the server no longer has the file, and NotFhir if the number of lines differs from the
         manifest.
@@ -168,6 +169,6 @@ class BulkClient:
             document = orjson.loads(response.body)
         except orjson.JSONDecodeError:
             failure = invalid_json_failure(response)
-            failure.final = ServerUnavailable  # the export still exists behind whatever answered in its place
+            failure.final = ServerUnavailable  # a proxy may have answered: the export itself still exists
             raise failure from None
         return parse_manifest(document, response.url)

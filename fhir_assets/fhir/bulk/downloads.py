@@ -1,7 +1,7 @@
 """Downloads of the files of a bulk export, many small files as well as large ones.
 
-A call of ``requests`` takes half a millisecond of processor time, as long as the download of fifty resources. Files are
-therefore read through the HTTP connections of the standard library, unless a proxy is configured for their URL.
+A call to ``requests`` takes half a millisecond of processor time, as long as the download of fifty resources. Files are
+therefore downloaded with ``http.client`` of the standard library, unless a proxy is configured for their URL.
 """
 
 import re
@@ -65,8 +65,8 @@ class _Target:
 class _Response:
     """A response whose body is streamed.
 
-    ``read(size)`` returns at most ``size`` decompressed bytes, and none at the end. ``headers`` are read for responses
-    other than status 200 only.
+    ``read(size)`` returns at most ``size`` decompressed bytes, and ``b""`` at the end. ``headers`` may be empty for
+    status 200.
     """
 
     status: int
@@ -102,9 +102,9 @@ class Downloads:
 
     @contextmanager
     def share_slot(self) -> Iterator[None]:
-        """Count all files that this thread reads in the ``with`` block as one call of the client.
+        """Use one call slot of the client for all files that this thread reads in the ``with`` block.
 
-        Waiting for a slot takes as long as the download of a small file.
+        Acquiring a slot takes as long as the download of a small file.
         """
         with self._client.call_slot():
             self._thread.has_slot = True
@@ -119,8 +119,8 @@ class Downloads:
     def read_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
         """Read the lines of a file of any size in batches, without blank lines, in bounded memory.
 
-        If the connection breaks, or if the file ends before its ``expected`` lines, the file is opened again and the
-        lines that were returned before are skipped. Credentials are sent to another origin only if ``authorized``, and
+        If the connection breaks, or if the file has fewer than ``expected`` lines, the file is requested again and the
+        lines that have been returned are skipped. Credentials are sent to another origin only if ``authorized``, and
         over https. Raises HttpStatusError, ServerUnavailable or NotFhir.
         """
         returned = failures = 0
@@ -151,7 +151,7 @@ class Downloads:
                     if first and chunk.lstrip().startswith(b"<"):
                         raise TransientFailure(
                             "the file is HTML or XML, not NDJSON",
-                            advice="does a proxy or a login page stand before the server's files?",
+                            advice="is there a proxy or a login page in front of the server's files?",
                             final=NotFhir,
                         )
                     first = False
@@ -178,7 +178,7 @@ class Downloads:
 
     @contextmanager
     def _open(self, url: str, authorized: bool) -> Iterator[_Response]:
-        """Yield the response that holds the file, after redirects.
+        """Yield the response with the file, after redirects.
 
         Raises HttpStatusError, NotFhir or TransientFailure.
         """
@@ -190,8 +190,8 @@ class Downloads:
             is_trusted = target.origin in trusted
             if is_trusted and target.origin != own and target.origin[0] != "https":
                 raise NotFhir(
-                    f"{self._client.base_url} wants its token sent to {format_origin(url)} without TLS; the "
-                    "token is not sent"
+                    f"{self._client.base_url} requires its token at {format_origin(url)} without TLS; the token is "
+                    "not sent"
                 )
             credentials = self._client.credentials if is_trusted else Credentials()
             with self._call_slot(), self._get(target, credentials) as response:

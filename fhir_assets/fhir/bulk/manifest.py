@@ -26,7 +26,7 @@ class ExportRequest:
     type_filter: str = ""
 
     def query(self) -> str:
-        """Return the query of the kick-off. Lists are separated by commas; a comma within a search is given as %2C."""
+        """Return the query of the kick-off. A comma within a search of ``type_filter`` must be given as %2C."""
         parameters = {
             "_outputFormat": "application/fhir+ndjson",
             "_type": ",".join(self.resource_types),
@@ -40,7 +40,7 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExportFile:
-    """A file of a finished export. ``count`` is the number of resources in the manifest, None if it has no count."""
+    """A file of a finished export. ``count`` is its number of resources by the manifest, None if it is not given."""
 
     resource_type: str
     url: str
@@ -72,8 +72,8 @@ def parse_manifest(document: Any, url: str) -> ExportManifest:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise NotFhir(
-            "the server's answer to the export is not a manifest of Bulk Data Access: run again to request a new "
-            "export, and show the answer to the server's administrator if that one has none either"
+            "the server's answer to the export is not a Bulk Data manifest: run again to request a new export, and "
+            "ask the server's administrator if it happens again"
         ) from None
 
 

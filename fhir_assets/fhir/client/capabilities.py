@@ -55,23 +55,23 @@ _decoder = msgspec.json.Decoder(_CapabilityStatement)
 def parse_capabilities(body: bytes, labels: ServerLabels = DEFAULT_LABELS) -> Capabilities:
     """Parse a CapabilityStatement of R4.
 
-    Raises ValueError if ``body`` is not JSON, and NotFhir if it is any other JSON. The message of NotFhir is the rest
-    of a sentence that begins with the server's URL.
+    Raises ValueError if ``body`` is not JSON, and NotFhir if it is JSON but not a CapabilityStatement of R4. The
+    message of NotFhir is a predicate: the caller puts the server's URL before it.
     """
     try:
         statement = _decoder.decode(body)
     except msgspec.ValidationError:
         raise NotFhir(
-            f"answers /metadata with JSON that is no CapabilityStatement: is {labels.base_url} right?"
+            f"answers /metadata with JSON that is not a CapabilityStatement: is {labels.base_url} right?"
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("not JSON") from None
     if statement.resourceType != "CapabilityStatement":
         raise NotFhir(
-            f"answers /metadata with another resource than a CapabilityStatement: is {labels.base_url} right?"
+            f"answers /metadata with a resource other than a CapabilityStatement: is {labels.base_url} right?"
         )
     if statement.fhirVersion and not statement.fhirVersion.startswith("4."):
-        raise NotFhir("serves another version than FHIR R4 (4.0 or 4.3): is there an R4 base URL?")
+        raise NotFhir("serves a FHIR version other than R4 (4.0 or 4.3): is there an R4 base URL?")
     return Capabilities(
         statement.fhirVersion,
         {

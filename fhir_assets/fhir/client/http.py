@@ -1,6 +1,6 @@
-"""HTTP to one FHIR server: credentials, retries, redirects, and errors whose messages say what to do.
+"""The HTTP client of a FHIR server: credentials, retries, redirects, and errors whose messages say what to do.
 
-Searches, the history and bulk exports are built on this client; nothing here knows them.
+Searches, the history and bulk exports use this client and do not belong here.
 """
 
 import time
@@ -46,11 +46,11 @@ _CHUNK_BYTES = 1 << 18
 
 
 class FhirClient:
-    """A FHIR server behind its base URL. The connections are kept and shared: one client serves several threads.
+    """An HTTP client of one FHIR server. It keeps its connections open and may be used by several threads.
 
-    ``timeout`` in seconds bounds the wait for the start of a response and each wait for more of it; a complete response
-    may take ten times as long. Each call is made within ``call_slot()``, a context manager that may wait, so that a
-    server gets a limited number of calls at a time. ``labels`` are the settings that messages name.
+    ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; a complete
+    response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
+    that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
 
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
     """
@@ -108,10 +108,10 @@ class FhirClient:
         try:
             url = urljoin(page_url, link)
         except ValueError:
-            raise NotFhir(f"{self.base_url} gives a link that is not a URL: the server's paging is broken") from None
+            raise NotFhir(f"{self.base_url} sends a link that is not a URL: the server's paging is broken") from None
         if parse_origin(url) != self.origin:
             raise NotFhir(
-                f"{self.base_url} gives links that lead to {format_origin(url)}, where they are not followed: set "
+                f"{self.base_url} sends links to {format_origin(url)}, which are not followed: set "
                 f"{self.labels.base_url} to the address that the server itself uses in links, or correct the base URL "
                 "in the server's configuration"
             )
@@ -129,7 +129,7 @@ class FhirClient:
     ) -> T:
         """GET a path below the base URL, or a URL of its origin, and return the result of ``read(response)``.
 
-        ``read`` raises TransientFailure (see ``invalid_json_failure``) for a body that may be complete at another
+        ``read`` raises TransientFailure (see ``invalid_json_failure``) for a body that may be complete on the next
         attempt. Statuses in ``expect`` are read; all others raise HttpStatusError, ServerUnavailable or NotFhir.
         """
 
@@ -147,7 +147,7 @@ class FhirClient:
         expect: Collection[int],
         policy: RetryPolicy | None = None,
     ) -> T:
-        """POST a body that does no harm if it arrives twice, and return the result of ``read(response)``.
+        """POST a body and return the result of ``read(response)``. The request must be idempotent: it is retried.
 
         ``read``, ``expect`` and the errors are those of ``get``.
         """
@@ -168,7 +168,7 @@ class FhirClient:
         expect: Collection[int] = frozenset({200, 201, 202, 204}),
         policy: RetryPolicy | None = None,
     ) -> FhirResponse:
-        """Send any other request and return its response. It is retried, so it must do no harm if it arrives twice.
+        """Send a request of any method and return its response. The request must be idempotent: it is retried.
 
         ``expect`` and the errors are those of ``get``.
         """
@@ -253,9 +253,7 @@ class FhirClient:
                 self._has_answered = True
                 return response, self._read_body(response)
         except (InvalidURL, InvalidSchema, LocationParseError):
-            raise ConfigurationError(
-                f"{self.labels.base_url} is not an address that can be called: correct it"
-            ) from None
+            raise ConfigurationError(f"{self.labels.base_url} is not a valid URL: correct it") from None
         except RequestException as error:
             raise TransientFailure(
                 f"cannot reach {self.base_url} : {self._explain(error)}",
@@ -264,7 +262,7 @@ class FhirClient:
             ) from None
 
     def _read_body(self, response: requests.Response) -> bytes:
-        """Read the body until a deadline: a server that sends single bytes would otherwise hold the run for ever."""
+        """Read the body until a deadline: a server that sends single bytes would otherwise block the run for ever."""
         seconds = _BODY_TIMEOUTS * self.timeout[1]
         deadline = time.monotonic() + seconds
         chunks = []
@@ -291,12 +289,12 @@ class FhirClient:
         if parse_origin(target) != self.origin or response.request.method not in ("GET", "HEAD"):
             raise NotFhir(
                 f"{self.base_url} redirects to {format_origin(target)}: set {self.labels.base_url} to the FHIR "
-                "server's own address, or ask its administrator for one without the login page or the proxy before it"
+                "server's own address, or ask its administrator for one without a login page or a proxy in front of it"
             )
         return target
 
     def raise_for_status(self, status: int, headers: Mapping[str, str], method: str, path: str) -> NoReturn:
-        """Raise TransientFailure for a status that may change at another attempt, and HttpStatusError for any other."""
+        """Raise TransientFailure for a status that may change on the next attempt, HttpStatusError for any other."""
         if status in _TRANSIENT_STATUS:
             raise TransientFailure(
                 f"the server answered {status}",
@@ -314,18 +312,16 @@ class FhirClient:
                 return f": {self.credentials.remedy}"
             case 403:
                 return (
-                    f": the account of {labels.username} or {labels.token} lacks the right to this; grant it, or leave "
-                    f"the type out of {labels.resource_types}"
+                    f": the account of {labels.username} or {labels.token} lacks the permission for this; grant it, "
+                    f"or remove the type from {labels.resource_types}"
                 )
             case 404:
-                return (
-                    f": there is nothing of that name; is {labels.base_url} right, and does the server have this type?"
-                )
+                return f": not found; is {labels.base_url} right, and does the server have this type?"
             case _:
                 return _EXPLANATIONS.get(status, "")
 
     def _explain(self, error: RequestException) -> str:
-        """Say why the server could not be reached, without the text of the libraries, which contains URLs."""
+        """Explain why the server could not be reached, without the text of the libraries, which contains URLs."""
         if isinstance(error, SSLError):
             return "its TLS certificate or connection is not accepted (REQUESTS_CA_BUNDLE names further authorities)"
         if isinstance(error, Timeout):
@@ -350,8 +346,8 @@ class FhirClient:
 _EXPLANATIONS = {
     400: ": it does not understand the request; does it support this search?",
     405: ": it does not support this interaction",
-    406: ": it does not give FHIR in JSON",
-    410: ": it is gone",
+    406: ": it does not offer FHIR in JSON",
+    410: ": the resource is gone",
     412: ": a precondition failed",
     422: ": it does not accept the content",
     501: ": it does not support this interaction",

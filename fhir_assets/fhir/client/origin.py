@@ -1,4 +1,4 @@
-"""Origins of URLs, as the same-origin rule compares them. Credentials are sent to one origin only."""
+"""Origins of URLs (scheme, host and port). Credentials are sent to one origin only."""
 
 from urllib.parse import SplitResult, urlsplit
 
@@ -9,13 +9,13 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def parse_origin(url: str) -> Origin:
-    """Return the scheme, host and port of a URL. A port that is not a number is None. Raises ValueError for no URL."""
+    """Return the scheme, host and port of a URL. An invalid port is None. Raises ValueError if it is not a URL."""
     parts = urlsplit(url)
     return parts.scheme.lower(), (parts.hostname or "").lower(), _port(parts)
 
 
 def format_origin(url: str) -> str:
-    """Return the origin of a URL as text for messages: without credentials, path and query."""
+    """Return the origin of a URL as text for messages, without credentials, path and query."""
     scheme, host, port = parse_origin(url)
     return f"{scheme}://{host}" if port == DEFAULT_PORTS.get(scheme) else f"{scheme}://{host}:{port}"
 

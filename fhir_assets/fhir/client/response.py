@@ -1,4 +1,4 @@
-"""Responses of a FHIR server, and the errors that their status or their body means."""
+"""Responses of a FHIR server, and the errors that are raised for their status or body."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fhir_assets.retries import TransientFailure
 
 
 class HttpStatusError(ServerRefused):
-    """A ServerRefused that keeps the HTTP status, for callers that handle some of them, such as 404, 410 or 412."""
+    """A ServerRefused with its HTTP status, for callers that handle a status such as 404, 410 or 412."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class HttpStatusError(ServerRefused):
 class FhirResponse:
     """A complete response. ``url`` is its address after redirects; ``body`` is decompressed.
 
-    ``labels`` are the settings to name in messages about the response.
+    ``labels`` are the names of the settings in messages about the response.
     """
 
     url: str
@@ -33,7 +33,7 @@ class FhirResponse:
 
     @property
     def date(self) -> datetime | None:
-        """The time of the server's clock when it answered, in UTC; None if there is no Date header to read."""
+        """The server's time of the response (its Date header) in UTC; None without a valid Date header."""
         try:
             moment = parsedate_to_datetime(self.headers.get("Date", ""))
         except ValueError:
@@ -42,14 +42,14 @@ class FhirResponse:
 
 
 def invalid_json_failure(response: FhirResponse) -> TransientFailure:
-    """Return the failure to raise for a body that is not complete JSON: cut off, or another format such as HTML."""
+    """Return the failure to raise for a body that is not complete JSON: truncated, or another format such as HTML."""
     base_url = response.labels.base_url
     start = response.body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"<"):
         kind = "HTML" if b"<html" in start.lower() or b"<!doctype" in start.lower() else "XML"
         return TransientFailure(
             f"the answer is {kind}, not FHIR in JSON",
-            advice=f"is {base_url} the base of a FHIR server, without a login page before it?",
+            advice=f"is {base_url} the base of a FHIR server, without a login page in front of it?",
             final=NotFhir,
         )
     if not start.startswith(b"{"):

@@ -1,7 +1,7 @@
 """The formats of files in the landing zone, recognized by suffix and first bytes.
 
-A format reads the bytes of a file as a stream of records, rejected inputs and deletions. To add a format, implement
-``FileFormat`` and put it into FORMATS: the first format that matches a file reads it.
+A format reads the bytes of a file as a stream of records, rejected inputs, deletions and visits. To add a format,
+implement ``FileFormat`` and add an instance to FORMATS: a file is read by the first format that matches it.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,8 @@ class LandedContent:
     """The decompressed bytes of a file.
 
     ``label`` names the file in dead letters instead of its file name, which may contain a patient's name. ``chunks``
-    can be read once. ``arrived`` is when the file was written; ``limit`` is the size limit of one resource in bytes.
+    can be read once. ``arrived`` is the time at which the file was written; ``limit`` is the maximum size of one
+    resource in bytes.
     """
 
     label: str
@@ -72,7 +73,7 @@ class FileFormat(Protocol):
 
     name: str
     suffixes: tuple[str, ...]
-    """The suffixes of such files in lower case, without ``.gz``."""
+    """The suffixes of the format's files in lower case, without ``.gz``."""
 
     def matches(self, name: str, head: bytes) -> bool:
         """Return whether a file with one of the suffixes and these first bytes, decompressed, has this format."""
@@ -90,7 +91,7 @@ class NdjsonFormat:
     suffixes: tuple[str, ...] = (".ndjson", ".jsonl", ".json")
 
     def matches(self, name: str, head: bytes) -> bool:
-        """Return whether a file is NDJSON. A ``.json`` file is, if it has several lines that are resources."""
+        """Return whether a file is NDJSON. A ``.json`` file is NDJSON if one of its first two lines is a resource."""
         if not name.endswith(".json"):
             return True
         lines = [line for line in head.split(b"\n") if line.strip()]
@@ -173,7 +174,7 @@ SUFFIXES = tuple(
 
 
 def is_visits_file(name: str) -> bool:
-    """Return whether a file name is one of visits. Files of visits are received together."""
+    """Return whether a file of this name contains visits. Files of visits are received in one batch."""
     return name.lower().removesuffix(".gz").endswith(VisitsCsvFormat.suffixes)
 
 
@@ -252,7 +253,7 @@ def _read_resources(content: LandedContent, body: bytes, location: str) -> Itera
     try:
         bundle = _decode_bundle(item.body)
     except msgspec.MsgspecError:
-        yield content.reject("structure", location, "not a Bundle as FHIR defines it", body)
+        yield content.reject("structure", location, "not a valid Bundle", body)
         return
     for number, entry in enumerate(bundle.entry):
         yield from _read_entry(content, bytes(entry), f"{location}.entry[{number}]", parse_instant(bundle.timestamp))
@@ -263,7 +264,7 @@ def _read_entry(content: LandedContent, body: bytes, location: str, bundle_time:
     try:
         entry = _decode_entry(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        yield content.reject("json", location, "an entry that is not JSON, or not as a Bundle has them", body)
+        yield content.reject("json", location, "not JSON, or not a valid Bundle entry", body)
         return
     if entry.request is not None and entry.request.method == "DELETE":
         yield _read_deletion(content, entry, body, location, bundle_time)
@@ -274,7 +275,7 @@ def _read_entry(content: LandedContent, body: bytes, location: str, bundle_time:
 def _read_deletion(
     content: LandedContent, entry: _Entry, body: bytes, location: str, bundle_time: datetime | None
 ) -> Deletion | RejectedInput:
-    """Return the deletion of an entry, at the time of the entry, else of its Bundle, else of the file."""
+    """Return the deletion that an entry requests, with the time of the entry, else of the Bundle, else of the file."""
     assert entry.request
     resource_type, _, resource_id = entry.request.url.strip("/").partition("/")
     if not resource_type.isalpha() or not resource_id or "/" in resource_id or "?" in resource_id:

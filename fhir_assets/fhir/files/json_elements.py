@@ -1,4 +1,4 @@
-"""A splitter of large JSON documents into elements, in memory that does not grow with the document."""
+"""Split large JSON documents into elements, in memory that does not grow with the document."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -37,7 +37,7 @@ def split_elements(chunks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes 
 
 
 class _Splitter:
-    """The state of a split: the bytes not yet consumed, and the nesting depth at the end of the scanned ones."""
+    """The state of ``split_elements``: the bytes not yet consumed, and the nesting depth after the scanned bytes."""
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -90,7 +90,7 @@ class _Splitter:
             self._start = 0
 
     def _note_key(self, token: re.Match[bytes]) -> bool:
-        """Note whether a string is the key ``entry``. Return False if the next chunk must decide."""
+        """Note whether a string is the key ``entry``. Return False if this can only be decided with the next chunk."""
         following = _COLON_OR_END.match(self.buffer, token.end())
         if following is not None and not following[1]:
             return False
@@ -98,7 +98,7 @@ class _Splitter:
         return True
 
     def _begin_value(self, start: int) -> None:
-        """Begin an element or a document. Only separators may stand before it; anything else would be lost."""
+        """Begin an element or a document. Raises UnbalancedJson if it is preceded by anything but separators."""
         if self.buffer[self._start : start].strip(_SEPARATORS):
             raise UnbalancedJson
         self._start = start

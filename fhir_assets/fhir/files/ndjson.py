@@ -61,7 +61,7 @@ class NdjsonSource:
     """The resources of a file, of all NDJSON files in a folder and its subfolders, or of the files that match a glob.
 
     ``skipped`` counts, by type, the resources of the last fetch whose type is not in the catalog. A resource without
-    ``lastUpdated`` counts as arrived when its file was written. The methods raise ConfigurationError if there is no
+    ``lastUpdated`` is dated by the modification time of its file. The methods raise ConfigurationError if there is no
     file.
     """
 
@@ -100,7 +100,7 @@ class NdjsonSource:
     def extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest resource to just after the newest, or to now if that is earlier.
 
-        The result is kept until ``state`` changes, because the files are read for it.
+        The result is cached until ``state`` changes, because all files are read for it.
         """
         key = self.state(), frozenset(resource_types)
         if key not in self._extents:
@@ -108,13 +108,13 @@ class NdjsonSource:
         return self._extents[key]
 
     def until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        """Return None: the files reach to the present."""
+        """Return None: the files include the present."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
-        """Return None: files do not say how many resources they hold."""
+        """Return None: files do not declare their number of resources."""
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """Read the resources of the interval. The time of a line that cannot be used is that of its file.
+        """Read the resources of the interval. A malformed line is dated by the modification time of its file.
 
         Raises ConfigurationError if a file is missing or cannot be read.
         """
@@ -159,7 +159,7 @@ class NdjsonSource:
         )
 
     def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
-        """Read the resources of the requested types in a file, of any time."""
+        """Read all resources of the requested types in a file, whatever their time."""
         reader = _LineReader(file, requested, min(_modified_at(file), self._now()), self.skipped)
         number = 0
         try:
@@ -205,7 +205,7 @@ class _LineReader:
     def read(self, line: bytes | None, number: int | None) -> Record | RejectedInput | None:
         """Return the record or the rejected input of a line; None for a blank line and for types not requested.
 
-        ``line`` None stands for a line longer than the limit; ``number`` None for a file that is one resource.
+        ``line`` is None for a line longer than the limit; ``number`` is None for a file that is a single resource.
         """
         if line is None:
             return self.reject("json", number, "a line longer than the limit for one resource", b"")
@@ -238,7 +238,7 @@ class _LineReader:
         """Return whether the type is requested. Raises MalformedResource if the file name contains another type."""
         name = header.resourceType
         if self._file.types and name not in self._file.types and (name in BY_NAME or name not in self._file.path.name):
-            raise MalformedResource("a resource of another type than the file's name says", "structure")
+            raise MalformedResource("a resource of another type than in the file's name", "structure")
         if name in self._requested:
             return True
         if name not in BY_NAME:

@@ -1,7 +1,7 @@
 """FHIR resources built from intake records: patient records of the HTTP API and visits in CSV.
 
-Ids are derived from record numbers, so that a person is the same Patient through every ingestion channel. The caller
-passes the derivation: with encryption keys, an id does not reveal the number.
+Ids are derived from record numbers, so that a person has the same Patient id in every ingestion channel. The caller
+passes the derivation: with encryption keys, an id does not reveal the record number.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ def is_patient_record(record: object) -> bool:
 def build_patient_resources(record: Mapping[str, Any], derive_id: DeriveId, *, now: str) -> list[dict[str, Any]]:
     """Return the Patient of a valid patient record, followed by its Consent if the record contains one.
 
-    ``now`` is the instant of both.
+    ``now`` is the ``meta.lastUpdated`` of both.
     """
     mrn = record["mrn"]
     identifiers = [_identifier("MR", MRN_SYSTEM, mrn)]

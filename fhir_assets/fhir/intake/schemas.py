@@ -1,4 +1,4 @@
-"""JSON Schemas of intake records, and the validation of a record: all of its errors, each with its path."""
+"""JSON Schemas of intake records, and the validation of a record against them."""
 
 import re
 import sys
@@ -26,7 +26,7 @@ _PATTERN_MESSAGES = {
 
 @dataclass(frozen=True, slots=True)
 class SchemaError:
-    """An error of a record. ``path`` is a JSON Pointer into the record; ``message`` says what is expected there."""
+    """An error of a record. ``path`` is a JSON Pointer into the record; ``message`` states the expected value."""
 
     path: str
     message: str
@@ -50,9 +50,9 @@ def find_errors(name: SchemaName, record: object) -> list[SchemaError]:
 
 
 def compile_text_check(name: SchemaName) -> Callable[[Mapping[str, str]], bool]:
-    """Compile a schema whose members are all texts into a function that says whether an object of texts is valid.
+    """Compile a schema whose members are all strings into a function that returns whether an object is valid.
 
-    The result agrees with ``find_errors`` and is about fifty times as fast.
+    The function accepts the same objects as ``find_errors`` and is about fifty times as fast.
     """
     properties = load_schema(name)["properties"]
     required = frozenset(load_schema(name)["required"])
@@ -95,7 +95,7 @@ def _validator(name: SchemaName) -> Draft202012Validator:
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
-    """Describe what is expected, in terms of the schema only."""
+    """Yield messages that describe an error in terms of the schema, without values of the record."""
     rule: str = str(error.validator)
     expected: Any = error.validator_value
     instance: Any = error.instance
@@ -123,4 +123,4 @@ def _describe(error: ValidationError) -> Iterator[str]:
     elif rule == "pattern":
         yield _PATTERN_MESSAGES.get(expected, f"must match {expected}")
     else:
-        yield f"breaks the rule {rule}"
+        yield f"violates the rule {rule}"

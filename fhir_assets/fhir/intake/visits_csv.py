@@ -1,7 +1,7 @@
 """Visits as CSV (RFC 4180), written for the landing zone and read from it line by line.
 
-A row that cannot be read does not affect its neighbours. In particular, a quote that is not closed would make all
-following lines part of the row: such a row is rejected alone, and the lines after it are read again.
+A malformed row does not affect the rows after it. By RFC 4180, a quote that is not closed makes all following lines
+part of its row; here only the first line is rejected, and the lines after it are read as rows of their own.
 """
 
 import csv
@@ -38,7 +38,7 @@ _is_valid = schemas.compile_text_check("visit")
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A valid row. ``location`` says where it was read, ``arrived`` when its file was written."""
+    """A valid visit. ``location`` is its file and line; ``arrived`` is the time at which its file was written."""
 
     row: Mapping[str, str] = field(repr=False)
     location: str
@@ -50,7 +50,7 @@ class InvalidRow:
     """A row that is not a valid visit.
 
     ``problems`` are all of its errors as pairs of a column, which may be empty, and a message. ``body`` is the input:
-    the values by column as JSON, or the line as read. No message contains any of it.
+    the values by column as JSON, or the line as read. Messages do not contain values.
     """
 
     line: int
@@ -61,7 +61,7 @@ class InvalidRow:
 
 @dataclass(frozen=True, slots=True)
 class ValidRow:
-    """A row that is valid by the schema of a visit."""
+    """A row that conforms to the schema of a visit."""
 
     line: int
     values: Mapping[str, str] = field(repr=False)
@@ -105,7 +105,7 @@ def read(chunks: Iterable[bytes]) -> Iterator[ValidRow | InvalidRow]:
 
 
 def find_errors(row: object) -> tuple[tuple[str, str], ...]:
-    """Return all errors of a visit as pairs: a JSON Pointer, and what is expected there."""
+    """Return all errors of a visit as pairs of a JSON Pointer and a message."""
     if isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) and _is_valid(row):
         return ()
     return tuple((error.path, error.message) for error in schemas.find_errors("visit", row))
@@ -121,7 +121,7 @@ def _validate(number: int, row: dict[str, str]) -> ValidRow | InvalidRow:
 
 
 def _header_problems(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return the errors of a header. Unknown columns are counted, not named: the first line may be a patient's data."""
+    """Return the errors of a header. Unknown columns are counted, not named: a first line may contain patient data."""
     problems = []
     if missing := [name for name in REQUIRED if name not in names]:
         problems.append(("", f"the header lacks {', '.join(missing)}"))
@@ -158,7 +158,7 @@ def _read_row(lines: _Lines, first: bytes, width: int) -> tuple[list[str] | None
     """Return the values of the row that begins with ``first``, None if it is not CSV, and the text of the row.
 
     A row continues over lines until the number of its quotes is even. If the result does not have ``width`` values
-    (0: any number), the row is its first line only, and the other lines are put back.
+    (0 means any number), only its first line is taken as the row, and the other lines are put back.
     """
     taken: list[bytes | None] = [first]
     text = first

@@ -60,7 +60,7 @@ class DeletionHistory:
         self._client = client
         self._page_size = page_size
         self.requested_at: datetime | None = None
-        """When the last request for a history began, by the server's clock; None if the server does not say."""
+        """The server's time at the start of the last history request; None if the response has no Date header."""
 
     def offered(self) -> frozenset[str] | None:
         """Return the types for which the server declares a history; None if it names no types."""
@@ -69,8 +69,8 @@ class DeletionHistory:
     def fetch_since(self, resource_type: str, moment: datetime) -> Iterator[Deletion]:
         """Read the deletions of a type since ``moment``, newest first.
 
-        Some are returned twice if the server's pages expire in between. Raises NotFhir for a deletion without an id or
-        a time, ServerUnavailable and ServerRefused as the client does.
+        A deletion is returned twice if the server's pages expire while they are read. Raises NotFhir for a deletion
+        without an id or a time, and the errors of ``FhirClient.get``.
         """
         since = moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         params = [("_since", since), ("_count", str(self._page_size))]
@@ -98,7 +98,9 @@ class DeletionHistory:
                 return
             url = self._client.resolve(next_link, page.url)
             if url in links:
-                raise NotFhir(f"the pages of the history of {resource_type} run in a circle: the paging is broken")
+                raise NotFhir(
+                    f"the history of {resource_type} links its pages in a circle: the server's paging is broken"
+                )
             links.add(url)
             try:
                 page = self._client.get(url, _parse_page)

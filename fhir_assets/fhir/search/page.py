@@ -29,7 +29,7 @@ class SearchEntry(msgspec.Struct):
 
     @property
     def mode(self) -> str | None:
-        """``match``, ``include`` or ``outcome``; None if the server does not say."""
+        """``match``, ``include`` or ``outcome``; None if the entry has no search mode."""
         return self.search.mode if self.search else None
 
 
@@ -66,7 +66,7 @@ class SearchPage:
 
     url: str
     entries: list[SearchEntry | msgspec.Raw]
-    """The entries in their order. An entry that is not an object of the right form is a ``msgspec.Raw``."""
+    """The entries in order. An entry that is not a valid Bundle entry is kept as ``msgspec.Raw``."""
     next_link: str | None
     total: int | None
     date: datetime | None
@@ -75,7 +75,8 @@ class SearchPage:
 def parse_search_page(response: FhirResponse) -> SearchPage:
     """Parse a page of a search.
 
-    Raises TransientFailure if the body is not complete JSON, and NotFhir if it is any other JSON.
+    Raises TransientFailure if the body is not complete JSON, and NotFhir if it is JSON but not a Bundle of type
+    searchset.
     """
     try:
         bundle, entries = _decode(response.body)
@@ -86,7 +87,7 @@ def parse_search_page(response: FhirResponse) -> SearchPage:
     except RecursionError:
         raise NotFhir("the server answered a search with JSON that is nested too deeply to be read") from None
     if bundle.resourceType == "OperationOutcome":
-        raise NotFhir("the server answered a search with an OperationOutcome: its log says why")
+        raise NotFhir("the server answered a search with an OperationOutcome: see the server's log")
     if bundle.resourceType != "Bundle" or bundle.type != "searchset":
         raise NotFhir("the server answered a search with something other than a Bundle of type searchset")
     next_link = next((link.url for link in bundle.link if link.relation == "next" and link.url), None)

@@ -33,18 +33,18 @@ _MAX_FRUITLESS_RESTARTS = 3
 _MAX_FRUITLESS_PAGES = 1000
 _CLOCK_SKEW = timedelta(minutes=5)
 _STEPS_THAT_PROVE_SORTING = 10
-"""This many times in ascending order are not chance: the server sorts."""
+"""After this many distinct ascending times, the matches count as sorted by the server."""
 
 
 class PageExpired(Exception):
-    """A next page is gone: the server no longer keeps the search."""
+    """The next page is no longer available, because the server has discarded the search."""
 
 
 class SearchPager:
     """Reads one search of a resource type over all of its pages and restarts.
 
-    A version of a resource is returned once, however often the pages repeat it. ``included`` counts, by type, the
-    entries that the server added to the matches.
+    A version of a resource is returned once, even if several pages contain it. ``included`` counts, by type, the
+    entries of mode ``include``.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class SearchPager:
 
         def accept(record: Record) -> bool:
             if record.id not in wanted:
-                raise NotFhir(f"a search of {self._type} by _id gave other ids too: the server does not honour _id")
+                raise NotFhir(f"a search of {self._type} by _id returned other ids too: the server ignores _id")
             return True
 
         for fruitless in range(1, _MAX_FRUITLESS_RESTARTS + 1):
@@ -124,7 +124,8 @@ class SearchPager:
             fruitless = 0 if len(self._seen) > before else fruitless + 1
             if fruitless > _MAX_FRUITLESS_PAGES:
                 raise NotFhir(
-                    f"a search of {self._type} gave {fruitless} pages in a row with nothing new: it has no end"
+                    f"a search of {self._type} returned {fruitless} pages in a row without a new resource: the "
+                    "server's paging has no end"
                 )
 
     def _pages(self, params: Params) -> Iterator[SearchPage]:
@@ -134,7 +135,7 @@ class SearchPager:
         while page.next_link is not None:
             url = self._client.resolve(page.next_link, page.url)
             if hash(url) in links:
-                raise NotFhir(f"the pages of a search of {self._type} run in a circle: the server's paging is broken")
+                raise NotFhir(f"a search of {self._type} links its pages in a circle: the server's paging is broken")
             links.add(hash(url))
             next_page = _start(lambda url=url: self._client.get(url, self._parse_page))  # type: ignore[misc]
             yield page
@@ -153,12 +154,12 @@ class SearchPager:
             raise NotFhir(f"{self._client.base_url}/{self._type}: {error}") from None
 
     def read_entry(self, entry: SearchEntry | msgspec.Raw, path: str) -> Record | RejectedInput | None:
-        """Return the match that an entry holds, or why it cannot be used; None for an entry that is not a match.
+        """Return the record of a match, or a RejectedInput if the match is malformed; None if the entry is not a match.
 
-        ``path`` says where the entry is, for the rejected input.
+        ``path`` is the location of the entry, for the rejected input.
         """
         if isinstance(entry, msgspec.Raw):
-            return self._reject("structure", path, "an entry that is not an object as a Bundle has them", bytes(entry))
+            return self._reject("structure", path, "an entry that is not a valid Bundle entry", bytes(entry))
         if entry.mode == "outcome":
             return None
         body = to_single_line(bytes(entry.resource))
@@ -187,8 +188,8 @@ class SearchPager:
     def _belongs(self, record: Record, interval: Interval) -> bool:
         """Return whether a match lies in the interval.
 
-        A resource that is updated while the search runs has left the interval; a later interval contains it. Raises
-        NotFhir for any other match outside of the interval.
+        A resource that is updated while the search runs has moved to a later interval. Raises NotFhir for any other
+        match outside of the interval.
         """
         moment = record.last_updated
         if moment is None:
@@ -199,15 +200,15 @@ class SearchPager:
         early = interval.start is not None and moment < interval.start - TIME_TOLERANCE
         if early or moment >= interval.end + TIME_TOLERANCE:
             raise NotFhir(
-                f"{self._client.base_url}/{self._type}: the server gives resources outside of the _lastUpdated that "
-                "was asked for, so windows cannot be told apart: make _lastUpdated searchable there, or load an "
-                f"export with {self._client.labels.file_source}"
+                f"{self._client.base_url}/{self._type}: the server returns resources outside of the requested "
+                "_lastUpdated interval, so windows cannot be separated: make _lastUpdated searchable there, or load "
+                f"an export with {self._client.labels.file_source}"
             )
         return True
 
 
 class _MatchOrder:
-    """Whether the matches arrive in the requested order, and the time from which a search can therefore resume."""
+    """Tracks whether the matches arrive in the requested order, and from which time a search can resume."""
 
     def __init__(self) -> None:
         self._newest: datetime | None = None
@@ -215,7 +216,7 @@ class _MatchOrder:
         self._sorted = True
 
     def note(self, moment: datetime | None) -> None:
-        """Take the time of a match into account."""
+        """Record the ``lastUpdated`` of the next match."""
         if moment is None or (self._newest is not None and moment < self._newest):
             self._sorted = False
         elif self._newest is None or moment > self._newest:
@@ -224,14 +225,14 @@ class _MatchOrder:
 
     @property
     def resume_from(self) -> datetime | None:
-        """A time before which every match was seen; None if the server's order cannot be relied on."""
+        """The time before which every match has been read; None if the matches are not reliably sorted."""
         if self._newest is None or not self._sorted or self._steps < _STEPS_THAT_PROVE_SORTING:
             return None
         return self._newest - TIME_TOLERANCE
 
 
 def last_updated_params(interval: Interval) -> list[tuple[str, str]]:
-    """Return the search parameters for an interval. Milliseconds let neighbouring intervals share their bound."""
+    """Return the search parameters for an interval. Bounds have milliseconds, so that adjacent intervals meet."""
     bounds = [("_lastUpdated", f"ge{_format_instant(interval.start)}")] if interval.start else []
     return [*bounds, ("_lastUpdated", f"lt{_format_instant(interval.end)}")]
 
@@ -248,7 +249,7 @@ def _resource_type(body: bytes) -> str:
 
 
 def _start(call: Callable[[], T]) -> Future[T]:
-    """Run a call in a daemon thread, which does not keep the process alive if nobody reads the result."""
+    """Run a call in a daemon thread, which does not keep the process alive if the result is never read."""
     future: Future[T] = Future()
 
     def run() -> None:

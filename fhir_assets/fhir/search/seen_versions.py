@@ -9,8 +9,8 @@ _MASK_64 = 0xFFFF_FFFF_FFFF_FFFF
 class SeenVersions:
     """A set of 64-bit hashes in one flat hash table.
 
-    A key takes 12 to 24 bytes, a fifth of its size in a Python set: a window of a million resources costs 16 MB. Two
-    keys among a million share a hash in one of 30 million sets.
+    A key takes 12 to 24 bytes, a fifth of its size in a Python set: a window of a million resources costs 16 MB. The
+    probability that any two of a million keys share a hash is about one in 30 million.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class SeenVersions:
         slots = self._slots
         mask = len(slots) - 1
         index = word & mask
-        while held := slots[index]:
-            if held == word:
+        while stored := slots[index]:
+            if stored == word:
                 return False
             index = (index + 1) & mask
         slots[index] = word

@@ -15,14 +15,14 @@ from fhir_assets.windows import Interval
 IDS_AT_ONCE = 50
 _CAPABILITIES_VALID_FOR = timedelta(minutes=10)
 _UNSUPPORTED_STATUS = frozenset({400, 422, 501})
-"""The statuses by which servers refuse a parameter that they do not know."""
+"""The statuses with which servers refuse a search parameter that they do not support."""
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 
 
 class SearchSource:
     """The resources of a FHIR server, through its search.
 
-    ``page_size`` is sent as ``_count``. ``included`` counts, by type, the entries that the server added to the matches.
+    ``page_size`` is sent as ``_count``. ``included`` counts, by type, the entries of mode ``include``.
     """
 
     name = "search"
@@ -54,10 +54,10 @@ class SearchSource:
         return self._offered
 
     def state(self) -> None:
-        """Return None: a server is read by interval."""
+        """Return None: a server is read by interval, not as a whole."""
 
     def until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        """Return None: a search reaches to the present."""
+        """Return None: a search includes the present."""
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
         """Return the server's own total (``_summary=count``); None if the server does not give one."""
@@ -83,8 +83,8 @@ class SearchSource:
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """Read every version of a resource that the server returns for the interval, without duplicates.
 
-        Raises NotFhir if the server does not honour ``_lastUpdated`` or its pages have no end; ServerUnavailable or
-        ServerRefused as the client does.
+        Raises NotFhir if the server ignores ``_lastUpdated`` or its paging has no end, and the errors of
+        ``FhirClient.get``.
         """
         for name in resource_types:
             yield from self._pager(name).read_interval(interval)
@@ -96,7 +96,7 @@ class SearchSource:
             yield from self._pager(resource_type).read_ids(valid_ids[start : start + IDS_AT_ONCE])
 
     def find_deleted(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
-        """Find the ids whose resources the server deleted: it answers a read of them with status 410."""
+        """Yield a Deletion for each id whose read is answered with status 410 (gone)."""
         for id_ in filter(_ID.fullmatch, dict.fromkeys(ids)):
             try:
                 self._client.get(f"{resource_type}/{id_}", lambda response: None)
