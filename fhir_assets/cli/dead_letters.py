@@ -25,15 +25,13 @@ from fhir_assets.cli.dead_letter_options import (
 )
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.cli.replay import replay
-from fhir_assets.deployment.encryption import build_store_cipher
+from fhir_assets.deployment.landing import build_receiver
 from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.pipeline.correct.step import Correction, CorrectionStep
-from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import load_settings
-from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import cipher_of
@@ -133,13 +131,7 @@ def edit(
         raise ConfigurationError("give either --patch FILE (a JSON Patch) or --resource FILE (the complete resource)")
     settings = load_settings()
     warehouse = Warehouse(settings)
-    receiver = Receiver(
-        open_store(settings.store_url, build_store_cipher(settings)),
-        warehouse.connect,
-        settings.window_scheme,
-        settings.fhir_resource_types,
-    )
-    step = CorrectionStep(warehouse.connect, build_validator(settings), receiver)
+    step = CorrectionStep(warehouse.connect, build_validator(settings), build_receiver(settings, warehouse))
     correction = Correction(
         patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
     )
