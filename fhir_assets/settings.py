@@ -233,11 +233,9 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_encryption_and_consent(self) -> Self:
         if self.fhir_last_updated_gte and self.fhir_last_updated_gte > datetime.now(UTC):
             raise ValueError("FHIR_LAST_UPDATED_GTE is in the future")
-        if bool(self.fhir_auth_username) != bool(self.fhir_auth_password):
-            raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD are both required: one of them is missing")
         if self.phi_encryption_keys and self.phi_encryption_keys_file:
             raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE exclude each other: unset one")
         if not self.encrypts and self.phi_required:
@@ -250,6 +248,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 "CONSENT_POLICY needs Consent among FHIR_RESOURCE_TYPES: add it, or set CONSENT_POLICY=off"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_servers_and_credentials(self) -> Self:
+        if bool(self.fhir_auth_username) != bool(self.fhir_auth_password):
+            raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD are both required: one of them is missing")
         if self.fhir_auth_username and self.fhir_auth_token:
             raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
         if self.fhir_delivery_username and self.fhir_delivery_token:

@@ -24,7 +24,6 @@ def build_incremental_load_schedule(
     job is unfinished, so that no window is requested twice. Raises ConfigurationError if FHIR_SCHEDULE is not a cron
     expression.
     """
-
     decorate = dg.schedule(
         job=job,
         name=INCREMENTAL_LOAD,

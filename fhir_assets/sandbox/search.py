@@ -45,9 +45,7 @@ def parse(resource_type: str, query: Query, *, strict: bool) -> Search:
     for name, value in query:
         match name:
             case "_count":
-                if not value.isdecimal():
-                    raise Refusal(400, "invalid", "_count is not a whole number")
-                search.count = min(int(value), MAX_COUNT)
+                search.count = _parse_count(value)
             case "_summary" if value == "count":
                 search.only_count = True
             case "_total" if value in ("none", "estimate", "accurate"):
@@ -69,6 +67,12 @@ def parse(resource_type: str, query: Query, *, strict: bool) -> Search:
         raise Refusal(400, "not-supported", f"Unknown search parameters: {', '.join(search.unknown)}")
     search.only_count = search.only_count or search.count == 0
     return search
+
+
+def _parse_count(value: str) -> int:
+    if not value.isdecimal():
+        raise Refusal(400, "invalid", "_count is not a whole number")
+    return min(int(value), MAX_COUNT)
 
 
 def _narrow(stretch: Stretch, value: str) -> Stretch:

@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Callable, Iterator
 
 import pytest
+from requests import PreparedRequest
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Bearer, Credentials
@@ -124,7 +125,7 @@ class _RenewableToken(Credentials):
         self.tokens = iter("abc")
         self.token = next(self.tokens)
 
-    def __call__(self, request):  # type: ignore[no-untyped-def]
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self.token}"
         return request
 

@@ -51,6 +51,7 @@ class Change:
         formers: Earlier identifiers of the record that no other row has now.
         shared: Whether another row has the identifier under which the record was delivered.
         contested: Whether the record's identifier still belongs to the resource of another record, whose change waits.
+
     """
 
     claim: Claim

@@ -143,7 +143,7 @@ class EmptyCollection(Expression):
 
 @dataclass
 class Focus(Expression):
-    """``$this``, ``%context``, ``%resource`` or ``%rootResource``.
+    """One of ``$this``, ``%context``, ``%resource`` and ``%rootResource``.
 
     ``name`` is the attribute of the emitter that holds its Python name.
     """

@@ -47,7 +47,7 @@ class Call(Syntax):
 
 @dataclass(frozen=True, slots=True)
 class Special(Syntax):
-    """``$this``, ``$index``, ``$total``."""
+    """One of ``$this``, ``$index`` and ``$total``."""
 
     name: str
 

@@ -77,6 +77,7 @@ class RowBuilder:
         return RowBuilder, (self._encoder.views, self._encoder.cipher)
 
     def __call__(self, batch: Batch) -> BuiltRows:
+        """Build the rows of a batch."""
         prepared, rejected = [], []
         for index, line in enumerate(batch.lines):
             resource = _parse(line)

@@ -48,6 +48,7 @@ class LineValidator:
     validator: Validator
 
     def __call__(self, lines: list[bytes]) -> LineIssues:
+        """Return the index and the issues of each line that has any."""
         check = self.validator.check
         return [(index, verdict.issues) for index, line in enumerate(lines) if (verdict := check(line)).issues]
 
