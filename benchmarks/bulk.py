@@ -1,8 +1,8 @@
-"""A bulk export from the sandbox server through to validated: speed and peak memory, and what small files cost.
+"""Measure a bulk export from the sandbox server to validated: speed, peak memory and the cost of small files.
 
-``python -m benchmarks.bulk [observations]`` serves so many Observations from a sandbox server in a
-process of its own, and has them exported in files of 50,000, downloaded and validated. Then a fifth of them come
-twice, in 20 big files and in files of 10.
+``python -m benchmarks.bulk [observations]`` serves that many Observations from a sandbox server in a process of its
+own, which exports them in files of 50,000; they are downloaded and validated. Then 200,000 of them are exported twice,
+in 20 large files and in files of 10.
 """
 
 import argparse
@@ -33,22 +33,22 @@ LIMIT_MIB = 500
 
 
 def main(count: int = COUNT) -> None:
-    """Print the figures; exit code 1 if the peak is over the limit."""
+    """Print the figures. Exit with 1 if the peak exceeds the limit."""
     peak, seconds, download = _run(count, 50_000)
     print(f"{count:>12,} Observations, downloaded and validated {peak:>6.0f} MiB {count / seconds:>9,.0f} resources/s")
     print(f"{'':>12} of which the download {count / download:>9,.0f} resources/s")
     small = min(SMALL, count)
-    _, few, few_down = _run(small, small // 20)
-    _, many, many_down = _run(small, 10)
+    _, few, few_download = _run(small, small // 20)
+    _, many, many_download = _run(small, 10)
     print(f"{small:>12,} Observations, {small // 10:,} files at {few / many:.2f} of the speed of 20 files")
-    print(f"{'':>12} of which the download {few_down / many_down:.2f}")
+    print(f"{'':>12} of which the download {few_download / many_download:.2f}")
     print(f"limit {LIMIT_MIB} MiB: {'exceeded' if peak >= LIMIT_MIB else 'kept'}")
     if peak >= LIMIT_MIB:
         raise SystemExit(1)
 
 
 def _run(count: int, file_resources: int) -> tuple[float, float, float]:
-    """Peak MiB of the process that loads, its seconds, and those of the download."""
+    """Return the peak MiB of the loading process, its seconds, and the seconds of the download."""
     with scratch() as home:
         data = home / "data"
         data.mkdir()
@@ -59,8 +59,8 @@ def _run(count: int, file_resources: int) -> tuple[float, float, float]:
                 stdout=subprocess.PIPE,
                 check=True,
             )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["peak_mib"], found["seconds"], found["download"]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return figures["peak_mib"], figures["seconds"], figures["download"]
 
 
 def _load(home: Path, url: str) -> None:
@@ -88,7 +88,7 @@ def _load(home: Path, url: str) -> None:
         now=now,
         overlap=timedelta(0),
         refresh=Refresh.FULL,
-        reject=lambda letters: None,
+        reject=lambda dead_letters: None,
     )
     [update] = fetcher.run(["Observation"], windows)
     validation = ValidateStep(

@@ -1,7 +1,7 @@
-"""How fast the connector is: the latency of a steady stream of changes, and how a backlog drains.
+"""Measure the connector: the latency of a steady stream of changes, and the speed of draining a backlog.
 
-``python -m benchmarks.connector [backlog] [seconds]`` prints a table. Postgres, connector, sandbox
-server and the writer are processes of this machine, and share its cores.
+``python -m benchmarks.connector [backlog] [seconds]`` prints a table. Postgres, the connector, the sandbox server and
+the writer are processes of this machine and share its cores.
 """
 
 import os
@@ -39,18 +39,18 @@ def main(backlog: int, seconds: int) -> None:
             migrations.upgrade(url)
             outbox.install(conn)
             print(f"{WORKERS} workers")
-            with _connector(url, server.url, home):
-                _steady(conn, server.url, seconds)
-            _drain(conn, url, server.url, home, backlog)
+            with _run_connector(url, server.url, home):
+                _measure_latency(conn, server.url, seconds)
+            _measure_backlog(conn, url, server.url, home, backlog)
     finally:
         embedded.stop(home)
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _steady(conn: Connection, server: str, seconds: int) -> None:
-    """Changes at a steady rate: from the commit, by the writer's clock, to the server's lastUpdated."""
-    _admit(conn, "warm", 20)
-    _wait(conn)
+def _measure_latency(conn: Connection, server: str, seconds: int) -> None:
+    """Measure changes at a steady rate from their commit, by the writer's clock, to the server's ``lastUpdated``."""
+    _insert_patients(conn, "warm", 20)
+    _wait_until_delivered(conn)
     committed: dict[str, float] = {}
     started = time.time()
     for n in range(RATE * seconds):
@@ -60,23 +60,23 @@ def _steady(conn: Connection, server: str, seconds: int) -> None:
             [SYSTEM, f"steady-{n}"],
         )
         committed[f"steady-{n}"] = time.time()
-    _wait(conn)
-    waits = []
-    for resource in _patients(server):
+    _wait_until_delivered(conn)
+    latencies = []
+    for resource in _read_patients(server):
         value = resource["identifier"][0]["value"]
         if value in committed:
             updated = datetime.fromisoformat(resource["meta"]["lastUpdated"]).timestamp()
-            waits.append(1000 * max(0.0, updated - committed[value]))
-    assert len(waits) == len(committed)
-    waits.sort()
-    p50, p99 = waits[len(waits) // 2], waits[len(waits) * 99 // 100]
+            latencies.append(1000 * max(0.0, updated - committed[value]))
+    assert len(latencies) == len(committed)
+    latencies.sort()
+    p50, p99 = latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100]
     print(f"{RATE} changes/s for {seconds} s: commit to accepted PUT p50 {p50:.0f} ms, p99 {p99:.0f} ms")
 
 
-def _drain(conn: Connection, url: str, server: str, home: Path, backlog: int) -> None:
-    """As many new patients as ``backlog``, all waiting before the connector starts: one event and one PUT each."""
-    _admit(conn, "backlog", backlog)
-    with _connector(url, server, home) as process:
+def _measure_backlog(conn: Connection, url: str, server: str, home: Path, backlog: int) -> None:
+    """Measure a backlog of new patients that exists before the connector starts: one event and one PUT per patient."""
+    _insert_patients(conn, "backlog", backlog)
+    with _run_connector(url, server, home) as process:
         while outbox.status(conn).unprocessed == backlog:
             time.sleep(0.01)
         began, first = time.perf_counter(), outbox.status(conn).unprocessed
@@ -84,15 +84,16 @@ def _drain(conn: Connection, url: str, server: str, home: Path, backlog: int) ->
         while outbox.status(conn).unprocessed:
             sizes.append(process.memory_info().rss >> 20)
             time.sleep(0.25)
-        took = time.perf_counter() - began
+        elapsed = time.perf_counter() - began
     third = len(sizes) // 3 or 1
     print(
-        f"backlog of {backlog:,}: {first / took:,.0f} events/s; memory {max(sizes[:third])} MB in the first third,"
+        f"backlog of {backlog:,}: {first / elapsed:,.0f} events/s;"
+        f" memory {max(sizes[:third])} MB in the first third,"
         f" {max(sizes[-third:])} MB in the last"
     )
 
 
-def _admit(conn: Connection, name: str, count: int) -> None:
+def _insert_patients(conn: Connection, name: str, count: int) -> None:
     conn.execute(
         "INSERT INTO health.patient (identifier_system, identifier_value, name_family, name_given, gender, birth_date)"
         " SELECT %s, %s || n, 'B', 'x', 'female', '1970-01-01' FROM generate_series(1, %s) n",
@@ -100,12 +101,12 @@ def _admit(conn: Connection, name: str, count: int) -> None:
     )
 
 
-def _wait(conn: Connection) -> None:
+def _wait_until_delivered(conn: Connection) -> None:
     while outbox.status(conn).unprocessed:
         time.sleep(0.05)
 
 
-def _patients(server: str) -> Iterator[dict[str, Any]]:
+def _read_patients(server: str) -> Iterator[dict[str, Any]]:
     page: str | None = f"{server}/Patient?_count=1000"
     while page:
         bundle = requests.get(page, timeout=60).json()
@@ -114,7 +115,7 @@ def _patients(server: str) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _connector(url: str, server: str, home: Path) -> Iterator[psutil.Process]:
+def _run_connector(url: str, server: str, home: Path) -> Iterator[psutil.Process]:
     command = [sys.executable, "-c", "from fhir_assets.cli.connector import app; app()", "run", f"--workers={WORKERS}"]
     environment = {**os.environ, "DB_URL": url, "FHIR_BASE_URL": server, "METRICS_PORT": "0"}
     with subprocess.Popen(command, env=environment, cwd=home, stderr=subprocess.DEVNULL) as process:
@@ -126,5 +127,5 @@ def _connector(url: str, server: str, home: Path) -> Iterator[psutil.Process]:
 
 
 if __name__ == "__main__":
-    given = [int(argument) for argument in sys.argv[1:]]
-    main(given[0] if given else 10_000, given[1] if given[1:] else 20)
+    arguments = [int(argument) for argument in sys.argv[1:]]
+    main(arguments[0] if arguments else 10_000, arguments[1] if arguments[1:] else 20)

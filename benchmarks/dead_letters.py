@@ -1,7 +1,7 @@
-"""Dead letters by the million: how fast they are listed, and how fast a hundred thousand are replayed.
+"""Measure dead letters: listing them among a million, and replaying a hundred thousand.
 
-``python -m benchmarks.dead_letters [letters] [replayed]`` prints two tables. The replay stands beside
-a load of the same resources that finds nothing to refuse.
+``python -m benchmarks.dead_letters [listed] [replayed]`` prints two tables. The replay is compared with a load of the
+same resources under rules that accept all of them.
 """
 
 import gzip
@@ -30,7 +30,7 @@ from fhir_assets.windows import Granularity
 
 LIMIT_MS = 200
 _RUN = "11111111-0000-0000-0000-000000000007"
-_FILL = """
+_INSERT_DEAD_LETTERS = """
     INSERT INTO ops.dead_letters (fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource,
         partition_key, run_id, first_run_id, status, occurrences, attempts, first_failure, last_failure, ruleset)
     SELECT decode(md5(n::text), 'hex'), (ARRAY['Patient', 'Encounter', 'Condition', 'Observation'])[n %% 4 + 1],
@@ -41,15 +41,15 @@ _FILL = """
         (ARRAY['open', 'open', 'open', 'open', 'resolved', 'discarded'])[(n / 7) %% 6 + 1],
         1, 1, moment, moment, 'rules'
     FROM generate_series(1, %s) n, LATERAL (SELECT timestamptz '2024-01-01' + n * interval '5 seconds' AS moment,
-        '11111111-0000-0000-0000-' || lpad((n %% 100)::text, 12, '0') AS run) each
+        '11111111-0000-0000-0000-' || lpad((n %% 100)::text, 12, '0') AS run) generated
 """
 
 
-def listing(url: str, letters: int) -> float:
-    """Print how long lists among ``letters`` dead letters take; returns the longest, in milliseconds."""
+def measure_listing(url: str, dead_letter_count: int) -> float:
+    """Print the durations of queries over the dead letters. Return the longest, in milliseconds."""
     begin = datetime(2024, 1, 1, tzinfo=UTC)
-    middle = begin + timedelta(seconds=5 * letters / 2)
-    chosen = {
+    middle = begin + timedelta(seconds=5 * dead_letter_count / 2)
+    selections = {
         "the newest": Selection(),
         "open": Selection(status="open"),
         "a type": Selection(resource_type="Observation", status="open"),
@@ -62,20 +62,22 @@ def listing(url: str, letters: int) -> float:
         "a date range, half of all": Selection(since=middle),
         "a type in a date range": Selection(resource_type="Patient", since=middle, until=middle + timedelta(hours=2)),
         "a window": Selection(resource_type="Patient", partition_keys=["2024-01-05"], status="open"),
-        "the last page of a walk": Selection(status="open", until=begin + timedelta(minutes=30)),
+        "the last page": Selection(status="open", until=begin + timedelta(minutes=30)),
     }
     longest = 0.0
     with connect(url) as conn:
-        for title, selection in chosen.items():
-            took = _median(lambda selection=selection: dead_letters.find(conn, selection, limit=50))  # type: ignore[misc]
-            found = len(dead_letters.find(conn, selection, limit=50))
-            print(f"{title:<32}{took:>8.1f} ms   {found} rows")
-            longest = max(longest, took)
-        took = _median(lambda: quality.count_unresolved_dead_letters(conn, "Patient", ["2024-01-05"]))
-        print(f"{'by rule, of one window':<32}{took:>8.1f} ms")
-        judges = [(name, "validate", "rules") for name in ("Patient", "Encounter", "Condition", "Observation")]
-        took = _median(lambda: replays.find_outdated(conn, judges, limit=1000))
-        print(f"{'what an upgrade could heal: none':<32}{took:>8.1f} ms")
+        for title, selection in selections.items():
+            milliseconds = _median(
+                lambda selection=selection: dead_letters.find(conn, selection, limit=50)  # type: ignore[misc]
+            )
+            rows = len(dead_letters.find(conn, selection, limit=50))
+            print(f"{title:<32}{milliseconds:>8.1f} ms   {rows} rows")
+            longest = max(longest, milliseconds)
+        milliseconds = _median(lambda: quality.count_unresolved_dead_letters(conn, "Patient", ["2024-01-05"]))
+        print(f"{'counts by rule of one window':<32}{milliseconds:>8.1f} ms")
+        rulesets = [(name, "validate", "rules") for name in ("Patient", "Encounter", "Condition", "Observation")]
+        milliseconds = _median(lambda: replays.find_outdated(conn, rulesets, limit=1000))
+        print(f"{'dead letters of older rulesets':<32}{milliseconds:>8.1f} ms")
     return longest
 
 
@@ -88,8 +90,8 @@ def _median(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def replay(home: Path, resources: int) -> tuple[float, float]:
-    """Resources a second of a load that finds no fault, and of a replay of as many letters that all heal."""
+def measure_replay(home: Path, resources: int) -> tuple[float, float]:
+    """Return the resources per second of a load without dead letters, and of a replay that resolves as many."""
     source = home / "Patient.ndjson.gz"
     with gzip.open(source, "wb", 1) as file:
         for number in range(resources):
@@ -104,24 +106,24 @@ def replay(home: Path, resources: int) -> tuple[float, float]:
                 "address": [{"line": ["A street 1"], "city": "A city", "postalCode": "12345", "country": "DE"}],
             }
             file.write(json.dumps(patient).encode() + b"\n")
-    mild = {"validation_warn_rules": "required-binding:Patient.gender"}
-    plain = _load(_settings(home / "plain", source, **mild))
+    lenient = {"validation_warn_rules": "required-binding:Patient.gender"}
+    plain = _load(_settings(home / "plain", source, **lenient))
     strict = _settings(home / "strict", source)
     _load(strict)
     os.environ.pop("DAGSTER_HOME", None)
     os.environ.pop("DAGSTER_POSTGRES_URL", None)
-    willing = _settings(home / "strict", source, **mild)
-    instance = config.open_instance(willing)
-    ingestion = Ingestion(willing, build_definitions(willing), instance)
+    relaxed = _settings(home / "strict", source, **lenient)
+    instance = config.open_instance(relaxed)
+    ingestion = Ingestion(relaxed, build_definitions(relaxed), instance)
     started = perf_counter()
     outcomes = ingestion.replay(Selection(), triggered_by="benchmark")
     seconds = perf_counter() - started
-    with connect(embedded.ensure(willing.home)) as conn:
-        healed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes]).resolved
+    with connect(embedded.ensure(relaxed.home)) as conn:
+        resolved = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes]).resolved
         (loaded,) = conn.execute("SELECT count(*) FROM fhir.patient").fetchone() or (0,)
     instance.dispose()
-    if select_failed(outcomes) or healed != resources or loaded != resources:
-        raise SystemExit("the replay failed: the figures would say nothing")
+    if select_failed(outcomes) or resolved != resources or loaded != resources:
+        raise SystemExit("the replay failed: there is nothing to measure")
     return resources / plain, resources / seconds
 
 
@@ -152,31 +154,31 @@ def _load(settings: Settings) -> float:
     seconds = perf_counter() - started
     instance.dispose()
     if select_failed(outcomes):
-        raise SystemExit("the load failed: the figures would say nothing")
+        raise SystemExit("the load failed: there is nothing to measure")
     return seconds
 
 
-def main(letters: int, replayed: int) -> None:
-    """Print both tables; exit code 1 if a list took longer than the limit."""
+def main(listed: int, replayed: int) -> None:
+    """Print both tables. Exit with 1 if a query took longer than the limit."""
     with scratch() as home:
         url = embedded.ensure(home)
         migrations.upgrade(url)
         with connect(url, autocommit=True) as conn:
-            conn.execute(_FILL, [letters])
+            conn.execute(_INSERT_DEAD_LETTERS, [listed])
             conn.execute("ANALYZE ops.dead_letters")
-        print(f"A page of 50 among {letters:,} dead letters, median of 7")
-        longest = listing(url, letters)
+        print(f"A page of 50 among {listed:,} dead letters, median of 7")
+        longest = measure_listing(url, listed)
         print(f"limit {LIMIT_MS} ms: {'kept' if longest < LIMIT_MS else 'exceeded'}")
     with scratch() as home, ExitStack() as stack:
         for name in ("plain", "strict"):
             stack.callback(embedded.stop, home / name)
-        plain, again = replay(home, replayed)
+        plain, replay_rate = measure_replay(home, replayed)
     print(f"\n{replayed:,} Patients loaded          {plain:>8,.0f} resources/s")
-    print(f"{replayed:,} dead letters replayed    {again:>8,.0f} resources/s, ratio {again / plain:.2f}")
+    print(f"{replayed:,} dead letters replayed    {replay_rate:>8,.0f} resources/s, ratio {replay_rate / plain:.2f}")
     if longest >= LIMIT_MS:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    given = [int(each) for each in sys.argv[1:]]
-    main(given[0] if given else 1_000_000, given[1] if len(given) > 1 else 100_000)
+    arguments = [int(argument) for argument in sys.argv[1:]]
+    main(arguments[0] if arguments else 1_000_000, arguments[1] if len(arguments) > 1 else 100_000)

@@ -1,6 +1,6 @@
-"""How long Dagster waits for the project's definitions: ``python -m benchmarks.definitions``.
+"""Measure how long Dagster takes to load the project's definitions: ``python -m benchmarks.definitions``.
 
-Each round is a fresh process, timed within from before the first import to the resolved job.
+Each round is a new process, which measures the time from before the first import to the resolved job.
 """
 
 import json
@@ -20,20 +20,20 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.settings import load_settings
 imported = time.perf_counter() - started
 build_definitions(load_settings(fhir_base_url="/", fhir_source="ndjson")).resolve_job_def("incremental_load")
-needless = sorted(set(sys.argv[1:]) & set(sys.modules))
-print(json.dumps([dagster_seconds, imported, time.perf_counter() - started, needless]))
+unnecessary = sorted(set(sys.argv[1:]) & set(sys.modules))
+print(json.dumps([dagster_seconds, imported, time.perf_counter() - started, unnecessary]))
 """
 
 
 def main() -> None:
-    """Print the table; exit code 1 if the best round is over the limit."""
+    """Print the table. Exit with 1 if the best round exceeds the limit."""
     rounds = [json.loads(subprocess.check_output([sys.executable, "-c", _MEASURE, *_HEAVY])) for _ in range(ROUNDS)]
-    dagster, imported, total, heavy = min(rounds, key=lambda each: each[2])
+    dagster, imported, total, heavy = min(rounds, key=lambda figures: figures[2])
     print(f"{'Dagster imported':<44}{dagster:>8.2f} s")
-    print(f"{'the rest imported':<44}{imported - dagster:>8.2f} s")
+    print(f"{'other modules imported':<44}{imported - dagster:>8.2f} s")
     print(f"{'definitions built, with all views':<44}{total - imported:>8.2f} s")
-    print(f"{'in all, best of ' + str(ROUNDS):<44}{total:>8.2f} s (limit {LIMIT_SECONDS:.0f} s)")
-    print(f"{'imported without need':<44}{', '.join(heavy) or 'none':>10}")
+    print(f"{'total, best of ' + str(ROUNDS):<44}{total:>8.2f} s (limit {LIMIT_SECONDS:.0f} s)")
+    print(f"{'unnecessary imports':<44}{', '.join(heavy) or 'none':>10}")
     if total >= LIMIT_SECONDS:
         raise SystemExit(1)
 

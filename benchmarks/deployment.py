@@ -1,4 +1,4 @@
-"""A deployment to measure: embedded Postgres, migrated, Dagster's storage in it as in ``fhir-assets ingest``."""
+"""A deployment to measure: an embedded, migrated Postgres with Dagster's storage, as ``fhir-assets ingest`` uses it."""
 
 import os
 from collections import defaultdict
@@ -10,7 +10,7 @@ from time import perf_counter
 
 import dagster as dg
 
-from benchmarks.machine import processor_seconds
+from benchmarks.machine import cpu_seconds
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion, Listener, select_failed
 from fhir_assets.orchestration.instance import config
@@ -23,7 +23,7 @@ from fhir_assets.windows import Granularity
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load: resources that are in the tables at its end, seconds in all, of processors, and by part."""
+    """One load: the resources in the tables at its end, its seconds, its processor seconds, and its seconds by part."""
 
     resources: int
     seconds: float
@@ -32,19 +32,19 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Resources a second."""
+        """The resources per second."""
         return self.resources / self.seconds
 
 
 @contextmanager
 def deployed(home: Path, **settings: object) -> Iterator[tuple[Ingestion, dg.DagsterInstance]]:
-    """A fresh deployment in ``home``, ready to load; its database is the embedded one there."""
+    """Yield a new deployment in ``home`` with an embedded database, and its Dagster instance."""
     for name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
         os.environ.pop(name, None)
-    chosen = load_settings(fhir_assets_home=home, db_url=None, **settings)
-    migrations.upgrade(embedded.ensure(chosen.home))
-    instance = config.open_instance(chosen)
-    ingestion = Ingestion(chosen, build_definitions(chosen), instance)
+    loaded = load_settings(fhir_assets_home=home, db_url=None, **settings)
+    migrations.upgrade(embedded.ensure(loaded.home))
+    instance = config.open_instance(loaded)
+    ingestion = Ingestion(loaded, build_definitions(loaded), instance)
     ingestion.count_steps()
     try:
         yield ingestion, instance
@@ -53,23 +53,27 @@ def deployed(home: Path, **settings: object) -> Iterator[tuple[Ingestion, dg.Dag
 
 
 def load(home: Path, source: Path, *, listener: Listener | None = None, **settings: object) -> Load:
-    """Everything in ``source`` through Dagster runs of ``incremental_load``, in this process. ``listener`` hears."""
-    of_files = {"fhir_base_url": str(source), "fhir_source": SourceKind.NDJSON, "fhir_partition": Granularity.MONTHLY}
-    with deployed(home, **of_files, **settings) as (ingestion, instance):
+    """Load all files of ``source`` by in-process runs of ``incremental_load``. ``listener`` receives their events."""
+    source_settings = {
+        "fhir_base_url": str(source),
+        "fhir_source": SourceKind.NDJSON,
+        "fhir_partition": Granularity.MONTHLY,
+    }
+    with deployed(home, **source_settings, **settings) as (ingestion, instance):
         parts: defaultdict[str, float] = defaultdict(float)
-        before = processor_seconds(home)
+        before = cpu_seconds(home)
         started = perf_counter()
         due = ingestion.find_due()
         ingestion.begin_checkpoints(due)
-        parts["what is due"] = perf_counter() - started
+        parts["due windows"] = perf_counter() - started
         outcomes = [
             ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark", listener=listener)
             for windows in due
         ]
         seconds = perf_counter() - started
-        processor = processor_seconds(home) - before
+        processor = cpu_seconds(home) - before
         if select_failed(outcomes):
-            raise SystemExit("the load failed: the figures would say nothing")
+            raise SystemExit("the load failed: there is nothing to measure")
         for outcome in outcomes:
             for step in instance.get_run_step_stats(outcome.run_id):
                 if step.start_time and step.end_time:

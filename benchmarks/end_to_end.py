@@ -1,7 +1,7 @@
-"""NDJSON to loaded tables through a Dagster run, beside ``dlt`` with the same files and the same Postgres.
+"""Measure a load from NDJSON to tables through a Dagster run, compared with ``dlt`` on the same files and Postgres.
 
-``python -m benchmarks.end_to_end [resources]``. Ours reads, keeps the raw bytes, validates with
-all rules, makes the tables of all views, keeps the JSON and reconciles; dlt flattens and merges (nesting 2).
+``python -m benchmarks.end_to_end [resources]``. fhir_assets reads, stores the raw bytes, validates with all rules,
+fills the tables of all views, stores the JSON and reconciles; dlt flattens (nesting 2) and merges.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main(resources: int = RESOURCES) -> None:
         print(f"{written:,} resources of {len(list(source.glob('*.ndjson.gz')))} types, {size:.0f} MiB of .ndjson.gz")
         ours = load(home, source)
         for part, seconds in ours.parts.items():
-            each = seconds / ours.resources * 1e6
-            print(f"  {part:<28}{seconds:>8.1f} s {each:>8.0f} us a resource {seconds / ours.seconds:>6.0%}")
+            microseconds = seconds / ours.resources * 1e6
+            print(f"  {part:<28}{seconds:>8.1f} s {microseconds:>8.0f} us per resource {seconds / ours.seconds:>6.0%}")
         print(f"{'fhir_assets':<30}{ours.seconds:>8.1f} s {ours.rate:>8,.0f} resources/s")
         gc.collect()
         gc.freeze()
@@ -47,7 +47,7 @@ def main(resources: int = RESOURCES) -> None:
 
 
 def _dlt(home: Path, source: Path) -> float:
-    """Seconds that dlt takes: extract, normalize, load, merge by id."""
+    """Return the seconds that dlt takes to extract, normalize, load and merge by id."""
     os.environ["RUNTIME__DLTHUB_TELEMETRY"] = "false"
     import dlt
 
@@ -69,20 +69,20 @@ def _dlt(home: Path, source: Path) -> float:
             )
 
     started = perf_counter()
-    # A call, not a decorator: the types hold whether dlt is installed or not.
+    # A call, not a decorator, so that mypy gives the same result whether dlt is installed or not.
     pipeline.run(dlt.source(files, max_table_nesting=_NESTING)()).raise_on_failed_jobs()
     return perf_counter() - started
 
 
 def _read(path: Path, batch: int = 1000) -> Iterator[list[Any]]:
-    held = []
+    records: list[Any] = []
     with gzip.open(path) as lines:
         for line in lines:
-            held.append(orjson.loads(line))
-            if len(held) == batch:
-                yield held
-                held = []
-    yield held
+            records.append(orjson.loads(line))
+            if len(records) == batch:
+                yield records
+                records = []
+    yield records
 
 
 if __name__ == "__main__":

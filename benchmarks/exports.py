@@ -1,7 +1,7 @@
-"""Peak memory of an export: that it does not grow with what is exported.
+"""Measure the peak memory of an export, which must not grow with the number of resources.
 
-``python -m benchmarks.exports [observations]`` loads so many Observations, then exports them, valid
-resources and tables as Parquet, by `fhir-assets export` in a process of its own.
+``python -m benchmarks.exports [observations]`` loads that many Observations. ``fhir-assets export`` then exports the
+valid resources and the tables as Parquet, in a process of its own.
 """
 
 import argparse
@@ -28,7 +28,7 @@ print(peak_mib(), file=sys.stderr)
 
 
 def main(count: int = COUNT) -> None:
-    """Print the figures; exit code 1 if the peak is over the limit."""
+    """Print the figures. Exit with 1 if the peak exceeds the limit."""
     with scratch() as home:
         source = home / "Observation.ndjson.gz"
         population.write_observations(source, count)

@@ -1,4 +1,4 @@
-"""How fast the loader is: small Observations with all of their shipped views, into an embedded Postgres.
+"""Measure the loader: small Observations with all of their shipped views, into an embedded Postgres.
 
 ``python -m benchmarks.loader [resources]`` prints a table.
 """
@@ -32,7 +32,7 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def observation(number: int) -> Record:
-    """A blood pressure with two components."""
+    """Return a blood pressure with two components."""
     moment = START + timedelta(seconds=number)
     quantity = {"unit": "mm[Hg]", "system": "http://unitsofmeasure.org", "code": "mm[Hg]"}
     resource = {
@@ -68,17 +68,17 @@ def main(total: int) -> None:
     records = [observation(number) for number in range(total)]
     items: list[tuple[Record, ViewRows]] = [(record, compiled.rows(parse(record.body))) for record in records]
     gc.freeze()
-    rows = sum(len(view_rows) for _, each in items for view_rows in each)
+    rows = sum(len(view_rows) for _, resource_rows in items for view_rows in resource_rows)
     size = sum(len(record.body) for record in records)
     print(f"{total:,} Observations of {size // total} bytes, {rows:,} rows in {len(views)} views")
-    _line("encoding rows, one core", rows, "rows", lambda: _encode(views, items))
+    _measure("encoding rows, one core", rows, "rows", lambda: _encode(views, items))
     home = Path(tempfile.mkdtemp(prefix="fhir_assets_benchmark_"))
     home.chmod(0o711)
     try:
         url = embedded.ensure(home)
         migrations.upgrade(url)
-        for title in ("first load", "the same again"):
-            _line(title, total, "resources", lambda: _load(url, views, items))
+        for title in ("first load", "second load of the same"):
+            _measure(title, total, "resources", lambda: _load(url, views, items))
     finally:
         embedded.stop(home)
         shutil.rmtree(home)
@@ -102,7 +102,7 @@ def _load(url: str, views: list[View], items: list[tuple[Record, ViewRows]]) -> 
             loader.finish()
 
 
-def _line(title: str, count: int, unit: str, work: Callable[[], None]) -> None:
+def _measure(title: str, count: int, unit: str, work: Callable[[], None]) -> None:
     started = perf_counter()
     work()
     seconds = perf_counter() - started

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: its size, a throw-away Postgres, and a process's peak memory."""
+"""The machine of the benchmarks: its size, temporary deployments, and the memory and CPU of processes."""
 
 import os
 import platform
@@ -16,12 +16,12 @@ from fhir_assets.warehouse.postgres.db import embedded
 from fhir_assets.warehouse.postgres.db.connections import connect
 
 SYNTHEA = Path(__file__).resolve().parents[2] / "shared" / "data" / "synthea"
-"""The shared Synthea population, 8,421 resources; absent outside the project's own workshop."""
+"""The shared Synthea population of 8,421 resources. The folder exists only on the project's own machines."""
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for a whole deployment, its embedded Postgres too; stopped and removed at the end."""
+    """Yield a temporary folder for a deployment. At the end its embedded Postgres is stopped and the folder removed."""
     folder = Path(tempfile.mkdtemp(prefix="fhir_assets_benchmark_"))
     folder.chmod(0o711)
     try:
@@ -33,9 +33,9 @@ def scratch() -> Iterator[Path]:
 
 
 def peak_mib() -> float:
-    """The peak resident memory of this process so far, in MiB.
+    """Return the peak resident memory of this process so far, in MiB.
 
-    Linux's own ``ru_maxrss`` would carry over that of the process which started this one.
+    On Linux ``ru_maxrss`` would include the peak of the process that started this one.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -45,22 +45,22 @@ def peak_mib() -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def processor_seconds(home: Path) -> float:
-    """Seconds that processors worked: for this process, those it started, and the Postgres of a home."""
-    found = [psutil.Process()]
+def cpu_seconds(home: Path) -> float:
+    """Return the CPU seconds of this process, its children and the Postgres in ``home``."""
+    roots = [psutil.Process()]
     with suppress(OSError, psutil.Error):
-        found.append(psutil.Process(int((home / "postgres" / "postmaster.pid").read_text().split()[0])))
+        roots.append(psutil.Process(int((home / "postgres" / "postmaster.pid").read_text().split()[0])))
     seconds = 0.0
-    for process in found:
-        for each in (process, *process.children(recursive=True)):
+    for root in roots:
+        for process in (root, *root.children(recursive=True)):
             with suppress(psutil.Error):
-                times = each.cpu_times()
+                times = process.cpu_times()
                 seconds += times.user + times.system + times.children_user + times.children_system
     return seconds
 
 
-def size() -> str:
-    """Cores, memory, Python, Postgres and how busy the machine is, on one line."""
+def describe() -> str:
+    """Return one line with the machine's cores, memory and load, and the versions of Python and Postgres."""
     with scratch() as home, connect(embedded.ensure(home)) as conn:
         server = conn.info.parameter_status("server_version") or "?"
     memory = psutil.virtual_memory().total / 2**30
@@ -71,4 +71,4 @@ def size() -> str:
 
 
 if __name__ == "__main__":
-    print(size())
+    print(describe())

@@ -1,7 +1,7 @@
-"""Peak memory of loading one window: that it does not grow with the window.
+"""Measure the peak memory of loading one window, which must not grow with the window.
 
-``python -m benchmarks.memory [observations ...]`` loads each number of Observations, all in one
-monthly window, in a process of its own through a Dagster run. The peak is that process's; Postgres has its own.
+``python -m benchmarks.memory [observations ...]`` loads each number of Observations, all in one monthly window, by a
+Dagster run in a process of its own. The peak is the peak of this process, without Postgres.
 """
 
 import argparse
@@ -19,33 +19,36 @@ LIMIT_MIB = 400
 
 
 def main(counts: tuple[int, ...] = COUNTS) -> None:
-    """Print the table; exit code 1 if a peak is over the limit."""
+    """Print the table. Exit with 1 if a peak exceeds the limit."""
     peaks = []
     for count in counts:
         with scratch() as home:
             source = home / "Observation.ndjson.gz"
             population.write_observations(source, count)
-            found = _in_a_process(home, source)
-        peaks.append(found["peak_mib"])
-        print(f"{count:>12,} Observations, one window {found['peak_mib']:>6.0f} MiB {found['rate']:>8,.0f} resources/s")
+            figures = _run_process(home, source)
+        peaks.append(figures["peak_mib"])
+        print(
+            f"{count:>12,} Observations, one window {figures['peak_mib']:>6.0f} MiB"
+            f" {figures['rate']:>8,.0f} resources/s"
+        )
     over = max(peaks) >= LIMIT_MIB
-    print(f"limit {LIMIT_MIB} MiB: {'exceeded' if over else 'kept'}; largest to smallest {max(peaks) / min(peaks):.2f}")
+    print(f"limit {LIMIT_MIB} MiB: {'exceeded' if over else 'kept'}; largest : smallest {max(peaks) / min(peaks):.2f}")
     if over:
         raise SystemExit(1)
 
 
-def _in_a_process(home: Path, source: Path) -> dict[str, float]:
+def _run_process(home: Path, source: Path) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name, "--load", home, source],
         stdout=subprocess.PIPE,
         check=True,
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def _load(home: Path, source: Path) -> None:
-    """In the process of its own: load, and say what it took."""
+    """Load in this process and print the figures as JSON."""
     done = load(home, source, fhir_resource_types="Observation")
     print(json.dumps({"peak_mib": peak_mib(), "rate": done.rate, "resources": done.resources}))
 

@@ -1,4 +1,4 @@
-"""CPU and memory of a load, part by part: of its own process with its workers, and of the embedded Postgres."""
+"""Measure the CPU and memory of a load by part: of its process and workers, and of the embedded Postgres."""
 
 import time
 from collections import defaultdict
@@ -11,12 +11,12 @@ from threading import Event, Thread
 import dagster as dg
 import psutil
 
-_EVERY = 0.2
+_INTERVAL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of the clock, and of CPU in the load's processes and in Postgres'."""
+    """Elapsed seconds, and CPU seconds of the load's processes and of Postgres."""
 
     seconds: float = 0
     load: float = 0
@@ -30,53 +30,53 @@ class Cost:
 
 
 class Meter:
-    """Of this process, and of the Postgres that runs in ``home``. ``hear`` is a listener of a run's events. A child
-    process ``apart`` does not count.
+    """Measures this process with its children, and the Postgres in ``home``. A child with the process id ``excluded``
+    is not counted. ``listen`` is a listener of a run's events.
     """
 
-    def __init__(self, home: Path, *, apart: int | None = None) -> None:
-        self._apart = apart
+    def __init__(self, home: Path, *, excluded: int | None = None) -> None:
+        self._excluded = excluded
         pid = (home / "postgres").resolve() / "postmaster.pid"
         self._postgres = psutil.Process(int(pid.read_text().split()[0]))
         self._own = psutil.Process()
-        self._begun: dict[str, Cost] = {}
+        self._started: dict[str, Cost] = {}
         self.parts: defaultdict[str, Cost] = defaultdict(Cost)
         self.peak_own = self.peak_workers = 0
 
-    def hear(self, event: dg.EventLogEntry) -> None:
-        """Count a step to its layer. Steps of a run in process follow one another."""
+    def listen(self, event: dg.EventLogEntry) -> None:
+        """Add the cost of a step to its layer. The steps of an in-process run are executed one after another."""
         key = event.step_key
         if key and event.dagster_event_type is dg.DagsterEventType.STEP_START:
-            self._begun[key] = self._now()
-        elif key in self._begun and event.dagster_event_type is dg.DagsterEventType.STEP_SUCCESS:
-            self.parts[key.split("__")[0]] += self._now() - self._begun.pop(key)
+            self._started[key] = self._now()
+        elif key in self._started and event.dagster_event_type is dg.DagsterEventType.STEP_SUCCESS:
+            self.parts[key.split("__")[0]] += self._now() - self._started.pop(key)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count what is done meanwhile."""
-        begun = self._now()
+    def measure_part(self, name: str) -> Iterator[None]:
+        """Add the cost of the block to a part."""
+        started = self._now()
         yield
-        self.parts[name] += self._now() - begun
+        self.parts[name] += self._now() - started
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look at the memory in use now and then, in bytes: ``peak_own``, ``peak_workers`` of all together."""
-        over = Event()
-        thread = Thread(target=self._watch, args=(over,), daemon=True)
+    def record_peaks(self) -> Iterator[None]:
+        """Record the peak memory during the block, in bytes: ``peak_own``, and ``peak_workers`` of all workers."""
+        stop = Event()
+        thread = Thread(target=self._watch, args=(stop,), daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            stop.set()
             thread.join()
 
-    def _watch(self, over: Event) -> None:
-        while not over.wait(_EVERY):
+    def _watch(self, stop: Event) -> None:
+        while not stop.wait(_INTERVAL_SECONDS):
             self.peak_own = max(self.peak_own, self._own.memory_info().rss)
             self.peak_workers = max(self.peak_workers, sum(map(_resident, self._own.children(recursive=True))))
 
     def _now(self) -> Cost:
-        return Cost(time.perf_counter(), _cpu(self._own, self._apart), _cpu(self._postgres))
+        return Cost(time.perf_counter(), _cpu(self._own, self._excluded), _cpu(self._postgres))
 
 
 def _resident(process: psutil.Process) -> int:
@@ -85,14 +85,14 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _cpu(process: psutil.Process, apart: int | None = None) -> float:
-    """Of a process, those of its children that have ended, and those that live; without one that is ``apart``."""
+def _cpu(process: psutil.Process, excluded: int | None = None) -> float:
+    """Return the CPU seconds of a process and its ended and running children, without the child ``excluded``."""
     times = process.cpu_times()
-    found = times.user + times.system + times.children_user + times.children_system
+    seconds = times.user + times.system + times.children_user + times.children_system
     for child in process.children(recursive=True):
-        if child.pid == apart:
+        if child.pid == excluded:
             continue
         with suppress(psutil.Error):
-            its = child.cpu_times()
-            found += its.user + its.system
-    return float(found)
+            child_times = child.cpu_times()
+            seconds += child_times.user + child_times.system
+    return float(seconds)

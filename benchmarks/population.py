@@ -1,4 +1,4 @@
-"""Input of any size: the Synthea population again and again with fresh ids, or the sandbox's own."""
+"""Input of any size: copies of the Synthea population with new ids, or the sandbox's population."""
 
 import gzip
 import re
@@ -21,7 +21,7 @@ _SAMPLE_PATIENTS = 300
 
 @contextmanager
 def sample() -> Iterator[Path]:
-    """A folder of ``<Type>.ndjson.gz`` to measure on: the shared Synthea population, or else the sandbox's own."""
+    """Yield a folder of ``<Type>.ndjson.gz``: the shared Synthea population, or else the sandbox's population."""
     if SYNTHEA.is_dir():
         yield SYNTHEA
         return
@@ -31,7 +31,7 @@ def sample() -> Iterator[Path]:
 
 
 def write(folder: Path, resources: int) -> int:
-    """Fill the folder with ``<Type>.ndjson.gz`` of at least so many linked resources; returns how many."""
+    """Fill a folder with ``<Type>.ndjson.gz`` of at least ``resources`` linked resources. Return their number."""
     if not SYNTHEA.is_dir():
         return write_population(folder, Population(resources // _RESOURCES_A_PATIENT)).resources.total()
     files = {path.name: gzip.decompress(path.read_bytes()).splitlines() for path in sorted(SYNTHEA.glob("*.ndjson.gz"))}
@@ -40,12 +40,12 @@ def write(folder: Path, resources: int) -> int:
 
 
 def write_observations(path: Path, count: int) -> int:
-    """Blood pressures, one a second, in one file."""
+    """Write blood pressures, one per second of time, to a file. Return their number."""
     return _write(path, (observation(number).body for number in range(count)))
 
 
 def _copies(lines: list[bytes], copies: int) -> Iterator[bytes]:
-    """Copies whose every UUID is another one, the same in all resources of a copy: references stay true."""
+    """Yield copies in which every UUID is replaced, equally in all resources of a copy, so that references resolve."""
     split = [_HEAD_OF_UUID.split(line) for line in lines]
     for copy in range(copies):
         for pieces in split:

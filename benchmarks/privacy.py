@@ -1,9 +1,9 @@
-"""What encryption and consent cost, end to end: the same files through Dagster runs, plain, encrypted, and gated.
+"""Measure the cost of encryption and consent: Dagster runs load the same files plain, encrypted, and with consent.
 
-``python -m benchmarks.privacy [resources] [rounds]``. All three take turns, and the ratios are of
-one turn each: what else the machine does meanwhile strikes all alike. Processor time is of this process, its workers
-and its Postgres together. Every patient has a Consent that permits: under opt-in nothing is withheld in the end, and
-all of it is asked about.
+``python -m benchmarks.privacy [resources] [rounds]``. The variants take turns, and each ratio compares loads of one
+round, so that other work of the machine affects all variants alike. Processor time is the time of this process, its
+workers and its Postgres. Every patient has a Consent that permits: under opt-in every resource is checked and no
+resource is withheld in the end.
 """
 
 import argparse
@@ -26,24 +26,24 @@ from fhir_assets.privacy.keys import new_key
 
 RESOURCES = 17_000
 ROUNDS = 3
-GOALS = {"encrypted": 1.35, "gated": 1.05}
-"""Of plain's time: encryption costs 35 % of it at most, gating 5 %."""
+GOALS = {"encrypted": 1.35, "consent": 1.05}
+"""Maximum ratio to the processor time of the plain load: encryption adds 35 % at most, consent 5 %."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of one load: on the clock, and of processors."""
+    """The elapsed seconds and the processor seconds of one load."""
 
     wall: float
     processor: float
 
 
 def main(resources: int = RESOURCES, rounds: int = ROUNDS) -> int:
-    """Print the table; 1 if a goal was missed."""
+    """Print the table. Return the number of missed goals."""
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
         "encrypted": {"phi_encryption_keys": new_key()},
-        "gated": {"consent_policy": "opt-in"},
+        "consent": {"consent_policy": "opt-in"},
         "both": {"phi_encryption_keys": new_key(), "consent_policy": "opt-in"},
     }
     costs: dict[str, list[Cost]] = {name: [] for name in variants}
@@ -55,31 +55,34 @@ def main(resources: int = RESOURCES, rounds: int = ROUNDS) -> int:
         print(f"{written:,} resources, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
         _cost(source, written, {})
         for number in range(rounds):
-            for name, settings in _in_turn(variants, number):
+            for name, settings in _rotate(variants, number):
                 costs[name].append(_cost(source, written, settings))
-    print(f"{'':<12}{'wall':>9}{'processor':>11}{'of plain: wall':>17}{'processor':>11}")
+    print(f"{'':<12}{'wall':>9}{'processor':>11}{'ratio: wall':>17}{'processor':>11}")
     missed = 0
-    for name, of_name in costs.items():
-        walls = [cost.wall / plain.wall for cost, plain in zip(of_name, costs["plain"], strict=True)]
-        processors = [cost.processor / plain.processor for cost, plain in zip(of_name, costs["plain"], strict=True)]
+    for name, variant_costs in costs.items():
+        walls = [cost.wall / plain.wall for cost, plain in zip(variant_costs, costs["plain"], strict=True)]
+        processors = [
+            cost.processor / plain.processor for cost, plain in zip(variant_costs, costs["plain"], strict=True)
+        ]
         goal = GOALS.get(name)
         missed += goal is not None and median(processors) > goal
         print(
-            f"{name:<12}{median(cost.wall for cost in of_name):>7.1f} s{median(c.processor for c in of_name):>9.1f} s"
+            f"{name:<12}{median(cost.wall for cost in variant_costs):>7.1f} s"
+            f"{median(cost.processor for cost in variant_costs):>9.1f} s"
             f"{median(walls):>17.2f}{median(processors):>11.2f}{f'   goal {goal}' if goal else ''}",
             flush=True,
         )
     return missed
 
 
-def _in_turn(variants: dict[str, dict[str, Any]], number: int) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Each round begins with another one."""
-    found = list(variants.items())
-    return found[number % len(found) :] + found[: number % len(found)]
+def _rotate(variants: dict[str, dict[str, Any]], number: int) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Return the variants in an order that begins with another one in each round."""
+    items = list(variants.items())
+    return items[number % len(items) :] + items[: number % len(items)]
 
 
 def _permit_all(source: Path) -> int:
-    """A Consent for each patient of the input; returns how many."""
+    """Add a Consent that permits for each patient of the input. Return their number."""
     lines = []
     with gzip.open(source / "Patient.ndjson.gz") as patients:
         for line in patients:
@@ -101,12 +104,12 @@ def _permit_all(source: Path) -> int:
 
 
 def _cost(source: Path, written: int, settings: dict[str, Any]) -> Cost:
-    """A load into a deployment of its own."""
+    """Load into a deployment of its own and return the cost."""
     gc.collect()
     with scratch() as home:
         loaded = load(home, source, **settings)
         if loaded.resources != written:
-            raise SystemExit(f"{loaded.resources} of {written} resources are in the tables: the figures say nothing")
+            raise SystemExit(f"{loaded.resources} of {written} resources are in the tables: the figures are invalid")
         return Cost(loaded.seconds, loaded.processor)
 
 

@@ -1,7 +1,7 @@
-"""Keys rotated: resources a second beside the load of the same, and peak memory, which does not grow with the table.
+"""Measure key rotation: its speed compared with a load, and its peak memory, which must not grow with the table.
 
-``python -m benchmarks.rotation [observations ...]`` loads each number of Observations with one key,
-then rotates to another in a process of its own, whose peak is measured; Postgres has its own.
+``python -m benchmarks.rotation [observations ...]`` loads each number of Observations with one key, then rotates to
+another in a process of its own. The peak is the peak of this process, without Postgres.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LIMIT_GROWTH = 1.15
 
 
 def main(counts: tuple[int, ...] = COUNTS) -> None:
-    """Print the table; exit code 1 if a limit is not kept."""
+    """Print the table. Exit with 1 if a limit is exceeded."""
     peaks = []
     for count in counts:
         old, new = new_key(), new_key()
@@ -36,35 +36,35 @@ def main(counts: tuple[int, ...] = COUNTS) -> None:
             source = home / "Observation.ndjson.gz"
             population.write_observations(source, count)
             loaded = load(home, source, fhir_resource_types="Observation", phi_encryption_keys=old)
-            found = _in_a_process(home, f"{new},{old}")
-        peaks.append(found["peak_mib"])
-        rate = found["resources"] / found["seconds"]
+            figures = _run_process(home, f"{new},{old}")
+        peaks.append(figures["peak_mib"])
+        rate = figures["resources"] / figures["seconds"]
         print(
-            f"{count:>12,} Observations rotated {found['peak_mib']:>6.0f} MiB {rate:>8,.0f} resources/s,"
-            f" loaded {loaded.rate:>8,.0f} resources/s, left over {found['left_over']:.0f}"
+            f"{count:>12,} Observations rotated {figures['peak_mib']:>6.0f} MiB {rate:>8,.0f} resources/s,"
+            f" loaded {loaded.rate:>8,.0f} resources/s, not rotated {figures['left_over']:.0f}"
         )
-        if found["left_over"]:
-            raise SystemExit("something was left over")
+        if figures["left_over"]:
+            raise SystemExit("some resources were not rotated")
     growth = max(peaks) / min(peaks)
     over = max(peaks) > LIMIT_MIB or growth > LIMIT_GROWTH
-    print(f"limits {LIMIT_MIB} MiB, growth {LIMIT_GROWTH}: {'exceeded' if over else 'kept'}; grew by {growth:.2f}")
+    print(f"limits {LIMIT_MIB} MiB, growth {LIMIT_GROWTH}: {'exceeded' if over else 'kept'}; ratio {growth:.2f}")
     if over:
         raise SystemExit(1)
 
 
-def _in_a_process(home: Path, keys: str) -> dict[str, float]:
+def _run_process(home: Path, keys: str) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name, "--rotate", home],
         env={**os.environ, "PHI_ENCRYPTION_KEYS": keys},
         stdout=subprocess.PIPE,
         check=True,
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def _rotate(home: Path) -> None:
-    """In the process of its own: rotate, and say what it took."""
+    """Rotate in this process and print the figures as JSON."""
     settings = load_settings(fhir_assets_home=home, db_url=None)
     warehouse, store, views = Warehouse(settings), build_store(settings), build_views(settings).views
     warehouse.url()

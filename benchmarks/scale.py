@@ -1,7 +1,7 @@
-"""What each layer costs a million resources, and what 10 million, 100 million and a billion would take.
+"""Measure what each layer costs for a million resources.
 
-``make scale``, or ``python -m benchmarks.scale [resources]``, prints the tables of ``docs/scale.md``:
-a load with one worker process and one with two, and the lake, on an embedded Postgres of its own.
+``make scale``, or ``python -m benchmarks.scale [resources]``, prints the measured table of ``docs/scale.md``: a load
+with one worker process and one with two, and the lake, each on an embedded Postgres of its own.
 """
 
 import os
@@ -26,7 +26,7 @@ from fhir_assets.warehouse.postgres.db.connections import connect
 RESOURCES = 100_000
 COUNTS = (1, 2)
 
-_GROUPS = """
+_TABLE_SIZES = """
 SELECT CASE WHEN n.nspname = 'ops' THEN 'ops' WHEN c.relname LIKE 'resource%' THEN 'fhir.resource, indexes included'
        ELSE 'tables of the views' END,
        sum(CASE WHEN n.nspname = 'ops' OR c.relname LIKE 'resource%' THEN pg_total_relation_size(c.oid)
@@ -38,7 +38,7 @@ WHERE n.nspname IN ('fhir', 'ops') AND c.relkind = 'r' GROUP BY 1 ORDER BY 1
 
 
 def main(resources: int = RESOURCES) -> None:
-    """Print the tables."""
+    """Print the table."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, "
@@ -47,7 +47,7 @@ def main(resources: int = RESOURCES) -> None:
     columns, rates = [], []
     for count in COUNTS:
         with scratch() as home:
-            done, column = _measured(home, resources, count)
+            done, column = _measure(home, resources, count)
             columns.append(column)
             rates.append(done.rate)
     print(f"{done.resources:,} resources; two workers : one = {rates[1] / rates[0]:.2f}\n")
@@ -57,49 +57,49 @@ def main(resources: int = RESOURCES) -> None:
         print(f"| {name} | " + " | ".join(column.get(name, "") for column in columns) + " |")
 
 
-def _measured(home: Path, resources: int, workers: int) -> tuple[Load, dict[str, str]]:
+def _measure(home: Path, resources: int, workers: int) -> tuple[Load, dict[str, str]]:
     source = home / "input"
     source.mkdir()
     population.write(source, resources)
     embedded.ensure(home)
     meter = Meter(home)
-    with meter.watching():
-        done = load(home, source, listener=meter.hear, fhir_workers=workers)
+    with meter.record_peaks():
+        done = load(home, source, listener=meter.listen, fhir_workers=workers)
     settings = load_settings(fhir_assets_home=home, db_url=None)
-    with meter.part("lake"), connect(embedded.ensure(home), cipher=NO_ENCRYPTION) as conn:
+    with meter.measure_part("lake"), connect(embedded.ensure(home), cipher=NO_ENCRYPTION) as conn:
         for view in build_views(settings).views:
             writer.update(conn, build_blobs(settings, str(home / "lake")), view, [], run_id="scale", actor="benchmark")
     million = 1_000_000 / done.resources
-    column = {name: _said(meter.parts[name], million) for name in ("raw", "validated", "normalized")}
+    column = {name: _format_cost(meter.parts[name], million) for name in ("raw", "validated", "normalized")}
     column["between the steps (Dagster, planning)"] = f"{done.parts['Dagster between the steps'] * million:,.0f} s"
-    column["lake"] = _said(meter.parts["lake"], million)
+    column["lake"] = _format_cost(meter.parts["lake"], million)
     column["memory of the run; of all its workers"] = (
         f"{meter.peak_own / 2**20:,.0f} MiB; {meter.peak_workers / 2**20:,.0f} MiB"
     )
-    column |= {place: f"{size * million / 2**20:,.0f} MiB" for place, size in _bytes(home).items()}
-    column["… and Dagster's storage, a type and window"] = f"{_history(home) / 2**10:,.1f} KiB"
+    column |= {name: f"{size * million / 2**20:,.0f} MiB" for name, size in _measure_sizes(home).items()}
+    column["… and Dagster's storage, a type and window"] = f"{_dagster_bytes(home) / 2**10:,.1f} KiB"
     return done, column
 
 
-def _said(cost: Cost, million: float) -> str:
+def _format_cost(cost: Cost, million: float) -> str:
     seconds, own, postgres = (value * million for value in (cost.seconds, cost.load, cost.postgres))
     return f"{seconds:,.0f} s; CPU {own:,.0f} s, in Postgres {postgres:,.0f} s"
 
 
-def _bytes(home: Path) -> Mapping[str, int]:
+def _measure_sizes(home: Path) -> Mapping[str, int]:
     sizes = {}
     for name in ("store/raw", "store/validated", "lake"):
         sizes[f"files: {name}"] = sum(path.stat().st_size for path in (home / name).rglob("*") if path.is_file())
     with connect(embedded.ensure(home)) as conn:
-        for group, size, indexes in conn.execute(_GROUPS):
+        for group, size, indexes in conn.execute(_TABLE_SIZES):
             sizes[f"Postgres: {group}"] = size
             if group == "tables of the views":
                 sizes["Postgres: indexes of the views"] = indexes
     return sizes
 
 
-def _history(home: Path) -> float:
-    """Bytes of Dagster's storage for a type in a window: it grows with windows, not with resources."""
+def _dagster_bytes(home: Path) -> float:
+    """Return the bytes of Dagster's storage per type and window. They grow with windows, not with resources."""
     with connect(embedded.ensure(home)) as conn:
         (count,) = conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() or (1,)
     with connect(embedded.ensure(home, embedded.DAGSTER_DATABASE)) as conn:

@@ -1,8 +1,7 @@
-"""How fast views make rows, against ``sqlonfhir`` in the same process on the same resources.
+"""Measure how fast views give rows, compared with ``sqlonfhir`` in the same process on the same resources.
 
-``python -m benchmarks.views [FOLDER]``; FOLDER holds ``Encounter.ndjson.gz`` and so on, by default
-the shared Synthea population. The time is processor time, and that of the view alone: the resources are parsed
-beforehand.
+``python -m benchmarks.views [FOLDER]``. FOLDER contains ``<Type>.ndjson.gz``; the default is the shared Synthea
+population. The figures are the processor time of the views only: the resources are parsed before.
 """
 
 import argparse
@@ -70,7 +69,7 @@ OBSERVATION_COMPONENTS: dict[str, Any] = {
         },
     ],
 }
-_AT_LEAST = 5000
+_MIN_RESOURCES = 5000
 VIEWS = {
     "Encounter, 9 columns flat": ENCOUNTER_FLAT,
     "Patient names by forEach": PATIENT_NAMES,
@@ -80,7 +79,7 @@ VIEWS = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Resources a second, ours and theirs."""
+    """Resources per second: ``ours`` of fhir_assets, ``theirs`` of sqlonfhir."""
 
     view: str
     resources: int
@@ -89,18 +88,18 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast."""
+        """The speed of fhir_assets as a multiple of the speed of sqlonfhir."""
         return self.ours / self.theirs
 
 
 def read(folder: Path, resource_type: str) -> list[dict[str, Any]]:
-    """The resources of a type, parsed."""
+    """Return the parsed resources of a type."""
     with gzip.open(folder / f"{resource_type}.ndjson.gz") as lines:
         return [orjson.loads(line) for line in lines]
 
 
 def _best(work: Callable[[], object], *, seconds: float) -> float:
-    """The shortest processor time of one run, of at least three and as many as fit into ``seconds``."""
+    """Return the shortest processor time of a run, among at least three and as many as fit into ``seconds``."""
     best, spent, runs = float("inf"), 0.0, 0
     while runs < 3 or spent < seconds:
         start = time.process_time()
@@ -111,14 +110,14 @@ def _best(work: Callable[[], object], *, seconds: float) -> float:
 
 
 def measure(name: str, folder: Path, *, limit: int = 1000) -> Result:
-    """One view. ``sqlonfhir`` gets ``limit`` resources at most; it takes long enough."""
+    """Measure one view. ``sqlonfhir`` gets ``limit`` resources at most, because it is slow."""
     import sqlonfhir
 
     definition = VIEWS[name]
     resources = read(folder, definition["resource"])
     few = resources[:limit]
-    # The clock of processor time is too coarse for the few microseconds that 25 Patients take.
-    resources *= -(-_AT_LEAST // len(resources))
+    # The resolution of the processor clock is too low for the few microseconds that 25 Patients take.
+    resources *= -(-_MIN_RESOURCES // len(resources))
     rows = CompiledViews([parse_view(definition)]).rows
     ours = _best(lambda: [rows(resource) for resource in resources], seconds=1)
     theirs = _best(lambda: sqlonfhir.evaluate(few, definition), seconds=1)
@@ -126,8 +125,8 @@ def measure(name: str, folder: Path, *, limit: int = 1000) -> Result:
 
 
 def main(folder: Path) -> None:
-    """Print one line a view."""
-    print(f"{'view':32}{'fhir_assets':>14}{'sqlonfhir':>12}{'ratio':>8}   (resources a second)")
+    """Print one line per view."""
+    print(f"{'view':32}{'fhir_assets':>14}{'sqlonfhir':>12}{'ratio':>8}   (resources per second)")
     for name in VIEWS:
         result = measure(name, folder)
         print(f"{name:32}{result.ours:14,.0f}{result.theirs:12,.0f}{result.ratio:8.0f}")
@@ -136,8 +135,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
-    if chosen := parser.parse_args().folder:
-        main(chosen)
+    if folder := parser.parse_args().folder:
+        main(folder)
     else:
-        with sample() as found:
-            main(found)
+        with sample() as folder:
+            main(folder)

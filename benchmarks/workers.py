@@ -1,9 +1,10 @@
-"""What worker processes do for a load, apart from Postgres: validation and view evaluation, by one and by several.
+"""Measure the work of worker processes without Postgres: validation and view evaluation, by one and by several.
 
 ``python -m benchmarks.workers [resources] [processes]``
 
-Batches as a load has them go through ``pipeline.workers`` and come back in order, ready for COPY; nothing is written.
-One process means none besides this one. The rounds take turns; the figures are the best. Goal: two are 1.6 times one.
+The workers get batches of the size of a load and return them in order, ready for COPY; no row is written. One process
+means this process without workers. The rounds alternate; the figures are the best. Goal: two processes have 1.6 times
+the speed of one.
 """
 
 import argparse
@@ -31,18 +32,18 @@ _ARRIVED = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def main(resources: int, processes: int) -> None:
-    """Print both figures of both jobs, and their ratios."""
+    """Print the figures of validation and of views, and their ratios."""
     with tempfile.TemporaryDirectory() as folder:
         count = population.write(Path(folder), resources)
         batches = {
-            path.name.partition(".")[0]: list(_batches(gzip.decompress(path.read_bytes()).splitlines()))
+            path.name.partition(".")[0]: list(_split_batches(gzip.decompress(path.read_bytes()).splitlines()))
             for path in sorted(Path(folder).glob("*.ndjson.gz"))
         }
     pools = {1: WorkerPool(1), processes: WorkerPool(processes)}
     best = {(job, number): float("inf") for number in pools for job in ("validation", "views")}
     for _ in range(ROUNDS):
         for number, workers in pools.items():
-            for job, seconds in _round(workers, batches).items():
+            for job, seconds in _measure_round(workers, batches).items():
                 best[job, number] = min(best[job, number], seconds)
     for workers in pools.values():
         workers.close()
@@ -55,44 +56,44 @@ def main(resources: int, processes: int) -> None:
 
 
 @infrequent_gc()
-def _round(workers: WorkerPool, batches: dict[str, list[list[bytes]]]) -> dict[str, float]:
-    """Seconds of each job over all types."""
+def _measure_round(workers: WorkerPool, batches: dict[str, list[list[bytes]]]) -> dict[str, float]:
+    """Return the seconds of each job over all types."""
     settings = load_settings()
     validator, views = Validator(), build_views(settings).views
     started = perf_counter()
     for lines in batches.values():
-        judged = workers.map(
+        validated = workers.map(
             LineValidator(validator),
-            ((None, each) for each in lines),
-            weigh=lambda each: sum(map(len, each)),
+            ((None, batch) for batch in lines),
+            weigh=lambda batch: sum(map(len, batch)),
             seconds=60,
         )
-        for _ in judged:
+        for _ in validated:
             pass
-    between = perf_counter()
+    validation_ended = perf_counter()
     for name, lines in batches.items():
-        made = workers.map(
+        built = workers.map(
             RowBuilder([view for view in views if view.resource_type == name], NO_ENCRYPTION),
-            ((None, Batch(each, "2024-01", _ARRIVED)) for each in lines),
+            ((None, Batch(batch_lines, "2024-01", _ARRIVED)) for batch_lines in lines),
             weigh=lambda batch: batch.size,
             seconds=60,
         )
-        for _, batch, rows in made:
+        for _, batch, rows in built:
             assert len(rows.block) + len(rows.rejected) == len(batch.lines)
-    return {"validation": between - started, "views": perf_counter() - between}
+    return {"validation": validation_ended - started, "views": perf_counter() - validation_ended}
 
 
-def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
-    held: list[bytes] = []
+def _split_batches(lines: list[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
     size = 0
     for line in lines:
-        held.append(line)
+        batch.append(line)
         size += len(line)
         if size >= BATCH_BYTES:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 if __name__ == "__main__":
