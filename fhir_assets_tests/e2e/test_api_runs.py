@@ -1,4 +1,4 @@
-"""Runs that are started over HTTP in a real Dagster: its webserver, its daemon, a FHIR server behind it."""
+"""Runs that are started over HTTP, with Dagster's webserver and daemon and a FHIR server."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def observation(identity: str, subject: str, **fields: Any) -> bytes:
 
 @contextmanager
 def webserver(deployment: Deployment, log: Path, **changed: str) -> Iterator[str]:
-    """Runs ``dagster-webserver``; its URL."""
+    """Run ``dagster-webserver`` during the block and yield its URL."""
     port = free_port()
     command = [
         sys.executable,
@@ -72,7 +72,7 @@ def webserver(deployment: Deployment, log: Path, **changed: str) -> Iterator[str
 
 
 def ended(api: Api, run_id: str) -> str:
-    """The status of a run as the API tells it, once it has ended."""
+    """Wait until a run has ended and return its status from the API."""
     while (status := api.get(f"/runs/{run_id}").json()["status"]) not in ("SUCCESS", "FAILURE"):
         time.sleep(1)
     return str(status)
@@ -80,7 +80,7 @@ def ended(api: Api, run_id: str) -> str:
 
 @pytest.mark.slow
 def test_runs_are_started_awaited_inspected_replayed_and_exported_over_http(deploy: Deploy, tmp_path: Path) -> None:
-    # Patient b is outside of the windows that are asked for: only a backfill of references brings it.
+    # Patient b is outside of the requested windows: only the fetch of missing references loads it.
     bad = observation("o3", "a", status="finale")
     content = [patient("a", DAY), patient("b", datetime(2023, 1, 1, tzinfo=UTC)), bad]
     content += [observation("o1", "a"), observation("o2", "b")]
@@ -109,7 +109,7 @@ def test_runs_are_started_awaited_inspected_replayed_and_exported_over_http(depl
                     _exported(api, run_id, tmp_path / "exports")
                 known = {"run_id": run_id, "patient_id": "a", "resource_type": "observations"}
                 seen = fuzz(api, examples=20, known=known)
-                # Nothing that is made up is a valid resource, or a task.
+                # No generated request is a valid resource or names a task.
                 refused = {label for label, statuses in seen.items() if not statuses & {200, 202}}
                 assert refused <= {"POST /fhir", "GET /ingest/tasks/{task_id}"}
                 assert api.get("/health").json()["dagster"] is True
@@ -118,7 +118,7 @@ def test_runs_are_started_awaited_inspected_replayed_and_exported_over_http(depl
 
 
 def _queued(api: Api) -> None:
-    """A run that nobody has begun yet has a summary all the same."""
+    """A queued run has a summary."""
     answer = api.post("/ingest/encounters?wait=1", role="operator")
     assert answer.status_code == 202, answer.text
     (run,) = answer.json()["runs"]
@@ -155,13 +155,17 @@ def _backfilled(api: Api, deployment: Deployment) -> None:
 
 
 def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
-    (letter,) = api.get(f"/runs/{run_id}/deadletters?limit=5", role="operator").json()["dead_letters"]
-    assert (letter["resource_type"], letter["resource_id"], letter["status"]) == ("Observation", "o3", "open")
-    assert "finale" not in json.dumps(letter)
+    (dead_letter,) = api.get(f"/runs/{run_id}/deadletters?limit=5", role="operator").json()["dead_letters"]
+    assert (dead_letter["resource_type"], dead_letter["resource_id"], dead_letter["status"]) == (
+        "Observation",
+        "o3",
+        "open",
+    )
+    assert "finale" not in json.dumps(dead_letter)
     assert api.post(f"/runs/{run_id}/replay?stage=load").json()["marked"] == 0
     assert api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()["marked"] == 1
     query = "SELECT status FROM ops.dead_letters WHERE id = %s AND attempts > %s"
-    until(lambda: deployment.query(query, letter["id"], letter["attempts"]) == [("open",)], seconds=240)
+    until(lambda: deployment.query(query, dead_letter["id"], dead_letter["attempts"]) == [("open",)], seconds=240)
 
 
 def _exported(api: Api, run_id: str, exports: Path) -> None:
@@ -174,7 +178,7 @@ def _exported(api: Api, run_id: str, exports: Path) -> None:
 
 
 def _without_dagster(api: Api, run_id: str) -> None:
-    """What ran is known without it; nothing can be started."""
+    """Without Dagster the API shows past runs, and starting a run fails."""
     assert api.get(f"/runs/{run_id}").json()["status"] is None
     answer = api.post("/ingest/observations")
     assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")

@@ -1,4 +1,4 @@
-"""Every deed is on record, in the transaction of the deed: who, what, on whose data, as part of what."""
+"""Every action on patient data has an audit record in the same transaction: actor, action, subject and context."""
 
 import getpass
 import json
@@ -19,7 +19,7 @@ from fhir_assets.api.context import AppContext, Caller
 from fhir_assets.api.intake import ingest_fhir, ingest_records
 from fhir_assets.api.patients import list_patients, one_patient
 from fhir_assets.api.runs import replay_run
-from fhir_assets.cli import dead_letters as letters_command
+from fhir_assets.cli import dead_letters as dead_letters_command
 from fhir_assets.cli import patient as patient_command
 from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.fhir.record import Deletion, build_record, read_header
@@ -60,7 +60,7 @@ ALL = (*PATIENTS, CONSENT)
 
 
 class Hospital:
-    """A deployment with a patient ``a`` and dead letters of ``b``, and what a test does there."""
+    """A deployment with a patient ``a`` and dead letters of ``b``, and the actions of a test."""
 
     def __init__(self, url: str, folder: Path, key: str | None) -> None:
         self.folder = folder
@@ -90,14 +90,16 @@ class Hospital:
         return connect(self.url, cipher=self.cipher)
 
     def receive(self, *resources: dict[str, Any], origin: str = "test:1") -> None:
-        """Patients have come into raw."""
-        bodies = [json.dumps({**each, "meta": {"lastUpdated": f"{KEY}T10:00:00Z"}}).encode() for each in resources]
+        """Receive resources into raw."""
+        bodies = [
+            json.dumps({**resource, "meta": {"lastUpdated": f"{KEY}T10:00:00Z"}}).encode() for resource in resources
+        ]
         records = [build_record(body, read_header(body), DAY) for body in bodies]
         types = self.settings.fhir_resource_types
         Receiver(self.store, self.connect, self.settings.window_scheme, types).receive(records, origin)
 
     def load(self, run_id: str, *, gate: ConsentGate | None = None) -> None:
-        """What is new in raw is judged and loaded."""
+        """Validate and load the new resources of raw."""
         facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": WorkerPool(1)}
         validation = ValidateStep(self.store, Validator(), self.connect, now=DAY, **facts)
         raw = self.store.manifests("raw", "Patient", [KEY])
@@ -109,13 +111,13 @@ class Hospital:
         )
         loading.run("Patient", [window], validated)
 
-    def lose(self, stage: str, identity: str = "b") -> int:
-        """A dead letter of a run; returns its id."""
+    def add_dead_letter(self, stage: str, identity: str = "b") -> int:
+        """Record a dead letter and return its id."""
         body = json.dumps(patient(identity)).encode()
-        letter = DeadLetter("Patient", identity, stage, "rule", "Patient", "why", body, KEY)
+        dead_letter = DeadLetter("Patient", identity, stage, "rule", "Patient", "why", body, KEY)
         with self.connect() as conn:
             runs.start(conn, "failed-run", ["Patient"], [KEY], triggered_by="test", at=DAY)
-            dead_letters.record(conn, "failed-run", [letter])
+            dead_letters.record(conn, "failed-run", [dead_letter])
             row = conn.execute("SELECT max(id) FROM ops.dead_letters").fetchone()
             assert row
             return int(row[0])
@@ -127,13 +129,13 @@ class Hospital:
         assert found.exit_code == 0, found.output
 
     def records(self) -> list[AuditRecord]:
-        """Who and what; the user of this machine is nobody in particular."""
+        """Return all audit records, oldest first."""
         with self.connect() as conn:
             assert audit_log.find_fault(conn) is None
             return [entry.audit_record for entry in reversed(audit_log.find_latest(conn, limit=50))]
 
     def state(self) -> dict[str, list[str]]:
-        """What deeds change: the tables, what waits and is kept, and files that left."""
+        """Return the state that actions change: rows of tables, and exported files."""
         # A file of the lake counts when its view's _windows.json names it.
         found = {"files": sorted(path.name for path in self.folder.rglob("exports/**/*json"))}
         with self.connect() as conn:
@@ -155,9 +157,9 @@ STATE = {
 }
 
 
-def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
-    """The policy is followed, and a Consent of ``a`` has come that nobody decided on yet."""
-    sweep(hospital, policy)
+def load_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
+    """Apply the policy and load a Consent of ``a`` without evaluating it."""
+    decide_consent(hospital, policy)
     resource = consent("c", "a", {"type": verdict})
     with hospital.connect() as conn:
         ensure_tables(conn, ALL)
@@ -166,7 +168,7 @@ def a_consent(hospital: Hospital, verdict: str, policy: Policy) -> None:
         loader.finish()
 
 
-def sweep(hospital: Hospital, policy: Policy) -> None:
+def decide_consent(hospital: Hospital, policy: Policy) -> None:
     ConsentStep(hospital.connect, ALL, ConsentGate(policy), run_id="run", actor="pipeline").run(DAY)
 
 
@@ -178,7 +180,7 @@ def export(hospital: Hospital) -> None:
         writer.for_type("Patient", None).write_valid()
 
 
-def into_the_lake(hospital: Hospital) -> None:
+def update_lake(hospital: Hospital) -> None:
     with closing(hospital.connect()) as conn:
         target = LocalBlobs(hospital.folder / "exports" / "lake")
         lake.update(conn, target, PATIENTS[0], [KEY], run_id="run", actor="schedule")
@@ -189,21 +191,21 @@ def delete(hospital: Hospital) -> None:
         deletions.apply(conn, [Deletion("Patient", "a", datetime.now(UTC))], run_id="run")
 
 
-def heal(hospital: Hospital) -> None:
-    ReplayLoadStep(hospital.connect, PATIENTS, run_id="healing", also_open=True).run(
+def replay(hospital: Hospital) -> None:
+    ReplayLoadStep(hospital.connect, PATIENTS, run_id="replay", also_open=True).run(
         "Patient", [hospital.settings.window_scheme.window(KEY)]
     )
 
 
 def edit(hospital: Hospital) -> None:
-    whole = hospital.folder / "whole.json"
-    whole.write_text(json.dumps({**patient("b"), "gender": "female"}))
-    hospital.command(letters_command.app, "edit", "1", "--resource", str(whole), "--by", "anna")
+    corrected = hospital.folder / "whole.json"
+    corrected.write_text(json.dumps({**patient("b"), "gender": "female"}))
+    hospital.command(dead_letters_command.app, "edit", "1", "--resource", str(corrected), "--by", "anna")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A deed, what must have been before it, and its records; ``None`` for the subject of a bulk deed."""
+    """An action, its preparation and its audit records. ``about`` is ``None`` for an action on many resources."""
 
     do: Callable[[Hospital], object]
     records: tuple[AuditRecord, ...]
@@ -267,56 +269,56 @@ CASES = {
         (AuditRecord("export", "cli:anna", "Patient", run_id="exported", detail={"file": "Patient.valid.ndjson"}),),
     ),
     "export into the lake": Case(
-        into_the_lake, (AuditRecord("export", "schedule", "Patient", run_id="run", detail={"file": "lake"}),)
+        update_lake, (AuditRecord("export", "schedule", "Patient", run_id="run", detail={"file": "lake"}),)
     ),
     "replay by the command line": Case(
-        lambda hospital: hospital.command(letters_command.app, "replay", "1", "--no-wait"),
+        lambda hospital: hospital.command(dead_letters_command.app, "replay", "1", "--no-wait"),
         (AuditRecord("replay", ME, None, detail={"waited": False}),),
-        before=lambda hospital: hospital.lose("validate"),
+        before=lambda hospital: hospital.add_dead_letter("validate"),
     ),
     "replay by the API": Case(
         lambda hospital: replay_run(hospital.parts, CALLER, "failed-run"),
         (AuditRecord("replay", ANNA, None, run_id="failed-run", request_id="request-1", detail={"stage": None}),),
-        before=lambda hospital: hospital.lose("validate"),
+        before=lambda hospital: hospital.add_dead_letter("validate"),
     ),
     "what a replay loads": Case(
-        heal,
-        (AuditRecord("create", "pipeline", "Patient", run_id="healing", detail={"replay": True}),),
-        before=lambda hospital: hospital.lose("load"),
+        replay,
+        (AuditRecord("create", "pipeline", "Patient", run_id="replay", detail={"replay": True}),),
+        before=lambda hospital: hospital.add_dead_letter("load"),
     ),
     "edit": Case(
         edit,
         (AuditRecord("edit", "anna", "Patient", detail={"dead_letter": 1}),),
-        before=lambda hospital: hospital.lose("validate"),
+        before=lambda hospital: hospital.add_dead_letter("validate"),
         about="Patient/b",
     ),
     "discard": Case(
-        lambda hospital: hospital.command(letters_command.app, "discard", "1", "--reason", "no", "--by", "anna"),
+        lambda hospital: hospital.command(dead_letters_command.app, "discard", "1", "--reason", "no", "--by", "anna"),
         (AuditRecord("discard", "cli:anna"),),
-        before=lambda hospital: hospital.lose("validate"),
+        before=lambda hospital: hospital.add_dead_letter("validate"),
     ),
     "decrypt a dead letter": Case(
-        lambda hospital: hospital.command(letters_command.app, "show", "1", "--resource"),
+        lambda hospital: hospital.command(dead_letters_command.app, "show", "1", "--resource"),
         (AuditRecord("decrypt", ME, "Patient", detail={"dead_letter": 1}),),
-        before=lambda hospital: hospital.lose("validate"),
+        before=lambda hospital: hospital.add_dead_letter("validate"),
         about="Patient/b",
     ),
     "decide, and withhold": Case(
-        lambda hospital: sweep(hospital, Policy.OPT_OUT),
+        lambda hospital: decide_consent(hospital, Policy.OPT_OUT),
         (AuditRecord("consent decision", "pipeline", "Consent", count=2, run_id="run"),
          AuditRecord("withhold", "pipeline", "Consent", run_id="run"),
          AuditRecord("withhold", "pipeline", "Patient", run_id="run")),
-        before=lambda hospital: a_consent(hospital, "deny", Policy.OPT_OUT),
+        before=lambda hospital: load_consent(hospital, "deny", Policy.OPT_OUT),
     ),
     "decide, and release": Case(
-        lambda hospital: sweep(hospital, Policy.OPT_IN),
+        lambda hospital: decide_consent(hospital, Policy.OPT_IN),
         (AuditRecord("consent decision", "pipeline", "Consent", count=2, run_id="run"),
          AuditRecord("release", "pipeline", "Consent", run_id="run"),
          AuditRecord("release", "pipeline", "Patient", run_id="run")),
-        before=lambda hospital: a_consent(hospital, "permit", Policy.OPT_IN),
+        before=lambda hospital: load_consent(hospital, "permit", Policy.OPT_IN),
     ),
 }  # fmt: skip
-"""Key rotation has its own tests, beside it."""
+"""Key rotation has its own tests."""
 
 REFUSE_COMMITS = """
     CREATE FUNCTION public.refuse_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -347,7 +349,7 @@ def test_an_action_and_its_audit_records_are_committed_in_one_transaction(
         conn.execute("DROP FUNCTION public.refuse_commit CASCADE")
 
     case.do(hospital)
-    found = sorted((_of_nobody(audit_record) for audit_record in hospital.records()[len(known) :]), key=_order)
+    found = sorted((_without_user(audit_record) for audit_record in hospital.records()[len(known) :]), key=_order)
     subject = hospital.cipher.subject(*case.about.split("/")) if case.about else None
     assert found == [replace(audit_record, subject=subject) for audit_record in case.records]
     assert subject is None or subject not in ("Patient/a", "a")
@@ -359,7 +361,7 @@ def _order(audit_record: AuditRecord) -> tuple[str, str]:
     return audit_record.action, audit_record.resource_type or ""
 
 
-def _of_nobody(audit_record: AuditRecord) -> AuditRecord:
+def _without_user(audit_record: AuditRecord) -> AuditRecord:
 
     return (
         replace(audit_record, actor=audit_record.actor.replace(getpass.getuser(), "<user>"))
@@ -373,7 +375,7 @@ def test_a_run_that_changes_nothing_leaves_no_audit_record(database: str, tmp_pa
     hospital.receive(patient("a"))
     hospital.load("first")
     known = hospital.records()
-    sweep(hospital, Policy.OFF)
+    decide_consent(hospital, Policy.OFF)
     hospital.load("nothing")
-    heal(hospital)
+    replay(hospital)
     assert hospital.records() == known

@@ -1,4 +1,4 @@
-"""`fhir-assets ingest` when something outside is wrong: one clear sentence, exit code 1, nothing half-loaded."""
+"""``fhir-assets ingest`` with external failures: one clear error, exit code 1 and unchanged tables."""
 
 import os
 import resource
@@ -26,13 +26,13 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"
-"""A patient's name, which no terminal may show."""
+"""A patient's name, which must not be printed."""
 
 FAMILY = [{"family": SECRET}]
 
 
 class Website(BaseHTTPRequestHandler):
-    """A server that is no FHIR server."""
+    """A web server that does not speak FHIR."""
 
     def do_GET(self) -> None:
         body = b"<!DOCTYPE html><html><body>It works!</body></html>"
@@ -48,7 +48,7 @@ class Website(BaseHTTPRequestHandler):
 
 @contextmanager
 def website() -> Iterator[str]:
-    """Serves it, gives its URL."""
+    """Run the web server during the block and yield its URL."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Website) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/fhir"
@@ -56,7 +56,7 @@ def website() -> Iterator[str]:
 
 
 def closed_port() -> int:
-    """A port on which nobody listens."""
+    """Return a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -70,7 +70,7 @@ def server() -> Iterator[SandboxServer]:
 
 @pytest.fixture
 def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
-    """With a first day loaded, so that there is something to be left as it was."""
+    """A deployment in which the first day is loaded, so that unchanged tables can be asserted."""
     made = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
     assert all(outcome.success for outcome in made.ingest(first=DAY, last=DAY))
     server.store.seed(patient("new", DAY + timedelta(days=1, hours=1), name=FAMILY), 0)
@@ -80,7 +80,7 @@ def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
 def ingest(
     deployment: Deployment, *arguments: str, prepare: Callable[[], None] | None = None, **changed: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """`fhir-assets ingest` of the day after in a process of its own, with other settings by name."""
+    """Run ``fhir-assets ingest`` in a process of its own, with changed environment variables."""
     settings = deployment.settings
     environment: dict[str, str | None] = {
         **os.environ,
@@ -108,15 +108,15 @@ def ingest(
 NEXT_DAY = ("--from", "2024-01-05", "--to", "2024-01-06")
 
 
-def refused(process: subprocess.CompletedProcess[str], *said: str) -> bool:
-    """Whether it ended as it should: exit code 1, and on stderr those words, few lines, and nothing of the inside."""
+def refused(process: subprocess.CompletedProcess[str], *expected: str) -> bool:
+    """Assert exit code 1 and a short error with the expected words, without tracebacks and patient data."""
     shown = process.stdout + process.stderr
     print(shown)
     assert process.returncode == 1
     assert SECRET not in shown
     for inside in ("Traceback", 'File "', "dagster._core", "DagsterExecution", "psycopg."):
         assert inside not in shown
-    assert all(word in process.stderr for word in said), process.stderr
+    assert all(word in process.stderr for word in expected), process.stderr
     assert len(process.stderr.splitlines()) <= 3
     return True
 
@@ -161,8 +161,10 @@ def test_wrong_credentials_are_one_clear_error(deployment: Deployment) -> None:
         ({"FHIR_SCHEDULE": "every now and then"}, "FHIR_SCHEDULE"),
     ],
 )
-def test_an_error_names_the_invalid_setting(deployment: Deployment, changed: dict[str, str | None], said: str) -> None:
-    assert refused(ingest(deployment, *NEXT_DAY, prepare=None, **changed), said)
+def test_an_error_names_the_invalid_setting(
+    deployment: Deployment, changed: dict[str, str | None], expected: str
+) -> None:
+    assert refused(ingest(deployment, *NEXT_DAY, prepare=None, **changed), expected)
 
 
 def test_an_unreachable_database_is_one_clear_error(deployment: Deployment) -> None:
@@ -182,21 +184,21 @@ def test_a_database_lost_during_a_load_leaves_the_tables_unchanged(
     server.reset_stats()
     server.set_faults(Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.SEARCH}), seconds=3))
 
-    def admit(anyone: bool) -> None:
+    def allow_connections(anyone: bool) -> None:
         with connect(postgres, autocommit=True) as conn:
             conn.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}").format(sql.Identifier(name), anyone))
             conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
 
-    def cut() -> None:
+    def disconnect() -> None:
         while not server.stats()["requests"].get(RequestKind.SEARCH):
             time.sleep(0.05)
-        admit(False)
+        allow_connections(False)
 
-    cutter = threading.Thread(target=cut)
-    cutter.start()
+    disconnecter = threading.Thread(target=disconnect)
+    disconnecter.start()
     process = ingest(deployment, *NEXT_DAY)
-    cutter.join()
-    admit(True)
+    disconnecter.join()
+    allow_connections(True)
     assert refused(process, "database")
     assert deployment.tables() == before
     server.set_faults()
@@ -228,10 +230,10 @@ def test_a_full_disk_leaves_the_tables_and_the_store_unchanged(server: SandboxSe
     for n in range(2000):
         server.store.seed(patient(f"big{n}", DAY + timedelta(hours=20), name=FAMILY, language=os.urandom(40).hex()), 0)
 
-    def full() -> None:
+    def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    process = ingest(deployment, *NEXT_DAY, prepare=full)
+    process = ingest(deployment, *NEXT_DAY, prepare=limit_file_size)
     assert refused(process, "cannot write", "store")
     assert deployment.tables() == before
     assert [deployment.store.manifest(layer, "Patient", "2024-01-05") for layer in ("raw", "validated")] == manifests

@@ -1,4 +1,4 @@
-"""Real input through every door: the tables say the same, and every resource stands somewhere."""
+"""Realistic input through files and search: every resource is loaded or recorded as a dead letter."""
 
 import gzip
 import os
@@ -42,8 +42,10 @@ def test_files_load_completely_and_each_known_defect_becomes_a_dead_letter_with_
     assert deployment.unreconciled(outcomes[0]) == []
     broken = orjson.loads((population / "defects.json").read_bytes())
     assert broken
-    letters = deployment.query("SELECT resource_type, resource_id, rule FROM ops.dead_letters WHERE status = 'open'")
-    found = {(kind, identity): rule for kind, identity, rule in letters}
+    dead_letters = deployment.query(
+        "SELECT resource_type, resource_id, rule FROM ops.dead_letters WHERE status = 'open'"
+    )
+    found = {(kind, identity): rule for kind, identity, rule in dead_letters}
     assert found == {(b["resourceType"], b["id"]): b["rule"] for b in broken}
     bad = Counter(b["resourceType"] for b in broken)
     assert Counter(deployment.loaded()) == lines_by_type(population) - bad

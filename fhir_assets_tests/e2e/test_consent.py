@@ -1,4 +1,4 @@
-"""Consent through whole runs: withheld, counted, released and taken back, with all windows reconciled throughout."""
+"""Runs withhold and release resources as consent changes, and all windows reconcile."""
 
 import json
 from collections.abc import Iterator
@@ -55,21 +55,21 @@ def ingest(deployment: Deployment) -> Outcome:
 
 
 def test_resources_are_released_and_withheld_as_consent_changes(deployment: Deployment, server: SandboxServer) -> None:
-    closed = deployment.settings.consent_policy == "opt-in"
-    others = set() if closed else {"b"}
+    withheld_by_default = deployment.settings.consent_policy == "opt-in"
+    others = set() if withheld_by_default else {"b"}
     first = ingest(deployment)
-    assert shown(deployment) == ((set(), set()) if closed else ({"a", "b"}, {"a", "b"}))
+    assert shown(deployment) == ((set(), set()) if withheld_by_default else ({"a", "b"}, {"a", "b"}))
     counted = deployment.query(
         "SELECT sum(valid)::int, sum(withheld)::int, sum(loaded)::int FROM ops.ingestion_runs WHERE run_id = %s",
         first.run_id,
     )
-    assert counted == ([(0, 8, 0)] if closed else [(8, 0, 8)])
-    add(server, consent("permit" if closed else "deny", datetime.now(UTC)))
+    assert counted == ([(0, 8, 0)] if withheld_by_default else [(8, 0, 8)])
+    add(server, consent("permit" if withheld_by_default else "deny", datetime.now(UTC)))
     ingest(deployment)
-    assert shown(deployment) == (({"a"}, {"a"}) if closed else ({"b"}, {"b"}))
+    assert shown(deployment) == (({"a"}, {"a"}) if withheld_by_default else ({"b"}, {"b"}))
     add(server, consent("permit", datetime.now(UTC), version="2", status="inactive"))
     ingest(deployment)
-    assert shown(deployment) == (others | (set() if closed else {"a"}),) * 2
+    assert shown(deployment) == (others | (set() if withheld_by_default else {"a"}),) * 2
     assert deployment.query("SELECT count(*) FROM ops.consents") == [(0,)]
 
 
@@ -83,7 +83,7 @@ def test_resources_of_a_patient_who_denied_consent_are_never_inserted(deploy: De
         consent_policy="opt-out",
     )
     ingest(deployment)
-    # But for the Consent itself, which is known only when it has come.
+    # The Consent itself is created first, because it is unknown before it is loaded.
     created: dict[str, int] = dict(
         deployment.query("SELECT resource_type, count FROM ops.audit_log WHERE action = 'create'")
     )
@@ -104,8 +104,8 @@ def test_exports_and_the_lake_leave_out_withheld_resources(
     views = [view for view in build_views(deployment.settings).views if view.name in ("patient", "observation")]
     folder = LocalBlobs(tmp_path / "left")
 
-    def left() -> set[str]:
-        """Whose data is in exports and in the lake; all of them say the same."""
+    def find_exported_patients() -> set[str]:
+        """Return the patients in the exports and in the lake, which must be equal."""
         with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
             export = Export(conn, deployment.store, folder, "export", actor="test", withholding=True)
             for view in views:
@@ -120,10 +120,10 @@ def test_exports_and_the_lake_leave_out_withheld_resources(
         return {row["_resource_key"] for row in of_lake}
 
     ingest(deployment)
-    assert left() == {"a", "b"}
+    assert find_exported_patients() == {"a", "b"}
     add(server, consent("deny", datetime.now(UTC)))
     ingest(deployment)
-    assert left() == {"b"}
+    assert find_exported_patients() == {"b"}
     add(server, consent("deny", datetime.now(UTC), version="2", status="inactive"))
     ingest(deployment)
-    assert left() == {"a", "b"}
+    assert find_exported_patients() == {"a", "b"}

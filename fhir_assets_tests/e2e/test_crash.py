@@ -1,4 +1,4 @@
-"""`kill -9` at any moment: the same window again ends in the tables of one clean run."""
+"""A load that is killed at any moment and then repeated gives the tables of an uninterrupted load."""
 
 import os
 import random
@@ -26,7 +26,7 @@ REPLAY = ("dead-letters", "replay", "--all")
 
 
 def command(deployment: Deployment, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """`fhir-assets …` as a process of its own on the deployment; its Dagster storage is in the test's database."""
+    """Return the command line and environment of ``fhir-assets`` for the deployment."""
     settings = deployment.settings
     environment = {
         **os.environ,
@@ -45,24 +45,24 @@ def command(deployment: Deployment, arguments: Sequence[str]) -> tuple[list[str]
 
 
 def run_and_kill(deployment: Deployment, seconds: float, arguments: Sequence[str] = LOAD) -> bool:
-    """Start a command and kill it so long after its first step began; whether it was still at work."""
+    """Start a command and kill it ``seconds`` after its first step began. Return whether it was still running."""
     line, environment = command(deployment, arguments)
-    before = begun_runs(deployment)
+    before = count_runs(deployment)
     process = subprocess.Popen(
         line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while process.poll() is None and begun_runs(deployment) == before:
+    while process.poll() is None and count_runs(deployment) == before:
         time.sleep(0.02)
     time.sleep(seconds)
-    at_work = process.poll() is None
-    if at_work:
+    was_running = process.poll() is None
+    if was_running:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return at_work
+    return was_running
 
 
-def begun_runs(deployment: Deployment) -> int:
-    """How many runs have begun; the first one makes the tables."""
+def count_runs(deployment: Deployment) -> int:
+    """Return the number of runs that have begun, 0 before the first run creates the tables."""
     try:
         return int(deployment.query("SELECT count(DISTINCT run_id) FROM ops.ingestion_runs")[0][0])
     except (UndefinedTable, InvalidSchemaName):
@@ -75,16 +75,18 @@ def finish(deployment: Deployment, arguments: Sequence[str] = LOAD) -> None:
     subprocess.run(line, env=environment, check=True, capture_output=True, timeout=300)
 
 
-def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patients: int, **settings: str) -> None:
+def assert_killed_load_equals_clean_load(
+    deploy: Deploy, folder: Path, other_database: str, kills: int, patients: int, **settings: str
+) -> None:
     write_population(folder, Population(patients, 3, 0.02, end=END, start=START))
     with SandboxServer(folder) as server:
         clean = deploy(home="clean", fhir_base_url=server.url, **settings)
         finish(clean)
         work = clean.query("SELECT extract(epoch FROM max(finished_at) - min(started_at)) FROM ops.ingestion_runs")
-        whole = float(work[0][0])
+        duration = float(work[0][0])
         killed = deploy(home="killed", url=other_database, fhir_base_url=server.url, **settings)
-        at_work = [run_and_kill(killed, random.Random(n).uniform(0, 0.9) * whole) for n in range(kills)]
-        assert any(at_work)
+        was_running = [run_and_kill(killed, random.Random(n).uniform(0, 0.9) * duration) for n in range(kills)]
+        assert any(was_running)
         finish(killed)
     assert killed.tables() == clean.tables()
     assert killed.dead() == clean.dead()
@@ -95,14 +97,16 @@ def story(deploy: Deploy, folder: Path, other_database: str, kills: int, patient
 def test_a_load_killed_three_times_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
-    story(deploy, tmp_path / "population", empty_database, kills=3, patients=10, fhir_resource_types=RESOURCE_TYPES)
+    assert_killed_load_equals_clean_load(
+        deploy, tmp_path / "population", empty_database, kills=3, patients=10, fhir_resource_types=RESOURCE_TYPES
+    )
 
 
 @pytest.mark.slow
 def test_a_load_killed_twenty_times_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:
-    story(deploy, tmp_path / "population", empty_database, kills=20, patients=20)
+    assert_killed_load_equals_clean_load(deploy, tmp_path / "population", empty_database, kills=20, patients=20)
 
 
 @pytest.mark.slow
@@ -112,17 +116,17 @@ def test_a_replay_killed_ten_times_gives_the_tables_of_a_load_without_dead_lette
     bodies = [
         patient(f"p{n}", START + timedelta(seconds=8 * n), gender="wrong" if n % 2 else "male") for n in range(20_000)
     ]
-    mended = ("required-binding:Patient.gender",)
+    lenient_rules = ("required-binding:Patient.gender",)
     with SandboxServer(bodies) as server:
         at = {"fhir_base_url": server.url, "fhir_resource_types": "Patient"}
-        clean = deploy(home="clean", validation_warn_rules=mended, **at)
+        clean = deploy(home="clean", validation_warn_rules=lenient_rules, **at)
         finish(clean)
         strict = deploy(home="killed", url=empty_database, **at)
         finish(strict)
         assert strict.dead() == {"required-binding": 10_000}
-        killed = replace(strict, settings=strict.settings.model_copy(update={"validation_warn_rules": mended}))
-        at_work = [run_and_kill(killed, n * 0.25, REPLAY) for n in range(10)]
-        assert any(at_work)
+        killed = replace(strict, settings=strict.settings.model_copy(update={"validation_warn_rules": lenient_rules}))
+        was_running = [run_and_kill(killed, n * 0.25, REPLAY) for n in range(10)]
+        assert any(was_running)
         finish(killed, REPLAY)
         assert killed.query("SELECT count(*) FROM ops.dead_letters WHERE status <> 'resolved'") == [(0,)]
         finish(killed)

@@ -1,5 +1,5 @@
-"""The morning after, through Dagster's own daemon: some resources are bad, checks are red and somebody is told; half
-are mended at the source, half by hand; they are replayed, and all is green again.
+"""Dagster's daemon loads invalid resources: the check fails and an alert is sent. Half of them are corrected at the
+source and half by an operator; they are replayed, and the check passes again.
 """
 
 import json
@@ -34,7 +34,7 @@ def fhir_assets(*arguments: str) -> Any:
 
 
 def latest(deployment: Deployment, name: str, partition: str) -> bool:
-    """What a check of Patient's table said last of a window."""
+    """Return whether the last evaluation of a check of Patient's table passed for a window."""
     key = dg.AssetCheckKey(dg.AssetKey(["normalized", "patient"]), name)
     records = deployment.instance.event_log_storage.get_asset_check_execution_history(key, limit=1000)
     evaluations = [

@@ -1,4 +1,4 @@
-"""`delivered/<type>`: what was loaded from one FHIR server reaches another one, and nothing that should not."""
+"""``delivered/<type>`` sends loaded resources to another FHIR server, and no others."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -58,11 +58,11 @@ def load(deployment: Deployment, refresh: Refresh = Refresh.MISSING) -> bool:
     return all(outcome.success for outcome in deployment.ingest(first=first, last=last, refresh=refresh))
 
 
-def held(server: SandboxServer) -> dict[str, bytes]:
+def read_resources(server: SandboxServer) -> dict[str, bytes]:
     return read_back(server.url, ["Patient", "Encounter"])
 
 
-def letters(deployment: Deployment) -> list[tuple[object, ...]]:
+def find_dead_letters(deployment: Deployment) -> list[tuple[object, ...]]:
     return deployment.query("SELECT resource_id, status FROM ops.dead_letters WHERE stage = 'deliver' ORDER BY id")
 
 
@@ -70,14 +70,14 @@ def test_loaded_resources_are_delivered_once_and_later_loads_deliver_only_new_on
     deployment: Deployment, source: SandboxServer, target: SandboxServer
 ) -> None:
     assert load(deployment)
-    assert_same(held(source), held(target))
+    assert_same(read_resources(source), read_resources(target))
     target.reset_stats()
     assert load(deployment)
     assert target.stats()["requests"] == {}
     add(source, patient("late", DAY + timedelta(hours=40)))
     assert load(deployment, Refresh.WINDOW)
-    after = held(target)
-    assert_same(held(source), after)
+    after = read_resources(target)
+    assert_same(read_resources(source), after)
     assert all(b'"versionId":"1"' in body for body in after.values())
 
 
@@ -92,14 +92,14 @@ def test_a_delivery_url_equal_to_the_source_is_refused() -> None:
 
 
 def test_resources_missing_from_the_tables_are_not_delivered(deployment: Deployment, target: SandboxServer) -> None:
-    """A resource that was withheld or deleted is in the store, but not in the tables."""
+    """A withheld or deleted resource is in the store, but not in the tables."""
     assert materialize(deployment, "raw/patient", "validated/patient", "normalized/patient", windows=[KEY]).success
     with connect(deployment.url) as conn:
         assert conn.execute("DELETE FROM fhir.resource WHERE id = 'p3'").rowcount == 1
         assert conn.execute("UPDATE fhir.resource SET as_of = now() WHERE id = 'p4'").rowcount == 1
     result = materialize(deployment, "delivered/patient", windows=[KEY])
     assert result.success
-    assert held(target).keys() == {f"Patient/p{n}" for n in range(24) if n not in (3, 4)}
+    assert read_resources(target).keys() == {f"Patient/p{n}" for n in range(24) if n not in (3, 4)}
     [event] = result.asset_materializations_for_node("delivered")
     assert (event.metadata["not_in_tables"].value, event.metadata["superseded"].value) == (1, 1)
 
@@ -111,8 +111,8 @@ def test_a_refused_resource_is_a_dead_letter_and_the_check_fails_until_it_is_del
     [run] = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
     assert run.success
     assert deployment.unreconciled(run) == []
-    assert letters(deployment) == [("lost", "open")]
-    assert "Encounter/lost" not in held(target)
+    assert find_dead_letters(deployment) == [("lost", "open")]
+    assert "Encounter/lost" not in read_resources(target)
 
     def accepted(run_id: str) -> dict[str, bool]:
         return {e.asset_key.path[-1]: e.passed for e in deployment.checks(run_id, "accepted")}
@@ -123,8 +123,8 @@ def test_a_refused_resource_is_a_dead_letter_and_the_check_fails_until_it_is_del
     ).raise_for_status()
     [again] = deployment.ingest(first=DAY, last=DAY + timedelta(days=1), refresh=Refresh.WINDOW)
     assert accepted(again.run_id) == {"patient": True, "encounter": True}
-    assert letters(deployment) == [("lost", "resolved")]
-    assert "Encounter/lost" in held(target)
+    assert find_dead_letters(deployment) == [("lost", "resolved")]
+    assert "Encounter/lost" in read_resources(target)
 
 
 def test_an_unreachable_target_fails_the_run_after_the_tables_are_loaded(deploy: Deploy, source: SandboxServer) -> None:
@@ -145,7 +145,7 @@ def test_an_unreachable_target_fails_the_run_after_the_tables_are_loaded(deploy:
             home="again", fhir_delivery_url=target.url, fhir_store_url=deployment.settings.store_url, **settings
         )
         assert materialize(repaired, "delivered/patient", windows=[KEY, NEXT], refresh=Refresh.MISSING).success
-        assert held(target).keys() == {f"Patient/p{n}" for n in range(30)}
+        assert read_resources(target).keys() == {f"Patient/p{n}" for n in range(30)}
 
 
 def test_a_delivery_asset_depends_on_the_validated_and_normalized_assets(deployment: Deployment) -> None:

@@ -1,4 +1,4 @@
-"""The lake holds what the tables hold, row by row, as DuckDB reads it."""
+"""The lake contains the same rows as the tables when DuckDB reads it."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +46,7 @@ def views(deployment: Deployment) -> list[View]:
 
 
 def materialize(deployment: Deployment, *names: str, key: str = DAY) -> dict[str, dict[str, object]]:
-    """Materialize lake assets of one window; what each said it did."""
+    """Materialize lake assets of one window. Return their metadata by view."""
     job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
     keys = [dg.AssetKey(["lake", name]) for name in names]
     result = job.execute_in_process(instance=deployment.instance, partition_key=key, asset_selection=keys)

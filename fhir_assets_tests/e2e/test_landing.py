@@ -1,4 +1,4 @@
-"""Files that are put down in a landing zone: found, taken once, split, and their faults shown."""
+"""Files in a landing zone are received once, split by type and loaded; invalid files are reported."""
 
 import gzip
 import json

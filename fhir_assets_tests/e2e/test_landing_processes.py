@@ -1,4 +1,4 @@
-"""The landing zone with real processes: Dagster's daemon, the command line, and `kill -9`."""
+"""The landing zone with processes of their own: Dagster's daemon, the command line, and killed loads."""
 
 import json
 import os
@@ -26,11 +26,11 @@ from fhir_assets_tests.support.visits import visit
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 3, 1, tzinfo=UTC)
-FEW = ("Patient", "Encounter", "Observation")
+RESOURCE_TYPES = ("Patient", "Encounter", "Observation")
 
 
 def start(deployment: Deployment, *arguments: str) -> "subprocess.Popen[bytes]":
-    """`fhir-assets landing …` as a process of its own."""
+    """Start ``fhir-assets landing …`` in a process of its own."""
     settings = deployment.settings
     environment = {
         **os.environ,
@@ -95,24 +95,24 @@ def test_the_landing_command_loads_waiting_files_and_names_the_invalid_one(deplo
     assert deployment.loaded() == {"Patient": 2}
 
 
-def loaded_once_and_killed_five_times(
+def load_clean_and_killed(
     deploy: Deploy, other_database: str, settings: dict[str, Any]
 ) -> tuple[Deployment, Deployment]:
-    """A deployment that one load filled, and one whose load was killed again and again before it went through."""
+    """Return a deployment loaded without interruption, and one whose load was killed five times and then completed."""
     clean = deploy(home="clean", **settings)
-    begun = time.monotonic()
+    started = time.monotonic()
     assert run(clean, "load")[0] == 0
-    whole = time.monotonic() - begun
+    duration = time.monotonic() - started
     killed = deploy(home="killed", url=other_database, **settings)
-    at_work = 0
+    killed_loads = 0
     for number in range(5):
         process = start(killed, "load")
-        time.sleep(random.Random(number).uniform(0.3, 0.9) * whole)
+        time.sleep(random.Random(number).uniform(0.3, 0.9) * duration)
         if process.poll() is None:
-            at_work += 1
+            killed_loads += 1
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert at_work
+    assert killed_loads
     code, _, errors = run(killed, "load")
     assert code == 0, errors
     return clean, killed
@@ -125,11 +125,11 @@ def test_the_load_after_a_kill_at_any_moment_gives_the_tables_of_an_uninterrupte
     write_population(tmp_path / "landing", Population(6, 3, 0.02, end=END, start=START))
     common = {
         "fhir_landing_url": str(tmp_path / "landing"),
-        "fhir_resource_types": FEW,
+        "fhir_resource_types": RESOURCE_TYPES,
         "fhir_last_updated_gte": START,
         "fhir_partition": "monthly",
     }
-    clean, killed = loaded_once_and_killed_five_times(deploy, empty_database, common)
+    clean, killed = load_clean_and_killed(deploy, empty_database, common)
     assert killed.tables() == clean.tables()
     assert killed.dead() == clean.dead()
     assert killed.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
@@ -153,7 +153,7 @@ def test_the_load_of_visits_after_a_kill_at_any_moment_gives_the_tables_of_an_un
         "fhir_last_updated_gte": START,
         "fhir_partition": "monthly",
     }
-    clean, killed = loaded_once_and_killed_five_times(deploy, empty_database, common)
+    clean, killed = load_clean_and_killed(deploy, empty_database, common)
     assert killed.loaded() == {"Patient": 700, "Encounter": 6100}
     assert killed.tables() == clean.tables()
     letters = "SELECT rule, count(*) FROM ops.dead_letters GROUP BY 1 ORDER BY 1"

@@ -1,4 +1,4 @@
-"""What loaded resources refer to and the tables lack is asked for by id, and what the server lacks is left alone."""
+"""Resources that are referenced but not loaded are fetched by id; ids unknown to the server are not requested again."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ DAY = datetime(2024, 1, 5, tzinfo=UTC)
 
 @pytest.fixture
 def server() -> Iterator[SandboxServer]:
-    """Encounters of the 5th: of a patient of the 3rd, of one of before all windows, and of one that is nowhere."""
+    """Encounters of three patients: one of an earlier window, one before all windows, one that does not exist."""
     bodies = [
         patient("near", DAY - timedelta(days=2)),
         patient("old", DAY - timedelta(days=900)),
@@ -36,7 +36,7 @@ def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
     return deploy(fhir_base_url=server.url, fhir_resource_types="Patient,Encounter", fhir_last_updated_gte="2024-01-01")
 
 
-def asked_by_id(server: SandboxServer) -> list[set[str]]:
+def requested_ids(server: SandboxServer) -> list[set[str]]:
     urls = [urlsplit(line.split(" ", 1)[1]) for line in server.stats()["recent"]]
     return [set(parse_qs(url.query)["_id"][0].split(",")) for url in urls if "_id" in parse_qs(url.query)]
 
@@ -44,8 +44,8 @@ def asked_by_id(server: SandboxServer) -> list[set[str]]:
 def fetch(deployment: Deployment) -> None:
     ingestion = deployment.ingestion()
     assert ingestion.fetch_missing_references(triggered_by="test")
-    for waiting in ingestion.find_received():
-        outcome = ingestion.load_received(waiting, triggered_by="test")
+    for received in ingestion.find_received():
+        outcome = ingestion.load_received(received, triggered_by="test")
         assert outcome.success
         assert deployment.unreconciled(outcome) == []
 
@@ -55,28 +55,28 @@ def patients_of_encounters(deployment: Deployment) -> list[tuple[str, bool]]:
         "SELECT e.patient_key, p.id IS NOT NULL FROM fhir.encounter e LEFT JOIN fhir.patient p"
         " ON p.id = e.patient_key ORDER BY e.id"
     )
-    return [(key, there) for key, there in rows]
+    return [(key, loaded) for key, loaded in rows]
 
 
 def test_missing_patients_are_fetched_once_and_nonexistent_ones_are_not_requested_again(
     server: SandboxServer, deployment: Deployment
 ) -> None:
     deployment.ingest(first=DAY, last=DAY)
-    assert {there for _, there in patients_of_encounters(deployment)} == {False}
+    assert {loaded for _, loaded in patients_of_encounters(deployment)} == {False}
     server.reset_stats()
     fetch(deployment)
-    assert asked_by_id(server) == [{"near", "old", "nowhere"}]
+    assert requested_ids(server) == [{"near", "old", "nowhere"}]
     assert patients_of_encounters(deployment) == [("near", True), ("near", True), ("old", True), ("nowhere", False)]
 
     server.reset_stats()
     fetch(deployment)
-    assert asked_by_id(server) == []
+    assert requested_ids(server) == []
     assert deployment.query("SELECT resource_id FROM ops.missing_references") == [("nowhere",)]
 
     with connect(deployment.url) as conn:
         conn.execute("UPDATE ops.missing_references SET asked_at = now() - interval '25 hours'")
     fetch(deployment)
-    assert asked_by_id(server) == [{"nowhere"}]
+    assert requested_ids(server) == [{"nowhere"}]
 
 
 def test_a_window_that_is_fetched_later_keeps_what_was_received_in_it(
@@ -113,9 +113,9 @@ def test_the_command_fetches_missing_references_and_reports_the_result(
     assert json.loads(CliRunner().invoke(app, ["missing-references", "list", "--json"]).stdout) == [
         {"target": "Patient", "references": 4, "missing": 4}
     ]
-    said = json.loads(CliRunner().invoke(app, ["missing-references", "fetch", "--json"]).stdout)
-    assert said["success"]
-    assert {row["type"]: row["loaded"] for row in said["types"]} == {"Patient": 2, "total": 2}
+    output = json.loads(CliRunner().invoke(app, ["missing-references", "fetch", "--json"]).stdout)
+    assert output["success"]
+    assert {row["type"]: row["loaded"] for row in output["types"]} == {"Patient": 2, "total": 2}
 
 
 def test_a_code_server_loads_all_definitions(deployment: Deployment) -> None:

@@ -1,4 +1,4 @@
-"""`reconciles` turns red when a resource is unaccounted for, says how many, and green again once it is done as told."""
+"""The check ``reconciles`` fails when resources are missing, reports how many, and passes after the advised repair."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -39,8 +39,8 @@ def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
 
 
 def evaluations(deployment: Deployment, run_id: str) -> dict[str | None, dg.AssetCheckEvaluation]:
-    """The run's evaluations by partition; that of a whole range is under None."""
-    return {each.partition: each for each in deployment.checks(run_id)}
+    """Return the run's evaluations by partition; the evaluation of a range has the key None."""
+    return {evaluation.partition: evaluation for evaluation in deployment.checks(run_id)}
 
 
 def number(evaluation: dg.AssetCheckEvaluation, name: str) -> object:
@@ -48,7 +48,7 @@ def number(evaluation: dg.AssetCheckEvaluation, name: str) -> object:
 
 
 def run_check(deployment: Deployment, *windows: str) -> dg.AssetCheckEvaluation:
-    """The check alone."""
+    """Execute only the check and return its evaluation."""
     result = materialize(deployment, windows=list(windows or [KEY]))
     assert result.success
     (evaluation,) = deployment.checks(result.run_id)
@@ -99,8 +99,8 @@ def test_a_page_lost_from_the_open_window_fails_reconciliation_until_the_window_
         (later,) = deployment.ingest()
         assert len(deployment.unreconciled(later)) == 1
         key = later.windows.windows[0].key
-        whole = materialize(deployment, *LAYERS, windows=[key], refresh=Refresh.FULL)
-        assert whole.success
+        full_refresh = materialize(deployment, *LAYERS, windows=[key], refresh=Refresh.FULL)
+        assert full_refresh.success
         assert run_check(deployment, key).passed
     assert deployment.loaded() == {"Patient": 10}
 
@@ -110,8 +110,8 @@ def test_a_total_that_differs_from_the_resources_received_is_reported(
 ) -> None:
     server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=2))
     (outcome,) = deployment.ingest(first=DAY, last=DAY)
-    (said,) = deployment.unreconciled(outcome)
-    assert "1 of 1 windows do not reconcile: the server counts 26 but returned 24" in said
+    (message,) = deployment.unreconciled(outcome)
+    assert "1 of 1 windows do not reconcile: the server counts 26 but returned 24" in message
     assert deployment.loaded() == {"Patient": 24}
 
 
@@ -122,10 +122,10 @@ def test_a_row_deleted_by_hand_fails_reconciliation_and_the_next_load_restores_i
     deployment.ingest(first=DAY, last=DAY)
     assert run_check(deployment).passed
     execute(deployment, f"DELETE FROM fhir.{table} WHERE id IN ('p3', 'p4')")
-    red = run_check(deployment)
-    assert not red.passed
-    assert (number(red, "valid"), number(red, "loaded"), number(red, "missing")) == (24, 22, 2)
-    assert "2 valid resources are not in the tables: materialize normalized again" in (red.description or "")
+    failed = run_check(deployment)
+    assert not failed.passed
+    assert (number(failed, "valid"), number(failed, "loaded"), number(failed, "missing")) == (24, 22, 2)
+    assert "2 valid resources are not in the tables: materialize normalized again" in (failed.description or "")
     assert materialize(deployment, "normalized/patient", "normalized/patient_name", windows=[KEY]).success
     assert run_check(deployment).passed
     assert deployment.query("SELECT count(*) FROM fhir.patient") == [(24,)]

@@ -1,4 +1,4 @@
-"""Dead letters corrected and replayed: healed ones are in the tables, the windows reconcile, nothing is done twice."""
+"""Dead letters are corrected and replayed: resolved ones are loaded, the windows reconcile, no replay is repeated."""
 
 import json
 import time
@@ -27,12 +27,12 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = "2024-01-05"
 LAYERS = ("raw/patient", "validated/patient", "normalized/patient")
-MEND = [{"op": "replace", "path": "/gender", "value": "female"}]
+CORRECTION = [{"op": "replace", "path": "/gender", "value": "female"}]
 
 
 @pytest.fixture
 def server() -> Iterator[SandboxServer]:
-    """Two days of ten patients each, three of whom have a gender that is none."""
+    """Two days of ten patients each; three of each day have an invalid gender."""
     bodies = [
         patient(f"p{day}-{n}", DAY + timedelta(days=day, hours=n), gender="wrong" if n < 3 else "male")
         for day in range(2)
@@ -53,31 +53,31 @@ def deployment(deploy: Deploy, server: SandboxServer, monkeypatch: pytest.Monkey
 
 
 def fhir_assets(*arguments: str) -> Any:
-    """What `fhir-assets dead-letters … --json` prints."""
+    """Run ``fhir-assets dead-letters … --json`` and return its output."""
     result = CliRunner().invoke(app, ["dead-letters", *arguments, "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
-def letters(deployment: Deployment, **chosen: Any) -> list[StoredDeadLetter]:
+def find_dead_letters(deployment: Deployment, **chosen: Any) -> list[StoredDeadLetter]:
     with connect(deployment.url) as conn:
         return dead_letters.find(conn, Selection(**chosen))
 
 
-def letter_of(deployment: Deployment, patient_id: str) -> StoredDeadLetter:
-    (found,) = [each for each in letters(deployment) if each.resource_id == patient_id]
-    return found
+def find_dead_letter(deployment: Deployment, patient_id: str) -> StoredDeadLetter:
+    (dead_letter,) = [entry for entry in find_dead_letters(deployment) if entry.resource_id == patient_id]
+    return dead_letter
 
 
-def edit(tmp_path: Path, letter: StoredDeadLetter, patch: object = MEND) -> None:
+def edit(tmp_path: Path, dead_letter: StoredDeadLetter, patch: object = CORRECTION) -> None:
     path = tmp_path / "patch.json"
     path.write_text(json.dumps(patch))
-    fhir_assets("edit", str(letter.id), "--patch", str(path), "--by", "anna")
+    fhir_assets("edit", str(dead_letter.id), "--patch", str(path), "--by", "anna")
 
 
 def reconciled(deployment: Deployment, *windows: str) -> bool:
     result = materialize(deployment, windows=list(windows))
-    return result.success and all(each.passed for each in deployment.checks(result.run_id))
+    return result.success and all(evaluation.passed for evaluation in deployment.checks(result.run_id))
 
 
 def genders(deployment: Deployment) -> dict[str, int]:
@@ -85,7 +85,7 @@ def genders(deployment: Deployment) -> dict[str, int]:
 
 
 def tick(deployment: Deployment, cursor: str | None = None) -> tuple[list[dg.RunRequest], str | None, str]:
-    """What the sensor asks for, its cursor, and what else it says."""
+    """Evaluate the replay sensor. Return its run requests, its cursor and its message."""
     repository = build_definitions(deployment.settings).get_repository_def()
     context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
     data = repository.get_sensor_def("replay_dead_letters").evaluate_tick(context)
@@ -93,7 +93,7 @@ def tick(deployment: Deployment, cursor: str | None = None) -> tuple[list[dg.Run
 
 
 def run(deployment: Deployment, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
-    """A requested run, as the daemon would launch it."""
+    """Execute a requested run as the daemon does."""
     return (
         build_definitions(deployment.settings)
         .resolve_job_def("replay_dead_letters")
@@ -110,19 +110,21 @@ def run(deployment: Deployment, request: dg.RunRequest) -> dg.ExecuteInProcessRe
 def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_again_is_reopened(
     deployment: Deployment, tmp_path: Path
 ) -> None:
-    first = letters(deployment)[0].run_id
-    edit(tmp_path, letter_of(deployment, "p0-0"))
-    said = fhir_assets("replay", "--run", first)
-    assert (said["letters"], said["healed"], said["failed"], said["success"]) == (6, 1, 5, True)
+    first = find_dead_letters(deployment)[0].run_id
+    edit(tmp_path, find_dead_letter(deployment, "p0-0"))
+    output = fhir_assets("replay", "--run", first)
+    assert (output["letters"], output["healed"], output["failed"], output["success"]) == (6, 1, 5, True)
     assert genders(deployment) == {"male": 14, "female": 1}
     assert deployment.query("SELECT partition_key FROM fhir.resource WHERE id = 'p0-0'") == [(KEY,)]
     assert reconciled(deployment, KEY, "2024-01-06")
-    healed = letter_of(deployment, "p0-0")
-    (replay,) = said["runs"]
+    healed = find_dead_letter(deployment, "p0-0")
+    (replay,) = output["runs"]
     assert (healed.status, healed.resolution, healed.resolved_run_id) == ("resolved", "corrected", replay)
-    again = letters(deployment, status="open")
-    assert {(each.attempts, each.run_id, each.first_run_id) for each in again} == {(2, replay, first)}
-    assert [each.id for each in letters(deployment, run_id=first)] == [each.id for each in letters(deployment)]
+    again = find_dead_letters(deployment, status="open")
+    assert {(entry.attempts, entry.run_id, entry.first_run_id) for entry in again} == {(2, replay, first)}
+    assert [entry.id for entry in find_dead_letters(deployment, run_id=first)] == [
+        entry.id for entry in find_dead_letters(deployment)
+    ]
     rows = deployment.query(
         "SELECT partition_key, replay_of_run_id, valid, dead, loaded FROM ops.ingestion_runs WHERE run_id = %s"
         " ORDER BY 1",
@@ -137,14 +139,14 @@ def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_aga
 
 @pytest.mark.slow
 def test_a_window_that_is_materialized_again_keeps_the_correction(deployment: Deployment, tmp_path: Path) -> None:
-    edit(tmp_path, letter_of(deployment, "p0-0"))
+    edit(tmp_path, find_dead_letter(deployment, "p0-0"))
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
     assert genders(deployment) == {"male": 14, "female": 1}
-    assert letter_of(deployment, "p0-0").resolution == "corrected"
+    assert find_dead_letter(deployment, "p0-0").resolution == "corrected"
     fhir_assets("replay", "--all")
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
     assert genders(deployment) == {"male": 14, "female": 1}
-    assert letter_of(deployment, "p0-0").status == "resolved"
+    assert find_dead_letter(deployment, "p0-0").status == "resolved"
     assert reconciled(deployment, KEY)
 
 
@@ -155,10 +157,10 @@ def test_a_resource_corrected_at_the_source_resolves_its_dead_letter_and_the_che
     add(server, *(patient(f"p0-{n}", later, version="2", gender="other") for n in range(3)))
     (outcome,) = deployment.ingest(first=later, last=later)
     rates = deployment.checks(outcome.run_id, "dead_letter_rate")
-    assert {each.partition: each.passed for each in rates} == {KEY: True, "2024-01-07": True}
-    assert letter_of(deployment, "p0-1").resolution == "superseded by a newer version"
+    assert {entry.partition: entry.passed for entry in rates} == {KEY: True, "2024-01-07": True}
+    assert find_dead_letter(deployment, "p0-1").resolution == "superseded by a newer version"
     materialize(deployment, "validated/patient", "normalized/patient", windows=[KEY])
-    assert letter_of(deployment, "p0-1").status == "resolved"
+    assert find_dead_letter(deployment, "p0-1").status == "resolved"
     assert reconciled(deployment, KEY, "2024-01-06", "2024-01-07")
 
 
@@ -177,12 +179,12 @@ def test_one_correction_resolves_all_equal_lines(
         fhir_last_updated_gte="2024-01-01",
     )
     deployment.ingest()
-    (letter,) = letters(deployment)
-    assert letter.occurrences == 3
+    (dead_letter,) = find_dead_letters(deployment)
+    assert dead_letter.occurrences == 3
     with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
-        body = dead_letters.read_resource(conn, letter.id)
+        body = dead_letters.read_resource(conn, dead_letter.id)
         assert body
-        corrections.record(conn, letter.id, body.replace(b"wrong", b"male"), by="anna")
+        corrections.record(conn, dead_letter.id, body.replace(b"wrong", b"male"), by="anna")
     (outcome,) = deployment.ingestion().replay(Selection(), triggered_by="test")
     assert outcome.success
     assert reconciled(deployment, KEY)
@@ -205,12 +207,12 @@ def test_a_valid_resource_that_no_view_could_turn_into_rows_is_corrected_and_loa
     for name, value in deployment.environment().items():
         monkeypatch.setenv(name, value)
     deployment.ingest()
-    (letter,) = letters(deployment)
-    assert (letter.stage, letter.status) == ("transform", "open")
+    (dead_letter,) = find_dead_letters(deployment)
+    assert (dead_letter.stage, dead_letter.status) == ("transform", "open")
     assert reconciled(deployment, KEY)
-    assert fhir_assets("replay", str(letter.id))["failed"] == 1
-    edit(tmp_path, letter, [{"op": "add", "path": "/id", "value": "b"}])
-    assert fhir_assets("replay", str(letter.id))["healed"] == 1
+    assert fhir_assets("replay", str(dead_letter.id))["failed"] == 1
+    edit(tmp_path, dead_letter, [{"op": "add", "path": "/id", "value": "b"}])
+    assert fhir_assets("replay", str(dead_letter.id))["healed"] == 1
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
     assert reconciled(deployment, KEY)
     with connect(deployment.url) as conn:
@@ -218,7 +220,7 @@ def test_a_valid_resource_that_no_view_could_turn_into_rows_is_corrected_and_loa
     assert not reconciled(deployment, KEY)
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
-    assert letters(deployment, status="open") == []
+    assert find_dead_letters(deployment, status="open") == []
     assert reconciled(deployment, KEY)
 
 
@@ -238,25 +240,25 @@ def test_a_resource_that_never_reached_raw_is_received_when_it_is_corrected(
     for name, value in deployment.environment().items():
         monkeypatch.setenv(name, value)
     deployment.ingest()
-    (letter,) = letters(deployment)
-    assert letter.stage == "fetch"
+    (dead_letter,) = find_dead_letters(deployment)
+    assert dead_letter.stage == "fetch"
     whole = tmp_path / "whole.json"
     whole.write_bytes(patient("b", DAY + timedelta(hours=1)))
-    assert fhir_assets("edit", str(letter.id), "--resource", str(whole))["received"]
+    assert fhir_assets("edit", str(dead_letter.id), "--resource", str(whole))["received"]
     ingestion = deployment.ingestion()
-    outcomes = [ingestion.load_received(each, triggered_by="test") for each in ingestion.find_received()]
+    outcomes = [ingestion.load_received(entry, triggered_by="test") for entry in ingestion.find_received()]
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
-    window = letter.partition_key
+    window = dead_letter.partition_key
     assert materialize(deployment, *LAYERS, windows=[window], refresh=Refresh.FULL).success
-    assert [(each.status, each.resolution) for each in letters(deployment)] == [("resolved", "corrected")]
+    assert [(entry.status, entry.resolution) for entry in find_dead_letters(deployment)] == [("resolved", "corrected")]
 
 
 def test_an_edit_that_leaves_the_resource_invalid_is_refused_and_not_stored(
     deployment: Deployment, tmp_path: Path
 ) -> None:
-    letter = letter_of(deployment, "p0-0")
-    for patch, said in (
+    dead_letter = find_dead_letter(deployment, "p0-0")
+    for patch, message in (
         ([{"op": "replace", "path": "/gender", "value": "secret"}], "required-binding at Patient.gender"),
         ([{"op": "replace", "path": "/nothing/there", "value": 1}], "operation 1 of the patch (replace)"),
         ([{"op": "replace", "path": "/id", "value": "other"}], "id"),
@@ -266,8 +268,8 @@ def test_an_edit_that_leaves_the_resource_invalid_is_refused_and_not_stored(
         path = tmp_path / "patch.json"
         path.write_text(json.dumps(patch))
         with pytest.raises(CorrectionRefused) as refused:
-            fhir_assets("edit", str(letter.id), "--patch", str(path))
-        assert said in str(refused.value)
+            fhir_assets("edit", str(dead_letter.id), "--patch", str(path))
+        assert message in str(refused.value)
         assert "secret" not in str(refused.value)
     assert deployment.query("SELECT count(*) FROM ops.corrections") == [(0,)]
 
@@ -277,28 +279,31 @@ def test_discarded_dead_letters_are_not_counted_and_can_be_replayed_by_id(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     assert fhir_assets("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
-    assert "test data" in (letter_of(deployment, "p0-2").resolution or "")
+    assert "test data" in (find_dead_letter(deployment, "p0-2").resolution or "")
     assert fhir_assets("replay", "--window", KEY)["letters"] == 0
     assert materialize(deployment, *LAYERS, windows=[KEY]).success
-    assert {each.status for each in letters(deployment, partition_keys=[KEY])} == {"discarded"}
-    letter = letter_of(deployment, "p0-2")
-    edit(tmp_path, letter)
-    assert fhir_assets("replay", str(letter.id))["healed"] == 1
+    assert {entry.status for entry in find_dead_letters(deployment, partition_keys=[KEY])} == {"discarded"}
+    dead_letter = find_dead_letter(deployment, "p0-2")
+    edit(tmp_path, dead_letter)
+    assert fhir_assets("replay", str(dead_letter.id))["healed"] == 1
     assert reconciled(deployment, KEY)
 
 
 def test_the_sensor_requests_each_marked_dead_letter_once(deployment: Deployment, tmp_path: Path) -> None:
     assert tick(deployment)[2] == "no dead letter is marked for a replay"
-    edit(tmp_path, letter_of(deployment, "p1-0"))
-    said = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
-    assert (said["letters"], said["marked"], said["runs"]) == (3, True, [])
+    edit(tmp_path, find_dead_letter(deployment, "p1-0"))
+    output = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
+    assert (output["letters"], output["marked"], output["runs"]) == (3, True, [])
     (request,), cursor, _ = tick(deployment)
     assert request.partition_key == "2024-01-06"
     assert (request.run_key or "").endswith("/attempt 1")
     assert request.tags[REPLAY_TAG] == "marked"
     assert run(deployment, request).success
-    assert {each.status for each in letters(deployment, partition_keys=["2024-01-06"])} == {"resolved", "open"}
-    assert letter_of(deployment, "p1-0").status == "resolved"
+    assert {entry.status for entry in find_dead_letters(deployment, partition_keys=["2024-01-06"])} == {
+        "resolved",
+        "open",
+    }
+    assert find_dead_letter(deployment, "p1-0").status == "resolved"
     assert tick(deployment, cursor) == ([], "{}", "no dead letter is marked for a replay")
     assert reconciled(deployment, "2024-01-06")
 
@@ -312,10 +317,10 @@ def test_a_failed_replay_is_requested_again_a_limited_number_of_times(deployment
         (request,), cursor, _ = tick(deployment, cursor)
         keys.append(request.run_key)
     assert [str(key)[-1] for key in keys] == ["1", "2", "3"]
-    requests, cursor, said = tick(deployment, cursor)
+    requests, cursor, output = tick(deployment, cursor)
     assert (requests, cursor) == ([], "{}")
-    assert "3 replays of 2024-01-05 to 2024-01-05 are given up" in said
-    assert {each.status for each in letters(deployment)} == {"open"}
+    assert "3 replays of 2024-01-05 to 2024-01-05 are given up" in output
+    assert {entry.status for entry in find_dead_letters(deployment)} == {"open"}
 
 
 def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
@@ -327,13 +332,13 @@ def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deploym
     with connect(deployment.url, autocommit=True) as conn:
         while runs.find_alive(conn, ["first"]):  # Postgres notices at once, but not in the same instant.
             time.sleep(0.01)
-        assert [(each.partition_key, each.dead_letters) for each in replays.find_requested(conn)] == [(KEY, 3)]
+        assert [(entry.partition_key, entry.dead_letters) for entry in replays.find_requested(conn)] == [(KEY, 3)]
         assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False)
 
 
 def test_a_replay_that_died_after_its_commit_is_not_repeated(deployment: Deployment, tmp_path: Path) -> None:
-    """As if it had died between the commit of the validated partition and the load."""
-    edit(tmp_path, letter_of(deployment, "p0-0"))
+    """Simulate a run that died between the commit of the validated partition and the load."""
+    edit(tmp_path, find_dead_letter(deployment, "p0-0"))
     with connect(deployment.url, autocommit=True) as process:
         runs.hold_liveness_lock(process, "dead")
         replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="dead")
@@ -349,13 +354,13 @@ def test_a_replay_that_died_after_its_commit_is_not_repeated(deployment: Deploym
     before = deployment.store.manifest("validated", "Patient", KEY)
     assert before
     assert before.rows == 8
-    assert letter_of(deployment, "p0-0").status == "replaying"
+    assert find_dead_letter(deployment, "p0-0").status == "replaying"
     (request,), _, _ = tick(deployment)
     assert run(deployment, request).success
     after = deployment.store.manifest("validated", "Patient", KEY)
     assert after
     assert after.rows == 8
-    assert letter_of(deployment, "p0-0").status == "resolved"
+    assert find_dead_letter(deployment, "p0-0").status == "resolved"
     assert genders(deployment) == {"male": 14, "female": 1}
     assert reconciled(deployment, KEY)
 
@@ -365,25 +370,25 @@ def test_after_an_upgrade_the_sensor_reports_dead_letters_that_now_validate_and_
     deploy: Deploy, deployment: Deployment
 ) -> None:
     assert tick(deployment)[2] == "no dead letter is marked for a replay"
-    milder = deploy(
+    lenient = deploy(
         fhir_base_url=deployment.settings.fhir_base_url,
         fhir_resource_types="Patient",
         fhir_last_updated_gte="2024-01-01",
         validation_warn_rules="required-binding:Patient.gender",
     )
-    requests, _, said = tick(milder)
+    requests, _, output = tick(lenient)
     assert requests == []
-    assert said.startswith("6 open dead letters failed under earlier rules or views")
-    willing = deploy(
+    assert output.startswith("6 open dead letters failed under earlier rules or views")
+    replaying = deploy(
         fhir_base_url=deployment.settings.fhir_base_url,
         fhir_resource_types="Patient",
         fhir_last_updated_gte="2024-01-01",
         validation_warn_rules="required-binding:Patient.gender",
         replay_after_upgrade=True,
     )
-    (request,), _, _ = tick(willing)
-    assert run(willing, request).success
-    assert {each.resolution for each in letters(deployment)} == {"replayed"}
+    (request,), _, _ = tick(replaying)
+    assert run(replaying, request).success
+    assert {entry.resolution for entry in find_dead_letters(deployment)} == {"replayed"}
     assert deployment.loaded() == {"Patient": 20}
     assert reconciled(deployment, KEY, "2024-01-06")
 
@@ -393,11 +398,11 @@ def test_the_replay_job_launched_by_hand_replays_the_open_dead_letters_of_its_wi
     deployment: Deployment, tmp_path: Path
 ) -> None:
     for name in ("p0-0", "p1-0"):
-        edit(tmp_path, letter_of(deployment, name))
+        edit(tmp_path, find_dead_letter(deployment, name))
     result = (
         build_definitions(deployment.settings)
         .resolve_job_def("replay_dead_letters")
         .execute_in_process(instance=deployment.instance, partition_key=KEY, raise_on_error=False)
     )
     assert result.success
-    assert [letter_of(deployment, name).status for name in ("p0-0", "p1-0")] == ["resolved", "open"]
+    assert [find_dead_letter(deployment, name).status for name in ("p0-0", "p1-0")] == ["resolved", "open"]

@@ -1,4 +1,4 @@
-"""The same 8,421 resources through every door give identical tables. A new door is one more function in DOORS."""
+"""The same 8,421 resources give identical tables through every channel. A new channel is a function in CHANNELS."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from fhir_assets_tests.support.landing import LandingZone, land
 SYNTHEA = SHARED / "synthea"
 
 Through = Callable[[Deploy, Path, pytest.FixtureRequest], Deployment]
-"""Brings all of Synthea into a deployment with the given settings; what does not reconcile fails the test."""
+"""Loads all of Synthea into a deployment with the given settings and asserts that every window reconciles."""
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def through_search(deploy: Deploy, folder: Path, request: pytest.FixtureRequest)
         return ingested(deploy(home="search", fhir_base_url=server.url, fhir_partition="monthly"))
 
 
-def through_search_on_a_bad_day(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
-    """Every fault that an honest server makes, each seen to have struck."""
+def through_search_with_faults(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
+    """Load by search while the server injects every transient fault at least once."""
     with SandboxServer(SYNTHEA, faults=ALL_FAULTS) as server:
         deployment = deploy(
             home="bad", fhir_base_url=server.url, fhir_partition="monthly", fhir_page_size=50, fhir_max_attempts=12
@@ -73,7 +73,7 @@ def through_landing_folder(deploy: Deploy, folder: Path, request: pytest.Fixture
 
 
 def through_landing_bucket(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
-    """The store lies in the bucket as well."""
+    """Load from a bucket that also contains the store."""
     url = request.getfixturevalue("s3_url")
     zone = LandingZone(f"{url}/landing")
     deployment = deploy(
@@ -88,27 +88,27 @@ def filled(deployment: Deployment) -> dict[str, list[str]]:
 
 CHANNELS: dict[str, Through] = {
     "search": through_search,
-    "search on a bad day": through_search_on_a_bad_day,
+    "search with faults": through_search_with_faults,
     "bulk": through_bulk,
     "landing folder": through_landing_folder,
     "landing bucket": through_landing_bucket,
 }
-"""Each is held against the tables that the files give, read directly."""
+"""The channels whose tables are compared with the tables of the files."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not beside this checkout")
-@pytest.mark.parametrize("door", CHANNELS)
+@pytest.mark.parametrize("channel", CHANNELS)
 def test_synthea_gives_the_same_tables_through_every_ingestion_channel(
-    deploy: Deploy, empty_database: str, tmp_path: Path, request: pytest.FixtureRequest, door: str
+    deploy: Deploy, empty_database: str, tmp_path: Path, request: pytest.FixtureRequest, channel: str
 ) -> None:
     expected = through_files(deploy, tmp_path, request)
 
     def elsewhere(**settings: object) -> Deployment:
         return deploy(url=empty_database, **settings)
 
-    found = CHANNELS[door](elsewhere, tmp_path, request)
-    assert sum(found.loaded().values()) == 8421
-    # What is received makes the tables of its types only; those of the others would be empty.
-    assert filled(found) == filled(expected)
-    assert found.dead() == expected.dead() == {}
+    loaded = CHANNELS[channel](elsewhere, tmp_path, request)
+    assert sum(loaded.loaded().values()) == 8421
+    # Received resources create the tables of their types only; a load of files creates empty tables of other types.
+    assert filled(loaded) == filled(expected)
+    assert loaded.dead() == expected.dead() == {}

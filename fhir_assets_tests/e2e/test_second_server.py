@@ -1,4 +1,4 @@
-"""A server that is not ours takes what we send: Medplum's FHIR router, in a process of node (`make second-server`)."""
+"""Uploads and the connector write to another FHIR server: Medplum's FHIR router in Node.js (`make second-server`)."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def medplum() -> Iterator[str]:
-    """The base URL of a fresh server."""
+    """The base URL of a new server."""
     node = shutil.which("node")
     if node is None or not (HERE / "node_modules").exists():
         pytest.skip("the second server is not installed: make second-server")
@@ -37,7 +37,7 @@ def medplum() -> Iterator[str]:
 
 
 def content(resource: dict[str, Any]) -> dict[str, Any]:
-    """A resource without what a server sets. JavaScript does not keep the zeros of 1.50: numbers are numbers here."""
+    """Return a resource without ``versionId`` and ``lastUpdated``. Trailing zeros of numbers are ignored."""
     meta = {name: value for name, value in resource.get("meta", {}).items() if name not in ("versionId", "lastUpdated")}
     return {**{name: value for name, value in resource.items() if name != "meta"}, **({"meta": meta} if meta else {})}
 

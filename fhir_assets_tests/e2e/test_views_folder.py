@@ -1,4 +1,4 @@
-"""A file dropped into FHIR_VIEWS is an asset and a table; a changed one changes them; a broken one is seen."""
+"""A view in FHIR_VIEWS is an asset and a table; a changed view changes both; an invalid view is reported."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TWIN: Column = {"name": "twin", "path": "multipleBirth.ofType(boolean)", "type":
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """FHIR_VIEWS."""
+    """The folder of FHIR_VIEWS."""
     made = tmp_path / "views"
     made.mkdir()
     return made
@@ -53,7 +53,7 @@ def deployment(deploy: Deploy, tmp_path: Path, folder: Path) -> Deployment:
     )
 
 
-def drop(folder: Path, *columns: Column, name: str = "patient_birth", **changed: Any) -> None:
+def write_view(folder: Path, *columns: Column, name: str = "patient_birth", **changed: Any) -> None:
     """Write a view of Patient into the folder."""
     definition = {
         "resourceType": "ViewDefinition",
@@ -68,21 +68,21 @@ def drop(folder: Path, *columns: Column, name: str = "patient_birth", **changed:
 
 
 def load(deployment: Deployment) -> tuple[bool, str]:
-    """Load the window anew; whether that went well, or else why not."""
+    """Load the window again. Return whether it succeeded, and the error."""
     (outcome,) = deployment.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
     reasons = deployment.query("SELECT DISTINCT error FROM ops.ingestion_runs WHERE run_id = %s", outcome.run_id)
     return outcome.success, " ".join(str(reason) for (reason,) in reasons if reason)
 
 
 def spec(deployment: Deployment) -> dg.AssetSpec:
-    """The view's asset, as a reload finds it."""
+    """Return the asset of the view after a reload."""
     specs = build_definitions(deployment.settings).resolve_all_asset_specs()
-    (found,) = [each for each in specs if each.key == KEY]
+    (found,) = [asset for asset in specs if asset.key == KEY]
     return found
 
 
 def migrate(deployment: Deployment, *options: str) -> subprocess.CompletedProcess[str]:
-    """`fhir-assets migrate`."""
+    """Run ``fhir-assets migrate``."""
     settings = deployment.settings
     environment = {
         **os.environ,
@@ -98,15 +98,15 @@ def migrate(deployment: Deployment, *options: str) -> subprocess.CompletedProces
 def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_comments(
     deployment: Deployment, folder: Path
 ) -> None:
-    drop(folder, ID, BORN, url="https://example.org/births", version="7")
+    write_view(folder, ID, BORN, url="https://example.org/births", version="7")
     found = spec(deployment)
     assert found.description == "Births."
     columns = {c.name: (c.type, c.description) for c in found.metadata["dagster/column_schema"].columns}
-    said = "Precision of born: year, month or day"
+    message = "Precision of born: year, month or day"
     assert columns == {
         "id": ("text", "Key of the patient"),
         "born": ("date", "Day of birth"),
-        "born_precision": ("text", said),
+        "born_precision": ("text", message),
     }
     assert (found.metadata["view_url"], found.metadata["view_version"]) == ("https://example.org/births", "7")
     assert load(deployment) == (True, "")
@@ -122,10 +122,10 @@ def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_commen
 
 
 def test_a_new_column_is_added_and_filled_and_the_asset_counts_as_changed(deployment: Deployment, folder: Path) -> None:
-    drop(folder, ID, BORN)
+    write_view(folder, ID, BORN)
     before = spec(deployment).code_version
     assert load(deployment) == (True, "")
-    drop(folder, ID, BORN, TWIN)
+    write_view(folder, ID, BORN, TWIN)
     assert spec(deployment).code_version != before
     assert load(deployment) == (True, "")
     assert deployment.query("SELECT id, twin FROM fhir.patient_birth ORDER BY 1") == [("a", True), ("b", None)]
@@ -133,9 +133,9 @@ def test_a_new_column_is_added_and_filled_and_the_asset_counts_as_changed(deploy
 
 
 def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployment, folder: Path) -> None:
-    drop(folder, ID, BORN)
+    write_view(folder, ID, BORN)
     before = spec(deployment).code_version
-    drop(folder, ID, BORN | {"description": "Said otherwise"}, description="Said otherwise")
+    write_view(folder, ID, BORN | {"description": "Said otherwise"}, description="Said otherwise")
     assert spec(deployment).code_version == before
 
 
@@ -151,20 +151,20 @@ def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployme
     ],
 )
 def test_a_change_that_loses_data_is_refused_until_it_is_requested(
-    deployment: Deployment, folder: Path, columns: tuple[Column, ...], said: str, types: list[tuple[str, str]]
+    deployment: Deployment, folder: Path, columns: tuple[Column, ...], message: str, types: list[tuple[str, str]]
 ) -> None:
-    drop(folder, ID, BORN)
+    write_view(folder, ID, BORN)
     assert load(deployment) == (True, "")
     rows = deployment.query("SELECT * FROM fhir.patient_birth")
-    drop(folder, *columns)
+    write_view(folder, *columns)
     success, reason = load(deployment)
     assert not success
-    assert said in reason
+    assert message in reason
     assert "fhir-assets migrate --apply-view-changes" in reason
     assert deployment.query("SELECT * FROM fhir.patient_birth") == rows
     plain = migrate(deployment)
     assert plain.returncode == 1
-    assert said in plain.stderr
+    assert message in plain.stderr
     assert "Traceback" not in plain.stderr
     applied = migrate(deployment, "--apply-view-changes")
     assert applied.returncode == 0, applied.stderr
@@ -174,18 +174,18 @@ def test_a_change_that_loses_data_is_refused_until_it_is_requested(
 
 
 def test_an_invalid_view_is_shown_in_the_ui_and_stops_no_other_view(deployment: Deployment, folder: Path) -> None:
-    drop(folder, ID, BORN)
-    drop(folder, ID, {"name": "x", "path": "birthDay", "type": "date"}, name="misspelt")
+    write_view(folder, ID, BORN)
+    write_view(folder, ID, {"name": "x", "path": "birthDay", "type": "date"}, name="misspelt")
     (folder / "torn.json").write_text('{"resourceType": ')
     specs = build_definitions(deployment.settings).resolve_all_asset_specs()
-    broken = {each.key.path[-1]: each.description or "" for each in specs if each.group_name == "broken_views"}
+    broken = {asset.key.path[-1]: asset.description or "" for asset in specs if asset.group_name == "broken_views"}
     assert set(broken) == {"misspelt", "torn"}
     assert "birthDate" in broken["misspelt"]
     assert load(deployment) == (True, "")
     assert deployment.query("SELECT count(*) FROM fhir.patient_birth") == [(2,)]
-    told = migrate(deployment)
-    assert told.returncode == 0
-    assert "misspelt.json" in told.stdout.replace("\n", "")
+    output = migrate(deployment)
+    assert output.returncode == 0
+    assert "misspelt.json" in output.stdout.replace("\n", "")
 
 
 def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_view_is_corrected(
@@ -193,13 +193,13 @@ def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_vi
 ) -> None:
     two = patient("c", DAY, name=[{"family": "A"}, {"family": "B"}])
     (tmp_path / "data" / "More.Patient.ndjson").write_bytes(two + b"\n")
-    drop(folder, ID, {"name": "family", "path": "name.family", "type": "string"}, name="patient_family")
+    write_view(folder, ID, {"name": "family", "path": "name.family", "type": "string"}, name="patient_family")
     assert load(deployment) == (True, "")
-    letters = "SELECT resource_id, stage, path, status FROM ops.dead_letters"
-    assert deployment.query(letters) == [("c", "transform", "patient_family.family", "open")]
+    dead_letters = "SELECT resource_id, stage, path, status FROM ops.dead_letters"
+    assert deployment.query(dead_letters) == [("c", "transform", "patient_family.family", "open")]
     assert deployment.loaded() == {"Patient": 2}
-    drop(folder, ID, {"name": "family", "path": "name.family.first()", "type": "string"}, name="patient_family")
+    write_view(folder, ID, {"name": "family", "path": "name.family.first()", "type": "string"}, name="patient_family")
     (outcome,) = deployment.ingest(first=DAY, last=DAY, refresh=Refresh.MISSING)
     assert outcome.success
-    assert deployment.query(letters) == [("c", "transform", "patient_family.family", "resolved")]
+    assert deployment.query(dead_letters) == [("c", "transform", "patient_family.family", "resolved")]
     assert deployment.loaded() == {"Patient": 3}

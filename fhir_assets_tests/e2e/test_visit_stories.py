@@ -1,5 +1,5 @@
-"""The stories of visits, as a hospital's systems tell them: posted over HTTP, through the bucket, Dagster's daemon and
-the database, and looked up again. One daemon and one API serve them all, under a policy of consent.
+"""Visits are posted over HTTP or written to the bucket, loaded by Dagster's daemon under a consent policy, and found by
+the API. All parts share one daemon and one API.
 """
 
 import gzip
@@ -26,7 +26,7 @@ NEW, CHANGING, OTHER, DENYING, SILENT = (f"MRN-{n}" for n in range(1, 6))
 
 @dataclass
 class Hospital:
-    """What the stories share."""
+    """The API, the deployment and the landing zone that all parts share."""
 
     api: Api
     deployment: Deployment
@@ -79,7 +79,7 @@ def hospital(deploy: Deploy, tmp_path: Path, s3_url: str) -> Iterator[Hospital]:
 
 
 def test_a_scripted_story_of_visits_ends_in_the_expected_tables(hospital: Hospital) -> None:
-    """They follow one another, since a daemon takes its time."""
+    """The parts share one test, because starting a daemon is slow."""
     people_consent_or_do_not(hospital)
     three = new_patients(hospital)
     no_consent_nothing_stored(hospital)

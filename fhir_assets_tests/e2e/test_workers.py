@@ -1,4 +1,4 @@
-"""Worker processes in a load: the same tables, and a killed one fails its run without leaving half a window."""
+"""Several worker processes give the same tables; a killed worker fails its run and no partial window is stored."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fhir_assets_tests.support.small_population import END, RESOURCE_TYPES, STAR
 
 @pytest.fixture
 def population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of resources, some of them bad; even so little work goes to the workers."""
+    """A folder of resources, some invalid. Thresholds are lowered, so that the workers get a small load."""
     monkeypatch.setattr(pool, "MIN_SECONDS_TO_START", 0)
     monkeypatch.setattr(pool, "MIN_SECONDS_TO_SHARE", 0)
     monkeypatch.setattr(pool, "UNIT_BYTES", 20_000)

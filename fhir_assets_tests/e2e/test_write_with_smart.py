@@ -1,4 +1,4 @@
-"""Tokens of SMART Backend Services wherever a FHIR server is written to, also when they end in the middle of it."""
+"""Uploads, deliveries and the connector authenticate with SMART Backend Services and renew expired tokens."""
 
 from contextlib import closing
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ WRITE = "system/*.read system/*.write"
 
 @pytest.fixture
 def key(tmp_path: Path) -> tuple[Path, dict[str, object]]:
-    """A file with a private key, and its public JWK."""
+    """Return the file of a private key and its public JWK."""
     made = ECKey.generate_key("P-384")
     file = tmp_path / "key.pem"
     file.write_bytes(made.as_pem(private=True))

@@ -1,6 +1,6 @@
-"""Canaries: patients of whom every name, identifier, date, address, telecom and free text is a marker of its own.
+"""Canaries: resources whose names, identifiers, dates, addresses, telecoms and free texts are unique markers.
 
-A marker that turns up anywhere else than in what is sealed says which element leaked, and where.
+A marker found outside of encrypted data identifies the element that leaked and where.
 """
 
 import base64
@@ -15,17 +15,17 @@ from typing import Any
 from fhir_assets_tests.support.content import instant
 
 FIRST_DAY = date(1902, 2, 1)
-"""Nobody else's dates lie in these years. First days of January stay out: columns that are cut to the year hold them.
+"""No other date of the tests is in these years. January 1 is not used, because columns reduced to the year contain it.
 """
 
 Json = dict[str, Any]
 
 
 class Canaries:
-    """Hands out markers, each once, and finds them again: plain, in other case, hexadecimal, or in base64."""
+    """Creates unique markers and finds them in bytes: as plain text in any case, hexadecimal or base64."""
 
     def __init__(self) -> None:
-        # Letters alone look the same in JSON, URLs, XML and Python; and anew each time, so that tests share a machine.
+        # Letters need no escape in JSON, URLs, XML and Python. The stem is random, so that tests can share a machine.
         self.stem = "Qx" + "".join(random.choices(string.ascii_lowercase, k=10))
         self._texts: list[str] = []
         self._dates: dict[str, str] = {}
@@ -36,12 +36,12 @@ class Canaries:
         self._text = re.compile(plain + b"|" + packed)
 
     def text(self, element: str) -> str:
-        """A marker for an element."""
+        """Return a new marker for the text of an element."""
         self._texts.append(element)
         return f"{self.stem}{len(self._texts) - 1:05}"
 
     def day(self, element: str) -> str:
-        """A date for an element."""
+        """Return a new date for an element."""
         while (day := self._day + timedelta(days=1)).replace(month=1, day=1) == day:
             self._day = day
         self._day = day
@@ -50,18 +50,18 @@ class Canaries:
         return day.isoformat()
 
     def found_in(self, content: bytes) -> set[str]:
-        """The elements whose markers are in there."""
-        found = set()
+        """Return the elements whose markers are in the content."""
+        elements = set()
         for match in self._text.finditer(content):
             number = match[1]
             known = number is not None and int(number) < len(self._texts)
-            found.add(self._texts[int(number)] if known else f"something, as {match[0].decode()}")
+            elements.add(self._texts[int(number)] if known else f"something, as {match[0].decode()}")
         for pattern in _DATES:
             for match in pattern.finditer(content):
                 written = "{y}-{m:02}-{d:02}".format(**{name: int(part) for name, part in match.groupdict().items()})
                 if element := self._dates.get(written):
-                    found.add(element)
-        return found
+                    elements.add(element)
+        return elements
 
 
 _DATES = [
@@ -76,14 +76,14 @@ _DATES = [
 
 
 def _base64_of(stem: bytes) -> Iterator[bytes]:
-    """What is always there of the base64 of a text that holds the stem, by where in a group of three it begins."""
+    """Yield the invariant part of the base64 of a text with the stem, for each position of the stem modulo three."""
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + stem)
         yield encoded[-(-before * 8 // 6) : (before + len(stem)) * 8 // 6]
 
 
 class Population:
-    """Resources about canaries, all valid, with ids that say nothing."""
+    """Valid resources with markers. Their ids contain no marker."""
 
     def __init__(self, canaries: Canaries, moment: datetime) -> None:
         self.canaries = canaries
@@ -96,7 +96,7 @@ class Population:
         return json.dumps(made).encode()
 
     def everything(self, identity: str) -> list[bytes]:
-        """A patient and one resource each of what is about him."""
+        """Return a patient and one resource of each other type that refers to it."""
         return [
             self.patient(identity),
             self.practitioner(f"{identity}-doctor"),
@@ -213,7 +213,7 @@ class Population:
         )
 
     def invalid(self, patient: str) -> list[bytes]:
-        """Resources that validation refuses, each with a marker in what is wrong with it."""
+        """Return resources that validation refuses, each with a marker in the invalid element."""
         mark = self.canaries.text
         return [
             self.patient("bad-code", gender=mark("Patient.gender")),
@@ -229,13 +229,13 @@ class Population:
         ]
 
     def unreadable(self) -> list[bytes]:
-        """What is no resource at all, or whose time cannot be read."""
+        """Return lines that are not a resource, or whose ``meta`` cannot be read."""
         mark = self.canaries.text
-        whole = self.patient("cut-off")
+        complete = self.patient("cut-off")
         return [
             self.patient("bad-time", meta={"lastUpdated": mark("meta.lastUpdated")}),
             self.patient("bad-version", meta={"versionId": [mark("meta.versionId")]}),
-            whole[: len(whole) // 2],
+            complete[: len(complete) // 2],
             mark("a line").encode(),
             json.dumps({"resourceType": mark("a resourceType"), "id": "typeless"}).encode(),
         ]
@@ -254,8 +254,8 @@ class Population:
         }
 
     def address(self, at: str) -> Json:
-        """State and country may stay: they are no identifiers (45 CFR 164.514(b)(2)(i)(B))."""
-        parts = {each: self.canaries.text(f"{at}.address.{each}") for each in ("text", "city", "district")}
+        """Return an address. State and country are not identifiers (45 CFR 164.514(b)(2)(i)(B)) and are left out."""
+        parts = {part: self.canaries.text(f"{at}.address.{part}") for part in ("text", "city", "district")}
         postal_code = self.canaries.text(f"{at}.address.postalCode")
         return {**parts, "line": [self.canaries.text(f"{at}.address.line")], "postalCode": postal_code}
 
@@ -278,5 +278,5 @@ class Population:
         return {"status": "generated", "div": f'<div xmlns="http://www.w3.org/1999/xhtml">{text}</div>'}
 
     def words(self, element: str) -> str:
-        """A marker among what JSON and XML escape."""
+        """Return a marker between characters that JSON and XML escape."""
         return f"Zoë's file, {self.canaries.text(element)}; 50 % of £7"

@@ -1,4 +1,4 @@
-"""A FHIR server that says back what it heard, in every field of its errors where others keep quiet."""
+"""A FHIR server that quotes each request in every field of its error response."""
 
 import json
 from collections.abc import Iterator
@@ -13,20 +13,21 @@ CAPABILITIES = {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "
 
 
 @dataclass
-class Parrot:
-    """``status`` is what it answers with; ``says`` the body, in place of its echo; ``heard`` what it was sent."""
+class EchoServer:
+    """The state of the server: the ``status`` of its responses, a fixed ``body`` in place of the echo, and the paths
+    and bodies that it ``received``.
+    """
 
     url: str = ""
     status: int = 500
-    says: bytes | None = None
-    hook: bool = False
-    heard: list[bytes] = field(default_factory=list)
+    body: bytes | None = None
+    received: list[bytes] = field(default_factory=list)
 
-    def answer(self, sent: bytes) -> bytes:
-        """What it was sent, in all that an OperationOutcome has room for."""
-        if self.says is not None:
-            return self.says
-        text = sent.decode("utf-8", "replace")
+    def respond(self, request: bytes) -> bytes:
+        """Return an OperationOutcome that contains the request in every element."""
+        if self.body is not None:
+            return self.body
+        text = request.decode("utf-8", "replace")
         issue = {
             "severity": "error",
             "code": _words(text),
@@ -44,15 +45,15 @@ class Parrot:
 
 
 def _words(text: str) -> str:
-    """The last string in a JSON text: what a server would quote."""
-    strings = [each for each in text.replace("\\", "").split('"') if len(each) > 12 and each.isalnum()]
+    """Return the last long string in a JSON text, which a server is likely to quote."""
+    strings = [part for part in text.replace("\\", "").split('"') if len(part) > 12 and part.isalnum()]
     return strings[-1] if strings else text[:60]
 
 
 @contextmanager
-def parrot(status: int = 500, says: bytes | None = None) -> Iterator[Parrot]:
-    """It, listening."""
-    found = Parrot(status=status, says=says)
+def serve_echo(status: int = 500, body: bytes | None = None) -> Iterator[EchoServer]:
+    """Run the server during the block."""
+    state = EchoServer(status=status, body=body)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -68,11 +69,15 @@ def parrot(status: int = 500, says: bytes | None = None) -> Iterator[Parrot]:
             self._answer()
 
         def _answer(self) -> None:
-            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            found.heard += [self.path.encode(), sent]
-            known = self.command == "GET" and self.path.endswith("/metadata")
-            body = json.dumps(CAPABILITIES).encode() if known else found.answer(sent or unquote(self.path).encode())
-            self.send_response(200 if known else found.status, body[:80].decode("latin-1").replace("\n", " "))
+            request = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            state.received += [self.path.encode(), request]
+            is_metadata = self.command == "GET" and self.path.endswith("/metadata")
+            body = (
+                json.dumps(CAPABILITIES).encode()
+                if is_metadata
+                else state.respond(request or unquote(self.path).encode())
+            )
+            self.send_response(200 if is_metadata else state.status, body[:80].decode("latin-1").replace("\n", " "))
             self.send_header("Content-Type", "application/fhir+json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -82,7 +87,7 @@ def parrot(status: int = 500, says: bytes | None = None) -> Iterator[Parrot]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found.url = f"http://127.0.0.1:{server.server_port}/fhir"
+        state.url = f"http://127.0.0.1:{server.server_port}/fhir"
         Thread(target=server.serve_forever, daemon=True).start()
-        yield found
+        yield state
         server.shutdown()

@@ -1,4 +1,4 @@
-"""What a lake's files and the tables hold, in one form, so that they can be held against each other."""
+"""Rows of the lake's files and of the tables in one form, so that tests can compare them."""
 
 import json
 from collections import Counter
@@ -15,20 +15,20 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def in_lake(lake: str, view: str) -> Counter[str]:
-    """The rows of a view as DuckDB reads them from all windows together, but for the window's name; none if it has no
-    file.
+    """Return the rows of a view as DuckDB reads them from all windows, without the partition key. Without files the
+    result is empty.
     """
     with duckdb.connect() as conn:
         conn.execute("SET TimeZone = 'UTC'")
         if not list(Path(lake, view).glob("*/*.parquet")):
             return Counter()
         query = "SELECT * EXCLUDE partition_key FROM read_parquet(?, hive_partitioning = true)"
-        found = conn.execute(query, [f"{lake}/{view}/*/*.parquet"])
-        return Counter(repr(list(map(plain, row))) for row in found.fetchall())
+        rows = conn.execute(query, [f"{lake}/{view}/*/*.parquet"])
+        return Counter(repr(list(map(plain, row))) for row in rows.fetchall())
 
 
 def in_table(conn: Connection, view: str) -> Counter[str]:
-    """The rows as Postgres gives them; JSON as text and numeric as double, as Parquet has them."""
+    """Return the rows of a table; JSON as text and numeric as double, as in Parquet."""
     columns = conn.execute(
         "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = 'fhir'"
         " AND table_name = %s ORDER BY ordinal_position",
@@ -41,7 +41,7 @@ def in_table(conn: Connection, view: str) -> Counter[str]:
 
 
 def plain(value: Any) -> object:
-    """A value without what the two clients do differently: time zones, the blanks of JSON and its numbers."""
+    """Return a value without the differences of the two clients: time zones, whitespace and numbers in JSON."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
     if isinstance(value, str) and value[:1] in ("{", "["):

@@ -1,4 +1,4 @@
-"""A landing zone in a folder or a bucket, and what Dagster does with it."""
+"""A landing zone in a folder or a bucket, and the ticks and runs that load its files."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from fhir_assets_tests.support.deployment import Deployment
 
 @dataclass
 class LandingZone:
-    """Where a test puts files down, as somebody else's process would."""
+    """A landing zone to which a test writes files as an external process does."""
 
     url: str
 
@@ -32,20 +32,20 @@ class LandingZone:
     def names(self) -> list[str]:
         if self.url.startswith("s3://"):
             bucket, prefix = self.url.removeprefix("s3://").split("/", 1)
-            found = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
-            return sorted(each["Key"].removeprefix(f"{prefix}/") for each in found)
+            objects = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+            return sorted(item["Key"].removeprefix(f"{prefix}/") for item in objects)
         root = Path(self.url)
         return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
 @cache
 def definitions(settings: Settings) -> dg.Definitions:
-    """Those of the settings, made once: most of a tick would be the making."""
+    """Return the definitions for the settings. They are cached, because building them takes longer than a tick."""
     return build_definitions(settings)
 
 
 def tick(deployment: Deployment, sensor: str = LOAD_LANDING, cursor: str | None = None) -> dg.SensorResult:
-    """One look of a sensor, as the daemon does it."""
+    """Evaluate a sensor once, as the daemon does."""
     repository = definitions(deployment.settings).get_repository_def()
     context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
     data = repository.get_sensor_def(sensor).evaluate_tick(context)
@@ -53,13 +53,13 @@ def tick(deployment: Deployment, sensor: str = LOAD_LANDING, cursor: str | None 
 
 
 def receive(deployment: Deployment) -> dg.ExecuteInProcessResult:
-    """The run that the sensor asks for."""
+    """Execute the run that the sensor requests."""
     job = definitions(deployment.settings).resolve_job_def(LOAD_LANDING)
     return job.execute_in_process(instance=deployment.instance, raise_on_error=False)
 
 
 def land(deployment: Deployment) -> list[str]:
-    """Two looks, the run, and the loads that follow; returns what does not reconcile."""
+    """Evaluate the sensor twice, execute its run and load the files. Return the failed reconciliations."""
     tick(deployment)
     assert tick(deployment).run_requests
     assert receive(deployment).success
@@ -67,8 +67,8 @@ def land(deployment: Deployment) -> list[str]:
 
 
 def load_received(deployment: Deployment) -> list[str]:
-    """Load what was received; returns what does not reconcile."""
+    """Load the received resources. Return the failed reconciliations."""
     ingestion = Ingestion(deployment.settings, definitions(deployment.settings), deployment.instance)
-    outcomes = [ingestion.load_received(waiting, triggered_by="test") for waiting in ingestion.find_received()]
+    outcomes = [ingestion.load_received(received, triggered_by="test") for received in ingestion.find_received()]
     assert all(outcome.success for outcome in outcomes)
-    return [said for outcome in outcomes for said in deployment.unreconciled(outcome)]
+    return [message for outcome in outcomes for message in deployment.unreconciled(outcome)]

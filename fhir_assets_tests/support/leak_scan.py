@@ -1,4 +1,4 @@
-"""Every place where a deployment leaves something behind, and all that is there, unpacked."""
+"""Scan every location where a deployment stores data: databases, files, logs, metrics, alerts and responses."""
 
 import gzip
 import json
@@ -13,10 +13,10 @@ from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import connect
 
-Found = Iterator[tuple[str, bytes]]
-"""Where exactly, and what is there."""
+Content = Iterator[tuple[str, bytes]]
+"""The exact location and its uncompressed content."""
 
-_HOSPITALS_OWN = {
+_PLAIN_TEXT_COLUMNS = {
     "health": {
         "patient": None,
         "patient_other_identifiers": None,
@@ -25,35 +25,35 @@ _HOSPITALS_OWN = {
         "fhir_dlq": {"formers"},
     }
 }
-"""Tables (None) and columns that are the hospital's own: the source tables, and the identifiers by which the connector
-finds their records on the server.
+"""Tables (None) and columns that belong to the hospital: the source tables, and the identifiers by which the connector
+finds their records on the server. They contain plain text on purpose.
 """
 
 
 @dataclass
 class Site:
-    """A deployment, and what a test kept of it."""
+    """A deployment and the output that a test collected from it."""
 
     url: str
-    """Its database, with Dagster's tables in schema public."""
+    """URL of the database. Dagster's tables are in schema ``public``."""
     home: Path
     """FHIR_ASSETS_HOME: the store, DAGSTER_HOME, journals of uploads."""
     temporary: Path
-    """TMPDIR of its processes."""
+    """TMPDIR of the processes."""
     output: Path
-    """What its processes said on stdout and stderr: logs, errors, tracebacks. A file each."""
+    """Folder with a file per process of its stdout and stderr."""
     server_log: Path
-    """What Postgres says."""
+    """Log of Postgres."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
-    """What the webhook was told."""
+    """Messages that the webhook received."""
     metrics: list[str] = field(default_factory=list)
-    """What Prometheus read."""
+    """Expositions that Prometheus read."""
     answers: list[bytes] = field(default_factory=list)
-    """What callers of the API were answered: bodies and headers of refusals."""
+    """Responses of the API: bodies and headers of errors."""
 
 
-def tables(url: str, schema: str) -> Found:
-    """Every row of every table of a schema as text; what is packed in a bytea as it is when unpacked."""
+def tables(url: str, schema: str) -> Content:
+    """Yield the values of every column of a schema as text; ``bytea`` values also uncompressed."""
     with connect(url) as conn:
         columns = conn.execute(
             "SELECT c.relname, a.attname, a.atttypid = 'bytea'::regtype FROM pg_class c"
@@ -61,7 +61,7 @@ def tables(url: str, schema: str) -> Found:
             " WHERE c.relnamespace = to_regnamespace(%s) AND c.relkind = 'r' ORDER BY 1, a.attnum",
             [schema],
         ).fetchall()
-        own: Mapping[str, set[str] | None] = _HOSPITALS_OWN.get(schema, {})
+        own: Mapping[str, set[str] | None] = _PLAIN_TEXT_COLUMNS.get(schema, {})
         for table, column, binary in columns:
             excepted = own.get(table, set())
             if excepted is None or column in excepted:
@@ -77,8 +77,8 @@ def tables(url: str, schema: str) -> Found:
                     yield where, content
 
 
-def statistics(url: str) -> Found:
-    """What the planner keeps of the columns' values."""
+def statistics(url: str) -> Content:
+    """Yield the values that the planner's statistics contain."""
     with connect(url, autocommit=True) as conn:
         conn.execute("ANALYZE")
         for schema, table, column, values in conn.execute(
@@ -89,8 +89,8 @@ def statistics(url: str) -> Found:
             yield f"pg_stats of {schema}.{table}.{column}", values.encode()
 
 
-def files(*folders: Path, without: Path | None = None) -> Found:
-    """Every file of some folders, whatever its name; the name too."""
+def files(*folders: Path, without: Path | None = None) -> Content:
+    """Yield the name and the content of every file of the folders."""
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and not (without and path.is_relative_to(without)):
@@ -101,22 +101,22 @@ def files(*folders: Path, without: Path | None = None) -> Found:
 
 
 def unpacked(content: bytes) -> Iterator[bytes]:
-    """The content, and what it is unpacked: gzip, or zlib as Dagster packs what is large."""
+    """Yield the content, and its decompressed form if it is gzip, or zlib as Dagster compresses large values."""
     yield content
     for unpack in (gzip.decompress, zlib.decompress):
         with suppress(OSError, EOFError, zlib.error):
             yield unpack(content)
 
 
-def _texts(where: str, of: Callable[[Site], list[str] | list[bytes]]) -> Callable[[Site], Found]:
-    def found(site: Site) -> Found:
-        for each in of(site):
-            yield where, each.encode() if isinstance(each, str) else each
+def _texts(where: str, read: Callable[[Site], list[str] | list[bytes]]) -> Callable[[Site], Content]:
+    def scan(site: Site) -> Content:
+        for text in read(site):
+            yield where, text.encode() if isinstance(text, str) else text
 
-    return found
+    return scan
 
 
-PLACES: Mapping[str, Callable[[Site], Found]] = {
+LOCATIONS: Mapping[str, Callable[[Site], Content]] = {
     "Dagster's database": lambda site: tables(site.url, "public"),
     "Dagster's home and compute logs": lambda site: files(site.home / "dagster"),
     "operations": lambda site: tables(site.url, "ops"),
@@ -129,6 +129,6 @@ PLACES: Mapping[str, Callable[[Site], Found]] = {
     "logs and error output": lambda site: files(site.output),
     "log of Postgres": lambda site: [("server.log", site.server_log.read_bytes())].__iter__(),
     "metrics": _texts("metrics", lambda site: site.metrics),
-    "alerts": _texts("alerts", lambda site: [json.dumps(each, ensure_ascii=False) for each in site.alerts]),
+    "alerts": _texts("alerts", lambda site: [json.dumps(alert, ensure_ascii=False) for alert in site.alerts]),
     "answers to callers": _texts("answers", lambda site: site.answers),
 }

@@ -17,7 +17,7 @@ INSURER = "https://insurer.example.org"
 
 
 class Writer(threading.Thread):
-    """Makes so many random changes, each in a transaction of its own that leaves a new number in its row."""
+    """Makes random changes, each in a transaction of its own that increments a number in its row."""
 
     def __init__(self, hospital: Hospital, seed: int, changes: int, people: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Writer(threading.Thread):
         return 1
 
 
-def story(hospital: Hospital, *, changes: int, writers: int, people: int, kills: int) -> None:
+def assert_changes_are_delivered(hospital: Hospital, *, changes: int, writers: int, people: int, kills: int) -> None:
     # The row's own key travels as the family name, the number of its last change as the given name.
     hospital.execute(
         "CREATE FUNCTION name_it() RETURNS trigger LANGUAGE plpgsql AS"
@@ -85,21 +85,23 @@ def story(hospital: Hospital, *, changes: int, writers: int, people: int, kills:
         Fault(kind=FaultKind.RESET, probability=0.02),
         seed=1,
     )
-    crew = [Writer(hospital, n, changes // writers, people) for n in range(writers)]
+    writers_running = [Writer(hospital, n, changes // writers, people) for n in range(writers)]
     connector = hospital.process(CONNECTOR_MAX_WAIT_SECONDS="0.5")
-    for writer in crew:
+    for writer in writers_running:
         writer.start()
     processed = "SELECT count(*) FROM health.fhir_processed_event"
     for _ in range(kills):
         before = hospital.execute(processed)
         # The kill comes at a point of the work, however long that takes: after the first change since the last kill.
-        while hospital.execute(processed) == before and (hospital.waiting() or any(w.is_alive() for w in crew)):
+        while hospital.execute(processed) == before and (
+            hospital.waiting() or any(w.is_alive() for w in writers_running)
+        ):
             assert connector.poll() is None, "the connector ended by itself"
             time.sleep(0.01)
         connector.send_signal(signal.SIGKILL)
         connector.communicate()
         connector = hospital.process(CONNECTOR_MAX_WAIT_SECONDS="0.5")
-    for writer in crew:
+    for writer in writers_running:
         writer.join()
         assert writer.error is None
     while hospital.waiting():
@@ -115,7 +117,7 @@ def story(hospital: Hospital, *, changes: int, writers: int, people: int, kills:
 
 
 def check_equal(hospital: Hospital) -> None:
-    """The server's patients are the tables' rows, no more and no less."""
+    """Assert that the server's patients equal the rows of the tables."""
     rows = hospital.execute(
         "SELECT p.identifier_value, p.name_family, p.name_given,"
         " coalesce(array_agg(o.identifier_value ORDER BY o.id) FILTER (WHERE o.id IS NOT NULL), '{}')"
@@ -135,7 +137,7 @@ def check_equal(hospital: Hospital) -> None:
 
 
 def check_order(hospital: Hospital) -> None:
-    """In every resource's history the changes of each row come in their order, none of them twice."""
+    """Assert that each resource's history has the changes of each row in order and without duplicates."""
     session = requests.Session()
     seen = 0
     for resource_id in hospital.server.store.shelf("Patient").latest:
@@ -151,9 +153,9 @@ def check_order(hospital: Hospital) -> None:
 
 
 def test_random_changes_are_delivered_although_the_connector_is_killed(hospital: Hospital) -> None:
-    story(hospital, changes=600, writers=4, people=40, kills=2)
+    assert_changes_are_delivered(hospital, changes=600, writers=4, people=40, kills=2)
 
 
 @pytest.mark.slow
 def test_ten_thousand_changes_are_delivered_although_the_connector_is_killed_twenty_times(hospital: Hospital) -> None:
-    story(hospital, changes=10_000, writers=8, people=300, kills=20)
+    assert_changes_are_delivered(hospital, changes=10_000, writers=8, people=300, kills=20)

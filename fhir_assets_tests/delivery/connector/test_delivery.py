@@ -1,4 +1,4 @@
-"""What arrives at the FHIR server for what happens in the tables."""
+"""Changes of the source tables and the resources that the connector creates, updates and deletes for them."""
 
 import uuid
 
@@ -146,18 +146,18 @@ def test_several_matches_are_a_permanent_failure(hospital: Hospital) -> None:
 def test_a_row_that_gives_an_invalid_resource_is_a_dead_letter_with_the_rule(hospital: Hospital) -> None:
     hospital.admit("1", birth_date="0044-03-15 BC")
     hospital.deliver()
-    [letter] = hospital.execute("SELECT reason, message FROM health.fhir_dlq")
-    assert letter[0] == "invalid"
-    assert "Patient.birthDate" in letter[1]
-    assert "0044" not in letter[1]
+    [dead_letter] = hospital.execute("SELECT reason, message FROM health.fhir_dlq")
+    assert dead_letter[0] == "invalid"
+    assert "Patient.birthDate" in dead_letter[1]
+    assert "0044" not in dead_letter[1]
 
 
 def test_the_message_of_a_refusal_does_not_quote_the_response(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.ERROR, status=422, on=frozenset({RequestKind.UPDATE})))
     hospital.admit("1")
     hospital.deliver()
-    [letter] = hospital.execute("SELECT reason, message, http_status FROM health.fhir_dlq")
-    assert letter == ("refused", "the FHIR server answered 422: exception", 422)
+    [dead_letter] = hospital.execute("SELECT reason, message, http_status FROM health.fhir_dlq")
+    assert dead_letter == ("refused", "the FHIR server answered 422: exception", 422)
 
 
 def test_discarded_changes_stay_listed_and_are_not_replayed(hospital: Hospital) -> None:

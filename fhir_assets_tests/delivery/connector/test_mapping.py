@@ -1,4 +1,4 @@
-"""Templates: what of a row goes into a resource."""
+"""The mapping from source rows to resources."""
 
 import json
 from pathlib import Path
@@ -12,37 +12,37 @@ from fhir_assets.errors import ConfigurationError
 PATIENT = load_mapping()["patient"]
 
 
-def made(row: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+def map_row(row: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     return PATIENT.to_resource(row, {"other_identifiers": others})
 
 
 def test_an_empty_row_gives_an_empty_resource() -> None:
-    assert made({}) == {"resourceType": "Patient"}
-    assert made({"name_family": "  ", "phone_number": ""}) == {"resourceType": "Patient"}
+    assert map_row({}) == {"resourceType": "Patient"}
+    assert map_row({"name_family": "  ", "phone_number": ""}) == {"resourceType": "Patient"}
 
 
 def test_an_element_with_constants_only_is_left_out() -> None:
-    assert made({"email": "a@example.org"})["telecom"] == [{"system": "email", "value": "a@example.org"}]
+    assert map_row({"email": "a@example.org"})["telecom"] == [{"system": "email", "value": "a@example.org"}]
 
 
 @pytest.mark.parametrize(
     ("stored", "code"), [("M", "male"), (" Female ", "female"), ("o", "other"), ("?", "unknown"), (None, None)]
 )
 def test_stored_codes_are_mapped_to_fhir_codes(stored: str | None, code: str | None) -> None:
-    assert made({"gender": stored}).get("gender") == code
+    assert map_row({"gender": stored}).get("gender") == code
 
 
 def test_deceased_is_a_date_if_the_row_has_one() -> None:
-    assert made({"deceased": True, "deceased_at": "2024-01-01T00:00:00Z"}) == {
+    assert map_row({"deceased": True, "deceased_at": "2024-01-01T00:00:00Z"}) == {
         "resourceType": "Patient",
         "deceasedDateTime": "2024-01-01T00:00:00Z",
     }
-    assert made({"deceased": False})["deceasedBoolean"] is False
+    assert map_row({"deceased": False})["deceasedBoolean"] is False
 
 
 def test_a_duplicate_identifier_is_sent_once() -> None:
     row = {"identifier_system": "s", "identifier_value": "1"}
-    assert made(row, row, {"identifier_system": "t", "identifier_value": "2"})["identifier"] == [
+    assert map_row(row, row, {"identifier_system": "t", "identifier_value": "2"})["identifier"] == [
         {"system": "s", "value": "1"},
         {"system": "t", "value": "2"},
     ]
@@ -68,10 +68,10 @@ def test_a_token_escapes_the_special_characters_of_search() -> None:
         ),
     ],
 )
-def test_the_error_of_an_invalid_mapping_says_where(tmp_path: Path, broken: str, said: str) -> None:
+def test_the_error_of_an_invalid_mapping_says_where(tmp_path: Path, broken: str, message: str) -> None:
     path = tmp_path / "mapping.json"
     path.write_text(broken)
-    with pytest.raises(ConfigurationError, match=said):
+    with pytest.raises(ConfigurationError, match=message):
         load_mapping(path)
 
 

@@ -1,4 +1,4 @@
-"""Order, waits, several connectors, and stopping."""
+"""The order of deliveries, retries, several connectors and shutdown."""
 
 import signal
 import time
@@ -17,10 +17,10 @@ LONG = 600.0
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come; only a hang fails here."""
+    """Wait until a condition holds. The timeout is long, so that only a hang fails."""
     deadline = time.monotonic() + LONG
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.01)
 
 

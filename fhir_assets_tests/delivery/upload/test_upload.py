@@ -1,4 +1,4 @@
-"""`fhir-assets upload` against servers that are well, that fail, and that refuse."""
+"""``fhir-assets upload`` to servers that accept, fail and refuse."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def dead_letters(upload: Upload) -> list[tuple[Any, ...]]:
 def test_an_uploaded_population_is_found_unchanged_by_search_despite_faults(
     upload_of: Upload, population: Path
 ) -> None:
-    """A server that holds every reference to account, so that order and circles matter, and fails in every way."""
+    """The server checks references, so that order and circles matter, and injects every fault."""
     upload_of.home.joinpath("input").symlink_to(population)
     sent = lines_of(population)
     with SandboxServer(faults=EVERY_FAULT, referential_integrity=True) as server:
