@@ -153,7 +153,7 @@ def test_wrong_credentials_are_one_clear_error(deployment: Deployment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected"),
     [
         ({"FHIR_RESOURCE_TYPES": "Patient,Pacient"}, "Pacient"),
         ({"FHIR_SOURCE": "ndjson", "FHIR_BASE_URL": "/nowhere/at/all"}, "/nowhere/at/all"),

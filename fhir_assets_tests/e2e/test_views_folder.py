@@ -140,7 +140,7 @@ def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployme
 
 
 @pytest.mark.parametrize(
-    ("columns", "said", "types"),
+    ("columns", "message", "types"),
     [
         ((ID,), "column born is in the table but not in the view", [("id", "text")]),
         (

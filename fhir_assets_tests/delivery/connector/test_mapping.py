@@ -58,7 +58,7 @@ def test_a_token_escapes_the_special_characters_of_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         ("{", "is not valid"),
         ('{"sources": [{"name": "x"}]}', "`\\$.sources\\[0\\]`"),
