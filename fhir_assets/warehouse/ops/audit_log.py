@@ -1,6 +1,5 @@
 """``ops.audit_log``: the append-only audit log. Records are written in the transaction of the action they describe."""
 
-from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from datetime import datetime
 from itertools import chain
@@ -16,9 +15,10 @@ _LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
 
 
 def record(conn: Session, *audit_records: AuditRecord) -> None:
-    """Append audit records. Call it last in the transaction of the action: other writers of the log wait for its end.
+    """Append audit records in the order given. Records with count 0 are ignored.
 
-    An action on many resources is one record with a count; records with count 0 are left out.
+    Call this as the last statement of the transaction of the action, because other writers of the log wait until that
+    transaction ends. An action on many resources is one record with a count.
     """
     counted = [audit_record for audit_record in audit_records if audit_record.count]
     if not counted:
@@ -67,7 +67,7 @@ def find_fault(conn: Session) -> Fault | None:
     query = f"SELECT h.seq, h.link, l.* FROM ops.audit_head h LEFT JOIN ({_LOG}) l ON true ORDER BY l.seq"  # noqa: S608
     with conn.transaction(), conn.cursor(name="audit") as cursor:
         cursor.itersize = 5000
-        # One statement reads the head and the records, so that records written meanwhile are in neither.
+        # One statement reads the head and the records, so that both come from the same snapshot.
         rows = iter(cursor.execute(query))
         first = next(rows, None)
         if first is None:
@@ -77,7 +77,7 @@ def find_fault(conn: Session) -> Fault | None:
 
 
 def check_link(conn: Connection, seq: int, link: str) -> Fault | None:
-    """Return a fault if a record is missing or its link differs from the one noted earlier, else None."""
+    """Return a fault if the record ``seq`` is missing or its link differs from ``link``, None otherwise."""
     row = conn.execute("SELECT encode(link, 'hex') FROM ops.audit_log WHERE seq = %s", [seq]).fetchone()
     if row is None:
         return Fault(seq, "missing")
@@ -85,9 +85,10 @@ def check_link(conn: Connection, seq: int, link: str) -> Fault | None:
 
 
 def get_head(conn: Connection) -> tuple[int, str]:
-    """Return the sequence number and the link of the last record.
+    """Return the sequence number and the link of the last record, ``(0, "")`` for an empty log.
 
-    Noted elsewhere, they prove later that no record was removed from the end.
+    If an operator keeps both values outside the database, ``check_link`` can later prove that no record was removed
+    from the end of the log.
     """
     row = conn.execute("SELECT seq, encode(link, 'hex') FROM ops.audit_head").fetchone()
     return (row[0], row[1]) if row else (0, "")
@@ -102,7 +103,7 @@ def find_latest(
     run_id: str | None = None,
     since: datetime | None = None,
 ) -> list[Entry]:
-    """Return records, newest first; ``about`` is the hash of a resource."""
+    """Return at most ``limit`` records, newest first. ``about`` is the result of ``hash_subject``."""
     rows = conn.execute(
         f"""
         {_LOG}
@@ -115,11 +116,7 @@ def find_latest(
         """,
         {"action": action, "about": about, "run": run_id, "since": since, "limit": limit},
     )
-    return list(_entries(rows))
-
-
-def _entries(rows: Iterable[tuple[Any, ...]]) -> Iterator[Entry]:
-    return map(_entry, rows)
+    return [_entry(row) for row in rows]
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:

@@ -13,14 +13,26 @@ from fhir_assets.storage.manifest import Part
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_COLUMNS = "id, base_url, status_url, status, since, requested_at, transaction_time, manifest, files_done"
+_FIND = """
+    SELECT id, base_url, status_url, status, since, requested_at, transaction_time, manifest, files_done
+    FROM ops.bulk_exports
+    WHERE base_url = %(base)s
+        AND level = %(level)s
+        AND type_filter = %(filter)s
+        AND resource_types @> %(types)s
+        AND status = ANY(%(statuses)s)
+        AND (since IS NULL OR since <= %(since)s)
+        AND (%(until)s::timestamptz IS NULL OR transaction_time >= %(until)s)
+    ORDER BY requested_at DESC
+    LIMIT 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class BulkExport:
     """A bulk export. ``manifest`` is None until the export is complete on the server.
 
-    ``files_done`` are the indexes in the manifest's output of the files that are in the store.
+    ``files_done`` contains the index in the manifest's ``output`` of every file that is in the store.
     """
 
     id: str
@@ -36,7 +48,7 @@ class BulkExport:
 
 @contextmanager
 def lock_server(conn: Connection, base_url: str) -> Iterator[None]:
-    """Hold the lock of a server's exports. A process that waited for it finds the export of the process before."""
+    """Hold the lock of a server's exports, so that a waiting process finds the export that the holder requested."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.BULK_EXPORT, base_url])
     conn.commit()
     try:
@@ -52,14 +64,10 @@ def find(
 ) -> BulkExport | None:
     """Return the latest export that contains the types and time range of ``request``, None if there is none.
 
-    With ``until``, the transaction time of the export must not be before it.
+    With ``until``, exports whose transaction time is earlier are ignored.
     """
     row = conn.execute(
-        f"SELECT {_COLUMNS} FROM ops.bulk_exports WHERE base_url = %(base)s AND level = %(level)s"  # noqa: S608
-        " AND type_filter = %(filter)s AND resource_types @> %(types)s AND status = ANY(%(statuses)s)"
-        " AND (since IS NULL OR since <= %(since)s)"
-        " AND (%(until)s::timestamptz IS NULL OR transaction_time >= %(until)s)"
-        " ORDER BY requested_at DESC LIMIT 1",
+        _FIND,
         {
             "base": base_url,
             "level": request.level,
@@ -79,8 +87,11 @@ def begin(
 ) -> BulkExport:
     """Record an export as soon as the server has accepted the request. Commits."""
     conn.execute(
-        "INSERT INTO ops.bulk_exports (id, base_url, level, resource_types, type_filter, since, status_url,"
-        " requested_at) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+        """
+        INSERT INTO ops.bulk_exports
+            (id, base_url, level, resource_types, type_filter, since, status_url, requested_at)
+        VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
+        """,
         [
             export_id,
             base_url,
@@ -106,15 +117,17 @@ def record_manifest(conn: Connection, export_id: str, manifest: ExportManifest) 
 
 
 def record_parts(conn: Connection, export_id: str, parts: Mapping[str, Sequence[Part]], files: Sequence[int]) -> None:
-    """Record parts that contain some files of the export completely. Commits."""
+    """Record parts by resource type, and the indexes of the export files that they contain completely. Commits."""
     with conn.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO ops.bulk_parts (export_id, resource_type, name, rows, bytes, stored_bytes, first, last)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+            """
+            INSERT INTO ops.bulk_parts (export_id, resource_type, name, rows, bytes, stored_bytes, first, last)
+            VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
+            """,
             [
-                (export_id, name, p.name, p.rows, p.bytes, p.stored_bytes, p.first, p.last)
-                for name, of_type in parts.items()
-                for p in of_type
+                (export_id, resource_type, p.name, p.rows, p.bytes, p.stored_bytes, p.first, p.last)
+                for resource_type, parts_of_type in parts.items()
+                for p in parts_of_type
             ],
         )
         cursor.execute(
@@ -136,19 +149,27 @@ def end(conn: Connection, export_id: str, status: str, *, error: str | None = No
 def list_parts(conn: Connection, export_id: str) -> list[tuple[str, Part]]:
     """Return the parts of an export that are in the store, each with its resource type."""
     rows = conn.execute(
-        "SELECT resource_type, name, rows, bytes, stored_bytes, first, last FROM ops.bulk_parts"
-        " WHERE export_id = %s ORDER BY resource_type, name",
+        """
+        SELECT resource_type, name, rows, bytes, stored_bytes, first, last
+        FROM ops.bulk_parts
+        WHERE export_id = %s
+        ORDER BY resource_type, name
+        """,
         [export_id],
     ).fetchall()
     conn.commit()
-    return [(name, Part(*facts)) for name, *facts in rows]
+    return [(resource_type, Part(*columns)) for resource_type, *columns in rows]
 
 
 def find_expired(conn: Connection, base_url: str, before: datetime) -> list[str]:
     """Return the ids of exports that ended before a time and still have parts in the store."""
     rows = conn.execute(
-        "SELECT DISTINCT e.id FROM ops.bulk_exports e JOIN ops.bulk_parts p ON p.export_id = e.id"
-        " WHERE base_url = %s AND finished_at < %s",
+        """
+        SELECT DISTINCT e.id
+        FROM ops.bulk_exports e
+        JOIN ops.bulk_parts p ON p.export_id = e.id
+        WHERE base_url = %s AND finished_at < %s
+        """,
         [base_url, before],
     ).fetchall()
     conn.commit()
@@ -159,13 +180,27 @@ def remove_parts(conn: Connection, export_id: str) -> None:
     """Record that the parts of an export are deleted from the store, so that it is not used again. Commits."""
     conn.execute("DELETE FROM ops.bulk_parts WHERE export_id = %s", [export_id])
     conn.execute(
-        "UPDATE ops.bulk_exports SET status = 'failed', error = 'its files are gone' WHERE id = %s AND status = 'done'",
+        """
+        UPDATE ops.bulk_exports
+        SET status = 'failed', error = 'its files were deleted from the store'
+        WHERE id = %s AND status = 'done'
+        """,
         [export_id],
     )
     conn.commit()
 
 
 def _export(row: Sequence[Any]) -> BulkExport:
-    export_id, base_url, status_url, status, since, requested_at, moment, manifest, done = row
-    known = manifest_from_json(manifest) if manifest else None
-    return BulkExport(export_id, base_url, status_url, status, since, requested_at, moment, known, frozenset(done))
+    export_id, base_url, status_url, status, since, requested_at, transaction_time, manifest_json, files_done = row
+    manifest = manifest_from_json(manifest_json) if manifest_json else None
+    return BulkExport(
+        export_id,
+        base_url,
+        status_url,
+        status,
+        since,
+        requested_at,
+        transaction_time,
+        manifest,
+        frozenset(files_done),
+    )

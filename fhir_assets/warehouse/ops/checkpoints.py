@@ -1,4 +1,4 @@
-"""``ops.checkpoints`` and ``ops.loaded_parts``: up to which time each type is loaded, and which parts of the store."""
+"""``ops.checkpoints`` and ``ops.loaded_parts``: the time up to which each type is loaded, and the loaded parts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class LoadedPart(Protocol):
 class Checkpoint:
     """Every resource of a type that was updated before ``loaded_until`` is loaded.
 
-    ``moved_at`` is when the checkpoint last moved or was set; for ``source_state`` see Source.state.
+    ``moved_at`` is the time at which the checkpoint was last moved or set. For ``source_state`` see Source.state.
     """
 
     loaded_until: datetime
@@ -48,7 +48,10 @@ def get(conn: Connection, resource_types: Sequence[str]) -> dict[str, Checkpoint
 
 
 def begin(conn: Connection, resource_types: Sequence[str], start: datetime, *, source_state: str | None) -> None:
-    """Set the checkpoints of types to ``start``, for a source in this state. Nothing else moves a checkpoint back."""
+    """Set the checkpoints of types to ``start``. No other function moves a checkpoint back.
+
+    ``source_state`` is the current Source.state.
+    """
     conn.execute(
         """
         INSERT INTO ops.checkpoints (resource_type, loaded_until, source_state)
@@ -66,7 +69,7 @@ def begin(conn: Connection, resource_types: Sequence[str], start: datetime, *, s
 def advance(conn: Connection, resource_type: str, window_start: datetime | None, until: datetime, run_id: str) -> bool:
     """Record that a window is loaded from its start to ``until``. Return True if the checkpoint moved.
 
-    It never moves back and never over a gap: a window that begins after the checkpoint does not move it.
+    The checkpoint moves only forward and never over a gap: a window that begins after the checkpoint does not move it.
     """
     moved = conn.execute(
         """
@@ -102,14 +105,21 @@ def record_loaded_parts(
     rows = [(key, part.name, part.rows) for key in sorted(parts) for part in parts[key]]
     keys, names, counts = zip(*rows, strict=True) if rows else ((), (), ())
     conn.execute(
-        "DELETE FROM ops.loaded_parts WHERE resource_type = %s AND partition_key = ANY(%s)"
-        " AND (partition_key, part) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))",
+        """
+        DELETE FROM ops.loaded_parts
+        WHERE resource_type = %s
+            AND partition_key = ANY(%s)
+            AND (partition_key, part) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+        """,
         [resource_type, list(parts), list(keys), list(names)],
     )
     conn.execute(
-        "INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)"
-        " SELECT %s, key, part, rows, %s FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS new (key, part, rows)"
-        " ON CONFLICT (resource_type, partition_key, part) DO NOTHING",
+        """
+        INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)
+        SELECT %s, key, part, rows, %s
+        FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS new (key, part, rows)
+        ON CONFLICT (resource_type, partition_key, part) DO NOTHING
+        """,
         [resource_type, run_id, list(keys), list(names), list(counts)],
     )
 

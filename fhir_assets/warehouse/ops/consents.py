@@ -1,12 +1,12 @@
 """Consents and the decisions that follow from them.
 
 ``ops.consent_records`` holds the newest version of every Consent resource, ``ops.consents`` the decision for each
-patient and purpose, ``ops.consent_changes`` when to decide on a patient again, and ``ops.consent_policy`` the policy
-that the tables follow. The resources that a decision keeps out of the tables are in
-``withheld_resources``.
+patient and purpose, ``ops.consent_changes`` the time at which each patient must be decided on again, and
+``ops.consent_policy`` the policy that the tables follow. The module ``withheld_resources`` holds the resources that a
+decision keeps out of the tables.
 
-Loads hold a shared lock while they read decisions; a change of decisions holds it exclusively until the tables follow,
-so that no load brings back a resource that was just withheld.
+Loads hold a shared lock while they read decisions. A change of decisions holds the same lock exclusively until the
+tables are changed, so that a running load cannot insert a resource that was just withheld.
 """
 
 from collections import defaultdict
@@ -94,7 +94,7 @@ _COPY_CONSENTS = sql.SQL("""
 
 
 def record_loaded_consents(conn: Connection) -> None:
-    """Copy every Consent in ``fhir.resource`` to ``ops.consent_records`` and mark its patient for a decision."""
+    """Copy every Consent in ``fhir.resource`` to ``ops.consent_records`` and mark the patients for a decision."""
     for statement in build_record_statements(sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "key_id")):
         conn.execute(statement)
 
@@ -117,8 +117,9 @@ def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
 
 
 def find_due_patients(conn: Connection, at: datetime, limit: int) -> list[str]:
-    """Return the ids of at most ``limit`` patients to decide on at time ``at``: their Consents changed, or a period
-    began or ended.
+    """Return the ids of at most ``limit`` patients for whom ``update_decisions`` is due at time ``at``.
+
+    A patient is due if a Consent changed, or if a period of a Consent has begun or ended.
     """
     rows = conn.execute(
         """
@@ -134,8 +135,10 @@ def find_due_patients(conn: Connection, at: datetime, limit: int) -> list[str]:
 
 
 def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> int:
-    """Decide on patients by their Consents at time ``at``, and note when to decide again. Return the number of
-    decisions that changed. Raises EncryptionError.
+    """Decide on patients by their Consents at time ``at`` and return the number of decisions that changed.
+
+    Records for each patient the time of the next change, if there is one. Raises EncryptionError if a Consent cannot
+    be decrypted.
     """
     consents_by_patient = _read_consents(conn, patients)
     versions: dict[str, str | None] = {}
@@ -215,7 +218,10 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
 
 
 def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return the decisions in force, of one patient if given: the columns of ``ops.consents``, and ``changes_at``."""
+    """Return the current decisions, only those of ``patient`` if given.
+
+    The keys are the columns of ``ops.consents`` and ``changes_at``, the time of the next change or None.
+    """
     with conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(
             """
@@ -231,18 +237,18 @@ def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list
 
 
 def get_applied_policy(conn: Connection) -> ConsentGate:
-    """Return the policy that the tables follow."""
+    """Return the policy that the tables follow, the default if none was recorded."""
     row = conn.execute("SELECT policy, purpose FROM ops.consent_policy").fetchone()
     return ConsentGate(Policy(row[0]), Purpose(row[1])) if row else ConsentGate()
 
 
-def set_applied_policy(conn: Connection, gate: ConsentGate) -> None:
-    """Note that the tables follow a policy."""
+def set_applied_policy(conn: Connection, consent_gate: ConsentGate) -> None:
+    """Record that the tables follow a policy."""
     conn.execute(
         """
         INSERT INTO ops.consent_policy (policy, purpose)
         VALUES (%s, %s)
         ON CONFLICT (one) DO UPDATE SET policy = excluded.policy, purpose = excluded.purpose
         """,
-        [gate.policy.value, gate.purpose.value],
+        [consent_gate.policy.value, consent_gate.purpose.value],
     )

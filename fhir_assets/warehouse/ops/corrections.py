@@ -1,7 +1,7 @@
 """``ops.corrections``: resources corrected by hand, by the fingerprint of the dead letter that they correct.
 
-A correction replaces the original whenever that is validated again: in a replay, or when its window is materialized
-again. The dead letters themselves are in ``dead_letters``.
+A correction replaces the original resource whenever that resource is validated again: in a replay, or when its window
+is materialized again. The module ``dead_letters`` holds the dead letters.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """The resource that replaces the resource of a dead letter, and who corrected it when."""
+    """The resource that replaces the resource of a dead letter, with the author and the time of the correction."""
 
     resource: bytes
     corrected_by: str
@@ -23,9 +23,9 @@ class Correction:
 
 
 def record(conn: Session, dead_letter_id: int, resource: bytes, *, by: str) -> None:
-    """Replace the resource of a dead letter by ``resource`` from now on.
+    """Record ``resource`` as the correction of a dead letter.
 
-    An earlier correction is replaced; the original is kept.
+    An earlier correction is overwritten; the original resource is kept. ``by`` names the author.
     """
     cipher = cipher_of(conn)
     conn.execute(
@@ -78,9 +78,9 @@ def read_by_fingerprint(
 
 
 class Corrections:
-    """The corrections of some partitions of one type in some stages.
+    """The corrections of a resource type in the given stages and partitions.
 
-    The fingerprints are read when the first resource fails and kept in memory; the resources are read one by one.
+    The fingerprints are read when the first resource fails, and are kept in memory; the resources are read one by one.
     """
 
     def __init__(self, connect: OpenSession, resource_type: str, stages: Sequence[str], keys: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """``ops.dead_letters``: resources that failed a step, each with the reason and its bytes as received.
 
-Here they are recorded, listed and counted. Replays are in ``replays``, corrections by hand in ``corrections``.
+This module records, lists and counts dead letters. Replays are in ``replays``, corrections by hand in ``corrections``.
 """
 
 import re
@@ -25,14 +25,14 @@ Status = Literal["open", "replaying", "resolved", "discarded"]
 _CHUNK = 5000
 _STREAMED = 500
 _IS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
-"""A valid FHIR id. Any other text in the element id may be patient data, and is stored with the resource only."""
+"""Matches a valid FHIR id. Any other text in the element ``id`` may be patient data and is not stored as an id."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """A resource, as the bytes received, that failed a stage.
 
-    ``path``, ``message`` and ``issues`` contain no patient data; ``rule`` and ``path`` are those of the first error.
+    ``path``, ``message`` and ``issues`` contain no patient data. ``rule`` and ``path`` belong to the first error.
     ``origin`` identifies the input (see ``received``), None if the resource was fetched from the configured source.
     ``ruleset`` is the fingerprint of the rules or views under which it failed.
     """
@@ -50,7 +50,7 @@ class DeadLetter:
     ruleset: str = ""
 
     def fingerprint(self, cipher: Cipher) -> bytes:
-        """Return the keyed hash of stage, type, partition and content, by which a repeated failure is recognized."""
+        """Return the keyed hash of stage, type, partition and content, which identifies a repeated failure."""
         content = self.resource
         if content is None:
             content = "\0".join((self.resource_id or "", self.rule, self.path, self.message)).encode(*_UTF8)
@@ -64,8 +64,8 @@ _UTF8 = ("utf-8", "backslashreplace")
 def record(conn: Session, run_id: str, failures: Iterable[DeadLetter]) -> None:
     """Record dead letters of a run.
 
-    A known dead letter counts one more attempt and is open again unless it was discarded; ``occurrences`` counts how
-    often the run received its content.
+    A dead letter that is known already gets one more attempt and is reopened, unless it was discarded.
+    ``occurrences`` counts the resources with this content in the run.
     """
     rest = iter(failures)
     while chunk := list(islice(rest, _CHUNK)):
@@ -73,7 +73,7 @@ def record(conn: Session, run_id: str, failures: Iterable[DeadLetter]) -> None:
 
 
 def record_now(connect: OpenSession, run_id: str, failures: Sequence[DeadLetter]) -> None:
-    """Record dead letters on a connection of its own and commit, also if the caller's transaction is rolled back."""
+    """Record dead letters on a new connection, and commit: they survive a rollback of the caller's transaction."""
     with connect() as conn, conn.transaction():
         record(conn, run_id, failures)
 
@@ -83,8 +83,8 @@ def resolve_not_repeated(
 ) -> int:
     """Resolve the dead letters of a stage that did not fail again in a run that processed the partitions completely.
 
-    Returns their number. Dead letters of stage ``fetch`` that came through another channel than the source are left:
-    fetching the source again does not repeat their input.
+    Returns their number. Dead letters of stage ``fetch`` that came through another channel than the source stay open,
+    because fetching the source again does not repeat their input.
     """
     return conn.execute(
         """
@@ -138,7 +138,7 @@ class StoredDeadLetter:
 class Selection:
     """A filter of dead letters: every field that is not None must match.
 
-    ``run_id`` is the run in which they failed first or last; ``since`` (inclusive) and ``until`` (exclusive) bound the
+    ``run_id`` is the run of the first or of the last failure; ``since`` (inclusive) and ``until`` (exclusive) bound the
     time of the last failure.
     """
 
@@ -177,6 +177,39 @@ class Selection:
         return sql.SQL(" AND ").join(terms or [sql.SQL("true")]), params
 
 
+_AFTER_PREVIOUS_PAGE = "(last_failure, id) < (SELECT last_failure, id FROM ops.dead_letters WHERE id = %(before)s)"
+_PAGE = sql.SQL("""
+    SELECT {columns}
+    FROM ops.dead_letters
+    WHERE {where} AND {after_previous_page}
+    ORDER BY last_failure DESC, id DESC
+    LIMIT %(limit)s
+""")
+# One page from each of two indexes: with OR, Postgres would sort all dead letters of the run.
+_PAGE_OF_RUN = sql.SQL("""
+    SELECT *
+    FROM (
+        (
+            SELECT {columns}
+            FROM ops.dead_letters
+            WHERE run_id = %(run_id)s AND {where} AND {after_previous_page}
+            ORDER BY last_failure DESC, id DESC
+            LIMIT %(limit)s
+        )
+        UNION
+        (
+            SELECT {columns}
+            FROM ops.dead_letters
+            WHERE first_run_id = %(run_id)s AND {where} AND {after_previous_page}
+            ORDER BY last_failure DESC, id DESC
+            LIMIT %(limit)s
+        )
+    ) AS pages
+    ORDER BY last_failure DESC, id DESC
+    LIMIT %(limit)s
+""")
+
+
 def find(
     conn: Connection, selection: Selection, *, before: int | None = None, limit: int = 100
 ) -> list[StoredDeadLetter]:
@@ -184,27 +217,13 @@ def find(
 
     ``before`` is the last id of the previous page.
     """
-    if selection.run_id is not None:
-        # One page from each of two indexes: with OR, Postgres would sort all dead letters of the run.
-        other_terms = replace(selection, run_id=None).where()[0]
-        conditions = [
-            sql.SQL("{} = %(run_id)s AND {}").format(sql.Identifier(name), other_terms)
-            for name in ("run_id", "first_run_id")
-        ]
-    else:
-        conditions = [selection.where()[0]]
-    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(StoredDeadLetter)])
-    page = sql.SQL(
-        "AND (last_failure, id) < (SELECT last_failure, id FROM ops.dead_letters WHERE id = %(before)s)"
-        if before is not None
-        else ""
+    run_selected = selection.run_id is not None
+    where = replace(selection, run_id=None).where()[0]
+    query = (_PAGE_OF_RUN if run_selected else _PAGE).format(
+        columns=sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(StoredDeadLetter)]),
+        where=where,
+        after_previous_page=sql.SQL("true" if before is None else _AFTER_PREVIOUS_PAGE),
     )
-    order = sql.SQL("ORDER BY last_failure DESC, id DESC LIMIT %(limit)s")
-    parts = [
-        sql.SQL("(SELECT {} FROM ops.dead_letters WHERE {} {} {})").format(columns, where, page, order)
-        for where in conditions
-    ]
-    query = sql.SQL("SELECT * FROM ({}) AS pages {}").format(sql.SQL(" UNION ").join(parts), order)
     params = {**selection.where()[1], "before": before, "limit": limit}
     with conn.cursor(row_factory=class_row(StoredDeadLetter)) as cursor:
         return cursor.execute(query, params).fetchall()
@@ -247,7 +266,7 @@ def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLett
 def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
     """Return the numbers of dead letters (key ``letters``) and of their occurrences by stage, rule and path.
 
-    The most frequent come first; ``occurrences`` counts equal resources of a run separately.
+    The largest number of occurrences comes first; ``occurrences`` counts equal resources of a run separately.
     """
     where, params = selection.where()
     rows = conn.execute(
@@ -338,7 +357,7 @@ _UPSERT = sql.SQL("""
         claimed_by = NULL,
         replay_requested_at = NULL
 """).format(
-    # A corrected dead letter of stage fetch fails again whenever its window is fetched, and stays resolved.
+    # A corrected dead letter of stage fetch stays resolved: it fails again whenever its window is fetched.
     stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'")
 )
 

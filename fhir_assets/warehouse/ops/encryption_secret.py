@@ -1,6 +1,6 @@
 """``ops.encryption``: the secret of the keyed hashes, encrypted with a key of the deployment.
 
-Decrypting it also checks the keys: a deployment with wrong or missing keys fails before it reads or writes anything.
+``unlock`` also checks the keys: a deployment with wrong or missing keys fails before it reads or writes any data.
 """
 
 from fhir_assets.errors import ConfigurationError, EncryptionError
@@ -9,7 +9,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def unlock(conn: Connection, cipher: Cipher) -> Cipher:
-    """Return ``cipher`` with the secret of this database, which is created when keys are first used. Commits.
+    """Return ``cipher`` with the secret of this database. Creates the secret when keys are first used. Commits.
 
     Raises ConfigurationError if the database is encrypted and its key is not among the keys of ``cipher``.
     """
@@ -28,7 +28,7 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
     if not cipher.encrypts:
         raise ConfigurationError(
             f"This database is encrypted with key {key_id}, but PHI_ENCRYPTION_KEYS is not set: set it. "
-            "Without that key its patient data cannot be read, only loaded again into a new database"
+            "Without that key the patient data cannot be read; it must be loaded again into a new database"
         )
     try:
         return cipher.with_secret(cipher.decrypt(content))
@@ -41,7 +41,7 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
 
 
 def reencrypt(conn: Connection, cipher: Cipher) -> bool:
-    """Encrypt the secret with the newest key. Return True if it was encrypted with another key before."""
+    """Encrypt the secret with the newest key. Return True if its key was another one before."""
     with conn.transaction():
         encrypted = _read_encrypted_secret(conn, lock=True)
         if encrypted is None or encrypted[0] == cipher.key_id:

@@ -1,6 +1,6 @@
-"""``ops.idempotency``: stored responses to API requests that have an Idempotency-Key.
+"""``ops.idempotency``: stored responses to API requests that have an ``Idempotency-Key`` header.
 
-A repeated request gets the stored response, and its work is not done again.
+A repeated request gets the stored response and is not executed again.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from datetime import timedelta
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
-KEPT = timedelta(days=1)
-"""How long a response is kept."""
+RETENTION = timedelta(days=1)
+"""The time for which a response is kept."""
 
 
 class KeyReused(Exception):
@@ -19,7 +19,7 @@ class KeyReused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Keyed hashes of a request: ``key`` of the caller, path and idempotency key; ``body`` of its body."""
+    """Keyed hashes of a request: ``key`` hashes the caller, the path and the idempotency key; ``body`` the body."""
 
     key: bytes
     body: bytes
@@ -32,17 +32,17 @@ class Request:
 
 
 def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
-    """Wait until no other process handles the same request, and return the status and body of its stored response, or
-    None.
+    """Lock a request until the transaction ends, and return the status and body of its stored response, or None.
 
-    The request is locked until the transaction ends. Raises KeyReused, or EncryptionError.
+    Waits while another process handles the same request. Raises KeyReused if the stored request has another body, and
+    EncryptionError if the stored response cannot be decrypted.
     """
     conn.execute(
         "SELECT pg_advisory_xact_lock(%s, hashtext(%s))", [advisory_locks.IDEMPOTENT_REQUEST, request.key.hex()]
     )
     row = conn.execute(
         "SELECT body, status, answer FROM ops.idempotency WHERE key = %s AND answered_at > now() - %s",
-        [request.key, KEPT],
+        [request.key, RETENTION],
     ).fetchone()
     if row is None:
         return None
@@ -52,7 +52,7 @@ def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
 
 
 def record_response(conn: Session, request: Request, status: int, answer: bytes) -> None:
-    """Store the response to a request, and delete some of the responses that are older than a day."""
+    """Store the response to a request, and delete at most 100 responses that are older than RETENTION."""
     cipher = cipher_of(conn)
     conn.execute(
         """
@@ -74,5 +74,5 @@ def record_response(conn: Session, request: Request, status: int, answer: bytes)
             SELECT key FROM ops.idempotency WHERE answered_at < now() - %s LIMIT 100 FOR UPDATE SKIP LOCKED
         )
         """,
-        [KEPT],
+        [RETENTION],
     )

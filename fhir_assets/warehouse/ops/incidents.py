@@ -1,4 +1,4 @@
-"""``ops.incidents``: failures of runs, checks and schedules, each until its recovery, and the alerts about them."""
+"""``ops.incidents``: failures of runs, checks and schedules that last until a recovery, and the alerts about them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ class Incident:
     """A failure that lasts until all of its partitions recover.
 
     ``name`` is the job, the check (``asset:check``) or the schedule. ``partitions`` are the windows or resource types
-    that still fail; one empty name where there are no partitions; none when the incident is over. ``counts`` are the
+    that still fail: ``[""]`` for a failure without partitions, ``[]`` once the incident is closed. ``counts`` are the
     numbers of the last failure.
     """
 
@@ -44,7 +44,7 @@ def record_failure(
     run_id: str | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> None:
-    """Open an incident, or add the partitions to the open one."""
+    """Open an incident, or add the partitions to the open incident of this kind and name."""
     conn.execute(
         """
         INSERT INTO ops.incidents AS i (kind, name, partitions, run_id, counts)
@@ -87,10 +87,10 @@ def record_recovery(conn: Connection, kind: Kind, name: str, partitions: Iterabl
 
 
 def announce(conn: Connection, deliver: Callable[[list[Incident], list[Incident]], bool]) -> None:
-    """Pass incidents that started and that ended since the last call to ``deliver``; if it returns True, record that.
+    """Call ``deliver(started, ended)`` with the incidents that are not announced yet; if it returns True, record that.
 
-    An incident that opened and closed in one transaction is not announced. The rows are locked meanwhile, so that only
-    one of two callers announces them. Commits.
+    An incident that opened and closed in one transaction is not announced. The rows are locked during the call, so
+    that concurrent callers do not announce them twice. Commits.
     """
     with conn.transaction():
         started = _lock_unannounced(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")

@@ -1,4 +1,4 @@
-"""``ops.key_rotations``: executions of ``fhir-assets keys rotate`` and their progress."""
+"""``ops.key_rotations``: key rotations (``fhir-assets keys rotate``) and their progress."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

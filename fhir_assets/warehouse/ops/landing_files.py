@@ -12,15 +12,20 @@ from psycopg.types.json import Jsonb
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
-"""Seconds after which a failed file is tried again; doubled with each failure."""
+"""Seconds between the first failure of a file and the next attempt; doubled with each failure."""
 
 LONGEST_WAIT_SECONDS = 3600
 
-BAD = (
-    "(status = 'failed' OR rejected > 0 AND EXISTS (SELECT FROM ops.dead_letters d"
-    " WHERE d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')))"
-)
-"""The condition for bad files: the file could not be read, or a part of it is an unresolved dead letter."""
+_IS_BAD = sql.SQL("""
+    (
+        status = 'failed'
+        OR rejected > 0 AND EXISTS (
+            SELECT FROM ops.dead_letters d
+            WHERE d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')
+        )
+    )
+""")
+"""The condition for bad files: the file could not be read, or a part of the file is an unresolved dead letter."""
 
 
 class ListedFile(Protocol):
@@ -49,7 +54,7 @@ class ListedFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReadyFile:
-    """A complete file that is to be received, with the batch that it was assigned to, if any."""
+    """A complete file to be received. ``batch`` is the batch it is assigned to, None if it has no batch yet."""
 
     name: str
     size: int
@@ -59,23 +64,30 @@ class ReadyFile:
 
 
 def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool]]) -> None:
-    """Record the current listing of a zone: files, each with True if it is known to be complete.
+    """Record the current listing of a zone: pairs of a file and True if the file is known to be complete.
 
-    A file is ready if it is unchanged since the last listing, or known to be complete. The row of a changed file is
-    reset. Rows of files that have disappeared without being loaded are deleted.
+    A file is ready if it is known to be complete or unchanged since the last listing. The row of a changed file is
+    reset. The rows of files that were removed from the zone before they were loaded are deleted.
     """
     with conn.cursor() as cursor:
         cursor.execute(
-            "CREATE TEMPORARY TABLE listing (name text, size bigint, mark text, written timestamptz, complete boolean)"
-            " ON COMMIT DROP"
+            """
+            CREATE TEMPORARY TABLE listing (
+                name text, size bigint, mark text, written timestamptz, complete boolean
+            ) ON COMMIT DROP
+            """
         )
         with cursor.copy("COPY listing FROM STDIN") as copy:
             for file, complete in files:
                 copy.write_row((file.name, file.size, file.mark, file.written, complete))
         cursor.execute("ANALYZE listing")
         cursor.execute(
-            "DELETE FROM ops.landing_files f WHERE zone = %s AND status <> 'loaded'"
-            " AND NOT EXISTS (SELECT FROM listing s WHERE s.name = f.name)",
+            """
+            DELETE FROM ops.landing_files f
+            WHERE zone = %s
+                AND status <> 'loaded'
+                AND NOT EXISTS (SELECT FROM listing s WHERE s.name = f.name)
+            """,
             [zone],
         )
         cursor.execute(_UPSERT_LISTING, [zone])
@@ -83,12 +95,21 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
 
 
 def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
-    """Return files to receive, oldest first. Failed files are included after their waiting time."""
+    """Return at most ``limit`` files to receive, oldest first. Failed files are included after their waiting time."""
     rows = conn.execute(
-        "SELECT name, size, mark, written_at, batch FROM ops.landing_files WHERE zone = %(zone)s"
-        " AND (status = 'ready' OR status = 'failed' AND tried_at < %(now)s"
-        " - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second')"
-        " ORDER BY written_at, name LIMIT %(limit)s",
+        """
+        SELECT name, size, mark, written_at, batch
+        FROM ops.landing_files
+        WHERE zone = %(zone)s
+            AND (
+                status = 'ready'
+                OR status = 'failed'
+                    AND tried_at < %(now)s
+                        - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second'
+            )
+        ORDER BY written_at, name
+        LIMIT %(limit)s
+        """,
         {
             "zone": zone,
             "now": now,
@@ -101,16 +122,17 @@ def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> lis
 
 
 def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
-    """Assign files to a batch, which is received together, also after a crash.
+    """Assign files to a batch and return the files that were assigned.
 
-    Returns the files that were assigned; files that another process assigned in the meantime are left out.
+    The files of a batch are received together, also when a crashed attempt is repeated. Files that another process has
+    assigned in the meantime are not returned.
     """
     rows = conn.execute(
         "UPDATE ops.landing_files SET batch = %s WHERE zone = %s AND name = ANY(%s) AND batch IS NULL RETURNING name",
         [batch, zone, [file.name for file in files]],
     ).fetchall()
-    joined = {name for (name,) in rows}
-    return [file for file in files if file.name in joined]
+    assigned = {name for (name,) in rows}
+    return [file for file in files if file.name in assigned]
 
 
 def record_loaded(
@@ -124,7 +146,7 @@ def record_loaded(
     skipped: Mapping[str, int],
     known_before: bool,
 ) -> None:
-    """Record that a file was received completely. ``counts`` are rows, rejected and deleted."""
+    """Record that a file was received completely. ``counts`` has the keys ``rows``, ``rejected`` and ``deleted``."""
     _record_attempt(
         conn,
         zone,
@@ -142,30 +164,32 @@ def record_loaded(
 
 
 def record_failure(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
-    """Record that a file could not be received; it is tried again later. ``error`` must contain no patient data."""
+    """Record that a file could not be received and must be tried again. ``error`` must contain no patient data."""
     _record_attempt(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
 
 
 def list_files(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-    """Return the files of a zone, newest first; ``status`` may also be ``bad``."""
-    return (
-        conn.cursor(row_factory=dict_row)
-        .execute(
-            f"SELECT name, size, status, {BAD} AS bad, rows, rejected, deleted, skipped, known_before, found_at,"  # noqa: S608
-            " left(sha256, 12) AS content, error FROM ops.landing_files WHERE zone = %(zone)s"
-            " AND (%(status)s::text IS NULL OR status = %(status)s OR %(status)s = 'bad' AND " + BAD + ")"
-            " ORDER BY found_at DESC, name LIMIT %(limit)s",
-            {"zone": zone, "status": status, "limit": limit},
-        )
-        .fetchall()
-    )
+    """Return at most ``limit`` files of a zone, newest first. The status ``bad`` selects the bad files."""
+    query = sql.SQL("""
+        SELECT
+            name, size, status, {is_bad} AS bad, rows, rejected, deleted, skipped, known_before, found_at,
+            left(sha256, 12) AS content, error
+        FROM ops.landing_files
+        WHERE zone = %(zone)s
+            AND (%(status)s::text IS NULL OR status = %(status)s OR %(status)s = 'bad' AND {is_bad})
+        ORDER BY found_at DESC, name
+        LIMIT %(limit)s
+    """).format(is_bad=_IS_BAD)
+    with conn.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(query, {"zone": zone, "status": status, "limit": limit}).fetchall()
 
 
 @dataclass(frozen=True, slots=True)
 class ZoneState:
-    """The number of files of a zone by status, and the number of bad files (see BAD).
+    """The number of files of a zone by status, and the number of bad files.
 
-    ``sample`` describes the first bad files: the beginning of the hash, the number of rejected parts, the error.
+    A file is bad if it could not be read or has unresolved dead letters. ``sample`` describes the first bad files by
+    the beginning of their hash, their number of rejected resources, and their error.
     """
 
     by_status: dict[str, int]
@@ -174,15 +198,17 @@ class ZoneState:
 
 
 def get_zone_state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
-    """Return the state of a zone as last listed, with at most ``sample`` bad files."""
+    """Return the state of a zone at its last listing, with a sample of at most ``sample`` bad files."""
     by_status: dict[str, int] = dict(
         conn.execute("SELECT status, count(*) FROM ops.landing_files WHERE zone = %s GROUP BY 1", [zone]).fetchall()
     )
-    bad = conn.execute(
-        "SELECT coalesce(left(sha256, 12), ''), coalesce(rejected, 0), coalesce(error, 'dead letters')"  # noqa: S608
-        f" FROM ops.landing_files WHERE zone = %s AND {BAD} ORDER BY found_at, name",
-        [zone],
-    ).fetchall()
+    query = sql.SQL("""
+        SELECT coalesce(left(sha256, 12), ''), coalesce(rejected, 0), coalesce(error, 'dead letters')
+        FROM ops.landing_files
+        WHERE zone = %s AND {is_bad}
+        ORDER BY found_at, name
+    """).format(is_bad=_IS_BAD)
+    bad = conn.execute(query, [zone]).fetchall()
     return ZoneState(by_status, len(bad), bad[:sample])
 
 
@@ -191,26 +217,37 @@ def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mappin
         sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in values
     )
     conn.execute(
-        sql.SQL(
-            "UPDATE ops.landing_files SET {}, attempts = attempts + 1, tried_at = clock_timestamp()"
-            " WHERE zone = %(zone)s AND name = %(name)s AND mark = %(mark)s AND size = %(size)s"
-        ).format(assignments),
+        sql.SQL("""
+            UPDATE ops.landing_files
+            SET {}, attempts = attempts + 1, tried_at = clock_timestamp()
+            WHERE zone = %(zone)s AND name = %(name)s AND mark = %(mark)s AND size = %(size)s
+        """).format(assignments),
         {**values, "zone": zone, "name": file.name, "mark": file.mark, "size": file.size},
     )
 
 
 _UPSERT_LISTING = """
     INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status)
-    SELECT %s, name, size, mark, written, CASE WHEN complete THEN 'ready' ELSE 'arriving' END FROM listing ORDER BY name
+    SELECT %s, name, size, mark, written, CASE WHEN complete THEN 'ready' ELSE 'arriving' END
+    FROM listing
+    ORDER BY name
     ON CONFLICT (zone, name) DO UPDATE SET
         size = excluded.size,
         mark = excluded.mark,
         written_at = excluded.written_at,
         status = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN 'ready' ELSE excluded.status END,
         attempts = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.attempts ELSE 0 END,
-        found_at = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.found_at
-            ELSE clock_timestamp() END,
-        rows = NULL, rejected = NULL, deleted = NULL, skipped = '{}', sha256 = NULL, error = NULL,
-        known_before = false, batch = NULL
+        found_at = CASE
+            WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.found_at
+            ELSE clock_timestamp()
+        END,
+        rows = NULL,
+        rejected = NULL,
+        deleted = NULL,
+        skipped = '{}',
+        sha256 = NULL,
+        error = NULL,
+        known_before = false,
+        batch = NULL
     WHERE f.status = 'arriving' OR (f.size, f.mark) <> (excluded.size, excluded.mark)
 """

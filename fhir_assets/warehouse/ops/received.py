@@ -12,14 +12,17 @@ from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
-"""Seconds after which another run is requested if the windows are not loaded; doubled with each request."""
+"""Seconds between the first request of a run and the next, if the window is not loaded; doubled with each request."""
 
 LONGEST_WAIT_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedWindow:
-    """The part names, resources (``rows``) and ``rejected`` lines of an origin for one window of one type."""
+    """The parts that an origin added to a window of a type, by name, and the numbers of resources.
+
+    ``rows`` were written to the parts, ``rejected`` became dead letters.
+    """
 
     resource_type: str
     partition_key: str
@@ -30,7 +33,7 @@ class ReceivedWindow:
 
 @dataclass(frozen=True, slots=True)
 class PendingWindow:
-    """A window of a type that is not loaded yet; ``asked`` is the number of runs requested so far."""
+    """A window of a type that is not loaded yet. ``asked`` is the number of requested runs."""
 
     resource_type: str
     partition_key: str
@@ -38,23 +41,27 @@ class PendingWindow:
 
 
 def lock_origin(conn: Connection, origin: str) -> None:
-    """Wait until no other connection receives the origin, and lock it until this connection closes. Commits."""
+    """Lock an origin until this connection closes. Waits while another connection holds the lock. Commits."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.RECEIVED_ORIGIN, origin])
     conn.commit()
 
 
 def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
-    """Return the windows of an origin; empty if it was not received or contained nothing."""
+    """Return the windows of an origin; the list is empty if the origin is unknown or contained no resources."""
     rows = conn.execute(
-        "SELECT resource_type, partition_key, parts, rows, rejected FROM ops.received WHERE origin = %s"
-        " ORDER BY resource_type, partition_key",
+        """
+        SELECT resource_type, partition_key, parts, rows, rejected
+        FROM ops.received
+        WHERE origin = %s
+        ORDER BY resource_type, partition_key
+        """,
         [origin],
     )
     return [ReceivedWindow(name, key, tuple(parts), count, rejected) for name, key, parts, count, rejected in rows]
 
 
-def record(conn: Connection, origin: str, items: Sequence[ReceivedWindow]) -> None:
-    """Record that an origin was received completely. Windows without resources count as loaded at once."""
+def record(conn: Connection, origin: str, windows: Sequence[ReceivedWindow]) -> None:
+    """Record that an origin was received completely. Windows without parts are marked as loaded."""
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
         cursor.executemany(
@@ -65,16 +72,16 @@ def record(conn: Connection, origin: str, items: Sequence[ReceivedWindow]) -> No
             ON CONFLICT (origin, resource_type, partition_key) DO NOTHING
             """,
             [
-                (origin, channel, i.resource_type, i.partition_key, list(i.parts), i.rows, i.rejected, not i.parts)
-                for i in items
+                (origin, channel, w.resource_type, w.partition_key, list(w.parts), w.rows, w.rejected, not w.parts)
+                for w in windows
             ],
         )
 
 
 def find_pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[PendingWindow]:
-    """Return the received windows that are not loaded, in order, of one origin if given.
+    """Return the received windows that are not loaded, in order; only those of ``origin`` if it is given.
 
-    With ``now``, windows whose last requested run may still be at work are left out.
+    With ``now``, windows are left out while the waiting time since their last requested run has not elapsed.
     """
     rows = conn.execute(
         """
@@ -116,9 +123,9 @@ def record_loaded(conn: Connection, run_id: str, resource_type: str, inputs: Map
         """,
         [resource_type, list(inputs)],
     ).fetchall()
-    names = {key: frozenset(parts) for key, parts in inputs.items()}
-    done = [(origin, key) for origin, key, parts in rows if names[key].issuperset(parts)]
-    if done:
+    loaded_parts = {key: frozenset(parts) for key, parts in inputs.items()}
+    loaded = [(origin, key) for origin, key, parts in rows if loaded_parts[key].issuperset(parts)]
+    if loaded:
         conn.execute(
             """
             UPDATE ops.received
@@ -126,5 +133,5 @@ def record_loaded(conn: Connection, run_id: str, resource_type: str, inputs: Map
             FROM unnest(%s::text[], %s::text[]) AS d (loaded_origin, key)
             WHERE origin = d.loaded_origin AND resource_type = %s AND partition_key = d.key
             """,
-            [run_id, [origin for origin, _ in done], [key for _, key in done], resource_type],
+            [run_id, [origin for origin, _ in loaded], [key for _, key in loaded], resource_type],
         )

@@ -1,12 +1,12 @@
-"""Replays of dead letters: requested, claimed by one run at a time, and ended.
+"""Replays of dead letters: their requests, the claims of runs, and their outcomes.
 
-Here are the changes of status that a replay makes in ``ops.dead_letters``; ``dead_letters`` records and lists the rows,
+This module changes the status of rows in ``ops.dead_letters``. The module ``dead_letters`` records and lists the rows,
 and ``corrections`` holds the resources that replace the originals in a replay.
 
-An open dead letter is *requested* (status ``replaying``), *claimed* by a run, and then either open again with one more
-attempt, or resolved once its resource is in the tables. A claim is valid as long as the process of its run lives;
-dead letters of a dead run may be claimed again. A request is removed when its replay has ended, not before, so that
-the sensor finds interrupted replays again.
+An open dead letter is first *requested* (status ``replaying``) and then *claimed* by a run. Afterwards it is either
+resolved, when its resource is in the tables, or open again with one more attempt. A claim is valid while the process of
+its run lives; another run may then claim the dead letters. A request is removed only when its replay has ended, so that
+the sensor finds interrupted replays.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ _STREAMED = 500
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequest:
-    """Dead letters of one type and window to replay: their number, and the time of the newest request."""
+    """The dead letters of one type and window that are to be replayed: their number and the newest request's time."""
 
     resource_type: str
     partition_key: str
@@ -53,7 +53,7 @@ class ClaimedDeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class FailedReplay:
-    """The reason why a replayed dead letter failed again."""
+    """A replayed dead letter that failed again, with the new reason."""
 
     id: int
     rule: str
@@ -65,14 +65,14 @@ class FailedReplay:
 
 @dataclass(frozen=True, slots=True)
 class ReplayOutcome:
-    """The numbers of dead letters that were resolved and that failed again in some runs."""
+    """The numbers of dead letters that some runs resolved and that failed again in these runs."""
 
     resolved: int
     failed: int
 
 
 def find_replayable(conn: Connection, selection: Selection) -> list[ReplayRequest]:
-    """Return the types and windows of the dead letters of a selection that can be replayed, in order.
+    """Return the replayable dead letters of a selection, grouped by type and window and ordered by window.
 
     Dead letters that are claimed by a dead run are included: the next run over their windows claims them.
     """
@@ -88,9 +88,9 @@ def find_replayable(conn: Connection, selection: Selection) -> list[ReplayReques
 
 
 def request_replay(conn: Connection, selection: Selection, *, claimed_by: str | None = None) -> int:
-    """Request the replay of a selection and return the number of dead letters.
+    """Request the replay of the replayable dead letters of a selection and return their number.
 
-    The sensor starts a run for them, unless ``claimed_by`` names the run that replays them.
+    The sensor starts a run for them, unless ``claimed_by`` is the id of the run that replays them.
     """
     where, params = _build_replayable_condition(selection)
     query = sql.SQL("""
@@ -152,11 +152,11 @@ def claim(
     *,
     also_open: bool,
 ) -> bool:
-    """Claim the requested dead letters of some partitions that no living run has claimed, and return True if the run
-    has claims there now. With ``also_open``, open dead letters are claimed as well.
+    """Claim requested dead letters that no living run has claimed. Return True if the run now has claims.
 
-    ``committed_runs`` names the partitions. For each it gives the runs whose replayed resources are in the validated
-    partition already: their claims are left alone, because these resources need not be validated again.
+    ``committed_runs`` maps the key of each partition to the runs whose replayed resources are already in the validated
+    partition. The claims of these runs are kept, because their resources need not be validated again. With
+    ``also_open``, open dead letters are claimed as well.
     """
     dead_claimers = _find_dead_claimers(conn)
     for key in sorted(committed_runs):
@@ -202,7 +202,8 @@ def stream_claimed(
 ) -> Iterator[list[ClaimedDeadLetter]]:
     """Yield the dead letters that a run has claimed in some partitions, in batches, ordered by partition.
 
-    The rows are streamed: ``conn`` is in a transaction until the iterator is exhausted. Raises EncryptionError.
+    The rows are streamed: ``conn`` is in a transaction until the iterator is exhausted or closed. Raises
+    EncryptionError if a resource cannot be decrypted.
     """
     cipher = cipher_of(conn)
     with closing(conn.cursor(name="claimed")) as cursor:
@@ -285,9 +286,9 @@ _RESOLVE = sql.SQL("""
 def resolve_claimed(
     conn: Connection, run_id: str, resource_type: str, stages: Sequence[str], runs_by_key: Mapping[str, Sequence[str]]
 ) -> int:
-    """Resolve the dead letters that these runs, by partition key, still claim: their resources are in the tables.
+    """Resolve the dead letters that the runs in ``runs_by_key`` claim in each partition, and return their number.
 
-    Returns the number of dead letters.
+    Call it when their resources are in the tables.
     """
     statement = _RESOLVE.format(
         sql.SQL("""
@@ -306,17 +307,16 @@ def resolve_claimed(
 
 
 def resolve_by_ids(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
-    """Resolve dead letters that the run has claimed: their resources are in the tables."""
+    """Resolve dead letters that the run has claimed. Call it when their resources are in the tables."""
     conn.execute(
         _RESOLVE.format(sql.SQL("id = ANY(%(ids)s) AND claimed_by = %(run)s")), {"run": run_id, "ids": list(ids)}
     )
 
 
 def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
-    """Resolve dead letters whose resource the tables have in a newer version, and return the windows of these.
+    """Resolve dead letters of which the tables hold a newer version, and return the partition keys of the dead letters.
 
-    Considered are the dead letters of ``partition_keys``, and those of other windows whose newer version came with
-    ``partition_keys``.
+    A dead letter is considered if its own partition, or the partition of the newer version, is in ``partition_keys``.
     """
     row = conn.execute(
         """
@@ -357,8 +357,9 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
 
 
 def resolve_corrected(conn: Connection, dead_letter_id: int) -> None:
-    """Resolve a dead letter of stage ``fetch`` whose correction was received. It stays resolved when its window is
-    fetched again.
+    """Resolve a dead letter of stage ``fetch`` whose correction was received.
+
+    The dead letter stays resolved when its window is fetched again.
     """
     conn.execute(
         """
@@ -388,7 +389,7 @@ def discard(conn: Connection, selection: Selection, *, reason: str, by: str) -> 
 
 
 def count_outcome(conn: Connection, run_ids: Sequence[str]) -> ReplayOutcome:
-    """Count the dead letters that were resolved and that failed in the windows of some runs."""
+    """Count the dead letters that some runs resolved, and those that failed again in these runs."""
     row = conn.execute(
         """
         SELECT
@@ -460,9 +461,10 @@ def record_origin(conn: Connection, run_id: str, resource_type: str, partition_k
 def _build_replayable_condition(
     selection: Selection, dead_claimers: Sequence[str] = ()
 ) -> tuple[sql.Composed, dict[str, object]]:
-    """Return the condition, with its parameters, for dead letters of a selection that can be replayed.
+    """Return the SQL condition for the replayable dead letters of a selection, and its parameters.
 
-    These are open ones, discarded ones that are selected by id, and those claimed by ``dead_claimers``.
+    A dead letter is replayable if it is open, if it is discarded and selected by id, or if one of ``dead_claimers``
+    has claimed it.
     """
     statuses = ["open", "discarded"] if selection.ids is not None else ["open"]
     where, params = replace(selection, status=None).where()
@@ -480,7 +482,7 @@ def _build_replayable_condition(
 
 
 def _find_dead_claimers(conn: Connection) -> list[str]:
-    """Return the runs that claim dead letters and whose processes have ended."""
+    """Return the ids of the runs that have claimed dead letters and whose processes have ended."""
     rows = conn.execute(
         "SELECT DISTINCT claimed_by FROM ops.dead_letters WHERE status = 'replaying' AND claimed_by IS NOT NULL"
     ).fetchall()

@@ -9,7 +9,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 BATCH = 10_000
 """The number of rows that one transaction deletes."""
 
-_OLD = {
+_EXPIRED = {
     # Discarded dead letters are kept: reconciliation counts them.
     "dead_letters": sql.SQL("status = 'resolved' AND resolved_at < %(before)s"),
     "incidents": sql.SQL("closed_at < %(before)s"),
@@ -17,16 +17,19 @@ _OLD = {
 
 
 def count_expired_rows(conn: Connection, table: str, before: datetime) -> int:
-    """Count the rows of ``ops.<table>`` to delete: resolved dead letters, or closed incidents, from before a time."""
-    query = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(sql.Identifier("ops", table), _OLD[table])
+    """Count the dead letters resolved, or the incidents closed, before a time.
+
+    ``table`` is ``dead_letters`` or ``incidents``.
+    """
+    query = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(sql.Identifier("ops", table), _EXPIRED[table])
     row = conn.execute(query, {"before": before}).fetchone()
     return int(row[0]) if row else 0
 
 
 def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
     """Delete the rows that ``count_expired_rows`` counts, in batches, and return their number."""
-    query = sql.SQL("DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {old} LIMIT {batch})").format(
-        table=sql.Identifier("ops", table), old=_OLD[table], batch=sql.Literal(BATCH)
+    query = sql.SQL("DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {expired} LIMIT {batch})").format(
+        table=sql.Identifier("ops", table), expired=_EXPIRED[table], batch=sql.Literal(BATCH)
     )
     total = 0
     while True:

@@ -1,6 +1,6 @@
 """Lists of runs for the command line and the API, read from ``ops.ingestion_runs`` and its views.
 
-Runs write their rows in ``runs``.
+The functions that write these rows are in ``runs``.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 @dataclass(frozen=True, slots=True)
 class FailedWindow:
-    """A window whose last run failed; ``error`` holds no patient data."""
+    """A window whose last run failed. ``error`` contains no patient data."""
 
     partition_key: str
     run_id: str
@@ -32,27 +32,34 @@ def list_runs(
     since: datetime | None = None,
     triggered_by: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Return runs, newest first, each summed over its types and windows, or over the windows of one type if given.
+    """Return at most ``limit`` runs, newest first, as rows of ``ops.run_summary``: the sums of all types and windows.
 
-    ``triggered_by`` is a prefix of the trigger: ``schedule``, ``cli``, ``replay``.
+    With ``resource_type``, return rows of ``ops.run_types``: the sums of the windows of this type. ``triggered_by`` is
+    a prefix of the trigger: ``schedule``, ``cli``, ``replay``.
     """
-    query = sql.SQL(
-        "SELECT * FROM {} WHERE (%(status)s::text IS NULL OR status = %(status)s)"
-        " AND (%(since)s::timestamptz IS NULL OR started_at >= %(since)s)"
-        " AND (%(by)s::text IS NULL OR starts_with(triggered_by, %(by)s)) {} ORDER BY started_at DESC LIMIT %(limit)s"
-    ).format(
-        sql.Identifier("ops", "run_summary" if resource_type is None else "run_types"),
-        sql.SQL("" if resource_type is None else "AND resource_type = %(type)s"),
+    query = sql.SQL("""
+        SELECT *
+        FROM {view}
+        WHERE (%(status)s::text IS NULL OR status = %(status)s)
+            AND (%(since)s::timestamptz IS NULL OR started_at >= %(since)s)
+            AND (%(by)s::text IS NULL OR starts_with(triggered_by, %(by)s))
+            AND {is_of_type}
+        ORDER BY started_at DESC
+        LIMIT %(limit)s
+    """).format(
+        view=sql.Identifier("ops", "run_summary" if resource_type is None else "run_types"),
+        is_of_type=sql.SQL("true" if resource_type is None else "resource_type = %(type)s"),
     )
     params = {"status": status, "since": since, "by": triggered_by, "type": resource_type, "limit": limit}
-    return conn.cursor(row_factory=dict_row).execute(query, params).fetchall()
+    with conn.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(query, params).fetchall()
 
 
 def list_types_of_run(conn: Connection, run_id: str) -> list[dict[str, Any]]:
-    """Return the rows by resource type, in load order, of the run whose id begins with ``run_id``; empty unless exactly
-    one run matches.
+    """Return a row for each resource type of a run, in load order.
 
-    ``dead_letters`` counts the unresolved dead letters of the run by stage.
+    ``run_id`` may be the beginning of the id; the list is empty unless exactly one run matches. The key
+    ``dead_letters`` holds the numbers of unresolved dead letters of the run by stage.
     """
     cursor = conn.cursor(row_factory=dict_row)
     rows = cursor.execute("SELECT * FROM ops.run_types WHERE starts_with(run_id, %s)", [run_id]).fetchall()
@@ -60,8 +67,12 @@ def list_types_of_run(conn: Connection, run_id: str) -> list[dict[str, Any]]:
         return []
     dead_letters: dict[str, dict[str, int]] = {}
     for resource_type, stage, count in conn.execute(
-        "SELECT resource_type, stage, sum(occurrences)::bigint FROM ops.dead_letters"
-        " WHERE run_id = %s AND status <> 'resolved' GROUP BY 1, 2",
+        """
+        SELECT resource_type, stage, sum(occurrences)::bigint
+        FROM ops.dead_letters
+        WHERE run_id = %s AND status <> 'resolved'
+        GROUP BY 1, 2
+        """,
         [rows[0]["run_id"]],
     ):
         dead_letters.setdefault(resource_type, {})[stage] = count

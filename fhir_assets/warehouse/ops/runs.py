@@ -1,6 +1,7 @@
 """``ops.ingestion_runs``: state and counts of each run, one row for each resource type and partition.
 
-Here runs write their rows, and dead runs are detected. Lists of runs for people and the API are in ``run_history``.
+This module writes the rows and detects dead runs. Lists of runs for the command line and the API are in
+``run_history``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,18 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 COUNTS = ("server_total", "fetched", "valid", "dead", "withheld", "loaded")
 _SUMMED = COUNTS[1:]
-_HELD = (
-    "SELECT run_id FROM unnest(%(runs)s::text[]) run_id"
-    " WHERE EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
-    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    " AND classid::bigint = %(key)s AND objid::bigint = hashtext(run_id)::bigint & 4294967295)"
-)
+_FIND_ALIVE = """
+    SELECT run_id
+    FROM unnest(%(runs)s::text[]) run_id
+    WHERE EXISTS (
+        SELECT FROM pg_locks
+        WHERE locktype = 'advisory'
+            AND granted
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND classid::bigint = %(key)s
+            AND objid::bigint = hashtext(run_id)::bigint & 4294967295
+    )
+"""
 
 
 def start(
@@ -34,7 +41,7 @@ def start(
     at: datetime,
     replay_of: str | None = None,
 ) -> None:
-    """Record that a run works on each of the types in each of the partitions: status RUNNING."""
+    """Insert a row with status RUNNING for each combination of the types and partitions of a run."""
     conn.execute(
         """
         INSERT INTO ops.ingestion_runs (
@@ -62,22 +69,35 @@ def start(
 def record_counts(
     conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int | None]]
 ) -> None:
-    """Set counts by partition key. Counts that are missing or None keep their values. Raises ValueError for a name that
-    is not in COUNTS.
+    """Set counts by partition key and name. Counts that are missing or None keep their values.
+
+    Raises ValueError if a name is not in COUNTS.
     """
     keys = sorted(counts)
     given = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
     if unknown := {name for values in counts.values() for name in values} - set(COUNTS):
         raise ValueError(f"no such counts: {', '.join(sorted(unknown))}")
     conn.execute(
-        "UPDATE ops.ingestion_runs r SET server_total = coalesce(n.server_total, r.server_total),"
-        " fetched = coalesce(n.fetched, r.fetched), valid = coalesce(n.valid, r.valid),"
-        " dead = coalesce(n.dead, r.dead), withheld = coalesce(n.withheld, r.withheld),"
-        " loaded = coalesce(n.loaded, r.loaded)"
-        " FROM unnest(%(keys)s::text[], %(server_total)s::bigint[], %(fetched)s::bigint[], %(valid)s::bigint[],"
-        " %(dead)s::bigint[], %(withheld)s::bigint[], %(loaded)s::bigint[])"
-        " AS n (partition_key, server_total, fetched, valid, dead, withheld, loaded)"
-        " WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key",
+        """
+        UPDATE ops.ingestion_runs r
+        SET
+            server_total = coalesce(n.server_total, r.server_total),
+            fetched = coalesce(n.fetched, r.fetched),
+            valid = coalesce(n.valid, r.valid),
+            dead = coalesce(n.dead, r.dead),
+            withheld = coalesce(n.withheld, r.withheld),
+            loaded = coalesce(n.loaded, r.loaded)
+        FROM unnest(
+            %(keys)s::text[],
+            %(server_total)s::bigint[],
+            %(fetched)s::bigint[],
+            %(valid)s::bigint[],
+            %(dead)s::bigint[],
+            %(withheld)s::bigint[],
+            %(loaded)s::bigint[]
+        ) AS n (partition_key, server_total, fetched, valid, dead, withheld, loaded)
+        WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key
+        """,
         {"run": run_id, "type": resource_type, "keys": keys, **given},
     )
 
@@ -85,7 +105,7 @@ def record_counts(
 def finish(
     conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, seconds: float = 0
 ) -> None:
-    """Set the status of RUNNING rows to SUCCESS, and add ``seconds`` of work."""
+    """Set the status of RUNNING rows to SUCCESS, and add ``seconds`` to their working time."""
     _end(conn, run_id, resource_types, partition_keys, "SUCCESS", None, seconds)
 
 
@@ -106,10 +126,16 @@ def _end(
     seconds: float,
 ) -> None:
     conn.execute(
-        "UPDATE ops.ingestion_runs r SET status = %s, error = %s, finished_at = clock_timestamp(),"
-        " seconds = seconds + %s, checkpoint_after ="
-        " (SELECT loaded_until FROM ops.checkpoints c WHERE c.resource_type = r.resource_type)"
-        " WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status = 'RUNNING'",
+        """
+        UPDATE ops.ingestion_runs r
+        SET
+            status = %s,
+            error = %s,
+            finished_at = clock_timestamp(),
+            seconds = seconds + %s,
+            checkpoint_after = (SELECT loaded_until FROM ops.checkpoints c WHERE c.resource_type = r.resource_type)
+        WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status = 'RUNNING'
+        """,
         [status, error, seconds, run_id, list(types), list(keys)],
     )
 
@@ -117,8 +143,11 @@ def _end(
 def abandon(conn: Connection, run_id: str, *, error: str) -> int:
     """Set the status of a dead run's RUNNING rows to FAILED, and return their number."""
     return conn.execute(
-        "UPDATE ops.ingestion_runs SET status = 'FAILED', finished_at = clock_timestamp(), error = %s"
-        " WHERE run_id = %s AND status = 'RUNNING'",
+        """
+        UPDATE ops.ingestion_runs
+        SET status = 'FAILED', finished_at = clock_timestamp(), error = %s
+        WHERE run_id = %s AND status = 'RUNNING'
+        """,
         [_storable(error), run_id],
     ).rowcount
 
@@ -129,8 +158,8 @@ def hold_liveness_lock(conn: Connection, run_id: str) -> None:
 
 
 def find_alive(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
-    """Return those of the runs whose liveness lock is held by a process."""
-    rows = conn.execute(_HELD, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})
+    """Return the ids among ``run_ids`` whose liveness lock is held by a process."""
+    rows = conn.execute(_FIND_ALIVE, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})
     return frozenset(run_id for (run_id,) in rows)
 
 
@@ -150,37 +179,50 @@ def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
 
 
 def get_errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
-    """Return the errors of a run, each with the resource types that failed with it, in load order."""
+    """Return the resource types of a run that failed, in load order, by error."""
     rows = conn.execute(
-        "SELECT DISTINCT coalesce(error, 'no reason was recorded'), resource_type FROM ops.ingestion_runs"
-        " WHERE run_id = %s AND status = 'FAILED'",
+        """
+        SELECT DISTINCT coalesce(error, 'no reason was recorded'), resource_type
+        FROM ops.ingestion_runs
+        WHERE run_id = %s AND status = 'FAILED'
+        """,
         [run_id],
     ).fetchall()
-    reasons: dict[str, list[str]] = {}
-    for reason, resource_type in sorted(rows, key=lambda row: _order(row[1])):
-        reasons.setdefault(reason, []).append(resource_type)
-    return reasons
+    errors: dict[str, list[str]] = {}
+    for error, resource_type in sorted(rows, key=lambda row: _order(row[1])):
+        errors.setdefault(error, []).append(resource_type)
+    return errors
 
 
-_SUMS = sql.SQL(
-    "SELECT resource_type AS type, sum(fetched)::bigint AS fetched, sum(valid)::bigint AS valid,"
-    " sum(dead)::bigint AS dead, sum(withheld)::bigint AS withheld, sum(loaded)::bigint AS loaded,"
-    " sum(seconds) AS seconds FROM ({}) AS r GROUP BY 1"
-)
-_OF_RUNS = sql.SQL("SELECT * FROM ops.run_types WHERE run_id = ANY(%s)")
-_LATEST = sql.SQL(
-    "SELECT DISTINCT ON (resource_type, partition_key) * FROM ops.ingestion_runs"
-    " WHERE status = 'SUCCESS' AND fetched IS NOT NULL ORDER BY resource_type, partition_key, started_at DESC"
-)
+_SUM_BY_TYPE = sql.SQL("""
+    SELECT
+        resource_type AS type,
+        sum(fetched)::bigint AS fetched,
+        sum(valid)::bigint AS valid,
+        sum(dead)::bigint AS dead,
+        sum(withheld)::bigint AS withheld,
+        sum(loaded)::bigint AS loaded,
+        sum(seconds) AS seconds
+    FROM ({runs}) AS r
+    GROUP BY 1
+""")
+_GIVEN_RUNS = sql.SQL("SELECT * FROM ops.run_types WHERE run_id = ANY(%s)")
+_LATEST_RUNS = sql.SQL("""
+    SELECT DISTINCT ON (resource_type, partition_key) *
+    FROM ops.ingestion_runs
+    WHERE status = 'SUCCESS' AND fetched IS NOT NULL
+    ORDER BY resource_type, partition_key, started_at DESC
+""")
 
 
 def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
-    """Sum runs up by type, in load order: counts, seconds of work, resources_per_second (loaded).
+    """Return the sums of the runs' counts and working time by resource type, in load order.
 
-    The last row, of type ``total``, is the sum of the others. Types whose counts are all 0 or null are left out.
+    The keys are ``type``, the counts, ``seconds`` and ``resources_per_second`` (loaded resources). The last row has the
+    type ``total`` and holds the sums of the other rows. Types whose counts are all 0 or null are left out.
     """
-    cursor = conn.cursor(row_factory=dict_row).execute(_SUMS.format(_OF_RUNS), [list(run_ids)])
-    rows = _with_total(cursor.fetchall())
+    cursor = conn.cursor(row_factory=dict_row).execute(_SUM_BY_TYPE.format(runs=_GIVEN_RUNS), [list(run_ids)])
+    rows = _add_total(cursor.fetchall())
     for row in rows:
         seconds = row["seconds"]
         row["resources_per_second"] = round(row["loaded"] / seconds) if row["loaded"] and seconds else None
@@ -188,25 +230,25 @@ def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object
 
 
 def summarize_latest(conn: Connection) -> list[dict[str, object]]:
-    """Sum up by type the last successful run of each partition that fetched it; as ``summarize``, without speeds.
+    """Return the sums of the counts of each partition's last successful fetching run, as ``summarize`` without times.
 
-    Replays and runs that only load tables are left out, because they count only a part of a window.
+    Replays and runs that only load tables are ignored, because they count only a part of a window.
     """
-    rows = _with_total(conn.cursor(row_factory=dict_row).execute(_SUMS.format(_LATEST)).fetchall())
+    rows = _add_total(conn.cursor(row_factory=dict_row).execute(_SUM_BY_TYPE.format(runs=_LATEST_RUNS)).fetchall())
     for row in rows:
         del row["seconds"]
     return rows
 
 
-def _with_total(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _add_total(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [row for row in rows if any(row[name] for name in _SUMMED)]
     if not rows:
         return []
     rows.sort(key=lambda row: _order(row["type"]))
     total: dict[str, Any] = {"type": "total"}
     for name in (*_SUMMED, "seconds"):
-        known = [row[name] for row in rows if row[name] is not None]
-        total[name] = sum(known) if known else None
+        values = [row[name] for row in rows if row[name] is not None]
+        total[name] = sum(values) if values else None
     return [*rows, total]
 
 

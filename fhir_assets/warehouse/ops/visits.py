@@ -1,5 +1,6 @@
-"""``ops.visits``, ``ops.visit_persons`` and related tables: known persons and visits by id and hash, and the counts of
-each file and each posted list.
+"""The ledger of received visits: ``ops.visits``, ``ops.visit_persons``, ``ops.visit_files`` and ``ops.visit_posts``.
+
+The ledger holds persons and visits by id and keyed hash, the counts of each file, and each list posted to the API.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """The newest known facts about a person: ``content`` is their keyed hash, ``as_of`` the time of the newest file."""
+    """A person in the ledger: ``content`` is the keyed hash of the newest data, ``as_of`` the time of that data."""
 
     id: str
     version: int
@@ -25,7 +26,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class KnownVisit:
-    """A known visit: ``content`` is a keyed hash, ``person`` the id of the Patient."""
+    """A visit in the ledger: ``content`` is the keyed hash of its data, ``person`` the id of the Patient."""
 
     id: str
     person: str
@@ -36,9 +37,14 @@ class KnownVisit:
 class VisitFileCounts:
     """The counts of a file of visits.
 
-    ``patients`` are new persons, ``updates`` new facts about known ones, ``outdated`` facts that a newer file
-    contradicts; ``visits`` are new visits, ``repeats`` known ones, ``conflicts`` known ones with other content.
-    ``rows`` were written to raw, ``rejected`` became dead letters.
+    - ``patients``: new persons
+    - ``updates``: known persons with new data
+    - ``outdated``: persons for whom a newer file has other data
+    - ``visits``: new visits
+    - ``repeats``: known visits with the same data
+    - ``conflicts``: known visits with other data
+    - ``rows``: resources written to raw
+    - ``rejected``: rows of the file that became dead letters
     """
 
     patients: int = 0
@@ -52,69 +58,91 @@ class VisitFileCounts:
 
 
 def lock_ledger(conn: Connection) -> None:
-    """Wait until no other transaction writes visits or persons, and lock them until this transaction ends."""
+    """Lock the ledger until this transaction ends. Waits while another transaction holds the lock."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.VISIT_LEDGER])
 
 
 def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
-    """Return the known persons among ``ids``.
+    """Return the persons among ``ids`` that the ledger holds, by id.
 
-    A person that another channel received later has the time of that input and an empty hash, which equals no content.
+    A person that another channel received later has the time of that input, and an empty hash that equals no content.
     """
     rows = conn.execute(
-        "SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)"
-        " FROM ops.visit_persons LEFT JOIN ops.visit_persons_elsewhere USING (id) WHERE id = ANY(%s)",
+        """
+        SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)
+        FROM ops.visit_persons
+        LEFT JOIN ops.visit_persons_elsewhere USING (id)
+        WHERE id = ANY(%s)
+        """,
         [list(ids)],
     )
     return {identity: Person(identity, version, bytes(content), as_of) for identity, version, content, as_of in rows}
 
 
 def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
-    """Record that another channel than visits received these Patients."""
+    """Record that another channel than files of visits received these Patients at time ``at``."""
     conn.execute(
-        "INSERT INTO ops.visit_persons_elsewhere AS known (id, at) SELECT id, %s FROM unnest(%s::text[]) AS id"
-        " ON CONFLICT (id) DO UPDATE SET at = greatest(known.at, excluded.at)",
+        """
+        INSERT INTO ops.visit_persons_elsewhere AS known (id, at)
+        SELECT id, %s
+        FROM unnest(%s::text[]) AS id
+        ON CONFLICT (id) DO UPDATE SET at = greatest(known.at, excluded.at)
+        """,
         [at, sorted(set(ids))],
     )
 
 
 def find_visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
-    """Return the known visits among ``ids``."""
+    """Return the visits among ``ids`` that the ledger holds, by id."""
     rows = conn.execute("SELECT id, person, content FROM ops.visits WHERE id = ANY(%s)", [list(ids)])
     return {identity: KnownVisit(identity, person, bytes(content)) for identity, person, content in rows}
 
 
-def record(conn: Connection, origin: str, people: Sequence[Person], added: Sequence[KnownVisit]) -> None:
-    """Store the new facts about persons, and new visits. Call it in the transaction that called ``lock_ledger``."""
+def record(conn: Connection, origin: str, persons: Sequence[Person], visits: Sequence[KnownVisit]) -> None:
+    """Store new or changed persons, and new visits. Call it in the transaction that called ``lock_ledger``."""
     conn.execute(
-        "INSERT INTO ops.visit_persons AS known (id, version, content, as_of, origin)"
-        " SELECT *, %s FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[])"
-        " ON CONFLICT (id) DO UPDATE SET version = excluded.version, content = excluded.content,"
-        " as_of = excluded.as_of, origin = excluded.origin",
+        """
+        INSERT INTO ops.visit_persons AS known (id, version, content, as_of, origin)
+        SELECT *, %s
+        FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[])
+        ON CONFLICT (id) DO UPDATE SET
+            version = excluded.version,
+            content = excluded.content,
+            as_of = excluded.as_of,
+            origin = excluded.origin
+        """,
         [
             origin,
-            [p.id for p in people],
-            [p.version for p in people],
-            [p.content for p in people],
-            [p.as_of for p in people],
+            [person.id for person in persons],
+            [person.version for person in persons],
+            [person.content for person in persons],
+            [person.as_of for person in persons],
         ],
     )
     conn.execute(
-        "INSERT INTO ops.visits (id, person, content, origin) SELECT *, %s FROM unnest(%s::text[], %s::text[],"
-        " %s::bytea[])",
-        [origin, [v.id for v in added], [v.person for v in added], [v.content for v in added]],
+        """
+        INSERT INTO ops.visits (id, person, content, origin)
+        SELECT *, %s
+        FROM unnest(%s::text[], %s::text[], %s::bytea[])
+        """,
+        [
+            origin,
+            [visit.id for visit in visits],
+            [visit.person for visit in visits],
+            [visit.content for visit in visits],
+        ],
     )
 
 
 def remove_deleted(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
-    """Delete the entries of deleted Patients and Encounters, so that the next row about them counts as new."""
+    """Delete the persons or visits of deleted Patients or Encounters, so that their next row counts as new."""
     table = {"Patient": "visit_persons", "Encounter": "visits"}.get(resource_type)
     if table:
         conn.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(sql.Identifier("ops", table)), [list(ids)])
 
 
 def record_file(conn: Connection, origin: str, received_as: str, counts: VisitFileCounts) -> None:
-    """Record the counts of a file that was received as part of an origin."""
+    """Record the counts of the file ``origin``, which was received as part of the origin ``received_as``."""
     values = {"origin": origin, "received_as": received_as, **asdict(counts)}
     conn.execute(
         sql.SQL("INSERT INTO ops.visit_files ({}) VALUES ({})").format(
@@ -125,7 +153,7 @@ def record_file(conn: Connection, origin: str, received_as: str, counts: VisitFi
 
 
 def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, VisitFileCounts]]:
-    """Return, for those of the files that were received, the origin that they are part of and their counts."""
+    """Return ``(received_as, counts)`` of the received files among ``origins``, by origin. See ``record_file``."""
     columns = sql.SQL(", ").join(sql.Identifier(field.name) for field in fields(VisitFileCounts))
     query = sql.SQL("SELECT origin, received_as, {} FROM ops.visit_files WHERE origin = ANY(%s)").format(columns)
     rows = conn.execute(query, [list(origins)]).fetchall()
@@ -134,7 +162,7 @@ def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str,
 
 @dataclass(frozen=True, slots=True)
 class VisitPost:
-    """A list of visits posted to the API: ``records`` in total, of which ``rejected`` were refused immediately."""
+    """A list of visits that was posted to the API: ``rejected`` of its ``records`` were refused immediately."""
 
     task_id: str
     zone: str
@@ -183,8 +211,11 @@ def get_post(conn: Connection, task_id: str) -> VisitPost | None:
 def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
     """Return the state of a file of a zone."""
     row = conn.execute(
-        "SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256"
-        " FROM ops.landing_files WHERE zone = %s AND name = %s",
+        """
+        SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256
+        FROM ops.landing_files
+        WHERE zone = %s AND name = %s
+        """,
         [zone, name],
     ).fetchone()
     if row is None:
@@ -194,7 +225,7 @@ def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
     (waiting,) = conn.execute(
         "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [received_as]
     ).fetchone() or (0,)
-    # The same content was received before under another name: this file adds nothing.
+    # A file with known_before has the content of an earlier file, whose counts are not repeated.
     return VisitFileState(
         status, error, known_before, rejected, run_id, waiting, VisitFileCounts() if known_before else counts
     )

@@ -1,7 +1,7 @@
 """``ops.withheld``: resources that consent keeps out of schema ``fhir`` until a decision permits them.
 
-The decisions themselves are in ``consents``. A load runs the statements of ``build_gate_statements`` on each chunk; a
-changed decision moves resources with ``withhold_resources``, ``find_releasable`` and ``remove_released``.
+The decisions are in ``consents``. A load runs the statements of ``build_consent_gate_statements`` on each chunk. When a
+decision changes, ``withhold_resources``, ``find_releasable`` and ``remove_released`` move the resources.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,15 @@ from fhir_assets.warehouse.postgres.resources import decrypt_text
 _COLUMNS = sql.SQL("id, version_id, version_number, last_updated, as_of, partition_key")
 
 
-def build_withheld_condition(gate: ConsentGate, table: str) -> sql.Composed:
-    """Return the SQL condition that a row of ``table``, which has a column ``patients``, is withheld.
+def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Composed:
+    """Return the SQL condition for withheld rows of ``table``, which must have a column ``patients``.
 
-    A resource of several patients is withheld if any of them is; a resource of no patient never is.
+    A resource of several patients is withheld if the decision on any of them withholds it. A resource without patients
+    is never withheld.
     """
-    if gate.policy is Policy.OFF:
+    if consent_gate.policy is Policy.OFF:
         return sql.SQL("false").format()
-    if gate.policy is Policy.OPT_OUT:
+    if consent_gate.policy is Policy.OPT_OUT:
         condition = sql.SQL("""
             EXISTS (
                 SELECT FROM ops.consents c
@@ -41,12 +42,12 @@ def build_withheld_condition(gate: ConsentGate, table: str) -> sql.Composed:
                 )
             )
         """)
-    return condition.format(patients=sql.Identifier(table, "patients"), purpose=sql.Literal(gate.purpose.value))
+    return condition.format(patients=sql.Identifier(table, "patients"), purpose=sql.Literal(consent_gate.purpose.value))
 
 
 @dataclass(frozen=True, slots=True)
 class ConsentGateStatements:
-    """The statements that a load runs on a chunk in its stage, before the rest of the chunk goes into the table."""
+    """The statements that a load runs on a staged chunk before it writes the chunk to the table."""
 
     withhold: sql.Composed
     """Move withheld resources from the stage to ``ops.withheld`` and return their ids. Parameters: run, key_id."""
@@ -55,23 +56,24 @@ class ConsentGateStatements:
     remove_released: sql.Composed
     """Delete from ``ops.withheld`` the resources that are in the stage."""
     remove_loaded: sql.Composed
-    """Delete from the table older versions of withheld resources and return their ids. Parameter: ids."""
+    """Delete older versions of withheld resources from the table and return their ids. Parameter: ids."""
     remove_outdated: sql.Composed
     """Delete from ``ops.withheld`` the resources that the table has in a newer version. Parameter: ids."""
 
 
-def build_gate_statements(
-    gate: ConsentGate, resource_type: str, table: sql.Identifier, stage: sql.Identifier
+def build_consent_gate_statements(
+    consent_gate: ConsentGate, resource_type: str, table: sql.Identifier, stage: sql.Identifier
 ) -> ConsentGateStatements:
-    """Return the statements for a resource type. ``stage`` has the columns of ``fhir.resource`` that describe a
-    version.
+    """Return the statements for a resource type.
+
+    ``stage`` is a table with the columns of ``fhir.resource`` that describe a version.
     """
     names: dict[str, sql.Composable] = {
         "table": table,
         "stage": stage,
         "type": sql.Literal(resource_type),
         "columns": _COLUMNS,
-        "withheld": build_withheld_condition(gate, "s"),
+        "withheld": build_withheld_condition(consent_gate, "s"),
         "loaded_version": sql.SQL("(r.as_of, coalesce(r.version_number, 0))"),
         "withheld_version": sql.SQL("(w.as_of, coalesce(w.version_number, 0))"),
         "staged_version": sql.SQL("(s.as_of, coalesce(s.version_number, 0))"),
@@ -163,12 +165,12 @@ def remove_deleted(conn: Connection, resource_type: str, ids: Sequence[str]) -> 
 
 
 def withhold_resources(
-    conn: Connection, gate: ConsentGate, *, patients: Sequence[str] | None = None, limit: int | None = None
+    conn: Connection, consent_gate: ConsentGate, *, patients: Sequence[str] | None = None, limit: int | None = None
 ) -> dict[str, int]:
-    """Move loaded resources that are withheld now to ``ops.withheld``, and delete their rows from every view's table.
+    """Move loaded resources that are now withheld to ``ops.withheld``, and delete their rows from every view's table.
 
-    Only resources of ``patients`` are considered if given, and at most ``limit`` are moved. Returns the number of
-    resources by type.
+    Returns the number of moved resources by type, ``limit`` in total at most. With ``patients``, only the resources of
+    these patients are moved.
     """
     affected: sql.Composable = sql.SQL("cardinality(r.patients) > 0")
     if patients is not None:
@@ -191,7 +193,7 @@ def withhold_resources(
             ON CONFLICT (resource_type, id) DO NOTHING
         )
         SELECT resource_type, array_agg(id) FROM moved GROUP BY 1
-    """).format(affected=affected, withheld=build_withheld_condition(gate, "r"), columns=_COLUMNS)
+    """).format(affected=affected, withheld=build_withheld_condition(consent_gate, "r"), columns=_COLUMNS)
     moved = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
     for resource_type, ids in moved:
         delete_view_rows(conn, resource_type, ids)
@@ -227,10 +229,12 @@ class WithheldResource:
 
 
 def find_releasable(
-    conn: Session, gate: ConsentGate, *, patients: Sequence[str] | None, limit: int
+    conn: Session, consent_gate: ConsentGate, *, patients: Sequence[str] | None, limit: int
 ) -> list[WithheldResource]:
-    """Return at most ``limit`` resources in ``ops.withheld`` that ``gate`` permits now, ordered by type, partition and
-    id. Only resources of ``patients`` are considered if given. Raises EncryptionError.
+    """Return at most ``limit`` resources in ``ops.withheld`` that are now permitted, by type, partition and id.
+
+    With ``patients``, only the resources of these patients are returned. Raises EncryptionError if a resource cannot
+    be decrypted.
     """
     query = sql.SQL("""
         SELECT
@@ -243,7 +247,7 @@ def find_releasable(
         LIMIT %(limit)s
     """).format(
         affected=sql.SQL("true" if patients is None else "w.patients && %(patients)s"),
-        withheld=build_withheld_condition(gate, "w"),
+        withheld=build_withheld_condition(consent_gate, "w"),
     )
     cipher = cipher_of(conn)
     rows = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
@@ -254,5 +258,5 @@ def find_releasable(
 
 
 def remove_released(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
-    """Delete resources from ``ops.withheld`` that were loaded. Call it in the transaction of the load."""
+    """Delete loaded resources from ``ops.withheld``. Call it in the transaction of the load."""
     conn.execute("DELETE FROM ops.withheld WHERE resource_type = %s AND id = ANY(%s)", [resource_type, list(ids)])

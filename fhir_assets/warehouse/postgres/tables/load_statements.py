@@ -122,7 +122,7 @@ class LoadStatements:
         if resource_type == "Consent" and not reencrypt:
             self.record_consents = consents.build_record_statements(stage, sql.Placeholder("key_id"))
         self.consent_gate = (
-            withheld_resources.build_gate_statements(consent_gate, resource_type, table, stage)
+            withheld_resources.build_consent_gate_statements(consent_gate, resource_type, table, stage)
             if consent_gate.withholds
             else None
         )
