@@ -1,4 +1,4 @@
-"""Alembic's entry: runs in the transaction that fhir_assets.warehouse.postgres.db.migrations opens."""
+"""Alembic's environment script. The module fhir_assets.warehouse.postgres.db.migrations opens the transaction."""
 
 from alembic import context
 

@@ -10,7 +10,7 @@ from psycopg import sql
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 BATCH = 10_000
-"""The number of rows that one statement deletes, in a transaction of its own."""
+"""The number of rows that one transaction deletes."""
 
 _KEPT_EVENTS = (
     "ASSET_MATERIALIZATION",
@@ -71,27 +71,27 @@ _SUPERSEDED_RUNS = """
 
 
 def count_old_events(conn: Connection, before: datetime) -> int:
-    """Return how many events of runs that ended before a time are not needed for the state of assets and checks."""
+    """Count the events of runs that ended before a time, without the events of _KEPT_EVENTS."""
     return _count(conn, _OLD_EVENTS, before)
 
 
 def delete_old_events(conn: Connection, before: datetime) -> int:
-    """Delete the events that ``count_old_events`` counts, in batches. Returns how many were deleted."""
+    """Delete the events that ``count_old_events`` counts, in batches, and return their number."""
     return _delete(conn, "event_logs", "e.id", _OLD_EVENTS, before)
 
 
 def count_old_ticks(conn: Connection, before: datetime) -> int:
-    """Return how many ticks of sensors and schedules are older than a time, without the last tick of each."""
+    """Count the ticks from before a time, without the last tick of each sensor and schedule."""
     return _count(conn, _OLD_TICKS, before)
 
 
 def delete_old_ticks(conn: Connection, before: datetime) -> int:
-    """Delete the ticks that ``count_old_ticks`` counts, in batches. Returns how many were deleted."""
+    """Delete the ticks that ``count_old_ticks`` counts, in batches, and return their number."""
     return _delete(conn, "job_ticks", "t.id", _OLD_TICKS, before)
 
 
 def find_superseded_runs(conn: Connection, before: datetime) -> list[str]:
-    """Return the ids of runs that ended before a time and whose materializations and checks were all repeated later."""
+    """Return the ids of the runs that ended before a time and of which a later run repeated every asset and check."""
     return [run_id for (run_id,) in conn.execute(_SUPERSEDED_RUNS, {"before": before})]
 
 

@@ -1,6 +1,6 @@
 """Exports of resources, dead letters and tables as files.
 
-Files are streamed to a temporary file first, and get their name when they are complete.
+Rows are streamed to a temporary file, which is stored under its name when it is complete.
 """
 
 import csv
@@ -35,7 +35,7 @@ _IDS_PER_QUERY = 2000
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """One file of an export. ``rows`` is the number of lines or of table rows, ``sha256`` the hash of its bytes."""
+    """A file of an export: ``rows`` is the number of its lines or table rows, ``sha256`` the hash of its bytes."""
 
     name: str
     rows: int
@@ -46,9 +46,9 @@ class ExportedFile:
 class Export:
     """Writes files into one folder of ``target``. ``finish`` writes the manifest last.
 
-    The manifest of an earlier export in the same folder is deleted first, because its hashes would not match the new
-    files. ``withholding`` means that a consent policy is on: files of raw resources and dead letters, which contain
-    withheld resources, are refused then.
+    The manifest of an earlier export in the same folder is deleted first, because its hashes do not match the new
+    files. ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and dead
+    letters, because they contain withheld resources.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Export:
         target.delete(self._path(manifest))
 
     def for_type(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
-        """Return the export of one type, for the given partitions; None: all partitions."""
+        """Return the export of one type. ``partition_keys`` are its partitions, None for all partitions."""
         return TypeExport(self, resource_type, partition_keys)
 
     def write(self, name: str, resource_type: str, write: Callable[[Path], int]) -> ExportedFile:
-        """Write one file and its audit record. ``write`` writes the rows to a path and returns how many there are.
+        """Write one file and its audit record. ``write`` writes the rows to a path and returns their number.
 
-        The file is deleted again if the audit record cannot be written. Raises StoreError.
+        The file is deleted if the audit record cannot be written. Raises StoreError.
         """
         path = self._target.spool() / f"{os.urandom(8).hex()}.export"
         try:
@@ -104,7 +104,7 @@ class Export:
                 )
                 audit_log.record(self.conn, audit_record)
         except BaseException:
-            # Without an audit record there is no export.
+            # A file must not exist without its audit record.
             self._target.delete(self._path(name))
             raise
         self._files.append(file)
@@ -127,8 +127,8 @@ class Export:
 class TypeExport:
     """Writes the files of one resource type.
 
-    Resources that are deleted at the source or withheld by consent are not in the files of valid resources and tables.
-    Files of raw resources and dead letters have everything that was received.
+    The files of valid resources and tables do not contain resources that are deleted at the source or withheld by
+    consent. The files of raw resources and dead letters contain all received resources.
     """
 
     def __init__(self, export: Export, resource_type: str, partition_keys: Sequence[str] | None) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 10_000
-"""The number of rows in a row group, which is in memory as a whole."""
+"""The number of rows in a row group. One row group is in memory at a time."""
 
 _Converter = Callable[[Any], Any]
 

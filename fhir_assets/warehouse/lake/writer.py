@@ -27,8 +27,10 @@ _STATE = "_windows.json"
 
 
 class _FileState(msgspec.Struct, frozen=True):
-    """The state of a window's rows when its file was written: their number, the sum of the ids of the transactions
-    that wrote them, and the hash of the table's layout.
+    """The state of a window's rows at the time when its file was written.
+
+    ``rows`` is their number, ``written_by`` the sum of the ids of the transactions that wrote them, and ``shape`` the
+    hash of the table's layout.
     """
 
     rows: int
@@ -41,7 +43,7 @@ _decoder = msgspec.json.Decoder(dict[str, _FileState])
 
 @dataclass(frozen=True, slots=True)
 class LakeUpdate:
-    """The result of an update of a view's folder: windows written and removed, and rows and bytes of those written."""
+    """The result of an update of a view's folder: written and removed windows, and the rows and bytes written."""
 
     windows: int = 0
     removed: int = 0
@@ -80,7 +82,7 @@ def update(
 
 
 class LakeFolder:
-    """The folder of one view in the lake. Used within the lock and the transaction of ``update``."""
+    """The folder of one view in the lake. Callers must hold the lock and the transaction of ``update``."""
 
     def __init__(self, conn: Session, target: Blobs, view: View) -> None:
         self._conn = conn
@@ -107,7 +109,7 @@ class LakeFolder:
             self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(self._states))
 
     def _read_states(self) -> dict[str, _FileState]:
-        # xmin is the id of the transaction that wrote a row. Everything that replaces rows changes the sum.
+        # xmin is the id of the transaction that wrote a row. Every transaction that replaces rows changes the sum.
         query = sql.SQL("""
             SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text
             {source}

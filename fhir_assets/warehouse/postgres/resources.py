@@ -40,7 +40,7 @@ def decrypt_row(row: Sequence[Any], cipher: Cipher) -> StoredResource:
 
 
 def decrypt_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:
-    """Return the JSON of a resource whose column contains ``text``, encrypted if ``key_id`` is set.
+    """Return the JSON of a resource from the text of its column, which is encrypted unless ``key_id`` is None.
 
     Raises EncryptionError.
     """

@@ -1,6 +1,7 @@
 """Fill the column ``patients`` of ``fhir.resource`` for resources that were loaded without it.
 
-Loads fill the column themselves where consent or encryption is on; here are the resources from before.
+Loads fill the column if a consent policy or encryption is on. This module fills it for the resources that were loaded
+before.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from fhir_assets.warehouse.postgres.resources import decrypt_text
 
 @dataclass(frozen=True, slots=True)
 class UnassignedResource:
-    """A resource whose patients are not known yet, with its decrypted JSON."""
+    """A resource without ``patients``, with its decrypted JSON."""
 
     resource_type: str
     id: str
@@ -20,7 +21,7 @@ class UnassignedResource:
 
 
 def lock_unassigned_resources(conn: Session, limit: int) -> list[UnassignedResource]:
-    """Return at most ``limit`` resources whose patients are not known yet, and lock them until the transaction ends.
+    """Return at most ``limit`` resources without ``patients``, and lock them until the transaction ends.
 
     Raises EncryptionError.
     """
@@ -42,7 +43,7 @@ def lock_unassigned_resources(conn: Session, limit: int) -> list[UnassignedResou
 
 
 def set_patients(conn: Connection, assignments: Iterable[tuple[list[str], str, str]]) -> None:
-    """Store the ids of the patients of resources: tuples of patient ids, resource type and resource id."""
+    """Store the patients of resources, given as tuples of patient ids, resource type and resource id."""
     with conn.cursor() as cursor:
         cursor.executemany(
             "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s", list(assignments)

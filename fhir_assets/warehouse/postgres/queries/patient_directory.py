@@ -1,7 +1,7 @@
-"""Pages of the patients in the order of their ids, all of them or those that a search finds.
+"""Pages of all patients, or of the patients that match a search, in the order of their ids.
 
-The id of every ``STRIDE``-th patient is cached for some seconds. A page is read from the last cached id before it, so
-that Postgres skips at most STRIDE rows of an index: page 50,000 costs as much as page 1. The cache also has the total.
+The id of every ``STRIDE``-th patient and the total number are cached for some seconds. A page is read from the last
+cached id before it, so that Postgres skips at most STRIDE rows of an index: page 50,000 costs as much as page 1.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from fhir_assets.warehouse.postgres.resources import StoredResource
 
 STRIDE = 500
 FRESH_SECONDS = 30.0
-"""The age of the cached ids at which they are read again. Until then requests use the old ones."""
+"""The age in seconds at which the cached ids are read again, in the background."""
 
 _TABLE_NOT_READY = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
-"""Errors of a database before its first load, or of an upgraded one whose tables lack a column."""
+"""Errors of a database before its first load, or after an upgrade, while its tables lack a column."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatientSearch:
-    """A search for patients. Every given field must match.
+    """A search for patients. Every field that is not None must match.
 
     Names match regardless of case. ``given`` matches the first given name, or all given names joined by spaces.
     """
@@ -66,9 +66,9 @@ class PatientDirectory:
         self._refreshing = False
 
     def page(self, conn: Connection, number: int, size: int, *, after: str | None = None) -> PatientPage:
-        """Return page ``number`` (from 1) of all patients, or with ``after`` the page that begins after this id.
+        """Return page ``number`` (from 1) of all patients. With ``after``, return the page that follows this id.
 
-        Iteration with ``after`` returns each patient once, even if patients are added or deleted meanwhile.
+        An iteration with ``after`` returns each patient once, even if patients are added or deleted during it.
         """
         cached = self._get_cached(conn)
         skip = (number - 1) * size
@@ -84,7 +84,7 @@ class PatientDirectory:
     def find(
         self, conn: Session, search: PatientSearch, number: int, size: int, *, after: str | None = None
     ) -> PatientPage:
-        """Return page ``number`` (from 1) of the patients found by ``search``, or the page after the id ``after``.
+        """Return page ``number`` (from 1) of the patients that match. With ``after``, return the page after this id.
 
         Encrypted columns are searched by their blind indexes.
         """

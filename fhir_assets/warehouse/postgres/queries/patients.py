@@ -20,10 +20,10 @@ __all__ = ["Absence", "explain_absence", "find_patients", "find_withheld", "read
 def read_patient(
     conn: Session, patient_id: str, *, actor: str, everything: bool = False, request_id: str | None = None
 ) -> list[StoredResource]:
-    """Return the Patient, and with ``everything`` all resources of its compartment; empty if it is not in the tables.
+    """Return the Patient, with ``everything`` all resources of its compartment; an empty list if it is not stored.
 
-    ``actor`` is the name of the user or the API token. The audit record is committed before this returns. Raises
-    EncryptionError.
+    ``actor`` is the name of the user or of the API token. The audit record is committed before the function returns.
+    Raises EncryptionError.
     """
     with conn.transaction():
         if everything:
@@ -39,7 +39,7 @@ def read_patient(
 def read_resource(
     conn: Session, resource_type: str, resource_id: str, *, actor: str, request_id: str | None = None
 ) -> StoredResource | None:
-    """Return a resource, or None if it is not in the tables, with an audit record as in ``read_patient``. Commits."""
+    """Return a resource, or None if it is not in the tables, and commit an audit record. See ``read_patient``."""
     with conn.transaction():
         resource = resources.read(conn, resource_type, resource_id)
         _record_read(conn, resource_type, resource_id, actor, 1 if resource else 0, request_id)
@@ -50,7 +50,7 @@ def read_resource(
 def find_patients(conn: Session, identifier: str) -> Sequence[str]:
     """Return the ids of the patients with an identifier, from the view ``patient_identifier``.
 
-    Encrypted identifiers are found by their blind index.
+    Encrypted identifiers are searched by their blind index.
     """
     cipher = cipher_of(conn)
     column, value = ("value_index", cipher.index(identifier)) if cipher.encrypts else ("value", identifier)
@@ -103,13 +103,16 @@ def explain_absence(conn: Connection, patient_id: str) -> Absence:
     return Absence(*row) if row else Absence()
 
 
-def find_withheld(conn: Connection, gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
-    """Return the patients among ``ids`` that consent withholds now, even if the tables still have their resources."""
-    if not gate.withholds or not ids:
+def find_withheld(conn: Connection, consent_gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
+    """Return the patients among ``ids`` that consent currently withholds.
+
+    The tables may still contain their resources, until the decision is applied.
+    """
+    if not consent_gate.withholds or not ids:
         return frozenset()
     query = sql.SQL("""
         SELECT p.id
         FROM (SELECT id, ARRAY[id] AS patients FROM unnest(%s::text[]) AS id) AS p
         WHERE {withheld}
-    """).format(withheld=build_withheld_condition(gate, "p"))
+    """).format(withheld=build_withheld_condition(consent_gate, "p"))
     return frozenset(row[0] for row in conn.execute(query, [list(ids)]).fetchall())

@@ -1,6 +1,6 @@
-"""Counts for the asset checks of a resource type: dead letters, volumes and duplicates. No function returns rows.
+"""Counts for the asset checks of a resource type: dead letters, volumes and duplicates.
 
-Counts of references are in ``references``.
+The functions return no rows of the tables. Counts of references are in ``references``.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
 MAX_RULES = 10
-"""The number of rules and paths of a window that are counted separately."""
+"""The number of combinations of stage, rule and path of a window that are counted separately."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleCount:
-    """The number of dead letters of a window by a rule at a path. Repeated lines are counted each time."""
+    """The number of dead letters of a window with this rule and path. Equal resources are counted separately."""
 
     stage: str
     rule: str
@@ -31,9 +31,10 @@ def count_unresolved_dead_letters(
 ) -> dict[str, list[RuleCount]]:
     """Count the dead letters that are neither resolved nor discarded, by partition key.
 
-    A window has at most ``MAX_RULES`` counts, the largest first, and one for all others with the rule ``…``.
+    A window has at most ``MAX_RULES`` counts, the largest first, and one count of all other dead letters, with the rule
+    ``…``.
     """
-    # The path of stage fetch is a position in a file or a response; only the file itself is counted by.
+    # The path of stage fetch is a position in a file or a response. The positions of a file are counted together.
     rows = conn.execute(
         """
         WITH counted AS (
@@ -90,7 +91,7 @@ def count_loaded_resources(conn: Connection, resource_type: str, first: str, las
 
 
 def count_duplicates(conn: Connection, view: View) -> int:
-    """Return how many resources have more than one row in the main view of their type."""
+    """Return the number of resources that have more than one row in ``view``, the main view of their type."""
     query = sql.SQL("""
         SELECT count(*)
         FROM (SELECT FROM fhir.{view} GROUP BY {key} HAVING count(*) > 1) duplicates

@@ -13,9 +13,10 @@ _LINES_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class AbsentCounts:
-    """Validated resources of a window that are not in the tables, by reason.
+    """The numbers of validated resources of a window that are not in the tables, by reason.
 
-    ``missing`` has no known reason; ``deleted`` were deleted by the source since; ``withheld`` are kept out by consent.
+    ``deleted`` resources were deleted at the source, ``withheld`` resources are withheld by consent. For ``missing``
+    resources no reason is known.
     """
 
     missing: int = 0
@@ -43,10 +44,10 @@ def count_unloaded(conn: Connection, resource_type: str, partition_keys: Sequenc
 def count_absent(
     conn: Connection, resource_type: str, expected: Iterable[str], *, main_view: str | None
 ) -> dict[str, AbsentCounts]:
-    """Return by partition key how many of the expected resources the tables lack; dead letters are not counted.
+    """Return the numbers of expected resources that are not in the tables by partition key, without dead letters.
 
-    ``expected`` yields lines in the text format of COPY: partition key, id and ``meta.lastUpdated``. Where
-    ``main_view`` is given, each resource must also have a row in its table.
+    ``expected`` yields lines in the text format of COPY: partition key, id and ``meta.lastUpdated``. With
+    ``main_view``, a resource without a row in the table of this view is counted as missing, too.
     """
     conn.execute(
         "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
@@ -55,7 +56,7 @@ def count_absent(
     with conn.cursor().copy("COPY expected FROM STDIN") as copy:
         while block := "".join(islice(lines, _LINES_AT_ONCE)):
             copy.write(block)
-    # Without statistics Postgres estimates a few rows even for a million, and looks up each id by itself.
+    # Without statistics, Postgres estimates a few rows even for a million, and chooses an index scan for each id.
     conn.execute("ANALYZE expected")
     without_row: sql.Composable = sql.SQL("")
     if main_view:

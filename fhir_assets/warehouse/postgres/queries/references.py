@@ -15,9 +15,9 @@ _REFERENCE_KEY = re.compile(r"getReferenceKey\(\s*([A-Za-z]*)\s*\)")
 
 @dataclass(frozen=True, slots=True)
 class ReferenceColumn:
-    """A column of a view with the ids of other resources.
+    """A column of a view that contains the ids of other resources.
 
-    ``target`` is their resource type; None: the type is in the column ``reference`` of the view.
+    ``target`` is their resource type, or None if the column ``reference`` of the view contains the type.
     """
 
     view: str
@@ -27,7 +27,7 @@ class ReferenceColumn:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCounts:
-    """The number of references to resources of type ``target``, and how many of those resources are ``missing``."""
+    """The number of references to resources of type ``target``; ``missing`` of them have no resource in the tables."""
 
     target: str
     references: int
@@ -48,9 +48,9 @@ def find_reference_columns(view: View) -> list[ReferenceColumn]:
 def count_references(
     conn: Connection, columns: Sequence[ReferenceColumn], targets: Sequence[str]
 ) -> list[ReferenceCounts]:
-    """Count the references in ``columns`` by target type, the most missing first.
+    """Count the references in ``columns`` by target type. The type with the most missing references comes first.
 
-    Only the types in ``targets`` are counted: resources of other types are not loaded.
+    Only the types in ``targets`` are counted, because resources of other types are not loaded.
     """
     counts: dict[str, list[int]] = {}
     for column in columns:
@@ -70,10 +70,10 @@ def count_references(
 def find_missing_ids(
     conn: Connection, columns: Sequence[ReferenceColumn], target: str, *, limit: int
 ) -> list[tuple[str, int]]:
-    """Return at most ``limit`` distinct ids of type ``target`` that ``columns`` refer to and the tables lack.
+    """Return at most ``limit`` ids of resources of type ``target`` that are referenced but not in the tables.
 
-    Each id comes with the number of references in the first column that refers to it. Ids that were requested within
-    the last day are left out.
+    Each id is paired with the number of references in the first column that contains it. Ids that were requested
+    within the last day are left out.
     """
     counts: dict[str, int] = {}
     for column in columns:
@@ -103,7 +103,7 @@ def find_missing_ids(
 
 
 def record_requests(conn: Connection, run_id: str, resource_type: str, ids: Sequence[str]) -> None:
-    """Record that resources were requested from the server: ``find_missing_ids`` leaves them out for a day."""
+    """Record that resources were requested from the server. ``find_missing_ids`` leaves them out for a day."""
     conn.execute(
         """
         INSERT INTO ops.missing_references (resource_type, resource_id, run_id)
@@ -118,7 +118,7 @@ def record_requests(conn: Connection, run_id: str, resource_type: str, ids: Sequ
 
 
 def forget_loaded_requests(conn: Connection) -> None:
-    """Delete the records of requests for resources that are loaded now, and those older than a day."""
+    """Delete the records of requests that are older than a day or whose resources are loaded."""
     conn.execute(
         """
         DELETE FROM ops.missing_references m

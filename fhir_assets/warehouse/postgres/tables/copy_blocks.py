@@ -1,7 +1,7 @@
 """Resources and the rows of their views as text in the format of COPY.
 
-Everything here works without a database connection, so that worker processes can do it. What is encoded in a worker
-travels to the loading process as a ``CopyBlock``: a few long texts, which COPY accepts unchanged.
+Encoding needs no database connection and can run in worker processes. A worker sends a batch of encoded resources to
+the loading process as a ``CopyBlock``: a few long texts that COPY accepts unchanged.
 """
 
 from array import array
@@ -46,7 +46,7 @@ class EncodedResource(NamedTuple):
 
 
 class JoinedTexts(NamedTuple):
-    """Texts concatenated to one, with the offset at which each of them ends."""
+    """A concatenation of texts, with the offset of the end of each text."""
 
     text: bytes
     ends: "array[int]"
@@ -65,8 +65,8 @@ class JoinedTexts(NamedTuple):
 class CopyBlock:
     """Encoded resources, stored by columns. Pickling a block copies a few long texts instead of many small objects.
 
-    ``line_numbers`` are the indexes of the resources' lines in the batch that they come from. The other fields
-    correspond to those of ``EncodedResource``; ``view_lines`` has one element for each view.
+    ``line_numbers`` contains the index of each resource's line in its batch. The other fields correspond to the fields
+    of ``EncodedResource``; ``view_lines`` has one element for each view.
     """
 
     line_numbers: "array[int]"
@@ -110,7 +110,11 @@ class CopyBlock:
 
 
 class UnstorableResource(Exception):
-    """A resource that Postgres cannot store. ``view`` and ``column`` are None if its JSON itself is the cause."""
+    """Raised for a resource that Postgres cannot store.
+
+    ``view`` and ``column`` name the column that does not accept a value. Both are None if the JSON of the resource
+    cannot be stored.
+    """
 
     def __init__(self, view: str | None, column: str | None, message: str) -> None:
         super().__init__(message)
@@ -132,7 +136,10 @@ class ResourceEncoder:
         return ResourceEncoder, (self.views, self.cipher)
 
     def encode(self, record: Record, partition_key: str, rows: ViewRows) -> EncodedResource:
-        """Return a resource and its rows in the format of COPY. Raises UnstorableResource."""
+        """Return a resource and its rows in the format of COPY. ``rows`` has an element for each view.
+
+        Raises UnstorableResource.
+        """
         try:
             key = escape_text(record.id)
             version = NULL if record.version_id is None else escape_text(record.version_id)
@@ -168,7 +175,7 @@ _encode_patients = lru_cache(4096)(encode_text_array)
 
 
 def parse_version_number(version_id: str | None) -> int | None:
-    """Return ``meta.versionId`` as a number, or None if it is not one that fits a bigint."""
+    """Return ``meta.versionId`` as a number, or None if it is not a number or does not fit a bigint."""
     if version_id is None or not version_id.isascii() or not version_id.isdigit() or len(version_id) > 19:
         return None
     number = int(version_id)

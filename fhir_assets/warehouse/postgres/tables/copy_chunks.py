@@ -1,6 +1,7 @@
-"""Chunks: the resources that one COPY writes, made of the blocks of several batches.
+"""Chunks: the resources that one COPY writes, composed of the blocks of several batches.
 
-A block is taken apart only if some of its resources are not written, for instance because a newer version is stored.
+The texts of a block are reused unchanged if all of its resources are written. Otherwise ``select`` builds a new block,
+for instance without the resources of which a newer version is stored.
 """
 
 from collections.abc import Container, Sequence
@@ -11,7 +12,7 @@ from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 
 
 class PartitionBlock(NamedTuple):
-    """Encoded resources of one partition, with all lines of their batch as received, which dead letters need."""
+    """Encoded resources of one partition, with all lines of their batch as received, for dead letters."""
 
     block: CopyBlock
     partition_key: str
@@ -61,7 +62,7 @@ EMPTY_CHUNK = CopyChunk(())
 
 
 def keep_newest(blocks: Sequence[PartitionBlock]) -> list[PartitionBlock]:
-    """Keep only the newest version of each resource; of equal versions, the one that came last."""
+    """Return blocks with only the newest version of each resource; of equal versions, the last one."""
     newest: dict[str, tuple[float, int, int, int]] = {}
     for b, partition_block in enumerate(blocks):
         block = partition_block.block

@@ -1,7 +1,8 @@
-"""Deletions at the source: a deleted resource leaves every view, and ``fhir.resource`` keeps a tombstone of it.
+"""Deletions at the source: the rows of a deleted resource are removed from all views, and a tombstone is stored.
 
-A tombstone is ordered among the versions of its resource by the time of the deletion. A version that is older than the
-deletion does not restore the resource, even if it arrives later; a version that is newer does.
+A tombstone is a row of ``fhir.resource`` with ``deleted_at`` and without JSON. The time of the deletion orders it among
+the versions of the resource: a version that is newer than the deletion restores the resource, an older version does
+not, even if it is loaded later.
 """
 
 from collections import Counter, defaultdict
@@ -30,8 +31,9 @@ _DEADLOCK_ATTEMPTS = 5
 class DeletionCounts:
     """Counts of applied deletions by resource type.
 
-    ``deleted`` resources were in the tables. ``unknown`` ones were not: their tombstones keep late versions out.
-    ``outdated`` deletions changed nothing, because the resource is deleted already or is stored in a newer version.
+    - ``deleted``: resources that were in the tables
+    - ``unknown``: resources that were not in the tables; their tombstones prevent that an older version is loaded later
+    - ``outdated``: deletions without effect, because the resource is deleted already or is stored in a newer version
     """
 
     deleted: Counter[str] = field(default_factory=Counter)
@@ -39,7 +41,7 @@ class DeletionCounts:
     outdated: Counter[str] = field(default_factory=Counter)
 
     def update(self, other: "DeletionCounts") -> None:
-        """Add other counts to these."""
+        """Add the counts of ``other``."""
         self.deleted.update(other.deleted)
         self.unknown.update(other.unknown)
         self.outdated.update(other.outdated)
@@ -48,7 +50,7 @@ class DeletionCounts:
 def apply(
     conn: Session, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", partition_key: str = ""
 ) -> DeletionCounts:
-    """Apply deletions in the caller's transaction, in any order; a deletion may be applied more than once.
+    """Apply deletions, in any order, in the caller's transaction. Applying a deletion twice has no further effect.
 
     ``run_id`` and ``partition_key`` are stored with the tombstones of resources that were not in the tables.
     """
@@ -69,9 +71,10 @@ def apply(
 def apply_in_transaction(
     connect: OpenSession, deletions: Sequence[Deletion], *, run_id: str, actor: str = "pipeline"
 ) -> DeletionCounts:
-    """Apply up to some thousands of deletions in a transaction of their own; a deadlock with a load is retried.
+    """Apply deletions in a new transaction, which is retried after a deadlock with a load.
 
-    Raises DatabaseUnavailable.
+    Pass some thousands of deletions at most, because the transaction locks all of their resources. Raises
+    DatabaseUnavailable.
     """
     for _ in range(_DEADLOCK_ATTEMPTS):
         try:
@@ -91,7 +94,7 @@ def apply_in_transaction(
 def read_checkpoint(conn: Connection, resource_type: str) -> datetime | None:
     """Return the time up to which the deletions of the source's history are applied.
 
-    If no deletion of the type was applied yet, it is the start of the type's first run; None without any run.
+    If no deletion of the type was applied yet, this is the start of the first run of the type, None if it never ran.
     """
     row = conn.execute(
         """
@@ -142,7 +145,7 @@ def _apply_chunk(
     conn: Connection, deletions: Sequence[Deletion], run_id: str, partition_key: str, total: DeletionCounts
 ) -> None:
     latest = _keep_latest(deletions)
-    # Rows are locked in the order of ids, as loads do, so that a load and a deletion rarely deadlock.
+    # Rows are locked in the order of ids, as in loads, so that deadlocks between loads and deletions are rare.
     rows = [latest[key] for key in sorted(latest)]
     ids = {"types": [row.resource_type for row in rows], "ids": [row.id for row in rows]}
     stored = set(conn.execute(_FIND_STORED, ids).fetchall())
@@ -177,7 +180,7 @@ def _apply_chunk(
 
 
 def _keep_latest(deletions: Iterable[Deletion]) -> dict[tuple[str, str], Deletion]:
-    """Return the latest deletion of each resource, without ids that the tables cannot contain."""
+    """Return the latest deletion of each resource by type and id, without ids that the tables cannot store."""
     latest: dict[tuple[str, str], Deletion] = {}
     for deletion in deletions:
         key = deletion.resource_type, deletion.id

@@ -29,7 +29,7 @@ ValueEncoder = Callable[[object], str]
 
 NULL = r"\N"
 MAX_INDEXED_BYTES = 2600
-"""The longest text in an indexed column, in bytes: a key of a B-tree may occupy a third of a page."""
+"""The maximum length of a text in an indexed column, in bytes. A B-tree key may occupy a third of a page."""
 
 _DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2})?)?").fullmatch
 _DATETIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:\d{2})?").fullmatch
@@ -40,7 +40,7 @@ _json = msgspec.json.Encoder(decimal_format="number").encode
 
 
 class UnstorableValue(ValueError):
-    """A value that does not fit its column. The message states the reason without the value."""
+    """Raised for a value that its column cannot store. The message states the reason and does not contain the value."""
 
 
 def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]:
@@ -65,7 +65,7 @@ def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]]
 def _compile_row_writer(columns: Sequence[tuple[ValueEncoder, str]], end: str) -> Callable[[Sequence[object]], str]:
     """Compile a function that encodes a row in one expression.
 
-    Most values of a wide row are null or plain text. A loop or a call for each value would cost more than its encoding.
+    Most values of a wide row are null or plain text; a loop or a call for each value would cost more than the encoding.
     """
     namespace: dict[str, Any] = {"end": end, "backslash": "\\"}
     line = ""
@@ -182,7 +182,7 @@ def _build_column_encoder(column: Column, cipher: Cipher) -> tuple[ValueEncoder,
 
 
 def _to_plaintext(value: object) -> str:
-    """Return the text of a value that is to be encrypted or hashed. The checks are those of unencrypted text."""
+    """Return the text of a value that is to be encrypted or hashed, with the same checks as for unencrypted text."""
     text: str = value if value.__class__ is str else _json(value).decode()
     if "\0" in text:
         raise UnstorableValue(_NUL)

@@ -1,6 +1,6 @@
 """The table layout of a view: names and types of its columns, precision columns, indexes and comments.
 
-Creating and changing the tables is the job of ``view_tables``.
+The module ``view_tables`` creates and changes the tables.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from fhir_assets.fhir.views import Column, View
 
 KEY_COLUMN = "_resource_key"
 KEY_ID_COLUMN = "_key_id"
-"""The column with the id of the key that encrypts the row, in tables of patient data of a deployment with keys."""
+"""The column with the id of the key that encrypts the row. It exists in tables with patient data if keys are set."""
 
 _MAX_NAME_BYTES = 63
 _RESERVED_NAME = "resource"
@@ -21,7 +21,7 @@ _INDEX_METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
 
 class Kind(StrEnum):
-    """How the values of a column are stored in Postgres."""
+    """The kind of values of a column, which determines its Postgres type and its encoding."""
 
     TEXT = "text"
     BOOLEAN = "boolean"
@@ -66,13 +66,13 @@ _SCALAR_KINDS = {
     "time": Kind.TIME,
 }
 PARTIAL_DATE_KINDS = frozenset({Kind.DATE, Kind.DATETIME})
-"""Kinds whose values may be partial dates, such as 2024-05. A column ``<column>_precision`` follows each of them."""
+"""Kinds whose values may be partial dates, such as 2024-05. Each such column is followed by ``<column>_precision``."""
 
 
 def column_kind(column: Column) -> Kind:
-    """Return how a view's column is stored.
+    """Return the kind of a view's column.
 
-    A single primitive is stored by its type, a collection of text as text[], everything else as jsonb.
+    A single primitive is stored by its type, a collection of texts as text[], and all other values as jsonb.
     """
     if column.collection:
         return Kind.TEXTS if column.type in _TEXT_TYPES else Kind.JSON
@@ -82,26 +82,26 @@ def column_kind(column: Column) -> Kind:
 
 
 class PhiTreatment(StrEnum):
-    """How a column's values are protected in a deployment with encryption keys: the column's tag ``phi``."""
+    """The protection of a column's values in a deployment with encryption keys, given by the column's tag ``phi``."""
 
     NONE = "none"
     """Not encrypted."""
 
     ENCRYPT = "encrypt"
-    """A Fernet token of the value's text. A column ``<column>_index`` has a hash to search by, if tagged."""
+    """Stored as a Fernet token. With ``has_blind_index``, a column ``<column>_index`` contains a hash for searches."""
 
     HASH = "hash"
-    """The blind index of the value instead of the value: it can be joined and counted, but not decrypted."""
+    """Replaced by the blind index of the value, which can be joined and counted but not decrypted."""
 
     YEAR = "year"
-    """The year of a date, as the first of January."""
+    """A date, replaced by the first of January of its year."""
 
     DROP = "drop"
-    """Null."""
+    """Replaced by null."""
 
 
 def phi_treatment(column: Column, *, encrypted: bool) -> PhiTreatment:
-    """Return the treatment of a column, which is NONE unless ``encrypted``. Raises ViewError for an unknown tag."""
+    """Return the treatment of a column; NONE if ``encrypted`` is false. Raises ViewError for an unknown tag."""
     tag = column.tags.get("phi", "none")
     try:
         treatment = PhiTreatment(tag)
@@ -113,12 +113,12 @@ def phi_treatment(column: Column, *, encrypted: bool) -> PhiTreatment:
 
 
 def has_blind_index(column: Column) -> bool:
-    """Whether an encrypted column can be searched by equality: it is tagged ``phi-index`` or ``index``."""
+    """Return True if an encrypted column can be searched by equality: it is tagged ``phi-index`` or ``index``."""
     return "phi-index" in column.tags or "index" in column.tags
 
 
 def holds_phi(view: View) -> bool:
-    """Whether the table of a view contains patient data: any column that is treated when there are keys."""
+    """Return True if the table of a view contains patient data: a column has a treatment other than NONE."""
     return any(phi_treatment(column, encrypted=True) is not PhiTreatment.NONE for column in view.columns)
 
 
@@ -140,7 +140,7 @@ _TREATMENT_COMMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class TableColumn:
-    """A column of a table. ``index`` is the access method of its index; None: not indexed."""
+    """A column of a table. ``index`` is the access method of its index, None without an index."""
 
     name: str
     type: str
@@ -158,7 +158,7 @@ class TableLayout:
     description: str | None
     columns: tuple[TableColumn, ...]
     fingerprint: str
-    """Fingerprint of the view and its treatments; rows that were built with another one are outdated."""
+    """The fingerprint of the view and its treatments. Rows that were built with another fingerprint are outdated."""
 
     @property
     def shape(self) -> str:
@@ -168,7 +168,7 @@ class TableLayout:
 
 
 def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
-    """Return the table of a view, ``encrypted`` in a deployment with keys.
+    """Return the layout of a view's table. ``encrypted`` is True in a deployment with keys.
 
     Raises ViewError if a name cannot be the name of a table or of a column.
     """

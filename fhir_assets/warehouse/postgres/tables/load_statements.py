@@ -90,10 +90,10 @@ class ViewStatements(NamedTuple):
 
 
 class LoadStatements:
-    """The statements of a load of one resource type. They address the type's own partition of ``fhir.resource``.
+    """The statements of a load of one resource type. They address the type's partition of ``fhir.resource`` directly.
 
-    Resources of which no version is stored are copied with ``copy_new``. The others are copied into a temporary table,
-    the stage (``create_stage``, ``copy_to_stage``, ``clear_stage``), and merged from there with ``merge``.
+    Resources of which no version is stored are copied with ``copy_new``. All other resources are copied into a
+    temporary table, the stage (``create_stage``, ``copy_to_stage``, ``clear_stage``), and merged with ``merge``.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LoadStatements:
         self.copy_new = sql.SQL(_COPY_NEW).format(table=table)
         merge = sql.SQL(_REENCRYPT if reencrypt else _MERGE)
         self.merge = merge.format(table=table, type=type_name, stage=stage)
-        """Returns the ids that were written, each with true if no version was stored before."""
+        """Returns pairs of a written id and true if no version of the resource was stored before."""
         self.record_consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent" and not reencrypt:
             self.record_consents = consents.build_record_statements(stage, sql.Placeholder("key_id"))

@@ -1,9 +1,10 @@
 """The Loader: writes resources and the rows of their views to Postgres, in the caller's transaction.
 
-Resources are written in chunks, first to ``fhir.resource``. If no resource of a chunk is stored, the chunk is copied
-directly. Otherwise it is upserted from a temporary table: the upsert locks the rows of the resources and returns the
-resources whose version is newer than the stored one, and only their rows replace those in the tables of the views.
-Two concurrent loads of the same resources therefore have the same result as one after the other, in either order.
+Resources are written in chunks, first to ``fhir.resource``. If no resource of a chunk is stored yet, the chunk is
+copied directly. Otherwise it is upserted from a temporary table: the upsert locks the rows of the resources and returns
+the ids of the resources whose version is newer than the stored version. Only the rows of these resources replace rows
+in the tables of the views. Two concurrent loads of the same resources therefore have the same result as two consecutive
+loads, in either order.
 """
 
 import re
@@ -47,7 +48,11 @@ _COLUMN_IN_CONTEXT = re.compile(r', column "?([^":]+)"?')
 
 @dataclass(frozen=True, slots=True)
 class UnloadableResource:
-    """A resource that Postgres cannot store. ``view`` and ``column`` are None if its JSON itself is the cause."""
+    """A resource that Postgres cannot store.
+
+    ``view`` and ``column`` name the column that does not accept a value. Both are None if the JSON of the resource
+    cannot be stored.
+    """
 
     resource_id: str
     partition_key: str
@@ -61,8 +66,8 @@ class UnloadableResource:
 class LoadCounts:
     """The counts of resources in a load.
 
-    ``superseded`` are resources of which a newer version is stored or is part of the same load. ``rows`` are the rows
-    written, by view. ``withheld`` are the resources that consent withholds, by partition key.
+    ``superseded`` counts resources of which a newer version is stored or is part of the same load, ``rows`` the written
+    rows by view, and ``withheld`` the resources that consent withholds by partition key.
     """
 
     inserted: int = 0
@@ -86,19 +91,18 @@ class _ChunkResult:
 
 
 _Written = tuple[int, CopyChunk, CopyChunk]
-"""How many resources of a chunk replaced an older version, the resources written, and the resources withheld."""
+"""The number of resources that replaced an older version, the written resources, and the withheld resources."""
 
 
 class Loader:
     """Loads resources of one type and their rows of ``views``.
 
-    The caller begins and commits the transaction: either everything that one Loader writes becomes visible, or nothing.
-    A second load of the same or of an older version of a resource changes nothing. If ``meta.lastUpdated`` is equal,
-    the version with the greater numeric ``versionId`` is newer; if that is equal too, the version that came last.
+    The caller begins and commits the transaction, so that all writes of a Loader become visible together. A second load
+    of the same or of an older version of a resource changes nothing. If ``meta.lastUpdated`` is equal, the version with
+    the greater numeric ``versionId`` is newer; if that is equal too, the version that was added last.
 
-    As a context manager a Loader writes one chunk in a thread while the caller adds resources to the next one. From
-    the first ``add`` on the connection belongs to the Loader then. The caller may use it after ``wait`` or ``finish``
-    until the next ``add``.
+    Used as a context manager, a Loader writes a chunk in a thread while the caller adds resources to the next chunk.
+    The caller must then not use the connection between ``add`` and the following ``wait`` or ``finish``.
 
     With ``restore_rows``, existing rows of the views are deleted first even if ``fhir.resource`` does not have the
     resource, for instance after a row was deleted by hand. Resources that ``consent_gate`` withholds are written to
@@ -153,8 +157,8 @@ class Loader:
     def add(self, items: Iterable[tuple[Record, ViewRows]], partition_key: str) -> list[UnloadableResource]:
         """Encode resources of one partition and add them to the load.
 
-        Returns the unloadable resources found since the last call, which may belong to other partitions. Raises
-        DatabaseUnavailable; the transaction cannot be continued then.
+        Returns the unloadable resources that were detected since the last call; they may belong to other partitions.
+        Raises DatabaseUnavailable; the caller must then roll back the transaction.
         """
         encoded: list[tuple[int, EncodedResource]] = []
         lines: list[bytes] = []
@@ -194,7 +198,7 @@ class Loader:
         return self._counts
 
     def take_unloadable(self) -> list[UnloadableResource]:
-        """Return the unloadable resources found since the last call, and forget them."""
+        """Return the unloadable resources that were detected since the last call, and remove them from the Loader."""
         unloadable, self._unloadable = self._unloadable, []
         return unloadable
 
@@ -214,7 +218,7 @@ class Loader:
             chunk = CopyChunk(keep_newest(blocks))
             self._counts.superseded += resources - len(chunk)
         if chunk:
-            # Join the texts before waiting, while Postgres still works on the chunk before.
+            # Join the texts before waiting, while Postgres still writes the previous chunk.
             _ = chunk.resource_lines, chunk.view_lines
         self.wait()
         if not chunk:
@@ -236,8 +240,8 @@ class Loader:
     def _write(self, chunk: CopyChunk) -> _ChunkResult:
         result = _ChunkResult()
         try:
-            # Begin the transaction if the caller has executed no statement yet; otherwise the block below would be
-            # the outermost transaction and commit the chunk.
+            # Begin the transaction if the caller has not executed a statement yet. Without it, ``transaction()`` below
+            # would be the outermost transaction block and commit the chunk.
             self._conn.execute("SELECT")
             if self._statements.consent_gate and not self._holds_decisions:
                 consents.lock_decisions_for_load(self._conn)
@@ -245,10 +249,10 @@ class Loader:
             self._write_or_split(chunk, result)
         except psycopg.errors.DeadlockDetected:
             raise DatabaseUnavailable(
-                "Two loads of the same resources were in a deadlock, and Postgres cancelled this one: run it again"
+                "Two loads of the same resources were in a deadlock, and Postgres cancelled this load: run it again"
             ) from None
         except psycopg.errors.DiskFull:
-            raise DatabaseUnavailable("Postgres's disk is full: free space, then run it again") from None
+            raise DatabaseUnavailable("The disk of Postgres is full: free space, then run the load again") from None
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(
                 f"Postgres became unavailable during the load ({type(error).__name__}): the load is rolled back; "
@@ -269,7 +273,7 @@ class Loader:
             view, column = self._find_column(error)
             [(block, partition_key, lines)] = chunk.blocks
             body = lines[block.line_numbers[0]]
-            message = f"Postgres does not store it ({type(error).__name__}): correct the resource, or the view's column"
+            message = f"Postgres cannot store the resource ({type(error).__name__}): correct the resource or the view"
             result.unloadable.append(UnloadableResource(block.ids[0], partition_key, body, view, column, message))
             return
         result.updated += updated
@@ -302,7 +306,7 @@ class Loader:
         return 0, chunk, EMPTY_CHUNK
 
     def _merge(self, chunk: CopyChunk) -> _Written:
-        """Write a chunk by way of the stage, so that the newest version of each resource is kept."""
+        """Write a chunk through the stage, so that the newest version of each resource is kept."""
         statements = self._statements
         with self._conn.cursor() as cursor:
             cursor.execute(statements.create_stage)
@@ -327,23 +331,26 @@ class Loader:
                     copy.write(text)
 
     def _withhold(self, cursor: psycopg.Cursor[Any]) -> tuple[frozenset[str], list[str]]:
-        """Record staged Consents and withhold resources. Return the withheld ids, and those removed from the table."""
+        """Record staged Consents and withhold resources.
+
+        Returns the ids of the withheld resources, and the ids of the resources that were removed from the table.
+        """
         for statement in self._statements.record_consents:
             cursor.execute(statement, self._params)
-        gate = self._statements.consent_gate
-        if gate is None:
+        consent_gate = self._statements.consent_gate
+        if consent_gate is None:
             return frozenset(), []
-        withheld = [resource_id for (resource_id,) in cursor.execute(gate.withhold, self._params)]
-        cursor.execute(gate.remove_superseded)
-        cursor.execute(gate.remove_released)
+        withheld = [resource_id for (resource_id,) in cursor.execute(consent_gate.withhold, self._params)]
+        cursor.execute(consent_gate.remove_superseded)
+        cursor.execute(consent_gate.remove_released)
         removed: list[str] = []
         if withheld:
-            removed = [resource_id for (resource_id,) in cursor.execute(gate.remove_loaded, {"ids": withheld})]
-            cursor.execute(gate.remove_outdated, {"ids": withheld})
+            removed = [resource_id for (resource_id,) in cursor.execute(consent_gate.remove_loaded, {"ids": withheld})]
+            cursor.execute(consent_gate.remove_outdated, {"ids": withheld})
         return frozenset(withheld), removed
 
     def _find_column(self, error: psycopg.Error) -> tuple[str | None, str | None]:
-        """Return the view and the column that Postgres names. Its message is not used, because it quotes values."""
+        """Return the view and the column that the error names. The error's message may quote values and is not used."""
         context = error.diag.context or ""
         column = _COLUMN_IN_CONTEXT.search(context)
         table = error.diag.table_name or next(

@@ -1,6 +1,6 @@
-"""Search samples of the tables for patient data that should be encrypted and is not.
+"""Search samples of the tables for patient data that should be encrypted but is not.
 
-The values are tested in the database. Only counts leave it.
+Postgres tests the values; this module reads only counts.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,18 @@ from fhir_assets.warehouse.postgres.tables.layout import (
 SAMPLE_ROWS = 10_000
 SAMPLE_PAGES = 2_000
 
-_NO_TOKEN = sql.SQL("{} !~ '^gAAAAA[-_A-Za-z0-9]{{90,}}={{0,2}}$'")
-_NO_HASH = sql.SQL("{} !~ '^[0-9a-f]{{64}}$'")
-_NO_YEAR = sql.SQL("to_char({} AT TIME ZONE 'UTC', 'MM-DD') <> '01-01'")
-_NOT_NULL = sql.SQL("{} IS NOT NULL")
+_IS_NOT_TOKEN = sql.SQL("{} !~ '^gAAAAA[-_A-Za-z0-9]{{90,}}={{0,2}}$'")
+_IS_NOT_HASH = sql.SQL("{} !~ '^[0-9a-f]{{64}}$'")
+_IS_NOT_YEAR = sql.SQL("to_char({} AT TIME ZONE 'UTC', 'MM-DD') <> '01-01'")
+_IS_NOT_NULL = sql.SQL("{} IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnSample:
-    """A sampled column of a table in schema ``fhir``: ``plain`` of the ``values`` in the sample are not encrypted."""
+    """A sampled column of a table in schema ``fhir``.
+
+    ``values`` is the number of values in the sample that are not null, ``plain`` the number of unencrypted ones.
+    """
 
     table: str
     column: str
@@ -40,27 +43,27 @@ class ColumnSample:
 
 
 def scan_view(conn: Connection, view: View) -> list[ColumnSample]:
-    """Sample the columns of a view's table that are tagged as patient data, and test their values by the tag."""
+    """Sample the columns of a view's table that are tagged ``phi``, and count the values that lack the treatment."""
     tests: dict[str, sql.Composed] = {}
     for column in view.columns:
         phi = phi_treatment(column, encrypted=True)
         name = sql.Identifier(column.name)
         if phi is PhiTreatment.ENCRYPT:
-            tests[column.name] = _NO_TOKEN.format(name)
+            tests[column.name] = _IS_NOT_TOKEN.format(name)
             if has_blind_index(column):
                 index = f"{column.name}{BLIND_INDEX_SUFFIX}"
-                tests[index] = _NO_HASH.format(sql.Identifier(index))
+                tests[index] = _IS_NOT_HASH.format(sql.Identifier(index))
         elif phi is PhiTreatment.HASH:
-            tests[column.name] = _NO_HASH.format(name)
+            tests[column.name] = _IS_NOT_HASH.format(name)
         elif phi is PhiTreatment.YEAR and column_kind(column) in PARTIAL_DATE_KINDS:
-            tests[column.name] = _NO_YEAR.format(sql.SQL("{}::timestamptz").format(name))
+            tests[column.name] = _IS_NOT_YEAR.format(sql.SQL("{}::timestamptz").format(name))
         elif phi is PhiTreatment.DROP:
-            tests[column.name] = _NOT_NULL.format(name)
+            tests[column.name] = _IS_NOT_NULL.format(name)
     return _scan_table(conn, view.name, tests)
 
 
 def scan_resources(conn: Connection, resource_type: str) -> list[ColumnSample]:
-    """Sample the resources of a type in ``fhir.resource``, and test whether they are encrypted."""
+    """Sample the resources of a type in ``fhir.resource``, and count those that are not encrypted."""
     catalog_type = BY_NAME.get(resource_type)
     test = sql.SQL("jsonb_typeof(resource) <> 'string' OR key_id IS NULL").format()
     return _scan_table(conn, f"resource_{catalog_type.key}" if catalog_type else "resource_other", {"resource": test})

@@ -1,6 +1,6 @@
-"""Keyed fingerprints for dead letters and corrections that were stored before there were encryption keys.
+"""Keyed fingerprints for dead letters and corrections that were stored before encryption keys were set.
 
-The fingerprint of a dead letter is a hash of its content. A deployment with keys computes it with a key, so that no
+The fingerprint of a dead letter is a hash of its content. A deployment with keys computes a keyed hash, so that no
 unkeyed hash of patient data is stored.
 """
 
@@ -14,7 +14,7 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 Fingerprints = tuple[bytes, bytes]
-"""The stored fingerprint of a row, and the keyed one that replaces it."""
+"""The stored fingerprint of a row, and the keyed fingerprint that replaces it."""
 
 
 def compute_fingerprints(conn: Session, table: str, keys: Sequence[Any]) -> list[Fingerprints]:
@@ -31,10 +31,10 @@ def compute_fingerprints(conn: Session, table: str, keys: Sequence[Any]) -> list
 
 
 def replace_fingerprints(conn: Session, table: str, fingerprints: Sequence[Fingerprints]) -> None:
-    """Replace fingerprints in a table; those of dead letters also in their corrections.
+    """Replace fingerprints in a table. Fingerprints of dead letters are also replaced in ``ops.corrections``.
 
-    If the same content failed again since, a row with the keyed fingerprint exists. The older row then gets a
-    fingerprint of its own, so that both rows are kept.
+    If the same content has failed again in the meantime, a row with the keyed fingerprint exists. The older row then
+    gets a derived fingerprint, so that both rows are kept.
     """
     cipher = cipher_of(conn)
     for name in ("dead_letters", "corrections") if table == "dead_letters" else ("corrections",):
@@ -65,9 +65,10 @@ def _compute_for_dead_letters(conn: Session, ids: Sequence[int]) -> list[Fingerp
 
 
 def _compute_for_corrections(conn: Session, stored_fingerprints: Sequence[bytes]) -> list[Fingerprints]:
-    """Compute the fingerprints of corrections whose dead letter is deleted; the others change with their dead letter.
+    """Compute the fingerprints of corrections whose dead letter is deleted.
 
-    The unkeyed fingerprint of a deleted dead letter can be computed from the original that the correction keeps.
+    The original in the correction is the content of the deleted dead letter. The fingerprints of all other corrections
+    are replaced together with those of their dead letters.
     """
     cipher = cipher_of(conn)
     rows = conn.execute(

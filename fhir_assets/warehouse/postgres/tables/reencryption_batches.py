@@ -1,8 +1,8 @@
-"""Batches of rows that are to be encrypted again with the newest key, and how to encrypt one batch.
+"""Find batches of rows that are not encrypted with the newest key, and encrypt them again.
 
-The database side of `fhir-assets keys rotate`. The order of the batches and the rows of the views are the job of
-``pipeline.reencrypt``; the record of rotations is ``ops.key_rotations``; parts of the store are encrypted again by
-``storage.reencrypt``.
+This module is the database side of ``fhir-assets keys rotate``. ``pipeline.reencrypt`` orders the batches and writes
+the rows of the views again, ``ops.key_rotations`` records the progress, and ``storage.reencrypt`` encrypts the parts of
+the store again.
 
 Rows that another transaction has locked are skipped (SKIP LOCKED), and each batch locks its rows before it reads them.
 A rotation therefore delays a load by one batch at most, and never causes a deadlock.
@@ -72,7 +72,7 @@ ENCRYPTED_TABLES = (
         "corrections",
         ("fingerprint",),
         ("resource", "original"),
-        # The original is a copy of the dead letter's bytes, which another key than that of the row may have encrypted.
+        # The original is a copy of the dead letter's bytes and may be encrypted with another key than the correction.
         outdated=f"({_OUTDATED} OR original IS NOT NULL AND coalesce({_KEY_ID_OF_ORIGINAL} = ANY(%(older)s), true))",
     ),
     EncryptedTable("answers", "idempotency", ("key",), ("answer",)),
@@ -83,8 +83,9 @@ ENCRYPTED_TABLES = (
 class BatchResult:
     """The result of one batch.
 
-    ``encrypted`` rows have the newest key now; ``from_clear`` of them were not encrypted before. ``skipped`` rows were
-    locked by another transaction. ``refused`` counts the rows that could not be encrypted, by reason.
+    ``encrypted`` is the number of rows that now have the newest key; ``from_clear`` of them were not encrypted before.
+    ``skipped`` rows were locked by another transaction. ``refused`` counts the rows that could not be encrypted, by
+    reason.
     """
 
     encrypted: int
@@ -94,9 +95,9 @@ class BatchResult:
 
 
 def count_rows_by_key(conn: Connection, views: Sequence[View]) -> dict[str, Counter[str | None]]:
-    """Count the rows that each key encrypts, by location and then by the id of the key; None: not encrypted.
+    """Return the number of rows by location and id of the key that encrypts them, None for unencrypted rows.
 
-    The locations are ``resources``, ``rows`` (of the views' tables with patient data), and the names of
+    The locations are ``resources``, ``rows`` (the tables with patient data of all views), and the names of
     ``ENCRYPTED_TABLES``.
     """
     counts = {"resources": _count_by_key(conn, sql.SQL("SELECT key_id FROM fhir.resource WHERE resource IS NOT NULL"))}
@@ -121,7 +122,10 @@ def count_rows_by_key(conn: Connection, views: Sequence[View]) -> dict[str, Coun
 
 
 def find_tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, bool]:
-    """Return the tables with patient data, also of views that were removed, and whether each has a key id column."""
+    """Return the tables with patient data, including those of removed views.
+
+    The value is True if the table has the column KEY_ID_COLUMN.
+    """
     rows = conn.execute(
         """
         SELECT
@@ -139,7 +143,7 @@ def find_tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, b
 
 
 def find_resource_types(conn: Connection) -> list[str]:
-    """Return the resource types that may be in ``fhir.resource``: those of the catalog, and others that are stored."""
+    """Return the resource types of the catalog and all other types that are stored in ``fhir.resource``."""
     others = conn.execute("SELECT DISTINCT resource_type FROM fhir.resource_other ORDER BY 1")
     return [*(catalog_type.name for catalog_type in CATALOG), *(name for (name,) in others)]
 
@@ -153,7 +157,7 @@ def _count_by_key(conn: Connection, key_ids: sql.Composable) -> Counter[str | No
 
 
 def find_resources(conn: Connection, resource_type: str, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
-    """Return ids after ``after`` of resources that are not encrypted, or encrypted with one of the ``older`` keys."""
+    """Return the next ids after ``after`` of resources that are not encrypted or that an ``older`` key encrypts."""
     query = sql.SQL("""
         SELECT id, pg_column_size(resource)
         FROM fhir.resource
@@ -169,7 +173,7 @@ def find_resources(conn: Connection, resource_type: str, older: Sequence[str], a
 
 
 def find_outdated_rows(conn: Connection, table: str, newest: str, after: RowKey | None) -> list[RowKey]:
-    """Return ids after ``after`` of resources with rows in a table that are not encrypted with the ``newest`` key."""
+    """Return the next ids after ``after`` of resources whose rows in a table are not encrypted with ``newest``."""
     query = sql.SQL("""
         SELECT DISTINCT {key}
         FROM {table}
@@ -185,7 +189,7 @@ def find_outdated_rows(conn: Connection, table: str, newest: str, after: RowKey 
 
 
 def find_leftover_rows(conn: Connection, table: str, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
-    """Return ids after ``after`` of resources with rows in a table that one of the ``older`` keys encrypts."""
+    """Return the next ids after ``after`` of resources whose rows in a table are encrypted with an ``older`` key."""
     query = sql.SQL("""
         SELECT DISTINCT {key}
         FROM {table}
@@ -201,7 +205,7 @@ def find_leftover_rows(conn: Connection, table: str, older: Sequence[str], after
 
 
 def find_rows(conn: Connection, table: EncryptedTable, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
-    """Return keys after ``after`` of rows that are not encrypted, or encrypted with one of the ``older`` keys."""
+    """Return the next keys after ``after`` of rows that are not encrypted or that an ``older`` key encrypts."""
     size = sql.SQL(" + ").join(
         [sql.SQL("coalesce(pg_column_size({}), 0)").format(sql.Identifier(column)) for column in table.contents]
     )
@@ -227,7 +231,7 @@ def find_rows(conn: Connection, table: EncryptedTable, older: Sequence[str], aft
 
 
 def _limit_size(rows: Iterable[tuple[Any, ...]]) -> list[RowKey]:
-    """Return the keys of the first rows whose sizes sum up to at most BATCH_BYTES, at least one.
+    """Return the keys of the first rows whose total size is at most BATCH_BYTES, but at least one key.
 
     The last value of each row is its size in bytes, the others are its key.
     """
@@ -247,7 +251,7 @@ def _limit_size(rows: Iterable[tuple[Any, ...]]) -> list[RowKey]:
 def lock_resources(
     conn: Connection, resource_type: str, keys: Sequence[RowKey]
 ) -> tuple[list[tuple[str, str | None, str]], int]:
-    """Lock resources until the transaction ends, without those that another transaction has locked.
+    """Lock resources until the transaction ends, and skip resources that another transaction has locked.
 
     Returns the id, the key id and the stored text of each locked resource, and the number of skipped resources.
     """
@@ -282,7 +286,7 @@ def lock_resources(
 def encrypt_resources(conn: Session, resource_type: str, resources: Iterable[tuple[str, bytes]]) -> int:
     """Encrypt resources, given as pairs of id and JSON, with the newest key. Their rows in views are not changed.
 
-    Returns how many resources were updated.
+    Returns the number of updated resources.
     """
     cipher = cipher_of(conn)
     with conn.cursor() as cursor:
@@ -301,9 +305,10 @@ def encrypt_resources(conn: Session, resource_type: str, resources: Iterable[tup
 
 
 def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
-    """Encrypt the tokens in rows of a view's table again, for the resources with these ids.
+    """Encrypt the tokens in the rows of a view's table again, for the resources with the ids ``keys``.
 
-    For rows that cannot be rebuilt: their resource cannot be decrypted or is not stored, or the view was removed.
+    Use it for rows that cannot be rebuilt, because their resource cannot be decrypted or is not stored, or because the
+    view was removed.
     """
     cipher = cipher_of(conn)
     target = sql.Identifier("fhir", table)
@@ -357,9 +362,9 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
 
 
 def reencrypt_rows(conn: Session, table: EncryptedTable, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
-    """Encrypt the rows with these keys again, if they still are not encrypted with the newest key.
+    """Encrypt the rows with the given keys again, except rows that have the newest key in the meantime.
 
-    Fingerprints of rows that were not encrypted are replaced by keyed ones.
+    The fingerprints of rows that were not encrypted are replaced by keyed fingerprints.
     """
     cipher = cipher_of(conn)
     contents: Sequence[sql.Composable] = [sql.Identifier(column) for column in table.contents]

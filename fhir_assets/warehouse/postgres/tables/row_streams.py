@@ -20,14 +20,15 @@ def stream_rows(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield rows of a table in no particular order, in a transaction that ends with the last row.
 
-    ``columns`` are the columns to return, ``partition_keys`` the partitions of the resources; None: all.
+    ``columns`` are the columns to return, all by default; ``partition_keys`` are the partitions of the resources, all
+    by default.
     """
-    query = sql.SQL("SELECT {} {} {}").format(
-        sql.SQL("v.*")
+    query = sql.SQL("SELECT {columns} {source} AND {is_in_partitions}").format(
+        columns=sql.SQL("v.*")
         if columns is None
         else sql.SQL(", ").join([sql.SQL("v.{}").format(sql.Identifier(column)) for column in columns]),
-        join_resources(table),
-        sql.SQL("" if partition_keys is None else "AND r.partition_key = ANY(%(keys)s)"),
+        source=join_resources(table),
+        is_in_partitions=sql.SQL("true" if partition_keys is None else "r.partition_key = ANY(%(keys)s)"),
     )
     keys = None if partition_keys is None else list(partition_keys)
     with conn.transaction(), conn.cursor(name="slice") as cursor:
@@ -36,9 +37,9 @@ def stream_rows(
 
 
 def join_resources(table: str) -> sql.Composed:
-    """Return a FROM and WHERE clause that joins a table ``v`` with its resources ``r``, without deleted ones.
+    """Return FROM and WHERE clauses that join a view's table ``v`` with ``fhir.resource`` ``r``, without tombstones.
 
-    The clause has the parameter ``%(type)s``: the resource type.
+    The clauses have the parameter ``%(type)s``, the resource type.
     """
     return sql.SQL("""
         FROM fhir.{table} v

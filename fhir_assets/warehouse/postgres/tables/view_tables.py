@@ -1,6 +1,6 @@
-"""The tables of the views in schema ``fhir``: create them, add to them, compare them with their views.
+"""The tables of the views in schema ``fhir``: create them, extend them, and compare them with their views.
 
-What the table of a view looks like is the job of ``layout``.
+The module ``layout`` defines the columns of the tables.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,8 @@ _MAX_EXACT_COUNT = 1_000_000
 class Drift:
     """One difference between a table and its view.
 
-    ``wanted`` is the Postgres type of a column in the view, ``found`` the one in the table; None: there is no column.
+    For a column, ``wanted`` is its Postgres type in the view and ``found`` its type in the table, None if the column
+    does not exist there.
     """
 
     view: str
@@ -49,7 +50,7 @@ class Drift:
 
     @property
     def safe(self) -> bool:
-        """Whether the difference can be removed without losing data, by adding a table, column or index."""
+        """True if adding a table, column or index removes the difference, without loss of data."""
         return self.found is None
 
     def __str__(self) -> str:
@@ -63,26 +64,30 @@ class Drift:
 
 
 def ensure_tables(conn: Session, views: Iterable[View]) -> None:
-    """Create missing tables, columns, indexes and comments. If nothing is missing, this is one cheap query.
+    """Create missing tables, columns, indexes and comments. Executes one cheap query if nothing is missing.
 
-    If a changed view makes rows outdated (another expression, another column), the parts of its resource type are
-    removed from ``ops.loaded_parts``, so that the next load writes them again. A changed comment or index makes no row
-    outdated. The changes are committed if ``conn`` is not in a transaction. Several processes may call this at once.
-    Raises ViewError, and changes nothing, if a column has another type than in the view or is not in the view.
+    If the expressions or columns of a view changed, the rows of its table are outdated: the parts of its resource type
+    are removed from ``ops.loaded_parts``, so that the next load writes the rows again. A changed comment or index
+    leaves the rows valid. The changes are committed if ``conn`` is not in a transaction. Several processes may call
+    this function at the same time.
+
+    Raises ViewError, without any change, if a column has another type than in the view or is not in the view. Raises
+    ConfigurationError if the user of DB_URL lacks the rights.
     """
     _update_tables(conn, _build_layouts(conn, views), drop_columns=False)
 
 
 def apply_changes(conn: Session, views: Iterable[View]) -> list[Drift]:
-    """Do what ``ensure_tables`` does, drop columns that are not in a view, and recreate columns of another type, empty.
+    """Apply all changes of the views, also those that lose data, and return the differences that were removed.
 
-    Returns the differences found. The recreated columns are filled when the windows are loaded again.
+    Columns that are not in a view are dropped. Columns of another type are dropped and created again; they are empty
+    until the windows are loaded again. See ``ensure_tables`` for all other changes.
     """
     return _update_tables(conn, _build_layouts(conn, views), drop_columns=True)
 
 
 def count_rows(conn: Connection, view: View) -> int:
-    """Return the number of rows in the table of a view: exact up to a million, above that Postgres's estimate."""
+    """Return the number of rows in the table of a view: exact up to a million rows, otherwise Postgres's estimate."""
     table = sql.Identifier(SCHEMA, view.name)
     estimate = conn.execute("SELECT reltuples::bigint FROM pg_class WHERE oid = %s::regclass", [table.as_string(conn)])
     count = estimate.fetchone()
@@ -151,7 +156,7 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
 
 
 def _find_changed(conn: Connection, layouts: Sequence[TableLayout]) -> list[tuple[TableLayout, str | None]]:
-    """Return the layouts that differ from the one last applied, each with the stamp of that one, or None."""
+    """Return the layouts that differ from the last applied layout, with the stamp of that layout or None."""
     names = [layout.name for layout in layouts]
     applied: dict[str, str] = dict(
         conn.execute(
