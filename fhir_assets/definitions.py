@@ -1,7 +1,7 @@
-"""The assembly of everything that Dagster loads: assets, checks, jobs, schedules, sensors and resources.
+"""Assembly of all Dagster definitions: assets, checks, jobs, schedules, sensors and resources.
 
-Importing this module wires nothing. ``build_definitions`` reads no environment variable and opens no connection;
-``defs``, which the code location names, reads the settings from the environment.
+Importing this module builds no definitions. ``build_definitions`` reads no environment variable and opens no
+connection; ``defs``, which the code location names, reads the settings from the environment.
 """
 
 import warnings
@@ -59,8 +59,8 @@ def build_definitions(
 ) -> dg.Definitions:
     """Return the definitions of a deployment.
 
-    Tests override the parts that they replace: ``views`` the ViewDefinitions of the settings, ``warehouse`` its
-    database, ``source`` the function that opens its source. Raises ConfigurationError.
+    Tests can replace parts: ``views`` replaces the ViewDefinitions of the settings, ``warehouse`` the database, and
+    ``source`` the function that opens the source. Raises ConfigurationError if a setting is not valid.
     """
     with warnings.catch_warnings():
         # Dagster is pinned, so its beta and preview features do not change unnoticed.

@@ -1,4 +1,4 @@
-"""Runs of jobs in the calling process, for the command line: no daemon and no webserver is needed.
+"""Execution of jobs in the calling process, for the command line. It needs no daemon and no webserver.
 
 Each run loads a range of consecutive windows. Dagster's instance records it like any other run.
 """
@@ -53,7 +53,7 @@ class Outcome:
 
 
 class Ingestion:
-    """Find what is due, received or to be replayed, and execute the jobs that load it.
+    """Find windows that are due, received or to be replayed, and execute the jobs that load them.
 
     ``find_due``, ``find_received``, ``fetch_missing_references`` and ``replay`` first mark dead runs as failed.
     """
@@ -98,7 +98,7 @@ class Ingestion:
         return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
 
     def count_steps(self) -> int:
-        """Return the number of steps of a run of ``incremental_load``."""
+        """Return the number of steps in a run of ``incremental_load``."""
         return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
 
     def load(
@@ -123,9 +123,9 @@ class Ingestion:
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
     def fetch_missing_references(self, *, triggered_by: str) -> bool:
-        """Ask the source for missing resources that loaded resources refer to, in one run. Return whether it succeeded.
+        """Read missing resources, to which loaded resources refer, in one run. Return whether the run succeeded.
 
-        ``find_received`` then returns the windows of the resources that the source sent.
+        ``find_received`` then returns the windows of the resources that the source returned.
         """
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
@@ -164,7 +164,7 @@ class Ingestion:
 
     @contextmanager
     def _claimed(self, run_id: str, selection: Selection | None) -> Iterator[None]:
-        """Claim the dead letters of a selection for a run during the block; those that it leaves are open again."""
+        """Claim the dead letters of a selection for a run during the block, then release those that are unresolved."""
         if selection is None:
             yield
             return
@@ -177,7 +177,7 @@ class Ingestion:
                 replays.release_claims(conn, run_id)
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
-        """Withhold or release resources in the tables as the consents now require, if no window is due."""
+        """Withhold or release resources in the tables according to the current consents, without a run."""
         step = ConsentStep(
             self._warehouse.connect, views, build_consent_gate(self._settings), run_id=actor, actor=actor
         )

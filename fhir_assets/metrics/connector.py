@@ -1,4 +1,4 @@
-"""Metrics of a connector process. Labels are the project's own words and HTTP's, never patient data."""
+"""Metrics of a connector process. Label values are fixed names and HTTP methods and statuses, never patient data."""
 
 from prometheus_client import Counter, Histogram
 
@@ -14,12 +14,12 @@ PROCESSED = Counter(
 )
 FAILED = Counter(
     "fhir_connector_failed_total",
-    "Attempts that failed: fate is `retry` or `dead`",
+    "Failed attempts; fate is `retry` (tried again later) or `dead` (a dead letter)",
     ["source", "fate", "reason"],
     registry=REGISTRY,
 )
 CALL_LATENCY = Histogram(
-    "fhir_call_latency_seconds", "Calls to the FHIR server", ["method"], buckets=_BUCKETS, registry=REGISTRY
+    "fhir_call_latency_seconds", "Duration of calls to the FHIR server", ["method"], buckets=_BUCKETS, registry=REGISTRY
 )
 CALL_ERRORS = Counter(
     "fhir_call_errors_total",
@@ -29,7 +29,7 @@ CALL_ERRORS = Counter(
 )
 DELIVERY = Histogram(
     "fhir_delivery_seconds",
-    "From a change in the tables to its acknowledgement by the FHIR server",
+    "Time from a change in the tables to its acknowledgement by the FHIR server",
     ["source"],
     buckets=(*_BUCKETS, 300, 1800),
     registry=REGISTRY,
@@ -37,7 +37,7 @@ DELIVERY = Histogram(
 
 
 def start_series(source: str) -> None:
-    """Create the series of a source with the value zero, so that its first change shows in a rate."""
+    """Create the series of a source with the value zero, so that rates include its first change."""
     for outcome in ("created", "updated", "deleted"):
         PROCESSED.labels(source=source, outcome=outcome)
     DELIVERY.labels(source=source)

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 def render_metrics(*collectors: Collector) -> tuple[bytes, str]:
     """Return the metrics of the registry and of ``collectors`` in Prometheus' text format, and their content type.
 
-    For a process that already serves HTTP. ``collectors`` are not added to the registry.
+    Use it in a process that already serves HTTP. ``collectors`` are not added to the registry.
     """
     unregistered = CollectorRegistry()
     for collector in collectors:
@@ -28,8 +28,8 @@ def render_metrics(*collectors: Collector) -> tuple[bytes, str]:
 def serve_metrics(host: str, port: int) -> Iterator[int | None]:
     """Serve the registry at ``http://host:port/metrics`` during the block. Yield the port or None.
 
-    Nothing is served if ``port`` is 0. A port that is in use causes a warning only, so that a second connector on a
-    machine can work.
+    Nothing is served if ``port`` is 0. If the port is in use, a warning is logged, so that a second connector can run
+    on the same machine.
     """
     if port == 0:
         yield None

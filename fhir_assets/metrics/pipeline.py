@@ -44,7 +44,7 @@ class _Gauge:
 _GAUGES = (
     _Gauge(
         "fhir_outbox_unprocessed_count",
-        "Changes in the outbox that wait",
+        "Changes in the outbox that the FHIR server has not acknowledged",
         (),
         """
         SELECT count(*)
@@ -54,7 +54,7 @@ _GAUGES = (
     ),
     _Gauge(
         "fhir_outbox_retrying_count",
-        "Changes in the outbox that wait after a failure",
+        "Changes in the outbox that wait for another attempt after a failure",
         (),
         """
         SELECT count(*)
@@ -64,7 +64,7 @@ _GAUGES = (
     ),
     _Gauge(
         "fhir_outbox_lag_seconds",
-        "Age of the oldest change in the outbox that waits",
+        "Age of the oldest change in the outbox that is not acknowledged",
         (),
         """
         SELECT greatest(0, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0))
@@ -105,7 +105,7 @@ _GAUGES = (
     ),
     _Gauge(
         "fhir_last_success_timestamp_seconds",
-        "When a load of the type last succeeded",
+        "Time of the last successful load of the type",
         ("type",),
         """
         SELECT resource_type, extract(epoch FROM max(finished_at))
@@ -169,13 +169,13 @@ _CHECKS: LiteralString = """
     WHERE execution_status IN ('SUCCEEDED', 'FAILED')
     GROUP BY 1, 2
 """
-"""Run in Dagster's own database."""
+"""A query of Dagster's own database."""
 
 
 class DatabaseCollector(Collector):
     """Collect the metrics of a deployment's database.
 
-    ``connect_dagster`` opens Dagster's own database for the results of checks; None leaves them out.
+    ``connect_dagster`` connects to Dagster's own database, for check results; with None they are left out.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class DatabaseCollector(Collector):
                 yield _add_rows(GaugeMetricFamily(gauge.name, gauge.help, labels=gauge.labels), rows)
         if (rows := _fetch_rows(conn, _RESOURCES)) is not None:
             resources = CounterMetricFamily(
-                "fhir_resources", "Resources that passed a layer, over all runs", labels=["layer", "type"]
+                "fhir_resources", "Resources written to a layer, over all runs", labels=["layer", "type"]
             )
             yield _add_rows(resources, rows)
         if (rows := _fetch_rows(conn, _CHECKPOINTS)) is not None:
@@ -253,7 +253,7 @@ class DatabaseCollector(Collector):
 
 
 def build_collector(settings: Settings, connect: OpenConnection) -> DatabaseCollector:
-    """Return a collector of the database's metrics that is not registered."""
+    """Return a collector of the database's metrics, without registering it."""
     return DatabaseCollector(connect, lambda: connections.connect(_dagster_url(settings)), settings.window_scheme)
 
 

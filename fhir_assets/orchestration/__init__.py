@@ -1,1 +1,1 @@
-"""All of Dagster: assets, checks, IO managers, jobs, schedules, sensors, resources and the instance."""
+"""Dagster definitions: assets, checks, IO managers, jobs, schedules, sensors and resources; and the instance."""

@@ -6,7 +6,7 @@ No other module of the package, and no YAML file, may name a private module of D
 Dagster is pinned to an exact version in ``pyproject.toml``. Before you raise it, read this module from top to bottom:
 for each name, see whether it still exists, and whether a public name has replaced it.
 
-Beside these imports, ``instance/storage.py`` and ``instance/celery_launcher.py`` subclass public classes of
+In addition to these imports, ``instance/storage.py`` and ``instance/celery_launcher.py`` subclass public classes of
 dagster-postgres and dagster-celery and use some of their protected members (``_connect``, ``_get_asset_entry_values``,
 ``_event_log_storage``, ``_instance``); ``checks/window.py`` calls ``dg.DagsterEvent.from_step``, which is public but
 undocumented.
@@ -29,9 +29,9 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 # Used in annotations only. Without it: annotate with Any.
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph as AssetGraph
 
-# How Dagster serializes the metadata of an event. instance/event_json.py packs classes that use this field serializer,
-# or none, and leaves all others to Dagster. Without it: Dagster's serialization of each event, a third of the time of a
-# run over empty windows.
+# Dagster's serializer of the metadata of an event. instance/event_json.py packs classes that have this field serializer
+# or no field serializer; it leaves all other classes to Dagster. Without it: let Dagster serialize each event, which
+# takes a third of the time of a run over empty windows.
 from dagster._core.definitions.metadata import MetadataFieldSerializer as MetadataFieldSerializer
 
 # Type of the jobs that `dg.define_asset_job` returns. Used in annotations only. Without it: annotate with Any.
@@ -50,7 +50,7 @@ from dagster._core.events import DagsterEventBatchMetadata as DagsterEventBatchM
 # See AssetCheckEvaluationPlanned.
 from dagster._core.events import StepMaterializationData as StepMaterializationData
 
-# What a run launcher answers when the daemon asks for the health of a run's worker. The Celery launcher answers FAILED
+# The result that a run launcher returns when the daemon checks the worker of a run. The Celery launcher returns FAILED
 # for a killed worker. Without them: the runs of a killed worker stay STARTED until somebody terminates them.
 from dagster._core.launcher import CheckRunHealthResult as CheckRunHealthResult
 from dagster._core.launcher import WorkerStatus as WorkerStatus
@@ -65,16 +65,16 @@ from dagster._core.storage.asset_check_execution_record import (
 # Mapping[str, Any].
 from dagster._core.storage.config import PostgresStorageConfig as PostgresStorageConfig
 
-# Keeps nothing of what steps print. Base class of instance/compute_logs.py. Without it: stdout and stderr of steps,
-# which may quote a resource, stay on disk.
+# A compute log manager that discards stdout and stderr of steps. Base class of instance/compute_logs.py. Without it:
+# stdout and stderr of steps, which may quote a resource, stay on disk.
 from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager as NoOpComputeLogManager
 
 # The module, class and config of a class that dagster.yaml names. Dagster passes it to `from_config_value` of the
 # classes in instance/. Without it: annotate with Any.
 from dagster._serdes import ConfigurableClassData as ConfigurableClassData
 
-# How Dagster packs an object of a class, and its registry of all such classes. instance/event_json.py packs the same
-# fields under the same names. Without them: see MetadataFieldSerializer.
+# Dagster's serializer of the objects of a class, and the registry of all serializable classes. instance/event_json.py
+# packs the same fields under the same names. Without them: see MetadataFieldSerializer.
 from dagster_shared.serdes.serdes import _WHITELIST_MAP
 from dagster_shared.serdes.serdes import ObjectSerializer as ObjectSerializer
 
@@ -82,7 +82,7 @@ SERIALIZABLE_CLASSES = _WHITELIST_MAP
 
 
 class EventLogTables(NamedTuple):
-    """The tables of Dagster's event log that the batched event log writes beside ``event_logs``."""
+    """The tables of Dagster's event log that the batched event log writes in addition to ``event_logs``."""
 
     check_executions: sqlalchemy.Table
     event_tags: sqlalchemy.Table
@@ -94,8 +94,8 @@ class EventLogTables(NamedTuple):
 def load_event_log_tables() -> EventLogTables:
     """Return the table definitions of Dagster's event log.
 
-    A function, because the import takes a fifth of a second that only processes with an instance need. Without these
-    tables: see AssetCheckEvaluationPlanned.
+    The import is inside the function because it takes 0.2 seconds and only processes with an instance need it. Without
+    these tables: see AssetCheckEvaluationPlanned.
     """
     from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
     from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetEventTagsTable, AssetKeyTable
@@ -117,8 +117,8 @@ def read_run_id(packed_arguments: Any) -> str:
 def execute_run(run_id: str, instance: dg.DagsterInstance) -> int:
     """Execute a run in the calling thread and return its exit code: 0 for success.
 
-    It does what the command ``dagster api execute_run`` does in a process of its own. Without it: start that command
-    for each run, which costs about a second before the first step.
+    The command ``dagster api execute_run`` does the same in a separate process. Without this function: start that
+    command for each run, which takes about a second before the first step.
     """
     from dagster._cli.api import _execute_run_command_body
 

@@ -14,24 +14,24 @@ from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 GRACE = timedelta(minutes=1)
-"""The time that a run which Dagster launched may take from its start until it holds its lock."""
+"""The longest time from the start of a run that Dagster launched until the run holds its lock."""
 
 
 def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
     """Mark dead runs as failed, in Dagster and in ``ops.ingestion_runs``, and commit.
 
-    Without this a dead run would count as unfinished for ever and keep its slots in the pool of the FHIR server.
+    Otherwise a dead run would count as unfinished forever and keep its slots in the pool ``fhir_server``.
     """
     runs.abandon_dead(conn)
-    doubtful = [
+    unconfirmed = [
         record.dagster_run
         for job in LOADS
         for record in instance.get_run_records(dg.RunsFilter(job_name=job, statuses=UNFINISHED))
         if _must_hold_lock(record)
     ]
-    living = runs.find_alive(conn, [run.run_id for run in doubtful])
+    living = runs.find_alive(conn, [run.run_id for run in unconfirmed])
     conn.commit()
-    for run in doubtful:
+    for run in unconfirmed:
         latest = instance.get_run_by_id(run.run_id)
         if run.run_id not in living and latest is not None and not latest.is_finished:
             instance.report_run_failed(run, "The process of this run has ended: it was killed, or it crashed.")

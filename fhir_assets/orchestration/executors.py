@@ -1,4 +1,4 @@
-"""The executor of FHIR_EXECUTOR."""
+"""The Dagster executor that FHIR_EXECUTOR selects."""
 
 import dagster as dg
 
@@ -9,8 +9,8 @@ from fhir_assets.settings import Executor, Settings
 def build_executor(settings: Settings) -> dg.ExecutorDefinition:
     """Return the executor for runs of assets that are selected in the UI or in a backfill.
 
-    The project's jobs execute their steps in one process, whatever FHIR_EXECUTOR is. Raises ConfigurationError if the
-    package of the executor is not installed.
+    The project's jobs always execute their steps in one process. Raises ConfigurationError if the package of the
+    executor is not installed.
     """
     match settings.fhir_executor:
         case Executor.MULTIPROCESS:

@@ -1,9 +1,9 @@
-"""Failures of steps and sensors: the account of steps in ``ops.ingestion_runs``, and errors without patient data.
+"""Failures of steps and sensors: step records in ``ops.ingestion_runs``, and error messages without patient data.
 
 Every failure is permanent for Dagster: ``allow_retries`` is off, because a step that failed would fail again on the
 same input. Transient errors of a FHIR server or of S3 are retried where they occur, by ``fhir.client.retries`` and by
-boto3, and become a failure after the last attempt. A crashed run is started again by ``run_retries`` in
-``dagster.yaml``.
+boto3, and become a failure after the last attempt. Dagster's daemon starts a crashed run again, see
+``run_retries`` in ``dagster.yaml``.
 """
 
 import logging
@@ -29,8 +29,8 @@ def record_step(run: RunContext, warehouse: Warehouse, resource_types: list[str]
     """Record a step in ``ops.ingestion_runs``: RUNNING at its start, then SUCCESS, or FAILED with the reason.
 
     A step yields its outputs inside the block, so that an error of the IO manager is recorded too. Raises
-    ``dagster.Failure`` with one sentence for every exception: an error of the project gives its own message; any other
-    error gives its type and its line in the code, because its message may quote a resource.
+    ``dagster.Failure`` for every exception. Its description is the message of a ``FhirAssetsError``, but only the type
+    and the code line of any other exception, whose message may quote a resource.
     """
     with warehouse.connect() as conn:
         runs.start(conn, run.run_id, resource_types, run.partition_keys, triggered_by=run.triggered_by, at=run.now)
@@ -46,7 +46,7 @@ def record_step(run: RunContext, warehouse: Warehouse, resource_types: list[str]
     except BaseException as error:
         reason = _describe(error)
         _log.error("step failed", extra={**fields, "reason": reason})
-        # Without a database nothing can be recorded: the next load finds the dead run by its advisory lock.
+        # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
         with suppress(DatabaseUnavailable), warehouse.connect() as conn:
             runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason)
         if isinstance(error, Exception):
@@ -60,10 +60,10 @@ def record_step(run: RunContext, warehouse: Warehouse, resource_types: list[str]
 
 @contextmanager
 def sanitized_errors() -> Iterator[None]:
-    """Raise ``dagster.Failure`` with one sentence for every exception in the block, as ``record_step`` does.
+    """Replace every exception in the block by a ``dagster.Failure``, as ``record_step`` does.
 
-    For steps and sensors that ``ops.ingestion_runs`` does not list. Dagster stores the message of an exception and of
-    its causes; without this block they could quote a resource.
+    Use it for steps and sensors that ``ops.ingestion_runs`` does not list. Dagster stores the messages of an exception
+    and of its causes, which may quote a resource.
     """
     try:
         yield

@@ -29,40 +29,41 @@ LAYERS = ("raw", "validated", "normalized")
 def build_incremental_load(
     table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
 ) -> UnresolvedAssetJobDefinition:
-    """Return the job that fetches, validates and loads what its windows lack, in one run and one process.
+    """Return the job that fetches, validates and loads the missing resources of its windows, in one process.
 
-    It evaluates the checks of the windows, but not ``table_checks``. The ``delivered`` assets follow the layers.
+    The job evaluates the checks of the windows, but not ``table_checks``. It also materializes the ``delivered``
+    assets, downstream of the three layers.
     """
     return dg.define_asset_job(
         INCREMENTAL_LOAD,
         selection=_select_layers(LAYERS, table_checks, delivered),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
-        description="Fetch, validate and load what the windows lack.",
+        description="Fetch, validate and load the missing resources of the windows.",
     )
 
 
 def build_load_received(
     table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
 ) -> UnresolvedAssetJobDefinition:
-    """Return the job that validates and loads what other channels than the source wrote to raw. It fetches nothing."""
+    """Return the job that validates and loads resources that arrived in raw without a fetch. It fetches nothing."""
     return dg.define_asset_job(
         LOAD_RECEIVED,
         selection=_select_layers(LAYERS[1:], table_checks, delivered),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
-        description="Validate and load what was received through other channels than the source: landing files, "
-        "intake, corrections.",
+        description="Validate and load resources that did not come from the source: landing files, the HTTP API, the "
+        "CSV intake, missing references and corrections.",
     )
 
 
 def build_replay_dead_letters(
     table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
 ) -> UnresolvedAssetJobDefinition:
-    """Return the job that validates and loads the dead letters of its windows again, in one run and one process.
+    """Return the job that validates and loads the dead letters of its windows again, in one process.
 
-    Launched in the UI it replays the open dead letters of its windows; the sensor and the command line set the tag
-    ``fhir_assets/replay`` to replay those that are marked.
+    A run launched in the UI replays all open dead letters of its windows. The sensor and the command line set the tag
+    ``fhir_assets/replay`` to replay only the marked ones.
     """
     return dg.define_asset_job(
         REPLAY_DEAD_LETTERS,
@@ -74,7 +75,7 @@ def build_replay_dead_letters(
 
 
 def build_check_tables(table_checks: Sequence[dg.AssetChecksDefinition]) -> UnresolvedAssetJobDefinition:
-    """Return the job that evaluates the checks of whole tables, in one run and one process."""
+    """Return the job that evaluates ``table_checks``, in one process."""
     return dg.define_asset_job(
         CHECK_TABLES,
         selection=_select_checks(table_checks),

@@ -1,4 +1,4 @@
-"""Jobs made of ops: ``fetch_missing_references`` and ``apply_consent``. They materialize no asset of their own.
+"""Jobs made of ops: ``fetch_missing_references`` and ``apply_consent``.
 
 Jobs that materialize or check assets are in ``jobs.py``.
 """
@@ -25,9 +25,9 @@ from fhir_assets.storage.store import Store
 
 
 def build_fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.JobDefinition:
-    """Return the job that asks the source by id for resources that loaded resources refer to and the tables lack.
+    """Return the job that reads missing resources, to which loaded resources refer, from the source by id.
 
-    Patients come first, in batches. The resources are received into raw; the sensor ``load_received`` loads them.
+    It reads in batches, Patients first, and writes the resources to raw; the sensor ``load_received`` loads them.
     """
 
     @dg.op(
@@ -50,21 +50,21 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
         receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
         step = HydrateStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
         asked: Counter[str] = Counter()
-        found: Counter[str] = Counter()
+        returned: Counter[str] = Counter()
         deleted: Counter[str] = Counter()
         with sanitized_errors():
             for batch in step.run():
                 asked[batch.resource_type] += batch.requested
-                found[batch.resource_type] += batch.found
+                returned[batch.resource_type] += batch.found
                 deleted[batch.resource_type] += batch.deleted
                 yield from build_materializations(batch.received)
-        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(found), "deleted": dict(deleted)})
+        yield dg.Output(None, metadata={"asked": dict(asked), "found": dict(returned), "deleted": dict(deleted)})
 
     @dg.job(
         name=FETCH_MISSING_REFERENCES,
         executor_def=dg.in_process_executor,
-        description="Ask the server by id for resources that loaded resources refer to and the tables lack, Patients "
-        "first.",
+        description="Read resources to which loaded resources refer, but which are not loaded, from the FHIR server by "
+        "id, Patients first.",
     )
     def fetch_missing_references() -> None:
         ask_for_missing_references()
@@ -73,9 +73,9 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
 
 
 def build_apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
-    """Return the job that withholds or releases resources in the tables as the patients' consents now require."""
+    """Return the job that withholds or releases resources in the tables according to the current consents."""
 
-    @dg.op(description="Remove what consent no longer covers from the tables, and load what it now covers.")
+    @dg.op(description="Withhold resources that consent no longer covers; load withheld resources that it now covers.")
     def apply_consent_op(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
         step = ConsentStep(
             warehouse.connect,
@@ -95,7 +95,11 @@ def build_apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
             }
         )
 
-    @dg.job(name=APPLY_CONSENT, executor_def=dg.in_process_executor)
+    @dg.job(
+        name=APPLY_CONSENT,
+        executor_def=dg.in_process_executor,
+        description="Withhold or release resources in the tables according to the current consents.",
+    )
     def apply_consent() -> None:
         apply_consent_op()
 

@@ -9,7 +9,7 @@ CRON = {"hourly": "0 * * * *", "daily": "0 0 * * *", "monthly": "0 0 1 * *"}
 
 
 def build_partitions(scheme: WindowScheme) -> dg.TimeWindowPartitionsDefinition:
-    """Return Dagster's partitions for the windows of ``scheme``, the window that contains the present included.
+    """Return Dagster's partitions for the windows of ``scheme``, including the window that contains the present.
 
     Partition keys are the keys of the windows.
     """

@@ -1,7 +1,7 @@
-"""Progress of a source, reported to the run that waits for it.
+"""Progress messages of a source, passed on to the run that reads from it.
 
-The source is built once for a process, before any run exists. It reports its progress to a ``ProgressRelay``, which
-passes the text on to the run in whose context the source works.
+A process builds its source once, before its first run. The source reports its progress to a ``ProgressRelay``, which
+passes each message on to the run that reads from the source at that time.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,23 +12,23 @@ Report = Callable[[str], None]
 
 
 class ProgressRelay:
-    """A progress callback whose receiver is set for a ``with`` block. Without a receiver a text is dropped.
+    """A progress callback whose receiver is set for a ``with`` block. Without a receiver, messages are dropped.
 
-    The receiver belongs to the context of the thread that sets it: runs in other threads do not see its texts.
+    The receiver is a context variable: it does not receive messages of runs in other threads.
     """
 
     def __init__(self) -> None:
         self._receiver: ContextVar[Report | None] = ContextVar("progress receiver", default=None)
 
     def __call__(self, text: str) -> None:
-        """Pass a text on to the receiver."""
+        """Pass a message on to the receiver."""
         receiver = self._receiver.get()
         if receiver is not None:
             receiver(text)
 
     @contextmanager
     def send_to(self, receiver: Report) -> Iterator[None]:
-        """Send every text that is reported in the ``with`` block to ``receiver``."""
+        """Send every message that is reported in the ``with`` block to ``receiver``."""
         token = self._receiver.set(receiver)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Old data that ``fhir-assets prune`` may delete: where it is, how to count it and how to delete it.
+"""The kinds of old data that ``fhir-assets prune`` deletes, with functions to count and to delete them.
 
 - In Dagster's database: events and ticks, by the statements of ``warehouse/dagster/pruning.py``, because Dagster has
   no API that deletes them; runs, by ``DagsterInstance.delete_run``.
@@ -22,7 +22,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 LAYERS = ("raw", "validated", "deleted")
 _MARGIN = timedelta(hours=1)
-"""Parts that are younger than the start of the oldest running load, less this margin, are kept."""
+"""Parts that were written later than this long before the start of the oldest running load are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Prunable:
     name: str
     description: str
     count: Callable[[], tuple[int, int | None]]
-    """Return the number of items that may be deleted, and their size in bytes if it is known."""
+    """Return the number of items that may be deleted, and their size in bytes or None if it is unknown."""
     remove: Callable[[], int]
     """Delete these items and return their number."""
 

@@ -1,7 +1,7 @@
-"""Windows with resources that did not come from the configured source: grouped into runs, and reported to Dagster.
+"""Windows with received resources, which do not come from a fetch: grouped into runs, and reported to Dagster.
 
-The landing zone, the HTTP API, the CSV intake, missing references and corrections write to ``raw`` outside of any run
-of its assets. ``ops.received`` lists the windows that wait to be validated and loaded.
+The landing zone, the HTTP API, the CSV intake, missing references and corrections write to ``raw`` without a run of
+its assets. ``ops.received`` lists the windows that wait to be validated and loaded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from fhir_assets.warehouse.ops.received import PendingWindow
 from fhir_assets.windows import WindowRange, WindowScheme
 
 MAX_MATERIALIZATIONS = 1000
-"""The largest number of partitions that is reported to Dagster after one receipt; each event takes milliseconds."""
+"""The largest number of materializations that one receipt reports to Dagster; each event takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,9 @@ class ReceivedWindows:
 
 
 def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[ReceivedWindows]:
-    """Group the entries of ``ops.received`` into one run for each stretch of group_consecutive_windows windows.
+    """Group the entries of ``ops.received`` into one run for each stretch of consecutive windows.
 
-    Entries of a resource type or a window that the settings do not have are left out; they wait until the settings have
-    them again.
+    Entries whose resource type or window the settings do not include are left out; they stay in ``ops.received``.
     """
     scheme = settings.window_scheme
     by_key: dict[str, list[PendingWindow]] = {}
@@ -67,7 +66,7 @@ def _has_window(scheme: WindowScheme, key: str) -> bool:
 
 
 def select_assets(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
-    """Return the assets that load ``resource_types`` from raw: validated, its normalized views, and delivered."""
+    """Return the assets downstream of raw that load ``resource_types``: validated, normalized and delivered."""
     selected = []
     for name in resource_types:
         validated = dg.AssetKey(["validated", BY_NAME[name].key])
@@ -78,12 +77,12 @@ def select_assets(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.A
 
 
 def build_materializations(received: Received) -> Iterator[dg.AssetMaterialization]:
-    """Return the materializations of ``raw`` that report a receipt to Dagster, at most MAX_MATERIALIZATIONS."""
+    """Yield materializations of ``raw`` that report a receipt to Dagster, at most MAX_MATERIALIZATIONS."""
     known = [item for item in received.items if item.resource_type in BY_NAME]
     for item in known[:MAX_MATERIALIZATIONS]:
         yield dg.AssetMaterialization(
             ["raw", BY_NAME[item.resource_type].key],
             partition=item.partition_key,
-            description="received through another channel than the source",
+            description="received, not fetched from the source",
             metadata={"received": item.rows, "dead_letters": item.rejected, "origin": received.origin},
         )

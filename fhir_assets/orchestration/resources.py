@@ -1,4 +1,4 @@
-"""The Dagster resources that steps ask for: ``source``, ``store``, ``warehouse``, ``workers`` and ``validator``.
+"""The Dagster resources that steps use: ``source``, ``store``, ``warehouse``, ``workers`` and ``validator``.
 
 IO managers are in ``io_managers/``.
 """
@@ -18,9 +18,9 @@ from fhir_assets.storage.store import Store
 def build_resources(
     settings: Settings, *, store: Store, warehouse: Warehouse, open_source: Callable[[], Source]
 ) -> Mapping[str, object]:
-    """Return the resources by key. A run calls ``open_source`` when its first step asks for the source.
+    """Return the resources by key. ``open_source`` is called when a run initializes the resource ``source``.
 
-    The resource ``warehouse`` holds the advisory lock of the run, by which other processes see that the run lives.
+    The resource ``warehouse`` holds the advisory lock of the run, which shows other processes that the run is alive.
     """
 
     @dg.resource

@@ -25,9 +25,9 @@ class RunContext:
     triggered_by: str
     """A person, ``cli``, or for example ``schedule_name:incremental_load``."""
     now: datetime
-    """The time at which the step began; the step uses it wherever it needs the current time."""
+    """The time at which the step began; the step uses it as the current time throughout."""
     replay: Literal["marked", "open"] | None = None
-    """The dead letters that the run replays; None in a run that is no replay."""
+    """The dead letters that the run replays; None if the run is not a replay."""
 
     @property
     def partition_keys(self) -> list[str]:
@@ -53,7 +53,7 @@ class RunContext:
 def step_tags(resource_types: Sequence[str]) -> dict[str, str]:
     """Return the tags of a step that handles ``resource_types``.
 
-    Steps of Consent start first: the resources of all other types are then loaded or withheld by the new consents, and
-    need not be moved afterwards.
+    Steps of Consent start first, so that the other resource types are loaded or withheld according to the new consents
+    at once.
     """
     return {PRIORITY_TAG: "1"} if "Consent" in resource_types else {}

@@ -17,7 +17,7 @@ UNFINISHED = [
 
 
 def range_tags(windows: WindowRange) -> dict[str, str]:
-    """Return the tags by which Dagster executes one run over the range of partitions."""
+    """Return the tags that make Dagster execute one run over the range of partitions."""
     return {RANGE_START: windows.windows[0].key, RANGE_END: windows.windows[-1].key}
 
 
@@ -28,9 +28,9 @@ def build_run_request(
     tags: Mapping[str, str],
     assets: Sequence[dg.AssetKey] | None = None,
 ) -> dg.RunRequest:
-    """Return the request for one run over ``windows``: by partition key for one window, by range tags for several.
+    """Return the request for one run over ``windows``, with a partition key for one window or range tags for several.
 
-    With ``assets`` the run materializes only these assets of the job and evaluates only their checks.
+    If ``assets`` is given, the run materializes only these assets of the job and evaluates only their checks.
     """
     if len(windows.windows) == 1:
         return dg.RunRequest(

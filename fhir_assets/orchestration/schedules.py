@@ -20,8 +20,8 @@ def build_incremental_load_schedule(
 ) -> dg.ScheduleDefinition:
     """Return the schedule that requests all windows from the checkpoints to now.
 
-    After a downtime its first tick requests every window of the downtime. A tick requests nothing while a run of the
-    job is unfinished, so that no window is requested twice. Raises ConfigurationError if FHIR_SCHEDULE is not a cron
+    The first tick after a downtime requests every window of the downtime. A tick requests no run while a run of the job
+    is unfinished, so that no window is requested twice. Raises ConfigurationError if FHIR_SCHEDULE is not a cron
     expression.
     """
     decorate = dg.schedule(
@@ -30,6 +30,7 @@ def build_incremental_load_schedule(
         cron_schedule=settings.fhir_schedule,
         execution_timezone="UTC",
         default_status=_default_status(settings),
+        description="Requests runs for all windows from the checkpoints to now.",
     )
 
     def incremental_load(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
@@ -63,7 +64,7 @@ def build_incremental_load_schedule(
 
 
 def build_check_tables_schedule(settings: Settings, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
-    """Return the schedule of the checks of whole tables, once a day unless CHECKS_SCHEDULE is set.
+    """Return the schedule of the table checks: CHECKS_SCHEDULE, by default once a day.
 
     Raises ConfigurationError if CHECKS_SCHEDULE is not a cron expression.
     """
@@ -74,6 +75,7 @@ def build_check_tables_schedule(settings: Settings, job: UnresolvedAssetJobDefin
             cron_schedule=settings.checks_schedule,
             execution_timezone="UTC",
             default_status=_default_status(settings),
+            description="Evaluates the checks of all tables.",
         )
     except dg.DagsterInvalidDefinitionError:
         raise _not_a_cron_expression("CHECKS_SCHEDULE", settings.checks_schedule) from None

@@ -4,19 +4,19 @@ No logic belongs here. Job names are in ``jobs.py``.
 """
 
 REFRESH_TAG = "fhir_assets/refresh"
-"""How much a run loads again: ``missing``, ``window`` (the default) or ``full``. See ``pipeline.refresh.Refresh``."""
+"""How much a run loads: ``missing``, ``window`` (the default) or ``full``. See ``pipeline.refresh.Refresh``."""
 
 TRIGGER_TAG = "fhir_assets/triggered_by"
-"""Who asked for a run that ``fhir-assets`` executes in its own process. That process holds the advisory lock of the run
-before the run is created.
+"""The user for whom ``fhir-assets`` executes a run in its own process. That process takes the advisory lock of the run
+before it creates the run.
 """
 
 USER_TAG = "user"
-"""Who asked Dagster to launch a run. The run holds no advisory lock until a worker starts it."""
+"""The user who asked Dagster to launch a run. The run holds no advisory lock until a worker starts it."""
 
 REPLAY_TAG = "fhir_assets/replay"
 """The dead letters that a run replays: ``marked`` (those marked for a replay) or ``open`` (all open dead letters of the
-run's windows). A run without the tag replays none.
+run's windows). A run without the tag replays no dead letters.
 """
 
 PRIORITY_TAG = "dagster/priority"
@@ -32,6 +32,6 @@ RANGE_END = "dagster/asset_partition_range_end"
 """Dagster's own tag of a run of several partitions: the key of the last."""
 
 FHIR_SERVER_POOL = "fhir_server"
-"""The pool of all steps that call the FHIR server. It has no limit unless an operator sets one in the UI;
-FHIR_MAX_CONNECTIONS holds without it.
+"""The pool of all steps that call the FHIR server. It has no limit unless an operator sets one in the UI.
+FHIR_MAX_CONNECTIONS limits the connections in any case.
 """

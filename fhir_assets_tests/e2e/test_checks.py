@@ -107,7 +107,7 @@ def test_the_volume_check_warns_of_a_window_unlike_the_windows_before_it(deploy:
     assert not volume.passed
     assert volume.severity is dg.AssetCheckSeverity.WARN
     unusual = (now - timedelta(days=2)).strftime("%Y-%m-%d")
-    assert f"{unusual} brought 90 resources; the windows before it have 10 to 10" in (volume.description or "")
+    assert f"{unusual} has 90 resources; the windows before it have 10 to 10" in (volume.description or "")
     assert [row["window"] for row in rows(volume, "by_window")] == [unusual]
 
 
@@ -144,7 +144,7 @@ def test_each_table_check_fails_for_its_own_reason(server: SandboxServer, deploy
         ("patient", "no_duplicates"),
         ("encounter", "references_resolve"),
     }
-    assert "was due" in (evaluations["patient", "fresh"].description or "")
+    assert "is expected" in (evaluations["patient", "fresh"].description or "")
     assert "migrate --apply-view-changes" in (evaluations["patient", "schema_matches"].description or "")
 
 
@@ -190,7 +190,7 @@ def test_with_keys_a_name_stored_as_plain_text_fails_the_check(deploy: Deploy, s
     failed = evaluate_tables(deployment)["patient", "no_plaintext_phi"]
     assert not failed.passed
     assert rows(failed, "by_column") == [
-        {"table": "patient", "column": "family", "values": 1, "in_the_clear": 1},
+        {"table": "patient", "column": "family", "values": 1, "not_encrypted": 1},
     ]
     assert "keys rotate" in str(failed.description)
     assert SECRET not in str(failed)

@@ -1,6 +1,7 @@
 """The assets ``delivered/<type>``: the resources of the tables, written to the FHIR server at FHIR_DELIVERY_URL.
 
-One step writes all resource types, because references between types, also circular ones, decide the order of writing.
+One step writes all resource types, because references between types, including circular ones, determine the order of
+the writes.
 """
 
 from collections.abc import Iterator, Sequence

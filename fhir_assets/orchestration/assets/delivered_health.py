@@ -1,6 +1,6 @@
-"""The asset ``delivered/health_patient``: the connector's deliveries, as Dagster shows them.
+"""The asset ``delivered/health_patient``: the connector's deliveries, shown in Dagster.
 
-Dagster does not run the connector (``fhir-assets connector run`` does); it reads the tables of the outbox.
+``fhir-assets connector run`` runs the connector, not Dagster. The asset's sensor and check read the outbox tables.
 """
 
 import json
@@ -14,26 +14,26 @@ from fhir_assets.settings import Settings
 
 KEY = dg.AssetKey(["delivered", "health_patient"])
 CHECK = "keeps_up"
-"""The check of the asset: the connector is not late, and the server refused no change."""
+"""The check of the asset: the connector keeps up with the changes, and the server refused no change."""
 
 _SOURCE = "patient"
 _INTERVAL_SECONDS = 60
 
 
 def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
-    """Return the asset, its check of lag and dead letters, and the sensor that reports both once a minute."""
+    """Return the asset, its check of lag and dead letters, and the sensor that reports deliveries and check results."""
     asset = dg.AssetSpec(
         KEY,
         group_name="delivered",
         description="Changes of health.patient, delivered to the FHIR server by `fhir-assets connector run`: "
-        "one materialization a minute while there are changes.",
+        "at most one materialization a minute, if there were changes.",
         kinds={"fhir", "postgres"},
     )
 
     @dg.asset_check(
         asset=KEY,
         name=CHECK,
-        description="No change waits longer than CONNECTOR_MAX_LAG_SECONDS, and the server refused none.",
+        description="No change waits longer than CONNECTOR_MAX_LAG_SECONDS, and the server refused no change.",
     )
     def keeps_up() -> dg.AssetCheckResult:
         with warehouse.connect() as conn:
@@ -46,7 +46,7 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
         name="delivered_health_patient",
         minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Reports what the connector delivered, and whether it is late.",
+        description="Reports the connector's deliveries, and whether the connector keeps up.",
     )
     def report(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         cursor = json.loads(context.cursor) if context.cursor else {}

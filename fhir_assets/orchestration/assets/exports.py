@@ -1,6 +1,6 @@
 """The assets ``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL.
 
-The valid resources are written as NDJSON and the tables as Parquet, in one folder for each run.
+Each run writes one folder, with the valid resources as NDJSON and the tables as Parquet.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[st
         deps=[dg.AssetKey(["normalized", view.name])],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
-        # A run over any window updates the files of all windows of the view: the newest window suffices.
+        # A run updates the files of all windows of the view, so a run of the newest window suffices.
         automation_condition=dg.AutomationCondition.eager(),
         description=f"{view.description or view.title or view.name}: Parquet, one folder for each window.",
         code_version=view.fingerprint,

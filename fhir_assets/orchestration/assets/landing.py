@@ -1,6 +1,6 @@
 """The asset ``landing``: files of the landing zone at FHIR_LANDING_URL, received into raw.
 
-The sensor ``load_landing`` requests a run when the zone holds complete files. The run writes their resources to raw;
+The sensor ``load_landing`` requests a run when the zone contains complete files. The run writes their resources to raw;
 the sensor ``load_received`` then requests a run that validates and loads them.
 """
 
@@ -24,7 +24,7 @@ from fhir_assets.warehouse.ops.landing_files import ZoneState
 
 KEY = dg.AssetKey(["landing"])
 CHECK = "files_are_whole"
-"""The check of the asset: every landed file could be read, and every line of it was used or resolved."""
+"""The check of the asset: every landed file is readable, and each of its lines is stored or a resolved dead letter."""
 
 _INTERVAL_SECONDS = 30
 _SAMPLE_SIZE = 20
@@ -44,7 +44,7 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
             dg.AssetCheckSpec(
                 CHECK,
                 asset=KEY,
-                description="Every landed file could be read, and every line of it was used or resolved.",
+                description="Every landed file is readable, and each of its lines is stored or a resolved dead letter.",
             )
         ],
     )
@@ -74,14 +74,14 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         name=LOAD_LANDING,
         minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Looks for new files in the landing zone.",
+        description="Requests a run when the landing zone contains complete files.",
     )
     def load_landing(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with sanitized_errors():
             waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
             state = landing_files.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
-        # The check turns green without a run when the dead letters of a file have been resolved.
+        # The check can pass without a run: it does when the dead letters of the files are resolved.
         cursor = f"{state.bad} bad files"
         events = [] if context.cursor in (None, cursor) else [_evaluation_event(state)]
         unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=LOAD_LANDING, statuses=UNFINISHED))

@@ -26,9 +26,9 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout, count_rows
 
 MAX_OTHER_WINDOWS = 100
-"""The largest number of windows beyond its own for which a load evaluates the dead letter check again.
+"""The largest number of windows outside its run for which a load evaluates the check ``dead_letter_rate`` again.
 
-A newer version of a resource resolves the dead letters of its older versions, whatever window they are in.
+A newer version of a resource resolves the dead letters of its older versions, which may be in other windows.
 """
 
 

@@ -1,4 +1,4 @@
-"""The assets ``raw/<type>``: resources as received from the source, byte for byte."""
+"""The assets ``raw/<type>``: resources of the source, byte for byte as received."""
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
@@ -47,7 +47,7 @@ def _build_raw_step(
                 group_name=t.group,
                 io_manager_key="ndjson",
                 is_required=False,
-                description=f"{t.name} resources as received from the source, one line each, byte for byte.",
+                description=f"{t.name} resources, byte for byte as received from the source, one in each line.",
                 kinds={"fhir", "json"},
             )
             for t in types
@@ -72,7 +72,7 @@ def _build_raw_step(
             offered = source.offered()
             for name in selected:
                 if offered is not None and name not in offered:
-                    context.log.info(f"The source does not offer {name}: skipped.")
+                    context.log.info(f"{name} is skipped: the source does not offer it.")
             available = [name for name in selected if offered is None or name in offered]
             step = FetchStep(
                 source,

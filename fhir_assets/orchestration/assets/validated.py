@@ -93,7 +93,7 @@ def _replay(
     name: str,
     raw: Sequence[Manifest],
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
-    """Validate dead letters again. Partitions that are behind their raw partition are validated as in any load."""
+    """Validate dead letters again. Partitions that are older than their raw partition are validated completely."""
     replay = ReplayValidateStep(
         store,
         validator,

@@ -1,1 +1,1 @@
-"""The asset checks of windows and of whole tables."""
+"""The asset checks of windows and of tables."""

@@ -1,7 +1,7 @@
-"""Checks of a whole table: one query over all of it, computed in the database.
+"""Checks of a table over all windows, computed by queries in the database.
 
-They run once a day (job and schedule ``check_tables``) or on request. A load does not evaluate them: they would cost
-more than the load of an empty window. Checks of one window are in ``checks/window.py``.
+They run once a day (job and schedule ``check_tables``) or on request. A load does not evaluate them, because they take
+longer than the load of an empty window. Checks of one window are in ``checks/window.py``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,20 +34,20 @@ NO_FAILED_PARTITIONS = "no_failed_partitions"
 NO_PLAINTEXT_PHI = "no_plaintext_phi"
 
 _GRACE = timedelta(minutes=15)
-"""The time that a load which the schedule requested may take before its resource type counts as late."""
+"""The time that a scheduled load may take before its resource type counts as late."""
 
 _MAX_COMMANDS = 3
 _MAX_SHOWN_WINDOWS = 20
 _MAX_SHOWN_DIFFERENCES = 100
 
 _DESCRIPTIONS = {
-    FRESH: "The table is loaded up to the schedule's last but one tick.",
+    FRESH: "The table is loaded up to the second to last tick of the schedule.",
     SCHEMA_MATCHES: "The tables of the resource type have the columns and indexes of their ViewDefinitions.",
     NO_DUPLICATES: "The main table has one row for each resource.",
     NO_FAILED_PARTITIONS: "The last run of every window succeeded.",
-    REFERENCES_RESOLVE: "The resources that the tables refer to are loaded, by target type.",
-    NO_PLAINTEXT_PHI: "With keys: columns tagged as patient data, and complete resources, are encrypted (a sample).",
-    VOLUME: "Each of the latest complete windows has about as many resources as the windows before it.",
+    REFERENCES_RESOLVE: "The resources to which the tables refer are loaded.",
+    NO_PLAINTEXT_PHI: "If keys are set, columns tagged as patient data and complete resources are encrypted (sampled).",
+    VOLUME: "Each of the latest complete windows has a similar number of resources to the windows before it.",
 }
 
 
@@ -131,13 +131,13 @@ class _TableEvaluator:
         try:
             offered, state = source.offered(), source.state()
         except FhirAssetsError as error:
-            return self._result(FRESH, False, f"the source cannot be asked: {error}")
+            return self._result(FRESH, False, f"the state of the source is unknown: {error}")
         if offered is not None and self._type.name not in offered:
             return self._result(FRESH, True, "the source does not offer this type")
         checkpoint = checkpoints.get(conn, [self._type.name]).get(self._type.name)
-        advice = "`fhir-assets ingest` loads what is missing; `fhir-assets runs list` shows the runs"
+        advice = "`fhir-assets ingest` loads the missing windows; `fhir-assets runs list` lists the runs"
         if checkpoint is None:
-            return self._result(FRESH, False, f"never loaded from the first window on: {advice}")
+            return self._result(FRESH, False, f"not loaded from the first window on: {advice}")
         now = datetime.now(UTC)
         loaded_until = checkpoint.loaded_until
         metadata = {
@@ -154,8 +154,8 @@ class _TableEvaluator:
         description = f"loaded up to {loaded_until:%Y-%m-%d %H:%M} UTC"
         if not passed:
             description += (
-                f", but {expected:%Y-%m-%d %H:%M} was due: see whether the schedule incremental_load is on, and "
-                f"whether its runs fail. {advice}"
+                f", but {expected:%Y-%m-%d %H:%M} is expected: check that the schedule incremental_load is running and "
+                f"that its runs succeed. {advice}"
             )
         return self._result(FRESH, passed, description, metadata)
 
@@ -170,7 +170,7 @@ class _TableEvaluator:
             ]
             more = f" and {len(commands) - _MAX_COMMANDS} more stretches" if len(commands) > _MAX_COMMANDS else ""
             description = (
-                f"the last run of {len(failed)} windows failed. Correct what the errors name, then load only these "
+                f"the last run of {len(failed)} windows failed. Correct the causes of the errors, then load these "
                 f"windows again: {', '.join(commands[:_MAX_COMMANDS])}{more}"
             )
         table = rows_table(
@@ -197,7 +197,7 @@ class _TableEvaluator:
     def _check_duplicates(self, conn: Connection) -> dg.AssetCheckResult:
         main = next(view for view in self._views if view.name == self._type.key)
         if _may_repeat(main):
-            return self._result(NO_DUPLICATES, True, "the view makes several rows of a resource on purpose")
+            return self._result(NO_DUPLICATES, True, "not applicable: the view has several rows for a resource")
         duplicates = quality.count_duplicates(conn, main)
         description = "one row for each resource"
         if duplicates:
@@ -221,14 +221,14 @@ class _TableEvaluator:
         if plain:
             description = (
                 f"{plain} of {values} sampled values are not encrypted: they were stored before keys were set, or "
-                "another program wrote them. `fhir-assets keys rotate` encrypts what was stored before; materialize "
-                "again what is still plain text after that"
+                "another program wrote them. Run `fhir-assets keys rotate`; if values are still not encrypted, "
+                "materialize their windows again"
             )
         table = rows_table(
-            ("table", "column", "values:int", "in_the_clear:int"),
+            ("table", "column", "values:int", "not_encrypted:int"),
             [(sample.table, sample.column, sample.values, sample.plain) for sample in samples if sample.plain],
         )
-        metadata = {"sampled": values, "in_the_clear": plain, "by_column": table}
+        metadata = {"sampled": values, "not_encrypted": plain, "by_column": table}
         return self._result(NO_PLAINTEXT_PHI, not plain, description, metadata)
 
     def _check_references(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
@@ -267,14 +267,14 @@ class _TableEvaluator:
         )
         volumes = compare_volumes(windows, compared, counts, span=settings.volume_windows)
         unusual = [volume for volume in volumes if volume.unusual]
-        description = "every window has a usual number of resources"
+        description = "the number of resources of every window is usual"
         if unusual:
-            description = "; ".join(f"{volume.partition_key} brought {volume.description}" for volume in unusual[:3])
+            description = "; ".join(f"{volume.partition_key} has {volume.description}" for volume in unusual[:3])
             description += (
-                ". See whether the source was complete then; if not, materialize raw, validated and normalized again"
+                ". If the source was incomplete at that time, materialize raw, validated and normalized again"
             )
         table = rows_table(
-            ("window", "resources:int", "least_before:int", "most_before:int"),
+            ("window", "resources:int", "lowest_before:int", "highest_before:int"),
             [(volume.partition_key, volume.rows, volume.lowest, volume.highest) for volume in unusual or volumes],
         )
         metadata = {"unusual_windows": len(unusual), "by_window": table}
@@ -323,7 +323,7 @@ def _find_stretches(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str
 
 
 def _may_repeat(view: View) -> bool:
-    """Return whether a view may make several rows of one resource."""
+    """Return whether a view may have several rows for one resource."""
     selects = list(view.definition.get("select", ()))
     while selects:
         select = selects.pop()

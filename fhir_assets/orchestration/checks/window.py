@@ -1,7 +1,7 @@
 """Checks of one window, evaluated by the step that loads it.
 
-The numbers are then those of the load, and each window has its own evaluation, whether the run loads one partition or
-a range. Checks of a whole table are in ``checks/table.py``: a load would repeat them for every window.
+Each window has its own evaluation, whether the run loads one partition or a range. Checks of a table over all windows
+are in ``checks/table.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ RECONCILES = "reconciles"
 DEAD_LETTER_RATE = "dead_letter_rate"
 
 MAX_SHOWN_WINDOWS = 20
-"""The largest number of windows in the metadata of a check; the check also says how many there are."""
+"""The largest number of windows that the metadata of a check lists; the check's counts cover all windows."""
 
 _COLUMNS = (
     *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
@@ -69,7 +69,7 @@ class WindowChecks:
         for name in names:
             by_window, total = self._evaluate(conn, counts, name)
             if is_range:
-                # Empty windows too: the UI shows the whole check as skipped if one window has no evaluation.
+                # Empty windows are included, because the UI shows a check as skipped if one window has no evaluation.
                 log_evaluations(
                     context,
                     [
@@ -84,7 +84,7 @@ class WindowChecks:
     def log_other_windows(
         self, context: dg.AssetExecutionContext, conn: Connection, counts: Sequence[WindowCounts], name: str
     ) -> None:
-        """Log new evaluations of windows that are not the run's own, but whose dead letters the run resolved."""
+        """Log new evaluations of windows outside the run whose dead letters the run resolved."""
         results = zip(counts, self._evaluate(conn, counts, name)[0], strict=True)
         log_evaluations(
             context, [result.to_evaluation(self._asset, name, window.partition_key) for window, result in results]
@@ -93,7 +93,7 @@ class WindowChecks:
     def _evaluate(
         self, conn: Connection, counts: Sequence[WindowCounts], name: str
     ) -> tuple[list["_Evaluation"], "_Evaluation"]:
-        """Return the evaluation of each window, and that of all windows together."""
+        """Return the evaluation of each window, and the evaluation of all windows together."""
         if name == RECONCILES:
             return [_evaluate_reconciliation([window]) for window in counts], _evaluate_reconciliation(counts)
         keys = [window.partition_key for window in counts]
@@ -203,7 +203,7 @@ def _evaluate_reconciliation(counts: Sequence[WindowCounts]) -> _Evaluation:
             "unreconciled_windows": len(unreconciled),
             **{name: sum(getattr(window, name) or 0 for window in counts) for name in _COLUMNS},
             "by_window": rows_table(
-                ("window", *(f"{name}:int" for name in _COLUMNS), "what_to_do"),
+                ("window", *(f"{name}:int" for name in _COLUMNS), "faults"),
                 [
                     (
                         window.partition_key,
@@ -218,7 +218,7 @@ def _evaluate_reconciliation(counts: Sequence[WindowCounts]) -> _Evaluation:
 
 
 def _rate_by_window(counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> dg.MetadataValue:
-    """Return a table of the windows with dead letters, those with the most first."""
+    """Return a table of the windows with dead letters, sorted by their number, largest first."""
     windows = sorted(
         (
             (sum(rule.dead_letters for rule in leading[window.partition_key]), window)

@@ -1,1 +1,1 @@
-"""Classes that ``dagster.yaml`` names for Dagster's instance, and the configuration of the instance."""
+"""The Dagster instance: its configuration, and the classes that ``dagster.yaml`` names."""

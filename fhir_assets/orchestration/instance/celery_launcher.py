@@ -1,11 +1,11 @@
-"""Runs on other machines: a run launcher that sends runs to Celery, and the Celery app of ``fhir-assets worker``.
+"""Runs on Celery workers: a run launcher that sends runs to Celery, and the Celery app of ``fhir-assets worker``.
 
 A worker executes one run after the other and keeps no state: its results are in the store and in Postgres. It
 acknowledges a message when the run has ended. If a worker dies before a run has started, the broker gives the message
 to another worker; if it dies later, Dagster's daemon starts the run again, on any worker.
 
-A message is a whole run, not a step as in dagster-celery's executor. That executor needs another process for each run,
-and a message and an execution plan for each of the 90 steps of a window, many of which take milliseconds.
+Each message is a run. With dagster-celery's executor each message would be a step: it needs a process for each run, and
+a message and an execution plan for each of the 90 steps of a window, many of which take milliseconds.
 """
 
 import ctypes
@@ -46,13 +46,13 @@ _GRACE = timedelta(minutes=1)
 
 
 class Launcher(CeleryRunLauncher):
-    """dagster-celery's run launcher, which also detects killed workers: their run holds no advisory lock any more."""
+    """dagster-celery's run launcher, which also detects killed workers: their runs no longer hold an advisory lock."""
 
     supports_resume_run = False
     """False: a new run loads what is missing, so there is no need to resume a run at its failed step."""
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Return whether the worker of a run lives. Dagster's daemon calls this for every run that has started."""
+        """Return whether the worker of a run is alive. Dagster's daemon calls this for every run that has started."""
         record = self._instance.get_run_record_by_id(run.run_id)
         if run.status is not dg.DagsterRunStatus.STARTED or record is None:
             return super().check_run_worker_health(run)
@@ -93,8 +93,8 @@ def build_app(settings: Settings) -> Celery:
 def _execute_message(execute_job_args_packed: Any) -> int:
     """Execute the run of a launcher's message until it ends or is cancelled. Return its exit code.
 
-    The run has its own thread. In the main thread Dagster would handle SIGTERM as a cancellation; this way Celery
-    handles it: the worker finishes the run and then ends. A process for each run would cost about a second more.
+    The run executes in its own thread. In the main thread Dagster would handle SIGTERM as a cancellation; in this way
+    Celery handles it: the worker finishes the run and exits. A process for each run would take about a second more.
     """
     run_id = read_run_id(execute_job_args_packed)
     with dg.DagsterInstance.get() as instance:
@@ -117,7 +117,7 @@ def _execute_message(execute_job_args_packed: Any) -> int:
 
 
 def _interrupt(thread: Thread) -> None:
-    """Raise the exception of a cancelled run in another thread, at the next Python instruction that it executes."""
+    """Raise Dagster's exception for a cancelled run in ``thread``, at the next Python instruction that it executes."""
     if thread.ident is not None:
         error = ctypes.py_object(dg.DagsterExecutionInterruptedError)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), error)

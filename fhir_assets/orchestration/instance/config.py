@@ -53,11 +53,11 @@ def render_dagster_yaml(settings: Settings) -> str:
 
 
 def build_environment(settings: Settings) -> dict[str, str]:
-    """Return the environment of a Dagster process: that of this process, with the variables that Dagster needs.
+    """Return the environment of this process, extended by the variables that a Dagster process needs.
 
     DAGSTER_HOME and DAGSTER_POSTGRES_URL are kept if they are set. Otherwise DAGSTER_HOME is a folder of
-    FHIR_ASSETS_HOME with a ``dagster.yaml``, and Dagster's tables are in a database ``dagster`` beside the project's:
-    on the server of DB_URL or, without DB_URL, on the embedded Postgres, which this starts. Raises DatabaseUnavailable
+    FHIR_ASSETS_HOME with a ``dagster.yaml``, and Dagster's tables are in a database ``dagster`` on the server of
+    DB_URL or, without DB_URL, on the embedded Postgres, which this function starts. Raises DatabaseUnavailable
     and ConfigurationError.
     """
     variables = dict(os.environ)
@@ -85,7 +85,7 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
 
 
 def ensure_dagster_database(settings: Settings) -> str:
-    """Return the URL of the database ``dagster`` beside the project's. Create the database if it does not exist.
+    """Return the URL of the database ``dagster``. Create the database if it does not exist.
 
     Raises DatabaseUnavailable.
     """

@@ -1,6 +1,6 @@
 """Dagster's events as rows of the table ``event_logs``.
 
-Dagster computes the values of every column from the event again; ``build_rows`` computes them once for each event.
+Dagster derives the event's values for each column separately; ``build_rows`` derives them once for each event.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,7 @@ def build_rows(events: Sequence[dg.EventLogEntry]) -> list[Row]:
 
 
 def split_partitions(event: dg.EventLogEntry) -> list[dg.EventLogEntry]:
-    """Return one event for each partition that an event plans to materialize; any other event by itself."""
+    """Return one event for each partition that an event plans to materialize, or only the event if it plans none."""
     keys = _planned_partitions(event)
     return [with_partition(event, key) for key in keys] if keys else [event]
 

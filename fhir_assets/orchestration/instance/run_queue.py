@@ -12,7 +12,7 @@ from fhir_assets.settings import load_settings
 class RunQueue(dg.QueuedRunCoordinator[dg.DagsterInstance]):
     """Dagster's queued run coordinator with FHIR_MAX_RUNS as its limit.
 
-    A class of its own, because ``dagster.yaml`` cannot read this number from an environment variable.
+    The class exists because ``dagster.yaml`` cannot read this number from an environment variable.
     """
 
     @classmethod

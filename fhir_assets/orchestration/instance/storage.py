@@ -1,7 +1,7 @@
 """Dagster's Postgres storage with connections that stay open, and an event log that writes events in batches.
 
-dagster-postgres opens a connection for every event unless a webserver asks it not to, and writes each event by itself,
-in up to a dozen round trips. A load of an empty window has a thousand events, which took more than half of its time.
+dagster-postgres opens a connection for every event, except in a webserver, and writes each event separately, in up to a
+dozen round trips. A load of an empty window has a thousand events; writing them takes more than half of its time.
 """
 
 import logging
@@ -117,7 +117,7 @@ _UPDATE_CHECKS = sqlalchemy.text("""
 """)
 
 _UNREACHABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, DagsterPostgresException)
-"""Errors that mean that the database cannot be reached: the waiting events keep waiting."""
+"""Errors that mean that the database cannot be reached: the held events stay in memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -126,11 +126,11 @@ class BatchedEventLog(PostgresEventLogStorage):
     """dagster-postgres' event log, which writes the events between the start and the end of a step in one transaction.
 
     They are written at the end of the step, or after MAX_HELD_SECONDS. Every read through this object, and every other
-    event, first writes the events that wait. A process that is killed may lose the last second of events of its running
+    event, first writes the held events. A process that is killed may lose the last second of events of its running
     steps, as if it had been killed a second earlier; a step that ended or failed has all of its events.
 
-    If a batch cannot be written, its events are written one by one as dagster-postgres does, and the first time a
-    warning is logged.
+    If a batch cannot be written, its events are written one by one as dagster-postgres does. A warning is logged the
+    first time.
     """
 
     def __init__(self, *arguments: object, **options: object) -> None:
@@ -183,7 +183,7 @@ class BatchedEventLog(PostgresEventLogStorage):
                 self._hold([event])
 
     def store_event_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
-        """Write or hold the events of a batch as if each were stored by itself."""
+        """Write or hold the events of a batch, as ``store_event`` does for each event."""
         if not {event.dagster_event_type for event in events} <= _BATCHED_EVENTS:
             super().store_event_batch(_split_partitions(events))
             return
@@ -195,13 +195,13 @@ class BatchedEventLog(PostgresEventLogStorage):
                 self._write(events)
 
     def flush(self) -> None:
-        """Write the events that wait."""
+        """Write the held events."""
         with self._write_lock:
             if self._held:
                 self._write([])
 
     def dispose(self) -> None:
-        """Write the events that wait, if the database can be reached, and close the connections."""
+        """Write the held events if the database can be reached, and close the connections."""
         with suppress(*_UNREACHABLE):
             self.flush()
         super().dispose()
@@ -214,7 +214,7 @@ class BatchedEventLog(PostgresEventLogStorage):
             self._write([])
 
     def _write(self, events: Sequence[dg.EventLogEntry]) -> None:
-        """Write the events that wait, then ``events``."""
+        """Write the held events, then ``events``."""
         held, self._held = self._held, []
         try:
             self._write_batch([*held, *events])
@@ -264,7 +264,7 @@ class BatchedEventLog(PostgresEventLogStorage):
                 self._store_evaluations(conn, checks)
 
     def _store_tags(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
-        """Store the tags of events by which Dagster looks up assets."""
+        """Store the tags of events that Dagster indexes for asset queries."""
         tagged = [
             {"event_id": row.id, "asset_key": row.asset_key, "key": key, "value": tags[key], "timestamp": row.timestamp}
             for row in rows
@@ -313,7 +313,7 @@ class BatchedEventLog(PostgresEventLogStorage):
         conn.execute(_TABLES.check_executions.insert(), values)
 
     def _store_evaluations(self, conn: sqlalchemy.Connection, rows: Sequence[Row]) -> None:
-        """Update the row of each planned check; dagster-postgres stores an evaluation that was not planned."""
+        """Update the row of each planned check; evaluations that were not planned are stored by dagster-postgres."""
         values = [
             {
                 "asset_key": key_text(evaluation.asset_key),

@@ -1,4 +1,4 @@
-"""The IO manager ``ndjson``: commits partitions of raw and validated, and opens them for the next step."""
+"""The IO manager ``ndjson``: commits partitions of raw and validated, and passes their manifests to the next step."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ class NdjsonIOManager(dg.IOManager):
         self._warehouse = warehouse
 
     def handle_output(self, context: dg.OutputContext, obj: PartitionUpdate) -> None:
-        """Commit the manifests of the update, each atomically, merged with what other runs have committed."""
+        """Commit each manifest of the update atomically, merged with the commits of other runs."""
         with sanitized_errors():
             manifests = commit_update(self._warehouse.connect, self._store, obj)
         context.add_output_metadata(
@@ -32,6 +32,6 @@ class NdjsonIOManager(dg.IOManager):
         )
 
     def load_input(self, context: dg.InputContext) -> Sequence[Manifest]:
-        """Return the manifests of the run's partitions; a partition that was never written has none."""
+        """Return the manifests of the run's partitions; a partition that was never written has no manifest."""
         layer, key = context.asset_key.path
         return self._store.manifests(layer, key, context.asset_partition_keys)

@@ -1,6 +1,6 @@
 """The sensor ``alerts``: records incidents in ``ops.incidents`` and sends each once to ALERT_WEBHOOK_URL.
 
-An incident is a failed run, a failed check of severity ERROR (which leaves its run green), or a resource type whose
+An incident is a failed run, a failed check of severity ERROR (its run succeeds nevertheless), or a resource type whose
 windows are behind schedule. An incident closes when the same partitions succeed.
 """
 
@@ -38,7 +38,7 @@ _RUN_EVENTS: tuple[Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.
 def build_alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDefinition:
     """Return the sensor that opens, closes and reports incidents.
 
-    The cursor holds the last event that was read, so that a restart misses none.
+    The cursor holds the ids of the last events that were read, so that no event is missed after a restart.
     """
     url = settings.alert_webhook_url
     webhook = Webhook(url.get_secret_value(), ui_url=settings.dagster_ui_url) if url else None
@@ -47,7 +47,7 @@ def build_alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDe
         name="alerts",
         minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Records incidents in ops.incidents, and reports to ALERT_WEBHOOK_URL which began and which ended.",
+        description="Records incidents in ops.incidents, and reports new and closed incidents to ALERT_WEBHOOK_URL.",
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         cursor = json.loads(context.cursor) if context.cursor else {"runs": 0, "checks": 0}
@@ -113,7 +113,8 @@ def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Setti
 def _describe_run(run: dg.DagsterRun) -> str:
     """Return the name of the run's job.
 
-    Runs that were started by hand or by a backfill of assets all belong to one implicit job; return their assets.
+    Runs that were launched manually or by a backfill belong to an implicit asset job; for them, return the names of
+    their assets.
     """
     if not run.job_name.startswith("__") or not run.asset_selection:
         return run.job_name
@@ -164,7 +165,7 @@ def _read_evaluations(instance: dg.DagsterInstance, after: int) -> Sequence[tupl
 
 
 def _is_summary(repository: dg.RepositoryDefinition | None, evaluation: dg.AssetCheckEvaluation) -> bool:
-    """Return whether an evaluation sums up the windows of a range run, each of which has its own evaluation."""
+    """Return whether an evaluation summarizes a range run, whose windows have evaluations of their own."""
     if evaluation.partition is not None or repository is None:
         return False
     graph = repository.asset_graph
@@ -173,7 +174,7 @@ def _is_summary(repository: dg.RepositoryDefinition | None, evaluation: dg.Asset
 
 
 def _integers(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
-    """Return the metadata of an evaluation that are integers other than zero."""
+    """Return the metadata entries of an evaluation that are integers other than zero."""
     return {
         name: value.value
         for name, value in evaluation.metadata.items()
@@ -184,8 +185,8 @@ def _integers(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
 def _record_types_behind(conn: Connection, settings: Settings) -> None:
     """Record the resource types that are behind schedule and not catching up.
 
-    Such a type has a checkpoint older than ALERT_BEHIND_MINUTES that has not moved for as long. Types that are read
-    from files have no schedule and are left out.
+    The checkpoint of these types is older than ALERT_BEHIND_MINUTES and has not moved for ALERT_BEHIND_MINUTES. Types
+    that are read from files are left out.
     """
     limit = datetime.now(UTC) - timedelta(minutes=settings.alert_behind_minutes)
     by_type = checkpoints.get(conn, settings.fhir_resource_types)

@@ -1,4 +1,4 @@
-"""The sensor ``apply_consent``: requests the job of that name when a consent decision changes between runs.
+"""The sensor ``apply_consent``: requests the job ``apply_consent`` when consent decisions change.
 
 A decision changes when the period of a consent begins or ends, and when the consent policy of the settings changes.
 """
@@ -19,21 +19,21 @@ _INTERVAL_SECONDS = 60
 
 
 def build_consent_sensor(settings: Settings, job: dg.JobDefinition, warehouse: Warehouse) -> dg.SensorDefinition:
-    """Return the sensor that requests ``apply_consent`` when the tables do not follow the consents any more."""
+    """Return the sensor that requests ``apply_consent`` when the tables no longer match the consents."""
 
     @dg.sensor(
         job_name=job.name,
         name=APPLY_CONSENT,
         minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Requests the job apply_consent when a consent decision is due.",
+        description="Requests the job apply_consent when the tables no longer match the consents.",
     )
     def apply_consent(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         with sanitized_errors(), warehouse.connect() as conn:
-            followed = consents.get_applied_policy(conn)
-            due = consents.find_due_patients(conn, datetime.now(UTC), 1) if followed.withholds else []
-        if followed == build_consent_gate(settings) and not due:
-            return dg.SkipReason("the tables follow the consents")
+            applied = consents.get_applied_policy(conn)
+            due = consents.find_due_patients(conn, datetime.now(UTC), 1) if applied.withholds else []
+        if applied == build_consent_gate(settings) and not due:
+            return dg.SkipReason("the tables match the consents")
         if context.instance.get_runs_count(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED)):
             return dg.SkipReason(f"a run of {job.name} is not finished yet")
         return dg.RunRequest()

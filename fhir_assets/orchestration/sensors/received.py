@@ -1,4 +1,4 @@
-"""The sensor ``load_received``: loads what other channels than the source wrote to raw."""
+"""The sensor ``load_received``: requests runs that load resources that arrived in raw without a fetch."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -23,9 +23,9 @@ def build_load_received_sensor(
 ) -> dg.SensorDefinition:
     """Return the sensor that requests runs over the windows of ``ops.received`` that are not loaded.
 
-    An entry of ``ops.received`` ends when its rows are committed, not when its run is requested: a window whose run
-    failed or died is requested again, after a delay that doubles each time. A tick requests nothing while a run of the
-    job is unfinished.
+    An entry of ``ops.received`` is removed when its rows are committed, not when its run is requested: a window whose
+    run failed or crashed is requested again, after a delay that doubles with each attempt. A tick requests no run while
+    a run of the job is unfinished.
     """
 
     @dg.sensor(
@@ -33,8 +33,8 @@ def build_load_received_sensor(
         name=LOAD_RECEIVED,
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Loads what was received through other channels than the source: landing files, intake, "
-        "corrections.",
+        description="Requests runs for resources that did not come from the source: landing files, the HTTP API, the "
+        "CSV intake, missing references and corrections.",
     )
     def load_received(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
         with warehouse.connect() as conn:
@@ -48,7 +48,7 @@ def build_load_received_sensor(
             waiting = group_windows(settings, received.find_pending(conn, now=now))[:MAX_RUNS]
             received.record_request(conn, [entry for stretch in waiting for entry in stretch.pending], now=now)
         if not waiting:
-            yield dg.SkipReason("everything that was received is loaded")
+            yield dg.SkipReason("all received resources are loaded")
         assert context.repository_def
         graph = context.repository_def.asset_graph
         for stretch in waiting:

@@ -1,6 +1,4 @@
-"""The sensor ``replay_dead_letters``: replays dead letters that are marked, and after an upgrade those that it may
-resolve.
-"""
+"""The sensor ``replay_dead_letters``: replays marked dead letters, and marks outdated ones after an upgrade."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 MAX_ATTEMPTS = 3
-"""The number of runs that are requested for the same marks; then the sensor removes the marks."""
+"""The largest number of runs that are requested for the same marks; then the sensor removes the marks."""
 
 MAX_RUNS = 10
 """The largest number of runs that one tick requests."""
@@ -40,8 +38,8 @@ def build_replay_sensor(
 ) -> dg.SensorDefinition:
     """Return the sensor that requests runs over the windows of marked dead letters.
 
-    A mark is removed when its dead letter is resolved or open again. The marks that a failed or killed run left are
-    therefore requested again, with the number of the attempt in the run key. The cursor holds the number of attempts
+    A run removes the mark of each dead letter that it replays. Marks that remain after a failed or killed run are
+    requested again, with the number of the attempt in the run key. The cursor holds the number of attempts
     for each stretch of windows that is still marked.
     """
 
@@ -79,7 +77,7 @@ def build_replay_sensor(
 
 @dataclass(slots=True)
 class _Plan:
-    """The run requests of a tick, the attempts for the next cursor, and messages about replays that are given up."""
+    """The run requests of a tick, the attempts for the next cursor, and messages about cancelled replays."""
 
     requests: list[dg.RunRequest] = field(default_factory=list)
     attempts: dict[str, int] = field(default_factory=dict)
@@ -121,7 +119,7 @@ def _plan(
             with warehouse.connect() as conn:
                 released = replays.cancel_requests(conn, types, [window.key for window in windows.windows])
             plan.messages.append(
-                f"{released} replays of {first} to {last} are given up after {MAX_ATTEMPTS} runs that failed"
+                f"{released} replays of {first} to {last} are cancelled after {MAX_ATTEMPTS} failed runs"
             )
         elif len(plan.requests) < MAX_RUNS:
             plan.attempts[key] = attempt
