@@ -4,6 +4,7 @@ Other tests import them from here, so that an upgrade of Dagster breaks one modu
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 
 import dagster as dg
@@ -44,8 +45,10 @@ def add_backfill(
 ) -> None:
     """Store a backfill of all three layers for the daemon, as *Materialize all* does in the UI."""
     graph = definitions.get_repository_def().asset_graph
-    instance.add_backfill(
-        PartitionBackfill.from_asset_partitions(
+    with warnings.catch_warnings():
+        # Dagster calls its own deprecated AssetSelection.sources here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        backfill = PartitionBackfill.from_asset_partitions(
             backfill_id=backfill_id,
             asset_graph=graph,
             partition_names=partition_keys,
@@ -58,4 +61,4 @@ def add_backfill(
             description=None,
             run_config=None,
         )
-    )
+    instance.add_backfill(backfill)
