@@ -1,6 +1,6 @@
 """Dead runs: runs that Dagster lists as unfinished although their process has ended.
 
-A running run holds an advisory lock in Postgres for as long as its process lives, see ``Warehouse.hold_run``.
+A started run holds an advisory lock in Postgres until its process ends, see ``Warehouse.hold_run``.
 """
 
 from datetime import UTC, datetime, timedelta

@@ -115,7 +115,7 @@ def _describe(state: ZoneState) -> str:
         return "every landed file was received completely"
     return (
         f"{state.bad} landed files are bad: `fhir-assets landing list --status bad` lists them. Their other lines are "
-        "loaded. Put a corrected file beside each, or replace it, then discard its dead letters"
+        "loaded. Add or substitute a corrected version of each file, then discard the dead letters of the bad file"
     )
 
 

@@ -29,7 +29,7 @@ _LAUNCHERS: dict[Executor, dict[str, Any]] = {Executor.CELERY: _CELERY}
 
 
 def find_dagster_yaml() -> Path:
-    """Return the path of the project's ``dagster.yaml``: beside the package in a checkout, inside it in a wheel.
+    """Return the path of the project's ``dagster.yaml``: next to the package in a checkout, inside it in a wheel.
 
     Raises ConfigurationError if neither exists.
     """
