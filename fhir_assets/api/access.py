@@ -1,8 +1,8 @@
 """Authentication and authorization: tokens, roles, request rates, and the roles that each route requires.
 
-An entry of API_TOKENS is ``name:role:sha256``, with the SHA-256 of the token's secret; the secret itself is stored
-nowhere. A request without a known token gets 401 before anything else of it is read; a request whose role does not
-suffice gets 403.
+An entry of API_TOKENS is ``name:role:sha256``, with the SHA-256 of the token's secret; the secret itself is
+not stored. A request without a known token gets 401 before its body is read; a request whose token does not have a role
+that the route requires gets 403.
 """
 
 import base64
@@ -23,7 +23,7 @@ _is_digest = re.compile(r"[0-9a-fA-F]{64}").fullmatch
 
 
 class Role(StrEnum):
-    """The role of a token. ``ROUTE_ROLES`` lists the routes of each; ``admin`` may call every route."""
+    """The role of a token. ``ROUTE_ROLES`` lists the roles that may call each route; ``admin`` may call all."""
 
     READER = "reader"
     OPERATOR = "operator"
@@ -103,7 +103,8 @@ def create_token(name: str, role: Role) -> tuple[str, str]:
     """Return a new random secret and its entry for API_TOKENS. Raises ConfigurationError if the name is not valid."""
     if not _is_name(name):
         raise ConfigurationError(
-            "a token's name has 1 to 64 characters: letters, digits and . _ @ -, for example the name of a service"
+            "a token's name has 1 to 64 characters, each one of A-Z, a-z, 0-9, . _ @ -, and begins with a character of "
+            "A-Z, a-z, 0-9: give, for example, the name of a service"
         )
     secret = secrets.token_urlsafe(32)
     return secret, f"{name}:{role.value}:{hashlib.sha256(secret.encode()).hexdigest()}"
@@ -138,14 +139,14 @@ class RateLimiter:
     def __init__(
         self, tokens: Sequence[Token], *, rate: float, burst: float | None = None, now: Callable[[], float] = monotonic
     ) -> None:
-        """Allow each token ``rate`` requests a second, and ``burst`` requests at once (default: those of 2 seconds)."""
+        """Allow each token ``rate`` requests a second, and ``burst`` requests at once (default: 2 * ``rate``)."""
         self._rate = rate
         self._burst = max(1.0, 2 * rate if burst is None else burst)
         self._now = now
         self._buckets = {token.name: (self._burst, now()) for token in tokens}
 
     def take(self, token: Token) -> float:
-        """Count a request of the token. Return 0 if it is allowed, else the seconds until the next one is."""
+        """Return 0 and count the request if the token may send one now, else return the seconds to wait."""
         available, since = self._buckets[token.name]
         now = self._now()
         available = min(self._burst, available + (now - since) * self._rate)

@@ -40,10 +40,10 @@ from fhir_assets.warehouse.postgres.queries.patient_directory import PatientDire
 
 POOL_SIZE = 8
 CONNECTION_TIMEOUT_SECONDS = 5
-"""How long a request waits for a connection before the database counts as unavailable."""
+"""Seconds that a request waits for a connection before the database counts as unavailable."""
 
 MAX_WAITING_REQUESTS = 8
-"""How many requests may wait for runs to end. Each occupies one of the 40 threads that answer requests."""
+"""Number of requests that may wait for runs to end. Each occupies one of the 40 threads that answer requests."""
 _DATABASE_UNAVAILABLE = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
 
 
@@ -56,7 +56,7 @@ class Submission:
 
 
 class AppContext:
-    """What the routes of one process share. Each part is opened on its first use; creating a context opens nothing."""
+    """The objects that the routes of one process share. Each is opened on its first use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -100,8 +100,9 @@ class AppContext:
         return build_definitions(self.settings).resolve_asset_graph()
 
     def derive_id(self, resource_type: str, number: str) -> str:
-        """Return the resource id that follows from an identifier, such as an MRN. Raises DatabaseUnavailable, because
-        the database holds the secret of the derivation.
+        """Return the resource id that is derived from an identifier, such as an MRN.
+
+        The secret of the derivation is stored in the database. Raises DatabaseUnavailable.
         """
         return self.warehouse.cipher().identity(resource_type, number)
 
@@ -118,7 +119,7 @@ class AppContext:
             raise DatabaseUnavailable(_DATABASE_UNAVAILABLE) from None
 
     def record_audit(self, *audit_records: AuditRecord) -> None:
-        """Write audit records, before the caller gets the data that they are about. Raises DatabaseUnavailable."""
+        """Write audit records. Routes call this before they return the data. Raises DatabaseUnavailable."""
         self._audit_commits.do(audit_records)
 
     def _write_audit_records(self, groups: Sequence[Sequence[AuditRecord]]) -> list[None]:
@@ -128,9 +129,9 @@ class AppContext:
         return [None] * len(groups)
 
     def receive_grouped(self, submission: Submission) -> None:
-        """Receive a submission together with those of simultaneous requests: one part and one commit for all of them.
+        """Receive a submission together with the submissions of simultaneous requests, in one part and one commit.
 
-        Raises as ``receive`` does.
+        Raises StoreError or DatabaseUnavailable.
         """
         self._receive_commits.do(submission)
 

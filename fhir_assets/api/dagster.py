@@ -1,8 +1,8 @@
 """A client of the Dagster webserver: starts runs and reads their status through its GraphQL API.
 
-``dagster_graphql.DagsterGraphQLClient`` is not used: threads cannot share it (its transport refuses a second concurrent
-query), it has no query by which ``is_ready`` could see that the code location is loaded, and it asks for the location
-of a job before each run.
+``dagster_graphql.DagsterGraphQLClient`` is not used, for three reasons: threads cannot share it, because its transport
+refuses concurrent queries; it cannot query whether a code location is loaded, which ``is_ready`` needs; and it queries
+the location of a job before each run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,9 @@ class DagsterClient:
     ) -> str:
         """Start a run of a job and return the run's id.
 
-        ``assets`` are the paths of the asset keys to materialize, all of the job by default. Raises DagsterUnavailable.
+        ``assets`` are the paths of the asset keys to materialize, by default all assets of the job.
+
+        Raises DagsterUnavailable.
         """
         location, repository = self._find_repository(job)
         selector: dict[str, Any] = {
@@ -93,7 +95,8 @@ class DagsterClient:
             return self._repository_of_job[job]
         except KeyError:
             raise DagsterUnavailable(
-                f"Dagster at {self.url} has no job {job}: see in its UI that the code location of fhir_assets is loaded"
+                f"Dagster at {self.url} has no job {job}: check in its UI that the code location of "
+                "fhir_assets is loaded"
             ) from None
 
     def _repositories(self) -> list[dict[str, Any]]:

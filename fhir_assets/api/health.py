@@ -26,12 +26,12 @@ class Health(BaseModel):
 
 
 class Live(BaseModel):
-    """Liveness: the process problem_responses."""
+    """Liveness: the process answers requests."""
 
     live: bool = True
 
 
-@router.get("/health/live", response_model=Live, summary="Does the process answer?")
+@router.get("/health/live", response_model=Live, summary="Liveness")
 def live() -> Response:
     """For a liveness probe. It does not contact the database, the store or Dagster."""
     return Response(b'{"live":true}', media_type="application/json")
@@ -41,7 +41,7 @@ def live() -> Response:
     "/health",
     response_model=Health,
     responses={503: {"model": Health, "description": "Not ready"}},
-    summary="Is it ready?",
+    summary="Readiness",
 )
 def health(context: Context) -> Response:
     """The status is 503 while the database, the store or Dagster is not available."""
@@ -52,7 +52,7 @@ def health(context: Context) -> Response:
     "/health/ready",
     response_model=Health,
     responses={503: {"model": Health, "description": "Not ready"}},
-    summary="Is it ready?",
+    summary="Readiness",
 )
 def ready(context: Context) -> Response:
     """The same answer as `/health`, for a readiness probe."""

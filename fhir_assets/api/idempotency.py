@@ -34,7 +34,8 @@ def answer_once(
     """Do the work of a request and return its answer, or return the stored answer of an earlier, equal request.
 
     ``work`` takes the origin of its records. Equal requests have equal origins, so that interrupted work can be
-    repeated without duplicates. Without a key every request is new. ``media_type`` is that of a stored answer.
+    repeated without duplicates. Without a key every request is new. ``media_type`` is the media type of a stored
+    answer.
 
     Raises Problem if the key was used with another body, and DatabaseUnavailable.
     """
@@ -46,7 +47,7 @@ def answer_once(
             stored = idempotency.begin(conn, request)
         except idempotency.KeyReused:
             raise Problem(
-                422, "this Idempotency-Key was used with another body: give this request a key of its own"
+                422, "this Idempotency-Key was used with another body: send this request with a new key"
             ) from None
         if stored is not None:
             status, content = stored

@@ -34,8 +34,9 @@ router = APIRouter(tags=["intake"])
     summary="Post patient records and FHIR resources",
 )
 def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
-    """Each record is validated at once, and is accepted or rejected on its own with all of its issues. Accepted records
-    are stored in `raw` before the answer; the sensor `load_received` starts the run that loads them into the tables.
+    """Each record is validated at once and accepted or rejected independently of the others; the answer lists the
+    issues of each record. Accepted records are stored in `raw` before the answer; the sensor `load_received` starts the
+    run that loads them into the tables.
     """
 
     def work(origin: str) -> Response:
@@ -117,7 +118,7 @@ def require_record_limit(context: AppContext, count: int) -> None:
     if count > limit:
         raise Problem(
             413,
-            f"the request has more than {limit:,} records (API_MAX_RECORDS): send fewer at once",
+            f"the request has more than {limit:,} records (API_MAX_RECORDS): send fewer records in a request",
             more={"max_records": limit},
         )
 
@@ -142,7 +143,7 @@ def _receive(
     context: AppContext, caller: Caller, origin: str, validated: Sequence[ValidatedRecord], key: str | None
 ) -> None:
     """Store the accepted records in ``raw``, with an audit record for each resource type."""
-    records = [record for accepted in validated for record in accepted.records]
+    records = [record for validated_record in validated for record in validated_record.records]
     if not records:
         return
     by_type = Counter(record.resource_type for record in records)

@@ -11,7 +11,7 @@ FHIR_JSON = "application/fhir+json"
 
 
 def without_keywords(json_schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON Schema without its ``$`` keywords, as OpenAPI embeds it."""
+    """Return a JSON Schema without its ``$`` keywords, for use in an OpenAPI document."""
     return {name: value for name, value in json_schema.items() if not name.startswith("$")}
 
 

@@ -40,8 +40,10 @@ _CSP_DOCS = (
 
 
 class RequestMiddleware:
-    """Pure ASGI, because no byte of a body is read before the request is authenticated, and at most ``max_body`` bytes
-    are read of it.
+    """Authenticate and limit each request, and add the headers of each response.
+
+    The class implements ASGI itself, so that a body is read only after authentication, and only up to ``max_body``
+    bytes.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class RequestMiddleware:
         return token
 
     def _limit_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Return a ``receive`` that raises Problem after ``max_body`` bytes, whatever Content-Length is."""
+        """Return a ``receive`` that raises Problem after ``max_body`` bytes, regardless of Content-Length."""
         limit = self._max_body
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
@@ -162,7 +164,7 @@ class _Responder:
 def _too_large(limit: int) -> Problem:
     return Problem(
         413,
-        f"the body is larger than {limit:,} bytes (API_MAX_BODY_BYTES): send less at once",
+        f"the body is larger than {limit:,} bytes (API_MAX_BODY_BYTES): send fewer records in a request",
         headers={"Connection": "close"},
         more={"max_bytes": limit},
     )

@@ -67,32 +67,33 @@ class PatientPage(BaseModel):
     page_size: int
     patients: list[Patient]
     next: str | None = Field(
-        description="The URL of the next page. A client that follows it gets every patient exactly once, also if "
+        description="The URL of the next page. A client that follows it gets every patient exactly once, even if "
         "patients are added or removed meanwhile",
         examples=["/patients?page=2&page_size=20&after=example"],
     )
 
 
-@router.get("/patients", response_model=PatientPage, responses=problem_responses(), summary="Look patients up")
+@router.get("/patients", response_model=PatientPage, responses=problem_responses(), summary="Search patients")
 def list_patients(
     context: Context,
     caller: CurrentCaller,
     page: Annotated[int, Query(ge=1, le=LAST_PAGE)] = 1,
     page_size: Annotated[int, Query(ge=1, le=200)] = 20,
-    mrn: Annotated[SearchTerm, Query(description="Medical record number; case matters")] = None,
+    mrn: Annotated[SearchTerm, Query(description="Medical record number; case-sensitive")] = None,
     first_name: Annotated[
-        SearchTerm, Query(description="The first given name, or all given names; case does not matter")
+        SearchTerm, Query(description="The first given name, or all given names; case-insensitive")
     ] = None,
-    last_name: Annotated[SearchTerm, Query(description="Family name; case does not matter")] = None,
+    last_name: Annotated[SearchTerm, Query(description="Family name; case-insensitive")] = None,
     after: Annotated[
         str | None,
         Query(
-            pattern=ID_PATTERN, description="Return the patients after this id, whatever `page` is; `next` contains it"
+            pattern=ID_PATTERN, description="Return the patients after this id and ignore `page`; `next` contains it"
         ),
     ] = None,
 ) -> Response:
-    """All patients, or those that match all search parameters. Names match as a whole, because encrypted values can
-    only be compared for equality. All pages are equally fast. Patients whose data consent withholds are not listed.
+    """All patients, or those that match all search parameters. Names match only completely, because encrypted
+    values can only be compared for equality. All pages are equally fast. Patients whose data
+    consent withholds are not listed.
     """
     search = PatientSearch(mrn=mrn, given=first_name, family=last_name)
     with context.connection() as conn:
@@ -101,8 +102,8 @@ def list_patients(
         else:
             result = context.directory.page(conn, page, page_size, after=after)
         withheld = patients.find_withheld(conn, build_consent_gate(context.settings), result.ids)
-        found = _read_patients(conn, [patient_id for patient_id in result.ids if patient_id not in withheld])
-        audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in found]
+        matches = _read_patients(conn, [patient_id for patient_id in result.ids if patient_id not in withheld])
+        audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in matches]
         empty_search = AuditRecord(
             _action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0}
         )
@@ -122,7 +123,7 @@ def list_patients(
         "total": result.total,
         "page": page,
         "page_size": page_size,
-        "patients": found,
+        "patients": matches,
         "next": next_page,
     }
     return Response(orjson.dumps(content), media_type="application/json")
@@ -151,28 +152,29 @@ def one_patient_v1(context: Context, caller: CurrentCaller, patient_id: PatientI
 
 
 def _answer_patient(context: AppContext, caller: Caller, patient_id: str) -> Response:
-    gate = build_consent_gate(context.settings)
+    consent_gate = build_consent_gate(context.settings)
     with context.connection() as conn:
-        withheld = patients.find_withheld(conn, gate, [patient_id])
-        found = [] if withheld else _read_patients(conn, [patient_id])
-        absence = Absence() if found else patients.explain_absence(conn, patient_id)
-        # A policy that denies by default withholds unknown ids too: for them the answer is 404, as for any unknown id.
+        withheld = patients.find_withheld(conn, consent_gate, [patient_id])
+        matches = [] if withheld else _read_patients(conn, [patient_id])
+        absence = Absence() if matches else patients.explain_absence(conn, patient_id)
+        # A policy that denies by default also withholds unknown ids, but the answer for an unknown id is always 404.
         refused = absence.withheld or bool(
             withheld and patient_directory.read_compartments(conn, "Patient", [patient_id])
         )
-        audit_record = _audit_record(conn, caller, patient_id, found=len(found), refused=refused)
+        audit_record = _audit_record(conn, caller, patient_id, found=len(matches), refused=refused)
     context.record_audit(audit_record)
     if refused:
         raise Problem(
             403,
-            f"the patient's consent does not allow this access (CONSENT_POLICY is {gate.policy}, for {gate.purpose})",
+            f"the patient's consent does not allow this access (CONSENT_POLICY is {consent_gate.policy}, for "
+            f"{consent_gate.purpose})",
             more={"reason": "consent"},
         )
     if absence.deleted:
         raise Problem(410, "the source deleted this patient")
-    if not found:
+    if not matches:
         raise Problem(404, "there is no patient with this id")
-    return Response(orjson.dumps(found[0]), media_type="application/json")
+    return Response(orjson.dumps(matches[0]), media_type="application/json")
 
 
 def _action(conn: Session) -> Action:

@@ -1,6 +1,6 @@
 """Errors as problem details (RFC 9457).
 
-A problem says what happened and what to do next. It never contains a value of the request or a stack trace.
+A problem describes the error and the next step. It never contains a value of the request or a stack trace.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class FieldError(BaseModel):
-    """An invalid part of a request: its path, and what is expected there."""
+    """An invalid field of a request: its path, and the expected value or format."""
 
     path: str = Field(description="A JSON Pointer into the body, or `query.<name>`", examples=["/0/mrn"])
-    message: str = Field(description="What is expected there; never the value that was sent")
+    message: str = Field(description="The expected value or format; never the value that was sent")
 
 
 class ProblemDocument(BaseModel):
@@ -84,7 +84,7 @@ class Problem(Exception):
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI responses of an operation: ``statuses``, and those that every operation has."""
+    """Return the OpenAPI responses for ``statuses`` and for the error statuses that all operations have."""
     return {
         status: {
             "description": _DESCRIPTIONS[status],
@@ -109,7 +109,7 @@ _COMMON_STATUSES = (401, 403, 409, 413, 422, 429, 500, 503)
 _DESCRIPTIONS = {
     400: "the request does not have the form that this operation takes",
     401: "a bearer token is needed",
-    403: "the token's role may not call this operation; or the patient's consent denies it: then `reason` is `consent`",
+    403: "the token's role may not call this operation, or the patient's consent denies access (`reason` is `consent`)",
     404: "there is no resource with this id",
     409: "a setting that this operation needs is missing, or does not allow it",
     410: "the source deleted the resource",
@@ -123,7 +123,7 @@ _DESCRIPTIONS = {
 
 
 def problem_from_error(error: FhirAssetsError) -> Problem:
-    """Return the problem for an error of the project, whose message says what to do and contains no patient data."""
+    """Return the problem for an error of the project. Messages of these errors contain no patient data."""
     if isinstance(error, TransientError):
         return Problem(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, ServerRefused | NotFhir):

@@ -22,5 +22,9 @@ def find_run_id(conn: Connection, prefix: str) -> str:
 
 def run_not_found(matches: Sequence[str]) -> Problem:
     """Return the problem for a prefix of run ids that matches no run, or several."""
-    detail = "several run ids begin with these characters: give more of the id" if matches else "there is no such run"
+    detail = (
+        "several run ids begin with these characters: give more characters of the id"
+        if matches
+        else "there is no such run"
+    )
     return Problem(404, detail)

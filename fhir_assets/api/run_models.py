@@ -31,7 +31,7 @@ class TypeCounts(BaseModel):
     seconds: float | None
     started_at: datetime
     finished_at: datetime | None
-    error: str | None = Field(None, description="Why the run failed; without patient data")
+    error: str | None = Field(None, description="The reason of the failure, without patient data")
     dead_letters: dict[str, int] | None = Field(None, description="Unresolved dead letters by stage")
 
 
@@ -62,7 +62,7 @@ class RunList(BaseModel):
 
 
 class Run(BaseModel):
-    """A run by resource type. `types` is empty until the run has started."""
+    """A run, with its counts by resource type. `types` is empty until the run has started."""
 
     run_id: str = Field(examples=[RUN_EXAMPLE])
     status: str | None = Field(
@@ -132,7 +132,7 @@ class StartedRun(BaseModel):
     summary: str = Field(description="The path of the run's summary", examples=[f"/runs/{RUN_EXAMPLE}"])
     dagster: str = Field(description="The URL of the run in the Dagster UI")
     counts: list[TypeCounts] | None = Field(
-        None, description="The run's counts, if the request waited until the run ended"
+        None, description="The run's counts; null if the request did not wait until the run ended"
     )
 
 

@@ -37,7 +37,7 @@ Wait = Annotated[
     Query(
         ge=0,
         le=MAX_WAIT_SECONDS,
-        description="Seconds to wait until the runs have ended. While too many requests wait, the answer comes at once",
+        description="Seconds to wait until the runs have ended; ignored while too many other requests wait",
     ),
 ]
 
@@ -47,11 +47,11 @@ Wait = Annotated[
     status_code=202,
     response_model=Started,
     responses=problem_responses(404, 502),
-    summary="Load a type",
+    summary="Load a resource type",
 )
 def ingest_type(context: Context, caller: CurrentCaller, resource_type: TypeName, wait: Wait = None) -> Response:
-    """Start runs of the job `incremental_load` for the windows from the type's checkpoint to now. They fetch only the
-    resources that are not fetched yet.
+    """Start runs of the job `incremental_load` for the windows from the type's checkpoint to now. Resources that
+    were fetched before are not fetched again.
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
     return _answer_started(context, _start_load(context, caller, name), wait)
@@ -62,7 +62,7 @@ def ingest_type(context: Context, caller: CurrentCaller, resource_type: TypeName
     status_code=202,
     response_model=Started,
     responses=problem_responses(404, 502),
-    summary="Load the missing references, Patients first, then a type",
+    summary="Load the missing references, Patients first, then a resource type",
 )
 def backfill(context: Context, caller: CurrentCaller, resource_type: TypeName, wait: Wait = None) -> Response:
     """Start a run of `fetch_missing_references`, which fetches the resources that loaded resources refer to and
@@ -70,8 +70,10 @@ def backfill(context: Context, caller: CurrentCaller, resource_type: TypeName, w
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
     # Dagster takes the run with the higher priority out of its queue first.
-    first = context.dagster.launch(FETCH_MISSING_REFERENCES, tags={USER_TAG: caller.actor, "dagster/priority": "10"})
-    return _answer_started(context, [first, *_start_load(context, caller, name)], wait)
+    first_run_id = context.dagster.launch(
+        FETCH_MISSING_REFERENCES, tags={USER_TAG: caller.actor, "dagster/priority": "10"}
+    )
+    return _answer_started(context, [first_run_id, *_start_load(context, caller, name)], wait)
 
 
 @router.get("/runs", response_model=RunList, responses=problem_responses(404), summary="The latest runs")
@@ -88,7 +90,12 @@ def list_runs(
     return _json({"runs": latest})
 
 
-@router.get("/runs/{run_id}", response_model=Run, responses=problem_responses(404), summary="A run by resource type")
+@router.get(
+    "/runs/{run_id}",
+    response_model=Run,
+    responses=problem_responses(404),
+    summary="One run by resource type",
+)
 def one_run(context: Context, run_id: RunId) -> Response:
     """The counts of a run for each resource type, with its dead letters by stage. A run that waits in Dagster's
     queue is found by its complete id only.

@@ -62,7 +62,7 @@ class VisitsTask(BaseModel):
     task_id: str = Field(examples=[_TASK_EXAMPLE])
     csv_filename: str = Field(examples=[f"visits-{_TASK_EXAMPLE}.csv"])
     status: Literal["waiting", "received", "loaded", "failed"] = Field(
-        description="`waiting` for Dagster; `received`: in raw; `loaded`: in the tables; `failed`: will be tried again"
+        description="`waiting` for Dagster; `received`: in raw; `loaded`: in the tables; `failed`: is retried"
     )
     records_received: int
     records_rejected: int
@@ -118,7 +118,8 @@ def ingest_visits(context: Context, caller: CurrentCaller, body: RawBody, key: I
         _require_zone(context)
         records = _parse_records(body)
         require_record_limit(context, len(records))
-        errors = {index: found for index, record in enumerate(records) if (found := visits_csv.find_errors(record))}
+        all_errors = [visits_csv.find_errors(record) for record in records]
+        errors = {index: record_errors for index, record_errors in enumerate(all_errors) if record_errors}
         if len(errors) == len(records):
             field_errors = [
                 FieldError(path=f"/{index}{path}", message=message)
@@ -147,13 +148,13 @@ def ingest_visits(context: Context, caller: CurrentCaller, body: RawBody, key: I
     "/ingest/tasks/{task_id}",
     response_model=VisitsTask,
     responses=problem_responses(404),
-    summary="The progress of a posted list",
+    summary="The progress of a posted list of visits",
 )
 def visits_task(
     context: Context,
     task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK_EXAMPLE])],
 ) -> Response:
-    """Whether the file is in the tables, and the number of its records of each kind."""
+    """The status of the file, and the number of its records of each kind."""
     with context.connection() as conn:
         post = visits.get_post(conn, task_id)
         if post is None:

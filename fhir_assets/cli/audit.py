@@ -12,7 +12,7 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import audit_log
 
 app = typer.Typer(
-    help="List the audit log (who accessed whose data) and verify that it is unaltered.", no_args_is_help=True
+    help="List the audit log of accesses to patient data, and verify that it is unaltered.", no_args_is_help=True
 )
 
 _COLUMNS = ("seq", "at", "actor", "action", "resource_type", "subject", "count", "run_id")
@@ -28,17 +28,17 @@ def verify(
     """Find the first record that was altered, removed or inserted. The exit code is 1 if there is one.
 
     Store the printed number and hash outside of this system and pass them as --noted the next time. This also detects a
-    log that was truncated or written again by a person who holds the keys.
+    log that was truncated or rewritten by a person who has the keys.
     """
-    number, _, link_then = (noted or "").partition(":")
-    if noted and not (number.isdecimal() and link_then):
+    number, _, noted_link = (noted or "").partition(":")
+    if noted and not (number.isdecimal() and noted_link):
         raise ConfigurationError(
             "--noted takes a number and a hash, as an earlier `audit verify` printed them: 1234:9f86…"
         )
     with Warehouse(load_settings()).connect() as conn:
         fault = audit_log.find_fault(conn)
         if fault is None and noted:
-            fault = audit_log.check_link(conn, int(number), link_then)
+            fault = audit_log.check_link(conn, int(number), noted_link)
         seq, link = audit_log.get_head(conn)
     if json:
         print_json({"records": seq, "link": link, "fault": asdict(fault) if fault else None})

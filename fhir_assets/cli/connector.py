@@ -98,7 +98,9 @@ def status(json: Json = False) -> None:
 @dlq.command("list")
 def list_dead_letters(
     reason: Reason = None,
-    status: Annotated[str, typer.Option(help="open, replayed, superseded, discarded, or all")] = "open",
+    status: Annotated[
+        str, typer.Option(help="Only this status: open, replayed, superseded, discarded; or all")
+    ] = "open",
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="Print at most this many")] = 50,
     json: Json = False,
 ) -> None:

@@ -13,16 +13,21 @@ from fhir_assets.warehouse.ops.dead_letters import Selection
 
 SELECTING_OPTIONS = "ids, --run, --type, --stage, --rule, --window, --since"
 
-Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Dead letters by id; or select by options")]
-Run = Annotated[
-    str | None, typer.Option("--run", help="Those that failed first or last in this run (its id, or its beginning)")
+Ids = Annotated[
+    list[int] | None, typer.Argument(metavar="[ID]...", help="Ids of dead letters; or select them by options")
 ]
-Type = Annotated[str | None, typer.Option("--type", help="Resource type")]
-Stage = Annotated[str | None, typer.Option(help="fetch, validate, transform or load")]
-Rule = Annotated[str | None, typer.Option(help="Such as required-binding or invariant:obs-6")]
-Window = Annotated[list[str] | None, typer.Option("--window", help="Partition, such as 2024-01-05; repeatable")]
-Since = Annotated[datetime | None, typer.Option(help="Those whose last failure is at this time (UTC) or later")]
-Until = Annotated[datetime | None, typer.Option(help="Those whose last failure is before this time (UTC)")]
+Run = Annotated[
+    str | None,
+    typer.Option("--run", help="Only if the first or last failure is in this run (its id or first characters)"),
+]
+Type = Annotated[str | None, typer.Option("--type", help="Only this resource type")]
+Stage = Annotated[str | None, typer.Option(help="Only this stage: fetch, validate, transform or load")]
+Rule = Annotated[str | None, typer.Option(help="Only this rule, such as required-binding or invariant:obs-6")]
+Window = Annotated[
+    list[str] | None, typer.Option("--window", help="Only this partition, such as 2024-01-05; repeatable")
+]
+Since = Annotated[datetime | None, typer.Option(help="Only if the last failure is at this time (UTC) or later")]
+Until = Annotated[datetime | None, typer.Option(help="Only if the last failure is before this time (UTC)")]
 Everything = Annotated[bool, typer.Option("--all", help="All open dead letters")]
 By = Annotated[str | None, typer.Option("--by", help="The person who decides; default: the user of this machine")]
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
@@ -58,7 +63,7 @@ def with_full_run_id(warehouse: Warehouse, selection: Selection) -> Selection:
     with warehouse.connect_read_only() as conn:
         run_ids = runs.find_by_prefix(conn, selection.run_id)
     if len(run_ids) > 1:
-        raise ConfigurationError(f"several run ids begin with {selection.run_id}: give more of the id")
+        raise ConfigurationError(f"several run ids begin with {selection.run_id}: give more characters of the id")
     return replace(selection, run_id=run_ids[0]) if run_ids else selection
 
 

@@ -41,7 +41,7 @@ app = typer.Typer(help="List, correct, replay or discard resources that failed."
 _COLUMNS = ("id", "resource_type", "stage", "rule", "path", "partition_key", "status", "attempts", "last_failure")
 
 Id = Annotated[int, typer.Argument(metavar="ID", help="A dead letter's id, as `dead-letters list` prints it")]
-Status = Annotated[str | None, typer.Option(help="open, replaying, resolved, discarded, or all")]
+Status = Annotated[str | None, typer.Option(help="Only this status: open, replaying, resolved, discarded; or all")]
 
 
 @app.command("list")

@@ -66,16 +66,16 @@ def demo(
 
 def _ensure_population(folder: Path, patients: int) -> PopulationRange:
     """Return the range of the population of an earlier demo, or generate a population that ends yesterday."""
-    facts = folder / "windows.json"
-    if facts.exists():
-        return msgspec.json.decode(facts.read_bytes(), type=PopulationRange)
+    range_file = folder / "windows.json"
+    if range_file.exists():
+        return msgspec.json.decode(range_file.read_bytes(), type=PopulationRange)
     console.print(f"Generating {patients} synthetic patients …")
     end = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     new_range = PopulationRange(end - timedelta(days=DAYS), end)
     try:
         population = Population(patients, SEED, BAD_SHARE, end=new_range.end, start=new_range.start)
         write_population(folder / "population", population)
-        facts.write_bytes(msgspec.json.encode(new_range))
+        range_file.write_bytes(msgspec.json.encode(new_range))
     except OSError as error:
         raise ConfigurationError(
             f"cannot write {folder}: {error.strerror}. Set FHIR_ASSETS_HOME to a writable folder with free space"
@@ -85,7 +85,7 @@ def _ensure_population(folder: Path, patients: int) -> PopulationRange:
 
 @contextmanager
 def _sandbox_environment(url: str, population: PopulationRange) -> Iterator[None]:
-    """Set the environment of this process and of those that it starts: the sandbox server and the windows to load."""
+    """Set the environment of this process and of its child processes: the sandbox server and the windows to load."""
     variables = {
         "FHIR_BASE_URL": url,
         "FHIR_SOURCE": "search",

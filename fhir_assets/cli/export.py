@@ -24,7 +24,7 @@ def export(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A folder or s3://bucket/prefix to write to")],
     first: Annotated[datetime | None, typer.Option("--from", help="Export the windows from this date (UTC)")] = None,
-    last: Annotated[datetime | None, typer.Option("--to", help="… to this date (UTC)")] = None,
+    last: Annotated[datetime | None, typer.Option("--to", help="Export the windows up to this date (UTC)")] = None,
     run: Annotated[str | None, typer.Option("--run", help="Export the windows of this run")] = None,
     form: Annotated[Format, typer.Option("--format", help="Format of the tables: ndjson, parquet or csv")] = "parquet",
     raw: Annotated[bool, typer.Option("--raw", help="Export all resources as received")] = False,

@@ -35,11 +35,13 @@ def ingest(
         str | None, typer.Option(help="Comma-separated resource types; default: FHIR_RESOURCE_TYPES")
     ] = None,
     first: Annotated[datetime | None, typer.Option("--from", help="Load the windows from this date (UTC)")] = None,
-    last: Annotated[datetime | None, typer.Option("--to", help="… to this date (UTC)")] = None,
+    last: Annotated[datetime | None, typer.Option("--to", help="Load the windows up to this date (UTC)")] = None,
     full_refresh: Annotated[bool, typer.Option("--full-refresh", help="Fetch all resources again")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
-    """Load the windows from the checkpoint to now, or those of a date range, in one Dagster run for each range.
+    """Load the windows from the checkpoint to now, or the windows of a date range.
+
+    Each range of windows is loaded by one Dagster run.
 
     The exit code is 0 only if all windows were loaded. Dead letters are not a failure: `dead-letters list` prints them.
     """
@@ -115,7 +117,7 @@ def load_due(
             if outcome is None:
                 raise DatabaseUnavailable(
                     f"The database became unavailable while the windows {_format_windows(windows)} were loaded; "
-                    "unfinished work was discarded. See that Postgres runs, then run the same command again"
+                    "unfinished work was discarded. Check that Postgres runs, then run the same command again"
                 )
             outcomes.append(outcome)
         progress.update(task, description="Loaded", completed=max(1, len(due)) * steps)
@@ -123,7 +125,7 @@ def load_due(
 
 
 class _StderrHandler(logging.Handler):
-    """Prints messages to stderr, apart from the summary on stdout, and above the progress bar."""
+    """Prints messages to stderr, above the progress bar; stdout contains only the summary."""
 
     def emit(self, record: logging.LogRecord) -> None:
         errors.print(record.getMessage(), markup=False, soft_wrap=True)

@@ -36,7 +36,7 @@ def new() -> None:
 
 @app.command()
 def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """List the keys by id, with what each encrypts in the tables and the store, and whether it is still needed."""
+    """List the keys by id, with the amount of data that each encrypts, and whether it is still needed."""
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
         usage = count_key_usage(conn, build_store(settings), build_views(settings).views)
@@ -62,7 +62,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
     """Encrypt all patient data with the newest key, also data stored in the clear. Loads can run at the same time.
 
     Before the rotation, restart all processes with the new PHI_ENCRYPTION_KEYS: a process with the old setting
-    encrypts with an older key. A stopped rotation continues where it was when it is started again. The exit code is 1
+    encrypts with an older key. A stopped rotation continues when the command is run again. The exit code is 1
     if some data could not be encrypted with the newest key.
     """
     settings = load_settings()
@@ -108,7 +108,7 @@ def _rows(settings: Settings, usage: KeyUsage) -> list[dict[str, object]]:
 
 
 def _advice(settings: Settings, usage: KeyUsage) -> Iterator[str]:
-    """Yield a sentence on what to do about each key."""
+    """Yield the recommended next step for each key."""
     if not settings.encrypts:
         yield "Patient data is stored in the clear: put a key of `fhir-assets keys new` into PHI_ENCRYPTION_KEYS."
         return
@@ -132,10 +132,10 @@ def _advice(settings: Settings, usage: KeyUsage) -> Iterator[str]:
 
 
 def _print_result(settings: Settings, result: ReencryptResult) -> None:
-    done = _format_counts(result.encrypted) or "nothing, all data already was"
+    done = _format_counts(result.encrypted) or "nothing; all data was already encrypted with it"
     console.print(f"Encrypted with key {build_cipher(settings).key_id}: {done}.", markup=False, soft_wrap=True)
     if any(result.from_clear.values()):
-        console.print(f"Of these were stored in the clear before: {_format_counts(result.from_clear)}.", markup=False)
+        console.print(f"Previously stored in the clear: {_format_counts(result.from_clear)}.", markup=False)
     for reason, count in result.refused.most_common():
         errors.print(f"{count:,} not encrypted with the newest key: {reason}", markup=False, soft_wrap=True)
     if any(result.busy.values()):

@@ -21,7 +21,7 @@ errors = Console(stderr=True, highlight=False)
 
 @contextmanager
 def hide_library_output() -> Iterator[None]:
-    """Discard what libraries write to stderr, because their stack traces may quote a resource.
+    """Discard the output of libraries to stderr, because their stack traces may quote a resource.
 
     ``errors`` still prints to stderr.
     """

@@ -50,7 +50,7 @@ def replay(
     until: Until = None,
     everything: Everything = False,
     outdated: Annotated[
-        bool, typer.Option("--outdated", help="Those that failed under other rules or views than the current ones")
+        bool, typer.Option("--outdated", help="Only if the failure is under other rules or views than the current ones")
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Replay in this process, or leave it to the Dagster daemon")
@@ -59,8 +59,8 @@ def replay(
 ) -> None:
     """Validate dead letters again and load those that are valid now.
 
-    The replay is done in Dagster runs of this process. The exit code is 0 if the runs succeeded, also if dead letters
-    failed again; the output says how many.
+    The replay is done in Dagster runs of this process. The exit code is 0 if the runs succeeded, even if dead letters
+    failed again; the output has their number.
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
@@ -89,7 +89,8 @@ def replay(
         pending = count - replayed.resolved - replayed.failed
         if pending > 0 and not failures:
             console.print(
-                f"A running load of their window holds {pending:,} dead letters: replay them again afterwards."
+                f"{pending:,} dead letters were not replayed, because another run loads their windows: replay them "
+                "when it has ended."
             )
     for outcome in failures:
         report_failure(settings, outcome)

@@ -60,7 +60,7 @@ def upload(
     ),
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
-    """Send every resource of a folder with its own id. Types are sent in the order of their references.
+    """Send every resource of a folder with its own id. Referenced types are sent first.
 
     The exit code is 0 only if the server accepted all resources. Refused resources are in the failure file and in the
     dead letters.

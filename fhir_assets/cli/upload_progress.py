@@ -9,7 +9,7 @@ from fhir_assets.cli.output import console
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult
 
 _MAX_FINISHED_BARS = 10
-"""How many bars of finished files stay on the screen."""
+"""Number of bars of finished files that stay on the screen."""
 
 
 class Progress:

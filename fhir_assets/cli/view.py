@@ -81,7 +81,7 @@ def run(
 ) -> None:
     """Print the rows of a view over files.
 
-    Resources that have no valid rows are named on stderr, with their reasons; the exit code is then 1.
+    Resources whose rows are not valid are listed on stderr with the reasons; the exit code is then 1.
     """
     definition = read_view(view)
     refused = 0

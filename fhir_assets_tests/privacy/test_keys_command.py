@@ -82,7 +82,7 @@ def test_after_a_rotation_the_older_key_is_no_longer_needed(deployed: str, monke
 def test_a_rotation_reports_how_much_was_in_the_clear(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(deployed)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
-    assert "Of these were stored in the clear before: 20 resources." in keys("rotate")
+    assert "Previously stored in the clear: 20 resources." in keys("rotate")
     assert "In the clear" not in keys("status")
 
 
