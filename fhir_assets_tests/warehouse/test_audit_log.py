@@ -1,4 +1,4 @@
-"""The audit log: append-only, in one chain, and on record together with the deed or not at all."""
+"""The audit log is append-only, is one chain of links, and is committed together with the audited action."""
 
 import json
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ def log(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
 
 
 def tamper(conn: Connection, statement: str) -> None:
-    """What only the owner of the tables can do."""
+    """Execute a statement without the triggers, as only the owner of the tables can."""
     conn.execute("ALTER TABLE ops.audit_log DISABLE TRIGGER USER")
     conn.execute(sql.SQL(statement))
     conn.execute("ALTER TABLE ops.audit_log ENABLE TRIGGER USER")
 
 
-def test_a_log_that_nobody_touched_is_whole(log: Session) -> None:
+def test_an_unchanged_log_has_no_fault(log: Session) -> None:
     assert audit_log.find_fault(log) is None
     assert audit_log.get_head(log)[0] == 10
 
@@ -55,18 +55,18 @@ def test_a_log_that_nobody_touched_is_whole(log: Session) -> None:
         "link = decode(repeat('00', 32), 'hex')",
     ],
 )
-def test_an_altered_record_is_found(log: Session, change: str) -> None:
+def test_an_altered_record_is_detected(log: Session, change: str) -> None:
     tamper(log, f"UPDATE ops.audit_log SET {change} WHERE seq = 4")
     assert audit_log.find_fault(log) == Fault(4, "altered")
 
 
 @pytest.mark.parametrize("seq", [1, 5, 10])
-def test_a_deleted_record_is_found_also_the_last_one(log: Session, seq: int) -> None:
+def test_a_deleted_record_is_detected_including_the_last(log: Session, seq: int) -> None:
     tamper(log, f"DELETE FROM ops.audit_log WHERE seq = {seq}")
     assert audit_log.find_fault(log) == Fault(seq, "missing")
 
 
-def test_an_inserted_record_is_found(log: Session) -> None:
+def test_an_appended_copy_of_a_record_is_detected(log: Session) -> None:
     copied = "action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
     tamper(
         log, f"INSERT INTO ops.audit_log (seq, at, {copied}) SELECT 11, at, {copied} FROM ops.audit_log WHERE seq = 3"
@@ -74,7 +74,7 @@ def test_an_inserted_record_is_found(log: Session) -> None:
     assert audit_log.find_fault(log) == Fault(11, "inserted")
 
 
-def test_a_record_pushed_in_between_is_found(log: Session) -> None:
+def test_a_record_inserted_between_others_is_detected(log: Session) -> None:
     copied = "action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
     tamper(
         log,
@@ -85,7 +85,7 @@ def test_a_record_pushed_in_between_is_found(log: Session) -> None:
     assert audit_log.find_fault(log) == Fault(6, "altered")
 
 
-def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
+def test_a_chain_cannot_be_repaired_without_the_keys(database: str) -> None:
     with connect(database, autocommit=True, cipher=CIPHER) as conn:
         audit_log.record(conn, AuditRecord("read", "test"), AuditRecord("export", "thief", count=1000))
     with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
@@ -96,36 +96,36 @@ def test_who_lacks_the_keys_cannot_mend_the_chain(database: str) -> None:
         assert audit_log.find_fault(conn) == Fault(2, "altered")
 
 
-def verified(url: str, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """Exit code and words of `fhir-assets audit verify`."""
-    found = CliRunner().invoke(app, ["verify", "--json", *arguments], env={"DB_URL": url})
-    return found.exit_code, json.loads(found.stdout)
+def run_verify(url: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run `fhir-assets audit verify` and return its exit code and JSON output."""
+    result = CliRunner().invoke(app, ["verify", "--json", *arguments], env={"DB_URL": url})
+    return result.exit_code, json.loads(result.stdout)
 
 
-def test_the_command_finds_what_was_changed_and_what_was_cut_off_since_it_was_noted(database: str) -> None:
+def test_verify_detects_altered_records_and_records_removed_since_the_noted_link(database: str) -> None:
     with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         audit_log.record(conn, *(AuditRecord("read", f"test {number}") for number in range(5)))
-        code, said = verified(database)
-        assert (code, said["records"], said["fault"]) == (0, 5, None)
-        noted = f"5:{said['link']}"
+        code, output = run_verify(database)
+        assert (code, output["records"], output["fault"]) == (0, 5, None)
+        noted = f"5:{output['link']}"
         audit_log.record(conn, AuditRecord("read", "later"))
-        assert verified(database, "--noted", noted)[0] == 0
-        # The end cut off, the head brought in line, and other records in its place: the chain is whole, and another.
+        assert run_verify(database, "--noted", noted)[0] == 0
+        # Replace the last records and adjust the head: the chain is intact, but differs from the noted link.
         tamper(conn, "DELETE FROM ops.audit_log WHERE seq > 3")
         conn.execute("UPDATE ops.audit_head h SET seq = 3, link = l.link FROM ops.audit_log l WHERE l.seq = 3")
-        assert verified(database)[0] == 0
-        assert verified(database, "--noted", noted)[1]["fault"] == {"seq": 5, "what": "missing"}
+        assert run_verify(database)[0] == 0
+        assert run_verify(database, "--noted", noted)[1]["fault"] == {"seq": 5, "what": "missing"}
         audit_log.record(conn, AuditRecord("read", "forged"), AuditRecord("read", "forged"))
-        assert verified(database, "--noted", noted) == (
+        assert run_verify(database, "--noted", noted) == (
             1,
-            {**verified(database)[1], "fault": {"seq": 5, "what": "altered"}},
+            {**run_verify(database)[1], "fault": {"seq": 5, "what": "altered"}},
         )
         tamper(conn, "UPDATE ops.audit_log SET actor = 'another' WHERE seq = 2")
-        assert verified(database)[0] == 1
-        assert verified(database)[1]["fault"] == {"seq": 2, "what": "altered"}
+        assert run_verify(database)[0] == 1
+        assert run_verify(database)[1]["fault"] == {"seq": 2, "what": "altered"}
 
 
-def test_records_from_before_the_first_key_stay_true(database: str) -> None:
+def test_records_from_before_the_first_key_stay_valid(database: str) -> None:
     with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
         audit_log.record(conn, AuditRecord("read", "test"))
     with connect(database, autocommit=True, cipher=CIPHER) as conn:
@@ -143,18 +143,18 @@ def test_records_from_before_the_first_key_stay_true(database: str) -> None:
         "TRUNCATE ops.audit_head",
     ],
 )
-def test_the_log_can_only_be_appended_to(log: Connection, statement: str) -> None:
+def test_the_log_is_append_only(log: Connection, statement: str) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
         log.execute(statement.encode())
 
 
-def test_a_deed_that_was_undone_is_not_on_record(conn: Session) -> None:
+def test_a_rolled_back_action_has_no_audit_record(conn: Session) -> None:
     audit_log.record(conn, AuditRecord("delete", "test"))
     conn.rollback()
     assert audit_log.get_head(conn)[0] == 0
 
 
-def test_many_at_once_make_one_chain(database: str) -> None:
+def test_concurrent_writers_make_one_chain(database: str) -> None:
     def work(number: int) -> None:
         with connect(database, cipher=NO_ENCRYPTION) as conn:
             for _ in range(20):
@@ -170,13 +170,13 @@ def test_many_at_once_make_one_chain(database: str) -> None:
         assert audit_log.get_head(conn)[0] == 80
 
 
-def test_reading_a_patient_is_on_record_before_it_is_given(database: str) -> None:
+def test_reading_a_patient_commits_an_audit_record_first(database: str) -> None:
     with connect(database, cipher=CIPHER) as conn:
         record = patient("a", gender="female")
         load(conn, record)
         conn.commit()
-        [found] = read_patient(conn, "a", actor="nurse", request_id="r-1")
-        assert found.body == record.body
+        [resource] = read_patient(conn, "a", actor="nurse", request_id="r-1")
+        assert resource.body == record.body
         assert read_patient(conn, "unknown", actor="nurse") == []
         conn.rollback()
         one, other = reversed(audit_log.find_latest(conn, limit=10))

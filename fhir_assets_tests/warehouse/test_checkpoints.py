@@ -1,4 +1,4 @@
-"""Checkpoints never go back and never over a gap."""
+"""Checkpoints move only forward and never over a gap; loaded parts are recorded by partition."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,39 +16,39 @@ class Part:
     rows: int
 
 
-def until(conn: Connection) -> datetime:
+def loaded_until(conn: Connection) -> datetime:
     return checkpoints.get(conn, ["Patient"])["Patient"].loaded_until
 
 
-def facts(conn: Connection, *resource_types: str) -> dict[str, tuple[datetime, str | None]]:
-    known = checkpoints.get(conn, resource_types)
-    return {name: (each.loaded_until, each.source_state) for name, each in known.items()}
+def read_checkpoints(conn: Connection, *resource_types: str) -> dict[str, tuple[datetime, str | None]]:
+    by_type = checkpoints.get(conn, resource_types)
+    return {name: (checkpoint.loaded_until, checkpoint.source_state) for name, checkpoint in by_type.items()}
 
 
 def test_a_type_has_no_checkpoint_before_it_begins(conn: Connection) -> None:
     assert checkpoints.get(conn, ["Patient"]) == {}
     assert not checkpoints.advance(conn, "Patient", START, START + DAY, "run")
     checkpoints.begin(conn, ["Patient", "Claim"], START, source_state="files 1")
-    assert facts(conn, "Patient", "Goal") == {"Patient": (START, "files 1")}
+    assert read_checkpoints(conn, "Patient", "Goal") == {"Patient": (START, "files 1")}
 
 
-def test_windows_in_order_move_it_and_others_do_not(conn: Connection) -> None:
+def test_only_consecutive_windows_move_a_checkpoint(conn: Connection) -> None:
     checkpoints.begin(conn, ["Patient"], START, source_state=None)
     assert checkpoints.advance(conn, "Patient", START, START + DAY, "run")
     assert not checkpoints.advance(conn, "Patient", START + 2 * DAY, START + 3 * DAY, "run")
     assert not checkpoints.advance(conn, "Patient", START - DAY, START, "run")
-    assert until(conn) == START + DAY
+    assert loaded_until(conn) == START + DAY
     assert checkpoints.advance(conn, "Patient", None, START + 2 * DAY, "run")
-    assert until(conn) == START + 2 * DAY
+    assert loaded_until(conn) == START + 2 * DAY
 
 
-def test_only_a_new_beginning_takes_it_back(conn: Connection) -> None:
+def test_only_begin_moves_a_checkpoint_back(conn: Connection) -> None:
     checkpoints.begin(conn, ["Patient"], START + DAY, source_state="files 1")
     checkpoints.begin(conn, ["Patient"], START, source_state="files 2")
-    assert facts(conn, "Patient") == {"Patient": (START, "files 2")}
+    assert read_checkpoints(conn, "Patient") == {"Patient": (START, "files 2")}
 
 
-def test_the_parts_of_a_partition_are_those_last_remembered(conn: Connection) -> None:
+def test_the_loaded_parts_of_a_partition_are_replaced(conn: Connection) -> None:
     checkpoints.record_loaded_parts(conn, "one", "Patient", {"w": [Part("a", 1), Part("b", 2)], "v": [Part("c", 3)]})
     checkpoints.record_loaded_parts(conn, "two", "Patient", {"w": [Part("b", 2), Part("d", 4)]})
     assert checkpoints.get_loaded_parts(conn, "Patient", ["v", "w", "x"]) == {

@@ -1,4 +1,4 @@
-"""A borrowed session is reused, and it cannot be told from a new one."""
+"""Borrowed sessions are reused, and have the same state as new sessions."""
 
 import os
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -21,18 +21,18 @@ def borrow(url: str) -> AbstractContextManager[Session]:
     return borrow_session(url, cipher=NO_ENCRYPTION)
 
 
-def backend(conn: Connection) -> int:
+def backend_pid(conn: Connection) -> int:
     return conn.info.backend_pid
 
 
 def test_a_connection_is_reused_and_nested_requests_get_their_own(database: str) -> None:
     with borrow(database) as first:
-        pid = backend(first)
+        pid = backend_pid(first)
         with borrow(database) as nested:
-            assert backend(nested) != pid
+            assert backend_pid(nested) != pid
     for _ in range(3):
         with borrow(database) as again:
-            assert backend(again) == pid
+            assert backend_pid(again) == pid
 
 
 def test_the_end_of_the_block_commits_and_an_error_rolls_back(database: str) -> None:
@@ -47,14 +47,14 @@ def test_the_end_of_the_block_commits_and_an_error_rolls_back(database: str) -> 
 
 def test_locks_settings_temporary_tables_and_autocommit_end_with_the_block(database: str) -> None:
     with borrow(database) as conn:
-        pid = backend(conn)
+        pid = backend_pid(conn)
         conn.autocommit = True
         conn.execute("SELECT pg_advisory_lock(42)")
         conn.execute("SET work_mem = '64kB'")
         conn.execute("CREATE TEMPORARY TABLE scratch (n int)")
         conn.execute("LISTEN something")
     with borrow(database) as conn, connect(database) as other:
-        assert backend(conn) == pid
+        assert backend_pid(conn) == pid
         assert not conn.autocommit
         assert other.execute("SELECT pg_try_advisory_lock(42)").fetchone() == (True,)
         assert conn.execute("SHOW timezone").fetchone() == ("UTC",)
@@ -75,31 +75,31 @@ def test_a_table_that_was_altered_in_between_is_read_with_its_new_columns(databa
         assert [column.name for column in conn.execute("SELECT * FROM widened").description or ()] == ["n", "m"]
 
 
-def test_an_idle_connection_that_the_server_ended_is_replaced(database: str) -> None:
+def test_an_idle_connection_that_the_server_closed_is_replaced(database: str) -> None:
     with borrow(database) as conn:
-        pid = backend(conn)
+        pid = backend_pid(conn)
     with connect(database, autocommit=True) as other:
         other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
     with borrow(database) as conn:
-        assert backend(conn) != pid
+        assert backend_pid(conn) != pid
         assert conn.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_a_connection_that_broke_in_use_is_closed(database: str) -> None:
+def test_a_connection_that_fails_in_use_is_closed(database: str) -> None:
     with connect(database, autocommit=True) as other, suppress(psycopg.OperationalError), borrow(database) as conn:
-        pid = backend(conn)
+        pid = backend_pid(conn)
         other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
         conn.execute("SELECT 1")
     assert conn.closed
     with borrow(database) as conn:
-        assert backend(conn) != pid
+        assert backend_pid(conn) != pid
 
 
 def test_a_connection_that_was_closed_in_the_block_is_not_reused(database: str) -> None:
     with borrow(database) as conn:
         conn.close()
     with borrow(database) as first, borrow(database) as second:
-        assert backend(first) != backend(second)
+        assert backend_pid(first) != backend_pid(second)
         assert first is not conn
         assert second is not conn
 
@@ -117,25 +117,25 @@ def test_at_most_max_idle_connections_are_kept(database: str) -> None:
 
 def test_a_connection_that_was_idle_too_long_is_closed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with borrow(database) as conn:
-        pid = backend(conn)
+        pid = backend_pid(conn)
     monkeypatch.setattr(connection_cache, "MAX_IDLE_SECONDS", -1)
     with borrow(database) as conn:
-        assert backend(conn) != pid
+        assert backend_pid(conn) != pid
 
 
 def test_a_forked_child_does_not_use_the_connections_of_its_parent(database: str) -> None:
     with borrow(database) as conn:
-        pid = backend(conn)
+        pid = backend_pid(conn)
     child = os.fork()
     if child == 0:
         try:
             with borrow(database) as conn:
-                os._exit(0 if backend(conn) != pid else 1)
+                os._exit(0 if backend_pid(conn) != pid else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     with borrow(database) as conn:
-        assert backend(conn) == pid
+        assert backend_pid(conn) == pid
         assert conn.execute("SELECT 1").fetchone() == (1,)
 
 

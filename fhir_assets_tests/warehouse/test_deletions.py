@@ -1,4 +1,4 @@
-"""Deletions and versions in every order: the tables end the same."""
+"""Deletions: the tables have the same content for every order of versions and deletions."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -46,17 +46,17 @@ def _tables(conn: Session) -> None:
     conn.commit()
 
 
-def test_a_deletion_takes_the_rows_of_all_views_and_leaves_a_tombstone_with_its_time(conn: Session) -> None:
+def test_a_deletion_removes_the_rows_of_all_views_and_stores_a_tombstone_with_its_time(conn: Session) -> None:
     load(conn, at(0))
-    found = delete(conn, at(1))
-    assert (found.deleted, found.unknown, found.outdated) == ({"Patient": 1}, {}, {"Patient": 0})
+    counts = delete(conn, at(1))
+    assert (counts.deleted, counts.unknown, counts.outdated) == ({"Patient": 1}, {}, {"Patient": 0})
     assert rows(conn) == [0, 0, 0]
     assert conn.execute("SELECT id, deleted_at, resource FROM fhir.resource").fetchall() == [("a", at(1), None)]
     assert resources.read(conn, "Patient", "a") is None
     assert list(resources.stream_type(conn, "Patient")) == []
 
 
-def test_versions_and_a_deletion_end_the_same_in_every_order(conn: Session) -> None:
+def test_a_resource_stays_deleted_for_every_order_of_older_versions_and_the_deletion(conn: Session) -> None:
     steps: list[Step] = [
         lambda: load(conn, at(0)),
         lambda: load(conn, at(1)),
@@ -69,7 +69,7 @@ def test_versions_and_a_deletion_end_the_same_in_every_order(conn: Session) -> N
         conn.execute("DELETE FROM fhir.resource")
 
 
-def test_a_version_newer_than_the_deletion_brings_the_resource_back_in_every_order(conn: Session) -> None:
+def test_a_version_newer_than_the_deletion_restores_the_resource_in_every_order(conn: Session) -> None:
     steps: list[Step] = [
         lambda: load(conn, at(0)),
         lambda: delete(conn, at(1)),
@@ -85,7 +85,7 @@ def test_a_version_newer_than_the_deletion_brings_the_resource_back_in_every_ord
         conn.execute("TRUNCATE fhir.resource, fhir.patient, fhir.patient_name")
 
 
-def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(conn: Session) -> None:
+def test_at_equal_times_the_version_number_decides_or_else_the_deletion_wins(conn: Session) -> None:
     load(conn, at(0), version="3")
     assert delete(conn, at(0), version="2").outdated == {"Patient": 1}
     delete(conn, at(0), version="4")
@@ -98,25 +98,25 @@ def test_of_one_instant_the_version_number_decides_and_without_one_the_deletion(
     assert rows(conn) == [0, 0, 0]
 
 
-def test_a_deletion_before_the_resource_was_ever_seen_keeps_it_out(conn: Session) -> None:
+def test_a_deletion_of_an_unknown_resource_prevents_the_load_of_an_older_version(conn: Session) -> None:
     assert delete(conn, at(1)).unknown == {"Patient": 1}
     load(conn, at(0))
     assert rows(conn) == [0, 0, 0]
     assert delete(conn, at(1)).outdated == {"Patient": 1}
 
 
-def test_a_deletion_is_a_record_of_the_audit_log_and_one_that_did_nothing_is_none(conn: Session) -> None:
+def test_a_deletion_writes_an_audit_record_unless_it_had_no_effect(conn: Session) -> None:
     load(conn, at(0))
     delete(conn, at(1))
     delete(conn, at(1))
-    found = conn.execute("SELECT action, resource_type, count, run_id FROM ops.audit_log").fetchall()
-    assert found == [("delete", "Patient", 1, "run")]
+    audit_records = conn.execute("SELECT action, resource_type, count, run_id FROM ops.audit_log").fetchall()
+    assert audit_records == [("delete", "Patient", 1, "run")]
 
 
-def test_many_deletions_of_many_types_at_once_and_ids_that_no_table_can_hold(conn: Session) -> None:
+def test_thousands_of_deletions_are_applied_and_ids_that_cannot_be_stored_are_ignored(conn: Session) -> None:
     load(conn, at(0))
     many = [Deletion(name, f"r{n}", at(1)) for n in range(6000) for name in ("Patient", "Observation")]
-    found = deletions.apply(
+    counts = deletions.apply(
         conn, [*many, Deletion("Patient", "a", at(1)), Deletion("Patient", "x\0", at(1))], run_id="run"
     )
-    assert (found.deleted, found.unknown) == ({"Patient": 1}, {"Patient": 6000, "Observation": 6000})
+    assert (counts.deleted, counts.unknown) == ({"Patient": 1}, {"Patient": 6000, "Observation": 6000})

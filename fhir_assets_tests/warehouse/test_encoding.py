@@ -1,4 +1,4 @@
-"""What COPY is given, beside what Postgres itself says of it."""
+"""The encoding of values for COPY, compared with the values that Postgres accepts."""
 
 import json
 from decimal import Decimal
@@ -50,7 +50,7 @@ CASES = [pytest.param(kind, value, id=f"{kind}-{n}") for kind in VALUES for n, v
 
 
 @pytest.mark.parametrize(("kind", "value"), CASES)
-def test_postgres_takes_whatever_is_not_refused(conn: Connection[Any], kind: str, value: object) -> None:
+def test_postgres_accepts_every_encoded_value(conn: Connection[Any], kind: str, value: object) -> None:
     encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
     precision = ", p text" if kind in ("date", "dateTime") else ""
     conn.execute(f"CREATE TEMP TABLE t (x {TYPES[kind]}{precision})".encode())
@@ -81,7 +81,7 @@ def test_postgres_takes_whatever_is_not_refused(conn: Connection[Any], kind: str
         ("string", "\0"),
     ],
 )
-def test_what_is_no_value_of_its_type_is_refused_without_being_quoted(kind: str, value: object) -> None:
+def test_a_value_of_another_type_is_rejected_and_not_quoted(kind: str, value: object) -> None:
     encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
     with pytest.raises(UnstorableValue) as caught:
         encoder((value,))
@@ -91,13 +91,13 @@ def test_what_is_no_value_of_its_type_is_refused_without_being_quoted(kind: str,
 
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(["\\", "u", "\\u0000", "\\ud83d", "\\ude00", "\\u0041", "\\\\", "\\n", "a", "😀"])))
-def test_escapes_are_judged_as_a_json_parser_reads_them(pieces: list[str]) -> None:
+def test_escapes_are_checked_as_a_json_parser_decodes_them(pieces: list[str]) -> None:
     text = f'"{"".join(pieces)}"'
     try:
         value = json.loads(text)
     except ValueError:
         return
-    storable = "\0" not in value and not any("\ud800" <= each <= "\udfff" for each in value)
+    storable = "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
     if storable:
         check_escapes(text.encode())
     else:
@@ -105,7 +105,7 @@ def test_escapes_are_judged_as_a_json_parser_reads_them(pieces: list[str]) -> No
             check_escapes(text.encode())
 
 
-def test_postgres_agrees_on_escapes(conn: Connection[Any]) -> None:
+def test_postgres_accepts_and_rejects_the_same_escapes(conn: Connection[Any]) -> None:
     for text in ('"\\ud83d\\ude00"', '"\\\\u0000"', '"\\ud83d"', '"\\ude00"', '"\\u0000"', '"\\ud83dx\\ude00"'):
         try:
             check_escapes(text.encode())

@@ -1,4 +1,4 @@
-"""Tables of a deployment with keys: what is tagged is sealed, what is not joins as before."""
+"""Tables of a deployment with keys: tagged columns are encrypted, all other columns are unchanged."""
 
 from collections.abc import Iterator
 
@@ -21,18 +21,18 @@ KEY = new_key()
 
 
 @pytest.fixture
-def sealed(database: str) -> Iterator[Connection]:
+def encrypted(database: str) -> Iterator[Connection]:
     with connect(database) as conn:
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
     with connect(database, cipher=cipher) as conn:
         yield conn
 
 
-def test_every_tag_does_what_it_says(sealed: Session) -> None:
-    load(sealed, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
-    cipher = cipher_of(sealed)
+def test_every_tag_has_its_treatment(encrypted: Session) -> None:
+    load(encrypted, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
+    cipher = cipher_of(encrypted)
     [(family, mrn, mrn_index, ssn, born, precision, died, multiple, note, gender)] = select(
-        sealed,
+        encrypted,
         "SELECT family, mrn, mrn_index, ssn, born::text, born_precision, died::text, multiple, note, gender"
         " FROM fhir.patient",
     )
@@ -44,39 +44,41 @@ def test_every_tag_does_what_it_says(sealed: Session) -> None:
     assert (note, gender) == (None, "female")
 
 
-def test_the_whole_resource_is_sealed_and_opens_byte_for_byte(sealed: Session) -> None:
-    load(sealed, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
-    [(kind, text, key_id)] = select(sealed, "SELECT jsonb_typeof(resource), resource::text, key_id FROM fhir.resource")
-    assert (kind, key_id) == ("string", cipher_of(sealed).key_id)
+def test_a_resource_is_encrypted_and_decrypts_to_the_same_bytes(encrypted: Session) -> None:
+    load(encrypted, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
+    [(kind, text, key_id)] = select(
+        encrypted, "SELECT jsonb_typeof(resource), resource::text, key_id FROM fhir.resource"
+    )
+    assert (kind, key_id) == ("string", cipher_of(encrypted).key_id)
     assert "MRN" not in text
-    found = resources.read(sealed, "Patient", "a")
-    assert found is not None
-    assert found.body == PATIENT_WITH_PHI.body
-    assert resources.read(sealed, "Patient", "b") is None
-    assert [each.body for each in resources.stream_type(sealed, "Patient")] == [PATIENT_WITH_PHI.body]
+    resource = resources.read(encrypted, "Patient", "a")
+    assert resource is not None
+    assert resource.body == PATIENT_WITH_PHI.body
+    assert resources.read(encrypted, "Patient", "b") is None
+    assert [stored.body for stored in resources.stream_type(encrypted, "Patient")] == [PATIENT_WITH_PHI.body]
 
 
-def test_a_dead_letter_is_sealed_and_the_same_failure_is_still_the_same_row(sealed: Session) -> None:
-    letter = DeadLetter(
+def test_a_dead_letter_is_encrypted_and_a_repeated_failure_is_the_same_row(encrypted: Session) -> None:
+    dead_letter = DeadLetter(
         "Patient", "a", "validate", "structure", "Patient", "wrong", PATIENT_WITH_PHI.body, "2024-01-01"
     )
     for run in ("one", "two"):
-        dead_letters.record(sealed, run, [letter])
-    [(number, attempts, stored)] = select(sealed, "SELECT id, attempts, resource FROM ops.dead_letters")
+        dead_letters.record(encrypted, run, [dead_letter])
+    [(number, attempts, stored)] = select(encrypted, "SELECT id, attempts, resource FROM ops.dead_letters")
     assert attempts == 2
     assert b"MRN" not in stored
-    assert letter.fingerprint(cipher_of(sealed)) != letter.fingerprint(NO_ENCRYPTION)
-    assert dead_letters.read_resource(sealed, number) == PATIENT_WITH_PHI.body
+    assert dead_letter.fingerprint(cipher_of(encrypted)) != dead_letter.fingerprint(NO_ENCRYPTION)
+    assert dead_letters.read_resource(encrypted, number) == PATIENT_WITH_PHI.body
 
 
-def test_without_keys_all_is_in_the_clear_as_before(conn: Session) -> None:
+def test_without_keys_no_column_is_encrypted(conn: Session) -> None:
     load(conn, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
     assert select(conn, "SELECT mrn, ssn, born::text, multiple FROM fhir.patient") == [
         ("MRN-1", "078-05-1120", "1980-02-29", 2)
     ]
 
 
-def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> None:
+def test_the_error_after_keys_are_set_names_the_command_that_changes_the_table(database: str) -> None:
     with connect(database, cipher=NO_ENCRYPTION) as conn:
         load(conn, PATIENT_WITH_PHI, views=(TAGGED_PATIENT,))
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
@@ -89,7 +91,7 @@ def test_keys_switched_on_say_which_command_changes_the_table(database: str) -> 
         assert select(conn, "SELECT mrn_index FROM fhir.patient") == [(cipher.index("MRN-1"),)]
 
 
-def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
+def test_an_encrypted_database_cannot_be_unlocked_without_its_key(database: str) -> None:
     cipher = Cipher(parse_keys([KEY]))
     with connect(database) as conn:
         encryption_secret.unlock(conn, cipher)
@@ -106,7 +108,7 @@ def test_a_sealed_database_refuses_those_without_its_key(database: str) -> None:
         ).index("x")
 
 
-def test_an_unknown_tag_is_refused(sealed: Session) -> None:
+def test_an_unknown_tag_is_refused(encrypted: Session) -> None:
     wrong: View = parse_view(view("w", "Patient", tagged_column("x", "gender", "code", phi="hide")).definition)
     with pytest.raises(ViewError, match="tag phi is hide"):
-        ensure_tables(sealed, [wrong])
+        ensure_tables(encrypted, [wrong])

@@ -1,4 +1,4 @@
-"""Exports hold what the store and the tables hold, whole or not at all."""
+"""Exports contain the resources of the store and the rows of the tables; every file is complete or absent."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ DAY = datetime(2024, 1, 5, tzinfo=UTC)
 
 @pytest.fixture
 def loaded(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> Deployment:
-    """Ten patients in two days, and two bad ones."""
+    """A deployment with ten valid patients of two days and two invalid patients."""
     with SandboxServer([]) as server:
         for n in range(10):
             body = patient(f"p{n}", DAY.replace(day=5 + n % 2), name=[{"family": f"Fämily {n}"}], birthDate="1970-02")
@@ -47,8 +47,8 @@ def loaded(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> Deployment:
 def export(*arguments: str) -> dict[str, Any]:
     result = CliRunner().invoke(app, ["export", *arguments, "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.output)
-    return found
+    output: dict[str, Any] = json.loads(result.output)
+    return output
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -57,36 +57,38 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_each_layer_has_its_file_and_the_manifest_names_them(loaded: Deployment, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = export(
+    output = export(
         "Patient", "-o", str(out), "--raw", "--valid", "--normalized", "--dead-letters", "--format", "parquet"
     )
-    assert {each["id"] for each in lines(out / "Patient.raw.ndjson")} >= {"p0", "p9", "bad0", "bad1"}
-    assert sorted(each["id"] for each in lines(out / "Patient.valid.ndjson")) == sorted(f"p{n}" for n in range(10))
-    letters = lines(out / "Patient.deadletters.ndjson")
-    assert {letter["resource"]["id"] for letter in letters} == {"bad0", "bad1"}
-    assert {letter["rule"] for letter in letters} == {"required-binding"}
+    assert {resource["id"] for resource in lines(out / "Patient.raw.ndjson")} >= {"p0", "p9", "bad0", "bad1"}
+    assert sorted(resource["id"] for resource in lines(out / "Patient.valid.ndjson")) == sorted(
+        f"p{n}" for n in range(10)
+    )
+    exported = lines(out / "Patient.deadletters.ndjson")
+    assert {dead_letter["resource"]["id"] for dead_letter in exported} == {"bad0", "bad1"}
+    assert {dead_letter["rule"] for dead_letter in exported} == {"required-binding"}
     table = parquet.read_table(out / "patient.parquet")
     assert sorted(table.column("_resource_key").to_pylist()) == sorted(f"p{n}" for n in range(10))
     assert str(table.schema.field("birth_date").type) == "date32[day]"
     assert set(table.column("birth_date_precision").to_pylist()) == {"month"}
     assert table.schema.field("_resource_key").metadata[b"comment"]
     manifest = json.loads((out / "manifest.json").read_bytes())
-    assert manifest["files"] == found["files"]
+    assert manifest["files"] == output["files"]
     for file in manifest["files"]:
         content = (out / file["name"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
 
 
-def test_windows_bound_what_leaves(loaded: Deployment, tmp_path: Path) -> None:
+def test_an_export_of_windows_has_the_resources_of_these_windows(loaded: Deployment, tmp_path: Path) -> None:
     export("Patient", "-o", str(tmp_path / "out"), "--valid", "--from", "2024-01-06", "--to", "2024-01-06")
-    found = {each["id"] for each in lines(tmp_path / "out" / "Patient.valid.ndjson")}
-    assert found == {f"p{n}" for n in range(1, 10, 2)}
+    ids = {resource["id"] for resource in lines(tmp_path / "out" / "Patient.valid.ndjson")}
+    assert ids == {f"p{n}" for n in range(1, 10, 2)}
 
 
-def test_a_run_is_exported_into_a_folder_of_its_own(loaded: Deployment, tmp_path: Path) -> None:
+def test_the_export_of_a_run_has_its_own_folder(loaded: Deployment, tmp_path: Path) -> None:
     [(run_id,)] = loaded.query("SELECT DISTINCT run_id FROM ops.ingestion_runs")
-    found = export("all", "-o", str(tmp_path), "--run", run_id[:8], "--format", "csv")
-    folder = Path(found["folder"])
+    output = export("all", "-o", str(tmp_path), "--run", run_id[:8], "--format", "csv")
+    folder = Path(output["folder"])
     assert folder.parent == tmp_path / "exports"
     assert folder.name.startswith(f"run_{run_id}_")
     with (folder / "patient.csv").open(newline="") as file:
@@ -101,15 +103,15 @@ def lines_of_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_deleted_patient_does_not_leave(loaded: Deployment, tmp_path: Path) -> None:
+def test_a_deleted_patient_is_not_exported(loaded: Deployment, tmp_path: Path) -> None:
     with connect(loaded.url) as conn:
         conn.execute("UPDATE fhir.resource SET resource = NULL, deleted_at = now() WHERE id = 'p3'")
     export("Patient", "-o", str(tmp_path / "out"), "--format", "ndjson")
-    assert "p3" not in {each["id"] for each in lines(tmp_path / "out" / "Patient.valid.ndjson")}
-    assert "p3" not in {each["_resource_key"] for each in lines(tmp_path / "out" / "patient.ndjson")}
+    assert "p3" not in {resource["id"] for resource in lines(tmp_path / "out" / "Patient.valid.ndjson")}
+    assert "p3" not in {resource["_resource_key"] for resource in lines(tmp_path / "out" / "patient.ndjson")}
 
 
-def test_raw_and_dead_letters_stay_where_consent_withholds(
+def test_raw_resources_and_dead_letters_are_not_exported_with_a_consent_policy(
     loaded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONSENT_POLICY", "opt-out")
@@ -120,20 +122,20 @@ def test_raw_and_dead_letters_stay_where_consent_withholds(
     export("Patient", "-o", str(tmp_path / "out"), "--valid")
 
 
-def test_an_export_is_on_record(loaded: Deployment, tmp_path: Path) -> None:
+def test_an_export_writes_an_audit_record(loaded: Deployment, tmp_path: Path) -> None:
     export("Patient", "-o", str(tmp_path / "out"), "--valid")
     assert loaded.query("SELECT action, resource_type, count FROM ops.audit_log WHERE action = 'export'") == [
         ("export", "Patient", 10)
     ]
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(loaded: Deployment, tmp_path: Path) -> None:
-    def breaks(path: Path) -> int:
+def test_a_full_disk_raises_store_error_and_leaves_no_partial_file(loaded: Deployment, tmp_path: Path) -> None:
+    def fail(path: Path) -> int:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     target = open_store(str(tmp_path / "out"), NO_ENCRYPTION).blobs
     target.put("manifest.json", b"of an earlier export")
     with connect(loaded.url, cipher=NO_ENCRYPTION) as conn, pytest.raises(StoreError, match="No space left"):
-        Export(conn, loaded.store, target, "", actor="test", withholding=False).write("x.ndjson", "Patient", breaks)
+        Export(conn, loaded.store, target, "", actor="test", withholding=False).write("x.ndjson", "Patient", fail)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

@@ -1,4 +1,4 @@
-"""The lake holds what the tables hold, row by row, as DuckDB reads it: every shipped view, with and without keys."""
+"""The lake, read with DuckDB, has the rows of the tables: for every shipped view, with and without keys."""
 
 import signal
 import subprocess
@@ -32,27 +32,27 @@ from fhir_assets_tests.support.views import PATIENTS, load, patient
 
 KEY = new_key()
 DAYS = ("2024-01-01", "2024-01-02")
-_KEEPS_WRITING = """
+_UPDATE_REPEATEDLY = """
 import sys
-from fhir_assets.definitions import views_of
 from fhir_assets.deployment.store import build_blobs
+from fhir_assets.deployment.views import build_views
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse import lake
+from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
 settings = load_settings(fhir_lake_url=sys.argv[2])
-(view,) = [view for view in views_of(settings).views if view.name == "patient"]
+(view,) = [view for view in build_views(settings).views if view.name == "patient"]
 days = [f"2024-01-{day:02}" for day in range(1, 6)]
 with connect(sys.argv[1]) as conn:
     while True:
-        lake.update(conn, build_blobs(settings, sys.argv[2]), view, days, run_id="r", actor="test")
+        writer.update(conn, build_blobs(settings, sys.argv[2]), view, days, run_id="r", actor="test")
         print("written", flush=True)
 """
 
 
-@pytest.fixture(params=["clear", "sealed"])
-def either(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
-    """A connection without keys, and one with."""
-    if request.param == "clear":
+@pytest.fixture(params=["without keys", "with keys"])
+def session(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
+    """A connection without keys, and a connection with keys."""
+    if request.param == "without keys":
         with connect(database) as conn:
             yield conn
     else:
@@ -69,29 +69,29 @@ def update(conn: Session, url: str, view: View, *wanted: str) -> LakeUpdate:
 def saturated_records(resource_type: str) -> Iterator[Record]:
     moment = datetime(2024, 1, 1, tzinfo=UTC)
     for n, resource in enumerate(saturated_for_views(resource_type)):
-        made: dict[str, Any] = {**resource, "id": f"r{n}"}
-        yield Record(resource_type, f"r{n}", "1", moment, moment, orjson.dumps(made))
+        body: dict[str, Any] = {**resource, "id": f"r{n}"}
+        yield Record(resource_type, f"r{n}", "1", moment, moment, orjson.dumps(body))
 
 
 @pytest.mark.slow
-def test_duckdb_reads_the_rows_of_every_shipped_view(either: Session, tmp_path: Path) -> None:
+def test_duckdb_reads_the_rows_of_every_shipped_view(session: Session, tmp_path: Path) -> None:
     different, filled = [], 0
-    for resource_type in (each.name for each in CATALOG):
+    for resource_type in (catalog_type.name for catalog_type in CATALOG):
         views = tuple(of_type(resource_type))
         records = list(saturated_records(resource_type))
         for day, part in zip(DAYS, (records[::2], records[1::2]), strict=True):
-            load(either, *part, views=views, key=day)
+            load(session, *part, views=views, key=day)
         for view in views:
-            update(either, str(tmp_path), view)
-            expected = in_table(either, view.name)
+            update(session, str(tmp_path), view)
+            expected = in_table(session, view.name)
             filled += bool(expected)
             if in_lake(str(tmp_path), view.name) != expected:
                 different.append(view.name)
     assert different == []
-    assert filled == sum(len(of_type(each.name)) for each in CATALOG)
+    assert filled == sum(len(of_type(catalog_type.name)) for catalog_type in CATALOG)
 
 
-def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(database: str, tmp_path: Path) -> None:
+def test_the_treatments_of_patient_data_apply_to_the_lake(database: str, tmp_path: Path) -> None:
     with connect(database) as conn:
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
     with connect(database, cipher=cipher) as conn:
@@ -111,12 +111,12 @@ def test_what_is_sealed_hashed_cut_or_dropped_in_the_table_is_so_in_the_lake(dat
         assert [word for word in (b"O'Hara", b"MRN-1", b"078-05-1120") if word in content] == []
 
 
-def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Session, tmp_path: Path) -> None:
+def test_windows_with_changed_rows_are_written_again(conn: Session, tmp_path: Path) -> None:
     for day in DAYS:
         load(conn, patient(f"p{day}"), key=day)
     assert update(conn, str(tmp_path), PATIENTS[0]).windows == 2
     assert update(conn, str(tmp_path), PATIENTS[0]) == LakeUpdate()
-    # As a rotation of keys does: the same resource, the same version, other values.
+    # A key rotation also changes the values of a row without a new version of its resource.
     conn.execute("UPDATE fhir.patient SET gender = 'other' WHERE _resource_key = %s", [f"p{DAYS[1]}"])
     conn.commit()
     assert update(conn, str(tmp_path), PATIENTS[0]).windows == 1
@@ -124,7 +124,7 @@ def test_rows_that_were_written_again_are_written_to_the_lake_again(conn: Sessio
 
 
 @pytest.mark.slow
-def test_a_writer_killed_at_any_moment_leaves_whole_files(database: str, conn: Session, tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_complete_files(database: str, conn: Session, tmp_path: Path) -> None:
     views = tuple(of_type("Patient"))
     for day in range(1, 6):
         people = [patient(f"p{day}-{n}", gender="other") for n in range(50)]
@@ -132,29 +132,29 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(database: str, conn: S
     url = str(tmp_path / "lake")
     expected = in_table(conn, "patient")
     for n in range(4):
-        command = [sys.executable, "-c", _KEEPS_WRITING, database, url]
+        command = [sys.executable, "-c", _UPDATE_REPEATEDLY, database, url]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout
             for _ in range(n + 1):
                 assert process.stdout.readline() == b"written\n"
             process.send_signal(signal.SIGKILL)
-        # Its files were being replaced: each is the old one or the new one, and both hold the rows.
+        # Each file is the old file or its replacement, and both contain the rows.
         assert in_lake(url, "patient") == expected
     (view,) = [view for view in views if view.name == "patient"]
     update(conn, url, view, *[f"2024-01-{day:02}" for day in range(1, 6)])
     assert in_lake(url, "patient") == expected
 
 
-def test_a_lake_in_a_bucket_is_one_table_too(conn: Session, s3_server: str, s3_url: str) -> None:
+def test_a_lake_in_a_bucket_can_be_read_as_one_table(conn: Session, s3_server: str, s3_url: str) -> None:
     for day in DAYS:
         load(conn, *(patient(f"{day}-{n}", gender="female") for n in range(3)), key=day)
     update(conn, s3_url, PATIENTS[0])
     files = pyarrow.fs.S3FileSystem(
         access_key="test", secret_key="test", region="us-east-1", scheme="http", endpoint_override=s3_server
     )
-    found = pyarrow.parquet.read_table(f"{s3_url.removeprefix('s3://')}/patient", filesystem=files).to_pylist()
-    assert sorted(row["_resource_key"] for row in found) == sorted(f"{day}-{n}" for day in DAYS for n in range(3))
-    assert {str(row["partition_key"]) for row in found} == set(DAYS)
+    rows = pyarrow.parquet.read_table(f"{s3_url.removeprefix('s3://')}/patient", filesystem=files).to_pylist()
+    assert sorted(row["_resource_key"] for row in rows) == sorted(f"{day}-{n}" for day in DAYS for n in range(3))
+    assert {str(row["partition_key"]) for row in rows} == set(DAYS)
     schema = pyarrow.parquet.read_schema(
         f"{s3_url.removeprefix('s3://')}/patient/partition_key={DAYS[0]}/rows.parquet", filesystem=files
     )

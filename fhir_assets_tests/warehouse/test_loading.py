@@ -1,4 +1,4 @@
-"""Loading into real tables: the newest version wins, whole, however it comes."""
+"""Loading into Postgres: the newest version of a resource is stored with all of its rows, in any order."""
 
 import time
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def named(key: str, *families: str, **more: Any) -> Record:
     return patient(key, name=[{"family": family} for family in families], **more)
 
 
-def test_a_resource_goes_whole_into_resource_and_into_every_view(conn: Session) -> None:
+def test_a_resource_is_written_to_fhir_resource_and_to_every_view(conn: Session) -> None:
     counts, bad = load(conn, named("a", "One", "Two", gender="female"), named("b"))
     assert (counts.inserted, counts.updated, counts.superseded, counts.unloadable, bad) == (2, 0, 0, 0, [])
     assert counts.rows == {"patient": 2, "patient_name": 2}
@@ -45,24 +45,24 @@ def test_a_resource_goes_whole_into_resource_and_into_every_view(conn: Session) 
     assert select(conn, "SELECT DISTINCT partition_key, run_id FROM fhir.resource") == [("2024-01-01", "run")]
 
 
-def test_values_are_typed_and_a_partial_date_stays_known_as_one(conn: Session) -> None:
+def test_values_are_typed_and_partial_dates_keep_their_precision(conn: Session) -> None:
     load(
         conn,
         patient("y", birthDate="1980", deceasedDateTime="2020-05"),
         patient("z", birthDate="1980-02-29", deceasedDateTime="2020-05-01T23:30:00.123-02:00", multipleBirthInteger=2),
     )
-    found = select(
+    rows = select(
         conn,
         "SELECT born::text, born_precision, died::text, died_precision, birth_order, pg_typeof(born)::text"
         " FROM fhir.patient ORDER BY _resource_key",
     )
-    assert found == [
+    assert rows == [
         ("1980-01-01", "year", "2020-05-01 00:00:00+00", "month", None, "date"),
         ("1980-02-29", "day", "2020-05-02 01:30:00.123+00", "instant", 2, "date"),
     ]
 
 
-def test_a_newer_version_replaces_all_rows_and_an_older_one_none(conn: Session) -> None:
+def test_a_newer_version_replaces_all_rows_and_an_older_version_replaces_none(conn: Session) -> None:
     load(conn, named("a", "Old", "Older"))
     newer = named("a", "New", updated="2024-02-01T00:00:00Z", version="2")
     counts, _ = load(conn, newer)
@@ -81,14 +81,14 @@ def test_loading_twice_changes_nothing(conn: Session) -> None:
     assert [select(conn, query) for query in (NAMES, STORED)] == before
 
 
-def test_loading_again_brings_back_rows_that_somebody_deleted(conn: Session) -> None:
+def test_loading_again_restores_deleted_rows(conn: Session) -> None:
     load(conn, named("a", "One"))
     conn.execute("DELETE FROM fhir.patient_name")
     load(conn, named("a", "One"))
     assert select(conn, NAMES) == [("a", "One")]
 
 
-def test_versions_of_one_instant_are_ordered_by_number_not_as_text(conn: Session) -> None:
+def test_versions_with_equal_times_are_ordered_by_numeric_version_id(conn: Session) -> None:
     load(conn, named("a", "Ten", version="10"))
     counts, _ = load(conn, named("a", "Nine", version="9"))
     assert counts.superseded == 1
@@ -96,14 +96,14 @@ def test_versions_of_one_instant_are_ordered_by_number_not_as_text(conn: Session
     assert select(conn, NAMES) == [("a", "Ten"), ("b", "Text"), ("c", "Huge")]
 
 
-def test_of_versions_in_one_load_the_newest_wins_whatever_their_order(conn: Session) -> None:
+def test_the_newest_version_within_a_load_is_stored_in_any_order(conn: Session) -> None:
     versions = [named("a", f"V{n}", version=str(n), updated=f"2024-01-0{n}T00:00:00Z") for n in (2, 3, 1)]
     counts, _ = load(conn, *versions)
     assert (counts.inserted, counts.superseded) == (1, 2)
     assert select(conn, NAMES) == [("a", "V3")]
 
 
-def test_chunks_make_no_difference(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_does_not_change_the_result(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 3)
     records = [named(f"p{n % 7}", f"V{n}", version=str(n)) for n in range(20)]
     counts, _ = load(conn, *records)
@@ -112,7 +112,7 @@ def test_chunks_make_no_difference(conn: Session, monkeypatch: pytest.MonkeyPatc
     assert select(conn, NAMES) == [(f"p{n}", f"V{n + 14 if n < 6 else 13}") for n in range(7)]
 
 
-def test_a_load_is_seen_whole_or_not_at_all(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_is_invisible_until_it_is_committed(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 2)
     with (
         connect(database, cipher=NO_ENCRYPTION) as conn,
@@ -129,9 +129,7 @@ def test_a_load_is_seen_whole_or_not_at_all(database: str, monkeypatch: pytest.M
         assert select(other, "SELECT count(*) FROM fhir.patient_name") == [(0,)]
 
 
-def test_writing_beside_the_callers_work_ends_in_the_same_tables(
-    conn: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writing_in_a_thread_has_the_same_result(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 10)
     ensure_tables(conn, PATIENTS)
     records = [named(f"p{n % 70}", f"V{n}", version=str(n)) for n in range(200)]
@@ -146,29 +144,29 @@ def test_writing_beside_the_callers_work_ends_in_the_same_tables(
         assert conn.execute("SELECT count(*) > 0 FROM fhir.resource").fetchone() == (True,)
         counts = loader.finish()
         bad += loader.take_unloadable()
-    assert [each.resource_id for each in bad] == ["bad"]
+    assert [resource.resource_id for resource in bad] == ["bad"]
     assert (counts.inserted, counts.unloadable) == (70, 1)
     assert select(conn, "SELECT count(*), count(DISTINCT _resource_key) FROM fhir.patient_name") == [(70, 70)]
     assert select(conn, "SELECT min(version_number), max(version_number) FROM fhir.resource") == [(130, 199)]
 
 
-def test_a_caller_that_fails_beside_a_write_rolls_back_cleanly(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_fails_during_a_write_rolls_back(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 500)
     ensure_tables(conn, PATIENTS)
     conn.commit()
     items = [build_rows(PATIENTS, named(f"p{n}", "A")) for n in range(600)]
 
-    def fail_beside_a_write() -> None:
+    def fail_during_a_write() -> None:
         with conn.transaction(), Loader(conn, "Patient", PATIENTS, run_id="run") as loader:
             loader.add(items, "w")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fail_beside_a_write()
+        fail_during_a_write()
     assert select(conn, "SELECT count(*) FROM fhir.resource") == [(0,)]
 
 
-BAD = {
+UNSTORABLE = {
     "NUL in the text of a column": {"gender": "a\0b"},
     "NUL elsewhere in the JSON": {"language": "a\0b"},
     "a date that the calendar lacks": {"birthDate": "2023-02-29"},
@@ -182,8 +180,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("more", BAD.values(), ids=BAD.keys())
-def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Session, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("more", UNSTORABLE.values(), ids=UNSTORABLE.keys())
+def test_a_resource_that_postgres_cannot_store_is_returned_and_the_others_are_loaded(
+    conn: Session, more: dict[str, Any]
+) -> None:
     bad = patient("bad", **more)
     if "x" in more:
         bad = Record("Patient", "bad", "1", bad.last_updated, bad.arrived, bad.body.replace(b": 0", b": 1e200000"))
@@ -192,14 +192,14 @@ def test_what_postgres_cannot_hold_is_told_apart_and_the_rest_is_loaded(conn: Se
     with conn.transaction():
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
         good = [build_rows(PATIENTS, named(f"p{n}", "A")) for n in range(9)]
-        found = loader.add([*good[:5], (bad, rows), *good[5:]], "w")
+        unloadable = loader.add([*good[:5], (bad, rows), *good[5:]], "w")
         counts = loader.finish()
-        found += loader.take_unloadable()
-    assert [(each.resource_id, each.partition_key) for each in found] == [("bad", "w")]
+        unloadable += loader.take_unloadable()
+    assert [(resource.resource_id, resource.partition_key) for resource in unloadable] == [("bad", "w")]
     assert (counts.inserted, counts.unloadable) == (9, 1)
     assert len(select(conn, NAMES)) == 9
     value = next(iter(more.values()))
-    assert str(value) not in found[0].message
+    assert str(value) not in unloadable[0].message
 
 
 _PATIENT_FIELDS = ("gender", "birthDate", "deceasedDateTime", "active", "multipleBirthInteger", "updated", "given")
@@ -207,19 +207,21 @@ _PATIENT_FIELDS = ("gender", "birthDate", "deceasedDateTime", "active", "multipl
 
 def test_an_unloadable_value_names_its_view_and_column(conn: Session) -> None:
     _, bad = load(conn, patient("bad", birthDate="2023-02-29"))
-    assert [(each.view, each.column) for each in bad] == [("patient", "born")]
+    assert [(resource.view, resource.column) for resource in bad] == [("patient", "born")]
 
 
-def test_what_only_postgres_refuses_is_found_in_the_midst_of_thousands(conn: Session) -> None:
+def test_resources_that_only_postgres_rejects_are_isolated_among_a_thousand(conn: Session) -> None:
     records = [named(f"p{n:04}", "A", x=0) for n in range(1000)]
     for n in (0, 511, 999):
-        each = records[n]
-        body = each.body.replace(b": 0", b": 1e200000")
-        records[n] = Record(each.resource_type, each.id, each.version_id, each.last_updated, each.arrived, body)
+        record = records[n]
+        body = record.body.replace(b": 0", b": 1e200000")
+        records[n] = Record(
+            record.resource_type, record.id, record.version_id, record.last_updated, record.arrived, body
+        )
     counts, bad = load(conn, *records)
-    assert {each.resource_id for each in bad} == {"p0000", "p0511", "p0999"}
+    assert {resource.resource_id for resource in bad} == {"p0000", "p0511", "p0999"}
     assert counts.inserted == 997
-    assert all("1e200000" not in each.message for each in bad)
+    assert all("1e200000" not in resource.message for resource in bad)
 
 
 def test_decimals_keep_their_digits_in_columns_and_in_the_json(conn: Session) -> None:
@@ -231,7 +233,7 @@ def test_decimals_keep_their_digits_in_columns_and_in_the_json(conn: Session) ->
     assert select(conn, "SELECT resource->'valueQuantity'->>'value' FROM fhir.resource") == [("1.10",)]
 
 
-def test_a_type_beyond_the_catalog_can_be_loaded(conn: Session) -> None:
+def test_a_resource_type_outside_the_catalog_can_be_loaded(conn: Session) -> None:
     flags = view("flag", "Flag", column("status", "status", "code"))
     base = patient("f")
     body = b'{"resourceType": "Flag", "id": "f", "status": "active"}'
@@ -240,8 +242,8 @@ def test_a_type_beyond_the_catalog_can_be_loaded(conn: Session) -> None:
     assert select(conn, "SELECT resource_type FROM fhir.resource") == [("Flag",)]
 
 
-def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str) -> None:
-    """Each connection has the newer version of every other resource; both start together, over and over."""
+def test_concurrent_loads_of_the_same_resources_store_the_newest_versions(database: str) -> None:
+    """Each connection has the newer version of half of the resources; both start at the same time in every round."""
     with connect(database, cipher=NO_ENCRYPTION) as conn:
         ensure_tables(conn, PATIENTS)
     rounds, size = 8, 60
@@ -277,8 +279,8 @@ def test_two_loads_of_the_same_resources_at_once_end_in_the_newest(database: str
         assert select(conn, "SELECT count(*), min(version_number) FROM fhir.resource") == [(size, 2 * rounds)]
 
 
-def test_a_resource_that_another_load_brings_in_this_moment_is_merged_with_it(database: str) -> None:
-    """The first load has not committed: the second does not see its rows, and has to wait for them."""
+def test_a_load_waits_for_uncommitted_resources_of_another_load_and_merges_them(database: str) -> None:
+    """The first load has not committed: the second load does not see its rows and must wait for them."""
     with (
         connect(database, cipher=NO_ENCRYPTION) as first,
         connect(database, cipher=NO_ENCRYPTION) as second,
@@ -300,7 +302,7 @@ def test_a_resource_that_another_load_brings_in_this_moment_is_merged_with_it(da
         assert select(second, NAMES) == [("a", "Only"), ("b", "Newer"), ("c", "New")]
 
 
-def test_a_server_that_goes_away_is_a_transient_error_and_leaves_nothing(database: str) -> None:
+def test_a_lost_connection_raises_database_unavailable_and_stores_no_resource(database: str) -> None:
     with connect(database, cipher=NO_ENCRYPTION) as conn:
         ensure_tables(conn, PATIENTS)
     conn = connect(database, cipher=NO_ENCRYPTION)
@@ -337,10 +339,10 @@ _texts = st.text(st.characters(), max_size=12)
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(language=_texts, given_names=st.lists(_texts, min_size=1, max_size=3), born=st.text("0123456789-", max_size=11))
-def test_any_text_comes_back_as_it_was_or_is_told_apart(
+def test_any_text_is_stored_unchanged_or_reported_as_unloadable(
     prepared: Session, language: str, given_names: list[str], born: str
 ) -> None:
-    """Backslashes, quotes, line ends, NUL, surrogates: nothing breaks a COPY or changes on its way."""
+    """Backslashes, quotes, line ends, NUL and surrogates neither break a COPY nor are changed."""
     record = patient("p", language=language, name=[{"given": given_names}], birthDate=born)
     with prepared.transaction(force_rollback=True):
         loader = Loader(prepared, "Patient", TEXT_VIEW, run_id="run")
@@ -348,20 +350,20 @@ def test_any_text_comes_back_as_it_was_or_is_told_apart(
         loader.finish()
         bad += loader.take_unloadable()
         stored = select(prepared, "SELECT language, given, born_precision FROM fhir.patient")
-        whole = select(prepared, "SELECT resource->>'language' FROM fhir.resource")
+        languages = select(prepared, "SELECT resource->>'language' FROM fhir.resource")
     storable = not any(_unstorable(text) for text in (language, *given_names))
     if not bad:
         assert storable
         precision = {4: "year", 7: "month", 10: "day"}[len(born)]
         assert stored == [(language, given_names, precision)]
-        assert whole == [(language,)]
+        assert languages == [(language,)]
     else:
         assert stored == []
         assert not storable or not _is_date(born)
 
 
 def _unstorable(text: str) -> bool:
-    return "\0" in text or any("\ud800" <= each <= "\udfff" for each in text)
+    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_date(text: str) -> bool:

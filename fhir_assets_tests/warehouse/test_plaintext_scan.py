@@ -1,4 +1,4 @@
-"""A value in the clear where none should be is found, whatever the column's tag."""
+"""The scan counts unencrypted values in tagged columns, for every treatment."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ PHI = {"family", "mrn", "mrn_index", "ssn", "born", "died", "multiple", "note"}
 
 
 @pytest.fixture
-def sealed(database: str) -> Iterator[Connection]:
+def encrypted(database: str) -> Iterator[Connection]:
     with connect(database) as conn:
         cipher = encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
     with connect(database, cipher=cipher) as conn:
@@ -24,12 +24,12 @@ def sealed(database: str) -> Iterator[Connection]:
         yield conn
 
 
-def test_what_is_sealed_as_its_tag_asks_is_found_so(sealed: Connection) -> None:
-    found = plaintext_scan.scan_view(sealed, TAGGED_PATIENT)
-    assert {each.column for each in found} == PHI
-    assert sum(each.plain for each in found) == 0
-    assert {each.column for each in found if each.values} == PHI - {"note"}
-    assert plaintext_scan.scan_resources(sealed, "Patient") == [
+def test_a_scan_of_encrypted_tables_counts_no_unencrypted_value(encrypted: Connection) -> None:
+    samples = plaintext_scan.scan_view(encrypted, TAGGED_PATIENT)
+    assert {sample.column for sample in samples} == PHI
+    assert sum(sample.plain for sample in samples) == 0
+    assert {sample.column for sample in samples if sample.values} == PHI - {"note"}
+    assert plaintext_scan.scan_resources(encrypted, "Patient") == [
         plaintext_scan.ColumnSample("resource_patient", "resource", 2, 0)
     ]
 
@@ -48,22 +48,22 @@ def test_what_is_sealed_as_its_tag_asks_is_found_so(sealed: Connection) -> None:
         ("note", "<div>O'Hara</div>"),
     ],
 )
-def test_one_value_in_the_clear_is_found_in_its_column(sealed: Connection, column: str, value: str) -> None:
-    sealed.execute(f"UPDATE fhir.patient SET {column} = %s WHERE _resource_key = 'a'".encode(), [value])
-    found = plaintext_scan.scan_view(sealed, TAGGED_PATIENT)
-    assert [(each.column, each.plain) for each in found if each.plain] == [(column, 1)]
+def test_one_unencrypted_value_is_counted_in_its_column(encrypted: Connection, column: str, value: str) -> None:
+    encrypted.execute(f"UPDATE fhir.patient SET {column} = %s WHERE _resource_key = 'a'".encode(), [value])
+    samples = plaintext_scan.scan_view(encrypted, TAGGED_PATIENT)
+    assert [(sample.column, sample.plain) for sample in samples if sample.plain] == [(column, 1)]
 
 
 @pytest.mark.parametrize("change", ["resource = '{}'", "key_id = NULL"])
-def test_a_resource_in_the_clear_is_found(sealed: Connection, change: str) -> None:
-    sealed.execute(f"UPDATE fhir.resource SET {change} WHERE id = 'a'".encode())
-    assert plaintext_scan.scan_resources(sealed, "Patient") == [
+def test_an_unencrypted_resource_is_counted(encrypted: Connection, change: str) -> None:
+    encrypted.execute(f"UPDATE fhir.resource SET {change} WHERE id = 'a'".encode())
+    assert plaintext_scan.scan_resources(encrypted, "Patient") == [
         plaintext_scan.ColumnSample("resource_patient", "resource", 2, 1)
     ]
 
 
-def test_of_a_large_table_a_sample_is_looked_at(sealed: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    sealed.execute("INSERT INTO fhir.patient SELECT p.* FROM fhir.patient p, generate_series(1, 3000)")
+def test_only_a_sample_of_a_large_table_is_scanned(encrypted: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    encrypted.execute("INSERT INTO fhir.patient SELECT p.* FROM fhir.patient p, generate_series(1, 3000)")
     monkeypatch.setattr(plaintext_scan, "SAMPLE_PAGES", 20)
-    [family] = [each for each in plaintext_scan.scan_view(sealed, TAGGED_PATIENT) if each.column == "family"]
+    [family] = [sample for sample in plaintext_scan.scan_view(encrypted, TAGGED_PATIENT) if sample.column == "family"]
     assert 0 < family.values < 1500

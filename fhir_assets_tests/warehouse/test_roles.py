@@ -80,7 +80,7 @@ def ops_tables(conn: Connection) -> list[str]:
     return [name for (name,) in rows]
 
 
-def test_a_reader_reads_the_tables_of_the_views_and_nothing_else(filled: str, user: User) -> None:
+def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: User) -> None:
     url = user(roles.READER)
     with connect(url) as conn:
         [(family,)] = conn.execute("SELECT DISTINCT left(family, 6) FROM fhir.patient_name").fetchall()
@@ -119,7 +119,7 @@ def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient(filled: 
         assert refused(url, statement), statement
 
 
-def test_an_operator_without_keys_lists_runs_and_dead_letters_and_is_refused_what_they_open(
+def test_an_operator_without_keys_lists_runs_and_dead_letters_and_cannot_decrypt_them(
     filled: str, user: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DB_URL", user(roles.OPERATOR))
@@ -129,7 +129,7 @@ def test_an_operator_without_keys_lists_runs_and_dead_letters_and_is_refused_wha
     assert "PHI_ENCRYPTION_KEYS is not set" in str(shown.exception)
 
 
-def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: User) -> None:
+def test_a_loader_may_load_correct_delete_and_create_tables(filled: str, user: User) -> None:
     url = user(roles.LOADER)
     cipher = keyring(url)
     with connect(url, cipher=cipher) as conn:
@@ -152,7 +152,7 @@ def test_a_loader_loads_corrects_deletes_and_makes_tables(filled: str, user: Use
 
 
 @pytest.mark.parametrize("role", [roles.LOADER, roles.OPERATOR])
-def test_nobody_but_the_owner_can_even_try_to_change_the_audit_log(filled: str, user: User, role: str) -> None:
+def test_no_role_has_rights_to_change_the_audit_log(filled: str, user: User, role: str) -> None:
     url = user(role)
     for statement in (
         "UPDATE ops.audit_log SET actor = 'nobody'",
@@ -178,7 +178,7 @@ def test_a_table_that_a_loader_creates_is_shared_with_readers_and_other_loaders(
         assert conn.execute("SELECT gender, active FROM fhir.patient").fetchall() == [("male", None)]
 
 
-def test_a_loader_needs_no_rights_to_migrate_where_nothing_is_to_migrate(database: str, user: User) -> None:
+def test_a_loader_may_run_migrate_on_a_current_database(database: str, user: User) -> None:
     migrations.upgrade(user(roles.LOADER))
     with connect(database) as conn:
         conn.execute("DROP TABLE fhir.resource_claim")
@@ -186,12 +186,12 @@ def test_a_loader_needs_no_rights_to_migrate_where_nothing_is_to_migrate(databas
         migrations.upgrade(user(roles.LOADER))
 
 
-def test_a_reader_who_tries_our_commands_is_told_which_role_they_need(database: str, user: User) -> None:
+def test_the_error_for_a_reader_names_the_required_role(database: str, user: User) -> None:
     with pytest.raises(ConfigurationError, match="grant it the role fhir_loader"):
         migrations.upgrade(user(roles.READER))
 
 
-def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(conn: Session, user: User) -> None:
+def test_the_error_for_a_table_of_another_owner_names_who_may_change_it(conn: Session, user: User) -> None:
     view_tables.ensure_tables(conn, VIEWS)
     conn.execute("ALTER TABLE fhir.patient OWNER TO postgres")
     conn.commit()
@@ -201,7 +201,7 @@ def test_a_loader_who_may_not_change_a_table_of_somebody_else_is_told_who_may(co
             view_tables.apply_changes(loader, [wider])
 
 
-def test_every_table_of_ops_is_covered_whoever_adds_it(conn: Connection) -> None:
+def test_every_table_of_schema_ops_has_grants(conn: Connection) -> None:
     conn.execute("CREATE TABLE ops.a_new_one (x int)")
     roles.grant_rights(conn)
     for role in (roles.LOADER, roles.OPERATOR):
@@ -218,7 +218,7 @@ def test_rights_that_were_granted_by_hand_are_revoked(conn: Connection) -> None:
 
 
 @pytest.mark.slow
-def test_a_migration_by_a_user_who_may_not_make_roles_goes_on_and_says_so(
+def test_a_migration_without_the_right_to_create_roles_continues_with_a_warning(
     own_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plain = with_database(own_server, "clinic").replace("postgres@", "plain@")

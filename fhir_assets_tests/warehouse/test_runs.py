@@ -1,4 +1,4 @@
-"""The account of runs."""
+"""The rows of runs in ops.ingestion_runs: status, counts, sums, and the detection of dead runs."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -28,7 +28,7 @@ def test_a_run_goes_from_running_to_success_or_failed_by_type(conn: Connection) 
     assert runs.get_errors(conn, "one") == {"the disk�is full": ["Observation"]}
 
 
-def test_a_step_that_is_tried_again_is_running_again(conn: Connection) -> None:
+def test_a_retried_step_has_status_running_again(conn: Connection) -> None:
     start(conn)
     runs.fail(conn, "one", TYPES, KEYS, error="down")
     start(conn, at=NOW + timedelta(hours=1))
@@ -37,7 +37,7 @@ def test_a_step_that_is_tried_again_is_running_again(conn: Connection) -> None:
     ]
 
 
-def test_counts_come_layer_by_layer_and_are_summed_in_load_order(conn: Connection) -> None:
+def test_counts_are_recorded_by_layer_and_summed_in_load_order(conn: Connection) -> None:
     start(conn)
     runs.record_counts(conn, "one", "Patient", {key: {"server_total": None, "fetched": 10} for key in KEYS})
     runs.record_counts(conn, "one", "Patient", {KEYS[0]: {"valid": 9, "dead": 1}, KEYS[1]: {"valid": 10, "dead": 0}})
@@ -55,13 +55,13 @@ def test_counts_come_layer_by_layer_and_are_summed_in_load_order(conn: Connectio
         runs.record_counts(conn, "one", "Patient", {KEYS[0]: {"felled": 1}})
 
 
-def test_a_run_that_did_nothing_has_no_summary(conn: Connection) -> None:
+def test_a_run_without_counts_has_no_summary(conn: Connection) -> None:
     start(conn)
     runs.finish(conn, "one", TYPES, KEYS)
     assert runs.summarize(conn, ["one"]) == []
 
 
-def test_totals_take_the_last_fetch_of_each_window_that_succeeded(conn: Connection) -> None:
+def test_the_latest_summary_counts_the_last_successful_fetch_of_each_window(conn: Connection) -> None:
     for run_id, hours, loaded in (("one", 0, 5), ("two", 1, 7), ("broken", 2, 9)):
         start(conn, run_id, NOW + timedelta(hours=hours))
         runs.record_counts(conn, run_id, "Patient", {key: {"fetched": loaded, "loaded": loaded} for key in KEYS})
@@ -73,7 +73,7 @@ def test_totals_take_the_last_fetch_of_each_window_that_succeeded(conn: Connecti
     assert [(row["type"], row["loaded"]) for row in runs.summarize_latest(conn)] == [("Patient", 210), ("total", 210)]
 
 
-def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection, database: str) -> None:
+def test_dead_runs_are_marked_as_failed_and_living_runs_are_not(conn: Connection, database: str) -> None:
     for run_id in ("dead", "living", "done"):
         start(conn, run_id)
     runs.finish(conn, "done", TYPES, KEYS)
@@ -92,7 +92,7 @@ def test_crashed_runs_become_failed_and_living_ones_do_not(conn: Connection, dat
     assert runs.abandon_dead(conn) == 0
 
 
-def test_a_run_notes_the_checkpoint_before_and_after(conn: Connection) -> None:
+def test_a_run_records_the_checkpoint_before_and_after(conn: Connection) -> None:
     checkpoints.begin(conn, ["Patient"], NOW, source_state=None)
     start(conn)
     checkpoints.advance(conn, "Patient", NOW, NOW + timedelta(days=1), "one")

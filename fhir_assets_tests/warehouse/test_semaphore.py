@@ -84,7 +84,7 @@ def test_threads_of_one_process_share_its_slots(database: str) -> None:
         list(pool.map(hold, range(6)))
 
 
-def test_a_killed_process_frees_its_slot_at_once(database: str) -> None:
+def test_a_killed_process_frees_its_slot_immediately(database: str) -> None:
     with (
         subprocess.Popen([sys.executable, "-c", _HOLD_A_SLOT, database], stdout=subprocess.PIPE) as process,
         semaphore(database, 1, advisory_locks.TABLE_LOADS) as other,

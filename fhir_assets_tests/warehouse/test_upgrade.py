@@ -1,4 +1,4 @@
-"""A database of the previous revision, with rows in it, works after the upgrade as it did before."""
+"""A database of revision 0019 that contains rows works after the upgrade."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tables made from views, and what happens to them when a view changes."""
+"""The tables of views: creation, changes of a view, and differences."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets_tests.support.views import PATIENT, PATIENTS, column, load, patient, select, view
 
 
-def _columns(conn: Connection, table: str) -> dict[str, str]:
+def read_columns(conn: Connection, table: str) -> dict[str, str]:
     return dict(
         select(
             conn,
@@ -26,7 +26,7 @@ def _columns(conn: Connection, table: str) -> dict[str, str]:
 
 def test_columns_are_typed_and_partial_dates_have_their_precision(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
-    assert _columns(conn, "patient") == {
+    assert read_columns(conn, "patient") == {
         "_resource_key": "text",
         "gender": "text",
         "born": "date",
@@ -56,10 +56,10 @@ def test_every_shipped_view_has_a_table_that_fits_it(conn: Session) -> None:
     views = load_views([sql_folder() / "views"]).views
     assert views
     view_tables.ensure_tables(conn, views)
-    assert [difference for each in views for difference in view_tables.find_drift(conn, each)] == []
+    assert [difference for shipped in views for difference in view_tables.find_drift(conn, shipped)] == []
 
 
-def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Session) -> None:
+def test_ensuring_current_tables_takes_no_lock(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
     conn.commit()
     view_tables.ensure_tables(conn, PATIENTS)
@@ -68,7 +68,7 @@ def test_doing_it_again_changes_nothing_and_takes_no_lock(conn: Session) -> None
     assert select(conn, f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND {here}") == [(0,)]
 
 
-def test_several_processes_may_do_it_at_once(database: str) -> None:
+def test_concurrent_sessions_may_ensure_the_same_tables(database: str) -> None:
     def work(_: int) -> None:
         with connect(database, cipher=NO_ENCRYPTION) as conn:
             view_tables.ensure_tables(conn, PATIENTS)
@@ -79,38 +79,38 @@ def test_several_processes_may_do_it_at_once(database: str) -> None:
         assert view_tables.find_drift(conn, PATIENT) == []
 
 
-def _changed(*columns: dict[str, object]) -> View:
+def build_view(*columns: dict[str, object]) -> View:
     return view("patient", "Patient", *columns)
 
 
-def test_a_new_column_is_added_and_the_windows_count_as_not_loaded(conn: Session) -> None:
-    small = _changed(column("gender", "gender", "code"))
+def test_a_new_column_is_added_and_the_windows_are_marked_as_not_loaded(conn: Session) -> None:
+    small = build_view(column("gender", "gender", "code"))
     load(conn, patient("a", gender="male"), views=(small,))
-    _remember(conn)
-    wider = _changed(column("gender", "gender", "code"), column("born", "birthDate", "date", index=True))
+    record_loaded_part(conn)
+    wider = build_view(column("gender", "gender", "code"), column("born", "birthDate", "date", index=True))
     view_tables.ensure_tables(conn, [wider])
     assert view_tables.find_drift(conn, wider) == []
     assert select(conn, "SELECT _resource_key, gender, born FROM fhir.patient") == [("a", "male", None)]
     assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {}
 
 
-def test_a_view_of_other_paths_but_the_same_columns_makes_its_rows_stale(conn: Session) -> None:
-    view_tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
-    _remember(conn)
-    view_tables.ensure_tables(conn, [_changed(column("who", "language", "code"))])
+def test_a_changed_path_marks_the_windows_as_not_loaded(conn: Session) -> None:
+    view_tables.ensure_tables(conn, [build_view(column("who", "gender", "code"))])
+    record_loaded_part(conn)
+    view_tables.ensure_tables(conn, [build_view(column("who", "language", "code"))])
     assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {}
 
 
 def test_a_new_comment_or_index_leaves_the_windows_loaded(conn: Session) -> None:
-    view_tables.ensure_tables(conn, [_changed(column("who", "gender", "code"))])
-    _remember(conn)
-    commented = _changed(column("who", "gender", "code", description="Administrative gender", index=True))
+    view_tables.ensure_tables(conn, [build_view(column("who", "gender", "code"))])
+    record_loaded_part(conn)
+    commented = build_view(column("who", "gender", "code", description="Administrative gender", index=True))
     view_tables.ensure_tables(conn, [commented])
     assert view_tables.find_drift(conn, commented) == []
     assert checkpoints.get_loaded_parts(conn, "Patient", ["w"]) == {"w": frozenset({"p"})}
 
 
-def _remember(conn: Connection) -> None:
+def record_loaded_part(conn: Connection) -> None:
     conn.execute(
         "INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)"
         " VALUES ('Patient', 'w', 'p', 1, 'r')"
@@ -120,11 +120,11 @@ def _remember(conn: Connection) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [_changed(column("gender", "gender = 'male'", "boolean")), _changed(column("sex", "gender", "code"))],
+    [build_view(column("gender", "gender = 'male'", "boolean")), build_view(column("sex", "gender", "code"))],
     ids=["another type", "a column less"],
 )
 def test_a_change_that_loses_data_is_refused_until_it_is_requested(conn: Session, changed: View) -> None:
-    original = _changed(column("gender", "gender", "code"))
+    original = build_view(column("gender", "gender", "code"))
     load(conn, patient("a", gender="male"), views=(original,))
     with pytest.raises(ViewError, match=r"gender.*--apply-view-changes"):
         view_tables.ensure_tables(conn, [changed])
@@ -133,23 +133,23 @@ def test_a_change_that_loses_data_is_refused_until_it_is_requested(conn: Session
     assert view_tables.apply_changes(conn, [changed])
     assert view_tables.find_drift(conn, changed) == []
     load(conn, patient("a", gender="male"), views=(changed,))
-    assert list(_columns(conn, "patient")) == ["_resource_key", changed.columns[0].name]
+    assert list(read_columns(conn, "patient")) == ["_resource_key", changed.columns[0].name]
 
 
-def test_drift_by_hand_is_seen(conn: Session) -> None:
+def test_manual_changes_of_a_table_are_reported(conn: Session) -> None:
     view_tables.ensure_tables(conn, PATIENTS)
     conn.execute("ALTER TABLE fhir.patient DROP COLUMN active")
     conn.execute("ALTER TABLE fhir.patient ALTER COLUMN birth_order TYPE bigint")
     conn.execute("ALTER TABLE fhir.patient ADD COLUMN extra text")
     conn.execute("DROP INDEX fhir.patient_gender_idx")
-    assert {str(each) for each in view_tables.find_drift(conn, PATIENT)} == {
+    assert {str(difference) for difference in view_tables.find_drift(conn, PATIENT)} == {
         "column active is in the view but not in the table",
         "column birth_order is bigint in the table but integer in the view",
         "column extra is in the table but not in the view",
         "index gender is missing",
     }
     conn.execute("DROP TABLE fhir.patient")
-    assert [str(each) for each in view_tables.find_drift(conn, PATIENT)] == ["table patient is missing"]
+    assert [str(difference) for difference in view_tables.find_drift(conn, PATIENT)] == ["table patient is missing"]
     view_tables.ensure_tables(conn, PATIENTS)
     assert view_tables.find_drift(conn, PATIENT) == []
 

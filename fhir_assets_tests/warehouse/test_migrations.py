@@ -1,4 +1,4 @@
-"""Migrations on a real Postgres."""
+"""Migrations of empty, current, older and newer databases."""
 
 import shutil
 import subprocess
@@ -60,7 +60,7 @@ def test_a_newer_schema_is_refused(database: str) -> None:
         migrations.upgrade(database)
 
 
-def test_a_user_without_rights_is_told_what_to_grant(empty_database: str) -> None:
+def test_the_error_for_a_user_without_rights_names_the_missing_grant(empty_database: str) -> None:
     name = f"powerless_{uuid.uuid4().hex}"
     with connect(empty_database, autocommit=True) as conn:
         conn.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
@@ -94,7 +94,7 @@ def old_database(database: str) -> str:
 
 
 @pytest.mark.parametrize("open_connection", [Warehouse.connect, Warehouse.connect_read_only])
-def test_an_old_schema_at_db_url_is_reported_and_left_alone(
+def test_an_old_schema_at_db_url_is_reported_and_not_changed(
     old_database: str, tmp_path: Path, open_connection: Callable[[Warehouse], object]
 ) -> None:
     warehouse = Warehouse(load_settings(db_url=old_database, fhir_assets_home=tmp_path))
