@@ -91,7 +91,7 @@ def run(
         refused += 1
         errors.print(f"{position}: {error}", markup=False, soft_wrap=True)
 
-    rows = run_view(definition, data, refused=report_refused)
+    rows = run_view(definition, data, on_error=report_refused)
     if output:
         with output.open("wb") as file:
             write_rows(rows, definition.columns, form, file)

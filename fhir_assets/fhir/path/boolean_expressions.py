@@ -22,7 +22,7 @@ _TEXTS = {"string", "uri", "base64Binary", "xhtml", "code", "id", "markdown", "c
 
 
 def kind(types: Types) -> str | None:
-    """Return how values of these types compare, or None if that depends on the resource.
+    """Return the kind by which values of these types are compared, or None if it depends on the resource.
 
     The kinds are ``text``, ``number``, ``boolean``, ``date``, ``time``, ``Quantity`` and ``complex``.
     """

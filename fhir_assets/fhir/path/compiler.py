@@ -65,8 +65,8 @@ def resolve_expression(
     """Parse and resolve an expression for a focus of these types.
 
     ``root`` is the type whose name a path may begin with, ``resource`` the type of ``%resource``. Returns a Fallback
-    if the compiler does not support the expression. Raises FhirPathError if the expression cannot be parsed or names
-    something unknown.
+    if the compiler does not support the expression. Raises FhirPathError if the expression cannot be parsed or refers
+    to an unknown name.
     """
     scope = resolver.Scope(
         this=expressions.Focus(focus),
@@ -78,7 +78,7 @@ def resolve_expression(
     tree = syntax.parse(expression)
     try:
         resolved = resolver.resolve(tree, scope)
-        resolved.emit_value(Emitter("focus", "resource", "root"))  # some constructs are found unsupported only here
+        resolved.emit_value(Emitter("focus", "resource", "root"))  # raises NotCompiled for the remaining constructs
     except NotCompiled:
         return Fallback(expression, focus, constants or {})
     return resolved
@@ -122,7 +122,7 @@ class CompiledPath:
         except NOT_FHIR as error:
             raise FhirPathError(
                 f'"{self.expression}" cannot be evaluated on this resource ({type(error).__name__}): '
-                "an element is not of the type that FHIR R4 gives it"
+                "an element does not have the type that FHIR R4 defines"
             ) from None
 
     @cached_property
@@ -164,7 +164,7 @@ def compile_path(
     ``resource_type`` is the type of ``%resource`` if the focus is not a resource. ``constants`` maps names to strings,
     numbers and booleans, or to a Constant for any other FHIR type. ``hooks`` maps names of additional FHIRPath
     functions, such as ``htmlChecks`` and ``memberOf``, to Python functions that take the value and the arguments and
-    return True, False or None. ``empty_join``: see CompiledViews.
+    return True, False or None. ``empty_join`` is described in CompiledViews.
 
     Raises FhirPathError if the expression cannot be parsed, or if it names an element, a function, a type or a
     constant that does not exist; the message then suggests the nearest existing name.

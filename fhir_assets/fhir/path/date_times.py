@@ -145,7 +145,7 @@ def decimal_boundary(value: Number, high: bool) -> Decimal:
 
 
 def boundary(value: object, high: bool) -> object:
-    """Return the boundary of a value whose FHIR type is not known, only its form.
+    """Return the boundary of a value of unknown FHIR type, which is inferred from the value.
 
     Raises FhirPathError if the value is neither a number nor a string.
     """

@@ -14,15 +14,15 @@ class Emitter:
     An expression is emitted as statements that assign its value to a name. A name assigned by ``let`` is never
     assigned again, so equal text means an equal value and is computed once in a scope.
 
-    ``focus``, ``index``, ``total``, ``context``, ``resource``, ``root`` and ``row_index`` are the names that
-    ``$this``, ``$index``, ``$total``, ``%context``, ``%resource``, ``%rootResource`` and ``%rowIndex`` have at this
-    point of the function.
+    ``focus``, ``index``, ``total``, ``context``, ``resource``, ``root`` and ``row_index`` are the Python names of
+    ``$this``, ``$index``, ``$total``, ``%context``, ``%resource``, ``%rootResource`` and ``%rowIndex`` at this point of
+    the function.
     """
 
     def __init__(self, focus: str, resource: str, root: str) -> None:
         self.lines: list[str] = []
         self.line_origins: list[object] = []
-        """For each line, the value of ``origin`` when the line was written. Errors are attributed by it."""
+        """The value of ``origin`` at the time each line was written, used to attribute errors to their origin."""
         self.origin: object = None
         self.namespace: dict[str, object] = {EMPTY: {}}
         self.focus = focus
@@ -99,7 +99,7 @@ class Emitter:
 
     @contextmanager
     def iterating(self, focus: str, row_index: str | None) -> Iterator[None]:
-        """Like ``focused``, for the ``forEach`` of a view: also rebind ``%context`` and ``%rowIndex``."""
+        """Bind ``$this``, ``%context`` and ``%rowIndex`` for the ``forEach`` of a view inside the ``with`` block."""
         before = self.context, self.row_index
         self.context, self.row_index = focus, row_index or self.row_index
         with self.focused(focus):

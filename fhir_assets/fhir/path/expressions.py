@@ -65,12 +65,12 @@ class Expression:
         return out.let(f"{out.bind(runtime.only)}({value})") if self.many else value
 
     def emit_items(self, out: Emitter) -> str:
-        """Emit a sequence without valueless items, also if the result is at most one value."""
+        """Emit a sequence without valueless items, even if the result is at most one value."""
         value = self.emit_value(out)
         return value if self.many else out.let(f"() if {value} is None else ({value},)")
 
     def emit_exists(self, out: Emitter) -> str:
-        """Emit the condition that there is an item."""
+        """Emit the condition that the result is not empty."""
         if not self.many:
             return f"({self.emit_value(out)} is not None)"
         exists = out.declare("False")
@@ -269,11 +269,11 @@ class Navigation(Expression):
     @override
     def emit_for_each(self, out: Emitter, body: EmitBody, *, include_valueless: bool = False) -> None:
         if self.base.many:
-            self.base.emit_for_each(out, lambda parent: self._each_in(out, parent, body, include_valueless))
+            self.base.emit_for_each(out, lambda parent: self._emit_items_of(out, parent, body, include_valueless))
         else:
-            self._each_in(out, self._parent(out), body, include_valueless)
+            self._emit_items_of(out, self._parent(out), body, include_valueless)
 
-    def _each_in(self, out: Emitter, parent: str, body: EmitBody, include_valueless: bool) -> None:
+    def _emit_items_of(self, out: Emitter, parent: str, body: EmitBody, include_valueless: bool) -> None:
         read = out.let(self._read(out, parent))
         if not self.is_array:
             extra = f" or {self._extra(out, parent)}" if include_valueless and self.may_be_valueless else ""

@@ -23,15 +23,15 @@ SAME: Types = frozenset({"same as the input"})
 class Function:
     """The signature of a FHIRPath function.
 
-    ``template`` computes the result; ``types`` are its FHIR types, None if they are not known. ``least`` and ``most``
-    are the numbers of arguments allowed. ``many`` is True if the result is a collection. ``takes`` is the kind of
-    input (``text``, ``number``), None if any is allowed.
+    ``template`` computes the result; ``types`` are its FHIR types, None if they are not known. ``min_arguments`` and
+    ``max_arguments`` limit the number of arguments. ``many`` is True if the result is a collection. ``takes`` is the
+    kind of input (``text``, ``number``), None if any is allowed.
     """
 
     template: Template
     types: Types
-    least: int = 0
-    most: int = 0
+    min_arguments: int = 0
+    max_arguments: int = 0
     many: bool = False
     takes: str | None = None
 
@@ -80,8 +80,8 @@ SCALARS |= {
     f"convertsTo{name}": Function(scalar_functions.build_converts_to(SCALARS[f"to{name}"].template), _BOOLEAN)
     for name in ("String", "Integer", "Decimal", "Boolean", "Date", "DateTime", "Time")
 }
-"""By name. A template gets the input as ``{0}`` and the arguments as ``{1}``, ``{2}``. An empty operand makes the
-result empty.
+"""The functions of single values. A template gets the input as ``{0}`` and the arguments as ``{1}``, ``{2}``. The
+result is empty if an operand is empty.
 """
 
 COLLECTIONS: dict[str, Function] = {
@@ -99,7 +99,7 @@ COLLECTIONS: dict[str, Function] = {
     "allFalse": Function("all(v is False for v in {0})", _BOOLEAN),
     "anyFalse": Function("any(v is False for v in {0})", _BOOLEAN),
 }
-"""By name. A template gets the input collection as ``{0}`` and the argument collection as ``{1}``."""
+"""The functions of collections. A template gets the input collection as ``{0}``, the argument collection as ``{1}``."""
 
 BOUNDARIES: dict[str, Callable[..., object]] = {
     "date": date_times.date_boundary,
@@ -109,11 +109,11 @@ BOUNDARIES: dict[str, Callable[..., object]] = {
     "decimal": date_times.decimal_boundary,
     "integer": date_times.decimal_boundary,
 }
-"""By the type of the input, the function behind ``lowBoundary()`` and ``highBoundary()``."""
+"""The implementation of ``lowBoundary()`` and ``highBoundary()`` for each type of input."""
 
 VALUES: dict[str, Function] = {
     "now": Function(scalar_functions.now, frozenset({"dateTime"})),
     "today": Function(scalar_functions.today, frozenset({"date"})),
     "timeOfDay": Function(scalar_functions.time_of_day, frozenset({"time"})),
 }
-"""By name: functions without input."""
+"""The functions without input."""

@@ -74,14 +74,7 @@ def resolve(tree: syntax.Syntax, scope: Scope) -> Expression:
         case syntax.TypeTest(operator=operator, operand=operand, type=type_):
             return _type_test(operator, resolve(operand, scope), type_)
         case syntax.Sign(operator=operator, operand=operand):
-            inner = resolve(operand, scope)
-            if isinstance(inner, expressions.Constant) and isinstance(inner.constant, int):
-                return expressions.Constant(-inner.constant if operator == "-" else inner.constant, inner.types)
-            return (
-                invocations.ScalarFunction(scalar_functions.negate, inner, types=inner.types)
-                if operator == "-"
-                else inner
-            )
+            return _apply_sign(operator, resolve(operand, scope))
         case syntax.Operation(operator=operator, left=left, right=right):
             return _operation(operator, resolve(left, scope), resolve(right, scope))
     raise NotCompiled(type(tree).__name__)
@@ -93,7 +86,7 @@ def _member(tree: syntax.Member, scope: Scope) -> Expression:
     return scope.this if _is_root_name(tree.name, scope) else navigate(scope.this, tree.name)
 
 
-def _signed(operator: str, operand: Expression) -> Expression:
+def _apply_sign(operator: str, operand: Expression) -> Expression:
     if operator == "+":
         return operand
     if isinstance(operand, expressions.Constant) and isinstance(operand.constant, int):
@@ -257,11 +250,11 @@ def _call(call: syntax.Call, scope: Scope) -> Expression:
     if name == "getReferenceKey":
         _check_arguments(call, 0, 1)
         wanted = resolve_type_name(_type_argument(call.arguments[0])) if call.arguments else None
-        return _scalar_each(base, lambda reference: runtime.reference_key(reference, wanted))
+        return _map_scalar(base, lambda reference: runtime.reference_key(reference, wanted))
     arguments = [resolve(argument, scope) for argument in call.arguments]
     for table, build in ((SCALARS, _scalar), (COLLECTIONS, _collection)):
         if function := table.get(name):
-            _check_arguments(call, function.least, function.most)
+            _check_arguments(call, function.min_arguments, function.max_arguments)
             if function.takes and booleans.kind(base.types) not in (function.takes, None):
                 raise FhirPathError(f"{name}() takes a {function.takes}, not a {booleans.kind(base.types)}")
             return build(function, base, arguments)
@@ -269,15 +262,15 @@ def _call(call: syntax.Call, scope: Scope) -> Expression:
         return invocations.ScalarFunction(function.template, types=function.types)
     if name not in _STRUCTURAL:
         raise NotCompiled(f"{name}()")
-    least, most, build_expression = _STRUCTURAL[name]
-    _check_arguments(call, least, most)
+    minimum, maximum, build_expression = _STRUCTURAL[name]
+    _check_arguments(call, minimum, maximum)
     return build_expression(base, *arguments)
 
 
-def _check_arguments(call: syntax.Call, least: int, most: int) -> None:
-    if not least <= len(call.arguments) <= most:
-        wanted = str(least) if least == most else f"{least} to {most}"
-        raise FhirPathError(f"{call.name}() takes {wanted} arguments, not {len(call.arguments)}")
+def _check_arguments(call: syntax.Call, minimum: int, maximum: int) -> None:
+    if not minimum <= len(call.arguments) <= maximum:
+        expected = str(minimum) if minimum == maximum else f"{minimum} to {maximum}"
+        raise FhirPathError(f"{call.name}() takes {expected} arguments, not {len(call.arguments)}")
 
 
 def _type_argument(tree: syntax.Syntax) -> str:
@@ -308,7 +301,7 @@ def _collection(function: Function, base: Expression, arguments: list[Expression
     return invocations.CollectionFunction(function.template, base, *arguments, types=types, many=function.many)
 
 
-def _scalar_each(base: Expression, function: Callable[..., object]) -> Expression:
+def _map_scalar(base: Expression, function: Callable[..., object]) -> Expression:
     """Return the expression that applies a function to each item of ``base``."""
     inner = invocations.ScalarFunction(function, expressions.Focus(base.types), types=_STRING)
     return invocations.Select(base, inner) if base.many else invocations.ScalarFunction(function, base, types=_STRING)
@@ -339,7 +332,7 @@ def _with_criteria(call: syntax.Call, base: Expression, scope: Scope) -> Express
 
 
 def _boundary(base: Expression, *, high: bool) -> Expression:
-    """Return ``lowBoundary()`` or ``highBoundary()``, chosen by the type of the value, or by its form if unknown."""
+    """Return ``lowBoundary()`` or ``highBoundary()`` for the type of the base, or for any value if it is unknown."""
     types = base.types
     single = next(iter(types)) if types is not None and len(types) == 1 else None
     function: Callable[..., object] = BOUNDARIES.get(single or "", date_times.boundary)
@@ -376,7 +369,7 @@ _STRUCTURAL: dict[str, tuple[int, int, Callable[..., Expression]]] = {
     "lowBoundary": (0, 0, lambda base: _boundary(base, high=False)),
     "highBoundary": (0, 0, lambda base: _boundary(base, high=True)),
 }
-"""Functions with an expression class of their own: the least and the greatest number of arguments, and the class."""
+"""Functions with an expression class of their own: the minimum and maximum number of arguments, and the class."""
 
 _KNOWN = frozenset((*SCALARS, *COLLECTIONS, *VALUES, *_STRUCTURAL, *_WITH_CRITERIA, *_TYPE_FUNCTIONS, *_NOT_SUPPORTED))
 """The names of all functions of FHIRPath and FHIR."""

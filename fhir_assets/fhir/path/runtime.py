@@ -110,8 +110,8 @@ def descendants_of(items: Iterable[Any], type_name: str, wanted: str) -> list[An
     model = r4()
     result: list[Any] = []
 
-    def walk(item: dict[str, Any], at: str) -> None:
-        type_ = model.types.get(item.get("resourceType", at))
+    def walk(item: dict[str, Any], item_type: str) -> None:
+        type_ = model.types.get(item.get("resourceType", item_type))
         for name, value in item.items() if type_ else ():
             element = type_.json.get(name) if type_ else None
             if element is None:

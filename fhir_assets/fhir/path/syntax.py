@@ -176,21 +176,21 @@ class _Parser:
         return self.tokens[self.position]
 
     def fail(self, expected: str) -> FhirPathError:
-        found = f'"{self.token.text}"' if self.token.text else "the end"
+        actual = f'"{self.token.text}"' if self.token.text else "the end"
         return FhirPathError(
             f'cannot read the expression "{self.text}" at character {self.token.at + 1}: '
-            f"expected {expected}, found {found}"
+            f"expected {expected}, found {actual}"
         )
 
-    def take(self, *symbols: str) -> _Token | None:
+    def accept(self, *symbols: str) -> _Token | None:
         token = self.token
         if token.kind in ("symbol", "word") and token.text in symbols:
             self.position += 1
             return token
         return None
 
-    def need(self, symbol: str) -> None:
-        if not self.take(symbol):
+    def expect(self, symbol: str) -> None:
+        if not self.accept(symbol):
             raise self.fail(f'"{symbol}"')
 
     def next(self) -> _Token:
@@ -199,16 +199,16 @@ class _Parser:
         return token
 
     def parse(self) -> Syntax:
-        tree = self.expression(0)
+        tree = self.parse_expression(0)
         if self.token.kind != "end":
             raise self.fail("an operator or the end")
         return tree
 
-    def expression(self, floor: int) -> Syntax:
-        if sign := self.take("+", "-"):
-            left: Syntax = Sign(sign.at, sign.text, self.expression(_SIGN_PRECEDENCE))
+    def parse_expression(self, floor: int) -> Syntax:
+        if sign := self.accept("+", "-"):
+            left: Syntax = Sign(sign.at, sign.text, self.parse_expression(_SIGN_PRECEDENCE))
         else:
-            left = self.invocations(self.term())
+            left = self.parse_invocations(self.parse_term())
         while self.token.kind in ("symbol", "word"):
             operator = self.token.text
             level = _PRECEDENCE.get(operator, 0)
@@ -216,18 +216,18 @@ class _Parser:
                 break
             at = self.next().at
             if operator in ("is", "as"):
-                left = TypeTest(at, operator, left, self.type_name())
+                left = TypeTest(at, operator, left, self.parse_type_name())
             else:
-                left = Operation(at, operator, left, self.expression(level))
+                left = Operation(at, operator, left, self.parse_expression(level))
         return left
 
-    def type_name(self) -> str:
-        name = self.identifier()
-        while self.take("."):
-            name += f".{self.identifier()}"
+    def parse_type_name(self) -> str:
+        name = self.parse_identifier()
+        while self.accept("."):
+            name += f".{self.parse_identifier()}"
         return name
 
-    def identifier(self) -> str:
+    def parse_identifier(self) -> str:
         token = self.token
         if token.kind == "word":
             self.position += 1
@@ -237,44 +237,44 @@ class _Parser:
             return _unescape(token.text[1:-1])
         raise self.fail("a name")
 
-    def invocations(self, base: Syntax) -> Syntax:
+    def parse_invocations(self, base: Syntax) -> Syntax:
         while True:
-            if self.take("."):
+            if self.accept("."):
                 if self.token.kind == "special":
                     token = self.next()
                     base = Special(token.at, token.text)
                 else:
-                    base = self.invocation(base)
-            elif at := self.take("["):
-                base = Index(at.at, base, self.expression(0))
-                self.need("]")
+                    base = self.parse_invocation(base)
+            elif at := self.accept("["):
+                base = Index(at.at, base, self.parse_expression(0))
+                self.expect("]")
             else:
                 return base
 
-    def invocation(self, base: Syntax | None) -> Syntax:
+    def parse_invocation(self, base: Syntax | None) -> Syntax:
         at = self.token.at
-        name = self.identifier()
-        if not self.take("("):
+        name = self.parse_identifier()
+        if not self.accept("("):
             return Member(at, base, name)
         arguments: list[Syntax] = []
-        if not self.take(")"):
-            arguments.append(self.expression(0))
-            while self.take(","):
-                arguments.append(self.expression(0))
-            self.need(")")
+        if not self.accept(")"):
+            arguments.append(self.parse_expression(0))
+            while self.accept(","):
+                arguments.append(self.parse_expression(0))
+            self.expect(")")
         return Call(at, base, name, tuple(arguments))
 
-    def term(self) -> Syntax:
+    def parse_term(self) -> Syntax:
         token = self.token
         at = token.at
         if token.kind in ("word", "delimited") and token.text not in ("true", "false"):
-            return self.invocation(None)
-        if self.take("("):
-            inner = self.expression(0)
-            self.need(")")
+            return self.parse_invocation(None)
+        if self.accept("("):
+            inner = self.parse_expression(0)
+            self.expect(")")
             return inner
-        if self.take("{"):
-            self.need("}")
+        if self.accept("{"):
+            self.expect("}")
             return Literal(at, "empty", None)
         self.position += 1
         match token.kind:
@@ -283,9 +283,9 @@ class _Parser:
             case "string":
                 return Literal(at, "string", _unescape(token.text[1:-1]))
             case "date" | "time" | "datetime":
-                return self.date_or_time(token)
+                return self.parse_date_or_time(token)
             case "number":
-                return self.number(token)
+                return self.parse_number(token)
             case "special":
                 return Special(at, token.text)
             case "constant":
@@ -294,11 +294,11 @@ class _Parser:
         self.position -= 1
         raise self.fail("a term")
 
-    def date_or_time(self, token: _Token) -> Literal:
+    def parse_date_or_time(self, token: _Token) -> Literal:
         type_ = {"date": "date", "time": "time", "datetime": "dateTime"}[token.kind]
         return Literal(token.at, type_, token.text.lstrip("@").removeprefix("T").removesuffix("T"))
 
-    def number(self, token: _Token) -> Literal:
+    def parse_number(self, token: _Token) -> Literal:
         value = Decimal(token.text) if "." in token.text else int(token.text)
         if self.token.kind == "string":
             return Literal(token.at, "Quantity", value, _unescape(self.next().text[1:-1]))

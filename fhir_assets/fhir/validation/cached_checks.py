@@ -11,13 +11,13 @@ from typing import Any
 from fhir_assets.fhir.validation import primitives
 from fhir_assets.fhir.validation.bindings import allows_coding
 from fhir_assets.fhir.validation.contained import ContainedScope
-from fhir_assets.fhir.validation.decoder_patterns import literal_reference
+from fhir_assets.fhir.validation.decoder_patterns import compile_literal_reference
 from fhir_assets.fhir.validation.narrative import check_xhtml
 from fhir_assets.fhir.validation.references import resolve_target_type
 from fhir_assets.fhir.validation.rules import load_rules
 
 LIMIT = 20_000
-"""The greatest number of values in a cache."""
+"""The maximum number of values in a cache."""
 
 KINDS = {
     "base64Binary": "base64",
@@ -28,7 +28,7 @@ KINDS = {
     "uri": "uri",
     "url": "uri",
 }
-"""By primitive type, the key of its check in ``NEW`` and of its cache in ``SEEN``."""
+"""The key of the check in ``NEW`` and of the cache in ``SEEN`` for each primitive type."""
 
 SEEN: dict[str, set[str]] = {"uri": set(), "code": set(), "date": set(), "id": set()}
 """The caches of valid values."""
@@ -58,9 +58,7 @@ NEW: dict[str, Callable[[str], bool]] = {
     "id": _add_cache(SEEN["id"], primitives.is_id),
     "uri": _add_cache(SEEN["uri"], primitives.is_uri),
 }
-
-
-"""Checks of values that are not in the cache; a valid value is added to it."""
+"""The checks of values that are not in a cache. A check adds valid values to its cache, if it has one."""
 
 
 def is_valid_xhtml(text: str) -> bool:
@@ -94,10 +92,10 @@ class ReferenceTargets:
     def __init__(self, types: frozenset[str]) -> None:
         self.types = types
         self.seen: set[str] = set()
-        self._is_literal = literal_reference(types or _TYPES).fullmatch
+        self._is_literal = compile_literal_reference(types or _TYPES).fullmatch
 
     def allow(self, reference: Any, scope: ContainedScope) -> bool:
-        """Return True if the reference, a Struct, certainly refers to one of the types."""
+        """Return True if the reference (a Struct) is known to refer to one of the types."""
         literal: str | None = reference.reference
         stated: str | None = reference.type
         if literal is None:

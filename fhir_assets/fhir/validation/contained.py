@@ -16,8 +16,8 @@ _head = msgspec.json.Decoder(_Head)
 class ContainedScope:
     """The contained resources of one resource, and which of them are referred to.
 
-    Each resource with contained resources gets a scope of its own; all others share one. ``accept`` runs the fast path
-    on the bytes of a contained resource with this scope.
+    Each resource with contained resources gets its own scope; all other resources share one. ``accept`` runs the fast
+    path on the bytes of a contained resource with this scope.
     """
 
     __slots__ = ("_accept", "_types", "_used")
@@ -39,12 +39,12 @@ class ContainedScope:
             self._types[head.id] = head.resourceType
         return True
 
-    def contained(self, body: msgspec.Raw) -> bool:
+    def accepts(self, body: msgspec.Raw) -> bool:
         """Return True if a contained resource has no issue."""
         return self._accept(body, self)
 
     def use(self, reference: str) -> str | None:
-        """Return the type of the contained resource that ``#id`` refers to, None if there is none; count it as used."""
+        """Mark the contained resource that ``#id`` refers to as used. Return its type, or None if there is none."""
         resource_type = self._types.get(reference[1:])
         if resource_type is not None:
             self._used.add(reference[1:])

@@ -24,7 +24,7 @@ PATTERNS = {
     "time": _CLOCK,
     "uuid": r"urn:uuid:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
-"""By primitive type, the pattern of its values."""
+"""The pattern of the values of each primitive type."""
 
 RARE_TYPES = ("Element.id", "oid", "time", "uuid")
 """Types that few resources use. The decoder tests their pattern, which costs nothing if they are absent."""
@@ -33,11 +33,11 @@ RARE = {"code": r"[^\s\x00-\x1f]+", "uri": r"[^\s\x00-\x1f]+"}
 """The patterns that the decoder tests for the rare elements ``implicitRules`` and ``language``, by their type."""
 
 
-def anchored(pattern: str) -> str:
+def anchor_pattern(pattern: str) -> str:
     """Return the pattern anchored at both ends, because the decoder searches instead of matching."""
     return rf"\A(?:{pattern})\Z"
 
 
-def literal_reference(types: frozenset[str]) -> re.Pattern[str]:
-    """Return the pattern of ``Type/id`` with one of the types."""
+def compile_literal_reference(types: frozenset[str]) -> re.Pattern[str]:
+    """Return the compiled pattern of ``Type/id`` with one of the types."""
     return re.compile(rf"(?:{'|'.join(sorted(types))})/{ID}")

@@ -22,7 +22,7 @@ import msgspec
 from fhir_assets.fhir.validation import cached_checks, invariants
 from fhir_assets.fhir.validation.bindings import allows_code, list_codes
 from fhir_assets.fhir.validation.contained import ContainedScope
-from fhir_assets.fhir.validation.decoder_patterns import PATTERNS, RARE, RARE_TYPES, anchored
+from fhir_assets.fhir.validation.decoder_patterns import PATTERNS, RARE, RARE_TYPES, anchor_pattern
 from fhir_assets.fhir.validation.fast_invariants import (
     ABATED,
     SUFFICIENT_CONDITIONS,
@@ -50,7 +50,7 @@ _TEXT = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STRING)]
 _DECODED: dict[str, Any] = (
     {"boolean": bool, "decimal": float, "markdown": _TEXT, "string": _TEXT}
     | {name: Annotated[int, msgspec.Meta(ge=least, le=MAX_INTEGER)] for name, least in INTEGERS.items()}
-    | {name: Annotated[str, msgspec.Meta(pattern=anchored(PATTERNS[name]))] for name in RARE_TYPES}
+    | {name: Annotated[str, msgspec.Meta(pattern=anchor_pattern(PATTERNS[name]))] for name in RARE_TYPES}
 )
 """The types that the decoder checks completely. Control characters in strings are detected in the bytes instead."""
 
@@ -85,7 +85,7 @@ class FastPathCompiler:
         sys.modules[self._module.__name__] = self._module  # msgspec resolves the names of recursive Structs here
         self._known: set[str] = set()
 
-    def compiled(self, resource_type: str) -> CompiledType:
+    def get_compiled(self, resource_type: str) -> CompiledType:
         """Return the compiled form of a resource type; it is compiled on first use."""
         compiled = self._compiled.get(resource_type)
         if compiled is None:
@@ -110,7 +110,7 @@ class FastPathCompiler:
         self._known.update(new)
 
     def _find_reachable(self, name: str) -> Iterator[str]:
-        """Yield the names of the structure and of all structures that its elements lead to."""
+        """Yield the names of the structure and of all structures that are reachable from its elements."""
         pending, seen = [name], {name}
         while pending:
             current = pending.pop()
@@ -153,7 +153,7 @@ class FastPathCompiler:
         if type_ not in PRIMITIVES:
             return ForwardRef(python_name(type_))
         if is_rare(element, type_):
-            return Annotated[str, msgspec.Meta(pattern=anchored(RARE[type_]))]
+            return Annotated[str, msgspec.Meta(pattern=anchor_pattern(RARE[type_]))]
         return _DECODED.get(type_, str)
 
 
@@ -224,7 +224,7 @@ class CheckWriter:
         if type_ in PRIMITIVES:
             yield from self._primitive_failure_tests(element, type_, suffix)
         elif type_ == "Resource":
-            yield "not c.contained(v)" if element.name == "contained" else "True"
+            yield "not c.accepts(v)" if element.name == "contained" else "True"
         elif type_ == "Reference":
             targets = self.namespace[f"targets_{suffix}"] = cached_checks.get_reference_targets(element.targets)
             self.namespace[f"seen_{suffix}"] = targets.seen
@@ -269,7 +269,7 @@ class CheckWriter:
 
 
 def is_rare(element: Element, type_: str) -> bool:
-    """Return True for an element that few resources have. The decoder tests its value, by a pattern of ``RARE``."""
+    """Return True for an element that few resources have; the decoder tests its value by a pattern of ``RARE``."""
     return element.name in {"implicitRules", "language"} and type_ in RARE and element.value_set is None
 
 

@@ -62,11 +62,13 @@ SUFFICIENT_CONDITIONS = {
     "tim-10": "o.timeOfDay is None or o.when is None",
     "trd-1": "o.data is None or not {timing}",
 }
-"""By key of the invariant. ``dom-4`` and ``dom-5`` are tested on each contained resource (``fast_path``)."""
+"""The conditions by the key of the invariant. ``dom-4`` and ``dom-5`` are tested on each contained resource
+(``fast_path``).
+"""
 
 
 def in_order(start: str, end: str) -> bool:
-    """Return True if start <= end is certain: both have the same format and zone, or both are complete and apart."""
+    """Return True if start <= end is certain: same format and zone, or two different instants with a time."""
     if len(start) == len(end) and start[19:] == end[19:]:
         return start <= end
     if len(start) < 20 or len(end) < 20:

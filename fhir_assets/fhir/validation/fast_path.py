@@ -1,6 +1,6 @@
 """The fast path of validation: runs the compiled rules on bytes and accepts resources without any issue.
 
-It never explains a refusal; the walker validates everything that it does not accept.
+The fast path reports no issues: the walker validates every resource that the fast path does not accept.
 """
 
 import re
@@ -32,7 +32,7 @@ DEPTH_PER_RECURSION = 14
 
 
 @cache
-def compiler() -> FastPathCompiler:
+def get_compiler() -> FastPathCompiler:
     """Return the compiler of this process."""
     return FastPathCompiler(load_rules())
 
@@ -46,9 +46,9 @@ class FastPath:
         self._plain_scope = ContainedScope(self._accept_contained)
 
     def accepts(self, body: bytes) -> bool:
-        """Return True if the body is a resource without any issue. False leaves the decision to the walker.
+        """Return True if the body is a resource without any issue. False means that the walker must decide.
 
-        Never raises, whatever the bytes.
+        Does not raise for any input.
         """
         try:
             if self._recursions < 0 or (b"\\" in body and _CONTROL(body)):
@@ -78,10 +78,10 @@ class FastPath:
             type_name = name.decode()
             if type_name not in load_rules().resource_types:
                 return None, None
-            compiled = self._compiled[name] = compiler().compiled(type_name)
+            compiled = self._compiled[name] = get_compiler().get_compiled(type_name)
         resource = compiled.decode(body)
-        # The decoder keeps one of two properties with the same name, so the encoded resource then has fewer colons.
-        # Colons in strings are in both texts.
+        # The decoder keeps only one of two properties with the same name, so the encoded resource has fewer colons.
+        # Colons within strings occur in both texts.
         return resource, compiled if body.count(b":") == _encode(resource).count(b":") else None
 
 

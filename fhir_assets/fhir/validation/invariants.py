@@ -7,7 +7,7 @@ from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.path import CompiledPath, compile_path
 from fhir_assets.fhir.validation.rules import PRIMITIVES, Invariant
 
-__all__ = ["NOT_EVALUATED", "SUBSUMED", "Invariant", "compiled", "holds"]
+__all__ = ["NOT_EVALUATED", "SUBSUMED", "Invariant", "compile_invariant", "holds"]
 
 SUBSUMED = {
     "ele-1": "the walker reports objects that are empty or have only an id",
@@ -29,7 +29,7 @@ NOT_EVALUATED = {
 
 
 @lru_cache(maxsize=4096)
-def compiled(expression: str, type_: str, resource_type: str) -> CompiledPath | None:
+def compile_invariant(expression: str, type_: str, resource_type: str) -> CompiledPath | None:
     """Compile an expression for a focus and a ``%resource`` of these types; None if it cannot be compiled."""
     root_type = None if type_ in PRIMITIVES else type_  # ras-1 reads elements of Range, but the value may be a decimal
     try:
@@ -48,7 +48,7 @@ def holds(rule: Invariant, type_: str, focus: Any, resource: dict[str, Any], roo
         return True
     if rule.key in OF_CONTAINED and "contained" not in focus:
         return True
-    path = compiled(rule.expression, type_, str(resource["resourceType"]))
+    path = compile_invariant(rule.expression, type_, str(resource["resourceType"]))
     if path is None:
         return None
     try:

@@ -29,7 +29,7 @@ class Issue:
     """One issue of a resource. No attribute contains a value of the resource.
 
     ``rule`` is the name of the violated rule (``structure``, ``invariant:obs-6``), ``path`` the element as a FHIRPath
-    expression (``Patient.contact[0].name``), ``message`` what is expected there.
+    expression (``Patient.contact[0].name``), ``message`` a description of the expected value.
     """
 
     rule: str

@@ -9,7 +9,7 @@ from decimal import Decimal
 from fhir_assets.fhir.validation.narrative import Problem, check_xhtml
 
 MAX_STRING = 1024 * 1024
-"""The greatest length of a string, in characters."""
+"""The maximum length of a string, in characters."""
 MAX_INTEGER = 2**31 - 1
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]").search
@@ -98,7 +98,7 @@ TEXT: dict[str, tuple[Check, str]] = {
     "Element.id": (is_uri, "a string without white space"),
     "base64Binary": (is_base64, "base64, not empty"),
     "canonical": (is_uri, "a canonical URL without white space"),
-    "code": (is_code, "a code: not empty, no white space but single blanks inside"),
+    "code": (is_code, "a code: not empty, no white space except single blanks inside"),
     "date": (is_date, "a date that exists: YYYY, YYYY-MM or YYYY-MM-DD"),
     "dateTime": (is_date_time, "a date that exists, with or without a time; a time has seconds and a zone"),
     "id": (is_id, "an id: 1 to 64 characters of A-Z, a-z, 0-9, '-' and '.'"),
@@ -114,7 +114,7 @@ TEXT: dict[str, tuple[Check, str]] = {
 """The primitive types that are strings in JSON: their check, and the expected value for messages."""
 
 INTEGERS = {"integer": -MAX_INTEGER - 1, "unsignedInt": 0, "positiveInt": 1}
-"""The primitive types that are integers in JSON, with the least value of each; the greatest is 2147483647."""
+"""The primitive types that are integers in JSON, with the minimum of each; the maximum is 2147483647."""
 
 
 def check_primitive(type_: str, value: object) -> Problem | None:

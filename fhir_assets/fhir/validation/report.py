@@ -45,9 +45,9 @@ class _Bundle(msgspec.Struct, tag_field="resourceType", tag="Bundle"):
 def validate_files(files: Iterable[Path], validator: Validator) -> Iterator[CheckedResource]:
     """Validate each resource of the files in turn.
 
-    A file is NDJSON (blank lines are skipped) or one JSON document, gzipped or not; its content decides which. A
-    Bundle yields the resources of its entries, and then itself if it has issues outside the entries. Raises NotFhir
-    if a file cannot be read.
+    A file is NDJSON (blank lines are skipped) or one JSON document, gzipped or not; the format is detected from the
+    content. For a Bundle, the resources of its entries are validated, and the Bundle itself is yielded only if it has
+    issues outside the entries. Raises NotFhir if a file cannot be read.
     """
     for file in files:
         for line, body in _documents(file):

@@ -78,7 +78,7 @@ class Structure:
 
     @cached_property
     def properties(self) -> dict[str, tuple[Element, str]]:
-        """By JSON property name, the element and the type."""
+        """The element and its type by JSON property name."""
         return {
             name: (element, type_) for element in self.elements.values() for name, type_ in element.json_names().items()
         }
@@ -121,9 +121,9 @@ class _File(msgspec.Struct, rename="camel"):
 class Rules:
     """All rules, decoded from the content of ``r4.json.gz``.
 
-    ``digest`` is a hash of the content. ``value_sets`` has, by URL, the codes of each code system, or None if the
-    codes cannot be enumerated (see ``bindings.GRAMMARS``). ``resource_types`` are the names of all concrete resource
-    types.
+    ``digest`` is a hash of the content. ``value_sets`` maps the URL of a value set to the codes of each code system, or
+    to None if the codes cannot be enumerated (see ``bindings.GRAMMARS``). ``resource_types`` are the names of all
+    concrete resource types.
     """
 
     def __init__(self, content: bytes) -> None:

@@ -83,7 +83,7 @@ class Validator:
         return f"{self.rules_version}-{hashlib.sha256(settings).hexdigest()[:8]}"
 
     def check(self, body: bytes) -> ValidationResult:
-        """Validate one resource, given as JSON. Never raises, whatever the bytes."""
+        """Validate one resource, given as JSON. Does not raise for any input."""
         if len(body) <= self.max_bytes and self._fast.accepts(body):
             return ValidationResult(body)
         return self.explain(body)

@@ -63,10 +63,10 @@ class Walker:
 
     def walk(self, value: Any) -> list[Issue]:
         """Return all issues of a resource, given as parsed JSON."""
-        self._resource(value, "", None)
+        self._walk_resource(value, "", None)
         return self.issues
 
-    def _resource(self, value: Any, path: str, container: Scope | None) -> None:
+    def _walk_resource(self, value: Any, path: str, container: Scope | None) -> None:
         if not isinstance(value, dict):
             return self.add(STRUCTURE, path or "Resource", "expected a resource: an object with a resourceType")
         name = value.get("resourceType")
@@ -79,18 +79,18 @@ class Walker:
         else:
             scope = Scope(value, container.root, container.contained, is_contained=True)
         before = len(self.issues)
-        self._object(self.rules.structure(name), value, path or name, scope)
+        self._walk_object(self.rules.structure(name), value, path or name, scope)
         scope.broken = len(self.issues) > before
         for structure, focus, location in scope.pending:
-            self._invariants(structure.name, structure.invariants, focus, location, scope)
+            self._check_invariants(structure.name, structure.invariants, focus, location, scope)
         return None
 
-    def _object(self, structure: Structure, value: Any, path: str, scope: Scope) -> None:
+    def _walk_object(self, structure: Structure, value: Any, path: str, scope: Scope) -> None:
         if not isinstance(value, dict):
             return self.add(STRUCTURE, path, "expected an object")
         if not value:
             return self.add(STRUCTURE, path, "an object must not be empty; leave the element out")
-        seen = self._properties(structure, value, path, scope)
+        seen = self._walk_properties(structure, value, path, scope)
         for element in structure.required:
             if element.name not in seen:
                 self.add(CARDINALITY, f"{path}.{element.name}", "a required element is missing")
@@ -100,7 +100,7 @@ class Walker:
             scope.pending.append((structure, value, path))
         return None
 
-    def _properties(self, structure: Structure, value: Json, path: str, scope: Scope) -> dict[str, str]:
+    def _walk_properties(self, structure: Structure, value: Json, path: str, scope: Scope) -> dict[str, str]:
         """Validate the properties of an object. Return the names of its elements, with the JSON name of each."""
         seen: dict[str, str] = {}
         for name, child in value.items():
@@ -114,38 +114,40 @@ class Walker:
             if seen.setdefault(element.name, plain) != plain:
                 self.add(CARDINALITY, f"{path}.{element.name}", "at most one type of this element may be given")
             if type_ not in PRIMITIVES:
-                self._complex(element, type_, child, f"{path}.{element.name}", scope)
+                self._walk_complex(element, type_, child, f"{path}.{element.name}", scope)
             elif plain == name:
-                self._primitive(element, type_, child, value.get("_" + name, ABSENT), f"{path}.{element.name}", scope)
+                self._walk_primitive(
+                    element, type_, child, value.get("_" + name, ABSENT), f"{path}.{element.name}", scope
+                )
             elif plain not in value:
-                self._primitive(element, type_, ABSENT, child, f"{path}.{element.name}", scope)
+                self._walk_primitive(element, type_, ABSENT, child, f"{path}.{element.name}", scope)
         return seen
 
-    def _complex(self, element: Element, type_: str, value: Any, path: str, scope: Scope) -> None:
+    def _walk_complex(self, element: Element, type_: str, value: Any, path: str, scope: Scope) -> None:
         if not self._has_right_shape(element, value, path):
             return
         for item, location in _items(element, value, path):
             if item is None:
                 self.add(STRUCTURE, location, "null is not allowed; leave the element out")
             elif type_ == "Resource":
-                self._nested(element, item, location, scope)
+                self._walk_nested(element, item, location, scope)
             else:
                 structure = self.rules.structure(type_)
-                self._object(structure, item, location, scope)
+                self._walk_object(structure, item, location, scope)
                 if isinstance(item, dict):
                     self._check_complex(element, type_, item, location, scope)
 
-    def _nested(self, element: Element, item: Any, path: str, scope: Scope) -> None:
+    def _walk_nested(self, element: Element, item: Any, path: str, scope: Scope) -> None:
         if element.name != "contained":
-            self._resource(item, path, None)
+            self._walk_resource(item, path, None)
         elif scope.is_contained:
             self.add(INVARIANT + "dom-2", path, "a contained resource must not contain other resources")
         else:
-            self._resource(item, path, scope)
+            self._walk_resource(item, path, scope)
 
     def _check_complex(self, element: Element, type_: str, item: Json, path: str, scope: Scope) -> None:
         if type_ == "Reference":
-            self._reference(element, item, path, scope)
+            self._check_reference(element, item, path, scope)
         if element.value_set is not None and type_ == "CodeableConcept":
             codings = item.get("coding")
             codings = codings if isinstance(codings, list) else []
@@ -154,9 +156,11 @@ class Walker:
             ):
                 self.add(REQUIRED_BINDING, path, f"no coding is in the value set {element.value_set}")
         if element.invariants:
-            self._invariants(type_, element.invariants, item, path, scope)
+            self._check_invariants(type_, element.invariants, item, path, scope)
 
-    def _primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
+    def _walk_primitive(
+        self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope
+    ) -> None:
         if value is not ABSENT and not self._has_right_shape(element, value, path):
             return
         if companion is not ABSENT and not self._has_right_shape(element, companion, path):
@@ -167,7 +171,7 @@ class Walker:
             elif companion is None:
                 self.add(STRUCTURE, path, "null is not allowed beside a value; leave the element out")
             else:
-                self._one_primitive(element, type_, value, companion, path, scope)
+                self._check_primitive(element, type_, value, companion, path, scope)
             return
         values = [] if value is ABSENT else value
         companions = [] if companion is ABSENT else companion
@@ -180,7 +184,7 @@ class Walker:
             if item is None and extra is None:
                 self.add(STRUCTURE, location, "null is only allowed for a value that has an extension instead")
             else:
-                self._one_primitive(
+                self._check_primitive(
                     element,
                     type_,
                     ABSENT if item is None else item,
@@ -189,9 +193,11 @@ class Walker:
                     scope,
                 )
 
-    def _one_primitive(self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope) -> None:
+    def _check_primitive(
+        self, element: Element, type_: str, value: Any, companion: Any, path: str, scope: Scope
+    ) -> None:
         if companion is not ABSENT:
-            self._companion(companion, value is ABSENT, path, scope)
+            self._check_companion(companion, value is ABSENT, path, scope)
         if value is ABSENT:
             return
         problem = check_primitive(type_, value)
@@ -200,13 +206,13 @@ class Walker:
         elif element.value_set is not None and type_ == "code" and not allows_code(element.value_set, value):
             self.add(REQUIRED_BINDING, path, f"the code is not in the value set {element.value_set}")
         elif element.invariants:
-            self._invariants(type_, element.invariants, value, path, scope)
+            self._check_invariants(type_, element.invariants, value, path, scope)
 
-    def _companion(self, companion: Any, alone: bool, path: str, scope: Scope) -> None:
+    def _check_companion(self, companion: Any, alone: bool, path: str, scope: Scope) -> None:
         if isinstance(companion, dict) and companion.keys() == {"id"} and not alone:
-            self._one_primitive(_ELEMENT_ID, "Element.id", companion["id"], ABSENT, f"{path}.id", scope)
+            self._check_primitive(_ELEMENT_ID, "Element.id", companion["id"], ABSENT, f"{path}.id", scope)
         else:
-            self._object(self.rules.structure("Element"), companion, path, scope)
+            self._walk_object(self.rules.structure("Element"), companion, path, scope)
 
     def _has_right_shape(self, element: Element, value: Any, path: str) -> bool:
         if value is None and not element.is_list:
@@ -221,7 +227,7 @@ class Walker:
             return True
         return False
 
-    def _reference(self, element: Element, value: Json, path: str, scope: Scope) -> None:
+    def _check_reference(self, element: Element, value: Json, path: str, scope: Scope) -> None:
         targets = element.targets
         reference, stated = value.get("reference"), value.get("type")
         stated_type = stated if isinstance(stated, str) and stated in self.rules.resource_types else ANY
@@ -243,7 +249,7 @@ class Walker:
         if targets and (target_type or stated_type or next(iter(targets))) not in targets:
             self.add(REFERENCE_TARGET, path, f"expected a reference to {' | '.join(sorted(targets))}")
 
-    def _invariants(
+    def _check_invariants(
         self, type_: str, rules: tuple[invariants.Invariant, ...], focus: Any, path: str, scope: Scope
     ) -> None:
         for rule in rules:

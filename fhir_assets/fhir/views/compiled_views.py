@@ -33,9 +33,10 @@ class RowError(PermanentError):
 class CompiledViews:
     """The views of one resource type, compiled to one function that reads a resource once.
 
-    ``empty_join`` is the result of ``join()`` on an empty collection: True gives the empty string, which the published
-    test suite expects; False gives null, as the newest revision of SQL on FHIR requires. A pickled instance holds its
-    views only and is compiled again when it is unpickled. Raises ValueError if the views have several resource types.
+    ``empty_join`` determines the result of ``join()`` on an empty collection: True gives the empty string, which the
+    published test suite expects; False gives null, as the newest revision of SQL on FHIR requires. A pickled instance
+    contains only its views and is compiled again when it is unpickled. Raises ValueError if the views have several
+    resource types.
     """
 
     def __init__(self, views: Sequence[View], *, empty_join: bool = True) -> None:
@@ -43,7 +44,7 @@ class CompiledViews:
             raise ValueError("the views are of several resource types")
         self.views = tuple(views)
         self.empty_join = empty_join
-        self._rows, self._places = _compile(self.views, empty_join=empty_join)
+        self._rows, self._line_origins = _compile(self.views, empty_join=empty_join)
 
     def rows(self, resource: dict[str, Any]) -> list[list[Row]]:
         """Return the rows of each view. A row is a tuple of JSON values in the order of the columns.
@@ -65,7 +66,7 @@ class CompiledViews:
         traceback = error.__traceback__
         while traceback:
             if traceback.tb_frame.f_code.co_filename == "<rows>":
-                location = self._places[traceback.tb_lineno - 2]
+                location = self._line_origins[traceback.tb_lineno - 2]
             traceback = traceback.tb_next
         return location if isinstance(location, tuple) else (self.views[0].name, "?")
 
@@ -75,7 +76,7 @@ class CompiledViews:
 
 _MAX_LOOP_DEPTH = 6
 """The depth of nested loops beyond which rows are collected in a list first, because Python allows 20 blocks."""
-_NOT_R4 = "an element is not of the type that FHIR R4 gives it"
+_NOT_R4 = "an element does not have the type that FHIR R4 defines"
 
 
 def _compile(
@@ -128,7 +129,7 @@ class _Writer:
     def write_product(self, selects: Sequence[Select], before: Sequence[str], then: Continue, *, last: bool) -> None:
         """Write the cross product of the selects.
 
-        ``then`` writes what follows for each row. ``last`` is True if ``then`` may be written more than once.
+        ``then`` writes the statements for each row. ``last`` is True if ``then`` may be called more than once.
         """
         if not selects:
             then(before)
@@ -202,7 +203,7 @@ class _Writer:
             then(["0" if index else "None" for index in select.indexes])
 
     def merge(self, write: Callable[[Continue], None], width: int, then: Continue, *, last: bool) -> None:
-        """Write rows that originate at several points of the code and continue at one, through a list."""
+        """Collect the rows of ``write`` in a list and loop over it, so that the code of ``then`` is written once."""
         if last:
             write(then)
             return

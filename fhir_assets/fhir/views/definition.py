@@ -67,7 +67,7 @@ def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
     """
     reader = _Reader(definition, path)
     try:
-        view = reader.view()
+        view = reader.read_view()
     except _Stop:
         view = None
     errors = [problem for problem in reader.problems if problem.severity == "error"]
@@ -80,7 +80,7 @@ def check_view(definition: dict[str, Any]) -> list[Problem]:
     """Return all problems of a ViewDefinition, errors and warnings, in the order in which they are found."""
     reader = _Reader(definition, None)
     with suppress(_Stop):
-        reader.view()
+        reader.read_view()
     return reader.problems
 
 
@@ -112,7 +112,7 @@ class _Reader:
         """Record a problem that does not prevent parsing the rest of the definition."""
         self.problems.append(Problem(location, message, severity))
 
-    def view(self) -> View:
+    def read_view(self) -> View:
         definition = self.definition
         if not isinstance(definition, dict):
             raise self.fail("", "is not a JSON object")
@@ -126,11 +126,11 @@ class _Reader:
             raise self.fail("name", _NAME_RULE)
         self.read_constants()
         focus: Types = frozenset({self.resource})
-        selects = self.selects(definition, "select", "", focus)
+        selects = self.read_selects(definition, "select", "", focus)
         if not selects:
             raise self.fail("select", "is missing: a view needs at least one")
         where = tuple(
-            self.condition(node, f"where[{n}]", focus)
+            self.read_condition(node, f"where[{n}]", focus)
             for n, node in enumerate(self.read_objects(definition, "where", ""))
         )
         columns = tuple(column for select in selects for column in select.columns)
@@ -187,7 +187,7 @@ class _Reader:
                 raise self.fail(f"{location}.{values[0]}", "must be a primitive value: valueString, valueInteger, …")
             self.constants[name] = Constant(node[values[0]], frozenset({type_}))
 
-    def expression(self, text: object, location: str, focus: Types) -> Expression:
+    def read_expression(self, text: object, location: str, focus: Types) -> Expression:
         if not isinstance(text, str):
             raise self.fail(location, f"must be a FHIRPath expression, not {type(text).__name__}")
         try:
@@ -200,35 +200,36 @@ class _Reader:
             self.note(location, "is evaluated by fhirpathpy, which is far slower than compiled paths", "warning")
         return expression
 
-    def condition(self, node: dict[str, Any], location: str, focus: Types) -> Expression:
-        expression = self.expression(self.read_text(node, "path", location), f"{location}.path", focus)
+    def read_condition(self, node: dict[str, Any], location: str, focus: Types) -> Expression:
+        expression = self.read_expression(self.read_text(node, "path", location), f"{location}.path", focus)
         if expression.types is not None and expression.types - {"boolean"}:
             self.note(f"{location}.path", f"must give a boolean, not {' or '.join(sorted(expression.types))}")
         return expression
 
-    def selects(self, node: dict[str, Any], key: str, location: str, focus: Types) -> tuple[Select, ...]:
+    def read_selects(self, node: dict[str, Any], key: str, location: str, focus: Types) -> tuple[Select, ...]:
         prefix = f"{location}.{key}" if location else key
         return tuple(
-            self.select(item, f"{prefix}[{n}]", focus) for n, item in enumerate(self.read_objects(node, key, location))
+            self.read_select(item, f"{prefix}[{n}]", focus)
+            for n, item in enumerate(self.read_objects(node, key, location))
         )
 
-    def select(self, node: dict[str, Any], location: str, focus: Types) -> Select:
+    def read_select(self, node: dict[str, Any], location: str, focus: Types) -> Select:
         iterations: list[Iteration] = [key for key in ("forEach", "forEachOrNull", "repeat") if key in node]
         if len(iterations) > 1:
             raise self.fail(location, f"has both {' and '.join(iterations)}: one is allowed")
         iteration = iterations[0] if iterations else None
         over: Expression | RepeatPaths | None = None
         if iteration == "repeat":
-            over, focus = self.repeat(node["repeat"], f"{location}.repeat", focus)
+            over, focus = self.read_repeat(node["repeat"], f"{location}.repeat", focus)
         elif iteration:
-            over = self.expression(node[iteration], f"{location}.{iteration}", focus)
+            over = self.read_expression(node[iteration], f"{location}.{iteration}", focus)
             focus = over.types
         filled_columns = tuple(
-            self.column(item, f"{location}.column[{n}]", focus)
+            self.read_column(item, f"{location}.column[{n}]", focus)
             for n, item in enumerate(self.read_objects(node, "column", location))
         )
-        selects = self.selects(node, "select", location, focus)
-        union = self.selects(node, "unionAll", location, focus)
+        selects = self.read_selects(node, "select", location, focus)
+        union = self.read_selects(node, "unionAll", location, focus)
         if not (filled_columns or selects or union):
             raise self.fail(location, "has neither column nor select nor unionAll")
         for n, branch in enumerate(union[1:], start=1):
@@ -241,11 +242,11 @@ class _Reader:
                 )
         return Select(iteration, over, filled_columns, selects, union)
 
-    def repeat(self, paths: object, location: str, focus: Types) -> tuple[RepeatPaths, Types]:
+    def read_repeat(self, paths: object, location: str, focus: Types) -> tuple[RepeatPaths, Types]:
         if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
             raise self.fail(location, "must be an array of FHIRPath expressions")
         for n, path in enumerate(paths):
-            self.expression(path, f"{location}[{n}]", None)
+            self.read_expression(path, f"{location}[{n}]", None)
         first = self.resolve_possible(paths, focus)
         types: Types = frozenset().union(*(expression.types or () for expression in first))
         if any(expression.types is None for expression in first):
@@ -274,17 +275,17 @@ class _Reader:
             text, focus=focus, root=self.resource, resource=self.resource, constants=self.constants
         )
 
-    def column(self, node: dict[str, Any], location: str, focus: Types) -> FilledColumn:
+    def read_column(self, node: dict[str, Any], location: str, focus: Types) -> FilledColumn:
         name = self.read_text(node, "name", location)
         if not _NAME.fullmatch(name):
             raise self.fail(f"{location}.name", f'"{name}" {_NAME_RULE}')
-        expression = self.expression(self.read_text(node, "path", location), f"{location}.path", focus)
+        expression = self.read_expression(self.read_text(node, "path", location), f"{location}.path", focus)
         collection = node.get("collection", False)
         if not isinstance(collection, bool):
             raise self.fail(f"{location}.collection", f"must be true or false, not {type(collection).__name__}")
         column = Column(
             name=name,
-            type=self.type(node.get("type"), f"{location}.type", expression),
+            type=self.read_type(node.get("type"), f"{location}.type", expression),
             collection=collection,
             description=node.get("description"),
             tags={
@@ -295,7 +296,7 @@ class _Reader:
         )
         return FilledColumn(column, expression)
 
-    def type(self, declared: object, location: str, expression: Expression) -> str:
+    def read_type(self, declared: object, location: str, expression: Expression) -> str:
         """Return the declared type, otherwise the type that is inferred from the path."""
         inferred = next(iter(expression.types)) if expression.types is not None and len(expression.types) == 1 else None
         if declared is None:

@@ -37,7 +37,7 @@ class FilledColumn:
 
 @dataclass(frozen=True, slots=True)
 class RepeatPaths:
-    """The paths of ``repeat``, resolved twice. A path is omitted where the type does not have its elements.
+    """The paths of ``repeat``, resolved twice. A path is omitted if the type does not have its elements.
 
     ``first`` are the paths on the focus, ``again`` the paths on each element that ``repeat`` has reached.
     """
@@ -70,7 +70,7 @@ class Select:
 
     @property
     def indexes(self) -> tuple[bool, ...]:
-        """For each column, True if its path is ``%rowIndex``."""
+        """Whether the path of each column is ``%rowIndex``."""
         return (
             *(isinstance(filled.path, IndexVariable) for filled in self.filled_columns),
             *(index for select in self.selects for index in select.indexes),

@@ -28,14 +28,14 @@ def run_view(
     view: View,
     data: Iterable[Path],
     *,
-    refused: Callable[[str, RowError], None] | None = None,
+    on_error: Callable[[str, RowError], None] | None = None,
     empty_join: bool = False,
 ) -> Iterator[Row]:
     """Yield the rows of a view over the resources of files and folders; skip resources of other types.
 
-    If the view cannot compute the rows of a resource, ``refused`` is called with its location (``Patient.ndjson:17``)
-    and the error, and the resource is skipped; without ``refused``, the RowError is raised. ``empty_join``: see
-    CompiledViews; the tables use False. Raises NotFhir if a file cannot be read or contains anything but resources.
+    If the view cannot compute the rows of a resource, ``on_error`` is called with its location (``Patient.ndjson:17``)
+    and the error, and the resource is skipped; without ``on_error``, the RowError is raised. CompiledViews describes
+    ``empty_join``; the tables use False. Raises NotFhir if a file cannot be read or contains anything but resources.
     """
     views = CompiledViews([view], empty_join=empty_join)
     for location, resource in read_resources(data):
@@ -44,9 +44,9 @@ def run_view(
         try:
             yield from views.rows(resource)[0]
         except RowError as error:
-            if refused is None:
+            if on_error is None:
                 raise
-            refused(location, error)
+            on_error(location, error)
 
 
 def write_rows(rows: Iterable[Row], columns: Sequence[Column], form: Format, out: IO[bytes]) -> int:
@@ -82,7 +82,7 @@ def _text(value: object) -> str:
 
 
 def write_table(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
-    """Write a table: cut to the width of a terminal, uncut in a file. All rows are held in memory to compute widths."""
+    """Write a text table, truncated to the width of a terminal, at full width in a file. Keeps all rows in memory."""
     table = Table()
     for column in columns:
         table.add_column(column.name, justify="right" if column.type in {*_WHOLE_NUMBERS, "decimal"} else "left")

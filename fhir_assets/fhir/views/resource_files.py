@@ -15,7 +15,7 @@ _PATTERNS = ("*.ndjson", "*.ndjson.gz", "*.json", "*.json.gz")
 def read_resources(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each resource with its location (``Patient.ndjson:17``); a Bundle is followed by its entries.
 
-    A folder represents the NDJSON and JSON files in it. Raises NotFhir if a file cannot be read, or with file and line
+    For a folder, its NDJSON and JSON files are read. Raises NotFhir if a file cannot be read, or, with file and line,
     if a JSON text is not a resource.
     """
     for path in paths:

@@ -99,7 +99,7 @@ def test_several_values_where_one_is_allowed_is_an_error_without_the_values(expr
 
 
 def test_a_resource_that_is_not_r4_is_an_error_without_its_values() -> None:
-    with pytest.raises(FhirPathError, match="not of the type that FHIR R4 gives it") as error:
+    with pytest.raises(FhirPathError, match="not have the type that FHIR R4 defines") as error:
         compile_path("name.given", root_type="Patient")({"resourceType": "Patient", "name": [{"given": 5}, "Olsen"]})
     assert "Olsen" not in str(error.value)
 

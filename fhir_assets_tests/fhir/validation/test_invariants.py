@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.validation.invariants import OF_CONTAINED, compiled
+from fhir_assets.fhir.validation.invariants import OF_CONTAINED, compile_invariant
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets_tests.support.resource_samples import to_bytes
 
@@ -200,6 +200,6 @@ def test_invariants_skipped_without_contained_resources_hold_without_them() -> N
     rules = [rule for rule in load_rules().structure("Patient").invariants if rule.key in OF_CONTAINED]
     assert {rule.key for rule in rules} == OF_CONTAINED
     for rule in rules:
-        path = compiled(rule.expression, "Patient", "Patient")
+        path = compile_invariant(rule.expression, "Patient", "Patient")
         assert path is not None
         assert path.test({"resourceType": "Patient", "active": True}) is True

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from fhir_assets.catalog import CATALOG
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.validation.fast_path import FastPath
-from fhir_assets.fhir.validation.invariants import NOT_EVALUATED, SUBSUMED, compiled
+from fhir_assets.fhir.validation.invariants import NOT_EVALUATED, SUBSUMED, compile_invariant
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets_tests.support.resource_samples import INVALID_VALUES, VALID_VALUES, Sampler, list_locations, to_bytes
 
@@ -70,7 +70,7 @@ def test_every_invariant_is_compiled_subsumed_or_listed_as_not_evaluated() -> No
         for type_, rule in typed_rules:
             if rule.key in SUBSUMED or rule.key in NOT_EVALUATED:
                 continue
-            path = None if structure.abstract else compiled(rule.expression, type_, resource)
+            path = None if structure.abstract else compile_invariant(rule.expression, type_, resource)
             if path is None and not structure.abstract:
                 not_compiled.add(rule.key)
     assert not_compiled == set()

@@ -171,7 +171,7 @@ def test_the_error_for_a_resource_that_is_not_r4_names_the_column() -> None:
 @pytest.mark.parametrize("value", [1, True, ["text"], [1], [[]], [None], {"given": {}}, "text"])
 def test_any_invalid_element_value_is_a_row_error(value: object) -> None:
     compiled = CompiledViews([view({"forEachOrNull": "name.where(use != 'x')", **columns("given")})])
-    with pytest.raises(RowError, match="not of the type that FHIR R4 gives it"):
+    with pytest.raises(RowError, match="not have the type that FHIR R4 defines"):
         compiled.rows({"resourceType": "Patient", "name": value})
 
 

@@ -93,7 +93,7 @@ def test_a_resource_that_the_view_refuses_is_reported_with_its_location(tmp_path
     two = {**ANN, "name": [{"family": "a"}, {"family": "b"}]}
     (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, (BO, two, ANN))))
     refused: list[tuple[str, str]] = []
-    rows = run_view(VIEW, [tmp_path], refused=lambda location, error: refused.append((location, error.column)))
+    rows = run_view(VIEW, [tmp_path], on_error=lambda location, error: refused.append((location, error.column)))
     assert [row[0] for row in rows] == ["bo", "ann"]
     assert refused == [("a.ndjson:2", "family")]
     with pytest.raises(RowError):
