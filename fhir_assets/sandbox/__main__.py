@@ -11,7 +11,7 @@ from fhir_assets.sandbox.process import serve
 
 
 def main() -> int:
-    """Run the server with the command line's arguments. Returns 1, with a message, if it cannot start."""
+    """Run the server with the arguments of the command line. Return 1, after an error message, if it cannot start."""
     parser = argparse.ArgumentParser(prog="python -m fhir_assets.sandbox")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path)
@@ -19,21 +19,23 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--faults", type=FaultPlan.model_validate_json, help="a FaultPlan as JSON")
     parser.add_argument("--end-with-stdin", action="store_true")
-    parser.add_argument("--token", help="a bearer token that every request must show")
-    parser.add_argument("--types-in-use", action="store_true", help="offer no other types of the catalog")
-    parser.add_argument("--export-file-resources", type=int, default=10_000, help="how many a file of an export holds")
+    parser.add_argument("--token", help="a bearer token that every request must carry")
+    parser.add_argument("--types-in-use", action="store_true", help="support only the resource types of the data")
+    parser.add_argument(
+        "--export-file-resources", type=int, default=10_000, help="maximum resources in a file of an export"
+    )
     parser.add_argument("--referential-integrity", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
         serve(
-            given.data,
-            given.port,
-            given.faults,
-            credentials=Credentials(token=given.token) if given.token else None,
-            end_with_stdin=given.end_with_stdin,
-            all_types=not given.types_in_use,
-            export_file_resources=given.export_file_resources,
-            referential_integrity=given.referential_integrity,
+            arguments.data,
+            arguments.port,
+            arguments.faults,
+            credentials=Credentials(token=arguments.token) if arguments.token else None,
+            end_with_stdin=arguments.end_with_stdin,
+            all_types=not arguments.types_in_use,
+            export_file_resources=arguments.export_file_resources,
+            referential_integrity=arguments.referential_integrity,
         )
     except FhirAssetsError as error:
         sys.stderr.write(f"{error}\n")

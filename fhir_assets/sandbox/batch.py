@@ -9,10 +9,10 @@ import msgspec
 import orjson
 
 from fhir_assets.sandbox.dates import instant
-from fhir_assets.sandbox.interactions import Done, Interactions
+from fhir_assets.sandbox.interactions import InteractionResult, Interactions
 from fhir_assets.sandbox.memory import Version
 from fhir_assets.sandbox.outcomes import Refusal
-from fhir_assets.sandbox.search import Listing, matches, parse
+from fhir_assets.sandbox.search import Listing, find_matches, parse_search
 
 Page = Callable[[Listing], bytes]
 
@@ -43,8 +43,8 @@ _TRANSACTION_ORDER = {"DELETE": 0, "POST": 1, "PUT": 2, "GET": 3, "HEAD": 3}
 def run_bundle(interactions: Interactions, body: bytes, page: Page) -> bytes:
     """Execute a batch or transaction and return the Bundle of its responses, in the same order.
 
-    ``page`` renders the first page of a search. Raises Refusal if the body is not a batch or transaction, and for a
-    transaction with a refused entry, which then changes nothing.
+    ``page`` renders the first page of a search. Raises Refusal if the body is not a batch or transaction. If an entry
+    of a transaction is refused, the transaction is rolled back and Refusal is raised.
     """
     try:
         bundle = _bundle.decode(body)
@@ -52,26 +52,26 @@ def run_bundle(interactions: Interactions, body: bytes, page: Page) -> bytes:
         raise Refusal(400, "structure", "The body is not a Bundle in JSON") from None
     if bundle.resourceType != "Bundle" or bundle.type not in ("batch", "transaction"):
         raise Refusal(400, "value", "Only a Bundle of type batch or transaction can be posted here")
-    answers = (_batch if bundle.type == "batch" else _transaction)(interactions, bundle.entry, page)
+    responses = (_run_batch if bundle.type == "batch" else _run_transaction)(interactions, bundle.entry, page)
     return b'{"resourceType":"Bundle","type":"%b-response","entry":[%b]}' % (
         bundle.type.encode(),
-        b",".join(answers),
+        b",".join(responses),
     )
 
 
-def _batch(interactions: Interactions, entries: list[_Entry], page: Page) -> list[bytes]:
-    answers = []
+def _run_batch(interactions: Interactions, entries: list[_Entry], page: Page) -> list[bytes]:
+    responses = []
     for entry in entries:
         try:
-            answers.append(_run(interactions, entry, bytes(entry.resource), page)[0])
+            responses.append(_execute(interactions, entry, bytes(entry.resource), page)[0])
         except Refusal as refusal:
-            answers.append(_refused(refusal))
-    return answers
+            responses.append(_render_refusal(refusal))
+    return responses
 
 
-def _transaction(interactions: Interactions, entries: list[_Entry], page: Page) -> list[bytes]:
-    texts, ids = _resolved(entries)
-    answers = [b""] * len(entries)
+def _run_transaction(interactions: Interactions, entries: list[_Entry], page: Page) -> list[bytes]:
+    texts, ids = _resolve_urn_references(entries)
+    responses = [b""] * len(entries)
     written: list[Version] = []
 
     def rank(n: int) -> int:
@@ -80,19 +80,19 @@ def _transaction(interactions: Interactions, entries: list[_Entry], page: Page) 
 
     try:
         for n in sorted(range(len(entries)), key=rank):
-            answers[n], done = _run(interactions, entries[n], texts[n], page, ids.get(n))
-            if done is not None and done.version is not None:
-                written.append(done.version)
+            responses[n], result = _execute(interactions, entries[n], texts[n], page, ids.get(n))
+            if result is not None and result.version is not None:
+                written.append(result.version)
     except Refusal as refusal:
         for version in reversed(written):
-            interactions.store.shelf(version.resource_type).undo(version)
+            interactions.store.type_store(version.resource_type).roll_back(version)
         status = 400 if refusal.status == 404 else refusal.status
-        raise Refusal(status, "processing", f"The transaction was taken back: {refusal}") from None
-    return answers
+        raise Refusal(status, "processing", f"The transaction was rolled back: {refusal}") from None
+    return responses
 
 
-def _resolved(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
-    """Return the resources with ``urn:uuid:`` references replaced by the ids that POSTed entries will get."""
+def _resolve_urn_references(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
+    """Return the resources with ``urn:uuid:`` references replaced, and the new ids of the POSTed entries."""
     texts = [bytes(entry.resource) for entry in entries]
     ids: dict[int, str] = {}
     for n, entry in enumerate(entries):
@@ -105,10 +105,10 @@ def _resolved(entries: list[_Entry]) -> tuple[list[bytes], dict[int, str]]:
     return texts, ids
 
 
-def _run(
+def _execute(
     interactions: Interactions, entry: _Entry, text: bytes, page: Page, new_id: str | None = None
-) -> tuple[bytes, Done | None]:
-    """Execute one entry. Returns its response and the version that it wrote."""
+) -> tuple[bytes, InteractionResult | None]:
+    """Execute one entry. Return its response, and its result if it changed the store."""
     if entry.request is None:
         raise Refusal(400, "required", "The entry has no request")
     method, url = entry.request.method, urlsplit(entry.request.url)
@@ -116,34 +116,34 @@ def _run(
     match method:
         case "GET" if resource_id:
             version = interactions.latest(resource_type, resource_id)
-            return _answer(Done(200, version), version.body), None
+            return _render_response(InteractionResult(200, version), version.body), None
         case "GET":
-            interactions.require(resource_type)
-            search = parse(resource_type, parse_qsl(url.query, keep_blank_values=True), strict=False)
-            found = matches(interactions.store, resource_type, search)
-            shown = [] if search.only_count else found
-            listing = Listing("searchset", entry.request.url, shown, max(search.count, 1), len(found))
+            interactions.require_type(resource_type)
+            search = parse_search(resource_type, parse_qsl(url.query, keep_blank_values=True), strict=False)
+            versions = find_matches(interactions.store, resource_type, search)
+            listed = [] if search.only_count else versions
+            listing = Listing("searchset", entry.request.url, listed, max(search.count, 1), len(versions))
             return b'{"resource":%b,"response":{"status":"200 OK"}}' % page(listing), None
         case "PUT" if resource_id:
-            done = interactions.update(resource_type, resource_id, text, entry.request.ifMatch)
+            result = interactions.update(resource_type, resource_id, text, entry.request.ifMatch)
         case "PUT":
-            done = interactions.update_where(resource_type, url.query, text)
+            result = interactions.update_matching(resource_type, url.query, text)
         case "POST" if not resource_id:
-            done = interactions.create(resource_type, text, entry.request.ifNoneExist, new_id)
-            if done.status == 200:
-                return _answer(done), None
+            result = interactions.create(resource_type, text, entry.request.ifNoneExist, new_id)
+            if result.status == 200:
+                return _render_response(result), None
         case "DELETE" if resource_id:
-            done = interactions.delete(resource_type, resource_id)
+            result = interactions.delete(resource_type, resource_id)
         case "DELETE":
-            done = interactions.delete_where(resource_type, url.query)
+            result = interactions.delete_matching(resource_type, url.query)
         case _:
-            raise Refusal(400, "not-supported", "The entry asks for an interaction that this server lacks")
-    return _answer(done), done if done.changed else None
+            raise Refusal(400, "not-supported", "The entry requests an interaction that this server does not support")
+    return _render_response(result), result if result.changed else None
 
 
-def _answer(done: Done, resource: bytes | None = None) -> bytes:
-    response = {"status": f"{done.status} {HTTPStatus(done.status).phrase}"}
-    if (version := done.version) is not None:
+def _render_response(result: InteractionResult, resource: bytes | None = None) -> bytes:
+    response = {"status": f"{result.status} {HTTPStatus(result.status).phrase}"}
+    if (version := result.version) is not None:
         response["location"] = f"{version.resource_type}/{version.id}/_history/{version.version_id}"
         response["etag"] = f'W/"{version.version_id}"'
         response["lastModified"] = instant(version.when)
@@ -151,6 +151,6 @@ def _answer(done: Done, resource: bytes | None = None) -> bytes:
     return b'{%b"response":%b}' % (head, orjson.dumps(response))
 
 
-def _refused(refusal: Refusal) -> bytes:
+def _render_refusal(refusal: Refusal) -> bytes:
     status = f"{refusal.status} {HTTPStatus(refusal.status).phrase}"
     return orjson.dumps({"response": {"status": status, "outcome": refusal.outcome}})

@@ -1,6 +1,6 @@
 """Bulk Data Access (https://hl7.org/fhir/uv/bulkdata/STU2/): ``$export`` at all three levels, asynchronous.
 
-An export is a snapshot of the moment of its kick-off. It is complete after a few polls, so that a client has to wait.
+An export is a snapshot at the time of its kick-off. It is complete only after a few polls, so that clients must wait.
 """
 
 import secrets
@@ -19,8 +19,8 @@ from fhir_assets.sandbox.fault_injection import Control
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.interactions import Interactions
 from fhir_assets.sandbox.memory import Version
-from fhir_assets.sandbox.outcomes import Refusal, operation_outcome
-from fhir_assets.sandbox.search import matches, parse
+from fhir_assets.sandbox.outcomes import Refusal, build_operation_outcome
+from fhir_assets.sandbox.search import find_matches, parse_search
 
 EXPORT = "_export"
 """The path below the FHIR base of the status and the files of exports."""
@@ -55,12 +55,12 @@ class _Export:
 
 
 class Exports:
-    """The exports of a server, by the token in their URLs."""
+    """The exports of a server by the token in their URLs."""
 
     def __init__(self) -> None:
         self.by_token: dict[str, _Export] = {}
 
-    def at(self, token: str) -> _Export:
+    def get(self, token: str) -> _Export:
         """Return the export of a token. Raises Refusal if there is none."""
         if token not in self.by_token:
             raise Refusal(404, "not-found", "There is no such export")
@@ -68,9 +68,9 @@ class Exports:
 
 
 class ExportFiles:
-    """ASGI middleware that serves existing files without the framework.
+    """ASGI middleware that serves the files of exports without the overhead of FastAPI.
 
-    Clients request small files by the thousand, and a benchmark of a client needs a server that costs less.
+    Clients request thousands of small files, and a benchmark of a client needs a server that is faster than the client.
     """
 
     def __init__(self, app: ASGIApp, *, base: str, exports: Exports) -> None:
@@ -94,7 +94,7 @@ class ExportFiles:
         await self._app(scope, receive, send)
 
 
-def bulk_routes(
+def build_bulk_routes(
     interactions: Interactions,
     control: Control,
     exports: Exports,
@@ -113,46 +113,48 @@ def bulk_routes(
 
     def kick_off(request: Request, level: str, patients: frozenset[str] | None) -> Response:
         if "respond-async" not in request.headers.get("prefer", ""):
-            raise Refusal(400, "invalid", "An export is asked for with Prefer: respond-async")
+            raise Refusal(400, "invalid", "An export must be requested with Prefer: respond-async")
         query = dict(parse_qsl(request.url.query, keep_blank_values=True))
         if len(query) != len(parse_qsl(request.url.query, keep_blank_values=True)):
             raise Refusal(400, "invalid", "A parameter is given twice: join its values with commas")
-        since = _since(query.get("_since"))
-        asked = query["_type"].split(",") if query.get("_type") else interactions.types()
-        types = [name for name in asked if interactions.offers(name)]
+        since = _parse_since(query.get("_since"))
+        requested_types = query["_type"].split(",") if query.get("_type") else interactions.types()
+        types = [name for name in requested_types if interactions.offers(name)]
         now = datetime.now(UTC)
         export = _Export(str(request.url), now, polls)
-        filters = _filters(query.get("_typeFilter", ""))
+        filters = _parse_filters(query.get("_typeFilter", ""))
         for name in types:
             if level != "system" and not (name == "Patient" or (name in BY_NAME and BY_NAME[name].patient)):
                 continue
-            found = _of_type(name, since, patients, filters.get(name, []))
-            export.output += [_File(name, chunk) for chunk in _chunks([v.body for v in found], file_resources)]
-            gone = [v for v in store.shelf(name).latest.values() if since is not None and v.deleted and v.when >= since]
-            if gone:
-                export.deleted.append(_File("Bundle", [_deletion(version) for version in gone]))
-        if unknown := [name for name in asked if name not in types]:
-            outcome = operation_outcome("error", "not-supported", f"No such types here: {', '.join(unknown)}")
+            bodies = [version.body for version in _select_versions(name, since, patients, filters.get(name, []))]
+            export.output += [_File(name, chunk) for chunk in _split(bodies, file_resources)]
+            deleted_versions = [
+                v for v in store.type_store(name).latest.values() if since is not None and v.deleted and v.when >= since
+            ]
+            if deleted_versions:
+                export.deleted.append(_File("Bundle", [_build_deletion(version) for version in deleted_versions]))
+        if unknown := [name for name in requested_types if name not in types]:
+            outcome = build_operation_outcome("error", "not-supported", f"No such types here: {', '.join(unknown)}")
             export.errors.append(_File("OperationOutcome", [orjson.dumps(outcome)]))
         token = secrets.token_hex(8)
         exports.by_token[token] = export
         control.stats.kick_offs += 1
-        return Response(status_code=202, headers={"Content-Location": f"{_base(request)}/{EXPORT}/{token}"})
+        return Response(status_code=202, headers={"Content-Location": f"{_base_url(request)}/{EXPORT}/{token}"})
 
-    def _of_type(
+    def _select_versions(
         name: str, since: int | None, patients: frozenset[str] | None, filters: Sequence[str]
     ) -> Iterable[Version]:
         if filters:
-            found: dict[str, Version] = {}
-            for each in filters:
-                query = parse_qsl(each, keep_blank_values=True)
-                found |= {v.id: v for v in matches(store, name, parse(name, query, strict=False))}
-            versions: Iterable[Version] = found.values()
+            by_id: dict[str, Version] = {}
+            for search in filters:
+                query = parse_qsl(search, keep_blank_values=True)
+                by_id |= {v.id: v for v in find_matches(store, name, parse_search(name, query, strict=False))}
+            versions: Iterable[Version] = by_id.values()
         else:
-            versions = store.shelf(name).latest.values()
+            versions = store.type_store(name).latest.values()
         for version in versions:
-            fresh = since is None or version.when >= since
-            if version.body and fresh and (patients is None or _belongs(version, patients)):
+            is_recent = since is None or version.when >= since
+            if version.body and is_recent and (patients is None or _is_in_compartment(version, patients)):
                 yield version
 
     @routes.get("/$export")
@@ -173,7 +175,7 @@ def bulk_routes(
 
     @routes.get(f"/{EXPORT}/{{token}}")
     async def status(request: Request, token: str) -> Response:
-        export = exports.at(token)
+        export = exports.get(token)
         faults: dict[FaultKind, Fault] = request.state.faults
         if FaultKind.EXPIRE in faults:
             del exports.by_token[token]
@@ -182,12 +184,16 @@ def bulk_routes(
             export.polls -= 1
             progress = f"{100 * (polls - export.polls) // (polls + 1)} % done"
             return Response(status_code=202, headers={"X-Progress": progress, "Retry-After": "0"})
-        off = faults[FaultKind.WRONG_TOTAL].by if FaultKind.WRONG_TOTAL in faults else 0
+        count_error = faults[FaultKind.WRONG_TOTAL].by if FaultKind.WRONG_TOTAL in faults else 0
 
-        def listed(kind: str, files: Sequence[_File]) -> list[dict[str, object]]:
-            where = f"{_base(request)}/{EXPORT}/{token}/{kind}"
+        def describe_files(kind: str, files: Sequence[_File]) -> list[dict[str, object]]:
+            url = f"{_base_url(request)}/{EXPORT}/{token}/{kind}"
             return [
-                {"type": f.resource_type, "url": f"{where}-{n}.ndjson", "count": len(f.lines) + (off if n == 0 else 0)}
+                {
+                    "type": f.resource_type,
+                    "url": f"{url}-{n}.ndjson",
+                    "count": len(f.lines) + (count_error if n == 0 else 0),
+                }
                 for n, f in enumerate(files)
             ]
 
@@ -195,9 +201,9 @@ def bulk_routes(
             "transactionTime": export.at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "request": export.request,
             "requiresAccessToken": needs_token,
-            "output": listed("output", export.output),
-            "deleted": listed("deleted", export.deleted),
-            "error": listed("error", export.errors),
+            "output": describe_files("output", export.output),
+            "deleted": describe_files("deleted", export.deleted),
+            "error": describe_files("error", export.errors),
         }
         if FaultKind.MALFORMED in faults:
             del manifest["transactionTime"]
@@ -205,13 +211,13 @@ def bulk_routes(
 
     @routes.delete(f"/{EXPORT}/{{token}}")
     async def forget(token: str) -> Response:
-        exports.at(token)
+        exports.get(token)
         del exports.by_token[token]
         return Response(status_code=202)
 
     @routes.get(f"/{EXPORT}/{{token}}/{{name}}")
     async def no_file(request: Request, token: str, name: str) -> Response:
-        exports.at(token)
+        exports.get(token)
         faults: dict[FaultKind, Fault] = request.state.faults
         status = faults[FaultKind.EXPIRE].answer_status if FaultKind.EXPIRE in faults else 404
         raise Refusal(status, "not-found", "No such file")
@@ -219,11 +225,11 @@ def bulk_routes(
     return routes
 
 
-def _base(request: Request) -> str:
+def _base_url(request: Request) -> str:
     return f"{request.url.scheme}://{request.url.netloc}/fhir"
 
 
-def _since(text: str | None) -> int | None:
+def _parse_since(text: str | None) -> int | None:
     if text is None:
         return None
     try:
@@ -232,46 +238,46 @@ def _since(text: str | None) -> int | None:
         raise Refusal(400, "invalid", "_since is not a FHIR instant") from None
 
 
-def _filters(text: str) -> dict[str, list[str]]:
-    """Return the searches of ``_typeFilter`` by resource type. Commas inside a search are written as %2C."""
-    found: dict[str, list[str]] = {}
-    for each in filter(None, text.split(",")):
-        name, _, query = unquote(each).partition("?")
-        found.setdefault(name, []).append(query)
-    return found
+def _parse_filters(text: str) -> dict[str, list[str]]:
+    """Return the searches of ``_typeFilter`` by resource type. Commas inside a search are given as %2C."""
+    queries: dict[str, list[str]] = {}
+    for search in filter(None, text.split(",")):
+        name, _, query = unquote(search).partition("?")
+        queries.setdefault(name, []).append(query)
+    return queries
 
 
-def _belongs(version: Version, patients: frozenset[str]) -> bool:
-    """Return whether a resource belongs to one of ``patients``."""
+def _is_in_compartment(version: Version, patients: frozenset[str]) -> bool:
+    """Return whether a resource is in the compartment of one of ``patients``."""
     if version.resource_type == "Patient":
         return version.id in patients
     resource = orjson.loads(version.body)
     for path in BY_NAME[version.resource_type].patient:
-        for reference in _references(resource, path.split(".")):
+        for reference in _find_references(resource, path.split(".")):
             kind, _, resource_id = reference.rpartition("/")
             if kind.endswith("Patient") and resource_id in patients:
                 return True
     return False
 
 
-def _references(node: object, path: Sequence[str]) -> Iterator[str]:
+def _find_references(node: object, path: Sequence[str]) -> Iterator[str]:
     if isinstance(node, list):
-        for each in node:
-            yield from _references(each, path)
+        for item in node:
+            yield from _find_references(item, path)
     elif isinstance(node, dict):
         if path:
-            yield from _references(node.get(path[0]), path[1:])
+            yield from _find_references(node.get(path[0]), path[1:])
         elif isinstance(reference := node.get("reference"), str):
             yield reference
 
 
-def _deletion(version: Version) -> bytes:
+def _build_deletion(version: Version) -> bytes:
     entry = {"request": {"method": "DELETE", "url": f"{version.resource_type}/{version.id}"}}
     when = datetime.fromtimestamp(version.when / 1e6, UTC).isoformat()
     meta = {"lastUpdated": when}
     return orjson.dumps({"resourceType": "Bundle", "type": "transaction", "meta": meta, "entry": [entry]})
 
 
-def _chunks(lines: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+def _split(lines: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
     for start in range(0, len(lines), size):
         yield lines[start : start + size]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import orjson
 
-from fhir_assets.sandbox.parameters import KIND, offered
+from fhir_assets.sandbox.parameters import KIND, list_parameters
 
 _INTERACTIONS = (
     "read",
@@ -19,7 +19,7 @@ _INTERACTIONS = (
 _COMMON = (("_id", "token"), ("_lastUpdated", "date"))
 
 
-def capability_statement(base: str, resource_types: Sequence[str], date: str) -> bytes:
+def build_capability_statement(base: str, resource_types: Sequence[str], date: str) -> bytes:
     """Return the CapabilityStatement as JSON (https://hl7.org/fhir/R4/capabilitystatement.html)."""
     return orjson.dumps(
         {
@@ -43,7 +43,7 @@ def capability_statement(base: str, resource_types: Sequence[str], date: str) ->
 
 
 def _resource(resource_type: str) -> dict[str, object]:
-    parameters = _COMMON + tuple((name, KIND[name]) for name in offered(resource_type))
+    parameters = _COMMON + tuple((name, KIND[name]) for name in list_parameters(resource_type))
     return {
         "type": resource_type,
         "interaction": [{"code": code} for code in _INTERACTIONS],

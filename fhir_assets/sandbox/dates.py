@@ -18,7 +18,7 @@ _PREFIXED = re.compile(r"(?P<prefix>eq|ne|gt|lt|ge|le|sa|eb)?(?P<date>\d.*)")
 FAR_FUTURE = 2**62
 
 
-def microseconds(moment: datetime) -> int:
+def to_microseconds(moment: datetime) -> int:
     """Return the microseconds since 1970 of an aware datetime."""
     return (moment - _EPOCH) // _MICROSECOND
 
@@ -34,14 +34,14 @@ def from_microseconds(when: int) -> datetime:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class TimeRange:
     """A half-open range of microseconds since 1970: the period that a FHIR date of any precision covers."""
 
     start: int
     end: int
 
 
-def parse_date(text: str) -> Stretch:
+def parse_date(text: str) -> TimeRange:
     """Parse a FHIR date, dateTime or instant of any precision, in UTC if it has no zone. Raises ValueError."""
     match = _DATE.fullmatch(text)
     if match is None:
@@ -49,28 +49,28 @@ def parse_date(text: str) -> Stretch:
     part = match.groupdict()
     year, month, day = int(part["year"]), int(part["month"] or 1), int(part["day"] or 1)
     zone = part["zone"] if part["zone"] not in (None, "Z") else "+00:00"
-    start = microseconds(
+    start = to_microseconds(
         datetime.fromisoformat(
             f"{year:04}-{month:02}-{day:02}T{part['hour'] or '00'}:{part['minute'] or '00'}"
             f":{part['second'] or '00'}{zone}"
         )
     )
     if part["month"] is None:
-        return Stretch(start, microseconds(datetime(year + 1, 1, 1, tzinfo=UTC)))
+        return TimeRange(start, to_microseconds(datetime(year + 1, 1, 1, tzinfo=UTC)))
     if part["day"] is None:
-        return Stretch(start, microseconds(datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)))
+        return TimeRange(start, to_microseconds(datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)))
     if part["hour"] is None:
-        return Stretch(start, start + 86_400_000_000)
+        return TimeRange(start, start + 86_400_000_000)
     if part["second"] is None:
-        return Stretch(start, start + 60_000_000)
+        return TimeRange(start, start + 60_000_000)
     fraction = part["fraction"]
     if fraction is None:
-        return Stretch(start, start + 1_000_000)
+        return TimeRange(start, start + 1_000_000)
     start += int(fraction[:6].ljust(6, "0"))
-    return Stretch(start, start + 10 ** (6 - min(len(fraction), 6)))
+    return TimeRange(start, start + 10 ** (6 - min(len(fraction), 6)))
 
 
-def compare(text: str) -> Stretch:
+def compare(text: str) -> TimeRange:
     """Return the range of instants that a search value such as ``ge2024-01`` matches. Raises ValueError.
 
     ``ne`` is not supported, because it does not match a single range.
@@ -81,12 +81,12 @@ def compare(text: str) -> Stretch:
     date = parse_date(match["date"])
     match match["prefix"]:
         case "ge":
-            return Stretch(date.start, FAR_FUTURE)
+            return TimeRange(date.start, FAR_FUTURE)
         case "gt" | "sa":
-            return Stretch(date.end, FAR_FUTURE)
+            return TimeRange(date.end, FAR_FUTURE)
         case "lt" | "eb":
-            return Stretch(-FAR_FUTURE, date.start)
+            return TimeRange(-FAR_FUTURE, date.start)
         case "le":
-            return Stretch(-FAR_FUTURE, date.end)
+            return TimeRange(-FAR_FUTURE, date.end)
         case _:
             return date

@@ -1,6 +1,6 @@
 """ASGI middleware in front of the FHIR routes: counts requests, checks credentials and injects faults.
 
-It is plain ASGI, because faults change responses before they are sent, or close the socket.
+The middleware uses plain ASGI, because faults change responses before they are sent, or close the socket.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from fhir_assets.sandbox.faults import Fault, FaultDraw, FaultKind, FaultPlan, R
 from fhir_assets.sandbox.outcomes import Refusal
 
 CLOSE_SOCKET = "sandbox.close"
-"""The ASGI extension that closes the connection at once (``process.py`` puts it there)."""
+"""The ASGI extension that closes the connection immediately; ``process`` adds it."""
 
 _HANDLED_BY_ROUTES = frozenset(
     {FaultKind.DUPLICATE, FaultKind.LOSE_PAGE, FaultKind.WRONG_TOTAL, FaultKind.SLOW, FaultKind.MALFORMED}
@@ -47,8 +47,8 @@ class Credentials:
 class Stats:
     """Statistics of requests since the start of the server, or since they were reset.
 
-    Most responses take less than a millisecond. ``max_in_flight`` therefore reliably shows concurrent calls only while
-    a slow fault delays them.
+    ``struck`` counts the faults that occurred, by kind. Most responses take less than a millisecond; ``max_in_flight``
+    therefore shows concurrent calls reliably only while a slow fault delays them.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -68,7 +68,7 @@ class Control:
         self.faults = FaultDraw(plan)
 
 
-def kind_of(method: str, path: str, query: str) -> RequestKind:
+def classify_request(method: str, path: str, query: str) -> RequestKind:
     """Return the kind of a request. ``path`` is relative to the FHIR base, without a leading slash."""
     parts = path.split("/") if path else []
     if parts[-1:] == ["$export"]:
@@ -104,10 +104,10 @@ class FaultInjection:
         control: Control,
         admits: Callable[[str], bool] | None = None,
     ) -> None:
-        """Wrap ``app``. ``admits`` decides on an Authorization header, in place of fixed ``credentials``."""
+        """Wrap ``app``. ``admits`` returns whether an Authorization header is valid; it replaces ``credentials``."""
         self._app = app
         self._admits = admits
-        self._base = base
+        self._base_url = base
         self._control = control
         self._expected = credentials.header.encode() if credentials else None
         self._scheme = credentials.header.split()[0] if credentials else ""
@@ -115,11 +115,11 @@ class FaultInjection:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         path = str(scope.get("path", ""))
-        if scope["type"] != "http" or not (path == self._base or path.startswith(self._base + "/")):
+        if scope["type"] != "http" or not (path == self._base_url or path.startswith(self._base_url + "/")):
             await self._app(scope, receive, send)
             return
         query = scope["query_string"].decode("latin-1")
-        kind = kind_of(scope["method"], path[len(self._base) :].strip("/"), query)
+        kind = classify_request(scope["method"], path[len(self._base_url) :].strip("/"), query)
         stats = self._control.stats
         stats.requests[kind] += 1
         stats.recent.append(f"{scope['method']} {path}{'?' + query if query else ''}")
@@ -127,21 +127,21 @@ class FaultInjection:
         stats.max_in_flight = max(stats.max_in_flight, stats.in_flight)
         try:
             await asyncio.sleep(0)
-            await self._serve(kind, scope, receive, _counting(stats, send))
+            await self._serve(kind, scope, receive, _count_statuses(stats, send))
         finally:
             stats.in_flight -= 1
 
     async def _serve(self, kind: RequestKind, scope: Scope, receive: Receive, send: Send) -> None:
         if kind is not RequestKind.METADATA and not scope["path"].endswith("/smart-configuration"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not self._is_authorized(given):
+            authorization = dict(scope["headers"]).get(b"authorization", b"")
+            if not self._is_authorized(authorization):
                 refusal = Refusal(401, "login", "Credentials are missing or wrong")
                 challenge = f'{self._scheme or "Bearer"} realm="sandbox"'
-                await _answer(refusal, {"WWW-Authenticate": challenge})(scope, receive, send)
+                await _render_response(refusal, {"WWW-Authenticate": challenge})(scope, receive, send)
                 return
         drawn = self._control.faults.draw(kind)
-        for struck in drawn:
-            self._control.stats.struck[struck] += 1
+        for fault_kind in drawn:
+            self._control.stats.struck[fault_kind] += 1
         scope.setdefault("state", {})["faults"] = drawn
         if FaultKind.SLOW in drawn:
             await asyncio.sleep(drawn[FaultKind.SLOW].seconds)
@@ -155,19 +155,19 @@ class FaultInjection:
             case FaultKind.HTML:
                 await Response(_HTML, media_type="text/html")(scope, receive, send)
             case FaultKind.TRUNCATE:
-                await self._app(scope, receive, _cutting(send, whole_length=False))
+                await self._app(scope, receive, _truncate_response(send, keep_length=False))
             case FaultKind.DROP:
-                await self._app(scope, receive, _cutting(send, whole_length=True))
+                await self._app(scope, receive, _truncate_response(send, keep_length=True))
             case _:
                 await self._app(scope, receive, send)
 
-    def _is_authorized(self, given: bytes) -> bool:
+    def _is_authorized(self, authorization: bytes) -> bool:
         if self._admits is not None:
-            return self._admits(given.decode("latin-1"))
-        return self._expected is None or hmac.compare_digest(given, self._expected)
+            return self._admits(authorization.decode("latin-1"))
+        return self._expected is None or hmac.compare_digest(authorization, self._expected)
 
 
-def _counting(stats: Stats, send: Send) -> Send:
+def _count_statuses(stats: Stats, send: Send) -> Send:
     async def counting(message: Message) -> None:
         if message["type"] == "http.response.start":
             stats.statuses[message["status"]] += 1
@@ -176,7 +176,7 @@ def _counting(stats: Stats, send: Send) -> Send:
     return counting
 
 
-def _answer(refusal: Refusal, headers: dict[str, str]) -> Response:
+def _render_response(refusal: Refusal, headers: dict[str, str]) -> Response:
     return Response(
         refusal.body, refusal.status, headers={**refusal.headers, **headers}, media_type="application/fhir+json"
     )
@@ -189,26 +189,26 @@ def _failure(fault: Fault) -> Response:
     if retry_after is not None:
         date = format_datetime(datetime.now(UTC) + timedelta(seconds=retry_after), usegmt=True)
         headers["Retry-After"] = date if fault.retry_after_date else str(retry_after)
-    code, why = ("throttled", "Too many requests") if throttled else ("exception", "The sandbox was told to fail")
-    return _answer(Refusal(fault.answer_status, code, why), headers)
+    code, reason = ("throttled", "Too many requests") if throttled else ("exception", "The sandbox injected a fault")
+    return _render_response(Refusal(fault.answer_status, code, reason), headers)
 
 
-def _cutting(send: Send, *, whole_length: bool) -> Callable[[Message], Awaitable[None]]:
-    """Send half of a response. With ``whole_length`` its header announces the whole, and the connection breaks."""
-    held: list[Message] = []
+def _truncate_response(send: Send, *, keep_length: bool) -> Callable[[Message], Awaitable[None]]:
+    """Send half of a response. With ``keep_length``, Content-Length is not adjusted, and the connection breaks."""
+    starts: list[Message] = []
 
     async def cutting(message: Message) -> None:
         if message["type"] == "http.response.start":
-            held.append(message)
+            starts.append(message)
             return
-        if not held:
+        if not starts:
             return
-        start = held.pop()
+        start = starts.pop()
         half = message["body"][: len(message["body"]) // 2]
-        if not whole_length:
+        if not keep_length:
             length = (b"content-length", str(len(half)).encode())
             start["headers"] = [h for h in start["headers"] if h[0].lower() != b"content-length"] + [length]
         await send(start)
-        await send({"type": "http.response.body", "body": half, "more_body": whole_length})
+        await send({"type": "http.response.body", "body": half, "more_body": keep_length})
 
     return cutting

@@ -1,4 +1,4 @@
-"""Faults that the sandbox server injects on demand: their kinds, and plans of when they occur.
+"""The faults that the sandbox server injects on demand: their kinds, and plans that say when they occur.
 
 A plan is deterministic: a fault affects every Nth request of its kinds, or a share of them by a seeded probability.
 """
@@ -46,8 +46,8 @@ class FaultKind(StrEnum):
     SLOW = "slow"
     """the response is delayed by ``seconds``"""
     EXPIRE = "expire"
-    """a next link, an export or one of its files has expired: status 410, or ``status``. A link or an export stays
-    expired."""
+    """a next link, an export or one of its files has expired: status 410, or ``status``; links and exports remain
+    expired"""
     DUPLICATE = "duplicate"
     """a page begins with the last resource of the previous page"""
     LOSE_PAGE = "lose_page"
@@ -60,7 +60,7 @@ class FaultKind(StrEnum):
 
 _ALL = frozenset(RequestKind)
 _PAGED = frozenset({RequestKind.SEARCH, RequestKind.PAGE})
-_STRIKES = {
+_APPLICABLE_KINDS = {
     FaultKind.EXPIRE: frozenset({RequestKind.PAGE, RequestKind.POLL, RequestKind.FILE}),
     FaultKind.MALFORMED: frozenset({RequestKind.POLL}),
     FaultKind.DUPLICATE: frozenset({RequestKind.PAGE}),
@@ -71,17 +71,17 @@ _STATUS = {FaultKind.THROTTLE: 429, FaultKind.ERROR: 500, FaultKind.EXPIRE: 410}
 
 
 class Fault(BaseModel):
-    """A fault and its requests: all of its kinds, or those selected by ``every`` or ``probability``."""
+    """A fault, and the requests that it affects: all requests ``on`` these kinds, or a selection of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: FaultKind
     on: frozenset[RequestKind] = Field(
-        default=frozenset(), description="The kinds of requests; empty: all that it applies to"
+        default=frozenset(), description="The kinds of requests; empty means all kinds that the fault can affect"
     )
     every: int | None = Field(default=None, ge=1, description="Affects every Nth of those requests")
     probability: float | None = Field(default=None, ge=0, le=1, description="Affects this share of those requests")
-    after: int = Field(default=0, ge=0, description="The number of requests before the first that it may affect")
+    after: int = Field(default=0, ge=0, description="The number of requests that are never affected")
     times: int | None = Field(default=None, ge=1, description="The maximum number of times that it occurs")
     status: int | None = Field(
         default=None, ge=400, le=599, description="The status in place of the default of the kind"
@@ -95,18 +95,18 @@ class Fault(BaseModel):
     def _consistent(self) -> Self:
         if self.every is not None and self.probability is not None:
             raise ValueError("`every` and `probability` exclude each other")
-        if unfit := self.on - _STRIKES.get(self.kind, _ALL):
-            raise ValueError(f"{self.kind} cannot strike on {', '.join(sorted(unfit))}")
+        if unfit := self.on - _APPLICABLE_KINDS.get(self.kind, _ALL):
+            raise ValueError(f"{self.kind} cannot apply to {', '.join(sorted(unfit))}")
         return self
 
     @property
     def answer_status(self) -> int:
-        """The status of a response that the fault creates."""
+        """The status of the response that the fault produces."""
         return self.status or _STATUS.get(self.kind, 200)
 
-    def strikes(self, kind: RequestKind) -> bool:
+    def applies_to(self, kind: RequestKind) -> bool:
         """Return whether the fault applies to requests of this kind."""
-        return kind in (self.on or _STRIKES.get(self.kind, _ALL))
+        return kind in (self.on or _APPLICABLE_KINDS.get(self.kind, _ALL))
 
 
 class FaultPlan(BaseModel):
@@ -131,15 +131,15 @@ class FaultDraw:
         """Return the faults that affect this request."""
         drawn: dict[FaultKind, Fault] = {}
         for n, fault in enumerate(self.plan.faults):
-            if not fault.strikes(kind):
+            if not fault.applies_to(kind):
                 continue
             self._seen[n] += 1
-            if self._due(n, fault) and fault.kind not in drawn:
+            if self._is_due(n, fault) and fault.kind not in drawn:
                 self.struck[n] += 1
                 drawn[fault.kind] = fault
         return drawn
 
-    def _due(self, n: int, fault: Fault) -> bool:
+    def _is_due(self, n: int, fault: Fault) -> bool:
         seen = self._seen[n] - fault.after
         if seen <= 0 or (fault.times is not None and self.struck[n] >= fault.times):
             return False

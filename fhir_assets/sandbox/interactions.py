@@ -13,11 +13,11 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.sandbox.dates import instant, microseconds
+from fhir_assets.sandbox.dates import instant, to_microseconds
 from fhir_assets.sandbox.json_text import stamp
 from fhir_assets.sandbox.memory import Store, Version
 from fhir_assets.sandbox.outcomes import Refusal
-from fhir_assets.sandbox.search import matches, parse
+from fhir_assets.sandbox.search import find_matches, parse_search
 
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 _REFERENCE = re.compile(rb'"reference"\s*:\s*"([A-Z][A-Za-z]+)/([A-Za-z0-9\-.]{1,64})(?:/_history/[^"]*)?"')
@@ -32,8 +32,8 @@ _head = msgspec.json.Decoder(_Head)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """The result of an interaction: its status, and the version that it created or found (None if there is none).
+class InteractionResult:
+    """The result of an interaction: its HTTP status, and the version that it created or read (None if there is none).
 
     ``changed`` is False if the interaction did not change the store.
     """
@@ -46,8 +46,8 @@ class Done:
 class Interactions:
     """The interactions of one server.
 
-    ``all_types`` supports the whole catalog instead of the types in use. ``referential_integrity`` refuses a write with
-    ``Type/id`` references to resources that do not exist.
+    With ``all_types``, all types of the catalog are supported, otherwise only the types of stored resources. With
+    ``referential_integrity``, a write with ``Type/id`` references to resources that do not exist is refused.
     """
 
     def __init__(
@@ -65,25 +65,25 @@ class Interactions:
 
     def now(self) -> int:
         """Return the server's time in microseconds, rounded to milliseconds."""
-        return microseconds(self._clock()) // 1000 * 1000
+        return to_microseconds(self._clock()) // 1000 * 1000
 
     def offers(self, resource_type: str) -> bool:
         """Return whether the server supports a type."""
-        return resource_type in self._catalog or resource_type in self.store.shelves
+        return resource_type in self._catalog or resource_type in self.store.type_stores
 
     def types(self) -> list[str]:
-        """Return the supported types in the order of the catalog, then the others by name."""
+        """Return the supported types: those of the catalog in its order, then all others by name."""
         order = [t.name for t in CATALOG if self.offers(t.name)]
-        return order + sorted(self.store.shelves.keys() - set(order))
+        return order + sorted(self.store.type_stores.keys() - set(order))
 
-    def require(self, resource_type: str) -> None:
+    def require_type(self, resource_type: str) -> None:
         """Raise Refusal 404 if the server does not support the type."""
         if not self.offers(resource_type):
-            raise Refusal(404, "not-supported", "This server does not have that resource type")
+            raise Refusal(404, "not-supported", "This server does not support the resource type")
 
     def latest(self, resource_type: str, resource_id: str) -> Version:
         """Return the current version of a resource. Raises Refusal: 404 if it never existed, 410 if it was deleted."""
-        self.require(resource_type)
+        self.require_type(resource_type)
         version = self.store.latest(resource_type, resource_id)
         if version is None:
             raise Refusal(404, "not-found", f"No such {resource_type}")
@@ -102,7 +102,7 @@ class Interactions:
 
     def history(self, resource_type: str, resource_id: str) -> list[Version]:
         """Return all versions of a resource, newest first."""
-        self.require(resource_type)
+        self.require_type(resource_type)
         latest = self.store.latest(resource_type, resource_id)
         if latest is None:
             raise Refusal(404, "not-found", f"No such {resource_type}")
@@ -110,19 +110,21 @@ class Interactions:
 
     def create(
         self, resource_type: str, body: bytes, if_none_exist: str | None = None, new_id: str | None = None
-    ) -> Done:
-        """Store a new resource under a new id, or under ``new_id`` if the server chose it before."""
+    ) -> InteractionResult:
+        """Store a new resource under ``new_id``, or under a new random id."""
         self._accept(resource_type, body)
         if if_none_exist:
-            found = self.find(resource_type, if_none_exist)
-            if len(found) > 1:
+            existing = self.find(resource_type, if_none_exist)
+            if len(existing) > 1:
                 raise Refusal(412, "multiple-matches", "If-None-Exist matches several resources")
-            if found:
-                return Done(200, found[0], changed=False)
-        return Done(201, self._write(resource_type, new_id or str(uuid.uuid4()), body))
+            if existing:
+                return InteractionResult(200, existing[0], changed=False)
+        return InteractionResult(201, self._write(resource_type, new_id or str(uuid.uuid4()), body))
 
-    def update(self, resource_type: str, resource_id: str, body: bytes, if_match: str | None = None) -> Done:
-        """Store a resource, or a new version of it, under the client's id."""
+    def update(
+        self, resource_type: str, resource_id: str, body: bytes, if_match: str | None = None
+    ) -> InteractionResult:
+        """Store a resource under the client's id, as a new version if the resource exists."""
         head = self._accept(resource_type, body)
         if not _ID.fullmatch(resource_id):
             raise Refusal(400, "value", "The id in the URL is not a FHIR id")
@@ -130,47 +132,47 @@ class Interactions:
             raise Refusal(400, "value", "The resource's id is not the id in the URL")
         latest = self.store.latest(resource_type, resource_id)
         if if_match is not None and (latest is None or f'W/"{latest.version_id}"' != if_match):
-            raise Refusal(412, "conflict", "If-Match names another version than the current one")
+            raise Refusal(412, "conflict", "If-Match does not name the current version")
         version = self._write(resource_type, resource_id, body)
-        return Done(201 if latest is None or latest.deleted else 200, version)
+        return InteractionResult(201 if latest is None or latest.deleted else 200, version)
 
-    def update_where(self, resource_type: str, query: str, body: bytes) -> Done:
-        """Update the one match of a condition, or create a resource. Several matches are refused with 412."""
+    def update_matching(self, resource_type: str, query: str, body: bytes) -> InteractionResult:
+        """Update the only match of a condition, or create a resource if none matches. Several matches give 412."""
         head = self._accept(resource_type, body)
-        found = self.find(resource_type, query)
-        if len(found) > 1:
+        existing = self.find(resource_type, query)
+        if len(existing) > 1:
             raise Refusal(412, "multiple-matches", "The conditional update matches several resources")
-        if not found:
-            return Done(201, self._write(resource_type, head.id or str(uuid.uuid4()), body))
-        if head.id is not None and head.id != found[0].id:
+        if not existing:
+            return InteractionResult(201, self._write(resource_type, head.id or str(uuid.uuid4()), body))
+        if head.id is not None and head.id != existing[0].id:
             raise Refusal(400, "value", "The resource's id is not the id of the match")
-        return Done(200, self._write(resource_type, found[0].id, body))
+        return InteractionResult(200, self._write(resource_type, existing[0].id, body))
 
-    def delete(self, resource_type: str, resource_id: str) -> Done:
-        """Delete a resource. Status 204 also if it does not exist or was deleted before."""
-        self.require(resource_type)
+    def delete(self, resource_type: str, resource_id: str) -> InteractionResult:
+        """Delete a resource. The status is 204 even if the resource does not exist or is already deleted."""
+        self.require_type(resource_type)
         latest = self.store.latest(resource_type, resource_id)
         if latest is None or latest.deleted:
-            return Done(204, latest, changed=False)
-        return Done(204, self._store(resource_type, resource_id, lambda *_: b""))
+            return InteractionResult(204, latest, changed=False)
+        return InteractionResult(204, self._store(resource_type, resource_id, lambda *_: b""))
 
-    def delete_where(self, resource_type: str, query: str) -> Done:
-        """Delete the one match of a condition. Several matches are refused with 412."""
-        self.require(resource_type)
-        found = self.find(resource_type, query)
-        if len(found) > 1:
+    def delete_matching(self, resource_type: str, query: str) -> InteractionResult:
+        """Delete the only match of a condition. Several matches give 412."""
+        self.require_type(resource_type)
+        existing = self.find(resource_type, query)
+        if len(existing) > 1:
             raise Refusal(412, "multiple-matches", "The conditional delete matches several resources")
-        return self.delete(resource_type, found[0].id) if found else Done(204, None, changed=False)
+        return self.delete(resource_type, existing[0].id) if existing else InteractionResult(204, None, changed=False)
 
     def find(self, resource_type: str, query: str) -> list[Version]:
         """Return the matches of a condition such as ``identifier=system|value``. Unknown parameters are refused."""
-        search = parse(resource_type, parse_qsl(query, keep_blank_values=True), strict=True)
+        search = parse_search(resource_type, parse_qsl(query, keep_blank_values=True), strict=True)
         if search.ids is None and not search.tokens:
             raise Refusal(400, "required", "The condition has no search parameter")
-        return matches(self.store, resource_type, search)
+        return find_matches(self.store, resource_type, search)
 
     def _accept(self, resource_type: str, body: bytes) -> _Head:
-        self.require(resource_type)
+        self.require_type(resource_type)
         try:
             head = _head.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -183,7 +185,9 @@ class Interactions:
             for target_type, target_id in _REFERENCE.findall(body):
                 target = self.store.latest(target_type.decode(), target_id.decode())
                 if (target is None or target.deleted) and target_id.decode() != head.id:
-                    raise Refusal(422, "not-found", f"A reference to a {target_type.decode()} points to nothing here")
+                    raise Refusal(
+                        422, "not-found", f"A reference to a {target_type.decode()} has no target on this server"
+                    )
         return head
 
     def _write(self, resource_type: str, resource_id: str, body: bytes) -> Version:
@@ -199,5 +203,5 @@ class Interactions:
             when = max(when, latest.when + 1000)
         version_id = self.store.next_version(resource_type, resource_id)
         version = Version(resource_type, resource_id, version_id, when, text(version_id, instant(when)))
-        self.store.shelf(resource_type).add(version)
+        self.store.type_store(resource_type).add(version)
         return version

@@ -1,4 +1,4 @@
-"""Edits the top level of JSON objects: all other bytes, digits and the order of keys are preserved."""
+"""Edit the top level of JSON objects as text, so that all other bytes, digits and the key order are preserved."""
 
 from collections.abc import Mapping
 

@@ -11,7 +11,7 @@ import msgspec
 import orjson
 
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.sandbox.dates import Stretch, parse_date
+from fhir_assets.sandbox.dates import TimeRange, parse_date
 from fhir_assets.sandbox.parameters import EXTRACT
 
 _when = attrgetter("when")
@@ -32,7 +32,7 @@ class Version:
 
     @property
     def deleted(self) -> bool:
-        """Return whether this version is a deletion."""
+        """Whether this version is a deletion."""
         return not self.body
 
     def history(self) -> Iterator["Version"]:
@@ -44,8 +44,8 @@ class Version:
 
 
 @dataclass(slots=True)
-class Shelf:
-    """The resources of one type."""
+class TypeStore:
+    """The resources of one type, with indexes on ``lastUpdated`` and the used search parameters."""
 
     latest: dict[str, Version] = field(default_factory=dict)
     timeline: list[Version] = field(default_factory=list)
@@ -53,12 +53,12 @@ class Shelf:
     stale: int = 0
     indexes: dict[str, dict[str, dict[str, None]]] = field(default_factory=dict)
 
-    def live(self) -> int:
+    def count(self) -> int:
         """Return the number of resources, without deleted ones."""
         return sum(1 for version in self.latest.values() if version.body)
 
     def add(self, version: Version) -> None:
-        """Make ``version`` the latest of its resource."""
+        """Make ``version`` the latest version of its resource."""
         previous = self.latest.get(version.id)
         if previous is not None:
             previous.current = False
@@ -73,8 +73,8 @@ class Shelf:
             self.sorted = False
         self.timeline.append(version)
 
-    def undo(self, version: Version) -> None:
-        """Remove the latest version, to roll a transaction back."""
+    def roll_back(self, version: Version) -> None:
+        """Remove ``version``, the latest of its resource, to roll a transaction back."""
         version.current = False
         self.stale += 1
         for name, index in self.indexes.items():
@@ -87,27 +87,27 @@ class Shelf:
             version.previous.current = True
             self.latest[version.id] = version.previous
 
-    def between(self, stretch: Stretch) -> list[Version]:
-        """Return the resources with a ``lastUpdated`` in the range, in its order."""
+    def find_updated_in(self, time_range: TimeRange) -> list[Version]:
+        """Return the resources with a ``lastUpdated`` in the range, ordered by ``lastUpdated``."""
         if not self.sorted or self.stale > len(self.timeline) // 4:
             self.timeline = [version for version in self.timeline if version.current]
             self.timeline.sort(key=_order)
             self.sorted, self.stale = True, 0
-        start = bisect_left(self.timeline, stretch.start, key=_when)
-        end = bisect_left(self.timeline, stretch.end, key=_when)
+        start = bisect_left(self.timeline, time_range.start, key=_when)
+        end = bisect_left(self.timeline, time_range.end, key=_when)
         return [version for version in self.timeline[start:end] if version.current and version.body]
 
-    def where(self, name: str, keys: Iterable[str]) -> dict[str, None]:
+    def find_ids(self, name: str, keys: Iterable[str]) -> dict[str, None]:
         """Return the ids of the resources whose search parameter has one of the keys."""
         index = self.indexes.get(name)
         if index is None:
             index = self.indexes[name] = {}
             for version in self.latest.values():
                 _index(index, name, version)
-        found: dict[str, None] = {}
+        ids: dict[str, None] = {}
         for key in keys:
-            found |= index.get(key, {})
-        return found
+            ids |= index.get(key, {})
+        return ids
 
 
 def _index(index: dict[str, dict[str, None]], name: str, version: Version) -> None:
@@ -140,19 +140,19 @@ class Store:
     """All resources of a sandbox server, by type. Not thread-safe: only the server's event loop uses it."""
 
     def __init__(self) -> None:
-        self.shelves: dict[str, Shelf] = {}
+        self.type_stores: dict[str, TypeStore] = {}
 
-    def shelf(self, resource_type: str) -> Shelf:
+    def type_store(self, resource_type: str) -> TypeStore:
         """Return the resources of a type."""
-        shelf = self.shelves.get(resource_type)
-        if shelf is None:
-            shelf = self.shelves[resource_type] = Shelf()
-        return shelf
+        type_store = self.type_stores.get(resource_type)
+        if type_store is None:
+            type_store = self.type_stores[resource_type] = TypeStore()
+        return type_store
 
     def latest(self, resource_type: str, resource_id: str) -> Version | None:
         """Return the latest version of a resource, which may be a deletion."""
-        shelf = self.shelves.get(resource_type)
-        return shelf.latest.get(resource_id) if shelf else None
+        type_store = self.type_stores.get(resource_type)
+        return type_store.latest.get(resource_id) if type_store else None
 
     def seed(self, body: bytes, arrived: int) -> None:
         """Store a resource under its own id, version and time. Its bytes are served unchanged.
@@ -162,10 +162,10 @@ class Store:
         head = _seed.decode(body)
         meta = head.meta or _Meta()
         when = parse_date(meta.lastUpdated).start if meta.lastUpdated else arrived
-        shelf = self.shelf(head.resourceType)
-        previous = shelf.latest.get(head.id)
+        type_store = self.type_store(head.resourceType)
+        previous = type_store.latest.get(head.id)
         number = meta.versionId or ("1" if previous is None else _next(previous.version_id))
-        shelf.add(Version(head.resourceType, head.id, number, when, body))
+        type_store.add(Version(head.resourceType, head.id, number, when, body))
 
     def next_version(self, resource_type: str, resource_id: str) -> str:
         """Return the versionId of the next version of a resource."""
@@ -184,7 +184,9 @@ def read_lines(folder: Path) -> Iterator[bytes]:
     """
     files = sorted(path for path in folder.glob("*") if path.name.endswith((".ndjson", ".ndjson.gz")))
     if not files:
-        raise ConfigurationError(f"{folder} holds no .ndjson or .ndjson.gz files: give a folder that does, or --empty")
+        raise ConfigurationError(
+            f"{folder} contains no .ndjson or .ndjson.gz files: give a folder that does, or --empty"
+        )
     for path in files:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for line in lines:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import orjson
 
 
-def operation_outcome(severity: str, code: str, diagnostics: str) -> dict[str, object]:
+def build_operation_outcome(severity: str, code: str, diagnostics: str) -> dict[str, object]:
     """Return an OperationOutcome with one issue. ``code`` is one of https://hl7.org/fhir/R4/valueset-issue-type.html."""
     return {
         "resourceType": "OperationOutcome",
@@ -19,7 +19,7 @@ class Refusal(Exception):
     def __init__(self, status: int, code: str, diagnostics: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(diagnostics)
         self.status = status
-        self.outcome = operation_outcome("error", code, diagnostics)
+        self.outcome = build_operation_outcome("error", code, diagnostics)
         self.headers = dict(headers or {})
 
     @property

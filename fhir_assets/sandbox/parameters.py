@@ -1,7 +1,7 @@
 """The search parameters of the sandbox server, their types, and the values that they index.
 
-A token is indexed as ``system|code``, as ``code`` and as ``system|`` (``|code`` where it has no system); a
-reference as ``Type/id``. See https://hl7.org/fhir/R4/search.html#token and #reference.
+A token is indexed as ``system|code``, as ``code`` and as ``system|`` (as ``|code`` if it has no system), a reference as
+``Type/id``. See https://hl7.org/fhir/R4/search.html#token and #reference.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,7 @@ _WITHOUT_STATUS = {
 _PATIENT_ELEMENTS = ("subject", "patient", "beneficiary", "target")
 
 
-def offered(resource_type: str) -> tuple[str, ...]:
+def list_parameters(resource_type: str) -> tuple[str, ...]:
     """Return the search parameters of a type."""
     known = BY_NAME.get(resource_type)
     if known is None:
@@ -57,12 +57,12 @@ def offered(resource_type: str) -> tuple[str, ...]:
 KIND = {"identifier": "token", "code": "token", "status": "token", "patient": "reference", "subject": "reference"}
 
 
-def _each(value: object) -> Iterator[Mapping[str, object]]:
+def _iterate_objects(value: object) -> Iterator[Mapping[str, object]]:
     if isinstance(value, Mapping):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _each(item)
+            yield from _iterate_objects(item)
 
 
 def _token(system: object, code: object) -> Iterator[str]:
@@ -74,14 +74,14 @@ def _token(system: object, code: object) -> Iterator[str]:
 
 
 def _identifier(resource: Resource) -> Iterator[str]:
-    for identifier in _each(resource.get("identifier")):
+    for identifier in _iterate_objects(resource.get("identifier")):
         yield from _token(identifier.get("system"), identifier.get("value"))
 
 
 def _code(resource: Resource) -> Iterator[str]:
     for element in ("code", "medicationCodeableConcept"):
-        for concept in _each(resource.get(element)):
-            for coding in _each(concept.get("coding")):
+        for concept in _iterate_objects(resource.get(element)):
+            for coding in _iterate_objects(concept.get("coding")):
                 yield from _token(coding.get("system"), coding.get("code"))
 
 
@@ -92,7 +92,7 @@ def _status(resource: Resource) -> Iterator[str]:
 
 def _patient(resource: Resource) -> Iterator[str]:
     for element in _PATIENT_ELEMENTS:
-        for reference in _each(resource.get(element)):
+        for reference in _iterate_objects(resource.get(element)):
             if isinstance(target := reference.get("reference"), str):
                 yield "/".join(target.split("/_history/")[0].split("/")[-2:])
 
@@ -106,7 +106,7 @@ EXTRACT: Mapping[str, Callable[[Resource], Iterator[str]]] = {
 }
 
 
-def key_of(name: str, value: str) -> str:
+def index_key(name: str, value: str) -> str:
     """Return the index key of a search value."""
     if KIND[name] == "reference":
         value = "/".join(value.split("/")[-2:])

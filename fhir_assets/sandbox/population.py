@@ -1,7 +1,7 @@
-"""Generates a synthetic population: linked, plausible resources of all types of the catalog, reproducible by seed.
+"""Generate a synthetic population: linked, plausible resources of all types of the catalog, reproducible by seed.
 
 ``generate`` yields resources, ``write_population`` writes files ``<Type>.ndjson.gz``. A share of the resources can be
-given known defects (``synthetic/defects.py``), which does not change the others.
+given known defects (``synthetic/defects.py``) without changing the other resources.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ import orjson
 from isal import igzip
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.sandbox.dates import microseconds
+from fhir_assets.sandbox.dates import to_microseconds
 from fhir_assets.sandbox.synthetic.care import care, consent, order, provenance
 from fhir_assets.sandbox.synthetic.clinical import (
     allergies,
@@ -51,8 +51,9 @@ class Item(NamedTuple):
 class Population:
     """A population of ``patients``, with ``lastUpdated`` spread from ``start`` to ``end`` (half-open, UTC).
 
-    The default range is the 90 days that end today at midnight UTC. Set it if runs on different days must agree. A
-    patient's resources do not depend on the number of patients.
+    The default range is the 90 days before the last midnight UTC. Set ``start`` and ``end`` to get the same resources
+    on different days. A patient's resources do not depend on the number of patients. ``bad_share`` is the share of
+    resources with a defect, from 0 to 1.
     """
 
     patients: int
@@ -62,10 +63,10 @@ class Population:
     start: datetime | None = None
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield every resource: the shared ones, then patient by patient."""
+        """Yield all resources: first the shared resources, then those of each patient."""
         name = f"syn{self.seed}"
-        end = microseconds(self.end) // 1000
-        start = microseconds(self.start or self.end - timedelta(days=DEFAULT_DAYS)) // 1000
+        end = to_microseconds(self.end) // 1000
+        start = to_microseconds(self.start or self.end - timedelta(days=DEFAULT_DAYS)) // 1000
         yield from self._finish(facility(name, start, end), Random(f"{name}:bad:facility"))
         for number in range(self.patients):
             person = make_person(name, number, start, end)
@@ -141,7 +142,7 @@ def generate(
 
 @dataclass(slots=True)
 class Summary:
-    """The numbers of written resources by type, and of resources with defects by type and by defect."""
+    """The numbers of written resources by type, and of resources with a defect by type and by defect."""
 
     resources: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
@@ -149,7 +150,7 @@ class Summary:
 
 
 class _Part:
-    """A gzip file that is written member by member and gets its name when it is complete."""
+    """A gzip file that is written member by member and renamed to its final name when it is complete."""
 
     _BLOCK = 2**20
 
@@ -158,12 +159,12 @@ class _Part:
         self._unfinished = path.with_name(path.name + ".part")
         self._unfinished.unlink(missing_ok=True)
         self._lines: list[bytes] = []
-        self._held = 0
+        self._buffered = 0
 
     def write(self, line: bytes) -> None:
         self._lines.append(line)
-        self._held += len(line)
-        if self._held >= self._BLOCK:
+        self._buffered += len(line)
+        if self._buffered >= self._BLOCK:
             self._flush()
 
     def finish(self) -> None:
@@ -174,11 +175,11 @@ class _Part:
         block = b"\n".join([*self._lines, b""])
         with self._unfinished.open("ab") as file:
             file.write(igzip.compress(block, 1))
-        self._lines, self._held = [], 0
+        self._lines, self._buffered = [], 0
 
 
 def write_population(folder: Path, population: Population) -> Summary:
-    """Write ``<Type>.ndjson.gz`` for every type, and last ``defects.json`` with each defective resource and its rule.
+    """Write ``<Type>.ndjson.gz`` for every type, then ``defects.json`` with each defective resource and its rule.
 
     Raises OSError if the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Runs the sandbox server in this process, in a thread for tests, or in a process of its own."""
+"""Run the sandbox server in this process, in a thread (for tests), or in a subprocess."""
 
 import signal
 import socket
@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fhir_assets.errors import ConfigurationError, ServerUnavailable
-from fhir_assets.sandbox.dates import microseconds
+from fhir_assets.sandbox.dates import to_microseconds
 from fhir_assets.sandbox.fault_injection import CLOSE_SOCKET
 from fhir_assets.sandbox.faults import Fault, FaultPlan
 from fhir_assets.sandbox.memory import Store, read_lines
@@ -36,21 +36,21 @@ class _Protocol(HttpToolsProtocol):
         self.scope["extensions"] = extensions
 
 
-def fill(store: Store, data: Path | Iterable[bytes] | None) -> None:
-    """Fill a store from a folder of NDJSON files, or from resources as JSON. None adds nothing.
+def fill_store(store: Store, data: Path | Iterable[bytes] | None) -> None:
+    """Fill a store from a folder of NDJSON files, or from resources as JSON. ``data`` None adds nothing.
 
-    Raises ConfigurationError for a folder without such files, and for a line that is not a resource with an id.
+    Raises ConfigurationError for a folder without NDJSON files, and for a line that is not a resource with an id.
     """
     if data is None:
         return
-    arrived = microseconds(datetime.now(UTC)) // 1000 * 1000
+    arrived = to_microseconds(datetime.now(UTC)) // 1000 * 1000
     for n, body in enumerate(read_lines(data) if isinstance(data, Path) else data, 1):
         try:
             store.seed(body, arrived)
         except ValueError:
             raise ConfigurationError(
                 f"Resource {n} of the sandbox's data is not JSON with a resourceType, an id and a FHIR "
-                "meta.lastUpdated: a server cannot serve it, take it out"
+                "meta.lastUpdated: remove it from the data"
             ) from None
 
 
@@ -83,8 +83,8 @@ def _uvicorn(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-class _Controls:
-    """Methods that control a running server through its own HTTP endpoints."""
+class _ServerControls:
+    """The methods that control a running server over HTTP (``/_sandbox``)."""
 
     url: str
     """The FHIR base URL, such as ``http://127.0.0.1:8090/fhir``."""
@@ -92,7 +92,7 @@ class _Controls:
     def set_faults(self, *faults: Fault, seed: int = 0) -> None:
         """Replace the faults of the server."""
         plan = FaultPlan(faults=faults, seed=seed)
-        requests.put(self._own("faults"), data=plan.model_dump_json(), timeout=10).raise_for_status()
+        requests.put(self._control_url("faults"), data=plan.model_dump_json(), timeout=10).raise_for_status()
 
     def stats(self) -> dict[str, Any]:
         """Return the statistics of the server.
@@ -100,20 +100,20 @@ class _Controls:
         They are ``requests`` by kind, ``statuses``, ``struck`` faults, ``max_in_flight``, ``kick_offs``, ``recent``
         request lines and live ``resources`` by type.
         """
-        return cast("dict[str, Any]", requests.get(self._own("stats"), timeout=10).json())
+        return cast("dict[str, Any]", requests.get(self._control_url("stats"), timeout=10).json())
 
     def reset_stats(self) -> None:
         """Reset the statistics."""
-        requests.delete(self._own("stats"), timeout=10).raise_for_status()
+        requests.delete(self._control_url("stats"), timeout=10).raise_for_status()
 
-    def _own(self, name: str) -> str:
+    def _control_url(self, name: str) -> str:
         return f"{self.url.removesuffix(BASE)}/_sandbox/{name}"
 
 
-class SandboxServer(_Controls):
+class SandboxServer(_ServerControls):
     """A sandbox server in a thread, on a free port: ``with SandboxServer(data) as server: server.url``.
 
-    ``data`` is a folder of NDJSON files or resources as JSON; ``options`` go to ``create_app``.
+    ``data`` is a folder of NDJSON files, or resources as JSON; ``options`` are passed to ``create_app``.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class SandboxServer(_Controls):
         **options: Unpack[Options],
     ) -> None:
         self.store = Store()
-        fill(self.store, data)
+        fill_store(self.store, data)
         app = create_app(self.store, FaultPlan(faults=faults, seed=seed), **options)
         self._listener = _listen(port)
         self._server = _uvicorn(app)
@@ -150,8 +150,8 @@ class SandboxServer(_Controls):
         self._listener.close()
 
 
-class SandboxProcess(_Controls):
-    """A sandbox server in a process of its own that ends with this process. ``data`` None starts it empty."""
+class SandboxProcess(_ServerControls):
+    """A sandbox server in a subprocess that ends with this process. If ``data`` is None, the server is empty."""
 
     def __init__(self, data: Path | None = None, *, port: int = 0, options: tuple[str, ...] = ()) -> None:
         source = ("--empty",) if data is None else ("--data", str(data))
@@ -206,16 +206,16 @@ def serve(
     """
     with suppress(KeyboardInterrupt), _listen(port) as listener:
         store = Store()
-        fill(store, data)
+        fill_store(store, data)
         server = _uvicorn(create_app(store, faults, **options))
         _end_with_signals(server)
         if end_with_stdin:
             threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
-        (ready or _tell)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")
+        (ready or _print_url)(f"http://127.0.0.1:{listener.getsockname()[1]}{BASE}")
         server.run(sockets=[listener])
 
 
-def _tell(url: str) -> None:
+def _print_url(url: str) -> None:
     sys.stdout.write(f"{_READY}{url}\n")
     sys.stdout.flush()
 

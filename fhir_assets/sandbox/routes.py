@@ -10,10 +10,10 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Request, Response
 
 from fhir_assets.sandbox.batch import run_bundle
-from fhir_assets.sandbox.capability import capability_statement
+from fhir_assets.sandbox.capability import build_capability_statement
 from fhir_assets.sandbox.dates import from_microseconds, parse_date
 from fhir_assets.sandbox.faults import Fault, FaultKind
-from fhir_assets.sandbox.interactions import Done, Interactions
+from fhir_assets.sandbox.interactions import InteractionResult, Interactions
 from fhir_assets.sandbox.memory import Version
 from fhir_assets.sandbox.outcomes import Refusal
 from fhir_assets.sandbox.search import (
@@ -21,36 +21,36 @@ from fhir_assets.sandbox.search import (
     Listing,
     Pages,
     Query,
-    expired,
-    matches,
-    parse,
-    patients_of,
-    render,
-    unknown_outcome,
+    build_expired_refusal,
+    build_unknown_parameters_outcome,
+    find_matches,
+    find_patients,
+    parse_search,
+    render_page,
 )
 
 FHIR_JSON = "application/fhir+json"
 
 
-def fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
+def build_fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
     """Return the routes of a FHIR server."""
     routes = APIRouter()
     store = interactions.store
     started = datetime.now(UTC).isoformat(timespec="seconds")
 
     def first_page(request: Request, listing: Listing) -> Response:
-        return _fhir(render(_base(request), listing, 0, pages, _faults(request)))
+        return _fhir_response(render_page(_base_url(request), listing, 0, pages, _drawn_faults(request)))
 
     def search(request: Request, resource_type: str, query: Query, self_link: str) -> Response:
-        interactions.require(resource_type)
-        wanted = parse(resource_type, query, strict="handling=strict" in request.headers.get("prefer", ""))
-        found = matches(store, resource_type, wanted)
-        outcome = unknown_outcome(wanted.unknown) if wanted.unknown else None
-        total = len(found) if wanted.total or wanted.only_count else None
-        shown = [] if wanted.only_count else found
-        listing = Listing("searchset", self_link, shown, max(wanted.count, 1), total, outcome)
-        if wanted.include_patients:
-            listing = replace(listing, include=partial(patients_of, store))
+        interactions.require_type(resource_type)
+        parsed = parse_search(resource_type, query, strict="handling=strict" in request.headers.get("prefer", ""))
+        versions = find_matches(store, resource_type, parsed)
+        outcome = build_unknown_parameters_outcome(parsed.unknown) if parsed.unknown else None
+        total = len(versions) if parsed.total or parsed.only_count else None
+        listed = [] if parsed.only_count else versions
+        listing = Listing("searchset", self_link, listed, max(parsed.count, 1), total, outcome)
+        if parsed.include_patients:
+            listing = replace(listing, include=partial(find_patients, store))
         return first_page(request, listing)
 
     def history(request: Request, versions: Sequence[Version]) -> Response:
@@ -64,19 +64,19 @@ def fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
             versions = [version for version in versions if version.when >= since]
         return first_page(request, Listing("history", str(request.url), versions, count, len(versions)))
 
-    def versions_of(resource_types: Sequence[str]) -> list[Version]:
-        found = [
+    def list_versions(resource_types: Sequence[str]) -> list[Version]:
+        versions = [
             version
             for name in resource_types
-            for latest in store.shelf(name).latest.values()
+            for latest in store.type_store(name).latest.values()
             for version in latest.history()
         ]
-        found.sort(key=lambda version: version.when, reverse=True)
-        return found
+        versions.sort(key=lambda version: version.when, reverse=True)
+        return versions
 
     @routes.get("/metadata")
     async def metadata(request: Request) -> Response:
-        return _fhir(capability_statement(_base(request), interactions.types(), started))
+        return _fhir_response(build_capability_statement(_base_url(request), interactions.types(), started))
 
     @routes.get("")
     @routes.get("/")
@@ -84,29 +84,29 @@ def fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
         token = request.query_params.get("_page")
         if token is None:
             raise Refusal(400, "not-supported", "This server searches one resource type at a time")
-        drawn = _faults(request)
+        drawn = _drawn_faults(request)
         if FaultKind.EXPIRE in drawn:
             pages.expire(token)
-            raise expired(drawn[FaultKind.EXPIRE].answer_status)
-        listing, offset = pages.at(token)
-        return _fhir(render(_base(request), listing, offset, pages, drawn))
+            raise build_expired_refusal(drawn[FaultKind.EXPIRE].answer_status)
+        listing, offset = pages.get(token)
+        return _fhir_response(render_page(_base_url(request), listing, offset, pages, drawn))
 
     @routes.post("")
     @routes.post("/")
     async def bundle(request: Request) -> Response:
         def page(listing: Listing) -> bytes:
-            return render(_base(request), listing, 0, pages, {})
+            return render_page(_base_url(request), listing, 0, pages, {})
 
-        return _fhir(run_bundle(interactions, await request.body(), page))
+        return _fhir_response(run_bundle(interactions, await request.body(), page))
 
     @routes.get("/_history")
     async def system_history(request: Request) -> Response:
-        return history(request, versions_of(list(store.shelves)))
+        return history(request, list_versions(list(store.type_stores)))
 
     @routes.get("/{resource_type}/_history")
     async def type_history(request: Request, resource_type: str) -> Response:
-        interactions.require(resource_type)
-        return history(request, versions_of([resource_type]))
+        interactions.require_type(resource_type)
+        return history(request, list_versions([resource_type]))
 
     @routes.get("/{resource_type}")
     async def search_by_get(request: Request, resource_type: str) -> Response:
@@ -124,47 +124,47 @@ def fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
 
     @routes.get("/{resource_type}/{resource_id}/_history/{version_id}")
     async def vread(resource_type: str, resource_id: str, version_id: str) -> Response:
-        return _versioned(200, interactions.version(resource_type, resource_id, version_id))
+        return _version_response(200, interactions.version(resource_type, resource_id, version_id))
 
     @routes.get("/{resource_type}/{resource_id}")
     async def read(request: Request, resource_type: str, resource_id: str) -> Response:
         version = interactions.latest(resource_type, resource_id)
         if request.headers.get("if-none-match") == _etag(version):
             return Response(status_code=304, headers={"ETag": _etag(version)})
-        return _versioned(200, version)
+        return _version_response(200, version)
 
     @routes.post("/{resource_type}")
     async def create(request: Request, resource_type: str) -> Response:
         condition = request.headers.get("if-none-exist")
-        return _done(request, interactions.create(resource_type, await request.body(), condition))
+        return _result_response(request, interactions.create(resource_type, await request.body(), condition))
 
     @routes.put("/{resource_type}")
-    async def update_where(request: Request, resource_type: str) -> Response:
+    async def update_matching(request: Request, resource_type: str) -> Response:
         body = await request.body()
-        return _done(request, interactions.update_where(resource_type, request.url.query, body))
+        return _result_response(request, interactions.update_matching(resource_type, request.url.query, body))
 
     @routes.put("/{resource_type}/{resource_id}")
     async def update(request: Request, resource_type: str, resource_id: str) -> Response:
         if_match = request.headers.get("if-match")
         body = await request.body()
-        return _done(request, interactions.update(resource_type, resource_id, body, if_match))
+        return _result_response(request, interactions.update(resource_type, resource_id, body, if_match))
 
     @routes.delete("/{resource_type}")
-    async def delete_where(request: Request, resource_type: str) -> Response:
-        return _done(request, interactions.delete_where(resource_type, request.url.query))
+    async def delete_matching(request: Request, resource_type: str) -> Response:
+        return _result_response(request, interactions.delete_matching(resource_type, request.url.query))
 
     @routes.delete("/{resource_type}/{resource_id}")
     async def delete(request: Request, resource_type: str, resource_id: str) -> Response:
-        return _done(request, interactions.delete(resource_type, resource_id))
+        return _result_response(request, interactions.delete(resource_type, resource_id))
 
     return routes
 
 
-def _base(request: Request) -> str:
+def _base_url(request: Request) -> str:
     return f"{request.url.scheme}://{request.url.netloc}/fhir"
 
 
-def _faults(request: Request) -> dict[FaultKind, Fault]:
+def _drawn_faults(request: Request) -> dict[FaultKind, Fault]:
     drawn: dict[FaultKind, Fault] = request.state.faults
     return drawn
 
@@ -176,7 +176,7 @@ def _instant(text: str) -> int:
         raise Refusal(400, "invalid", "_since is not a FHIR instant") from None
 
 
-def _fhir(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _fhir_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body, status, headers=headers, media_type=FHIR_JSON)
 
 
@@ -184,20 +184,20 @@ def _etag(version: Version) -> str:
     return f'W/"{version.version_id}"'
 
 
-def _versioned(status: int, version: Version, location: str | None = None) -> Response:
+def _version_response(status: int, version: Version, location: str | None = None) -> Response:
     headers = {
         "ETag": _etag(version),
         "Last-Modified": format_datetime(from_microseconds(version.when), usegmt=True),
     }
     if location:
         headers["Location"] = location
-    return _fhir(version.body, status, headers) if version.body else Response(status_code=204, headers=headers)
+    return _fhir_response(version.body, status, headers) if version.body else Response(status_code=204, headers=headers)
 
 
-def _done(request: Request, done: Done) -> Response:
-    version = done.version
-    if version is None or done.status == 204:
+def _result_response(request: Request, result: InteractionResult) -> Response:
+    version = result.version
+    if version is None or result.status == 204:
         headers = {} if version is None else {"ETag": _etag(version)}
         return Response(status_code=204, headers=headers)
-    place = f"{version.resource_type}/{version.id}/_history/{version.version_id}"
-    return _versioned(done.status, version, f"{_base(request)}/{place}")
+    path = f"{version.resource_type}/{version.id}/_history/{version.version_id}"
+    return _version_response(result.status, version, f"{_base_url(request)}/{path}")

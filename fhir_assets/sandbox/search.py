@@ -1,4 +1,4 @@
-"""FHIR search on the store: parses parameters, finds matches, and renders pages as Bundles."""
+"""FHIR search on the store: parsing of parameters, matching, and rendering of pages as Bundles."""
 
 import secrets
 from collections import OrderedDict
@@ -8,11 +8,11 @@ from urllib.parse import quote
 
 import orjson
 
-from fhir_assets.sandbox.dates import FAR_FUTURE, Stretch, compare, instant
+from fhir_assets.sandbox.dates import FAR_FUTURE, TimeRange, compare, instant
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.memory import Store, Version
-from fhir_assets.sandbox.outcomes import Refusal, operation_outcome
-from fhir_assets.sandbox.parameters import EXTRACT, key_of, offered
+from fhir_assets.sandbox.outcomes import Refusal, build_operation_outcome
+from fhir_assets.sandbox.parameters import EXTRACT, index_key, list_parameters
 
 Query = Sequence[tuple[str, str]]
 
@@ -20,7 +20,7 @@ MAX_COUNT = 10_000
 _DEFAULT_COUNT = 50
 _SORTS = ("_lastUpdated", "-_lastUpdated", "_id", "-_id")
 _IGNORED = {"_format", "_pretty"}
-_ALWAYS = Stretch(-FAR_FUTURE, FAR_FUTURE)
+_ALWAYS = TimeRange(-FAR_FUTURE, FAR_FUTURE)
 
 
 @dataclass(slots=True)
@@ -31,17 +31,17 @@ class Search:
     total: bool = True
     only_count: bool = False
     sort: str | None = None
-    stretch: Stretch = _ALWAYS
+    time_range: TimeRange = _ALWAYS
     ids: set[str] | None = None
     tokens: list[tuple[str, list[str]]] = field(default_factory=list)
     include_patients: bool = False
     unknown: list[str] = field(default_factory=list)
 
 
-def parse(resource_type: str, query: Query, *, strict: bool) -> Search:
-    """Parse the parameters of a search. Raises Refusal for a malformed one and, if ``strict``, for an unknown one."""
+def parse_search(resource_type: str, query: Query, *, strict: bool) -> Search:
+    """Parse the parameters of a search. Raises Refusal for malformed and, if ``strict``, for unknown parameters."""
     search = Search()
-    plain = offered(resource_type)
+    plain = list_parameters(resource_type)
     for name, value in query:
         match name:
             case "_count":
@@ -53,14 +53,14 @@ def parse(resource_type: str, query: Query, *, strict: bool) -> Search:
             case "_sort" if value in _SORTS:
                 search.sort = value
             case "_lastUpdated":
-                search.stretch = _narrow(search.stretch, value)
+                search.time_range = _intersect(search.time_range, value)
             case "_id":
                 ids = set(value.split(","))
                 search.ids = ids if search.ids is None else search.ids & ids
             case "_include" if value in (f"{resource_type}:patient", f"{resource_type}:subject"):
                 search.include_patients = True
             case _ if name in plain:
-                search.tokens.append((name, [key_of(name, one) for one in value.split(",")]))
+                search.tokens.append((name, [index_key(name, item) for item in value.split(",")]))
             case _ if name not in _IGNORED:
                 search.unknown.append(name)
     if search.unknown and strict:
@@ -75,38 +75,38 @@ def _parse_count(value: str) -> int:
     return min(int(value), MAX_COUNT)
 
 
-def _narrow(stretch: Stretch, value: str) -> Stretch:
+def _intersect(time_range: TimeRange, value: str) -> TimeRange:
     try:
         other = compare(value)
     except ValueError as error:
         raise Refusal(400, "invalid", f"_lastUpdated is {error}") from None
-    return Stretch(max(stretch.start, other.start), min(stretch.end, other.end))
+    return TimeRange(max(time_range.start, other.start), min(time_range.end, other.end))
 
 
-def matches(store: Store, resource_type: str, search: Search) -> list[Version]:
+def find_matches(store: Store, resource_type: str, search: Search) -> list[Version]:
     """Return the matching resources in the requested order."""
-    shelf = store.shelf(resource_type)
+    type_store = store.type_store(resource_type)
     ids: set[str] | None = search.ids
     for name, keys in search.tokens:
-        found = shelf.where(name, keys)
-        ids = set(found) if ids is None else ids & found.keys()
-    stretch = search.stretch
+        ids_of_keys = type_store.find_ids(name, keys)
+        ids = set(ids_of_keys) if ids is None else ids & ids_of_keys.keys()
+    time_range = search.time_range
     if ids is None:
-        found_versions = shelf.between(stretch) if stretch.start < stretch.end else []
+        versions = type_store.find_updated_in(time_range) if time_range.start < time_range.end else []
     else:
-        latest = (shelf.latest.get(resource_id) for resource_id in ids)
-        found_versions = sorted(
-            (v for v in latest if v is not None and v.body and stretch.start <= v.when < stretch.end),
+        latest = (type_store.latest.get(resource_id) for resource_id in ids)
+        versions = sorted(
+            (v for v in latest if v is not None and v.body and time_range.start <= v.when < time_range.end),
             key=lambda version: (version.when, version.id),
         )
     if search.sort in ("_id", "-_id"):
-        found_versions.sort(key=lambda version: version.id)
+        versions.sort(key=lambda version: version.id)
     if search.sort is not None and search.sort.startswith("-"):
-        found_versions.reverse()
-    return found_versions
+        versions.reverse()
+    return versions
 
 
-def patients_of(store: Store, page: Sequence[Version]) -> list[Version]:
+def find_patients(store: Store, page: Sequence[Version]) -> list[Version]:
     """Return the resources that the patient or subject elements of a page refer to, without duplicates."""
     keys = {key: None for version in page for key in EXTRACT["patient"](orjson.loads(version.body))}
     targets = (store.latest(*key.split("/", 1)) for key in keys if "/" in key)
@@ -115,7 +115,7 @@ def patients_of(store: Store, page: Sequence[Version]) -> list[Version]:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The result of a search or a history, paged on demand. A snapshot: later writes do not change it."""
+    """The result of a search or a history, paged on demand. It is a snapshot: later writes do not change it."""
 
     kind: str
     self_link: str
@@ -127,56 +127,56 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _PagePosition:
     listing: Listing
     offset: int
     expires: float
 
 
 class Pages:
-    """The next links in use: opaque, unguessable, and valid for ``lifetime`` seconds."""
+    """The valid next links: opaque, unguessable tokens that expire after ``lifetime`` seconds."""
 
     def __init__(self, clock: Callable[[], float], lifetime: float = 600, at_most: int = 20_000) -> None:
         self._clock = clock
         self._lifetime = lifetime
         self._at_most = at_most
-        self._places: OrderedDict[str, _Place] = OrderedDict()
+        self._positions: OrderedDict[str, _PagePosition] = OrderedDict()
 
     def link(self, listing: Listing, offset: int) -> str:
         """Return a token for the page of ``listing`` that begins at ``offset``."""
         token = secrets.token_urlsafe(18)
-        self._places[token] = _Place(listing, offset, self._clock() + self._lifetime)
-        while len(self._places) > self._at_most or (len(self._places) > 1 and self._oldest_expired()):
-            self._places.popitem(last=False)
+        self._positions[token] = _PagePosition(listing, offset, self._clock() + self._lifetime)
+        while len(self._positions) > self._at_most or (len(self._positions) > 1 and self._oldest_expired()):
+            self._positions.popitem(last=False)
         return token
 
-    def at(self, token: str) -> tuple[Listing, int]:
-        """Return the page of a token. Raises Refusal 410 if it expired or never existed."""
-        place = self._places.get(token)
-        if place is None or place.expires < self._clock():
-            raise expired(410)
-        return place.listing, place.offset
+    def get(self, token: str) -> tuple[Listing, int]:
+        """Return the listing and the offset of a token. Raises Refusal 410 if it has expired or never existed."""
+        position = self._positions.get(token)
+        if position is None or position.expires < self._clock():
+            raise build_expired_refusal(410)
+        return position.listing, position.offset
 
     def expire(self, token: str) -> None:
         """Expire a next link."""
-        self._places.pop(token, None)
+        self._positions.pop(token, None)
 
     def _oldest_expired(self) -> bool:
-        return next(iter(self._places.values())).expires < self._clock()
+        return next(iter(self._positions.values())).expires < self._clock()
 
 
-def expired(status: int) -> Refusal:
+def build_expired_refusal(status: int) -> Refusal:
     """Return the error of an expired next link."""
     return Refusal(status, "not-found", "This page of the search has expired: search again")
 
 
-def unknown_outcome(names: Sequence[str]) -> bytes:
+def build_unknown_parameters_outcome(names: Sequence[str]) -> bytes:
     """Return the OperationOutcome that names ignored parameters."""
     text = f"Unknown search parameters were ignored: {', '.join(names)}"
-    return orjson.dumps(operation_outcome("warning", "not-supported", text))
+    return orjson.dumps(build_operation_outcome("warning", "not-supported", text))
 
 
-def render(base: str, listing: Listing, offset: int, pages: Pages, faults: dict[FaultKind, Fault]) -> bytes:
+def render_page(base: str, listing: Listing, offset: int, pages: Pages, faults: dict[FaultKind, Fault]) -> bytes:
     """Return one page of a listing as a Bundle, with resources byte for byte as stored."""
     start = offset
     if FaultKind.LOSE_PAGE in faults:
@@ -215,7 +215,7 @@ def _match_entry(base: bytes, version: Version, mode: bytes = b"match") -> bytes
 
 
 def _history_entry(base: bytes, version: Version) -> bytes:
-    place = f"{version.resource_type}/{version.id}".encode()
+    path = f"{version.resource_type}/{version.id}".encode()
     if version.deleted:
         method, status = b"DELETE", b"204 No Content"
     elif version.previous is None:
@@ -227,10 +227,10 @@ def _history_entry(base: bytes, version: Version) -> bytes:
         b'"response":{"status":"%b","etag":"W/\\"%b\\"","lastModified":"%b"}}'
     ) % (
         base,
-        place,
+        path,
         b"" if version.deleted else b',"resource":' + version.body,
         method,
-        version.resource_type.encode() if method == b"POST" else place,
+        version.resource_type.encode() if method == b"POST" else path,
         status,
         version.version_id.encode(),
         instant(version.when).encode(),

@@ -1,4 +1,4 @@
-"""The app of the sandbox server: FHIR R4 under ``/fhir`` and its controls under ``/_sandbox``."""
+"""The FastAPI app of the sandbox server: FHIR R4 under ``/fhir``, faults and statistics under ``/_sandbox``."""
 
 import time
 from typing import TypedDict, Unpack
@@ -8,15 +8,15 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from fhir_assets.sandbox.bulk import ExportFiles, Exports, bulk_routes
+from fhir_assets.sandbox.bulk import ExportFiles, Exports, build_bulk_routes
 from fhir_assets.sandbox.fault_injection import Control, Credentials, FaultInjection, Stats
 from fhir_assets.sandbox.faults import FaultDraw, FaultPlan
 from fhir_assets.sandbox.interactions import Interactions
 from fhir_assets.sandbox.memory import Store
 from fhir_assets.sandbox.outcomes import Refusal
-from fhir_assets.sandbox.routes import FHIR_JSON, fhir_routes
+from fhir_assets.sandbox.routes import FHIR_JSON, build_fhir_routes
 from fhir_assets.sandbox.search import Pages
-from fhir_assets.sandbox.smart import Smart, smart_routes
+from fhir_assets.sandbox.smart import Smart, build_smart_routes
 
 BASE = "/fhir"
 
@@ -25,9 +25,9 @@ class Options(TypedDict, total=False):
     """The options of a server. All are optional."""
 
     credentials: Credentials | None
-    """Required everywhere but at ``/fhir/metadata``."""
+    """The credentials that all requests below ``/fhir`` except ``/fhir/metadata`` must carry."""
     all_types: bool
-    """Support the whole catalog (the default), or only the types in use."""
+    """Support all types of the catalog (the default), or only the types of stored resources."""
     referential_integrity: bool
     """Refuse a write with ``Type/id`` references to resources that do not exist."""
     page_lifetime: float
@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
     export_file_resources: int
     """The maximum number of resources in a file of an export; 10,000 by default."""
     smart: Smart | None
-    """Tokens of SMART Backend Services, in place of ``credentials``."""
+    """The clients of SMART Backend Services, whose tokens replace ``credentials``."""
 
 
 def create_app(
@@ -56,9 +56,9 @@ def create_app(
     pages = Pages(time.monotonic, options.get("page_lifetime", 600))
     smart = options.get("smart")
     if smart is not None:
-        app.include_router(smart_routes(smart, BASE))
+        app.include_router(build_smart_routes(smart, BASE))
     exports = Exports()
-    bulk = bulk_routes(
+    bulk = build_bulk_routes(
         interactions,
         control,
         exports,
@@ -67,8 +67,8 @@ def create_app(
         needs_token=smart is not None or options.get("credentials") is not None,
     )
     app.include_router(bulk, prefix=BASE)
-    app.include_router(fhir_routes(interactions, pages), prefix=BASE)
-    app.include_router(_control_routes(control, store), prefix="/_sandbox")
+    app.include_router(build_fhir_routes(interactions, pages), prefix=BASE)
+    app.include_router(_build_control_routes(control, store), prefix="/_sandbox")
     app.add_middleware(ExportFiles, base=BASE, exports=exports)
     app.add_middleware(
         FaultInjection,
@@ -85,24 +85,24 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         code = "not-supported" if error.status_code == 405 else "not-found"
-        return await refuse(request, Refusal(error.status_code, code, "This server has nothing there"))
+        return await refuse(request, Refusal(error.status_code, code, "This server has no such path or method"))
 
     return app
 
 
-def _control_routes(control: Control, store: Store) -> APIRouter:
+def _build_control_routes(control: Control, store: Store) -> APIRouter:
     routes = APIRouter()
 
-    def in_json(value: object) -> Response:
+    def json_response(value: object) -> Response:
         return Response(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS), media_type="application/json")
 
-    def faults_now() -> Response:
+    def faults_response() -> Response:
         draw = control.faults
-        return in_json({**draw.plan.model_dump(mode="json"), "struck": draw.struck})
+        return json_response({**draw.plan.model_dump(mode="json"), "struck": draw.struck})
 
     @routes.get("/faults")
     async def show_faults() -> Response:
-        return faults_now()
+        return faults_response()
 
     @routes.put("/faults")
     async def set_faults(request: Request) -> Response:
@@ -111,17 +111,17 @@ def _control_routes(control: Control, store: Store) -> APIRouter:
         except ValidationError as error:
             return Response(error.json(include_input=False), 422, media_type="application/json")
         control.faults = FaultDraw(plan)
-        return faults_now()
+        return faults_response()
 
     @routes.delete("/faults")
-    async def no_faults() -> Response:
+    async def delete_faults() -> Response:
         control.faults = FaultDraw(FaultPlan())
-        return faults_now()
+        return faults_response()
 
     @routes.get("/stats")
     async def show_stats() -> Response:
         stats = control.stats
-        return in_json(
+        return json_response(
             {
                 "requests": stats.requests,
                 "statuses": stats.statuses,
@@ -129,7 +129,7 @@ def _control_routes(control: Control, store: Store) -> APIRouter:
                 "max_in_flight": stats.max_in_flight,
                 "kick_offs": stats.kick_offs,
                 "recent": list(stats.recent),
-                "resources": {name: shelf.live() for name, shelf in store.shelves.items()},
+                "resources": {name: type_store.count() for name, type_store in store.type_stores.items()},
             }
         )
 

@@ -24,7 +24,11 @@ _ALGORITHMS = ["RS384", "ES384"]
 
 @dataclass(slots=True)
 class Smart:
-    """The registered clients and the lifetime of tokens. ``clients`` has a public JWK or a secret by client id."""
+    """The registered clients and the issued tokens.
+
+    ``clients`` maps a client id to a public JWK or a secret. ``lifetime`` is the lifetime of a token in seconds;
+    ``issued`` is the number of issued tokens.
+    """
 
     clients: Mapping[str, Mapping[str, Any] | str]
     lifetime: float = 300
@@ -46,30 +50,30 @@ class Smart:
         self.scopes.add(scope)
         return {"access_token": token, "token_type": "bearer", "expires_in": self.lifetime, "scope": scope}
 
-    def verified(self, form: Mapping[str, str], basic: str, audience: str) -> bool:
+    def verify(self, form: Mapping[str, str], basic: str, audience: str) -> bool:
         """Return whether a token request comes from a registered client."""
         if form.get("grant_type") != "client_credentials":
             return False
         if form.get("client_assertion_type") == ASSERTION:
-            return self._signed(form.get("client_assertion", ""), audience)
+            return self._verify_assertion(form.get("client_assertion", ""), audience)
         client, _, secret = base64.b64decode(basic.removeprefix("Basic ") or b"").decode().partition(":")
         return bool(secret) and self.clients.get(client) == secret
 
-    def _signed(self, assertion: str, audience: str) -> bool:
+    def _verify_assertion(self, assertion: str, audience: str) -> bool:
         try:
             payload = orjson.loads(base64.urlsafe_b64decode(assertion.split(".")[1] + "=="))
-            known = self.clients.get(payload["iss"])
-            if not isinstance(known, Mapping):
+            key = self.clients.get(payload["iss"])
+            if not isinstance(key, Mapping):
                 return False
-            claims = jwt.decode(assertion, import_key(dict(known)), algorithms=_ALGORITHMS).claims
+            claims = jwt.decode(assertion, import_key(dict(key)), algorithms=_ALGORITHMS).claims
         except (JoseError, ValueError, LookupError):
             return False
-        fresh = time.time() < claims["exp"] <= time.time() + 300 and claims["jti"] not in self._seen
+        is_fresh = time.time() < claims["exp"] <= time.time() + 300 and claims["jti"] not in self._seen
         self._seen.add(claims["jti"])
-        return fresh and claims["aud"] == audience and claims["sub"] == claims["iss"]
+        return is_fresh and claims["aud"] == audience and claims["sub"] == claims["iss"]
 
 
-def smart_routes(smart: Smart, base: str) -> APIRouter:
+def build_smart_routes(smart: Smart, base: str) -> APIRouter:
     """Return the routes of discovery and the token endpoint."""
     routes = APIRouter()
 
@@ -86,7 +90,7 @@ def smart_routes(smart: Smart, base: str) -> APIRouter:
     @routes.post(TOKEN_PATH)
     async def token(request: Request) -> Response:
         form = dict(parse_qsl((await request.body()).decode()))
-        if not smart.verified(form, request.headers.get("authorization", ""), _token_url(request)):
+        if not smart.verify(form, request.headers.get("authorization", ""), _token_url(request)):
             return Response(orjson.dumps({"error": "invalid_client"}), 401, media_type="application/json")
         return Response(orjson.dumps(smart.issue(form.get("scope", ""))), media_type="application/json")
 

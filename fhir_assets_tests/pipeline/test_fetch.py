@@ -189,7 +189,7 @@ def test_a_resource_without_an_id_becomes_a_dead_letter_of_its_window_and_is_cou
     body = json.loads(patient("nameless", at("10:30:00")))
     letters: list[DeadLetter] = []
     server.store.seed(json.dumps(body).encode(), 0)
-    version = server.store.shelf("Patient").latest["nameless"]
+    version = server.store.type_store("Patient").latest["nameless"]
     del body["id"]
     version.body = json.dumps(body).encode()
     update = fetch(server, store, at("11:00:00"), letters=letters)

@@ -30,7 +30,7 @@ def test_an_empty_sandbox_process_accepts_resources() -> None:
 
 
 def test_a_folder_without_resources_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ServerUnavailable, match=r"holds no \.ndjson"), SandboxProcess(tmp_path):
+    with pytest.raises(ServerUnavailable, match=r"contains no \.ndjson"), SandboxProcess(tmp_path):
         pass
 
 

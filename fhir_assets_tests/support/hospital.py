@@ -87,7 +87,7 @@ class Hospital:
     def patients(self) -> dict[str, dict[str, Any]]:
         """Return the server's patients by MRN. Fail if two patients have the same MRN."""
         patients: dict[str, dict[str, Any]] = {}
-        for version in list(self.server.store.shelf("Patient").latest.values()):
+        for version in list(self.server.store.type_store("Patient").latest.values()):
             if not version.deleted:
                 resource = requests.get(f"{self.server.url}/Patient/{version.id}", timeout=10).json()
                 mrn = next(i["value"] for i in resource["identifier"] if i["system"] == MRN)

@@ -37,7 +37,7 @@ _SEVERITY = ("mild", "moderate", "severe")
 
 
 def plan_visits(person: Person, first_ms: int) -> list[Visit]:
-    """Return three to eight visits, oldest first. Two in five took place long before they were last updated."""
+    """Return three to eight visits, oldest first. Two in five were last updated long after they took place."""
     random = person.random
     visits = []
     for n in range(3 + int(random.random() * 6)):
@@ -102,7 +102,7 @@ def choose_disorder(person: Person) -> Disorder:
 
 
 def condition(person: Person, visit: Visit, disorder: Disorder, condition_id: str) -> Resources:
-    """Yield a Condition that was diagnosed at a visit. The onset of a long-standing one is a year or a month."""
+    """Yield the Condition that was diagnosed at a visit. The onset of a chronic condition may be a year or a month."""
     random = person.random
     resolved = not disorder.chronic and random.random() < 0.7
     onset = f'"onsetDateTime":"{date_time(visit.start - int(random.random() * 5 * DAY))}"'

@@ -1,4 +1,4 @@
-"""Formats seconds since 1970 as FHIR dates with tables, because a generator formats little else than dates."""
+"""Format times since 1970 as FHIR dates by means of tables, because generators spend much of their time on dates."""
 
 from datetime import date
 

@@ -30,7 +30,7 @@ def hl7(name: str, code: str, display: str = "") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A measurement: its code, UCUM unit, the range of healthy values, and its decimal places."""
+    """A measurement: its code, its UCUM unit, the range of healthy values, and the number of decimal places."""
 
     code: str
     name: str
@@ -218,7 +218,7 @@ DEVICES = (
 
 @dataclass(frozen=True, slots=True)
 class VisitKind:
-    """A kind of encounter: its class, type, billing code, and duration in minutes."""
+    """A kind of encounter: its class, type, billing code, duration in minutes, and price in US dollars."""
 
     act: str
     type: str

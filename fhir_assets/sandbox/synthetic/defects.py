@@ -1,4 +1,4 @@
-"""Defects of resources, each with the validation rule that has to detect it.
+"""Defects of resources, each with the validation rule that must detect it.
 
 A defect does not change ``resourceType``, ``id`` and ``meta``, so that a server can still serve the resource.
 """
@@ -77,7 +77,7 @@ _BOOLEANS: Mapping[str, str] = {
 }
 
 
-def _malee(resource: Resource) -> None:
+def _invalid_gender(resource: Resource) -> None:
     resource["gender"] = "malee"
 
 
@@ -161,7 +161,7 @@ def _types(*names: str) -> frozenset[str]:
 
 
 DEFECTS: tuple[Defect, ...] = (
-    Defect("gender malee", "required-binding", _types("Patient", "Practitioner"), _malee),
+    Defect("gender malee", "required-binding", _types("Patient", "Practitioner"), _invalid_gender),
     Defect("unknown status", "required-binding", _STATUS, _unknown_status),
     Defect("missing required element", "cardinality", frozenset(_REQUIRED), _missing),
     Defect("text for a boolean", "primitive", frozenset(_BOOLEANS), _text_for_boolean),

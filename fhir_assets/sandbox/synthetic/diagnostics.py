@@ -49,7 +49,7 @@ def _observation(person: Person, visit: Visit, category: str, code: str, rest: s
 
 
 def _draw(person: Person, measure: Measure) -> str:
-    """Draw a value as text with trailing zeros: mostly healthy, sometimes out of range."""
+    """Return a random value as text with trailing zeros: mostly healthy, sometimes above the range."""
     spread = measure.high - measure.low
     draw = person.random.random()
     share = draw / 0.85 if draw < 0.85 else 1 + (draw - 0.85) * 3

@@ -20,7 +20,9 @@ _INHALER = concept(SNOMED, "420641004", "Solution for inhalation")
 
 
 @dataclass(slots=True)
-class _Shelf:
+class _HeadWriter:
+    """Writes the beginnings of the shared resources, with random update times."""
+
     random: Random
     first_ms: int
     last_ms: int
@@ -34,19 +36,19 @@ class _Shelf:
 
 def facility(population: str, first_ms: int, last_ms: int) -> Resources:
     """Yield the shared resources of a population."""
-    shelf = _Shelf(Random(f"{population}:facility"), first_ms, last_ms)
-    yield from _organizations(population, shelf)
-    yield from _practitioners(population, shelf)
+    writer = _HeadWriter(Random(f"{population}:facility"), first_ms, last_ms)
+    yield from _organizations(population, writer)
+    yield from _practitioners(population, writer)
     for n, drug in enumerate(MEDICATIONS):
         yield (
             "Medication",
-            shelf.head("Medication", f"{population}-med-{n}")
+            writer.head("Medication", f"{population}-med-{n}")
             + f',"code":{drug.code},"status":"active","form":{_TABLET if drug.unit == "tablet" else _INHALER}'
             f',"batch":{{"lotNumber":"L{n:04}","expirationDate":"2029-0{1 + n % 9}"}}}}',
         )
 
 
-def _organizations(population: str, shelf: _Shelf) -> Resources:
+def _organizations(population: str, writer: _HeadWriter) -> Resources:
     for n in range(PROVIDERS + PAYERS):
         city, state, zip_code = PLACES[n % len(PLACES)]
         payer = n >= PROVIDERS
@@ -58,7 +60,7 @@ def _organizations(population: str, shelf: _Shelf) -> Resources:
         )
         yield (
             "Organization",
-            shelf.head("Organization", f"{population}-org-{n}")
+            writer.head("Organization", f"{population}-org-{n}")
             + f',"identifier":[{{"system":"http://hl7.org/fhir/sid/us-npi","value":"1{n:09}"}}],"active":true'
             f',"type":[{kind}],"name":"{name}","telecom":[{{"system":"phone","value":"555-100-{n:04}"}}],"address":[{address}]}}',
         )
@@ -67,7 +69,7 @@ def _organizations(population: str, shelf: _Shelf) -> Resources:
         for part, room in enumerate(("Outpatient Clinic", "Emergency Department", "Ward 3")):
             yield (
                 "Location",
-                shelf.head("Location", f"{population}-loc-{n}-{part}")
+                writer.head("Location", f"{population}-loc-{n}-{part}")
                 + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.1","value":"LOC-{n}-{part}"}}]'
                 f',"status":"active","name":"{name}, {room}","mode":"instance",'
                 f'"telecom":[{{"system":"phone","value":"555-101-{n:02}{part:02}"}}],"address":{address}'
@@ -76,13 +78,13 @@ def _organizations(population: str, shelf: _Shelf) -> Resources:
             )
 
 
-def _practitioners(population: str, shelf: _Shelf) -> Resources:
+def _practitioners(population: str, writer: _HeadWriter) -> Resources:
     for n in range(PRACTITIONERS):
         female = n % 2 == 0
-        first, family = pick(shelf.random, FEMALE if female else MALE), pick(shelf.random, FAMILY)
+        first, family = pick(writer.random, FEMALE if female else MALE), pick(writer.random, FAMILY)
         yield (
             "Practitioner",
-            shelf.head("Practitioner", f"{population}-prac-{n}")
+            writer.head("Practitioner", f"{population}-prac-{n}")
             + f',"identifier":[{{"system":"http://hl7.org/fhir/sid/us-npi","value":"2{n:09}"}}],"active":true'
             f',"name":[{{"family":"{family}","given":["{first}"],"prefix":["Dr."]}}]'
             f',"telecom":[{{"system":"email","value":"clinician{n}@example.org","use":"work"}}]'
@@ -91,7 +93,7 @@ def _practitioners(population: str, shelf: _Shelf) -> Resources:
         )
         yield (
             "PractitionerRole",
-            shelf.head("PractitionerRole", f"{population}-role-{n}")
+            writer.head("PractitionerRole", f"{population}-role-{n}")
             + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.2","value":"ROLE-{n}"}}],"active":true'
             f',"period":{{"start":"20{10 + n % 10}"}}'
             f',"practitioner":{{"reference":"Practitioner/{population}-prac-{n}","display":"Dr. {first} {family}"}}'

@@ -1,4 +1,4 @@
-"""The patient, and the facts that all resources of a patient share."""
+"""The patient, and the properties that all resources of a patient share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,9 +49,10 @@ def pick(random: Random, options: Sequence[T]) -> T:
 
 @dataclass(slots=True)
 class Person:
-    """The facts about a patient that the patient's resources need.
+    """The properties of a patient from which the patient's resources are generated.
 
-    ``updated`` is in milliseconds, ``born`` a number of days since 1970, ``height`` the adult height in centimetres.
+    ``updated`` and ``last`` are in milliseconds since 1970, ``born`` is in days since 1970, ``height`` is the adult
+    height in centimetres.
     """
 
     id: str
@@ -75,7 +76,7 @@ class Person:
         return f"{self.id}-{prefix}{self.serial}"
 
     def head(self, resource_type: str, resource_id: str, updated: int) -> str:
-        """Return the beginning of the JSON of a resource. ``lastUpdated`` is some seconds after ``updated``."""
+        """Return the beginning of a resource's JSON, with a ``lastUpdated`` at least a second after ``updated``."""
         self.serial += 1
         when = instant(min(updated + self.serial * 977, self.last))
         return (
@@ -89,7 +90,7 @@ class Person:
 
 @dataclass(slots=True)
 class Visit:
-    """An encounter before it is rendered. ``start`` and ``end`` are in seconds, ``updated`` in milliseconds."""
+    """The data of an encounter. ``start`` and ``end`` are in seconds since 1970, ``updated`` is in milliseconds."""
 
     id: str
     kind: VisitKind
@@ -103,12 +104,12 @@ class Visit:
 
     @property
     def encounter(self) -> str:
-        """Return the JSON of a reference to the encounter."""
+        """The JSON of a reference to the encounter."""
         return f'{{"reference":"Encounter/{self.id}"}}'
 
 
 def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Person:
-    """Return the patient with a number, independent of the other patients."""
+    """Return the patient with this number, which does not depend on other patients."""
     random = Random(f"{population}:{number}")
     female = random.random() < 0.51
     born = first_ms // (1000 * DAY) - 30 - int(random.random() ** 0.8 * 90 * 365)
@@ -131,7 +132,7 @@ def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Pe
 
 
 def patient(person: Person, last_seen: int) -> Resources:
-    """Yield the Patient resource. Some old patients died after they were ``last_seen`` (seconds)."""
+    """Yield the Patient resource. Some old patients died after ``last_seen`` (seconds since 1970)."""
     random, n = person.random, person.number
     race_code, race = pick(random, _RACES)
     hispanic = random.random() < 0.18

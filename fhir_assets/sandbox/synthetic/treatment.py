@@ -1,4 +1,4 @@
-"""Medications ordered, dispensed, taken and given; immunizations; devices."""
+"""Medication requests, dispenses, statements and administrations; immunizations; devices."""
 
 from fhir_assets.sandbox.synthetic.clock import DAY, DAYS, date_time, day_of
 from fhir_assets.sandbox.synthetic.codes import (
@@ -23,7 +23,10 @@ _IMMUNITY = hl7("v3-ActReason", "IMMUNE", "immunity")
 
 
 def medication(person: Person, visit: Visit, disorder: Disorder, condition: str) -> Resources:
-    """Yield a course of medication: the request, its dispense and statement and, in hospital, its administration."""
+    """Yield the resources of a course of medication.
+
+    These are the request, often a dispense, a statement for chronic disorders, and an administration in hospital.
+    """
     random = person.random
     drug = MEDICATIONS[disorder.medication]
     coded = f'"medicationCodeableConcept":{drug.code}'

@@ -140,7 +140,7 @@ def check_order(hospital: Hospital) -> None:
     """Assert that each resource's history has the changes of each row in order and without duplicates."""
     session = requests.Session()
     seen = 0
-    for resource_id in hospital.server.store.shelf("Patient").latest:
+    for resource_id in hospital.server.store.type_store("Patient").latest:
         history = session.get(f"{hospital.server.url}/Patient/{resource_id}/_history?_count=10000", timeout=30).json()
         numbers: dict[str, list[int]] = defaultdict(list)
         for entry in reversed(history["entry"]):

@@ -91,7 +91,7 @@ def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) ->
             hospital.execute("UPDATE health.patient SET name_family = %s", str(change))
         until(lambda: hospital.waiting() == 0)
     assert set(hospital.families().values()) == {"5"}
-    for version in hospital.server.store.shelf("Patient").latest.values():
+    for version in hospital.server.store.type_store("Patient").latest.values():
         bodies = [v.body.split(b'"family":"')[1][0:1] for v in version.history()]
         assert bodies == sorted(set(bodies), reverse=True)
 
@@ -131,7 +131,7 @@ def test_sigterm_completes_claimed_changes_and_leaves_the_others(hospital: Hospi
         hospital.admit(str(n))
     hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.05, on=frozenset({RequestKind.UPDATE})))
     connector = hospital.process(CONNECTOR_WORKERS="2")
-    until(lambda: len(hospital.server.store.shelf("Patient").latest) >= 3)
+    until(lambda: len(hospital.server.store.type_store("Patient").latest) >= 3)
     connector.send_signal(signal.SIGTERM)
     _, errors = connector.communicate(timeout=LONG)
     assert connector.returncode == 0, errors.decode()
