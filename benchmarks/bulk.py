@@ -77,7 +77,7 @@ def _load(home: Path, url: str) -> None:
     source = open_source(settings, store=store, warehouse=warehouse)
     now = datetime.now(UTC)
     started = perf_counter()
-    extent = source.extent(["Observation"])
+    extent = source.find_extent(["Observation"])
     download = perf_counter() - started
     assert extent is not None
     windows = WindowRange(list(settings.window_scheme.between(extent.start or now, extent.end)), from_first=True)

@@ -82,9 +82,9 @@ class Ingestion:
                 return find_due_windows(
                     conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
                 )
-        extent = source.extent(self._settings.fhir_resource_types) if first is None or last is None else None
+        extent = source.find_extent(self._settings.fhir_resource_types) if first is None or last is None else None
         first = first or (extent.start if extent and extent.start else now)
-        last = last or (extent.end if extent and source.state() is not None else now)
+        last = last or (extent.end if extent and source.compute_state() is not None else now)
         return DueWindows(tuple(split_into_runs(scheme, scheme.between(first, min(last, now)))))
 
     def begin_checkpoints(self, due: DueWindows) -> None:
@@ -94,7 +94,7 @@ class Ingestion:
 
     def find_types_not_offered(self) -> list[str]:
         """Return the resource types of the settings that the source does not offer; loads skip them."""
-        offered = open_source(self._settings, warehouse=self._warehouse).offered()
+        offered = open_source(self._settings, warehouse=self._warehouse).list_types()
         return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
 
     def count_steps(self) -> int:

@@ -15,22 +15,22 @@ class Source(Protocol):
     one_pass: bool
     """True if all types are read together (files, a bulk export), False if the types are read separately."""
 
-    def offered(self) -> frozenset[str] | None:
+    def list_types(self) -> frozenset[str] | None:
         """Return the resource types that the source offers; None if they are unknown."""
         ...
 
-    def state(self) -> str | None:
+    def compute_state(self) -> str | None:
         """Return a digest that changes when the source changes, for sources that are read as a whole (files).
 
         Sources that are read by interval return None.
         """
         ...
 
-    def extent(self, resource_types: Sequence[str]) -> Interval | None:
+    def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest ``as_of`` to just after the newest; None if the source is empty."""
         ...
 
-    def until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
+    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
         """Return the time up to which the source is complete, for a snapshot of the past (a bulk export).
 
         Sources that include the present return None.

@@ -45,7 +45,7 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
         if not isinstance(source, ReadsById):
             yield dg.Output(None, metadata={"skipped": f"the source {source.name} cannot read resources by id"})
             return
-        offered = source.offered()
+        offered = source.list_types()
         types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
         receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
         step = HydrateStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)

@@ -49,12 +49,12 @@ def find_due_windows(
 
     Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable.
     """
-    offered = source.offered()
+    offered = source.list_types()
     types = [name for name in resource_types if offered is None or name in offered]
-    state = source.state()
+    state = source.compute_state()
     known = checkpoints.get(conn, types)
     new_types = [name for name in types if name not in known or known[name].source_state != state]
-    extent = source.extent(new_types if state is None else types) if new_types or state is not None else None
+    extent = source.find_extent(new_types if state is None else types) if new_types or state is not None else None
     starts = [checkpoint.loaded_until - overlap for name, checkpoint in known.items() if name not in new_types]
     ends = [checkpoint.loaded_until for name, checkpoint in known.items() if name not in new_types]
     new_start = None

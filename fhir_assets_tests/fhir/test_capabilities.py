@@ -30,13 +30,13 @@ def test_capabilities_list_the_types_by_interaction() -> None:
         capabilities = build_client(server.url).capabilities()
         assert server.requests[0].path == "/fhir/metadata"
     assert capabilities.fhir_version == "4.0.1"
-    assert capabilities.offers("search-type") == frozenset({"Patient", "Observation"})
-    assert capabilities.offers("read") == frozenset({"Patient", "Binary", "Observation"})
+    assert capabilities.list_types("search-type") == frozenset({"Patient", "Observation"})
+    assert capabilities.list_types("read") == frozenset({"Patient", "Binary", "Observation"})
 
 
 def test_capabilities_without_types_offer_none_instead_of_an_empty_set() -> None:
     with ScriptedServer([reply({"resourceType": "CapabilityStatement"})]) as server:
-        assert build_client(server.url).capabilities().offers("read") is None
+        assert build_client(server.url).capabilities().list_types("read") is None
 
 
 def _raises(kind: type[Exception], match: str, response: Reply) -> Callable[[], None]:

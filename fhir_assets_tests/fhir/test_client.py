@@ -32,7 +32,7 @@ def complete_json(answer: FhirResponse) -> object:
         raise invalid_json_failure(answer) from None
 
 
-def test_waits_grow_from_failure_to_failure_and_stop_growing_at_the_longest() -> None:
+def test_waits_grow_up_to_the_maximum() -> None:
     clock = Clock()
     with ScriptedServer([Reply(status=503)] * 4 + [Reply(b"there")]) as server:
         assert build_client(server.url, clock, first_wait=1, max_wait=4).get("Patient", body_of) == b"there"
@@ -44,14 +44,14 @@ def test_jitter_takes_at_most_half_of_a_wait(jitter: float) -> None:
     assert 4 <= RetryPolicy(first_wait=2, max_wait=60).wait_seconds(3, None, jitter) <= 8
 
 
-def test_retry_after_in_seconds_is_waited_for() -> None:
+def test_the_client_waits_for_a_retry_after_in_seconds() -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After="7"), Reply(b"there")]) as server:
         build_client(server.url, clock).get("Patient", body_of)
     assert 7 <= clock.waits[0] < 8
 
 
-def test_retry_after_as_a_date_is_waited_for() -> None:
+def test_the_client_waits_for_a_retry_after_as_a_date() -> None:
     clock = Clock()
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=200), usegmt=True)
     with ScriptedServer([reply({}, 503, Retry_After=date), Reply(b"there")]) as server:
@@ -74,7 +74,7 @@ def test_retry_after_is_read_in_every_form_of_an_http_date(date: str) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["864000", "9" * 400])
-def test_a_retry_after_is_limited(seconds: str) -> None:
+def test_a_long_retry_after_is_limited(seconds: str) -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After=seconds), Reply(b"there")]) as server:
         build_client(server.url, clock, max_retry_after=100).get("Patient", body_of)
@@ -82,14 +82,14 @@ def test_a_retry_after_is_limited(seconds: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["soon", "", "Fri, 99 Nov 2026", "1.5.2"])
-def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
+def test_an_invalid_retry_after_is_ignored(value: str) -> None:
     clock = Clock()
     with ScriptedServer([reply({}, 429, Retry_After=value), Reply(b"there")]) as server:
         build_client(server.url, clock, first_wait=3).get("Patient", body_of)
     assert clock.waits == [3]
 
 
-def test_the_final_error_says_how_often_and_how_long_the_call_was_tried() -> None:
+def test_the_final_error_contains_the_number_of_attempts_and_the_duration() -> None:
     with ScriptedServer([Reply(status=502)] * 9) as server:
         with pytest.raises(ServerUnavailable, match=r"Patient: the server answered 502 \(tried 3 times over 6 s\)"):
             build_client(server.url, attempts=3, first_wait=2).get("Patient", body_of)
@@ -118,7 +118,7 @@ def test_no_wait_exceeds_the_budget() -> None:
         Reply(status=408),
     ],
 )
-def test_a_transient_fault_is_followed_by_a_second_attempt(fault: Reply) -> None:
+def test_a_request_is_retried_after_a_transient_fault(fault: Reply) -> None:
     bundle = {"resourceType": "Bundle"}
     with ScriptedServer([fault, reply(bundle)]) as server:
         assert build_client(server.url).get("Patient", complete_json) == bundle
@@ -157,7 +157,7 @@ def test_errors_contain_no_body_no_query_and_no_id(status: int) -> None:
         (build_credentials(token=SECRET), "check the token"),
     ],
 )
-def test_401_names_the_setting_to_look_at(auth: Credentials, setting: str) -> None:
+def test_the_error_for_status_401_names_the_setting_to_check(auth: Credentials, setting: str) -> None:
     with ScriptedServer([Reply(status=401)]) as server:
         with pytest.raises(ServerRefused, match=setting) as caught:
             build_client(server.url, auth=auth).get("Patient", body_of)
@@ -228,7 +228,7 @@ def test_an_origin_consists_of_scheme_host_and_port(link: str) -> None:
     assert client.resolve("http://FHIR.example:80/r4?_page=2", "http://fhir.example/r4/Patient")
 
 
-def test_a_circle_of_redirects_is_an_error() -> None:
+def test_a_redirect_loop_is_an_error() -> None:
     with ScriptedServer(lambda request: reply({}, 302, Location=request.path)) as server:
         with pytest.raises(NotFhir, match="circle"):
             build_client(server.url).get("Patient", body_of)
@@ -286,7 +286,7 @@ def test_a_server_that_answered_before_is_retried_under_the_full_policy() -> Non
     assert len(clock.waits) == 8
 
 
-def test_an_unknown_host_is_an_error_that_says_so() -> None:
+def test_the_error_for_an_unknown_host_says_that_its_name_cannot_be_resolved() -> None:
     with pytest.raises(ServerUnavailable, match="its name cannot be resolved"):
         build_client("http://fhir.invalid/r4").capabilities()
 
@@ -348,7 +348,7 @@ def test_a_base_url_must_be_an_http_url(url: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["x" * 64 + ".example", "fhir.example:99999", ".example"])
-def test_a_host_that_cannot_be_called_is_a_bad_setting(host: str) -> None:
+def test_an_invalid_host_is_a_configuration_error(host: str) -> None:
     with pytest.raises(ConfigurationError, match="the base URL"):
         build_client(f"http://{host}/r4").get("Patient", body_of)
 

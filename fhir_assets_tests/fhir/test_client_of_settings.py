@@ -1,4 +1,4 @@
-"""The source that the settings describe, on a real server or real files."""
+"""Sources that are built from settings, against a real server and real files."""
 
 from pathlib import Path
 

@@ -65,7 +65,7 @@ def test_a_file_that_ends_between_two_lines_is_recognized_by_its_count() -> None
     ],
     ids=["html", "half", "cut", "gone"],
 )
-def test_a_lasting_fault_is_an_error_that_names_it(always: Reply, error: type[Exception], sentence: str) -> None:
+def test_the_error_for_a_permanent_fault_names_the_fault(always: Reply, error: type[Exception], sentence: str) -> None:
     with ScriptedServer(lambda request: always) as server, pytest.raises(error, match=sentence):
         download(server)
 
@@ -89,7 +89,7 @@ def test_connections_are_reused_and_a_closed_connection_is_replaced() -> None:
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[ScriptedServer]:
+def other_server() -> Iterator[ScriptedServer]:
     with ScriptedServer(lambda request: Reply(FILE)) as server:
         yield server
 
@@ -98,25 +98,25 @@ def _redirecting(target: str) -> Callable[[ReceivedRequest], Reply]:
     return lambda request: Reply(status=302, headers={"Location": target})
 
 
-def test_a_redirect_to_another_origin_is_followed_without_the_credentials(elsewhere: ScriptedServer) -> None:
-    with ScriptedServer(_redirecting(f"{elsewhere.origin}/signed?x=1")) as server:
+def test_a_redirect_to_another_origin_is_followed_without_the_credentials(other_server: ScriptedServer) -> None:
+    with ScriptedServer(_redirecting(f"{other_server.origin}/signed?x=1")) as server:
         assert download(server, credentials=Bearer("secret")) == LINES
         assert server.requests[0].headers["Authorization"] == "Bearer secret"
-    assert "Authorization" not in elsewhere.requests[0].headers
-    assert elsewhere.requests[0].query == [("x", "1")]
+    assert "Authorization" not in other_server.requests[0].headers
+    assert other_server.requests[0].query == [("x", "1")]
 
 
-def test_a_circle_of_redirects_is_an_error() -> None:
+def test_a_redirect_loop_is_an_error() -> None:
     with ScriptedServer(_redirecting("/fhir/file")) as server, pytest.raises(HttpStatusError, match="in a circle"):
         download(server)
 
 
-def test_a_token_is_not_sent_to_another_origin_without_tls(elsewhere: ScriptedServer) -> None:
+def test_a_token_is_not_sent_to_another_origin_without_tls(other_server: ScriptedServer) -> None:
     with ScriptedServer([]) as server:
         with pytest.raises(NotFhir, match="without TLS"):
-            download(server, f"{elsewhere.origin}/file", credentials=Bearer("secret"))
-        assert download(server, f"{elsewhere.origin}/file", credentials=Bearer("secret"), authorized=False) == LINES
-    assert [request.headers.get("Authorization") for request in elsewhere.requests] == [None]
+            download(server, f"{other_server.origin}/file", credentials=Bearer("secret"))
+        assert download(server, f"{other_server.origin}/file", credentials=Bearer("secret"), authorized=False) == LINES
+    assert [request.headers.get("Authorization") for request in other_server.requests] == [None]
 
 
 class _RenewableToken(Credentials):

@@ -132,7 +132,7 @@ objects = st.dictionaries(st.text(max_size=4), values, max_size=3)
 
 
 @given(st.lists(objects, min_size=1, max_size=4), objects, st.integers(1, 9), st.booleans())
-def test_elements_do_not_depend_on_the_borders_of_chunks(
+def test_elements_do_not_depend_on_chunk_boundaries(
     entries: list[Any], members: dict[str, Any], size: int, indent: bool
 ) -> None:
     document = {**{key: value for key, value in members.items() if key != "entry"}, "entry": entries, "z": 1}

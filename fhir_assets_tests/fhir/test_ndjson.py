@@ -98,7 +98,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) ->
         (line(SECRET), "structure"),
     ],
 )
-def test_a_line_that_cannot_be_used_is_rejected_with_file_and_line(tmp_path: Path, bad: bytes, rule: str) -> None:
+def test_a_malformed_line_is_rejected_with_file_and_line(tmp_path: Path, bad: bytes, rule: str) -> None:
     items = read(write(tmp_path / "Patient.ndjson", [line(), b"", bad, line(resource_id="b")]))
     assert ids(items) == ["a", "b"]
     (item,) = rejects(items)
@@ -128,7 +128,7 @@ def test_a_line_that_cannot_be_used_is_rejected_with_file_and_line(tmp_path: Pat
 )
 def test_the_type_of_a_file_is_read_from_its_name(tmp_path: Path, name: str, types: set[str] | None) -> None:
     write(tmp_path / name, b"")
-    assert NdjsonSource(str(tmp_path)).offered() == (None if types is None else frozenset(types))
+    assert NdjsonSource(str(tmp_path)).list_types() == (None if types is None else frozenset(types))
 
 
 def test_resources_of_a_type_outside_of_the_catalog_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_location_without_files_is_a_configuration_error(tmp_path: Path, name:
     (tmp_path / "empty").mkdir()
     source = NdjsonSource(str(tmp_path / name))
     with pytest.raises(ConfigurationError, match="the base URL"):
-        source.state()
+        source.compute_state()
     with pytest.raises(ConfigurationError, match="the base URL"):
         list(source.fetch(["Patient"], ALWAYS))
 
@@ -199,16 +199,16 @@ def test_gzip_is_recognized_by_its_bytes_and_may_have_many_members(tmp_path: Pat
     assert ids(read(tmp_path)) == ["a", "b", "plain"]
 
 
-def test_a_compressed_file_that_is_cut_off_is_rejected_after_its_complete_lines(tmp_path: Path) -> None:
+def test_a_truncated_compressed_file_is_rejected_after_its_complete_lines(tmp_path: Path) -> None:
     bodies = [line(resource_id=f"{n}-{zlib.crc32(b'%d' % n)}") for n in range(20_000)]
     compressed = gzip.compress(b"\n".join(bodies))
     cut = compressed[: len(compressed) // 2]
-    held = zlib.decompressobj(31).decompress(cut).count(b"\n")
+    complete = zlib.decompressobj(31).decompress(cut).count(b"\n")
     items = read(write(tmp_path / "Patient.ndjson.gz", cut))
-    assert [record.body for record in records(items)] == bodies[:held]
+    assert [record.body for record in records(items)] == bodies[:complete]
     (item,) = rejects(items)
-    assert (item.path, item.rule) == (f"Patient.ndjson.gz:{held + 1}", "json")
-    assert f"cut off; {held} lines were read" in item.message
+    assert (item.path, item.rule) == (f"Patient.ndjson.gz:{complete + 1}", "json")
+    assert f"cut off; {complete} lines were read" in item.message
 
 
 def test_a_damaged_compressed_file_is_rejected_and_the_others_are_read(tmp_path: Path) -> None:
@@ -246,11 +246,11 @@ def test_a_resource_without_a_time_arrived_when_its_file_was_written(tmp_path: P
     assert (record.last_updated, record.as_of) == (None, WRITTEN)
 
 
-def test_the_time_of_a_line_that_cannot_be_used_is_that_of_its_file(tmp_path: Path) -> None:
+def test_a_malformed_line_has_the_time_of_its_file(tmp_path: Path) -> None:
     write(tmp_path / "Patient.ndjson", [line(), b"?"])
     assert paths_of_rejects(read(tmp_path, interval=DAY)) == []
     assert paths_of_rejects(read(tmp_path, interval=Interval(WRITTEN, ALWAYS.end))) == ["Patient.ndjson:2"]
-    extent = NdjsonSource(str(tmp_path)).extent(["Patient"])
+    extent = NdjsonSource(str(tmp_path)).find_extent(["Patient"])
     assert extent is not None
     assert WRITTEN in extent
 
@@ -266,7 +266,7 @@ def test_consecutive_intervals_return_every_line_once(tmp_path: Path) -> None:
     assert {item.body for item in parts} == {item.body for item in everything}
 
 
-def test_a_resource_without_an_id_is_left_to_validation(tmp_path: Path) -> None:
+def test_a_resource_without_an_id_is_a_record_for_validation(tmp_path: Path) -> None:
     (record,) = records(read(write(tmp_path / "Patient.ndjson", [b'{"resourceType":"Patient"}'])))
     assert record.id == ""
 
@@ -280,27 +280,27 @@ def test_extent_goes_from_the_oldest_to_just_after_the_newest(tmp_path: Path) ->
     write(tmp_path / "Patient.ndjson", [line(updated="2024-01-03T00:00:00Z"), line(updated="2024-01-01T00:00:00Z")])
     write(tmp_path / "Observation.ndjson", [line("Observation", updated="2020-01-01T00:00:00Z")])
     source = NdjsonSource(str(tmp_path))
-    extent = source.extent(["Patient"])
+    extent = source.find_extent(["Patient"])
     assert extent is not None
     assert extent.start == datetime(2024, 1, 1, tzinfo=UTC)
     assert datetime(2024, 1, 3, tzinfo=UTC) in extent
     assert extent.end - datetime(2024, 1, 3, tzinfo=UTC) <= timedelta(seconds=1)
-    assert source.extent(["Goal"]) is None
+    assert source.find_extent(["Goal"]) is None
 
 
 def test_state_changes_with_the_files(tmp_path: Path) -> None:
     path = write(tmp_path / "Patient.ndjson", [line()])
     source = NdjsonSource(str(tmp_path))
-    before = source.state()
-    assert source.state() == before
+    before = source.compute_state()
+    assert source.compute_state() == before
     write(tmp_path / "Patient.2.ndjson", [line(resource_id="b")])
-    with_another = source.state()
+    with_another = source.compute_state()
     os.utime(path, (0, 0))
-    assert len({before, with_another, source.state()}) == 3
+    assert len({before, with_another, source.compute_state()}) == 3
 
 
 @given(st.lists(st.binary(max_size=12)), st.integers(1, 9), st.integers(0, 12))
-def test_lines_do_not_depend_on_the_borders_of_chunks(parts: list[bytes], size: int, limit: int) -> None:
+def test_lines_do_not_depend_on_chunk_boundaries(parts: list[bytes], size: int, limit: int) -> None:
     content = b"\n".join(part.replace(b"\xef", b"") for part in parts)
     chunks = [content[at : at + size] for at in range(0, len(content), size)]
     split = [item for batch in lines.split_lines(iter(chunks), limit) for item in batch]
@@ -318,4 +318,4 @@ def test_every_line_of_synthea_is_a_record_of_the_type_of_its_file() -> None:
     counted = {path.name.partition(".")[0]: gzip.decompress(path.read_bytes()).count(b"\n") for path in files}
     assert received == counted
     assert received.total() == 8421
-    assert source.offered() == frozenset(counted)
+    assert source.list_types() == frozenset(counted)

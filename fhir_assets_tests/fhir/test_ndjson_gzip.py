@@ -1,4 +1,4 @@
-"""Lines of gzip files: with many members, with trailing bytes, damaged, and cut off at any position."""
+"""Lines of gzip files: with many members, with trailing bytes, damaged, and truncated at any position."""
 
 import gzip
 import random
@@ -49,7 +49,7 @@ def test_members_without_content_are_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_complete_line_before_a_missing_end_is_returned(tmp_path: Path, seed: int) -> None:
+def test_every_complete_line_of_a_truncated_file_is_returned(tmp_path: Path, seed: int) -> None:
     compressed = gzip.compress(b"\n".join(random_lines(20_000)), compresslevel=1 + seed % 9)
     compressed = compressed[: random.Random(seed).randrange(2, len(compressed))]
     complete_lines = zlib.decompressobj(31).decompress(compressed).split(b"\n")[:-1]
@@ -58,7 +58,7 @@ def test_every_complete_line_before_a_missing_end_is_returned(tmp_path: Path, se
     assert "cut off" in message
 
 
-def test_a_second_member_that_is_cut_off_does_not_hide_the_first(tmp_path: Path) -> None:
+def test_the_lines_of_a_first_member_are_returned_if_the_second_is_truncated(tmp_path: Path) -> None:
     lines, message = lines_of(tmp_path / "x", gzip.compress(b"a\nb\n") + gzip.compress(b"c\n" * 100)[:15])
     assert lines[:2] == [b"a", b"b"]
     assert "cut off" in message

@@ -17,19 +17,19 @@ from fhir_assets_tests.support.search_bundles import DAY, NOW, build_search_sour
 SECRET = "Mustermann"
 
 
-def fetched(script: list[Reply], interval: Interval = DAY) -> list[Record | RejectedInput]:
+def fetch(script: list[Reply], interval: Interval = DAY) -> list[Record | RejectedInput]:
     with ScriptedServer(script) as server:
         return list(build_search_source(server).fetch(["Patient"], interval))
 
 
 def records(script: list[Reply], interval: Interval = DAY) -> list[Record]:
-    items = fetched(script, interval)
+    items = fetch(script, interval)
     assert all(isinstance(item, Record) for item in items)
     return [item for item in items if isinstance(item, Record)]
 
 
 class Paged:
-    """A script of a server with pages of patients, which may not sort and whose next links may expire."""
+    """A scripted server with pages of patients. It may ignore the sort order, and its next links may expire."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ def test_the_bytes_of_a_resource_are_kept_on_one_line() -> None:
     assert (record.resource_type, record.id, record.version_id, record.arrived) == ("Patient", "a", None, NOW)
 
 
-def test_pages_are_followed_by_absolute_and_relative_links_and_through_an_empty_one() -> None:
+def test_absolute_and_relative_next_links_are_followed_even_from_an_empty_page() -> None:
     pages: dict[str, dict[str, Any]] = {}
 
     def script(request: ReceivedRequest) -> Reply:
@@ -126,22 +126,22 @@ def test_pages_are_followed_by_absolute_and_relative_links_and_through_an_empty_
 def test_a_link_to_another_origin_is_an_error_that_names_the_setting() -> None:
     script = [reply(bundle([patient(1)], f"http://internal.example:8080/fhir?name={SECRET}"))]
     with pytest.raises(NotFhir, match=r"http://internal.example:8080.*the base URL") as caught:
-        fetched(script)
+        fetch(script)
     assert SECRET not in str(caught.value)
 
 
 def test_a_link_that_is_not_a_url_is_an_error() -> None:
     with pytest.raises(NotFhir, match="not a URL"):
-        fetched([reply(bundle([patient(1)], "http://[broken"))])
+        fetch([reply(bundle([patient(1)], "http://[broken"))])
 
 
-def test_pages_in_a_circle_are_an_error() -> None:
+def test_next_links_that_form_a_loop_are_an_error() -> None:
     script = [reply(bundle([patient(n)], f"?page={n % 2}")) for n in range(9)]
     with pytest.raises(NotFhir, match="circle"):
-        fetched(script)
+        fetch(script)
 
 
-def test_pages_without_end_are_an_error() -> None:
+def test_endless_pages_without_new_resources_are_an_error() -> None:
     def script(request: ReceivedRequest) -> Reply:
         page = int((request.all("page") or ["0"])[0])
         return reply(bundle([patient(1)], f"?page={page + 1}"))
@@ -198,12 +198,12 @@ def test_outcomes_and_included_resources_are_not_matches() -> None:
         ({"resource": patient(1), "search": SECRET}, "structure", None),
     ],
 )
-def test_an_entry_that_cannot_be_used_is_rejected_and_the_other_entries_are_read(
+def test_a_malformed_entry_is_rejected_and_the_other_entries_are_read(
     entry: object, rule: str, resource_id: str | None
 ) -> None:
     page = bundle([patient(1), patient(2)])
     page["entry"].insert(1, entry)
-    items = fetched([reply(page)])
+    items = fetch([reply(page)])
     assert [type(item) for item in items] == [Record, RejectedInput, Record]
     item = items[1]
     assert isinstance(item, RejectedInput)
@@ -229,14 +229,14 @@ def test_an_entry_that_cannot_be_used_is_rejected_and_the_other_entries_are_read
 )
 def test_a_body_other_than_a_searchset_is_an_error_and_not_an_empty_page(body: object) -> None:
     with pytest.raises(NotFhir) as caught:
-        fetched([reply(body)] * 3)
+        fetch([reply(body)] * 3)
     assert SECRET not in str(caught.value)
 
 
-def test_a_body_that_is_cut_off_at_every_attempt_is_an_error() -> None:
+def test_a_body_that_is_truncated_on_every_attempt_is_an_error() -> None:
     cut = json.dumps(bundle([patient(1)])).encode()[:-5]
     with pytest.raises(NotFhir, match=r"incomplete JSON \(tried 3 times"):
-        fetched([Reply(cut)] * 3)
+        fetch([Reply(cut)] * 3)
 
 
 def test_records_before_an_error_are_returned() -> None:
@@ -287,15 +287,15 @@ def test_pages_that_always_expire_are_an_error() -> None:
 
 def test_a_refused_first_page_does_not_count_as_expired() -> None:
     with pytest.raises(ServerRefused, match="410"):
-        fetched([Reply(status=410)])
+        fetch([Reply(status=410)])
     with pytest.raises(ServerRefused, match="400"):
-        fetched([reply(bundle([patient(1)], "?page=2")), Reply(status=400)])
+        fetch([reply(bundle([patient(1)], "?page=2")), Reply(status=400)])
 
 
 @pytest.mark.parametrize("moment", [datetime(2023, 12, 31, 12, tzinfo=UTC), datetime(2024, 1, 3, tzinfo=UTC)])
 def test_a_server_that_ignores_last_updated_is_an_error(moment: datetime) -> None:
     with pytest.raises(NotFhir, match="_lastUpdated"):
-        fetched([reply(bundle([patient(1, at=moment)]), Date="Sat, 01 Jun 2024 00:00:00 GMT")])
+        fetch([reply(bundle([patient(1, at=moment)]), Date="Sat, 01 Jun 2024 00:00:00 GMT")])
 
 
 @pytest.mark.parametrize(

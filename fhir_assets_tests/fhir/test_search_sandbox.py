@@ -1,4 +1,4 @@
-"""The source `search` against the sandbox server: faults change nothing about the resources that are returned."""
+"""The source `search` against the sandbox server: it returns the same resources with and without faults."""
 
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -38,12 +38,12 @@ FAULTS = {
 
 
 def body(n: int) -> bytes:
-    """Return an Observation. Three consecutive ones share an instant."""
+    """Return an Observation. Three consecutive Observations have the same ``lastUpdated``."""
     moment = (START + timedelta(minutes=n // 3)).isoformat()
     return f'{{"resourceType":"Observation","id":"o{n}","meta":{{"lastUpdated":"{moment}"}},"x":{n}.50}}'.encode()
 
 
-def source_of(server: SandboxServer, *, page_size: int = 40, auth: Credentials | None = None) -> SearchSource:
+def build_source(server: SandboxServer, *, page_size: int = 40, auth: Credentials | None = None) -> SearchSource:
     retrier = Retrier(RetryPolicy(), sleep=lambda seconds: None)
     return SearchSource(FhirClient(server.url, credentials=auth, retrier=retrier), page_size=page_size)
 
@@ -67,13 +67,13 @@ def server() -> Iterator[SandboxServer]:
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in FAULTS), tuple(FAULTS)], ids="+".join)
 def test_no_fault_loses_repeats_or_changes_a_resource(server: SandboxServer, kinds: tuple[FaultKind, ...]) -> None:
     server.set_faults(*(FAULTS[kind] for kind in kinds))
-    received = by_key(source_of(server).fetch(["Observation"], ALWAYS))
+    received = by_key(build_source(server).fetch(["Observation"], ALWAYS))
     assert received == by_key(Record("Observation", f"o{n}", None, None, START, body(n)) for n in range(1000))
     assert set(server.stats()["struck"]) == set(kinds)
 
 
 def test_neighbouring_intervals_overlap_nowhere_and_miss_nothing(server: SandboxServer) -> None:
-    source = source_of(server)
+    source = build_source(server)
     bounds = [START + timedelta(minutes=m) for m in (0, 7, 100, 101, 500)]
     intervals = [Interval(low, high) for low, high in pairwise(bounds)]
     received = [item for interval in intervals for item in source.fetch(["Observation"], interval)]
@@ -83,23 +83,23 @@ def test_neighbouring_intervals_overlap_nowhere_and_miss_nothing(server: Sandbox
 
 def test_a_lost_page_is_visible_in_the_count(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, every=3, times=1))
-    source = source_of(server)
+    source = build_source(server)
     received = by_key(source.fetch(["Observation"], ALWAYS))
     assert source.count("Observation", ALWAYS) == 1000
     assert len(received) == 960
 
 
 def test_the_extent_of_a_server_contains_all_of_its_resources(server: SandboxServer) -> None:
-    extent = source_of(server).extent(["Patient", "Observation"])
+    extent = build_source(server).find_extent(["Patient", "Observation"])
     assert extent is not None
     assert extent.start == START
     assert START + timedelta(minutes=333) < extent.end < START + timedelta(minutes=334)
-    assert source_of(server).extent(["Patient"]) is None
+    assert build_source(server).find_extent(["Patient"]) is None
 
 
 def test_resources_are_fetched_by_id(server: SandboxServer) -> None:
     wanted = [f"o{n}" for n in range(0, 2000, 10)]
-    received = by_key(source_of(server, page_size=7).fetch_ids("Observation", wanted))
+    received = by_key(build_source(server, page_size=7).fetch_ids("Observation", wanted))
     assert received.keys() == {("Observation", f"o{n}") for n in range(0, 1000, 10)}
 
 
@@ -116,9 +116,9 @@ def test_resources_are_fetched_by_id(server: SandboxServer) -> None:
 )
 def test_only_the_right_credentials_are_accepted(expected: Expected, right: Credentials, wrong: Credentials) -> None:
     with SandboxServer([body(1)], credentials=expected) as server:
-        assert len(list(source_of(server, auth=right).fetch(["Observation"], ALWAYS))) == 1
+        assert len(list(build_source(server, auth=right).fetch(["Observation"], ALWAYS))) == 1
         for auth in (wrong, None):
-            source = source_of(server, auth=auth)
+            source = build_source(server, auth=auth)
             with pytest.raises(ServerRefused, match=r"the token|the password"):
                 source.count("Observation", ALWAYS)
 
@@ -126,6 +126,6 @@ def test_only_the_right_credentials_are_accepted(expected: Expected, right: Cred
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared data is not here")
 def test_search_and_files_return_the_same_resources() -> None:
     with SandboxServer(SYNTHEA, faults=tuple(FAULTS.values())) as server:
-        searched = by_key(source_of(server, page_size=100).fetch(TYPES, ALWAYS))
+        searched = by_key(build_source(server, page_size=100).fetch(TYPES, ALWAYS))
     assert searched == by_key(NdjsonSource(str(SYNTHEA)).fetch(TYPES, ALWAYS))
     assert len(searched) == 8421

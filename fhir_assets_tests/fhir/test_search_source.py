@@ -1,4 +1,4 @@
-"""The source `search` as a whole: counts, offered types, ids and extents, against a scripted server."""
+"""The source `search`: counts, offered types, ids and extents, against a scripted server."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -45,16 +45,16 @@ def test_offered_types_are_requested_again_only_after_ten_minutes() -> None:
     moment = NOW
     with ScriptedServer([reply(statement_of("Patient")), reply(statement_of("Goal"))]) as server:
         source = SearchSource(FhirClient(server.url, timeout=10), now=lambda: moment)
-        assert source.offered() == source.offered() == frozenset({"Patient"})
+        assert source.list_types() == source.list_types() == frozenset({"Patient"})
         moment += timedelta(minutes=11)
-        assert source.offered() == frozenset({"Goal"})
+        assert source.list_types() == frozenset({"Goal"})
 
 
 def test_capabilities_without_types_are_not_requested_repeatedly() -> None:
     with ScriptedServer([reply(statement_of())]) as server:
         source = build_search_source(server)
-        assert source.offered() is None
-        assert source.offered() is None
+        assert source.list_types() is None
+        assert source.list_types() is None
 
 
 def test_valid_ids_are_requested_in_batches() -> None:
@@ -77,7 +77,7 @@ def test_a_server_that_ignores_ids_is_an_error() -> None:
 
 def _extent(script: Callable[[ReceivedRequest], Reply]) -> Interval | None:
     with ScriptedServer(script) as server:
-        return build_search_source(server).extent(["Patient"])
+        return build_search_source(server).find_extent(["Patient"])
 
 
 def _sorting(patients: list[dict[str, Any]], *, sorts: bool = True) -> Callable[[ReceivedRequest], Reply]:
@@ -105,7 +105,7 @@ def test_extent_goes_from_the_oldest_to_the_newest() -> None:
     assert datetime(2024, 1, 1, 0, 9, tzinfo=UTC) < extent.end <= datetime(2024, 1, 1, 0, 9, 1, tzinfo=UTC)
 
 
-def test_extent_is_open_where_the_server_does_not_sort() -> None:
+def test_the_extent_has_no_start_if_the_server_does_not_sort() -> None:
     assert _extent(_sorting([patient(5), patient(1), patient(9)], sorts=False)) == Interval(None, NOW)
     refuses = Reply(status=400)
     assert _extent(lambda request: refuses) == Interval(None, NOW)
@@ -117,9 +117,9 @@ def test_the_extent_of_an_empty_server_is_none_and_an_extent_into_the_future_end
     assert extent == Interval(datetime(2024, 1, 1, 0, 1, tzinfo=UTC), NOW)
 
 
-def test_extent_is_open_where_the_first_pages_are_empty_but_the_total_is_not() -> None:
+def test_the_extent_has_no_start_if_the_first_pages_are_empty_but_the_total_is_not_zero() -> None:
     def script(request: ReceivedRequest) -> Reply:
         return reply(bundle([], None if request.all("_summary") else "Patient?page=2", total=7))
 
     with ScriptedServer(script) as server:
-        assert build_search_source(server).extent(["Patient"]) == Interval(None, NOW)
+        assert build_search_source(server).find_extent(["Patient"]) == Interval(None, NOW)

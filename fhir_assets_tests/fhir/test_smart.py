@@ -10,7 +10,7 @@ from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, rep
 
 
 class Waits:
-    """A sleep that only notes how long it would have been."""
+    """A replacement of ``time.sleep`` that records the durations."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -28,7 +28,7 @@ def authorization(credentials: BackendServices) -> str:
     return requests.Request("GET", "http://fhir.example/", auth=credentials).prepare().headers["Authorization"]
 
 
-def test_a_token_endpoint_that_is_down_for_a_while_is_asked_again_after_the_wait_that_it_asks_for() -> None:
+def test_a_request_to_an_unavailable_token_endpoint_is_retried_after_its_retry_after() -> None:
     waits = Waits()
     script = [Reply(status=503), reply({}, 429, Retry_After="10"), reply({"access_token": "t", "expires_in": 300})]
     with ScriptedServer(script) as server:
@@ -36,20 +36,20 @@ def test_a_token_endpoint_that_is_down_for_a_while_is_asked_again_after_the_wait
     assert waits.seconds == [1, 11]
 
 
-def test_a_token_endpoint_that_stays_down_is_an_error_that_names_the_settings() -> None:
+def test_the_error_for_an_unavailable_token_endpoint_names_the_settings() -> None:
     with ScriptedServer([Reply(status=500)] * 9) as server:
         with pytest.raises(ServerUnavailable, match=r"token endpoint .* answered 500 \(tried 4 times.*the token URL"):
             authorization(backend_services(server, Waits()))
         assert len(server.requests) == 4
 
 
-def test_a_client_that_the_token_endpoint_refuses_is_not_tried_again() -> None:
+def test_the_request_of_a_refused_client_is_not_retried() -> None:
     with ScriptedServer([Reply(status=401)] * 2) as server:
         with pytest.raises(ServerRefused, match="check the client id"):
             authorization(backend_services(server, Waits()))
         assert len(server.requests) == 1
 
 
-def test_an_answer_without_a_token_is_an_error() -> None:
+def test_a_response_without_a_token_is_an_error() -> None:
     with ScriptedServer([reply({"expires_in": 300})]) as server, pytest.raises(NotFhir, match="returns no token"):
         authorization(backend_services(server, Waits()))

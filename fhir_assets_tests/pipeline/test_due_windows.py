@@ -29,16 +29,16 @@ class FixedSource:
         self._offered = offered
         self.extent_calls: list[tuple[str, ...]] = []
 
-    def offered(self) -> frozenset[str] | None:
+    def list_types(self) -> frozenset[str] | None:
         return self._offered
 
-    def state(self) -> str | None:
+    def compute_state(self) -> str | None:
         return self._state
 
-    def until(self, resource_types: Sequence[str], interval: Interval) -> None:
+    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
         pass
 
-    def extent(self, resource_types: Sequence[str]) -> Interval | None:
+    def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         self.extent_calls.append(tuple(resource_types))
         return self._extent
 

@@ -28,13 +28,13 @@ def ids(bundle: dict[str, Any]) -> list[str]:
 
 def test_a_throttled_response_has_a_retry_after_header(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=3))
-    answer = get(server)
-    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "3")
+    response = get(server)
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "3")
     server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=3, retry_after_date=True, status=503))
-    answer = get(server)
-    assert answer.status_code == 503
-    assert parsedate_to_datetime(answer.headers["Retry-After"]).tzinfo is not None
-    assert answer.json()["resourceType"] == "OperationOutcome"
+    response = get(server)
+    assert response.status_code == 503
+    assert parsedate_to_datetime(response.headers["Retry-After"]).tzinfo is not None
+    assert response.json()["resourceType"] == "OperationOutcome"
 
 
 def test_a_dropped_connection_ends_in_the_middle_of_the_response(server: SandboxServer) -> None:
@@ -62,17 +62,17 @@ def test_a_write_is_executed_before_a_drop_and_not_before_a_reset(empty: Sandbox
 
 def test_a_truncated_body_has_its_declared_length_and_is_not_json(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.TRUNCATE))
-    answer = get(server)
-    assert answer.status_code == 200
-    assert int(answer.headers["Content-Length"]) == len(answer.content)
+    response = get(server)
+    assert response.status_code == 200
+    assert int(response.headers["Content-Length"]) == len(response.content)
     with pytest.raises(requests.exceptions.JSONDecodeError):
-        answer.json()
+        response.json()
 
 
 def test_a_body_can_be_html(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.HTML))
-    answer = get(server)
-    assert (answer.status_code, answer.headers["Content-Type"][:9]) == (200, "text/html")
+    response = get(server)
+    assert (response.status_code, response.headers["Content-Type"][:9]) == (200, "text/html")
 
 
 @pytest.mark.parametrize("status", [410, 404])
@@ -96,12 +96,12 @@ def test_a_duplicate_is_the_last_resource_of_the_previous_page(server: SandboxSe
 def test_a_lost_page_is_missing_although_the_total_counts_it(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, times=1, on=frozenset({RequestKind.PAGE})))
     bundle = get(server).json()
-    found = ids(bundle)
+    received = ids(bundle)
     while any(link["relation"] == "next" for link in bundle["link"]):
         bundle = requests.get(next_url(bundle), timeout=10).json()
         assert bundle["total"] == 100
-        found += ids(bundle)
-    assert found == [f"o{n}" for n in range(100) if not 10 <= n < 20]
+        received += ids(bundle)
+    assert received == [f"o{n}" for n in range(100) if not 10 <= n < 20]
 
 
 def test_a_wrong_total_differs_by_the_configured_amount(server: SandboxServer) -> None:
@@ -119,8 +119,8 @@ def test_a_slow_response_is_complete(server: SandboxServer) -> None:
 def test_overlapping_requests_are_counted(server: SandboxServer) -> None:
     server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.5))
     with ThreadPoolExecutor(3) as threads:
-        answers = list(threads.map(get, [server] * 3))
-    assert [answer.status_code for answer in answers] == [200] * 3
+        responses = list(threads.map(get, [server] * 3))
+    assert [response.status_code for response in responses] == [200] * 3
     assert server.stats()["max_in_flight"] > 1
 
 
@@ -151,8 +151,8 @@ def test_a_fault_on_request_kinds_that_it_cannot_affect_is_refused(server: Sandb
     with pytest.raises(ValidationError):
         Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.READ}))
     own = server.url.replace("/fhir", "/_sandbox/faults")
-    answer = requests.put(own, json={"faults": [{"kind": "earthquake"}]}, timeout=10)
-    assert answer.status_code == 422
+    response = requests.put(own, json={"faults": [{"kind": "earthquake"}]}, timeout=10)
+    assert response.status_code == 422
     assert requests.get(own, timeout=10).json()["faults"] == []
 
 
@@ -189,9 +189,9 @@ def test_credentials_are_required_everywhere_except_for_the_metadata(
 ) -> None:
     with SandboxServer(hourly_observations(1), credentials=credentials) as server:
         for headers in ({}, {"Authorization": right + "x"}):
-            answer = requests.get(f"{server.url}/Observation", headers=headers, timeout=10)
-            assert (answer.status_code, answer.json()["resourceType"]) == (401, "OperationOutcome")
-            assert answer.headers["WWW-Authenticate"].startswith(scheme)
+            response = requests.get(f"{server.url}/Observation", headers=headers, timeout=10)
+            assert (response.status_code, response.json()["resourceType"]) == (401, "OperationOutcome")
+            assert response.headers["WWW-Authenticate"].startswith(scheme)
         headers = {"Authorization": right}
         assert requests.get(f"{server.url}/Observation", headers=headers, timeout=10).status_code == 200
         assert get(server, "metadata").status_code == 200

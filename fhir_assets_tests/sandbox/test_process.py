@@ -1,4 +1,4 @@
-"""The sandbox server as a process of its own."""
+"""The sandbox server in a subprocess."""
 
 import signal
 import socket

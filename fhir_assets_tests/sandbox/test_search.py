@@ -14,9 +14,9 @@ def get(server: SandboxServer, path: str, **headers: str) -> requests.Response:
 
 
 def search(server: SandboxServer, path: str) -> dict[str, Any]:
-    answer = get(server, path)
-    assert answer.status_code == 200, answer.text
-    bundle: dict[str, Any] = answer.json()
+    response = get(server, path)
+    assert response.status_code == 200, response.text
+    bundle: dict[str, Any] = response.json()
     return bundle
 
 
@@ -30,11 +30,11 @@ def next_link(bundle: dict[str, Any]) -> str | None:
 
 def all_ids(server: SandboxServer, path: str) -> list[str]:
     bundle = search(server, path)
-    found = ids(bundle)
+    received = ids(bundle)
     while url := next_link(bundle):
         bundle = requests.get(url, timeout=10).json()
-        found += ids(bundle)
-    return found
+        received += ids(bundle)
+    return received
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_last_updated_is_compared_at_the_precision_given(server: SandboxServer, 
 
 @pytest.mark.parametrize("value", ["yesterday", "2024-13-01", "2024-02-30", "ne2024", "ge", "2024-1-1"])
 def test_a_malformed_date_is_refused(server: SandboxServer, value: str) -> None:
-    answer = get(server, f"Observation?_lastUpdated={value}")
-    assert answer.status_code == 400
-    assert answer.json()["resourceType"] == "OperationOutcome"
+    response = get(server, f"Observation?_lastUpdated={value}")
+    assert response.status_code == 400
+    assert response.json()["resourceType"] == "OperationOutcome"
 
 
 def test_pages_give_every_resource_once_and_in_order(server: SandboxServer) -> None:
@@ -166,8 +166,8 @@ def test_a_summary_of_count_has_no_entries(server: SandboxServer) -> None:
 
 def test_a_search_by_post_equals_the_search_by_get(server: SandboxServer) -> None:
     form = {"_lastUpdated": "ge2024-01-05", "_count": "2"}
-    answer = requests.post(f"{server.url}/Observation/_search", data=form, timeout=10).json()
-    assert ids(answer) == ["o96", "o97"]
+    response = requests.post(f"{server.url}/Observation/_search", data=form, timeout=10).json()
+    assert ids(response) == ["o96", "o97"]
 
 
 def test_the_capability_statement_lists_the_types(server: SandboxServer) -> None:
@@ -183,6 +183,6 @@ def test_the_capability_statement_lists_the_types(server: SandboxServer) -> None
 
 def test_an_unknown_resource_is_an_operation_outcome(server: SandboxServer) -> None:
     for path in ("Nothing", "Patient/1", "Observation/o1/_history/9", "a/b/c/d", "?_page=made-up"):
-        answer = get(server, path)
-        assert answer.status_code in (404, 410), path
-        assert answer.json()["resourceType"] == "OperationOutcome"
+        response = get(server, path)
+        assert response.status_code in (404, 410), path
+        assert response.json()["resourceType"] == "OperationOutcome"

@@ -1,4 +1,4 @@
-"""Real data, served whole. Skipped where the shared folder is absent."""
+"""Real data served by the sandbox. The tests are skipped if the shared folder is absent."""
 
 import gzip
 from pathlib import Path

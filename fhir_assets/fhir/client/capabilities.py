@@ -19,7 +19,7 @@ class Capabilities:
     fhir_version: str | None
     interactions: Mapping[str, frozenset[str] | None]
 
-    def offers(self, interaction: str) -> frozenset[str] | None:
+    def list_types(self, interaction: str) -> frozenset[str] | None:
         """Return the types that have an interaction such as ``search-type``, ``read`` or ``update``.
 
         A type without a list of interactions counts as having it. Returns None if the server names no types at all.

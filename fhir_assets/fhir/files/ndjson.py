@@ -83,31 +83,31 @@ class NdjsonSource:
         self._extents: dict[tuple[str, frozenset[str]], Interval | None] = {}
         self.skipped: Counter[str] = Counter()
 
-    def offered(self) -> frozenset[str] | None:
+    def list_types(self) -> frozenset[str] | None:
         """Return the types in the names of the files; None if a file may hold any type."""
         files = self._files()
         if not all(file.types for file in files):
             return None
         return frozenset[str]().union(*(file.types for file in files))
 
-    def state(self) -> str:
+    def compute_state(self) -> str:
         """Return a digest of the names, sizes and modification times of the files."""
         digest = hashlib.sha256()
         for file in self._files():
             digest.update(f"{file.name}\0{file.size}\0{file.modified_ns}\0".encode())
         return digest.hexdigest()[:32]
 
-    def extent(self, resource_types: Sequence[str]) -> Interval | None:
+    def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest resource to just after the newest, or to now if that is earlier.
 
-        The result is cached until ``state`` changes, because all files are read for it.
+        The result is cached until ``compute_state`` changes, because all files are read for it.
         """
-        key = self.state(), frozenset(resource_types)
+        key = self.compute_state(), frozenset(resource_types)
         if key not in self._extents:
             self._extents[key] = self._extent(resource_types)
         return self._extents[key]
 
-    def until(self, resource_types: Sequence[str], interval: Interval) -> None:
+    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
         """Return None: the files include the present."""
 
     def count(self, resource_type: str, interval: Interval) -> None:

@@ -62,9 +62,9 @@ class DeletionHistory:
         self.requested_at: datetime | None = None
         """The server's time at the start of the last history request; None if the response has no Date header."""
 
-    def offered(self) -> frozenset[str] | None:
+    def list_types(self) -> frozenset[str] | None:
         """Return the types for which the server declares a history; None if it names no types."""
-        return self._client.capabilities().offers("history-type")
+        return self._client.capabilities().list_types("history-type")
 
     def fetch_since(self, resource_type: str, moment: datetime) -> Iterator[Deletion]:
         """Read the deletions of a type since ``moment``, newest first.

@@ -42,21 +42,21 @@ class SearchSource:
         self._offered_until: datetime | None = None
         self.included: Counter[str] = Counter()
 
-    def offered(self) -> frozenset[str] | None:
+    def list_types(self) -> frozenset[str] | None:
         """Return the types that the server's CapabilityStatement names as searchable; None if it names no types.
 
         The statement is requested every ten minutes at most.
         """
         now = self._now()
         if self._offered_until is None or now >= self._offered_until:
-            self._offered = self._client.capabilities().offers("search-type")
+            self._offered = self._client.capabilities().list_types("search-type")
             self._offered_until = now + _CAPABILITIES_VALID_FOR
         return self._offered
 
-    def state(self) -> None:
+    def compute_state(self) -> None:
         """Return None: a server is read by interval, not as a whole."""
 
-    def until(self, resource_types: Sequence[str], interval: Interval) -> None:
+    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
         """Return None: a search includes the present."""
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
@@ -68,7 +68,7 @@ class SearchSource:
                 raise
             return None
 
-    def extent(self, resource_types: Sequence[str]) -> Interval | None:
+    def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest to the newest resource, found by two sorted searches for each type.
 
         The totals show whether the server sorts. If it does not, the interval is open below and ends now.

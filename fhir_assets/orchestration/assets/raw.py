@@ -69,7 +69,7 @@ def _build_raw_step(
         selected = [t.name for t in types if t.name in names]
         started = perf_counter()
         with record_step(run, warehouse, selected):
-            offered = source.offered()
+            offered = source.list_types()
             for name in selected:
                 if offered is not None and name not in offered:
                     context.log.info(f"{name} is skipped: the source does not offer it.")

@@ -129,7 +129,7 @@ class _TableEvaluator:
             return self._result(FRESH, True, "FHIR_BASE_URL is not set")
         source = self._open_source()
         try:
-            offered, state = source.offered(), source.state()
+            offered, state = source.list_types(), source.compute_state()
         except FhirAssetsError as error:
             return self._result(FRESH, False, f"the state of the source is unknown: {error}")
         if offered is not None and self._type.name not in offered:

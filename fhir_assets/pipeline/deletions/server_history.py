@@ -25,7 +25,7 @@ def apply_server_deletions(
     Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable; the types before the failing one are
     complete then.
     """
-    offered_types = history.offered()
+    offered_types = history.list_types()
     deleted = {}
     for name in resource_types:
         if offered_types is not None and name not in offered_types:

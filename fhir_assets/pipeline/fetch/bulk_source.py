@@ -87,16 +87,16 @@ class BulkSource:
         self.on_progress = on_progress
         """Receives the progress of an export as text, in addition to the log."""
 
-    def offered(self) -> None:
+    def list_types(self) -> None:
         """Return None: the server exports every type that it has."""
 
-    def state(self) -> None:
+    def compute_state(self) -> None:
         """Return None: a server is read by interval."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
         """Return None: a manifest has counts of files only, which are checked during the download."""
 
-    def extent(self, resource_types: Sequence[str]) -> Interval | None:
+    def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest resource to the transaction time of a complete export, made if needed."""
         export = self._export(resource_types, None, self._now())
         with self._connect() as conn:
@@ -104,14 +104,14 @@ class BulkSource:
         assert export.transaction_time is not None
         return Interval(min(firsts), export.transaction_time) if firsts else None
 
-    def until(self, resource_types: Sequence[str], interval: Interval) -> datetime:
+    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> datetime:
         """Return the transaction time of the export that covers the interval. The export is made if needed."""
         export = self._chosen = self._export(resource_types, interval.start, min(interval.end, self._now()))
         assert export.transaction_time is not None
         return export.transaction_time
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
-        """Yield the resources of the interval from the export that ``until`` chose."""
+        """Yield the resources of the interval from the export that ``complete_until`` chose."""
         export = self._chosen or self._export(resource_types, interval.start, min(interval.end, self._now()))
         with self._connect() as conn:
             stored = bulk_exports.list_parts(conn, export.id)

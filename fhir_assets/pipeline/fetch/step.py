@@ -81,10 +81,10 @@ class FetchStep:
 
         Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are unchanged then.
         """
-        state = self._source.state()
+        state = self._source.compute_state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
         planned = [progress.planned for plan in plans.values() for progress in plan.values()]
-        until = self._source.until(resource_types, covering_interval(planned)) if planned else None
+        until = self._source.complete_until(resource_types, covering_interval(planned)) if planned else None
         if until is not None and until < self._now:
             # The source knows resources up to `until` only; the rest of the interval stays due.
             self._now = until

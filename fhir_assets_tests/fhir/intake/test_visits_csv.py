@@ -53,7 +53,9 @@ def good(rows: list[ValidRow | InvalidRow]) -> list[dict[str, str]]:
 
 def bad(rows: list[ValidRow | InvalidRow]) -> list[tuple[int, str, tuple[str, ...]]]:
     return [
-        (row.line, row.rule, tuple(said for _, said in row.problems)) for row in rows if isinstance(row, InvalidRow)
+        (row.line, row.rule, tuple(message for _, message in row.problems))
+        for row in rows
+        if isinstance(row, InvalidRow)
     ]
 
 
@@ -91,7 +93,7 @@ def test_the_fast_check_agrees_with_the_json_schema(row: dict[str, object]) -> N
         + ROW.removesuffix(",fever"),
     ],
 )
-def test_the_dialects_of_spreadsheets_are_read_alike(content: str) -> None:
+def test_the_csv_dialects_of_spreadsheets_give_the_same_rows(content: str) -> None:
     assert read(content) == [ValidRow(next(n for n, line in enumerate(content.split("\n"), 1) if "Ada" in line), ADA)]
 
 
@@ -141,7 +143,7 @@ MALFORMED = [
 
 
 @given(st.lists(st.sampled_from(MALFORMED) | st.just(ROW), max_size=12))
-def test_a_malformed_row_does_not_affect_its_neighbours(rows: list[str]) -> None:
+def test_a_malformed_row_does_not_affect_other_rows(rows: list[str]) -> None:
     rows_read = read("\n".join([HEADER, *rows]))
     assert len(good(rows_read)) == rows.count(ROW)
     assert sorted({row.line for row in rows_read}) == list(range(2, len(rows) + 2))

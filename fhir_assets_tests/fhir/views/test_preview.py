@@ -66,7 +66,7 @@ def test_ndjson_without_its_suffix_is_read_line_by_line(tmp_path: Path) -> None:
     assert ids(tmp_path / "all.json") == ["ann", "bo"]
 
 
-def test_a_folder_represents_its_data_files(tmp_path: Path) -> None:
+def test_the_data_files_of_a_folder_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.ndjson").write_text(json.dumps(ANN))
     (tmp_path / "notes.txt").write_text("nothing")
     assert ids(tmp_path) == ["ann"]
@@ -143,7 +143,7 @@ def test_parquet_has_typed_columns(tmp_path: Path) -> None:
     assert table.column("births").to_pylist() == [2, None]
 
 
-def test_a_table_shows_every_value_uncut(tmp_path: Path) -> None:
+def test_a_table_shows_every_value_in_full(tmp_path: Path) -> None:
     text = written("table", tmp_path).decode()
     assert all(word in text for word in ("births", '["Ann","B,o"]', 'O"Hara', "1.45"))
 
