@@ -1,4 +1,4 @@
-"""Who may call what: held over the route table itself, so that a new endpoint cannot escape."""
+"""Authentication, roles and request rates. The tests cover all routes of the application."""
 
 import re
 
@@ -45,14 +45,14 @@ def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(api: Api) -
     assert api.get("/nowhere").status_code == 404
 
 
-def test_the_table_names_no_route_that_is_not_there_and_the_admin_may_call_all() -> None:
+def test_the_role_table_lists_exactly_the_existing_routes_and_admin_may_call_all() -> None:
     app = create_app(load_settings(api_tokens=TOKENS))
-    there = {(method, route.path) for route in list_routes(app) for method in route.methods or ()}
-    assert set(ROUTE_ROLES) == {each for each in there if each[1] not in PUBLIC_PATHS}
+    existing = {(method, route.path) for route in list_routes(app) for method in route.methods or ()}
+    assert set(ROUTE_ROLES) == {route for route in existing if route[1] not in PUBLIC_PATHS}
     assert all(Role.ADMIN in allowed for allowed in ROUTE_ROLES.values())
 
 
-def test_a_route_that_nobody_decided_on_stops_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_application_does_not_start_with_a_route_without_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(application, "ROUTE_ROLES", {k: v for k, v in ROUTE_ROLES.items() if k[1] != "/patients"})
     with pytest.raises(AssertionError, match="GET /patients"):
         create_app(load_settings(api_tokens=TOKENS))
@@ -75,7 +75,7 @@ def test_a_token_is_kept_as_its_hash_only() -> None:
 
 
 @pytest.mark.parametrize("text", ["lab", "lab:boss:" + "0" * 64, "lab:reader:xyz", "a b:reader:" + "0" * 64])
-def test_a_malformed_token_is_named_by_its_place_only(text: str) -> None:
+def test_an_error_names_a_malformed_token_by_its_position_only(text: str) -> None:
     with pytest.raises(ConfigurationError, match="token 1 of API_TOKENS") as raised:
         parse_tokens(text)
     assert "0000" not in str(raised.value)
@@ -95,12 +95,12 @@ def test_a_token_that_calls_too_often_waits_and_another_does_not() -> None:
 def test_too_many_calls_are_answered_429_with_the_time_to_wait(serve: Serve) -> None:
     api = serve(api_rate_limit=0.5)
     answers = [api.get("/runs") for _ in range(3)]
-    refused = [each for each in answers if each.status_code == 429]
+    refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
     assert int(refused[0].headers["Retry-After"]) >= 1
 
 
-def test_every_answer_bears_the_headers_and_a_request_id(api: Api) -> None:
+def test_every_response_has_the_security_headers_and_a_request_id(api: Api) -> None:
     for answer in (api.get("/runs"), api.get("/runs", role=None), api.get("/health/live")):
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Cache-Control"] == "no-store"

@@ -29,10 +29,10 @@ def received(api: Api) -> dict[str, int]:
 def raw(api: Api, resource_type: str) -> list[bytes]:
     store = build_store(api.settings)
     manifests = store.manifests("raw", resource_type, store.partition_keys("raw", resource_type))
-    return [line for each in manifests for batch in store.batches(each.parts) for line in batch]
+    return [line for manifest in manifests for batch in store.batches(manifest.parts) for line in batch]
 
 
-def test_records_and_resources_in_one_list_are_answered_one_by_one(api: Api) -> None:
+def test_records_and_resources_of_a_list_have_separate_results(api: Api) -> None:
     heart_rate = {
         "resourceType": "Observation",
         "id": "o1",
@@ -43,7 +43,7 @@ def test_records_and_resources_in_one_list_are_answered_one_by_one(api: Api) -> 
     answer = api.post("/api/v1/ingest", json={"records": [ADA, heart_rate, wrong, {"resourceType": "Claim"}]})
     assert answer.status_code == 202
     content = answer.json()
-    assert [each["status"] for each in content["results"]] == ["accepted", "accepted", "rejected", "rejected"]
+    assert [result["status"] for result in content["results"]] == ["accepted", "accepted", "rejected", "rejected"]
     assert (content["accepted"], content["rejected"]) == (2, 2)
     ada, good, bad, claim = content["results"]
     assert good["id"] == "o1"
@@ -54,7 +54,7 @@ def test_records_and_resources_in_one_list_are_answered_one_by_one(api: Api) -> 
     assert received(api) == {"Patient": 1, "Consent": 1, "Observation": 1}
 
 
-def test_all_errors_of_a_record_are_told_each_with_its_path_and_without_its_value(api: Api) -> None:
+def test_the_result_lists_all_errors_of_a_record_with_paths_and_without_values(api: Api) -> None:
     wrong = {
         "resourceType": "Patient",
         "mrn": "",
@@ -87,7 +87,7 @@ def test_the_same_person_has_the_same_id_and_a_new_version_each_time(api: Api) -
     assert received(api)["Patient"] == 2
 
 
-def test_a_request_that_comes_again_with_its_key_is_answered_as_before_and_done_once(api: Api) -> None:
+def test_a_repeated_request_with_the_same_key_gets_the_first_response_and_is_processed_once(api: Api) -> None:
     body = {"records": [ADA, {"resourceType": "Patient", "gender": "female", "active": True}]}
     answers = [api.post("/api/v1/ingest", json=body, headers={"Idempotency-Key": "k1"}) for _ in range(2)]
     assert answers[0].content == answers[1].content
@@ -99,7 +99,7 @@ def test_a_request_that_comes_again_with_its_key_is_answered_as_before_and_done_
     assert others.status_code == 202
 
 
-def test_a_batch_takes_what_is_valid_and_a_transaction_all_or_nothing(api: Api) -> None:
+def test_a_batch_stores_the_valid_entries_and_a_transaction_all_or_none(api: Api) -> None:
     good = {"resourceType": "Patient", "id": "p1", "gender": "female"}
     bad = {"resourceType": "Patient", "id": "p2", "gender": "lady"}
     for kind, status, rows in (("transaction", 422, {}), ("batch", 200, {"Patient": 1})):
@@ -113,7 +113,7 @@ def test_a_batch_takes_what_is_valid_and_a_transaction_all_or_nothing(api: Api) 
         assert received(api) == rows
 
 
-def test_references_to_entries_of_a_bundle_follow_the_ids_that_were_given(api: Api) -> None:
+def test_references_between_bundle_entries_use_the_assigned_ids(api: Api) -> None:
     urn = "urn:uuid:8f2c1c6e-2f4b-4f0e-9a57-2d3c8b1a9f10"
     entries = [
         {"fullUrl": urn, "resource": {"resourceType": "Patient", "gender": "other"}},
@@ -146,14 +146,14 @@ def test_a_posted_resource_keeps_its_digits(api: Api) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"records": {}}', b'{"records": [], "x": 1}', b"\xff", b"[" * 9999]
 )
-def test_what_is_no_submission_is_a_problem_and_no_fault(api: Api, body: bytes) -> None:
+def test_an_unreadable_body_is_answered_400(api: Api, body: bytes) -> None:
     answer = api.post("/api/v1/ingest", data=body)
     assert answer.status_code == 400
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert api.post("/fhir", data=body).status_code == 400
 
 
-def test_bodies_over_the_limit_are_refused_whether_they_say_their_size_or_stream(serve: Serve) -> None:
+def test_bodies_over_the_limit_are_refused_with_and_without_content_length(serve: Serve) -> None:
     api = serve(api_max_body_bytes=2048, api_max_records=2)
     body = b'{"records": [' + b" " * 4096 + b"]}"
     for data in (body, iter([body[:1000], body[1000:]])):
@@ -163,7 +163,7 @@ def test_bodies_over_the_limit_are_refused_whether_they_say_their_size_or_stream
     assert (answer.status_code, answer.json()["max_records"]) == (413, 2)
 
 
-def test_intake_is_on_record_with_the_name_of_its_token_and_logs_name_no_patient(api: Api) -> None:
+def test_intake_is_audited_with_the_token_name_and_logs_contain_no_patient_data(api: Api) -> None:
     api.post("/api/v1/ingest", json={"records": [ADA]}, role="ingester")
     api.get("/patients?mrn=SECRET-MRN-1&last_name=Lovelace")
     assert api.settings.db_url
@@ -176,7 +176,7 @@ def test_intake_is_on_record_with_the_name_of_its_token_and_logs_name_no_patient
     assert not any(word in log for word in ("SECRET", "Lovelace", "the-secret-of"))
 
 
-def test_posts_of_the_same_moment_are_all_in_raw_and_on_record_when_they_are_answered(api: Api) -> None:
+def test_simultaneous_requests_are_all_stored_and_audited(api: Api) -> None:
     def post(number: int) -> tuple[int, int]:
         record = {"resourceType": "Patient", "mrn": f"together-{number}", "gender": "other"}
         answer = api.post("/api/v1/ingest", json={"records": [record, {"resourceType": "Patient", "mrn": ""}]})

@@ -1,4 +1,4 @@
-"""What the API answers while something that it needs is away, and afterwards."""
+"""Responses of the API while the database or the store is unavailable, and after it is available again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +30,8 @@ def api(database: str, tmp_path: Path) -> Iterator[Api]:
 
 
 @contextmanager
-def database_away(postgres: str, database: str) -> Iterator[None]:
-    """Nobody gets into the database, and whoever was in it is out."""
+def database_unavailable(postgres: str, database: str) -> Iterator[None]:
+    """Refuse new connections to the database and end the existing ones."""
     name = urlsplit(database).path.lstrip("/")
     admit = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
     with connect(postgres, autocommit=True) as conn:
@@ -43,12 +43,12 @@ def database_away(postgres: str, database: str) -> Iterator[None]:
             conn.execute(admit.format(sql.Identifier(name), sql.SQL("true")))
 
 
-def test_while_the_database_is_away_answers_are_problems_without_data_and_traces_and_then_all_is_well_again(
+def test_without_the_database_responses_are_problems_without_data_and_the_api_recovers(
     api: Api, postgres: str, database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert api.get("/patients?mrn=SECRET-MRN").status_code == 200
     assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
-    with database_away(postgres, database), monkeypatch.context() as impatient:
+    with database_unavailable(postgres, database), monkeypatch.context() as impatient:
         impatient.setattr(context, "CONNECTION_TIMEOUT_SECONDS", 0.5)
         answers = [
             api.get("/patients?mrn=SECRET-MRN"),
@@ -71,7 +71,7 @@ def test_while_the_database_is_away_answers_are_problems_without_data_and_traces
     assert "SECRET" not in caplog.text
 
 
-def test_while_the_store_is_away_nothing_is_accepted(api: Api, tmp_path: Path) -> None:
+def test_without_the_store_no_record_is_accepted(api: Api, tmp_path: Path) -> None:
     assert api.get("/health", role=None).json() == {
         "live": True,
         "ready": False,

@@ -1,4 +1,4 @@
-"""Patients who came by the intake, through Dagster into the tables, and are looked up: sealed and in the clear."""
+"""Look-ups of patients that were received by the API and loaded by Dagster, with and without encryption."""
 
 import shutil
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ class Clinic:
             return audit_log.find_latest(conn, limit=500)
 
 
-@pytest.fixture(scope="module", params=["sealed", "clear"])
+@pytest.fixture(scope="module", params=["encrypted", "clear"])
 def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
     home = tmp_path_factory.mktemp(request.param)
     with fresh_database(postgres) as database, pytest.MonkeyPatch.context() as patch:
@@ -89,7 +89,7 @@ def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pyte
             api_tokens=TOKENS,
             api_rate_limit=10_000,
             consent_policy="opt-out",
-            phi_encryption_keys=new_key() if request.param == "sealed" else None,
+            phi_encryption_keys=new_key() if request.param == "encrypted" else None,
         )
         (home / "dagster").mkdir()
         shutil.copyfile(find_dagster_yaml(), home / "dagster" / "dagster.yaml")
@@ -122,7 +122,7 @@ def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
     return Clinic(api, warehouse, ids)
 
 
-def test_a_patient_is_given_with_the_person_and_all_visits_the_latest_first(clinic: Clinic) -> None:
+def test_a_patient_is_returned_with_all_visits_newest_first(clinic: Clinic) -> None:
     ada = clinic.ids["ada"]
     for path in (f"/patients/{ada}", f"/api/v1/patients/{ada}"):
         answer = clinic.api.get(path, role="reader")
@@ -149,7 +149,7 @@ def test_a_patient_is_given_with_the_person_and_all_visits_the_latest_first(clin
         }
 
 
-def test_patients_are_found_by_number_and_by_names_whatever_their_capitals(clinic: Clinic) -> None:
+def test_patients_are_found_by_mrn_and_by_case_insensitive_names(clinic: Clinic) -> None:
     ada, byron = clinic.ids["ada"], clinic.ids["byron"]
     assert clinic.listed("?mrn=MRN-1")["total"] == 1
     for query in (
@@ -166,7 +166,7 @@ def test_patients_are_found_by_number_and_by_names_whatever_their_capitals(clini
         assert clinic.listed(query) == {"total": 0, "page": 1, "page_size": 20, "patients": [], "next": None}, query
 
 
-def test_pages_and_the_walk_along_next_meet_everybody_once_in_the_same_order(clinic: Clinic) -> None:
+def test_pages_and_next_links_return_every_patient_once_in_the_same_order(clinic: Clinic) -> None:
     everybody = sorted(identity for name, identity in clinic.ids.items() if name not in ("silent", "gone"))
     pages = [clinic.listed(f"?page={number}&page_size=7") for number in range(1, 6)]
     assert [each["id"] for page in pages for each in page["patients"]] == everybody
@@ -192,13 +192,13 @@ def test_a_page_begins_at_a_remembered_id_wherever_it_lies(clinic: Clinic, monke
                 assert page.total == len(everybody)
 
 
-def test_whom_consent_withholds_is_refused_with_the_reason_and_never_listed(clinic: Clinic) -> None:
+def test_a_withheld_patient_is_refused_with_the_reason_and_not_listed(clinic: Clinic) -> None:
     answer = clinic.api.get(f"/patients/{clinic.ids['silent']}", role="reader")
     assert (answer.status_code, answer.json()["reason"]) == (403, "consent")
     assert clinic.found("?mrn=MRN-3") == clinic.found("?last_name=Silent") == []
 
 
-def test_a_denial_holds_before_it_is_carried_out_in_the_tables(clinic: Clinic) -> None:
+def test_a_denial_takes_effect_before_it_is_applied_to_the_tables(clinic: Clinic) -> None:
     byron = clinic.ids["byron"]
     denial = (
         "INSERT INTO ops.consents (patient_id, purpose, decision, consent_id, source)"
@@ -215,14 +215,14 @@ def test_a_denial_holds_before_it_is_carried_out_in_the_tables(clinic: Clinic) -
     assert clinic.api.get(f"/patients/{byron}").status_code == 200
 
 
-def test_who_is_not_known_is_404_and_whom_the_source_deleted_is_410(clinic: Clinic) -> None:
+def test_an_unknown_patient_is_404_and_a_deleted_patient_is_410(clinic: Clinic) -> None:
     assert clinic.api.get("/patients/nobody", role="reader").status_code == 404
     answer = clinic.api.get(f"/patients/{clinic.ids['gone']}", role="reader")
     assert (answer.status_code, answer.headers["Content-Type"]) == (410, "application/problem+json")
     assert clinic.found("?mrn=MRN-4") == []
 
 
-def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clinic: Clinic) -> None:
+def test_every_read_of_a_patient_is_audited_with_the_token_name(clinic: Clinic) -> None:
     warehouse = clinic.warehouse
     ada, silent = clinic.ids["ada"], clinic.ids["silent"]
     with warehouse.connect() as conn:
@@ -247,7 +247,7 @@ def test_every_patient_that_is_read_is_on_record_with_the_name_of_the_token(clin
         assert audit_log.find_fault(conn) is None
 
 
-def test_nobody_hears_of_a_patient_when_it_cannot_be_put_on_record(
+def test_no_patient_is_returned_if_the_audit_record_cannot_be_written(
     clinic: Clinic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -260,7 +260,7 @@ def test_nobody_hears_of_a_patient_when_it_cannot_be_put_on_record(
         assert "Lovelace" not in answer.text
 
 
-def test_names_are_found_by_all_their_letters_in_tables_from_before_small_letters_were_kept(clinic: Clinic) -> None:
+def test_names_are_case_sensitive_in_tables_without_the_search_columns(clinic: Clinic) -> None:
     with clinic.warehouse.connect() as conn, conn.transaction(force_rollback=True):
         conn.execute("ALTER TABLE fhir.patient DROP COLUMN given_search, DROP COLUMN family_search")
         directory = PatientDirectory(clinic.warehouse.connect)
@@ -268,5 +268,5 @@ def test_names_are_found_by_all_their_letters_in_tables_from_before_small_letter
         assert directory.find(conn, PatientSearch(family="lovelace"), 1, 20).ids == ()
 
 
-def test_a_page_after_an_id_is_empty_while_there_is_no_table_of_patients(conn: Session) -> None:
+def test_a_page_after_an_id_is_empty_without_a_patient_table(conn: Session) -> None:
     assert PatientDirectory(lambda: conn).page(conn, 1, 5, after="example") == PatientPage(0, ())

@@ -1,4 +1,4 @@
-"""Visits that are posted: the file that they become, the answer, and the task."""
+"""Posted lists of visits: the CSV file in the landing zone, the response and the task."""
 
 import csv
 import os
@@ -39,9 +39,9 @@ def test_a_list_becomes_a_csv_file_that_is_complete_at_once(api: Api) -> None:
     (path,) = files(api)
     assert path.name == content["csv_filename"]
     with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert found[0]["last_name"] == '\'=cmd|"x"'
-    assert found[1] == rows[1]
+        written = list(csv.DictReader(file))
+    assert written[0]["last_name"] == '\'=cmd|"x"'
+    assert written[1] == rows[1]
     assert not list(path.parent.glob(".*"))
     task = f"/ingest/tasks/{content['task_id']}"
     assert api.get(task, role="ingester").json()["status"] == "waiting"
@@ -59,7 +59,7 @@ def test_a_list_becomes_a_csv_file_that_is_complete_at_once(api: Api) -> None:
     assert api.get(task, role="reader").status_code == 403
 
 
-def test_records_that_are_no_visits_are_told_with_all_their_errors_and_the_others_are_taken(api: Api) -> None:
+def test_invalid_records_are_listed_with_all_errors_and_the_others_are_accepted(api: Api) -> None:
     wrong = {**visit("", "V1", " Lovelace"), "birth_date": "1815-13-10", "shoe_size": 7}
     answer = api.post("/ingest", json=[visit("1", "V1"), wrong, "text", {"mrn": 5}])
     assert answer.status_code == 202
@@ -75,7 +75,7 @@ def test_records_that_are_no_visits_are_told_with_all_their_errors_and_the_other
     assert api.get(f"/ingest/tasks/{content['task_id']}").json()["counts"]["visits"] == 1
 
 
-def test_a_list_of_no_visit_at_all_is_a_problem_and_no_file(api: Api) -> None:
+def test_a_list_without_a_valid_visit_is_refused_and_writes_no_file(api: Api) -> None:
     answer = api.post("/ingest", json=[{"mrn": ""}, 1])
     assert answer.status_code == 422
     assert answer.headers["Content-Type"] == "application/problem+json"
@@ -85,7 +85,7 @@ def test_a_list_of_no_visit_at_all_is_a_problem_and_no_file(api: Api) -> None:
     assert files(api) == []
 
 
-def test_the_same_list_again_brings_nothing_and_its_task_says_so(api: Api) -> None:
+def test_a_repeated_list_loads_nothing_and_its_task_is_known_before(api: Api) -> None:
     rows = [visit("1", "V1")]
     tasks = [api.post("/ingest", json=rows).json()["task_id"] for _ in range(2)]
     receive(api)
@@ -94,7 +94,7 @@ def test_the_same_list_again_brings_nothing_and_its_task_says_so(api: Api) -> No
     assert (second["known_before"], second["counts"]["visits"]) == (True, 0)
 
 
-def test_a_post_that_comes_again_with_its_key_is_one_file(api: Api) -> None:
+def test_a_repeated_request_with_the_same_key_writes_one_file(api: Api) -> None:
     answers = [api.post("/ingest", json=[visit("1", "V1")], headers={"Idempotency-Key": "k"}) for _ in range(2)]
     assert answers[0].content == answers[1].content
     assert answers[1].headers["Idempotent-Replayed"] == "true"
@@ -108,7 +108,7 @@ def test_more_than_the_limits_is_413(serve_in_threads: Serve) -> None:
     assert files(api) == []
 
 
-def test_without_a_landing_zone_it_says_what_to_set(serve_in_threads: Serve) -> None:
+def test_without_a_landing_zone_the_error_names_the_missing_setting(serve_in_threads: Serve) -> None:
     for settings, said in (
         ({"fhir_landing_url": ""}, "FHIR_LANDING_URL"),
         ({"fhir_resource_types": "Patient"}, "FHIR_RESOURCE_TYPES lacks Encounter"),
@@ -118,7 +118,7 @@ def test_without_a_landing_zone_it_says_what_to_set(serve_in_threads: Serve) -> 
         assert said in answer.json()["detail"]
 
 
-def test_a_zone_that_takes_nothing_is_503_and_leaves_no_task(serve_in_threads: Serve, tmp_path: Path) -> None:
+def test_an_unwritable_landing_zone_is_503_and_creates_no_task(serve_in_threads: Serve, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     api = serve_in_threads(fhir_landing_url=str(tmp_path / "file" / "zone"))
     answer = api.post("/ingest", json=[visit("1", "V1")])
@@ -128,7 +128,7 @@ def test_a_zone_that_takes_nothing_is_503_and_leaves_no_task(serve_in_threads: S
         assert conn.execute("SELECT FROM ops.visit_posts").fetchall() == []
 
 
-def test_a_bucket_as_landing_zone_takes_the_file_too(serve_in_threads: Serve, s3_url: str) -> None:
+def test_the_landing_zone_can_be_a_bucket(serve_in_threads: Serve, s3_url: str) -> None:
     api = serve_in_threads(fhir_landing_url=s3_url)
     name = api.post("/ingest", json=[visit("1", "V1")]).json()["csv_filename"]
     bucket, prefix = s3_url.removeprefix("s3://").split("/", 1)
@@ -139,7 +139,7 @@ def test_a_bucket_as_landing_zone_takes_the_file_too(serve_in_threads: Serve, s3
     assert landing.run("run").rows == 2
 
 
-def test_a_post_is_on_record_and_neither_log_nor_ledger_nor_name_holds_a_patient(
+def test_a_request_is_audited_and_logs_tables_and_file_names_contain_no_patient_data(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")

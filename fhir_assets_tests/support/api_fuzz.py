@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes of the OpenAPI document, and what it holds against the answers."""
+"""Requests that schemathesis generates from the OpenAPI document, and its checks of the responses."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,34 +33,34 @@ def fuzz(
     known: Mapping[str, str],
     unavailable: frozenset[str] = frozenset(),
 ) -> dict[str, set[int]]:
-    """Ask every operation of the document ``examples`` times with what fits it, as often with what does not, and as
-    often about what is there (``known``: values of path parameters by name). Returns the statuses by operation.
+    """Send ``examples`` valid and ``examples`` invalid requests to every operation. Return the statuses by operation.
 
-    Raises what schemathesis finds: an answer that is not documented, or a 5xx, but 503 of operations that are
-    ``unavailable`` by what they need.
+    ``known`` are values of path parameters by name; operations with these parameters also get ``examples`` requests
+    with these values. Fails if a response is not documented or has a status of 500 or above; operations in
+    ``unavailable`` may answer 503.
     """
     document = schemathesis.openapi.from_dict(api.get("/openapi.json").json())
     seen: dict[str, set[int]] = {}
-    for found in document.get_all_operations():
-        assert isinstance(found, Ok), found
-        operation = found.ok()
+    for result in document.get_all_operations():
+        assert isinstance(result, Ok), result
+        operation = result.ok()
         statuses = seen.setdefault(operation.label, set())
 
-        ask = _ask(api, operation.label, statuses, unavailable)
+        check = _build_request_check(api, operation.label, statuses, unavailable)
         strategies = [operation.as_strategy(GenerationMode.POSITIVE)]
-        here = {each.name: known[each.name] for each in operation.path_parameters if each.name in known}
-        if here:
-            strategies.append(operation.as_strategy(GenerationMode.POSITIVE, path_parameters=here))
+        parameters = [parameter.name for parameter in operation.path_parameters if parameter.name in known]
+        if known_values := {name: known[name] for name in parameters}:
+            strategies.append(operation.as_strategy(GenerationMode.POSITIVE, path_parameters=known_values))
         for strategy in strategies:
-            _decided(given(case=strategy)(ask), examples)()
-        # What takes nothing has nothing that does not fit.
+            _deterministic(given(case=strategy)(check), examples)()
+        # An operation without parameters and body has no invalid requests.
         with suppress(Unsatisfiable):
-            _decided(given(case=operation.as_strategy(GenerationMode.NEGATIVE))(ask), examples)()
+            _deterministic(given(case=operation.as_strategy(GenerationMode.NEGATIVE))(check), examples)()
     return seen
 
 
-def _decided(test: Callable[[], None], examples: int) -> Callable[[], None]:
-    """The same examples every time."""
+def _deterministic(test: Callable[[], None], examples: int) -> Callable[[], None]:
+    """Configure a test so that every run uses the same examples."""
     return settings(
         max_examples=examples,
         deadline=None,
@@ -71,8 +71,10 @@ def _decided(test: Callable[[], None], examples: int) -> Callable[[], None]:
     )(test)
 
 
-def _ask(api: Api, label: str, statuses: set[int], unavailable: frozenset[str]) -> Callable[[Case[Any]], None]:
-    def ask(case: Case[Any]) -> None:
+def _build_request_check(
+    api: Api, label: str, statuses: set[int], unavailable: frozenset[str]
+) -> Callable[[Case[Any]], None]:
+    def check(case: Case[Any]) -> None:
         if isinstance(case.query, dict) and "wait" in case.query:
             case.query["wait"] = 0
         response = case.call(base_url=api.url, headers={"Authorization": f"Bearer {role_secret('admin')}"}, timeout=120)
@@ -82,4 +84,4 @@ def _ask(api: Api, label: str, statuses: set[int], unavailable: frozenset[str]) 
         )
         case.validate_response(response, checks=CHECKS)
 
-    return ask
+    return check
