@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 
 def snake_case(name: str) -> str:
-    """Return a name in snake case, as in asset keys and table names:
+    """Return a name in snake case, as in asset keys and table names.
 
-    ``MedicationRequest`` -> ``medication_request``.
+    For example, ``MedicationRequest`` becomes ``medication_request``.
     """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
@@ -16,8 +16,8 @@ def snake_case(name: str) -> str:
 class ResourceType:
     """A FHIR resource type.
 
-    ``group`` is the group of its assets in Dagster. ``patient`` names the elements whose references put a resource into
-    the compartment of a patient (https://hl7.org/fhir/R4/compartmentdefinition-patient.html).
+    ``group`` is the group of its assets in Dagster. ``patient`` contains the paths of the elements whose references put
+    a resource into the compartment of a patient (https://hl7.org/fhir/R4/compartmentdefinition-patient.html).
     """
 
     name: str

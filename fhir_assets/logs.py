@@ -1,9 +1,9 @@
 """The log format of all processes: one line of JSON for each record, on stderr, from the level LOG_LEVEL on.
 
-A line has ``time``, ``level``, ``service``, ``logger``, ``message`` and the facts given as ``extra``, for example run,
-window and counts. Logs contain no patient data. Facts are numbers, booleans and short words. An error of the project is
-logged with its message, any other error with its type and location alone, because the message of a driver may quote a
-row. Messages of libraries are logged as templates, without their arguments.
+A line has ``time``, ``level``, ``service``, ``logger``, ``message`` and the values passed as ``extra``, for example
+run, window and counts. Logs contain no patient data. Values are numbers, booleans and short words. An error of the
+project is logged with its message, any other error with its type and location alone, because the message of a driver
+may quote a row. Messages of libraries are logged as templates, without their arguments.
 """
 
 import logging
@@ -16,7 +16,7 @@ import orjson
 
 from fhir_assets.errors import FhirAssetsError
 
-LONGEST_FACT = 200
+MAX_VALUE_LENGTH = 200
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 _FRAMES = 5
@@ -41,7 +41,7 @@ class JsonFormatter(logging.Formatter):
         }
         for name, value in record.__dict__.items():
             if name not in _STANDARD and name not in line:
-                line[name] = _fact(value)
+                line[name] = _to_loggable(value)
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = describe_error(record.exc_info[1])
         return orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode()
@@ -50,7 +50,7 @@ class JsonFormatter(logging.Formatter):
 def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None, libraries: bool = True) -> None:
     """Configure logging: the project's records from ``level`` on, records of libraries from WARNING on.
 
-    Without ``libraries`` the logging of libraries stays as it is, because Dagster's processes have formats of their own
+    Without ``libraries`` the logging of libraries is not changed, because Dagster's processes have formats of their own
     (``--log-format json``).
     """
     handler = logging.StreamHandler(stream or sys.stderr)
@@ -79,13 +79,13 @@ def _is_ours(logger: str) -> bool:
     return logger == "fhir_assets" or logger.startswith("fhir_assets.")
 
 
-def _fact(value: object) -> object:
+def _to_loggable(value: object) -> object:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return value[:LONGEST_FACT]
+        return value[:MAX_VALUE_LENGTH]
     if isinstance(value, list | tuple | set | frozenset):
-        return [_fact(item) for item in list(value)[:20]]
+        return [_to_loggable(item) for item in list(value)[:20]]
     if isinstance(value, dict):
-        return {str(name): _fact(item) for name, item in list(value.items())[:20]}
+        return {str(name): _to_loggable(item) for name, item in list(value.items())[:20]}
     return type(value).__name__

@@ -1,6 +1,6 @@
-"""Retries of calls that may succeed later: growing waits with jitter, and the wait that a server asks for.
+"""Retries of calls that fail with a transient error: exponential waits with jitter, and support of Retry-After.
 
-One ``Retrier`` serves every client of the project, so that all of them honour Retry-After, stay within a budget of time
+One ``Retrier`` serves every client of the project, so that all of them honour Retry-After, stay within a time budget
 and stop when the program stops.
 """
 
@@ -21,9 +21,9 @@ _MAX_DOUBLINGS = 60
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a call is attempted, and how long to wait between attempts; all times in seconds.
+    """The number of attempts of a call and the waits between them. All times are in seconds.
 
-    ``budget`` bounds the whole call: no wait begins that would end after it.
+    ``budget`` limits the total time: a wait that would exceed it is not begun, and the call fails.
     """
 
     attempts: int = 8
@@ -47,11 +47,12 @@ class RetryPolicy:
 
 
 class TransientFailure(Exception):
-    """One attempt failed in a way that another attempt may not.
+    """An attempt failed, and another attempt may succeed.
 
-    ``reason`` says what happened, as the middle of a sentence. ``advice`` says what to do if every attempt fails.
-    ``retry_after`` is the wait in seconds that the server asked for. ``attempts``, if set, is a lower limit than the
-    policy's, for a failure that few attempts decide. ``final`` is the error to raise after the last attempt.
+    ``reason`` states what happened, as a clause of the error message. ``advice`` states what to do if all attempts
+    fail. ``retry_after`` is the wait in seconds that the server asked for. ``attempts``, if set, replaces a higher
+    limit of the policy, for failures that more attempts rarely resolve. ``final`` is the error to raise after the last
+    attempt.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class TransientFailure(Exception):
 class Retrier:
     """Runs calls under a policy.
 
-    ``sleep`` waits for some seconds. If it returns True the program stops and no further attempt is made:
-    ``threading.Event.wait`` fits. ``clock`` and ``jitter`` are replaced in tests.
+    ``sleep`` waits for a number of seconds. If it returns True, the program is stopping and no further attempt is made;
+    ``threading.Event.wait`` can be passed. ``clock`` and ``jitter`` are replaced in tests.
     """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
@@ -85,7 +86,7 @@ class Retrier:
     jitter: Callable[[], float] = random.random
 
     def run(self, description: str, attempt: Callable[[], T], policy: RetryPolicy | None = None) -> T:
-        """Return the result of ``attempt``, which raises TransientFailure where another attempt makes sense.
+        """Call ``attempt`` until it succeeds, and return its result. It raises TransientFailure to be called again.
 
         ``description`` names the call in messages. After the last attempt, raises the failure's final error with the
         number of attempts and the time that they took.
@@ -108,7 +109,7 @@ class Retrier:
     def wait_or_raise(self, description: str, failures: int, failure: TransientFailure) -> None:
         """Wait after ``failures`` failures in a row, or raise the final error if they are too many.
 
-        For callers that keep the loop themselves because an attempt continues where the last one ended.
+        For callers with a loop of their own, whose attempts continue where the previous one ended.
         """
         attempts = min(self.policy.attempts, failure.attempts or self.policy.attempts)
         wait = self.policy.wait_seconds(failures, failure.retry_after, self.jitter())

@@ -24,7 +24,7 @@ EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
 
 
 class SourceKind(StrEnum):
-    """The kind of source that resources are fetched from."""
+    """A kind of source that resources are fetched from."""
 
     SEARCH = "search"
     NDJSON = "ndjson"
@@ -32,12 +32,12 @@ class SourceKind(StrEnum):
 
 
 class Executor(StrEnum):
-    """Where runs are executed that the Dagster UI, a schedule or a backfill started."""
+    """The executor of runs that the Dagster UI, a schedule, a sensor or a backfill starts."""
 
     IN_PROCESS = "in_process"
     """On the machine of the code location, one process for each run."""
     MULTIPROCESS = "multiprocess"
-    """As ``in_process``; a run of selected assets has one process for each step."""
+    """Like ``in_process``, but a run of selected assets has one process for each step."""
     CELERY = "celery"
     """On Celery workers (`fhir-assets worker`), on any machine."""
     K8S = "k8s"
@@ -53,26 +53,30 @@ class Settings(BaseSettings):
 
     fhir_base_url: str = Field("", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob")
     fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search`, `bulk` or `ndjson`")
-    fhir_page_size: int = Field(500, ge=1, le=10_000, description="`_count` of a search")
+    fhir_page_size: int = Field(500, ge=1, le=10_000, description="Resources in one page of a search (`_count`)")
     fhir_last_updated_gte: datetime | None = Field(
         None,
-        description="Load nothing older than this date. Unset: everything, the oldest in the first window",
+        description="Load only resources updated on or after this date. Unset: all; the first window has the oldest",
     )
     fhir_resource_types: Annotated[tuple[str, ...], NoDecode] = Field(
         tuple(t.name for t in CATALOG), description="Comma-separated subset of the catalog"
     )
     fhir_partition: Granularity = Field(Granularity.DAILY, description="`hourly`, `daily` or `monthly` windows")
     fhir_overlap_seconds: int = Field(
-        120, ge=0, description="How far an extension of the open window reads back, for late commits of the server"
+        120,
+        ge=0,
+        description="Seconds before the last load that a load of the open window reads again, for late commits",
     )
-    fhir_schedule: str = Field("*/15 * * * *", description="Cron of the schedule `incremental_load`, UTC")
-    fhir_timeout_seconds: float = Field(60, gt=0, description="How long one call to the FHIR server may take")
+    fhir_schedule: str = Field("*/15 * * * *", description="Cron expression of the schedule `incremental_load`, in UTC")
+    fhir_timeout_seconds: float = Field(60, gt=0, description="Timeout of one call to the FHIR server, in seconds")
     fhir_max_attempts: int = Field(8, ge=1, description="Attempts of a call that fails with a transient error")
     fhir_max_connections: int = Field(
-        4, ge=1, description="Calls to the FHIR server at once, over all runs on all machines"
+        4, ge=1, description="Concurrent calls to the FHIR server, over all runs on all machines"
     )
-    fhir_max_loaders: int = Field(4, ge=1, description="Loads into the tables at once, over all runs on all machines")
-    fhir_max_runs: int = Field(4, ge=1, description="Runs that Dagster's daemon executes at once")
+    fhir_max_loaders: int = Field(
+        4, ge=1, description="Concurrent loads into the tables, over all runs on all machines"
+    )
+    fhir_max_runs: int = Field(4, ge=1, description="Concurrent runs of Dagster's daemon")
     fhir_windows_per_run: int = Field(
         100,
         ge=1,
@@ -80,53 +84,76 @@ class Settings(BaseSettings):
         description="Windows of one run of a backfill or a catch-up; set it lower to share work among workers",
     )
     fhir_executor: Executor = Field(
-        Executor.IN_PROCESS, description="Where runs are executed: `in_process`, `multiprocess`, `celery` or `k8s`"
+        Executor.IN_PROCESS, description="The executor of runs: `in_process`, `multiprocess`, `celery` or `k8s`"
     )
     celery_broker_url: SecretStr | None = Field(None, description="Redis of the workers: redis://host:6379/0")
     fhir_workers: int | None = Field(
         None, ge=1, description="Processes of one run that validate and build rows; unset: one for each core"
     )
-    fhir_bulk_level: str = Field("system", description="What is exported: `system`, `patient` or `group/<id>`")
+    fhir_bulk_level: str = Field(
+        "system", description="The level of a Bulk Data export: `system`, `patient` or `group/<id>`"
+    )
     fhir_bulk_type_filter: str = Field("", description="`_typeFilter` of an export: comma-separated searches")
     fhir_bulk_days: float = Field(30, gt=0, description="Days that the server may take for an export")
-    fhir_bulk_fresh_minutes: float = Field(10, ge=0, description="Minutes in which further runs reuse an export")
-    fhir_auth_username: str | None = Field(None, description="Basic authentication")
-    fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication")
+    fhir_bulk_fresh_minutes: float = Field(
+        10, ge=0, description="Minutes after the request of an export during which other runs reuse it"
+    )
+    fhir_auth_username: str | None = Field(None, description="Basic authentication: the user name")
+    fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication: the password")
     fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
-    fhir_auth_client_id: str | None = Field(None, description="SMART Backend Services: the registered client")
-    fhir_auth_client_secret: SecretStr | None = Field(None, description="… its secret, or else")
-    fhir_auth_private_key: SecretStr | None = Field(None, description="… its private key: PEM or JWK, RSA or P-384")
-    fhir_auth_private_key_file: Path | None = Field(None, description="… or the file that holds it")
-    fhir_auth_key_id: str | None = Field(None, description="… the `kid` of the key, if its JWK has none")
-    fhir_auth_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered at the server")
+    fhir_auth_client_id: str | None = Field(None, description="SMART Backend Services: the id of the registered client")
+    fhir_auth_client_secret: SecretStr | None = Field(
+        None, description="SMART Backend Services: the client's secret, if it has no private key"
+    )
+    fhir_auth_private_key: SecretStr | None = Field(
+        None, description="SMART Backend Services: the client's private key, PEM or JWK, RSA or P-384"
+    )
+    fhir_auth_private_key_file: Path | None = Field(
+        None, description="SMART Backend Services: a file with the private key, instead of FHIR_AUTH_PRIVATE_KEY"
+    )
+    fhir_auth_key_id: str | None = Field(
+        None, description="SMART Backend Services: the `kid` of the private key, if its JWK has none"
+    )
+    fhir_auth_token_url: str | None = Field(
+        None, description="SMART Backend Services: the token endpoint; unset: the one that the server publishes"
+    )
     fhir_auth_scope: str | None = Field(
-        None, description="… the scope of the token; unset: system/*.read, for writing also system/*.write"
+        None,
+        description="SMART Backend Services: the requested scope; unset: system/*.read, for writes also system/*.write",
     )
     fhir_store_url: str = Field(
-        "", description="The store of raw and validated: a folder or s3://bucket/prefix; unset: FHIR_ASSETS_HOME/store"
+        "", description="The store: a folder or s3://bucket/prefix; unset: the folder `store` in FHIR_ASSETS_HOME"
     )
     fhir_deletes: Literal["off", "history"] = Field(
-        "off", description="`history`: each load also reads deletions from `_history` of the server"
+        "off", description="`history`: each load also reads deletions from the server's `_history`; `off`: none"
     )
     fhir_landing_url: str = Field("", description="The landing zone: a folder or s3://bucket/prefix; unset: none")
     fhir_s3_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = Field(
-        None, description="Server-side encryption that is requested from S3; unset: the default of the bucket"
+        None, description="Server-side encryption requested from S3; unset: the bucket's default"
     )
-    fhir_s3_kms_key_id: str | None = Field(None, description="The KMS key of `aws:kms`; unset: the account's")
+    fhir_s3_kms_key_id: str | None = Field(
+        None, description="The KMS key of `aws:kms`; unset: the account's default key"
+    )
     fhir_views: Path | None = Field(None, description="A folder of additional ViewDefinitions")
-    db_url: SecretStr | None = Field(None, description="Postgres 15 or newer; unset: the embedded one")
+    db_url: SecretStr | None = Field(
+        None, description="The URL of a Postgres 15 or newer; unset: the embedded Postgres"
+    )
     fhir_assets_home: Path = Field(
         Path(".fhir_assets"), description="The folder of the embedded Postgres, the store and Dagster"
     )
     validation_warn_rules: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Comma-separated rules that only warn, for example `invariant:obs-6`"
+        (), description="Comma-separated validation rules that only warn, for example `invariant:obs-6`"
     )
-    validation_max_bytes: int = Field(64 * 2**20, ge=1024, description="Size limit of one resource")
+    validation_max_bytes: int = Field(64 * 2**20, ge=1024, description="Size limit of one resource, in bytes")
     validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
-    dead_letter_warn_rate: float = Field(0.01, ge=0, le=1, description="Share of dead letters that warns")
-    dead_letter_error_rate: float = Field(0.10, ge=0, le=1, description="Share of dead letters that is an error")
-    volume_windows: int = Field(14, ge=1, description="How many windows the check `volume` looks back")
-    checks_schedule: str = Field("30 5 * * *", description="Cron of the schedule `check_tables`, UTC")
+    dead_letter_warn_rate: float = Field(
+        0.01, ge=0, le=1, description="Share of dead letters in a window (0 to 1) at which its check warns"
+    )
+    dead_letter_error_rate: float = Field(
+        0.10, ge=0, le=1, description="Share of dead letters in a window (0 to 1) at which its check fails"
+    )
+    volume_windows: int = Field(14, ge=1, description="Previous windows that the check `volume` compares a window with")
+    checks_schedule: str = Field("30 5 * * *", description="Cron expression of the schedule `check_tables`, in UTC")
     replay_after_upgrade: bool = Field(
         False, description="Replay dead letters that changed rules or views may resolve; unset: report them only"
     )
@@ -134,42 +161,51 @@ class Settings(BaseSettings):
     phi_encryption_keys: SecretStr | None = Field(
         None, description="Fernet keys, comma-separated, newest first: `fhir-assets keys new`. Unset: clear text"
     )
-    phi_encryption_keys_file: Path | None = Field(None, description="A file with the keys instead, one on each line")
-    phi_required: bool = Field(False, description="Refuse to start without keys")
-    phi_encrypt_store: bool = Field(True, description="With keys: encrypt the parts in the store too")
+    phi_encryption_keys_file: Path | None = Field(
+        None, description="A file with one key on each line, instead of PHI_ENCRYPTION_KEYS"
+    )
+    phi_required: bool = Field(False, description="Refuse to start without encryption keys")
+    phi_encrypt_store: bool = Field(True, description="With encryption keys: encrypt the parts in the store too")
 
     batch_size: int = Field(100, ge=1, le=10_000, description="Resources in one Bundle of `upload` and of delivered/*")
     fhir_delivery_url: str = Field(
         "", description="The FHIR server that loaded resources are delivered to (assets delivered/*); unset: none"
     )
-    fhir_delivery_username: str | None = Field(None, description="Basic authentication there")
-    fhir_delivery_password: SecretStr | None = Field(None, description="Basic authentication there")
-    fhir_delivery_token: SecretStr | None = Field(None, description="Bearer token there")
-    fhir_delivery_client_id: str | None = Field(None, description="SMART Backend Services there, as FHIR_AUTH_…")
-    fhir_delivery_client_secret: SecretStr | None = Field(None, description="… its secret, or else")
-    fhir_delivery_private_key: SecretStr | None = Field(None, description="… its private key: PEM or JWK")
-    fhir_delivery_private_key_file: Path | None = Field(None, description="… or the file that holds it")
-    fhir_delivery_key_id: str | None = Field(None, description="… the `kid` of the key, if its JWK has none")
-    fhir_delivery_token_url: str | None = Field(None, description="… the token endpoint; unset: discovered there")
-    fhir_delivery_scope: str | None = Field(None, description="… unset: system/*.read system/*.write")
+    fhir_delivery_username: str | None = Field(
+        None, description="Basic authentication at FHIR_DELIVERY_URL: the user name"
+    )
+    fhir_delivery_password: SecretStr | None = Field(
+        None, description="Basic authentication at FHIR_DELIVERY_URL: the password"
+    )
+    fhir_delivery_token: SecretStr | None = Field(None, description="Bearer token at FHIR_DELIVERY_URL")
+    fhir_delivery_client_id: str | None = Field(
+        None, description="SMART Backend Services at FHIR_DELIVERY_URL: the id of the registered client"
+    )
+    fhir_delivery_client_secret: SecretStr | None = Field(None, description="As FHIR_AUTH_CLIENT_SECRET")
+    fhir_delivery_private_key: SecretStr | None = Field(None, description="As FHIR_AUTH_PRIVATE_KEY")
+    fhir_delivery_private_key_file: Path | None = Field(None, description="As FHIR_AUTH_PRIVATE_KEY_FILE")
+    fhir_delivery_key_id: str | None = Field(None, description="As FHIR_AUTH_KEY_ID")
+    fhir_delivery_token_url: str | None = Field(None, description="As FHIR_AUTH_TOKEN_URL")
+    fhir_delivery_scope: str | None = Field(None, description="As FHIR_AUTH_SCOPE; unset: system/*.read system/*.write")
 
     consent_policy: Literal["off", "opt-out", "opt-in"] = Field(
         "off",
-        description="`opt-out`: a patient is withheld if a Consent denies; `opt-in`: unless a Consent permits; `off`",
+        description="Patients withheld from the tables. `opt-out`: those whose Consent denies; `opt-in`: those "
+        "without a Consent that permits; `off`: none",
     )
     consent_purpose: Literal["data-sharing", "research"] = Field(
-        "data-sharing", description="The purpose of the tables: `data-sharing` or `research`"
+        "data-sharing", description="The purpose that the tables are used for: `data-sharing` or `research`"
     )
 
     connector_mapping: Path | None = Field(
-        None, description="The mapping from rows to resources, in place of connector/mapping.json"
+        None, description="The connector's mapping from rows to resources; unset: delivery/connector/mapping.json"
     )
-    connector_workers: int = Field(4, ge=1, le=64, description="Calls of one connector to the FHIR server at once")
+    connector_workers: int = Field(4, ge=1, le=64, description="Concurrent calls of one connector to the FHIR server")
     connector_poll_seconds: float = Field(
         5, gt=0, description="Seconds between polls of the outbox without a notification"
     )
     connector_first_wait_seconds: float = Field(
-        0.5, gt=0, description="Seconds of wait after the first transient failure"
+        0.5, gt=0, description="Wait in seconds after the first transient failure"
     )
     connector_max_wait_seconds: float = Field(300, gt=0, description="The longest wait between attempts, in seconds")
     connector_max_attempts: int = Field(
@@ -179,13 +215,17 @@ class Settings(BaseSettings):
     connector_max_lag_seconds: float = Field(
         300, gt=0, description="Lag of the outbox in seconds at which its check fails"
     )
-    fhir_lake_url: str = Field("", description="Where the assets lake/<view> write Parquet; unset: no such assets")
-    fhir_export_url: str = Field("", description="Where the assets `exports/<type>` write; unset: no such assets")
+    fhir_lake_url: str = Field(
+        "", description="Folder or s3://bucket/prefix for Parquet of lake/<view>; unset: these assets do not exist"
+    )
+    fhir_export_url: str = Field(
+        "", description="Folder or s3://bucket/prefix for exports/<type>; unset: these assets do not exist"
+    )
     alert_webhook_url: SecretStr | None = Field(
-        None, description="The webhook (Slack, Teams or your own) that gets one message for each incident"
+        None, description="The webhook (Slack, Teams or your own) that alerts are sent to; unset: no alerts"
     )
     alert_behind_minutes: float = Field(
-        60, gt=0, description="Minutes that the checkpoint of a type may stand still before an alert is sent"
+        60, gt=0, description="Minutes without progress of a resource type's checkpoint after which an alert is sent"
     )
     dagster_ui_url: str = Field("http://127.0.0.1:3000", description="The Dagster UI that messages link to")
     dagster_webserver_url: str = Field(
@@ -197,13 +237,13 @@ class Settings(BaseSettings):
     api_host: str = Field("127.0.0.1", description="The address that the HTTP API listens on")
     api_port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API")
     api_docs: bool = Field(True, description="Serve /docs and /openapi.json to callers with a token")
-    api_rate_limit: float = Field(100, gt=0, description="Requests a second of one token, over all workers")
-    api_max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Size limit of one request")
-    api_max_records: int = Field(10_000, ge=1, description="The most records in one request")
+    api_rate_limit: float = Field(100, gt=0, description="Requests per second of one token, over all workers")
+    api_max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Size limit of one request, in bytes")
+    api_max_records: int = Field(10_000, ge=1, description="Maximum number of records in one request")
     metrics_host: str = Field("127.0.0.1", description="The address that the Prometheus metrics are served on")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Port of the Prometheus metrics; 0: none")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="The lowest level that is logged"
+        "INFO", description="The lowest level of records that are logged"
     )
 
     @field_validator("fhir_resource_types", "validation_warn_rules", mode="before")

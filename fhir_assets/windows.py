@@ -48,7 +48,7 @@ class Interval:
 
 
 def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
-    """Merge intervals that touch or overlap. They must be, and are returned, in the order of their starts."""
+    """Return the intervals with those merged that touch or overlap. ``intervals`` must be sorted by start."""
     spans: list[Interval] = []
     for interval in intervals:
         if spans and (interval.start is None or interval.start <= spans[-1].end):
@@ -114,7 +114,7 @@ class WindowRange:
     """One or more consecutive windows that are processed in one pass."""
 
     def __init__(self, windows: list[Window], *, from_first: bool = False) -> None:
-        """``from_first`` is whether the range begins with the first window of the scheme."""
+        """Set ``from_first`` if the range begins with the first window of the scheme."""
         self.windows = windows
         self.from_first = from_first
         self.interval = Interval(windows[0].start, windows[-1].end)

@@ -13,7 +13,7 @@ from itertools import chain
 
 import dagster as dg
 
-from fhir_assets.storage.blobs import Listed
+from fhir_assets.storage.blobs import ListedFile
 from fhir_assets.storage.orphans import find_unfinished_files, find_unreferenced_parts
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.dagster import pruning
@@ -48,7 +48,7 @@ def list_prunable(
     running = retention.find_oldest_running(conn)
     unwritten = min(before, running - _MARGIN) if running else before
 
-    def list_orphans() -> Iterator[Listed]:
+    def list_orphans() -> Iterator[ListedFile]:
         return chain(
             *(find_unreferenced_parts(store, layer, before=unwritten) for layer in LAYERS),
             find_unfinished_files(store, before=unwritten),

@@ -1,6 +1,6 @@
 """Audit records in a hash chain: an altered, missing or inserted record breaks the chain.
 
-With encryption keys a link is an HMAC, so that without the keys a broken chain cannot be repaired.
+With encryption keys a link is an HMAC, so that nobody without the keys can forge the chain.
 """
 
 import json
@@ -62,13 +62,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The first record of a log that differs from how it was written."""
+    """The first record of the audit log that was altered, is missing or was inserted."""
 
     seq: int
-    what: Literal["altered", "missing", "inserted"]
+    kind: Literal["altered", "missing", "inserted"]
 
     def __str__(self) -> str:
-        return f"record {self.seq} of ops.audit_log is {self.what}"
+        return f"record {self.seq} of ops.audit_log is {self.kind}"
 
 
 def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cipher: Cipher) -> bytes:
@@ -91,7 +91,7 @@ def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cip
 def verify(entries: Iterable[Entry], head: tuple[int, bytes], cipher: Cipher) -> Fault | None:
     """Return the first fault of a log, or None if the chain is intact.
 
-    ``entries`` are in the order of ``seq``; ``head`` is the number and the link of the last record, as stored.
+    ``entries`` must be sorted by ``seq``; ``head`` is the stored number and link of the last record.
     """
     seq, previous, keyed = 0, START, False
     for entry in entries:

@@ -1,6 +1,6 @@
-"""Decisions from Consent resources: permit or deny, for a purpose, at a moment. No I/O.
+"""Evaluates Consent resources: permit or deny, for a purpose, at a moment. No I/O.
 
-Rules where FHIR R4 leaves them open (https://hl7.org/fhir/R4/consent.html):
+Rules for cases that FHIR R4 leaves open (https://hl7.org/fhir/R4/consent.html):
 
 - Only ``active`` consents count, and of these only the ones about disclosure. Scope ``patient-privacy``, or no scope,
   covers every purpose; ``research`` covers research alone; treatment and advance directives cover no purpose.
@@ -22,7 +22,7 @@ Verdict = Literal["permit", "deny"]
 
 
 class Policy(StrEnum):
-    """The value of CONSENT_POLICY: which patients are withheld."""
+    """The values of CONSENT_POLICY, which decides whose resources are withheld."""
 
     OFF = "off"
     OPT_OUT = "opt-out"
@@ -30,7 +30,7 @@ class Policy(StrEnum):
 
 
 class Purpose(StrEnum):
-    """The use that the data of the tables is put to."""
+    """The values of CONSENT_PURPOSE, the purpose that the tables are used for."""
 
     DATA_SHARING = "data-sharing"
     RESEARCH = "research"
@@ -68,7 +68,7 @@ _SCOPES: Mapping[str, frozenset[Purpose]] = {
     "adr": frozenset(),
 }
 _NARROWING = ("actor", "action", "securityLabel", "class", "code", "data", "dataPeriod")
-_RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout": "deny", "optoute": "deny"}
+_POLICY_RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout": "deny", "optoute": "deny"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Provision:
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """The parts of a Consent resource that decide."""
+    """The parts of a Consent resource that a decision depends on."""
 
     id: str
     patient: str
@@ -120,17 +120,19 @@ def read_consent(resource: Mapping[str, Any], patient: str | None) -> Consent | 
     """
     if patient is None or resource.get("status") != "active":
         return None
-    purposes = _scope(resource)
+    purposes = _read_purposes(resource)
     if not purposes:
         return None
-    base = next((_RULES[code] for code in _codes([resource.get("policyRule")]) if code in _RULES), None)
+    base = next(
+        (_POLICY_RULES[code] for code in _read_codes([resource.get("policyRule")]) if code in _POLICY_RULES), None
+    )
     root = resource.get("provision")
     if not isinstance(root, dict):
         root = {}
         if base is None:
             return None
-    identity = str(resource.get("id"))
-    return Consent(identity, patient, _provision(root, "Consent.provision", purposes, base))
+    consent_id = str(resource.get("id"))
+    return Consent(consent_id, patient, _read_provision(root, "Consent.provision", purposes, base))
 
 
 def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decision | None:
@@ -144,9 +146,9 @@ def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decis
 
 
 def next_change(consents: Iterable[Consent], after: datetime) -> datetime | None:
-    """Return the next moment at which a period begins or ends, so that a decision may change; None if there is none."""
+    """Return the next moment at which a period begins or ends, and a decision may change; None if no period does."""
     provisions = (consent.provision for consent in consents if consent.provision)
-    moments = (moment for provision in provisions for moment in _moments(provision))
+    moments = (moment for provision in provisions for moment in _list_boundaries(provision))
     return min((moment for moment in moments if moment > after), default=None)
 
 
@@ -161,45 +163,45 @@ def _decide(provision: Provision, purpose: Purpose, at: datetime) -> tuple[Verdi
     return provision.verdict, provision.path
 
 
-def _moments(provision: Provision) -> Iterator[datetime]:
+def _list_boundaries(provision: Provision) -> Iterator[datetime]:
     for moment in (provision.period.start, provision.period.end):
         if moment is not None:
             yield moment
     for exception in provision.exceptions:
-        yield from _moments(exception)
+        yield from _list_boundaries(exception)
 
 
-def _provision(
+def _read_provision(
     node: Mapping[str, Any], path: str, purposes: frozenset[Purpose], base: Verdict | None = None
 ) -> Provision:
     kind = node.get("type")
     named = node.get("purpose")
     if isinstance(named, list) and named:
-        codes = frozenset(_codes([{"coding": named}]))
+        codes = frozenset(_read_codes([{"coding": named}]))
         purposes = frozenset(purpose for purpose in purposes if codes & _CODES[purpose])
     nested = node.get("provision")
     return Provision(
         path,
         kind if kind in ("permit", "deny") else base,
         purposes,
-        _period(node.get("period")),
+        _read_period(node.get("period")),
         any(node.get(name) for name in _NARROWING),
         tuple(
-            _provision(child, f"{path}.provision[{index}]", purposes)
+            _read_provision(child, f"{path}.provision[{index}]", purposes)
             for index, child in enumerate(nested if isinstance(nested, list) else ())
             if isinstance(child, dict)
         ),
     )
 
 
-def _scope(resource: Mapping[str, Any]) -> frozenset[Purpose]:
-    codes = list(_codes([resource.get("scope")]))
+def _read_purposes(resource: Mapping[str, Any]) -> frozenset[Purpose]:
+    codes = list(_read_codes([resource.get("scope")]))
     if not codes:
         return frozenset(Purpose)
     return frozenset().union(*(_SCOPES.get(code, frozenset()) for code in codes))
 
 
-def _codes(concepts: Iterable[Any]) -> Iterator[str]:
+def _read_codes(concepts: Iterable[Any]) -> Iterator[str]:
     """Yield the codes of CodeableConcepts in lower case."""
     for concept in concepts:
         codings = concept.get("coding") if isinstance(concept, dict) else None
@@ -208,13 +210,13 @@ def _codes(concepts: Iterable[Any]) -> Iterator[str]:
                 yield coding["code"].lower()
 
 
-def _period(node: Any) -> Period:
+def _read_period(node: Any) -> Period:
     if not isinstance(node, dict):
         return Period()
-    return Period(_moment(node.get("start")), _moment(node.get("end"), after=True))
+    return Period(_parse_datetime(node.get("start")), _parse_datetime(node.get("end"), after=True))
 
 
-def _moment(text: Any, *, after: bool = False) -> datetime | None:
+def _parse_datetime(text: Any, *, after: bool = False) -> datetime | None:
     """Return the first moment of a FHIR dateTime, or with ``after`` the first moment after it; None if it is absent.
 
     A dateTime that cannot be parsed leaves the period unbounded, as an absent one does.

@@ -1,11 +1,11 @@
 """Encryption of patient data: whole resources, values of columns, and keyed hashes.
 
 ``Cipher`` does all three with the keys of a deployment. Without keys the cipher is ``NO_ENCRYPTION``, which returns
-everything unchanged, so that callers need not distinguish the cases.
+everything unchanged, so that callers need no special case.
 
 An encrypted resource consists of ``FS1``, the id of the key (4 bytes), a nonce (12 bytes) and the AES-256-GCM
-ciphertext of the zlib-compressed bytes. The AES key is derived from the Fernet key. The key id tells which key is
-needed for decryption, and which resources a key rotation still has to re-encrypt. Column values are Fernet tokens.
+ciphertext of the zlib-compressed bytes. The AES key is derived from the Fernet key. The key id identifies the key that
+decryption needs, and the resources that a key rotation still has to re-encrypt. Column values are Fernet tokens.
 """
 
 import base64
@@ -30,7 +30,7 @@ MAGIC = b"FS1"
 _NONCE_BYTES = 12
 _HEAD_BYTES = len(MAGIC) + ID_BYTES + _NONCE_BYTES
 _TOKEN = "gAAAAA"
-"""The first characters of every Fernet token: its version and the first bytes of a time before the year 2106."""
+"""The first characters of every Fernet token until the year 2106: its version and the first bytes of its time."""
 
 _UNKEYED_BYTES = 16
 
@@ -38,9 +38,9 @@ _UNKEYED_BYTES = 16
 class Cipher:
     """Encrypts with the newest of its keys, decrypts with any of them, and hashes with the secret of the deployment.
 
-    ``secret`` is the root of the hash keys. It is one for all keys of a deployment and is stored, encrypted, in the
-    database (``warehouse/ops/encryption_secret.py``), so that blind indexes, fingerprints and the audit log survive
-    every key rotation. With ``writes=False`` the cipher decrypts, and writes clear text.
+    ``secret`` is the root of the hash keys. A deployment has one secret, which is stored, encrypted, in the database
+    (``warehouse/ops/encryption_secret.py``), so that blind indexes, fingerprints and the audit log survive
+    every key rotation. With ``writes=False`` the cipher decrypts, but does not encrypt.
     """
 
     def __init__(self, keys: Sequence[Key] = (), secret: bytes | None = None, *, writes: bool = True) -> None:
@@ -81,7 +81,7 @@ class Cipher:
         return self.encrypt(isal_zlib.compress(content, 1)) if self.encrypts else content
 
     def decrypt_and_decompress(self, encrypted: bytes) -> bytes:
-        """Return the content that ``compress_and_encrypt`` was given; clear text is returned unchanged.
+        """Reverse ``compress_and_encrypt``. Clear text is returned unchanged.
 
         Raises EncryptionError if the key is missing or the bytes were altered.
         """
@@ -100,7 +100,7 @@ class Cipher:
         return self._head + nonce + self._newest.encrypt(nonce, content, None)
 
     def decrypt(self, encrypted: bytes) -> bytes:
-        """Return the content that ``encrypt`` was given.
+        """Reverse ``encrypt``.
 
         Raises EncryptionError if the key is missing, the bytes were altered, or they are not encrypted at all.
         """
@@ -108,7 +108,7 @@ class Cipher:
             raise EncryptionError(_DAMAGED)
         cipher = self._ciphers.get(encrypted[len(MAGIC) : len(MAGIC) + ID_BYTES])
         if cipher is None:
-            raise EncryptionError(self._missing(key_id_of(encrypted)))
+            raise EncryptionError(self._describe_missing_key(key_id_of(encrypted)))
         nonce = encrypted[_HEAD_BYTES - _NONCE_BYTES : _HEAD_BYTES]
         try:
             return cipher.decrypt(nonce, encrypted[_HEAD_BYTES:], None)
@@ -116,7 +116,7 @@ class Cipher:
             raise EncryptionError(_DAMAGED) from None
 
     def reencrypt(self, content: bytes) -> bytes:
-        """Return encrypted or clear content encrypted with the newest key. Raises EncryptionError."""
+        """Return encrypted or clear-text ``content`` encrypted with the newest key. Raises EncryptionError."""
         return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.compress_and_encrypt(content)
 
     # Values of columns
@@ -130,7 +130,7 @@ class Cipher:
         if not is_token(token):
             return token
         if self._fernet is None:
-            raise EncryptionError(self._missing(None))
+            raise EncryptionError(self._describe_missing_key(None))
         try:
             return self._fernet.decrypt(token).decode()
         except InvalidToken:
@@ -149,7 +149,7 @@ class Cipher:
     # Hashes
 
     def index(self, value: str) -> str:
-        """Return the blind index of a value: its HMAC-SHA256 in hexadecimal, the same for a value in every column."""
+        """Return the blind index of a value: its HMAC-SHA256 in hexadecimal. It is the same in every column."""
         return hmac.digest(self._index_key, value.encode(), "sha256").hex()
 
     def fingerprint(self, content: bytes) -> bytes:
@@ -163,9 +163,10 @@ class Cipher:
         return hmac.digest(self._subject_key, f"{resource_type}/{resource_id}".encode(), "sha256").hex()[:32]
 
     def identity(self, resource_type: str, number: str) -> str:
-        """Return the id of a resource that is known by a number, for example an MRN: 32 hexadecimal digits.
+        """Return the resource id that is derived from a business number, for example an MRN: 32 hexadecimal digits.
 
-        The id of a number is always the same. With keys the number cannot be found by hashing all numbers.
+        The same number always gives the same id. In a deployment with keys, the number cannot be found by hashing all
+        possible numbers.
         """
         return hmac.digest(self._identity_key, f"{resource_type}/{number}".encode(), "sha256").hex()[:32]
 
@@ -200,7 +201,7 @@ class Cipher:
             return _UNKEYED
         return derive(self._secret, purpose)
 
-    def _missing(self, key_id: str | None) -> str:
+    def _describe_missing_key(self, key_id: str | None) -> str:
         named = f"key {key_id}" if key_id else "a key"
         present = f"it holds {', '.join(key.id for key in self.keys)}" if self.keys else "it holds no key"
         return (
@@ -225,7 +226,7 @@ def is_token(value: str) -> bool:
 
 
 def as_json(encrypted: bytes) -> bytes:
-    """Return encrypted bytes as a JSON string in base64, for a column of type jsonb."""
+    """Return encrypted bytes as a base64 JSON string, for a column of type jsonb."""
     return b'"' + base64.b64encode(encrypted) + b'"'
 
 

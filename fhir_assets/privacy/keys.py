@@ -1,6 +1,6 @@
-"""Encryption keys:
+"""Encryption keys: parsing, validation and ids.
 
-parsing, checking and naming them. Only the id of a key appears in messages and logs, never the key.
+Only the id of a key appears in messages and logs, never the key.
 """
 
 import base64
@@ -18,10 +18,10 @@ from fhir_assets.errors import ConfigurationError
 
 KEY_BYTES = 32
 ID_BYTES = 4
-_FEWEST_DISTINCT = 16
-"""The least number of distinct bytes in a key. Of 10^18 random keys about one has fewer."""
+_MIN_DISTINCT_BYTES = 16
+"""The minimum number of distinct bytes in a key. About one of 10^18 random keys has fewer."""
 
-_HOW = "make one with `fhir-assets keys new`"
+_ADVICE = "make one with `fhir-assets keys new`"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Key:
 
     @cached_property
     def id(self) -> str:
-        """The public name of the key, stored beside data that it encrypts: 8 hexadecimal digits, derived by HKDF."""
+        """The public id of the key, stored beside the data that it encrypts: 8 hexadecimal digits, derived by HKDF."""
         return self.derived("id", ID_BYTES).hex()
 
     @property
@@ -72,11 +72,13 @@ def _parse(position: int, text: str) -> Key:
     try:
         secret = base64.b64decode(text.encode("ascii"), altchars=b"-_", validate=True)
     except (UnicodeEncodeError, binascii.Error):
-        raise ConfigurationError(f"{name} is malformed: a Fernet key is 32 bytes in URL-safe base64; {_HOW}") from None
+        raise ConfigurationError(
+            f"{name} is malformed: a Fernet key is 32 bytes in URL-safe base64; {_ADVICE}"
+        ) from None
     if len(secret) != KEY_BYTES:
-        raise ConfigurationError(f"{name} is malformed: it has {len(secret)} bytes, and a Fernet key has 32; {_HOW}")
+        raise ConfigurationError(f"{name} is malformed: it has {len(secret)} bytes, and a Fernet key has 32; {_ADVICE}")
     if _is_weak(secret):
-        raise ConfigurationError(f"{name} is weak: it is text or a pattern, not a random key; {_HOW}")
+        raise ConfigurationError(f"{name} is weak: it is text or a pattern, not a random key; {_ADVICE}")
     return Key(secret)
 
 
@@ -84,4 +86,4 @@ def _is_weak(secret: bytes) -> bool:
     """Return whether a secret is not random: few distinct bytes, equal steps between bytes, or readable text."""
     steps = {(after - before) % 256 for before, after in pairwise(secret)}
     readable = all(0x20 <= byte < 0x7F for byte in secret)
-    return len(set(secret)) < _FEWEST_DISTINCT or len(steps) == 1 or readable
+    return len(set(secret)) < _MIN_DISTINCT_BYTES or len(steps) == 1 or readable

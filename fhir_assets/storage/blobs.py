@@ -1,4 +1,7 @@
-"""Named files: the interface ``Blobs`` and its implementation in a local folder. The one for S3 is in ``s3.py``."""
+"""Named files: the interface ``Blobs`` and its implementation in a local folder.
+
+The implementation for S3 is in ``s3.py``.
+"""
 
 import os
 import shutil
@@ -16,7 +19,7 @@ UNFINISHED = ".tmp"
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedFile:
     """A file in a listing: its name, its size in bytes and its time of modification."""
 
     name: str
@@ -30,7 +33,7 @@ class Blobs(Protocol):
     url: str
 
     def spool(self) -> Path:
-        """Return the local folder, on the same disk if possible, for files that ``put_file`` moves later."""
+        """Return a local folder for files that ``put_file`` moves later, on the same disk if possible."""
         ...
 
     def put_file(self, name: str, path: Path) -> None:
@@ -53,7 +56,7 @@ class Blobs(Protocol):
         """Yield every name below the folder ``prefix``."""
         ...
 
-    def listing(self, prefix: str) -> Iterator[Listed]:
+    def listing(self, prefix: str) -> Iterator[ListedFile]:
         """Yield the files below the folder ``prefix`` with sizes and times."""
         ...
 
@@ -63,7 +66,7 @@ class Blobs(Protocol):
 
 
 @contextmanager
-def _disk_errors(action: str) -> Iterator[None]:
+def _translate_disk_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -96,14 +99,14 @@ class LocalBlobs:
 
     def spool(self) -> Path:
         """Return the folder ``.spool`` in the root, created if needed. Raises StoreError."""
-        with _disk_errors(f"write to {self.root}"):
+        with _translate_disk_errors(f"write to {self.root}"):
             self._spool.mkdir(parents=True, exist_ok=True)
         return self._spool
 
     def put_file(self, name: str, path: Path) -> None:
         """Flush the local file ``path`` and move it to ``name``. Raises StoreError."""
         target = self.root / name
-        with _disk_errors(f"write {target}"):
+        with _translate_disk_errors(f"write {target}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -113,9 +116,9 @@ class LocalBlobs:
         """Write or replace ``name`` atomically. Raises StoreError."""
         target = f"{self.root}/{name}"
         folder, _, file = target.rpartition("/")
-        # Small files are written beside their target: in one spool folder, many of them slow the file system down.
+        # Small files are written beside their target, because many files in one spool folder slow the file system down.
         path = f"{folder}/.{file}.{os.urandom(8).hex()}{UNFINISHED}"
-        with _disk_errors(f"write {target}"):
+        with _translate_disk_errors(f"write {target}"):
             try:
                 _write(path, content)
             except FileNotFoundError:
@@ -125,7 +128,7 @@ class LocalBlobs:
 
     def get(self, name: str) -> bytes | None:
         """Return the content of ``name``, or None if it does not exist. Raises StoreError."""
-        with _disk_errors(f"read {self.root}/{name}"):
+        with _translate_disk_errors(f"read {self.root}/{name}"):
             try:
                 with open(f"{self.root}/{name}", "rb", buffering=0) as file:
                     return file.read()
@@ -134,7 +137,7 @@ class LocalBlobs:
 
     def open(self, name: str) -> BinaryIO:
         """Open ``name`` for reading. Raises StoreError."""
-        with _disk_errors(f"read {self.root / name}"):
+        with _translate_disk_errors(f"read {self.root / name}"):
             return (self.root / name).open("rb")
 
     def names(self, prefix: str) -> Iterator[str]:
@@ -143,12 +146,12 @@ class LocalBlobs:
             for file in sorted(files):
                 yield (Path(folder) / file).relative_to(self.root).as_posix()
 
-    def listing(self, prefix: str) -> Iterator[Listed]:
+    def listing(self, prefix: str) -> Iterator[ListedFile]:
         """Yield the files below the folder ``prefix`` with sizes and times."""
         for name in self.names(prefix):
             with suppress(FileNotFoundError):
                 status = (self.root / name).stat()
-                yield Listed(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+                yield ListedFile(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def delete(self, name: str) -> None:
         """Delete ``name`` if it exists."""

@@ -1,4 +1,7 @@
-"""The file format of encrypted parts: MARK, then frames. A frame is a length of 4 bytes and as many encrypted bytes."""
+"""The file format of encrypted parts: MARK and a sequence of frames.
+
+A frame is the number of its encrypted bytes, as 4 bytes in big-endian order, followed by these bytes.
+"""
 
 import io
 from collections.abc import Iterator
@@ -33,7 +36,7 @@ def decrypt_stream(file: BinaryIO, cipher: Cipher) -> BinaryIO:
 
 
 def read_key_id(file: BinaryIO) -> str | None:
-    """Return the id of the key that a part is encrypted with, or None for clear text. Reads the first bytes."""
+    """Return the id of the key that a part is encrypted with, or None for clear text. Read only the first bytes."""
     if file.read(len(MARK)) != MARK:
         return None
     file.read(_LENGTH)
@@ -41,7 +44,7 @@ def read_key_id(file: BinaryIO) -> str | None:
 
 
 class _DecryptedFile(io.RawIOBase):
-    """Decrypts frame by frame. Raises EOFError where the file ends early, EncryptionError where it was altered."""
+    """Decrypts frame by frame. Raises EOFError if the file is truncated, EncryptionError if it was altered."""
 
     def __init__(self, file: BinaryIO, cipher: Cipher) -> None:
         self._file = file
@@ -77,7 +80,7 @@ class _DecryptedFile(io.RawIOBase):
 
 
 class _PrefixedFile(io.RawIOBase):
-    """A stream whose first bytes were read already: these bytes, then the rest of the stream."""
+    """The complete content of a stream whose first bytes, ``head``, were already read."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head = head

@@ -13,7 +13,7 @@ from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_fr
 from fhir_assets.storage.s3 import Bucket
 
 DONE = ".done"
-"""The suffix of an empty file beside a file that says that the file is complete."""
+"""The suffix of a marker file: the empty file ``<name>.done`` states that the file ``<name>`` is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class LandingFile:
 
 
 class Zone(Protocol):
-    """A landing zone. ``atomic`` is whether every file that is listed is complete."""
+    """A landing zone. ``atomic`` is whether all listed files are complete."""
 
     url: str
     atomic: bool
 
     def files(self) -> Iterator[LandingFile]:
-        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
+        """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
         ...
 
     def open(self, name: str) -> BinaryIO:
@@ -41,7 +41,7 @@ class Zone(Protocol):
         ...
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file, which is complete when it appears. Raises StoreError."""
+        """Write a file, which appears complete. Raises StoreError."""
         ...
 
 
@@ -55,7 +55,7 @@ class FolderZone:
         self.url = str(root)
 
     def files(self) -> Iterator[LandingFile]:
-        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
+        """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
         if not self.root.is_dir():
             raise ConfigurationError(
                 f"FHIR_LANDING_URL: the folder {self.root} does not exist: create it, or correct the setting"
@@ -83,7 +83,7 @@ class FolderZone:
             ) from None
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file, which is complete when it appears. Raises StoreError."""
+        """Write a file, which appears complete. Raises StoreError."""
         path = self.root / name
         hidden = path.with_name(f".{path.name}.part")
         try:
@@ -101,7 +101,7 @@ class FolderZone:
 
 
 class BucketZone:
-    """A bucket below a prefix. An object is complete when it appears."""
+    """The objects of a bucket below a prefix. An object appears complete."""
 
     atomic = True
 
@@ -110,12 +110,13 @@ class BucketZone:
         self.url = bucket.url
 
     def files(self) -> Iterator[LandingFile]:
-        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
+        """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
         for entry in self.bucket.listing():
             name = entry["Name"]
             if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
                 continue
-            # S3 reports whole seconds. The last microsecond keeps files of other zones from the same second before it.
+            # S3 reports whole seconds. The last microsecond of the second sorts the object after files of other zones
+            # that were written in the same second.
             written = entry["LastModified"].astimezone(UTC).replace(microsecond=999_999)
             yield LandingFile(name, entry["Size"], entry["ETag"].strip('"'), written)
 
@@ -124,12 +125,12 @@ class BucketZone:
         return self.bucket.open(name)
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file, which is complete when it appears. Raises StoreError."""
+        """Write a file, which appears complete. Raises StoreError."""
         self.bucket.put(name, content)
 
 
 class EncryptedZone:
-    """A zone whose files are encrypted when this project writes them, and clear text when others do. Both are read."""
+    """A zone that encrypts the files that this project writes. It reads encrypted files and clear text of others."""
 
     def __init__(self, zone: Zone, cipher: Cipher) -> None:
         self._zone = zone
@@ -138,7 +139,7 @@ class EncryptedZone:
         self.atomic = zone.atomic
 
     def files(self) -> Iterator[LandingFile]:
-        """Yield every file, hidden ones left out. Raises ConfigurationError if the zone does not exist."""
+        """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
         return self._zone.files()
 
     def open(self, name: str) -> BinaryIO:
@@ -146,7 +147,7 @@ class EncryptedZone:
         return decrypt_stream(self._zone.open(name), self._cipher)
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file, which is complete when it appears. Raises StoreError."""
+        """Write a file, which appears complete. Raises StoreError."""
         stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.encrypts else content
         self._zone.put(name, stored)
 

@@ -1,6 +1,6 @@
-"""The manifest of a partition: its parts, and how they were made.
+"""The manifest of a partition: its parts, and the fetches or inputs that they were made from.
 
-A reader sees a partition only through its manifest, which is written last and atomically.
+Readers access a partition only through its manifest, which is written last and atomically.
 """
 
 from datetime import datetime
@@ -66,7 +66,7 @@ REPLAY = "replay:"
 
 
 class Validated(msgspec.Struct, frozen=True):
-    """How a validated partition was made: from which inputs, with which rules.
+    """The inputs and the rules that a validated partition was made with.
 
     ``inputs`` names raw parts, and as ``replay:<run>`` the replays whose resolved dead letters are in the partition.
     """

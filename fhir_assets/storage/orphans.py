@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from datetime import datetime
 from itertools import groupby
 
-from fhir_assets.storage.blobs import UNFINISHED, Listed
+from fhir_assets.storage.blobs import UNFINISHED, ListedFile
 from fhir_assets.storage.encrypted_parts import SUFFIX
 from fhir_assets.storage.store import Store
 
 _PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}", UNFINISHED)
 
 
-def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> Iterator[Listed]:
+def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> Iterator[ListedFile]:
     """Yield the parts of a layer that no manifest names and that were written before ``before``.
 
     A part is written before the manifest that names it, so ``before`` must be earlier than the start of every load that
@@ -28,6 +28,6 @@ def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> It
         yield from (file for file in old if file.name not in named)
 
 
-def find_unfinished_files(store: Store, *, before: datetime) -> Iterator[Listed]:
+def find_unfinished_files(store: Store, *, before: datetime) -> Iterator[ListedFile]:
     """Return the unfinished files in the spool of a store in a folder that were written before ``before``."""
     return (file for file in store.blobs.listing(".spool") if file.modified < before)

@@ -1,4 +1,4 @@
-"""Writing parts of many partitions at once, in bounded memory."""
+"""Writes parts of many partitions concurrently, in bounded memory."""
 
 import os
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.store import LAYERS, Store, map_concurrently, partition_folder
 
 BUFFER_BYTES = 16 << 20
-"""The size of the lines that all open parts together buffer before they are written to the disk."""
+"""The total size of the buffered lines of all open parts at which they are written to the disk."""
 
 PART_BYTES = 128 << 20
-"""The compressed size at which a part is finished and the next one begun."""
+"""The compressed size at which a part is finished and the next part begins."""
 
 
 @dataclass(slots=True)

@@ -13,20 +13,20 @@ from fhir_assets.storage.store import LAYERS, Store
 BATCH_PARTS = 64
 """The number of parts that are re-encrypted before their outcomes are returned."""
 
-_CALLS_BATCH_PARTS = 8
+_THREADS = 8
 
 
 def list_part_keys(store: Store) -> Iterator[tuple[str, str | None]]:
     """Yield every part of the store with the id of the key that it is encrypted with, or None for clear text.
 
-    Parts that no manifest names are included. Reads the first bytes of each part. Raises StoreError.
+    Parts that no manifest names are included. Read only the first bytes of each part. Raises StoreError.
     """
     names = (
         name for layer in LAYERS for name in store.blobs.names(layer) if name.rpartition("/")[2].startswith("part-")
     )
-    with ThreadPoolExecutor(_CALLS_BATCH_PARTS) as pool:
-        while group := list(islice(names, 16 * _CALLS_BATCH_PARTS)):
-            yield from (entry for entry in pool.map(lambda name: _key(store, name), group) if entry)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while group := list(islice(names, 16 * _THREADS)):
+            yield from (entry for entry in pool.map(lambda name: _read_part_key(store, name), group) if entry)
 
 
 def reencrypt(
@@ -36,7 +36,7 @@ def reencrypt(
 
     A part that was deleted in the meantime counts as done. A part that cannot be read stays unchanged.
     """
-    with ThreadPoolExecutor(_CALLS_BATCH_PARTS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         rest = iter(parts)
         while group := list(islice(rest, BATCH_PARTS)):
             errors = pool.map(lambda part: _try_to_reencrypt(store, part[0], cipher), group)
@@ -67,7 +67,7 @@ def _try_to_reencrypt(store: Store, name: str, cipher: Cipher) -> FhirAssetsErro
     return None
 
 
-def _key(store: Store, name: str) -> tuple[str, str | None] | None:
+def _read_part_key(store: Store, name: str) -> tuple[str, str | None] | None:
     try:
         with store.blobs.open(name) as file:
             return name, read_key_id(file)

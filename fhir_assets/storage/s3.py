@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, BinaryIO, cast
 
 from fhir_assets.errors import ConfigurationError, StoreError
-from fhir_assets.storage.blobs import Listed
+from fhir_assets.storage.blobs import ListedFile
 
 S3Client = Any
 """The S3 client of boto3, which has no static types."""
@@ -50,7 +50,7 @@ class Bucket:
         """The client, created at the first use, because importing boto3 is slow."""
         with self._lock:
             if self._client is None:
-                with self.explained("be opened"):
+                with self.translate_errors("open the bucket"):
                     self._client = self._connect()
             return self._client
 
@@ -63,14 +63,14 @@ class Bucket:
         from boto3.s3.transfer import TransferConfig
 
         config = TransferConfig(multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES)
-        with self.explained(f"take {name}"):
+        with self.translate_errors(f"write {name}"):
             self.client.upload_file(
                 str(path), self.name, self.key(name), ExtraArgs=self._encryption or None, Config=config
             )
 
     def put(self, name: str, content: bytes) -> None:
         """Upload bytes as ``name``."""
-        with self.explained(f"take {name}"):
+        with self.translate_errors(f"write {name}"):
             self.client.put_object(Bucket=self.name, Key=self.key(name), Body=content, **self._encryption)
 
     def get(self, name: str) -> bytes | None:
@@ -82,13 +82,13 @@ class Bucket:
             return None
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name`` for reading. The stream resumes where it was when the connection breaks."""
+        """Open ``name`` for reading. The stream resumes after a broken connection."""
         raw = _Stream(self, self.key(name))
         return cast(BinaryIO, io.BufferedReader(raw, READ_BYTES))
 
     def listing(self, prefix: str = "") -> Iterator[Mapping[str, Any]]:
         """Yield the attributes of each object below ``prefix`` as S3 lists them, with its name as ``Name``."""
-        with self.explained("be listed"):
+        with self.translate_errors("list the objects"):
             for page in self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.name, Prefix=self.key(prefix)
             ):
@@ -97,12 +97,12 @@ class Bucket:
 
     def delete(self, name: str) -> None:
         """Delete ``name`` if it exists."""
-        with self.explained(f"delete {name}"):
+        with self.translate_errors(f"delete {name}"):
             self.client.delete_object(Bucket=self.name, Key=self.key(name))
 
     @contextmanager
-    def explained(self, action: str) -> Iterator[None]:
-        """Translate errors of S3 into one sentence without their text, which may contain keys and addresses."""
+    def translate_errors(self, action: str) -> Iterator[None]:
+        """Translate errors of S3. The messages leave out the text of S3, which may contain keys and addresses."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -111,13 +111,13 @@ class Bucket:
         except (ClientError, BotoCoreError, Boto3Error) as error:
             # An error of a transfer wraps the error of S3.
             cause = error.__context__ if isinstance(error, Boto3Error) else error
-            raise self._explained(action, cause or error) from None
+            raise self._build_error(action, cause or error) from None
 
-    def _explained(self, action: str, error: BaseException) -> ConfigurationError | StoreError:
+    def _build_error(self, action: str, error: BaseException) -> ConfigurationError | StoreError:
         name = type(error).__name__
-        answer = getattr(error, "response", None) or {}
-        code = str(answer.get("Error", {}).get("Code", ""))
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        response = getattr(error, "response", None) or {}
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"):
             return ConfigurationError(
                 f"no credentials are configured for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -130,16 +130,16 @@ class Bucket:
         if code == "NoSuchBucket":
             return ConfigurationError(f"there is no bucket {self.name}: create it, or correct {self.url}")
         if code in ("NoSuchKey", "404") or status == 404:
-            return _NoSuchKey(f"{self.url} cannot {action}: it does not exist")
+            return _NoSuchKey(f"cannot {action} in {self.url}: it does not exist")
         if code in ("AccessDenied", "403") or status == 403:
             return StoreError(
-                f"{self.url} may not {action}: give the credentials s3:GetObject, s3:PutObject, s3:DeleteObject and "
-                "s3:ListBucket there"
+                f"no permission to {action} in {self.url}: grant the credentials s3:GetObject, s3:PutObject, "
+                "s3:DeleteObject and s3:ListBucket there"
             )
         if name in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "SSLError"):
             return StoreError(f"{self.url} cannot be reached ({name}): check AWS_ENDPOINT_URL and the network")
         return StoreError(
-            f"{self.url} cannot {action}: {code or name}. Run it again; committed partitions are unchanged"
+            f"cannot {action} in {self.url}: {code or name}. Run it again; committed partitions are unchanged"
         )
 
 
@@ -185,10 +185,10 @@ class S3Blobs:
         for entry in self.bucket.listing(f"{prefix.rstrip('/')}/"):
             yield entry["Name"]
 
-    def listing(self, prefix: str) -> Iterator[Listed]:
+    def listing(self, prefix: str) -> Iterator[ListedFile]:
         """Yield the files below the folder ``prefix`` with sizes and times."""
         for entry in self.bucket.listing(f"{prefix.rstrip('/')}/"):
-            yield Listed(entry["Name"], entry["Size"], entry["LastModified"])
+            yield ListedFile(entry["Name"], entry["Size"], entry["LastModified"])
 
     def delete(self, name: str) -> None:
         """Delete ``name`` if it exists."""
@@ -224,7 +224,8 @@ class _Stream(io.RawIOBase):
             except (BotoCoreError, HTTPError, OSError) as error:
                 if attempt == _RESUMES:
                     raise StoreError(
-                        f"{self._bucket.url} broke off {self._key} repeatedly ({type(error).__name__}): run it again"
+                        f"the connection to {self._bucket.url} broke repeatedly while {self._key} was read "
+                        f"({type(error).__name__}): run it again"
                     ) from None
                 self._body.close()
                 self._body = self._open()
@@ -239,7 +240,7 @@ class _Stream(io.RawIOBase):
 
     def _open(self) -> Any:
         resume = {"Range": f"bytes={self._position}-", **self._version} if self._position else {}
-        with self._bucket.explained(f"give {self._key}"):
-            answer = self._bucket.client.get_object(Bucket=self._bucket.name, Key=self._key, **resume)
-        self._version = {"IfMatch": answer["ETag"]}
-        return answer["Body"]
+        with self._bucket.translate_errors(f"read {self._key}"):
+            response = self._bucket.client.get_object(Bucket=self._bucket.name, Key=self._key, **resume)
+        self._version = {"IfMatch": response["ETag"]}
+        return response["Body"]

@@ -1,4 +1,7 @@
-"""Partitions of NDJSON: ``<layer>/<type>/<partition key>/manifest.json`` and the parts it names."""
+"""The store: partitions of NDJSON, each in a folder ``<layer>/<type>/<partition key>``.
+
+A folder contains ``manifest.json`` and the parts that the manifest names.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +29,7 @@ BATCH_BYTES = 1 << 20
 """The size of one read. A batch of lines is the unit of work of validation and loading."""
 
 _CALLS_AT_ONCE = 8
-"""The number of manifests that are read or written concurrently: each waits for the bucket or the disk."""
+"""The number of manifests that are read or written concurrently, each of which waits for the bucket or the disk."""
 
 _REMEDY = {
     "raw": "restore it from a backup. Without a backup move this file away, keep the parts beside it, materialize the "
@@ -43,14 +46,14 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def map_concurrently(
-    do: Callable[[Item], Result], items: Iterable[Item], *, calls: int = _CALLS_AT_ONCE
+    function: Callable[[Item], Result], items: Iterable[Item], *, calls: int = _CALLS_AT_ONCE
 ) -> list[Result]:
-    """Return the results of ``do`` for all items, in their order, with up to ``calls`` concurrent threads."""
+    """Return the results of ``function`` for all items, in their order, with up to ``calls`` concurrent threads."""
     inputs = list(items)
     if min(len(inputs), calls) < 2:
-        return [do(item) for item in inputs]
+        return [function(item) for item in inputs]
     with ThreadPoolExecutor(min(len(inputs), calls)) as pool:
-        return list(pool.map(do, inputs))
+        return list(pool.map(function, inputs))
 
 
 def partition_folder(layer: str, resource_type: str, partition_key: str) -> str:
@@ -66,7 +69,7 @@ class Store:
         self.cipher = cipher
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
-        """Return the manifest of a partition, or None if it was never written. Raises StoreError if it is damaged."""
+        """Return the manifest of a partition, or None if it does not exist. Raises StoreError if it is damaged."""
         name = f"{partition_folder(layer, resource_type, partition_key)}/manifest.json"
         content = self.blobs.get(name)
         if content is None:
@@ -82,7 +85,7 @@ class Store:
         return [manifest for manifest in manifests if manifest is not None]
 
     def committed_manifests(self, manifests: Iterable[Manifest]) -> list[Manifest | None]:
-        """Return the committed manifests of the same partitions, in the same order; None where there is none."""
+        """Return the committed manifests of the same partitions, in the same order; None for a new partition."""
         return self._manifests(
             (manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests
         )
@@ -97,9 +100,9 @@ class Store:
         map_concurrently(self._commit_one, manifests)
 
     def _commit_one(self, manifest: Manifest) -> None:
-        where = partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)
+        partition = partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)
         content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        self.blobs.put(f"{where}/manifest.json", content)
+        self.blobs.put(f"{partition}/manifest.json", content)
 
     def partition_keys(self, layer: str, resource_type: str) -> list[str]:
         """Return the sorted keys of all partitions of a type. Lists the files of the store."""

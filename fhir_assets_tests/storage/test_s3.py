@@ -68,7 +68,7 @@ def test_a_stream_resumes_after_a_broken_connection_or_raises_an_error(
             assert stream.read() == content
             assert asked == [None, "bytes=100000-", "bytes=200000-", "bytes=200000-"]
         else:
-            with pytest.raises(StoreError, match="broke off"):
+            with pytest.raises(StoreError, match="broke repeatedly"):
                 stream.read()
 
 
