@@ -77,11 +77,11 @@ def _measure_backlog(conn: Connection, url: str, server: str, home: Path, backlo
     """Measure a backlog of new patients that exists before the connector starts: one event and one PUT per patient."""
     _insert_patients(conn, "backlog", backlog)
     with _run_connector(url, server, home) as process:
-        while outbox.status(conn).unprocessed == backlog:
+        while outbox.read_status(conn).unprocessed == backlog:
             time.sleep(0.01)
-        began, first = time.perf_counter(), outbox.status(conn).unprocessed
+        began, first = time.perf_counter(), outbox.read_status(conn).unprocessed
         sizes: list[int] = []
-        while outbox.status(conn).unprocessed:
+        while outbox.read_status(conn).unprocessed:
             sizes.append(process.memory_info().rss >> 20)
             time.sleep(0.25)
         elapsed = time.perf_counter() - began
@@ -102,7 +102,7 @@ def _insert_patients(conn: Connection, name: str, count: int) -> None:
 
 
 def _wait_until_delivered(conn: Connection) -> None:
-    while outbox.status(conn).unprocessed:
+    while outbox.read_status(conn).unprocessed:
         time.sleep(0.05)
 
 

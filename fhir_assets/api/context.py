@@ -120,7 +120,7 @@ class AppContext:
 
     def record_audit(self, *audit_records: AuditRecord) -> None:
         """Write audit records. Routes call this before they return the data. Raises DatabaseUnavailable."""
-        self._audit_commits.do(audit_records)
+        self._audit_commits.submit(audit_records)
 
     def _write_audit_records(self, groups: Sequence[Sequence[AuditRecord]]) -> list[None]:
         # Every commit of the audit log blocks all others, so simultaneous requests share one.
@@ -133,7 +133,7 @@ class AppContext:
 
         Raises StoreError or DatabaseUnavailable.
         """
-        self._receive_commits.do(submission)
+        self._receive_commits.submit(submission)
 
     def _receive_group(self, submissions: Sequence[Submission]) -> list[None]:
         self.receive(submissions, f"api:{uuid4().hex}")

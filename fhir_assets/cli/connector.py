@@ -86,7 +86,7 @@ def status(json: Json = False) -> None:
     """
     settings = load_settings()
     with _installed(Warehouse(settings)) as conn:
-        outbox_status = outbox.status(conn)
+        outbox_status = outbox.read_status(conn)
     if json:
         print_json(asdict(outbox_status))
     else:

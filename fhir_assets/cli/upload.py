@@ -18,7 +18,7 @@ import typer
 from fhir_assets import logs
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
-from fhir_assets.delivery.tables import dead_letter
+from fhir_assets.delivery.tables import build_dead_letter
 from fhir_assets.delivery.upload.files import Folder, Unusable
 from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.delivery.upload.uploader import NullListener, Uploader
@@ -115,7 +115,7 @@ def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
 def _plan(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:
     """Count the resources to send and return them in order, or the steps of the upload that is resumed."""
     state, run_id = folder.state(), str(uuid.uuid4())
-    facts = journal.facts()
+    facts = journal.read_facts()
     if resume and facts:
         if facts["state"] != state:
             raise ConfigurationError("the files have changed since that upload started: start again without --resume")
@@ -181,9 +181,11 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
     partition = f"upload:{journal.path.stem if journal.path else ''}"
     try:
         with Warehouse(settings).connect() as conn:
-            run_id = journal.facts()["run_id"]
+            run_id = journal.read_facts()["run_id"]
             dead_letters.record(
-                conn, run_id, (dead_letter(failure, partition, unknown_type=_UNKNOWN) for failure in journal.failures())
+                conn,
+                run_id,
+                (build_dead_letter(failure, partition, unknown_type=_UNKNOWN) for failure in journal.failures()),
             )
             for name in (*steps, _UNKNOWN):
                 dead_letters.resolve_not_repeated(conn, run_id, name, "deliver", [partition])
@@ -207,7 +209,7 @@ def _print_plan(steps: Steps) -> None:
 def _print_summary(
     journal: Journal, client: FhirClient, source: Path, failures: Path | None, seconds: float, *, json: bool
 ) -> None:
-    totals = journal.totals()
+    totals = journal.count_resources()
     rows = [{"type": name, **totals[name]} for name in bundles.sort_types(totals)]
     total = {column: sum(counts[column] for counts in totals.values()) for column in _COLUMNS[1:]}
     if json:

@@ -38,7 +38,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def step(self, resource_type: str, files: Mapping[str, int]) -> None:
+    def on_step(self, resource_type: str, files: Mapping[str, int]) -> None:
         """Start the step of a resource type, with a bar for each of its files."""
         for task in self._tasks.values():
             self._bars.stop_task(task)
@@ -51,7 +51,7 @@ class Progress:
         self._sent = dict.fromkeys(files, 0)
         self._tasks = {name: self._bars.add_task(name, total=count, failed=0) for name, count in files.items()}
 
-    def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
+    def on_batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
         """Print a line for a batch of ``size`` resources, and advance the bar of its file."""
         if key.file in self._tasks:
             self._sent[key.file] += size
@@ -71,6 +71,6 @@ class Progress:
             soft_wrap=True,
         )
 
-    def again(self, what: str, count: int) -> None:
-        """Print that resources are sent a second time."""
-        console.print(f"Sent again: {count:,} resources ({what})", markup=False)
+    def on_retry(self, description: str, count: int) -> None:
+        """Print that resources are sent again."""
+        console.print(f"Sent again: {count:,} resources ({description})", markup=False)

@@ -1,7 +1,7 @@
-"""Delivers loaded resources to another FHIR server, byte for byte as they were received.
+"""Delivers loaded resources to another FHIR server, byte for byte as received.
 
 Resources are read from the validated parts of the windows and compared with ``fhir.resource``. Resources that the
-tables do not contain (withheld, deleted or refused) are not delivered, nor are versions that a newer one has replaced.
+tables do not contain (withheld, deleted or refused) and superseded versions are not delivered.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class DeliverStep:
     def deliver(self, resource_types: Sequence[str], partition_keys: Sequence[str]) -> dict[str, DeliveredCounts]:
         """Send the parts that this server has not received yet.
 
-        With a refresh other than MISSING, send all parts except for resources that the server holds unchanged.
+        With a refresh other than MISSING, send all parts, but leave out resources that are unchanged on the server.
         Resources that the server refuses become dead letters of stage ``deliver``.
 
         Raises ServerUnavailable, ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain
@@ -77,9 +77,9 @@ class DeliverStep:
             for name in bundles.sort_types(resource_types)
             for manifest in self._store.manifests("validated", name, partition_keys)
         ]
-        todo = {part.name: (part, manifest) for manifest in manifests for part in self._parts(manifest)}
+        pending = {part.name: (part, manifest) for manifest in manifests for part in self._pending_parts(manifest)}
         steps: dict[str, dict[str, int]] = {}
-        for part, manifest in todo.values():
+        for part, manifest in pending.values():
             steps.setdefault(manifest.resource_type, {})[part.name] = part.rows
         if not steps:
             return counts
@@ -88,7 +88,7 @@ class DeliverStep:
             conn.autocommit = True
 
             def read(name: str, resource_type: str) -> Iterator[BundleEntry]:
-                part, manifest = todo[name]
+                part, manifest = pending[name]
                 return self._current_resources(conn, part, manifest, counts[resource_type])
 
             Uploader(
@@ -98,15 +98,15 @@ class DeliverStep:
                 workers=self._workers,
                 skip_unchanged=self._refresh is not Refresh.MISSING,
             ).upload(steps, read)
-            for name, total in journal.totals().items():
-                for what, count in total.items():
-                    setattr(counts[name], what, count)
-            self._record_failures(journal, {name: manifest.partition_key for name, (_, manifest) in todo.items()})
+            for name, total in journal.count_resources().items():
+                for result, count in total.items():
+                    setattr(counts[name], result, count)
+            self._record_failures(journal, {name: manifest.partition_key for name, (_, manifest) in pending.items()})
         self._record_delivery([manifest for manifest in manifests if manifest.resource_type in steps], counts)
         return counts
 
-    def _parts(self, manifest: Manifest) -> Sequence[Part]:
-        """Return the parts of a window that have to be sent."""
+    def _pending_parts(self, manifest: Manifest) -> Sequence[Part]:
+        """Return the parts of a window that this server has not received."""
         before = self._store.manifest("delivered", manifest.resource_type, manifest.partition_key)
         known = before.delivered if before else None
         if self._refresh is not Refresh.MISSING or known is None or known.destination != self._client.base_url:
@@ -140,11 +140,11 @@ class DeliverStep:
 
         buffer = DeadLetterBuffer(reject)
         for failure in journal.failures():
-            buffer.add(dead_letter(failure, windows[failure.location.rpartition(":")[0]]))
+            buffer.add(build_dead_letter(failure, windows[failure.location.rpartition(":")[0]]))
         buffer.flush()
 
     def _record_delivery(self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts]) -> None:
-        """Record which parts were delivered, in the store and in the audit log."""
+        """Record the delivered parts in the store and the delivered counts in the audit log."""
         now = datetime.now(UTC)
         delivered = [
             Manifest(
@@ -164,18 +164,20 @@ class DeliverStep:
             keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)
         with self._connect() as conn, conn.transaction():
             if self._refresh is not Refresh.MISSING:
-                for name, of_type in keys.items():
-                    dead_letters.resolve_not_repeated(conn, self._run_id, name, "deliver", of_type)
+                for name, partition_keys in keys.items():
+                    dead_letters.resolve_not_repeated(conn, self._run_id, name, "deliver", partition_keys)
             audit_log.record(
                 conn,
                 *(
-                    AuditRecord("export", _ACTOR, name, count=of_type.created + of_type.updated, run_id=self._run_id)
-                    for name, of_type in counts.items()
+                    AuditRecord(
+                        "export", _ACTOR, name, count=type_counts.created + type_counts.updated, run_id=self._run_id
+                    )
+                    for name, type_counts in counts.items()
                 ),
             )
 
 
-def dead_letter(failure: Failure, partition_key: str, *, unknown_type: str = "unknown") -> DeadLetter:
+def build_dead_letter(failure: Failure, partition_key: str, *, unknown_type: str = "unknown") -> DeadLetter:
     """Return the dead letter of a resource that could not be delivered."""
     rule = f"http-{failure.status}" if failure.status else ("no-answer" if failure.id else "unusable")
     return DeadLetter(

@@ -1,4 +1,4 @@
-"""Sends alerts to a webhook: one message for incidents that opened and incidents that closed, without patient data."""
+"""Sends alerts to a webhook: one message about opened and closed incidents, without patient data."""
 
 from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
@@ -36,17 +36,17 @@ class Webhook:
         self._retrier = retrier or Retrier(_POLICY)
 
     def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
-        """Send one message, with retries. Returns whether the webhook accepted it."""
+        """Send one message, with retries. Return whether the webhook accepted it."""
         body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url))
 
         def attempt() -> bool:
             try:
                 response = requests.post(self._url, json=body, timeout=_TIMEOUT_SECONDS)
             except requests.RequestException:
-                raise TransientFailure("no answer") from None
+                raise TransientFailure("no response") from None
             if response.status_code >= 500 or response.status_code in (408, 429):
                 raise TransientFailure(
-                    f"the server answered {response.status_code}",
+                    f"the server responded with {response.status_code}",
                     retry_after=read_retry_after(response.headers.get("Retry-After")),
                 )
             return response.ok
@@ -62,14 +62,14 @@ def build_message(
 ) -> dict[str, object]:
     """Return the JSON of a message.
 
-    It contains ``text`` for Slack and compatible webhooks, or an adaptive card for Teams, and the incidents as data for
-    programs: ``began`` (opened) and ``over`` (closed).
+    It contains ``text`` for Slack and compatible webhooks, or an adaptive card for Teams, and the incidents as JSON:
+    ``began`` contains opened incidents, ``over`` closed ones.
     """
     lines = [
         *(f"🔴 {_describe(incident, _OPENED_TITLES, ui_url)}" for incident in opened[:SAMPLE]),
-        *_more(opened),
+        *_count_omitted(opened),
         *(f"🟢 {_describe(incident, _CLOSED_TITLES, ui_url)}" for incident in closed[:SAMPLE]),
-        *_more(closed),
+        *_count_omitted(closed),
     ]
     facts: dict[str, object] = {
         "began": [_facts(incident, ui_url) for incident in opened],
@@ -115,7 +115,7 @@ def _link(incident: Incident, ui_url: str) -> str:
     return f"{ui_url}/runs/{incident.run_id}" if incident.run_id else f"{ui_url}/runs"
 
 
-def _more(incidents: Sequence[Incident]) -> list[str]:
+def _count_omitted(incidents: Sequence[Incident]) -> list[str]:
     return [f"… and {len(incidents) - SAMPLE} more: {len(incidents)} in all"] if len(incidents) > SAMPLE else []
 
 

@@ -21,12 +21,12 @@ class Account(StrEnum):
 
     @property
     def labels(self) -> ServerLabels:
-        """The names of the settings that error messages about the server of the account contain."""
+        """The setting names for error messages about the account's server."""
         return SOURCE_LABELS if self is Account.SOURCE else DELIVERY_LABELS
 
 
 class Scope(StrEnum):
-    """The scope that a token is requested for unless the settings name one."""
+    """The default scope of a requested token."""
 
     READ = "system/*.read"
     WRITE = "system/*.read system/*.write"
@@ -41,14 +41,16 @@ def build_account_credentials(
     (https://hl7.org/fhir/smart-app-launch/backend-services.html). Raises ConfigurationError.
     """
 
-    def text(name: str) -> str | None:
+    def read_setting(name: str) -> str | None:
         value = getattr(settings, f"{account}_{name}")
         return value.get_secret_value() if isinstance(value, SecretStr) else value
 
-    client_id = text("client_id")
+    client_id = read_setting("client_id")
     if not client_id:
-        return build_credentials(text("username"), text("password"), text("token"), labels=account.labels)
-    key, secret = text("private_key") or _read_key_file(settings, account), text("client_secret")
+        return build_credentials(
+            read_setting("username"), read_setting("password"), read_setting("token"), labels=account.labels
+        )
+    key, secret = read_setting("private_key") or _read_key_file(settings, account), read_setting("client_secret")
     prefix = account.upper()
     if (key is None) == (secret is None):
         raise ConfigurationError(
@@ -57,10 +59,10 @@ def build_account_credentials(
     return BackendServices(
         url,
         client_id,
-        key=parse_private_key(key, text("key_id"), labels=account.labels) if key else None,
+        key=parse_private_key(key, read_setting("key_id"), labels=account.labels) if key else None,
         secret=secret,
-        token_url=text("token_url"),
-        scope=text("scope") or scope,
+        token_url=read_setting("token_url"),
+        scope=read_setting("scope") or scope,
         labels=account.labels,
     )
 

@@ -6,7 +6,7 @@ from fhir_assets.settings import Settings
 
 
 def build_cipher(settings: Settings) -> Cipher:
-    """Return the cipher of the database's patient data, without keys one that leaves it in clear text.
+    """Return the cipher of the patient data in the database. Without keys it returns data unchanged.
 
     Raises ConfigurationError if a key is malformed, weak or given twice.
     """

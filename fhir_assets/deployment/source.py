@@ -1,4 +1,4 @@
-"""The source of a deployment, which FHIR_SOURCE names, and the client of its FHIR server."""
+"""The source of a deployment, as configured by FHIR_SOURCE, and the client of its FHIR server."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,8 +28,8 @@ def open_source(
 ) -> Source:
     """Return the source of the settings; no request is sent. Raises ConfigurationError.
 
-    A bulk export is stored in ``store`` and recorded in ``warehouse``, which also limits the calls to the server; by
-    default both are those of the settings. ``on_progress`` receives a sentence whenever an export makes progress.
+    A bulk export is stored in ``store`` and recorded in ``warehouse``, which also limits the calls to the server; both
+    are built from the settings by default. ``on_progress`` receives a sentence whenever an export makes progress.
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:

@@ -1,4 +1,4 @@
-"""The store of a deployment, and other folders and buckets that its settings name."""
+"""The store of a deployment, and the other folders and buckets of its settings."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def build_bucket(settings: Settings, url: str) -> Bucket:
 
 
 def _client() -> S3Client:
-    # Imported late: boto3 takes longer to import than the whole project.
+    # Imported here, because the import of boto3 takes longer than that of the project.
     from dagster_aws.s3 import S3Resource
 
     return S3Resource(max_attempts=_ATTEMPTS).get_client()

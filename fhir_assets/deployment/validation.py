@@ -1,4 +1,4 @@
-"""The validator of a deployment and the versions of the rules that it applies."""
+"""The validator of a deployment, and the rulesets of its validation and views."""
 
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.fhir.views import ViewSet

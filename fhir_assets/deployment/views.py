@@ -1,4 +1,4 @@
-"""The ViewDefinitions of a deployment: those of the project and those of FHIR_VIEWS."""
+"""The ViewDefinitions of a deployment: the shipped ones and those of FHIR_VIEWS."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The database of a deployment: the one at DB_URL, or the embedded one."""
+"""The database of a deployment: at DB_URL, or embedded."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,8 +16,8 @@ from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 class Warehouse:
     """Opens connections to the database of a deployment. Creating the object opens none.
 
-    A database at DB_URL is migrated by ``migrate`` alone (`fhir-assets migrate`). The embedded database belongs to the
-    deployment: it is started and migrated when it is first opened for writing.
+    Only ``migrate`` (`fhir-assets migrate`) migrates a database at DB_URL. The embedded database is started when it is
+    first opened, and migrated when it is first opened for writing.
 
     ``source_calls`` limits calls of the FHIR server and ``table_loads`` limits loads into the tables, both over all
     processes that share the database.
@@ -61,7 +61,7 @@ class Warehouse:
         return self._cipher
 
     def connect(self) -> AbstractContextManager[connections.Session]:
-        """Lend a session for a ``with`` block; see ``connections.borrow_session``. Raises as ``url`` does."""
+        """Return a session for a ``with`` block; see ``connections.borrow_session``. Raises as ``url`` does."""
         return connections.borrow_session(self.url(), cipher=self.cipher())
 
     def connect_read_only(self) -> connections.Connection:

@@ -1,4 +1,4 @@
-"""Decisions from Consent resources: every rule of privacy/consent.py."""
+"""Decisions from Consent resources, for each rule of privacy/consent.py."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -23,8 +23,8 @@ def consent(provision: dict[str, Any] | None = None, *, scope: str = "patient-pr
     return read_consent(resource, "p")
 
 
-def says(*consents: Consent | None) -> tuple[str | None, str | None]:
-    """The verdicts for sharing and for research."""
+def decide_all(*consents: Consent | None) -> tuple[str | None, str | None]:
+    """Return the verdicts for data sharing and for research."""
     readable = [consent for consent in consents if consent]
     sharing, research = [decide(readable, purpose, NOW) for purpose in Purpose]
     return (sharing.verdict if sharing else None), (research.verdict if research else None)
@@ -76,13 +76,15 @@ DENY: dict[str, Any] = {"type": "deny"}
         (consent({**PERMIT, "period": {"end": "2024-06-15T11:59:59-02:00"}}), ("permit", "permit")),
     ],
 )
-def test_one_consent(given: Consent | None, expected: tuple[str | None, str | None]) -> None:
-    assert says(given) == expected
+def test_a_consent_permits_denies_or_decides_nothing(
+    given: Consent | None, expected: tuple[str | None, str | None]
+) -> None:
+    assert decide_all(given) == expected
 
 
 def test_a_deny_wins_over_a_permit_in_any_order() -> None:
     permit, deny = consent(PERMIT, id="a"), consent(DENY, id="b")
-    assert says(permit, deny) == says(deny, permit) == ("deny", "deny")
+    assert decide_all(permit, deny) == decide_all(deny, permit) == ("deny", "deny")
     assert permit
     assert deny
     decision = decide([permit, deny], SHARING, NOW)

@@ -1,4 +1,4 @@
-"""Encryption: content round-trips with any of the keys; altered content and content of a missing key are refused."""
+"""Encryption: content round-trips with each key; altered content and content of a missing key are refused."""
 
 import io
 import pickle
@@ -60,7 +60,7 @@ def test_altered_bytes_are_refused(position: int) -> None:
         CIPHER.decrypt_and_decompress(bytes(encrypted))
 
 
-def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
+def test_hashes_survive_key_rotations_and_differ_by_purpose_and_deployment() -> None:
     other = Cipher(parse_keys([OLD]), new_secret())
     assert CIPHER.index("MRN-1") == BOTH.index("MRN-1") == ONLY_NEW.index("MRN-1") != other.index("MRN-1")
     assert CIPHER.subject("Patient", "1") == ONLY_NEW.subject("Patient", "1") != other.subject("Patient", "1")
@@ -70,44 +70,44 @@ def test_hashes_outlive_the_keys_and_differ_by_purpose_and_deployment() -> None:
 
 
 def test_a_cipher_is_pickled_with_its_keys_and_its_repr_shows_only_ids() -> None:
-    again = pickle.loads(pickle.dumps(BOTH))
-    assert again.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"
-    assert again.index("x") == BOTH.index("x")
+    unpickled = pickle.loads(pickle.dumps(BOTH))
+    assert unpickled.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"
+    assert unpickled.index("x") == BOTH.index("x")
     for text in (repr(BOTH), str(BOTH.keys)):
         assert NEW not in text
         assert str(BOTH.keys[0].secret)[2:20] not in text
 
 
-def part(content: bytes, cipher: Cipher) -> BinaryIO:
+def build_part(content: bytes, cipher: Cipher) -> BinaryIO:
     return io.BytesIO(MARK + b"".join(encrypt_frames(content, cipher)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 18, (1 << 18) + 1, 3 << 18])
 def test_parts_round_trip_frame_by_frame(size: int) -> None:
     content = bytes(n % 251 for n in range(size))
-    assert decrypt_stream(part(content, CIPHER), BOTH).read() == content
-    assert read_key_id(part(content, CIPHER)) == (CIPHER.key_id if size else None)
+    assert decrypt_stream(build_part(content, CIPHER), BOTH).read() == content
+    assert read_key_id(build_part(content, CIPHER)) == (CIPHER.key_id if size else None)
 
 
-class Pipe(io.BytesIO):
+class UnseekableStream(io.BytesIO):
     def seekable(self) -> bool:
         return False
 
 
-def test_parts_are_read_from_streams_that_cannot_seek() -> None:
-    encrypted = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
-    assert decrypt_stream(Pipe(encrypted), CIPHER).read() == b"x" * 1000
-    assert decrypt_stream(Pipe(b"clear" * 200), CIPHER).read() == b"clear" * 200
+def test_parts_are_read_from_unseekable_streams() -> None:
+    encrypted = cast(io.BytesIO, build_part(b"x" * 1000, CIPHER)).getvalue()
+    assert decrypt_stream(UnseekableStream(encrypted), CIPHER).read() == b"x" * 1000
+    assert decrypt_stream(UnseekableStream(b"clear" * 200), CIPHER).read() == b"clear" * 200
 
 
 def test_a_truncated_part_is_refused() -> None:
-    encrypted = cast(io.BytesIO, part(b"x" * 1000, CIPHER)).getvalue()
+    encrypted = cast(io.BytesIO, build_part(b"x" * 1000, CIPHER)).getvalue()
     with pytest.raises(EOFError):
         decrypt_stream(io.BytesIO(encrypted[:-1]), CIPHER).read()
 
 
 def test_encrypted_parts_are_read_when_the_store_is_not_encrypted() -> None:
-    reading = CIPHER.reading_only()
-    assert not reading.encrypts
-    assert reading.encrypt(b"x") == b"x"
-    assert reading.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"
+    cipher = CIPHER.reading_only()
+    assert not cipher.encrypts
+    assert cipher.encrypt(b"x") == b"x"
+    assert cipher.decrypt_and_decompress(CIPHER.compress_and_encrypt(b"x")) == b"x"

@@ -14,7 +14,7 @@ from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import Settings, load_settings
 
 
-def encoded(secret: bytes) -> str:
+def encode(secret: bytes) -> str:
     return base64.urlsafe_b64encode(secret).decode()
 
 
@@ -23,15 +23,15 @@ def encoded(secret: bytes) -> str:
     [
         "secret",
         "",
-        pytest.param(encoded(os.urandom(16)), id="too-short"),
-        pytest.param(encoded(os.urandom(33)), id="too-long"),
+        pytest.param(encode(os.urandom(16)), id="too-short"),
+        pytest.param(encode(os.urandom(33)), id="too-long"),
         pytest.param(new_key()[:-1], id="cut-off"),
         pytest.param("é" * 44, id="no-ascii"),
-        encoded(bytes(32)),
-        encoded(b"0123456789abcdef" * 2),
-        encoded(bytes(range(32))),
-        encoded(b"this is my very secret password!"),
-        encoded(b"\x01\xfe" * 16),
+        encode(bytes(32)),
+        encode(b"0123456789abcdef" * 2),
+        encode(bytes(range(32))),
+        encode(b"this is my very secret password!"),
+        encode(b"\x01\xfe" * 16),
     ],
 )
 def test_a_malformed_or_weak_key_is_refused_without_being_shown(text: str) -> None:

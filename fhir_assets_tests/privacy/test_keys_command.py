@@ -25,14 +25,14 @@ def deployed(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return database
 
 
-def keys(*arguments: str, code: int = 0) -> str:
+def run_keys(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["keys", *arguments], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.output
 
 
-def status() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(keys("status", "--json"))["keys"]
+def read_status() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(run_keys("status", "--json"))["keys"]
     return rows
 
 
@@ -41,52 +41,56 @@ def fill(url: str, *of_keys: str) -> None:
         load_people(conn, range(20))
 
 
-def test_the_status_says_what_is_in_the_clear_and_what_a_new_key_will_encrypt(
+def test_the_status_counts_unencrypted_resources_that_a_rotation_encrypts(
     deployed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connect(deployed) as conn:
         conn.execute(
-            "INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, resource)"
-            " VALUES ('Patient', 'p', now(), '2024-01-01', 'r', '{}')"
+            """
+            INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, resource)
+            VALUES ('Patient', 'p', now(), '2024-01-01', 'r', '{}')
+            """
         )
         conn.execute(
-            "INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, deleted_at)"
-            " VALUES ('Patient', 'gone', now(), '2024-01-01', 'r', now())"
+            """
+            INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, deleted_at)
+            VALUES ('Patient', 'gone', now(), '2024-01-01', 'r', now())
+            """
         )
-    assert [(row["key"], row["resources"]) for row in status()] == [("in the clear", 1)]
-    assert "Patient data is stored in the clear" in keys("status")
-    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", keys("new").strip())
-    newest, clear = status()
+    assert [(row["key"], row["resources"]) for row in read_status()] == [("in the clear", 1)]
+    assert "Patient data is stored in the clear" in run_keys("status")
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", run_keys("new").strip())
+    newest, clear = read_status()
     assert (newest["set"], newest["newest"], newest["resources"]) == (True, True, 0)
     assert (clear["key"], clear["newest"], clear["resources"]) == ("in the clear", False, 1)
-    assert "In the clear: 1 resources. `fhir-assets keys rotate` encrypts them." in keys("status")
+    assert "In the clear: 1 resources. `fhir-assets keys rotate` encrypts them." in run_keys("status")
 
 
 def test_after_a_rotation_the_older_key_is_no_longer_needed(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(deployed, OLD)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
-    assert f"Key {OLD_ID} is still needed: `fhir-assets keys rotate`" in keys("status")
-    output = keys("rotate")
+    assert f"Key {OLD_ID} is still needed: `fhir-assets keys rotate`" in run_keys("status")
+    output = run_keys("rotate")
     assert f"Encrypted with key {NEW_ID}: 20 resources." in output
     assert f"Key {OLD_ID} is no longer needed: remove it from PHI_ENCRYPTION_KEYS." in output
-    assert output.splitlines()[-1] in keys("status")
-    newest, older = status()
+    assert output.splitlines()[-1] in run_keys("status")
+    newest, older = read_status()
     assert (newest["needed"], older["needed"]) == (True, False)
-    assert f"Last rotation: to key {NEW_ID}, 21 of 21 (100%), ended" in keys("status")
+    assert f"Last rotation: to key {NEW_ID}, 21 of 21 (100%), ended" in run_keys("status")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
-    [only] = status()
+    [only] = read_status()
     assert (only["resources"], only["secret"]) == (20, 1)
-    assert "no longer" not in keys("status")
+    assert "no longer" not in run_keys("status")
 
 
-def test_a_rotation_reports_how_much_was_in_the_clear(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_reports_the_number_of_unencrypted_resources(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(deployed)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
-    assert "Previously stored in the clear: 20 resources." in keys("rotate")
-    assert "In the clear" not in keys("status")
+    assert "Previously stored in the clear: 20 resources." in run_keys("rotate")
+    assert "In the clear" not in run_keys("status")
 
 
-def test_a_missing_key_is_reported_with_the_number_of_resources_and_what_to_do(
+def test_a_missing_key_is_reported_with_its_number_of_resources_and_the_remedy(
     deployed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(deployed, OLD)
@@ -94,8 +98,8 @@ def test_a_missing_key_is_reported_with_the_number_of_resources_and_what_to_do(
         lose(conn, 3, "0badc0de")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
     expected = "Key 0badc0de is missing: it encrypts 3 resources. Add it to the end of PHI_ENCRYPTION_KEYS, then run "
-    assert expected in keys("status")
-    assert expected in keys("rotate", code=1)
+    assert expected in run_keys("status")
+    assert expected in run_keys("rotate", code=1)
 
 
 def test_a_wrong_key_is_refused_before_data_is_read(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +111,6 @@ def test_a_wrong_key_is_refused_before_data_is_read(deployed: str, monkeypatch: 
         assert NEW not in str(refused.exception)
 
 
-def test_a_rotation_without_keys_tells_how_to_create_one(deployed: str) -> None:
+def test_a_rotation_without_keys_names_the_command_that_creates_one(deployed: str) -> None:
     refused = CliRunner().invoke(app, ["keys", "rotate"])
     assert "keys new" in str(refused.exception)

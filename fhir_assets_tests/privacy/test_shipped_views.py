@@ -1,4 +1,4 @@
-"""No shipped view holds a person's name, address, telecom, identifier or comment in the clear, once there are keys."""
+"""With keys, the shipped views store names, addresses, telecoms, identifiers and comments of persons encrypted."""
 
 import json
 import re
@@ -18,41 +18,41 @@ from fhir_assets_tests.support.saturated_resources import saturated_resources
 
 CIPHER = Cipher(parse_keys([new_key()]), new_secret())
 
-PERSONAL = re.compile(
+PERSONAL_DATA = re.compile(
     rb"HumanName\.(?!use)\w+|Address\.(?:text|line|city|district|postalCode)|ContactPoint\.value|Identifier\.value"
     rb"|Annotation\.\w+|Attachment\.(?:url|title|data)"
 )
-"""A string of a saturated resource says where it stands."""
+"""Matches strings of saturated resources: each string contains the path of its element."""
 
-NOBODYS = {"Organization", "Location"}
-"""Houses are no persons: their names and addresses are in the clear."""
+NOT_PERSONS = {"Organization", "Location"}
+"""The types whose names and addresses are not personal data and are stored as clear text."""
 
 
 @cache
-def shipped() -> tuple[View, ...]:
-    """All shipped views, read once."""
+def load_shipped_views() -> tuple[View, ...]:
+    """Return all shipped views, read once."""
     return tuple(build_views(load_settings()).views)
 
 
-def rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:
-    """The rows of each view of a type, as they are copied into its table."""
-    views = [view for view in shipped() if view.resource_type == resource_type]
-    make = RowBuilder(views, cipher)
+def build_view_rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:
+    """Return the rows of each view of a type, as they are copied into its table."""
+    views = [view for view in load_shipped_views() if view.resource_type == resource_type]
+    build_rows = RowBuilder(views, cipher)
     lines = [json.dumps(resource).encode() for resource in saturated_resources(resource_type)]
-    made = make(Batch(lines, "2020-02-03", datetime.now(UTC)))
-    assert made.block, made.rejected
-    return {view.name: texts.text for view, texts in zip(views, made.block.view_lines, strict=True)}
+    built = build_rows(Batch(lines, "2020-02-03", datetime.now(UTC)))
+    assert built.block, built.rejected
+    return {view.name: texts.text for view, texts in zip(views, built.block.view_lines, strict=True)}
 
 
-@pytest.mark.parametrize("resource_type", [each.name for each in CATALOG if each.name not in NOBODYS])
-def test_what_tells_a_person_is_sealed_in_every_view(resource_type: str) -> None:
-    for view, text in rows(resource_type, CIPHER).items():
-        assert set(PERSONAL.findall(text)) == set(), view
+@pytest.mark.parametrize("resource_type", [t.name for t in CATALOG if t.name not in NOT_PERSONS])
+def test_personal_data_is_encrypted_in_every_view(resource_type: str) -> None:
+    for view, text in build_view_rows(resource_type, CIPHER).items():
+        assert set(PERSONAL_DATA.findall(text)) == set(), view
 
 
-def test_without_keys_the_same_would_be_found() -> None:
-    clear = rows("Patient", NO_ENCRYPTION)
-    assert {name for name, text in clear.items() if PERSONAL.search(text)} >= {
+def test_without_keys_personal_data_is_clear_text() -> None:
+    clear = build_view_rows("Patient", NO_ENCRYPTION)
+    assert {name for name, text in clear.items() if PERSONAL_DATA.search(text)} >= {
         "patient",
         "patient_name",
         "patient_address",

@@ -30,7 +30,7 @@ def test_a_large_part_is_uploaded_in_pieces_and_read_back_complete(bucket: Bucke
         assert stream.read() == content[1000:]
 
 
-class _Breaks:
+class _BreakingBody:
     """A body whose connection breaks after some bytes, once."""
 
     def __init__(self, body: Any, after: int) -> None:
@@ -53,20 +53,20 @@ def test_a_stream_resumes_after_a_broken_connection_or_raises_an_error(
 ) -> None:
     content = os.urandom(1 << 20)
     bucket.put("x", content)
-    get, asked = bucket.client.get_object, []
+    get_object, ranges = bucket.client.get_object, []
 
-    def breaking(**request: Any) -> Any:
-        asked.append(request.get("Range"))
-        answer = get(**request)
-        if len(asked) <= times:
-            answer["Body"] = _Breaks(answer["Body"], 100_000 if len(asked) < 3 else 0)
-        return answer
+    def get_breaking_object(**request: Any) -> Any:
+        ranges.append(request.get("Range"))
+        response = get_object(**request)
+        if len(ranges) <= times:
+            response["Body"] = _BreakingBody(response["Body"], 100_000 if len(ranges) < 3 else 0)
+        return response
 
-    monkeypatch.setattr(bucket.client, "get_object", breaking)
+    monkeypatch.setattr(bucket.client, "get_object", get_breaking_object)
     with bucket.open("x") as stream:
         if times == 3:
             assert stream.read() == content
-            assert asked == [None, "bytes=100000-", "bytes=200000-", "bytes=200000-"]
+            assert ranges == [None, "bytes=100000-", "bytes=200000-", "bytes=200000-"]
         else:
             with pytest.raises(StoreError, match="broke repeatedly"):
                 stream.read()
@@ -74,11 +74,11 @@ def test_a_stream_resumes_after_a_broken_connection_or_raises_an_error(
 
 def test_an_object_that_changes_during_a_read_is_an_error(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("x", b"a" * 1000)
-    get = bucket.client.get_object
+    get_object = bucket.client.get_object
     monkeypatch.setattr(
         bucket.client,
         "get_object",
-        lambda **request: {**(answer := get(**request)), "Body": _Breaks(answer["Body"], 10)},
+        lambda **request: {**(response := get_object(**request)), "Body": _BreakingBody(response["Body"], 10)},
     )
     with bucket.open("x") as stream:
         bucket.put("x", b"b" * 1000)
@@ -98,14 +98,14 @@ def test_encryption_settings_are_sent_with_every_write(s3_url: str, tmp_path: Pa
         assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "alias/x")
 
 
-def explained(url: str) -> FhirAssetsError:
+def catch_store_error(url: str) -> FhirAssetsError:
     with pytest.raises(FhirAssetsError) as caught:
         build_store(load_settings(fhir_store_url=url)).manifest("raw", "Patient", "k")
     return caught.value
 
 
 def test_a_missing_bucket_is_a_configuration_error(s3_url: str) -> None:
-    error = explained("s3://no-such-bucket-here/x")
+    error = catch_store_error("s3://no-such-bucket-here/x")
     assert isinstance(error, ConfigurationError)
     assert str(error) == "there is no bucket no-such-bucket-here: create it, or correct s3://no-such-bucket-here/x"
 
@@ -118,19 +118,17 @@ def test_missing_credentials_are_a_configuration_error(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    error = explained(s3_url)
+    error = catch_store_error(s3_url)
     assert isinstance(error, ConfigurationError)
     assert "AWS_ACCESS_KEY_ID" in str(error)
 
 
-def test_an_endpoint_that_does_not_answer_is_named_by_its_variable(
-    s3_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_for_an_unreachable_endpoint_names_its_variable(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         monkeypatch.setattr("fhir_assets.deployment.store._ATTEMPTS", 1)
-        error = explained(s3_url)
+        error = catch_store_error(s3_url)
     assert isinstance(error, StoreError)
     assert "AWS_ENDPOINT_URL" in str(error)
 

@@ -1,3 +1,5 @@
+"""The store in a folder and in a bucket: parts, manifests, damage and unfinished files."""
+
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,10 +26,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return open_store(url, NO_ENCRYPTION, bucket=lambda url: build_bucket(load_settings(), url))
 
 
-def files(store: Store) -> list[str]:
-    """Everything that the store holds, and what still grows on the way there."""
-    growing = [path.name for path in store.blobs.spool().iterdir()]
-    return sorted({*store.blobs.names(""), *growing})
+def list_files(store: Store) -> list[str]:
+    """Return the files of the store and of its spool."""
+    spooled = [path.name for path in store.blobs.spool().iterdir()]
+    return sorted({*store.blobs.names(""), *spooled})
 
 
 def lines(count: int, size: int = 40) -> list[bytes]:
@@ -74,8 +76,8 @@ def test_nothing_is_visible_before_the_commit(store: Store) -> None:
 def test_a_writer_that_is_not_finished_leaves_no_files(store: Store) -> None:
     with PartWriter(store, "raw", buffer_bytes=1) as writer:
         writer.add("Patient", "k", b"{}", None)
-        assert files(store)
-    assert files(store) == []
+        assert list_files(store)
+    assert list_files(store) == []
 
 
 def test_names_are_listed_below_their_folder_and_deleted_by_name(store: Store) -> None:
@@ -94,7 +96,7 @@ def test_manifests_are_returned_in_the_order_of_their_keys(store: Store) -> None
     assert [manifest.rows for manifest in store.manifests("raw", "Patient", keys)] == list(range(20))
 
 
-def test_a_manifest_keeps_every_fact(store: Store) -> None:
+def test_a_manifest_is_read_back_unchanged(store: Store) -> None:
     fetch = Fetch(None, NOW, NOW, 10, 9, 1, 2)
     manifest = Manifest("raw", "Patient", "k", "run", NOW, (), fetched=Fetched(NOW, False, (fetch,), "state"))
     store.commit([manifest])
@@ -125,7 +127,7 @@ def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, 
     ("layer", "advice"),
     [("raw", "keep the parts beside it.* ops.received lists"), ("validated", "materialize the partition again")],
 )
-def test_the_error_for_a_damaged_manifest_says_how_to_keep_the_parts(store: Store, layer: str, advice: str) -> None:
+def test_the_error_for_a_damaged_manifest_explains_how_to_keep_the_parts(store: Store, layer: str, advice: str) -> None:
     store.blobs.put(f"{layer}/patient/k/manifest.json", b"{")
     with pytest.raises(StoreError, match=rf"{layer}/patient/k/manifest\.json is damaged: .*{advice}"):
         store.manifest(layer, "Patient", "k")
@@ -142,24 +144,24 @@ def test_an_unknown_scheme_is_refused() -> None:
         open_store("ftp://somewhere", NO_ENCRYPTION)
 
 
-def test_unfinished_files_of_a_killed_run_are_ignored_and_found_as_garbage(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_killed_run_are_ignored_and_listed_as_unreferenced(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), NO_ENCRYPTION)
     manifest = write(store, "2024-01-01", lines(1))
-    left = "raw/patient/2024-01-01/.manifest.json.0a1b.tmp"
-    (tmp_path / left).write_bytes(b"{")
+    unfinished = "raw/patient/2024-01-01/.manifest.json.0a1b.tmp"
+    (tmp_path / unfinished).write_bytes(b"{")
     assert store.manifest("raw", "Patient", "2024-01-01") == manifest
     assert store.partition_keys("raw", "Patient") == ["2024-01-01"]
     later = datetime.now(UTC) + timedelta(hours=1)
-    assert [part.name for part in find_unreferenced_parts(store, "raw", before=later)] == [left]
+    assert [part.name for part in find_unreferenced_parts(store, "raw", before=later)] == [unfinished]
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path), NO_ENCRYPTION)
 
-    def full(file: int) -> None:
+    def fail_with_full_disk(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_with_full_disk)
     with pytest.raises(StoreError, match="No space left"):
         store.blobs.put("raw/patient/2024-01-01/manifest.json", b"{}")
-    assert files(store) == []
+    assert list_files(store) == []

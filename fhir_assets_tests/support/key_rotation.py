@@ -68,22 +68,23 @@ CORRECTED = b'{"id": "bad", "name": [{"family": "Smith"}]}'
 def fill(conn: Session, store: Store, people: int = 30) -> None:
     """Something in every place."""
     load_people(conn, range(people))
-    compress_and_encrypt = cipher_of(conn)
-    body = (
-        as_json(compress_and_encrypt.compress_and_encrypt(b'{"id": "held-Smith"}')).decode()
-        if compress_and_encrypt.encrypts
-        else '{"id": "held-Smith"}'
-    )
+    cipher = cipher_of(conn)
+    clear = b'{"id": "held-Smith"}'
+    body = as_json(cipher.compress_and_encrypt(clear)).decode() if cipher.encrypts else clear.decode()
     for number in range(3):
         conn.execute(
-            "INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, key_id, patients, resource)"
-            " VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)",
-            [f"w{number}", DAY, compress_and_encrypt.key_id, body],
+            """
+            INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, key_id, patients, resource)
+            VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)
+            """,
+            [f"w{number}", DAY, cipher.key_id, body],
         )
     conn.execute(
-        "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, key_id)"
-        " VALUES ('c', 'p', now(), %s::jsonb, %s)",
-        [body, compress_and_encrypt.key_id],
+        """
+        INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, key_id)
+        VALUES ('c', 'p', now(), %s::jsonb, %s)
+        """,
+        [body, cipher.key_id],
     )
     dead_letters.record(conn, "run", [LETTER])
     [(letter,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()

@@ -12,11 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
-from fhir_assets.warehouse.postgres.db import embedded
+from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.postgres.db import embedded, migrations
 from fhir_assets.warehouse.postgres.db.connections import connect
 
-_JOIN = """
+_PRINT_URL = """
 import sys
 from pathlib import Path
 from fhir_assets.warehouse.postgres.db import embedded
@@ -40,13 +42,13 @@ def _server_pid(url: str) -> int:
 
 
 def test_processes_that_start_together_share_one_server_and_leave_it_running(home: Path) -> None:
-    def join(_: int) -> str:
+    def print_url(_: int) -> str:
         return subprocess.run(
-            [sys.executable, "-c", _JOIN, str(home)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", _PRINT_URL, str(home)], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     with ThreadPoolExecutor(3) as pool:
-        urls = set(pool.map(join, range(3)))
+        urls = set(pool.map(print_url, range(3)))
     assert urls == {embedded.ensure(home)}
     assert embedded.is_running(home)
 
@@ -57,18 +59,29 @@ def test_both_databases_exist(home: Path) -> None:
             assert conn.execute("SELECT current_database()").fetchone() == (name,)
 
 
+def test_a_read_only_connection_to_an_old_schema_is_an_error_that_names_the_command_to_migrate(home: Path) -> None:
+    url = embedded.ensure(home)
+    migrations.upgrade(url)
+    with connect(url) as conn:
+        conn.execute("UPDATE ops.alembic_version SET version_num = '0001'")
+    warehouse = Warehouse(load_settings(db_url=None, fhir_assets_home=home))
+    with pytest.raises(ConfigurationError, match=r"at revision 0001, .*: run `fhir-assets migrate`"):
+        warehouse.connect_read_only()
+    assert migrations.read_revision(url) == "0001"
+
+
 def test_committed_rows_survive_kill_9(home: Path) -> None:
     url = embedded.ensure(home)
     with connect(url) as conn:
         conn.execute("SET LOCAL synchronous_commit = on")
-        conn.execute("CREATE TABLE kept AS SELECT 1 AS x")
+        conn.execute("CREATE TABLE committed AS SELECT 1 AS x")
     os.kill(_server_pid(url), signal.SIGKILL)
     with connect(embedded.ensure(home)) as conn:
-        assert conn.execute("SELECT x FROM kept").fetchone() == (1,)
+        assert conn.execute("SELECT x FROM committed").fetchone() == (1,)
 
 
-def test_a_pid_file_that_names_another_living_program_does_not_matter(home: Path) -> None:
-    """As after a reboot, or in a new container, where numbers are used again."""
+def test_a_pid_file_with_the_id_of_another_running_program_is_ignored(home: Path) -> None:
+    """Process ids are reused after a reboot and in a new container."""
     embedded.ensure(home)
     embedded.stop(home)
     data = home.resolve() / "postgres"
@@ -77,7 +90,7 @@ def test_a_pid_file_that_names_another_living_program_does_not_matter(home: Path
         assert conn.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_a_server_in_use_is_not_stopped_unless_asked_to(home: Path) -> None:
+def test_a_server_with_connections_is_stopped_only_without_only_if_unused(home: Path) -> None:
     with connect(embedded.ensure(home)):
         assert not embedded.stop(home, only_if_unused=True)
         assert embedded.is_running(home)
@@ -86,22 +99,22 @@ def test_a_server_in_use_is_not_stopped_unless_asked_to(home: Path) -> None:
 
 
 def test_a_folder_too_long_for_a_socket_with_blanks_and_quotes_works(home: Path) -> None:
-    long = home / ("it's a long folder " + "x" * 90)
+    long_home = home / ("it's a long folder " + "x" * 90)
     try:
-        with connect(embedded.ensure(long)) as conn:
+        with connect(embedded.ensure(long_home)) as conn:
             assert conn.execute("SELECT 1").fetchone() == (1,)
-            sockets = Path(conn.info.host)
-        assert len(str(sockets)) < 100
+            socket_folder = Path(conn.info.host)
+        assert len(str(socket_folder)) < 100
     finally:
-        embedded.stop(long)
-    assert not sockets.exists()
+        embedded.stop(long_home)
+    assert not socket_folder.exists()
 
 
 def test_an_interrupted_first_start_is_repeated(home: Path) -> None:
     home.mkdir()
-    half = home / "postgres-broken"
-    half.mkdir()
-    (half / "PG_VERSION").write_text("18")
+    interrupted = home / "postgres-interrupted"
+    interrupted.mkdir()
+    (interrupted / "PG_VERSION").write_text("18")
     assert embedded.ensure(home)
 
 
@@ -110,8 +123,8 @@ def test_only_the_owner_reaches_the_socket(home: Path) -> None:
     assert (home / "postgres").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_the_data_folder_is_elsewhere_if_the_servers_user_cannot_reach_the_home(home: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
+def test_the_home_links_to_the_data_folder_if_the_servers_user_cannot_access_the_home(home: Path) -> None:
     home.mkdir(mode=0o700)
     url = embedded.ensure(home)
     assert (home / "postgres").is_symlink()
@@ -133,7 +146,7 @@ def test_a_home_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) 
         embedded.ensure(file / "home")
 
 
-def test_a_damaged_data_folder_is_a_clear_error(home: Path) -> None:
+def test_a_damaged_data_folder_is_an_error_that_names_the_failed_program(home: Path) -> None:
     embedded.ensure(home)
     embedded.stop(home)
     (home / "postgres" / "global" / "pg_control").unlink()

@@ -32,39 +32,39 @@ User = Callable[[str], str]
 
 @pytest.fixture
 def user(database: str) -> Iterator[User]:
-    """The URL of the database for a fresh user that has a role."""
-    made = []
+    """A function that creates a user with a role and returns the URL of the database for that user."""
+    created = []
 
-    def make(role: str) -> str:
+    def create(role: str) -> str:
         name = f"user_{uuid.uuid4().hex}"
         with connect(database, autocommit=True) as conn:
             conn.execute(sql.SQL("CREATE ROLE {} LOGIN IN ROLE {}").format(sql.Identifier(name), sql.Identifier(role)))
-        made.append(name)
+        created.append(name)
         return database.replace("postgres@", f"{name}@")
 
-    yield make
+    yield create
     with connect(database, autocommit=True) as conn:
-        for name in made:
+        for name in created:
             conn.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(name)))
             conn.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
 
 
 @pytest.fixture
 def filled(database: str, tmp_path: Path) -> str:
-    """Something in every table, the views' made by the owner."""
-    cipher = keyring(database)
+    """The URL of a database with rows in every table. The owner created the tables of views."""
+    cipher = unlock(database)
     with connect(database, cipher=cipher) as conn:
         fill(conn, store_at(tmp_path, cipher), people=3)
         audit_log.record(conn, AuditRecord("read", "test"))
     return database
 
 
-def keyring(url: str) -> Cipher:
+def unlock(url: str) -> Cipher:
     with connect(url) as conn:
         return encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
 
 
-def refused(url: str, statement: str) -> bool:
+def is_refused(url: str, statement: str) -> bool:
     with closing(connect(url)) as conn:
         try:
             conn.execute(statement.encode())
@@ -73,9 +73,14 @@ def refused(url: str, statement: str) -> bool:
     return False
 
 
-def ops_tables(conn: Connection) -> list[str]:
+def list_ops_tables(conn: Connection) -> list[str]:
     rows = conn.execute(
-        "SELECT relname FROM pg_class WHERE relnamespace = 'ops'::regnamespace AND relkind IN ('r', 'v')"
+        """
+        SELECT relname
+        FROM pg_class
+        WHERE relnamespace = 'ops'::regnamespace
+        AND relkind IN ('r', 'v')
+        """
     )
     return [name for (name,) in rows]
 
@@ -95,12 +100,12 @@ def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: Us
         "TRUNCATE fhir.patient",
         "CREATE TABLE fhir.mine (x int)",
     ):
-        assert refused(url, statement), statement
+        assert is_refused(url, statement), statement
 
 
-def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient(filled: str, user: User) -> None:
+def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient_data(filled: str, user: User) -> None:
     url = user(roles.OPERATOR)
-    with connect(url, cipher=keyring(filled)) as conn:
+    with connect(url, cipher=unlock(filled)) as conn:
         assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
         assert [dead_letter.rule for dead_letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
         replays.request_replay(conn, Selection())
@@ -116,7 +121,7 @@ def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient(filled: 
         "DELETE FROM ops.ingestion_runs",
         "UPDATE ops.checkpoints SET loaded_until = now()",
     ):
-        assert refused(url, statement), statement
+        assert is_refused(url, statement), statement
 
 
 def test_an_operator_without_keys_lists_runs_and_dead_letters_and_cannot_decrypt_them(
@@ -131,13 +136,13 @@ def test_an_operator_without_keys_lists_runs_and_dead_letters_and_cannot_decrypt
 
 def test_a_loader_may_load_correct_delete_and_create_tables(filled: str, user: User) -> None:
     url = user(roles.LOADER)
-    cipher = keyring(url)
+    cipher = unlock(url)
     with connect(url, cipher=cipher) as conn:
         load_people(conn, range(2, 6), version="2", updated="2024-02-01T00:00:00Z")
         load(conn, patient("other"), views=(view("patient_more", "Patient", column("gender", "gender", "code")),))
         dead_letters.record(conn, "run", [DeadLetter("Patient", "x", "load", "r", "", "", b"x", "2024-01-01")])
-        gone = deletions.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
-        assert deletions.apply(conn, [gone], run_id="run").deleted == {"Patient": 1}
+        deletion = deletions.Deletion("Patient", "p00000", patient("p").as_of.replace(year=2025))
+        assert deletions.apply(conn, [deletion], run_id="run").deleted == {"Patient": 1}
         conn.commit()
         assert audit_log.find_fault(conn) is None
     for statement in (
@@ -148,7 +153,7 @@ def test_a_loader_may_load_correct_delete_and_create_tables(filled: str, user: U
         "DROP TABLE fhir.resource_patient",
         "TRUNCATE fhir.resource",
     ):
-        assert refused(url, statement), statement
+        assert is_refused(url, statement), statement
 
 
 @pytest.mark.parametrize("role", [roles.LOADER, roles.OPERATOR])
@@ -163,7 +168,7 @@ def test_no_role_has_rights_to_change_the_audit_log(filled: str, user: User, rol
         "ALTER TABLE ops.audit_log DISABLE TRIGGER ALL",
         "DROP TABLE ops.audit_log",
     ):
-        assert refused(url, statement), statement
+        assert is_refused(url, statement), statement
 
 
 def test_a_table_that_a_loader_creates_is_shared_with_readers_and_other_loaders(database: str, user: User) -> None:
@@ -205,13 +210,13 @@ def test_every_table_of_schema_ops_has_grants(conn: Connection) -> None:
     conn.execute("CREATE TABLE ops.a_new_one (x int)")
     roles.grant_rights(conn)
     for role in (roles.LOADER, roles.OPERATOR):
-        for name in ops_tables(conn):
+        for name in list_ops_tables(conn):
             row = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, f"ops.{name}"]).fetchone()
             hidden = role == roles.OPERATOR and name in ("withheld", "consent_records", "idempotency")
             assert row == (not hidden,), (role, name)
 
 
-def test_rights_that_were_granted_by_hand_are_revoked(conn: Connection) -> None:
+def test_other_rights_are_revoked(conn: Connection) -> None:
     conn.execute("GRANT UPDATE ON ops.audit_log TO fhir_loader")
     roles.grant_rights(conn)
     assert conn.execute("SELECT has_table_privilege('fhir_loader', 'ops.audit_log', 'UPDATE')").fetchone() == (False,)
@@ -242,7 +247,7 @@ def test_a_migration_without_the_right_to_create_roles_continues_with_a_warning(
 
 @pytest.fixture
 def own_server() -> Iterator[str]:
-    """The URL of a Postgres without our roles, with a database of a user who may make none."""
+    """The URL of a Postgres without the group roles, with a database whose owner may not create roles."""
     home = Path(tempfile.mkdtemp(prefix="fhir_assets_test_roles_"))
     home.chmod(0o711)
     try:

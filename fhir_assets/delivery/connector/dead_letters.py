@@ -1,6 +1,6 @@
 """The repository of ``health.fhir_dlq``: changes that the FHIR server refused, to be listed, replayed or discarded.
 
-A replay sends the row as it is at the time of the replay, so that it never restores an older state.
+A replay sends the current row, so that it never restores an older state.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def find(
 def replay(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = None) -> int:
     """Put open dead changes back into the outbox and return their number.
 
-    ``ids`` None selects all open ones, or those with ``reason``.
+    ``ids`` None selects all open dead changes, or only those with ``reason``.
     """
     with conn.transaction():
         settled = _settle(conn, ids, reason, "replayed")

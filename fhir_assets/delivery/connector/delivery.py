@@ -1,4 +1,4 @@
-"""Decides which requests a change needs. Delivering a change twice, or again after a crash, has the same result.
+"""Sends the requests that a change needs. Delivery is idempotent: a repetition, also after a crash, changes nothing.
 
 A record is addressed on the server by its identifier (conditional update and delete,
 https://hl7.org/fhir/R4/http.html#cond-update). If the identifier itself changed, the record is addressed by the id of
@@ -16,7 +16,7 @@ from fhir_assets.delivery.connector.settle import Acknowledged
 from fhir_assets.fhir.validation import Validator
 
 _ABSENT = frozenset({404, 410})
-_SERVER_OWN = ("id", "meta", "text")
+_SERVER_ELEMENTS = ("id", "meta", "text")
 
 
 class Delivery:
@@ -35,23 +35,25 @@ class Delivery:
         source = self._sources[change.claim.source]
         if change.row is None:
             return self._remove(source, change)
-        identifier = source.identifier_of(change.row)
+        identifier = source.read_identifier(change.row)
         if identifier is None:
             raise PermanentFailure(
                 "no-identifier",
                 f"the row has no {source.identifier.system} or no {source.identifier.value}: "
-                "set both, and the row is delivered by its next change",
+                "set both, then the row is delivered",
             )
-        resource = source.to_resource(change.row, change.children)
+        resource = source.build_resource(change.row, change.children)
         self._check(resource)
         return self._put(source, change, identifier, resource)
 
     def _put(self, source: Source, change: Change, identifier: Identifier, resource: dict[str, Any]) -> Acknowledged:
-        place = self._place(source, change, identifier)
-        if change.claim.attempts > 1 and (found := self._find(source, identifier, resource, place)) is not None:
-            return Acknowledged(change, "found", Delivered(found, identifier))
-        if place is not None:
-            reply = self._put_by_id(source, place, resource)
+        target_id = self._find_renamed(source, change, identifier)
+        if change.claim.attempts > 1:
+            delivered_id = self._find_delivered(source, identifier, resource, target_id)
+            if delivered_id is not None:
+                return Acknowledged(change, "found", Delivered(delivered_id, identifier))
+        if target_id is not None:
+            reply = self._put_by_id(source, target_id, resource)
         else:
             try:
                 reply = self._put_by_identifier(source, identifier, resource)
@@ -61,10 +63,10 @@ class Delivery:
                     raise
                 reply = self._put_by_id(source, known, resource)
         outcome = "created" if reply.status == 201 else "updated"
-        return Acknowledged(change, outcome, Delivered(_resource_id(source, reply) or place, identifier))
+        return Acknowledged(change, outcome, Delivered(_read_resource_id(source, reply) or target_id, identifier))
 
-    def _place(self, source: Source, change: Change, identifier: Identifier) -> str | None:
-        """Return the id of the resource to update if the server knows it by another identifier.
+    def _find_renamed(self, source: Source, change: Change, identifier: Identifier) -> str | None:
+        """Return the id of the resource to update if it still has another identifier on the server.
 
         None means that the record is addressed by its current identifier.
         """
@@ -74,8 +76,8 @@ class Delivery:
         if change.delivered is not None and not change.shared:
             formers.add(change.delivered.identifier)
         for former in sorted(formers - {identifier}, key=lambda i: i.token):
-            if len(found := self._search(source, former)) == 1:
-                return str(found[0]["id"])
+            if len(matches := self._search(source, former)) == 1:
+                return str(matches[0]["id"])
         return None
 
     def _remove(self, source: Source, change: Change) -> Acknowledged:
@@ -110,21 +112,23 @@ class Delivery:
         body = orjson.dumps({**resource, "id": resource_id})
         return self._server.call("PUT", f"{source.resource_type}/{resource_id}", body=body)
 
-    def _find(self, source: Source, identifier: Identifier, resource: dict[str, Any], place: str | None) -> str | None:
-        """Return the id of the server's resource if it has exactly this content: an earlier attempt arrived."""
-        if place is None:
-            found = self._search(source, identifier)
+    def _find_delivered(
+        self, source: Source, identifier: Identifier, resource: dict[str, Any], target_id: str | None
+    ) -> str | None:
+        """Return the id of the server's resource if an earlier attempt gave it this content, else None."""
+        if target_id is None:
+            matches = self._search(source, identifier)
         else:
-            reply = self._server.call("GET", f"{source.resource_type}/{place}", absent=_ABSENT)
-            found = [reply.body] if reply.status == 200 and isinstance(reply.body, dict) else []
-        if len(found) == 1 and _content(found[0]) == _content(resource):
-            return str(found[0]["id"])
+            reply = self._server.call("GET", f"{source.resource_type}/{target_id}", absent=_ABSENT)
+            matches = [reply.body] if reply.status == 200 and isinstance(reply.body, dict) else []
+        if len(matches) == 1 and _without_server_elements(matches[0]) == _without_server_elements(resource):
+            return str(matches[0]["id"])
         return None
 
     def _search(self, source: Source, identifier: Identifier) -> list[dict[str, Any]]:
         reply = self._server.call("GET", source.resource_type, query={"identifier": identifier.token})
         if not isinstance(reply.body, dict) or reply.body.get("resourceType") != "Bundle":
-            raise TransientFailure("not-fhir", "the answer to a search is not a Bundle", server_wide=False)
+            raise TransientFailure("not-fhir", "the response to a search is not a Bundle", server_wide=False)
         resources = [entry.get("resource") for entry in reply.body.get("entry", [])]
         return [r for r in resources if isinstance(r, dict) and r.get("resourceType") == source.resource_type]
 
@@ -132,20 +136,20 @@ class Delivery:
         verdict = self._validator.check(orjson.dumps(resource))
         if not verdict.valid:
             errors = [issue for issue in verdict.issues if issue.severity == "error"]
-            found = ", ".join(sorted({f"{issue.rule} at {issue.path}" for issue in errors})[:3])
-            raise PermanentFailure("invalid", f"the row makes a resource that R4 does not allow: {found}")
+            rules = ", ".join(sorted({f"{issue.rule} at {issue.path}" for issue in errors})[:3])
+            raise PermanentFailure("invalid", f"the resource of the row is invalid in R4: {rules}")
 
 
-def _resource_id(source: Source, reply: Reply) -> str | None:
+def _read_resource_id(source: Source, reply: Reply) -> str | None:
     for header in ("Location", "Content-Location"):
         parts = (reply.headers.get(header) or "").split("/")
         if source.resource_type in parts[:-1]:
             return parts[len(parts) - parts[::-1].index(source.resource_type)]
     if isinstance(reply.body, dict) and reply.body.get("resourceType") == source.resource_type:
-        found = reply.body.get("id")
-        return found if isinstance(found, str) else None
+        resource_id = reply.body.get("id")
+        return resource_id if isinstance(resource_id, str) else None
     return None
 
 
-def _content(resource: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in resource.items() if name not in _SERVER_OWN}
+def _without_server_elements(resource: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in resource.items() if name not in _SERVER_ELEMENTS}

@@ -7,7 +7,7 @@ A template has the shape of the resource. Its placeholders are
 - ``{"$code": column, "codes": {…}, "else": …}``: a code, looked up by the lower-case value of a column;
 - ``{"$unless": column, "value": …}``: a value that is used if the column is NULL.
 
-Empty values are omitted, and so is an object with placeholders if all of them are empty, whatever constants it has.
+Empty values are omitted. An object whose placeholders are all empty is omitted too, also if it contains constants.
 Equal entries of a list are merged.
 """
 
@@ -62,14 +62,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"r
     resource: dict[str, Any]
     children: dict[str, Child] = {}
 
-    def identifier_of(self, row: Row) -> Identifier | None:
+    def read_identifier(self, row: Row) -> Identifier | None:
         """Return the identifier of a row; None if its system or its value is empty."""
         system, value = row.get(self.identifier.system), row.get(self.identifier.value)
         if not system or not value or not str(system).strip() or not str(value).strip():
             return None
         return Identifier(str(system), str(value))
 
-    def to_resource(self, row: Row, children: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    def build_resource(self, row: Row, children: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
         """Return the FHIR resource, without an id, of a row and its child rows."""
         elements, _ = _fill(self.resource, row, children)
         return {"resourceType": self.resource_type, **(elements or {})}
@@ -80,7 +80,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_mapping(path: Path = BUILT_IN) -> dict[str, Source]:
-    """Return the sources of a mapping file by name. Raises ConfigurationError that names the fault and its place."""
+    """Return the sources of a mapping file by name. Raises ConfigurationError with the error and its path."""
     try:
         sources = msgspec.json.decode(path.read_bytes(), type=_File).sources
     except OSError as error:
@@ -90,7 +90,7 @@ def load_mapping(path: Path = BUILT_IN) -> dict[str, Source]:
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ConfigurationError(f"the mapping {path} is not valid: {error}") from None
     for source in sources:
-        for name in _children_named(source.resource):
+        for name in _list_child_names(source.resource):
             if name not in source.children:
                 raise ConfigurationError(
                     f"the mapping {path}: source {source.name} has no child {name!r}, which its template uses"
@@ -98,24 +98,24 @@ def load_mapping(path: Path = BUILT_IN) -> dict[str, Source]:
     return {source.name: source for source in sources}
 
 
-def columns(template: object) -> set[str]:
+def list_columns(template: object) -> set[str]:
     """Return the names of the columns that a template reads, including those of child tables."""
     if isinstance(template, str):
         return {template[1:]} if template.startswith("$") else set()
     if isinstance(template, list):
-        return set().union(*(columns(part) for part in template))
+        return set().union(*(list_columns(part) for part in template))
     if isinstance(template, dict):
         named = {template[key] for key in ("$code", "$unless") if key in template}
-        return named.union(*(columns(part) for key, part in template.items() if not key.startswith("$")))
+        return named.union(*(list_columns(part) for key, part in template.items() if not key.startswith("$")))
     return set()
 
 
-def _children_named(template: object) -> set[str]:
+def _list_child_names(template: object) -> set[str]:
     if isinstance(template, list):
-        return set().union(*(_children_named(part) for part in template))
+        return set().union(*(_list_child_names(part) for part in template))
     if isinstance(template, dict):
         own = {template["$each"]} if "$each" in template else set()
-        return own.union(*(_children_named(part) for part in template.values()))
+        return own.union(*(_list_child_names(part) for part in template.values()))
     return set()
 
 
@@ -163,7 +163,7 @@ def _fill_object(template: dict[str, Any], row: Row, children: Mapping[str, Sequ
             any_column |= has_column
             if value is not None:
                 filled[name] = value
-    if any_column or not columns(template):
+    if any_column or not list_columns(template):
         return filled or None, any_column
     return None, False
 

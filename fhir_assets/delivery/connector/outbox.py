@@ -1,4 +1,4 @@
-"""The repository of ``health.fhir_outbox``: events are claimed, locked and read. Callers pass their connection.
+"""The repository of ``health.fhir_outbox``: claims, locks and reads events. Callers pass their connection.
 
 A connector has a number and holds an advisory lock on it. Postgres releases the lock when the connection ends, so the
 claims of a killed connector are free at once, without a timeout. The same connection locks the identifiers that are
@@ -16,17 +16,15 @@ from psycopg import sql
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
+from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 
 CHANNEL = "fhir_outbox"
 
-Connect = OpenSession
-
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A record that only this connector works on: its oldest waiting event, and how often that event was claimed."""
+    """A record that only this connector processes: its oldest waiting event and the number of claims of that event."""
 
     event_id: int
     source: str
@@ -44,13 +42,14 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The current state of a claimed record, and all of its events that this state includes.
+    """The current state of a claimed record, and the events that this state includes.
 
     Attributes:
         row: The row of the main table; None if it was deleted.
-        formers: Earlier identifiers of the record that no other row has now.
+        formers: Former identifiers of the record that no row has now.
         shared: Whether another row has the identifier under which the record was delivered.
-        contested: Whether the record's identifier still belongs to the resource of another record, whose change waits.
+        contested: Whether the resource of another record still has the record's identifier, because a change of the
+            other record is not delivered yet.
 
     """
 
@@ -88,7 +87,7 @@ def is_installed(conn: Connection) -> bool:
 
 
 def enqueue_existing(conn: Connection, source: Source) -> int:
-    """Insert an event for every row that was never delivered and does not wait. Returns the number of events."""
+    """Insert an event for every row that was never delivered and does not wait. Return the number of events."""
     table = sql.Identifier(*source.table.split("."))
     key = sql.Identifier(source.key)
     with conn.transaction():
@@ -117,8 +116,8 @@ def listen(conn: Connection) -> None:
     conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
 
 
-def enlist(conn: Connection) -> int:
-    """Return a number for this connector, locked until the connection ends."""
+def register_connector(conn: Connection) -> int:
+    """Return a new number for this connector, locked until the connection ends."""
     row = conn.execute("SELECT nextval('health.fhir_connector_number')").fetchone()
     assert row is not None
     conn.execute("SELECT pg_advisory_lock(%s, %s)", [advisory_locks.CONNECTOR, row[0]])
@@ -126,7 +125,7 @@ def enlist(conn: Connection) -> int:
 
 
 def release_orphans(conn: Connection) -> int:
-    """Release the claims of connectors that ended without releasing them. Returns the number of records."""
+    """Release the claims of connectors that ended without releasing them. Return the number of records."""
     return conn.execute(
         """
         UPDATE health.fhir_outbox
@@ -145,16 +144,20 @@ def release_orphans(conn: Connection) -> int:
 
 
 _CLAIM = """
-    UPDATE health.fhir_outbox SET claimed_by = %(number)s, attempts = attempts + 1
+    UPDATE health.fhir_outbox
+    SET claimed_by = %(number)s, attempts = attempts + 1
     WHERE id IN (
-        SELECT id FROM health.fhir_outbox o
+        SELECT id
+        FROM health.fhir_outbox o
         WHERE processed_at IS NULL AND claimed_by IS NULL AND next_retry_at <= now() AND source = ANY(%(sources)s)
         AND NOT EXISTS (
             SELECT FROM health.fhir_outbox e
             WHERE e.source = o.source AND e.record_id = o.record_id AND e.processed_at IS NULL
             AND (e.id < o.id OR e.claimed_by IS NOT NULL)
         )
-        ORDER BY next_retry_at, id LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+        ORDER BY next_retry_at, id
+        LIMIT %(limit)s
+        FOR UPDATE SKIP LOCKED
     )
     RETURNING id, source, record_id, attempts
 """
@@ -171,9 +174,9 @@ def claim(conn: Connection, number: int, sources: Sequence[str], limit: int) -> 
 
 
 def lock_identifiers(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, dict[int, bool]]:
-    """Try to lock every identifier, present, delivered or former, of the records, for this database session.
+    """Try to lock all identifiers of the records (current, delivered or former) for this database session.
 
-    Returns for each record its locks and whether each was granted. A session may take the same lock several times.
+    Return the locks of each record, and whether each was granted. A session may take the same lock several times.
     """
     rows = conn.execute(
         _LOCK.format(**_names(conn, source)),
@@ -199,12 +202,13 @@ _LOCK = sql.SQL("""
         WHERE o.source = %(source)s AND o.processed_at IS NULL AND o.record_id = ANY(%(records)s)
         AND i.system IS NOT NULL AND i.value IS NOT NULL
     )
-    SELECT record_id, lock, pg_try_advisory_lock(%(key)s, lock) FROM wanted
+    SELECT record_id, lock, pg_try_advisory_lock(%(key)s, lock)
+    FROM wanted
 """)
 
 
 def unlock(conn: Connection, locks: Iterable[int]) -> None:
-    """Release locks of identifiers, each as often as ``locks`` contains it."""
+    """Release locks of identifiers. A lock that was taken several times must be in ``locks`` as often."""
     if lock_list := list(locks):
         conn.execute(
             "SELECT pg_advisory_unlock(%s, lock) FROM unnest(%s::int[]) lock",
@@ -213,7 +217,7 @@ def unlock(conn: Connection, locks: Iterable[int]) -> None:
 
 
 def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
-    """Read the claimed records in one snapshot. Returns each with the lock of its current identifier."""
+    """Read the claimed records in one snapshot. Return each with the lock of its current identifier."""
     names = _names(conn, source)
     children = [
         sql.SQL("""
@@ -261,25 +265,58 @@ def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str,
 
 _READ = sql.SQL("""
     WITH w AS MATERIALIZED (
-        SELECT record_id, array_agg(id ORDER BY id) AS ids, array_agg(DISTINCT txid::text) AS txids,
+        SELECT
+            record_id,
+            array_agg(id ORDER BY id) AS ids,
+            array_agg(DISTINCT txid::text) AS txids,
             min(created_at) AS since,
-            coalesce(jsonb_agg(DISTINCT jsonb_build_array(former_system, former_value))
-                FILTER (WHERE former_value IS NOT NULL), '[]') AS formers
+            coalesce(
+                jsonb_agg(DISTINCT jsonb_build_array(former_system, former_value))
+                    FILTER (WHERE former_value IS NOT NULL),
+                '[]'
+            ) AS formers
         FROM health.fhir_outbox
         WHERE source = %(source)s AND processed_at IS NULL AND record_id = ANY(%(records)s)
         GROUP BY record_id
     )
-    SELECT w.record_id, w.ids, w.txids, w.since, to_jsonb(t), jsonb_build_object({children}),
-        (SELECT coalesce(jsonb_agg(f), '[]') FROM jsonb_array_elements(w.formers) f WHERE NOT EXISTS (
-            SELECT FROM {table} other WHERE other.{system} = f ->> 0 AND other.{value} = f ->> 1)),
-        d.resource_id, d.identifier_system, d.identifier_value,
-        EXISTS (SELECT FROM {table} other WHERE other.{system} = d.identifier_system
-            AND other.{value} = d.identifier_value AND other.{key} <> w.record_id::{type}),
-        EXISTS (SELECT FROM health.fhir_outbox e JOIN health.fhir_delivered x
-            ON x.source = e.source AND x.record_id = e.record_id
-            AND x.identifier_system = e.former_system AND x.identifier_value = e.former_value
-            WHERE e.processed_at IS NULL AND e.former_value IS NOT NULL AND e.source = %(source)s
-            AND e.former_system = t.{system} AND e.former_value = t.{value} AND e.record_id <> w.record_id),
+    SELECT
+        w.record_id,
+        w.ids,
+        w.txids,
+        w.since,
+        to_jsonb(t),
+        jsonb_build_object({children}),
+        (
+            SELECT coalesce(jsonb_agg(f), '[]')
+            FROM jsonb_array_elements(w.formers) f
+            WHERE NOT EXISTS (
+                SELECT FROM {table} other
+                WHERE other.{system} = f ->> 0 AND other.{value} = f ->> 1
+            )
+        ),
+        d.resource_id,
+        d.identifier_system,
+        d.identifier_value,
+        EXISTS (
+            SELECT FROM {table} other
+            WHERE other.{system} = d.identifier_system
+            AND other.{value} = d.identifier_value
+            AND other.{key} <> w.record_id::{type}
+        ),
+        EXISTS (
+            SELECT FROM health.fhir_outbox e
+            JOIN health.fhir_delivered x
+                ON x.source = e.source
+                AND x.record_id = e.record_id
+                AND x.identifier_system = e.former_system
+                AND x.identifier_value = e.former_value
+            WHERE e.processed_at IS NULL
+            AND e.former_value IS NOT NULL
+            AND e.source = %(source)s
+            AND e.former_system = t.{system}
+            AND e.former_value = t.{value}
+            AND e.record_id <> w.record_id
+        ),
         hashtext(t.{system} || '|' || t.{value})
     FROM w
     LEFT JOIN {table} t ON t.{key} = w.record_id::{type}
@@ -293,14 +330,14 @@ def _names(conn: Connection, source: Source) -> Mapping[str, sql.Composable]:
         "key": sql.Identifier(source.key),
         "system": sql.Identifier(source.identifier.system),
         "value": sql.Identifier(source.identifier.value),
-        "type": sql.SQL(key_type(conn, source)),
+        "type": sql.SQL(read_key_type(conn, source)),
     }
 
 
 _key_types: dict[tuple[str, str, str], str] = {}
 
 
-def key_type(conn: Connection, source: Source) -> str:
+def read_key_type(conn: Connection, source: Source) -> str:
     """Return the Postgres type of a source's key. Raises ConfigurationError if the table or column does not exist."""
     column = (conn.info.dsn, source.table, source.key)
     if column not in _key_types:
@@ -333,7 +370,7 @@ def seconds_to_next(conn: Connection) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of the outbox: numbers of changes, the age of the oldest one, and of running connectors."""
+    """The state of the outbox: its changes, the age of the oldest waiting change, and the running connectors."""
 
     unprocessed: int
     retrying: int
@@ -342,7 +379,7 @@ class Status:
     connectors: int
 
 
-def status(conn: Connection) -> Status:
+def read_status(conn: Connection) -> Status:
     """Return the state of the outbox."""
     row = conn.execute(
         """

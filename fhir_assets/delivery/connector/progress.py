@@ -7,12 +7,12 @@ from fhir_assets.delivery.connector import outbox
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 _SETTLED = timedelta(seconds=2)
-"""The time that a transaction may need to commit after ``clock_timestamp()`` was evaluated in it."""
+"""The maximum time between the evaluation of ``clock_timestamp()`` in a transaction and its commit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The number of changes that were acknowledged in a half-open period that ends at ``until``, by outcome."""
+    """The numbers of changes acknowledged in a half-open period that ends at ``until``, by outcome."""
 
     until: datetime
     by_outcome: dict[str, int]
@@ -23,8 +23,8 @@ class Progress:
         return sum(self.by_outcome.values())
 
 
-def since(conn: Connection, source: str, moment: datetime | None) -> Progress:
-    """Return the changes acknowledged from ``moment`` on. None returns no change, only the start of the next period."""
+def count_since(conn: Connection, source: str, moment: datetime | None) -> Progress:
+    """Count the changes acknowledged from ``moment`` on. With None, count no change and return only ``until``."""
     row = conn.execute("SELECT clock_timestamp() - %s", [_SETTLED]).fetchone()
     assert row is not None
     until: datetime = row[0]
@@ -43,23 +43,23 @@ def since(conn: Connection, source: str, moment: datetime | None) -> Progress:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether deliveries keep up. ``summary`` is a sentence with the reason and what to do."""
+    """Whether deliveries keep up with the changes. ``summary`` states the reason and the remedy."""
 
     passed: bool
     summary: str
     status: outbox.Status
 
 
-def health(conn: Connection, *, max_lag_seconds: float) -> Health:
+def check_health(conn: Connection, *, max_lag_seconds: float) -> Health:
     """Return the health of the deliveries: bad if the oldest change waits too long or dead letters are open."""
-    status = outbox.status(conn)
-    faults = []
+    status = outbox.read_status(conn)
+    problems = []
     if status.lag_seconds > max_lag_seconds:
         remedy = "is the FHIR server up?" if status.connectors else "start `fhir-assets connector run`"
-        faults.append(
+        problems.append(
             f"{status.unprocessed} changes wait, the oldest for {status.lag_seconds:.0f} s "
             f"(CONNECTOR_MAX_LAG_SECONDS is {max_lag_seconds:.0f}): {remedy}"
         )
     if status.dead:
-        faults.append(f"{status.dead} changes were refused: `fhir-assets connector dlq list` says why")
-    return Health(not faults, "; ".join(faults) or "every change is delivered, or about to be", status)
+        problems.append(f"{status.dead} changes were refused: `fhir-assets connector dlq list` shows the reasons")
+    return Health(not problems, "; ".join(problems) or "no change is overdue", status)

@@ -1,7 +1,7 @@
-"""Runs a connector: one thread claims and settles changes, several deliver them, one listens for notifications.
+"""Runs a connector: one thread claims changes and records results, several deliver, one listens for notifications.
 
 Only the first thread uses the outbox, in batches, and it never waits for the FHIR server: a slow or failing record
-occupies one worker and delays no other record. The number of changes in progress is bounded, however many wait.
+occupies one worker and delays no other record. The number of changes in progress is limited.
 """
 
 import logging
@@ -20,13 +20,13 @@ import psycopg
 from fhir_assets.delivery.connector import outbox, settle
 from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import Source
-from fhir_assets.delivery.connector.outbox import Change, Claim, Connect
+from fhir_assets.delivery.connector.outbox import Change, Claim
 from fhir_assets.delivery.connector.server import PermanentFailure, TransientFailure
 from fhir_assets.delivery.connector.settle import Acknowledged, Refused
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
 from fhir_assets.metrics import connector as metrics
 from fhir_assets.retries import RetryPolicy
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
 _JOBS_PER_WORKER = 16
 _SETTLE_SECONDS = 0.02
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """How a connector runs. ``poll`` is in seconds; ``keep`` is how long processed events are stored."""
+    """The options of a connector. ``poll`` is in seconds; processed events are deleted after ``keep``."""
 
     workers: int = 4
     poll: float = 5
@@ -60,7 +60,7 @@ _Result = Acknowledged | Refused | _Failed
 
 @dataclass(frozen=True, slots=True)
 class _Channels:
-    """What the threads of a connector share: changes to deliver, results to settle, and the request to stop.
+    """The state that the threads of a connector share: changes to deliver, results to record, and the stop request.
 
     None in ``changes`` ends a worker; None in ``results`` wakes the settling thread.
     """
@@ -74,7 +74,7 @@ class Connector:
     """Delivers the outbox until ``stop`` is called, from any thread or a signal handler."""
 
     def __init__(
-        self, connect: Connect, sources: dict[str, Source], delivery: Delivery, options: RunnerOptions
+        self, connect: OpenSession, sources: dict[str, Source], delivery: Delivery, options: RunnerOptions
     ) -> None:
         self._connect = connect
         self._sources = sources
@@ -150,7 +150,9 @@ class Connector:
             return Refused(change, failure.reason, str(failure), failure.status)
         except Exception as error:
             _log.error("unexpected error in the connector", exc_info=error, extra={"source": change.claim.source})
-            message = f"the connector failed on this row ({type(error).__name__}): see its log"
+            message = (
+                f"an unexpected error ({type(error).__name__}) occurred with this row: see the log of the connector"
+            )
             return Refused(change, "defect", message, None)
 
     def _listen(self) -> None:
@@ -168,7 +170,7 @@ class Connector:
 
 
 class _Session:
-    """The work of a connector on one database connection, which holds the locks of its claims."""
+    """Claims and records changes over one database connection, which holds the locks of the claims."""
 
     def __init__(
         self, conn: Connection, sources: dict[str, Source], options: RunnerOptions, channels: _Channels
@@ -187,16 +189,16 @@ class _Session:
         self.settled = 0
 
     def run(self, *, until_empty: bool) -> None:
-        self._number = outbox.enlist(self._conn)
+        self._number = outbox.register_connector(self._conn)
         for source in self._sources.values():
-            outbox.key_type(self._conn, source)
+            outbox.read_key_type(self._conn, source)
         _log.info("connector started", extra={"connector": self._number, "workers": self._options.workers})
         stopping = self._channels.stopping
         while not stopping.is_set() or self._in_progress:
             if not stopping.is_set():
                 self._poll_and_prune()
                 self._claim()
-                if until_empty and not self._in_progress and outbox.status(self._conn).unprocessed == 0:
+                if until_empty and not self._in_progress and outbox.read_status(self._conn).unprocessed == 0:
                     break
             self._settle(self._collect())
         _log.info("connector stopped", extra={"connector": self._number, "records": self.settled})

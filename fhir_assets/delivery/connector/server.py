@@ -1,8 +1,7 @@
-"""The connector's calls of the FHIR server: one attempt each, over pooled connections.
+"""The connector's calls of the FHIR server, without retries, over pooled connections.
 
-A call returns a reply or raises a transient or a permanent failure. It never retries: retries are scheduled in the
-outbox, so that a wait does not occupy a worker. urllib3 needs half the CPU time of requests for each call, and the
-connector makes many small ones.
+A call returns a reply or raises a transient or a permanent failure. Retries are scheduled in the outbox, so that a
+wait does not occupy a worker. urllib3 is used because it needs half the CPU time of requests for each call.
 """
 
 import time
@@ -31,7 +30,7 @@ _PERMANENT_SERVER_ERRORS = frozenset({501, 505})
 class TransientFailure(Exception):
     """A call failed, and a later attempt may succeed.
 
-    ``server_wide`` says that the failure concerns the server, not this record. ``retry_after`` is in seconds.
+    ``server_wide`` is whether the failure concerns all records. ``retry_after`` is in seconds.
     """
 
     def __init__(self, code: str, message: str, *, server_wide: bool, retry_after: float | None = None) -> None:
@@ -42,7 +41,7 @@ class TransientFailure(Exception):
 
 
 class PermanentFailure(Exception):
-    """A call failed, and would fail again.
+    """A call failed, and a later attempt would fail too.
 
     ``reason`` is a short label for metrics; the message is a sentence without patient data.
     """

@@ -30,7 +30,7 @@ def defer(conn: Connection, claims: Sequence[Claim], wait: timedelta) -> None:
 
 
 def retry(conn: Connection, waits: Sequence[tuple[Change, float]]) -> None:
-    """Release changes, each to be retried after its number of seconds."""
+    """Release changes. Each is due again after its number of seconds."""
     event_waits = [(event_id, wait) for change, wait in waits for event_id in change.event_ids]
     conn.execute(
         """
@@ -46,7 +46,7 @@ def retry(conn: Connection, waits: Sequence[tuple[Change, float]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """A change that the server accepted. ``now`` is the record's resource; None after a deletion."""
+    """A change that the server accepted. ``now`` is the record's resource on the server; None after a deletion."""
 
     change: Change
     outcome: str
@@ -118,7 +118,7 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A change that the server refuses, or whose row does not make a valid resource."""
+    """A change that the server refused, or whose row has no valid resource."""
 
     change: Change
     reason: str
@@ -154,9 +154,9 @@ def record_dead_letters(conn: Connection, refused: Sequence[Refused]) -> None:
 
 
 def prune(conn: Connection, keep: timedelta, limit: int = 10_000) -> int:
-    """Delete processed events older than ``keep``, at most ``limit`` of each table.
+    """Delete processed events older than ``keep``, at most ``limit`` from each table.
 
-    Returns the number of rows that were deleted from the outbox.
+    Return the number of rows that were deleted from the outbox.
     """
     conn.execute(
         """

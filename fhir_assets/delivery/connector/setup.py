@@ -1,17 +1,17 @@
-"""Builds the connector that the settings describe."""
+"""Builds the connector of a deployment."""
 
 from dataclasses import dataclass
 from datetime import timedelta
 
 from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import BUILT_IN, Source, load_mapping
-from fhir_assets.delivery.connector.outbox import Connect
 from fhir_assets.delivery.connector.runner import Connector, RunnerOptions
 from fhir_assets.delivery.connector.server import FhirServer
 from fhir_assets.deployment.credentials import Scope, build_account_credentials
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
+from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 
 def load_sources(settings: Settings) -> dict[str, Source]:
@@ -39,8 +39,8 @@ class ConfiguredConnector:
         self.server.close()
 
 
-def build_connector(settings: Settings, connect: Connect, *, workers: int | None = None) -> ConfiguredConnector:
-    """Return a connector from the outbox behind ``connect`` to FHIR_BASE_URL.
+def build_connector(settings: Settings, connect: OpenSession, *, workers: int | None = None) -> ConfiguredConnector:
+    """Return a connector that delivers the outbox of the database to FHIR_BASE_URL.
 
     Raises ConfigurationError if FHIR_BASE_URL is not set or the mapping is not valid.
     """

@@ -19,7 +19,7 @@ _SUFFIX = re.compile(r"\.(?:ndjson|jsonl)(?:\.gz)?$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A line that cannot be sent. ``location`` is ``file:line``; ``message`` contains nothing of the line."""
+    """A line that cannot be sent. ``location`` is ``file:line``; ``message`` contains no content of the line."""
 
     resource_type: str
     location: str
@@ -55,7 +55,7 @@ class Folder:
         return digest.hexdigest()[:32]
 
     def count(self, name: str, refuse: Callable[[Unusable], None]) -> dict[str, int]:
-        """Count the resources of a file by type, as its lines state it. Unusable lines are passed to ``refuse``."""
+        """Count the resources of a file by type, as stated in its lines. Unusable lines are passed to ``refuse``."""
         counts: dict[str, int] = {}
         for item in self._items(name):
             if isinstance(item, BundleEntry):

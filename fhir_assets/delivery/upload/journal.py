@@ -76,7 +76,7 @@ class HeldEntry:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A resource that was not delivered, with its location in the input, its HTTP status (0: none) and the reason."""
+    """A resource that was not delivered: its location in the input, the HTTP status (0: none) and the reason."""
 
     resource_type: str
     id: str | None
@@ -95,7 +95,7 @@ class Failure:
 
 
 class Journal:
-    """The state of one upload. For use by one thread. ``path`` None stores it in a temporary file."""
+    """The state of one upload, for use by one thread. If ``path`` is None, a temporary file stores it."""
 
     def __init__(self, path: Path | None = None, *, cipher: Cipher) -> None:
         self._cipher = cipher
@@ -128,7 +128,7 @@ class Journal:
         """Close the file."""
         self._db.close()
 
-    def facts(self) -> dict[str, str]:
+    def read_facts(self) -> dict[str, str]:
         """Return the facts about the whole upload by name."""
         return dict(self._db.execute("SELECT name, value FROM facts"))
 
@@ -146,8 +146,10 @@ class Journal:
 
     def _refuse(self, line: Unusable) -> None:
         self._db.execute(
-            "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
-            " VALUES (?, NULL, ?, ?, 0, x'', ?)",
+            """
+            INSERT INTO failures (resource_type, id, place, body, status, outcome, message)
+            VALUES (?, NULL, ?, ?, 0, x'', ?)
+            """,
             (line.resource_type, line.location, self._cipher.compress_and_encrypt(line.body), line.message),
         )
 
@@ -177,12 +179,14 @@ class Journal:
             self._count(key, done)
             self._hold(done.held)
             self._db.executemany(
-                "INSERT INTO failures (resource_type, id, place, body, status, outcome, message)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                """
+                INSERT INTO failures (resource_type, id, place, body, status, outcome, message)
+                VALUES (?, ?, ?, ?, ?, ?, ?)
+                """,
                 ((*self._row(entry, result), result.reason) for entry, result in done.failed),
             )
             if self._any_open:
-                # The line that was accepted now is the newest one of its resource: no older line may follow it.
+                # An accepted line is the newest of its resource: an older line must not be sent after it.
                 names = [(entry.resource_type, entry.id) for entry in done.settled]
                 self._db.executemany("DELETE FROM held WHERE resource_type = ? AND id = ?", names)
                 self._db.executemany("DELETE FROM failures WHERE resource_type = ? AND id = ?", names)
@@ -226,7 +230,7 @@ class Journal:
         query = "SELECT count(*) FROM held WHERE resource_type = ? AND own_type"
         return int(self._db.execute(query, (own_type_of,)).fetchone()[0])
 
-    def held(self, *, own_type_of: str | None = None) -> Iterator[HeldEntry]:
+    def held_entries(self, *, own_type_of: str | None = None) -> Iterator[HeldEntry]:
         """Yield the held entries in the order in which they were held, reading a few at a time."""
         after = 0
         condition = "" if own_type_of is None else "AND resource_type = :type AND own_type"
@@ -259,7 +263,7 @@ class Journal:
     def find_circular_references(self) -> int:
         """Find the held entries that refer to each other in circles, and return their number."""
         self._db.execute("DELETE FROM edges")
-        for held in self.held():
+        for held in self.held_entries():
             self._db.executemany(
                 "INSERT OR IGNORE INTO edges SELECT ?, n FROM held WHERE resource_type = ? AND id = ? AND n <> ?",
                 ((held.n, *target, held.n) for target in find_references(held.entry.body)),
@@ -275,7 +279,7 @@ class Journal:
 
     def circular_entries(self) -> Iterator[tuple[HeldEntry, set[ReferenceTarget]]]:
         """Yield the entries that ``find_circular_references`` found, with the targets of their circular references."""
-        for held in self.held():
+        for held in self.held_entries():
             targets = self._db.execute(
                 "SELECT resource_type, id FROM edges JOIN held ON n = target WHERE source = ?", (held.n,)
             ).fetchall()
@@ -315,14 +319,14 @@ class Journal:
                 )
 
     def _row(self, entry: BundleEntry, result: EntryResult) -> tuple[str, str, str, bytes, int, bytes]:
-        compress_and_encrypt = self._cipher.compress_and_encrypt
+        encrypt = self._cipher.compress_and_encrypt
         return (
             entry.resource_type,
             entry.id,
             entry.location,
-            compress_and_encrypt(entry.body),
+            encrypt(entry.body),
             result.status,
-            compress_and_encrypt(result.outcome),
+            encrypt(result.outcome),
         )
 
     def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
@@ -331,7 +335,7 @@ class Journal:
             return reason
         return f"{reason}; the server holds it without its references to resources that failed"
 
-    def totals(self) -> dict[str, dict[str, int]]:
+    def count_resources(self) -> dict[str, dict[str, int]]:
         """Return the numbers of created, updated, unchanged and failed resources by resource type."""
         names = ("created", "updated", "unchanged", "failed")
         query = """

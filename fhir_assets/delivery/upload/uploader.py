@@ -1,7 +1,8 @@
 """Sends resources to a FHIR server in batches, type by type, and reads the result of each entry from the response.
 
-Entries that may succeed later are held and retried: those that refer to resources still to come, and those that failed
-transiently. Entries that refer to each other in circles are first sent without the circular references.
+Entries that may succeed later are held and retried: those that refer to resources that are uploaded later, and those
+that failed with a transient error. Entries that refer to each other in circles are first sent without the circular
+references.
 """
 
 import threading
@@ -26,10 +27,10 @@ from fhir_assets.retries import RetryPolicy, TransientFailure
 T = TypeVar("T")
 
 ENTRY_RETRIES = RetryPolicy(attempts=4, first_wait=0.25, max_wait=8)
-"""Retries of entries that fail transiently in a batch that is answered. Entries that still fail are held."""
+"""Retries of entries with a transient error in the response to a batch. Entries that still fail are held."""
 
 HALF_RETRIES = RetryPolicy(attempts=2, first_wait=0.5)
-"""Retries of the halves of a batch that made an available server fail."""
+"""Retries of the halves of a batch that an available server failed to process."""
 
 _FEWER_ATTEMPTS = {0: 1, 409: 2, 412: 2}
 _BATCH_REFUSED = frozenset({400, 409, 410, 412, 413, 422})
@@ -41,29 +42,29 @@ ReadEntries = Callable[[str, str], Iterable[BundleEntry]]
 class Listener(Protocol):
     """Receives the progress of an upload. Its methods are called by one thread."""
 
-    def step(self, resource_type: str, files: Mapping[str, int]) -> None:
+    def on_step(self, resource_type: str, files: Mapping[str, int]) -> None:
         """Called when the upload of a type begins. ``files`` has the number of its resources by file."""
         ...
 
-    def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
+    def on_batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
         """Called when the results of a batch are committed, or were committed by an earlier attempt."""
         ...
 
-    def again(self, what: str, count: int) -> None:
-        """Called when ``count`` entries are retried."""
+    def on_retry(self, description: str, count: int) -> None:
+        """Called when ``count`` entries are retried. ``description`` names them."""
         ...
 
 
 class NullListener:
     """A listener that ignores all progress."""
 
-    def step(self, resource_type: str, files: Mapping[str, int]) -> None:
+    def on_step(self, resource_type: str, files: Mapping[str, int]) -> None:
         """Ignore the beginning of a type."""
 
-    def batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
+    def on_batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
         """Ignore the results of a batch."""
 
-    def again(self, what: str, count: int) -> None:
+    def on_retry(self, description: str, count: int) -> None:
         """Ignore a retry."""
 
 
@@ -98,7 +99,7 @@ class Uploader:
             self._in_flight: dict[Future[BatchResult], tuple[BatchKey, int]] = {}
             try:
                 for name, files in steps.items():
-                    self.listener.step(name, files)
+                    self.listener.on_step(name, files)
                     for file in files:
                         self._send_file(name, file, read(file, name))
                     self._await_all()
@@ -123,7 +124,7 @@ class Uploader:
             numbers[lane] += 1
             waiting[lane] = {}
             if self.journal.is_done(key):
-                self.listener.batch(key, BatchResult(), len(batch))
+                self.listener.on_batch(key, BatchResult(), len(batch))
             else:
                 self._submit(key, len(batch), partial(self._deliver, batch))
 
@@ -152,7 +153,7 @@ class Uploader:
             key, size = self._in_flight.pop(future)
             done = future.result()
             self.journal.commit(key, done)
-            self.listener.batch(key, done, size)
+            self.listener.on_batch(key, done, size)
 
     def _commit_finished(self) -> None:
         """Commit the results of finished batches after an error, so that the next attempt does not send them again."""
@@ -169,8 +170,8 @@ class Uploader:
     def _retry(self, own_type_of: str | None = None) -> None:
         """Retry held entries until a round settles none; with a type, only entries that refer to their own type."""
         while waiting := self.journal.held_count(own_type_of=own_type_of):
-            self.listener.again(own_type_of or "all types", waiting)
-            chunks = _chunks_of_a_type(self.journal.held(own_type_of=own_type_of), self.batch_size)
+            self.listener.on_retry(own_type_of or "all types", waiting)
+            chunks = _chunks_of_a_type(self.journal.held_entries(own_type_of=own_type_of), self.batch_size)
             for name, held in chunks:
                 number = next(self._numbers)
                 key = BatchKey(name, "", number % self.workers, number)
@@ -189,7 +190,7 @@ class Uploader:
 
     def _send_without_circular_references(self) -> None:
         """Send the entries of circles without their circular references."""
-        self.listener.again("circular references, first pass", self.journal.find_circular_references())
+        self.listener.on_retry("circular references, first pass", self.journal.find_circular_references())
         for chunk in _chunks(self.journal.circular_entries(), self.batch_size):
             reduced = [
                 BundleEntry(
@@ -197,7 +198,7 @@ class Uploader:
                 )
                 for held, targets in chunk
             ]
-            results = self._results(reduced)
+            results = self._send(reduced)
             self.journal.record_first_pass(
                 (held, result) for (held, _), result in zip(chunk, results, strict=True) if result.accepted
             )
@@ -206,41 +207,41 @@ class Uploader:
         """Send a batch, with retries, until each entry is accepted, refused or held."""
         started = time.perf_counter()
         done = BatchResult()
-        pending = self._changed(batch, done) if self.skip_unchanged else list(batch)
+        pending = self._select_changed(batch, done) if self.skip_unchanged else list(batch)
         tried = 0
         while pending and not self.stop.is_set():
-            again: list[BundleEntry] = []
+            retried: list[BundleEntry] = []
             tried += 1
-            for entry, result in zip(pending, self._results(pending), strict=True):
+            for entry, result in zip(pending, self._send(pending), strict=True):
                 if result.accepted:
                     done.created += result.status == 201
                     done.updated += result.status != 201
                     done.settled.append(entry)
                 elif result.retryable and tried < _FEWER_ATTEMPTS.get(result.status, ENTRY_RETRIES.attempts):
-                    again.append(entry)
+                    retried.append(entry)
                 elif held or result.retryable or self._may_wait_for_others(entry):
                     done.held.append((entry, result))
                 else:
                     done.failed.append((entry, result))
-            if again:
+            if retried:
                 self.stop.wait(ENTRY_RETRIES.wait_seconds(tried))
-            pending = again
+            pending = retried
         if pending:
             raise ServerUnavailable("the upload was interrupted")
         done.seconds = time.perf_counter() - started
         return done
 
     def _may_wait_for_others(self, entry: BundleEntry) -> bool:
-        """Return whether the entry may have been refused for a reference to a resource that is still to come."""
+        """Return whether the server may have refused the entry for a reference to a resource that is uploaded later."""
         return any(name in self._types for name, _ in bundles.find_references(entry.body))
 
-    def _changed(self, batch: Sequence[BundleEntry], done: BatchResult) -> list[BundleEntry]:
+    def _select_changed(self, batch: Sequence[BundleEntry], done: BatchResult) -> list[BundleEntry]:
         """Return the entries whose content differs from the server's."""
-        _, answers = self._post(bundles.build_get_bundle(batch), len(batch))
-        if answers is None:
+        _, entry_results = self._post(bundles.build_get_bundle(batch), len(batch))
+        if entry_results is None:
             return list(batch)
         changed = []
-        for entry, (result, stored) in zip(batch, answers, strict=True):
+        for entry, (result, stored) in zip(batch, entry_results, strict=True):
             if result.accepted and stored and bundles.has_same_content(entry.body, stored):
                 done.unchanged += 1
                 done.settled.append(entry)
@@ -248,39 +249,40 @@ class Uploader:
                 changed.append(entry)
         return changed
 
-    def _results(self, entries: Sequence[BundleEntry], policy: RetryPolicy | None = None) -> list[EntryResult]:
+    def _send(self, entries: Sequence[BundleEntry], policy: RetryPolicy | None = None) -> list[EntryResult]:
         """Send entries and return their results. A batch that is refused or fails as a whole is split in halves."""
         bundle = bundles.build_put_bundle("transaction" if self.transaction else "batch", self.client.base_url, entries)
         try:
-            whole, answers = self._post(bundle, len(entries), policy)
+            bundle_result, entry_results = self._post(bundle, len(entries), policy)
         except ServerUnavailable:
-            # This raises ServerUnavailable again if the server is down. Otherwise it fails at one of these entries.
+            # capabilities() raises ServerUnavailable if the server is down. Otherwise one of these entries makes it
+            # fail.
             self.client.capabilities()
-            whole, answers, policy = EntryResult(0), None, HALF_RETRIES
-        if answers is not None:
-            return [result for result, _ in answers]
+            bundle_result, entry_results, policy = EntryResult(0), None, HALF_RETRIES
+        if entry_results is not None:
+            return [result for result, _ in entry_results]
         if len(entries) == 1:
-            return [whole]
+            return [bundle_result]
         half = len(entries) // 2
-        return self._results(entries[:half], policy) + self._results(entries[half:], policy)
+        return self._send(entries[:half], policy) + self._send(entries[half:], policy)
 
     def _post(
         self, body: bytes, size: int, policy: RetryPolicy | None = None
     ) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
-        """Post a Bundle. Returns the results of its entries, or None with the result of the refused Bundle."""
+        """Post a Bundle. Return the results of its entries, or None with the result of the refused Bundle."""
         refused = _BATCH_REFUSED | {404} if self.transaction else _BATCH_REFUSED
         return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 
 
-def _read(size: int, answer: FhirResponse) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
-    if answer.status != 200:
-        return EntryResult(answer.status, answer.body if answer.body.lstrip()[:1] == b"{" else b""), None
+def _read(size: int, response: FhirResponse) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
+    if response.status != 200:
+        return EntryResult(response.status, response.body if response.body.lstrip()[:1] == b"{" else b""), None
     try:
-        return EntryResult(200), bundles.parse_response_bundle(answer.body, size)
+        return EntryResult(200), bundles.parse_response_bundle(response.body, size)
     except ValueError as error:
-        if answer.body.lstrip()[:1] == b"{" and "as many" in str(error):
-            raise TransientFailure("the answer is " + str(error), final=NotFhir) from None
-        raise invalid_json_failure(answer) from None
+        if response.body.lstrip()[:1] == b"{" and "as many" in str(error):
+            raise TransientFailure("the response is " + str(error), final=NotFhir) from None
+        raise invalid_json_failure(response) from None
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -290,6 +292,6 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _chunks_of_a_type(held: Iterable[HeldEntry], size: int) -> Iterator[tuple[str, list[HeldEntry]]]:
-    for name, of_type in groupby(held, key=lambda entry: entry.entry.resource_type):
-        for chunk in _chunks(of_type, size):
+    for name, entries in groupby(held, key=lambda entry: entry.entry.resource_type):
+        for chunk in _chunks(entries, size):
             yield name, chunk

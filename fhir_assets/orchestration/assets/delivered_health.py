@@ -39,7 +39,7 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
         with warehouse.connect() as conn:
             if not outbox.is_installed(conn):
                 return dg.AssetCheckResult(passed=True, description="the outbox is not installed")
-            health = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
+            health = progress.check_health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
         return dg.AssetCheckResult(passed=health.passed, description=health.summary, metadata=_metadata(health))
 
     @dg.sensor(
@@ -54,8 +54,8 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
             if not outbox.is_installed(conn):
                 return dg.SensorResult(skip_reason="the outbox is not installed: `fhir-assets connector install`")
             since = datetime.fromisoformat(cursor["until"]) if cursor else None
-            delivered = progress.since(conn, _SOURCE, since)
-            health = progress.health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
+            delivered = progress.count_since(conn, _SOURCE, since)
+            health = progress.check_health(conn, max_lag_seconds=settings.connector_max_lag_seconds)
         events: list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation] = []
         if delivered.changes:
             metadata = {"changes": delivered.changes, **delivered.by_outcome, "waiting": health.status.unprocessed}

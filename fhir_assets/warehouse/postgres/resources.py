@@ -1,4 +1,4 @@
-"""Reading resources from ``fhir.resource`` as the bytes that were loaded, decrypted."""
+"""Reads resources from ``fhir.resource``, decrypted, as the bytes that were loaded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from psycopg import sql
 from fhir_assets.privacy.encryption import Cipher, from_json
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
-_STREAMED = 500
+_ROWS_PER_FETCH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource 
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """The version of a resource in the tables: its time and its partition."""
+    """The version of a resource in the tables: its time (``as_of``) and its partition."""
 
     as_of: datetime
     partition_key: str
@@ -78,7 +78,7 @@ def find_versions(conn: Connection, resource_type: str, ids: Sequence[str]) -> d
         """,
         [resource_type, list(ids)],
     )
-    return {identity: StoredVersion(as_of, key) for identity, as_of, key in rows}
+    return {resource_id: StoredVersion(as_of, key) for resource_id, as_of, key in rows}
 
 
 def stream_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
@@ -96,19 +96,22 @@ def stream_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
 def stream_type(
     conn: Session, resource_type: str, *, partition_keys: Sequence[str] | None = None
 ) -> Iterator[StoredResource]:
-    """Stream all resources of a type in the order of ids, only those of ``partition_keys`` if given.
+    """Stream the resources of a type sorted by id: all, or those of ``partition_keys``.
 
     Raises EncryptionError.
     """
-    query = sql.SQL(
-        "SELECT {} FROM fhir.resource WHERE resource_type = %(type)s AND resource IS NOT NULL {} ORDER BY id"
-    ).format(COLUMNS, sql.SQL("" if partition_keys is None else "AND partition_key = ANY(%(keys)s)"))
+    query = sql.SQL("""
+        SELECT {}
+        FROM fhir.resource
+        WHERE resource_type = %(type)s AND resource IS NOT NULL {}
+        ORDER BY id
+    """).format(COLUMNS, sql.SQL("" if partition_keys is None else "AND partition_key = ANY(%(keys)s)"))
     yield from _stream(conn, query, {"type": resource_type, "keys": partition_keys and list(partition_keys)})
 
 
 def _stream(conn: Session, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
     cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="resources") as cursor:
-        cursor.itersize = _STREAMED
+        cursor.itersize = _ROWS_PER_FETCH
         for row in cursor.execute(query, params):
             yield decrypt_row(row, cipher)

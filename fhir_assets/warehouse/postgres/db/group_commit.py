@@ -1,7 +1,7 @@
 """Group commit: requests of several threads are processed in batches.
 
-It pays where a batch costs as much as one request, as a commit does: requests that arrive while one commit is written
-to the disk share the next one.
+This is faster if a batch costs as much as a single request. Requests that arrive while a commit is written to the disk
+share the next commit.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ class _Request(Generic[Item, Result]):
 
 
 class GroupCommit(Generic[Item, Result]):
-    """Calls ``work`` with all items that were submitted since its last call, at most ``most``.
+    """Calls ``work`` with the items that were submitted since its last call, up to ``max_items``.
 
-    ``work`` returns one result for each item, in their order. If it raises an error, every caller of the batch gets it.
+    ``work`` returns one result for each item, in the same order. An error is raised to every caller of the batch.
     """
 
-    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], *, most: int = 64) -> None:
+    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], *, max_items: int = 64) -> None:
         self._work = work
-        self._most = most
+        self._max_items = max_items
         self._waiting: list[_Request[Item, Result]] = []
         self._lock = Lock()
         self._working = Lock()
 
-    def do(self, item: Item) -> Result:
+    def submit(self, item: Item) -> Result:
         """Submit an item, wait for its batch and return the result of the item. Raises what ``work`` raises."""
         request = _Request[Item, Result](item)
         with self._lock:
@@ -43,7 +43,7 @@ class GroupCommit(Generic[Item, Result]):
         with self._working:
             while not request.done:
                 with self._lock:
-                    batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+                    batch, self._waiting = self._waiting[: self._max_items], self._waiting[self._max_items :]
                 self._run(batch)
         if request.error is not None:
             raise request.error

@@ -33,7 +33,7 @@ def sql_folder() -> Path:
 def upgrade(url: str) -> None:
     """Upgrade the database to the newest schema, in one transaction.
 
-    Several processes may call this at once. A database that is current is left alone, so that a user without rights to
+    Several processes may call this at once. A database that is current is not changed, so that a user without rights to
     the schema may call this too. Raises DatabaseUnavailable, or ConfigurationError if the user lacks a right or the
     schema is newer than this version.
     """
@@ -44,10 +44,10 @@ def upgrade(url: str) -> None:
         with engine.begin() as connection:
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": advisory_locks.SCHEMA})
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS ops"))
-            heads = _heads(connection)
+            heads = _read_heads(connection)
             if heads - _known_revisions():
-                raise _newer(heads)
-            config = _config()
+                raise _build_newer_error(heads)
+            config = _build_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             driver = connection.connection.driver_connection
@@ -73,11 +73,11 @@ def require_current(url: str) -> None:
     """
     with connect(url) as conn:
         revision, missing = _read_state(conn)
-    needed = _scripts().get_current_head()
+    needed = _load_scripts().get_current_head()
     if revision is None:
         raise ConfigurationError("The database has no schema yet: run `fhir-assets migrate`")
     if revision not in _known_revisions():
-        raise _newer([revision])
+        raise _build_newer_error([revision])
     if revision != needed:
         raise ConfigurationError(
             f"The database's schema is at revision {revision}, this version needs {needed}: run `fhir-assets migrate`"
@@ -91,14 +91,14 @@ def require_current(url: str) -> None:
 def read_revision(url: str) -> str | None:
     """Return the revision of the database's schema, or None before the first migration."""
     with connect(url) as conn:
-        return _revision(conn)
+        return _query_revision(conn)
 
 
 def is_current(url: str) -> bool:
     """Return whether ``upgrade`` has nothing to do. Raises ConfigurationError if the user may not read the revision."""
     with connect(url) as conn:
         revision, missing = _read_state(conn)
-    return revision == _scripts().get_current_head() and not missing
+    return revision == _load_scripts().get_current_head() and not missing
 
 
 def lock_schema(conn: Connection) -> None:
@@ -106,28 +106,28 @@ def lock_schema(conn: Connection) -> None:
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.SCHEMA])
 
 
-def _config() -> Config:
+def _build_config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(sql_folder() / "migrations").replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 
 
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
+def _load_scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_build_config())
 
 
 def _known_revisions() -> set[str]:
-    return {script.revision for script in _scripts().walk_revisions()}
+    return {script.revision for script in _load_scripts().walk_revisions()}
 
 
-def _newer(revisions: Iterable[str]) -> ConfigurationError:
+def _build_newer_error(revisions: Iterable[str]) -> ConfigurationError:
     return ConfigurationError(
         f"The database's schema ({', '.join(sorted(revisions))}) is newer than this installation: upgrade fhir-assets"
     )
 
 
-def _heads(connection: sqlalchemy.Connection) -> set[str]:
+def _read_heads(connection: sqlalchemy.Connection) -> set[str]:
     context = MigrationContext.configure(connection, opts={"version_table_schema": "ops"})
     return set(context.get_current_heads())
 
@@ -135,35 +135,48 @@ def _heads(connection: sqlalchemy.Connection) -> set[str]:
 def _read_state(conn: Connection) -> tuple[str | None, list[str]]:
     """Return the revision and the resource types whose partition is missing."""
     try:
-        revision = _revision(conn)
-        return revision, _missing_partitions(conn) if revision else []
+        revision = _query_revision(conn)
+        return revision, _list_missing_partitions(conn) if revision else []
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
             "The user of DB_URL has no rights to schema ops: grant it the role fhir_loader, or fhir_operator"
         ) from None
 
 
-def _revision(conn: Connection) -> str | None:
+def _query_revision(conn: Connection) -> str | None:
     table = conn.execute("SELECT to_regclass('ops.alembic_version')").fetchone()
     if table is None or table[0] is None:
         return None
-    row = conn.execute("SELECT version_num FROM ops.alembic_version").fetchone()
+    row = conn.execute(
+        """
+        SELECT version_num
+        FROM ops.alembic_version
+        """
+    ).fetchone()
     return str(row[0]) if row else None
 
 
-def _missing_partitions(conn: Connection) -> list[str]:
-    # fhir is absent in a database whose revision is older than the one that creates it.
-    rows = conn.execute("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('fhir')")
+def _list_missing_partitions(conn: Connection) -> list[str]:
+    # A database at an early revision has no schema fhir; to_regnamespace then returns NULL and no row matches.
+    rows = conn.execute(
+        """
+        SELECT relname
+        FROM pg_class
+        WHERE relnamespace = to_regnamespace('fhir')
+        """
+    )
     tables = {name for (name,) in rows}
     return [resource_type.name for resource_type in CATALOG if f"resource_{resource_type.key}" not in tables]
 
 
 def _create_partitions(conn: Connection) -> None:
-    missing = set(_missing_partitions(conn))
+    missing = set(_list_missing_partitions(conn))
     for resource_type in CATALOG:
         if resource_type.name in missing:
             conn.execute(
-                sql.SQL("CREATE TABLE {} PARTITION OF fhir.resource FOR VALUES IN ({})").format(
-                    sql.Identifier("fhir", f"resource_{resource_type.key}"), sql.Literal(resource_type.name)
-                )
+                sql.SQL("""
+                    CREATE TABLE {}
+                    PARTITION OF fhir.resource
+                    FOR VALUES IN ({})
+                """).format(sql.Identifier("fhir", f"resource_{resource_type.key}"), sql.Literal(resource_type.name))
             )

@@ -1,8 +1,8 @@
 """A semaphore over all processes on all machines that share the database.
 
-A slot of the semaphore is an advisory lock of Postgres. It is free again as soon as its process dies, for whatever
-reason. Dagster's concurrency pools are no substitute: they limit steps, not calls; a run that waits for a slot sleeps
-up to 15 seconds; and a dead run keeps its slot until it is freed by hand.
+A slot of the semaphore is an advisory lock of Postgres. Postgres frees it as soon as its process ends, also after a
+kill. Dagster's concurrency pools are no substitute: they limit steps, not calls; a run that waits for a slot sleeps
+up to 15 seconds; and a run that was killed keeps its slot until an operator frees it.
 """
 
 import random
@@ -50,7 +50,7 @@ class DistributedSemaphore:
     def try_acquire(self) -> int | None:
         """Take a free slot and return its number, or None if all slots are taken. Raises DatabaseUnavailable."""
         with self._mutex:
-            # Postgres grants a session a lock again that the session already holds, so own slots are left out.
+            # Postgres grants a lock again to the session that holds it, so slots of this process are left out.
             free = [number for number in range(self._limit) if number not in self._held]
             if not free:
                 return None

@@ -1,4 +1,4 @@
-"""Without keys `demo` and `dev` warn that data is stored as clear text; with PHI_REQUIRED=1 every command refuses."""
+"""Without keys `demo` and `dev` warn about unencrypted data; with PHI_REQUIRED=1 every command refuses to run."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fhir_assets.definitions import defs
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.keys import new_key
 
-LOUD = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is not set."
+WARNING = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is not set."
 
 
 @pytest.fixture(autouse=True)
@@ -21,14 +21,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", [["dev"], ["demo", "--no-ui", "--patients", "1"]])
-def test_clear_text_is_warned_about_once_and_only_without_keys(
+def test_a_warning_about_unencrypted_data_is_printed_once_and_only_without_keys(
     command: list[str], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DB_URL", database)
     result = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert (result.exit_code, result.output.count(LOUD)) == (0, 1)
+    assert (result.exit_code, result.output.count(WARNING)) == (0, 1)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", new_key())
-    assert LOUD not in CliRunner().invoke(app, command, catch_exceptions=False).output
+    assert WARNING not in CliRunner().invoke(app, command, catch_exceptions=False).output
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_clear_text_is_warned_about_once_and_only_without_keys(
     [["dev"], ["demo", "--no-ui"], ["ingest"], ["migrate"], ["worker"], ["api"], ["export", "all", "--output", "x"]],
     ids=lambda command: command[0],
 )
-def test_required_keys_that_are_missing_refuse_every_command(
+def test_every_command_refuses_to_run_if_required_keys_are_missing(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHI_REQUIRED", "1")
@@ -46,7 +46,7 @@ def test_required_keys_that_are_missing_refuse_every_command(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_required_keys_that_are_missing_refuse_the_code_location(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_location_does_not_load_if_required_keys_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI_REQUIRED", "1")
     with pytest.raises(ConfigurationError, match="PHI_REQUIRED is set, but there are no keys"):
         defs()
