@@ -62,13 +62,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The first record of the audit log that was altered, is missing or was inserted."""
+    """The first record of the audit log that was altered, is missing or was inserted.
+
+    `fhir-assets audit verify --json` prints the fields under these names.
+    """
 
     seq: int
-    kind: Literal["altered", "missing", "inserted"]
+    what: Literal["altered", "missing", "inserted"]
 
     def __str__(self) -> str:
-        return f"record {self.seq} of ops.audit_log is {self.kind}"
+        return f"record {self.seq} of ops.audit_log is {self.what}"
 
 
 def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cipher: Cipher) -> bytes:
