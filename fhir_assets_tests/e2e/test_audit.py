@@ -48,7 +48,7 @@ from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables
-from fhir_assets_tests.pipeline.test_consent import VIEWS, consent, patient, record
+from fhir_assets_tests.support.consent_records import VIEWS, consent, patient, record
 from fhir_assets_tests.support.views import column, view
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)

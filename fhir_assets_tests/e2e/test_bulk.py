@@ -25,9 +25,9 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.sandbox.smart import Smart
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
-from fhir_assets_tests.pipeline.test_bulk_source import CASES
 from fhir_assets_tests.support.content import add, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.export_faults import EXPORT_FAULTS
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 2, 1, tzinfo=UTC)
@@ -120,7 +120,7 @@ def test_transient_failures_end_in_complete_tables(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "on"), CASES, ids=[f"{kind}-{on}" for kind, on in CASES])
+@pytest.mark.parametrize(("kind", "on"), EXPORT_FAULTS, ids=[f"{kind}-{on}" for kind, on in EXPORT_FAULTS])
 def test_each_sandbox_fault_ends_in_complete_tables_or_a_clear_error(
     deploy: Deploy, population: Path, clean: Expected, kind: FaultKind, on: RequestKind
 ) -> None:

@@ -1,4 +1,4 @@
-"""Every fault that the sandbox has for an export: it ends complete or with a clear sentence, and never for good."""
+"""Bulk exports under every fault of the sandbox server: complete data or a clear error, and recovery afterwards."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
 from fhir_assets.fhir.bulk.client import ExportFailed, ExportGone
@@ -25,31 +24,19 @@ from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.windows import Interval
 from fhir_assets_tests.support.content import patient
+from fhir_assets_tests.support.export_faults import EXPORT_FAULTS
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-WHOLE = Interval(None, datetime(2024, 2, 1, tzinfo=UTC))
+ALL_TIME = Interval(None, datetime(2024, 2, 1, tzinfo=UTC))
 COUNT = 45
-OF_AN_EXPORT = (RequestKind.KICK_OFF, RequestKind.POLL, RequestKind.FILE, RequestKind.DELETE)
-OF_PAGES_ONLY = {FaultKind.DUPLICATE, FaultKind.LOSE_PAGE}
+PAGE_FAULTS = {FaultKind.DUPLICATE, FaultKind.LOSE_PAGE}
 
-_QUICK = Retrier(RetryPolicy(attempts=4, first_wait=0.001, max_wait=0.002, max_retry_after=0.001))
-
-
-def _can_strike(kind: FaultKind, on: RequestKind) -> bool:
-    try:
-        Fault(kind=kind, on=frozenset({on}))
-    except ValidationError:
-        return False
-    return True
+QUICK_RETRIES = Retrier(RetryPolicy(attempts=4, first_wait=0.001, max_wait=0.002, max_retry_after=0.001))
 
 
-CASES = [(kind, on) for kind in FaultKind for on in OF_AN_EXPORT if _can_strike(kind, on)]
-"""Made of the sandbox's own list: a new fault is a new case."""
-
-
-def test_every_fault_of_the_sandbox_is_a_case_or_one_of_pages() -> None:
-    assert {kind for kind, _ in CASES} == set(FaultKind) - OF_PAGES_ONLY
+def test_every_fault_of_the_sandbox_hits_exports_or_is_one_of_pages() -> None:
+    assert {kind for kind, _ in EXPORT_FAULTS} == set(FaultKind) - PAGE_FAULTS
 
 
 @pytest.fixture
@@ -67,70 +54,70 @@ def source(url: str, store: Store, database: str, **options: Any) -> BulkSource:
     def pause(seconds: float) -> None:
         pass
 
-    client = FhirClient(url, retrier=_QUICK, timeout=5)
+    client = FhirClient(url, retrier=QUICK_RETRIES, timeout=5)
     return BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION), **{"sleep": pause, **options})
 
 
 def ids(source: BulkSource) -> list[str]:
-    found = []
-    for item in source.fetch(["Patient"], WHOLE):
+    identities = []
+    for item in source.fetch(["Patient"], ALL_TIME):
         assert isinstance(item, Record), item
-        found.append(item.id)
-    return sorted(found)
+        identities.append(item.id)
+    return sorted(identities)
 
 
 ALL = sorted(f"p{n}" for n in range(COUNT))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "on"), CASES, ids=[f"{kind}-{on}" for kind, on in CASES])
-def test_a_fault_ends_complete_or_in_a_clear_sentence_and_when_it_is_over_nothing_is_missing(
+@pytest.mark.parametrize(("kind", "on"), EXPORT_FAULTS, ids=[f"{kind}-{on}" for kind, on in EXPORT_FAULTS])
+def test_a_fault_ends_in_complete_data_or_a_clear_error_and_nothing_is_missing_afterwards(
     server: SandboxServer, store: Store, database: str, kind: FaultKind, on: RequestKind
 ) -> None:
     fault = Fault(kind=kind, on=frozenset({on}), retry_after=0, seconds=0.01)
     server.set_faults(fault)
-    given_up = timedelta(seconds=0.3)
-    sentence = ""
+    limit = timedelta(seconds=0.3)
+    message = ""
     try:
-        found = ids(source(server.url, store, database, limit=given_up))
+        exported = ids(source(server.url, store, database, limit=limit))
     except FhirAssetsError as error:
-        sentence = str(error)
-    assert found == ALL if not sentence else re.search(r"[a-z ]{20}", sentence)
+        message = str(error)
+    assert exported == ALL if not message else re.search(r"[a-z ]{20}", message)
     assert server.stats()["struck"][kind]
     server.set_faults(fault.model_copy(update={"times": 2, "every": 2}))
-    for _ in range(3):  # what a fault made of one export the next run has to get over
+    for _ in range(3):  # the next run recovers from an export that a fault broke
         try:
-            found = ids(source(server.url, store, database, fresh=timedelta(0)))
+            exported = ids(source(server.url, store, database, fresh=timedelta(0)))
         except NotFhir:
             continue
-        assert found == ALL
+        assert exported == ALL
     server.set_faults()
     assert ids(source(server.url, store, database, fresh=timedelta(0))) == ALL
 
 
-def test_all_faults_together_end_complete(server: SandboxServer, store: Store, database: str) -> None:
+def test_a_run_completes_after_any_mixture_of_faults(server: SandboxServer, store: Store, database: str) -> None:
     server.set_faults(
         *(
             Fault(kind=kind, on=frozenset({on}), probability=0.12, retry_after=0, seconds=0.01, times=4)
-            for kind, on in CASES
+            for kind, on in EXPORT_FAULTS
         ),
         seed=3,
     )
-    sentences = []
+    messages = []
     for _ in range(40):
         try:
-            found = ids(source(server.url, store, database))
+            exported = ids(source(server.url, store, database))
         except FhirAssetsError as error:
-            sentences.append(str(error))
+            messages.append(str(error))
         else:
-            assert found == ALL
+            assert exported == ALL
             break
     else:
-        pytest.fail("; ".join(sentences))
+        pytest.fail("; ".join(messages))
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_an_export_that_the_server_forgot_is_asked_for_anew(
+def test_an_export_that_the_server_no_longer_has_is_requested_again(
     server: SandboxServer, store: Store, database: str, status: int
 ) -> None:
     server.set_faults(Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.POLL}), times=1, after=1, status=status))
@@ -138,14 +125,14 @@ def test_an_export_that_the_server_forgot_is_asked_for_anew(
     assert server.stats()["kick_offs"] == 2
 
 
-def test_a_server_that_forgets_every_export_is_an_error(server: SandboxServer, store: Store, database: str) -> None:
+def test_a_server_that_loses_every_export_is_an_error(server: SandboxServer, store: Store, database: str) -> None:
     server.set_faults(Fault(kind=FaultKind.EXPIRE, on=frozenset({RequestKind.POLL})))
     with pytest.raises(ExportGone, match="no longer has the export"):
         ids(source(server.url, store, database))
     assert server.stats()["kick_offs"] == 3
 
 
-def test_an_export_that_is_never_ready_is_given_up_and_the_next_run_asks_for_a_new_one(
+def test_an_export_that_is_never_ready_fails_and_the_next_run_requests_a_new_one(
     store: Store, database: str, conn: Connection
 ) -> None:
     clock = [START]
@@ -163,13 +150,13 @@ def test_an_export_that_is_never_ready_is_given_up_and_the_next_run_asks_for_a_n
         assert ids(source(server.url, store, database)) == ["p0"]
 
 
-def test_retry_after_may_be_a_date_with_202_and_with_429(server: SandboxServer, store: Store, database: str) -> None:
+def test_a_date_in_retry_after_is_waited_for(server: SandboxServer, store: Store, database: str) -> None:
     waits: list[float] = []
     on_poll = frozenset({RequestKind.POLL})
     server.set_faults(Fault(kind=FaultKind.THROTTLE, on=on_poll, times=2, retry_after=120, retry_after_date=True))
     assert ids(source(server.url, store, database, sleep=waits.append)) == ALL
     assert [round(wait, -1) for wait in waits[:2]] == [120, 120]
-    assert waits[2:] == [0.1, 0.1], "what a server that says 0 seconds gets"
+    assert waits[2:] == [0.1, 0.1], "the shortest wait, for a server that answers 0 seconds"
 
 
 MANIFEST: dict[str, Any] = {
@@ -181,7 +168,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None = None) -> ScriptedServer:
-    """A server of one export."""
+    """Return a server with one export."""
 
     def answer(request: ReceivedRequest) -> Reply:
         if request.path.endswith("$export"):
@@ -205,7 +192,7 @@ def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None 
     ],
     ids=["time", "no-output", "no-url", "no-http", "no-count", "no-list"],
 )
-def test_a_manifest_that_is_none_is_an_error_and_the_next_run_asks_anew(
+def test_an_invalid_manifest_is_an_error_and_the_export_is_failed(
     store: Store, database: str, conn: Connection, wrong: dict[str, Any]
 ) -> None:
     with scripted({**MANIFEST, **wrong}) as server, pytest.raises(NotFhir, match="not a Bulk Data manifest"):
@@ -213,9 +200,7 @@ def test_a_manifest_that_is_none_is_an_error_and_the_next_run_asks_anew(
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
 
 
-def test_a_server_that_says_the_export_failed_is_asked_for_a_new_one(
-    store: Store, database: str, conn: Connection
-) -> None:
+def test_an_export_that_fails_on_the_server_is_failed(store: Store, database: str, conn: Connection) -> None:
     outcome = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "too-costly"}]}
     with (
         scripted(MANIFEST, poll=reply(outcome, 500)) as server,
@@ -225,56 +210,54 @@ def test_a_server_that_says_the_export_failed_is_asked_for_a_new_one(
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
 
 
-def test_a_poll_that_is_refused_for_want_of_rights_keeps_the_export(
-    store: Store, database: str, conn: Connection
-) -> None:
+def test_an_export_whose_poll_is_forbidden_is_kept(store: Store, database: str, conn: Connection) -> None:
     with scripted(MANIFEST, poll=Reply(status=403)) as server, pytest.raises(HttpStatusError, match="403"):
         ids(source(server.url, store, database))
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("waiting",)]
 
 
-def test_a_download_says_how_far_it_is_and_the_server_s_own_progress(
+def test_the_progress_of_the_server_and_of_the_download_is_reported(
     server: SandboxServer, store: Store, database: str
 ) -> None:
-    said: list[str] = []
-    ids(source(server.url, store, database, on_progress=said.append))
-    texts = [line.partition(": ")[2] for line in said]
+    reports: list[str] = []
+    ids(source(server.url, store, database, on_progress=reports.append))
+    texts = [line.partition(": ")[2] for line in reports]
     assert texts[0] == "the server has accepted the request"
     assert texts[1:3] == ["33 % done", "66 % done"]
     assert texts[-1].startswith(f"downloaded 5 of 5 files, {COUNT} resources, 0.0 MiB")
 
 
-def test_a_long_download_is_told_of_now_and_then_and_not_file_by_file(
+def test_a_long_download_is_reported_at_intervals_and_not_for_each_file(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk_download, "PROGRESS_INTERVAL", 0.05)
-    said: list[str] = []
+    reports: list[str] = []
     slow = Fault(kind=FaultKind.SLOW, on=frozenset({RequestKind.FILE}), seconds=0.02)
     with SandboxServer([patient(f"p{n}", START) for n in range(60)], export_file_resources=1, faults=(slow,)) as server:
-        ids(source(server.url, store, database, on_progress=said.append, connections=1))
-    told = [line for line in said if "downloaded" in line]
-    assert 2 <= len(told) < 40
-    assert " of 60 files" in told[0]
-    assert "downloaded 60 of 60 files, 60 resources" in told[-1]
+        ids(source(server.url, store, database, on_progress=reports.append, connections=1))
+    downloads = [line for line in reports if "downloaded" in line]
+    assert 2 <= len(downloads) < 40
+    assert " of 60 files" in downloads[0]
+    assert "downloaded 60 of 60 files, 60 resources" in downloads[-1]
 
 
-def test_small_files_share_a_turn(store: Store, database: str) -> None:
-    turns = []
+def test_small_files_share_a_call_slot(store: Store, database: str) -> None:
+    slots = []
 
     @contextmanager
-    def turn() -> Iterator[None]:
-        turns.append(1)
+    def call_slot() -> Iterator[None]:
+        slots.append(1)
         yield
 
     with SandboxServer([patient(f"p{n}", START) for n in range(100)], export_file_resources=1) as server:
-        client = FhirClient(server.url, call_slot=turn)
-        found = ids(
+        client = FhirClient(server.url, call_slot=call_slot)
+        exported = ids(
             BulkSource(
                 client, store, lambda: connect(database, cipher=NO_ENCRYPTION), connections=1, sleep=lambda _: None
             )
         )
-    assert len(found) == 100
-    assert len(turns) < 10
+    assert len(exported) == 100
+    assert len(slots) < 10
 
 
 def test_many_small_files_become_one_part(store: Store, database: str, conn: Connection) -> None:

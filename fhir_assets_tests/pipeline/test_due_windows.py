@@ -1,4 +1,4 @@
-"""Which windows are due, with the checkpoints of a real database."""
+"""The windows that are due, with the checkpoints of a real database."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -66,7 +66,7 @@ def test_finding_due_windows_writes_nothing_and_repeats_its_answer(conn: Connect
     first = find_due_windows(conn, source, TYPES, SCHEME, now=now, overlap=OVERLAP)
     assert checkpoints.get(conn, TYPES) == {}
     again = find_due_windows(conn, source, TYPES, SCHEME, now=now, overlap=OVERLAP)
-    keys = [[window.key for windows in found for window in windows.windows] for found in (first, again)]
+    keys = [[window.key for windows in due_windows for window in windows.windows] for due_windows in (first, again)]
     assert keys == [["2024-03-05", "2024-03-06", "2024-03-07"]] * 2
     begin_checkpoints(conn, first)
     begun = checkpoints.get(conn, TYPES)
@@ -80,7 +80,7 @@ def test_the_first_load_begins_at_the_oldest_resource(conn: Connection) -> None:
     assert due(conn, source, at("2024-03-07T12:00")) == ["2024-03-05", "2024-03-06", "2024-03-07"]
 
 
-def test_of_an_empty_server_only_the_open_window_is_due(conn: Connection) -> None:
+def test_only_the_open_window_of_an_empty_server_is_due(conn: Connection) -> None:
     assert due(conn, FixedSource(), at("2024-03-07T12:00")) == ["2024-03-07"]
 
 

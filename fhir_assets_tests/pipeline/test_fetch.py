@@ -1,4 +1,4 @@
-"""Windows fetched from a real server, hour by hour: the clock is the test's, HTTP and store are real."""
+"""Fetches of windows from a real server into a real store, at times that the tests set."""
 
 import json
 from collections.abc import Iterator
@@ -47,9 +47,9 @@ def fetch(
     *,
     refresh: Refresh = Refresh.MISSING,
     days: int = 1,
-    letters: list[DeadLetter] | None = None,
+    dead_letters: list[DeadLetter] | None = None,
 ) -> RawUpdate:
-    """One load's fetching at ``now``, committed."""
+    """Fetch windows at ``now`` and commit the update."""
     source = SearchSource(FhirClient(server.url), page_size=2)
     fetcher = FetchStep(
         source,
@@ -58,7 +58,7 @@ def fetch(
         now=now,
         overlap=OVERLAP,
         refresh=refresh,
-        reject=(letters if letters is not None else []).extend,
+        reject=(dead_letters if dead_letters is not None else []).extend,
     )
     (update,) = fetcher.run(["Patient"], WindowRange(DAYS[:days]))
     store.commit(update.manifests)
@@ -71,7 +71,7 @@ def ids(store: Store, key: str = "2024-01-05") -> list[str | None]:
     return [read_header(line).id for batch in store.batches(manifest.parts) for line in batch]
 
 
-def test_the_open_window_is_asked_for_from_its_checkpoint_less_the_overlap(server: SandboxServer, store: Store) -> None:
+def test_the_open_window_is_fetched_from_its_checkpoint_less_the_overlap(server: SandboxServer, store: Store) -> None:
     fetch(server, store, at("11:00:00"))
     add(server, patient("b", at("11:30:00")))
     fetch(server, store, at("12:00:00"))
@@ -84,7 +84,7 @@ def test_the_open_window_is_asked_for_from_its_checkpoint_less_the_overlap(serve
     assert ids(store) == ["a", "b"]
 
 
-def test_a_resource_committed_late_within_the_overlap_is_found_and_its_neighbours_are_not_kept_twice(
+def test_a_resource_committed_late_within_the_overlap_is_fetched_without_duplicates_of_others(
     server: SandboxServer, store: Store
 ) -> None:
     add(server, patient("b", at("10:59:00")))
@@ -92,8 +92,8 @@ def test_a_resource_committed_late_within_the_overlap_is_found_and_its_neighbour
     add(server, patient("late", at("10:58:30")))
     update = fetch(server, store, at("12:00:00"))
     assert ids(store) == ["a", "b", "late"]
-    (made,) = update.fetches.values()
-    assert (made.server_total, made.matched, made.repeated) == (2, 2, 1)
+    (counts,) = update.fetches.values()
+    assert (counts.server_total, counts.matched, counts.repeated) == (2, 2, 1)
 
 
 def test_a_resource_updated_within_the_overlap_is_kept_in_both_versions(server: SandboxServer, store: Store) -> None:
@@ -104,7 +104,7 @@ def test_a_resource_updated_within_the_overlap_is_kept_in_both_versions(server: 
     assert ids(store) == ["a", "b", "b"]
 
 
-def test_a_full_refresh_fetches_the_open_window_anew(server: SandboxServer, store: Store) -> None:
+def test_a_full_refresh_fetches_the_open_window_again_from_its_start(server: SandboxServer, store: Store) -> None:
     fetch(server, store, at("11:00:00"))
     before = store.manifest("raw", "Patient", "2024-01-05")
     update = fetch(server, store, at("12:00:00"), refresh=Refresh.FULL)
@@ -117,9 +117,7 @@ def test_a_full_refresh_fetches_the_open_window_anew(server: SandboxServer, stor
     assert not set(before.parts) & set(after.parts)
 
 
-def test_a_complete_window_is_not_asked_for_again_unless_it_is_materialized(
-    server: SandboxServer, store: Store
-) -> None:
+def test_a_complete_window_is_fetched_again_only_if_it_is_materialized(server: SandboxServer, store: Store) -> None:
     fetch(server, store, at("01:00:00", day=6))
     assert fetch(server, store, at("02:00:00", day=6)).manifests == ()
     assert len(asked(server)) == 1
@@ -134,42 +132,42 @@ def test_a_range_is_one_search_split_into_its_windows(server: SandboxServer, sto
     assert [ids(store, window.key) for window in DAYS] == [["a"], ["b"], ["c"]]
 
 
-def test_a_lost_page_shows_in_the_counts_of_its_window_only(server: SandboxServer, store: Store) -> None:
+def test_a_lost_page_changes_the_counts_of_its_window_only(server: SandboxServer, store: Store) -> None:
     add(server, *(patient(f"b{n}", at(f"10:0{n}:00", day=6)) for n in range(5)))
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, on=frozenset({RequestKind.PAGE}), times=1))
     update = fetch(server, store, at("12:00:00", day=9), days=2)
-    counts = {key: (made.server_total, made.matched) for key, made in update.fetches.items()}
+    counts = {key: (fetch_counts.server_total, fetch_counts.matched) for key, fetch_counts in update.fetches.items()}
     assert counts == {"2024-01-05": (1, 1), "2024-01-06": (5, 3)}
 
 
-def test_a_wrong_total_shows_in_the_counts(server: SandboxServer, store: Store) -> None:
+def test_a_wrong_total_of_the_server_is_in_the_counts(server: SandboxServer, store: Store) -> None:
     server.set_faults(Fault(kind=FaultKind.WRONG_TOTAL, by=3))
-    (made,) = fetch(server, store, at("11:00:00")).fetches.values()
-    assert (made.server_total, made.matched) == (4, 1)
+    (counts,) = fetch(server, store, at("11:00:00")).fetches.values()
+    assert (counts.server_total, counts.matched) == (4, 1)
 
 
-def test_an_update_while_the_window_is_read_is_no_fault(server: SandboxServer, store: Store) -> None:
-    class Busy(SearchSource):
+def test_an_update_during_the_fetch_is_no_fault(server: SandboxServer, store: Store) -> None:
+    class SourceWithUpdate(SearchSource):
         def count(self, resource_type: str, interval: object) -> int | None:
             total = super().count(resource_type, interval)  # type: ignore[arg-type]
             add(server, patient("a", at("10:00:00", day=7), version="2"))
             return total
 
     fetcher = FetchStep(
-        Busy(FhirClient(server.url)),
+        SourceWithUpdate(FhirClient(server.url)),
         store,
         run_id="run",
         now=at("12:00:00", day=6),
         overlap=OVERLAP,
         refresh=Refresh.MISSING,
-        reject=lambda letters: None,
+        reject=lambda dead_letters: None,
     )
     (update,) = fetcher.run(["Patient"], WindowRange(DAYS[:1]))
-    (made,) = update.fetches.values()
-    assert (made.server_total, made.matched) == (0, 0)
+    (counts,) = update.fetches.values()
+    assert (counts.server_total, counts.matched) == (0, 0)
 
 
-def test_a_fetch_that_fails_leaves_the_partition_as_it_was(server: SandboxServer, store: Store) -> None:
+def test_a_fetch_that_fails_leaves_the_partition_unchanged(server: SandboxServer, store: Store) -> None:
     fetch(server, store, at("11:00:00"))
     before = store.manifest("raw", "Patient", "2024-01-05")
     add(server, *(patient(f"b{n}", at(f"11:0{n}:00")) for n in range(5)))
@@ -187,12 +185,12 @@ def test_a_resource_without_an_id_becomes_a_dead_letter_of_its_window_and_is_cou
     server: SandboxServer, store: Store, tmp_path: Path
 ) -> None:
     body = json.loads(patient("nameless", at("10:30:00")))
-    letters: list[DeadLetter] = []
+    dead_letters: list[DeadLetter] = []
     server.store.seed(json.dumps(body).encode(), 0)
     version = server.store.type_store("Patient").latest["nameless"]
     del body["id"]
     version.body = json.dumps(body).encode()
-    update = fetch(server, store, at("11:00:00"), letters=letters)
-    (made,) = update.fetches.values()
-    assert (made.server_total, made.matched, made.rejected) == (2, 2, 1)
-    assert [(letter.stage, letter.partition_key) for letter in letters] == [("fetch", "2024-01-05")]
+    update = fetch(server, store, at("11:00:00"), dead_letters=dead_letters)
+    (counts,) = update.fetches.values()
+    assert (counts.server_total, counts.matched, counts.rejected) == (2, 2, 1)
+    assert [(dead_letter.stage, dead_letter.partition_key) for dead_letter in dead_letters] == [("fetch", "2024-01-05")]

@@ -1,3 +1,5 @@
+"""Plans: the interval of a window that a run fetches."""
+
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -27,7 +29,7 @@ def test_a_new_window_is_fetched_from_its_start_to_now() -> None:
     assert plan(None, DAY + timedelta(hours=3)) == Planned(WINDOW, Interval(DAY, DAY + timedelta(hours=3)), None)
 
 
-def test_a_window_that_has_not_begun_is_left_alone() -> None:
+def test_a_window_in_the_future_is_skipped() -> None:
     assert plan(None, DAY - timedelta(hours=1), Refresh.FULL) is None
 
 
@@ -45,33 +47,33 @@ def test_an_extension_never_reaches_into_the_window_before() -> None:
     assert planned.interval.start == DAY
 
 
-def test_a_complete_window_is_left_alone_by_a_scheduled_load_and_fetched_anew_when_asked_for() -> None:
+def test_a_complete_window_is_skipped_by_a_scheduled_load_and_fetched_again_on_request() -> None:
     existing = raw(WINDOW.end, complete=True)
     later = WINDOW.end + timedelta(days=3)
     assert plan(existing, later) is None
-    anew = Planned(WINDOW, Interval(DAY, WINDOW.end), None)
-    assert plan(existing, later, Refresh.WINDOW) == anew
-    assert plan(existing, later, Refresh.FULL) == anew
+    from_start = Planned(WINDOW, Interval(DAY, WINDOW.end), None)
+    assert plan(existing, later, Refresh.WINDOW) == from_start
+    assert plan(existing, later, Refresh.FULL) == from_start
 
 
-def test_a_full_refresh_fetches_the_open_window_anew() -> None:
+def test_a_full_refresh_fetches_the_open_window_again_from_its_start() -> None:
     planned = plan(raw(DAY + timedelta(hours=3), complete=False), DAY + timedelta(hours=4), Refresh.FULL)
     assert planned == Planned(WINDOW, Interval(DAY, DAY + timedelta(hours=4)), None)
 
 
-def test_files_that_changed_are_read_anew() -> None:
+def test_changed_files_are_read_again() -> None:
     existing = raw(WINDOW.end, complete=True, state="old")
     later = WINDOW.end + timedelta(days=3)
     assert plan(existing, later, state="old") is None
     assert plan(existing, later, state="new") == Planned(WINDOW, Interval(DAY, WINDOW.end), None)
 
 
-def test_a_window_is_complete_only_when_the_late_commits_are_in() -> None:
+def test_a_window_is_complete_after_the_overlap_for_late_commits() -> None:
     assert not is_complete(WINDOW, now=WINDOW.end, overlap=OVERLAP)
     assert is_complete(WINDOW, now=WINDOW.end + OVERLAP, overlap=OVERLAP)
 
 
-def test_windows_without_a_gap_are_one_request() -> None:
+def test_consecutive_windows_are_one_request() -> None:
     now = DAY + timedelta(days=30)
     planned = [
         p

@@ -1,4 +1,4 @@
-"""What has had its time goes; what anything rests on stays."""
+"""``prune`` removes old data and keeps all_runs that is still used."""
 
 import json
 import os
@@ -28,7 +28,7 @@ YEAR = timedelta(days=365)
 
 @pytest.fixture
 def loaded(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
-    """One window, loaded twice over, so that everything of the first load is superseded; and a bad patient, mended."""
+    """A window that was loaded twice, so that the first load is superseded, with a Patient that was corrected."""
     with SandboxServer([]) as server:
         add(server, *(patient(f"p{n}", DAY) for n in range(3)), patient("bad", DAY, gender="malee"))
         deployment = deploy(fhir_base_url=server.url, fhir_last_updated_gte="2024-01-05", fhir_resource_types="Patient")
@@ -44,8 +44,8 @@ def loaded(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployme
         yield deployment
 
 
-def aged(deployment: Deployment) -> None:
-    """A year goes by."""
+def make_older(deployment: Deployment) -> None:
+    """Make the runs, dead letters and parts a year older."""
     with connect(deployment.url) as conn:
         conn.execute("UPDATE runs SET update_timestamp = update_timestamp - interval '1 year'")
         conn.execute("UPDATE ops.dead_letters SET resolved_at = resolved_at - interval '1 year'")
@@ -66,9 +66,9 @@ def parts(deployment: Deployment) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*.gz")}
 
 
-def test_nothing_goes_before_its_time_or_unasked(loaded: Deployment) -> None:
+def test_nothing_is_removed_that_is_recent_or_without_apply(loaded: Deployment) -> None:
     assert all(kind["old"] == 0 for kind in prune().values())
-    aged(loaded)
+    make_older(loaded)
     before = parts(loaded)
     counted = prune()
     assert {name for name, kind in counted.items() if kind["old"]} >= {"events", "runs", "dead-letters", "store"}
@@ -76,20 +76,20 @@ def test_nothing_goes_before_its_time_or_unasked(loaded: Deployment) -> None:
     assert parts(loaded) == before
 
 
-def test_what_is_old_goes_and_what_anything_rests_on_stays(loaded: Deployment) -> None:
-    aged(loaded)
+def test_old_data_is_removed_and_used_data_is_kept(loaded: Deployment) -> None:
+    make_older(loaded)
     tables = loaded.tables()
     removed = prune("--apply")
     assert removed["runs"]["removed"] == 1
     assert removed["dead-letters"]["removed"] == 1
     assert removed["store"]["removed"] > 0
-    named = {
+    used_parts = {
         part.name
         for layer in ("raw", "validated")
         for manifest in loaded.store.manifests(layer, "Patient", ["2024-01-05"])
         for part in manifest.parts
     }
-    assert parts(loaded) == named
+    assert parts(loaded) == used_parts
     keys = [dg.AssetKey([layer, "patient"]) for layer in ("raw", "validated", "normalized")]
     assert all(loaded.instance.get_materialized_partitions(key) == {"2024-01-05"} for key in keys)
     assert loaded.tables() == tables
@@ -98,8 +98,8 @@ def test_what_is_old_goes_and_what_anything_rests_on_stays(loaded: Deployment) -
     assert [loaded.unreconciled(outcome) for outcome in outcomes] == [[]]
 
 
-def test_a_part_that_a_load_at_work_may_still_name_stays(loaded: Deployment) -> None:
-    aged(loaded)
+def test_parts_that_a_running_load_may_use_are_kept(loaded: Deployment) -> None:
+    make_older(loaded)
     before = parts(loaded)
     with connect(loaded.url) as conn:
         conn.execute(
@@ -110,9 +110,7 @@ def test_a_part_that_a_load_at_work_may_still_name_stays(loaded: Deployment) -> 
     assert parts(loaded) == before
 
 
-def test_failed_windows_are_named_with_the_commands_that_run_just_those_again(
-    deploy: Deploy, loaded: Deployment
-) -> None:
+def test_failed_windows_are_reported_with_the_commands_that_load_them_again(deploy: Deploy, loaded: Deployment) -> None:
     with connect(loaded.url) as conn:
         for day in (7, 8, 12):
             conn.execute(
@@ -123,28 +121,28 @@ def test_failed_windows_are_named_with_the_commands_that_run_just_those_again(
     result = (
         build_definitions(loaded.settings).resolve_job_def("check_tables").execute_in_process(instance=loaded.instance)
     )
-    found = {e.check_name: e for e in result.get_asset_check_evaluations()}["no_failed_partitions"]
-    assert not found.passed
-    assert found.metadata["failed_partitions"].value == 3
-    said = found.description or ""
-    assert "--from 2024-01-07 --to 2024-01-08" in said
-    assert "--from 2024-01-12 --to 2024-01-12" in said
+    check = {e.check_name: e for e in result.get_asset_check_evaluations()}["no_failed_partitions"]
+    assert not check.passed
+    assert check.metadata["failed_partitions"].value == 3
+    description = check.description or ""
+    assert "--from 2024-01-07 --to 2024-01-08" in description
+    assert "--from 2024-01-12 --to 2024-01-12" in description
 
 
 def test_runs_are_listed_by_filters_and_shown_with_their_dead_letters(loaded: Deployment) -> None:
-    def listed(*arguments: str) -> list[dict[str, Any]]:
+    def list_runs(*arguments: str) -> list[dict[str, Any]]:
         result = CliRunner().invoke(app, ["runs", "list", "--json", *arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        found: list[dict[str, Any]] = json.loads(result.output)
-        return found
+        runs: list[dict[str, Any]] = json.loads(result.output)
+        return runs
 
-    everything = listed()
-    assert len(everything) == 2
-    assert [run["run_id"] for run in listed("--by", "test")] == [run["run_id"] for run in everything]
-    assert listed("--by", "schedule") == []
-    assert listed("--since", "2100-01-01") == []
-    assert listed("--status", "failed") == []
-    first = everything[-1]
+    all_runs = list_runs()
+    assert len(all_runs) == 2
+    assert [run["run_id"] for run in list_runs("--by", "test")] == [run["run_id"] for run in all_runs]
+    assert list_runs("--by", "schedule") == []
+    assert list_runs("--since", "2100-01-01") == []
+    assert list_runs("--status", "failed") == []
+    first = all_runs[-1]
     assert first["link"].endswith(f"/runs/{first['run_id']}")
     with connect(loaded.url) as conn:
         conn.execute("UPDATE ops.dead_letters SET status = 'open'")

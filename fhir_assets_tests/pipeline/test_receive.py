@@ -1,4 +1,4 @@
-"""What comes by other doors than the source: real store, real Postgres, real threads."""
+"""Resources from ingestion channels other than the source, with a real store, Postgres and threads."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -50,7 +50,7 @@ def ids(store: Store, key: str = KEY) -> list[str | None]:
 
 
 def fetched(store: Store, name: str, *, base: Manifest | None = None, until: datetime = NOW) -> Manifest:
-    """A manifest of a fetch that got one part of one row."""
+    """Return the manifest of a fetch that added one part with one row."""
     part = Part(f"raw/patient/{KEY}/{name}", 1, 10, 10)
     earlier = base.fetched.fetches if base and base.fetched else ()
     fetch = Fetch(earlier[-1].end if earlier else None, until, until, 1, 1, 0, 0)
@@ -61,10 +61,10 @@ def fetched(store: Store, name: str, *, base: Manifest | None = None, until: dat
     )
 
 
-def test_what_is_received_goes_into_the_windows_of_its_last_updated_or_else_of_its_arrival(
+def test_resources_are_received_into_the_window_of_their_last_updated_or_of_their_arrival(
     store: Store, receiver: Receiver
 ) -> None:
-    brought = receiver.receive(
+    result = receiver.receive(
         [
             record("a"),
             record("old", "1999-01-01T00:00:00Z"),
@@ -75,11 +75,11 @@ def test_what_is_received_goes_into_the_windows_of_its_last_updated_or_else_of_i
         "landing:x",
     )
     assert (ids(store), ids(store, "2024-01-01"), ids(store, "2024-01-09")) == (["a"], ["old"], ["undated", "future"])
-    assert brought.rows == 4
-    assert brought.skipped == {"Medication": 1}
+    assert result.rows == 4
+    assert result.skipped == {"Medication": 1}
 
 
-def test_an_origin_is_received_once_and_its_records_are_not_even_read_again(store: Store, receiver: Receiver) -> None:
+def test_an_origin_is_received_once_and_its_records_are_not_read_again(store: Store, receiver: Receiver) -> None:
     first = receiver.receive([record("a")], "landing:x")
     again = receiver.receive((pytest.fail("was read") for _ in "x"), "landing:x")
     assert (again.items, again.already_received) == (first.items, True)
@@ -88,7 +88,7 @@ def test_an_origin_is_received_once_and_its_records_are_not_even_read_again(stor
     assert ids(store) == ["a", "b"]
 
 
-def test_an_origin_that_broke_off_counts_as_not_received_and_comes_again_whole(
+def test_an_origin_that_failed_is_not_received_and_can_be_received_again(
     store: Store, receiver: Receiver, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> Iterator[Record]:
@@ -98,7 +98,7 @@ def test_an_origin_that_broke_off_counts_as_not_received_and_comes_again_whole(
     with pytest.raises(OSError, match="broke"):
         receiver.receive(broken(), "landing:x")
     assert store.manifest("raw", "Patient", KEY) is None
-    # Even where raw was committed already: killed just before it was noted.
+    # Also if the process was killed after raw was committed and before the origin was recorded.
     with monkeypatch.context() as patched:
         patched.setattr(received, "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -107,22 +107,22 @@ def test_an_origin_that_broke_off_counts_as_not_received_and_comes_again_whole(
     assert received.find_pending(conn) == []
     receiver.receive([record("a"), record("b")], "landing:x")
     assert ids(store) == ["a", "b"]
-    assert [each.partition_key for each in received.find_pending(conn)] == [KEY]
+    assert [window.partition_key for window in received.find_pending(conn)] == [KEY]
 
 
-def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_settle(
+def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_resolve(
     receiver: Receiver, conn: Connection
 ) -> None:
     bad = RejectedInput("Patient", None, "json", "file:3", "not JSON", NOW - timedelta(days=4), b"{")
-    brought = receiver.receive([bad], "landing:x")
-    assert brought.rejected == 1
+    result = receiver.receive([bad], "landing:x")
+    assert result.rejected == 1
     assert received.find_pending(conn) == []
     dead_letters.resolve_not_repeated(conn, "run", "Patient", "fetch", [KEY])
-    letters = conn.execute("SELECT stage, status, origin, partition_key FROM ops.dead_letters").fetchall()
-    assert letters == [("fetch", "open", "landing:x", KEY)]
+    rows = conn.execute("SELECT stage, status, origin, partition_key FROM ops.dead_letters").fetchall()
+    assert rows == [("fetch", "open", "landing:x", KEY)]
 
 
-def test_origins_received_at_once_into_one_window_are_all_kept(store: Store, receiver: Receiver) -> None:
+def test_origins_received_concurrently_into_one_window_are_all_kept(store: Store, receiver: Receiver) -> None:
     def receive(number: int) -> None:
         receiver.receive([record(f"p{number}")], f"api:{number}")
 
@@ -131,14 +131,16 @@ def test_origins_received_at_once_into_one_window_are_all_kept(store: Store, rec
     assert sorted(map(str, ids(store))) == sorted(f"p{n}" for n in range(40))
 
 
-def test_one_origin_received_by_many_at_once_is_there_once(store: Store, receiver: Receiver) -> None:
+def test_an_origin_received_concurrently_is_stored_once(store: Store, receiver: Receiver) -> None:
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: receiver.receive([record("a")], "api:1"), range(8)))
     assert ids(store) == ["a"]
     assert sorted(result.already_received for result in results) == [False] + [True] * 7
 
 
-def test_a_window_that_is_fetched_anew_keeps_what_was_received(store: Store, receiver: Receiver, database: str) -> None:
+def test_a_window_that_is_fetched_again_keeps_its_received_parts(
+    store: Store, receiver: Receiver, database: str
+) -> None:
     def commit_fetch(mine: Manifest, base: Manifest | None) -> None:
         commit_update(
             lambda: connect(database, cipher=NO_ENCRYPTION), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base})
@@ -160,7 +162,7 @@ def names(parts: Iterable[Part]) -> list[str]:
     return [part.name.rsplit("/")[-1] for part in parts]
 
 
-def test_two_extensions_of_a_window_at_once_are_both_kept_and_add_up(store: Store) -> None:
+def test_concurrent_extensions_of_a_window_are_merged(store: Store) -> None:
     base = fetched(store, "base", until=NOW - timedelta(hours=2))
     theirs = fetched(store, "theirs", base=base)
     mine = fetched(store, "mine", base=base, until=NOW - timedelta(hours=1))
@@ -171,7 +173,7 @@ def test_two_extensions_of_a_window_at_once_are_both_kept_and_add_up(store: Stor
     assert sum(fetch.matched for fetch in result.fetched.fetches) == result.rows
 
 
-def judged(name: str, *inputs: str, base: Manifest | None = None, rules: str = "r4") -> Manifest:
+def validated(name: str, *inputs: str, base: Manifest | None = None, rules: str = "r4") -> Manifest:
     before = base.validated if base else None
     return Manifest(
         "validated",
@@ -190,36 +192,34 @@ def judged(name: str, *inputs: str, base: Manifest | None = None, rules: str = "
     )
 
 
-def test_validations_of_different_parts_at_once_are_joined() -> None:
-    base = judged("base", "r0")
-    result = merge_manifests(judged("mine", "r2", base=base), base, judged("theirs", "r1", base=base))
+def test_concurrent_validations_of_different_parts_are_merged() -> None:
+    base = validated("base", "r0")
+    result = merge_manifests(validated("mine", "r2", base=base), base, validated("theirs", "r1", base=base))
     assert names(result.parts) == ["base", "theirs", "mine"]
     assert result.validated
     assert result.validated.inputs == ("r0", "r1", "r2")
     assert (result.validated.rows_in, result.validated.dead) == (6, {"json": 3})
 
 
-def test_of_validations_of_the_same_parts_one_is_kept() -> None:
-    base = judged("base", "r0")
-    mine, theirs = judged("mine", "r1", base=base), judged("theirs", "r1", base=base)
+def test_one_of_two_validations_of_the_same_parts_is_kept() -> None:
+    base = validated("base", "r0")
+    mine, theirs = validated("mine", "r1", base=base), validated("theirs", "r1", base=base)
     assert merge_manifests(mine, base, theirs) is theirs
-    more = judged("more", "r1", "r2", base=base)
+    more = validated("more", "r1", "r2", base=base)
     assert merge_manifests(more, base, theirs) is more
     assert merge_manifests(mine, base, more) is more
     assert merge_manifests(mine, None, None) is mine
 
 
-def test_validations_that_cannot_be_joined_are_refused_and_not_overwritten() -> None:
-    base = judged("base", "r0")
-    mine = judged("mine", "r1", "r2", base=base)
-    for theirs in (judged("theirs", "r2", "r3", base=base), judged("anew", "r9")):
+def test_validations_that_cannot_be_merged_are_refused() -> None:
+    base = validated("base", "r0")
+    mine = validated("mine", "r1", "r2", base=base)
+    for theirs in (validated("theirs", "r2", "r3", base=base), validated("again", "r9")):
         with pytest.raises(Overtaken, match="another run validated Patient of 2024-01-05"):
             merge_manifests(mine, base, theirs)
 
 
-def test_a_window_that_was_asked_for_is_asked_for_again_after_a_wait_that_doubles(
-    receiver: Receiver, conn: Connection
-) -> None:
+def test_a_requested_window_is_requested_again_after_a_wait_that_doubles(receiver: Receiver, conn: Connection) -> None:
     receiver.receive([record("a")], "landing:x")
     for wait in (60, 120, 240):
         (waiting,) = received.find_pending(conn, now=NOW)
@@ -229,7 +229,7 @@ def test_a_window_that_was_asked_for_is_asked_for_again_after_a_wait_that_double
         conn.execute("UPDATE ops.received SET asked_at = asked_at - interval '1 day'")
 
 
-def test_a_window_is_loaded_when_all_parts_of_an_origin_are(receiver: Receiver, conn: Connection) -> None:
+def test_an_origin_is_loaded_when_all_of_its_parts_are_loaded(receiver: Receiver, conn: Connection) -> None:
     first = receiver.receive([record("a")], "landing:x")
     receiver.receive([record("b")], "landing:y")
     received.record_loaded(conn, "run", "Patient", {KEY: first.items[0].parts})

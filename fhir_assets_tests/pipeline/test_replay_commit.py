@@ -1,4 +1,4 @@
-"""A replay and a load that worked on one window at once: both are kept when the second commits."""
+"""Commits of a replay and a load of the same window: the second commit keeps the first."""
 
 from datetime import UTC, datetime
 
@@ -11,7 +11,7 @@ NOW = datetime(2024, 1, 5, tzinfo=UTC)
 
 
 def validated(parts: dict[str, int], inputs: tuple[str, ...], rows_in: int, dead: int) -> Manifest:
-    """A validated partition of parts by name and rows."""
+    """Return a validated partition with parts of these names and row counts."""
     return Manifest(
         "validated",
         "Patient",
@@ -25,24 +25,24 @@ def validated(parts: dict[str, int], inputs: tuple[str, ...], rows_in: int, dead
 
 BASE = validated({"a": 7}, ("raw1",), 10, 3)
 EXTENDED = validated({"a": 7, "b": 5}, ("raw1", "raw2"), 16, 4)
-REPLAYED = validated({"a": 7, "healed": 2}, ("raw1", f"{REPLAY}r"), 10, 1)
+REPLAYED = validated({"a": 7, "replayed": 2}, ("raw1", f"{REPLAY}r"), 10, 1)
 
 
-@pytest.mark.parametrize(("mine", "now"), [(REPLAYED, EXTENDED), (EXTENDED, REPLAYED)])
-def test_an_extension_and_a_replay_of_one_window_add_up_whichever_commits_last(mine: Manifest, now: Manifest) -> None:
-    found = merge_manifests(mine, BASE, now)
-    assert found.validated
-    assert {part.name for part in found.parts} == {"a", "b", "healed"}
-    assert found.validated.raw_parts == {"raw1", "raw2"}
-    assert found.validated.replays == ["r"]
-    assert found.validated.rows_in == 16
-    assert found.rows + sum(found.validated.dead.values()) == 16
+@pytest.mark.parametrize(("mine", "current"), [(REPLAYED, EXTENDED), (EXTENDED, REPLAYED)])
+def test_an_extension_and_a_replay_of_one_window_are_merged_in_any_order(mine: Manifest, current: Manifest) -> None:
+    merged = merge_manifests(mine, BASE, current)
+    assert merged.validated
+    assert {part.name for part in merged.parts} == {"a", "b", "replayed"}
+    assert merged.validated.raw_parts == {"raw1", "raw2"}
+    assert merged.validated.replays == ["r"]
+    assert merged.validated.rows_in == 16
+    assert merged.rows + sum(merged.validated.dead.values()) == 16
 
 
-def test_two_replays_of_one_window_add_up() -> None:
+def test_two_replays_of_one_window_are_merged() -> None:
     other = validated({"a": 7, "more": 1}, ("raw1", f"{REPLAY}s"), 10, 2)
-    found = merge_manifests(other, BASE, REPLAYED)
-    assert found.validated
-    assert found.rows == 10
-    assert not found.validated.dead
-    assert found.validated.replays == ["r", "s"]
+    merged = merge_manifests(other, BASE, REPLAYED)
+    assert merged.validated
+    assert merged.rows == 10
+    assert not merged.validated.dead
+    assert merged.validated.replays == ["r", "s"]

@@ -23,9 +23,9 @@ LARGE = MIN_SECONDS_TO_START + 1
 
 @pytest.fixture
 def workers() -> Iterator[WorkerPool]:
-    made = WorkerPool(2)
-    yield made
-    made.close()
+    pool = WorkerPool(2)
+    yield pool
+    pool.close()
 
 
 def children() -> set[int]:
@@ -72,9 +72,9 @@ class Unpickled:
 
 def run(workers: WorkerPool, job: Callable[[str], object], items: list[str], *, seconds: float = LARGE) -> list[object]:
     """Run a job with one unit for each item."""
-    weighed = workers.map(job, enumerate(items), weigh=lambda _: UNIT_BYTES, seconds=seconds)
+    triples = workers.map(job, enumerate(items), weigh=lambda _: UNIT_BYTES, seconds=seconds)
     results = []
-    for index, (context, item, result) in enumerate(weighed):
+    for index, (context, item, result) in enumerate(triples):
         assert (context, item) == (index, items[index])
         results.append(result)
     return results
@@ -92,7 +92,7 @@ def test_results_come_in_order_from_several_processes(workers: WorkerPool) -> No
     assert os.getpid() not in processes
 
 
-def test_little_work_starts_no_process_and_one_worker_is_none(workers: WorkerPool) -> None:
+def test_little_work_or_a_count_of_one_starts_no_process(workers: WorkerPool) -> None:
     before = children()
     assert run(workers, process_of, ["a", "b"], seconds=MIN_SECONDS_TO_START / 2) == [os.getpid()] * 2
     assert run(WorkerPool(1), process_of, ["a", "b"], seconds=1000) == [os.getpid()] * 2
@@ -100,8 +100,8 @@ def test_little_work_starts_no_process_and_one_worker_is_none(workers: WorkerPoo
 
 
 def test_small_items_share_a_unit(workers: WorkerPool) -> None:
-    weighed = workers.map(process_of, ((None, str(n)) for n in range(100)), weigh=lambda _: 10, seconds=LARGE)
-    assert len({process for _, _, process in weighed}) == 1
+    results = workers.map(process_of, ((None, str(n)) for n in range(100)), weigh=lambda _: 10, seconds=LARGE)
+    assert len({process for _, _, process in results}) == 1
 
 
 def test_a_job_is_unpickled_once_in_each_worker(workers: WorkerPool) -> None:
@@ -123,7 +123,7 @@ def test_no_more_units_are_read_than_fit_in_flight(workers: WorkerPool) -> None:
     assert len(list(results)) == 99
 
 
-def test_an_error_of_the_project_arrives_as_it_is(workers: WorkerPool) -> None:
+def test_an_error_of_the_project_is_raised_unchanged(workers: WorkerPool) -> None:
     with pytest.raises(StoreError, match="the part is damaged"):
         run(workers, refuse, ["a"] * 10)
     assert run(workers, upper, ["still there"]) == ["STILL THERE"]
@@ -182,9 +182,9 @@ def test_validation_gives_the_same_issues_in_a_worker(workers: WorkerPool) -> No
         b'{"resourceType":"Patient","id":"c","birthDate":"1980"}',
     ]
     validator = LineValidator(Validator(warn_rules=["required-binding"]))
-    ((_, _, elsewhere),) = workers.map(validator, [(None, lines)], weigh=len, seconds=LARGE)
-    assert elsewhere == validator(lines)
-    assert [(place, issues[0].rule, issues[0].severity) for place, issues in elsewhere] == [
+    ((_, _, from_worker),) = workers.map(validator, [(None, lines)], weigh=len, seconds=LARGE)
+    assert from_worker == validator(lines)
+    assert [(index, issues[0].rule, issues[0].severity) for index, issues in from_worker] == [
         (1, "required-binding", "warning"),
         (2, "json", "error"),
     ]

@@ -11,7 +11,7 @@ from fhir_assets.cli.main import app
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.support.key_rotation import VIEWS, load_people, lose, opened
+from fhir_assets_tests.support.key_rotation import VIEWS, load_people, lose_key, open_session
 
 OLD, NEW = new_key(), new_key()
 OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
@@ -37,7 +37,7 @@ def read_status() -> list[dict[str, Any]]:
 
 
 def fill(url: str, *of_keys: str) -> None:
-    with opened(url, *of_keys) as conn:
+    with open_session(url, *of_keys) as conn:
         load_people(conn, range(20))
 
 
@@ -94,8 +94,8 @@ def test_a_missing_key_is_reported_with_its_number_of_resources_and_the_remedy(
     deployed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(deployed, OLD)
-    with opened(deployed, OLD) as conn:
-        lose(conn, 3, "0badc0de")
+    with open_session(deployed, OLD) as conn:
+        lose_key(conn, 3, "0badc0de")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
     expected = "Key 0badc0de is missing: it encrypts 3 resources. Add it to the end of PHI_ENCRYPTION_KEYS, then run "
     assert expected in run_keys("status")

@@ -1,4 +1,4 @@
-"""A deployment in small for the tests of rotation: every place that holds sealed patient data, filled."""
+"""A small deployment for the tests of key rotation: encrypted patient data in every table and in the store."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -7,7 +7,7 @@ from pathlib import Path
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reencrypt.step import ReencryptStep
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json, from_json
 from fhir_assets.privacy.keys import parse_keys
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.part_writer import PartWriter
@@ -18,55 +18,59 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, Session, c
 from fhir_assets_tests.support.views import column, load, patient, view
 
 DAY = "2024-01-01"
-TOOK = datetime(2024, 1, 2, tzinfo=UTC)
+WRITTEN_AT = datetime(2024, 1, 2, tzinfo=UTC)
 
 
-def encrypted(name: str, path: str, **tags: str) -> dict[str, object]:
-    named = [{"name": key, "value": value} for key, value in {"phi": "encrypt", **tags}.items()]
-    return {**column(name, path, "string"), "tag": named}
+def encrypted_column(name: str, path: str, **tags: str) -> dict[str, object]:
+    """Return an encrypted column of a ViewDefinition."""
+    all_tags = [{"name": key, "value": value} for key, value in {"phi": "encrypt", **tags}.items()]
+    return {**column(name, path, "string"), "tag": all_tags}
 
 
 PATIENT = view(
     "patient",
     "Patient",
     column("gender", "gender", "code"),
-    encrypted("mrn", "identifier.first().value", index="btree"),
+    encrypted_column("mrn", "identifier.first().value", index="btree"),
 )
-NAME = view("patient_name", "Patient", encrypted("family", "family"), forEach="name")
+NAME = view("patient_name", "Patient", encrypted_column("family", "family"), forEach="name")
 VIEWS = (PATIENT, NAME)
 
 
-def keyring(url: str, *keys: str) -> Cipher:
-    """The keys, with the secret of the database."""
+def unlock_cipher(url: str, *keys: str) -> Cipher:
+    """Return a cipher with the keys and the secret of the database."""
     with connect(url) as conn:
         return encryption_secret.unlock(conn, Cipher(parse_keys(keys)))
 
 
-def opened(url: str, *keys: str) -> Session:
-    """A connection with some keys, or none."""
-    return connect(url, cipher=keyring(url, *keys) if keys else NO_ENCRYPTION)
+def open_session(url: str, *keys: str) -> Session:
+    """Open a session that encrypts with the keys, or one without encryption if there are no keys."""
+    return connect(url, cipher=unlock_cipher(url, *keys) if keys else NO_ENCRYPTION)
 
 
-def store_at(folder: Path, cipher: Cipher) -> Store:
+def open_store_in(folder: Path, cipher: Cipher) -> Store:
+    """Open a local store in a folder."""
     return open_store(str(folder), cipher)
 
 
 def person(number: int, version: str = "1", family: str | None = None, updated: str = "2024-01-01T00:00:00Z") -> Record:
-    names = [{"family": family or f"Family{number}-{each}"} for each in range(2)]
+    """Return the record of a Patient with two names and an MRN."""
+    names = [{"family": family or f"Family{number}-{index}"} for index in range(2)]
     return patient(f"p{number:05}", updated, version, identifier=[{"value": f"MRN-{number}"}], name=names)
 
 
 def load_people(conn: Session, numbers: Sequence[int], views: Sequence[View] = VIEWS, **options: str) -> None:
+    """Load the Patients with these numbers and commit. The options are those of ``person``."""
     load(conn, *(person(number, **options) for number in numbers), views=tuple(views))
     conn.commit()
 
 
-LETTER = DeadLetter("Patient", "bad", "validate", "structure", "Patient", "wrong", b'{"id": "bad-Smith"}', DAY)
+DEAD_LETTER = DeadLetter("Patient", "bad", "validate", "structure", "Patient", "wrong", b'{"id": "bad-Smith"}', DAY)
 CORRECTED = b'{"id": "bad", "name": [{"family": "Smith"}]}'
 
 
-def fill(conn: Session, store: Store, people: int = 30) -> None:
-    """Something in every place."""
+def fill_deployment(conn: Session, store: Store, people: int = 30) -> None:
+    """Store patient data in every table that may hold encrypted data, and in the store."""
     load_people(conn, range(people))
     cipher = cipher_of(conn)
     clear = b'{"id": "held-Smith"}'
@@ -86,9 +90,9 @@ def fill(conn: Session, store: Store, people: int = 30) -> None:
         """,
         [body, cipher.key_id],
     )
-    dead_letters.record(conn, "run", [LETTER])
-    [(letter,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
-    corrections.record(conn, letter, CORRECTED, by="somebody")
+    dead_letters.record(conn, "run", [DEAD_LETTER])
+    [(dead_letter_id,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
+    corrections.record(conn, dead_letter_id, CORRECTED, by="somebody")
     idempotency.record_response(
         conn, idempotency.Request.of(conn, "me", "/visits", "key", b"body"), 200, b"the answer: Smith"
     )
@@ -97,67 +101,61 @@ def fill(conn: Session, store: Store, people: int = 30) -> None:
 
 
 def write_part(store: Store, line: bytes, layer: str = "raw", lines: int = 5) -> str:
-    """A partition of one part; gives the part's name."""
+    """Write a partition with one part of equal lines. Return the name of the part."""
     with PartWriter(store, layer) as writer:
         for _ in range(lines):
             writer.add("Patient", DAY, line, None)
         parts = writer.finish()["Patient", DAY]
-    store.commit([Manifest(layer, "Patient", DAY, "run", TOOK, parts)])
+    store.commit([Manifest(layer, "Patient", DAY, "run", WRITTEN_AT, parts)])
     return parts[0].name
 
 
-def everything(conn: Connection, store: Store) -> dict[str, object]:
-    """What the keys of the connection open, of every place: the same before and after a rotation."""
+def read_decrypted(conn: Connection, store: Store) -> dict[str, object]:
+    """Return the decrypted content of the tables and the store. A rotation must not change it."""
     cipher = cipher_of(conn)
 
     def text(query: str) -> list[object]:
-        found = []
+        texts: list[object] = []
         for key_id, value in conn.execute(query.encode()).fetchall():
-            found.append(
-                (value.encode() if key_id is None else cipher.decrypt_and_decompress(_bytes(value))).replace(b" ", b"")
-            )
-        return found
+            content = value.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(value))
+            texts.append(content.replace(b" ", b""))
+        return texts
 
     def binary(query: str) -> list[object]:
         return [cipher.decrypt_and_decompress(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
 
-    shown = "key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
+    stored_text = "key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
     tokens = conn.execute("SELECT _resource_key, mrn FROM fhir.patient ORDER BY 1").fetchall()
     names = conn.execute("SELECT _resource_key, family FROM fhir.patient_name").fetchall()
-    parts = store.manifest("raw", "Patient", DAY)
-    assert parts
+    manifest = store.manifest("raw", "Patient", DAY)
+    assert manifest
     return {
-        "resources": text(f"SELECT {shown} FROM fhir.resource ORDER BY id"),
+        "resources": text(f"SELECT {stored_text} FROM fhir.resource ORDER BY id"),
         "facts": conn.execute(
             "SELECT id, run_id, loaded_at, as_of, partition_key FROM fhir.resource ORDER BY 1"
         ).fetchall(),
         "mrn": [(key, cipher.decrypt_token(mrn)) for key, mrn in tokens],
         "names": sorted((key, cipher.decrypt_token(family)) for key, family in names),
-        "withheld": text(f"SELECT {shown} FROM ops.withheld ORDER BY id"),
-        "consents": text(f"SELECT {shown} FROM ops.consent_records"),
-        "letters": binary("SELECT resource FROM ops.dead_letters ORDER BY id"),
+        "withheld": text(f"SELECT {stored_text} FROM ops.withheld ORDER BY id"),
+        "consents": text(f"SELECT {stored_text} FROM ops.consent_records"),
+        "dead_letters": binary("SELECT resource FROM ops.dead_letters ORDER BY id"),
         "corrected": binary("SELECT resource FROM ops.corrections"),
         "original": binary("SELECT original FROM ops.corrections"),
         "answers": binary("SELECT answer FROM ops.idempotency"),
-        "lines": [line for batch in store.batches(parts.parts) for line in batch],
+        "lines": [line for batch in store.batches(manifest.parts) for line in batch],
     }
 
 
-def _bytes(value: str) -> bytes:
-    from fhir_assets.privacy.encryption import from_json
-
-    return from_json(value)
-
-
-def rotator(
+def build_reencrypt_step(
     url: str, store: Store, *keys: str, views: Sequence[View] = VIEWS, busy_timeout: float = 5.0
 ) -> ReencryptStep:
-    cipher = keyring(url, *keys)
+    """Build the step that reencrypts everything with the first of the keys."""
+    cipher = unlock_cipher(url, *keys)
     return ReencryptStep(lambda: connect(url, cipher=cipher), store, views, actor="test", busy_timeout=busy_timeout)
 
 
-def lose(conn: Connection, count: int, key_id: str) -> None:
-    """Pretend that a key which nobody has sealed some resources: the id in their bytes is another one."""
+def lose_key(conn: Connection, count: int, key_id: str) -> None:
+    """Make the first ``count`` resources look as if a lost key encrypted them: change the key id in their bytes."""
     conn.execute(
         "UPDATE fhir.resource SET key_id = %(key)s, resource = to_jsonb(encode('FS1'::bytea"
         " || decode(%(key)s, 'hex') || substring(decode(resource #>> '{}', 'base64') FROM 8), 'base64'))"
@@ -167,5 +165,6 @@ def lose(conn: Connection, count: int, key_id: str) -> None:
     conn.commit()
 
 
-def rows(conn: Connection, query: str) -> list[tuple[object, ...]]:
+def fetch_rows(conn: Connection, query: str) -> list[tuple[object, ...]]:
+    """Return all rows of a query."""
     return conn.execute(query.encode()).fetchall()

@@ -23,7 +23,14 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres.db import embedded, migrations, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect, with_database
 from fhir_assets.warehouse.postgres.tables import deletions, view_tables
-from fhir_assets_tests.support.key_rotation import LETTER, PATIENT, VIEWS, fill, load_people, store_at
+from fhir_assets_tests.support.key_rotation import (
+    DEAD_LETTER,
+    PATIENT,
+    VIEWS,
+    fill_deployment,
+    load_people,
+    open_store_in,
+)
 from fhir_assets_tests.support.views import column, load, patient, view
 
 KEY = new_key()
@@ -54,7 +61,7 @@ def filled(database: str, tmp_path: Path) -> str:
     """The URL of a database with rows in every table. The owner created the tables of views."""
     cipher = unlock(database)
     with connect(database, cipher=cipher) as conn:
-        fill(conn, store_at(tmp_path, cipher), people=3)
+        fill_deployment(conn, open_store_in(tmp_path, cipher), people=3)
         audit_log.record(conn, AuditRecord("read", "test"))
     return database
 
@@ -107,7 +114,7 @@ def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient_data(fil
     url = user(roles.OPERATOR)
     with connect(url, cipher=unlock(filled)) as conn:
         assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
-        assert [dead_letter.rule for dead_letter in dead_letters.find(conn, Selection(), limit=5)] == [LETTER.rule]
+        assert [dead_letter.rule for dead_letter in dead_letters.find(conn, Selection(), limit=5)] == [DEAD_LETTER.rule]
         replays.request_replay(conn, Selection())
         audit_log.record(conn, AuditRecord("replay", "an operator"))
     for statement in (

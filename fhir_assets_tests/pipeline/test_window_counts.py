@@ -1,4 +1,4 @@
-"""What a balance calls a fault."""
+"""The faults of window counts: each count that does not match is reported with the action that corrects it."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 
-GOOD = WindowCounts(
+RECONCILED = WindowCounts(
     "2024-01-05",
     server_total=10,
     matched=10,
@@ -21,17 +21,17 @@ GOOD = WindowCounts(
 )
 
 
-def test_a_window_in_which_everything_stands_somewhere_has_no_faults() -> None:
-    assert GOOD.faults == []
-    assert GOOD.loaded == 5
+def test_matching_counts_have_no_faults() -> None:
+    assert RECONCILED.faults == []
+    assert RECONCILED.loaded == 5
 
 
-def test_a_source_that_cannot_count_is_no_fault() -> None:
-    assert replace(GOOD, server_total=None).faults == []
+def test_an_unknown_server_total_is_no_fault() -> None:
+    assert replace(RECONCILED, server_total=None).faults == []
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"server_total": 12}, "the server counts 12 but returned 10: materialize raw"),
         ({"server_total": 9}, "the server counts 9 but returned 10: materialize raw"),
@@ -41,7 +41,7 @@ def test_a_source_that_cannot_count_is_no_fault() -> None:
         ({"missing": 3}, "3 valid resources are not in the tables: materialize normalized again"),
     ],
 )
-def test_each_number_that_is_off_is_one_fault_with_what_to_do(changed: dict[str, int], said: str) -> None:
-    (fault,) = replace(GOOD, **changed).faults  # type: ignore[arg-type]
-    assert fault.startswith(said)
+def test_a_count_that_does_not_match_is_one_fault_with_an_action(changed: dict[str, int], message: str) -> None:
+    (fault,) = replace(RECONCILED, **changed).faults  # type: ignore[arg-type]
+    assert fault.startswith(message)
     assert "materialize" in fault

@@ -1,4 +1,4 @@
-"""Deletions in the store: kept before they are applied, joined when they are many, applied once a database."""
+"""The log of deletions: recorded in the store before they are applied, compacted, and applied once to each database."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -29,61 +29,61 @@ def open_log(store: Store, url: str) -> DeletionLog:
     return DeletionLog(store, lambda: connect(url, cipher=NO_ENCRYPTION))
 
 
-def buried(url: str) -> dict[tuple[str, str], datetime]:
+def read_deleted(url: str) -> dict[tuple[str, str], datetime]:
     with connect(url) as conn:
         rows = conn.execute("SELECT resource_type, id, deleted_at FROM fhir.resource").fetchall()
     return {(resource_type, identity): at for resource_type, identity, at in rows}
 
 
-def test_another_database_learns_them_from_the_store_with_time_and_version(
+def test_recorded_deletions_are_applied_to_another_database_once_with_time_and_version(
     store: Store, database: str, conn: Session
 ) -> None:
-    given = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
-    done = open_log(store, database).record(iter(given), run_id="r")
-    assert dict(done.unknown) == {"Patient": 1, "Observation": 1}
+    recorded = [Deletion("Patient", "p1", AT, "3"), Deletion("Observation", "o1", AT + timedelta(days=1))]
+    counts = open_log(store, database).record(iter(recorded), run_id="r")
+    assert dict(counts.unknown) == {"Patient": 1, "Observation": 1}
     expected = {("Patient", "p1"): AT, ("Observation", "o1"): AT + timedelta(days=1)}
-    assert buried(database) == expected
+    assert read_deleted(database) == expected
     conn.execute("TRUNCATE fhir.resource, ops.deletion_parts")
     conn.commit()
-    again = open_log(store, database)
+    other_log = open_log(store, database)
     for name in ("Patient", "Observation", "Encounter"):
-        again.apply_pending(conn, name, run_id="r2")
-    assert buried(database) == expected
+        other_log.apply_pending(conn, name, run_id="r2")
+    assert read_deleted(database) == expected
     assert conn.execute("SELECT version_id FROM fhir.resource WHERE id = 'p1'").fetchone() == ("3",)
-    assert not again.apply_pending(conn, "Patient", run_id="r3").unknown, "a part is applied once"
+    assert not other_log.apply_pending(conn, "Patient", run_id="r3").unknown, "a part is applied once"
 
 
-def test_they_are_sealed_in_the_store(store: Store, database: str) -> None:
+def test_recorded_deletions_are_encrypted_in_the_store(store: Store, database: str) -> None:
     open_log(store, database).record([Deletion("Patient", "p1", AT)], run_id="r")
     assert [key is not None for _, key in list_part_keys(store)] == [True]
 
 
-def test_what_breaks_off_keeps_none(store: Store, database: str) -> None:
+def test_nothing_is_recorded_if_reading_the_deletions_fails(store: Store, database: str) -> None:
     def broken() -> Iterator[Deletion]:
         yield Deletion("Patient", "p1", AT)
         raise NotFhir("broken")
 
     with pytest.raises(NotFhir):
         open_log(store, database).record(broken(), run_id="r")
-    assert buried(database) == {}
+    assert read_deleted(database) == {}
     assert store.manifest("deleted", "Patient", "all") is None
 
 
-def test_a_type_that_does_not_exist_names_no_folder(store: Store, database: str, tmp_path: Path) -> None:
+def test_an_unknown_resource_type_does_not_create_a_folder(store: Store, database: str, tmp_path: Path) -> None:
     open_log(store, database).record([Deletion("../../Evil", "p1", AT)], run_id="r")
-    assert buried(database) == {}
+    assert read_deleted(database) == {}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_many_small_parts_are_joined_and_none_is_lost(
+def test_many_small_parts_are_compacted_without_losing_a_deletion(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deletion_log, "MAX_SMALL_PARTS", 4)
-    mine = open_log(store, database)
+    small_log = open_log(store, database)
     for n in range(10):
-        mine.record([Deletion("Patient", f"p{n}", AT)], run_id="r")
+        small_log.record([Deletion("Patient", f"p{n}", AT)], run_id="r")
     manifest = store.manifest("deleted", "Patient", "all")
     assert manifest is not None
     assert len(manifest.parts) < 4
     assert manifest.rows == 10
-    assert set(buried(database)) == {("Patient", f"p{n}") for n in range(10)}
+    assert set(read_deleted(database)) == {("Patient", f"p{n}") for n in range(10)}
