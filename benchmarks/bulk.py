@@ -88,7 +88,7 @@ def _load(home: Path, url: str) -> None:
         now=now,
         overlap=timedelta(0),
         refresh=Refresh.FULL,
-        reject=lambda dead_letters: None,
+        write_dead_letters=lambda dead_letters: None,
     )
     [update] = fetcher.run(["Observation"], windows)
     validation = ValidateStep(

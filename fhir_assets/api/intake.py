@@ -14,9 +14,9 @@ from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.fhir.validation.issues import Issue, build_operation_outcome
 from fhir_assets.pipeline.receive.intake import (
     IntakeValidator,
-    Unreadable,
+    UnreadableBody,
     ValidatedRecord,
-    read_posted,
+    read_posted_body,
     read_submission,
     request_time,
 )
@@ -42,7 +42,7 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
     def work(origin: str) -> Response:
         try:
             bodies = read_submission(body)
-        except Unreadable as error:
+        except UnreadableBody as error:
             raise Problem(400, str(error)) from None
         require_record_limit(context, len(bodies))
         validated = _build_validator(context, origin).validate_bodies(bodies)
@@ -93,8 +93,8 @@ def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: Ide
 
     def work(origin: str) -> Response:
         try:
-            posted = read_posted(body)
-        except Unreadable as error:
+            posted = read_posted_body(body)
+        except UnreadableBody as error:
             return _outcome(400, [Issue("json", "error", "Resource", str(error))])
         require_record_limit(context, len(posted.entries))
         validated = _build_validator(context, origin).validate_entries(posted.entries)

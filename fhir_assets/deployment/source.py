@@ -45,8 +45,8 @@ def open_source(
         level=validate_level(settings.fhir_bulk_level, SOURCE_LABELS),
         type_filter=settings.fhir_bulk_type_filter,
         connections=settings.fhir_max_connections,
-        fresh=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
-        limit=timedelta(days=settings.fhir_bulk_days),
+        reuse_within=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
+        time_limit=timedelta(days=settings.fhir_bulk_days),
         on_progress=on_progress,
     )
 

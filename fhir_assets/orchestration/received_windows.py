@@ -78,7 +78,7 @@ def select_assets(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.A
 
 def build_materializations(received: Received) -> Iterator[dg.AssetMaterialization]:
     """Yield materializations of ``raw`` that report a receipt to Dagster, at most MAX_MATERIALIZATIONS."""
-    known = [item for item in received.items if item.resource_type in BY_NAME]
+    known = [item for item in received.windows if item.resource_type in BY_NAME]
     for item in known[:MAX_MATERIALIZATIONS]:
         yield dg.AssetMaterialization(
             ["raw", BY_NAME[item.resource_type].key],

@@ -14,7 +14,7 @@ from fhir_assets.windows import Window, WindowRange, WindowScheme
 
 @dataclass(frozen=True, slots=True)
 class DueWindows:
-    """The windows to load, in ranges of one run each. Iterates over the ranges.
+    """The windows to load, as one range for each run. Iterating yields the ranges.
 
     ``new_types`` have no valid checkpoint yet: ``begin_checkpoints`` begins theirs at ``new_start``, for a source in
     the state ``source_state`` (see Source.state).
@@ -41,7 +41,7 @@ def find_due_windows(
     now: datetime,
     overlap: timedelta,
 ) -> DueWindows:
-    """Find every window from the checkpoints to ``now``; no ranges if everything is loaded. Writes nothing.
+    """Return the windows from the checkpoints to ``now``; no ranges if everything is loaded. Write nothing.
 
     A type without a checkpoint, and every type of a source whose files changed, starts at the window of the oldest
     resource in the source. Other types start ``overlap`` before their checkpoint, for resources that the source
@@ -87,16 +87,16 @@ def begin_checkpoints(conn: psycopg.Connection, due: DueWindows) -> None:
 
 def group_consecutive_windows(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
     """Group the windows of partition keys into ranges of consecutive windows, one run each."""
-    stretches: list[list[Window]] = []
+    sequences: list[list[Window]] = []
     for window in sorted((scheme.window(key) for key in set(partition_keys)), key=lambda window: window.end):
-        if stretches and stretches[-1][-1].end == window.start:
-            stretches[-1].append(window)
+        if sequences and sequences[-1][-1].end == window.start:
+            sequences[-1].append(window)
         else:
-            stretches.append([window])
-    return [part for stretch in stretches for part in split_into_runs(scheme, stretch)]
+            sequences.append([window])
+    return [windows for sequence in sequences for windows in split_into_runs(scheme, sequence)]
 
 
 def split_into_runs(scheme: WindowScheme, windows: Iterable[Window]) -> list[WindowRange]:
     """Split consecutive windows into ranges of at most ``scheme.per_run`` windows, one run each."""
     remaining = iter(windows)
-    return [WindowRange(part) for part in iter(lambda: list(islice(remaining, scheme.per_run)), [])]
+    return [WindowRange(batch) for batch in iter(lambda: list(islice(remaining, scheme.per_run)), [])]

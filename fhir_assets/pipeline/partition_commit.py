@@ -1,8 +1,8 @@
-"""Make new partitions visible: read the current manifests, merge and write them under locks that all machines share.
+"""Commit partitions: merge new manifests with the current ones and write them, under locks that all machines share.
 
 Two runs may work on the same partition at once (a load and a landing file, a backfill and the schedule). Each run
-builds its new manifest from the manifest that it read at its start, its *base*. Commits of other runs since then are
-merged, never overwritten. If they cannot be merged, the commit raises Overtaken and changes nothing.
+builds its new manifest from the manifest that it read at its start, its *base*. Later commits of other runs are merged,
+not overwritten. If they cannot be merged, the commit raises Overtaken and changes nothing.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ class PartitionUpdate(Protocol):
         ...
 
     @property
-    def bases(self) -> Mapping[str, Manifest | None]:
+    def base_manifests(self) -> Mapping[str, Manifest | None]:
         """By partition key, the manifest from which the new one was built; None for a new partition."""
         ...
 
@@ -45,10 +45,10 @@ def commit_update(connect: OpenSession, store: Store, update: PartitionUpdate) -
 
     Raises Overtaken if another run's commit cannot be merged, DatabaseUnavailable, or StoreError.
     """
-    bases = update.bases
+    base_manifests = update.base_manifests
 
-    def merge(mine: Manifest, current: Manifest | None) -> Manifest:
-        return merge_manifests(mine, bases.get(mine.partition_key), current)
+    def merge(new: Manifest, current: Manifest | None) -> Manifest:
+        return merge_manifests(new, base_manifests.get(new.partition_key), current)
 
     return rewrite_partitions(connect, store, update.manifests, merge)
 
@@ -69,33 +69,33 @@ def rewrite_partitions(
             group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
             with _partition_locks(conn, group):
                 merged = [
-                    merge(mine, current) for mine, current in zip(group, store.committed_manifests(group), strict=True)
+                    merge(new, current) for new, current in zip(group, store.committed_manifests(group), strict=True)
                 ]
                 store.commit(merged)
             written += merged
     return written
 
 
-def merge_manifests(mine: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
+def merge_manifests(new: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
     """Merge a run's new manifest with the commits of other runs.
 
     ``base`` is the manifest that the run read at its start, ``current`` the one that is committed now; None where the
     partition does not exist. Raises Overtaken if both changes cannot be kept.
     """
-    if mine.layer == "raw":
-        return _merge_raw(mine, base, current)
-    return _merge_validated(mine, base, current)
+    if new.layer == "raw":
+        return _merge_raw(new, base, current)
+    return _merge_validated(new, base, current)
 
 
-def _merge_raw(mine: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
-    """Keep all received parts, and append an extension to the parts that are committed now."""
+def _merge_raw(new: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
+    """Keep received parts. Append the new parts if the run extended its base; otherwise replace the fetched parts."""
     if current is None or current == base:
-        return mine
+        return new
     received = tuple(part for part in current.parts if part.origin is not None)
-    fetched = mine.fetched
+    fetched = new.fetched
     if base is None or base.fetched is None or fetched is None or current.fetched is None:
-        parts = tuple(part for part in mine.parts if part.origin is None)
-        return msgspec.structs.replace(mine, parts=parts + received, receipts=current.receipts)
+        parts = tuple(part for part in new.parts if part.origin is None)
+        return msgspec.structs.replace(new, parts=parts + received, receipts=current.receipts)
     base_fetches = base.fetched.fetches
     fetches = fetched.fetches[len(base_fetches) :]
     until = current.fetched.until
@@ -104,8 +104,8 @@ def _merge_raw(mine: Manifest, base: Manifest | None, current: Manifest | None) 
         if (fetch.start is None or fetch.start <= until) and fetch.end >= until:
             until, complete = fetch.end, complete or fetched.complete
     return msgspec.structs.replace(
-        mine,
-        parts=current.parts + _added_parts(mine, base),
+        new,
+        parts=current.parts + _added_parts(new, base),
         fetched=msgspec.structs.replace(
             fetched, until=until, complete=complete, fetches=(*current.fetched.fetches, *fetches)
         ),
@@ -113,49 +113,47 @@ def _merge_raw(mine: Manifest, base: Manifest | None, current: Manifest | None) 
     )
 
 
-def _merge_validated(mine: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
-    """Keep the manifest with more inputs, or add up two extensions of the same base by different inputs."""
-    if current is None or current == base or mine.validated is None or current.validated is None:
-        return mine
-    same_rules = mine.validated.rules_version == current.validated.rules_version
-    my_inputs, current_inputs = set(mine.validated.inputs), set(current.validated.inputs)
-    if same_rules and current_inputs >= my_inputs:
+def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
+    """Keep the manifest whose inputs include those of the other one, or merge two extensions by different inputs."""
+    if current is None or current == base or new.validated is None or current.validated is None:
+        return new
+    same_rules = new.validated.rules_version == current.validated.rules_version
+    new_inputs, current_inputs = set(new.validated.inputs), set(current.validated.inputs)
+    if same_rules and current_inputs >= new_inputs:
         return current
-    if my_inputs >= current_inputs:
-        return mine
+    if new_inputs >= current_inputs:
+        return new
     common = base.validated if base else None
     common_inputs = set(common.inputs) if common else set()
     base_parts = {part.name for part in base.parts} if base else set()
-    extended = all(base_parts.issubset(part.name for part in manifest.parts) for manifest in (mine, current))
-    if not same_rules or not extended or (my_inputs & current_inputs) - common_inputs:
+    extended = all(base_parts.issubset(part.name for part in manifest.parts) for manifest in (new, current))
+    if not same_rules or not extended or (new_inputs & current_inputs) - common_inputs:
         raise Overtaken(
-            f"another run validated {mine.resource_type} of {mine.partition_key} at the same time, from other raw "
+            f"another run validated {new.resource_type} of {new.partition_key} at the same time, from other raw "
             "parts: start this run again"
         )
     return msgspec.structs.replace(
-        mine,
-        parts=current.parts + (_added_parts(mine, base) if base else mine.parts),
+        new,
+        parts=current.parts + (_added_parts(new, base) if base else new.parts),
         validated=msgspec.structs.replace(
-            mine.validated,
-            inputs=(*current.validated.inputs, *(name for name in mine.validated.inputs if name not in current_inputs)),
-            rows_in=current.validated.rows_in + mine.validated.rows_in - (common.rows_in if common else 0),
-            dead=_add_counts(current.validated.dead, mine.validated.dead, common.dead if common else {}),
-            warnings=_add_counts(
-                current.validated.warnings, mine.validated.warnings, common.warnings if common else {}
-            ),
+            new.validated,
+            inputs=(*current.validated.inputs, *(name for name in new.validated.inputs if name not in current_inputs)),
+            rows_in=current.validated.rows_in + new.validated.rows_in - (common.rows_in if common else 0),
+            dead=_add_counts(current.validated.dead, new.validated.dead, common.dead if common else {}),
+            warnings=_add_counts(current.validated.warnings, new.validated.warnings, common.warnings if common else {}),
         ),
     )
 
 
-def _added_parts(mine: Manifest, base: Manifest) -> tuple[Part, ...]:
+def _added_parts(new: Manifest, base: Manifest) -> tuple[Part, ...]:
     base_names = {part.name for part in base.parts}
-    return tuple(part for part in mine.parts if part.name not in base_names)
+    return tuple(part for part in new.parts if part.name not in base_names)
 
 
-def _add_counts(current: Mapping[str, int], mine: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
+def _add_counts(current: Mapping[str, int], new: Mapping[str, int], common: Mapping[str, int]) -> dict[str, int]:
     """Add the counts by rule of two manifests, less those of the base that both contain."""
     total = Counter(current)
-    total.update(mine)
+    total.update(new)
     total.subtract(common)
     return {rule: count for rule, count in total.items() if count}
 

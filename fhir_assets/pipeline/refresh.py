@@ -1,10 +1,10 @@
-"""How much of the stored data a run processes again."""
+"""The choice of the partitions that a run processes again."""
 
 from enum import StrEnum
 
 
 class Refresh(StrEnum):
-    """Which partitions a run processes again although they exist."""
+    """The existing partitions that a run processes again."""
 
     MISSING = "missing"
     """Process new data only: complete windows are skipped, open windows are extended. Scheduled loads use this."""

@@ -79,7 +79,7 @@ def test_a_fault_ends_in_complete_data_or_a_clear_error_and_nothing_is_missing_a
     limit = timedelta(seconds=0.3)
     message = ""
     try:
-        exported = ids(source(server.url, store, database, limit=limit))
+        exported = ids(source(server.url, store, database, time_limit=limit))
     except FhirAssetsError as error:
         message = str(error)
     assert exported == ALL if not message else re.search(r"[a-z ]{20}", message)
@@ -87,12 +87,12 @@ def test_a_fault_ends_in_complete_data_or_a_clear_error_and_nothing_is_missing_a
     server.set_faults(fault.model_copy(update={"times": 2, "every": 2}))
     for _ in range(3):  # the next run recovers from an export that a fault broke
         try:
-            exported = ids(source(server.url, store, database, fresh=timedelta(0)))
+            exported = ids(source(server.url, store, database, reuse_within=timedelta(0)))
         except NotFhir:
             continue
         assert exported == ALL
     server.set_faults()
-    assert ids(source(server.url, store, database, fresh=timedelta(0))) == ALL
+    assert ids(source(server.url, store, database, reuse_within=timedelta(0))) == ALL
 
 
 def test_a_run_completes_after_any_mixture_of_faults(server: SandboxServer, store: Store, database: str) -> None:
@@ -141,8 +141,8 @@ def test_an_export_that_is_never_ready_fails_and_the_next_run_requests_a_new_one
         clock[0] += timedelta(hours=10)
 
     with SandboxServer([patient("p0", START)], export_polls=30) as server:
-        slow = source(server.url, store, database, now=lambda: clock[0], sleep=sleep, limit=timedelta(days=2))
-        with pytest.raises(ExportFailed, match=r"not had the export ready for 2 days \(FHIR_BULK_DAYS\)"):
+        slow = source(server.url, store, database, now=lambda: clock[0], sleep=sleep, time_limit=timedelta(days=2))
+        with pytest.raises(ExportFailed, match=r"ready for 2 days \(see the time limit of an export\)"):
             ids(slow)
         assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("failed",)]
         assert server.stats()["requests"]["delete"] == 1

@@ -58,7 +58,7 @@ def fetch(
         now=now,
         overlap=OVERLAP,
         refresh=refresh,
-        reject=(dead_letters if dead_letters is not None else []).extend,
+        write_dead_letters=(dead_letters if dead_letters is not None else []).extend,
     )
     (update,) = fetcher.run(["Patient"], WindowRange(DAYS[:days]))
     store.commit(update.manifests)
@@ -160,7 +160,7 @@ def test_an_update_during_the_fetch_is_no_fault(server: SandboxServer, store: St
         now=at("12:00:00", day=6),
         overlap=OVERLAP,
         refresh=Refresh.MISSING,
-        reject=lambda dead_letters: None,
+        write_dead_letters=lambda dead_letters: None,
     )
     (update,) = fetcher.run(["Patient"], WindowRange(DAYS[:1]))
     (counts,) = update.fetches.values()

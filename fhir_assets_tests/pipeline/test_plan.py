@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fhir_assets.pipeline.fetch.plan import Planned, covering_interval, is_complete, plan_window, split_at_gaps
+from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.storage.manifest import Fetched, Manifest
 from fhir_assets.windows import Granularity, Interval, WindowScheme
@@ -21,12 +21,12 @@ def raw(until: datetime, *, complete: bool, state: str | None = None) -> Manifes
 
 def plan(
     existing: Manifest | None, now: datetime, refresh: Refresh = Refresh.MISSING, state: str | None = None
-) -> Planned | None:
+) -> PlannedFetch | None:
     return plan_window(WINDOW, existing, now=now, overlap=OVERLAP, refresh=refresh, source_state=state)
 
 
 def test_a_new_window_is_fetched_from_its_start_to_now() -> None:
-    assert plan(None, DAY + timedelta(hours=3)) == Planned(WINDOW, Interval(DAY, DAY + timedelta(hours=3)), None)
+    assert plan(None, DAY + timedelta(hours=3)) == PlannedFetch(WINDOW, Interval(DAY, DAY + timedelta(hours=3)), None)
 
 
 def test_a_window_in_the_future_is_skipped() -> None:
@@ -38,7 +38,7 @@ def test_the_open_window_is_extended_from_its_checkpoint_less_the_overlap(refres
     existing = raw(DAY + timedelta(hours=3), complete=False)
     planned = plan(existing, DAY + timedelta(hours=4), refresh)
     start = DAY + timedelta(hours=3) - OVERLAP
-    assert planned == Planned(WINDOW, Interval(start, DAY + timedelta(hours=4)), existing)
+    assert planned == PlannedFetch(WINDOW, Interval(start, DAY + timedelta(hours=4)), existing)
 
 
 def test_an_extension_never_reaches_into_the_window_before() -> None:
@@ -51,21 +51,21 @@ def test_a_complete_window_is_skipped_by_a_scheduled_load_and_fetched_again_on_r
     existing = raw(WINDOW.end, complete=True)
     later = WINDOW.end + timedelta(days=3)
     assert plan(existing, later) is None
-    from_start = Planned(WINDOW, Interval(DAY, WINDOW.end), None)
+    from_start = PlannedFetch(WINDOW, Interval(DAY, WINDOW.end), None)
     assert plan(existing, later, Refresh.WINDOW) == from_start
     assert plan(existing, later, Refresh.FULL) == from_start
 
 
 def test_a_full_refresh_fetches_the_open_window_again_from_its_start() -> None:
     planned = plan(raw(DAY + timedelta(hours=3), complete=False), DAY + timedelta(hours=4), Refresh.FULL)
-    assert planned == Planned(WINDOW, Interval(DAY, DAY + timedelta(hours=4)), None)
+    assert planned == PlannedFetch(WINDOW, Interval(DAY, DAY + timedelta(hours=4)), None)
 
 
 def test_changed_files_are_read_again() -> None:
     existing = raw(WINDOW.end, complete=True, state="old")
     later = WINDOW.end + timedelta(days=3)
     assert plan(existing, later, state="old") is None
-    assert plan(existing, later, state="new") == Planned(WINDOW, Interval(DAY, WINDOW.end), None)
+    assert plan(existing, later, state="new") == PlannedFetch(WINDOW, Interval(DAY, WINDOW.end), None)
 
 
 def test_a_window_is_complete_after_the_overlap_for_late_commits() -> None:

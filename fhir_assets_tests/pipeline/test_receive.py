@@ -82,7 +82,7 @@ def test_resources_are_received_into_the_window_of_their_last_updated_or_of_thei
 def test_an_origin_is_received_once_and_its_records_are_not_read_again(store: Store, receiver: Receiver) -> None:
     first = receiver.receive([record("a")], "landing:x")
     again = receiver.receive((pytest.fail("was read") for _ in "x"), "landing:x")
-    assert (again.items, again.already_received) == (first.items, True)
+    assert (again.windows, again.already_received) == (first.windows, True)
     assert ids(store) == ["a"]
     receiver.receive([record("b")], "landing:y")
     assert ids(store) == ["a", "b"]
@@ -143,7 +143,9 @@ def test_a_window_that_is_fetched_again_keeps_its_received_parts(
 ) -> None:
     def commit_fetch(mine: Manifest, base: Manifest | None) -> None:
         commit_update(
-            lambda: connect(database, cipher=NO_ENCRYPTION), store, RawUpdate("Patient", (mine,), {}, bases={KEY: base})
+            lambda: connect(database, cipher=NO_ENCRYPTION),
+            store,
+            RawUpdate("Patient", (mine,), {}, base_manifests={KEY: base}),
         )
 
     receiver.receive([record("a")], "landing:x")
@@ -232,7 +234,7 @@ def test_a_requested_window_is_requested_again_after_a_wait_that_doubles(receive
 def test_an_origin_is_loaded_when_all_of_its_parts_are_loaded(receiver: Receiver, conn: Connection) -> None:
     first = receiver.receive([record("a")], "landing:x")
     receiver.receive([record("b")], "landing:y")
-    received.record_loaded(conn, "run", "Patient", {KEY: first.items[0].parts})
+    received.record_loaded(conn, "run", "Patient", {KEY: first.windows[0].parts})
     assert conn.execute("SELECT origin, loaded_run_id FROM ops.received ORDER BY 1").fetchall() == [
         ("landing:x", "run"),
         ("landing:y", None),

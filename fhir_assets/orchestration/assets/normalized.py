@@ -110,7 +110,7 @@ def _build_normalized_step(
                     )
                     with warehouse.table_loads.slot():
                         replay.run(name, run.windows.windows)
-                resolved_windows = sorted(loaded.settled_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
+                resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:
                     rows = {view.name: count_rows(conn, view) for view in selected}

@@ -81,7 +81,7 @@ def _build_raw_step(
                 now=run.now,
                 overlap=settings.overlap,
                 refresh=run.refresh,
-                reject=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
+                write_dead_letters=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
             )
             # dagster.yaml silences Dagster's loggers, so the progress of an export is reported as events of the step.
             with progress.send_to(

@@ -111,7 +111,9 @@ def _replay(
         key = manifest.partition_key
         counts[key] = {"valid": replayed.resolved[key], "dead": replayed.failed[key]}
     manifests = update.manifests + replayed.update.manifests
-    return ValidatedUpdate(name, manifests, update.revalidated_keys, {**update.bases, **replayed.update.bases}), counts
+    return ValidatedUpdate(
+        name, manifests, update.revalidated_keys, {**update.base_manifests, **replayed.update.base_manifests}
+    ), counts
 
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:

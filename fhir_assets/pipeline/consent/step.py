@@ -22,7 +22,7 @@ from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
 _PATIENTS_PER_TRANSACTION = 50
-"""How many patients' decisions are updated and applied in one transaction, during which loads wait."""
+"""Patients whose decisions are updated and applied in one transaction. Loads wait during such a transaction."""
 
 _RESOURCES_PER_TRANSACTION = 2000
 
@@ -31,14 +31,16 @@ _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 @dataclass(frozen=True, slots=True)
 class ConsentResult:
-    """How many patients' decisions were computed and how many of those changed, and how many resources were withheld
-    and released.
-    """
+    """The counts of one application of consent."""
 
     patients: int = 0
+    """Patients whose decisions were computed."""
     decisions: int = 0
+    """Decisions that changed."""
     withheld: int = 0
+    """Resources that were removed from the tables."""
     released: int = 0
+    """Withheld resources that were loaded into the tables again."""
 
     def __add__(self, other: "ConsentResult") -> "ConsentResult":
         return ConsentResult(
@@ -52,8 +54,8 @@ class ConsentResult:
 class ConsentStep:
     """Makes the tables match the patients' current consents: withholds resources, and releases withheld ones.
 
-    If nothing changed, a run costs one query. Each batch is a transaction of its own, so that a stopped run continues
-    where it was.
+    A run without changes sends two queries. Each batch is committed by itself, so that the next run continues a stopped
+    one.
     """
 
     def __init__(
@@ -67,7 +69,10 @@ class ConsentStep:
         self._row_builders: dict[str, RowBuilder] = {}
 
     def run(self, now: datetime) -> ConsentResult:
-        """Apply the decisions that are due at ``now``. Raises DatabaseUnavailable, ViewError or EncryptionError."""
+        """Apply the decisions that are due at ``now``, and the policy if it changed.
+
+        Raises DatabaseUnavailable, ViewError or EncryptionError.
+        """
         total = ConsentResult()
         with self._connect() as conn:
             applied = consents.get_applied_policy(conn)
@@ -150,7 +155,7 @@ class ConsentStep:
             ):
                 resources = list(group)
                 bodies = [resource.body for resource in resources]
-                # The earliest time of the window stands for a missing lastUpdated.
+                # Resources without lastUpdated get the earliest time of the group.
                 arrived = min(resource.as_of for resource in resources)
                 self._load(conn, resource_type, Batch(bodies, partition_key, arrived))
                 withheld_resources.remove_released(conn, resource_type, [resource.id for resource in resources])

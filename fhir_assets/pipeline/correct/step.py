@@ -1,4 +1,4 @@
-"""Manual corrections of dead letters: check a corrected resource, keep it, and receive it where it has to be."""
+"""Correct dead letters by hand: validate and store a corrected resource, which the next replay uses."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,10 @@ CORRECTABLE = ("fetch", *replays.REPLAYED)
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A correction of a dead letter's resource: a JSON Patch (RFC 6902) or the whole resource, and who made it."""
+    """A correction of a dead letter's resource: either a JSON Patch (RFC 6902) or the complete corrected resource.
+
+    ``by`` is the person who made the correction.
+    """
 
     patch: bytes | None
     resource: bytes | None
@@ -28,7 +31,7 @@ class Correction:
 
 
 class CorrectionStep:
-    """Checks and keeps corrections of dead letters."""
+    """Validates and stores corrections of dead letters."""
 
     def __init__(self, connect: OpenSession, validator: Validator, receiver: Receiver) -> None:
         self._connect = connect
@@ -36,12 +39,14 @@ class CorrectionStep:
         self._receiver = receiver
 
     def run(self, dead_letter_id: int, correction: Correction) -> StoredDeadLetter:
-        """Keep a correction beside the original resource and return the dead letter.
+        """Store a correction in addition to the original resource. Return the dead letter as it was before.
 
-        A patch applies to the last correction, or else to the original. A dead letter of stage ``fetch`` has no
-        resource in raw: its correction is received into raw at once, which resolves the dead letter.
+        A patch is applied to the last correction if there is one, otherwise to the original resource. The resource of a
+        dead letter of stage ``fetch`` is not in raw: its correction is received into raw at once, which resolves the
+        dead letter.
 
-        Raises CorrectionRefused if the dead letter is not open or the corrected resource is invalid.
+        Raises CorrectionRefused if the dead letter is neither open nor discarded, if its stage cannot be corrected, or
+        if the corrected resource is invalid.
         """
         with self._connect() as conn:
             stored = dead_letters.get(conn, dead_letter_id)
@@ -53,7 +58,7 @@ class CorrectionStep:
             if dead_letter.status not in ("open", "discarded") or dead_letter.stage not in CORRECTABLE:
                 raise CorrectionRefused(
                     f"dead letter {dead_letter_id} of stage {dead_letter.stage} is {dead_letter.status}: only open "
-                    f"ones of the stages {', '.join(CORRECTABLE)} can be corrected"
+                    f"or discarded dead letters of the stages {', '.join(CORRECTABLE)} can be corrected"
                 )
             body = self._build_corrected(conn, dead_letter, correction)
             corrections.record(conn, dead_letter_id, body, by=correction.by)
@@ -73,8 +78,8 @@ class CorrectionStep:
         if correction.resource is not None:
             body = to_single_line(correction.resource)
         else:
-            before = corrections.get(conn, dead_letter.id)
-            original = before.resource if before else dead_letters.read_resource(conn, dead_letter.id)
+            earlier = corrections.get(conn, dead_letter.id)
+            original = earlier.resource if earlier else dead_letters.read_resource(conn, dead_letter.id)
             body = apply_patch(original or b"", correction.patch or b"")
         try:
             header = read_header(body)
@@ -82,7 +87,7 @@ class CorrectionStep:
             raise CorrectionRefused(f"the corrected resource is {error}") from None
         if header.resourceType != dead_letter.resource_type:
             raise CorrectionRefused(
-                f"the corrected resource must be of type {dead_letter.resource_type}, as the dead letter is"
+                f"the corrected resource must be of type {dead_letter.resource_type}, the type of the dead letter"
             )
         if header.id is None or (dead_letter.resource_id is not None and header.id != dead_letter.resource_id):
             raise CorrectionRefused(
@@ -92,7 +97,7 @@ class CorrectionStep:
         if errors:
             details = "; ".join(f"{issue.rule} at {issue.path}: {issue.message}" for issue in errors[:5])
             more = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
-            raise CorrectionRefused(f"the corrected resource is invalid: {details}{more}. The correction was not kept")
+            raise CorrectionRefused(f"the corrected resource is invalid: {details}{more}. It was not stored")
         return body
 
     def _receive(self, dead_letter: StoredDeadLetter, body: bytes) -> None:

@@ -18,7 +18,7 @@ from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter, flatten_batches
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
-from fhir_assets.warehouse.postgres.tables import deletions as deletes
+from fhir_assets.warehouse.postgres.tables import deletions as deletion_tables
 from fhir_assets.warehouse.postgres.tables.deletions import DeletionCounts
 
 LAYER = "deleted"
@@ -56,11 +56,13 @@ class DeletionLog:
         self._now = now
 
     def record(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> DeletionCounts:
-        """Write deletions to the store, streamed, then apply them to the tables. Return what was deleted.
+        """Write deletions to the store as a stream, then apply them to the tables. Return the counts of deletions.
 
         Deletions that are stored but could not be applied are applied by the next load of the type. Types that are not
-        in the catalog are ignored. Raises StoreError, DatabaseUnavailable, and every error of ``deletions``; nothing
-        is stored then.
+        in the catalog are ignored.
+
+        Raises StoreError or DatabaseUnavailable. If iterating over ``deletions`` raises an error, it
+        is raised and nothing is stored.
         """
         total = DeletionCounts()
         for name in self._store_deletions(deletions, run_id):
@@ -76,15 +78,15 @@ class DeletionLog:
         manifest = self._store.manifest(LAYER, resource_type, PARTITION)
         if manifest is None:
             return total
-        unapplied = set(deletes.find_unapplied_parts(conn, [part.name for part in manifest.parts]))
+        unapplied = set(deletion_tables.find_unapplied_parts(conn, [part.name for part in manifest.parts]))
         conn.commit()
         for part in manifest.parts:
             if part.name not in unapplied:
                 continue
             deletions = self._read_deletions(resource_type, part)
             while chunk := list(islice(deletions, _DELETIONS_PER_BATCH)):
-                total.update(deletes.apply_in_transaction(self._connect, chunk, run_id=run_id, actor=actor))
-            deletes.mark_part_applied(conn, part.name)
+                total.update(deletion_tables.apply_in_transaction(self._connect, chunk, run_id=run_id, actor=actor))
+            deletion_tables.mark_part_applied(conn, part.name)
             conn.commit()
         return total
 
@@ -95,12 +97,12 @@ class DeletionLog:
                 if deletion.resource_type in BY_NAME:
                     line = msgspec.json.encode(_Line(deletion.id, deletion.at, deletion.version_id))
                     writer.add(deletion.resource_type, PARTITION, line, deletion.at)
-            parts = {name: of_type for (name, _), of_type in writer.finish().items()}
-        manifests = [self._manifest(name, run_id, of_type) for name, of_type in sorted(parts.items())]
+            parts_by_type = {name: parts for (name, _), parts in writer.finish().items()}
+        manifests = [self._build_manifest(name, run_id, parts) for name, parts in sorted(parts_by_type.items())]
         for manifest in rewrite_partitions(self._connect, self._store, manifests, _append_parts):
             if sum(part.bytes < _SMALL_PART_BYTES for part in manifest.parts) >= MAX_SMALL_PARTS:
                 self._compact(manifest, run_id)
-        return sorted(parts)
+        return sorted(parts_by_type)
 
     def _compact(self, manifest: Manifest, run_id: str) -> None:
         """Merge the small parts into one, because every part costs a read and an entry in the manifest."""
@@ -112,16 +114,16 @@ class DeletionLog:
             merged = writer.finish()[name, PARTITION]
         small_names = {part.name for part in small}
 
-        def merge(mine: Manifest, current: Manifest | None) -> Manifest:
+        def merge(new: Manifest, current: Manifest | None) -> Manifest:
             parts = current.parts if current else ()
             if not small_names.issubset(part.name for part in parts):
-                return current or mine  # another process compacted the partition
+                return current or new  # another process compacted the partition
             kept = tuple(part for part in parts if part.name not in small_names)
-            return msgspec.structs.replace(mine, parts=(*kept, *mine.parts))
+            return msgspec.structs.replace(new, parts=(*kept, *new.parts))
 
-        rewrite_partitions(self._connect, self._store, [self._manifest(name, run_id, merged)], merge)
+        rewrite_partitions(self._connect, self._store, [self._build_manifest(name, run_id, merged)], merge)
 
-    def _manifest(self, resource_type: str, run_id: str, parts: Sequence[Part]) -> Manifest:
+    def _build_manifest(self, resource_type: str, run_id: str, parts: Sequence[Part]) -> Manifest:
         return Manifest(LAYER, resource_type, PARTITION, run_id, self._now(), tuple(parts))
 
     def _read_deletions(self, resource_type: str, part: Part) -> Iterator[Deletion]:
@@ -130,5 +132,5 @@ class DeletionLog:
             yield Deletion(resource_type, deletion.id, deletion.deleted, deletion.versionId)
 
 
-def _append_parts(mine: Manifest, current: Manifest | None) -> Manifest:
-    return msgspec.structs.replace(mine, parts=(*current.parts, *mine.parts)) if current else mine
+def _append_parts(new: Manifest, current: Manifest | None) -> Manifest:
+    return msgspec.structs.replace(new, parts=(*current.parts, *new.parts)) if current else new

@@ -19,11 +19,12 @@ def apply_server_deletions(
     now: datetime,
     overlap: timedelta,
 ) -> dict[str, int]:
-    """Apply the deletions of each type since the last call, and return by type how many resources left the tables.
+    """Apply the deletions of each type since the last call, and return by type how many resources were deleted.
 
-    The first call for a type starts at its first load. Types without a history interaction on the server are skipped.
-    Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable; the types before the failing one are
-    complete then.
+    The first call for a type starts at its first load. Types for which the server offers no history are skipped.
+
+    Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable. Then the deletions of earlier types
+    are applied.
     """
     offered_types = history.list_types()
     deleted = {}
@@ -31,9 +32,9 @@ def apply_server_deletions(
         if offered_types is not None and name not in offered_types:
             continue
         with connect() as conn:
-            begin = deletions.read_checkpoint(conn, name) or now
+            start = deletions.read_checkpoint(conn, name) or now
             conn.commit()
-        new_deletions = history.fetch_since(name, begin - overlap)
+        new_deletions = history.fetch_since(name, start - overlap)
         deleted[name] = deletion_log.record(new_deletions, run_id=run_id).deleted[name]
         with connect() as conn, conn.transaction():
             # The server's clock may be behind this machine's: its next deletions may be dated before `now`.

@@ -1,4 +1,4 @@
-"""Download the files of a bulk export into the store, in parallel and in groups that are stored atomically."""
+"""Download the files of a bulk export into the store: in parallel, and in groups that are each stored atomically."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,14 +18,16 @@ from fhir_assets.storage.store import Store
 
 LAYER = "bulk"
 GROUP_RESOURCES = 200_000
+"""A group ends at about this many resources. After a kill, at most one group is downloaded again."""
+
 GROUP_FILES = 2_000
-"""A group ends at about this many resources or files. After a kill at most one group is downloaded again."""
+"""A group ends at this many files."""
 
 PROGRESS_INTERVAL = 5.0
-"""Seconds between two progress reports of a download."""
+"""The seconds between two progress reports of a download."""
 
 BATCH_RESOURCES = 500
-"""Small files are downloaded one after another in one thread until they have this many resources."""
+"""One thread downloads small files one after another, up to this many resources in total."""
 
 
 class Download:
@@ -51,7 +53,7 @@ class Download:
         self._connections = connections
         self._on_progress = on_progress
 
-    def groups(self, done: Collection[int]) -> Iterator[tuple[Mapping[str, Sequence[Part]], Sequence[int]]]:
+    def download_groups(self, done: Collection[int]) -> Iterator[tuple[Mapping[str, Sequence[Part]], Sequence[int]]]:
         """Download the files whose indexes are not in ``done``. Yield, for each group, its parts by resource type and
         the indexes of its files in the manifest.
 
@@ -63,16 +65,18 @@ class Download:
             self._client.open_downloads() as downloads,
             ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
         ):
-            for group in _groups(pending):
+            for group in _split_into_groups(pending):
                 with PartWriter(self._store, LAYER) as writer:
-                    fetch = _Fetch(self._client, downloads, writer, progress, self._export_id, self._manifest)
-                    jobs = [pool.submit(fetch, files) for files in _batches([file for _, file in group])]
+                    download = _FileDownloader(
+                        self._client, downloads, writer, progress, self._export_id, self._manifest
+                    )
+                    jobs = [pool.submit(download, files) for files in _split_into_batches([file for _, file in group])]
                     try:
                         progress.wait(jobs)
                     finally:
                         # After a failure or a cancellation the writer is discarded, so that no thread may write to it.
                         if not all(job.done() for job in jobs):
-                            fetch.stop.set()
+                            download.stop.set()
                             for job in jobs:
                                 job.cancel()
                             wait(jobs)
@@ -123,7 +127,7 @@ class _Progress:
 
 
 @dataclass(slots=True)
-class _Fetch:
+class _FileDownloader:
     """Downloads files of an export to the store; called by several threads, until ``stop`` is set."""
 
     client: BulkClient
@@ -141,25 +145,25 @@ class _Fetch:
                 self._fetch(file)
 
     def _fetch(self, file: ExportFile) -> None:
-        arrived = default_last_updated(self.manifest.transaction_time)
+        default = default_last_updated(self.manifest.transaction_time)
         for lines in self.client.read_lines(self.downloads, file, needs_token=self.manifest.needs_token):
-            dated = [(line, _read_last_updated(line) or arrived) for line in lines]
+            lines_with_time = [(line, _read_last_updated(line) or default) for line in lines]
             with self.lock:
                 if self.stop.is_set():
                     return
-                for line, moment in dated:
+                for line, moment in lines_with_time:
                     self.writer.add(file.resource_type, self.export_id, line, moment)
             self.progress.add(lines)
         self.progress.add((), files=1)
 
 
 def default_last_updated(transaction_time: datetime | None) -> datetime:
-    """Return the time that stands for a missing lastUpdated: the last moment that the export covers."""
+    """Return the time for resources without ``lastUpdated``: the last moment that the export covers."""
     assert transaction_time is not None
     return transaction_time - timedelta(milliseconds=1)
 
 
-def _groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int, ExportFile]]]:
+def _split_into_groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int, ExportFile]]]:
     """Split files into groups of GROUP_RESOURCES resources or GROUP_FILES files."""
     group: list[tuple[int, ExportFile]] = []
     resources = 0
@@ -173,7 +177,7 @@ def _groups(files: Iterable[tuple[int, ExportFile]]) -> Iterator[list[tuple[int,
         yield group
 
 
-def _batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
+def _split_into_batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
     """Split files into batches for one thread each: one large file, or several small ones."""
     batch: list[ExportFile] = []
     resources = 0

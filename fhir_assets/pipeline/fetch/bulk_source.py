@@ -1,7 +1,6 @@
-"""The source ``bulk``: a bulk export (FHIR Bulk Data Access, ``$export``) that is downloaded into the store once and
-read from there window by window.
+"""The source ``bulk``: download a bulk export (FHIR Bulk Data Access, ``$export``) into the store, and read it there.
 
-After a failed run the next run continues the same export: its status URL is in the database from the kick-off on, and
+After a failed run the next run continues the same export: its status URL is stored in the database at the kick-off, and
 stored files are not downloaded again. The export is cancelled only if a person cancels the run.
 """
 
@@ -41,17 +40,18 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.windows import Interval
 
-_DELETED = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
-_KEPT = timedelta(days=1)
-"""How long a completed export stays in the store for the runs that read it."""
+_DELETED_URL = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
+_MAX_AGE_IN_STORE = timedelta(days=1)
+"""How long an export stays in the store for the runs that read it."""
 _log = logging.getLogger(__name__)
 
 
 class BulkSource:
     """Reads resources from a bulk export of a FHIR server.
 
-    An export that was requested less than ``fresh`` ago serves every run. Later runs request a new export of the
-    resources that were updated since the start of their interval. An export that takes longer than ``limit`` fails.
+    Runs use an export that was requested less than ``reuse_within`` ago. Otherwise they request a new export of the
+    resources that were updated since the start of their interval. An export that takes longer than ``time_limit``
+    fails. ``on_progress`` receives the progress of an export as text, in addition to the log.
     """
 
     name = "bulk"
@@ -66,57 +66,60 @@ class BulkSource:
         level: str = "system",
         type_filter: str = "",
         connections: int = 4,
-        fresh: timedelta = timedelta(minutes=10),
-        limit: timedelta = timedelta(days=30),
+        reuse_within: timedelta = timedelta(minutes=10),
+        time_limit: timedelta = timedelta(days=30),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         sleep: Callable[[float], None] = time.sleep,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._base_url = client.base_url
+        self._labels = client.labels
         self._client = BulkClient(client)
         self._store = store
         self._connect = connect
         self._level = level
         self._type_filter = type_filter
         self._connections = connections
-        self._fresh = fresh
-        self._limit = limit
+        self._reuse_within = reuse_within
+        self._time_limit = time_limit
         self._now = now
         self._sleep = sleep
         self._chosen: BulkExport | None = None
-        self.on_progress = on_progress
-        """Receives the progress of an export as text, in addition to the log."""
+        self._on_progress = on_progress
 
     def list_types(self) -> None:
-        """Return None: the server exports every type that it has."""
+        """Return None: an export has all types of the server, so that no type has to be left out."""
 
     def compute_state(self) -> None:
-        """Return None: a server is read by interval."""
+        """Return None: unlike files, a server has no state that says whether everything must be read again."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
-        """Return None: a manifest has counts of files only, which are checked during the download."""
+        """Return None: an export counts the resources of files, not of windows. The download checks these counts."""
 
     def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """Return the interval from the oldest resource to the transaction time of a complete export, made if needed."""
-        export = self._export(resource_types, None, self._now())
+        """Return the interval from the oldest resource to the transaction time of the export, or None if it is empty.
+
+        A new export is requested if there is no recent one.
+        """
+        export = self._get_export(resource_types, None, self._now())
         with self._connect() as conn:
             firsts = [part.first for _, part in bulk_exports.list_parts(conn, export.id) if part.first]
         assert export.transaction_time is not None
         return Interval(min(firsts), export.transaction_time) if firsts else None
 
     def complete_until(self, resource_types: Sequence[str], interval: Interval) -> datetime:
-        """Return the transaction time of the export that covers the interval. The export is made if needed."""
-        export = self._chosen = self._export(resource_types, interval.start, min(interval.end, self._now()))
+        """Return the transaction time of the export. A new export is requested if there is no recent one."""
+        export = self._chosen = self._get_export(resource_types, interval.start, min(interval.end, self._now()))
         assert export.transaction_time is not None
         return export.transaction_time
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """Yield the resources of the interval from the export that ``complete_until`` chose."""
-        export = self._chosen or self._export(resource_types, interval.start, min(interval.end, self._now()))
+        export = self._chosen or self._get_export(resource_types, interval.start, min(interval.end, self._now()))
         with self._connect() as conn:
             stored = bulk_exports.list_parts(conn, export.id)
         for resource_type, part in stored:
-            if resource_type in resource_types and _may_hold(part, interval):
+            if resource_type in resource_types and _may_contain(part, interval):
                 for item in self._read(resource_type, part, default_last_updated(export.transaction_time)):
                     if (item.as_of if isinstance(item, Record) else item.arrived) in interval:
                         yield item
@@ -137,21 +140,21 @@ class BulkSource:
                 except MalformedResource as error:
                     yield RejectedInput(resource_type, None, error.rule, location, str(error), arrived, line)
 
-    def _export(self, resource_types: Sequence[str], since: datetime | None, until: datetime) -> BulkExport:
-        """Return a complete export of the types since ``since``: an existing one, a continued one, or a new one."""
+    def _get_export(self, resource_types: Sequence[str], since: datetime | None, until: datetime) -> BulkExport:
+        """Return a complete export of the resources since ``since``. Continue or request an export if needed."""
         request = ExportRequest(self._level, tuple(resource_types), since, self._type_filter)
         with self._connect() as conn, bulk_exports.lock_server(conn, self._base_url):
             if export := bulk_exports.find(conn, self._base_url, request, ["done"], until=until):
                 return export
             recent = bulk_exports.find(conn, self._base_url, request, ["done"])
-            if recent and self._now() - recent.requested_at < self._fresh:
+            if recent and self._now() - recent.requested_at < self._reuse_within:
                 return recent
             export = bulk_exports.find(conn, self._base_url, request, ["waiting", "downloading"])
-            for last in (False, False, True):
+            for last_attempt in (False, False, True):
                 try:
                     return self._complete(conn, export or self._kick_off(conn, request))
                 except ExportGone as error:
-                    if last:
+                    if last_attempt:
                         raise
                     self._report(f"export: {error}")
                     export = None
@@ -159,26 +162,26 @@ class BulkSource:
 
     def _report(self, text: str) -> None:
         _log.info(text)
-        self.on_progress(text)
+        self._on_progress(text)
 
     def _kick_off(self, conn: Connection, request: ExportRequest) -> BulkExport:
-        at = self._now()
+        requested_at = self._now()
         status_url = self._client.kick_off(request)
-        export = bulk_exports.begin(conn, uuid4().hex[:12], self._base_url, request, status_url, at)
+        export = bulk_exports.begin(conn, uuid4().hex[:12], self._base_url, request, status_url, requested_at)
         self._report(f"export {export.id}: the server has accepted the request")
         return export
 
     def _complete(self, conn: Session, export: BulkExport) -> BulkExport:
-        """Download the export into the store, apply its deletions and errors, and return it."""
+        """Download the export into the store, apply its deletions, record its errors, and return it as done."""
         try:
             manifest = export.manifest or self._await_manifest(conn, export)
             self._download(conn, export, manifest)
-            self._apply(conn, export, manifest)
+            self._apply_deletions_and_errors(conn, export, manifest)
         except (ExportFailed, NotFhir) as error:
             conn.rollback()
             bulk_exports.end(conn, export.id, "failed", error=str(error))
             if not isinstance(error, ExportGone):
-                self._delete_job(export)
+                self._delete_on_server(export)
             raise
         except Exception:
             raise  # the next run continues the export
@@ -186,10 +189,10 @@ class BulkSource:
             # A person cancelled the run: no later run continues the export.
             conn.rollback()
             bulk_exports.end(conn, export.id, "cancelled")
-            self._delete_job(export)
+            self._delete_on_server(export)
             raise
         bulk_exports.end(conn, export.id, "done")
-        self._delete_job(export)
+        self._delete_on_server(export)
         self._remove_outdated(conn)
         return replace(export, status="done", manifest=manifest, transaction_time=manifest.transaction_time)
 
@@ -213,11 +216,11 @@ class BulkSource:
             self._sleep(answer.seconds)
 
     def _check_limit(self, export: BulkExport) -> None:
-        if self._now() - export.requested_at > self._limit:
+        if self._now() - export.requested_at > self._time_limit:
             raise ExportFailed(
-                f"the server has not had the export ready for {self._limit / timedelta(days=1):g} days "
-                "(FHIR_BULK_DAYS), so the export was abandoned: ask its administrator, and run again to "
-                "request a new one"
+                f"the server has not had the export ready for {self._time_limit / timedelta(days=1):g} days "
+                f"(see {self._labels.export_days}), so the export was abandoned: ask its administrator, and run "
+                "again to request a new one"
             )
 
     def _download(self, conn: Connection, export: BulkExport, manifest: ExportManifest) -> None:
@@ -229,33 +232,33 @@ class BulkSource:
             connections=self._connections,
             on_progress=lambda text: self._report(f"export {export.id}: {text}"),
         )
-        for parts, files in download.groups(export.files_done):
+        for parts, files in download.download_groups(export.files_done):
             bulk_exports.record_parts(conn, export.id, parts, files)
 
-    def _apply(self, conn: Session, export: BulkExport, manifest: ExportManifest) -> None:
+    def _apply_deletions_and_errors(self, conn: Session, export: BulkExport, manifest: ExportManifest) -> None:
         """Apply the deletions of the export, and record the server's errors as dead letters."""
         with self._client.open_downloads() as downloads:
-            deleted = (line for file in manifest.deleted for line in self._all_lines(downloads, file, manifest))
+            deleted = (line for file in manifest.deleted for line in self._read_lines(downloads, file, manifest))
             deletion_log = DeletionLog(self._store, self._connect)
             deletion_log.record(
                 _read_deletions(deleted, manifest.transaction_time), run_id=export.id, actor="bulk export"
             )
             with conn.transaction():
                 for file in manifest.errors:
-                    lines = self._all_lines(downloads, file, manifest)
+                    lines = self._read_lines(downloads, file, manifest)
                     dead_letters.record(conn, export.id, (_build_dead_letter(line, export.id) for line in lines))
 
-    def _all_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
+    def _read_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
         for lines in self._client.read_lines(downloads, file, needs_token=manifest.needs_token):
             yield from lines
 
-    def _delete_job(self, export: BulkExport) -> None:
+    def _delete_on_server(self, export: BulkExport) -> None:
         with suppress(FhirAssetsError):
             self._client.delete_export(export.status_url)
 
     def _remove_outdated(self, conn: Connection) -> None:
-        """Delete exports from the store that are older than _KEPT."""
-        for export_id in bulk_exports.find_expired(conn, self._base_url, self._now() - _KEPT):
+        """Delete exports from the store that are older than _MAX_AGE_IN_STORE."""
+        for export_id in bulk_exports.find_expired(conn, self._base_url, self._now() - _MAX_AGE_IN_STORE):
             types = {resource_type for resource_type, _ in bulk_exports.list_parts(conn, export_id)}
             for resource_type in types:  # also parts that a killed process wrote but did not record
                 for name in list(self._store.blobs.names(partition_folder(LAYER, resource_type, export_id))):
@@ -263,7 +266,7 @@ class BulkSource:
             bulk_exports.remove_parts(conn, export_id)
 
 
-def _may_hold(part: Part, interval: Interval) -> bool:
+def _may_contain(part: Part, interval: Interval) -> bool:
     if part.first is None or part.last is None:
         return True
     return part.first < interval.end and (interval.start is None or part.last >= interval.start)
@@ -277,7 +280,7 @@ def _read_deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
             moment = parse_instant((bundle.get("meta") or {}).get("lastUpdated")) or at
             for entry in bundle.get("entry", ()):
                 if entry["request"]["method"] == "DELETE":
-                    match = _DELETED.search(entry["request"]["url"])
+                    match = _DELETED_URL.search(entry["request"]["url"])
                     if match is None:
                         raise ValueError
                     yield Deletion(match["type"], match["id"], moment)
@@ -288,7 +291,10 @@ def _read_deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
 
 
 def _build_dead_letter(line: bytes, export_id: str) -> DeadLetter:
-    """Build the dead letter of an OperationOutcome. The message has its codes only: its text may hold patient data."""
+    """Build the dead letter of an OperationOutcome.
+
+    Its message contains the issue codes, but no text of the server, which may contain patient data.
+    """
     codes: list[str] = []
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         codes = [str(issue["code"])[:40] for issue in islice(orjson.loads(line)["issue"], 5)]

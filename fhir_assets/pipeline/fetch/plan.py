@@ -1,4 +1,4 @@
-"""Plan which interval of each window has to be fetched."""
+"""Plan a fetch: determine the interval of each window that is not fetched yet."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from fhir_assets.windows import Interval, Window
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """An interval of one window to fetch. ``base`` is the partition that it extends, None if it writes a new one."""
+class PlannedFetch:
+    """An interval of one window to fetch. ``base`` is the partition to extend, None if the fetch writes a new one."""
 
     window: Window
     interval: Interval
@@ -26,7 +26,7 @@ def plan_window(
     overlap: timedelta,
     refresh: Refresh,
     source_state: str | None,
-) -> Planned | None:
+) -> PlannedFetch | None:
     """Return the interval of ``window`` to fetch now, or None if the window is complete or in the future.
 
     An extension starts ``overlap`` before the end of the last fetch, because a server may commit a resource late, with
@@ -34,7 +34,7 @@ def plan_window(
     """
     if window.start is not None and window.start >= now:
         return None
-    from_start = Planned(window, Interval(window.start, min(window.end, now)), None)
+    from_start = PlannedFetch(window, Interval(window.start, min(window.end, now)), None)
     fetched = existing.fetched if existing else None
     if fetched is None or refresh is Refresh.FULL:
         return from_start
@@ -45,17 +45,17 @@ def plan_window(
     start = fetched.until - overlap
     if window.start is not None:
         start = max(start, window.start)
-    return Planned(window, Interval(start, min(window.end, now)), existing)
+    return PlannedFetch(window, Interval(start, min(window.end, now)), existing)
 
 
 def is_complete(window: Window, *, now: datetime, overlap: timedelta) -> bool:
-    """Return whether the window and the overlap for late commits had ended at ``now``, so that a fetch is final."""
+    """Return whether a fetch at ``now`` is final: the window, and the overlap for late commits after it, have ended."""
     return now >= window.end + overlap
 
 
-def split_at_gaps(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
-    """Group planned windows into sequences without a gap, so that the source is queried once for each sequence."""
-    sequence: list[Planned] = []
+def split_at_gaps(planned: Iterable[PlannedFetch]) -> Iterator[list[PlannedFetch]]:
+    """Group planned fetches into sequences of adjacent intervals, so that each sequence is one query of the source."""
+    sequence: list[PlannedFetch] = []
     for item in planned:
         if sequence and sequence[-1].interval.end != item.interval.start:
             yield sequence
@@ -65,8 +65,8 @@ def split_at_gaps(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
         yield sequence
 
 
-def covering_interval(planned: Iterable[Planned]) -> Interval:
-    """Return the shortest interval that covers all planned ones."""
+def covering_interval(planned: Iterable[PlannedFetch]) -> Interval:
+    """Return the shortest interval that contains the intervals of all planned fetches."""
     intervals = [item.interval for item in planned]
     starts = [interval.start for interval in intervals]
     known = [start for start in starts if start is not None]

@@ -1,4 +1,4 @@
-"""Source to raw: read a range of windows from a source and write each resource to the partition of its window."""
+"""Fetch: read a range of windows from a source, and write each resource to the raw partition of its window."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from fhir_assets.fhir.record import Record, RejectedInput, parse_instant, read_header
 from fhir_assets.fhir.source import Source
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
-from fhir_assets.pipeline.fetch.plan import Planned, covering_interval, is_complete, plan_window, split_at_gaps
+from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
@@ -26,7 +26,7 @@ _Version = tuple[str, str | None, datetime | None]
 class _Progress:
     """The counts of one planned window during the fetch, and the resource versions that its partition already has."""
 
-    planned: Planned
+    planned: PlannedFetch
     stored_versions: set[_Version] = field(default_factory=set)
     matched: int = 0
     repeated: int = 0
@@ -42,9 +42,11 @@ class RawUpdate:
     fetches: Mapping[str, Fetch]
     """By partition key, the counts of the fetch. Windows that were complete already are absent."""
     refetched_keys: tuple[str, ...] = ()
-    """The keys of the windows that were read from their start, so that their earlier dead letters can be settled."""
-    bases: Mapping[str, Manifest | None] = field(default_factory=dict)
-    """By partition key, the manifest that was extended, or None: see pipeline.partition_commit."""
+    """The keys of the windows that were read from their start, so that earlier dead letters that did
+    not occur again can be resolved.
+    """
+    base_manifests: Mapping[str, Manifest | None] = field(default_factory=dict)
+    """By partition key, the manifest that was extended, or None for a new partition: see pipeline.partition_commit."""
     before_first_window: int = 0
     """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
 
@@ -52,8 +54,8 @@ class RawUpdate:
 class FetchStep:
     """Fetches windows from a source into the raw layer of a store.
 
-    ``now`` bounds the open window, ``overlap`` is how far an extension reaches back, and ``reject`` writes the dead
-    letters of entries that are not resources.
+    ``now`` is the end of the open window. An extension starts ``overlap`` before the end of the last fetch.
+    ``write_dead_letters`` records the entries that are not resources.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class FetchStep:
         now: datetime,
         overlap: timedelta,
         refresh: Refresh,
-        reject: WriteDeadLetters,
+        write_dead_letters: WriteDeadLetters,
     ) -> None:
         self._source = source
         self._store = store
@@ -73,7 +75,7 @@ class FetchStep:
         self._now = now
         self._overlap = overlap
         self._refresh = refresh
-        self._dead_letters = DeadLetterBuffer(reject)
+        self._dead_letters = DeadLetterBuffer(write_dead_letters)
 
     @infrequent_gc()
     def run(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
@@ -92,7 +94,7 @@ class FetchStep:
         before_first_window = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         with PartWriter(self._store, "raw") as writer:
-            for request in self._requests(plans, windows):
+            for request in self._plan_requests(plans, windows):
                 for item in self._source.fetch(request.names, request.interval):
                     self._store_item(item, windows, plans, before_first_window, writer)
                 for name in request.names:
@@ -104,7 +106,7 @@ class FetchStep:
             RawUpdate(
                 name,
                 tuple(
-                    self._manifest(progress.planned, name, parts.get((name, key), ()), fetches[name][key], state)
+                    self._build_manifest(progress.planned, name, parts.get((name, key), ()), fetches[name][key], state)
                     for key, progress in plan.items()
                 ),
                 fetches[name],
@@ -115,8 +117,12 @@ class FetchStep:
             for name, plan in plans.items()
         ]
 
-    def _requests(self, plans: Mapping[str, Mapping[str, _Progress]], windows: WindowRange) -> Iterator["_Request"]:
-        """Yield one request for everything, or one for each type and sequence of windows without a gap."""
+    def _plan_requests(
+        self, plans: Mapping[str, Mapping[str, _Progress]], windows: WindowRange
+    ) -> Iterator["_Request"]:
+        """Yield one request for all types if the source is read in one pass. Otherwise yield one for each type and
+        sequence of adjacent windows.
+        """
         if self._source.one_pass:
             names = [name for name, plan in plans.items() if plan]
             if names:
@@ -149,8 +155,8 @@ class FetchStep:
                 plan[window.key] = _Progress(planned, self._read_stored_versions(planned))
         return plan
 
-    def _read_stored_versions(self, planned: Planned) -> set[_Version]:
-        """Return the resource versions in the overlap: the partition has them, and the source returns them again."""
+    def _read_stored_versions(self, planned: PlannedFetch) -> set[_Version]:
+        """Return the stored resource versions in the overlap, which the source returns again."""
         if planned.base is None or planned.interval.start is None:
             return set()
         since = planned.interval.start - _ROUNDING
@@ -191,23 +197,26 @@ class FetchStep:
             return
         writer.add(item.resource_type, window.key, item.body, moment)
 
-    def _count_fetches(self, name: str, windows: list[_Progress], before: int | None) -> dict[str, Fetch]:
-        """Compare the fetched count with the source's total: for all windows at once, and by window if that differs.
+    def _count_fetches(self, name: str, windows: list[_Progress], total_before: int | None) -> dict[str, Fetch]:
+        """Return the counts of each window by partition key, with the source's total if the source counts.
 
-        ``before`` is the source's total before the fetch. A resource that is updated during the fetch leaves its
-        window, so every count between the totals before and after the fetch is correct.
+        ``total_before`` is the source's total of all windows before the fetch. If it matches the fetched count, the
+        windows are not counted one by one. A resource that is updated during the fetch leaves its window, so that every
+        count between the totals before and after the fetch matches.
         """
         matched = sum(progress.matched for progress in windows)
-        agreed = before == matched
-        if before is not None and not agreed:
-            after = self._source.count(name, covering_interval(progress.planned for progress in windows))
-            agreed = after is not None and min(before, after) <= matched <= max(before, after)
+        matches = total_before == matched
+        if total_before is not None and not matches:
+            total_after = self._source.count(name, covering_interval(progress.planned for progress in windows))
+            matches = total_after is not None and (
+                min(total_before, total_after) <= matched <= max(total_before, total_after)
+            )
         fetches = {}
         for progress in windows:
             planned = progress.planned
-            if before is None:
+            if total_before is None:
                 total = None
-            elif agreed:
+            elif matches:
                 total = progress.matched
             else:
                 total = self._source.count(name, planned.interval)
@@ -222,8 +231,8 @@ class FetchStep:
             )
         return fetches
 
-    def _manifest(
-        self, planned: Planned, name: str, parts: tuple[Part, ...], fetch: Fetch, state: str | None
+    def _build_manifest(
+        self, planned: PlannedFetch, name: str, parts: tuple[Part, ...], fetch: Fetch, state: str | None
     ) -> Manifest:
         base = planned.base
         earlier = base.fetched.fetches if base and base.fetched else ()
@@ -242,7 +251,7 @@ class FetchStep:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One query of the source. ``windows`` and the source's ``total`` are known only for a query of one type."""
+    """One query of the source. ``windows`` and the source's ``total`` are None for a query of several types."""
 
     names: list[str]
     interval: Interval

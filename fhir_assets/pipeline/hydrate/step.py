@@ -1,4 +1,4 @@
-"""Fetch the missing targets of references by id, and receive them into raw."""
+"""Fetch resources that other resources refer to and that are missing in the tables, and receive them into raw."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,19 +37,21 @@ class ReadsById(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HydratedBatch:
-    """The result of one batch of missing ids of one type: how many were requested and found, what was received, and how
-    many the source has deleted. Deleted ids are recorded as deletions and are not requested again.
-    """
+    """The result of one batch of missing ids of one type."""
 
     resource_type: str
     requested: int
+    """Ids that were requested."""
     found: int
+    """Ids for which the source returned a resource."""
     received: Received
+    """The resources as they were received into raw."""
     deleted: int = 0
+    """Ids that the source has deleted. They are recorded as deletions and are not requested again."""
 
 
 class HydrateStep:
-    """Fetches the resources that the tables of views refer to and do not contain."""
+    """Fetches the resources that the tables refer to and do not contain."""
 
     def __init__(
         self,

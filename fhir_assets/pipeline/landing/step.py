@@ -1,4 +1,4 @@
-"""Receive the files of the landing zone, each content once. The files are never changed or deleted."""
+"""Receive the files of the landing zone. Files with the same content are received once; files are not changed."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ CHANNEL = "landing"
 """The ingestion channel in the origins of landed resources."""
 
 MAX_FILES_PER_RUN = 1000
-"""How many files one run receives."""
+"""The maximum number of files that one run receives."""
 
 _CHUNK_BYTES = 1 << 20
 _DELETIONS_PER_BATCH = 5000
@@ -39,19 +39,25 @@ class _FileChanged(FhirAssetsError):
 
 @dataclass(frozen=True, slots=True)
 class LandingResult:
-    """The counts of a run: files, and among them failed and already known ones; resources, dead letters, deletions."""
+    """The counts of a run."""
 
     files: int
+    """Files that were waiting."""
     failed: int
+    """Files that could not be read."""
     known_before: int
+    """Files whose content was received before."""
     rows: int
+    """Resources that were written to raw."""
     rejected: int
+    """Entries that became dead letters."""
     deleted: int
+    """Deletions that were recorded."""
 
 
 @dataclass(slots=True)
 class _Totals:
-    """The counts of a run while it works."""
+    """The counts of LandingResult while the run adds to them."""
 
     files: int = 0
     failed: int = 0
@@ -60,7 +66,7 @@ class _Totals:
     rejected: int = 0
     deleted: int = 0
 
-    def result(self) -> LandingResult:
+    def to_result(self) -> LandingResult:
         return LandingResult(self.files, self.failed, self.known_before, self.rows, self.rejected, self.deleted)
 
 
@@ -84,7 +90,7 @@ class LandingStep:
         self._now = now
 
     def scan(self, *, assume_complete: bool = False) -> int:
-        """Record the files of the zone in the database, and return how many wait to be received.
+        """Record the files of the zone in the database. Return the number of files that are ready to be received.
 
         A file is complete if it did not change since the last scan or has a ``.done`` file beside it. With
         ``assume_complete`` every file counts as complete. Raises StoreError or DatabaseUnavailable.
@@ -94,8 +100,10 @@ class LandingStep:
             return len(landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=MAX_FILES_PER_RUN))
 
     def run(self, run_id: str, *, on_received: Callable[[Received], None] = lambda _: None) -> LandingResult:
-        """Receive the waiting files, oldest first, and files of visits in batches. ``on_received`` is called for each
-        file or batch. A file that cannot be read is recorded as failed, and the others are received.
+        """Receive the waiting files: oldest first, then the visit files in batches.
+
+        ``on_received`` is called for each file or batch that was not received before. A file that cannot be read is
+        recorded as failed, and the others are received.
 
         Raises DatabaseUnavailable and other transient errors.
         """
@@ -105,19 +113,19 @@ class LandingStep:
         totals.files = len(waiting)
         for file in waiting:
             if not formats.is_visits_file(file.name):
-                with self._recording_failure(file, run_id, totals):
+                with self._record_failures(file, run_id, totals):
                     self._notify(self._receive(file, run_id, totals), on_received)
-        for batch, files in self._batches([file for file in waiting if formats.is_visits_file(file.name)]):
+        for batch, files in self._assign_batches([file for file in waiting if formats.is_visits_file(file.name)]):
             if received := self._receive_batch(batch, files, run_id, totals):
                 self._notify(received, on_received)
-        return totals.result()
+        return totals.to_result()
 
     def _notify(self, received: Received, on_received: Callable[[Received], None]) -> None:
         if not received.already_received:
             on_received(received)
 
     @contextmanager
-    def _recording_failure(self, file: ReadyFile, run_id: str, totals: _Totals) -> Iterator[None]:
+    def _record_failures(self, file: ReadyFile, run_id: str, totals: _Totals) -> Iterator[None]:
         """Record a permanent error as the failure of the file. Transient errors are raised."""
         try:
             yield
@@ -158,8 +166,8 @@ class LandingStep:
         self._record_loaded(file, sha256, counts, received.already_received, run_id, totals, received.skipped)
         return received
 
-    def _batches(self, files: Sequence[ReadyFile]) -> Iterator[tuple[str, list[ReadyFile]]]:
-        """Group files of visits into batches. The files of an interrupted batch form the same batch again."""
+    def _assign_batches(self, files: Sequence[ReadyFile]) -> Iterator[tuple[str, list[ReadyFile]]]:
+        """Assign visit files to batches, and yield each batch with its files. An interrupted batch is yielded again."""
         interrupted: dict[str, list[ReadyFile]] = {}
         new_batches: list[list[ReadyFile]] = []
         size = 0
@@ -184,7 +192,7 @@ class LandingStep:
         """Receive many small files as one origin, so that manifests are written once for all of them."""
         hashes: dict[str, str] = {}
         for file in files:
-            with self._recording_failure(file, run_id, totals):
+            with self._record_failures(file, run_id, totals):
                 hashes[file.name] = self._sha256(file)
         remaining = [file for file in files if file.name in hashes]
         received_as = f"{CHANNEL}:batch-{batch}"
@@ -209,13 +217,13 @@ class LandingStep:
                     raise
                 # Nothing of the batch is in raw: receive the other files without the failed one.
                 remaining = [file for file in remaining if file is not current]
-                with self._recording_failure(current, run_id, totals):
+                with self._record_failures(current, run_id, totals):
                     raise
         with self._connect() as conn:
             known = ledger.find_files(conn, [f"{CHANNEL}:{hashes[file.name]}" for file in remaining])
         received_hashes = set[str]()
         for file in remaining:
-            with self._recording_failure(file, run_id, totals):
+            with self._record_failures(file, run_id, totals):
                 sha256 = hashes[file.name]
                 if f"{CHANNEL}:{sha256}" not in known:
                     raise _FileChanged(
@@ -238,11 +246,11 @@ class LandingStep:
     def _read(self, file: ReadyFile, sha256: str) -> Iterator[FileItem]:
         """Yield the items of a file. Raises StoreError, or _FileChanged if its content does not have the hash."""
         with self._zone.open(file.name) as stream:
-            hashed = _Hashed(stream)
+            reader = _HashingReader(stream)
             arrived = min(file.written, self._now())
-            content = LandedContent(sha256[:12], decompress(hashed), arrived, self._max_bytes)  # type: ignore[arg-type]
+            content = LandedContent(sha256[:12], decompress(reader), arrived, self._max_bytes)  # type: ignore[arg-type]
             yield from formats.read(file.name, content)
-            if hashed.read_rest() != sha256:
+            if reader.read_rest() != sha256:
                 raise _FileChanged("the file changed while it was read: it is received when it is complete")
 
     def _record_loaded(
@@ -278,7 +286,7 @@ class LandingStep:
         return len(deletions)
 
 
-class _Hashed:
+class _HashingReader:
     """A stream that computes the SHA-256 of the bytes that are read from it."""
 
     def __init__(self, stream: BinaryIO) -> None:

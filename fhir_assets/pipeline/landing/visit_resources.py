@@ -1,11 +1,11 @@
 """Turn the rows of visit files into FHIR resources: a Patient for each MRN, an Encounter for each visit account number.
 
 The ledger (``warehouse/ops/visits.py``) has hashes of all earlier rows, so that only new visits and new or changed
-persons become resources. It is written in the transaction that records the file as received: after a crash the file is
-received again and the ledger is unchanged.
+persons become resources. It is written in the transaction that records the file as received: after a crash the ledger
+is unchanged and the file is received again.
 
-If files differ about a person, the newest file is right, regardless of their order of arrival; within a file the last
-row is right.
+If files contain different data of a person, the newest file wins, regardless of the order of arrival. Within a file the
+last row wins.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from fhir_assets.warehouse.ops.visits import KnownVisit, Person, VisitFileCounts
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 CONFLICT = "visit-conflict"
-"""The rule of dead letters of visits whose account number is known with other content."""
+"""The rule of dead letters for visits whose account number is known with other content."""
 
 _VISITS_PER_BATCH = 2000
 
@@ -35,9 +35,9 @@ def read_new_resources(
 ) -> Iterator[Record | RejectedInput]:
     """Yield the new resources and rejected rows of a file of visits; nothing if the file was received before.
 
-    The ledger is written through ``conn`` in the caller's transaction, for the types that the deployment loads only, so
-    that resources of the other types are new when they are loaded later. ``received_as`` is the origin of the batch to
-    which the file belongs.
+    The ledger is written in the caller's transaction, through ``conn``. It has entries only for the types that the
+    deployment loads, so that resources of another type are new when the deployment loads that type later.
+    ``received_as`` is the origin of the batch that contains the file.
     """
     visits.lock_ledger(conn)
     if visits.find_files(conn, [origin]):
@@ -64,13 +64,13 @@ def _read(
         assert isinstance(item, Visit)
         batch.append(item)
         if len(batch) >= _VISITS_PER_BATCH:
-            yield from _enter_batch(conn, batch, origin, resource_types, counts)
+            yield from _record_batch(conn, batch, origin, resource_types, counts)
             batch = []
     if batch:
-        yield from _enter_batch(conn, batch, origin, resource_types, counts)
+        yield from _record_batch(conn, batch, origin, resource_types, counts)
 
 
-def _enter_batch(
+def _record_batch(
     conn: Session, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: VisitFileCounts
 ) -> Iterator[Record | RejectedInput]:
     rows = [_hash_row(visit, cipher_of(conn)) for visit in batch]
@@ -106,7 +106,7 @@ def _enter_batch(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A visit, and its person and visit as the ledger records them; ``person`` has version 1."""
+    """A row of a file, with the entries of the ledger for its person (in version 1) and its visit."""
 
     source: Visit
     person: Person
@@ -130,9 +130,9 @@ def _hash_row(visit: Visit, cipher: Cipher) -> _Row:
 
 
 def _find_changes(known: Person | None, rows: Sequence[_Row], counts: VisitFileCounts) -> Iterator[tuple[_Row, Person]]:
-    """Yield the rows that change a person, each with the person's new version.
+    """Yield the rows that change a person, each with the new version of the person.
 
-    The last row is right: if it has the known content, or is older, no row of the file is a change.
+    The last row wins: if its content is known or older than the known person, no row of the file is a change.
     """
     last = rows[-1].person
     if known and (last.as_of < known.as_of or last.content == known.content):

@@ -20,7 +20,7 @@ _NO_ID = "the resource has no id, so its rows would have no key: give it one at 
 
 
 class Batch(NamedTuple):
-    """Lines of one partition. ``arrived`` stands for a missing ``lastUpdated``."""
+    """Lines of one partition. ``arrived`` is the time of resources without ``lastUpdated``."""
 
     lines: list[bytes]
     partition_key: str
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class RejectedLine(NamedTuple):
-    """A line that cannot be turned into rows: its index in the batch, and the reason as a dead letter has it."""
+    """A line that cannot be turned into rows: its index in the batch, and the fields of its dead letter."""
 
     position: int
     resource_id: str | None
@@ -57,7 +57,7 @@ class RejectedLine(NamedTuple):
 
 
 class BuiltRows(NamedTuple):
-    """The result of a batch: a block of resources and rows that is ready for COPY, and the rejected lines."""
+    """The rows of a batch: a block of resources and rows in the format of COPY, and the rejected lines."""
 
     block: CopyBlock
     rejected: list[RejectedLine]
@@ -66,7 +66,7 @@ class BuiltRows(NamedTuple):
 class RowBuilder:
     """Builds the rows of all ``views`` of one resource type, with encrypted columns if ``cipher`` has keys.
 
-    Pickles as its views and cipher.
+    A pickle contains the views and the cipher only; the views are compiled again when it is loaded.
     """
 
     def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
@@ -91,9 +91,9 @@ class RowBuilder:
             except RowError as error:
                 path = f"{error.view}.{error.column}"
                 rejected.append(RejectedLine(index, record.id, "transform", "view", path, error.message))
-            except UnstorableResource as unfit:
-                path = format_column_path(unfit.view, unfit.column)
-                rejected.append(RejectedLine(index, record.id, "load", "unloadable", path, unfit.message))
+            except UnstorableResource as error:
+                path = format_column_path(error.view, error.column)
+                rejected.append(RejectedLine(index, record.id, "load", "unloadable", path, error.message))
         return BuiltRows(CopyBlock.build(prepared, len(self._encoder.views)), rejected)
 
 

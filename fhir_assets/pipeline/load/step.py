@@ -1,6 +1,4 @@
-"""Validated to tables: build the rows of all views of a resource type in one pass, and load whole windows in one
-transaction.
-"""
+"""Load validated partitions into tables: build the rows of all views of a type in one pass, and commit windows."""
 
 import hashlib
 from collections import Counter
@@ -36,7 +34,7 @@ STAGES: tuple[Stage, ...] = ("transform", "load")
 _ACTOR = "pipeline"
 
 _ROWS_PER_SECOND = 8000
-"""About how many resources one process turns into rows, to decide whether worker processes are worth their start."""
+"""About how many resources one process turns into rows; decides whether worker processes are started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +51,8 @@ class LoadResult:
     """Table rows by view name."""
     dead_by_rule: Counter[str] = field(default_factory=Counter)
     """Dead letters by rule."""
-    settled_windows: frozenset[str] = frozenset()
-    """Keys of windows, also outside of this load, whose dead letters were resolved by newer versions."""
+    resolved_windows: frozenset[str] = frozenset()
+    """Keys of windows whose dead letters were resolved by newer versions; they may be windows of other loads."""
 
     def __add__(self, other: "LoadResult") -> "LoadResult":
         return LoadResult(
@@ -65,7 +63,7 @@ class LoadResult:
             self.withheld + other.withheld,
             Counter({view: self.rows[view] + other.rows[view] for view in self.rows | other.rows}),
             self.dead_by_rule + other.dead_by_rule,
-            self.settled_windows | other.settled_windows,
+            self.resolved_windows | other.resolved_windows,
         )
 
 
@@ -73,8 +71,8 @@ class LoadResult:
 class _Task:
     """The parts of one window to load.
 
-    ``from_start``: these are all of its parts. ``reload``: some of them were loaded before. ``until`` is how far the
-    window is fetched and validated, None if the checkpoint must not move.
+    ``from_start`` says whether ``parts`` are all parts of the window, and ``reload`` whether some of them were loaded
+    before. ``until`` is the time up to which the window is fetched and validated, None if the checkpoint must not move.
     """
 
     window: Window
@@ -92,8 +90,8 @@ class _Task:
 class LoadStep:
     """Loads validated partitions into the tables of views, one resource type for each call.
 
-    ``all_views`` says that ``views`` are all views of the type; only then are parts recorded as loaded and checkpoints
-    moved.
+    ``all_views`` says whether ``views`` are all views of the type. Only if they are, parts are recorded as loaded and
+    checkpoints move.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class LoadStep:
 
     @infrequent_gc()
     def run(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> LoadResult:
-        """Load the parts of the windows that are not loaded yet, or all parts, as ``refresh`` says.
+        """Load the new parts of the windows, or all parts if ``refresh`` requires it or loaded parts were replaced.
 
         Raises DatabaseUnavailable, ViewError, StoreError or WorkerLost; windows whose transaction was not committed
         are unchanged then.
@@ -131,12 +129,12 @@ class LoadStep:
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
             DeletionLog(self._store, self._connect).apply_pending(conn, resource_type, run_id=self._run_id)
-            for group in _group_by_transaction(self._tasks(conn, resource_type, windows, validated)):
+            for group in _group_by_transaction(self._plan_tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
                     total += self._load_group(conn, resource_type, group)
         return total
 
-    def _tasks(
+    def _plan_tasks(
         self, conn: Connection, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]
     ) -> Iterator[_Task]:
         by_key = {window.key: window for window in windows}
@@ -204,7 +202,7 @@ class LoadStep:
             while late := loader.take_unloadable():
                 record([build_unloadable_dead_letter(resource_type, item) for item in late])
                 counts = loader.finish()
-        settled_windows = self._record_windows(conn, resource_type, group, counts, dead_by_window)
+        resolved_windows = self._record_windows(conn, resource_type, group, counts, dead_by_window)
         return LoadResult(
             resources,
             counts.inserted,
@@ -213,7 +211,7 @@ class LoadStep:
             counts.withheld.total(),
             Counter(counts.rows),
             dead_by_rule,
-            settled_windows,
+            resolved_windows,
         )
 
     def _record_windows(
@@ -224,7 +222,7 @@ class LoadStep:
         counts: LoadCounts,
         dead_by_window: Mapping[str, int],
     ) -> frozenset[str]:
-        """Settle earlier dead letters, and record loaded parts, checkpoints, counts and the audit log.
+        """Resolve earlier dead letters, and record loaded parts, checkpoints, counts and the audit log.
 
         Return the keys of windows whose dead letters were resolved by newer versions.
         """
@@ -233,7 +231,7 @@ class LoadStep:
             dead_letters.resolve_not_repeated(
                 conn, self._run_id, resource_type, stage, [task.window.key for task in group if task.from_start]
             )
-        settled_windows = replays.resolve_superseded(conn, self._run_id, resource_type, keys)
+        resolved_windows = replays.resolve_superseded(conn, self._run_id, resource_type, keys)
         if self._all_views:
             self._record_loaded_parts(conn, resource_type, group)
             self._resolve_replayed(conn, resource_type, group)
@@ -255,10 +253,10 @@ class LoadStep:
         audit_log.record(
             conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)})
         )
-        return frozenset(settled_windows)
+        return frozenset(resolved_windows)
 
     def _build_rows(self, conn: Session, group: Sequence[_Task]) -> Iterator[tuple[None, Batch, BuiltRows]]:
-        """Yield the rows of the windows' batches in order; workers build rows while earlier ones are written."""
+        """Yield the rows of all batches in order. Workers build further rows while the caller writes earlier ones."""
         if not any(task.rows for task in group):
             return iter(())
         self._row_builder = self._row_builder or RowBuilder(self._views, cipher_of(conn))
@@ -340,7 +338,7 @@ def _covers(validated: Manifest, raw: Manifest) -> bool:
 
 
 def _group_by_transaction(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:
-    """Group whole windows into transactions of about TRANSACTION_ROWS resources."""
+    """Group windows into transactions of at most TRANSACTION_ROWS resources, or of one larger window."""
     group: list[_Task] = []
     rows = 0
     for task in tasks:

@@ -27,7 +27,7 @@ _URN = re.compile(rb'"(urn:uuid:[0-9a-fA-F-]{36})"')
 
 @dataclass(frozen=True, slots=True)
 class ValidatedRecord:
-    """The result of one posted record: its issues and its resources, which are empty if it was rejected."""
+    """The result of one posted record: its issues, and its resources; no resources if it is rejected."""
 
     resource_type: str | None
     id: str | None
@@ -48,16 +48,16 @@ class IntakeValidator:
     """
 
     def __init__(
-        self, validator: Validator, identify: DeriveId, resource_types: Sequence[str], origin: str, now: datetime
+        self, validator: Validator, derive_id: DeriveId, resource_types: Sequence[str], origin: str, now: datetime
     ) -> None:
         self._validator = validator
-        self._identify = identify
+        self._derive_id = derive_id
         self._types = frozenset(resource_types)
         self._origin = origin
         self._now = now
 
     def validate_bodies(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
-        """Validate bodies, each a FHIR resource or a patient record. Return the results in the same order."""
+        """Validate bodies, each a FHIR resource or a patient record, and return the results in the same order."""
         return [self._validate(index, to_single_line(body)) for index, body in enumerate(bodies)]
 
     def validate_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
@@ -85,48 +85,50 @@ class IntakeValidator:
         except MalformedResource as error:
             return ValidatedRecord(None, None, (Issue(error.rule, "error", "Resource", str(error)),))
         name = header.resourceType
-        if name == "Patient" and resources.is_patient_record(value := _parsed(body)):
-            return self._patient_record(value)
+        if name == "Patient" and resources.is_patient_record(value := _parse_json(body)):
+            return self._validate_patient_record(value)
         if name not in LOAD_ORDER or name not in self._types:
             known_name = name if name in LOAD_ORDER else None
-            return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", self._not_loaded()),))
+            return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", self._describe_types()),))
         if header.id is None and body[:1] == b"{":
             header.id = self._assign_id(index)
             body = b'{"id":"' + header.id.encode() + b'",' + body[1:].lstrip()
-        verdict = self._validator.check(body)
-        if not verdict.valid:
-            return ValidatedRecord(name, header.id if is_id(header.id or "") else None, verdict.issues)
-        return ValidatedRecord(name, header.id, verdict.issues, (build_record(body, header, self._now),))
+        result = self._validator.check(body)
+        if not result.valid:
+            return ValidatedRecord(name, header.id if is_id(header.id or "") else None, result.issues)
+        return ValidatedRecord(name, header.id, result.issues, (build_record(body, header, self._now),))
 
-    def _patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
+    def _validate_patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
         if errors := schemas.find_errors("patient_record", record):
             issues = (
                 Issue(SCHEMA, "error", f"Patient{error.path.replace('/', '.')}", error.message) for error in errors
             )
             return ValidatedRecord("Patient", None, tuple(issues))
         built = resources.build_patient_resources(
-            record, self._identify, now=self._now.isoformat(timespec="milliseconds")
+            record, self._derive_id, now=self._now.isoformat(timespec="milliseconds")
         )
         if len(built) > 1 and "Consent" not in self._types:
             # The patient record must not be accepted without its consent.
-            return ValidatedRecord("Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._not_loaded()),))
+            return ValidatedRecord(
+                "Patient", None, (Issue(STRUCTURE, "error", "Patient.consent", self._describe_types()),)
+            )
         records: list[Record] = []
         for resource in built:
             body = resources.encode_resource(resource)
-            verdict = self._validator.check(body)
-            if not verdict.valid:
-                return ValidatedRecord("Patient", None, verdict.issues)
+            result = self._validator.check(body)
+            if not result.valid:
+                return ValidatedRecord("Patient", None, result.issues)
             records.append(build_record(body, read_header(body), self._now))
         return ValidatedRecord("Patient", records[0].id, (), tuple(records))
 
     def _assign_id(self, index: int) -> str:
         return hashlib.sha256(f"{self._origin}#{index}".encode()).hexdigest()[:32]
 
-    def _not_loaded(self) -> str:
+    def _describe_types(self) -> str:
         return f"this deployment does not load the resource type; it loads {', '.join(sorted(self._types))}"
 
 
-def _parsed(body: bytes) -> Any:
+def _parse_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -149,39 +151,44 @@ class _Bundle(msgspec.Struct):
     entry: list[_Entry] = []
 
 
-class Unreadable(ValueError):
+class UnreadableBody(ValueError):
     """A request body that cannot be parsed. The message has the reason without the content."""
 
 
 def read_submission(body: bytes) -> list[bytes]:
-    """Return the records of a body ``{"records": […]}``. Raises Unreadable."""
+    """Return the records of a body ``{"records": […]}``. Raises UnreadableBody."""
     return [bytes(record) for record in _decode(body, _SUBMISSION).records]
 
 
 @dataclass(frozen=True, slots=True)
 class PostedBody:
-    """The body of a POST to a FHIR endpoint: its entries (full URL, resource). ``atomic``: accept all or none."""
+    """The body of a POST to a FHIR endpoint: its entries as pairs of full URL and resource.
+
+    If ``atomic``, an entry with errors rejects all entries.
+    """
 
     entries: tuple[tuple[str | None, bytes], ...]
     atomic: bool
     is_bundle: bool
 
 
-def read_posted(body: bytes) -> PostedBody:
-    """Read a resource, or the entries of a Bundle. Raises Unreadable."""
+def read_posted_body(body: bytes) -> PostedBody:
+    """Read a resource, or the entries of a Bundle. Raises UnreadableBody."""
     try:
         header = read_header(body)
     except MalformedResource as error:
-        raise Unreadable(str(error)) from None
+        raise UnreadableBody(str(error)) from None
     if header.resourceType != "Bundle":
         return PostedBody(((None, body),), atomic=True, is_bundle=False)
     bundle = _decode(body, _BUNDLE)
     if bundle.type not in ("batch", "transaction", "collection"):
-        raise Unreadable("the type of a Bundle must be batch, transaction or collection")
+        raise UnreadableBody("the type of a Bundle must be batch, transaction or collection")
     entries = []
     for entry in bundle.entry:
         if bytes(entry.resource) == b"null" or str((entry.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
-            raise Unreadable("every entry must have a resource, and its request method, if any, must be PUT or POST")
+            raise UnreadableBody(
+                "every entry must have a resource, and its request method, if any, must be PUT or POST"
+            )
         entries.append((entry.fullUrl, bytes(entry.resource)))
     return PostedBody(tuple(entries), atomic=bundle.type == "transaction", is_bundle=True)
 
@@ -195,12 +202,14 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         # The message names the unknown field, which may hold patient data.
-        raise Unreadable("the body has an unknown member" if "unknown field" in str(error) else str(error)) from None
+        raise UnreadableBody(
+            "the body has an unknown member" if "unknown field" in str(error) else str(error)
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
-        raise Unreadable(f"not JSON: {reason}") from None
+        raise UnreadableBody(f"not JSON: {reason}") from None
 
 
 def request_time() -> datetime:
-    """Return the current time, which a request uses throughout."""
+    """Return the current time. A request calls this once, so that all of its resources arrive at the same time."""
     return datetime.now(UTC)

@@ -1,8 +1,8 @@
 """Receive resources into raw from every ingestion channel except the configured source.
 
 The channels are landing files, HTTP intake, missing references and corrections. Later fetches of a window keep its
-received parts. Table ``ops.received`` lists what was received; the job ``load_received``, or any other run over the
-same windows, loads it into the tables.
+received parts. Table ``ops.received`` lists the received parts; the job ``load_received``, or any other run over the
+same windows, loads them into the tables.
 """
 
 from collections import Counter, defaultdict
@@ -32,24 +32,24 @@ from fhir_assets.windows import Window, WindowScheme
 class Received:
     """The resources of one origin, by type and window.
 
-    ``skipped`` counts, by type, resources of types that this deployment does not load. ``already_received``: the origin
-    was received before, so that nothing was done.
+    ``skipped`` counts, by type, resources of types that this deployment does not load. ``already_received`` says
+    whether the origin was received before, so that nothing was written now.
     """
 
     origin: str
-    items: tuple[ReceivedWindow, ...]
+    windows: tuple[ReceivedWindow, ...]
     skipped: Counter[str] = field(default_factory=Counter)
     already_received: bool = False
 
     @property
     def rows(self) -> int:
         """How many resources were written to raw."""
-        return sum(item.rows for item in self.items)
+        return sum(window.rows for window in self.windows)
 
     @property
     def rejected(self) -> int:
         """How many entries became dead letters instead."""
-        return sum(item.rejected for item in self.items)
+        return sum(window.rejected for window in self.windows)
 
 
 class Receiver:
@@ -80,10 +80,11 @@ class Receiver:
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
     ) -> Received:
-        """Receive all records of ``origin``, streamed and atomically: each record is then in raw or a dead letter.
-        After an error nothing counts as received, and the same origin may be received again.
+        """Receive all records of ``origin`` as a stream: write each one to raw or record it as a dead letter.
 
-        An origin has the form ``<channel>:<identity>`` (``landing:<sha256>``, ``api:<request>``) and always stands for
+        The origin is recorded as received after its last record. After an error it can be received again.
+
+        An origin has the form ``<channel>:<identity>`` (``landing:<sha256>``, ``api:<request>``) and always identifies
         the same content: an origin that was received before is skipped, and its records are not read. A resource is
         written to the window of its ``lastUpdated``, or of its arrival if that is missing or in the future.
 
@@ -117,24 +118,24 @@ class Receiver:
         audit_records: Callable[[Received], Iterable[AuditRecord]],
     ) -> Received:
         now = self._now()
-        intake = _Intake(self._scheme, self.resource_types, origin, now)
+        origin_writer = _OriginWriter(self._scheme, self.resource_types, origin, now)
         dead_letter_buffer = DeadLetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
         with PartWriter(self._store, "raw") as writer:
             for item in records:
-                intake.add(item, writer, dead_letter_buffer)
+                origin_writer.add(item, writer, dead_letter_buffer)
             dead_letter_buffer.flush()
             parts = writer.finish()
-        items = intake.items(parts)
-        rewrite_partitions(self._connect, self._store, intake.manifests(parts, items), _merge)
-        result = Received(origin, tuple(items), intake.skipped)
-        received.record(conn, origin, items)
+        windows = origin_writer.build_windows(parts)
+        rewrite_partitions(self._connect, self._store, origin_writer.build_manifests(parts, windows), _merge)
+        result = Received(origin, tuple(windows), origin_writer.skipped)
+        received.record(conn, origin, windows)
         audit_log.record(conn, *audit_records(result))
         conn.commit()
         return result
 
 
-class _Intake:
-    """The state of one origin while it is received."""
+class _OriginWriter:
+    """Writes the resources of one origin to their windows, and collects the dead letters and counts."""
 
     def __init__(self, scheme: WindowScheme, types: frozenset[str], origin: str, now: datetime) -> None:
         self._scheme = scheme
@@ -147,16 +148,16 @@ class _Intake:
     def add(self, item: Record | RejectedInput, writer: PartWriter, dead_letter_buffer: DeadLetterBuffer) -> None:
         """Write a resource to its window, or add the dead letter of a rejected entry to the buffer."""
         if isinstance(item, RejectedInput):
-            key = self._window(item.arrived).key
+            key = self._find_window(item.arrived).key
             self._rejected[item.resource_type, key] += 1
             dead_letter_buffer.add(self._build_dead_letter(item, key))
         elif item.resource_type not in self._types:
             self.skipped[known_resource_type(item.resource_type)] += 1
         else:
             moment = item.as_of if item.as_of < self._now else item.arrived
-            writer.add(item.resource_type, self._window(moment).key, item.body, item.last_updated)
+            writer.add(item.resource_type, self._find_window(moment).key, item.body, item.last_updated)
 
-    def items(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[ReceivedWindow]:
+    def build_windows(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[ReceivedWindow]:
         """Return the counts and parts by resource type and window."""
         parts_by_key = defaultdict[tuple[str, str], tuple[Part, ...]](tuple, parts)
         return [
@@ -169,8 +170,8 @@ class _Intake:
             for key in sorted(parts.keys() | self._rejected.keys())
         ]
 
-    def manifests(
-        self, parts: dict[tuple[str, str], tuple[Part, ...]], items: Sequence[ReceivedWindow]
+    def build_manifests(
+        self, parts: dict[tuple[str, str], tuple[Part, ...]], windows: Sequence[ReceivedWindow]
     ) -> list[Manifest]:
         """Return a manifest for each window, with the parts of this origin only."""
         return [
@@ -186,11 +187,11 @@ class _Intake:
                 ),
                 receipts=(Receipt(self._origin, self._now, item.rows, item.rejected),),
             )
-            for item in items
+            for item in windows
             if item.resource_type in self._types
         ]
 
-    def _window(self, moment: datetime) -> Window:
+    def _find_window(self, moment: datetime) -> Window:
         return self._scheme.window_at(min(moment, self._now))
 
     def _build_dead_letter(self, item: RejectedInput, partition_key: str) -> DeadLetter:
@@ -208,18 +209,18 @@ class _Intake:
         )
 
 
-def _merge(mine: Manifest, current: Manifest | None) -> Manifest:
+def _merge(new: Manifest, current: Manifest | None) -> Manifest:
     """Add the received parts to the current partition.
 
     Parts of the same origin in it are replaced: they are from an attempt that was not recorded as received.
     """
     if current is None:
-        return mine
-    origins = {receipt.origin for receipt in mine.receipts}
+        return new
+    origins = {receipt.origin for receipt in new.receipts}
     return msgspec.structs.replace(
         current,
-        run_id=mine.run_id,
-        written_at=mine.written_at,
-        parts=(*(part for part in current.parts if part.origin not in origins), *mine.parts),
-        receipts=(*(receipt for receipt in current.receipts if receipt.origin not in origins), *mine.receipts),
+        run_id=new.run_id,
+        written_at=new.written_at,
+        parts=(*(part for part in current.parts if part.origin not in origins), *new.parts),
+        receipts=(*(receipt for receipt in current.receipts if receipt.origin not in origins), *new.receipts),
     )

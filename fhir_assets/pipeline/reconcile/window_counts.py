@@ -46,7 +46,7 @@ class WindowCounts:
     withheld: int = 0
     """Valid resources that consent keeps out of the tables."""
     received: int = 0
-    """Resources that arrived through other channels than the source."""
+    """Resources that were received through another channel than the source."""
     deleted: int = 0
     """Valid resources that the source has deleted since."""
 
@@ -57,14 +57,14 @@ class WindowCounts:
 
     @property
     def faults(self) -> list[str]:
-        """The counts that do not match, each with what to do about it; empty if the window reconciles."""
+        """The counts that do not match, each with the action that corrects it; empty if the window reconciles."""
         faults = []
-        again = f"materialize raw, validated and normalized of {self.partition_key} again"
+        action = f"materialize raw, validated and normalized of {self.partition_key} again"
         if self.server_total is not None and self.server_total != self.matched:
-            faults.append(f"the server counts {self.server_total} but returned {self.matched}: {again}")
+            faults.append(f"the server counts {self.server_total} but returned {self.matched}: {action}")
         arrived = self.matched + self.received - self.repeated - self.rejected
         if self.raw != arrived:
-            faults.append(f"{arrived} were received but raw holds {self.raw}: {again}")
+            faults.append(f"{arrived} were received but raw holds {self.raw}: {action}")
         if self.raw != self.validated:
             faults.append(f"raw holds {self.raw} but {self.validated} were validated: materialize validated again")
         if self.validated != self.valid + self.dead + self.withheld:
@@ -131,15 +131,16 @@ def _count_absent(
         return {}
     keys = [manifest.partition_key for manifest in validated]
     corrected = corrections.read_by_fingerprint(conn, resource_type, STAGES, keys)
-    expected = _expected_rows(store, validated, corrected, cipher_of(conn))
+    expected = _build_expected_rows(store, validated, corrected, cipher_of(conn))
     return reconciliation.count_absent(conn, resource_type, expected, main_view=main_view)
 
 
-def _expected_rows(
+def _build_expected_rows(
     store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], cipher: Cipher
 ) -> Iterator[str]:
-    """Yield the key, id and lastUpdated that the tables must contain as lines for COPY, of corrected resources those of
-    the correction.
+    """Yield the partition key, id and lastUpdated of each resource that the tables must contain, as a line for COPY.
+
+    Corrected resources are yielded with the values of their correction.
     """
     for manifest in validated:
         key = escape_text(manifest.partition_key)
@@ -147,7 +148,7 @@ def _expected_rows(
         for batch in store.batches(manifest.parts):
             for line in batch:
                 if corrections_of_window:
-                    fingerprints = (_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
+                    fingerprints = (_compute_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
                     line = next((corrections_of_window[f] for f in fingerprints if f in corrections_of_window), line)
                 header = read_header(line)
                 moment = parse_instant(header.meta.lastUpdated) if header.meta else None
@@ -155,6 +156,6 @@ def _expected_rows(
                 yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
 
 
-def _fingerprint(manifest: Manifest, stage: str, line: bytes, cipher: Cipher) -> bytes:
+def _compute_fingerprint(manifest: Manifest, stage: str, line: bytes, cipher: Cipher) -> bytes:
     dead_letter = DeadLetter(manifest.resource_type, None, stage, "", "", "", line, manifest.partition_key)
     return dead_letter.fingerprint(cipher)

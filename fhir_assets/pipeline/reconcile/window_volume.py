@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from fhir_assets.windows import Window
 
 MIN_WINDOWS = 5
-"""With fewer earlier windows than this, no window is unusual."""
+"""The minimum number of earlier windows: with fewer of them no window is reported as unusual."""
 
 MIN_ROWS = 20
 """Windows with fewer resources than this are not reported: the difference may be chance."""
 
 FACTOR = 2.0
-"""How many times more or fewer resources than the earlier windows a window has to have to be unusual."""
+"""A window is unusual if it has more than FACTOR times the highest number of the earlier windows, or less than the
+lowest number divided by FACTOR.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class WindowVolume:
 
     @property
     def unusual(self) -> bool:
-        """Whether the number is below half of the lowest or above twice the highest."""
+        """Whether the number differs from those of the earlier windows by more than FACTOR."""
         if self.lowest is None or self.highest is None:
             return False
         too_few = self.rows < self.lowest / FACTOR and self.lowest >= MIN_ROWS

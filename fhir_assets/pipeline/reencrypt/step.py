@@ -1,8 +1,8 @@
-"""Reencrypt everything with the newest key while loads run: the tables, the encrypted tables of ``ops`` and the store.
+"""Reencrypt the tables, the encrypted tables of ``ops`` and the store with the newest key, while loads run.
 
 Resources are decrypted and encrypted again, and the rows of their views are rebuilt. This covers data of older keys,
-data from before there were keys, and columns whose type depends on whether there are keys. The state is in the data
-itself, so that a rotation that was stopped continues where it was. Each batch is a transaction of its own.
+data from before there were keys, and columns whose type depends on whether there are keys. Each batch is a
+transaction of its own. Reencrypted data is recognized by its key id, so that a rotation continues a stopped one.
 """
 
 from collections import Counter, defaultdict
@@ -31,10 +31,12 @@ from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tab
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
 LOCK_TIMEOUT_MS = 500
-"""Below the deadlock_timeout of Postgres, so that in a deadlock the rotation is the one that gives up."""
+"""How long a rotation waits for a lock. The time is shorter than the deadlock_timeout of Postgres, so that a deadlock
+fails the transaction of the rotation and not the one of a load.
+"""
 
 BUSY_TIMEOUT_SECONDS = 60.0
-"""How long a rotation waits without progress for rows that loads have locked."""
+"""How long a rotation without progress waits for rows that loads have locked."""
 
 RESOURCES = "resources"
 ROWS = "rows"
@@ -48,7 +50,7 @@ class ReencryptResult:
     encrypted: Counter[str] = field(default_factory=Counter)
     """Items encrypted with the newest key, by location."""
     from_clear: Counter[str] = field(default_factory=Counter)
-    """Those of them that were in cleartext before, by location."""
+    """Encrypted items that were in cleartext before, by location."""
     refused: Counter[str] = field(default_factory=Counter)
     """Items that could not be reencrypted, by reason."""
     busy: Counter[str] = field(default_factory=Counter)
@@ -124,7 +126,7 @@ class ReencryptStep:
         for resource_type in reencryption_batches.find_resource_types(conn):
             views = self._views_by_type[resource_type]
             tables = reencryption_batches.find_tables_with_phi(conn, views)
-            # Then rows of resources that are encrypted with the newest key already, by a load of some of the views.
+            # A load of only some views encrypts the resource with the newest key, but not the rows of other views.
             sources = [
                 partial(reencryption_batches.find_resources, conn, resource_type, older),
                 *(
@@ -149,13 +151,13 @@ class ReencryptStep:
         self,
         conn: Session,
         location: str,
-        label: str,
+        step_name: str,
         find_next: Callable[[reencryption_batches.RowKey | None], list[reencryption_batches.RowKey]],
         reencrypt_batch: Callable[[list[reencryption_batches.RowKey]], reencryption_batches.BatchResult],
     ) -> None:
-        """Reencrypt all batches in key order, and repeat while loads have locked some of their rows.
+        """Reencrypt all batches in the order of their keys, and repeat this while loads have locked some of the rows.
 
-        ``find_next`` returns the keys of the batch after a key; ``label`` names the batches in the progress.
+        ``find_next`` returns the keys of the batch after a key. ``step_name`` is the name of this step in the progress.
         """
         last_progress = monotonic()
         while True:
@@ -164,7 +166,7 @@ class ReencryptStep:
             refused = Counter[str]()
             while keys := find_next(after):
                 conn.commit()
-                batch = self._reencrypt_batch(conn, location, label, partial(reencrypt_batch, keys))
+                batch = self._reencrypt_batch(conn, location, step_name, partial(reencrypt_batch, keys))
                 after = keys[-1]
                 locked += batch.skipped if batch else len(keys)
                 if batch and batch.encrypted:
@@ -177,15 +179,15 @@ class ReencryptStep:
                 continue
             # A refused resource is counted again with each of its tables: the maximum is the number of resources.
             all_refused, busy = self._result.refused, self._result.busy
-            all_refused |= Counter({f"{label}: {reason}": count for reason, count in refused.items()})
-            busy |= Counter({label: locked})
+            all_refused |= Counter({f"{step_name}: {reason}": count for reason, count in refused.items()})
+            busy |= Counter({step_name: locked})
             return
 
     def _reencrypt_batch(
         self,
         conn: Session,
         location: str,
-        label: str,
+        step_name: str,
         reencrypt_batch: Callable[[], reencryption_batches.BatchResult],
     ) -> reencryption_batches.BatchResult | None:
         """Reencrypt one batch and record it. Return None if another transaction held a lock that it needs."""
@@ -193,7 +195,7 @@ class ReencryptStep:
             with conn.transaction():
                 session_settings.limit_lock_wait(conn, LOCK_TIMEOUT_MS)
                 batch = reencrypt_batch()
-                self._record(conn, location, batch.encrypted, batch.from_clear, label)
+                self._record(conn, location, batch.encrypted, batch.from_clear, step_name)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
             return None
         except DatabaseUnavailable:
@@ -257,15 +259,15 @@ class ReencryptStep:
             self._result.refused.update(str(error) for _, _, error in group if error is not None)
             self._report(conn)
 
-    def _record(self, conn: Session, location: str, encrypted: int, from_clear: int, label: str) -> None:
-        key_rotations.advance(conn, self._rotation, label, encrypted)
+    def _record(self, conn: Session, location: str, encrypted: int, from_clear: int, step_name: str) -> None:
+        key_rotations.advance(conn, self._rotation, step_name, encrypted)
         detail = {
             "place": location,
             "key": cipher_of(conn).key_id,
             "from_clear": from_clear,
             "rotation": self._rotation,
         }
-        resource_type = label if location == RESOURCES else None
+        resource_type = step_name if location == RESOURCES else None
         audit_log.record(conn, AuditRecord("key rotation", self._actor, resource_type, count=encrypted, detail=detail))
 
     def _report(self, conn: Connection) -> None:
@@ -275,8 +277,9 @@ class ReencryptStep:
             self._on_progress(progress)
 
     def _end(self, conn: Session, usage: KeyUsage, cipher: Cipher) -> ReencryptResult:
-        """Record the end of the rotation. The secret of the hashes is reencrypted last, because it is checked at every
-        start: an older key that is still needed cannot be removed unnoticed before.
+        """Record the end of the rotation, and reencrypt the secret of the hashes if no older key is needed any more.
+
+        Every start checks the key of the secret, so an older key that is still needed cannot be removed unnoticed.
         """
         needed = [
             key.id

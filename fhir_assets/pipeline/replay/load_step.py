@@ -19,7 +19,7 @@ from fhir_assets.windows import Window
 
 @dataclass(frozen=True, slots=True)
 class ReplayLoadResult:
-    """How many dead letters were resolved, and how many failed again and are open again."""
+    """The number of dead letters that were resolved, and of those that failed again and stay open."""
 
     resolved: int = 0
     failed: int = 0
@@ -28,7 +28,7 @@ class ReplayLoadResult:
 class ReplayLoadStep:
     """Loads the dead letters of stages ``transform`` and ``load`` that a run claims into all tables of their type.
 
-    ``also_open``: claim open dead letters too, not only those that were marked for a replay.
+    With ``also_open`` the run claims all open dead letters, not only those that were marked for a replay.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Replay dead letters of the stage ``validate``: validate their stored resources again, but not their whole windows.
+"""Replay dead letters of the stage ``validate``: validate their stored resources again, not whole windows.
 
 Resources that are valid now become an additional part of the validated partition, whose counts are corrected, and are
-loaded like any other part. The manifest names the replay run (``replay:<run>``). If a run stops after its commit, its
-dead letters are therefore not replayed twice: a dead letter that is claimed by a run in the manifest is resolved.
+loaded like any other part. The manifest names the replay run (``replay:<run>``) as an input, so that dead letters are
+not replayed twice if the run stops after its commit: a dead letter that a run in the manifest has claimed is resolved.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ class ReplayResult:
 def find_outdated_partitions(store: Store, resource_type: str, raw: Sequence[Manifest]) -> list[Manifest]:
     """Return the raw partitions with parts that are not validated yet.
 
-    These have to be validated as in any load, which validates the resources of their dead letters too.
+    A load has to validate them, which also validates the resources of their dead letters.
     """
     outdated = []
     for manifest in raw:
@@ -51,7 +51,7 @@ def find_outdated_partitions(store: Store, resource_type: str, raw: Sequence[Man
 class ReplayValidateStep:
     """Validates the dead letters of stage ``validate`` that a run claims in validated partitions of one type.
 
-    ``also_open``: claim open dead letters too, not only those that were marked for a replay.
+    With ``also_open`` the run claims all open dead letters, not only those that were marked for a replay.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ReplayValidateStep:
     def run(self, resource_type: str, partition_keys: Sequence[str]) -> ReplayResult:
         """Validate the claimed dead letters of some partitions. The caller commits the manifests.
 
-        Dead letters that fail again are open again when this returns. Raises StoreError, DatabaseUnavailable or
+        Dead letters that fail again are open again afterwards. Raises StoreError, DatabaseUnavailable or
         EncryptionError.
         """
         manifests = {m.partition_key: m for m in self._store.manifests("validated", resource_type, partition_keys)}
@@ -95,7 +95,10 @@ class ReplayValidateStep:
         changed = [key for key, change in changes.items() if change.dead_letters]
         update = ValidatedUpdate(
             resource_type,
-            tuple(self._manifest(manifests[key], changes[key], parts.get((resource_type, key), ())) for key in changed),
+            tuple(
+                self._build_manifest(manifests[key], changes[key], parts.get((resource_type, key), ()))
+                for key in changed
+            ),
             (),
             {key: manifests[key] for key in changed},
         )
@@ -116,21 +119,19 @@ class ReplayValidateStep:
             change = changes[key]
             change.dead_letters += 1
             change.dead[dead_letter.rule] -= dead_letter.occurrences
-            verdict = self._validator.check(dead_letter.body)
-            if verdict.valid:
+            result = self._validator.check(dead_letter.body)
+            if result.valid:
                 for _ in range(dead_letter.occurrences):
                     writer.add(resource_type, key, dead_letter.body, None)
-                change.warnings.update(issue.rule for issue in verdict.issues)
+                change.warnings.update(issue.rule for issue in result.issues)
                 continue
-            again = build_dead_letter(resource_type, key, dead_letter.body, verdict, ruleset=self._validator.ruleset)
+            new = build_dead_letter(resource_type, key, dead_letter.body, result, ruleset=self._validator.ruleset)
             change.failed += 1
-            change.dead[again.rule] += dead_letter.occurrences
-            failed.append(
-                FailedReplay(dead_letter.id, again.rule, again.path, again.message, again.issues, again.ruleset)
-            )
+            change.dead[new.rule] += dead_letter.occurrences
+            failed.append(FailedReplay(dead_letter.id, new.rule, new.path, new.message, new.issues, new.ruleset))
         return failed
 
-    def _manifest(self, base: Manifest, change: "_PartitionChange", parts: tuple[Part, ...]) -> Manifest:
+    def _build_manifest(self, base: Manifest, change: "_PartitionChange", parts: tuple[Part, ...]) -> Manifest:
         validated = base.validated
         assert validated is not None
         change.dead.update(validated.dead)

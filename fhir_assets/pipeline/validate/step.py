@@ -1,4 +1,4 @@
-"""Raw to validated: copy each valid resource byte for byte, and record each invalid one as a dead letter."""
+"""Validate raw partitions: copy valid resources byte for byte, and record invalid ones as dead letters."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,18 +27,20 @@ class ValidatedUpdate:
     resource_type: str
     manifests: tuple[Manifest, ...]
     revalidated_keys: tuple[str, ...]
-    """The keys of the partitions that were validated from their start, so that their earlier dead letters that did not
-    fail again can be settled.
+    """The keys of the partitions whose parts were all validated, so that earlier dead letters that did not occur again
+    can be resolved.
     """
-    bases: Mapping[str, Manifest | None]
-    """By partition key, the validated partition that existed before, or None: see pipeline.partition_commit."""
+    base_manifests: Mapping[str, Manifest | None]
+    """By partition key, the validated partition that existed before, or None if there was none: see
+    pipeline.partition_commit.
+    """
 
 
 _BYTES_PER_SECOND = 50e6
-"""About how fast one process validates, to decide whether worker processes are worth their start."""
+"""About how fast one process validates; decides whether worker processes are started."""
 
 LineIssues = list[tuple[int, tuple[Issue, ...]]]
-"""The issues of a batch, for each line that has any: its index in the batch and its issues."""
+"""The lines of a batch that have issues, each as its index in the batch and its issues."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class LineValidator:
     def __call__(self, lines: list[bytes]) -> LineIssues:
         """Return the index and the issues of each line that has any."""
         check = self.validator.check
-        return [(index, verdict.issues) for index, line in enumerate(lines) if (verdict := check(line)).issues]
+        return [(index, result.issues) for index, line in enumerate(lines) if (result := check(line)).issues]
 
 
 class ValidateStep:
@@ -78,12 +80,12 @@ class ValidateStep:
 
     @infrequent_gc()
     def run(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
-        """Validate the raw parts that are not validated yet, or all parts, as ``refresh`` says. The caller commits the
-        manifests; dead letters are written before this returns.
+        """Validate the new raw parts, or all parts if ``refresh`` or changed rules require it. The caller commits the
+        manifests. Dead letters are written before this returns.
 
         Raises StoreError, DatabaseUnavailable or WorkerLost; the partitions are unchanged then.
         """
-        states = list(self._states(resource_type, raw))
+        states = list(self._find_states(resource_type, raw))
         corrections = Corrections(
             self._connect, resource_type, ["validate"], [state.raw.partition_key for state in states]
         )
@@ -100,12 +102,14 @@ class ValidateStep:
             parts = writer.finish()
         return ValidatedUpdate(
             resource_type,
-            tuple(self._manifest(state, parts.get((resource_type, state.raw.partition_key), ())) for state in states),
+            tuple(
+                self._build_manifest(state, parts.get((resource_type, state.raw.partition_key), ())) for state in states
+            ),
             tuple(state.raw.partition_key for state in states if state.base is None),
             {state.raw.partition_key: state.existing for state in states},
         )
 
-    def _states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_State"]:
+    def _find_states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_PartitionState"]:
         """Yield the partitions that have parts to validate, or that do not exist yet."""
         keys = [manifest.partition_key for manifest in raw]
         existing_by_key = {m.partition_key: m for m in self._store.manifests("validated", resource_type, keys)}
@@ -115,10 +119,10 @@ class ValidateStep:
             done = base.validated.inputs if base and base.validated else ()
             pending = [part for part in manifest.parts if part.name not in done]
             if base is None or pending:
-                yield _State(manifest, existing, base, pending)
+                yield _PartitionState(manifest, existing, base, pending)
 
     def _find_base(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:
-        """Return the validated partition if new raw parts only extend it; None if all parts have to be validated."""
+        """Return the validated partition if it only has to be extended, or None if all parts have to be validated."""
         if existing is None or existing.validated is None or self._refresh is not Refresh.MISSING:
             return None
         if existing.validated.rules_version != self._validator.rules_version:
@@ -127,19 +131,24 @@ class ValidateStep:
         return existing if names.issuperset(existing.validated.raw_parts) else None
 
     def _store_batch(
-        self, state: "_State", lines: list[bytes], line_issues: LineIssues, corrections: Corrections, writer: PartWriter
+        self,
+        state: "_PartitionState",
+        lines: list[bytes],
+        line_issues: LineIssues,
+        corrections: Corrections,
+        writer: PartWriter,
     ) -> None:
-        """Write the valid lines of a batch byte for byte. Record the others as dead letters, or write their corrections
-        where a person corrected them before.
+        """Write the valid lines of a batch byte for byte. Record the other lines as dead letters, or write their valid
+        corrections instead.
         """
         state.rows += len(lines)
         name, key = state.raw.resource_type, state.raw.partition_key
         invalid = set()
         for index, issues in line_issues:
-            verdict = ValidationResult(lines[index], issues)
-            if not verdict.valid:
+            result = ValidationResult(lines[index], issues)
+            if not result.valid:
                 invalid.add(index)
-                dead_letter = build_dead_letter(name, key, lines[index], verdict, ruleset=self._validator.ruleset)
+                dead_letter = build_dead_letter(name, key, lines[index], result, ruleset=self._validator.ruleset)
                 corrected = corrections.find(dead_letter)
                 if corrected is not None and self._validator.check(corrected).valid:
                     writer.add(name, key, corrected, None)
@@ -151,7 +160,7 @@ class ValidateStep:
             if index not in invalid:
                 writer.add(name, key, line, None)
 
-    def _manifest(self, state: "_State", parts: tuple[Part, ...]) -> Manifest:
+    def _build_manifest(self, state: "_PartitionState", parts: tuple[Part, ...]) -> Manifest:
         raw, base = state.raw, state.base
         replays: list[str] = []
         if base and base.validated:
@@ -174,11 +183,11 @@ class ValidateStep:
         )
 
 
-class _State:
+class _PartitionState:
     """A raw partition during its validation.
 
-    ``existing`` is the validated partition in the store, ``base`` the one that is extended (None: all parts are
-    validated), ``pending`` the raw parts to validate. The counts include those of the base in the end.
+    ``existing`` is the validated partition in the store. ``base`` is the same partition if it is extended, or None if
+    all parts are validated. ``pending`` are the raw parts to validate. ``_build_manifest`` adds the counts of the base.
     """
 
     def __init__(
@@ -199,10 +208,10 @@ class _State:
 
 
 def build_dead_letter(
-    resource_type: str, partition_key: str, line: bytes, verdict: ValidationResult, *, ruleset: str
+    resource_type: str, partition_key: str, line: bytes, result: ValidationResult, *, ruleset: str
 ) -> DeadLetter:
     """Build the dead letter of an invalid resource from its first error; all of its issues are attached."""
-    first = next(issue for issue in verdict.issues if issue.severity == "error")
+    first = next(issue for issue in result.issues if issue.severity == "error")
     return DeadLetter(
         resource_type=resource_type,
         resource_id=_readable_id(line),
@@ -212,7 +221,7 @@ def build_dead_letter(
         message=first.message,
         resource=line,
         partition_key=partition_key,
-        issues=[_to_json(issue) for issue in verdict.issues],
+        issues=[_to_json(issue) for issue in result.issues],
         ruleset=ruleset,
     )
 

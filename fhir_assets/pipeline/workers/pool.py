@@ -1,4 +1,4 @@
-"""Worker processes that validate batches of lines and build rows of them, on all cores of the machine.
+"""A pool of worker processes, which validate batches of lines and build rows on all cores of the machine.
 
 A worker is ``python -m fhir_assets.pipeline.workers.process``, connected by two pipes. It is not forked, because
 Dagster has threads, and it ends at the end of its input, even if its parent was killed.
@@ -38,7 +38,7 @@ MIN_SECONDS_TO_SHARE = 0.1
 """Work of fewer seconds is done in this process."""
 
 _UNITS_PER_WORKER = 2
-"""How many units for each worker are in memory at most: the bound of what is sent before a result is consumed."""
+"""The maximum number of units for each worker in memory. Further units are sent when results are consumed."""
 
 
 class WorkerPool:
@@ -64,8 +64,8 @@ class WorkerPool:
     ) -> Iterator[tuple[Context, Item, Result]]:
         """Yield each context, item and result of the job in the order of the items. Contexts are not sent to workers.
 
-        ``weigh`` returns the size of an item in bytes. ``seconds`` estimates the time of all items, so that little
-        work is done in this process.
+        ``weigh`` returns the size of an item in bytes. ``seconds`` is the estimated time of all items: little work is
+        done in this process.
 
         Raises the errors of the job if they are FhirAssetsErrors, PermanentError for any other error of the job, or
         WorkerLost if a worker process ended.
@@ -86,7 +86,7 @@ class WorkerPool:
                 yield context, item, result
 
         try:
-            for unit in _units(items, weigh):
+            for unit in _group_into_units(items, weigh):
                 waiting.append((unit, self._threads.submit(self._ask, packed, [item for _, item in unit])))
                 if len(waiting) > _UNITS_PER_WORKER * self.count:
                     yield from take_first()
@@ -179,7 +179,9 @@ def _describe_exit(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _units(items: Iterable[tuple[Context, Item]], weigh: Callable[[Item], int]) -> Iterator[list[tuple[Context, Item]]]:
+def _group_into_units(
+    items: Iterable[tuple[Context, Item]], weigh: Callable[[Item], int]
+) -> Iterator[list[tuple[Context, Item]]]:
     """Group items into units of at least UNIT_BYTES bytes."""
     unit: list[tuple[Context, Item]] = []
     size = 0

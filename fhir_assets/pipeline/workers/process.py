@@ -50,8 +50,8 @@ def _answer(packed: bytes, items: list[Any]) -> list[Any] | FhirAssetsError:
 def main() -> None:
     """Serve the parent process.
 
-    The parent handles Ctrl-C. Standard output is redirected to standard error, so that nothing that is printed gets
-    between the results.
+    The parent handles Ctrl-C. Standard output is redirected to standard error, so that printed text does not corrupt
+    the results.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
