@@ -17,7 +17,7 @@ class DueWindows:
     """The windows to load, as one range for each run. Iterating yields the ranges.
 
     ``new_types`` have no valid checkpoint yet: ``begin_checkpoints`` begins theirs at ``new_start``, for a source in
-    the state ``source_state`` (see Source.state).
+    the state ``source_state`` (see Source.compute_state).
     """
 
     ranges: tuple[WindowRange, ...]

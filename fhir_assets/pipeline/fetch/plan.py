@@ -30,7 +30,8 @@ def plan_window(
     """Return the interval of ``window`` to fetch now, or None if the window is complete or in the future.
 
     An extension starts ``overlap`` before the end of the last fetch, because a server may commit a resource late, with
-    an earlier ``lastUpdated``. ``source_state`` is Source.state: a source that has one is always read from the start.
+    an earlier ``lastUpdated``. ``source_state`` is the result of Source.compute_state: a source that has one is always
+    read from the start.
     """
     if window.start is not None and window.start >= now:
         return None

@@ -26,7 +26,7 @@ class LoadedPart(Protocol):
 class Checkpoint:
     """Every resource of a type that was updated before ``loaded_until`` is loaded.
 
-    ``moved_at`` is the time at which the checkpoint was last moved or set. For ``source_state`` see Source.state.
+    ``moved_at`` is the time at which the checkpoint last moved. For ``source_state`` see Source.compute_state.
     """
 
     loaded_until: datetime
@@ -50,7 +50,7 @@ def get(conn: Connection, resource_types: Sequence[str]) -> dict[str, Checkpoint
 def begin(conn: Connection, resource_types: Sequence[str], start: datetime, *, source_state: str | None) -> None:
     """Set the checkpoints of types to ``start``. No other function moves a checkpoint back.
 
-    ``source_state`` is the current Source.state.
+    ``source_state`` is the current Source.compute_state.
     """
     conn.execute(
         """
