@@ -239,4 +239,4 @@ def test_with_keys_files_that_the_api_lands_are_encrypted_and_still_identified_b
     found = deployment.query("SELECT name, status, known_before, error FROM ops.landing_files ORDER BY name")
     assert found[0] == ("again.ndjson", "loaded", True, None)
     assert found[1][:2] == ("cut.ndjson", "failed")
-    assert "cut off" in str(found[1][3])
+    assert "truncated" in str(found[1][3])

@@ -18,13 +18,13 @@ from fhir_assets.catalog import CATALOG
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
-from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.lake.writer import LakeUpdate
 from fhir_assets.warehouse.ops import encryption_secret
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
 from fhir_assets_tests.support.encrypted_views import PATIENT_WITH_PHI, TAGGED_PATIENT
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
@@ -36,13 +36,14 @@ _UPDATE_REPEATEDLY = """
 import sys
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
 settings = load_settings(fhir_lake_url=sys.argv[2])
 (view,) = [view for view in build_views(settings).views if view.name == "patient"]
 days = [f"2024-01-{day:02}" for day in range(1, 6)]
-with connect(sys.argv[1]) as conn:
+with connect(sys.argv[1], cipher=NO_ENCRYPTION) as conn:
     while True:
         writer.update(conn, build_blobs(settings, sys.argv[2]), view, days, run_id="r", actor="test")
         print("written", flush=True)
@@ -50,10 +51,10 @@ with connect(sys.argv[1]) as conn:
 
 
 @pytest.fixture(params=["without keys", "with keys"])
-def session(request: pytest.FixtureRequest, database: str) -> Iterator[Connection]:
+def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
     """A connection without keys, and a connection with keys."""
     if request.param == "without keys":
-        with connect(database) as conn:
+        with connect(database, cipher=NO_ENCRYPTION) as conn:
             yield conn
     else:
         with connect(database) as conn:
