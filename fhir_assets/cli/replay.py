@@ -76,8 +76,8 @@ def replay(
         replayed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes])
     failures = select_failed(outcomes)
     if json:
-        facts = {"letters": count, "runs": [outcome.run_id for outcome in outcomes], "success": not failures}
-        print_json({**facts, "healed": replayed.resolved, "failed": replayed.failed, "marked": not wait})
+        facts = {"dead_letters": count, "runs": [outcome.run_id for outcome in outcomes], "success": not failures}
+        print_json({**facts, "resolved": replayed.resolved, "failed": replayed.failed, "marked": not wait})
     elif not count:
         console.print("No open dead letter matches: there is nothing to replay.")
     elif not wait:

@@ -90,7 +90,7 @@ def test_invalid_resources_are_reported_corrected_and_replayed_until_the_checks_
             patch.write_text(json.dumps([{"op": "replace", "path": "/gender", "value": "other"}]))
             for each in fhir_assets("dead-letters", "list"):
                 fhir_assets("dead-letters", "edit", str(each["id"]), "--patch", str(patch))
-            assert fhir_assets("dead-letters", "replay", "--run", load, "--no-wait")["letters"] == 2
+            assert fhir_assets("dead-letters", "replay", "--run", load, "--no-wait")["dead_letters"] == 2
             until(lambda: deployment.loaded() == {"Patient": 200}, seconds=240)
             until(lambda: len(webhook.messages) == 2, seconds=120)
 

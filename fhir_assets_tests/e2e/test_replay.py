@@ -113,7 +113,7 @@ def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_aga
     first = find_dead_letters(deployment)[0].run_id
     edit(tmp_path, find_dead_letter(deployment, "p0-0"))
     output = fhir_assets("replay", "--run", first)
-    assert (output["letters"], output["healed"], output["failed"], output["success"]) == (6, 1, 5, True)
+    assert (output["dead_letters"], output["resolved"], output["failed"], output["success"]) == (6, 1, 5, True)
     assert genders(deployment) == {"male": 14, "female": 1}
     assert deployment.query("SELECT partition_key FROM fhir.resource WHERE id = 'p0-0'") == [(KEY,)]
     assert reconciled(deployment, KEY, "2024-01-06")
@@ -212,7 +212,7 @@ def test_a_valid_resource_that_no_view_could_turn_into_rows_is_corrected_and_loa
     assert reconciled(deployment, KEY)
     assert fhir_assets("replay", str(dead_letter.id))["failed"] == 1
     edit(tmp_path, dead_letter, [{"op": "add", "path": "/id", "value": "b"}])
-    assert fhir_assets("replay", str(dead_letter.id))["healed"] == 1
+    assert fhir_assets("replay", str(dead_letter.id))["resolved"] == 1
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
     assert reconciled(deployment, KEY)
     with connect(deployment.url) as conn:
@@ -280,12 +280,12 @@ def test_discarded_dead_letters_are_not_counted_and_can_be_replayed_by_id(
 ) -> None:
     assert fhir_assets("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
     assert "test data" in (find_dead_letter(deployment, "p0-2").resolution or "")
-    assert fhir_assets("replay", "--window", KEY)["letters"] == 0
+    assert fhir_assets("replay", "--window", KEY)["dead_letters"] == 0
     assert materialize(deployment, *LAYERS, windows=[KEY]).success
     assert {entry.status for entry in find_dead_letters(deployment, partition_keys=[KEY])} == {"discarded"}
     dead_letter = find_dead_letter(deployment, "p0-2")
     edit(tmp_path, dead_letter)
-    assert fhir_assets("replay", str(dead_letter.id))["healed"] == 1
+    assert fhir_assets("replay", str(dead_letter.id))["resolved"] == 1
     assert reconciled(deployment, KEY)
 
 
@@ -293,7 +293,7 @@ def test_the_sensor_requests_each_marked_dead_letter_once(deployment: Deployment
     assert tick(deployment)[2] == "no dead letter is marked for a replay"
     edit(tmp_path, find_dead_letter(deployment, "p1-0"))
     output = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
-    assert (output["letters"], output["marked"], output["runs"]) == (3, True, [])
+    assert (output["dead_letters"], output["marked"], output["runs"]) == (3, True, [])
     (request,), cursor, _ = tick(deployment)
     assert request.partition_key == "2024-01-06"
     assert (request.run_key or "").endswith("/attempt 1")

@@ -112,8 +112,8 @@ def test_counts_by_reason_begin_with_the_most_occurrences(conn: Session) -> None
     dead_letters.record(conn, "one", [DEAD_LETTER, replace(DEAD_LETTER, resource=b"1"), DEAD_LETTER])
     dead_letters.record(conn, "one", [replace(DEAD_LETTER, resource=b"2", rule="json", path="f:1")])
     assert dead_letters.count_by_reason(conn, Selection(resource_type="Patient")) == [
-        {"stage": "validate", "rule": "cardinality", "path": "Patient.name", "letters": 2, "occurrences": 3},
-        {"stage": "validate", "rule": "json", "path": "f:1", "letters": 1, "occurrences": 1},
+        {"stage": "validate", "rule": "cardinality", "path": "Patient.name", "dead_letters": 2, "occurrences": 3},
+        {"stage": "validate", "rule": "json", "path": "f:1", "dead_letters": 1, "occurrences": 1},
     ]
 
 

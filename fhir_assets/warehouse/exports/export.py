@@ -47,8 +47,8 @@ class Export:
     """Writes files into one folder of ``target``. ``finish`` writes the manifest last.
 
     The manifest of an earlier export in the same folder is deleted first, because its hashes do not match the new
-    files. ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and dead
-    letters, because they contain withheld resources.
+    files. ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and of
+    dead letters, because they contain withheld resources.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class TypeExport:
     def write_dead_letters(self) -> ExportedFile:
         """Write ``<Type>.deadletters.ndjson``: each dead letter with its reason.
 
-        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has the dead
-        letters of that run. Raises ConfigurationError if a consent policy is on.
+        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has
+        the dead letters of that run. Raises ConfigurationError if a consent policy is on.
         """
         self._refuse_if_withholding("dead letters")
         run_id = self._export.run_id

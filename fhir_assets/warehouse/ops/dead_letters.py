@@ -264,7 +264,7 @@ def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLett
 
 
 def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
-    """Return the numbers of dead letters (key ``letters``) and of their occurrences by stage, rule and path.
+    """Return the numbers of dead letters (key ``dead_letters``) and of their occurrences by stage, rule and path.
 
     The largest number of occurrences comes first; ``occurrences`` counts equal resources of a run separately.
     """
@@ -282,7 +282,7 @@ def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, An
         params,
     )
     return [
-        {"stage": stage, "rule": rule, "path": path, "letters": count, "occurrences": occurrences}
+        {"stage": stage, "rule": rule, "path": path, "dead_letters": count, "occurrences": occurrences}
         for stage, rule, path, count, occurrences in rows
     ]
 

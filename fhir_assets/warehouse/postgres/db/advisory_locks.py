@@ -1,7 +1,7 @@
 """The keys of every advisory lock of Postgres that the project takes.
 
-All locks are listed here, so that no two of them share a key by accident. A value spells four ASCII letters, which are
-visible in ``pg_locks.classid`` and ``objid``. Values never change: processes of the old and the new version share a
+All locks are listed here, so that no two of them share a key by accident. A value spells four ASCII characters, which
+are visible in ``pg_locks.classid`` and ``objid``. Values never change: processes of the old and the new version share a
 database during an upgrade.
 
 A lock with two keys takes one of these constants first and a number second: a counter, or ``hashtext`` of a name.
