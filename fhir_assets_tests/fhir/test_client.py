@@ -321,7 +321,7 @@ def test_a_response_that_arrives_byte_by_byte_ends_at_a_deadline(header: bytes, 
         thread = threading.Thread(target=drip)
         thread.start()
         client = FhirClient(
-            f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.1, retrier=Retrier(RetryPolicy(attempts=1))
+            f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3, retrier=Retrier(RetryPolicy(attempts=1))
         )
         with pytest.raises(ServerUnavailable, match="incomplete after"):
             client.get("Patient", body_of)
