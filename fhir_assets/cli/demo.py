@@ -107,6 +107,7 @@ def _sandbox_environment(url: str, population: PopulationRange) -> Iterator[None
 def _load() -> None:
     settings = load_settings()
     console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
+    Warehouse(settings).migrate()
     outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
         totals = runs.summarize_latest(conn)

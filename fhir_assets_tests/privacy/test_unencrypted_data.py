@@ -9,6 +9,8 @@ from fhir_assets.cli.main import app
 from fhir_assets.definitions import defs
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.keys import new_key
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.db.migrations import require_current
 
 WARNING = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is not set."
 
@@ -50,3 +52,12 @@ def test_the_code_location_does_not_load_if_required_keys_are_missing(monkeypatc
     monkeypatch.setenv("PHI_REQUIRED", "1")
     with pytest.raises(ConfigurationError, match="PHI_REQUIRED is set, but there are no keys"):
         defs()
+
+
+def test_the_demo_migrates_an_empty_database_of_db_url(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_URL", empty_database)
+    result = CliRunner().invoke(app, ["demo", "--no-ui", "--patients", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    with connect(empty_database) as conn:
+        require_current(empty_database)
+        assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
