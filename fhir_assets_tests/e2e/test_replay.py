@@ -319,7 +319,7 @@ def test_a_failed_replay_is_requested_again_a_limited_number_of_times(deployment
     assert [str(key)[-1] for key in keys] == ["1", "2", "3"]
     requests, cursor, output = tick(deployment, cursor)
     assert (requests, cursor) == ([], "{}")
-    assert "3 replays of 2024-01-05 to 2024-01-05 are given up" in output
+    assert "3 replays of 2024-01-05 to 2024-01-05 are cancelled" in output
     assert {entry.status for entry in find_dead_letters(deployment)} == {"open"}
 
 
