@@ -212,3 +212,10 @@ def test_rooms_above_the_warehouse_execute_no_sql() -> None:
             calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
             methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
             assert not methods & {"execute", "executemany"}, f"{module} executes SQL"
+
+
+def test_tests_import_from_support_and_the_product_only() -> None:
+    for path in sorted((PACKAGE.parent / "fhir_assets_tests").rglob("*.py")):
+        for name in _imports(path):
+            if name.startswith("fhir_assets_tests."):
+                assert name.startswith("fhir_assets_tests.support"), f"{path} imports {name}: move it to support/"

@@ -16,10 +16,10 @@ from fhir_assets.fhir.model import r4
 from fhir_assets.fhir.path import CompiledPath, compile_path
 from fhir_assets.fhir.views import Column, CompiledViews, View, load_views
 from fhir_assets.sandbox.population import generate
-from fhir_assets_tests.support.saturated_resources import Resource, saturated, saturated_resources
+from fhir_assets_tests.support.saturated_resources import Resource
+from fhir_assets_tests.support.shipped_views import VIEWS, paths, saturated_for_views, views, views_of_type
 
 ROOT = Path(__file__).resolve().parents[2]
-VIEWS = ROOT / "sql" / "views"
 SHARED = ROOT.parent / "shared" / "data"
 
 Row = dict[str, object]
@@ -57,41 +57,17 @@ WITHOUT_PERSONAL_DATA = {"Organization", "Location"}
 
 
 @cache
-def views() -> dict[str, View]:
-    return {view.name: view for view in load_views([VIEWS]).views}
-
-
-def of_type(resource_type: str) -> list[View]:
-    return [view for view in views().values() if view.resource_type == resource_type]
-
-
-@cache
 def type_views(resource_type: str) -> CompiledViews:
-    return CompiledViews(of_type(resource_type), empty_join=False)
+    return CompiledViews(views_of_type(resource_type), empty_join=False)
 
 
 def rows(resource: Resource) -> dict[str, list[Row]]:
     """Return the rows of each view of the resource's type, by column."""
-    views_of_type = type_views(resource["resourceType"])
+    compiled_views = type_views(resource["resourceType"])
     return {
         view.name: [dict(zip((column.name for column in view.columns), row, strict=True)) for row in rows_of_view]
-        for view, rows_of_view in zip(views_of_type.views, views_of_type.rows(resource), strict=True)
+        for view, rows_of_view in zip(compiled_views.views, compiled_views.rows(resource), strict=True)
     }
-
-
-def paths(definition: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name and path of each column at any depth."""
-    for column in definition.get("column", ()):
-        yield column["name"], column["path"]
-    for select in definition.get("select", ()):
-        yield from paths(select)
-
-
-def expressions(definition: Mapping[str, Any]) -> Iterator[str]:
-    """Yield every FHIRPath expression of a view: of its columns and of ``forEach``."""
-    yield from (path for _, path in paths(definition))
-    for select in definition["select"]:
-        yield from (select[key] for key in ("forEach", "forEachOrNull") if key in select)
 
 
 def compiled(definition: Mapping[str, Any], root_type: str) -> Iterator[tuple[dict[str, Any], CompiledPath]]:
@@ -110,19 +86,6 @@ def columns() -> list[tuple[View, Column]]:
     return [(view, column) for view in views().values() for column in view.columns]
 
 
-def saturated_for_views(resource_type: str) -> Iterator[Resource]:
-    """Yield saturated resources, and one for each set of literals that a view of the type compares with."""
-    yield from saturated_resources(resource_type)
-    compared = {
-        tuple(re.findall(r"(\w+) = '([^']*)'", path))
-        for view in of_type(resource_type)
-        for path in expressions(view.definition)
-    }
-    for literals in sorted(compared):
-        rows_by_view = saturated(resource_type, 0, {"focal": True, **dict(literals)})
-        yield {**rows_by_view, "resourceType": resource_type, "id": "a"}
-
-
 # The catalog ------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +98,7 @@ def test_every_shipped_view_loads() -> None:
 @pytest.mark.parametrize("resource_type", [resource_type.name for resource_type in CATALOG])
 def test_a_type_has_a_main_view_and_its_child_views_start_with_its_name(resource_type: str) -> None:
     key = BY_NAME[resource_type].key
-    names = [view.name for view in of_type(resource_type)]
+    names = [view.name for view in views_of_type(resource_type)]
     assert key in names
     assert [name for name in names if name != key and not name.startswith(f"{key}_")] == []
 
@@ -219,7 +182,7 @@ def test_a_saturated_resource_fills_every_column_with_a_single_value(resource_ty
             filled[name] |= {column for row in view_rows for column, value in row.items() if value not in (None, "")}
     empty = {
         f"{view.name}.{name}"
-        for view in of_type(resource_type)
+        for view in views_of_type(resource_type)
         for name, path in paths(view.definition)
         if name not in filled[view.name] and "extension(" not in path
     }

@@ -25,9 +25,9 @@ from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.lake.writer import LakeUpdate
 from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
-from fhir_assets_tests.fhir.test_shipped_views import of_type, saturated_for_views
 from fhir_assets_tests.support.encrypted_views import PATIENT_WITH_PHI, TAGGED_PATIENT
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
+from fhir_assets_tests.support.shipped_views import saturated_for_views, views_of_type
 from fhir_assets_tests.support.views import PATIENTS, load, patient
 
 KEY = new_key()
@@ -78,7 +78,7 @@ def saturated_records(resource_type: str) -> Iterator[Record]:
 def test_duckdb_reads_the_rows_of_every_shipped_view(session: Session, tmp_path: Path) -> None:
     different, filled = [], 0
     for resource_type in (catalog_type.name for catalog_type in CATALOG):
-        views = tuple(of_type(resource_type))
+        views = tuple(views_of_type(resource_type))
         records = list(saturated_records(resource_type))
         for day, part in zip(DAYS, (records[::2], records[1::2]), strict=True):
             load(session, *part, views=views, key=day)
@@ -89,7 +89,7 @@ def test_duckdb_reads_the_rows_of_every_shipped_view(session: Session, tmp_path:
             if in_lake(str(tmp_path), view.name) != expected:
                 different.append(view.name)
     assert different == []
-    assert filled == sum(len(of_type(catalog_type.name)) for catalog_type in CATALOG)
+    assert filled == sum(len(views_of_type(catalog_type.name)) for catalog_type in CATALOG)
 
 
 def test_the_treatments_of_patient_data_apply_to_the_lake(database: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_windows_with_changed_rows_are_written_again(conn: Session, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_killed_writer_leaves_complete_files(database: str, conn: Session, tmp_path: Path) -> None:
-    views = tuple(of_type("Patient"))
+    views = tuple(views_of_type("Patient"))
     for day in range(1, 6):
         people = [patient(f"p{day}-{n}", gender="other") for n in range(50)]
         load(conn, *people, views=views, key=f"2024-01-{day:02}")
