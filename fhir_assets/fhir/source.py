@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Protocol
 
 from fhir_assets.fhir.record import Record, RejectedInput
+from fhir_assets.notices import Notice
 from fhir_assets.windows import Interval
 
 
@@ -46,4 +47,8 @@ class Source(Protocol):
 
         Raises ServerUnavailable, ServerRefused or NotFhir. The records before the error are valid but incomplete.
         """
+        ...
+
+    def drain_notices(self) -> tuple[Notice, ...]:
+        """Return the notices since the last call. They concern the windows that were counted and fetched since then."""
         ...

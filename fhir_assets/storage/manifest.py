@@ -7,6 +7,8 @@ from datetime import datetime
 
 import msgspec
 
+from fhir_assets.notices import Notice
+
 
 class Part(msgspec.Struct, frozen=True):
     """One gzip file of NDJSON with ``rows`` resources.
@@ -41,7 +43,8 @@ class Fetch(msgspec.Struct, frozen=True):
     """One fetch of an interval of the window from the source, with its counts of resources.
 
     ``server_total`` is the number that the source reported, None if it reports none; ``matched`` were returned, of
-    which ``repeated`` were in the partition already and ``rejected`` became dead letters.
+    which ``repeated`` were in the partition already and ``rejected`` became dead letters. ``notices`` are those
+    that the source gave during the fetch.
     """
 
     start: datetime | None
@@ -51,6 +54,7 @@ class Fetch(msgspec.Struct, frozen=True):
     matched: int
     repeated: int
     rejected: int
+    notices: tuple[Notice, ...] = ()
 
 
 class Fetched(msgspec.Struct, frozen=True):
@@ -60,6 +64,11 @@ class Fetched(msgspec.Struct, frozen=True):
     complete: bool
     fetches: tuple[Fetch, ...]
     source_state: str | None = None
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """The notices of all fetches, without duplicates."""
+        return tuple(dict.fromkeys(notice for fetch in self.fetches for notice in fetch.notices))
 
 
 REPLAY = "replay:"

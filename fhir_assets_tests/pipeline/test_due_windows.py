@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from fhir_assets.fhir.record import Record, RejectedInput
+from fhir_assets.notices import Notice
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -47,6 +48,9 @@ class FixedSource:
 
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         return iter(())
+
+    def drain_notices(self) -> tuple[Notice, ...]:
+        return ()
 
 
 def due(conn: Connection, source: FixedSource, now: datetime) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fhir_assets.notices import Notice
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 
 RECONCILED = WindowCounts(
@@ -28,6 +29,13 @@ def test_matching_counts_have_no_faults() -> None:
 
 def test_an_unknown_server_total_is_no_fault() -> None:
     assert replace(RECONCILED, server_total=None).faults == []
+
+
+def test_a_notice_of_severity_error_is_a_fault_and_a_warning_is_none() -> None:
+    notices = (Notice("warning", "unsorted", "not sorted"), Notice("error", "incomplete", "some are missing"))
+    counts = replace(RECONCILED, notices=notices)
+    assert counts.faults == ["some are missing"]
+    assert counts.warnings == ["not sorted"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from fhir_assets.deployment.store import build_bucket
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest
@@ -97,7 +98,8 @@ def test_manifests_are_returned_in_the_order_of_their_keys(store: Store) -> None
 
 
 def test_a_manifest_is_read_back_unchanged(store: Store) -> None:
-    fetch = Fetch(None, NOW, NOW, 10, 9, 1, 2)
+    notices = (Notice("error", "incomplete", "some are missing", "Patient"), Notice("warning", "unsorted", "by id"))
+    fetch = Fetch(None, NOW, NOW, 10, 9, 1, 2, notices)
     manifest = Manifest("raw", "Patient", "k", "run", NOW, (), fetched=Fetched(NOW, False, (fetch,), "state"))
     store.commit([manifest])
     assert store.manifest("raw", "Patient", "k") == manifest

@@ -28,6 +28,7 @@ from fhir_assets.fhir.client.capabilities import Capabilities, parse_capabilitie
 from fhir_assets.fhir.client.origin import DEFAULT_PORTS, format_origin, parse_origin
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.notices import Notices
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class FhirClient:
     ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; a complete
     response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
     that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
+    ``notices`` collects what a person should know about the server's answers.
 
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
     """
@@ -80,6 +82,7 @@ class FhirClient:
         self.base_url = base_url.rstrip("/")
         self.origin = parse_origin(base_url)
         self.labels = labels
+        self.notices = Notices()
         self._has_answered = False
         self.call_slot = call_slot
         self.credentials = credentials or Credentials(labels=labels)

@@ -29,6 +29,7 @@ from fhir_assets.fhir.record import (
     read_header,
     to_single_line,
 )
+from fhir_assets.notices import Notice, Notices
 from fhir_assets.windows import Interval
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -82,6 +83,7 @@ class NdjsonSource:
         self._now = now
         self._extents: dict[tuple[str, frozenset[str]], Interval | None] = {}
         self.skipped: Counter[str] = Counter()
+        self.notices = Notices()
 
     def list_types(self) -> frozenset[str] | None:
         """Return the types in the names of the files; None if a file may hold any type."""
@@ -126,6 +128,10 @@ class NdjsonSource:
             for item in self._read(file, list(requested)):
                 if _moment(item) in interval:
                     yield item
+
+    def drain_notices(self) -> tuple[Notice, ...]:
+        """Return the notices about the files since the last call."""
+        return self.notices.drain()
 
     def _extent(self, resource_types: Sequence[str]) -> Interval | None:
         first = last = None

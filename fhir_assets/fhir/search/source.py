@@ -10,6 +10,7 @@ from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.search.page import parse_search_page
 from fhir_assets.fhir.search.pager import TIME_TOLERANCE, SearchPager, last_updated_params
+from fhir_assets.notices import Notice
 from fhir_assets.windows import Interval
 
 IDS_AT_ONCE = 50
@@ -105,6 +106,10 @@ class SearchSource:
                     yield Deletion(resource_type, id_, self._now())
                 elif error.status != 404:
                     raise
+
+    def drain_notices(self) -> tuple[Notice, ...]:
+        """Return the notices about the server's answers since the last call."""
+        return self._client.notices.drain()
 
     def _pager(self, resource_type: str) -> SearchPager:
         return SearchPager(self._client, resource_type, self._page_size, self._now, self.included)

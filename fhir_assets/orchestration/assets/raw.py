@@ -1,5 +1,6 @@
 """The assets ``raw/<type>``: resources of the source, byte for byte as received."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 
@@ -19,6 +20,8 @@ from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs
+
+_log = logging.getLogger(__name__)
 
 
 def build_raw_assets(
@@ -105,6 +108,8 @@ def _build_raw_step(
             seconds = perf_counter() - started
             for name in selected:
                 update = updates.get(name) or RawUpdate(name, (), {})
+                for notice in update.notices:
+                    _log.warning(notice.message, extra={"resource_type": name, "notice": notice.code})
                 for key, fetch in update.fetches.items():
                     context.add_asset_metadata(
                         {"window_fetched": fetch.matched, "window_server_total": _describe_total(fetch.server_total)},
@@ -142,6 +147,8 @@ def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, 
         "seconds": round(seconds, 3),
         "rows_per_second": round(fetched / seconds) if seconds else 0,
     }
+    if update.notices:
+        metadata["notices"] = "; ".join(notice.message for notice in update.notices)
     if update.before_first_window:
         metadata["older_than_FHIR_LAST_UPDATED_GTE"] = update.before_first_window
     if skipped:

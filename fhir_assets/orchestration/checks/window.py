@@ -195,11 +195,13 @@ def _evaluate_reconciliation(counts: Sequence[WindowCounts]) -> _Evaluation:
         else "every resource is accounted for"
     )
     faults = "; ".join(fault for window in unreconciled[:3] for fault in window.faults)
+    warnings = dict.fromkeys(warning for window in counts for warning in window.warnings)
     return _Evaluation(
         not unreconciled,
         f"{description}: {faults}" if faults else description,
         {
             "windows": len(counts),
+            **({"warnings": dg.MetadataValue.text("; ".join(warnings))} if warnings else {}),
             "unreconciled_windows": len(unreconciled),
             **{name: sum(getattr(window, name) or 0 for window in counts) for name in _COLUMNS},
             "by_window": rows_table(

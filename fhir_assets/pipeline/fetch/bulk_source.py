@@ -30,6 +30,7 @@ from fhir_assets.fhir.record import (
     parse_instant,
     read_header,
 )
+from fhir_assets.notices import Notice
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, default_last_updated
 from fhir_assets.storage.manifest import Part
@@ -74,6 +75,7 @@ class BulkSource:
     ) -> None:
         self._base_url = client.base_url
         self._labels = client.labels
+        self.notices = client.notices
         self._client = BulkClient(client)
         self._store = store
         self._connect = connect
@@ -123,6 +125,10 @@ class BulkSource:
                 for item in self._read(resource_type, part, default_last_updated(export.transaction_time)):
                     if (item.as_of if isinstance(item, Record) else item.arrived) in interval:
                         yield item
+
+    def drain_notices(self) -> tuple[Notice, ...]:
+        """Return the notices about the server's answers since the last call."""
+        return self.notices.drain()
 
     def _read(self, resource_type: str, part: Part, arrived: datetime) -> Iterator[Record | RejectedInput]:
         number = 0

@@ -4,8 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+import msgspec
+
 from fhir_assets.fhir.record import Record, RejectedInput, parse_instant, read_header
 from fhir_assets.fhir.source import Source
+from fhir_assets.notices import Notice
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
 from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.refresh import Refresh
@@ -49,6 +52,11 @@ class RawUpdate:
     """By partition key, the manifest that was extended, or None for a new partition: see pipeline.partition_commit."""
     before_first_window: int = 0
     """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """The notices of all fetches, without duplicates."""
+        return tuple(dict.fromkeys(notice for fetch in self.fetches.values() for notice in fetch.notices))
 
 
 class FetchStep:
@@ -100,6 +108,10 @@ class FetchStep:
                 for name in request.names:
                     requested = request.windows or list(plans[name].values())
                     fetches[name] |= self._count_fetches(name, requested, request.total)
+                notices = self._source.drain_notices()
+                for name in request.names if notices else ():
+                    noted = [p.planned.window.key for p in request.windows or plans[name].values()]
+                    fetches[name] |= _add_notices(name, {key: fetches[name][key] for key in noted}, notices)
             self._dead_letters.flush()
             parts = writer.finish()
         return [
@@ -257,6 +269,12 @@ class _Request:
     interval: Interval
     windows: list[_Progress] | None
     total: int | None
+
+
+def _add_notices(name: str, fetches: Mapping[str, Fetch], notices: Sequence[Notice]) -> dict[str, Fetch]:
+    """Return the fetches with the notices that concern the resource type."""
+    own = tuple(notice for notice in notices if notice.resource_type in (None, name))
+    return {key: msgspec.structs.replace(fetch, notices=own) for key, fetch in fetches.items()}
 
 
 def _build_dead_letter(item: RejectedInput, partition_key: str) -> DeadLetter:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fhir_assets.fhir.record import parse_instant, read_header
+from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
@@ -49,6 +50,8 @@ class WindowCounts:
     """Resources that were received through another channel than the source."""
     deleted: int = 0
     """Valid resources that the source has deleted since."""
+    notices: tuple[Notice, ...] = ()
+    """What the source said or did during the fetches of the window. Those of severity ``error`` are faults."""
 
     @property
     def loaded(self) -> int:
@@ -74,7 +77,13 @@ class WindowCounts:
             )
         if self.missing:
             faults.append(f"{self.missing} valid resources are not in the tables: materialize normalized again")
+        faults.extend(notice.message for notice in self.notices if notice.severity == "error")
         return faults
+
+    @property
+    def warnings(self) -> list[str]:
+        """The messages of the notices of severity ``warning``."""
+        return [notice.message for notice in self.notices if notice.severity == "warning"]
 
 
 def reconcile(
@@ -120,6 +129,7 @@ def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: A
         withheld=absent.withheld,
         received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
         deleted=absent.deleted,
+        notices=raw.fetched.notices if raw.fetched else (),
     )
 
 
