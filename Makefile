@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir second-server rules lock clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases second-server rules lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -82,6 +82,12 @@ rules: $(VENV)/.installed-dev ## Build the validation rules and the type model o
 SUITE ?= ../shared/sql-on-fhir/tests
 sql-on-fhir: $(VENV)/.installed-dev ## The public SQL on FHIR suite: SUITE=path/to/checkout/tests
 	$(BIN)/python -m fhir_assets_tests.support.sql_on_fhir_suite $(SUITE) --report test_report.json
+
+# Public problems as runnable cases; each starts a deployment of its own, so that three run at once.
+CASES_PATH ?= ../shared/cases
+CASES ?= $(shell seq -w 1 27)
+cases: $(VENV)/.installed-dev ## Problems that others have reported: CASES_PATH=path/to/cases, CASES="01 02" picks some
+	echo $(CASES) | tr ' ' '\n' | xargs -n 3 -P $(WORKERS) $(BIN)/python $(CASES_PATH)/run.py
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
 SECOND := fhir_assets_tests/e2e/second_server
