@@ -14,6 +14,7 @@ import dagster as dg
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import (
@@ -30,14 +31,16 @@ from fhir_assets.pipeline.due_windows import (
     DueWindows,
     begin_checkpoints,
     find_due_windows,
+    find_extent,
     group_consecutive_windows,
     split_into_runs,
 )
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.windows import WindowRange
+from fhir_assets.windows import Interval, WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
 """Called with each event of a run."""
@@ -82,10 +85,21 @@ class Ingestion:
                 return find_due_windows(
                     conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
                 )
-        extent = source.find_extent(self._settings.fhir_resource_types) if first is None or last is None else None
-        first = first or (extent.start if extent and extent.start else now)
+        extent = self._find_extent(source) if first is None or last is None else None
+        if first is None:
+            first = now if extent is None else extent.start or scheme.start
         last = last or (extent.end if extent and source.compute_state() is not None else now)
         return DueWindows(tuple(split_into_runs(scheme, scheme.between(first, min(last, now)))))
+
+    def _find_extent(self, source: Source) -> Interval | None:
+        """Return the extent of the offered types, without those that the source refuses: their steps will fail."""
+        offered = source.list_types()
+        types = [name for name in self._settings.fhir_resource_types if offered is None or name in offered]
+        failures = TypeFailures()
+        extent = find_extent(source, types, failures)
+        if len(failures) == len(types):
+            failures.raise_collected()
+        return extent
 
     def begin_checkpoints(self, due: DueWindows) -> None:
         """Begin the checkpoints of the resource types that are loaded for the first time."""
@@ -122,9 +136,10 @@ class Ingestion:
         assets = select_assets(self._definitions.resolve_asset_graph(), waiting.resource_types)
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
-    def fetch_missing_references(self, *, triggered_by: str) -> bool:
-        """Read missing resources, to which loaded resources refer, in one run. Return whether the run succeeded.
+    def fetch_missing_references(self, *, triggered_by: str) -> str | None:
+        """Read missing resources, to which loaded resources refer, in one run.
 
+        Return the reason if the run failed; the types that the source did not refuse are read nevertheless.
         ``find_received`` then returns the windows of the resources that the source returned.
         """
         with self._warehouse.connect() as conn:
@@ -134,7 +149,7 @@ class Ingestion:
             result = self._definitions.resolve_job_def(FETCH_MISSING_REFERENCES).execute_in_process(
                 instance=self._instance, raise_on_error=False, tags={TRIGGER_TAG: triggered_by}, run_id=run_id
             )
-        return result.success
+        return None if result.success else _describe_failure(result)
 
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
         """Replay the open dead letters of a selection, in one run for each stretch of consecutive windows."""
@@ -211,6 +226,16 @@ class Ingestion:
                 asset_selection=assets,
             )
         return Outcome(result.run_id, windows, result.success)
+
+
+def _describe_failure(result: dg.ExecuteInProcessResult) -> str:
+    """Return the descriptions of the ``dagster.Failure`` of each failed step; they contain no patient data."""
+    reasons = [
+        event.step_failure_data.user_failure_data.description or "no reason was recorded"
+        for event in result.all_events
+        if event.is_step_failure and event.step_failure_data.user_failure_data
+    ]
+    return "; ".join(dict.fromkeys(reasons)) or "see the page of the run in the Dagster UI"
 
 
 def select_failed(outcomes: Sequence[Outcome]) -> list[Outcome]:

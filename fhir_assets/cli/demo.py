@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from fhir_assets.cli.dev import serve_ui
-from fhir_assets.cli.ingest import SUMMARY_COLUMNS, load_due, report_failure, summarize_runs
+from fhir_assets.cli.ingest import SUMMARY_COLUMNS, load_due, report_failures, summarize_runs
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -116,8 +116,7 @@ def _load() -> None:
     else:
         print_table("Loaded earlier", totals, SUMMARY_COLUMNS[:-1])
     failures = select_failed(outcomes)
-    for outcome in failures:
-        report_failure(settings, outcome)
+    report_failures(settings, failures)
     if failures:
         raise typer.Exit(1)
     database = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"

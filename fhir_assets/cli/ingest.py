@@ -59,8 +59,7 @@ def ingest(
         console.print("All windows are loaded: there is nothing to do.")
     else:
         print_table("Loaded", rows, SUMMARY_COLUMNS)
-    for outcome in failures:
-        report_failure(settings, outcome)
+    report_failures(settings, failures)
     if failures:
         raise typer.Exit(1)
 
@@ -163,13 +162,19 @@ def summarize_runs(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict
         return runs.summarize(conn, [outcome.run_id for outcome in outcomes])
 
 
-def report_failure(settings: Settings, outcome: Outcome) -> None:
-    """Print the resource types of a run that failed, with the reasons."""
+def report_failures(settings: Settings, failures: Sequence[Outcome]) -> None:
+    """Print the failed runs, and the resource types that failed with the reasons, each reason once."""
+    if not failures:
+        return
+    types_by_reason: dict[str, dict[str, None]] = {}
     with Warehouse(settings).connect() as conn:
-        reasons = runs.get_errors(conn, outcome.run_id)
-    errors.print(f"Run {outcome.run_id} of {_format_windows(outcome.windows)} failed:", markup=False)
-    for reason, types in reasons.items():
-        errors.print(f"  {', '.join(types)}: {reason}", markup=False, soft_wrap=True)
+        for outcome in failures:
+            for reason, types in runs.get_errors(conn, outcome.run_id).items():
+                types_by_reason.setdefault(reason, {}).update(dict.fromkeys(types))
+    for outcome in failures:
+        errors.print(f"Run {outcome.run_id} of {_format_windows(outcome.windows)} failed", markup=False)
+    for reason, names in types_by_reason.items():
+        errors.print(f"  {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
 
 
 def _format_windows(windows: WindowRange) -> str:

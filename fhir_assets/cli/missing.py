@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets.cli.ingest import report_failure, summarize_runs
+from fhir_assets.cli.ingest import report_failures, summarize_runs
 from fhir_assets.cli.output import console, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
@@ -52,21 +52,19 @@ def fetch(json: Json = False) -> None:
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with hide_library_output():
-        if not ingestion.fetch_missing_references(triggered_by="cli"):
-            raise PermanentError(
-                "the run of fetch_missing_references failed: see its page in the Dagster UI for the reason"
-            )
+        failure = ingestion.fetch_missing_references(triggered_by="cli")
         outcomes = [ingestion.load_received(windows, triggered_by="cli") for windows in ingestion.find_received()]
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
     run_ids = [outcome.run_id for outcome in outcomes]
     if json:
-        print_json({"runs": run_ids, "success": not failures, "types": rows})
+        print_json({"runs": run_ids, "success": not failures and failure is None, "types": rows})
     elif rows:
         print_table("Loaded", rows, ("type", "valid", "dead", "loaded"))
-    else:
+    elif failure is None:
         console.print("The server has none of the missing resources.")
-    for outcome in failures:
-        report_failure(settings, outcome)
+    report_failures(settings, failures)
+    if failure is not None:
+        raise PermanentError(f"some missing resources could not be fetched: {failure}")
     if failures:
         raise typer.Exit(1)

@@ -22,7 +22,7 @@ from fhir_assets.cli.dead_letter_options import (
     build_selection,
     with_full_run_id,
 )
-from fhir_assets.cli.ingest import report_failure
+from fhir_assets.cli.ingest import report_failures
 from fhir_assets.cli.output import console, hide_library_output, print_json
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.validation import current_rulesets
@@ -92,8 +92,7 @@ def replay(
                 f"{pending:,} dead letters were not replayed, because another run loads their windows: replay them "
                 "when it has ended."
             )
-    for outcome in failures:
-        report_failure(settings, outcome)
+    report_failures(settings, failures)
     if failures:
         raise typer.Exit(1)
 

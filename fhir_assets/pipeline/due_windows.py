@@ -8,8 +8,9 @@ from itertools import islice
 import psycopg
 
 from fhir_assets.fhir.source import Source
+from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.warehouse.ops import checkpoints
-from fhir_assets.windows import Window, WindowRange, WindowScheme
+from fhir_assets.windows import Interval, Window, WindowRange, WindowScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,8 @@ class DueWindows:
     """The windows to load, as one range for each run. Iterating yields the ranges.
 
     ``new_types`` have no valid checkpoint yet: ``begin_checkpoints`` begins theirs at ``new_start``, for a source in
-    the state ``source_state`` (see Source.compute_state).
+    the state ``source_state`` (see Source.compute_state). A new type whose oldest resource the server refused to tell
+    is not among them: its step of the run fails, and the next call asks for it again.
     """
 
     ranges: tuple[WindowRange, ...]
@@ -44,25 +46,33 @@ def find_due_windows(
     """Return the windows from the checkpoints to ``now``; no ranges if everything is loaded. Write nothing.
 
     A type without a checkpoint, and every type of a source whose files changed, starts at the window of the oldest
-    resource in the source. Other types start ``overlap`` before their checkpoint, for resources that the source
-    committed late. Call ``begin_checkpoints`` with the result before the windows are loaded.
+    resource in the source, or at the first window if the source cannot tell its age. Other types start ``overlap``
+    before their checkpoint, for resources that the source committed late. Call ``begin_checkpoints`` with the result
+    before the windows are loaded.
 
-    Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable.
+    Raises ServerUnavailable, ServerRefused or NotFhir if that is the answer for every type, and DatabaseUnavailable.
     """
     offered = source.list_types()
     types = [name for name in resource_types if offered is None or name in offered]
     state = source.compute_state()
     known = checkpoints.get(conn, types)
     new_types = [name for name in types if name not in known or known[name].source_state != state]
-    extent = source.find_extent(new_types if state is None else types) if new_types or state is not None else None
+    failures = TypeFailures()
+    extent = find_extent(source, new_types if state is None else types, failures)
+    new_types = [name for name in new_types if name not in failures]
+    if failures and len(failures) == len(types):
+        failures.raise_collected()
     starts = [checkpoint.loaded_until - overlap for name, checkpoint in known.items() if name not in new_types]
     ends = [checkpoint.loaded_until for name, checkpoint in known.items() if name not in new_types]
     new_start = None
     if new_types:
-        oldest = extent.start if extent and extent.start else now
+        oldest = now if extent is None else extent.start or scheme.start
         new_start = scheme.window_at(oldest).start or scheme.start
         starts.append(new_start)
         ends.append(new_start)
+    if failures:
+        # The run whose step reports the refusal; it begins no earlier than the windows of the other types.
+        starts.append(now)
     nothing_due = DueWindows((), tuple(new_types), new_start, state)
     if not starts:
         return nothing_due
@@ -77,6 +87,27 @@ def find_due_windows(
         last = min(end, now)
     ranges = split_into_runs(scheme, scheme.between(min(*starts, last), last))
     return replace(nothing_due, ranges=tuple(ranges))
+
+
+def find_extent(source: Source, resource_types: Sequence[str], failures: TypeFailures) -> Interval | None:
+    """Return the interval from the oldest resource of the types to the newest; None if the source has none of them.
+
+    A source that is read type by type is asked type by type: types that it refuses are added to ``failures``. The
+    interval is open below if the source cannot tell the oldest resource of a type.
+    """
+    if not resource_types:
+        return None
+    if source.one_pass:
+        return source.find_extent(resource_types)
+    extents = []
+    for name in resource_types:
+        with failures.collect(name):
+            extents.append(source.find_extent([name]))
+    known = [extent for extent in extents if extent is not None]
+    if not known:
+        return None
+    starts = [extent.start for extent in known if extent.start is not None]
+    return Interval(min(starts) if len(starts) == len(known) else None, max(extent.end for extent in known))
 
 
 def begin_checkpoints(conn: psycopg.Connection, due: DueWindows) -> None:

@@ -43,7 +43,7 @@ def requested_ids(server: SandboxServer) -> list[set[str]]:
 
 def fetch(deployment: Deployment) -> None:
     ingestion = deployment.ingestion()
-    assert ingestion.fetch_missing_references(triggered_by="test")
+    assert ingestion.fetch_missing_references(triggered_by="test") is None
     for received in ingestion.find_received():
         outcome = ingestion.load_received(received, triggered_by="test")
         assert outcome.success

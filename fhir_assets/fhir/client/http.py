@@ -318,6 +318,11 @@ class FhirClient:
                     f": the account of {labels.username} or {labels.token} lacks the permission for this; grant it, "
                     f"or remove the type from {labels.resource_types}"
                 )
+            case 400:
+                return (
+                    ": it does not understand the request; does it support this search? If it searches this type for "
+                    f"single patients only, remove the type from {labels.resource_types}, or load a bulk export"
+                )
             case 404:
                 return f": not found; is {labels.base_url} right, and does the server have this type?"
             case _:
@@ -347,7 +352,6 @@ class FhirClient:
 
 
 _EXPLANATIONS = {
-    400: ": it does not understand the request; does it support this search?",
     405: ": it does not support this interaction",
     406: ": it does not offer FHIR in JSON",
     410: ": the resource is gone",

@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
+from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.client.http import FhirClient, Params
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
-from fhir_assets.fhir.search.page import parse_search_page
+from fhir_assets.fhir.search.page import SearchPage, parse_search_page
 from fhir_assets.fhir.search.pager import TIME_TOLERANCE, SearchPager, last_updated_params
 from fhir_assets.notices import Notice
 from fhir_assets.windows import Interval
@@ -133,9 +134,17 @@ class SearchSource:
         return unknown
 
     def _first_match(self, resource_type: str, *, sort: str) -> Record | RejectedInput | None:
-        page = self._client.get(resource_type, parse_search_page, params=[("_sort", sort), ("_count", "1")])
+        page = self._get_page(resource_type, [("_sort", sort), ("_count", "1")])
         pager = SearchPager(self._client, resource_type, 1, self._now, Counter())
         return next((match for entry in page.entries if (match := pager.read_entry(entry, "entry"))), None)
 
     def _total(self, resource_type: str, params: Params = ()) -> int | None:
-        return self._client.get(resource_type, parse_search_page, params=[*params, ("_summary", "count")]).total
+        return self._get_page(resource_type, [*params, ("_summary", "count")]).total
+
+    def _get_page(self, resource_type: str, params: Params) -> SearchPage:
+        try:
+            return self._client.get(resource_type, parse_search_page, params=params)
+        except NotFhir as error:
+            if str(error).startswith(("GET ", self._client.base_url)):
+                raise
+            raise NotFhir(f"{self._client.base_url}/{resource_type}: {error}") from None

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 
 from fhir_assets.fhir.search.history import DeletionHistory
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
+from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
 from fhir_assets.warehouse.postgres.tables import deletions
 
@@ -23,20 +24,23 @@ def apply_server_deletions(
 
     The first call for a type starts at its first load. Types for which the server offers no history are skipped.
 
-    Raises ServerUnavailable, ServerRefused, NotFhir or DatabaseUnavailable. Then the deletions of earlier types
-    are applied.
+    Raises DatabaseUnavailable at once. Raises ServerUnavailable, ServerRefused or NotFhir after the deletions of the
+    other types are applied.
     """
     offered_types = history.list_types()
     deleted = {}
+    failures = TypeFailures()
     for name in resource_types:
         if offered_types is not None and name not in offered_types:
             continue
         with connect() as conn:
             start = deletions.read_checkpoint(conn, name) or now
             conn.commit()
-        new_deletions = history.fetch_since(name, start - overlap)
-        deleted[name] = deletion_log.record(new_deletions, run_id=run_id).deleted[name]
-        with connect() as conn, conn.transaction():
-            # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
-            deletions.advance_checkpoint(conn, name, min(now, history.requested_at or now), run_id)
+        with failures.collect(name):
+            new_deletions = history.fetch_since(name, start - overlap)
+            deleted[name] = deletion_log.record(new_deletions, run_id=run_id).deleted[name]
+            with connect() as conn, conn.transaction():
+                # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
+                deletions.advance_checkpoint(conn, name, min(now, history.requested_at or now), run_id)
+    failures.raise_collected()
     return deleted

@@ -8,6 +8,7 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
+from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
 from fhir_assets.warehouse.postgres.queries import references
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -73,14 +74,21 @@ class HydrateStep:
     def run(self) -> Iterator[HydratedBatch]:
         """Fetch all missing resources, Patients first, and yield the result of each batch once it is in raw.
 
-        An id is requested at most once a day. Raises the errors of the source and of the receiver.
+        An id is requested at most once a day. Raises the errors of the receiver at once, and those of the source after
+        the other types are fetched.
         """
         columns = self._find_columns()
+        failures = TypeFailures()
         for name in self._types:
             number = 0
-            while ids := self._find_missing(columns, name):
+            while name not in failures and (ids := self._find_missing(columns, name)):
                 number += 1
-                yield self._fetch(name, ids, number)
+                batch = None
+                with failures.collect(name):
+                    batch = self._fetch(name, ids, number)
+                if batch:
+                    yield batch
+        failures.raise_collected()
 
     def _fetch(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
         found_ids = set()
