@@ -1,14 +1,16 @@
 """Downloads of exported files: every line is returned once despite faults, and credentials stay with their origin."""
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 from requests import PreparedRequest
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
-from fhir_assets.fhir.auth.credentials import Bearer, Credentials
+from fhir_assets.fhir.auth.credentials import Basic, Bearer, Credentials
 from fhir_assets.fhir.bulk.downloads import Downloads
+from fhir_assets.fhir.bulk.file_lines import FileChanged
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.retries import Retrier, RetryPolicy
@@ -17,6 +19,12 @@ from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, Sc
 LINES = [b'{"resourceType":"Patient","id":"p%d","name":[{"family":"x"}]}' % n for n in range(30)]
 FILE = b"\n".join(LINES) + b"\n"
 _QUICK = Retrier(RetryPolicy(attempts=4, first_wait=0.001, max_wait=0.002))
+
+
+def _pack_without_end(wbits: int) -> bytes:
+    """Compress the first 20 lines as a stream that ends between two lines, before the rest and its trailer."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, wbits)
+    return packer.compress(b"\n".join(LINES[:20]) + b"\n") + packer.flush(zlib.Z_SYNC_FLUSH)
 
 
 def download(
@@ -41,8 +49,27 @@ def download(
         Reply(reset=True),
         Reply(status=503),
         Reply(gzip.compress(FILE)[:150], headers={"Content-Encoding": "gzip"}),
+        Reply(_pack_without_end(31), headers={"Content-Encoding": "gzip"}),
+        Reply(_pack_without_end(31)),
+        Reply(_pack_without_end(15), headers={"Content-Encoding": "deflate"}),
+        Reply(_pack_without_end(-15), headers={"Content-Encoding": "deflate"}),
+        Reply(gzip.compress(_pack_without_end(31)), headers={"Content-Encoding": "gzip"}),
+        Reply(gzip.compress(FILE)[:-8] + bytes(8), headers={"Content-Encoding": "gzip"}),
     ],
-    ids=["html", "ends-after-a-brace", "cut", "reset", "503", "gzip-cut"],
+    ids=[
+        "html",
+        "ends-after-a-brace",
+        "cut",
+        "reset",
+        "503",
+        "gzip-cut",
+        "gzip-without-end",
+        "gzip-file-without-end",
+        "zlib-without-end",
+        "deflate-without-end",
+        "gzip-file-without-end-in-gzip",
+        "gzip-with-zeros-for-its-end",
+    ],
 )
 @pytest.mark.parametrize("expected", [30, None])
 def test_a_fault_in_the_first_attempt_loses_and_repeats_no_line(first: Reply, expected: int | None) -> None:
@@ -76,6 +103,61 @@ def test_blank_lines_of_a_file_are_skipped_compressed_or_not(body: bytes, compre
     content = Reply(gzip.compress(body), headers={"Content-Encoding": "gzip"}) if compressed else Reply(body)
     with ScriptedServer([content]) as server:
         assert [line.strip() for line in download(server, expected=30)] == LINES
+
+
+@pytest.mark.parametrize(
+    ("body", "coding"),
+    [
+        (gzip.compress(FILE), None),
+        (gzip.compress(FILE) + bytes(512), "gzip"),
+        (gzip.compress(FILE[:900]) + gzip.compress(FILE[900:]), "gzip"),
+        (gzip.compress(gzip.compress(FILE)), "gzip"),
+        (gzip.compress(gzip.compress(FILE)), "gzip, gzip"),
+        (zlib.compress(FILE), "deflate"),
+        (zlib.compress(FILE, wbits=-15), "deflate"),
+        (b"\xef\xbb\xbf" + FILE, "identity"),
+        (FILE, "gzip"),
+    ],
+    ids=["gzip-file", "padded", "members", "gzip-file-in-gzip", "twice", "zlib", "deflate", "marked", "header-only"],
+)
+def test_a_file_is_read_however_it_is_compressed(body: bytes, coding: str | None) -> None:
+    headers = {"Content-Encoding": coding} if coding else {}
+    with ScriptedServer([Reply(body, headers=headers)]) as server:
+        assert download(server) == LINES
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_compressed_stream_that_always_ends_too_early_is_an_error(coding: str) -> None:
+    body = _pack_without_end(31 if coding == "gzip" else 15)
+    always = Reply(body, headers={"Content-Encoding": coding})
+    with ScriptedServer(lambda request: always) as server, pytest.raises(NotFhir, match="ends too early"):
+        download(server)
+
+
+def test_a_coding_that_was_not_asked_for_is_named() -> None:
+    always = Reply(FILE, headers={"Content-Encoding": "br"})
+    with ScriptedServer(lambda request: always) as server, pytest.raises(NotFhir, match="Content-Encoding br"):
+        download(server)
+
+
+def test_a_file_that_broke_off_and_comes_in_another_order_is_not_resumed() -> None:
+    other_order = b"\n".join(reversed(LINES)) + b"\n"
+    with (
+        ScriptedServer([Reply(FILE, cut=700), Reply(other_order)]) as server,
+        pytest.raises(FileChanged, match="in another order"),
+    ):
+        download(server)
+
+
+def test_a_file_that_broke_off_and_has_become_shorter_is_not_resumed() -> None:
+    with ScriptedServer([Reply(FILE, cut=700), Reply(LINES[0] + b"\n")]) as server, pytest.raises(FileChanged):
+        download(server)
+
+
+def test_a_file_that_always_has_fewer_lines_than_its_count_is_read_to_its_end() -> None:
+    with ScriptedServer(lambda request: Reply(FILE)) as server:
+        assert download(server, expected=31) == LINES
+        assert len(server.requests) == 3, "another request may have brought the rest"
 
 
 def test_connections_are_reused_and_a_closed_connection_is_replaced() -> None:
@@ -117,6 +199,13 @@ def test_a_token_is_not_sent_to_another_origin_without_tls(other_server: Scripte
             download(server, f"{other_server.origin}/file", credentials=Bearer("secret"))
         assert download(server, f"{other_server.origin}/file", credentials=Bearer("secret"), authorized=False) == LINES
     assert [request.headers.get("Authorization") for request in other_server.requests] == [None]
+
+
+def test_a_password_is_never_sent_to_another_origin(other_server: ScriptedServer) -> None:
+    with ScriptedServer([]) as server:
+        url = f"{other_server.origin}/file"
+        assert download(server, url, credentials=Basic("user", "secret")) == LINES
+    assert "Authorization" not in other_server.requests[0].headers
 
 
 class _RenewableToken(Credentials):

@@ -1,7 +1,7 @@
 """Bulk exports under every fault of the sandbox server: complete data or a clear error, and recovery afterwards."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -167,17 +167,36 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def scripted(manifest: object, file: Reply | None = None, *, poll: Reply | None = None) -> ScriptedServer:
-    """Return a server with one export."""
+def scripted(
+    manifest: object, file: Reply | Callable[[], Reply] | None = None, *, poll: Reply | None = None
+) -> ScriptedServer:
+    """Return a server with one export. ``file`` answers the requests for its files."""
 
     def answer(request: ReceivedRequest) -> Reply:
         if request.path.endswith("$export"):
             return Reply(status=202, headers={"Content-Location": "/fhir/status"})
         if request.path == "/fhir/status":
             return poll or reply(manifest)
-        return file or Reply(status=404)
+        return (file() if callable(file) else file) or Reply(status=404)
 
     return ScriptedServer(answer)
+
+
+def test_a_file_that_comes_in_another_order_after_it_broke_off_is_read_anew_without_duplicates(
+    store: Store, database: str
+) -> None:
+    lines = [patient(f"p{n:04}", START) for n in range(6000)]
+    answers = iter(
+        [
+            Reply(b"\n".join(lines) + b"\n", cut=400_000),
+            Reply(b"\n".join(lines[3000:] + lines[:3000]) + b"\n"),
+            Reply(b"\n".join(lines[3000:] + lines[:3000]) + b"\n"),
+        ]
+    )
+    manifest = {**MANIFEST, "output": [{"type": "Patient", "url": "/file", "count": 6000}]}
+    with scripted(manifest, lambda: next(answers)) as server:
+        assert ids(source(server.url, store, database)) == [f"p{n:04}" for n in range(6000)]
+    assert next(answers, None) is None, "the file was cut, resumed and read anew"
 
 
 @pytest.mark.parametrize(

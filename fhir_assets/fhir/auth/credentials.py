@@ -23,6 +23,9 @@ class Credentials(AuthBase):
     Every request gets an instance, even without credentials: otherwise ``requests`` reads ``~/.netrc``.
     """
 
+    is_token: bool = False
+    """Whether they are an access token, which a file server of another origin may ask for; a password never is."""
+
     def __init__(self, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
         self.labels = labels
 
@@ -68,6 +71,8 @@ class Bearer(Credentials):
 
     Raises ConfigurationError if the token is empty or contains characters that a header cannot hold.
     """
+
+    is_token = True
 
     def __init__(self, token: str, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
         super().__init__(labels=labels)

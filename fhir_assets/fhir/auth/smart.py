@@ -74,6 +74,8 @@ class BackendServices(Credentials):
     endpoint is read from the FHIR server's SMART configuration.
     """
 
+    is_token = True
+
     def __init__(
         self,
         base_url: str,

@@ -17,8 +17,6 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
 
-import orjson
-import urllib3
 from requests import PreparedRequest
 from requests.exceptions import RequestException
 from requests.structures import CaseInsensitiveDict
@@ -27,6 +25,8 @@ from urllib3.exceptions import HTTPError
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.bulk.body import decode_body, parse_encodings
+from fhir_assets.fhir.bulk.file_lines import ReturnedLines, split_file
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.origin import Origin, format_origin, parse_origin
 from fhir_assets.fhir.client.response import HttpStatusError
@@ -63,15 +63,11 @@ class _Target:
 
 @dataclass(frozen=True, slots=True)
 class _Response:
-    """A response whose body is streamed.
-
-    ``read(size)`` returns at most ``size`` decompressed bytes, and ``b""`` at the end. ``headers`` may be empty for
-    status 200.
-    """
+    """A response whose body is streamed. ``content`` is the decompressed body; it can be read once."""
 
     status: int
     headers: Mapping[str, str]
-    read: Callable[[int], bytes]
+    content: Iterator[bytes]
 
 
 class Downloads:
@@ -119,60 +115,33 @@ class Downloads:
     def read_lines(self, url: str, *, authorized: bool, expected: int | None = None) -> Iterator[list[bytes]]:
         """Read the lines of a file of any size in batches, without blank lines, in bounded memory.
 
-        If the connection breaks, or if the file has fewer than ``expected`` lines, the file is requested again and the
-        lines that have been returned are skipped. Credentials are sent to another origin only if ``authorized``, and
-        over https. Raises HttpStatusError, ServerUnavailable or NotFhir.
+        If the connection breaks, the file is requested again, and the lines that have been returned are skipped. A file
+        that has fewer than ``expected`` lines is requested again a few times; then its end is accepted. Credentials are
+        sent to another origin only if ``authorized``, only if they are a token, and only over https. Raises
+        FileChanged, HttpStatusError, ServerUnavailable or NotFhir.
         """
-        returned = failures = 0
+        returned = ReturnedLines()
+        failures = short_reads = 0
+        retrier = self._client.retrier
         while True:
             try:
-                for lines in self._attempt(url, authorized, returned):
-                    returned += len(lines)
+                for lines in returned.skip_in(self._attempt(url, authorized)):
+                    returned.add(lines)
                     failures = 0
                     yield lines
-                if expected is None or returned >= expected:
+                short_reads += 1
+                if expected is None or returned.count >= expected or short_reads >= min(3, retrier.policy.attempts):
                     return
-                raise TransientFailure(
-                    f"the file ends after {returned} of {expected} resources",
-                    advice="the server's manifest and its files differ: run again to request a new export",
-                    final=NotFhir,
-                )
+                raise TransientFailure(f"the file ends after {returned.count} of {expected} resources")
             except TransientFailure as failure:
                 failures += 1
-                self._client.retrier.wait_or_raise(f"GET {format_origin(url)}, {_FILE}", failures, failure)
+                retrier.wait_or_raise(f"GET {format_origin(url)}, {_FILE}", failures, failure)
 
-    def _attempt(self, url: str, authorized: bool, skip: int) -> Iterator[list[bytes]]:
-        """Read a file once, without its first ``skip`` lines. Raises TransientFailure."""
+    def _attempt(self, url: str, authorized: bool) -> Iterator[list[bytes]]:
+        """Read a file once. Raises TransientFailure."""
         try:
             with self._open(url, authorized) as response:
-                rest = b""
-                first = True
-                while chunk := response.read(_CHUNK_BYTES):
-                    if first and chunk.lstrip().startswith(b"<"):
-                        raise TransientFailure(
-                            "the file is HTML or XML, not NDJSON",
-                            advice="is there a proxy or a login page in front of the server's files?",
-                            final=NotFhir,
-                        )
-                    first = False
-                    head, *lines = chunk.split(b"\n")
-                    rest += head
-                    if lines:
-                        complete = [line for line in (rest, *lines[:-1]) if line.strip()]
-                        rest = lines[-1]
-                        if skip >= len(complete):
-                            skip -= len(complete)
-                        else:
-                            yield complete[skip:]
-                            skip = 0
-                if rest.strip() and not _is_json(rest):
-                    raise TransientFailure(
-                        "the file ends in the middle of a line",
-                        advice="the server cuts it off: run again to request a new export",
-                        final=NotFhir,
-                    )
-                if rest.strip() and not skip:
-                    yield [rest]
+                yield from split_file(response.content)
         except _CONNECTION_ERRORS as error:
             raise TransientFailure(f"the file broke off ({type(error).__name__})") from None
 
@@ -188,12 +157,18 @@ class Downloads:
         renewable = True
         for _ in range(_MAX_REDIRECTS):
             is_trusted = target.origin in trusted
-            if is_trusted and target.origin != own and target.origin[0] != "https":
+            if (
+                is_trusted
+                and self._client.credentials.is_token
+                and target.origin != own
+                and target.origin[0] != "https"
+            ):
                 raise NotFhir(
                     f"{self._client.base_url} requires its token at {format_origin(url)} without TLS; the token is "
                     "not sent"
                 )
-            credentials = self._client.credentials if is_trusted else Credentials()
+            is_allowed = is_trusted and (target.origin == own or self._client.credentials.is_token)
+            credentials = self._client.credentials if is_allowed else Credentials()
             with self._call_slot(), self._get(target, credentials) as response:
                 if response.status == 200:
                     yield response
@@ -218,12 +193,13 @@ class Downloads:
                 stream=True,
             ) as proxied:
                 raw = proxied.raw
-                yield _Response(proxied.status_code, proxied.headers, lambda size: raw.read1(size, decode_content=True))
+                content = _decode(lambda size: raw.read1(size, decode_content=False), proxied.headers)
+                yield _Response(proxied.status_code, proxied.headers, content)
             return
         connection, response = self._request(target, credentials)
         try:
-            headers = {} if response.status == 200 else CaseInsensitiveDict(response.headers.items())
-            yield _Response(response.status, headers, _body_reader(response))
+            headers = CaseInsensitiveDict(response.headers.items())
+            yield _Response(response.status, headers, _decode(_body_reader(response), headers))
         except BaseException:
             connection.close()
             raise
@@ -270,11 +246,12 @@ class Downloads:
         return self._proxied[target.origin]
 
 
-def _body_reader(response: HTTPResponse) -> Callable[[int], bytes]:
-    if response.headers.get("Content-Encoding"):
-        encoded = urllib3.HTTPResponse(body=response, headers=dict(response.headers), preload_content=False)
-        return lambda size: encoded.read(size, decode_content=True)
+def _decode(read: Callable[[int], bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
+    codings = parse_encodings(headers.get("Content-Encoding"))
+    yield from decode_body(read, codings, may_be_empty=headers.get("Content-Length") == "0")
 
+
+def _body_reader(response: HTTPResponse) -> Callable[[int], bytes]:
     def read(size: int) -> bytes:
         content = response.read(size)
         if not content and response.length:
@@ -291,11 +268,3 @@ def _redirect(target: _Target, response: _Response) -> _Target:
             f"{format_origin(target.url)} redirects an exported file to an address without TLS, which is not followed"
         )
     return redirected
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return False
-    return True

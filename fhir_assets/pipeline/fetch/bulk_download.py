@@ -10,6 +10,7 @@ from threading import Event, Lock
 
 from fhir_assets.fhir.bulk.client import BulkClient
 from fhir_assets.fhir.bulk.downloads import Downloads
+from fhir_assets.fhir.bulk.file_lines import FileChanged
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.storage.manifest import Part
@@ -25,6 +26,9 @@ GROUP_FILES = 2_000
 
 PROGRESS_INTERVAL = 5.0
 """The seconds between two progress reports of a download."""
+
+_GROUP_ATTEMPTS = 3
+"""How often a group is downloaded whose files the server gives in another order after they broke off."""
 
 BATCH_RESOURCES = 500
 """One thread downloads small files one after another, up to this many resources in total."""
@@ -66,26 +70,40 @@ class Download:
             ThreadPoolExecutor(self._connections, thread_name_prefix="download") as pool,
         ):
             for group in _split_into_groups(pending):
-                with PartWriter(self._store, LAYER) as writer:
-                    download = _FileDownloader(
-                        self._client, downloads, writer, progress, self._export_id, self._manifest
-                    )
-                    jobs = [pool.submit(download, files) for files in _split_into_batches([file for _, file in group])]
+                files = [file for _, file in group]
+                for attempt in range(_GROUP_ATTEMPTS):
+                    before = progress.position()
                     try:
-                        progress.wait(jobs)
-                    finally:
-                        # After a failure or a cancellation the writer is discarded, so that no thread may write to it.
-                        if not all(job.done() for job in jobs):
-                            download.stop.set()
-                            for job in jobs:
-                                job.cancel()
-                            wait(jobs)
-                    for job in jobs:
-                        if not job.cancelled():
-                            job.result()
-                    stored = {name: parts for (name, _), parts in writer.finish().items()}
+                        stored = self._download_group(files, downloads, pool, progress)
+                        break
+                    except FileChanged:
+                        # Nothing of the group is stored: all of its files are read again, so that no line is twice.
+                        if attempt + 1 == _GROUP_ATTEMPTS:
+                            raise
+                        progress.reset(before)
                 yield stored, [index for index, _ in group]
         progress.report()
+
+    def _download_group(
+        self, files: Sequence[ExportFile], downloads: Downloads, pool: ThreadPoolExecutor, progress: "_Progress"
+    ) -> dict[str, Sequence[Part]]:
+        """Download the files and store them. Return the parts by resource type."""
+        with PartWriter(self._store, LAYER) as writer:
+            download = _FileDownloader(self._client, downloads, writer, progress, self._export_id, self._manifest)
+            jobs = [pool.submit(download, batch) for batch in _split_into_batches(files)]
+            try:
+                progress.wait(jobs)
+            finally:
+                # After a failure or a cancellation the writer is discarded, so that no thread may write to it.
+                if not all(job.done() for job in jobs):
+                    download.stop.set()
+                    for job in jobs:
+                        job.cancel()
+                    wait(jobs)
+            for job in jobs:
+                if not job.cancelled():
+                    job.result()
+            return {name: parts for (name, _), parts in writer.finish().items()}
 
 
 @dataclass(slots=True)
@@ -106,6 +124,16 @@ class _Progress:
             self.resources += len(lines)
             self.size += sum(map(len, lines)) + len(lines)
             self.done += files
+
+    def position(self) -> tuple[int, int, int]:
+        """Return the counts, to which ``reset`` can return."""
+        with self.lock:
+            return self.done, self.resources, self.size
+
+    def reset(self, position: tuple[int, int, int]) -> None:
+        """Return to earlier counts, because the downloads since then are discarded."""
+        with self.lock:
+            self.done, self.resources, self.size = position
 
     def wait(self, jobs: Sequence[Future[None]]) -> None:
         """Wait until all jobs are done or one failed, and report the progress every few seconds."""
