@@ -6,6 +6,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
+EARLIEST = datetime.min.replace(tzinfo=UTC)
+"""The first moment of the years 1 to 9999, in which all times of FHIR lie."""
+
+LATEST = datetime.max.replace(tzinfo=UTC)
+"""The last moment of the years 1 to 9999."""
+
+
+def add_clamped(moment: datetime, delta: timedelta) -> datetime:
+    """Return ``moment + delta``, or EARLIEST or LATEST if the sum lies outside of the years 1 to 9999."""
+    try:
+        return moment + delta
+    except OverflowError:
+        return LATEST if delta > timedelta() else EARLIEST
+
 
 class Granularity(StrEnum):
     """The length of a window."""
@@ -30,10 +44,11 @@ class Granularity(StrEnum):
     def next(self, start: datetime) -> datetime:
         """Return the start of the window after the one that starts at ``start``."""
         if self is Granularity.HOURLY:
-            return start + timedelta(hours=1)
+            return add_clamped(start, timedelta(hours=1))
         if self is Granularity.DAILY:
-            return start + timedelta(days=1)
-        return (start.replace(day=1) + timedelta(days=32)).replace(day=1)
+            return add_clamped(start, timedelta(days=1))
+        following = add_clamped(start.replace(day=1), timedelta(days=32))
+        return following if following == LATEST else following.replace(day=1)
 
 
 @dataclass(frozen=True, slots=True)

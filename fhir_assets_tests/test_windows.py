@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fhir_assets.orchestration.partitions import build_partitions
-from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme, merge_intervals
+from fhir_assets.windows import EARLIEST, LATEST, Granularity, Interval, WindowRange, WindowScheme, merge_intervals
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 MOMENTS = st.datetimes(datetime(2024, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
@@ -53,6 +53,13 @@ def test_windows_are_half_open() -> None:
     window = scheme().window("2024-02-29")
     assert window.end not in window
     assert window.end - timedelta(microseconds=1) in window
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_the_first_and_the_last_moment_of_all_years_have_a_window(granularity: Granularity) -> None:
+    ours = WindowScheme(granularity, EARLIEST, open_start=True)
+    assert EARLIEST in ours.window_at(EARLIEST)
+    assert ours.window_at(LATEST).end == LATEST
 
 
 def test_adjacent_intervals_are_merged_and_gaps_stay() -> None:

@@ -1,21 +1,37 @@
-"""Records: resources as received, with the header fields that the pipeline needs to route them."""
+"""Records: resources as received, with the header fields that the pipeline needs to route and to order them.
 
+The order of the versions of a resource: ``meta.lastUpdated`` decides between two versions that both have one, and a
+numeric ``meta.versionId`` if these are equal. If one of the two has none, the version that arrived last is the newer
+one. A ``lastUpdated`` counts only if the clock of a server can have set it (``CLOCK_SKEW``); what a client of the HTTP
+API sends never counts (https://hl7.org/fhir/R4/http.html#update).
+"""
+
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 from fhir_assets.errors import PermanentError
+from fhir_assets.windows import EARLIEST, LATEST, add_clamped
+
+CLOCK_SKEW = timedelta(minutes=5)
+"""How far a server's clock may be ahead of ours.
+
+A later ``meta.lastUpdated`` is not a time at which a resource changed: the time of its arrival takes its place.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """A resource as received.
 
-    ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``arrived`` determines
-    the window of a resource without ``meta.lastUpdated``. ``patients`` are the ids of the patients whose compartment
-    contains the resource, None if they have not been determined.
+    ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``last_updated`` is
+    ``meta.lastUpdated``, None if the resource has none or if it does not count; ``dated`` is False if the resource has
+    one that does not count. ``arrived`` is the time that orders a resource without ``last_updated`` and determines its
+    window. ``patients`` are the ids of the patients whose compartment contains the resource, None if they have not been
+    determined.
     """
 
     resource_type: str
@@ -25,11 +41,22 @@ class Record:
     arrived: datetime
     body: bytes
     patients: tuple[str, ...] | None = None
+    dated: bool = True
 
     @property
     def as_of(self) -> datetime:
-        """The time that orders the versions of a resource and determines its window."""
+        """The time of the version: ``last_updated``, or ``arrived`` without one. It determines the window."""
         return self.last_updated or self.arrived
+
+    @property
+    def version_key(self) -> tuple[str, str | int | None, datetime | None]:
+        """The key by which a version is recognized when the source returns it again within this process.
+
+        Content distinguishes versions that ``versionId`` and ``lastUpdated`` do not.
+        """
+        if self.version_id is None or self.last_updated is None:
+            return self.id, hash(self.body), self.last_updated
+        return self.id, self.version_id, self.last_updated
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +139,51 @@ def read_header(body: bytes) -> ResourceHeader:
         raise MalformedResource(f"not JSON: {reason}", "json") from None
 
 
-def build_record(body: bytes, header: ResourceHeader, arrived: datetime) -> Record:
-    """Return the Record of a resource on one line and its header. The id is empty if the resource has none."""
+def build_record(
+    body: bytes, header: ResourceHeader, arrived: datetime, *, received: datetime | None = None, posted: bool = False
+) -> Record:
+    """Return the Record of a resource on one line and its header. The id is empty if the resource has none.
+
+    ``received`` is the time at which the source was read, if it is later than ``arrived``. A ``lastUpdated`` beyond it
+    and CLOCK_SKEW does not count, and none counts if ``posted``: a server ignores what a client sends.
+    """
     meta = header.meta
     resource_id = header.id or ""
     if meta is None:
         return Record(header.resourceType, resource_id, None, None, arrived, body)
-    return Record(header.resourceType, resource_id, meta.versionId, parse_instant(meta.lastUpdated), arrived, body)
+    moment = parse_instant(meta.lastUpdated)
+    if moment is not None and (posted or not is_credible(moment, received or arrived)):
+        return Record(header.resourceType, resource_id, meta.versionId, None, arrived, body, dated=False)
+    return Record(header.resourceType, resource_id, meta.versionId, moment, arrived, body)
+
+
+def is_credible(moment: datetime, received: datetime) -> bool:
+    """Return whether a server can have given this time to what was received from it at ``received``."""
+    return moment - received <= CLOCK_SKEW
+
+
+_LEAP_SECOND = re.compile(r"(?<=[T ]\d\d:\d\d:)60").subn
 
 
 def parse_instant(text: str | None) -> datetime | None:
-    """Parse a FHIR instant and return it in UTC; None if it is absent or is not an instant with a time zone."""
+    """Parse a FHIR instant and return it in UTC; None if it is absent or is not an instant with a time zone.
+
+    A leap second is the second after it. A time that UTC moves out of the years 1 to 9999 is the first or the last
+    moment of these years.
+    """
     if not text:
         return None
     try:
         value = datetime.fromisoformat(text)
-        return value.astimezone(UTC) if value.tzinfo else None
-    except (ValueError, OverflowError):
+    except ValueError:
+        before, leap_seconds = _LEAP_SECOND("59", text, 1)
+        if not leap_seconds:
+            return None
+        second_before = parse_instant(before)
+        return add_clamped(second_before, timedelta(seconds=1)) if second_before else None
+    if value.tzinfo is None:
         return None
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        return EARLIEST if value.year == 1 else LATEST

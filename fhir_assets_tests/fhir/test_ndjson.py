@@ -238,7 +238,32 @@ def test_an_interval_contains_the_resources_updated_in_it(tmp_path: Path) -> Non
     assert ids(read(tmp_path, interval=DAY)) == ["1", "2"]
 
 
-@pytest.mark.parametrize("updated", [None, "yesterday", "2024-01-01", "0001-01-01T00:00:00+14:00"])
+@pytest.mark.parametrize("updated", ["0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00Z", "1000-06-01T00:00:00Z"])
+def test_a_resource_of_any_year_is_older_than_the_first_window_and_read_with_it(tmp_path: Path, updated: str) -> None:
+    write(tmp_path / "Patient.ndjson", [line(updated=updated)])
+    assert ids(read(tmp_path, interval=Interval(None, DAY.end))) == ["a"]
+    extent = NdjsonSource(str(tmp_path)).find_extent(["Patient"])
+    assert extent
+    assert extent.start
+    assert extent.start in Interval(None, DAY.end)
+
+
+def test_a_last_updated_that_a_clock_ahead_can_have_set_counts_and_a_later_one_does_not(tmp_path: Path) -> None:
+    now = WRITTEN + timedelta(days=1)
+    ahead, future = now + timedelta(minutes=4), now + timedelta(minutes=6)
+    path = write(tmp_path / "Patient.ndjson", [line(updated=ahead.isoformat()), line(updated=future.isoformat())])
+    items = list(NdjsonSource(str(path), now=lambda: now).fetch(["Patient"], ALWAYS))
+    assert [(record.as_of, record.dated) for record in records(items)] == [(ahead, True), (WRITTEN, False)]
+
+
+def test_the_extent_of_files_with_dates_in_the_future_ends_now(tmp_path: Path) -> None:
+    write(tmp_path / "Patient.ndjson", [line(), line(updated="9999-12-31T23:59:59.999999Z")])
+    extent = NdjsonSource(str(tmp_path)).find_extent(["Patient"])
+    assert extent
+    assert (extent.start, extent.end) == (datetime(2024, 1, 1, 8, tzinfo=UTC), WRITTEN + timedelta(milliseconds=1))
+
+
+@pytest.mark.parametrize("updated", [None, "yesterday", "2024-01-01", "9999-12-31T23:59:59-12:00"])
 def test_a_resource_without_a_time_arrived_when_its_file_was_written(tmp_path: Path, updated: str | None) -> None:
     write(tmp_path / "Patient.ndjson", [line(updated=updated)])
     assert ids(read(tmp_path, interval=DAY)) == []

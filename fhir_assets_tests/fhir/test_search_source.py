@@ -123,3 +123,19 @@ def test_the_extent_has_no_start_if_the_first_pages_are_empty_but_the_total_is_n
 
     with ScriptedServer(script) as server:
         assert build_search_source(server).find_extent(["Patient"]) == Interval(None, NOW)
+
+
+@pytest.mark.parametrize("newest", ["9999-12-31T23:59:59.999999Z", "2024-07-01T00:00:00Z"])
+def test_a_resource_dated_in_the_future_does_not_end_the_extent(newest: str) -> None:
+    def script(request: ReceivedRequest) -> Reply:
+        if request.all("_summary"):
+            return reply(bundle([], total=2))
+        resource = patient(1)
+        if request.all("_sort") == ["-_lastUpdated"]:
+            resource["meta"]["lastUpdated"] = newest
+        return reply(bundle([resource]))
+
+    with ScriptedServer(script) as server:
+        extent = build_search_source(server).find_extent(["Patient"])
+        assert extent
+        assert extent.end == NOW

@@ -47,6 +47,8 @@ class LandedContent:
     chunks: Iterator[bytes]
     arrived: datetime
     limit: int
+    received: datetime | None = None
+    """The time at which the file is read; None if it is read when it is written."""
 
     def reject(
         self, rule: str, location: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
@@ -65,7 +67,7 @@ class LandedContent:
             header = read_header(body)
         except MalformedResource as error:
             return self.reject(error.rule, location, str(error), body)
-        return build_record(body, header, self.arrived)
+        return build_record(body, header, self.arrived, received=self.received)
 
 
 class FileFormat(Protocol):

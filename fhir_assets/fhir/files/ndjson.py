@@ -30,7 +30,7 @@ from fhir_assets.fhir.record import (
     to_single_line,
 )
 from fhir_assets.notices import Notice, Notices
-from fhir_assets.windows import Interval
+from fhir_assets.windows import LATEST, Interval, add_clamped
 
 MAX_LINE_BYTES = 64 * 2**20
 
@@ -39,7 +39,7 @@ _RESOURCE_TYPE = re.compile(rb'"resourceType"\s*:\s*"([A-Za-z]+)"')
 _TYPE_IN_NAME = re.compile(
     rf"(?:(?<![A-Za-z])|(?<=[a-z]))(?:{'|'.join(sorted(BY_NAME, key=len, reverse=True))})(?![a-z])"
 )
-_ALL_TIME = Interval(None, datetime.max.replace(tzinfo=UTC))
+_ALL_TIME = Interval(None, LATEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class NdjsonSource:
     """The resources of a file, of all NDJSON files in a folder and its subfolders, or of the files that match a glob.
 
     ``skipped`` counts, by type, the resources of the last fetch whose type is not in the catalog. A resource without
-    ``lastUpdated`` is dated by the modification time of its file. The methods raise ConfigurationError if there is no
-    file.
+    ``lastUpdated``, or with one in the future, is dated by the modification time of its file. The methods raise
+    ConfigurationError if there is no file.
     """
 
     name = "ndjson"
@@ -143,7 +143,7 @@ class NdjsonSource:
                 last = moment
         if first is None or last is None:
             return None
-        end = min(last + timedelta(milliseconds=1), self._now())
+        end = min(add_clamped(last, timedelta(milliseconds=1)), self._now())
         return Interval(min(first, end), end)
 
     def _files(self) -> list[_File]:
@@ -166,7 +166,8 @@ class NdjsonSource:
 
     def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
         """Read all resources of the requested types in a file, whatever their time."""
-        reader = _LineReader(file, requested, min(_modified_at(file), self._now()), self.skipped)
+        now = self._now()
+        reader = _LineReader(file, requested, min(_modified_at(file), now), now, self.skipped)
         number = 0
         try:
             if file.is_one_resource:
@@ -201,10 +202,13 @@ class NdjsonSource:
 class _LineReader:
     """Turns the lines of one file into records and rejected inputs."""
 
-    def __init__(self, file: _File, requested: list[str], arrived: datetime, skipped: Counter[str]) -> None:
+    def __init__(
+        self, file: _File, requested: list[str], arrived: datetime, received: datetime, skipped: Counter[str]
+    ) -> None:
         self._file = file
         self._requested = requested
         self._arrived = arrived
+        self._received = received
         self._skipped = skipped
         self._type_of_file = next((name for name in requested if name in file.types), None)
 
@@ -221,7 +225,9 @@ class _LineReader:
         header = None
         try:
             header = read_header(body)
-            return build_record(body, header, self._arrived) if self._is_requested(header) else None
+            if not self._is_requested(header):
+                return None
+            return build_record(body, header, self._arrived, received=self._received)
         except MalformedResource as error:
             name = self._guess_type(body)
             return None if name is None else self.reject(error.rule, number, str(error), body, header, name)

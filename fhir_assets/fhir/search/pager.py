@@ -13,6 +13,7 @@ from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.client.http import FhirClient, Params
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError
 from fhir_assets.fhir.record import (
+    CLOCK_SKEW,
     MalformedResource,
     Record,
     RejectedInput,
@@ -31,7 +32,6 @@ TIME_TOLERANCE = timedelta(seconds=1)
 
 _MAX_FRUITLESS_RESTARTS = 3
 _MAX_FRUITLESS_PAGES = 1000
-_CLOCK_SKEW = timedelta(minutes=5)
 _STEPS_THAT_PROVE_SORTING = 10
 """After this many distinct ascending times, the matches count as sorted by the server."""
 
@@ -118,7 +118,7 @@ class SearchPager:
                 if isinstance(item, RejectedInput):
                     if self._seen.add((item.resource_id, item.body)):
                         yield item
-                elif accept(item) and self._seen.add((item.id, item.version_id, item.last_updated)):
+                elif accept(item) and self._seen.add(item.version_key):
                     self._order.note(item.last_updated)
                     yield item
             fruitless = 0 if len(self._seen) > before else fruitless + 1
@@ -195,7 +195,7 @@ class SearchPager:
         if moment is None:
             return True
         began = self._began or self._now()
-        if moment >= interval.end + TIME_TOLERANCE and moment >= began - _CLOCK_SKEW:
+        if moment >= interval.end + TIME_TOLERANCE and moment >= began - CLOCK_SKEW:
             return False
         early = interval.start is not None and moment < interval.start - TIME_TOLERANCE
         if early or moment >= interval.end + TIME_TOLERANCE:

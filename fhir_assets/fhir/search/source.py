@@ -12,7 +12,7 @@ from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.search.page import SearchPage, parse_search_page
 from fhir_assets.fhir.search.pager import TIME_TOLERANCE, SearchPager, last_updated_params
 from fhir_assets.notices import Notice
-from fhir_assets.windows import Interval
+from fhir_assets.windows import LATEST, Interval, add_clamped
 
 IDS_AT_ONCE = 50
 _CAPABILITIES_VALID_FOR = timedelta(minutes=10)
@@ -126,11 +126,12 @@ class SearchSource:
             return unknown
         if first is None and last is None:
             return unknown if self._total(resource_type) else None
-        if isinstance(first, Record) and isinstance(last, Record) and first.last_updated and last.last_updated:
-            extent = Interval(first.last_updated, last.last_updated + TIME_TOLERANCE)
+        oldest, newest = _read_time(first), _read_time(last)
+        if oldest is not None and newest is not None:
+            extent = Interval(oldest, add_clamped(newest, TIME_TOLERANCE))
             if self._total(resource_type) == self.count(resource_type, extent):
                 end = min(extent.end, now)
-                return Interval(min(first.last_updated, end), end)
+                return Interval(min(oldest, end), end)
         return unknown
 
     def _first_match(self, resource_type: str, *, sort: str) -> Record | RejectedInput | None:
@@ -148,3 +149,10 @@ class SearchSource:
             if str(error).startswith(("GET ", self._client.base_url)):
                 raise
             raise NotFhir(f"{self._client.base_url}/{resource_type}: {error}") from None
+
+
+def _read_time(match: Record | RejectedInput | None) -> datetime | None:
+    """Return the ``lastUpdated`` of a match, LATEST if it lies in the future; None if the match has none."""
+    if not isinstance(match, Record):
+        return None
+    return match.last_updated if match.dated else LATEST

@@ -12,7 +12,7 @@ from itertools import islice
 import msgspec
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.fhir.record import Deletion
+from fhir_assets.fhir.record import Deletion, is_credible
 from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter, flatten_batches
@@ -92,11 +92,14 @@ class DeletionLog:
 
     def _store_deletions(self, deletions: Iterable[Deletion], run_id: str) -> list[str]:
         """Write deletions to the store and return their resource types."""
+        now = self._now()
         with PartWriter(self._store, LAYER) as writer:
             for deletion in deletions:
                 if deletion.resource_type in BY_NAME:
-                    line = msgspec.json.encode(_Line(deletion.id, deletion.at, deletion.version_id))
-                    writer.add(deletion.resource_type, PARTITION, line, deletion.at)
+                    # A deletion in the future would remove every later version, too.
+                    at = deletion.at if is_credible(deletion.at, now) else now
+                    line = msgspec.json.encode(_Line(deletion.id, at, deletion.version_id))
+                    writer.add(deletion.resource_type, PARTITION, line, at)
             parts_by_type = {name: parts for (name, _), parts in writer.finish().items()}
         manifests = [self._build_manifest(name, run_id, parts) for name, parts in sorted(parts_by_type.items())]
         for manifest in rewrite_partitions(self._connect, self._store, manifests, _append_parts):

@@ -132,6 +132,7 @@ class BulkSource:
 
     def _read(self, resource_type: str, part: Part, arrived: datetime) -> Iterator[Record | RejectedInput]:
         number = 0
+        received = max(self._now(), arrived)
         for batch in self._store.batches([part]):
             for line in batch:
                 number += 1
@@ -142,7 +143,7 @@ class BulkSource:
                         raise MalformedResource(
                             "its resourceType is not the type in the export's manifest", "structure"
                         )
-                    yield build_record(line, header, arrived)
+                    yield build_record(line, header, arrived, received=received)
                 except MalformedResource as error:
                     yield RejectedInput(resource_type, None, error.rule, location, str(error), arrived, line)
 

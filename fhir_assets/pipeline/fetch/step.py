@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from fhir_assets.fhir.record import Record, RejectedInput, parse_instant, read_header
+from fhir_assets.fhir.record import Record, RejectedInput, build_record, read_header
 from fhir_assets.fhir.source import Source
 from fhir_assets.notices import Notice
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
@@ -17,12 +17,12 @@ from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.windows import Interval, WindowRange
+from fhir_assets.windows import LATEST, Interval, Window, WindowRange
 
 _ROUNDING = timedelta(seconds=1)
 """A source may round the start of an interval down and return resources from just before it."""
 
-_Version = tuple[str, str | None, datetime | None]
+_Version = tuple[str, str | int | None, datetime | None]
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class FetchStep:
         self._source = source
         self._store = store
         self._run_id = run_id
-        self._now = now
+        self._started = self._now = now
         self._overlap = overlap
         self._refresh = refresh
         self._dead_letters = DeadLetterBuffer(write_dead_letters)
@@ -142,6 +142,9 @@ class FetchStep:
                 if windows.from_first:
                     # Resources that are older than all windows belong to the first window.
                     interval = Interval(None, interval.end)
+                if windows.interval.end > self._started:
+                    # What a clock that is ahead has dated after now belongs to the last window.
+                    interval = Interval(interval.start, LATEST)
                 yield _Request(names, interval, None, None)
             return
         for name, plan in plans.items():
@@ -177,10 +180,7 @@ class FetchStep:
         versions = set()
         for batch in self._store.batches(overlapping):
             for line in batch:
-                header = read_header(line)
-                meta = header.meta
-                moment = parse_instant(meta.lastUpdated) if meta else None
-                versions.add((header.id or "", meta.versionId if meta else None, moment))
+                versions.add(build_record(line, read_header(line), self._now).version_key)
         return versions
 
     def _store_item(
@@ -191,8 +191,7 @@ class FetchStep:
         before_first_window: dict[str, int],
         writer: PartWriter,
     ) -> None:
-        moment = item.last_updated if isinstance(item, Record) else None
-        window = windows.nearest(item.arrived) if moment is None else windows.find(moment)
+        window = _find_window(windows, item)
         if window is None:
             before_first_window[item.resource_type] += 1
             return
@@ -204,10 +203,10 @@ class FetchStep:
             progress.rejected += 1
             self._dead_letters.add(_build_dead_letter(item, window.key))
             return
-        if progress.stored_versions and (item.id, item.version_id, item.last_updated) in progress.stored_versions:
+        if progress.stored_versions and item.version_key in progress.stored_versions:
             progress.repeated += 1
             return
-        writer.add(item.resource_type, window.key, item.body, moment)
+        writer.add(item.resource_type, window.key, item.body, item.last_updated)
 
     def _count_fetches(self, name: str, windows: list[_Progress], total_before: int | None) -> dict[str, Fetch]:
         """Return the counts of each window by partition key, with the source's total if the source counts.
@@ -275,6 +274,14 @@ def _add_notices(name: str, fetches: Mapping[str, Fetch], notices: Sequence[Noti
     """Return the fetches with the notices that concern the resource type."""
     own = tuple(notice for notice in notices if notice.resource_type in (None, name))
     return {key: msgspec.structs.replace(fetch, notices=own) for key, fetch in fetches.items()}
+
+
+def _find_window(windows: WindowRange, item: Record | RejectedInput) -> Window | None:
+    """Return the window of what a source returned; None if it is older than all windows of the range."""
+    if isinstance(item, RejectedInput) or item.last_updated is None:
+        return windows.nearest(item.arrived)
+    start = windows.interval.start
+    return windows.nearest(item.last_updated) if start is None or item.last_updated >= start else None
 
 
 def _build_dead_letter(item: RejectedInput, partition_key: str) -> DeadLetter:

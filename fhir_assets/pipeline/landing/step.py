@@ -247,8 +247,9 @@ class LandingStep:
         """Yield the items of a file. Raises StoreError, or _FileChanged if its content does not have the hash."""
         with self._zone.open(file.name) as stream:
             reader = _HashingReader(stream)
-            arrived = min(file.written, self._now())
-            content = LandedContent(sha256[:12], decompress(reader), arrived, self._max_bytes)  # type: ignore[arg-type]
+            now = self._now()
+            chunks = decompress(reader)  # type: ignore[arg-type]
+            content = LandedContent(sha256[:12], chunks, min(file.written, now), self._max_bytes, received=now)
             yield from formats.read(file.name, content)
             if reader.read_rest() != sha256:
                 raise _FileChanged("the file changed while it was read: it is received when it is complete")

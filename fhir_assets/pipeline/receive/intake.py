@@ -96,7 +96,7 @@ class IntakeValidator:
         result = self._validator.check(body)
         if not result.valid:
             return ValidatedRecord(name, header.id if is_id(header.id or "") else None, result.issues)
-        return ValidatedRecord(name, header.id, result.issues, (build_record(body, header, self._now),))
+        return ValidatedRecord(name, header.id, result.issues, (build_record(body, header, self._now, posted=True),))
 
     def _validate_patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
         if errors := schemas.find_errors("patient_record", record):
@@ -118,7 +118,7 @@ class IntakeValidator:
             result = self._validator.check(body)
             if not result.valid:
                 return ValidatedRecord("Patient", None, result.issues)
-            records.append(build_record(body, read_header(body), self._now))
+            records.append(build_record(body, read_header(body), self._now, posted=True))
         return ValidatedRecord("Patient", records[0].id, (), tuple(records))
 
     def _assign_id(self, index: int) -> str:

@@ -86,7 +86,7 @@ class Receiver:
 
         An origin has the form ``<channel>:<identity>`` (``landing:<sha256>``, ``api:<request>``) and always identifies
         the same content: an origin that was received before is skipped, and its records are not read. A resource is
-        written to the window of its ``lastUpdated``, or of its arrival if that is missing or in the future.
+        written to the window of its ``lastUpdated``, or of its arrival if that is missing or does not count.
 
         The ``audit_records`` are written in the transaction that records the origin as received.
 
@@ -154,8 +154,7 @@ class _OriginWriter:
         elif item.resource_type not in self._types:
             self.skipped[known_resource_type(item.resource_type)] += 1
         else:
-            moment = item.as_of if item.as_of < self._now else item.arrived
-            writer.add(item.resource_type, self._find_window(moment).key, item.body, item.last_updated)
+            writer.add(item.resource_type, self._find_window(item.as_of).key, item.body, item.last_updated)
 
     def build_windows(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[ReceivedWindow]:
         """Return the counts and parts by resource type and window."""
