@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fhir_assets.fhir.search.seen_versions import SeenVersions
+from fhir_assets.fhir.seen_versions import SeenVersions
 
 
 @given(st.lists(st.tuples(st.text(max_size=2), st.none() | st.text(max_size=1))))

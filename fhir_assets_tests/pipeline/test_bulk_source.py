@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
@@ -285,3 +286,20 @@ def test_many_small_files_become_one_part(store: Store, database: str, conn: Con
         assert len(ids(source(server.url, store, database))) == 600
         assert server.stats()["requests"]["file"] == 300
     assert conn.execute("SELECT count(*), sum(rows) FROM ops.bulk_parts").fetchone() == (1, 600)
+
+
+def test_deletions_are_applied_by_versioned_and_absolute_urls_and_an_unreadable_one_is_a_dead_letter(
+    store: Store, database: str, conn: Connection
+) -> None:
+    urls = ["https://h.example/fhir/Patient/a/_history/2", "Patient/b", "Patient?name=Mustermann"]
+    bundles = [{"resourceType": "Bundle", "entry": [{"request": {"method": "DELETE", "url": url}}]} for url in urls]
+    lines = b"".join(orjson.dumps(bundle) + b"\n" for bundle in bundles)
+    manifest = {**MANIFEST, "deleted": [{"type": "Bundle", "url": "/fhir/deleted"}]}
+    with scripted(manifest, Reply(lines)) as server:
+        assert ids(source(server.url, store, database)) == []
+    deleted = conn.execute("SELECT id, version_id FROM fhir.resource WHERE deleted_at IS NOT NULL ORDER BY id")
+    assert deleted.fetchall() == [("a", "2"), ("b", None)]
+    letters = conn.execute("SELECT stage, rule, message FROM ops.dead_letters").fetchall()
+    ((stage, rule, message),) = letters
+    assert (stage, rule) == ("export", "export-deletion")
+    assert "Mustermann" not in message

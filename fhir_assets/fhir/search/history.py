@@ -2,45 +2,32 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import pairwise
+from datetime import UTC, datetime, timedelta
+from time import monotonic
 
 import msgspec
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.client.http import FhirClient, Params
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
-from fhir_assets.fhir.record import Deletion, parse_instant
+from fhir_assets.fhir.deletions import DeletionTimes, HistoryEntry
+from fhir_assets.fhir.record import Deletion
 from fhir_assets.fhir.search.pager import PageExpired
+from fhir_assets.notices import Notice
 
 _ATTEMPTS = 3
 
 
 class _Link(msgspec.Struct):
-    relation: str = ""
-    url: str = ""
-
-
-class _Request(msgspec.Struct):
-    method: str = ""
-    url: str = ""
-
-
-class _Response(msgspec.Struct):
-    lastModified: str | None = None  # noqa: N815
-    etag: str | None = None
-
-
-class _Entry(msgspec.Struct):
-    fullUrl: str = ""  # noqa: N815
-    request: _Request | None = None
-    response: _Response | None = None
+    relation: str | None = None
+    url: str | None = None
 
 
 class _Bundle(msgspec.Struct):
-    type: str = ""
-    link: list[_Link] = []
-    entry: list[_Entry] = []
+    resourceType: str = ""  # noqa: N815
+    type: str | None = None
+    link: list[_Link] | None = None
+    entry: list[HistoryEntry | None] | None = None
 
 
 _decode = msgspec.json.Decoder(_Bundle).decode
@@ -49,7 +36,8 @@ _decode = msgspec.json.Decoder(_Bundle).decode
 @dataclass(frozen=True, slots=True)
 class _HistoryPage:
     url: str
-    bundle: _Bundle
+    entries: list[HistoryEntry]
+    next_link: str | None
     date: datetime | None
 
 
@@ -66,17 +54,22 @@ class DeletionHistory:
         """Return the types for which the server declares a history; None if it names no types."""
         return self._client.capabilities().list_types("history-type")
 
+    def drain_notices(self) -> tuple[Notice, ...]:
+        """Return the notices about the history since the last call."""
+        return self._client.notices.drain()
+
     def fetch_since(self, resource_type: str, moment: datetime) -> Iterator[Deletion]:
         """Read the deletions of a type since ``moment``, newest first.
 
-        A deletion is returned twice if the server's pages expire while they are read. Raises NotFhir for a deletion
-        without an id or a time, and the errors of ``FhirClient.get``.
+        A deletion without a time gets one from its neighbours: see ``DeletionTimes``. A deletion that a newer version
+        of the resource follows is left out. A deletion is returned twice if the server's pages expire while they are
+        read. A deletion that names no resource is a notice. Raises the errors of ``FhirClient.get``.
         """
         since = moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         params = [("_since", since), ("_count", str(self._page_size))]
         for _ in range(_ATTEMPTS):
             try:
-                yield from self._read(resource_type, params)
+                yield from self._read(resource_type, params, moment)
                 return
             except PageExpired:
                 continue
@@ -85,18 +78,21 @@ class DeletionHistory:
             f"attempts: lower {self._client.labels.page_size}, or let the server keep its pages longer"
         )
 
-    def _read(self, resource_type: str, params: Params) -> Iterator[Deletion]:
+    def _read(self, resource_type: str, params: Params, since: datetime) -> Iterator[Deletion]:
+        started = monotonic()
         page = self._client.get(f"{resource_type}/_history", _parse_page, params=params)
         self.requested_at = page.date
+        # The server's time at the start of the request. A version that the history lacks is newer than that.
+        latest = page.date - timedelta(seconds=monotonic() - started) if page.date else None
+        times = DeletionTimes(latest=latest, fallback=since)
         links = set()
         while True:
-            for entry in page.bundle.entry:
-                if entry.request is not None and entry.request.method == "DELETE":
-                    yield self._build_deletion(resource_type, entry)
-            next_link = next((link.url for link in page.bundle.link if link.relation == "next" and link.url), None)
-            if next_link is None:
+            for entry in page.entries:
+                yield from self._read_entry(resource_type, entry, times)
+            if page.next_link is None:
+                yield from times.finish()
                 return
-            url = self._client.resolve(next_link, page.url)
+            url = self._client.resolve(page.next_link, page.url)
             if url in links:
                 raise NotFhir(
                     f"the history of {resource_type} links its pages in a circle: the server's paging is broken"
@@ -109,18 +105,20 @@ class DeletionHistory:
                     raise PageExpired from None
                 raise
 
-    def _build_deletion(self, resource_type: str, entry: _Entry) -> Deletion:
-        assert entry.request
-        resource_id = _find_id(entry.request.url, resource_type) or _find_id(entry.fullUrl, resource_type)
-        deleted_at = parse_instant(entry.response.lastModified) if entry.response else None
-        if resource_id is None or deleted_at is None:
-            missing = "an id" if resource_id is None else "a time (response.lastModified)"
-            raise NotFhir(
-                f"{self._client.base_url}/{resource_type}/_history holds a deletion without {missing}: turn off "
-                f"{self._client.labels.deletions}, and load deletions from an export"
+    def _read_entry(self, resource_type: str, entry: HistoryEntry, times: DeletionTimes) -> Iterator[Deletion]:
+        target = entry.target
+        if not entry.is_deletion:
+            return times.add_version(target, entry.moment)
+        if target is None or target.resource_type != resource_type:
+            self._client.notices.add(
+                "error",
+                "unreadable-deletion",
+                f"the history of {resource_type} has deletions that do not name a {resource_type} by its id; they are "
+                "not applied: see the server's log, and load with --full-refresh to remove what it deleted",
+                resource_type,
             )
-        etag = (entry.response.etag or "") if entry.response else ""
-        return Deletion(resource_type, resource_id, deleted_at, etag.removeprefix("W/").strip('"') or None)
+            return iter(())
+        return times.add_deletion(target, entry.moment)
 
 
 def _parse_page(response: FhirResponse) -> _HistoryPage:
@@ -130,13 +128,8 @@ def _parse_page(response: FhirResponse) -> _HistoryPage:
         raise NotFhir(f"the server answered a history with JSON that is not a Bundle: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise invalid_json_failure(response) from None
-    if bundle.type != "history":
+    if bundle.resourceType != "Bundle" or bundle.type not in ("history", None):
         raise NotFhir("the server answered a history with something other than a Bundle of type history")
-    return _HistoryPage(response.url, bundle, response.date)
-
-
-def _find_id(url: str, resource_type: str) -> str | None:
-    """Return the id in ``[base/]<type>/<id>[/_history/<version>]``."""
-    parts = url.split("?")[0].split("/")
-    after_type = [following for part, following in pairwise(parts) if part == resource_type]
-    return after_type[-1] if after_type and after_type[-1] else None
+    links = bundle.link or []
+    next_link = next((link.url for link in links if link.relation == "next" and link.url), None)
+    return _HistoryPage(response.url, [entry for entry in bundle.entry or () if entry], next_link, response.date)

@@ -22,7 +22,7 @@ from fhir_assets.fhir.record import (
     to_single_line,
 )
 from fhir_assets.fhir.search.page import SearchEntry, SearchPage, parse_search_page
-from fhir_assets.fhir.search.seen_versions import SeenVersions
+from fhir_assets.fhir.seen_versions import SeenVersions
 from fhir_assets.windows import Interval
 
 T = TypeVar("T")

@@ -105,6 +105,8 @@ def _build_raw_step(
                 if history
                 else {}
             )
+            if history and (notices := history.drain_notices()):
+                updates = {name: update.add_notices(notices) for name, update in updates.items()}
             seconds = perf_counter() - started
             for name in selected:
                 update = updates.get(name) or RawUpdate(name, (), {})

@@ -5,7 +5,6 @@ stored files are not downloaded again. The export is cancelled only if a person 
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,16 +20,17 @@ from fhir_assets.fhir.bulk.client import BulkClient, ExportFailed, ExportGone, E
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest, ExportRequest
 from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.deletions import read_deleted_entries
 from fhir_assets.fhir.record import (
     Deletion,
     MalformedResource,
     Record,
     RejectedInput,
     build_record,
-    parse_instant,
     read_header,
 )
 from fhir_assets.notices import Notice
+from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.fetch.bulk_download import LAYER, Download, default_last_updated
 from fhir_assets.storage.manifest import Part
@@ -41,7 +41,6 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.windows import Interval
 
-_DELETED_URL = re.compile(r"(?:^|/)(?P<type>[A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})$")
 _MAX_AGE_IN_STORE = timedelta(days=1)
 """How long an export stays in the store for the runs that read it."""
 _log = logging.getLogger(__name__)
@@ -247,13 +246,29 @@ class BulkSource:
         with self._client.open_downloads() as downloads:
             deleted = (line for file in manifest.deleted for line in self._read_lines(downloads, file, manifest))
             deletion_log = DeletionLog(self._store, self._connect)
-            deletion_log.record(
-                _read_deletions(deleted, manifest.transaction_time), run_id=export.id, actor="bulk export"
-            )
+            deletions = self._read_deletions(deleted, export, manifest.transaction_time)
+            deletion_log.record(deletions, run_id=export.id, actor="bulk export")
             with conn.transaction():
                 for file in manifest.errors:
                     lines = self._read_lines(downloads, file, manifest)
                     dead_letters.record(conn, export.id, (_build_dead_letter(line, export.id) for line in lines))
+
+    def _read_deletions(self, lines: Iterable[bytes], export: BulkExport, at: datetime) -> Iterator[Deletion]:
+        """Yield the deletions of the ``deleted`` files. A line with an unreadable deletion becomes a dead letter."""
+
+        def write(letters: Sequence[DeadLetter]) -> None:
+            dead_letters.record_now(self._connect, export.id, letters)
+
+        unreadable = DeadLetterBuffer(write)
+        for line in lines:
+            is_readable = True
+            for deletion in read_deleted_entries(line, at):
+                if deletion is not None:
+                    yield deletion
+                elif is_readable:
+                    is_readable = False
+                    unreadable.add(_build_deletion_dead_letter(line, export.id))
+        unreadable.flush()
 
     def _read_lines(self, downloads: Downloads, file: ExportFile, manifest: ExportManifest) -> Iterator[bytes]:
         for lines in self._client.read_lines(downloads, file, needs_token=manifest.needs_token):
@@ -279,22 +294,12 @@ def _may_contain(part: Part, interval: Interval) -> bool:
     return part.first < interval.end and (interval.start is None or part.last >= interval.start)
 
 
-def _read_deletions(lines: Iterable[bytes], at: datetime) -> Iterator[Deletion]:
-    """Yield the deletions of transaction Bundles, one Bundle a line. Raises NotFhir."""
-    for line in lines:
-        try:
-            bundle = orjson.loads(line)
-            moment = parse_instant((bundle.get("meta") or {}).get("lastUpdated")) or at
-            for entry in bundle.get("entry", ()):
-                if entry["request"]["method"] == "DELETE":
-                    match = _DELETED_URL.search(entry["request"]["url"])
-                    if match is None:
-                        raise ValueError
-                    yield Deletion(match["type"], match["id"], moment)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise NotFhir(
-                "a `deleted` file of the export does not contain transaction Bundles as Bulk Data Access requires"
-            ) from None
+def _build_deletion_dead_letter(line: bytes, export_id: str) -> DeadLetter:
+    message = (
+        "a line of a `deleted` file that is not a Bundle of deletions, or that has a deletion of no single resource: "
+        "load with --full-refresh to remove what the server deleted"
+    )
+    return DeadLetter("Bundle", None, "export", "export-deletion", f"export {export_id}", message, line, "")
 
 
 def _build_dead_letter(line: bytes, export_id: str) -> DeadLetter:

@@ -1,7 +1,7 @@
 """Fetch: read a range of windows from a source, and write each resource to the raw partition of its window."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import msgspec
@@ -57,6 +57,20 @@ class RawUpdate:
     def notices(self) -> tuple[Notice, ...]:
         """The notices of all fetches, without duplicates."""
         return tuple(dict.fromkeys(notice for fetch in self.fetches.values() for notice in fetch.notices))
+
+    def add_notices(self, notices: Sequence[Notice]) -> "RawUpdate":
+        """Return the update with further notices on each of its windows, as far as they concern its type."""
+        own = tuple(notice for notice in notices if notice.resource_type in (None, self.resource_type))
+        if not own:
+            return self
+        fetches = {
+            key: msgspec.structs.replace(fetch, notices=(*fetch.notices, *own)) for key, fetch in self.fetches.items()
+        }
+        return replace(
+            self,
+            manifests=tuple(_replace_last_fetch(manifest, fetches) for manifest in self.manifests),
+            fetches=fetches,
+        )
 
 
 class FetchStep:
@@ -268,6 +282,15 @@ class _Request:
     interval: Interval
     windows: list[_Progress] | None
     total: int | None
+
+
+def _replace_last_fetch(manifest: Manifest, fetches: Mapping[str, Fetch]) -> Manifest:
+    """Return the manifest of a raw partition whose last fetch is that of ``fetches``."""
+    if manifest.fetched is None or manifest.partition_key not in fetches:
+        return manifest
+    earlier = manifest.fetched.fetches[:-1]
+    fetched = msgspec.structs.replace(manifest.fetched, fetches=(*earlier, fetches[manifest.partition_key]))
+    return msgspec.structs.replace(manifest, fetched=fetched)
 
 
 def _add_notices(name: str, fetches: Mapping[str, Fetch], notices: Sequence[Notice]) -> dict[str, Fetch]:

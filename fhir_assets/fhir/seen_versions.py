@@ -29,6 +29,14 @@ class SeenVersions:
             self._grow()
         return True
 
+    def __contains__(self, key: Hashable) -> bool:
+        word = hash(key) & _MASK_64 or 1
+        mask = len(self._slots) - 1
+        index = word & mask
+        while (stored := self._slots[index]) and stored != word:
+            index = (index + 1) & mask
+        return stored == word
+
     def _insert(self, word: int) -> bool:
         """Insert a hash by linear probing; 0 marks a free slot."""
         slots = self._slots
