@@ -1,10 +1,11 @@
 -- The outbox of schema health: each change of a source table writes an event in the same transaction and notifies the
 -- connector. `fhir-assets connector install` runs this file; it may be run again at any time.
 --
--- An event says that a record changed, not how: the connector reads the tables when it delivers, so that it always
--- delivers the newest state. Only a former identifier is no longer in the tables; the event contains it.
+-- An event states that a record changed, not what changed: the connector reads the tables when it delivers, so that it
+-- always delivers the newest state. A former identifier is no longer in the tables, so the event contains it.
 --
--- To deliver another table: a trigger like those below, and an entry in the mapping (fhir_assets/connector/mapping.json).
+-- To deliver another table, add a trigger like those below and an entry in the mapping
+-- (fhir_assets/delivery/connector/mapping.json).
 
 CREATE SCHEMA IF NOT EXISTS health;
 

@@ -158,7 +158,7 @@ class DeliverStep:
             )
             for manifest in manifests
         ]
-        rewrite_partitions(self._connect, self._store, delivered, lambda mine, _: mine)
+        rewrite_partitions(self._connect, self._store, delivered, lambda new, _current: new)
         keys: dict[str, list[str]] = {}
         for manifest in manifests:
             keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)

@@ -1,4 +1,4 @@
-"""The repository of ``health.fhir_dlq``: changes that the FHIR server refused, to be listed, replayed or discarded.
+"""Access to the table ``health.fhir_dlq``: list, replay and discard changes that the FHIR server refused.
 
 A replay sends the current row, so that it never restores an older state.
 """
@@ -18,7 +18,7 @@ Status = Literal["open", "replayed", "superseded", "discarded"]
 
 
 @dataclass(frozen=True, slots=True)
-class DeadChange:
+class DeadLetter:
     """A change that could not be delivered. ``record_id`` is the key of its row in the source's table."""
 
     id: int
@@ -35,9 +35,9 @@ class DeadChange:
 
 def find(
     conn: Connection, *, status: Status | None = "open", reason: str | None = None, limit: int = 50
-) -> list[DeadChange]:
-    """Return dead changes, the newest first. ``status`` or ``reason`` None means any."""
-    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(DeadChange)])
+) -> list[DeadLetter]:
+    """Return dead letters, newest first. ``status=None`` and ``reason=None`` select all values."""
+    columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(DeadLetter)])
     query = sql.SQL("""
         SELECT {}
         FROM health.fhir_dlq
@@ -46,17 +46,17 @@ def find(
         ORDER BY id DESC
         LIMIT %(limit)s
     """).format(columns)
-    with conn.cursor(row_factory=class_row(DeadChange)) as cursor:
+    with conn.cursor(row_factory=class_row(DeadLetter)) as cursor:
         return cursor.execute(query, {"status": status, "reason": reason, "limit": limit}).fetchall()
 
 
 def replay(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = None) -> int:
-    """Put open dead changes back into the outbox and return their number.
+    """Requeue open dead letters in the outbox and return their number.
 
-    ``ids`` None selects all open dead changes, or only those with ``reason``.
+    If ``ids`` is None, all open dead letters are selected, or only those with ``reason``.
     """
     with conn.transaction():
-        settled = _settle(conn, ids, reason, "replayed")
+        replayed_ids = _close(conn, ids, reason, "replayed")
         conn.execute(
             """
             INSERT INTO health.fhir_outbox (source, record_id, table_name, operation, former_system, former_value)
@@ -65,19 +65,19 @@ def replay(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = 
             LEFT JOIN LATERAL jsonb_array_elements(formers) former ON true
             WHERE id = ANY(%s)
             """,
-            [settled],
+            [replayed_ids],
         )
         conn.execute("SELECT pg_notify(%s, '')", [CHANNEL])
-    return len(settled)
+    return len(replayed_ids)
 
 
 def discard(conn: Connection, ids: Sequence[int] | None, *, reason: str | None = None) -> int:
-    """Mark open dead changes as discarded and return their number. They remain listed."""
+    """Mark open dead letters as discarded and return their number. Their rows are kept."""
     with conn.transaction():
-        return len(_settle(conn, ids, reason, "discarded"))
+        return len(_close(conn, ids, reason, "discarded"))
 
 
-def _settle(conn: Connection, ids: Sequence[int] | None, reason: str | None, status: Status) -> list[int]:
+def _close(conn: Connection, ids: Sequence[int] | None, reason: str | None, status: Status) -> list[int]:
     rows = conn.execute(
         """
         UPDATE health.fhir_dlq

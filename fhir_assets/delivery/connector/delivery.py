@@ -72,10 +72,10 @@ class Delivery:
         """
         if change.delivered is not None and change.delivered.resource_id is not None:
             return None if change.delivered.identifier == identifier else change.delivered.resource_id
-        formers = set(change.formers)
+        other_identifiers = set(change.former_identifiers)
         if change.delivered is not None and not change.shared:
-            formers.add(change.delivered.identifier)
-        for former in sorted(formers - {identifier}, key=lambda i: i.token):
+            other_identifiers.add(change.delivered.identifier)
+        for former in sorted(other_identifiers - {identifier}, key=lambda i: i.token):
             if len(matches := self._search(source, former)) == 1:
                 return str(matches[0]["id"])
         return None
@@ -89,7 +89,7 @@ class Delivery:
             else:
                 self._delete_by_identifier(source, known.identifier, known.resource_id)
             outcome = "deleted"
-        for former in change.formers:
+        for former in change.former_identifiers:
             if known is None or former != known.identifier:
                 # A server answers 204 for an absent resource too, so this does not count as a deletion.
                 self._delete_by_identifier(source, former, None)

@@ -1,8 +1,9 @@
-"""The repository of ``health.fhir_outbox``: claims, locks and reads events. Callers pass their connection.
+"""Access to the table ``health.fhir_outbox``: insert, claim, lock and read its events.
 
-A connector has a number and holds an advisory lock on it. Postgres releases the lock when the connection ends, so the
-claims of a killed connector are free at once, without a timeout. The same connection locks the identifiers that are
-being delivered, so that two records that exchange an identifier are never delivered at the same time.
+Each connector has a number and holds an advisory lock on that number. Postgres releases the lock when the connection
+ends, so another connector can release the claims of a killed connector at once, without a timeout. The connection also
+locks the identifiers of the records that it delivers. Two records that swap identifiers are therefore never delivered
+at the same time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ CHANNEL = "fhir_outbox"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A record that only this connector processes: its oldest waiting event and the number of claims of that event."""
+    """A record that a connector has claimed. ``attempts`` is how often its oldest waiting event has been claimed."""
 
     event_id: int
     source: str
@@ -34,7 +35,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The resource of a record on the server. ``resource_id`` is None if the server did not return it."""
+    """The resource of a record on the server. ``resource_id`` is None if the server did not return an id."""
 
     resource_id: str | None
     identifier: Identifier
@@ -45,11 +46,18 @@ class Change:
     """The current state of a claimed record, and the events that this state includes.
 
     Attributes:
-        row: The row of the main table; None if it was deleted.
-        formers: Former identifiers of the record that no row has now.
-        shared: Whether another row has the identifier under which the record was delivered.
-        contested: Whether the resource of another record still has the record's identifier, because a change of the
-            other record is not delivered yet.
+        claim: The claim of the record.
+        event_ids: The ids of the events, in ascending order.
+        txids: The ids of the transactions that wrote the events.
+        first_change_at: The time of the oldest event.
+        row: The row of the main table; None if the row was deleted.
+        children: The rows of each child table, by the name of the child in the mapping.
+        delivered: The resource that was delivered for the record; None if no delivery is recorded.
+        former_identifiers: Identifiers that the events removed from the record and that no row has now.
+        shared: Whether another row now has the identifier under which this record was delivered.
+        contested: Whether the server still has this record's identifier on the resource of another record, because the
+            change that removed it from the other record is not delivered yet.
+        locks: The keys of the advisory locks on the record's identifiers.
 
     """
 
@@ -60,14 +68,14 @@ class Change:
     row: dict[str, Any] | None
     children: dict[str, list[dict[str, Any]]]
     delivered: Delivered | None
-    formers: tuple[Identifier, ...]
+    former_identifiers: tuple[Identifier, ...]
     shared: bool
     contested: bool
     locks: frozenset[int] = field(default_factory=frozenset)
 
 
 def install(conn: Connection) -> None:
-    """Create the tables and triggers of ``sql/outbox.sql``. Raises ConfigurationError without the privilege."""
+    """Create the tables and triggers of ``sql/outbox.sql``. Raises ConfigurationError if the user lacks a privilege."""
     script = (sql_folder() / "outbox.sql").read_bytes()
     try:
         with conn.transaction():
@@ -81,13 +89,13 @@ def install(conn: Connection) -> None:
 
 
 def is_installed(conn: Connection) -> bool:
-    """Return whether the outbox exists."""
+    """Return whether the table ``health.fhir_outbox`` exists."""
     row = conn.execute("SELECT to_regclass('health.fhir_outbox')").fetchone()
     return row is not None and row[0] is not None
 
 
 def enqueue_existing(conn: Connection, source: Source) -> int:
-    """Insert an event for every row that was never delivered and does not wait. Return the number of events."""
+    """Insert an event for every row that was never delivered and has no waiting event. Return the number of events."""
     table = sql.Identifier(*source.table.split("."))
     key = sql.Identifier(source.key)
     with conn.transaction():
@@ -112,12 +120,12 @@ def enqueue_existing(conn: Connection, source: Source) -> int:
 
 
 def listen(conn: Connection) -> None:
-    """Subscribe this connection to notifications of changes."""
+    """Subscribe the connection to the notifications that the triggers send."""
     conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
 
 
 def register_connector(conn: Connection) -> int:
-    """Return a new number for this connector, locked until the connection ends."""
+    """Return a new number for a connector. The number is locked until the connection ends."""
     row = conn.execute("SELECT nextval('health.fhir_connector_number')").fetchone()
     assert row is not None
     conn.execute("SELECT pg_advisory_lock(%s, %s)", [advisory_locks.CONNECTOR, row[0]])
@@ -125,7 +133,7 @@ def register_connector(conn: Connection) -> int:
 
 
 def release_orphans(conn: Connection) -> int:
-    """Release the claims of connectors that ended without releasing them. Return the number of records."""
+    """Release the claims of connectors that have ended. Return the number of records that were claimed."""
     return conn.execute(
         """
         UPDATE health.fhir_outbox
@@ -164,11 +172,11 @@ _CLAIM = """
 
 
 def claim(conn: Connection, number: int, sources: Sequence[str], limit: int) -> list[Claim]:
-    """Claim up to ``limit`` records whose oldest event is due, the longest waiting first."""
+    """Claim up to ``limit`` records whose oldest event is due. Return the claims in the order of their event ids."""
     try:
         rows = conn.execute(_CLAIM, {"number": number, "sources": list(sources), "limit": limit}).fetchall()
     except psycopg.errors.UniqueViolation:
-        # An older event became visible while another connector took a newer one of the same record.
+        # An older event of a record became visible while another connector claimed a newer event of the same record.
         return []
     return sorted((Claim(*row) for row in rows), key=lambda claimed: claimed.event_id)
 
@@ -176,10 +184,11 @@ def claim(conn: Connection, number: int, sources: Sequence[str], limit: int) -> 
 def lock_identifiers(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, dict[int, bool]]:
     """Try to lock all identifiers of the records (current, delivered or former) for this database session.
 
-    Return the locks of each record, and whether each was granted. A session may take the same lock several times.
+    Return the lock keys of each record, by record id, and whether each lock was granted. Postgres grants the same lock
+    to a session several times, and the session must release it as often.
     """
     rows = conn.execute(
-        _LOCK.format(**_names(conn, source)),
+        _LOCK.format(**_build_sql_parts(conn, source)),
         {"source": source.name, "records": [c.record_id for c in claims], "key": advisory_locks.CONNECTOR_IDENTIFIER},
     )
     locks: dict[str, dict[int, bool]] = {c.record_id: {} for c in claims}
@@ -207,8 +216,8 @@ _LOCK = sql.SQL("""
 """)
 
 
-def unlock(conn: Connection, locks: Iterable[int]) -> None:
-    """Release locks of identifiers. A lock that was taken several times must be in ``locks`` as often."""
+def unlock_identifiers(conn: Connection, locks: Iterable[int]) -> None:
+    """Release locks of identifiers. Each occurrence of a key in ``locks`` releases its lock once."""
     if lock_list := list(locks):
         conn.execute(
             "SELECT pg_advisory_unlock(%s, lock) FROM unnest(%s::int[]) lock",
@@ -216,34 +225,38 @@ def unlock(conn: Connection, locks: Iterable[int]) -> None:
         )
 
 
-def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
-    """Read the claimed records in one snapshot. Return each with the lock of its current identifier."""
-    names = _names(conn, source)
+def read_changes(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
+    """Read the claimed records in one snapshot.
+
+    Return the change of each record, by record id, with the lock key of the record's current identifier. The key is
+    None if the record has no row or no identifier.
+    """
+    parts = _build_sql_parts(conn, source)
     children = [
         sql.SQL("""
             {name},
             coalesce((
                 SELECT jsonb_agg(to_jsonb(c) ORDER BY c.{order})
                 FROM {table} c
-                WHERE c.{key} = w.record_id::{type}
+                WHERE c.{key} = waiting.record_id::{type}
             ), '[]')
         """).format(
             name=sql.Literal(name),
             table=sql.Identifier(*child.table.split(".")),
             key=sql.Identifier(child.key),
             order=sql.Identifier(child.order),
-            type=names["type"],
+            type=parts["type"],
         )
         for name, child in source.children.items()
     ]
     rows = conn.execute(
-        _READ.format(children=sql.SQL(", ").join(children), **names),
+        _READ.format(children=sql.SQL(", ").join(children), **parts),
         {"source": source.name, "records": [c.record_id for c in claims]},
     )
     by_record = {c.record_id: c for c in claims}
     changes = {}
     for (
-        record_id, ids, txids, since, row, child_rows, formers, resource_id, system, value, shared, contested, lock
+        record_id, ids, txids, since, row, child_rows, former, resource_id, system, value, shared, contested, lock
     ) in rows:  # fmt: skip
         changes[record_id] = (
             Change(
@@ -254,7 +267,7 @@ def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str,
                 row=row,
                 children=child_rows,
                 delivered=Delivered(resource_id, Identifier(system, value)) if system is not None else None,
-                formers=tuple(Identifier(*former) for former in formers),
+                former_identifiers=tuple(Identifier(*identifier) for identifier in former),
                 shared=shared,
                 contested=contested,
             ),
@@ -264,7 +277,7 @@ def read(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str,
 
 
 _READ = sql.SQL("""
-    WITH w AS MATERIALIZED (
+    WITH waiting AS MATERIALIZED (
         SELECT
             record_id,
             array_agg(id ORDER BY id) AS ids,
@@ -274,24 +287,24 @@ _READ = sql.SQL("""
                 jsonb_agg(DISTINCT jsonb_build_array(former_system, former_value))
                     FILTER (WHERE former_value IS NOT NULL),
                 '[]'
-            ) AS formers
+            ) AS former_identifiers
         FROM health.fhir_outbox
         WHERE source = %(source)s AND processed_at IS NULL AND record_id = ANY(%(records)s)
         GROUP BY record_id
     )
     SELECT
-        w.record_id,
-        w.ids,
-        w.txids,
-        w.since,
+        waiting.record_id,
+        waiting.ids,
+        waiting.txids,
+        waiting.since,
         to_jsonb(t),
         jsonb_build_object({children}),
         (
-            SELECT coalesce(jsonb_agg(f), '[]')
-            FROM jsonb_array_elements(w.formers) f
+            SELECT coalesce(jsonb_agg(former), '[]')
+            FROM jsonb_array_elements(waiting.former_identifiers) former
             WHERE NOT EXISTS (
                 SELECT FROM {table} other
-                WHERE other.{system} = f ->> 0 AND other.{value} = f ->> 1
+                WHERE other.{system} = former ->> 0 AND other.{value} = former ->> 1
             )
         ),
         d.resource_id,
@@ -301,30 +314,31 @@ _READ = sql.SQL("""
             SELECT FROM {table} other
             WHERE other.{system} = d.identifier_system
             AND other.{value} = d.identifier_value
-            AND other.{key} <> w.record_id::{type}
+            AND other.{key} <> waiting.record_id::{type}
         ),
         EXISTS (
-            SELECT FROM health.fhir_outbox e
-            JOIN health.fhir_delivered x
-                ON x.source = e.source
-                AND x.record_id = e.record_id
-                AND x.identifier_system = e.former_system
-                AND x.identifier_value = e.former_value
-            WHERE e.processed_at IS NULL
-            AND e.former_value IS NOT NULL
-            AND e.source = %(source)s
-            AND e.former_system = t.{system}
-            AND e.former_value = t.{value}
-            AND e.record_id <> w.record_id
+            SELECT FROM health.fhir_outbox removal
+            JOIN health.fhir_delivered holder
+                ON holder.source = removal.source
+                AND holder.record_id = removal.record_id
+                AND holder.identifier_system = removal.former_system
+                AND holder.identifier_value = removal.former_value
+            WHERE removal.processed_at IS NULL
+            AND removal.former_value IS NOT NULL
+            AND removal.source = %(source)s
+            AND removal.former_system = t.{system}
+            AND removal.former_value = t.{value}
+            AND removal.record_id <> waiting.record_id
         ),
         hashtext(t.{system} || '|' || t.{value})
-    FROM w
-    LEFT JOIN {table} t ON t.{key} = w.record_id::{type}
-    LEFT JOIN health.fhir_delivered d ON d.source = %(source)s AND d.record_id = w.record_id
+    FROM waiting
+    LEFT JOIN {table} t ON t.{key} = waiting.record_id::{type}
+    LEFT JOIN health.fhir_delivered d ON d.source = %(source)s AND d.record_id = waiting.record_id
 """)
 
 
-def _names(conn: Connection, source: Source) -> Mapping[str, sql.Composable]:
+def _build_sql_parts(conn: Connection, source: Source) -> Mapping[str, sql.Composable]:
+    """Return the table, columns and key type of a source, as the parameters of ``_LOCK`` and ``_READ``."""
     return {
         "table": sql.Identifier(*source.table.split(".")),
         "key": sql.Identifier(source.key),
@@ -358,8 +372,8 @@ def read_key_type(conn: Connection, source: Source) -> str:
     return _key_types[column]
 
 
-def seconds_to_next(conn: Connection) -> float | None:
-    """Return the seconds until the next waiting event is due; None if no event waits."""
+def read_seconds_to_next_event(conn: Connection) -> float | None:
+    """Return the seconds until the next unclaimed event is due (negative if overdue); None if there is no event."""
     row = conn.execute("""
         SELECT extract(epoch FROM min(next_retry_at) - clock_timestamp())::float8
         FROM health.fhir_outbox
@@ -370,7 +384,7 @@ def seconds_to_next(conn: Connection) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of the outbox: its changes, the age of the oldest waiting change, and the running connectors."""
+    """The numbers of waiting changes, open dead letters and running connectors, and the age of the oldest change."""
 
     unprocessed: int
     retrying: int
@@ -380,7 +394,7 @@ class Status:
 
 
 def read_status(conn: Connection) -> Status:
-    """Return the state of the outbox."""
+    """Read the state of the outbox."""
     row = conn.execute(
         """
         SELECT

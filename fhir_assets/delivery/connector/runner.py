@@ -231,10 +231,10 @@ class _Session:
         claims = outbox.claim(self._conn, self._number, list(self._sources), room)
         self._more = len(claims) > 0
         for name, source in self._sources.items():
-            if mine := [claim for claim in claims if claim.source == name]:
-                self._begin(source, mine)
-        if not claims and (wait := outbox.seconds_to_next(self._conn)) is not None:
-            # An event may have become due since the claim, but belong to a record that is in progress.
+            if claims_of_source := [claim for claim in claims if claim.source == name]:
+                self._begin(source, claims_of_source)
+        if not claims and (wait := outbox.read_seconds_to_next_event(self._conn)) is not None:
+            # The next event may be due already, but belong to a record that is in progress.
             self._poll_at = min(self._poll_at, time.monotonic() + max(wait, 0.02 if self._in_progress else 0.1))
 
     def _begin(self, source: Source, claims: Sequence[Claim]) -> None:
@@ -248,10 +248,10 @@ class _Session:
                 self._locked.update(wanted.keys())
                 free.append(claim)
             else:
-                outbox.unlock(self._conn, [lock for lock, granted in wanted.items() if granted])
+                outbox.unlock_identifiers(self._conn, [lock for lock, granted in wanted.items() if granted])
                 collided.append(claim)
         contested: list[Claim] = []
-        changes = outbox.read(self._conn, source, free) if free else {}
+        changes = outbox.read_changes(self._conn, source, free) if free else {}
         for claim in free:
             held = frozenset(locks[claim.record_id])
             change, lock = changes[claim.record_id]
@@ -316,7 +316,7 @@ class _Session:
 
     def _unlock(self, locks: Sequence[int]) -> None:
         self._locked -= Counter(locks)
-        outbox.unlock(self._conn, locks)
+        outbox.unlock_identifiers(self._conn, locks)
 
     def _wait(self, failed: _Failed) -> float:
         failures = min(failed.change.claim.attempts, 30)

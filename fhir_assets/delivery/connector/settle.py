@@ -46,15 +46,15 @@ def retry(conn: Connection, waits: Sequence[tuple[Change, float]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """A change that the server accepted. ``now`` is the record's resource on the server; None after a deletion."""
+    """A change that the server accepted. ``delivered`` is the record's resource on the server; None if it has none."""
 
     change: Change
     outcome: str
-    now: Delivered | None
+    delivered: Delivered | None
 
 
 def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
-    """Mark changes as processed, remember their resources, and supersede open dead letters of their records.
+    """Mark changes as processed, record their resources, and supersede open dead letters of their records.
 
     The caller provides the transaction.
     """
@@ -75,7 +75,7 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
         _columns(events, 5),
     )
     sources, records = _columns([(a.change.claim.source, a.change.claim.record_id) for a in done], 2)
-    resource_ids = _columns([(a.now.resource_id if a.now else None,) for a in done], 1)[0]
+    resource_ids = _columns([(a.delivered.resource_id if a.delivered else None,) for a in done], 1)[0]
     conn.execute(
         """
         DELETE FROM health.fhir_delivered d
@@ -92,10 +92,10 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
         """,
         [sources, resource_ids],
     )
-    delivered = [
-        (a.change.claim.source, a.change.claim.record_id, a.now.resource_id, *_pair(a.now.identifier))
+    delivered_rows = [
+        (a.change.claim.source, a.change.claim.record_id, a.delivered.resource_id, *_pair(a.delivered.identifier))
         for a in done
-        if a.now
+        if a.delivered
     ]
     conn.execute(
         """
@@ -103,7 +103,7 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
         SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
         ON CONFLICT DO NOTHING
         """,
-        _columns(delivered, 5),
+        _columns(delivered_rows, 5),
     )
     conn.execute(
         """
@@ -141,7 +141,7 @@ def record_dead_letters(conn: Connection, refused: Sequence[Refused]) -> None:
                     r.change.claim.source,
                     r.change.claim.record_id,
                     r.change.txids,
-                    Jsonb([_pair(former) for former in r.change.formers]),
+                    Jsonb([_pair(former) for former in r.change.former_identifiers]),
                     r.reason,
                     r.message,
                     r.http_status,

@@ -45,7 +45,7 @@ def build_connector(settings: Settings, connect: OpenSession, *, workers: int | 
     Raises ConfigurationError if FHIR_BASE_URL is not set or the mapping is not valid.
     """
     if not settings.fhir_base_url:
-        raise ConfigurationError("FHIR_BASE_URL is not set: give the base URL of the FHIR server to deliver to")
+        raise ConfigurationError("FHIR_BASE_URL is not set: set it to the base URL of the FHIR server to deliver to")
     count = workers or settings.connector_workers
     server = FhirServer(
         settings.fhir_base_url,
