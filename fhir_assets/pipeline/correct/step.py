@@ -14,7 +14,7 @@ from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, repl
 from fhir_assets.warehouse.ops.dead_letters import StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 
-CORRECTABLE = ("fetch", *replays.REPLAYED)
+CORRECTABLE = ("fetch", *replays.REPLAYABLE_STAGES)
 """The stages whose dead letters can be corrected."""
 
 

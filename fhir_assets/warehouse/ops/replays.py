@@ -1,12 +1,12 @@
-"""Replays of dead letters: their requests, the claims of runs, and their outcomes.
+"""Requests, claims and outcomes of replays of dead letters.
 
 This module changes the status of rows in ``ops.dead_letters``. The module ``dead_letters`` records and lists the rows,
 and ``corrections`` holds the resources that replace the originals in a replay.
 
 An open dead letter is first *requested* (status ``replaying``) and then *claimed* by a run. Afterwards it is either
-resolved, when its resource is in the tables, or open again with one more attempt. A claim is valid while the process of
-its run lives; another run may then claim the dead letters. A request is removed only when its replay has ended, so that
-the sensor finds interrupted replays.
+resolved, when its resource is in the tables, or open again with one more attempt. A claim is valid as long as the
+process of its run is alive. When the process has ended, another run can claim the dead letter. A request is removed
+only when its replay has ended, so that the sensor finds interrupted replays.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,18 +21,18 @@ from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
-REPLAYED = ("validate", "transform", "load")
+REPLAYABLE_STAGES = ("validate", "transform", "load")
 """The stages whose dead letters are replayed from their stored bytes.
 
 Dead letters of stage ``fetch`` are resolved when their window is fetched again, or when they are corrected.
 """
 
-_STREAMED = 500
+_ROWS_PER_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequest:
-    """The dead letters of one type and window that are to be replayed: their number and the newest request's time."""
+    """The number of dead letters of one type and window to replay, and the time of the newest request."""
 
     resource_type: str
     partition_key: str
@@ -65,7 +65,7 @@ class FailedReplay:
 
 @dataclass(frozen=True, slots=True)
 class ReplayOutcome:
-    """The numbers of dead letters that some runs resolved and that failed again in these runs."""
+    """How many dead letters a set of runs resolved, and how many failed again in these runs."""
 
     resolved: int
     failed: int
@@ -74,9 +74,9 @@ class ReplayOutcome:
 def find_replayable(conn: Connection, selection: Selection) -> list[ReplayRequest]:
     """Return the replayable dead letters of a selection, grouped by type and window and ordered by window.
 
-    Dead letters that are claimed by a dead run are included: the next run over their windows claims them.
+    Dead letters claimed by a run whose process has ended are included: the next run over their windows claims them.
     """
-    where, params = _build_replayable_condition(selection, _find_dead_claimers(conn))
+    where, params = _build_replayable_condition(selection, _find_ended_claimers(conn))
     query = sql.SQL("""
         SELECT resource_type, partition_key, count(*), now()
         FROM ops.dead_letters
@@ -102,7 +102,7 @@ def request_replay(conn: Connection, selection: Selection, *, claimed_by: str | 
 
 
 def find_requested(conn: Connection) -> list[ReplayRequest]:
-    """Return the requested replays that no living run has claimed, by window and type."""
+    """Return the requested replays that no live run has claimed, ordered by window and type."""
     rows = conn.execute(
         """
         SELECT resource_type, partition_key, count(*), max(replay_requested_at)
@@ -111,13 +111,13 @@ def find_requested(conn: Connection) -> list[ReplayRequest]:
         GROUP BY 1, 2
         ORDER BY 2, 1
         """,
-        [_find_dead_claimers(conn)],
+        [_find_ended_claimers(conn)],
     )
     return [ReplayRequest(*row) for row in rows]
 
 
 def cancel_requests(conn: Connection, resource_types: Sequence[str], partition_keys: Sequence[str]) -> int:
-    """Reopen the dead letters of these types and windows that no living run has claimed, and return their number."""
+    """Reopen the dead letters of these types and windows that no live run has claimed, and return their number."""
     return conn.execute(
         """
         UPDATE ops.dead_letters
@@ -127,7 +127,7 @@ def cancel_requests(conn: Connection, resource_types: Sequence[str], partition_k
             AND resource_type = ANY(%s)
             AND partition_key = ANY(%s)
         """,
-        [_find_dead_claimers(conn), list(resource_types), list(partition_keys)],
+        [_find_ended_claimers(conn), list(resource_types), list(partition_keys)],
     ).rowcount
 
 
@@ -152,13 +152,13 @@ def claim(
     *,
     also_open: bool,
 ) -> bool:
-    """Claim requested dead letters that no living run has claimed. Return True if the run now has claims.
+    """Claim requested dead letters that no live run has claimed. Return True if the run now has claims.
 
     ``committed_runs`` maps the key of each partition to the runs whose replayed resources are already in the validated
     partition. The claims of these runs are kept, because their resources need not be validated again. With
     ``also_open``, open dead letters are claimed as well.
     """
-    dead_claimers = _find_dead_claimers(conn)
+    ended_claimers = _find_ended_claimers(conn)
     for key in sorted(committed_runs):
         conn.execute(
             """
@@ -180,7 +180,7 @@ def claim(
                 "type": resource_type,
                 "stages": list(stages),
                 "key": key,
-                "free": [claimer for claimer in dead_claimers if claimer not in committed_runs[key]],
+                "free": [claimer for claimer in ended_claimers if claimer not in committed_runs[key]],
                 "open": also_open,
             },
         )
@@ -221,7 +221,7 @@ def stream_claimed(
             """,
             [resource_type, list(stages), list(partition_keys), run_id],
         )
-        while rows := cursor.fetchmany(_STREAMED):
+        while rows := cursor.fetchmany(_ROWS_PER_BATCH):
             yield [
                 ClaimedDeadLetter(identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")))
                 for identity, key, rule, occurrences, body in rows
@@ -286,9 +286,9 @@ _RESOLVE = sql.SQL("""
 def resolve_claimed(
     conn: Connection, run_id: str, resource_type: str, stages: Sequence[str], runs_by_key: Mapping[str, Sequence[str]]
 ) -> int:
-    """Resolve the dead letters that the runs in ``runs_by_key`` claim in each partition, and return their number.
+    """Resolve the dead letters that the runs in ``runs_by_key`` have claimed in each partition. Return their number.
 
-    Call it when their resources are in the tables.
+    Callers load the resources of these dead letters into the tables first.
     """
     statement = _RESOLVE.format(
         sql.SQL("""
@@ -307,14 +307,14 @@ def resolve_claimed(
 
 
 def resolve_by_ids(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
-    """Resolve dead letters that the run has claimed. Call it when their resources are in the tables."""
+    """Resolve dead letters that the run has claimed. Callers load their resources into the tables first."""
     conn.execute(
         _RESOLVE.format(sql.SQL("id = ANY(%(ids)s) AND claimed_by = %(run)s")), {"run": run_id, "ids": list(ids)}
     )
 
 
 def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
-    """Resolve dead letters of which the tables hold a newer version, and return the partition keys of the dead letters.
+    """Resolve dead letters whose resource has a newer version in the tables, and return their partition keys.
 
     A dead letter is considered if its own partition, or the partition of the newer version, is in ``partition_keys``.
     """
@@ -348,7 +348,12 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
             AND {} = ANY(%(keys)s)
         RETURNING d.partition_key
     """)
-    params = {"run": run_id, "type": resource_type, "keys": list(partition_keys), "stages": ["fetch", *REPLAYED]}
+    params = {
+        "run": run_id,
+        "type": resource_type,
+        "keys": list(partition_keys),
+        "stages": ["fetch", *REPLAYABLE_STAGES],
+    }
     return {
         key
         for column in (sql.SQL("r.partition_key"), sql.SQL("d.partition_key"))
@@ -399,18 +404,18 @@ def count_outcome(conn: Connection, run_ids: Sequence[str]) -> ReplayOutcome:
         JOIN ops.dead_letters d USING (resource_type, partition_key)
         WHERE r.run_id = ANY(%s) AND d.stage = ANY(%s)
         """,
-        [list(run_ids), list(REPLAYED)],
+        [list(run_ids), list(REPLAYABLE_STAGES)],
     ).fetchone()
     return ReplayOutcome(*(row or (0, 0)))
 
 
 def find_outdated(conn: Connection, rulesets: Sequence[tuple[str, str, str]], *, limit: int) -> list[int]:
-    """Return the ids of at most ``limit`` open dead letters that failed under another ruleset than the current one.
+    """Return the ids of at most ``limit`` open dead letters whose ruleset is not the current one.
 
     ``rulesets`` are tuples of resource type, stage and current ruleset.
     """
     types, stages, current = zip(*rulesets, strict=True) if rulesets else ((), (), ())
-    # Two ranges of the index on ruleset: the planner would read every open dead letter for "<>".
+    # Two ranges of the index on ruleset ("<" and ">"). For "<>" the planner would read every open dead letter.
     one_side = sql.SQL("""
         (
             SELECT id
@@ -433,7 +438,7 @@ def find_outdated(conn: Connection, rulesets: Sequence[tuple[str, str, str]], *,
 
 
 def record_origin(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> None:
-    """Record in ``ops.ingestion_runs``, for each window of a replay, the run in which its dead letters failed last."""
+    """Record in ``ops.ingestion_runs``, for each window of a replay, the last run in which its dead letters failed."""
     conn.execute(
         """
         UPDATE ops.ingestion_runs r
@@ -454,16 +459,16 @@ def record_origin(conn: Connection, run_id: str, resource_type: str, partition_k
             AND r.partition_key = failed.partition_key
             AND r.replay_of_run_id IS NULL
         """,
-        {"run": run_id, "type": resource_type, "keys": list(partition_keys), "stages": list(REPLAYED)},
+        {"run": run_id, "type": resource_type, "keys": list(partition_keys), "stages": list(REPLAYABLE_STAGES)},
     )
 
 
 def _build_replayable_condition(
-    selection: Selection, dead_claimers: Sequence[str] = ()
+    selection: Selection, ended_claimers: Sequence[str] = ()
 ) -> tuple[sql.Composed, dict[str, object]]:
     """Return the SQL condition for the replayable dead letters of a selection, and its parameters.
 
-    A dead letter is replayable if it is open, if it is discarded and selected by id, or if one of ``dead_claimers``
+    A dead letter is replayable if it is open, if it is discarded and selected by id, or if one of ``ended_claimers``
     has claimed it.
     """
     statuses = ["open", "discarded"] if selection.ids is not None else ["open"]
@@ -471,17 +476,17 @@ def _build_replayable_condition(
     condition = sql.SQL("""
         {}
         AND stage = ANY(%(replayed)s)
-        AND (status = ANY(%(statuses)s) OR status = 'replaying' AND claimed_by = ANY(%(dead_claimers)s))
+        AND (status = ANY(%(statuses)s) OR status = 'replaying' AND claimed_by = ANY(%(ended_claimers)s))
     """).format(where)
     return condition, {
         **params,
         "statuses": statuses,
-        "replayed": list(REPLAYED),
-        "dead_claimers": list(dead_claimers),
+        "replayed": list(REPLAYABLE_STAGES),
+        "ended_claimers": list(ended_claimers),
     }
 
 
-def _find_dead_claimers(conn: Connection) -> list[str]:
+def _find_ended_claimers(conn: Connection) -> list[str]:
     """Return the ids of the runs that have claimed dead letters and whose processes have ended."""
     rows = conn.execute(
         "SELECT DISTINCT claimed_by FROM ops.dead_letters WHERE status = 'replaying' AND claimed_by IS NOT NULL"
