@@ -14,21 +14,21 @@ from fhir_assets.sandbox.process import serve
 
 
 def sandbox(
-    port: Annotated[int, typer.Option(help="TCP port; 0: any free port")] = 8090,
-    data: Annotated[Path | None, typer.Option(help="A folder of NDJSON files to serve")] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Start without any resource")] = False,
+    port: Annotated[int, typer.Option(help="TCP port; 0 selects a free port")] = 8090,
+    data: Annotated[Path | None, typer.Option(help="Folder of NDJSON files to serve")] = None,
+    empty: Annotated[bool, typer.Option("--empty", help="Start with no resources")] = False,
     faults: Annotated[
         str | None, typer.Option(help="Faults to simulate, as JSON; see fhir_assets/sandbox/faults.py")
     ] = None,
 ) -> None:
     """Run a small FHIR R4 server at http://127.0.0.1:PORT/fhir until Ctrl-C."""
-    if (data is None) == (not empty):
-        raise ConfigurationError("give either --data DIR or --empty")
+    if (data is None) != empty:
+        raise ConfigurationError("pass either --data DIR or --empty")
     serve(data, port, FaultPlan.model_validate_json(faults) if faults else None)
 
 
 def generate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write <Type>.ndjson.gz files to")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files <Type>.ndjson.gz")] = Path(
         "population"
     ),
     patients: Annotated[int, typer.Option(min=1, help="Number of patients")] = 100,
@@ -40,12 +40,12 @@ def generate(
     end: Annotated[datetime, typer.Option(help="Last meta.lastUpdated (UTC)")] = datetime(2024, 3, 31),
     json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON")] = False,
 ) -> None:
-    """Write a synthetic population: linked, valid resources of all 30 types. The same seed gives the same resources."""
+    """Write a synthetic population: valid, linked resources of all 30 types. Equal seeds give equal resources."""
     population = Population(patients, seed, bad_share, end=end.replace(tzinfo=UTC), start=start.replace(tzinfo=UTC))
     try:
         written = write_population(output, population)
     except OSError as error:
-        raise ConfigurationError(f"cannot write {output}: {error.strerror}; give another --output") from None
+        raise ConfigurationError(f"cannot write {output}: {error.strerror}; pass another --output") from None
     if json:
         print_json({"output": str(output), "types": written.resources, "defects": written.defects})
         return

@@ -14,7 +14,7 @@ import msgspec
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.sandbox.dates import instant, to_microseconds
-from fhir_assets.sandbox.json_text import stamp
+from fhir_assets.sandbox.json_text import set_id_and_version
 from fhir_assets.sandbox.memory import Store, Version
 from fhir_assets.sandbox.outcomes import Refusal
 from fhir_assets.sandbox.search import find_matches, parse_search
@@ -192,16 +192,20 @@ class Interactions:
 
     def _write(self, resource_type: str, resource_id: str, body: bytes) -> Version:
         try:
-            return self._store(resource_type, resource_id, lambda *marks: stamp(body, resource_id, *marks))
+            return self._store(
+                resource_type,
+                resource_id,
+                lambda version_id, last_updated: set_id_and_version(body, resource_id, version_id, last_updated),
+            )
         except msgspec.DecodeError:
             raise Refusal(400, "structure", "The resource's meta is not a JSON object") from None
 
-    def _store(self, resource_type: str, resource_id: str, text: Callable[[str, str], bytes]) -> Version:
+    def _store(self, resource_type: str, resource_id: str, build_body: Callable[[str, str], bytes]) -> Version:
         latest = self.store.latest(resource_type, resource_id)
         when = self.now()
         if latest is not None:
             when = max(when, latest.when + 1000)
         version_id = self.store.next_version(resource_type, resource_id)
-        version = Version(resource_type, resource_id, version_id, when, text(version_id, instant(when)))
+        version = Version(resource_type, resource_id, version_id, when, build_body(version_id, instant(when)))
         self.store.type_store(resource_type).add(version)
         return version

@@ -1,33 +1,33 @@
-"""Edit the top level of JSON objects as text, so that all other bytes, digits and the key order are preserved."""
+"""Edit the members of a JSON object without decoding their values, so that digits and the order are preserved."""
 
 from collections.abc import Mapping
 
 import msgspec
 import orjson
 
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def members(body: bytes | msgspec.Raw) -> dict[str, bytes]:
-    """Return the members of a JSON object as JSON texts. Raises msgspec.DecodeError if it is not an object."""
-    return {name: bytes(raw) for name, raw in _members.decode(body).items()}
+def split_members(body: bytes | msgspec.Raw) -> dict[str, bytes]:
+    """Return the members of a JSON object as encoded JSON. Raises msgspec.DecodeError if ``body`` is not an object."""
+    return {name: bytes(raw) for name, raw in _decoder.decode(body).items()}
 
 
-def assemble(parts: Mapping[str, bytes]) -> bytes:
-    """Return the JSON object with these members, in this order."""
-    return b"{%b}" % b",".join(orjson.dumps(name) + b":" + text for name, text in parts.items())
+def join_members(members: Mapping[str, bytes]) -> bytes:
+    """Return the JSON object with the given members, in their order."""
+    return b"{%b}" % b",".join(orjson.dumps(name) + b":" + text for name, text in members.items())
 
 
-def stamp(body: bytes | msgspec.Raw, resource_id: str, version_id: str, last_updated: str) -> bytes:
-    """Return the resource with the ``id``, ``meta.versionId`` and ``meta.lastUpdated`` that the server assigns."""
-    parts = members(body)
-    meta = members(parts.pop("meta")) if "meta" in parts else {}
+def set_id_and_version(body: bytes | msgspec.Raw, resource_id: str, version_id: str, last_updated: str) -> bytes:
+    """Return the resource with the given ``id``, ``meta.versionId`` and ``meta.lastUpdated``."""
+    members = split_members(body)
+    meta = split_members(members.pop("meta")) if "meta" in members else {}
     meta["versionId"] = orjson.dumps(version_id)
     meta["lastUpdated"] = orjson.dumps(last_updated)
     head = {
-        "resourceType": parts.pop("resourceType"),
+        "resourceType": members.pop("resourceType"),
         "id": orjson.dumps(resource_id),
-        "meta": assemble(meta),
+        "meta": join_members(meta),
     }
-    parts.pop("id", None)
-    return assemble({**head, **parts})
+    members.pop("id", None)
+    return join_members({**head, **members})

@@ -1,4 +1,4 @@
-"""ViewDefinitions in files and folders. An invalid file does not prevent loading the others."""
+"""Load ViewDefinitions from files and folders. An invalid file does not prevent the other files from loading."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fhir_assets.fhir.views.definition import View, parse_view
 
 @dataclass(frozen=True, slots=True)
 class BrokenView:
-    """A file that is not a valid ViewDefinition, with the reason."""
+    """A file that does not contain a valid ViewDefinition, and the reason."""
 
     path: Path
     message: str
@@ -28,7 +28,7 @@ class ViewSet:
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """Read the JSON object of a file. Raises ViewError if the file cannot be read or holds anything else."""
+    """Read the JSON object in a file. Raises ViewError if the file cannot be read or does not contain a JSON object."""
     try:
         definition = orjson.loads(path.read_bytes())
     except OSError as error:
@@ -36,20 +36,21 @@ def read_definition(path: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise ViewError(f"{path}: is not JSON: {error}") from None
     if not isinstance(definition, dict):
-        raise ViewError(f"{path}: is not a JSON object, which a ViewDefinition must be")
+        raise ViewError(f"{path}: a ViewDefinition must be a JSON object")
     return definition
 
 
 def read_view(path: Path) -> View:
-    """Read and parse the ViewDefinition of a file. Raises ViewError if it cannot be read or is invalid."""
+    """Read and parse the ViewDefinition in a file. Raises ViewError if the file cannot be read or is invalid."""
     return parse_view(read_definition(path), path)
 
 
 def load_views(folders: Sequence[Path]) -> ViewSet:
-    """Load every ``*.json`` file of the folders. Of two views with the same name, the second is reported as broken."""
+    """Load every ``*.json`` file of the folders. A view whose name another view already has is reported as broken."""
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     views: dict[str, View] = {}
     broken: list[BrokenView] = []
-    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+    for path in paths:
         try:
             view = read_view(path)
         except ViewError as error:
@@ -57,7 +58,7 @@ def load_views(folders: Sequence[Path]) -> ViewSet:
             continue
         if view.name in views:
             other = views[view.name].path
-            broken.append(BrokenView(path, f'{path}: name: "{view.name}" is already the name of {other}'))
+            broken.append(BrokenView(path, f'{path}: name: "{view.name}" is already the name of the view in {other}'))
         else:
             views[view.name] = view
     return ViewSet(tuple(sorted(views.values(), key=lambda view: view.name)), tuple(broken))

@@ -1,6 +1,7 @@
-"""The asset ``delivered/health_patient``: the connector's deliveries, shown in Dagster.
+"""The asset ``delivered/health_patient``, which shows the connector's deliveries in Dagster.
 
-``fhir-assets connector run`` runs the connector, not Dagster. The asset's sensor and check read the outbox tables.
+Dagster does not run the connector; ``fhir-assets connector run`` does. The sensor and the check of the asset only read
+the outbox tables.
 """
 
 import json
@@ -14,7 +15,7 @@ from fhir_assets.settings import Settings
 
 KEY = dg.AssetKey(["delivered", "health_patient"])
 CHECK = "keeps_up"
-"""The check of the asset: the connector keeps up with the changes, and the server refused no change."""
+"""The name of the asset's check, which fails if a change waits too long or the server refused a change."""
 
 _SOURCE = "patient"
 _INTERVAL_SECONDS = 60
@@ -25,15 +26,15 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
     asset = dg.AssetSpec(
         KEY,
         group_name="delivered",
-        description="Changes of health.patient, delivered to the FHIR server by `fhir-assets connector run`: "
-        "at most one materialization a minute, if there were changes.",
+        description="Changes of health.patient that `fhir-assets connector run` delivered to the FHIR "
+        "server. A sensor reports new deliveries at most once a minute.",
         kinds={"fhir", "postgres"},
     )
 
     @dg.asset_check(
         asset=KEY,
         name=CHECK,
-        description="No change waits longer than CONNECTOR_MAX_LAG_SECONDS, and the server refused no change.",
+        description="Fails if a change waits longer than CONNECTOR_MAX_LAG_SECONDS or if a dead letter is open.",
     )
     def keeps_up() -> dg.AssetCheckResult:
         with warehouse.connect() as conn:
@@ -46,7 +47,7 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
         name="delivered_health_patient",
         minimum_interval_seconds=_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Reports the connector's deliveries, and whether the connector keeps up.",
+        description="Reports the connector's deliveries and the result of the check keeps_up.",
     )
     def report(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         cursor = json.loads(context.cursor) if context.cursor else {}
@@ -71,7 +72,7 @@ def build_health_patient(settings: Settings, warehouse: Warehouse) -> dg.Definit
                 )
             )
         new_cursor = json.dumps({"until": delivered.until.isoformat(), "passed": health.passed})
-        skip_reason = None if events else "nothing was delivered"
+        skip_reason = None if events else "no change was delivered"
         return dg.SensorResult(asset_events=events, cursor=new_cursor, skip_reason=skip_reason)
 
     return dg.Definitions(assets=[asset], asset_checks=[keeps_up], sensors=[report])
