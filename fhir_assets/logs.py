@@ -55,10 +55,10 @@ def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(service))
-    ours = logging.getLogger("fhir_assets")
-    ours.setLevel(level)
-    ours.propagate = libraries
-    ours.handlers[:] = [] if libraries else [handler]
+    project_logger = logging.getLogger("fhir_assets")
+    project_logger.setLevel(level)
+    project_logger.propagate = libraries
+    project_logger.handlers[:] = [] if libraries else [handler]
     if libraries:
         root = logging.getLogger()
         root.handlers[:] = [handler]

@@ -283,7 +283,7 @@ class Settings(BaseSettings):
                 "PHI_REQUIRED is set, but there are no keys: set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one)"
             )
         if not self.encrypts and (self.phi_encryption_keys or self.phi_encryption_keys_file):
-            raise ValueError("PHI_ENCRYPTION_KEYS holds no key: unset it, or give one (`fhir-assets keys new`)")
+            raise ValueError("PHI_ENCRYPTION_KEYS contains no key: unset it, or set a key (`fhir-assets keys new`)")
         if self.consent_policy != "off" and "Consent" not in self.fhir_resource_types:
             raise ValueError(
                 "CONSENT_POLICY needs Consent among FHIR_RESOURCE_TYPES: add it, or set CONSENT_POLICY=off"

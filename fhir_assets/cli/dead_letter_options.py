@@ -63,7 +63,7 @@ def with_full_run_id(warehouse: Warehouse, selection: Selection) -> Selection:
     with warehouse.connect_read_only() as conn:
         run_ids = runs.find_by_prefix(conn, selection.run_id)
     if len(run_ids) > 1:
-        raise ConfigurationError(f"several run ids begin with {selection.run_id}: give more characters of the id")
+        raise ConfigurationError(f"several run ids begin with {selection.run_id}: pass more characters of the id")
     return replace(selection, run_id=run_ids[0]) if run_ids else selection
 
 

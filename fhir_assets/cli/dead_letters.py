@@ -128,7 +128,7 @@ def edit(
     window is materialized.
     """
     if (patch is None) == (resource is None):
-        raise ConfigurationError("give either --patch FILE (a JSON Patch) or --resource FILE (the complete resource)")
+        raise ConfigurationError("pass either --patch FILE (a JSON Patch) or --resource FILE (the complete resource)")
     settings = load_settings()
     warehouse = Warehouse(settings)
     step = CorrectionStep(warehouse.connect, build_validator(settings), build_receiver(settings, warehouse))

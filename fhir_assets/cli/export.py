@@ -88,7 +88,7 @@ def _types(settings: Settings, wanted: str) -> list[str]:
     if wanted == "all":
         return list(settings.fhir_resource_types)
     if wanted not in BY_NAME:
-        raise ConfigurationError(f"{wanted} is not a supported resource type: give one of {', '.join(BY_NAME)}, or all")
+        raise ConfigurationError(f"{wanted} is not a supported resource type: pass one of {', '.join(BY_NAME)}, or all")
     return [wanted]
 
 
@@ -99,7 +99,7 @@ def _windows(settings: Settings, first: datetime | None, last: datetime | None) 
     begin = first.replace(tzinfo=UTC) if first else scheme.start
     end = last.replace(tzinfo=UTC) if last else datetime.now(UTC)
     if end < begin:
-        raise ConfigurationError("--to is before --from: give a later --to")
+        raise ConfigurationError("--to is before --from: pass a later --to")
     return [window.key for window in scheme.between(begin, end)]
 
 

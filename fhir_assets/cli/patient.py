@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Print the resources of a patient as NDJSON on stdout, after writing an audit record."""
     if (patient_id is None) == (identifier is None):
-        raise ConfigurationError("give either the id of a Patient or --identifier")
+        raise ConfigurationError("pass either the id of a Patient or --identifier")
     with Warehouse(load_settings()).connect() as conn:
         ids = [patient_id] if patient_id is not None else find_patients(conn, identifier or "")
         resources = [

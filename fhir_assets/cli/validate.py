@@ -34,7 +34,7 @@ def validate(
     try:
         sink = outcomes.open("wb") if outcomes else None
     except OSError as error:
-        raise ConfigurationError(f"cannot write {outcomes}: {error.strerror}; give another --outcomes") from None
+        raise ConfigurationError(f"cannot write {outcomes}: {error.strerror}; pass another --outcomes") from None
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=errors,
         disable=not errors.is_terminal,

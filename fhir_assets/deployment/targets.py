@@ -16,7 +16,7 @@ def build_upload_client(settings: Settings, *, workers: int, stop: Event) -> Fhi
     """
     if not settings.fhir_base_url:
         raise ConfigurationError(
-            "the upload has no target: give --url, or set FHIR_BASE_URL to the base URL of the FHIR server"
+            "the upload has no target: pass --url, or set FHIR_BASE_URL to the base URL of the FHIR server"
         )
     return _client(settings, settings.fhir_base_url, Account.SOURCE, workers, stop)
 

@@ -166,16 +166,18 @@ def has_same_content(sent: bytes, stored: bytes) -> bool:
     Numbers are compared digit by digit: 1.0 and 1.00 differ in FHIR.
     """
     try:
-        ours, theirs = _exact.decode(sent), _exact.decode(stored)
+        sent_resource, stored_resource = _exact.decode(sent), _exact.decode(stored)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+    if not isinstance(sent_resource, dict) or not isinstance(stored_resource, dict):
         return False
-    meta = ours.pop("meta", None) or {}
+    meta = sent_resource.pop("meta", None) or {}
     ignored = _SERVER_META if "source" in meta else (*_SERVER_META, "source")
-    our_meta = {name: value for name, value in meta.items() if name not in ignored}
-    their_meta = {name: value for name, value in (theirs.pop("meta", None) or {}).items() if name not in ignored}
-    return bool(ours == theirs and our_meta == their_meta)
+    sent_meta = {name: value for name, value in meta.items() if name not in ignored}
+    stored_meta = {
+        name: value for name, value in (stored_resource.pop("meta", None) or {}).items() if name not in ignored
+    }
+    return bool(sent_resource == stored_resource and sent_meta == stored_meta)
 
 
 def sort_types(resource_types: Iterable[str]) -> list[str]:

@@ -23,7 +23,7 @@ def apply_patch(resource: bytes, patch: bytes) -> bytes:
         value: Any = _parse(resource)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise CorrectionRefused(
-            "the dead letter's resource is not JSON, so it cannot be patched: give the whole resource with --resource"
+            "the dead letter's resource is not JSON, so it cannot be patched: pass the resource with --resource"
         ) from None
     try:
         operations = _parse(patch)

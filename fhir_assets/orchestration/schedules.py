@@ -87,5 +87,5 @@ def _default_status(settings: Settings) -> dg.DefaultScheduleStatus:
 
 def _not_a_cron_expression(variable: str, value: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{variable} is not a cron expression: {value!r}; give five fields, for example */15 * * * *"
+        f"{variable} is not a cron expression: {value!r}; set five fields, for example */15 * * * *"
     )

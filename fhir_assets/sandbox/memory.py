@@ -185,7 +185,7 @@ def read_lines(folder: Path) -> Iterator[bytes]:
     files = sorted(path for path in folder.glob("*") if path.name.endswith((".ndjson", ".ndjson.gz")))
     if not files:
         raise ConfigurationError(
-            f"{folder} contains no .ndjson or .ndjson.gz files: give a folder that does, or --empty"
+            f"{folder} contains no .ndjson or .ndjson.gz files: pass a folder that contains such files, or --empty"
         )
     for path in files:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:

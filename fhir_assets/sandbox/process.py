@@ -62,7 +62,7 @@ def _listen(port: int, host: str = "127.0.0.1") -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigurationError(
-            f"The sandbox cannot listen on {host}:{port} ({error.strerror}): give another --port, or 0 for any"
+            f"The sandbox cannot listen on {host}:{port} ({error.strerror}): pass another --port, or 0 for a free port"
         ) from None
     listener.listen(2048)
     return listener

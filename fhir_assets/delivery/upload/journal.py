@@ -261,14 +261,14 @@ class Journal:
             )
 
     def find_circular_references(self) -> int:
-        """Find the held entries that refer to each other in circles, and return their number."""
+        """Find the held entries whose references form cycles, and return their number."""
         self._db.execute("DELETE FROM edges")
         for held in self.held_entries():
             self._db.executemany(
                 "INSERT OR IGNORE INTO edges SELECT ?, n FROM held WHERE resource_type = ? AND id = ? AND n <> ?",
                 ((held.n, *target, held.n) for target in find_references(held.entry.body)),
             )
-        # Entries without a referrer, or without a reference, are in no circle. Removing them may expose others.
+        # An entry without incoming or outgoing references is in no cycle. Its removal can leave other such entries.
         while self._db.execute("""
             DELETE FROM edges
             WHERE source NOT IN (SELECT target FROM edges)

@@ -1,7 +1,7 @@
 """Sends resources to a FHIR server in batches, type by type, and reads the result of each entry from the response.
 
 Entries that may succeed later are held and retried: those that refer to resources that are uploaded later, and those
-that failed with a transient error. Entries that refer to each other in circles are first sent without the circular
+that failed with a transient error. Entries whose references form cycles are first sent without the circular
 references.
 """
 
@@ -168,7 +168,10 @@ class Uploader:
         return [future for future in self._in_flight if future in finished]
 
     def _retry(self, own_type_of: str | None = None) -> None:
-        """Retry held entries until a round settles none; with a type, only entries that refer to their own type."""
+        """Retry held entries until their number stays the same.
+
+        With ``own_type_of``, only the entries of that type that refer to their own type are retried.
+        """
         while waiting := self.journal.held_count(own_type_of=own_type_of):
             self.listener.on_retry(own_type_of or "all types", waiting)
             chunks = _chunks_of_a_type(self.journal.held_entries(own_type_of=own_type_of), self.batch_size)
@@ -189,7 +192,7 @@ class Uploader:
         return done
 
     def _send_without_circular_references(self) -> None:
-        """Send the entries of circles without their circular references."""
+        """Send the entries of cycles without their circular references."""
         self.listener.on_retry("circular references, first pass", self.journal.find_circular_references())
         for chunk in _chunks(self.journal.circular_entries(), self.batch_size):
             reduced = [

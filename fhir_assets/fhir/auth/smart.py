@@ -50,7 +50,7 @@ def parse_private_key(text: str, key_id: str | None = None, *, labels: ServerLab
             key = _parse_pem(content, parameters)
     except (ValueError, JoseError):
         raise ConfigurationError(
-            f"{labels.private_key} is neither a private key in PEM nor a JWK: give an RSA key or a key of the curve "
+            f"{labels.private_key} is neither a private key in PEM nor a JWK: set an RSA key or a key of the curve "
             "P-384"
         ) from None
     if not isinstance(key, RSAKey | ECKey) or not key.is_private:

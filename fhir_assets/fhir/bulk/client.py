@@ -130,8 +130,8 @@ class BulkClient:
             codes = [str(issue["code"])[:40] for issue in orjson.loads(response.body)["issue"]]
         if codes and not _TRANSIENT_CODES.intersection(codes):
             raise ExportFailed(
-                f"the server says that the export failed ({', '.join(codes[:5])}): run again to request a new one, and "
-                "ask the server's administrator if that one fails too"
+                f"the server reports that the export failed ({', '.join(codes[:5])}): run again to request a new one, "
+                "and ask the server's administrator if that one fails too"
             )
         self._client.raise_for_status(response.status, response.headers, "GET", response.url)
 
@@ -144,7 +144,7 @@ class BulkClient:
         return Downloads(self._client)
 
     def read_lines(self, downloads: Downloads, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
-        """Read the lines of a file in batches, without blank lines. A broken download resumes where it broke off.
+        """Read the lines of a file in batches, without blank lines. An interrupted download is resumed.
 
         Raises ExportGone if the server no longer has the file, and NotFhir if the number of lines differs from the
         manifest.
@@ -160,7 +160,7 @@ class BulkClient:
             raise
         if file.count is not None and count != file.count:
             raise NotFhir(
-                f"a file of {file.resource_type} holds {count} resources, but the server's manifest says {file.count}: "
+                f"a file of {file.resource_type} contains {count} resources, but the manifest states {file.count}: "
                 "nothing of this export is loaded; run again to request a new one"
             )
 

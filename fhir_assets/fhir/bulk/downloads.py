@@ -143,7 +143,7 @@ class Downloads:
             with self._open(url, authorized) as response:
                 yield from split_file(response.content)
         except _CONNECTION_ERRORS as error:
-            raise TransientFailure(f"the file broke off ({type(error).__name__})") from None
+            raise TransientFailure(f"the download was interrupted ({type(error).__name__})") from None
 
     @contextmanager
     def _open(self, url: str, authorized: bool) -> Iterator[_Response]:
@@ -179,7 +179,7 @@ class Downloads:
                     renewable = False
                 else:
                     self._client.raise_for_status(response.status, response.headers, "GET", _FILE)
-        raise HttpStatusError(f"GET {format_origin(url)}, {_FILE}: redirected in a circle", 310)
+        raise HttpStatusError(f"GET {format_origin(url)}, {_FILE}: redirect loop", 310)
 
     @contextmanager
     def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Response]:
@@ -255,7 +255,7 @@ def _body_reader(response: HTTPResponse) -> Callable[[int], bytes]:
     def read(size: int) -> bytes:
         content = response.read(size)
         if not content and response.length:
-            raise TransientFailure("the file broke off before its end")
+            raise TransientFailure("the download was interrupted before the end of the file")
         return content
 
     return read

@@ -231,7 +231,7 @@ class FhirClient:
                 return FhirResponse(response.url, status, response.headers, content, self.labels)
             else:
                 self.raise_for_status(status, response.headers, method, path)
-        raise NotFhir(f"{self._describe(method, path)}: redirected in a circle; is {self.labels.base_url} right?")
+        raise NotFhir(f"{self._describe(method, path)}: redirect loop; is {self.labels.base_url} right?")
 
     def _request(
         self, method: str, url: str, params: Params, body: bytes | None, headers: Mapping[str, str] | None
@@ -279,7 +279,7 @@ class FhirClient:
         except ReadTimeoutError:
             raise TransientFailure(f"the answer stopped before its end (see {self.labels.timeout})") from None
         except HTTPError:
-            raise TransientFailure("the answer broke off before its end") from None
+            raise TransientFailure("the connection was lost before the end of the answer") from None
         return b"".join(chunks)
 
     def _redirect_target(self, response: requests.Response) -> str:

@@ -57,6 +57,6 @@ def invalid_json_failure(response: FhirResponse) -> TransientFailure:
         return TransientFailure(reason, advice=f"is {base_url} the base of a FHIR server?", final=NotFhir)
     return TransientFailure(
         "the answer is incomplete JSON",
-        advice=f"it is cut off or damaged on the way: a smaller {response.labels.page_size} may help",
+        advice=f"it was truncated or damaged in transit: a smaller {response.labels.page_size} may help",
         final=NotFhir,
     )

@@ -241,7 +241,7 @@ class _Bundle(msgspec.Struct):
 
 _decode_entry = msgspec.json.Decoder(_Entry).decode
 _decode_bundle = msgspec.json.Decoder(_Bundle).decode
-_NOT_A_BUNDLE = "a resource with entries that is not a Bundle: give it as NDJSON"
+_NOT_A_BUNDLE = "a resource with entries that is not a Bundle: send it as NDJSON"
 _BOM = b"\xef\xbb\xbf"
 _TOO_LONG = "longer than the limit for one resource"
 
@@ -277,7 +277,7 @@ def _read_entry(content: LandedContent, body: bytes, location: str, bundle_time:
 def _read_deletion(
     content: LandedContent, entry: _Entry, body: bytes, location: str, bundle_time: datetime | None
 ) -> Deletion | RejectedInput:
-    """Return the deletion that an entry requests, with the time of the entry, else of the Bundle, else of the file."""
+    """Return the deletion that an entry requests, at the time of the entry, else the Bundle, else the file."""
     assert entry.request
     resource_type, _, resource_id = entry.request.url.strip("/").partition("/")
     if not resource_type.isalpha() or not resource_id or "/" in resource_id or "?" in resource_id:

@@ -165,7 +165,7 @@ class NdjsonSource:
         )
 
     def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
-        """Read all resources of the requested types in a file, whatever their time."""
+        """Read all resources of the requested types in a file, of any time."""
         now = self._now()
         reader = _LineReader(file, requested, min(_modified_at(file), now), now, self.skipped)
         number = 0

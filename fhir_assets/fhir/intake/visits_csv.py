@@ -115,8 +115,8 @@ def _validate(number: int, row: dict[str, str]) -> ValidRow | InvalidRow:
     if _is_valid(row):
         return ValidRow(number, row)
     # An empty value in a file means that the member is missing.
-    given = {column: value for column, value in row.items() if value or column == "reason"}
-    problems = tuple((path.removeprefix("/"), message) for path, message in find_errors(given))
+    visit = {column: value for column, value in row.items() if value or column == "reason"}
+    problems = tuple((path.removeprefix("/"), message) for path, message in find_errors(visit))
     return InvalidRow(number, SCHEMA_RULE, problems, orjson.dumps(row))
 
 

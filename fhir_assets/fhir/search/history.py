@@ -95,7 +95,7 @@ class DeletionHistory:
             url = self._client.resolve(page.next_link, page.url)
             if url in links:
                 raise NotFhir(
-                    f"the history of {resource_type} links its pages in a circle: the server's paging is broken"
+                    f"the next links of the history of {resource_type} form a loop: the server's paging is broken"
                 )
             links.add(url)
             try:

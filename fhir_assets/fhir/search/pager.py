@@ -30,8 +30,8 @@ T = TypeVar("T")
 TIME_TOLERANCE = timedelta(seconds=1)
 """Some servers show ``lastUpdated`` less precisely than they compare it."""
 
-_MAX_FRUITLESS_RESTARTS = 3
-_MAX_FRUITLESS_PAGES = 1000
+_MAX_RESTARTS_WITHOUT_PROGRESS = 3
+_MAX_PAGES_WITHOUT_PROGRESS = 1000
 _STEPS_THAT_PROVE_SORTING = 10
 """After this many distinct ascending times, the matches count as sorted by the server."""
 
@@ -71,7 +71,7 @@ class SearchPager:
             return self._belongs(record, interval)
 
         start = interval.start
-        fruitless = 0
+        restarts = 0
         while True:
             before = len(self._seen)
             bounds = last_updated_params(Interval(start, interval.end))
@@ -79,8 +79,8 @@ class SearchPager:
                 yield from self._read([*bounds, ("_sort", "_lastUpdated"), self._count], accept)
                 return
             except PageExpired:
-                fruitless = 0 if len(self._seen) > before else fruitless + 1
-                self._raise_if_fruitless(fruitless)
+                restarts = 0 if len(self._seen) > before else restarts + 1
+                self._raise_if_no_progress(restarts)
                 start = max(filter(None, (self._order.resume_from, interval.start)), default=None)
 
     def read_ids(self, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
@@ -92,22 +92,22 @@ class SearchPager:
                 raise NotFhir(f"a search of {self._type} by _id returned other ids too: the server ignores _id")
             return True
 
-        for fruitless in range(1, _MAX_FRUITLESS_RESTARTS + 1):
+        for restarts in range(1, _MAX_RESTARTS_WITHOUT_PROGRESS + 1):
             try:
                 yield from self._read([("_id", ",".join(ids)), self._count], accept)
                 return
             except PageExpired:
-                self._raise_if_fruitless(fruitless)
+                self._raise_if_no_progress(restarts)
 
-    def _raise_if_fruitless(self, restarts: int) -> None:
-        if restarts >= _MAX_FRUITLESS_RESTARTS:
+    def _raise_if_no_progress(self, restarts: int) -> None:
+        if restarts >= _MAX_RESTARTS_WITHOUT_PROGRESS:
             raise ServerUnavailable(
                 f"the pages of a search of {self._type} expire before they can be read, even after {restarts} new "
                 f"searches: lower {self._client.labels.page_size}, or let the server keep its searches longer"
             )
 
     def _read(self, params: Params, accept: Callable[[Record], bool]) -> Iterator[Record | RejectedInput]:
-        fruitless = 0
+        pages_without_progress = 0
         for page_number, page in enumerate(self._pages(params), 1):
             before = len(self._seen)
             self._began = self._began or page.date or self._now()
@@ -121,11 +121,11 @@ class SearchPager:
                 elif accept(item) and self._seen.add(item.version_key):
                     self._order.note(item.last_updated)
                     yield item
-            fruitless = 0 if len(self._seen) > before else fruitless + 1
-            if fruitless > _MAX_FRUITLESS_PAGES:
+            pages_without_progress = 0 if len(self._seen) > before else pages_without_progress + 1
+            if pages_without_progress > _MAX_PAGES_WITHOUT_PROGRESS:
                 raise NotFhir(
-                    f"a search of {self._type} returned {fruitless} pages in a row without a new resource: the "
-                    "server's paging has no end"
+                    f"a search of {self._type} returned {pages_without_progress} pages in a row without a new "
+                    "resource: the server's paging has no end"
                 )
 
     def _pages(self, params: Params) -> Iterator[SearchPage]:
@@ -135,7 +135,7 @@ class SearchPager:
         while page.next_link is not None:
             url = self._client.resolve(page.next_link, page.url)
             if hash(url) in links:
-                raise NotFhir(f"a search of {self._type} links its pages in a circle: the server's paging is broken")
+                raise NotFhir(f"the next links of a search of {self._type} form a loop: the server's paging is broken")
             links.add(hash(url))
             next_page = _start(lambda url=url: self._client.get(url, self._parse_page))  # type: ignore[misc]
             yield page

@@ -55,7 +55,7 @@ def build(folder: Path) -> Definition:
             case "CodeSystem":
                 code_systems[resource["url"]] = resource
     if not structures:
-        raise SystemExit(f"no StructureDefinition in {folder}; give the folder of the R4 definitions")
+        raise SystemExit(f"no StructureDefinition in {folder}; pass the folder of the R4 definitions")
     rules: Definition = {}
     bound: set[str] = set()
     for definition in structures:

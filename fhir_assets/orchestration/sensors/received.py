@@ -46,17 +46,17 @@ def build_load_received_sensor(
         now = datetime.now(UTC)
         with warehouse.connect() as conn:
             waiting = group_windows(settings, received.find_pending(conn, now=now))[:MAX_RUNS]
-            received.record_request(conn, [entry for stretch in waiting for entry in stretch.pending], now=now)
+            received.record_request(conn, [entry for run_windows in waiting for entry in run_windows.pending], now=now)
         if not waiting:
             yield dg.SkipReason("all received resources are loaded")
         assert context.repository_def
         graph = context.repository_def.asset_graph
-        for stretch in waiting:
+        for run_windows in waiting:
             yield build_run_request(
-                stretch.windows,
-                run_key=f"{now:%Y-%m-%dT%H:%M:%S}/{stretch.run_key}",
+                run_windows.windows,
+                run_key=f"{now:%Y-%m-%dT%H:%M:%S}/{run_windows.run_key}",
                 tags={},
-                assets=select_assets(graph, stretch.resource_types),
+                assets=select_assets(graph, run_windows.resource_types),
             )
 
     return load_received

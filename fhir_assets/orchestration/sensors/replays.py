@@ -102,18 +102,18 @@ def _plan(
     settings: Settings,
     warehouse: Warehouse,
     graph: AssetGraph,
-    marked: Sequence[replays.ReplayRequest],
+    requested: Sequence[replays.ReplayRequest],
     previous_attempts: Mapping[str, int],
 ) -> _Plan:
     by_key: dict[str, list[replays.ReplayRequest]] = {}
-    for mark in marked:
-        by_key.setdefault(mark.partition_key, []).append(mark)
+    for request in requested:
+        by_key.setdefault(request.partition_key, []).append(request)
     plan = _Plan()
     for windows in group_consecutive_windows(settings.window_scheme, by_key):
-        marks = [mark for window in windows.windows for mark in by_key[window.key]]
-        types = sorted({mark.resource_type for mark in marks}, key=LOAD_ORDER.__getitem__)
+        requests = [request for window in windows.windows for request in by_key[window.key]]
+        types = sorted({request.resource_type for request in requests}, key=LOAD_ORDER.__getitem__)
         first, last = windows.windows[0].key, windows.windows[-1].key
-        key = f"{first}..{last}@{max(mark.requested_at for mark in marks):%Y-%m-%dT%H:%M:%S.%f}"
+        key = f"{first}..{last}@{max(request.requested_at for request in requests):%Y-%m-%dT%H:%M:%S.%f}"
         attempt = previous_attempts.get(key, 0) + 1
         if attempt > MAX_ATTEMPTS:
             with warehouse.connect() as conn:

@@ -92,7 +92,7 @@ class BulkSource:
         """Return None: an export has all types of the server, so that no type has to be left out."""
 
     def compute_state(self) -> None:
-        """Return None: unlike files, a server has no state that says whether everything must be read again."""
+        """Return None: unlike files, a server has no state that shows whether everything must be read again."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
         """Return None: an export counts the resources of files, not of windows. The download checks these counts."""

@@ -34,7 +34,7 @@ STAGES: tuple[Stage, ...] = ("transform", "load")
 _ACTOR = "pipeline"
 
 _ROWS_PER_SECOND = 8000
-"""About how many resources one process turns into rows; decides whether worker processes are started."""
+"""The approximate speed of one process, which determines whether worker processes are started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class LoadResult:
 class _Task:
     """The parts of one window to load.
 
-    ``from_start`` says whether ``parts`` are all parts of the window, and ``reload`` whether some of them were loaded
+    ``from_start`` states whether ``parts`` are all parts of the window, and ``reload`` whether some of them were loaded
     before. ``until`` is the time up to which the window is fetched and validated, None if the checkpoint must not move.
     """
 
@@ -90,7 +90,7 @@ class _Task:
 class LoadStep:
     """Loads validated partitions into the tables of views, one resource type for each call.
 
-    ``all_views`` says whether ``views`` are all views of the type. Only if they are, parts are recorded as loaded and
+    ``all_views`` states whether ``views`` are all views of the type. Only if they are, parts are recorded as loaded and
     checkpoints move.
     """
 

@@ -32,7 +32,7 @@ from fhir_assets.windows import Window, WindowScheme
 class Received:
     """The resources of one origin, by type and window.
 
-    ``skipped`` counts, by type, resources of types that this deployment does not load. ``already_received`` says
+    ``skipped`` counts, by type, resources of types that this deployment does not load. ``already_received`` states
     whether the origin was received before, so that nothing was written now.
     """
 

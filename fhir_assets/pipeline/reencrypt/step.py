@@ -1,7 +1,7 @@
 """Reencrypt the tables, the encrypted tables of ``ops`` and the store with the newest key, while loads run.
 
 Resources are decrypted and encrypted again, and the rows of their views are rebuilt. This covers data of older keys,
-data from before there were keys, and columns whose type depends on whether there are keys. Each batch is a
+data that was stored before keys were set, and columns whose type depends on whether keys are set. Each batch is a
 transaction of its own. Reencrypted data is recognized by its key id, so that a rotation continues a stopped one.
 """
 

@@ -37,7 +37,7 @@ class ValidatedUpdate:
 
 
 _BYTES_PER_SECOND = 50e6
-"""About how fast one process validates; decides whether worker processes are started."""
+"""The approximate speed of one process, which determines whether worker processes are started."""
 
 LineIssues = list[tuple[int, tuple[Issue, ...]]]
 """The lines of a batch that have issues, each as its index in the batch and its issues."""

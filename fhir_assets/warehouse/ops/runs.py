@@ -74,7 +74,7 @@ def record_counts(
     Raises ValueError if a name is not in COUNTS.
     """
     keys = sorted(counts)
-    given = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
+    values_by_name = {name: [counts[key].get(name) for key in keys] for name in COUNTS}
     if unknown := {name for values in counts.values() for name in values} - set(COUNTS):
         raise ValueError(f"no such counts: {', '.join(sorted(unknown))}")
     conn.execute(
@@ -98,7 +98,7 @@ def record_counts(
         ) AS n (partition_key, server_total, fetched, valid, dead, withheld, loaded)
         WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key
         """,
-        {"run": run_id, "type": resource_type, "keys": keys, **given},
+        {"run": run_id, "type": resource_type, "keys": keys, **values_by_name},
     )
 
 

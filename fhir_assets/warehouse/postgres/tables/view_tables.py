@@ -38,29 +38,29 @@ _MAX_EXACT_COUNT = 1_000_000
 class Drift:
     """One difference between a table and its view.
 
-    For a column, ``wanted`` is its Postgres type in the view and ``found`` its type in the table, None if the column
-    does not exist there.
+    For a column, ``expected`` is its Postgres type in the view and ``actual`` its type in the table, None if the
+    column does not exist there.
     """
 
     view: str
-    what: Literal["table", "column", "index"]
+    kind: Literal["table", "column", "index"]
     name: str
-    wanted: str | None
-    found: str | None
+    expected: str | None
+    actual: str | None
 
     @property
     def safe(self) -> bool:
         """True if adding a table, column or index removes the difference, without loss of data."""
-        return self.found is None
+        return self.actual is None
 
     def __str__(self) -> str:
-        if self.what != "column":
-            return f"{self.what} {self.name} is missing"
-        if self.wanted is None:
+        if self.kind != "column":
+            return f"{self.kind} {self.name} is missing"
+        if self.expected is None:
             return f"column {self.name} is in the table but not in the view"
-        if self.found is None:
+        if self.actual is None:
             return f"column {self.name} is in the view but not in the table"
-        return f"column {self.name} is {self.found} in the table but {self.wanted} in the view"
+        return f"column {self.name} is {self.actual} in the table but {self.expected} in the view"
 
 
 def ensure_tables(conn: Session, views: Iterable[View]) -> None:
@@ -129,7 +129,7 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
         for layout, applied in _find_changed(conn, layouts):
             changes += (differences := _compare(conn, layout))
             if _read_fingerprint(applied) != layout.fingerprint or any(
-                difference.what != "index" and difference.wanted for difference in differences
+                difference.kind != "index" and difference.expected for difference in differences
             ):
                 outdated_types.add(layout.resource_type)
             lossy = [difference for difference in differences if not difference.safe]
@@ -183,7 +183,7 @@ def _read_fingerprint(stamp: str | None) -> str | None:
 
 
 def _compare(conn: Connection, layout: TableLayout) -> list[Drift]:
-    found: dict[str, str] = dict(
+    actual: dict[str, str] = dict(
         conn.execute(
             """
             SELECT a.attname, format_type(a.atttypid, a.atttypmod)
@@ -197,19 +197,19 @@ def _compare(conn: Connection, layout: TableLayout) -> list[Drift]:
             [SCHEMA, layout.name],
         ).fetchall()
     )
-    if not found:
+    if not actual:
         return [Drift(layout.name, "table", layout.name, "table", None)]
-    wanted = {column.name: column for column in layout.columns}
+    expected = {column.name: column for column in layout.columns}
     changes = [
-        Drift(layout.name, "column", name, column.type, found.get(name))
-        for name, column in wanted.items()
-        if found.get(name) != column.type
+        Drift(layout.name, "column", name, column.type, actual.get(name))
+        for name, column in expected.items()
+        if actual.get(name) != column.type
     ]
-    changes += [Drift(layout.name, "column", name, None, kind) for name, kind in found.items() if name not in wanted]
+    changes += [Drift(layout.name, "column", name, None, kind) for name, kind in actual.items() if name not in expected]
     indexed = _find_indexed_columns(conn, layout)
     changes += [
         Drift(layout.name, "index", name, column.index, None)
-        for name, column in wanted.items()
+        for name, column in expected.items()
         if column.index and name not in indexed
     ]
     return changes
@@ -234,7 +234,7 @@ def _find_indexed_columns(conn: Connection, layout: TableLayout) -> set[str]:
 def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> None:
     table = sql.Identifier(SCHEMA, layout.name)
     columns = {column.name: column for column in layout.columns}
-    if any(change.what == "table" for change in changes):
+    if any(change.kind == "table" for change in changes):
         conn.execute(
             sql.SQL("CREATE TABLE {} ({})").format(
                 table, sql.SQL(", ").join(map(_build_column_definition, layout.columns))
@@ -242,12 +242,12 @@ def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift
         )
         roles.grant_view_rights(conn, [layout.name])
     for change in changes:
-        if change.what != "column":
+        if change.kind != "column":
             continue
         name = sql.Identifier(change.name)
-        if change.found is not None:
+        if change.actual is not None:
             conn.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(table, name))
-        if change.wanted is not None:
+        if change.expected is not None:
             conn.execute(
                 sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(table, _build_column_definition(columns[change.name]))
             )
