@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev ## All tests but the long stories
 check: lint types ## Lint, types and the fast tests: under five minutes
 	$(PYTEST) --dist loadfile $(FAST)
 
-# The tests of single rooms. The others start servers, daemons and whole loads.
+# The tests of single components. The others start servers, daemons and whole loads.
 FAST := fhir_assets_tests/fhir fhir_assets_tests/privacy fhir_assets_tests/storage fhir_assets_tests/warehouse \
   fhir_assets_tests/pipeline fhir_assets_tests/sandbox $(wildcard fhir_assets_tests/test_*.py)
 
@@ -95,7 +95,7 @@ second-server: $(VENV)/.installed-dev ## The stories against a FHIR server that 
 	npm install --prefix $(SECOND) --no-package-lock --no-audit --no-fund --silent
 	$(BIN)/python -m pytest -m slow fhir_assets_tests/e2e/test_second_server.py
 
-benchmark: $(VENV)/.installed-dev ## All figures of docs/performance.md, beside their peers
+benchmark: $(VENV)/.installed-dev ## All figures of docs/performance.md, with those of comparable tools
 	$(PIP) --require-hashes -r requirements/benchmark.lock
 	@# A peer that asks for an older fhirpathpy than ours, and works with it.
 	$(PIP) --no-deps 'sqlonfhir>=0.0.2'

@@ -1,4 +1,4 @@
-"""The rooms of docs/architecture.md: which room may import which, and no cycle between folders."""
+"""The components of docs/architecture.md: which component may import which, and no import cycle between folders."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from fhir_assets.settings import Settings
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
 GROUND = {"errors", "windows", "catalog", "retries", "notices"}
-"""The modules that every room may import."""
+"""The modules that every component may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -45,10 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"settings", "logs", "fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "delivery"}
     | {"deployment", "orchestration", "definitions", "ingestion", "sandbox", "api"},
 }
-"""A rule for every room: the other rooms that its modules may import."""
+"""The other components that the modules of each component may import."""
 
 WITH_DAGSTER = {"orchestration", "instance", "definitions", "ingestion", "api", "cli"}
-"""The rooms that may import Dagster; all others work without it."""
+"""The components that may import Dagster."""
 
 
 def _module_name(path: Path) -> str:
@@ -110,18 +110,18 @@ def _cycle(graph: Mapping[str, set[str]]) -> list[str]:
     return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
 
 
-def test_every_room_has_a_rule() -> None:
-    rooms = {module.partition(".")[0] for module in MODULES if module}
-    assert rooms == set(MAY_IMPORT)
+def test_every_component_has_an_import_rule() -> None:
+    components = {module.partition(".")[0] for module in MODULES if module}
+    assert components == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
+@pytest.mark.parametrize("component", MAY_IMPORT)
+def test_a_component_imports_only_the_components_below_it(component: str) -> None:
     for module, path in MODULES.items():
-        if module.partition(".")[0] == room:
+        if module.partition(".")[0] == component:
             for imported in _own_imports(path):
                 other = imported.partition(".")[0]
-                assert not other or other == room or other in MAY_IMPORT[room], f"{module} imports {imported}"
+                assert not other or other == component or other in MAY_IMPORT[component], f"{module} imports {imported}"
 
 
 def test_the_rules_themselves_contain_no_cycle() -> None:
@@ -132,10 +132,10 @@ def test_no_cycle_between_folders() -> None:
     assert _cycle(_folder_graph()) == []
 
 
-@pytest.mark.parametrize("room", sorted(set(MAY_IMPORT) - WITH_DAGSTER))
-def test_the_rooms_below_work_without_dagster(room: str) -> None:
+@pytest.mark.parametrize("component", sorted(set(MAY_IMPORT) - WITH_DAGSTER))
+def test_the_components_below_do_not_import_dagster(component: str) -> None:
     for module, path in MODULES.items():
-        if module.partition(".")[0] == room:
+        if module.partition(".")[0] == component:
             names = [name for name in _imports(path) if name.split(".")[0].startswith("dagster")]
             assert names in ([], ["dagster_aws.s3.S3Resource"]), f"{module} imports {names}"
 
@@ -200,13 +200,13 @@ def test_the_pure_layer_names_no_environment_variable_of_the_settings() -> None:
 
 
 WITHOUT_SQL = {"pipeline", "api", "cli", "orchestration", "deployment", "ingestion", "definitions"}
-"""The rooms that call named functions of the warehouse and execute no SQL themselves."""
+"""The components that call named functions of the warehouse and execute no SQL themselves."""
 
 SQL_OUTSIDE_THE_WAREHOUSE = {"orchestration.instance.storage"}
-"""Modules of these rooms with SQL: the event log writes the tables of Dagster, through Dagster's own SQLAlchemy."""
+"""Modules of these components with SQL. The event log writes Dagster's tables through Dagster's own SQLAlchemy."""
 
 
-def test_rooms_above_the_warehouse_execute_no_sql() -> None:
+def test_components_above_the_warehouse_execute_no_sql() -> None:
     for module, path in MODULES.items():
         if module.partition(".")[0] in WITHOUT_SQL and module not in SQL_OUTSIDE_THE_WAREHOUSE:
             assert not [name for name in _imports(path) if name.startswith("psycopg.sql")], f"{module} composes SQL"
