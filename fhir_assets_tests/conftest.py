@@ -35,12 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_teardown() -> None:
     """Remove the log handlers that a test configured: they write to streams of pytest that are closed after it."""
-    ours = logging.getLogger("fhir_assets")
-    for logger in (logging.getLogger(), ours):
+    project_logger = logging.getLogger("fhir_assets")
+    for logger in (logging.getLogger(), project_logger):
         logger.handlers[:] = [
             handler for handler in logger.handlers if not isinstance(handler.formatter, JsonFormatter)
         ]
-    ours.propagate = True
+    project_logger.propagate = True
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -106,8 +106,8 @@ def test_the_job_that_migrates_is_a_command_that_exists() -> None:
 
 
 def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
-    given = values()["runLauncher"]["config"]["k8sRunLauncher"]
-    config = {snake(name): value for name, value in given.items()}
+    launcher = values()["runLauncher"]["config"]["k8sRunLauncher"]
+    config = {snake(name): value for name, value in launcher.items()}
     job = config["run_k8s_config"]
     config["run_k8s_config"] = {snake(name): value for name, value in job.items()}
     # Values that the chart adds.

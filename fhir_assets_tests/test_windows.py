@@ -17,10 +17,10 @@ def scheme(granularity: Granularity = Granularity.DAILY, *, open_start: bool = F
 
 @pytest.mark.parametrize("granularity", list(Granularity))
 def test_window_keys_equal_the_partition_keys_of_dagster(granularity: Granularity) -> None:
-    ours = scheme(granularity)
+    windows = scheme(granularity)
     now = START + timedelta(days=70, hours=5)
-    keys = build_partitions(ours).get_partition_keys(current_time=now)
-    assert [window.key for window in ours.between(START, now)] == list(keys)
+    keys = build_partitions(windows).get_partition_keys(current_time=now)
+    assert [window.key for window in windows.between(START, now)] == list(keys)
 
 
 @given(moment=MOMENTS, granularity=st.sampled_from(list(Granularity)))
@@ -40,13 +40,13 @@ def test_a_range_finds_the_same_window_as_the_scheme(first: datetime, days: int,
 
 
 def test_with_an_open_start_the_first_window_contains_all_older_moments() -> None:
-    ours = scheme(open_start=True)
+    windows = scheme(open_start=True)
     old = datetime(1999, 5, 1, tzinfo=UTC)
-    first = ours.window_at(old)
+    first = windows.window_at(old)
     assert first.key == "2024-01-01"
     assert old in first
     assert WindowRange([first]).find(old) == first
-    assert ours.window("2024-01-02").start == datetime(2024, 1, 2, tzinfo=UTC)
+    assert windows.window("2024-01-02").start == datetime(2024, 1, 2, tzinfo=UTC)
 
 
 def test_windows_are_half_open() -> None:

@@ -24,7 +24,7 @@ PROBLEM = "application/problem+json"
 
 def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(api: Api) -> None:
     routes = list_routes(create_app(api.settings))
-    asked = 0
+    refused_roles = 0
     for route in routes:
         path = re.sub(r"\{[^}]+\}", "x", route.path)
         for method in route.methods or ():
@@ -39,8 +39,8 @@ def test_every_route_refuses_no_token_a_wrong_token_and_a_wrong_role(api: Api) -
                 if Role(role) not in allowed:
                     answer = api.call(method, path, role=role, data=b"{")
                     assert (answer.status_code, answer.headers["Content-Type"]) == (403, PROBLEM), (method, path, role)
-                    asked += 1
-    assert asked > len(ROUTE_ROLES)
+                    refused_roles += 1
+    assert refused_roles > len(ROUTE_ROLES)
     assert api.get("/nowhere", role=None).status_code == 401
     assert api.get("/nowhere").status_code == 404
 

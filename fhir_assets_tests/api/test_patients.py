@@ -47,31 +47,33 @@ def visit(number: str, patient_id: str, day: str) -> dict[str, Any]:
 
 @dataclass
 class Clinic:
-    """A running API over tables that hold people, by name: their ids."""
+    """A running API with loaded patients. ``ids`` are the patient ids by the names of ``_load_patients``."""
 
     api: Api
     warehouse: Warehouse
     ids: dict[str, str]
 
-    def listed(self, query: str = "") -> dict[str, Any]:
+    def search(self, query: str = "") -> dict[str, Any]:
+        """Return the page of patients for a query string."""
         answer = self.api.get(f"/patients{query}", role="reader")
         assert answer.status_code == 200, answer.text
         content: dict[str, Any] = answer.json()
         return content
 
-    def found(self, query: str) -> list[str]:
-        return [each["id"] for each in self.listed(query)["patients"]]
+    def search_ids(self, query: str) -> list[str]:
+        """Return the ids of the patients on the page for a query string."""
+        return [patient["id"] for patient in self.search(query)["patients"]]
 
-    def walk(self, path: str) -> list[str]:
-        """Every id that following `next` meets."""
-        met = []
+    def follow_pages(self, path: str) -> list[str]:
+        """Return the patient ids of a page and of all pages after it, which ``next`` links to."""
+        ids = []
         while path:
             content = self.api.get(path).json()
-            met += [each["id"] for each in content["patients"]]
+            ids += [patient["id"] for patient in content["patients"]]
             path = content["next"]
-        return met
+        return ids
 
-    def audit_records(self) -> list[Entry]:
+    def audit_entries(self) -> list[Entry]:
         with self.warehouse.connect() as conn:
             return audit_log.find_latest(conn, limit=500)
 
@@ -94,10 +96,10 @@ def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pyte
         (home / "dagster").mkdir()
         shutil.copyfile(find_dagster_yaml(), home / "dagster" / "dagster.yaml")
         with api_in_threads(settings) as api, dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
-            yield _filled(api, instance)
+            yield _load_patients(api, instance)
 
 
-def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
+def _load_patients(api: Api, instance: dg.DagsterInstance) -> Clinic:
     people = {
         "ada": person("MRN-1", "Ada Augusta", "Lovelace", birthDate="1815-12-10", gender="female"),
         "byron": person("MRN-2", "George", "Byron"),
@@ -113,8 +115,8 @@ def _filled(api: Api, instance: dg.DagsterInstance) -> Clinic:
     assert api.post("/api/v1/ingest", json={"records": visits}).json()["rejected"] == 0
     ingestion = Ingestion(api.settings, build_definitions(api.settings), instance)
     while waiting := ingestion.find_received():
-        for each in waiting:
-            assert ingestion.load_received(each, triggered_by="test").success
+        for windows in waiting:
+            assert ingestion.load_received(windows, triggered_by="test").success
     warehouse = Warehouse(api.settings)
     deletions.apply_in_transaction(
         warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test"
@@ -151,7 +153,7 @@ def test_a_patient_is_returned_with_all_visits_newest_first(clinic: Clinic) -> N
 
 def test_patients_are_found_by_mrn_and_by_case_insensitive_names(clinic: Clinic) -> None:
     ada, byron = clinic.ids["ada"], clinic.ids["byron"]
-    assert clinic.listed("?mrn=MRN-1")["total"] == 1
+    assert clinic.search("?mrn=MRN-1")["total"] == 1
     for query in (
         "?mrn=MRN-1",
         "?last_name=Lovelace",
@@ -160,42 +162,42 @@ def test_patients_are_found_by_mrn_and_by_case_insensitive_names(clinic: Clinic)
         "?first_name=Ada Augusta",
         "?first_name=Ada&last_name=lovelace&mrn=MRN-1",
     ):
-        assert clinic.found(query) == [ada], query
-    assert clinic.found("?first_name=george") == [byron]
+        assert clinic.search_ids(query) == [ada], query
+    assert clinic.search_ids("?first_name=george") == [byron]
     for query in ("?mrn=mrn-1", "?mrn=MRN", "?first_name=Ada&last_name=Byron", "?last_name=Love%25", "?last_name='"):
-        assert clinic.listed(query) == {"total": 0, "page": 1, "page_size": 20, "patients": [], "next": None}, query
+        assert clinic.search(query) == {"total": 0, "page": 1, "page_size": 20, "patients": [], "next": None}, query
 
 
 def test_pages_and_next_links_return_every_patient_once_in_the_same_order(clinic: Clinic) -> None:
-    everybody = sorted(identity for name, identity in clinic.ids.items() if name not in ("silent", "gone"))
-    pages = [clinic.listed(f"?page={number}&page_size=7") for number in range(1, 6)]
-    assert [each["id"] for page in pages for each in page["patients"]] == everybody
-    assert {page["total"] for page in pages} == {len(everybody)}
+    visible_ids = sorted(identity for name, identity in clinic.ids.items() if name not in ("silent", "gone"))
+    pages = [clinic.search(f"?page={number}&page_size=7") for number in range(1, 6)]
+    assert [patient["id"] for page in pages for patient in page["patients"]] == visible_ids
+    assert {page["total"] for page in pages} == {len(visible_ids)}
     assert [page["page"] for page in pages] == [1, 2, 3, 4, 5]
-    assert clinic.walk("/patients?page_size=5") == everybody
+    assert clinic.follow_pages("/patients?page_size=5") == visible_ids
     crowd = sorted(identity for name, identity in clinic.ids.items() if name.startswith("crowd"))
-    assert clinic.walk("/patients?page_size=4&last_name=m%C3%BCller") == crowd
-    third = clinic.listed("?page=3&page_size=5&last_name=M%C3%9CLLER")
-    assert (third["total"], [each["id"] for each in third["patients"]]) == (CROWD, crowd[10:15])
-    assert clinic.listed("?page=100&last_name=M%C3%9CLLER")["total"] == CROWD
+    assert clinic.follow_pages("/patients?page_size=4&last_name=m%C3%BCller") == crowd
+    third = clinic.search("?page=3&page_size=5&last_name=M%C3%9CLLER")
+    assert (third["total"], [patient["id"] for patient in third["patients"]]) == (CROWD, crowd[10:15])
+    assert clinic.search("?page=100&last_name=M%C3%9CLLER")["total"] == CROWD
 
 
 def test_a_page_begins_at_a_remembered_id_wherever_it_lies(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fhir_assets.warehouse.postgres.queries.patient_directory.STRIDE", 4)
-    everybody = clinic.walk("/patients?page_size=200")
+    visible_ids = clinic.follow_pages("/patients?page_size=200")
     with clinic.warehouse.connect() as conn:
         pages = PatientDirectory(clinic.warehouse.connect)
         for size in (1, 3, 4, 5, 9):
-            for number in range(1, len(everybody) // size + 3):
+            for number in range(1, len(visible_ids) // size + 3):
                 page = pages.page(conn, number, size)
-                assert list(page.ids) == everybody[(number - 1) * size : number * size]
-                assert page.total == len(everybody)
+                assert list(page.ids) == visible_ids[(number - 1) * size : number * size]
+                assert page.total == len(visible_ids)
 
 
 def test_a_withheld_patient_is_refused_with_the_reason_and_not_listed(clinic: Clinic) -> None:
     answer = clinic.api.get(f"/patients/{clinic.ids['silent']}", role="reader")
     assert (answer.status_code, answer.json()["reason"]) == (403, "consent")
-    assert clinic.found("?mrn=MRN-3") == clinic.found("?last_name=Silent") == []
+    assert clinic.search_ids("?mrn=MRN-3") == clinic.search_ids("?last_name=Silent") == []
 
 
 def test_a_denial_takes_effect_before_it_is_applied_to_the_tables(clinic: Clinic) -> None:
@@ -208,7 +210,7 @@ def test_a_denial_takes_effect_before_it_is_applied_to_the_tables(clinic: Clinic
         conn.execute(denial, [byron])
     try:
         assert clinic.api.get(f"/patients/{byron}").status_code == 403
-        assert clinic.found("?mrn=MRN-2") == []
+        assert clinic.search_ids("?mrn=MRN-2") == []
     finally:
         with clinic.warehouse.connect() as conn:
             conn.execute("DELETE FROM ops.consents WHERE patient_id = %s", [byron])
@@ -219,7 +221,7 @@ def test_an_unknown_patient_is_404_and_a_deleted_patient_is_410(clinic: Clinic) 
     assert clinic.api.get("/patients/nobody", role="reader").status_code == 404
     answer = clinic.api.get(f"/patients/{clinic.ids['gone']}", role="reader")
     assert (answer.status_code, answer.headers["Content-Type"]) == (410, "application/problem+json")
-    assert clinic.found("?mrn=MRN-4") == []
+    assert clinic.search_ids("?mrn=MRN-4") == []
 
 
 def test_every_read_of_a_patient_is_audited_with_the_token_name(clinic: Clinic) -> None:
@@ -230,9 +232,9 @@ def test_every_read_of_a_patient_is_audited_with_the_token_name(clinic: Clinic) 
         subjects = {name: audit_log.hash_subject(conn, "Patient", identity) for name, identity in clinic.ids.items()}
     request = clinic.api.get(f"/patients/{ada}", role="reader").headers["X-Request-ID"]
     clinic.api.get(f"/patients/{silent}", role="reader")
-    clinic.listed("?last_name=m%C3%BCller&page_size=200")
-    clinic.listed("?mrn=none")
-    audit_records = [each.audit_record for each in reversed(clinic.audit_records()) if each.seq > seq]
+    clinic.search("?last_name=m%C3%BCller&page_size=200")
+    clinic.search("?mrn=none")
+    audit_records = [entry.audit_record for entry in reversed(clinic.audit_entries()) if entry.seq > seq]
     assert {audit_record.actor for audit_record in audit_records} == {"api:reader"}
     assert {audit_record.action for audit_record in audit_records} == {
         "decrypt" if warehouse.cipher().encrypts else "read"

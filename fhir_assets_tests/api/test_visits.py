@@ -66,7 +66,7 @@ def test_invalid_records_are_listed_with_all_errors_and_the_others_are_accepted(
     content = answer.json()
     assert (content["records_received"], content["records_rejected"]) == (4, 3)
     first, text, other = content["rejected"]
-    assert [each["index"] for each in content["rejected"]] == [1, 2, 3]
+    assert [record["index"] for record in content["rejected"]] == [1, 2, 3]
     assert {e["path"] for e in first["errors"]} == {"", "/mrn", "/last_name", "/birth_date"}
     assert text["errors"] == [{"path": "", "message": "must be of type object"}]
     assert len(other["errors"]) == 6
@@ -109,13 +109,13 @@ def test_more_than_the_limits_is_413(serve_in_threads: Serve) -> None:
 
 
 def test_without_a_landing_zone_the_error_names_the_missing_setting(serve_in_threads: Serve) -> None:
-    for settings, said in (
+    for settings, missing_setting in (
         ({"fhir_landing_url": ""}, "FHIR_LANDING_URL"),
         ({"fhir_resource_types": "Patient"}, "FHIR_RESOURCE_TYPES lacks Encounter"),
     ):
         answer = serve_in_threads(**settings).post("/ingest", json=[visit("1", "V1")])
         assert answer.status_code == 503
-        assert said in answer.json()["detail"]
+        assert missing_setting in answer.json()["detail"]
 
 
 def test_an_unwritable_landing_zone_is_503_and_creates_no_task(serve_in_threads: Serve, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_request_is_audited_and_logs_tables_and_file_names_contain_no_patient_
         rows = [conn.execute(sql.SQL("SELECT t::text FROM ops.{} t").format(sql.Identifier(t))).fetchall()
                 for (t,) in tables]  # fmt: skip
     assert ("create", "api:ingester", "Encounter", 1) in audit_records
-    said = str(rows) + caplog.text + str(os.listdir(api.settings.fhir_landing_url))
-    assert "a request was answered" in said
-    assert "SECRET" not in said
-    assert "Secret" not in said
+    written_text = str(rows) + caplog.text + str(os.listdir(api.settings.fhir_landing_url))
+    assert "a request was answered" in written_text
+    assert "SECRET" not in written_text
+    assert "Secret" not in written_text

@@ -29,7 +29,7 @@ def server() -> Iterator[SandboxServer]:
         yield server
 
 
-def deployed(deploy: Deploy, server: SandboxServer, hook: WebhookReceiver, **settings: object) -> Deployment:
+def deploy_with_webhook(deploy: Deploy, server: SandboxServer, hook: WebhookReceiver, **settings: object) -> Deployment:
     return deploy(
         fhir_base_url=server.url,
         fhir_last_updated_gte="2024-01-05",
@@ -42,7 +42,7 @@ def deployed(deploy: Deploy, server: SandboxServer, hook: WebhookReceiver, **set
 
 def test_a_failed_check_and_its_recovery_are_reported_once_each(deploy: Deploy, server: SandboxServer) -> None:
     with receive_webhooks(503, 503, 503) as hook:
-        deployment = deployed(deploy, server, hook)
+        deployment = deploy_with_webhook(deploy, server, hook)
         sensor = AlertsSensor(deployment)
         add(server, *(patient(f"bad{n}", DAY, name=NAME, gender="malee") for n in range(3)))
         last = DAY + timedelta(days=1)
@@ -69,9 +69,9 @@ def test_a_failed_check_and_its_recovery_are_reported_once_each(deploy: Deploy, 
 
 def test_a_failed_run_is_an_incident_until_the_same_windows_succeed(deploy: Deploy, server: SandboxServer) -> None:
     with receive_webhooks() as hook:
-        deployment = deployed(deploy, server, hook)
+        deployment = deploy_with_webhook(deploy, server, hook)
         sensor = AlertsSensor(deployment)
-        broken = deployed(deploy, server, hook, fhir_store_url="/proc/none")
+        broken = deploy_with_webhook(deploy, server, hook, fhir_store_url="/proc/none")
         first, last = DAY, DAY + timedelta(days=1)
         assert not all(outcome.success for outcome in broken.ingest(first=first, last=last))
         sensor.tick()
@@ -89,7 +89,7 @@ def test_a_failed_run_is_an_incident_until_the_same_windows_succeed(deploy: Depl
 
 def test_windows_behind_schedule_are_reported(deploy: Deploy, server: SandboxServer) -> None:
     with receive_webhooks() as hook:
-        deployment = deployed(deploy, server, hook)
+        deployment = deploy_with_webhook(deploy, server, hook)
         with connect(deployment.url) as conn:
             checkpoints.begin(conn, ["Patient"], DAY, source_state=None)
             sensor = AlertsSensor(deployment)
@@ -113,8 +113,8 @@ def test_windows_behind_schedule_are_reported(deploy: Deploy, server: SandboxSer
 
 def test_a_failure_that_recovered_before_the_first_tick_is_not_reported(deploy: Deploy, server: SandboxServer) -> None:
     with receive_webhooks() as hook:
-        deployment = deployed(deploy, server, hook)
-        broken = deployed(deploy, server, hook, fhir_store_url="/proc/none")
+        deployment = deploy_with_webhook(deploy, server, hook)
+        broken = deploy_with_webhook(deploy, server, hook, fhir_store_url="/proc/none")
         broken.ingest(first=DAY, last=DAY)
         deployment.ingest(first=DAY, last=DAY)
         AlertsSensor(deployment).tick()

@@ -20,7 +20,7 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, free_port
 from fhir_assets_tests.support.api_fuzz import fuzz
 from fhir_assets_tests.support.content import instant, patient
-from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon, environment
 
@@ -64,7 +64,7 @@ def webserver(deployment: Deployment, log: Path, **changed: str) -> Iterator[str
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            until(DagsterClient(url, timeout=5).is_ready, seconds=240)
+            wait_until(DagsterClient(url, timeout=5).is_ready, seconds=240)
             yield url
         finally:
             os.killpg(process.pid, signal.SIGTERM)
@@ -150,8 +150,8 @@ def _backfilled(api: Api, deployment: Deployment) -> None:
     started = api.post("/ingest/observations/backfill?wait=300").json()["runs"]
     assert [run["status"] for run in started] == ["SUCCESS"] * len(started)
     assert len(started) >= 2
-    # The sensor of what was received brings both patients into the tables.
-    until(lambda: deployment.loaded().get("Patient") == 2, seconds=240)
+    # The sensor load_received requests the run that loads both patients.
+    wait_until(lambda: deployment.loaded().get("Patient") == 2, seconds=240)
 
 
 def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
@@ -165,7 +165,7 @@ def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
     assert api.post(f"/runs/{run_id}/replay?stage=load").json()["marked"] == 0
     assert api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()["marked"] == 1
     query = "SELECT status FROM ops.dead_letters WHERE id = %s AND attempts > %s"
-    until(lambda: deployment.query(query, dead_letter["id"], dead_letter["attempts"]) == [("open",)], seconds=240)
+    wait_until(lambda: deployment.query(query, dead_letter["id"], dead_letter["attempts"]) == [("open",)], seconds=240)
 
 
 def _exported(api: Api, run_id: str, exports: Path) -> None:

@@ -123,10 +123,10 @@ class Hospital:
             return int(row[0])
 
     def command(self, app: Any, *arguments: str) -> None:
-        found = CliRunner().invoke(app, arguments, env=self.environment)
-        if found.exception and not isinstance(found.exception, SystemExit):
-            raise found.exception
-        assert found.exit_code == 0, found.output
+        result = CliRunner().invoke(app, arguments, env=self.environment)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
 
     def records(self) -> list[AuditRecord]:
         """Return all audit records, oldest first."""
@@ -137,12 +137,12 @@ class Hospital:
     def state(self) -> dict[str, list[str]]:
         """Return the state that actions change: rows of tables, and exported files."""
         # A file of the lake counts when its view's _windows.json names it.
-        found = {"files": sorted(path.name for path in self.folder.rglob("exports/**/*json"))}
+        state = {"files": sorted(path.name for path in self.folder.rglob("exports/**/*json"))}
         with self.connect() as conn:
             for table in STATE:
                 rows = conn.execute(f"SELECT ({STATE[table]})::text FROM {table} ORDER BY 1".encode()).fetchall()
-                found[table] = [row for (row,) in rows]
-        return found
+                state[table] = [row for (row,) in rows]
+        return state
 
 
 STATE = {
@@ -349,9 +349,9 @@ def test_an_action_and_its_audit_records_are_committed_in_one_transaction(
         conn.execute("DROP FUNCTION public.refuse_commit CASCADE")
 
     case.do(hospital)
-    found = sorted((_without_user(audit_record) for audit_record in hospital.records()[len(known) :]), key=_order)
+    new_records = sorted((_without_user(audit_record) for audit_record in hospital.records()[len(known) :]), key=_order)
     subject = hospital.cipher.subject(*case.about.split("/")) if case.about else None
-    assert found == [replace(audit_record, subject=subject) for audit_record in case.records]
+    assert new_records == [replace(audit_record, subject=subject) for audit_record in case.records]
     assert subject is None or subject not in ("Patient/a", "a")
     hospital.parts.close()
     shutil.rmtree(tmp_path / "home", ignore_errors=True)

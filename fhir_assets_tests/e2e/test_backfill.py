@@ -10,7 +10,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.content import patient
-from fhir_assets_tests.support.daemon import backfill, until
+from fhir_assets_tests.support.daemon import backfill, wait_until
 from fhir_assets_tests.support.dagster_internals import InstigatorTick, TickStatus
 from fhir_assets_tests.support.deployment import Deploy
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon
@@ -75,12 +75,12 @@ def test_the_schedule_loads_new_resources_and_requests_nothing_twice(deploy: Dep
         ]
 
     with daemon(deployment, tmp_path / "daemon.log", FHIR_SCHEDULE="* * * * *"):
-        until(lambda: len(ticks()) >= 2, seconds=240)
-        until(lambda: deployment.loaded() == {"Patient": 1}, seconds=60)
+        wait_until(lambda: len(ticks()) >= 2, seconds=240)
+        wait_until(lambda: deployment.loaded() == {"Patient": 1}, seconds=60)
         (folder / "more.Patient.ndjson").write_bytes(patient("b", START.replace(day=2)) + b"\n")
         before = len(ticks())
-        until(lambda: deployment.loaded() == {"Patient": 2}, seconds=180)
-        until(lambda: len(ticks()) >= before + 2, seconds=180)
+        wait_until(lambda: deployment.loaded() == {"Patient": 2}, seconds=180)
+        wait_until(lambda: len(ticks()) >= before + 2, seconds=180)
     assert {tick.status for tick in ticks()} == {TickStatus.SUCCESS, TickStatus.SKIPPED}
     assert [tick.status for tick in ticks()].count(TickStatus.SUCCESS) == 2
     runs = deployment.instance.get_runs()

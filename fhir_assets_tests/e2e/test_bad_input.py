@@ -71,10 +71,10 @@ def server() -> Iterator[SandboxServer]:
 @pytest.fixture
 def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
     """A deployment in which the first day is loaded, so that unchanged tables can be asserted."""
-    made = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
-    assert all(outcome.success for outcome in made.ingest(first=DAY, last=DAY))
+    deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
+    assert all(outcome.success for outcome in deployment.ingest(first=DAY, last=DAY))
     server.store.seed(patient("new", DAY + timedelta(days=1, hours=1), name=FAMILY), 0)
-    return made
+    return deployment
 
 
 def ingest(
@@ -243,5 +243,5 @@ def test_a_full_disk_leaves_the_tables_and_the_store_unchanged(server: SandboxSe
 def test_the_error_of_a_failed_run_is_stored_in_ingestion_runs(server: SandboxServer, deployment: Deployment) -> None:
     server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH}), status=403))
     assert refused(ingest(deployment, *NEXT_DAY), "Patient:", "403")
-    found = deployment.query("SELECT DISTINCT status, error LIKE '%%403%%' FROM ops.ingestion_runs WHERE error <> ''")
-    assert found == [("FAILED", True)]
+    errors = deployment.query("SELECT DISTINCT status, error LIKE '%%403%%' FROM ops.ingestion_runs WHERE error <> ''")
+    assert errors == [("FAILED", True)]

@@ -44,7 +44,7 @@ def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the same resources come to by files."""
+    """The tables and dead letters after a load of the same resources from files."""
 
     tables: dict[str, list[str]]
     dead: dict[str, int]
@@ -127,14 +127,14 @@ def test_each_sandbox_fault_ends_in_complete_tables_or_a_clear_error(
     fault = Fault(kind=kind, on=frozenset({on}), times=2, retry_after=0, seconds=0.01)
     with SandboxServer(population, faults=(fault,), export_file_resources=40) as server:
         deployment = bulk(deploy, server, fhir_max_attempts=3)
-        sentence = ""
+        message = ""
         try:
-            whole = all(outcome.success for outcome in deployment.ingest())
+            succeeded = all(outcome.success for outcome in deployment.ingest())
         except FhirAssetsError as error:
-            whole, sentence = False, str(error)
+            succeeded, message = False, str(error)
         assert server.stats()["struck"][kind]
-        assert not sentence or re.search(r"[a-z ]{20}", sentence)
-        if whole:
+        assert not message or re.search(r"[a-z ]{20}", message)
+        if succeeded:
             assert deployment.tables() == clean.tables
         server.set_faults()
         load(deployment)
@@ -315,6 +315,6 @@ def test_the_progress_of_an_export_is_shown_in_step_events_and_on_the_terminal(
     ).records
     events = [str(record.event_log_entry.asset_observation) for record in records]
     terminal = capsys.readouterr().err.splitlines()
-    for said in (events, terminal):
-        assert any("66 % done" in line for line in said)
-        assert any("downloaded 1 of 1 files, 1 resources" in line for line in said)
+    for lines in (events, terminal):
+        assert any("66 % done" in line for line in lines)
+        assert any("downloaded 1 of 1 files, 1 resources" in line for line in lines)

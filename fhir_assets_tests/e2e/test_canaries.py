@@ -79,10 +79,10 @@ def build_site(deployment: Deployment, folder: Path) -> Site:
 def plant_in_table(table: str, **values: object) -> Callable[[Site, str], None]:
     def plant(site: Site, marker: str) -> None:
         columns = ", ".join(values)
-        given = [value.replace("MARKER", marker) if isinstance(value, str) else value for value in values.values()]
+        parameters = [value.replace("MARKER", marker) if isinstance(value, str) else value for value in values.values()]
         with connect(site.url) as conn:
-            statement = f"INSERT INTO {table} ({columns}) VALUES ({', '.join(['%s'] * len(given))})"
-            conn.execute(statement.encode(), given)
+            statement = f"INSERT INTO {table} ({columns}) VALUES ({', '.join(['%s'] * len(parameters))})"
+            conn.execute(statement.encode(), parameters)
 
     return plant
 
@@ -167,8 +167,8 @@ def test_the_scan_finds_a_planted_marker_in_every_location(deploy: Deploy, tmp_p
         for number, plant in enumerate(plants):
             element = f"planted in {location} ({number})"
             plant(site, canaries.text(element))
-            found = {element for _, _, element in leaks(site, canaries, location)}
-            assert element in found or any(name.startswith("something") for name in found), element
+            leaked = {element for _, _, element in leaks(site, canaries, location)}
+            assert element in leaked or any(name.startswith("something") for name in leaked), element
 
 
 @pytest.mark.parametrize(
@@ -429,8 +429,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         site.metrics.append(render_database_metrics(deployment))
 
     (site.output / "this process").write_text("".join(capfd.readouterr()))
-    found = leaks(site, canaries)
-    assert found == set()
+    assert leaks(site, canaries) == set()
 
 
 def render_database_metrics(deployment: Deployment) -> str:

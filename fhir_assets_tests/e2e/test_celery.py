@@ -23,7 +23,7 @@ from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
 from fhir_assets_tests.support.content import patient
-from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.dagster_internals import LaunchRunContext, ReconstructableRepository, add_backfill
 from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon, environment
@@ -63,7 +63,7 @@ def bucket() -> Iterator[tuple[str, dict[str, str]]]:
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        until(lambda: answers(variables["AWS_ENDPOINT_URL"]), seconds=60)
+        wait_until(lambda: responds(variables["AWS_ENDPOINT_URL"]), seconds=60)
         client = boto3.client(
             "s3",
             endpoint_url=variables["AWS_ENDPOINT_URL"],
@@ -76,7 +76,7 @@ def bucket() -> Iterator[tuple[str, dict[str, str]]]:
         process.terminate()
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     with suppress(requests.ConnectionError):
         return requests.get(url, timeout=10).ok
     return False
@@ -148,12 +148,12 @@ def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
         ):
             both = "SELECT count(DISTINCT run_id) FROM ops.ingestion_runs WHERE status = 'RUNNING'"
             half = "SELECT count(*) FROM fhir.resource"
-            until(lambda: spread.query(half)[0][0] >= wanted // 2, seconds=900)
+            wait_until(lambda: spread.query(half)[0][0] >= wanted // 2, seconds=900)
             while spread.query(both)[0][0] < 2:
                 time.sleep(0.02)
             one.send_signal(signal.SIGKILL)
             assert spread.query(half)[0][0] < wanted
-            until(lambda: finished(spread, len(types)), seconds=900)
+            wait_until(lambda: is_finished(spread, len(types)), seconds=900)
         stats = server.stats()
     assert stats["max_in_flight"] == ALLOWED
     assert spread.tables() == clean.tables()
@@ -190,20 +190,20 @@ def slow_server(deploy: Deploy, redis: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CELERY_BROKER_URL", redis)
     people = [patient(f"p{n}", START + timedelta(days=n)) for n in range(3)]
     with SandboxServer(people, faults=(Fault(kind=FaultKind.SLOW, seconds=2),)) as server:
-        made = deploy(
+        deployment = deploy(
             fhir_executor="celery",
             celery_broker_url=redis,
             fhir_base_url=server.url,
             fhir_resource_types="Patient,Encounter",
             fhir_last_updated_gte="2024-01-01",
         )
-        folder = made.settings.home / "dagster"
-        (folder / "dagster.yaml").write_text(render_dagster_yaml(made.settings))
+        folder = deployment.settings.home / "dagster"
+        (folder / "dagster.yaml").write_text(render_dagster_yaml(deployment.settings))
         with dg.DagsterInstance.from_config(str(folder)) as instance:
-            yield Deployment(made.settings, instance)
+            yield Deployment(deployment.settings, instance)
 
 
-def at_work(deployment: Deployment, run_id: str) -> bool:
+def has_rows_of_run(deployment: Deployment, run_id: str) -> bool:
     return deployment.query("SELECT FROM ops.ingestion_runs WHERE run_id = %s", run_id) != []
 
 
@@ -219,13 +219,13 @@ def test_a_terminated_worker_finishes_its_run_and_leaves_the_next_run_to_others(
     env = environment(slow_server, FHIR_EXECUTOR="celery")
     first, second = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
     with worker(slow_server, tmp_path / "one.log", env) as one:
-        until(lambda: at_work(slow_server, first), seconds=300)
+        wait_until(lambda: has_rows_of_run(slow_server, first), seconds=300)
         one.terminate()
         assert one.wait(300) == 0
     assert status(slow_server, first) is dg.DagsterRunStatus.SUCCESS
     assert status(slow_server, second) is dg.DagsterRunStatus.STARTING
     with worker(slow_server, tmp_path / "two.log", env):
-        until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+        wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
     assert slow_server.loaded() == {"Patient": 2}
 
 
@@ -233,16 +233,16 @@ def test_a_worker_ends_a_cancelled_run_and_takes_the_next(slow_server: Deploymen
     env = environment(slow_server, FHIR_EXECUTOR="celery")
     first, second = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
     with worker(slow_server, tmp_path / "one.log", env):
-        until(lambda: at_work(slow_server, first), seconds=300)
+        wait_until(lambda: has_rows_of_run(slow_server, first), seconds=300)
         run = slow_server.instance.get_run_by_id(first)
         assert run
         slow_server.instance.report_run_canceling(run)
-        until(lambda: status(slow_server, first) is dg.DagsterRunStatus.CANCELED, seconds=300)
-        until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+        wait_until(lambda: status(slow_server, first) is dg.DagsterRunStatus.CANCELED, seconds=300)
+        wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
     assert slow_server.loaded() == {"Patient": 1}
 
 
-def finished(deployment: Deployment, types: int) -> bool:
+def is_finished(deployment: Deployment, types: int) -> bool:
     """Return whether every window of every type is loaded and no run is unfinished."""
     done = deployment.query(
         "SELECT count(DISTINCT (resource_type, partition_key)) FROM ops.ingestion_runs"

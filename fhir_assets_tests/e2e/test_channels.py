@@ -45,8 +45,8 @@ def test_files_load_completely_and_each_known_defect_becomes_a_dead_letter_with_
     dead_letters = deployment.query(
         "SELECT resource_type, resource_id, rule FROM ops.dead_letters WHERE status = 'open'"
     )
-    found = {(kind, identity): rule for kind, identity, rule in dead_letters}
-    assert found == {(b["resourceType"], b["id"]): b["rule"] for b in broken}
+    rules_of_dead_letters = {(kind, identity): rule for kind, identity, rule in dead_letters}
+    assert rules_of_dead_letters == {(b["resourceType"], b["id"]): b["rule"] for b in broken}
     bad = Counter(b["resourceType"] for b in broken)
     assert Counter(deployment.loaded()) == lines_by_type(population) - bad
 
@@ -78,10 +78,10 @@ def test_a_search_with_every_fault_gives_the_same_tables_as_files(
             fhir_max_attempts=12,
         )
         outcomes = search.ingest()
-        struck = server.stats()["struck"]
+        injected = server.stats()["struck"]
     assert all(outcome.success for outcome in outcomes)
     assert [search.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
-    assert {kind for kind, times in struck.items() if times} == {fault.kind for fault in ALL_FAULTS}
+    assert {kind for kind, times in injected.items() if times} == {fault.kind for fault in ALL_FAULTS}
     assert search.tables() == files.tables()
     assert search.dead() == files.dead()
 
@@ -120,5 +120,5 @@ def test_a_resource_without_last_updated_in_an_old_file_belongs_to_the_first_win
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(file), fhir_last_updated_gte=START)
     outcomes = deployment.ingest()
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
-    found = deployment.query("SELECT id, partition_key FROM fhir.resource")
-    assert found == [("undated", "2024-01-01")]
+    loaded = deployment.query("SELECT id, partition_key FROM fhir.resource")
+    assert loaded == [("undated", "2024-01-01")]

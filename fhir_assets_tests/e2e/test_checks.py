@@ -97,8 +97,11 @@ def test_the_volume_check_warns_of_a_window_unlike_the_windows_before_it(deploy:
     with SandboxServer([]) as server:
         deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
         for day in range(1, 9):
-            few = 90 if day == 2 else 10
-            add(server, *(patient(f"p{day}-{n}", now - timedelta(days=day), gender="male") for n in range(few)))
+            patients_of_day = 90 if day == 2 else 10
+            add(
+                server,
+                *(patient(f"p{day}-{n}", now - timedelta(days=day), gender="male") for n in range(patients_of_day)),
+            )
         deployment.ingest()
         volume = evaluate_tables(deployment)["patient", "volume"]
     fresh = evaluate_tables(deployment)["patient", "fresh"]

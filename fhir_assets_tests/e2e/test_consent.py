@@ -41,7 +41,8 @@ def deployment(request: pytest.FixtureRequest, deploy: Deploy, server: SandboxSe
     )
 
 
-def shown(deployment: Deployment) -> tuple[set[str], set[str]]:
+def list_patients_in_tables(deployment: Deployment) -> tuple[set[str], set[str]]:
+    """Return the patients in fhir.patient_name and the subjects in fhir.observation."""
     patients = {key for (key,) in deployment.query("SELECT _resource_key FROM fhir.patient_name")}
     about = {key for (key,) in deployment.query("SELECT patient_key FROM fhir.observation")}
     return patients, about
@@ -58,7 +59,7 @@ def test_resources_are_released_and_withheld_as_consent_changes(deployment: Depl
     withheld_by_default = deployment.settings.consent_policy == "opt-in"
     others = set() if withheld_by_default else {"b"}
     first = ingest(deployment)
-    assert shown(deployment) == ((set(), set()) if withheld_by_default else ({"a", "b"}, {"a", "b"}))
+    assert list_patients_in_tables(deployment) == ((set(), set()) if withheld_by_default else ({"a", "b"}, {"a", "b"}))
     counted = deployment.query(
         "SELECT sum(valid)::int, sum(withheld)::int, sum(loaded)::int FROM ops.ingestion_runs WHERE run_id = %s",
         first.run_id,
@@ -66,10 +67,10 @@ def test_resources_are_released_and_withheld_as_consent_changes(deployment: Depl
     assert counted == ([(0, 8, 0)] if withheld_by_default else [(8, 0, 8)])
     add(server, consent("permit" if withheld_by_default else "deny", datetime.now(UTC)))
     ingest(deployment)
-    assert shown(deployment) == (({"a"}, {"a"}) if withheld_by_default else ({"b"}, {"b"}))
+    assert list_patients_in_tables(deployment) == (({"a"}, {"a"}) if withheld_by_default else ({"b"}, {"b"}))
     add(server, consent("permit", datetime.now(UTC), version="2", status="inactive"))
     ingest(deployment)
-    assert shown(deployment) == (others | (set() if withheld_by_default else {"a"}),) * 2
+    assert list_patients_in_tables(deployment) == (others | (set() if withheld_by_default else {"a"}),) * 2
     assert deployment.query("SELECT count(*) FROM ops.consents") == [(0,)]
 
 
@@ -88,7 +89,7 @@ def test_resources_of_a_patient_who_denied_consent_are_never_inserted(deploy: De
         deployment.query("SELECT resource_type, count FROM ops.audit_log WHERE action = 'create'")
     )
     assert created == {"Observation": 3, "Patient": 1, "Consent": 1}
-    assert shown(deployment) == ({"b"}, {"b"})
+    assert list_patients_in_tables(deployment) == ({"b"}, {"b"})
 
 
 def test_exports_and_the_lake_leave_out_withheld_resources(

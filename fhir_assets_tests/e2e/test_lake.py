@@ -28,17 +28,17 @@ DAY = "2024-01-01"
 
 @pytest.fixture
 def deployment(deploy: Deploy, tmp_path: Path) -> Deployment:
-    """Three types of a small hospital, loaded."""
+    """A deployment with three loaded types of a small population."""
     write_population(tmp_path / "population", Population(10, 3, 0.05, end=END, start=START))
-    made = deploy(
+    deployment = deploy(
         fhir_source="ndjson",
         fhir_base_url=str(tmp_path / "population"),
         fhir_resource_types=RESOURCE_TYPES,
         fhir_last_updated_gte=DAY,
         fhir_lake_url=str(tmp_path / "lake"),
     )
-    assert all(outcome.success for outcome in made.ingest())
-    return made
+    assert all(outcome.success for outcome in deployment.ingest())
+    return deployment
 
 
 def views(deployment: Deployment) -> list[View]:
@@ -58,7 +58,7 @@ def materialize(deployment: Deployment, *names: str, key: str = DAY) -> dict[str
     }
 
 
-def same(deployment: Deployment, view: str) -> bool:
+def lake_equals_table(deployment: Deployment, view: str) -> bool:
     with connect(deployment.url) as conn:
         return in_lake(deployment.settings.fhir_lake_url, view) == in_table(conn, view)
 
@@ -68,7 +68,7 @@ def test_duckdb_reads_the_same_rows_as_every_table(deployment: Deployment) -> No
     materialize(deployment, *names)
     filled = [name for name in names if deployment.query(f"SELECT FROM fhir.{name} LIMIT 1")]
     assert len(filled) > 10
-    assert [name for name in filled if not same(deployment, name)] == []
+    assert [name for name in filled if not lake_equals_table(deployment, name)] == []
     assert [
         name for name in names if name not in filled and list(Path(deployment.settings.fhir_lake_url, name).rglob("*"))
     ] == []
@@ -102,17 +102,17 @@ def test_moved_and_deleted_rows_leave_their_old_window_whichever_window_is_mater
         "SELECT r.id, r.partition_key FROM fhir.patient v JOIN fhir.resource r ON r.id = v._resource_key"
         " AND r.resource_type = 'Patient' ORDER BY r.partition_key DESC, r.id"
     )
-    (moved, _), (gone, _) = with_rows[:2]
+    (moved, _), (deleted, _) = with_rows[:2]
     with connect(deployment.url) as conn:
         conn.execute(
             "UPDATE fhir.resource SET partition_key = %s, loaded_at = now()"
             " WHERE resource_type = 'Patient' AND id = %s",
             [DAY, moved],
         )
-        conn.execute("DELETE FROM fhir.patient WHERE _resource_key = %s", [gone])
+        conn.execute("DELETE FROM fhir.patient WHERE _resource_key = %s", [deleted])
         conn.commit()
     materialize(deployment, "patient", key=DAY)
-    assert same(deployment, "patient")
+    assert lake_equals_table(deployment, "patient")
 
 
 def test_an_interrupted_lake_update_is_completed_by_the_next_one(
@@ -121,14 +121,14 @@ def test_an_interrupted_lake_update_is_completed_by_the_next_one(
     write = writer.LakeFolder.write_window
     written: list[str] = []
 
-    def fails_in_the_second(self: writer.LakeFolder, key: str) -> int:
+    def fail_at_second_window(self: writer.LakeFolder, key: str) -> int:
         if written:
             raise OSError(28, "No space left on device")
         written.append(key)
         return write(self, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.LakeFolder, "write_window", fails_in_the_second)
+        patch.setattr(writer.LakeFolder, "write_window", fail_at_second_window)
         job = build_definitions(deployment.settings).resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=deployment.instance,
@@ -138,14 +138,14 @@ def test_an_interrupted_lake_update_is_completed_by_the_next_one(
         )
         assert not result.success
     materialize(deployment, "observation")
-    assert same(deployment, "observation")
+    assert lake_equals_table(deployment, "observation")
 
 
 @pytest.mark.slow
 def test_withheld_and_deleted_resources_are_removed_from_the_lake(deploy: Deploy, tmp_path: Path) -> None:
     people = [resource("Patient", key, DAY_OF_ALL, name=[{"family": key}]) for key in "ab"]
     with SandboxServer([*people, *(observation(f"o{key}", key) for key in "ab")]) as server:
-        made = deploy(
+        deployment = deploy(
             fhir_base_url=server.url,
             fhir_resource_types="Patient,Observation,Consent",
             fhir_last_updated_gte=DAY,
@@ -155,30 +155,30 @@ def test_withheld_and_deleted_resources_are_removed_from_the_lake(deploy: Deploy
             consent_policy="opt-out",
         )
 
-        def people_of_the_lake() -> list[set[str]]:
-            assert all(outcome.success for outcome in made.ingest())
-            materialize(made, "patient", "observation")
-            assert same(made, "patient")
-            assert same(made, "observation")
+        def ingest_and_list_people() -> list[set[str]]:
+            assert all(outcome.success for outcome in deployment.ingest())
+            materialize(deployment, "patient", "observation")
+            assert lake_equals_table(deployment, "patient")
+            assert lake_equals_table(deployment, "observation")
             columns = [("patient", "id"), ("observation", "patient_key")]
-            return [values(made, view, column) for view, column in columns]
+            return [values(deployment, view, column) for view, column in columns]
 
-        assert people_of_the_lake() == [{"a", "b"}] * 2
+        assert ingest_and_list_people() == [{"a", "b"}] * 2
         add(server, consent("deny", datetime.now(UTC)))
-        assert people_of_the_lake() == [{"b"}] * 2
+        assert ingest_and_list_people() == [{"b"}] * 2
         with FhirClient(server.url) as client:
             client.send("DELETE", "Patient/b")
             client.send("DELETE", "Observation/ob")
-        assert people_of_the_lake() == [set()] * 2
+        assert ingest_and_list_people() == [set()] * 2
         add(server, consent("permit", datetime.now(UTC), version="2"))
-        assert people_of_the_lake() == [{"a"}] * 2
+        assert ingest_and_list_people() == [{"a"}] * 2
 
 
 def values(deployment: Deployment, view: str, column: str) -> set[str]:
-    """What stands in a column of the lake."""
+    """Return the values of a column of the lake."""
     files = list(map(str, Path(deployment.settings.fhir_lake_url, view).rglob("*.parquet")))
-    found = duckdb.execute(f"SELECT {column} FROM read_parquet(?)", [files]).fetchall() if files else []
-    return {value for (value,) in found}
+    rows = duckdb.execute(f"SELECT {column} FROM read_parquet(?)", [files]).fetchall() if files else []
+    return {value for (value,) in rows}
 
 
 def test_without_a_lake_url_there_are_no_lake_assets(deploy: Deploy) -> None:

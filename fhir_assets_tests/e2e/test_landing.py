@@ -40,8 +40,8 @@ def deployment(deploy: Deploy, zone: LandingZone) -> Deployment:
 
 
 def check(result: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
-    (found,) = result.get_asset_check_evaluations()
-    return found
+    (evaluation,) = result.get_asset_check_evaluations()
+    return evaluation
 
 
 def files(deployment: Deployment) -> dict[str, str]:
@@ -95,7 +95,7 @@ def test_an_invalid_file_fails_the_check_until_its_dead_letters_are_resolved_and
     zone.put("cut.ndjson.gz", gzip.compress(patient("b", DAY) * 99)[:-20])
     zone.put("good.ndjson", patient("c", DAY))
     tick(deployment)
-    looked = tick(deployment)
+    second_tick = tick(deployment)
     result = receive(deployment)
     assert result.success
     assert not check(result).passed
@@ -103,12 +103,14 @@ def test_an_invalid_file_fails_the_check_until_its_dead_letters_are_resolved_and
     assert load_received(deployment) == []
     assert {"a", "c"} <= {identity for (identity,) in deployment.query("SELECT id FROM fhir.resource")}
     assert set(files(deployment).values()) == {"loaded"}
-    letters = deployment.query("SELECT id, stage, rule, origin IS NOT NULL FROM ops.dead_letters WHERE status = 'open'")
-    assert [(stage, rule, known) for _, stage, rule, known in letters] == [("fetch", "json", True)] * len(letters)
-    red = tick(deployment, cursor=looked.cursor)
+    dead_letters = deployment.query(
+        "SELECT id, stage, rule, origin IS NOT NULL FROM ops.dead_letters WHERE status = 'open'"
+    )
+    assert all((stage, rule, known) == ("fetch", "json", True) for _, stage, rule, known in dead_letters)
+    tick_with_dead_letters = tick(deployment, cursor=second_tick.cursor)
     with connect(deployment.url) as conn:
         conn.execute("UPDATE ops.dead_letters SET status = 'discarded'")
-    (event,) = tick(deployment, cursor=red.cursor).asset_events
+    (event,) = tick(deployment, cursor=tick_with_dead_letters.cursor).asset_events
     assert isinstance(event, dg.AssetCheckEvaluation)
     assert event.passed
 
@@ -120,10 +122,10 @@ def test_file_names_which_may_name_patients_stay_out_of_events_and_dead_letters(
     zone.put("Peter_Chalmers_1975.ndjson", patient("a", DAY))
     assert land(deployment) == []
     events = deployment.query("SELECT event FROM event_logs")
-    letters = deployment.query("SELECT path, message, issues::text FROM ops.dead_letters")
+    dead_letters = deployment.query("SELECT path, message, issues::text FROM ops.dead_letters")
     assert events
-    assert letters
-    assert "Chalmers" not in str(events) + str(letters)
+    assert dead_letters
+    assert "Chalmers" not in str(events) + str(dead_letters)
 
 
 def test_deletions_in_landed_files_remove_rows_and_an_older_file_does_not_restore_them(
@@ -198,13 +200,13 @@ def test_a_load_that_dies_before_it_records_the_file_is_repeated_without_duplica
     zone.put("a.ndjson", patient("a", DAY))
     tick(deployment)
     tick(deployment)
-    for room, name in ((received, "record"), (landing_files, "record_loaded")):
+    for module, name in ((received, "record"), (landing_files, "record_loaded")):
         with monkeypatch.context() as patched:
 
-            def dies(*_: object, **__: object) -> None:
+            def fail(*_: object, **__: object) -> None:
                 raise RuntimeError("killed")
 
-            patched.setattr(room, name, dies)
+            patched.setattr(module, name, fail)
             assert not receive(deployment).success
         assert tick(deployment).run_requests
     assert receive(deployment).success
@@ -236,7 +238,9 @@ def test_with_keys_files_that_the_api_lands_are_encrypted_and_still_identified_b
     tick(deployment)
     assert tick(deployment).run_requests
     assert not check(receive(deployment)).passed
-    found = deployment.query("SELECT name, status, known_before, error FROM ops.landing_files ORDER BY name")
-    assert found[0] == ("again.ndjson", "loaded", True, None)
-    assert found[1][:2] == ("cut.ndjson", "failed")
-    assert "truncated" in str(found[1][3])
+    landing_files_rows = deployment.query(
+        "SELECT name, status, known_before, error FROM ops.landing_files ORDER BY name"
+    )
+    assert landing_files_rows[0] == ("again.ndjson", "loaded", True, None)
+    assert landing_files_rows[1][:2] == ("cut.ndjson", "failed")
+    assert "truncated" in str(landing_files_rows[1][3])

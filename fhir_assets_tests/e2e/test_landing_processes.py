@@ -18,7 +18,7 @@ from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.support.content import patient
-from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
@@ -66,16 +66,16 @@ def test_the_daemon_finds_receives_and_loads_files_by_itself(deploy: Deploy, tmp
         fhir_landing_url=zone.url, fhir_resource_types=("Patient",), fhir_last_updated_gte=START, fhir_source="ndjson"
     )
 
-    def loaded(count: int) -> bool:
+    def has_loaded(count: int) -> bool:
         try:
             return deployment.loaded() == {"Patient": count}
         except (UndefinedTable, InvalidSchemaName):
             return False
 
     with daemon(deployment, tmp_path / "log", FHIR_LANDING_URL=zone.url, FHIR_SCHEDULE=NEVER):
-        until(lambda: loaded(2), seconds=240)
+        wait_until(lambda: has_loaded(2), seconds=240)
         zone.put("second.ndjson", b"{\n" + patient("c", START))
-        until(lambda: loaded(3), seconds=240)
+        wait_until(lambda: has_loaded(3), seconds=240)
     assert deployment.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
     assert deployment.dead() == {"json": 1}
 
@@ -87,11 +87,11 @@ def test_the_landing_command_loads_waiting_files_and_names_the_invalid_one(deplo
     deployment = deploy(fhir_landing_url=zone.url, fhir_resource_types=("Patient",), fhir_last_updated_gte=START)
     code, output, errors = run(deployment, "load", "--json")
     assert code == 0, errors
-    found = json.loads(output)
-    assert (found["files"], found["rows"], found["rejected"], found["success"]) == (2, 2, 1, True)
+    summary = json.loads(output)
+    assert (summary["files"], summary["rows"], summary["rejected"], summary["success"]) == (2, 2, 1, True)
     code, output, errors = run(deployment, "list", "--status", "bad", "--json")
     assert code == 0, errors
-    assert [each["name"] for each in json.loads(output)] == ["bad.ndjson"]
+    assert [file["name"] for file in json.loads(output)] == ["bad.ndjson"]
     assert deployment.loaded() == {"Patient": 2}
 
 
@@ -156,8 +156,8 @@ def test_the_load_of_visits_after_a_kill_at_any_moment_gives_the_tables_of_an_un
     clean, killed = load_clean_and_killed(deploy, empty_database, common)
     assert killed.loaded() == {"Patient": 700, "Encounter": 6100}
     assert killed.tables() == clean.tables()
-    letters = "SELECT rule, count(*) FROM ops.dead_letters GROUP BY 1 ORDER BY 1"
-    assert killed.query(letters) == clean.query(letters) == [("csv", 1), ("visit-conflict", 1900)]
+    dead_letters = "SELECT rule, count(*) FROM ops.dead_letters GROUP BY 1 ORDER BY 1"
+    assert killed.query(dead_letters) == clean.query(dead_letters) == [("csv", 1), ("visit-conflict", 1900)]
     counts = "SELECT sum(patients), sum(updates), sum(visits), sum(repeats), sum(rows), sum(rejected)"
     counts += " FROM ops.visit_files"
     assert killed.query(counts) == clean.query(counts)

@@ -61,22 +61,22 @@ def execute(deployment: Deployment, statement: str) -> None:
 
 
 def manifest(deployment: Deployment, layer: str) -> Manifest:
-    found = deployment.store.manifest(layer, "Patient", KEY)
-    assert found
-    return found
+    manifest = deployment.store.manifest(layer, "Patient", KEY)
+    assert manifest
+    return manifest
 
 
 def test_a_page_that_the_server_leaves_out_fails_reconciliation(server: SandboxServer, deployment: Deployment) -> None:
     server.set_faults(Fault(kind=FaultKind.LOSE_PAGE, on=frozenset({RequestKind.PAGE}), times=1))
     (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
     assert outcome.success
-    found = evaluations(deployment, outcome.run_id)
-    assert set(found) == {None, KEY, NEXT}
-    assert [found[key].passed for key in (None, KEY, NEXT)] == [False, False, True]
-    assert (number(found[KEY], "server_total"), number(found[KEY], "matched")) == (24, 19)
-    assert "the server counts 24 but returned 19" in (found[KEY].description or "")
-    assert "materialize raw, validated and normalized of 2024-01-05 again" in (found[None].description or "")
-    assert number(found[None], "unreconciled_windows") == 1
+    results = evaluations(deployment, outcome.run_id)
+    assert set(results) == {None, KEY, NEXT}
+    assert [results[key].passed for key in (None, KEY, NEXT)] == [False, False, True]
+    assert (number(results[KEY], "server_total"), number(results[KEY], "matched")) == (24, 19)
+    assert "the server counts 24 but returned 19" in (results[KEY].description or "")
+    assert "materialize raw, validated and normalized of 2024-01-05 again" in (results[None].description or "")
+    assert number(results[None], "unreconciled_windows") == 1
 
     again = materialize(deployment, *LAYERS, windows=[KEY])
     assert again.success

@@ -44,12 +44,12 @@ def server() -> Iterator[SandboxServer]:
 
 @pytest.fixture
 def deployment(deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> Deployment:
-    made = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
-    for name, value in made.environment().items():
+    deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
+    for name, value in deployment.environment().items():
         monkeypatch.setenv(name, value)
-    (outcome,) = made.ingest(first=DAY, last=DAY + timedelta(days=1))
+    (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
     assert outcome.success
-    return made
+    return deployment
 
 
 def fhir_assets(*arguments: str) -> Any:
@@ -330,7 +330,7 @@ def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deploym
         assert replays.find_requested(other) == []
         assert not replays.claim(other, "second", "Patient", ["validate"], {KEY: []}, also_open=True)
     with connect(deployment.url, autocommit=True) as conn:
-        while runs.find_alive(conn, ["first"]):  # Postgres notices at once, but not in the same instant.
+        while runs.find_alive(conn, ["first"]):  # Postgres releases the lock shortly after the connection is closed.
             time.sleep(0.01)
         assert [(entry.partition_key, entry.dead_letters) for entry in replays.find_requested(conn)] == [(KEY, 3)]
         assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False)

@@ -18,12 +18,12 @@ Through = Callable[[Deploy, Path, pytest.FixtureRequest], Deployment]
 
 
 @contextmanager
-def serving() -> Iterator[SandboxServer]:
+def serve_synthea() -> Iterator[SandboxServer]:
     with SandboxServer(SYNTHEA) as server:
         yield server
 
 
-def ingested(deployment: Deployment) -> Deployment:
+def ingest_and_reconcile(deployment: Deployment) -> Deployment:
     outcomes = deployment.ingest()
     assert all(outcome.success for outcome in outcomes)
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
@@ -31,12 +31,14 @@ def ingested(deployment: Deployment) -> Deployment:
 
 
 def through_files(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
-    return ingested(deploy(home="files", fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly"))
+    return ingest_and_reconcile(
+        deploy(home="files", fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly")
+    )
 
 
 def through_search(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
-    with serving() as server:
-        return ingested(deploy(home="search", fhir_base_url=server.url, fhir_partition="monthly"))
+    with serve_synthea() as server:
+        return ingest_and_reconcile(deploy(home="search", fhir_base_url=server.url, fhir_partition="monthly"))
 
 
 def through_search_with_faults(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
@@ -45,15 +47,15 @@ def through_search_with_faults(deploy: Deploy, folder: Path, request: pytest.Fix
         deployment = deploy(
             home="bad", fhir_base_url=server.url, fhir_partition="monthly", fhir_page_size=50, fhir_max_attempts=12
         )
-        ingested(deployment)
-        struck = server.stats()["struck"]
-    assert {kind for kind, times in struck.items() if times} == {fault.kind for fault in ALL_FAULTS}
+        ingest_and_reconcile(deployment)
+        injected = server.stats()["struck"]
+    assert {kind for kind, times in injected.items() if times} == {fault.kind for fault in ALL_FAULTS}
     return deployment
 
 
 def through_bulk(deploy: Deploy, folder: Path, request: pytest.FixtureRequest) -> Deployment:
-    with serving() as server:
-        deployment = ingested(
+    with serve_synthea() as server:
+        deployment = ingest_and_reconcile(
             deploy(home="bulk", fhir_source="bulk", fhir_base_url=server.url, fhir_partition="monthly")
         )
         assert server.stats()["kick_offs"] == 1

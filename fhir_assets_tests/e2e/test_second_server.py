@@ -12,9 +12,9 @@ import requests
 
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets_tests.support.hospital import MRN, Hospital, hospital
-from fhir_assets_tests.support.uploads import Upload, lines_of, patient, upload_of, write
+from fhir_assets_tests.support.uploads import Upload, lines_of, patient, upload, write
 
-__all__ = ["hospital", "upload_of"]
+__all__ = ["hospital", "upload"]
 
 HERE = Path(__file__).parent / "second_server"
 pytestmark = pytest.mark.slow
@@ -42,40 +42,40 @@ def content(resource: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in resource.items() if name != "meta"}, **({"meta": meta} if meta else {})}
 
 
-def test_a_population_is_uploaded_completely(upload_of: Upload, medplum: str) -> None:
-    write_population(upload_of.input, Population(2, 1))
-    sent = {name: json.loads(body) for name, body in lines_of(upload_of.input).items()}
-    summary = upload_of(url=medplum)
+def test_a_population_is_uploaded_completely(upload: Upload, medplum: str) -> None:
+    write_population(upload.input, Population(2, 1))
+    sent = {name: json.loads(body) for name, body in lines_of(upload.input).items()}
+    summary = upload(url=medplum)
     assert summary["totals"]["failed"] == 0
     for name, resource in sent.items():
         held = requests.get(f"{medplum}/{name}", timeout=10).json()
         assert content(held) == content(resource), name
-    again = upload_of("--skip-unchanged", url=medplum)["totals"]
+    again = upload("--skip-unchanged", url=medplum)["totals"]
     assert again["unchanged"] + again["updated"] == len(sent)
     assert again["unchanged"] > len(sent) / 2
 
 
-def test_transactions_are_accepted(upload_of: Upload, medplum: str) -> None:
-    write(upload_of.input / "p.ndjson", [patient(f"transacted-{n}") for n in range(25)])
-    assert upload_of("--transaction", "--batch-size", "10", url=medplum)["totals"]["failed"] == 0
+def test_transactions_are_accepted(upload: Upload, medplum: str) -> None:
+    write(upload.input / "p.ndjson", [patient(f"transacted-{n}") for n in range(25)])
+    assert upload("--transaction", "--batch-size", "10", url=medplum)["totals"]["failed"] == 0
     for n in range(25):
         assert requests.get(f"{medplum}/Patient/transacted-{n}", timeout=10).status_code == 200
 
 
 def test_the_connector_delivers_conditional_updates_and_deletes(hospital: Hospital, medplum: str) -> None:
-    def held() -> list[dict[str, Any]]:
+    def list_patients() -> list[dict[str, Any]]:
         bundle = requests.get(f"{medplum}/Patient", params={"_count": "1000"}, timeout=10).json()
-        found = [entry["resource"] for entry in bundle.get("entry", [])]
-        return [r for r in found if any(i.get("system") == MRN for i in r.get("identifier", []))]
+        resources = [entry["resource"] for entry in bundle.get("entry", [])]
+        return [r for r in resources if any(i.get("system") == MRN for i in r.get("identifier", []))]
 
     stays = hospital.admit("1", "First")
     goes = hospital.admit("2", "Second")
     hospital.deliver(fhir_base_url=medplum)
-    assert sorted(r["name"][0]["family"] for r in held()) == ["First", "Second"]
+    assert sorted(r["name"][0]["family"] for r in list_patients()) == ["First", "Second"]
     hospital.execute("UPDATE health.patient SET name_family = 'Changed' WHERE id = %s", stays)
     hospital.execute("DELETE FROM health.patient WHERE id = %s", goes)
     hospital.deliver(fhir_base_url=medplum)
-    [left] = held()
-    assert left["name"][0]["family"] == "Changed"
+    [remaining] = list_patients()
+    assert remaining["name"][0]["family"] == "Changed"
     assert hospital.waiting() == 0
     assert hospital.dead() == []

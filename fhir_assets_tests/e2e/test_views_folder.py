@@ -33,9 +33,9 @@ TWIN: Column = {"name": "twin", "path": "multipleBirth.ofType(boolean)", "type":
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of FHIR_VIEWS."""
-    made = tmp_path / "views"
-    made.mkdir()
-    return made
+    folder = tmp_path / "views"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def load(deployment: Deployment) -> tuple[bool, str]:
 def spec(deployment: Deployment) -> dg.AssetSpec:
     """Return the asset of the view after a reload."""
     specs = build_definitions(deployment.settings).resolve_all_asset_specs()
-    (found,) = [asset for asset in specs if asset.key == KEY]
-    return found
+    (spec,) = [spec for spec in specs if spec.key == KEY]
+    return spec
 
 
 def migrate(deployment: Deployment, *options: str) -> subprocess.CompletedProcess[str]:
@@ -99,16 +99,16 @@ def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_commen
     deployment: Deployment, folder: Path
 ) -> None:
     write_view(folder, ID, BORN, url="https://example.org/births", version="7")
-    found = spec(deployment)
-    assert found.description == "Births."
-    columns = {c.name: (c.type, c.description) for c in found.metadata["dagster/column_schema"].columns}
+    asset = spec(deployment)
+    assert asset.description == "Births."
+    columns = {c.name: (c.type, c.description) for c in asset.metadata["dagster/column_schema"].columns}
     message = "Precision of born: year, month or day"
     assert columns == {
         "id": ("text", "Key of the patient"),
         "born": ("date", "Day of birth"),
         "born_precision": ("text", message),
     }
-    assert (found.metadata["view_url"], found.metadata["view_version"]) == ("https://example.org/births", "7")
+    assert (asset.metadata["view_url"], asset.metadata["view_version"]) == ("https://example.org/births", "7")
     assert load(deployment) == (True, "")
     assert deployment.query("SELECT id, born::text, born_precision FROM fhir.patient_birth ORDER BY 1") == [
         ("a", "1980-02-03", "day"),

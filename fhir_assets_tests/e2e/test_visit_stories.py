@@ -12,7 +12,7 @@ import pytest
 
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets_tests.support.api import Api, api_process, api_settings
-from fhir_assets_tests.support.daemon import until
+from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.landing import LandingZone
@@ -47,12 +47,12 @@ class Hospital:
         return dict(answer.json())
 
     def wait(self, *tasks: str) -> None:
-        until(lambda: all(self.task(task)["status"] == "loaded" for task in tasks), seconds=240)
+        wait_until(lambda: all(self.task(task)["status"] == "loaded" for task in tasks), seconds=240)
 
     def until_loaded(self, files: int) -> None:
         loaded = "SELECT FROM ops.landing_files WHERE status = 'loaded'"
-        until(lambda: len(self.deployment.query(loaded)) == files, seconds=240)
-        until(lambda: not self.deployment.query("SELECT FROM ops.received WHERE loaded_at IS NULL"), seconds=240)
+        wait_until(lambda: len(self.deployment.query(loaded)) == files, seconds=240)
+        wait_until(lambda: not self.deployment.query("SELECT FROM ops.received WHERE loaded_at IS NULL"), seconds=240)
 
     def rows_of(self, mrn: str) -> list[str]:
         tables = self.deployment.tables()
@@ -165,8 +165,8 @@ def changed_and_repeated(hospital: Hospital, three: list[dict[str, str]]) -> Non
 
     (patient,) = hospital.find(NEW)
     assert patient["person"]["last_name"] == "King"
-    assert {each["visit_account_number"] for each in patient["visits"]} == {"V-1", "V-7"}
-    assert "fever" in {each["reason"] for each in patient["visits"]}
+    assert {visit["visit_account_number"] for visit in patient["visits"]} == {"V-1", "V-7"}
+    assert "fever" in {visit["reason"] for visit in patient["visits"]}
     (other,) = hospital.find(OTHER)
     assert len(other["visits"]) == 2
     task = hospital.task(married)

@@ -11,7 +11,7 @@ import requests
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.support.content import add, asked, instant, materialize, patient
+from fhir_assets_tests.support.content import add, instant, list_search_intervals, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
@@ -36,11 +36,11 @@ def test_a_second_ingest_extends_the_open_window_from_the_checkpoint(deploy: Dep
     with SandboxServer([patient("a", now - timedelta(seconds=5))]) as server:
         deployment = deploy_patients(deploy, server, fhir_overlap_seconds=60)
         assert [outcome.success for outcome in deployment.ingest()] == [True]
-        ((_, first_until),) = asked(server)
+        ((_, first_until),) = list_search_intervals(server)
         add(server, patient("late", datetime.now(UTC) - timedelta(seconds=30)))
         server.reset_stats()
         outcomes = deployment.ingest()
-        ((again_from, _),) = asked(server)
+        ((again_from, _),) = list_search_intervals(server)
     until = datetime.fromisoformat(first_until)
     assert datetime.fromisoformat(again_from) == until - timedelta(seconds=60)
     assert deployment.loaded() == {"Patient": 2}
@@ -57,7 +57,9 @@ def test_the_next_ingest_loads_updated_and_created_resources(deploy: Deploy) -> 
         server.reset_stats()
         outcomes = deployment.ingest()
         assert all(outcome.success for outcome in outcomes)
-        assert all(datetime.fromisoformat(start) > DAY + timedelta(days=60) for start, _ in asked(server))
+        assert all(
+            datetime.fromisoformat(start) > DAY + timedelta(days=60) for start, _ in list_search_intervals(server)
+        )
         newer = [("a", "female"), ("b", "male"), ("c", "female")]
         assert deployment.query(GENDERS) == newer
         assert deployment.query("SELECT version_id FROM fhir.patient WHERE id = 'a'") == [("2",)]
@@ -91,11 +93,11 @@ def test_materializing_a_complete_window_fetches_it_again_and_an_ingest_does_not
         add(server, patient("forgotten", DAY + timedelta(hours=1)))
         server.reset_stats()
         assert all(outcome.success for outcome in deployment.ingest(first=DAY, last=DAY))
-        assert asked(server) == []
+        assert list_search_intervals(server) == []
         assert deployment.loaded() == {"Patient": 1}
         keys = ("raw/patient", "validated/patient", "normalized/patient", "normalized/patient_name")
         assert materialize(deployment, *keys, windows=[KEY]).success
-        assert asked(server) == [(instant(DAY), instant(DAY + timedelta(days=1)))]
+        assert list_search_intervals(server) == [(instant(DAY), instant(DAY + timedelta(days=1)))]
     assert deployment.loaded() == {"Patient": 2}
     assert reconciles(deployment, materialize(deployment, windows=[KEY]))
 
@@ -104,10 +106,10 @@ def test_a_full_refresh_fetches_everything_again(deploy: Deploy) -> None:
     with SandboxServer([patient("a", datetime.now(UTC) - timedelta(seconds=5))]) as server:
         deployment = deploy_patients(deploy, server)
         deployment.ingest()
-        first = asked(server)[0][0]
+        first = list_search_intervals(server)[0][0]
         server.reset_stats()
         outcomes = deployment.ingest(refresh=Refresh.FULL)
-        assert [start for start, _ in asked(server)] == [first]
+        assert [start for start, _ in list_search_intervals(server)] == [first]
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
     assert deployment.loaded() == {"Patient": 1}
 
@@ -121,7 +123,7 @@ def test_a_type_that_the_server_does_not_offer_is_skipped_until_it_does(deploy: 
             deploy, server, fhir_resource_types="Organization,Patient", fhir_last_updated_gte=None
         )
         assert [outcome.success for outcome in deployment.ingest()] == [True]
-        assert asked(server, "Organization") == []
+        assert list_search_intervals(server, "Organization") == []
         assert deployment.loaded() == {"Patient": 1}
         add(server, json.dumps(organization).encode())
         outcomes = deployment.ingest()

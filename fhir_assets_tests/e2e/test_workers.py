@@ -55,7 +55,7 @@ def test_a_worker_killed_during_a_load_fails_the_run_with_one_clear_error_and_th
     ask = pool.WorkerProcess.ask
     batches = 0
 
-    def killed_in_the_third(self: pool.WorkerProcess, job: bytes, items: list[Any]) -> Any:
+    def ask_and_kill_at_third_batch(self: pool.WorkerProcess, job: bytes, items: list[Any]) -> Any:
         nonlocal batches
         batches += isinstance(items[0], Batch)
         if batches == 3:
@@ -63,7 +63,7 @@ def test_a_worker_killed_during_a_load_fails_the_run_with_one_clear_error_and_th
         return ask(self, job, items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool.WorkerProcess, "ask", killed_in_the_third)
+        patch.setattr(pool.WorkerProcess, "ask", ask_and_kill_at_third_batch)
         outcomes = killed.ingest()
     failed = [outcome for outcome in outcomes if not outcome.success]
     assert len(failed) == 1

@@ -3,6 +3,7 @@
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from joserfc.jwk import ECKey
@@ -22,7 +23,7 @@ from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy
 from fhir_assets_tests.support.hospital import MRN
-from fhir_assets_tests.support.uploads import Upload, upload_of, write  # noqa: F401
+from fhir_assets_tests.support.uploads import Upload, upload, write  # noqa: F401
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SLOW = Fault(
@@ -31,34 +32,41 @@ SLOW = Fault(
 WRITE = "system/*.read system/*.write"
 
 
+class KeyPair(NamedTuple):
+    """The file of a private key, and the public key as a JWK."""
+
+    private_key_file: Path
+    public_jwk: dict[str, object]
+
+
 @pytest.fixture
-def key(tmp_path: Path) -> tuple[Path, dict[str, object]]:
-    """Return the file of a private key and its public JWK."""
-    made = ECKey.generate_key("P-384")
+def key_pair(tmp_path: Path) -> KeyPair:
+    """Return a new key pair of a client."""
+    private_key = ECKey.generate_key("P-384")
     file = tmp_path / "key.pem"
-    file.write_bytes(made.as_pem(private=True))
-    return file, dict(made.as_dict(private=False))
+    file.write_bytes(private_key.as_pem(private=True))
+    return KeyPair(file, dict(private_key.as_dict(private=False)))
 
 
 def test_an_upload_continues_when_its_token_expires(
-    upload_of: Upload,  # noqa: F811
-    key: tuple[Path, dict[str, object]],
+    upload: Upload,  # noqa: F811
+    key_pair: KeyPair,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    smart = Smart({"client": key[1]}, lifetime=0.3)
-    write(upload_of.input / "Patient.ndjson", [patient(f"p{n}", DAY) for n in range(60)])
+    smart = Smart({"client": key_pair.public_jwk}, lifetime=0.3)
+    write(upload.input / "Patient.ndjson", [patient(f"p{n}", DAY) for n in range(60)])
     monkeypatch.setenv("FHIR_AUTH_CLIENT_ID", "client")
-    monkeypatch.setenv("FHIR_AUTH_PRIVATE_KEY_FILE", str(key[0]))
+    monkeypatch.setenv("FHIR_AUTH_PRIVATE_KEY_FILE", str(key_pair.private_key_file))
     with SandboxServer(smart=smart, faults=(SLOW,)) as server:
-        summary = upload_of("--batch-size", "5", "--workers", "2", url=server.url)
+        summary = upload("--batch-size", "5", "--workers", "2", url=server.url)
         assert summary["success"]
         assert server.stats()["resources"] == {"Patient": 60}
     assert smart.issued > 1
     assert smart.scopes == {WRITE}
 
 
-def test_the_delivery_uses_its_own_credentials(deploy: Deploy, key: tuple[Path, dict[str, object]]) -> None:
-    smart = Smart({"research": key[1]}, lifetime=0.2)
+def test_the_delivery_uses_its_own_credentials(deploy: Deploy, key_pair: KeyPair) -> None:
+    smart = Smart({"research": key_pair.public_jwk}, lifetime=0.2)
     with (
         SandboxServer([patient(f"p{n}", DAY) for n in range(40)]) as source,
         SandboxServer(smart=smart, faults=(SLOW,)) as target,
@@ -67,7 +75,7 @@ def test_the_delivery_uses_its_own_credentials(deploy: Deploy, key: tuple[Path, 
             fhir_base_url=source.url,
             fhir_delivery_url=target.url,
             fhir_delivery_client_id="research",
-            fhir_delivery_private_key_file=key[0],
+            fhir_delivery_private_key_file=key_pair.private_key_file,
             fhir_resource_types="Patient",
             fhir_partition="monthly",
             batch_size=2,
@@ -106,14 +114,14 @@ def test_the_connector_continues_when_its_token_expires(database: str, tmp_path:
         assert conn.execute("SELECT count(*) FROM health.fhir_dlq").fetchone() == (0,)
 
 
-def test_a_change_without_an_available_token_waits_and_is_not_a_dead_letter() -> None:
+def test_an_unavailable_token_server_is_a_transient_failure_of_all_requests() -> None:
     class NoToken(Credentials):
         def __call__(self, request: PreparedRequest) -> PreparedRequest:
-            raise ServerUnavailable("the server that gives the tokens does not answer")
+            raise ServerUnavailable("the token server does not respond")
 
     with (
         closing(FhirServer("http://127.0.0.1:9/fhir", NoToken(), timeout=1, connections=1)) as server,
-        pytest.raises(TransientFailure, match="no token: the server that gives") as failure,
+        pytest.raises(TransientFailure, match="no token: the token server") as failure,
     ):
         server.call("GET", "Patient")
     assert failure.value.server_wide

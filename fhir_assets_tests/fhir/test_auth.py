@@ -26,9 +26,9 @@ def test_a_token_may_include_its_scheme_and_a_line_end(token: str) -> None:
 
 @pytest.mark.parametrize("token", ["sec ret", "secret\r\nX-Other: 1", "secrét", "secret\u2603", " "])
 def test_an_invalid_token_is_a_configuration_error_and_is_not_shown(token: str) -> None:
-    with pytest.raises(ConfigurationError, match="the token is not a token") as caught:
+    with pytest.raises(ConfigurationError, match="the token is not a token") as exc_info:
         build_credentials(token=token)
-    assert "sec" not in str(caught.value)
+    assert "sec" not in str(exc_info.value)
 
 
 def test_a_user_name_with_a_colon_cannot_be_sent() -> None:

@@ -194,7 +194,7 @@ def test_a_saturated_resource_fills_every_column_with_a_single_value(resource_ty
     sorted({resource_type.name for resource_type in CATALOG} - WITHOUT_PERSONAL_DATA),
 )
 def test_a_column_that_identifies_a_person_is_tagged(resource_type: str) -> None:
-    silent = {
+    untagged = {
         f"{view.name}.{column.name}"
         for resource in saturated_for_views(resource_type)
         for name, view_rows in rows(resource).items()
@@ -203,7 +203,7 @@ def test_a_column_that_identifies_a_person_is_tagged(resource_type: str) -> None
         for column in view.columns
         if PERSONAL.search(str(row[column.name])) and "phi" not in column.tags
     }
-    assert silent == set()
+    assert untagged == set()
 
 
 def test_a_birth_date_is_tagged_to_be_reduced_to_its_year() -> None:

@@ -86,7 +86,7 @@ def test_a_fault_ends_in_complete_data_or_a_clear_error_and_nothing_is_missing_a
     assert exported == ALL if not message else re.search(r"[a-z ]{20}", message)
     assert server.stats()["struck"][kind]
     server.set_faults(fault.model_copy(update={"times": 2, "every": 2}))
-    for _ in range(3):  # the next run recovers from an export that a fault broke
+    for _ in range(3):  # the next run completes the export or requests a new one
         try:
             exported = ids(source(server.url, store, database, reuse_within=timedelta(0)))
         except NotFhir:

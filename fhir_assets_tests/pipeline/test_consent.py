@@ -205,7 +205,8 @@ def test_a_deleted_consent_no_longer_applies_and_a_deleted_withheld_resource_is_
 def test_a_changed_policy_is_applied_to_all_resources_in_the_tables(database: str, cipher: Cipher) -> None:
     Tables(database, ConsentGate(), cipher).load(*EVERYTHING, consent("c", "a", {"type": "permit"}))
     tables = Tables(database, OPT_IN, cipher)
-    with tables.connect() as conn:  # like rows that were loaded before the first policy, or before this version
+    # The state of rows that were loaded before a policy was set, or by an earlier version of the project.
+    with tables.connect() as conn:
         conn.execute("UPDATE fhir.resource SET patients = NULL")
         conn.execute("DELETE FROM ops.consent_records")
         conn.execute("DELETE FROM ops.consent_changes")
@@ -247,7 +248,7 @@ def test_consent_decisions_and_releases_are_in_the_audit_log(database: str) -> N
         assert audit_log.find_fault(conn) is None
 
 
-# The naive model evaluates all consents again at each step, and knows neither states nor changes.
+# The naive model evaluates all consents again at each step and keeps no state.
 
 _CODES = {"data-sharing": {"TREAT", "HOPERAT"}, "research": {"HRESCH", "CLINTRCH"}}
 

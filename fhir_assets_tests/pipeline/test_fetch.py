@@ -18,7 +18,7 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.windows import Granularity, WindowRange, WindowScheme
-from fhir_assets_tests.support.content import add, asked, patient
+from fhir_assets_tests.support.content import add, list_search_intervals, patient
 
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
 OVERLAP = timedelta(minutes=2)
@@ -76,7 +76,7 @@ def test_the_open_window_is_fetched_from_its_checkpoint_less_the_overlap(server:
     add(server, patient("b", at("11:30:00")))
     fetch(server, store, at("12:00:00"))
     fetch(server, store, at("13:00:00"))
-    assert asked(server) == [
+    assert list_search_intervals(server) == [
         ("2024-01-05T00:00:00.000Z", "2024-01-05T11:00:00.000Z"),
         ("2024-01-05T10:58:00.000Z", "2024-01-05T12:00:00.000Z"),
         ("2024-01-05T11:58:00.000Z", "2024-01-05T13:00:00.000Z"),
@@ -109,7 +109,7 @@ def test_a_full_refresh_fetches_the_open_window_again_from_its_start(server: San
     before = store.manifest("raw", "Patient", "2024-01-05")
     update = fetch(server, store, at("12:00:00"), refresh=Refresh.FULL)
     after = store.manifest("raw", "Patient", "2024-01-05")
-    assert asked(server)[-1] == ("2024-01-05T00:00:00.000Z", "2024-01-05T12:00:00.000Z")
+    assert list_search_intervals(server)[-1] == ("2024-01-05T00:00:00.000Z", "2024-01-05T12:00:00.000Z")
     assert ids(store) == ["a"]
     assert update.refetched_keys == ("2024-01-05",)
     assert before
@@ -120,15 +120,15 @@ def test_a_full_refresh_fetches_the_open_window_again_from_its_start(server: San
 def test_a_complete_window_is_fetched_again_only_if_it_is_materialized(server: SandboxServer, store: Store) -> None:
     fetch(server, store, at("01:00:00", day=6))
     assert fetch(server, store, at("02:00:00", day=6)).manifests == ()
-    assert len(asked(server)) == 1
+    assert len(list_search_intervals(server)) == 1
     fetch(server, store, at("02:00:00", day=6), refresh=Refresh.WINDOW)
-    assert asked(server) == [("2024-01-05T00:00:00.000Z", "2024-01-06T00:00:00.000Z")] * 2
+    assert list_search_intervals(server) == [("2024-01-05T00:00:00.000Z", "2024-01-06T00:00:00.000Z")] * 2
 
 
 def test_a_range_is_one_search_split_into_its_windows(server: SandboxServer, store: Store) -> None:
     add(server, patient("b", at("00:00:00", day=6)), patient("c", at("23:59:59", day=7)))
     fetch(server, store, at("12:00:00", day=9), days=3)
-    assert asked(server) == [("2024-01-05T00:00:00.000Z", "2024-01-08T00:00:00.000Z")]
+    assert list_search_intervals(server) == [("2024-01-05T00:00:00.000Z", "2024-01-08T00:00:00.000Z")]
     assert [ids(store, window.key) for window in DAYS] == [["a"], ["b"], ["c"]]
 
 

@@ -27,7 +27,7 @@ YEAR = timedelta(days=365)
 
 
 @pytest.fixture
-def loaded(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+def reloaded_deployment(deploy: Deploy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
     """A window that was loaded twice, so that the first load is superseded, with a Patient that was corrected."""
     with SandboxServer([]) as server:
         add(server, *(patient(f"p{n}", DAY) for n in range(3)), patient("bad", DAY, gender="malee"))
@@ -66,19 +66,19 @@ def parts(deployment: Deployment) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*.gz")}
 
 
-def test_nothing_is_removed_that_is_recent_or_without_apply(loaded: Deployment) -> None:
+def test_nothing_is_removed_that_is_recent_or_without_apply(reloaded_deployment: Deployment) -> None:
     assert all(kind["old"] == 0 for kind in prune().values())
-    make_older(loaded)
-    before = parts(loaded)
+    make_older(reloaded_deployment)
+    before = parts(reloaded_deployment)
     counted = prune()
     assert {name for name, kind in counted.items() if kind["old"]} >= {"events", "runs", "dead-letters", "store"}
     assert all(kind["removed"] == 0 for kind in counted.values())
-    assert parts(loaded) == before
+    assert parts(reloaded_deployment) == before
 
 
-def test_old_data_is_removed_and_used_data_is_kept(loaded: Deployment) -> None:
-    make_older(loaded)
-    tables = loaded.tables()
+def test_old_data_is_removed_and_used_data_is_kept(reloaded_deployment: Deployment) -> None:
+    make_older(reloaded_deployment)
+    tables = reloaded_deployment.tables()
     removed = prune("--apply")
     assert removed["runs"]["removed"] == 1
     assert removed["dead-letters"]["removed"] == 1
@@ -86,32 +86,34 @@ def test_old_data_is_removed_and_used_data_is_kept(loaded: Deployment) -> None:
     used_parts = {
         part.name
         for layer in ("raw", "validated")
-        for manifest in loaded.store.manifests(layer, "Patient", ["2024-01-05"])
+        for manifest in reloaded_deployment.store.manifests(layer, "Patient", ["2024-01-05"])
         for part in manifest.parts
     }
-    assert parts(loaded) == used_parts
+    assert parts(reloaded_deployment) == used_parts
     keys = [dg.AssetKey([layer, "patient"]) for layer in ("raw", "validated", "normalized")]
-    assert all(loaded.instance.get_materialized_partitions(key) == {"2024-01-05"} for key in keys)
-    assert loaded.tables() == tables
+    assert all(reloaded_deployment.instance.get_materialized_partitions(key) == {"2024-01-05"} for key in keys)
+    assert reloaded_deployment.tables() == tables
     assert all(kind["old"] == 0 for kind in prune().values())
-    outcomes = loaded.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
-    assert [loaded.unreconciled(outcome) for outcome in outcomes] == [[]]
+    outcomes = reloaded_deployment.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
+    assert [reloaded_deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
 
 
-def test_parts_that_a_running_load_may_use_are_kept(loaded: Deployment) -> None:
-    make_older(loaded)
-    before = parts(loaded)
-    with connect(loaded.url) as conn:
+def test_parts_that_a_running_load_may_use_are_kept(reloaded_deployment: Deployment) -> None:
+    make_older(reloaded_deployment)
+    before = parts(reloaded_deployment)
+    with connect(reloaded_deployment.url) as conn:
         conn.execute(
             "INSERT INTO ops.ingestion_runs (run_id, resource_type, partition_key, status, started_at)"
             " VALUES ('long', 'Patient', '2024-01-05', 'RUNNING', now() - interval '2 years')"
         )
     assert prune("--apply", "--only", "store")["store"]["removed"] == 0
-    assert parts(loaded) == before
+    assert parts(reloaded_deployment) == before
 
 
-def test_failed_windows_are_reported_with_the_commands_that_load_them_again(deploy: Deploy, loaded: Deployment) -> None:
-    with connect(loaded.url) as conn:
+def test_failed_windows_are_reported_with_the_commands_that_load_them_again(
+    deploy: Deploy, reloaded_deployment: Deployment
+) -> None:
+    with connect(reloaded_deployment.url) as conn:
         for day in (7, 8, 12):
             conn.execute(
                 "INSERT INTO ops.ingestion_runs (run_id, resource_type, partition_key, status, error)"
@@ -119,7 +121,9 @@ def test_failed_windows_are_reported_with_the_commands_that_load_them_again(depl
                 [f"r{day}", f"2024-01-{day:02}"],
             )
     result = (
-        build_definitions(loaded.settings).resolve_job_def("check_tables").execute_in_process(instance=loaded.instance)
+        build_definitions(reloaded_deployment.settings)
+        .resolve_job_def("check_tables")
+        .execute_in_process(instance=reloaded_deployment.instance)
     )
     check = {e.check_name: e for e in result.get_asset_check_evaluations()}["no_failed_partitions"]
     assert not check.passed
@@ -129,7 +133,7 @@ def test_failed_windows_are_reported_with_the_commands_that_load_them_again(depl
     assert "--from 2024-01-12 --to 2024-01-12" in description
 
 
-def test_runs_are_listed_by_filters_and_shown_with_their_dead_letters(loaded: Deployment) -> None:
+def test_runs_are_listed_by_filters_and_shown_with_their_dead_letters(reloaded_deployment: Deployment) -> None:
     def list_runs(*arguments: str) -> list[dict[str, Any]]:
         result = CliRunner().invoke(app, ["runs", "list", "--json", *arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
@@ -144,7 +148,7 @@ def test_runs_are_listed_by_filters_and_shown_with_their_dead_letters(loaded: De
     assert list_runs("--status", "failed") == []
     first = all_runs[-1]
     assert first["link"].endswith(f"/runs/{first['run_id']}")
-    with connect(loaded.url) as conn:
+    with connect(reloaded_deployment.url) as conn:
         conn.execute("UPDATE ops.dead_letters SET status = 'open'")
     shown = CliRunner().invoke(app, ["runs", "show", first["run_id"][:8], "--json"], catch_exceptions=False)
     [row] = json.loads(shown.output)

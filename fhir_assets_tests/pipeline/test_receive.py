@@ -141,11 +141,11 @@ def test_an_origin_received_concurrently_is_stored_once(store: Store, receiver: 
 def test_a_window_that_is_fetched_again_keeps_its_received_parts(
     store: Store, receiver: Receiver, database: str
 ) -> None:
-    def commit_fetch(mine: Manifest, base: Manifest | None) -> None:
+    def commit_fetch(manifest: Manifest, base: Manifest | None) -> None:
         commit_update(
             lambda: connect(database, cipher=NO_ENCRYPTION),
             store,
-            RawUpdate("Patient", (mine,), {}, base_manifests={KEY: base}),
+            RawUpdate("Patient", (manifest,), {}, base_manifests={KEY: base}),
         )
 
     receiver.receive([record("a")], "landing:x")
@@ -166,9 +166,9 @@ def names(parts: Iterable[Part]) -> list[str]:
 
 def test_concurrent_extensions_of_a_window_are_merged(store: Store) -> None:
     base = fetched(store, "base", until=NOW - timedelta(hours=2))
-    theirs = fetched(store, "theirs", base=base)
-    mine = fetched(store, "mine", base=base, until=NOW - timedelta(hours=1))
-    result = merge_manifests(mine, base, theirs)
+    current = fetched(store, "theirs", base=base)
+    new = fetched(store, "mine", base=base, until=NOW - timedelta(hours=1))
+    result = merge_manifests(new, base, current)
     assert names(result.parts) == ["base", "theirs", "mine"]
     assert result.fetched
     assert result.fetched.until == NOW
@@ -205,20 +205,20 @@ def test_concurrent_validations_of_different_parts_are_merged() -> None:
 
 def test_one_of_two_validations_of_the_same_parts_is_kept() -> None:
     base = validated("base", "r0")
-    mine, theirs = validated("mine", "r1", base=base), validated("theirs", "r1", base=base)
-    assert merge_manifests(mine, base, theirs) is theirs
+    new, current = validated("mine", "r1", base=base), validated("theirs", "r1", base=base)
+    assert merge_manifests(new, base, current) is current
     more = validated("more", "r1", "r2", base=base)
-    assert merge_manifests(more, base, theirs) is more
-    assert merge_manifests(mine, base, more) is more
-    assert merge_manifests(mine, None, None) is mine
+    assert merge_manifests(more, base, current) is more
+    assert merge_manifests(new, base, more) is more
+    assert merge_manifests(new, None, None) is new
 
 
 def test_validations_that_cannot_be_merged_are_refused() -> None:
     base = validated("base", "r0")
-    mine = validated("mine", "r1", "r2", base=base)
-    for theirs in (validated("theirs", "r2", "r3", base=base), validated("again", "r9")):
+    new = validated("mine", "r1", "r2", base=base)
+    for current in (validated("theirs", "r2", "r3", base=base), validated("again", "r9")):
         with pytest.raises(Overtaken, match="another run validated Patient of 2024-01-05"):
-            merge_manifests(mine, base, theirs)
+            merge_manifests(new, base, current)
 
 
 def test_a_requested_window_is_requested_again_after_a_wait_that_doubles(receiver: Receiver, conn: Connection) -> None:

@@ -28,9 +28,9 @@ EXTENDED = validated({"a": 7, "b": 5}, ("raw1", "raw2"), 16, 4)
 REPLAYED = validated({"a": 7, "replayed": 2}, ("raw1", f"{REPLAY}r"), 10, 1)
 
 
-@pytest.mark.parametrize(("mine", "current"), [(REPLAYED, EXTENDED), (EXTENDED, REPLAYED)])
-def test_an_extension_and_a_replay_of_one_window_are_merged_in_any_order(mine: Manifest, current: Manifest) -> None:
-    merged = merge_manifests(mine, BASE, current)
+@pytest.mark.parametrize(("new", "current"), [(REPLAYED, EXTENDED), (EXTENDED, REPLAYED)])
+def test_an_extension_and_a_replay_of_one_window_are_merged_in_any_order(new: Manifest, current: Manifest) -> None:
+    merged = merge_manifests(new, BASE, current)
     assert merged.validated
     assert {part.name for part in merged.parts} == {"a", "b", "replayed"}
     assert merged.validated.raw_parts == {"raw1", "raw2"}

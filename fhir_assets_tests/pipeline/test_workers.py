@@ -130,9 +130,9 @@ def test_an_error_of_the_project_is_raised_unchanged(workers: WorkerPool) -> Non
 
 
 def test_any_other_error_has_its_type_and_location_but_not_its_message(workers: WorkerPool) -> None:
-    with pytest.raises(PermanentError, match=r"unexpected ValueError in test_workers.py, line \d+") as caught:
+    with pytest.raises(PermanentError, match=r"unexpected ValueError in test_workers.py, line \d+") as exc_info:
         run(workers, fail, ["Mrs Miller"])
-    assert "Miller" not in str(caught.value)
+    assert "Miller" not in str(exc_info.value)
 
 
 def test_a_killed_worker_raises_worker_lost_and_the_next_work_starts_a_new_worker(workers: WorkerPool) -> None:

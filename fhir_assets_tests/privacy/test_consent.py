@@ -39,7 +39,7 @@ DENY: dict[str, Any] = {"type": "deny"}
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("resource", "expected"),
     [
         (consent(PERMIT), ("permit", "permit")),
         (consent(DENY), ("deny", "deny")),
@@ -77,9 +77,9 @@ DENY: dict[str, Any] = {"type": "deny"}
     ],
 )
 def test_a_consent_permits_denies_or_decides_nothing(
-    given: Consent | None, expected: tuple[str | None, str | None]
+    resource: Consent | None, expected: tuple[str | None, str | None]
 ) -> None:
-    assert decide_all(given) == expected
+    assert decide_all(resource) == expected
 
 
 def test_a_deny_wins_over_a_permit_in_any_order() -> None:
@@ -93,27 +93,27 @@ def test_a_deny_wins_over_a_permit_in_any_order() -> None:
 
 
 def test_a_decision_names_the_provision_that_decided() -> None:
-    given = consent({**DENY, "provision": [{**PERMIT, **purpose("HRESCH")}]})
-    assert given
-    decision = decide([given], RESEARCH, NOW)
+    deny_with_permit = consent({**DENY, "provision": [{**PERMIT, **purpose("HRESCH")}]})
+    assert deny_with_permit
+    decision = decide([deny_with_permit], RESEARCH, NOW)
     assert decision is not None
     assert decision.path == "Consent.provision.provision[0]"
 
 
 def test_the_next_change_is_the_next_start_or_end_of_any_period() -> None:
-    given = consent(
+    with_periods = consent(
         {
             **PERMIT,
             "period": {"start": "2024-01-01", "end": "2025-01-31"},
             "provision": [{**DENY, "period": {"start": "2024-07-01", "end": "2024-07-31"}}],
         }
     )
-    assert given
+    assert with_periods
     moments = []
-    moment = next_change([given], NOW)
+    moment = next_change([with_periods], NOW)
     while moment:
         moments.append(moment.date().isoformat())
-        moment = next_change([given], moment)
+        moment = next_change([with_periods], moment)
     assert moments == ["2024-07-01", "2024-08-01", "2025-02-01"]
 
 

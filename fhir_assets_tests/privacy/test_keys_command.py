@@ -18,7 +18,8 @@ OLD_ID, NEW_ID = (key.id for key in parse_keys([OLD, NEW]))
 
 
 @pytest.fixture
-def deployed(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def deployment_url(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of the database that the commands of a test use."""
     monkeypatch.setenv("DB_URL", database)
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
     monkeypatch.setattr("fhir_assets.cli.keys.build_views", lambda settings: ViewSet(VIEWS, ()))
@@ -42,9 +43,9 @@ def fill(url: str, *of_keys: str) -> None:
 
 
 def test_the_status_counts_unencrypted_resources_that_a_rotation_encrypts(
-    deployed: str, monkeypatch: pytest.MonkeyPatch
+    deployment_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with connect(deployed) as conn:
+    with connect(deployment_url) as conn:
         conn.execute(
             """
             INSERT INTO fhir.resource (resource_type, id, as_of, partition_key, run_id, resource)
@@ -66,8 +67,10 @@ def test_the_status_counts_unencrypted_resources_that_a_rotation_encrypts(
     assert "In the clear: 1 resources. `fhir-assets keys rotate` encrypts them." in run_keys("status")
 
 
-def test_after_a_rotation_the_older_key_is_no_longer_needed(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(deployed, OLD)
+def test_after_a_rotation_the_older_key_is_no_longer_needed(
+    deployment_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(deployment_url, OLD)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
     assert f"Key {OLD_ID} is still needed: `fhir-assets keys rotate`" in run_keys("status")
     output = run_keys("rotate")
@@ -83,18 +86,20 @@ def test_after_a_rotation_the_older_key_is_no_longer_needed(deployed: str, monke
     assert "no longer" not in run_keys("status")
 
 
-def test_a_rotation_reports_the_number_of_unencrypted_resources(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(deployed)
+def test_a_rotation_reports_the_number_of_unencrypted_resources(
+    deployment_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(deployment_url)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
     assert "Previously stored in the clear: 20 resources." in run_keys("rotate")
     assert "In the clear" not in run_keys("status")
 
 
 def test_a_missing_key_is_reported_with_its_number_of_resources_and_the_remedy(
-    deployed: str, monkeypatch: pytest.MonkeyPatch
+    deployment_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(deployed, OLD)
-    with open_session(deployed, OLD) as conn:
+    fill(deployment_url, OLD)
+    with open_session(deployment_url, OLD) as conn:
         lose_key(conn, 3, "0badc0de")
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", f"{NEW},{OLD}")
     expected = "Key 0badc0de is missing: it encrypts 3 resources. Add it to the end of PHI_ENCRYPTION_KEYS, then run "
@@ -102,8 +107,8 @@ def test_a_missing_key_is_reported_with_its_number_of_resources_and_the_remedy(
     assert expected in run_keys("rotate", code=1)
 
 
-def test_a_wrong_key_is_refused_before_data_is_read(deployed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(deployed, OLD)
+def test_a_wrong_key_is_refused_before_data_is_read(deployment_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(deployment_url, OLD)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", NEW)
     for command in ("status", "rotate"):
         refused = CliRunner().invoke(app, ["keys", command])
@@ -111,6 +116,6 @@ def test_a_wrong_key_is_refused_before_data_is_read(deployed: str, monkeypatch: 
         assert NEW not in str(refused.exception)
 
 
-def test_a_rotation_without_keys_names_the_command_that_creates_one(deployed: str) -> None:
+def test_a_rotation_without_keys_names_the_command_that_creates_one(deployment_url: str) -> None:
     refused = CliRunner().invoke(app, ["keys", "rotate"])
     assert "keys new" in str(refused.exception)

@@ -129,12 +129,12 @@ def test_a_fault_affects_every_nth_request_of_its_kind_after_an_offset_and_up_to
         faults=(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.SEARCH}), every=3, after=1, times=2),)
     )
     draw = FaultDraw(plan)
-    struck = []
+    affected = []
     for n in range(1, 15):
         assert not draw.draw(RequestKind.READ)
         if draw.draw(RequestKind.SEARCH):
-            struck.append(n)
-    assert struck == [4, 7]
+            affected.append(n)
+    assert affected == [4, 7]
 
 
 def test_faults_by_probability_are_the_same_for_the_same_seed() -> None:

@@ -36,9 +36,9 @@ def test_a_folder_without_resources_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_line_that_is_not_a_resource_is_an_error_without_its_content(tmp_path: Path) -> None:
     (tmp_path / "x.ndjson").write_text('\n{"resourceType":"Patient","id":"1"}\n\n{"secret"\n')
-    with pytest.raises(ConfigurationError, match="Resource 2") as caught:
+    with pytest.raises(ConfigurationError, match="Resource 2") as exc_info:
         SandboxServer(tmp_path)
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(exc_info.value)
 
 
 def test_an_occupied_port_is_a_clear_error() -> None:

@@ -18,8 +18,8 @@ def call(
 
 
 def entry(method: str, url: str, resource: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {"request": {"method": method, "url": url}, **more}
-    return made if resource is None else {**made, "resource": resource}
+    bundle_entry: dict[str, Any] = {"request": {"method": method, "url": url}, **more}
+    return bundle_entry if resource is None else {**bundle_entry, "resource": resource}
 
 
 def post(server: SandboxServer, kind: str, *entries: dict[str, Any]) -> requests.Response:
@@ -80,10 +80,10 @@ def test_an_update_with_an_outdated_if_match_version_is_refused(empty: SandboxSe
 def test_a_conditional_update_creates_updates_and_refuses_several(empty: SandboxServer) -> None:
     anonymous = PATIENT.replace(b'"id":"p",', b"")
     condition = "Patient?identifier=urn:mrn|7"
-    made = call(empty, "PUT", condition, anonymous)
-    assert made.status_code == 201
+    created = call(empty, "PUT", condition, anonymous)
+    assert created.status_code == 201
     again = call(empty, "PUT", condition, anonymous)
-    assert (again.status_code, again.json()["id"]) == (200, made.json()["id"])
+    assert (again.status_code, again.json()["id"]) == (200, created.json()["id"])
     call(empty, "PUT", "Patient/p", PATIENT)
     assert call(empty, "PUT", condition, anonymous).status_code == 412
     assert call(empty, "PUT", "Patient?colour=blue", anonymous).status_code == 400

@@ -99,9 +99,9 @@ def test_encryption_settings_are_sent_with_every_write(s3_url: str, tmp_path: Pa
 
 
 def catch_store_error(url: str) -> FhirAssetsError:
-    with pytest.raises(FhirAssetsError) as caught:
+    with pytest.raises(FhirAssetsError) as exc_info:
         build_store(load_settings(fhir_store_url=url)).manifest("raw", "Patient", "k")
-    return caught.value
+    return exc_info.value
 
 
 def test_a_missing_bucket_is_a_configuration_error(s3_url: str) -> None:

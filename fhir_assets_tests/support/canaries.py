@@ -90,10 +90,10 @@ class Population:
         self._moment = moment
 
     def resource(self, kind: str, identity: str, *, version: str = "1", **elements: Any) -> bytes:
-        """A resource with its meta."""
+        """Return a resource with its ``meta`` as JSON."""
         meta = {"versionId": version, "lastUpdated": instant(self._moment)}
-        made: Json = {"resourceType": kind, "id": identity, "meta": meta, **elements}
-        return json.dumps(made).encode()
+        body: Json = {"resourceType": kind, "id": identity, "meta": meta, **elements}
+        return json.dumps(body).encode()
 
     def everything(self, identity: str) -> list[bytes]:
         """Return a patient and one resource of each other type that refers to it."""

@@ -47,8 +47,11 @@ def add(server: SandboxServer, *bodies: bytes) -> None:
         server.store.seed(body, 0)
 
 
-def asked(server: SandboxServer, resource_type: str = "Patient") -> list[tuple[str, str]]:
-    """Return the intervals of ``_lastUpdated`` in the server's searches, without counts and further pages."""
+def list_search_intervals(server: SandboxServer, resource_type: str = "Patient") -> list[tuple[str, str]]:
+    """Return the intervals of ``_lastUpdated`` of the searches that the server received, as pairs of start and end.
+
+    Searches for counts and requests of further pages are left out.
+    """
     intervals = []
     for line in server.stats()["recent"]:
         url = urlsplit(line.split(" ", 1)[1])

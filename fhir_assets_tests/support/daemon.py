@@ -36,10 +36,10 @@ def dagster_daemon(environment: Mapping[str, str], folder: Path, log: Path) -> I
                 process.wait()
 
 
-def until(holds: Callable[[], bool], *, seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
     """Wait until a condition holds. Fail after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(1)
 
@@ -59,7 +59,9 @@ def backfill(
         stored = instance.get_backfill(backfill_id)
         return stored is not None and stored.status not in (BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING)
 
-    until(ended, seconds=seconds)
+    wait_until(ended, seconds=seconds)
     of_backfill = {"dagster/backfill": backfill_id}
-    until(lambda: instance.get_runs_count(dg.RunsFilter(tags=of_backfill, statuses=UNFINISHED)) == 0, seconds=seconds)
+    wait_until(
+        lambda: instance.get_runs_count(dg.RunsFilter(tags=of_backfill, statuses=UNFINISHED)) == 0, seconds=seconds
+    )
     return list(instance.get_runs(dg.RunsFilter(tags=of_backfill)))

@@ -13,7 +13,7 @@ import requests
 import typer
 from typer.testing import CliRunner, Result
 
-from fhir_assets.cli.upload import upload
+from fhir_assets.cli.upload import upload as upload_command
 from fhir_assets.fhir.bundles import has_same_content
 
 Resource = Mapping[str, Any]
@@ -50,7 +50,7 @@ class Upload:
     def __call__(self, *options: str, url: str | None = None, exit_code: int = 0) -> dict[str, Any]:
         """Run the command and return its ``--json`` output. Errors of the project are raised."""
         app = typer.Typer()
-        app.command()(upload)
+        app.command()(upload_command)
         arguments = ["--input", str(self.input), *(["--url", url] if url else []), "--json", *options]
         self.last = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert self.last.exit_code == exit_code, self.last.output
@@ -63,7 +63,7 @@ class Upload:
 
 
 @pytest.fixture
-def upload_of(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upload:
+def upload(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Upload:
     """Return the upload command with a home and a database of its own, which stores the dead letters."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DB_URL", database)

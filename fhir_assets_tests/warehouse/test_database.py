@@ -35,17 +35,17 @@ def test_urls_are_rewritten_for_sqlalchemy() -> None:
     ],
 )
 def test_a_failure_says_what_to_do_without_the_password(url: str, error: type[FhirAssetsError], words: str) -> None:
-    with pytest.raises(error, match=words) as caught:
+    with pytest.raises(error, match=words) as exc_info:
         connect(url, timeout=2)
-    assert "hunter2" not in str(caught.value)
-    assert caught.value.__cause__ is None
+    assert "hunter2" not in str(exc_info.value)
+    assert exc_info.value.__cause__ is None
 
 
 def test_a_missing_database_and_an_unknown_user_are_told_apart_from_a_server_that_is_down(postgres: str) -> None:
     for url in (with_database(postgres, "nowhere"), postgres.replace("postgres@", "stranger:hunter2@")):
-        with pytest.raises(ConfigurationError, match="does not exist there") as caught:
+        with pytest.raises(ConfigurationError, match="does not exist there") as exc_info:
             connect(url)
-        assert "hunter2" not in str(caught.value)
+        assert "hunter2" not in str(exc_info.value)
 
 
 def test_a_plain_connection_has_no_cipher(database: str) -> None:

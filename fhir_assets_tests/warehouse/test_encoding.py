@@ -1,4 +1,4 @@
-"""The encoding of values for COPY, compared with the values that Postgres accepts."""
+"""Postgres accepts every value that is encoded for COPY; all other values raise UnstorableValue."""
 
 import json
 from decimal import Decimal
@@ -46,7 +46,9 @@ VALUES: dict[str, list[object]] = {
         *("", "\\N", "a\tb\nc\rd\\", "\\.", "'\"{}", "\0", "\ud800", "😀", 1, True, Decimal("1.10")),
     ],
 }
-CASES = [pytest.param(kind, value, id=f"{kind}-{n}") for kind in VALUES for n, value in enumerate(VALUES[kind])]
+CASES = [
+    pytest.param(kind, value, id=f"{kind}-{n}") for kind, values in VALUES.items() for n, value in enumerate(values)
+]
 
 
 @pytest.mark.parametrize(("kind", "value"), CASES)
@@ -81,17 +83,18 @@ def test_postgres_accepts_every_encoded_value(conn: Connection[Any], kind: str, 
         ("string", "\0"),
     ],
 )
-def test_a_value_of_another_type_is_rejected_and_not_quoted(kind: str, value: object) -> None:
+def test_an_unstorable_value_is_rejected_and_the_message_does_not_contain_it(kind: str, value: object) -> None:
     encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
-    with pytest.raises(UnstorableValue) as caught:
+    with pytest.raises(UnstorableValue) as exc_info:
         encoder((value,))
-    assert caught.value.args[1] == 0
-    assert str(value) not in str(caught.value.args[0])
+    message, column_index = exc_info.value.args
+    assert column_index == 0
+    assert str(value) not in message
 
 
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(["\\", "u", "\\u0000", "\\ud83d", "\\ude00", "\\u0041", "\\\\", "\\n", "a", "😀"])))
-def test_escapes_are_checked_as_a_json_parser_decodes_them(pieces: list[str]) -> None:
+def test_check_escapes_agrees_with_a_json_parser(pieces: list[str]) -> None:
     text = f'"{"".join(pieces)}"'
     try:
         value = json.loads(text)
@@ -105,7 +108,7 @@ def test_escapes_are_checked_as_a_json_parser_decodes_them(pieces: list[str]) ->
             check_escapes(text.encode())
 
 
-def test_postgres_accepts_and_rejects_the_same_escapes(conn: Connection[Any]) -> None:
+def test_check_escapes_agrees_with_postgres(conn: Connection[Any]) -> None:
     for text in ('"\\ud83d\\ude00"', '"\\\\u0000"', '"\\ud83d"', '"\\ude00"', '"\\u0000"', '"\\ud83dx\\ude00"'):
         try:
             check_escapes(text.encode())

@@ -32,12 +32,12 @@ NAMES = "SELECT _resource_key, family FROM fhir.patient_name ORDER BY 1, 2"
 STORED = "SELECT id, version_number, resource->>'gender' FROM fhir.resource ORDER BY 1"
 
 
-def named(key: str, *families: str, **more: Any) -> Record:
+def patient_with_families(key: str, *families: str, **more: Any) -> Record:
     return patient(key, name=[{"family": family} for family in families], **more)
 
 
 def test_a_resource_is_written_to_fhir_resource_and_to_every_view(conn: Session) -> None:
-    counts, bad = load(conn, named("a", "One", "Two", gender="female"), named("b"))
+    counts, bad = load(conn, patient_with_families("a", "One", "Two", gender="female"), patient_with_families("b"))
     assert (counts.inserted, counts.updated, counts.superseded, counts.unloadable, bad) == (2, 0, 0, 0, [])
     assert counts.rows == {"patient": 2, "patient_name": 2}
     assert select(conn, NAMES) == [("a", "One"), ("a", "Two")]
@@ -63,18 +63,18 @@ def test_values_are_typed_and_partial_dates_keep_their_precision(conn: Session) 
 
 
 def test_a_newer_version_replaces_all_rows_and_an_older_version_replaces_none(conn: Session) -> None:
-    load(conn, named("a", "Old", "Older"))
-    newer = named("a", "New", updated="2024-02-01T00:00:00Z", version="2")
+    load(conn, patient_with_families("a", "Old", "Older"))
+    newer = patient_with_families("a", "New", updated="2024-02-01T00:00:00Z", version="2")
     counts, _ = load(conn, newer)
     assert (counts.inserted, counts.updated, counts.superseded) == (0, 1, 0)
-    counts, _ = load(conn, named("a", "Late", "Old"))
+    counts, _ = load(conn, patient_with_families("a", "Late", "Old"))
     assert (counts.inserted, counts.updated, counts.superseded) == (0, 0, 1)
     assert select(conn, NAMES) == [("a", "New")]
     assert counts.rows == {"patient": 0, "patient_name": 0}
 
 
 def test_loading_twice_changes_nothing(conn: Session) -> None:
-    records = [named(f"p{n}", "A", "B", gender="male") for n in range(50)]
+    records = [patient_with_families(f"p{n}", "A", "B", gender="male") for n in range(50)]
     load(conn, *records)
     before = [select(conn, query) for query in (NAMES, STORED)]
     load(conn, *records)
@@ -82,22 +82,24 @@ def test_loading_twice_changes_nothing(conn: Session) -> None:
 
 
 def test_loading_again_restores_deleted_rows(conn: Session) -> None:
-    load(conn, named("a", "One"))
+    load(conn, patient_with_families("a", "One"))
     conn.execute("DELETE FROM fhir.patient_name")
-    load(conn, named("a", "One"))
+    load(conn, patient_with_families("a", "One"))
     assert select(conn, NAMES) == [("a", "One")]
 
 
 def test_versions_with_equal_times_are_ordered_by_numeric_version_id(conn: Session) -> None:
-    load(conn, named("a", "Ten", version="10"))
-    counts, _ = load(conn, named("a", "Nine", version="9"))
+    load(conn, patient_with_families("a", "Ten", version="10"))
+    counts, _ = load(conn, patient_with_families("a", "Nine", version="9"))
     assert counts.superseded == 1
-    load(conn, named("b", "Text", version="abc"), named("c", "Huge", version="9" * 30))
+    load(conn, patient_with_families("b", "Text", version="abc"), patient_with_families("c", "Huge", version="9" * 30))
     assert select(conn, NAMES) == [("a", "Ten"), ("b", "Text"), ("c", "Huge")]
 
 
 def test_the_newest_version_within_a_load_is_stored_in_any_order(conn: Session) -> None:
-    versions = [named("a", f"V{n}", version=str(n), updated=f"2024-01-0{n}T00:00:00Z") for n in (2, 3, 1)]
+    versions = [
+        patient_with_families("a", f"V{n}", version=str(n), updated=f"2024-01-0{n}T00:00:00Z") for n in (2, 3, 1)
+    ]
     counts, _ = load(conn, *versions)
     assert (counts.inserted, counts.superseded) == (1, 2)
     assert select(conn, NAMES) == [("a", "V3")]
@@ -105,7 +107,7 @@ def test_the_newest_version_within_a_load_is_stored_in_any_order(conn: Session) 
 
 def test_the_chunk_size_does_not_change_the_result(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 3)
-    records = [named(f"p{n % 7}", f"V{n}", version=str(n)) for n in range(20)]
+    records = [patient_with_families(f"p{n % 7}", f"V{n}", version=str(n)) for n in range(20)]
     counts, _ = load(conn, *records)
     assert counts.inserted == 7
     assert counts.inserted + counts.updated + counts.superseded == 20
@@ -122,7 +124,7 @@ def test_a_load_is_invisible_until_it_is_committed(database: str, monkeypatch: p
         conn.commit()
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
         for n in range(5):
-            loader.add([build_rows(PATIENTS, named(f"p{n}", "A"))], "w")
+            loader.add([build_rows(PATIENTS, patient_with_families(f"p{n}", "A"))], "w")
         assert select(other, "SELECT count(*) FROM fhir.resource") == [(0,)]
         loader.finish()
         conn.rollback()
@@ -132,7 +134,7 @@ def test_a_load_is_invisible_until_it_is_committed(database: str, monkeypatch: p
 def test_writing_in_a_thread_has_the_same_result(conn: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 10)
     ensure_tables(conn, PATIENTS)
-    records = [named(f"p{n % 70}", f"V{n}", version=str(n)) for n in range(200)]
+    records = [patient_with_families(f"p{n % 70}", f"V{n}", version=str(n)) for n in range(200)]
     refused = patient("bad", x=0)
     body = refused.body.replace(b": 0", b": 1e200000")
     records.insert(5, Record("Patient", "bad", "1", refused.last_updated, refused.arrived, body))
@@ -154,7 +156,7 @@ def test_a_caller_that_fails_during_a_write_rolls_back(conn: Session, monkeypatc
     monkeypatch.setattr(loader_module, "CHUNK_RESOURCES", 500)
     ensure_tables(conn, PATIENTS)
     conn.commit()
-    items = [build_rows(PATIENTS, named(f"p{n}", "A")) for n in range(600)]
+    items = [build_rows(PATIENTS, patient_with_families(f"p{n}", "A")) for n in range(600)]
 
     def fail_during_a_write() -> None:
         with conn.transaction(), Loader(conn, "Patient", PATIENTS, run_id="run") as loader:
@@ -191,7 +193,7 @@ def test_a_resource_that_postgres_cannot_store_is_returned_and_the_others_are_lo
     rows = ([tuple(more.get(name) for name in _PATIENT_FIELDS)], [(n["family"],) for n in more.get("name", ())])
     with conn.transaction():
         loader = Loader(conn, "Patient", PATIENTS, run_id="run")
-        good = [build_rows(PATIENTS, named(f"p{n}", "A")) for n in range(9)]
+        good = [build_rows(PATIENTS, patient_with_families(f"p{n}", "A")) for n in range(9)]
         unloadable = loader.add([*good[:5], (bad, rows), *good[5:]], "w")
         counts = loader.finish()
         unloadable += loader.take_unloadable()
@@ -211,7 +213,7 @@ def test_an_unloadable_value_names_its_view_and_column(conn: Session) -> None:
 
 
 def test_resources_that_only_postgres_rejects_are_isolated_among_a_thousand(conn: Session) -> None:
-    records = [named(f"p{n:04}", "A", x=0) for n in range(1000)]
+    records = [patient_with_families(f"p{n:04}", "A", x=0) for n in range(1000)]
     for n in (0, 511, 999):
         record = records[n]
         body = record.body.replace(b": 0", b": 1e200000")
@@ -256,7 +258,7 @@ def test_concurrent_loads_of_the_same_resources_store_the_newest_versions(databa
                 records = []
                 for n in range(size):
                     version = 2 * number + (worker + n) % 2 + 1
-                    records.append(named(f"p{n}", f"V{version}", f"W{version}", version=str(version)))
+                    records.append(patient_with_families(f"p{n}", f"V{version}", f"W{version}", version=str(version)))
                 if worker:
                     records.reverse()
                 items = [build_rows(PATIENTS, record) for record in records]
@@ -291,8 +293,16 @@ def test_a_load_waits_for_uncommitted_resources_of_another_load_and_merges_them(
         waiting = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = {second.info.backend_pid}"
         with ThreadPoolExecutor(1) as pool:
             with first.transaction():
-                load(first, named("b", "Old", version="1"), named("c", "New", version="9"))
-                records = named("a", "Only"), named("b", "Newer", version="2"), named("c", "Older", version="8")
+                load(
+                    first,
+                    patient_with_families("b", "Old", version="1"),
+                    patient_with_families("c", "New", version="9"),
+                )
+                records = (
+                    patient_with_families("a", "Only"),
+                    patient_with_families("b", "Newer", version="2"),
+                    patient_with_families("c", "Older", version="8"),
+                )
                 ending = pool.submit(load, second, *records)
                 while select(other, waiting) == [(0,)]:
                     assert not ending.done()
@@ -307,7 +317,7 @@ def test_a_lost_connection_raises_database_unavailable_and_stores_no_resource(da
         ensure_tables(conn, PATIENTS)
     conn = connect(database, cipher=NO_ENCRYPTION)
     loader = Loader(conn, "Patient", PATIENTS, run_id="run")
-    loader.add([build_rows(PATIENTS, named("a", "One"))], "w")
+    loader.add([build_rows(PATIENTS, patient_with_families("a", "One"))], "w")
     with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as other:
         other.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
     with pytest.raises(DatabaseUnavailable, match="run it again"):

@@ -64,8 +64,8 @@ def test_ensuring_current_tables_takes_no_lock(conn: Session) -> None:
     conn.commit()
     view_tables.ensure_tables(conn, PATIENTS)
     # Other tests work in other databases of the same server.
-    here = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    assert select(conn, f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND {here}") == [(0,)]
+    in_this_database = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    assert select(conn, f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND {in_this_database}") == [(0,)]
 
 
 def test_concurrent_sessions_may_ensure_the_same_tables(database: str) -> None:

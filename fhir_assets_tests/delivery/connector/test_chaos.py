@@ -125,7 +125,7 @@ def check_equal(hospital: Hospital) -> None:
         " GROUP BY p.id"
     )
     expected = {mrn: (family, [given], others) for mrn, family, given, others in rows}
-    found = {
+    delivered = {
         mrn: (
             p["name"][0]["family"],
             p["name"][0]["given"],
@@ -133,7 +133,7 @@ def check_equal(hospital: Hospital) -> None:
         )
         for mrn, p in hospital.patients().items()
     }
-    assert found == expected
+    assert delivered == expected
 
 
 def check_order(hospital: Hospital) -> None:

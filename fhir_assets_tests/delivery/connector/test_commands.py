@@ -44,17 +44,15 @@ def test_dead_changes_are_listed_replayed_and_discarded(environment: Hospital) -
         environment.admit(None)
     environment.deliver()
     dead = json.loads(call("dlq", "list", "--json"))
-    assert [each["reason"] for each in dead] == ["no-identifier"] * 2
+    assert [dead_letter["reason"] for dead_letter in dead] == ["no-identifier"] * 2
     call("dlq", "discard", str(dead[0]["id"]))
     environment.execute("UPDATE health.patient SET identifier_system = 's', identifier_value = 'late-' || id")
     environment.execute("DELETE FROM health.fhir_outbox")
     call("dlq", "replay", "--all")
     environment.deliver()
     assert json.loads(call("dlq", "list", "--json")) == []
-    assert sorted(each["status"] for each in json.loads(call("dlq", "list", "--status", "all", "--json"))) == [
-        "discarded",
-        "replayed",
-    ]
+    dead_letters = json.loads(call("dlq", "list", "--status", "all", "--json"))
+    assert sorted(dead_letter["status"] for dead_letter in dead_letters) == ["discarded", "replayed"]
     with pytest.raises(ConfigurationError, match="not open dead letters"):
         CliRunner().invoke(app, ["dlq", "discard", str(dead[0]["id"])], catch_exceptions=False)
     with pytest.raises(ConfigurationError, match="select changes"):

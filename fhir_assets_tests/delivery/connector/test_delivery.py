@@ -167,7 +167,7 @@ def test_discarded_changes_stay_listed_and_are_not_replayed(hospital: Hospital) 
         [dead] = dead_letters.find(conn)
         assert dead_letters.discard(conn, [dead.id, dead.id + 99]) == 1
         assert dead_letters.find(conn) == []
-        assert [each.id for each in dead_letters.find(conn, status="discarded")] == [dead.id]
+        assert [dead_letter.id for dead_letter in dead_letters.find(conn, status="discarded")] == [dead.id]
         assert dead_letters.replay(conn, [dead.id]) == 0
 
 

@@ -1,4 +1,4 @@
-"""Metrics, dashboards, alerts and logs: what is shown exists, and none of it holds patient data."""
+"""Dashboards and alerts query existing metrics; metrics and logs contain no patient data."""
 
 import io
 import json
@@ -38,13 +38,13 @@ ISSUED = {
     "fhir_call_latency_seconds_bucket",
     "fhir_call_errors_total",
 }
-"""The names that others rely on."""
+"""Metrics whose names must not change, because other systems query them."""
 
 OF_PROMETHEUS = {"up"}
 
 
 def panels() -> dict[str, list[str]]:
-    """The queries of every panel that has any, by title, with Grafana's interval filled in."""
+    """Return the queries of each panel by its title, with a value for Grafana's interval."""
     board = json.loads((DEPLOY / "grafana" / "dashboards" / "fhir_assets.json").read_text())
     return {
         panel["title"]: [target["expr"].replace("$__rate_interval", "1m") for target in panel["targets"]]
@@ -58,7 +58,7 @@ def alerts() -> dict[str, str]:
     return {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
 
 
-def named(query: str) -> set[str]:
+def find_metric_names(query: str) -> set[str]:
     return set(re.findall(r"\b(?:fhir_\w+|up)\b(?!=)", query))
 
 
@@ -93,23 +93,23 @@ def busy(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hospit
         yield hospital
 
 
-def exposed() -> str:
+def render_exposition() -> str:
     return generate_latest(REGISTRY).decode()
 
 
 def value(name: str) -> float:
-    [found] = re.findall(rf"^{re.escape(name)} (\S+)$", exposed(), re.MULTILINE)
-    return float(found)
+    [text] = re.findall(rf"^{re.escape(name)} (\S+)$", render_exposition(), re.MULTILINE)
+    return float(text)
 
 
 def test_every_query_of_dashboard_and_alerts_uses_existing_metrics(busy: Hospital) -> None:
-    there = set(re.findall(r"^(fhir_\w+)", exposed(), re.MULTILINE)) | OF_PROMETHEUS
-    assert there >= ISSUED
-    asked = {query for queries in panels().values() for query in queries} | set(alerts().values())
-    assert len(asked) > 25
-    for query in asked:
-        assert named(query), query
-        assert named(query) <= there, query
+    existing = set(re.findall(r"^(fhir_\w+)", render_exposition(), re.MULTILINE)) | OF_PROMETHEUS
+    assert existing >= ISSUED
+    queries = {query for panel in panels().values() for query in panel} | set(alerts().values())
+    assert len(queries) > 25
+    for query in queries:
+        assert find_metric_names(query), query
+        assert find_metric_names(query) <= existing, query
 
 
 def test_the_metrics_report_the_outbox(busy: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +127,12 @@ def test_the_metrics_report_the_outbox(busy: Hospital, monkeypatch: pytest.Monke
 
 
 def test_an_unreachable_database_is_reported_as_down_without_stale_values(hospital: Hospital) -> None:
-    def gone() -> "psycopg.Connection[tuple[Any, ...]]":
+    def refuse_connection() -> "psycopg.Connection[tuple[Any, ...]]":
         raise psycopg.OperationalError
 
-    with register_database_metrics(hospital.settings, gone):
+    with register_database_metrics(hospital.settings, refuse_connection):
         assert value("fhir_database_up") == 0
-        assert "fhir_outbox_unprocessed_count" not in exposed()
+        assert "fhir_outbox_unprocessed_count" not in render_exposition()
 
 
 def test_an_occupied_metrics_port_does_not_stop_the_process() -> None:
@@ -153,11 +153,11 @@ def test_metrics_and_logs_contain_no_patient_data(busy: Hospital) -> None:
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert lines
     assert {"time", "level", "service", "logger", "message"} <= lines[0].keys()
-    letters = str(busy.execute("SELECT reason, message FROM health.fhir_dlq"))
-    for place in (stream.getvalue(), exposed(), letters):
-        assert FAMILY not in place
-        assert MRN not in place
-        assert "0044" not in place
+    dead_letters = str(busy.execute("SELECT reason, message FROM health.fhir_dlq"))
+    for text in (stream.getvalue(), render_exposition(), dead_letters):
+        assert FAMILY not in text
+        assert MRN not in text
+        assert "0044" not in text
 
 
 def test_a_foreign_error_is_logged_by_its_type_and_an_own_error_with_its_message() -> None:
@@ -170,8 +170,8 @@ def test_a_foreign_error_is_logged_by_its_type_and_an_own_error_with_its_message
             record = logging.makeLogRecord(
                 {"msg": "failed", "exc_info": (type(raised), raised, raised.__traceback__), "window": "2024-01-01"}
             )
-        found: dict[str, Any] = json.loads(formatter.format(record))
-        return found
+        formatted: dict[str, Any] = json.loads(formatter.format(record))
+        return formatted
 
     foreign = line(ValueError("Ada Testperson"))
     assert foreign["error"]["type"] == "builtins.ValueError"
@@ -222,12 +222,13 @@ def test_prometheus_scrapes_the_metrics_and_every_panel_has_data(busy: Hospital,
             missing = {title: list(queries) for title, queries in panels().items()}
             deadline = time.monotonic() + 600
             while any(missing.values()):
-                assert time.monotonic() < deadline, {title: left for title, left in missing.items() if left}
+                assert time.monotonic() < deadline, {title: queries for title, queries in missing.items() if queries}
                 busy.execute("UPDATE health.patient SET updated_at = now()")
                 busy.deliver()
                 time.sleep(1)
                 missing = {
-                    title: [query for query in left if not has_data(port, query)] for title, left in missing.items()
+                    title: [query for query in queries if not has_data(port, query)]
+                    for title, queries in missing.items()
                 }
             for name, query in alerts().items():
                 assert ask(port, query)["status"] == "success", name
@@ -245,15 +246,15 @@ def ask(port: int, query: str) -> dict[str, Any]:
 
 def has_data(port: int, query: str) -> bool:
     try:
-        found = ask(port, query)["data"]["result"]
+        samples = ask(port, query)["data"]["result"]
     except requests.ConnectionError:
         return False
-    return any(sample["value"][1] != "NaN" for sample in found)
+    return any(sample["value"][1] != "NaN" for sample in samples)
 
 
 def test_rendered_metrics_equal_the_exposition(busy: Hospital) -> None:
     body, content_type = render_metrics()
-    assert body.decode() == exposed()
+    assert body.decode() == render_exposition()
     assert content_type.startswith("text/plain")
 
 
@@ -263,8 +264,8 @@ def test_compose_provides_the_targets_that_prometheus_and_grafana_are_configured
     for service in services.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            there = DEPLOY.parent.joinpath(source).exists() if source.startswith(".") else source in compose["volumes"]
-            assert there, source
+            exists = DEPLOY.parent.joinpath(source).exists() if source.startswith(".") else source in compose["volumes"]
+            assert exists, source
         assert set(service.get("depends_on", [])) <= set(services)
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}

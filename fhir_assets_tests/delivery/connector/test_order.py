@@ -16,7 +16,7 @@ from fhir_assets_tests.support.hospital import Hospital
 LONG = 600.0
 
 
-def until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds. The timeout is long, so that only a hang fails."""
     deadline = time.monotonic() + LONG
     while not condition():
@@ -30,7 +30,7 @@ def test_a_patient_that_waits_for_its_retry_does_not_delay_others(hospital: Hosp
     hospital.execute("UPDATE health.patient SET name_family = 'Later'")
     hospital.admit("2")
     with hospital.running():
-        until(lambda: "2" in hospital.families())
+        wait_until(lambda: "2" in hospital.families())
     assert set(hospital.families()) == {"2"}
     assert hospital.execute("SELECT DISTINCT record_id FROM health.fhir_outbox WHERE processed_at IS NULL") == [
         (str(waits),)
@@ -41,7 +41,7 @@ def test_the_retry_time_is_stored(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.ERROR))
     hospital.admit("1")
     with hospital.running(connector_first_wait_seconds=2.0, connector_max_wait_seconds=300):
-        until(
+        wait_until(
             lambda: bool(hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE attempts = 1 AND claimed_by IS NULL"))
         )
         [(wait,)] = hospital.execute(
@@ -55,7 +55,7 @@ def test_the_retry_after_header_is_honoured(hospital: Hospital) -> None:
     hospital.server.set_faults(Fault(kind=FaultKind.THROTTLE, retry_after=200))
     hospital.admit("1")
     with hospital.running():
-        until(
+        wait_until(
             lambda: bool(hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE attempts = 1 AND claimed_by IS NULL"))
         )
     [(wait,)] = hospital.execute(
@@ -67,7 +67,7 @@ def test_the_retry_after_header_is_honoured(hospital: Hospital) -> None:
 def test_a_notification_triggers_delivery_before_the_next_poll(hospital: Hospital) -> None:
     with hospital.running(connector_poll_seconds=3600):
         hospital.admit("1")
-        until(lambda: "1" in hospital.families())
+        wait_until(lambda: "1" in hospital.families())
 
 
 def test_a_change_without_notification_is_found_by_polling(hospital: Hospital) -> None:
@@ -79,7 +79,7 @@ def test_a_change_without_notification_is_found_by_polling(hospital: Hospital) -
             "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation)"
             " SELECT 'patient', id::text, 'patient', 'UPDATE' FROM health.patient"
         )
-        until(lambda: "1" in hospital.families())
+        wait_until(lambda: "1" in hospital.families())
 
 
 def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) -> None:
@@ -89,7 +89,7 @@ def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) ->
     with hospital.running(), hospital.running():
         for change in range(1, 6):
             hospital.execute("UPDATE health.patient SET name_family = %s", str(change))
-        until(lambda: hospital.waiting() == 0)
+        wait_until(lambda: hospital.waiting() == 0)
     assert set(hospital.families().values()) == {"5"}
     for version in hospital.server.store.type_store("Patient").latest.values():
         bodies = [v.body.split(b'"family":"')[1][0:1] for v in version.history()]
@@ -98,10 +98,10 @@ def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) ->
 
 def test_claims_of_a_disconnected_connector_are_released_at_once(hospital: Hospital) -> None:
     hospital.admit("1")
-    with hospital.connect() as gone:
-        gone.autocommit = True
-        number = outbox.register_connector(gone)
-        assert len(outbox.claim(gone, number, ["patient"], 10)) == 1
+    with hospital.connect() as disconnected:
+        disconnected.autocommit = True
+        number = outbox.register_connector(disconnected)
+        assert len(outbox.claim(disconnected, number, ["patient"], 10)) == 1
         with hospital.connect() as other:
             other.autocommit = True
             assert outbox.claim(other, outbox.register_connector(other), ["patient"], 10) == []
@@ -116,7 +116,7 @@ def test_a_crash_after_the_update_does_not_send_the_update_twice(hospital: Hospi
     hospital.deliver()
     for table in ("fhir_outbox", "fhir_processed_event", "fhir_delivered"):
         hospital.execute(f"DELETE FROM health.{table}")
-    # As a crash leaves it: claimed by one that is gone, nothing settled, but the server has it.
+    # The state after a crash: the server has the update, no outcome is recorded, the claim is of an ended connector.
     hospital.execute(
         "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation, attempts, claimed_by)"
         " SELECT source, record_id, table_name, operation, 1, 999999 FROM mark"
@@ -131,7 +131,7 @@ def test_sigterm_completes_claimed_changes_and_leaves_the_others(hospital: Hospi
         hospital.admit(str(n))
     hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.05, on=frozenset({RequestKind.UPDATE})))
     connector = hospital.process(CONNECTOR_WORKERS="2")
-    until(lambda: len(hospital.server.store.type_store("Patient").latest) >= 3)
+    wait_until(lambda: len(hospital.server.store.type_store("Patient").latest) >= 3)
     connector.send_signal(signal.SIGTERM)
     _, errors = connector.communicate(timeout=LONG)
     assert connector.returncode == 0, errors.decode()
@@ -146,13 +146,13 @@ def test_sigterm_completes_claimed_changes_and_leaves_the_others(hospital: Hospi
 def test_a_lost_database_connection_is_reopened(hospital: Hospital) -> None:
     with hospital.running():
         hospital.admit("1")
-        until(lambda: "1" in hospital.families())
+        wait_until(lambda: "1" in hospital.families())
         hospital.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         hospital.admit("2")
-        until(lambda: "2" in hospital.families())
+        wait_until(lambda: "2" in hospital.families())
 
 
 def test_changes_wait_while_the_server_is_down(hospital: Hospital) -> None:
@@ -161,7 +161,7 @@ def test_changes_wait_while_the_server_is_down(hospital: Hospital) -> None:
     for n in range(30):
         hospital.admit(str(n))
     with hospital.running(fhir_base_url=url, connector_max_attempts=1):
-        until(
+        wait_until(
             lambda: bool(hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE attempts > 1 AND claimed_by IS NULL"))
         )
     assert hospital.dead() == []

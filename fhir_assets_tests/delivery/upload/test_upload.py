@@ -41,7 +41,7 @@ EVERY_FAULT = (
 
 @pytest.fixture(scope="module")
 def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All 30 types, two patients."""
+    """The folder of a synthetic population: two patients, resources of all 30 types."""
     folder = tmp_path_factory.mktemp("population")
     write_population(folder, Population(2, 1))
     return folder
@@ -55,36 +55,34 @@ def dead_letters(upload: Upload) -> list[tuple[Any, ...]]:
         ).fetchall()
 
 
-def test_an_uploaded_population_is_found_unchanged_by_search_despite_faults(
-    upload_of: Upload, population: Path
-) -> None:
-    """The server checks references, so that order and circles matter, and injects every fault."""
-    upload_of.home.joinpath("input").symlink_to(population)
+def test_an_uploaded_population_is_found_unchanged_by_search_despite_faults(upload: Upload, population: Path) -> None:
+    """The server injects every fault and refuses references without a target, so the order of the resources matters."""
+    upload.home.joinpath("input").symlink_to(population)
     sent = lines_of(population)
     with SandboxServer(faults=EVERY_FAULT, referential_integrity=True) as server:
-        summary = upload_of("--batch-size", "20", url=server.url)
+        summary = upload("--batch-size", "20", url=server.url)
         assert len(server.stats()["struck"]) == len(EVERY_FAULT)
         server.set_faults()
         assert_same(sent, read_back(server.url, LOAD_ORDER))
     assert summary["success"]
     assert summary["totals"]["failed"] == 0
-    assert not upload_of.failures.exists()
-    assert dead_letters(upload_of) == []
-    assert not list((upload_of.home / "uploads").glob("*.sqlite"))
+    assert not upload.failures.exists()
+    assert dead_letters(upload) == []
+    assert not list((upload.home / "uploads").glob("*.sqlite"))
 
 
-def test_types_are_uploaded_in_the_order_of_the_catalog_under_any_file_names(upload_of: Upload) -> None:
-    write(upload_of.input / "MimicPatient.ndjson.gz", [patient(f"p{n}") for n in range(30)])
+def test_types_are_uploaded_in_the_order_of_the_catalog_under_any_file_names(upload: Upload) -> None:
+    write(upload.input / "MimicPatient.ndjson.gz", [patient(f"p{n}") for n in range(30)])
     write(
-        upload_of.input / "deep" / "Patient_part1.ndjson",
+        upload.input / "deep" / "Patient_part1.ndjson",
         [{"resourceType": "Observation", "id": f"o{n}"} for n in range(30)]
         + [{"resourceType": "Organization", "id": f"g{n}"} for n in range(30)]
         + [patient(f"q{n}") for n in range(30)],
     )
     with SandboxServer() as server:
-        summary = upload_of("--batch-size", "7", url=server.url)
+        summary = upload("--batch-size", "7", url=server.url)
         held = read_back(server.url, ["Organization", "Patient", "Observation"])
-    assert [each["type"] for each in summary["types"]] == ["Organization", "Patient", "Observation"]
+    assert [counts["type"] for counts in summary["types"]] == ["Organization", "Patient", "Observation"]
     assert summary["totals"] == {"created": 120, "updated": 0, "unchanged": 0, "failed": 0}
     times: dict[str, list[str]] = {}
     for name, body in held.items():
@@ -93,15 +91,15 @@ def test_types_are_uploaded_in_the_order_of_the_catalog_under_any_file_names(upl
     assert max(times["Patient"]) <= min(times["Observation"])
 
 
-def test_forward_and_circular_references_are_uploaded_completely(upload_of: Upload) -> None:
-    """Within a type, between types, in a chain against the order, and something that only hangs on a circle."""
+def test_forward_and_circular_references_are_uploaded_completely(upload: Upload) -> None:
+    """The references are within a type, between types, in a chain against the order, and to a member of a cycle."""
     chain = [
         {"resourceType": "Organization", "id": f"g{n}", "partOf": {"reference": f"Organization/g{n + 1}"}}
         for n in range(30)
     ]
-    write(upload_of.input / "a.ndjson", [*chain, {"resourceType": "Organization", "id": "g30"}])
+    write(upload.input / "a.ndjson", [*chain, {"resourceType": "Organization", "id": "g30"}])
     write(
-        upload_of.input / "b.ndjson",
+        upload.input / "b.ndjson",
         [
             patient("p1", link=[{"other": {"reference": "Patient/p2"}, "type": "seealso"}]),
             patient("p2", link=[{"other": {"reference": "Patient/p1"}, "type": "seealso"}]),
@@ -116,17 +114,17 @@ def test_forward_and_circular_references_are_uploaded_completely(upload_of: Uplo
         ],
     )
     with SandboxServer(referential_integrity=True) as server:
-        summary = upload_of("--batch-size", "4", url=server.url)
+        summary = upload("--batch-size", "4", url=server.url)
         held = read_back(server.url, LOAD_ORDER)
-    assert_same(lines_of(upload_of.input), held)
+    assert_same(lines_of(upload.input), held)
     assert summary["totals"] == {"created": 36, "updated": 0, "unchanged": 0, "failed": 0}
     assert json.loads(held["Observation/o"])["meta"]["versionId"] == "1"
     assert json.loads(held["Encounter/e"])["meta"]["versionId"] == "2"
 
 
-def test_a_permanently_refused_resource_is_recorded_and_the_others_are_uploaded(upload_of: Upload) -> None:
+def test_a_permanently_refused_resource_is_recorded_and_the_others_are_uploaded(upload: Upload) -> None:
     write(
-        upload_of.input / "Patient.ndjson",
+        upload.input / "Patient.ndjson",
         [
             patient("good"),
             patient("bad id", name=[{"family": "Canary"}]),
@@ -136,235 +134,238 @@ def test_a_permanently_refused_resource_is_recorded_and_the_others_are_uploaded(
         ],
     )
     with SandboxServer(referential_integrity=True) as server:
-        summary = upload_of(url=server.url, exit_code=1)
+        summary = upload(url=server.url, exit_code=1)
         assert read_back(server.url, ["Patient", "Observation"]).keys() == {"Patient/good"}
     assert summary["success"] is False
     assert summary["totals"] == {"created": 1, "updated": 0, "unchanged": 0, "failed": 4}
-    refused = {line["place"]: line for line in upload_of.refused()}
+    refused = {line["place"]: line for line in upload.refused()}
     assert refused.keys() == {f"Patient.ndjson:{n}" for n in (2, 3, 4, 5)}
     assert refused["Patient.ndjson:2"]["status"] == 400
     assert refused["Patient.ndjson:2"]["resource"]["name"] == [{"family": "Canary"}]
     assert refused["Patient.ndjson:5"]["outcome"]["issue"][0]["code"] == "not-found"
     assert refused["Patient.ndjson:4"]["resource"] == '{"resourceType":"Patient","id":"cut'
-    assert upload_of.failures.stat().st_mode & 0o077 == 0
-    assert {(name, identity, rule) for name, identity, rule, *_ in dead_letters(upload_of)} == {
+    assert upload.failures.stat().st_mode & 0o077 == 0
+    assert {(name, identity, rule) for name, identity, rule, *_ in dead_letters(upload)} == {
         ("Patient", None, "unusable"),
         ("unknown", None, "unusable"),
-        ("Patient", None, "http-400"),  # what is no id may be a name
+        ("Patient", None, "http-400"),  # the id is not reported: it is invalid, so it may be a name
         ("Observation", "o", "http-422"),
     }
-    assert "Canary" not in str(dead_letters(upload_of))
-    assert upload_of.last
-    assert "Canary" not in upload_of.last.output
+    assert "Canary" not in str(dead_letters(upload))
+    assert upload.last
+    assert "Canary" not in upload.last.output
 
 
-def test_resuming_sends_failed_resources_again_and_resolves_their_dead_letters(upload_of: Upload) -> None:
+def test_resuming_sends_failed_resources_again_and_resolves_their_dead_letters(upload: Upload) -> None:
     write(
-        upload_of.input / "o.ndjson",
+        upload.input / "o.ndjson",
         [{"resourceType": "Observation", "id": "o", "subject": {"reference": "Patient/p"}}],
     )
     with SandboxServer(referential_integrity=True) as server:
-        upload_of(url=server.url, exit_code=1)
-        assert [status for *_, status, _ in dead_letters(upload_of)] == ["open"]
+        upload(url=server.url, exit_code=1)
+        assert [status for *_, status, _ in dead_letters(upload)] == ["open"]
         requests.put(f"{server.url}/Patient/p", json=patient("p"), timeout=10).raise_for_status()
-        assert upload_of("--resume", url=server.url)["totals"]["created"] == 1
-    assert [status for *_, status, _ in dead_letters(upload_of)] == ["resolved"]
-    assert not upload_of.failures.exists()
+        assert upload("--resume", url=server.url)["totals"]["created"] == 1
+    assert [status for *_, status, _ in dead_letters(upload)] == ["resolved"]
+    assert not upload.failures.exists()
 
 
 class Batches:
-    """A server that judges each entry by its id, and remembers what it was sent."""
+    """A server that responds with the statuses of two functions. ``sent`` are the ids of each received batch.
 
-    def __init__(self, judge: Callable[[str, int], int], whole: Callable[[list[str]], int] = lambda ids: 200) -> None:
+    ``entry_status`` gets the id of an entry and how often it was received; ``batch_status`` gets the ids of a batch.
+    """
+
+    def __init__(
+        self, entry_status: Callable[[str, int], int], batch_status: Callable[[list[str]], int] = lambda ids: 200
+    ) -> None:
         self.sent: list[list[str]] = []
         self.times: Counter[str] = Counter()
-        self._judge = judge
-        self._whole = whole
+        self._entry_status = entry_status
+        self._batch_status = batch_status
 
     def __call__(self, request: ReceivedRequest) -> Reply:
         if request.method == "GET":
             return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
         ids = [entry["resource"]["id"] for entry in json.loads(request.body)["entry"]]
         self.sent.append(ids)
-        if (status := self._whole(ids)) != 200:
+        if (status := self._batch_status(ids)) != 200:
             return reply({"resourceType": "OperationOutcome", "issue": [{"code": "too-long"}]}, status)
         entries = []
         for identity in ids:
             self.times[identity] += 1
-            entries.append({"response": {"status": str(self._judge(identity, self.times[identity]))}})
+            entries.append({"response": {"status": str(self._entry_status(identity, self.times[identity]))}})
         return reply({"resourceType": "Bundle", "type": "batch-response", "entry": entries})
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 409, 412])
-def test_an_entry_with_a_transient_failure_is_sent_again_alone(upload_of: Upload, status: int) -> None:
-    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+def test_an_entry_with_a_transient_failure_is_sent_again_alone(upload: Upload, status: int) -> None:
+    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     batches = Batches(lambda identity, time: status if identity == "7" and time == 1 else 201)
     with ScriptedServer(batches) as server:
-        assert upload_of("--workers", "1", url=server.url)["totals"]["created"] == 10
+        assert upload("--workers", "1", url=server.url)["totals"]["created"] == 10
     assert batches.sent == [[str(n) for n in range(10)], ["7"]]
 
 
-def test_an_entry_that_always_fails_is_given_up_and_the_others_are_sent_once(upload_of: Upload) -> None:
-    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+def test_an_entry_that_always_fails_is_given_up_and_the_others_are_sent_once(upload: Upload) -> None:
+    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     batches = Batches(lambda identity, time: 412 if identity == "7" else 200)
     with ScriptedServer(batches) as server:
-        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+        summary = upload("--workers", "1", url=server.url, exit_code=1)
     assert summary["totals"] == {"created": 0, "updated": 9, "unchanged": 0, "failed": 1}
-    assert [line["resource"]["id"] for line in upload_of.refused()] == ["7"]
+    assert [line["resource"]["id"] for line in upload.refused()] == ["7"]
     assert {identity for identity, times in batches.times.items() if times > 1} == {"7"}
 
 
-def test_a_refused_older_line_does_not_overwrite_a_newer_one(upload_of: Upload) -> None:
+def test_a_refused_older_line_does_not_overwrite_a_newer_one(upload: Upload) -> None:
     lines = [patient("p", gender="male"), patient("q"), patient("p", gender="female")]
-    write(upload_of.input / "p.ndjson", lines)
+    write(upload.input / "p.ndjson", lines)
     batches = Batches(lambda identity, time: 422 if (identity, time) == ("p", 1) or identity == "q" else 200)
     with ScriptedServer(batches) as server:
-        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+        summary = upload("--workers", "1", url=server.url, exit_code=1)
         assert summary["totals"]["failed"] == 1
-        upload_of("--workers", "1", "--resume", url=server.url, exit_code=1)
+        upload("--workers", "1", "--resume", url=server.url, exit_code=1)
     assert batches.times["p"] == 2
 
 
 def test_concurrent_results_are_recorded_in_the_order_of_their_lines(
-    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+    upload: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow_commit(journal: Journal, key: BatchKey, done: BatchResult) -> None:
-        time.sleep(0.03)  # meanwhile the results of several batches come
+        time.sleep(0.03)  # in this time the results of several batches arrive
         commit(journal, key, done)
 
     commit = Journal.commit
     monkeypatch.setattr(Journal, "commit", slow_commit)
     write(
-        upload_of.input / "p.ndjson",
+        upload.input / "p.ndjson",
         [patient(f"p{n}", gender=gender) for n in range(40) for gender in ("male", "female")],
     )
     batches = Batches(lambda _, time: 422 if time == 1 else 200)
     with ScriptedServer(batches) as server:
-        summary = upload_of("--workers", "4", url=server.url)
+        summary = upload("--workers", "4", url=server.url)
     assert summary["totals"]["failed"] == 0
 
 
 def test_an_entry_that_crashes_the_server_does_not_stop_the_others(
-    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+    upload: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FHIR_MAX_ATTEMPTS", "2")
-    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(4)])
+    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(4)])
     with ScriptedServer(Batches(lambda *_: 201, lambda ids: 500 if "2" in ids else 200)) as server:
-        summary = upload_of("--workers", "1", url=server.url, exit_code=1)
+        summary = upload("--workers", "1", url=server.url, exit_code=1)
     assert summary["totals"] == {"created": 3, "updated": 0, "unchanged": 0, "failed": 1}
-    [refused] = upload_of.refused()
+    [refused] = upload.refused()
     assert refused["resource"]["id"] == "2"
     assert "no answer" in refused["reason"]
 
 
 @pytest.mark.parametrize("status", [413, 400, 422])
-def test_a_batch_that_is_refused_as_a_whole_is_split_in_halves(upload_of: Upload, status: int) -> None:
-    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+def test_a_batch_that_is_refused_as_a_whole_is_split_in_halves(upload: Upload, status: int) -> None:
+    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     batches = Batches(lambda *_: 201, lambda ids: status if len(ids) > 3 else 200)
     with ScriptedServer(batches) as server:
-        assert upload_of("--workers", "1", url=server.url)["totals"]["created"] == 10
+        assert upload("--workers", "1", url=server.url)["totals"]["created"] == 10
     assert max(len(ids) for ids in batches.sent if len(ids) <= 3) <= 3
     assert sum(batches.times.values()) == 10
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
-def test_a_server_that_refuses_all_batches_ends_the_upload(upload_of: Upload, status: int) -> None:
-    write(upload_of.input / "p.ndjson", [patient("1")])
+def test_a_server_that_refuses_all_batches_ends_the_upload(upload: Upload, status: int) -> None:
+    write(upload.input / "p.ndjson", [patient("1")])
     with (
         ScriptedServer(Batches(lambda *_: 201, lambda ids: status)) as server,
         pytest.raises(ServerRefused, match=str(status)),
     ):
-        upload_of(url=server.url)
+        upload(url=server.url)
 
 
-def test_transactions_leave_out_only_invalid_resources(upload_of: Upload) -> None:
-    write(upload_of.input / "p.ndjson", [patient("a bad id" if n == 13 else str(n)) for n in range(30)])
+def test_transactions_leave_out_only_invalid_resources(upload: Upload) -> None:
+    write(upload.input / "p.ndjson", [patient("a bad id" if n == 13 else str(n)) for n in range(30)])
     with SandboxServer() as server:
-        summary = upload_of("--transaction", url=server.url, exit_code=1)
+        summary = upload("--transaction", url=server.url, exit_code=1)
         assert len(read_back(server.url, ["Patient"])) == 29
     assert summary["totals"] == {"created": 29, "updated": 0, "unchanged": 0, "failed": 1}
 
 
-def test_skip_unchanged_does_not_send_resources_that_the_server_has_with_the_same_content(upload_of: Upload) -> None:
+def test_skip_unchanged_does_not_send_resources_that_the_server_has_with_the_same_content(upload: Upload) -> None:
     value = b'{"resourceType":"Observation","id":"o%d","valueQuantity":{"value":%s}}'
-    write(upload_of.input / "o.ndjson", [value % (n, b"1.50") for n in range(20)])
+    write(upload.input / "o.ndjson", [value % (n, b"1.50") for n in range(20)])
     with SandboxServer() as server:
-        upload_of(url=server.url)
-        write(upload_of.input / "o.ndjson", [value % (n, b"1.5" if n == 3 else b"1.50") for n in range(20)])
-        summary = upload_of("--skip-unchanged", url=server.url)
+        upload(url=server.url)
+        write(upload.input / "o.ndjson", [value % (n, b"1.5" if n == 3 else b"1.50") for n in range(20)])
+        summary = upload("--skip-unchanged", url=server.url)
         held = read_back(server.url, ["Observation"])
     assert summary["totals"] == {"created": 0, "updated": 1, "unchanged": 19, "failed": 0}
     assert {name for name, body in held.items() if json.loads(body)["meta"]["versionId"] != "1"} == {"Observation/o3"}
 
 
-def test_the_last_line_of_a_resource_is_the_final_version(upload_of: Upload) -> None:
+def test_the_last_line_of_a_resource_is_the_final_version(upload: Upload) -> None:
     rng = random.Random(1)
     ids = [str(rng.randrange(40)) for _ in range(300)]
-    write(upload_of.input / "a.ndjson", [patient(identity, birthDate=f"{n:04d}") for n, identity in enumerate(ids)])
+    write(upload.input / "a.ndjson", [patient(identity, birthDate=f"{n:04d}") for n, identity in enumerate(ids)])
     last = {f"Patient/{identity}": f"{n:04d}" for n, identity in enumerate(ids)}
     with SandboxServer() as server:
-        upload_of("--workers", "4", "--batch-size", "10", url=server.url)
+        upload("--workers", "4", "--batch-size", "10", url=server.url)
         held = read_back(server.url, ["Patient"])
     assert {name: json.loads(body)["birthDate"] for name, body in held.items()} == last
 
 
-def test_a_resumed_upload_must_have_the_same_files_and_batch_size(upload_of: Upload) -> None:
-    write(upload_of.input / "p.ndjson", [patient("a bad id")])
+def test_a_resumed_upload_must_have_the_same_files_and_batch_size(upload: Upload) -> None:
+    write(upload.input / "p.ndjson", [patient("a bad id")])
     with SandboxServer() as server:
-        upload_of(url=server.url, exit_code=1)
+        upload(url=server.url, exit_code=1)
         with pytest.raises(ConfigurationError, match="--batch-size 100"):
-            upload_of("--resume", "--batch-size", "5", url=server.url)
-        write(upload_of.input / "p.ndjson", [patient("p"), patient("q")])
+            upload("--resume", "--batch-size", "5", url=server.url)
+        write(upload.input / "p.ndjson", [patient("p"), patient("q")])
         with pytest.raises(ConfigurationError, match="files have changed"):
-            upload_of("--resume", url=server.url)
-        assert upload_of(url=server.url)["totals"]["created"] == 2
+            upload("--resume", url=server.url)
+        assert upload(url=server.url)["totals"]["created"] == 2
 
 
-def test_a_running_upload_cannot_be_started_a_second_time(upload_of: Upload) -> None:
-    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+def test_a_running_upload_cannot_be_started_a_second_time(upload: Upload) -> None:
+    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
 
     def judge(identity: str, time: int) -> int:
         if identity == "5":
             with pytest.raises(ConfigurationError, match="another upload"):
-                Upload(upload_of.home)(url=server.url)
+                Upload(upload.home)(url=server.url)
         return 201
 
     with ScriptedServer(Batches(judge)) as server:
-        assert upload_of(url=server.url)["totals"]["created"] == 10
+        assert upload(url=server.url)["totals"]["created"] == 10
 
 
 def test_server_credentials_and_batch_size_come_from_the_environment(
-    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
+    upload: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(upload_of.input / "p.ndjson", [patient(str(n)) for n in range(10)])
+    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
     with SandboxServer(credentials=Credentials(token="secret")) as server:
         monkeypatch.setenv("FHIR_AUTH_TOKEN", "secret")
         monkeypatch.setenv("FHIR_BASE_URL", server.url)
         monkeypatch.setenv("BATCH_SIZE", "2")
-        assert upload_of("--workers", "1")["totals"]["created"] == 10
+        assert upload("--workers", "1")["totals"]["created"] == 10
         assert server.stats()["requests"]["batch"] == 5
         monkeypatch.setenv("FHIR_AUTH_TOKEN", "wrong")
         with pytest.raises(ServerRefused, match="FHIR_AUTH_TOKEN"):
-            upload_of()
+            upload()
 
 
-def test_with_keys_the_journal_contains_no_plain_text_resource(
-    upload_of: Upload, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_keys_the_journal_contains_no_plain_text_resource(upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
-    write(upload_of.input / "p.ndjson", [patient("a bad id", name=[{"family": "Canary"}])])
+    write(upload.input / "p.ndjson", [patient("a bad id", name=[{"family": "Canary"}])])
     with SandboxServer() as server:
-        upload_of(url=server.url, exit_code=1)
-        [journal] = (upload_of.home / "uploads").glob("*.sqlite")
+        upload(url=server.url, exit_code=1)
+        [journal] = (upload.home / "uploads").glob("*.sqlite")
         assert b"Canary" not in journal.read_bytes()
-        assert upload_of("--resume", url=server.url, exit_code=1)["totals"]["failed"] == 1
-    assert upload_of.refused()[0]["resource"]["name"] == [{"family": "Canary"}]
+        assert upload("--resume", url=server.url, exit_code=1)["totals"]["failed"] == 1
+    assert upload.refused()[0]["resource"]["name"] == [{"family": "Canary"}]
 
 
-def test_an_input_without_files_is_a_clear_error(upload_of: Upload) -> None:
-    upload_of.input.mkdir()
+def test_an_input_without_files_is_a_clear_error(upload: Upload) -> None:
+    upload.input.mkdir()
     with pytest.raises(ConfigurationError, match=r"no \.ndjson"):
-        upload_of(url="http://127.0.0.1:9/fhir")
+        upload(url="http://127.0.0.1:9/fhir")
 
 
 def command(upload: Upload, url: str, *options: str) -> "subprocess.Popen[bytes]":
@@ -384,66 +385,66 @@ def sent_so_far(server: SandboxServer) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_upload_is_completed_when_resumed(upload_of: Upload, population: Path, number: signal.Signals) -> None:
-    upload_of.home.joinpath("input").symlink_to(population)
+def test_a_killed_upload_is_completed_when_resumed(upload: Upload, population: Path, number: signal.Signals) -> None:
+    upload.home.joinpath("input").symlink_to(population)
     sent = lines_of(population)
-    # From a third of the batches on the server takes so long that the kill cannot come after the last one.
+    # After a third of the batches the server becomes so slow that the kill precedes the last batch.
     slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=3, after=len(sent) // 30)
     with SandboxServer(faults=(slow,), referential_integrity=True) as server:
-        process = command(upload_of, server.url, "--batch-size", "10")
+        process = command(upload, server.url, "--batch-size", "10")
         while sent_so_far(server) < len(sent) // 4:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
-        _, said = process.communicate()
+        _, errors = process.communicate()
         assert process.returncode != 0
         if number != signal.SIGKILL:
-            assert b"--resume" in said
+            assert b"--resume" in errors
         before = sent_so_far(server)
         assert before < len(sent)
         server.set_faults(*EVERY_FAULT)
         server.reset_stats()
-        resumed = command(upload_of, server.url, "--batch-size", "10", "--resume")
-        printed, said = resumed.communicate()
-        assert resumed.returncode == 0, said
+        resumed = command(upload, server.url, "--batch-size", "10", "--resume")
+        output, errors = resumed.communicate()
+        assert resumed.returncode == 0, errors
         server.set_faults()
         held = read_back(server.url, LOAD_ORDER)
     assert_same(sent, held)
-    assert b"Uploaded" in printed
+    assert b"Uploaded" in output
     again = sum(json.loads(body)["meta"]["versionId"] != "1" for body in held.values())
-    assert again < len(sent) / 2, "a resumed upload does not begin anew"
+    assert again < len(sent) / 2, "the resumed upload sent most resources again"
 
 
 @pytest.mark.skipif(not SYNTHEA.exists(), reason="the shared Synthea population is not here")
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True])
-def test_synthea_is_found_unchanged_by_search_despite_faults(upload_of: Upload, kill: bool) -> None:
-    upload_of.home.joinpath("input").symlink_to(SYNTHEA)
+def test_synthea_is_found_unchanged_by_search_despite_faults(upload: Upload, kill: bool) -> None:
+    upload.home.joinpath("input").symlink_to(SYNTHEA)
     sent = lines_of(SYNTHEA)
     slow = Fault(kind=FaultKind.SLOW, on=BATCH, seconds=3, after=len(sent) // 200)
     with SandboxServer(faults=(*EVERY_FAULT, slow) if kill else EVERY_FAULT) as server:
         if kill:
-            process = command(upload_of, server.url)
+            process = command(upload, server.url)
             while sent_so_far(server) < len(sent) // 4:
                 assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             process.wait()
             server.set_faults(*EVERY_FAULT)
-        summary = upload_of(*(["--resume"] if kill else []), url=server.url)
+        summary = upload(*(["--resume"] if kill else []), url=server.url)
         server.set_faults()
         assert_same(sent, read_back(server.url, {name.split("/")[0] for name in sent}))
     assert summary["totals"]["failed"] == 0
     assert sum(summary["totals"].values()) == len(sent)
 
 
-def test_output_without_a_terminal_is_plain_lines_with_all_facts(upload_of: Upload) -> None:
-    write(upload_of.input / "Patient.ndjson", [patient(str(n), name=[{"family": "Canary"}]) for n in range(25)])
+def test_output_without_a_terminal_is_plain_lines_with_all_facts(upload: Upload) -> None:
+    write(upload.input / "Patient.ndjson", [patient(str(n), name=[{"family": "Canary"}]) for n in range(25)])
     with SandboxServer() as server:
-        process = command(upload_of, server.url, "--batch-size", "10", "--workers", "1")
-        printed, said = process.communicate()
+        process = command(upload, server.url, "--batch-size", "10", "--workers", "1")
+        printed, errors = process.communicate()
     out = printed.decode()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, errors
     for expected in (
         "Source",
         server.url,
@@ -455,4 +456,4 @@ def test_output_without_a_terminal_is_plain_lines_with_all_facts(upload_of: Uplo
         assert expected in out
     assert "Duration" in out
     assert "\x1b[" not in out
-    assert "Canary" not in out + said.decode()
+    assert "Canary" not in out + errors.decode()

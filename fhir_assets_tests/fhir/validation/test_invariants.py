@@ -47,7 +47,7 @@ def repeat(**elements: Any) -> Json:
     return {**REQUEST, "dosageInstruction": [{"timing": {"repeat": elements}}]}
 
 
-def named(**period: str) -> Json:
+def patient_with_name_period(**period: str) -> Json:
     return {"resourceType": "Patient", "name": [{"period": period}]}
 
 
@@ -104,8 +104,8 @@ CASES: list[tuple[str, str, Json, Json]] = [
     (
         "per-1",
         "Patient.name[0].period",
-        named(start="2024-01-01T10:00:00Z", end="2024-01-01T10:30:00+01:00"),
-        named(start="2024-01-01T10:00:00+01:00", end="2024-01-01T09:30:00Z"),
+        patient_with_name_period(start="2024-01-01T10:00:00Z", end="2024-01-01T10:30:00+01:00"),
+        patient_with_name_period(start="2024-01-01T10:00:00+01:00", end="2024-01-01T09:30:00Z"),
     ),
     (
         "rng-2",

@@ -101,15 +101,15 @@ def definitions() -> list[dict[str, object]]:
         "binding": {"strength": "required", "valueSet": "http://x.org/vs|1"},
     }
     base = "http://hl7.org/fhir/StructureDefinition/"
-    thing: dict[str, object] = {
+    definition: dict[str, object] = {
         "resourceType": "StructureDefinition",
         "url": base + "Thing",
         "version": "4.0.1",
         "kind": "resource",
     }
-    thing |= {"type": "Thing", "abstract": False, "baseDefinition": base + "DomainResource"}
+    definition |= {"type": "Thing", "abstract": False, "baseDefinition": base + "DomainResource"}
     return [
-        thing | {"snapshot": {"element": [element, code]}},
+        definition | {"snapshot": {"element": [element, code]}},
         {"resourceType": "ValueSet", "url": "http://x.org/vs", "compose": {"include": [{"system": "http://x.org/cs"}]}},
         {
             "resourceType": "CodeSystem",
