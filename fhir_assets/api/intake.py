@@ -81,14 +81,18 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
             "description": "Nothing was accepted; a problem document if the request itself is not valid",
             "content": {**problem_responses()[422]["content"], **OPERATION_OUTCOME["content"]},
         },
-        400: {"description": "Not a resource, and not a Bundle of a supported type", **OPERATION_OUTCOME},
+        400: {
+            "description": "Neither a resource nor a container, or a container with a part that cannot be received",
+            **OPERATION_OUTCOME,
+        },
     },
     openapi_extra=FHIR_BODY,
     summary="Post a FHIR resource or Bundle",
 )
 def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
-    """A resource, or a Bundle of type batch, transaction or collection. A transaction is accepted only if all of its
-    entries are valid. The OperationOutcome names entries as `Bundle.entry[n]`.
+    """A resource, a Bundle of any type, Parameters, or an array of these: all resources in them are received. A
+    transaction is accepted only if all of its entries are valid. The OperationOutcome names entries as
+    `Bundle.entry[n]`.
     """
 
     def work(origin: str) -> Response:
@@ -96,11 +100,11 @@ def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: Ide
             posted = read_posted_body(body)
         except UnreadableBody as error:
             return _outcome(400, [Issue("json", "error", "Resource", str(error))])
-        require_record_limit(context, len(posted.entries))
-        validated = _build_validator(context, origin).validate_entries(posted.entries)
+        require_record_limit(context, len(posted.bodies))
+        validated = _build_validator(context, origin).validate_bodies(posted.bodies)
         issues = [
-            _locate_in_bundle(issue, index) if posted.is_bundle else issue
-            for index, record in enumerate(validated)
+            _locate_in_container(issue, location)
+            for location, record in zip(posted.locations, validated, strict=True)
             for issue in record.issues
         ]
         accepted = [record.accepted for record in validated]
@@ -123,10 +127,13 @@ def require_record_limit(context: AppContext, count: int) -> None:
         )
 
 
-def _locate_in_bundle(issue: Issue, index: int) -> Issue:
-    """Return the issue with the path of the Bundle's entry in place of the resource type."""
+def _locate_in_container(issue: Issue, location: str) -> Issue:
+    """Return the issue with the location of its resource in a container in place of the resource type."""
+    if not location:
+        return issue
     resource_type = issue.path.split(".")[0]
-    return replace(issue, path=f"Bundle.entry[{index}].resource" + issue.path[len(resource_type) :])
+    path = location if location.startswith("[") and "." not in location else f"{location}.resource"
+    return replace(issue, path=path + issue.path[len(resource_type) :])
 
 
 def _outcome(status: int, issues: Sequence[Issue]) -> Response:

@@ -134,6 +134,39 @@ def test_references_between_bundle_entries_use_the_assigned_ids(api: Api) -> Non
     assert observation["subject"]["reference"] == f"Patient/{patient['id']}"
 
 
+def test_the_resources_of_every_container_are_received(api: Api) -> None:
+    def bundle(kind: str, *resources: object, **more: object) -> dict[str, object]:
+        entries = [{"resource": resource} for resource in resources]
+        return {"resourceType": "Bundle", "type": kind, "entry": entries, **more}
+
+    named = iter(range(100))
+
+    def patient() -> dict[str, object]:
+        return {"resourceType": "Patient", "id": f"p{next(named)}"}
+
+    bodies = [
+        *(bundle(kind, patient()) for kind in ("searchset", "history", "document", "message", "batch-response")),
+        bundle("batch-response", bundle("searchset", patient())),
+        {"resourceType": "Parameters", "parameter": [{"name": "return", "resource": bundle("collection", patient())}]},
+        [patient(), bundle("searchset", patient())],
+    ]
+    for body in bodies:
+        answer = api.post("/fhir", json=body)
+        assert answer.status_code == 200, answer.text
+    assert len(raw(api, "Patient")) == next(named)
+
+
+def test_a_container_with_a_part_that_cannot_be_received_is_refused(api: Api) -> None:
+    patient = {"resource": {"resourceType": "Patient", "id": "a"}}
+    deletion = {"request": {"method": "DELETE", "url": "Patient/b"}}
+    link = [{"relation": "next", "url": "https://h.example/next"}]
+    for more, place in (({"entry": [patient, deletion]}, "entry[1]"), ({"entry": [patient], "link": link}, "link")):
+        answer = api.post("/fhir", json={"resourceType": "Bundle", "type": "searchset", **more})
+        assert answer.status_code == 400
+        assert place in answer.json()["issue"][0]["details"]["text"]
+    assert received(api) == {}
+
+
 def test_a_posted_resource_keeps_its_digits(api: Api) -> None:
     body = (
         b'{"resourceType":"Observation","id":"d","status":"final","code":{"text":"x"},"valueQuantity":{"value":1.10}}'

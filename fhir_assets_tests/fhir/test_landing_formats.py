@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
-from fhir_assets.fhir.files.json_elements import UnbalancedJson, split_elements
+from fhir_assets.fhir.files.json_elements import DOCUMENT, UnbalancedJson, split_elements
 from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.lines import decompress
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
@@ -99,11 +99,17 @@ def test_a_delete_that_names_no_single_resource_is_rejected(url: str) -> None:
         ("x.ndjson", json.dumps({**A, "pad": "x" * 2000}).encode(), ["file:1"]),
         (
             "x.json",
-            json.dumps({"resourceType": "List", "id": "l", "entry": [{"item": {}}]}).encode(),
+            json.dumps({"id": "l", "entry": [{"item": {}}], "resourceType": "List"}).encode(),
             ["file:document"],
         ),
         ("x.ndjson.gz", gzip.compress(NDJSON)[:-10], ["a", "file:document"]),
         ("x.ndjson.gz", b"\x1f\x8bnoise" * 9, ["file:document"]),
+        (
+            "x.json",
+            b'{"resourceType":"Bundle","entry":[{"resource":{"resourceType":"Patient","id":"a"}}, 5]}',
+            ["a", "file:document"],
+        ),
+        ("x.json", b'[{"resourceType":"Patient","id":"a"}, 5]', ["a", "file:document"]),
         ("x.json", b"", []),
     ],
 )
@@ -144,6 +150,6 @@ def test_elements_do_not_depend_on_chunk_boundaries(
 
     split = list(split_elements(chunks(), 10_000))
     assert [json.loads(body) for name, body in split if name == b"entry"] == entries
-    assert [json.loads(body) for name, body in split if name is None] == [{**document, "entry": []}]
+    assert [json.loads(body) for name, body in split if name == DOCUMENT] == [{**document, "entry": []}]
     with pytest.raises(UnbalancedJson):
         list(split_elements([text[:-1]], 10_000))

@@ -158,7 +158,8 @@ def test_files_of_other_types_are_not_read(tmp_path: Path) -> None:
 def test_a_folder_is_read_with_its_subfolders_and_other_files_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "b/deep/Patient.ndjson", [line(resource_id="deep"), b"?"])
     write(tmp_path / "Patient.jsonl.gz", gzip.compress(line(resource_id="zipped")))
-    for name in ("manifest.json", "notes.txt", ".Patient.ndjson", "dump.tar.gz", "table.csv.gz"):
+    write(tmp_path / "manifest.json", [b'{"transactionTime": "2024-01-01T00:00:00Z", "output": []}'])
+    for name in ("notes.txt", ".Patient.ndjson", "dump.tar.gz", "table.csv.gz"):
         write(tmp_path / name, [b"nothing"])
     items = read(tmp_path)
     assert ids(items) == ["zipped", "deep"]
@@ -178,6 +179,37 @@ def test_a_json_file_is_one_resource_over_many_lines(tmp_path: Path) -> None:
     (record,) = records(read(path))
     assert json.loads(record.body) == json.loads(line())
     assert b"\n" not in record.body
+
+
+def bundle(*resources: object, **more: object) -> bytes:
+    entries = [{"resource": resource} for resource in resources]
+    return json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries, **more}).encode()
+
+
+def test_containers_in_lines_and_documents_give_their_resources(tmp_path: Path) -> None:
+    a, b, c = (json.loads(line(resource_id=name)) for name in "abc")
+    encounter = json.loads(line("Encounter"))
+    write(tmp_path / "1.ndjson", [bundle(a, encounter), line(resource_id="plain")])
+    write(tmp_path / "2.json", bundle(b, encounter))
+    write(tmp_path / "3.json.gz", gzip.compress(json.dumps([json.loads(bundle(c)), {"resourceType": "Slot"}]).encode()))
+    source = NdjsonSource(str(tmp_path))
+    items = list(source.fetch(["Patient"], ALWAYS))
+    assert ids(items) == ["a", "plain", "b", "c"]
+    assert not rejects(items)
+    assert source.skipped == {"Slot": 1}
+    assert source.list_types() is None
+
+
+def test_what_a_container_lacks_or_cannot_say_is_rejected(tmp_path: Path) -> None:
+    deletion = {"request": {"method": "DELETE", "url": "Patient/a"}}
+    following = [{"relation": "next", "url": "https://h.example/next"}]
+    write(tmp_path / "1.json", bundle(json.loads(line()), link=following))
+    write(tmp_path / "2.ndjson", [json.dumps({"resourceType": "Bundle", "entry": [deletion]}).encode()])
+    write(tmp_path / "3.json", [b"nothing"])
+    write(tmp_path / "Encounter.ndjson", [bundle(json.loads(line("Encounter")), json.loads(line("Observation")))])
+    items = read(tmp_path, "Patient", "Encounter")
+    assert ids(items) == ["a", "a"]
+    assert paths_of_rejects(items) == ["1.json:document.link", "2.ndjson", "3.json:document", "Encounter.ndjson"]
 
 
 @pytest.mark.parametrize("name", ["gone.ndjson", "gone/*.ndjson", "empty"])

@@ -4,15 +4,21 @@ A format reads the bytes of a file as a stream of records, rejected inputs, dele
 implement ``FileFormat`` and add an instance to FORMATS: a file is read by the first format that matches it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
 from typing import Protocol
 
-import msgspec
-
-from fhir_assets.fhir.files.json_elements import ElementTooLong, UnbalancedJson, split_elements
+from fhir_assets.fhir import containers
+from fhir_assets.fhir.containers import CONTAINERS, ContainedResource, DeleteEntry, EntryReader, Pages, Part
+from fhir_assets.fhir.files.json_elements import (
+    DOCUMENT,
+    DOCUMENT_IN_ARRAY,
+    ElementTooLong,
+    UnbalancedJson,
+    split_elements,
+)
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.visits_csv import InvalidRow, Visit
 from fhir_assets.fhir.lines import DamagedFile, split_lines
@@ -39,8 +45,8 @@ class LandedContent:
     """The decompressed bytes of a file.
 
     ``label`` names the file in dead letters instead of its file name, which may contain a patient's name. ``chunks``
-    can be read once. ``arrived`` is the time at which the file was written; ``limit`` is the maximum size of one
-    resource in bytes.
+    can be read once; ``reopen`` reads them again, for references to later entries of a Bundle. ``arrived`` is the time
+    at which the file was written; ``limit`` is the maximum size of one resource in bytes.
     """
 
     label: str
@@ -49,6 +55,7 @@ class LandedContent:
     limit: int
     received: datetime | None = None
     """The time at which the file is read; None if it is read when it is written."""
+    reopen: Callable[[], Iterator[bytes]] | None = None
 
     def reject(
         self, rule: str, location: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
@@ -102,17 +109,19 @@ class NdjsonFormat:
     def read(self, content: LandedContent) -> Iterator[FileItem]:
         """Yield the resources and deletions of each line."""
         number = 0
+        pages = Pages()
         for lines in split_lines(content.chunks, content.limit):
             for line in lines:
                 number += 1
                 if line is None:
                     yield content.reject("json", str(number), _TOO_LONG)
                 elif line.strip():
-                    yield from _read_resources(content, line, str(number))
+                    yield from read_resources(content, line, str(number), pages)
+        yield from read_parts(content, pages.unfollowed())
 
 
 class JsonFormat:
-    """One JSON document of any size: a resource, a Bundle of any type, or an array of resources."""
+    """One JSON document of any size: a resource, a Bundle of any type, Parameters, or an array of these."""
 
     name = "json"
     suffixes: tuple[str, ...] = (".json",)
@@ -123,25 +132,88 @@ class JsonFormat:
 
     def read(self, content: LandedContent) -> Iterator[FileItem]:
         """Yield the resources and deletions of the document."""
-        number = 0
+        return _DocumentReader(content).read()
+
+
+class _DocumentReader:
+    """Reads the documents of one file of the format ``json``."""
+
+    def __init__(self, content: LandedContent) -> None:
+        self._content = content
+        self._pages = Pages()
+        self._document = 0
+        self._entries = 0
+        """The entries of the current document that were read."""
+        self._found = False
+        """Whether one of them contained anything."""
+        self._scan_ahead: Iterator[tuple[bytes, bytes]] | None = None
+        self._scanned = 0
+        """The documents that ``_scan_ahead`` has passed."""
+
+    def read(self) -> Iterator[FileItem]:
+        """Yield the content of all documents."""
+        content, reader = self._content, self._new_reader()
         try:
-            for array_name, element in split_elements(content.chunks, content.limit):
-                if array_name == b"entry":
-                    yield from _read_entry(content, element, f"entry[{number}]", None)
-                    number += 1
-                elif array_name is None:
-                    if not number:
-                        yield from _read_resources(content, element, "document")
-                    elif not _is_bundle(element):
-                        yield content.reject("structure", "document", _NOT_A_BUNDLE)
-                    number = 0
-                else:
-                    yield content.read_resource(element, f"[{number}]")
-                    number += 1
+            for name, element in split_elements(content.chunks, content.limit):
+                if name in (DOCUMENT, DOCUMENT_IN_ARRAY):
+                    yield from self._read_document(name, element)
+                    self._document += 1
+                    self._entries, self._found, reader = 0, False, self._new_reader()
+                    continue
+                entry = containers.decode_entry(element)
+                reader.note(entry)
+                location = f"{self._prefix}{name.decode()}[{self._entries}]"
+                for item in read_parts(content, reader.read(element, entry, location)):
+                    self._found = True
+                    yield item
+                self._entries += 1
         except UnbalancedJson:
-            yield content.reject("json", "document", f"not JSON: cut off or unbalanced after {number} elements")
+            yield content.reject("json", "document", f"not JSON: cut off or unbalanced after {self._count}")
         except ElementTooLong:
-            yield content.reject("json", "document", f"{_TOO_LONG}, after {number} elements")
+            yield content.reject("json", "document", f"{_TOO_LONG}, after {self._count}")
+        yield from read_parts(content, self._pages.unfollowed())
+
+    @property
+    def _prefix(self) -> str:
+        return f"[{self._document}]." if self._document else ""
+
+    @property
+    def _count(self) -> str:
+        return (
+            f"{self._document} documents and {self._entries} elements"
+            if self._document
+            else f"{self._entries} elements"
+        )
+
+    def _new_reader(self) -> EntryReader:
+        return EntryReader(self._pages, None, look_ahead=self._look_ahead if self._content.reopen else None)
+
+    def _read_document(self, name: bytes, element: bytes) -> Iterator[FileItem]:
+        location = f"[{self._document}]" if name == DOCUMENT_IN_ARRAY or self._document else "document"
+        if not self._entries:
+            yield from read_resources(self._content, element, location, self._pages)
+        elif (header := _read_type(element)) not in CONTAINERS:
+            yield self._content.reject("structure", location, _NOT_A_BUNDLE if header else "not a FHIR resource")
+        elif header == "Parameters" and not self._found:
+            yield self._content.read_resource(element, location)
+        else:
+            self._pages.add(containers.read_links(element), location)
+
+    def _look_ahead(self) -> Iterator[bytes]:
+        """Yield all entries of the current document, read again from the file."""
+        assert self._content.reopen is not None
+        if self._scan_ahead is None:
+            self._scan_ahead = split_elements(self._content.reopen(), self._content.limit)
+        try:
+            for name, element in self._scan_ahead:
+                if name in (DOCUMENT, DOCUMENT_IN_ARRAY):
+                    self._scanned += 1
+                    if self._scanned > self._document:
+                        return
+                elif self._scanned == self._document:
+                    yield element
+        except (UnbalancedJson, ElementTooLong, DamagedFile):
+            return  # the file is read up to the same place, where the damage is reported
 
 
 class VisitsCsvFormat:
@@ -191,7 +263,7 @@ def read(name: str, content: LandedContent) -> Iterator[FileItem]:
     if file_format is None:
         yield content.reject("json", "document", "no format of the landing zone matches this file")
         return
-    complete = LandedContent(content.label, chain([head], rest), content.arrived, content.limit)
+    complete = replace(content, chunks=chain([head], rest))
     try:
         yield from file_format.read(complete)
     except DamagedFile as error:
@@ -217,67 +289,34 @@ def _raise_later(error: DamagedFile) -> Iterator[bytes]:
     raise error
 
 
-class _Request(msgspec.Struct):
-    method: str = ""
-    url: str = ""
-
-
-class _Response(msgspec.Struct):
-    lastModified: str | None = None  # noqa: N815
-    etag: str | None = None
-
-
-class _Entry(msgspec.Struct):
-    resource: msgspec.Raw = msgspec.Raw(b"null")
-    request: _Request | None = None
-    response: _Response | None = None
-
-
-class _Bundle(msgspec.Struct):
-    resourceType: str = ""  # noqa: N815
-    timestamp: str | None = None
-    entry: list[msgspec.Raw] = []
-
-
-_decode_entry = msgspec.json.Decoder(_Entry).decode
-_decode_bundle = msgspec.json.Decoder(_Bundle).decode
 _NOT_A_BUNDLE = "a resource with entries that is not a Bundle: send it as NDJSON"
 _BOM = b"\xef\xbb\xbf"
 _TOO_LONG = "longer than the limit for one resource"
 
 
-def _read_resources(content: LandedContent, body: bytes, location: str) -> Iterator[FileItem]:
-    """Yield a resource, or the entries of a Bundle that is small enough to be decoded as a whole."""
+def read_resources(content: LandedContent, body: bytes, location: str, pages: Pages) -> Iterator[FileItem]:
+    """Yield a resource, or what a container contains that is small enough to be decoded as a whole."""
     item = content.read_resource(body, location)
-    if not isinstance(item, Record) or item.resource_type != "Bundle":
+    if not isinstance(item, Record) or item.resource_type not in CONTAINERS:
         yield item
         return
-    try:
-        bundle = _decode_bundle(item.body)
-    except msgspec.MsgspecError:
-        yield content.reject("structure", location, "not a valid Bundle", body)
-        return
-    for number, entry in enumerate(bundle.entry):
-        yield from _read_entry(content, bytes(entry), f"{location}.entry[{number}]", parse_instant(bundle.timestamp))
+    yield from read_parts(content, containers.unpack(item.body, "" if location == "document" else location, pages))
 
 
-def _read_entry(content: LandedContent, body: bytes, location: str, bundle_time: datetime | None) -> Iterator[FileItem]:
-    """Yield the resource of an entry of a Bundle, or the deletion that the entry requests."""
-    try:
-        entry = _decode_entry(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        yield content.reject("json", location, "not JSON, or not a valid Bundle entry", body)
-        return
-    if entry.request is not None and entry.request.method == "DELETE":
-        yield _read_deletion(content, entry, body, location, bundle_time)
-    elif bytes(entry.resource) != b"null":
-        yield content.read_resource(bytes(entry.resource), location)
+def read_parts(content: LandedContent, parts: Iterator[Part]) -> Iterator[FileItem]:
+    """Yield the parts of a container as the content of a file."""
+    for part in parts:
+        if isinstance(part, ContainedResource):
+            yield content.read_resource(part.body, part.location)
+        elif isinstance(part, DeleteEntry):
+            yield _read_deletion(content, part)
+        else:
+            yield content.reject(part.rule, part.location, part.message, part.body)
 
 
-def _read_deletion(
-    content: LandedContent, entry: _Entry, body: bytes, location: str, bundle_time: datetime | None
-) -> Deletion | RejectedInput:
+def _read_deletion(content: LandedContent, part: DeleteEntry) -> Deletion | RejectedInput:
     """Return the deletion that an entry requests, at the time of the entry, else the Bundle, else the file."""
+    entry, location, body = part.entry, part.location, part.body
     assert entry.request
     resource_type, _, resource_id = entry.request.url.strip("/").partition("/")
     if not resource_type.isalpha() or not resource_id or "/" in resource_id or "?" in resource_id:
@@ -285,7 +324,7 @@ def _read_deletion(
             "structure", location, "a DELETE that does not name a single resource as <type>/<id>", body
         )
     entry_time = parse_instant(entry.response.lastModified) if entry.response else None
-    return Deletion(resource_type, resource_id, entry_time or bundle_time or content.arrived)
+    return Deletion(resource_type, resource_id, entry_time or part.bundle_time or content.arrived)
 
 
 def _reject_row(content: LandedContent, row: InvalidRow, location: str) -> RejectedInput:
@@ -297,11 +336,11 @@ def _reject_row(content: LandedContent, row: InvalidRow, location: str) -> Rejec
     return RejectedInput("Encounter", None, row.rule, location, "; ".join(messages), content.arrived, row.body, issues)
 
 
-def _is_bundle(element: bytes) -> bool:
+def _read_type(element: bytes) -> str | None:
     try:
-        return read_header(element).resourceType == "Bundle"
+        return read_header(element).resourceType
     except MalformedResource:
-        return False
+        return None
 
 
 def _is_resource(line: bytes) -> bool:

@@ -1,8 +1,8 @@
-"""The source ``ndjson``: resources in NDJSON files, which are read once for all types.
+"""The source ``ndjson``: resources in NDJSON and JSON files, which are read once for all types.
 
-A file whose name contains a type (``Patient.ndjson``, ``MimicPatient.000.ndjson.gz``) holds resources of that type. In
-any other file the type is read from each line. A line that cannot be used becomes a RejectedInput with the name of the
-file and the number of the line.
+A file of lines whose name contains a type (``Patient.ndjson``, ``MimicPatient.000.ndjson.gz``) holds resources of that
+type. In any other file the type is read from each resource. A line, or a ``.json`` file, may be a container: a Bundle
+or Parameters. Whatever cannot be used becomes a RejectedInput with the name of the file and the place in it.
 """
 
 import glob
@@ -10,17 +10,21 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.fhir.containers import CONTAINERS, Pages
+from fhir_assets.fhir.files import formats
+from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
-from fhir_assets.fhir.lines import DamagedFile, read_lines
+from fhir_assets.fhir.lines import DamagedFile, decompress, read_lines
 from fhir_assets.fhir.model import known_resource_type
 from fhir_assets.fhir.record import (
+    Deletion,
     MalformedResource,
     Record,
     RejectedInput,
@@ -34,17 +38,21 @@ from fhir_assets.windows import LATEST, Interval, add_clamped
 
 MAX_LINE_BYTES = 64 * 2**20
 
-_SUFFIXES = re.compile(r"\.(?:ndjson|jsonl)(?:\.gz)?$|^[^.]+(?:\.\d+)?\.gz$", re.IGNORECASE)
+_SUFFIXES = re.compile(r"\.(?:ndjson|jsonl|json)(?:\.gz)?$|^[^.]+(?:\.\d+)?\.gz$", re.IGNORECASE)
 _RESOURCE_TYPE = re.compile(rb'"resourceType"\s*:\s*"([A-Za-z]+)"')
 _TYPE_IN_NAME = re.compile(
     rf"(?:(?<![A-Za-z])|(?<=[a-z]))(?:{'|'.join(sorted(BY_NAME, key=len, reverse=True))})(?![a-z])"
 )
+_is_manifest = re.compile(rb'\s*\{(?:(?!"resourceType").)*"transactionTime"', re.DOTALL).match
+"""Whether JSON begins like the manifest of a bulk export, which often lies beside its files."""
+
+_DELETION = "a deletion, which a source of files cannot express: give the file to the landing zone"
 _ALL_TIME = Interval(None, LATEST)
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file to read. ``name`` is its name in messages; ``types`` are the resource types in its file name."""
+    """A file to read. ``name`` is its name in messages; ``types`` are the types in the name of a file of lines."""
 
     path: Path
     name: str
@@ -53,13 +61,13 @@ class _File:
     types: frozenset[str]
 
     @property
-    def is_one_resource(self) -> bool:
-        """Whether the file holds a single resource on any number of lines."""
-        return self.path.name.lower().endswith((".json", ".json.gz"))
+    def is_document(self) -> bool:
+        """Whether the file is a JSON document on any number of lines, rather than lines."""
+        return _is_document(self.path)
 
 
 class NdjsonSource:
-    """The resources of a file, of all NDJSON files in a folder and its subfolders, or of the files that match a glob.
+    """The resources of a file, of all NDJSON and JSON files in a folder and below, or of the files that match a glob.
 
     ``skipped`` counts, by type, the resources of the last fetch whose type is not in the catalog. A resource without
     ``lastUpdated``, or with one in the future, is dated by the modification time of its file. The methods raise
@@ -159,7 +167,9 @@ class NdjsonSource:
         if files:
             return files
         if root.is_dir():
-            raise ConfigurationError(f"{self._labels.base_url}: the folder {root} holds no .ndjson or .ndjson.gz file")
+            raise ConfigurationError(
+                f"{self._labels.base_url}: the folder {root} holds no .ndjson or .json file, plain or .gz"
+            )
         raise ConfigurationError(
             f"{self._labels.base_url}: no file or folder exists, and no glob matches, at {self._location}"
         )
@@ -167,36 +177,38 @@ class NdjsonSource:
     def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
         """Read all resources of the requested types in a file, of any time."""
         now = self._now()
-        reader = _LineReader(file, requested, min(_modified_at(file), now), now, self.skipped)
+        arrived = min(_modified_at(file), now)
+        reader = _LineReader(file, requested, arrived, now, self.skipped)
+        content = LandedContent(
+            file.name,
+            _read_chunks(file),
+            arrived,
+            self._max_line_bytes,
+            received=now,
+            reopen=lambda: _read_chunks(file),
+        )
         number = 0
         try:
-            if file.is_one_resource:
-                item = reader.read(self._read_as_line(file), None)
-                if item is not None:
-                    yield item
+            if file.is_document:
+                if not _begins_as_manifest(file):
+                    yield from reader.select(formats.read(file.path.name, content))
                 return
+            pages = Pages()
             for lines in read_lines(file.path, self._max_line_bytes):
                 for line in lines:
                     number += 1
                     item = reader.read(line, number)
-                    if item is not None:
+                    if item is None:
+                        continue
+                    if item.resource_type in CONTAINERS:
+                        yield from reader.select(formats.read_resources(content, item.body, str(number), pages))
+                    else:
                         yield item
+            yield from reader.select(formats.read_parts(content, pages.unfollowed()))
         except DamagedFile as error:
             yield reader.reject("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
             raise ConfigurationError(f"{self._labels.base_url}: {file.name} cannot be read: {error.strerror}") from None
-
-    def _read_as_line(self, file: _File) -> bytes | None:
-        """Return the content of a file on one line; None if it is longer than the limit."""
-        parts: list[bytes] = []
-        length = 0
-        for lines in read_lines(file.path, self._max_line_bytes):
-            for line in lines:
-                length += len(line or b"") + 1
-                if line is None or length > self._max_line_bytes:
-                    return None
-                parts.append(line)
-        return b" ".join(parts)
 
 
 class _LineReader:
@@ -212,10 +224,10 @@ class _LineReader:
         self._skipped = skipped
         self._type_of_file = next((name for name in requested if name in file.types), None)
 
-    def read(self, line: bytes | None, number: int | None) -> Record | RejectedInput | None:
+    def read(self, line: bytes | None, number: int) -> Record | RejectedInput | None:
         """Return the record or the rejected input of a line; None for a blank line and for types not requested.
 
-        ``line`` is None for a line longer than the limit; ``number`` is None for a file that is a single resource.
+        The record may be a container. ``line`` is None for a line longer than the limit.
         """
         if line is None:
             return self.reject("json", number, "a line longer than the limit for one resource", b"")
@@ -225,30 +237,52 @@ class _LineReader:
         header = None
         try:
             header = read_header(body)
-            if not self._is_requested(header):
+            if not self._is_requested(header.resourceType):
                 return None
             return build_record(body, header, self._arrived, received=self._received)
         except MalformedResource as error:
             name = self._guess_type(body)
             return None if name is None else self.reject(error.rule, number, str(error), body, header, name)
 
+    def select(self, items: Iterable[FileItem]) -> Iterator[Record | RejectedInput]:
+        """Yield the requested resources, and the rejected inputs, among the content of a container or a document."""
+        for item in items:
+            if isinstance(item, RejectedInput):
+                if item.resource_type in self._requested:
+                    yield item
+                elif item.resource_type not in BY_NAME:
+                    yield replace(item, resource_type=self._type_of_file or self._requested[0])
+            elif isinstance(item, Record):
+                try:
+                    if self._is_requested(item.resource_type) and item.resource_type not in CONTAINERS:
+                        yield item
+                except MalformedResource as error:
+                    yield self._reject_in_container(item, error.rule, str(error), item.body)
+            elif isinstance(item, Deletion) and item.resource_type in self._requested:
+                yield self._reject_in_container(item, "structure", _DELETION, b"")
+
+    def _reject_in_container(self, item: Record | Deletion, rule: str, message: str, body: bytes) -> RejectedInput:
+        name = self._type_of_file or self._requested[0]
+        return RejectedInput(name, item.id, rule, self._file.name, message, self._arrived, body)
+
     def reject(
         self,
         rule: str,
-        number: int | None,
+        number: int,
         message: str,
         body: bytes,
         header: ResourceHeader | None = None,
         resource_type: str | None = None,
     ) -> RejectedInput:
         """Return the rejected input of a line."""
-        path = self._file.name if number is None else f"{self._file.name}:{number}"
+        path = f"{self._file.name}:{number}"
         name = resource_type or self._type_of_file or self._requested[0]
         return RejectedInput(name, header.id if header else None, rule, path, message, self._arrived, body)
 
-    def _is_requested(self, header: ResourceHeader) -> bool:
+    def _is_requested(self, name: str) -> bool:
         """Return whether the type is requested. Raises MalformedResource if the file name contains another type."""
-        name = header.resourceType
+        if name in CONTAINERS:
+            return True
         if self._file.types and name not in self._file.types and (name in BY_NAME or name not in self._file.path.name):
             raise MalformedResource("a resource of another type than in the file's name", "structure")
         if name in self._requested:
@@ -270,8 +304,24 @@ class _LineReader:
 
 def _describe(path: Path, root: Path) -> _File:
     stat = path.stat()
-    types = frozenset(_TYPE_IN_NAME.findall(path.name))
+    types = frozenset() if _is_document(path) else frozenset(_TYPE_IN_NAME.findall(path.name))
     return _File(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, types)
+
+
+def _is_document(path: Path) -> bool:
+    return path.name.lower().endswith((".json", ".json.gz"))
+
+
+def _read_chunks(file: _File) -> Iterator[bytes]:
+    with file.path.open("rb") as stream:
+        yield from decompress(stream)
+
+
+def _begins_as_manifest(file: _File) -> bool:
+    try:
+        return _is_manifest(next(_read_chunks(file), b"")) is not None
+    except DamagedFile:
+        return False
 
 
 def _moment(item: Record | RejectedInput) -> datetime:

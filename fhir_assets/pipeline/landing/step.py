@@ -248,11 +248,21 @@ class LandingStep:
         with self._zone.open(file.name) as stream:
             reader = _HashingReader(stream)
             now = self._now()
-            chunks = decompress(reader)  # type: ignore[arg-type]
-            content = LandedContent(sha256[:12], chunks, min(file.written, now), self._max_bytes, received=now)
+            content = LandedContent(
+                sha256[:12],
+                decompress(reader),  # type: ignore[arg-type]
+                min(file.written, now),
+                self._max_bytes,
+                received=now,
+                reopen=lambda: self._read_again(file),
+            )
             yield from formats.read(file.name, content)
             if reader.read_rest() != sha256:
                 raise _FileChanged("the file changed while it was read: it is received when it is complete")
+
+    def _read_again(self, file: ReadyFile) -> Iterator[bytes]:
+        with self._zone.open(file.name) as stream:
+            yield from decompress(stream)
 
     def _record_loaded(
         self,

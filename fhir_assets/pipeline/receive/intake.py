@@ -1,7 +1,6 @@
 """Validate records that are posted over HTTP, and turn the accepted ones into Records for a Receiver."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,6 +10,8 @@ import msgspec
 import orjson
 
 from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.fhir import containers
+from fhir_assets.fhir.containers import CONTAINERS, ContainedResource, Pages
 from fhir_assets.fhir.intake import resources, schemas
 from fhir_assets.fhir.intake.resources import DeriveId
 from fhir_assets.fhir.record import MalformedResource, Record, build_record, read_header, to_single_line
@@ -21,8 +22,9 @@ from fhir_assets.fhir.validation.primitives import is_id
 SCHEMA = "schema"
 """The rule of issues that the JSON Schema of a patient record reports."""
 
+_CONTAINER = "a container of resources: post it to /fhir"
+
 _T = TypeVar("_T")
-_URN = re.compile(rb'"(urn:uuid:[0-9a-fA-F-]{36})"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +62,6 @@ class IntakeValidator:
         """Validate bodies, each a FHIR resource or a patient record, and return the results in the same order."""
         return [self._validate(index, to_single_line(body)) for index, body in enumerate(bodies)]
 
-    def validate_entries(self, entries: Sequence[tuple[str | None, bytes]]) -> list[ValidatedRecord]:
-        """Validate the entries of a Bundle, each a full URL and a resource, like ``validate_bodies``.
-
-        References to ``urn:uuid:…`` full URLs are replaced by references to the resources' ids.
-        """
-        known = {}
-        for index, (url, body) in enumerate(entries):
-            if url and url.startswith("urn:uuid:"):
-                try:
-                    header = read_header(body)
-                except MalformedResource:
-                    continue
-                known[url.encode()] = f'"{header.resourceType}/{header.id or self._assign_id(index)}"'.encode()
-
-        def resolve(match: re.Match[bytes]) -> bytes:
-            return known.get(match[1], match[0])
-
-        return self.validate_bodies(_URN.sub(resolve, body) if known else body for _, body in entries)
-
     def _validate(self, index: int, body: bytes) -> ValidatedRecord:
         try:
             header = read_header(body)
@@ -89,10 +72,11 @@ class IntakeValidator:
             return self._validate_patient_record(value)
         if name not in LOAD_ORDER or name not in self._types:
             known_name = name if name in LOAD_ORDER else None
-            return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", self._describe_types()),))
+            message = _CONTAINER if name in CONTAINERS else self._describe_types()
+            return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", message),))
         if header.id is None and body[:1] == b"{":
             header.id = self._assign_id(index)
-            body = b'{"id":"' + header.id.encode() + b'",' + body[1:].lstrip()
+            body = containers.insert_id(body, header.id)
         result = self._validator.check(body)
         if not result.valid:
             return ValidatedRecord(name, header.id if is_id(header.id or "") else None, result.issues)
@@ -139,16 +123,8 @@ class _Submission(msgspec.Struct, forbid_unknown_fields=True):
     records: list[msgspec.Raw]
 
 
-class _Entry(msgspec.Struct):
-    fullUrl: str | None = None  # noqa: N815
-    resource: msgspec.Raw = msgspec.Raw(b"null")
-    request: dict[str, Any] | None = None
-
-
 class _Bundle(msgspec.Struct):
-    resourceType: str  # noqa: N815
-    type: str = ""
-    entry: list[_Entry] = []
+    type: Any = None
 
 
 class UnreadableBody(ValueError):
@@ -162,39 +138,69 @@ def read_submission(body: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class PostedBody:
-    """The body of a POST to a FHIR endpoint: its entries as pairs of full URL and resource.
+    """The body of a POST to a FHIR endpoint: the resources in it, and their locations, such as ``Bundle.entry[0]``.
 
-    If ``atomic``, an entry with errors rejects all entries.
+    If ``atomic``, a resource with errors rejects all of them. The location of a body that is a resource is empty.
     """
 
-    entries: tuple[tuple[str | None, bytes], ...]
+    bodies: tuple[bytes, ...]
+    locations: tuple[str, ...]
     atomic: bool
-    is_bundle: bool
 
 
 def read_posted_body(body: bytes) -> PostedBody:
-    """Read a resource, or the entries of a Bundle. Raises UnreadableBody."""
+    """Read a resource, or the resources of a Bundle of any type, of Parameters, or of an array of these.
+
+    References to the full URLs of entries are resolved. Raises UnreadableBody, also for a container with a part that
+    cannot be received, such as a deletion.
+    """
+    if body.lstrip()[:1] == b"[":
+        elements = _decode(body, _ARRAY)
+        if not elements:
+            raise UnreadableBody("an array without resources")
+        pages = Pages()
+        found = [each for n, element in enumerate(elements) for each in _read_element(bytes(element), f"[{n}]", pages)]
+        _require_complete(pages)
+        return PostedBody(tuple(part.body for part in found), tuple(part.location for part in found), atomic=False)
+    name = _read_type(body)
+    if name not in CONTAINERS:
+        return PostedBody((body,), ("",), atomic=True)
+    pages = Pages()
+    parts = _read_element(body, "", pages)
+    _require_complete(pages)
+    locations = tuple("" if part.location == "document" else f"{name}.{part.location}" for part in parts)
+    atomic = name == "Bundle" and _decode(body, _BUNDLE).type == "transaction"
+    return PostedBody(tuple(part.body for part in parts), locations, atomic)
+
+
+def _read_element(body: bytes, location: str, pages: Pages) -> list[ContainedResource]:
+    if _read_type(body) not in CONTAINERS:
+        return [ContainedResource(location, body)]
+    resources_found = []
+    for part in containers.unpack(to_single_line(body), location, pages):
+        if isinstance(part, containers.UnusableEntry):
+            raise UnreadableBody(f"{part.location}: {part.message}")
+        if isinstance(part, containers.DeleteEntry):
+            raise UnreadableBody(f"{part.location}: a deletion, which cannot be posted: give it to the landing zone")
+        resources_found.append(part)
+    return resources_found
+
+
+def _require_complete(pages: Pages) -> None:
+    for problem in pages.unfollowed():
+        raise UnreadableBody(f"{problem.location}: {problem.message}")
+
+
+def _read_type(body: bytes) -> str:
     try:
-        header = read_header(body)
+        return read_header(body).resourceType
     except MalformedResource as error:
         raise UnreadableBody(str(error)) from None
-    if header.resourceType != "Bundle":
-        return PostedBody(((None, body),), atomic=True, is_bundle=False)
-    bundle = _decode(body, _BUNDLE)
-    if bundle.type not in ("batch", "transaction", "collection"):
-        raise UnreadableBody("the type of a Bundle must be batch, transaction or collection")
-    entries = []
-    for entry in bundle.entry:
-        if bytes(entry.resource) == b"null" or str((entry.request or {}).get("method", "PUT")) not in ("PUT", "POST"):
-            raise UnreadableBody(
-                "every entry must have a resource, and its request method, if any, must be PUT or POST"
-            )
-        entries.append((entry.fullUrl, bytes(entry.resource)))
-    return PostedBody(tuple(entries), atomic=bundle.type == "transaction", is_bundle=True)
 
 
 _SUBMISSION = msgspec.json.Decoder(_Submission)
 _BUNDLE = msgspec.json.Decoder(_Bundle)
+_ARRAY = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def _decode(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
