@@ -4,16 +4,19 @@ Each run loads a range of consecutive windows. Dagster's instance records it lik
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import uuid4
 
 import dagster as dg
+import psycopg
 
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
@@ -40,6 +43,7 @@ from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.windows import Interval, WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
@@ -100,6 +104,18 @@ class Ingestion:
         if len(failures) == len(types):
             failures.raise_collected()
         return extent
+
+    def create_tables(self) -> None:
+        """Create the tables of the views that do not exist, so that they exist even if the source cannot be read.
+
+        A view whose table cannot be created is reported by the step that loads it.
+        """
+        with (
+            self._warehouse.connect() as conn,
+            suppress(ViewError, ConfigurationError, psycopg.Error),
+            conn.transaction(),
+        ):
+            view_tables.ensure_tables(conn, build_views(self._settings).views)
 
     def begin_checkpoints(self, due: DueWindows) -> None:
         """Begin the checkpoints of the resource types that are loaded for the first time."""

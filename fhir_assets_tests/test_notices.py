@@ -1,6 +1,6 @@
 """Notices are collected once until they are drained, and reach the windows of the requests that they concern."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class NoticingSource:
     def find_extent(self, resource_types: Sequence[str]) -> None:
         pass
 
-    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        pass
+    def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
+        return {}
 
     def count(self, resource_type: str, interval: Interval) -> int:
         return 0

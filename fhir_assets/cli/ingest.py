@@ -21,7 +21,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
 from fhir_assets.orchestration.instance import config
-from fhir_assets.pipeline.fetch import bulk_source
+from fhir_assets.pipeline.fetch import bulk_export
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
@@ -80,6 +80,7 @@ def load_due(
     """
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
+    ingestion.create_tables()
     with _show_export_progress():
         due = ingestion.find_due(first=first, last=last, all_windows=full_refresh)
     ingestion.begin_checkpoints(due)
@@ -133,7 +134,7 @@ class _StderrHandler(logging.Handler):
 @contextmanager
 def _show_export_progress() -> Iterator[None]:
     """Print the progress of a bulk export."""
-    logger, handler = logging.getLogger(bulk_source.__name__), _StderrHandler()
+    logger, handler = logging.getLogger(bulk_export.__name__), _StderrHandler()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -16,6 +16,7 @@ SOURCE_LABELS = ServerLabels(
     resource_types="FHIR_RESOURCE_TYPES",
     deletions="FHIR_DELETES",
     export_level="FHIR_BULK_LEVEL",
+    type_filter="FHIR_BULK_TYPE_FILTER",
     export_days="FHIR_BULK_DAYS",
     file_source="FHIR_SOURCE=ndjson",
 )

@@ -24,6 +24,7 @@ class ServerLabels:
     resource_types: str = "the resource types"
     deletions: str = "the reading of deletions"
     export_level: str = "the export level"
+    type_filter: str = "the type filter of an export"
     export_days: str = "the time limit of an export"
     file_source: str = "files as the source"
 

@@ -30,7 +30,8 @@ class Record:
     ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``last_updated`` is
     ``meta.lastUpdated``, None if the resource has none or if it does not count; ``dated`` is False if the resource has
     one that does not count. ``arrived`` is the time that orders a resource without ``last_updated`` and determines its
-    window. ``patients`` are the ids of the patients whose compartment contains the resource, None if they have not been
+    window, as it does for a ``late`` one, which the source gave from outside of the time range that it was asked for.
+    ``patients`` are the ids of the patients whose compartment contains the resource, None if they have not been
     determined.
     """
 
@@ -42,6 +43,7 @@ class Record:
     body: bytes
     patients: tuple[str, ...] | None = None
     dated: bool = True
+    late: bool = False
 
     @property
     def as_of(self) -> datetime:

@@ -1,6 +1,6 @@
 """The interface of a source of resources: a FHIR server, its bulk exports, or files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -31,10 +31,10 @@ class Source(Protocol):
         """Return the interval from the oldest ``as_of`` to just after the newest; None if the source is empty."""
         ...
 
-    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> datetime | None:
-        """Return the time up to which the source is complete, for a snapshot of the past (a bulk export).
+    def complete_until(self, intervals: Mapping[str, Interval]) -> Mapping[str, datetime]:
+        """Return by type the time up to which the source is complete, for snapshots of the past (bulk exports).
 
-        Sources that include the present return None.
+        ``intervals`` has the interval to read by type. Sources that include the present return an empty mapping.
         """
         ...
 

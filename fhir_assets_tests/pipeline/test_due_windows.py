@@ -1,6 +1,6 @@
 """The windows that are due, with the checkpoints of a real database."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from fhir_assets.fhir.record import Record, RejectedInput
@@ -36,8 +36,8 @@ class FixedSource:
     def compute_state(self) -> str | None:
         return self._state
 
-    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        pass
+    def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
+        return {}
 
     def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         self.extent_calls.append(tuple(resource_types))

@@ -90,7 +90,7 @@ class ScriptedServer:
                 self.wfile.write(response.body[: response.cut])
                 self.close_connection = self.close_connection or response.cut is not None
 
-            do_GET = do_PUT = do_POST = answer  # noqa: N815
+            do_GET = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Log nothing."""

@@ -6,19 +6,26 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import NoReturn
 
 import orjson
 
-from fhir_assets.errors import ConfigurationError, NotFhir, PermanentError, ServerUnavailable
+from fhir_assets.errors import ConfigurationError, NotFhir, PermanentError, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.bulk.downloads import Downloads
+from fhir_assets.fhir.bulk.kick_off import REFUSALS, explain_refusal
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest, ExportRequest, parse_manifest
 from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.origin import format_origin
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.retries import RetryPolicy, read_retry_after
 
 FIRST_POLL_SECONDS = 1.0
+_NO_CACHE = {"Cache-Control": "no-cache"}
+"""A cache in front of the server may keep the answer "not ready" (202), or an earlier manifest with old links."""
+_REFUSED_FILE = frozenset({400, 401, 403, 404, 410})
+"""Statuses of object stores for a link that has run out, and for a file that is gone."""
 MAX_POLL_SECONDS = 60.0
 _DELETE_POLICY = RetryPolicy(attempts=3, max_wait=2, max_retry_after=5, budget=30)
 """Retries of the deletion of an export. The deletion only frees space at the server, so they are few."""
@@ -45,6 +52,21 @@ class ExportGone(NotFhir):
     """The server no longer has the export or one of its files."""
 
 
+class LinkExpired(ServerRefused):
+    """The server or its object store refuses a file of the export: its link may have run out.
+
+    The status of the export may have new links.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class KickOff:
+    """An export that the server has accepted: the URL of its status, and the ``Date`` of the server's response."""
+
+    status_url: str
+    date: datetime | None
+
+
 class ExportFailed(PermanentError):
     """The export failed, or the server refuses its status. Only a new export can help."""
 
@@ -62,11 +84,16 @@ class BulkClient:
     def __init__(self, client: FhirClient) -> None:
         self._client = client
 
-    def kick_off(self, request: ExportRequest) -> str:
-        """Request an export. Return the URL of its status, which the caller stores before it does anything else."""
+    def kick_off(self, request: ExportRequest) -> KickOff:
+        """Request an export. The caller stores the URL of its status before it does anything else.
+
+        Raises ServerRefused with the types and the level that the server may not offer.
+        """
         path = _PATHS.get(request.level) or f"Group/{request.level.removeprefix('group/')}/$export"
 
-        def read(response: FhirResponse) -> str:
+        def read(response: FhirResponse) -> KickOff:
+            if response.status in REFUSALS:
+                raise explain_refusal(response, request)
             if response.status == 200:
                 failure = invalid_json_failure(response)
                 failure.reason = "the server answers the export with 200, not 202"
@@ -78,15 +105,19 @@ class BulkClient:
             location = response.headers.get("Content-Location")
             if not location:
                 raise NotFhir("the server accepts the export but does not say where its status is (Content-Location)")
-            return self._client.resolve(location, response.url)
+            return KickOff(self._client.resolve(location, response.url), response.date)
 
         # A kick-off whose response is lost is sent again. The first export, if any, is never downloaded.
         return self._client.get(
             f"{path}?{request.query()}",
             read,
-            headers={"Accept": "application/fhir+json", "Prefer": "respond-async"},
-            expect={200, 202},
+            headers={"Accept": "application/fhir+json", "Prefer": "respond-async", **_NO_CACHE},
+            expect={200, 202, *REFUSALS},
         )
+
+    def resolve(self, link: str, page_url: str) -> str:
+        """Return the absolute URL of a link of the server. Raises NotFhir if it leads to another origin."""
+        return self._client.resolve(link, page_url)
 
     def poll(self, status_url: str, polls: int) -> ExportPending | ExportManifest:
         """Return the status of an export after ``polls`` earlier polls: pending, or the manifest of a finished export.
@@ -110,7 +141,7 @@ class BulkClient:
             return self._client.get(
                 status_url,
                 read,
-                headers={"Accept": "application/json, application/fhir+json;q=0.9"},
+                headers={"Accept": "application/json, application/fhir+json;q=0.9", **_NO_CACHE},
                 expect={200, 202, 429, 500},
             )
         except HttpStatusError as error:
@@ -146,23 +177,17 @@ class BulkClient:
     def read_lines(self, downloads: Downloads, file: ExportFile, *, needs_token: bool) -> Iterator[list[bytes]]:
         """Read the lines of a file in batches, without blank lines. An interrupted download is resumed.
 
-        Raises ExportGone if the server no longer has the file, and NotFhir if the number of lines differs from the
-        manifest.
+        The number of lines may differ from the manifest's. Raises LinkExpired if the file is refused.
         """
-        count = 0
         try:
-            for lines in downloads.read_lines(file.url, authorized=needs_token, expected=file.count):
-                count += len(lines)
-                yield lines
+            yield from downloads.read_lines(file.url, authorized=needs_token, expected=file.count)
         except HttpStatusError as error:
-            if error.status in (404, 410):
-                raise ExportGone("the server no longer has a file of the export: a new export is requested") from None
+            if error.status in _REFUSED_FILE:
+                raise LinkExpired(
+                    f"a file of {file.resource_type} at {format_origin(file.url)} is refused ({error.status}): its "
+                    "link has run out, or the account may not read it"
+                ) from None
             raise
-        if file.count is not None and count != file.count:
-            raise NotFhir(
-                f"a file of {file.resource_type} contains {count} resources, but the manifest states {file.count}: "
-                "nothing of this export is loaded; run again to request a new one"
-            )
 
     def _read_manifest(self, response: FhirResponse) -> ExportManifest:
         try:
@@ -171,4 +196,4 @@ class BulkClient:
             failure = invalid_json_failure(response)
             failure.final = ServerUnavailable  # a proxy may have answered: the export itself still exists
             raise failure from None
-        return parse_manifest(document, response.url)
+        return parse_manifest(document, response.url, response.date)

@@ -2,14 +2,18 @@
 (https://hl7.org/fhir/uv/bulkdata/STU2/export.html#response---complete-status).
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import parse_instant
+
+_ADVICE = "run again to request a new export, and ask the server's administrator if it happens again"
+_is_type_name = re.compile(r"[A-Za-z]{1,64}").fullmatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +53,64 @@ class ExportFile:
 
 @dataclass(frozen=True, slots=True)
 class ExportManifest:
-    """The files of a finished export, which holds every resource updated before ``transaction_time``."""
+    """The files of a finished export, which holds every resource updated before ``transaction_time``.
+
+    ``answered_at`` is the ``Date`` of the response with the manifest, and ``next_url`` the address of the next part of
+    the manifest; both are None once the manifest is stored.
+    """
 
     transaction_time: datetime
     needs_token: bool
     output: tuple[ExportFile, ...]
     deleted: tuple[ExportFile, ...] = ()
     errors: tuple[ExportFile, ...] = ()
+    answered_at: datetime | None = None
+    next_url: str | None = None
+
+    def extend(self, following: "ExportManifest") -> "ExportManifest":
+        """Return the manifest with the files of the next part, which is complete up to the earlier of both times."""
+        return replace(
+            following,
+            transaction_time=min(self.transaction_time, following.transaction_time),
+            output=self.output + following.output,
+            deleted=self.deleted + following.deleted,
+            errors=self.errors + following.errors,
+        )
 
 
-def parse_manifest(document: Any, url: str) -> ExportManifest:
-    """Parse the manifest that a server sends from ``url``. Raises NotFhir for any other JSON."""
+def parse_manifest(document: Any, url: str, answered_at: datetime | None = None) -> ExportManifest:
+    """Parse the manifest that a server sends from ``url``. Raises NotFhir for any other JSON.
+
+    The manifest itself is read leniently: an absent or empty list of files has no files. A file that is listed twice is
+    one file.
+    """
     try:
-        transaction_time = parse_instant(document["transactionTime"])
-        if transaction_time is None:
-            raise ValueError
         return ExportManifest(
-            transaction_time,
-            document.get("requiresAccessToken") is not False,
-            _parse_files(document["output"], url),
-            *(_parse_files(document.get(name) or [], url) for name in ("deleted", "error")),
+            _parse_transaction_time(document),
+            document.get("requiresAccessToken") in (True, "true"),
+            _parse_files(document.get("output"), url, None),
+            _parse_files(document.get("deleted"), url, "Bundle"),
+            _parse_files(document.get("error"), url, "OperationOutcome"),
+            answered_at,
+            _find_next_link(document, url),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
+        raise NotFhir(f"the server's answer to the export is not a Bulk Data manifest: {_ADVICE}") from None
+
+
+def _parse_transaction_time(document: Any) -> datetime:
+    moment = parse_instant(document["transactionTime"])
+    if moment is None:
         raise NotFhir(
-            "the server's answer to the export is not a Bulk Data manifest: run again to request a new export, and "
-            "ask the server's administrator if it happens again"
-        ) from None
+            "the transactionTime of the export is not an instant with a time zone, so that the server's answer is not "
+            f"a Bulk Data manifest: {_ADVICE}"
+        )
+    return moment
+
+
+def _find_next_link(document: Any, url: str) -> str | None:
+    links = [link["url"] for link in document.get("link") or () if link.get("relation") == "next"]
+    return urljoin(url, links[0]) if links else None
 
 
 def manifest_to_json(manifest: ExportManifest) -> dict[str, Any]:
@@ -107,10 +143,25 @@ def manifest_from_json(document: dict[str, Any]) -> ExportManifest:
     )
 
 
-def _parse_files(entries: list[dict[str, Any]], url: str) -> tuple[ExportFile, ...]:
-    files = tuple(ExportFile(entry["type"], urljoin(url, entry["url"]), entry.get("count")) for entry in entries)
-    for file in files:
-        is_named = isinstance(file.resource_type, str) and urlsplit(file.url).scheme in ("http", "https")
-        if not is_named or type(file.count) not in (int, type(None)):
+def _parse_files(entries: list[dict[str, Any]] | None, url: str, default_type: str | None) -> tuple[ExportFile, ...]:
+    if entries is not None and not isinstance(entries, list):
+        raise TypeError
+    files: dict[tuple[str, str], ExportFile] = {}
+    for entry in entries or ():
+        resource_type: Any = entry.get("type") or default_type
+        file = ExportFile(resource_type, urljoin(url, entry["url"]), _parse_count(entry.get("count")))
+        if not isinstance(resource_type, str) or not _is_type_name(resource_type):
             raise ValueError
-    return files
+        if urlsplit(file.url).scheme not in ("http", "https"):
+            raise ValueError
+        files.setdefault((resource_type, file.url), file)
+    return tuple(files.values())
+
+
+def _parse_count(count: object) -> int | None:
+    if count is None or isinstance(count, bool):
+        return None
+    number = int(count) if isinstance(count, str) else count
+    if not isinstance(number, int | float) or number != int(number):
+        raise ValueError
+    return int(number) if number >= 0 else None

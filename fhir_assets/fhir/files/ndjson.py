@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -117,8 +117,9 @@ class NdjsonSource:
             self._extents[key] = self._extent(resource_types)
         return self._extents[key]
 
-    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        """Return None: the files include the present."""
+    def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
+        """Return nothing: the files include the present."""
+        return {}
 
     def count(self, resource_type: str, interval: Interval) -> None:
         """Return None: files do not declare their number of resources."""

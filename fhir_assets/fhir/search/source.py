@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from fhir_assets.errors import NotFhir
@@ -58,8 +58,9 @@ class SearchSource:
     def compute_state(self) -> None:
         """Return None: a server is read by interval, not as a whole."""
 
-    def complete_until(self, resource_types: Sequence[str], interval: Interval) -> None:
-        """Return None: a search includes the present."""
+    def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
+        """Return nothing: the server includes the present."""
+        return {}
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
         """Return the server's own total (``_summary=count``); None if the server does not give one."""

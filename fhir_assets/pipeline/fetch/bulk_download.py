@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from threading import Event, Lock
@@ -13,9 +12,12 @@ from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.file_lines import FileChanged
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
+from fhir_assets.notices import Notices
+from fhir_assets.pipeline.fetch.bulk_outcomes import notice_count
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops.bulk_exports import BulkExport
 
 LAYER = "bulk"
 GROUP_RESOURCES = 200_000
@@ -44,15 +46,17 @@ class Download:
         self,
         client: BulkClient,
         store: Store,
-        export_id: str,
+        export: BulkExport,
         manifest: ExportManifest,
         *,
         connections: int,
+        notices: Notices,
         on_progress: Callable[[str], None],
     ) -> None:
         self._client = client
         self._store = store
-        self._export_id = export_id
+        self._export = export
+        self._notices = notices
         self._manifest = manifest
         self._connections = connections
         self._on_progress = on_progress
@@ -64,6 +68,13 @@ class Download:
         Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; nothing of the current group is stored then.
         """
         pending = [(index, file) for index, file in enumerate(self._manifest.output) if index not in done]
+        if unwanted := {file.resource_type for _, file in pending}.difference(self._export.resource_types):
+            pending = [(index, file) for index, file in pending if file.resource_type not in unwanted]
+            self._notices.add(
+                "warning",
+                "export-types",
+                f"the server exports types that were not asked for; they are not loaded: {', '.join(sorted(unwanted))}",
+            )
         progress = _Progress(self._on_progress, len(self._manifest.output), len(done))
         with (
             self._client.open_downloads() as downloads,
@@ -89,7 +100,9 @@ class Download:
     ) -> dict[str, Sequence[Part]]:
         """Download the files and store them. Return the parts by resource type."""
         with PartWriter(self._store, LAYER) as writer:
-            download = _FileDownloader(self._client, downloads, writer, progress, self._export_id, self._manifest)
+            download = _FileDownloader(
+                self._client, downloads, writer, progress, self._export, self._manifest.needs_token
+            )
             jobs = [pool.submit(download, batch) for batch in _split_into_batches(files)]
             try:
                 progress.wait(jobs)
@@ -103,6 +116,8 @@ class Download:
             for job in jobs:
                 if not job.cancelled():
                     job.result()
+            for file, count in download.counts:
+                notice_count(file, count, self._notices)
             return {name: parts for (name, _), parts in writer.finish().items()}
 
 
@@ -162,10 +177,12 @@ class _FileDownloader:
     downloads: Downloads
     writer: PartWriter
     progress: _Progress
-    export_id: str
-    manifest: ExportManifest
+    export: BulkExport
+    needs_token: bool
     lock: Lock = field(default_factory=Lock)
     stop: Event = field(default_factory=Event)
+    counts: list[tuple[ExportFile, int]] = field(default_factory=list)
+    """The number of lines of each file."""
 
     def __call__(self, files: Sequence[ExportFile]) -> None:
         with self.downloads.share_slot():
@@ -173,21 +190,37 @@ class _FileDownloader:
                 self._fetch(file)
 
     def _fetch(self, file: ExportFile) -> None:
-        default = default_last_updated(self.manifest.transaction_time)
-        for lines in self.client.read_lines(self.downloads, file, needs_token=self.manifest.needs_token):
-            lines_with_time = [(line, _read_last_updated(line) or default) for line in lines]
+        default = default_last_updated(self.export.until)
+        count = 0
+        for lines in self.client.read_lines(self.downloads, file, needs_token=self.needs_token):
+            headers = [self._read_header(line, file.resource_type) for line in lines]
             with self.lock:
                 if self.stop.is_set():
                     return
-                for line, moment in lines_with_time:
-                    self.writer.add(file.resource_type, self.export_id, line, moment)
+                for line, (resource_type, moment) in zip(lines, headers, strict=True):
+                    self.writer.add(resource_type, self.export.id, line, moment or default)
+            count += len(lines)
             self.progress.add(lines)
+        self.counts.append((file, count))
         self.progress.add((), files=1)
 
+    def _read_header(self, line: bytes, file_type: str) -> tuple[str, datetime | None]:
+        """Return the type to store a line as, and its ``lastUpdated``.
 
-def default_last_updated(transaction_time: datetime | None) -> datetime:
+        A resource of another type that was asked for belongs to its own type. Any other line stays with the type of its
+        file and becomes a dead letter when it is read.
+        """
+        try:
+            header = read_header(line)
+        except MalformedResource:
+            return file_type, None
+        own = header.resourceType != file_type and header.resourceType in self.export.resource_types
+        moment = parse_instant(header.meta.lastUpdated) if header.meta else None
+        return (header.resourceType if own else file_type), moment
+
+
+def default_last_updated(transaction_time: datetime) -> datetime:
     """Return the time for resources without ``lastUpdated``: the last moment that the export covers."""
-    assert transaction_time is not None
     return transaction_time - timedelta(milliseconds=1)
 
 
@@ -217,10 +250,3 @@ def _split_into_batches(files: Sequence[ExportFile]) -> Iterator[list[ExportFile
             batch, resources = [], 0
     if batch:
         yield batch
-
-
-def _read_last_updated(line: bytes) -> datetime | None:
-    with suppress(MalformedResource):
-        meta = read_header(line).meta
-        return parse_instant(meta.lastUpdated) if meta else None
-    return None

@@ -95,6 +95,7 @@ class FetchStep:
         self._store = store
         self._run_id = run_id
         self._started = self._now = now
+        self._until: dict[str, datetime] = {}
         self._overlap = overlap
         self._refresh = refresh
         self._dead_letters = DeadLetterBuffer(write_dead_letters)
@@ -107,12 +108,12 @@ class FetchStep:
         """
         state = self._source.compute_state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
-        planned = [progress.planned for plan in plans.values() for progress in plan.values()]
-        until = self._source.complete_until(resource_types, covering_interval(planned)) if planned else None
-        if until is not None and until < self._now:
-            # The source knows resources up to `until` only; the rest of the interval stays due.
-            self._now = until
-            plans = {name: self._plan(name, windows, state) for name in resource_types}
+        planned = {name: covering_interval(p.planned for p in plan.values()) for name, plan in plans.items() if plan}
+        for name, until in (self._source.complete_until(planned) if planned else {}).items():
+            if until < self._now:
+                # The source knows resources up to `until` only; the rest of the interval stays due.
+                self._until[name] = until
+                plans[name] = self._plan(name, windows, state)
         before_first_window = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         with PartWriter(self._store, "raw") as writer:
@@ -175,7 +176,7 @@ class FetchStep:
             planned = plan_window(
                 window,
                 existing.get(window.key),
-                now=self._now,
+                now=self._until.get(name, self._now),
                 overlap=self._overlap,
                 refresh=self._refresh,
                 source_state=state,
@@ -209,7 +210,10 @@ class FetchStep:
         if window is None:
             before_first_window[item.resource_type] += 1
             return
-        progress = plans[item.resource_type].get(window.key)
+        plan = plans[item.resource_type]
+        progress = plan.get(window.key)
+        if progress is None and isinstance(item, Record) and item.late:
+            progress = next(reversed(list(plan.values())), None)
         if progress is None:
             return
         progress.matched += 1
@@ -220,7 +224,7 @@ class FetchStep:
         if progress.stored_versions and item.version_key in progress.stored_versions:
             progress.repeated += 1
             return
-        writer.add(item.resource_type, window.key, item.body, item.last_updated)
+        writer.add(item.resource_type, progress.planned.window.key, item.body, item.last_updated)
 
     def _count_fetches(self, name: str, windows: list[_Progress], total_before: int | None) -> dict[str, Fetch]:
         """Return the counts of each window by partition key, with the source's total if the source counts.
@@ -261,7 +265,7 @@ class FetchStep:
     ) -> Manifest:
         base = planned.base
         earlier = base.fetched.fetches if base and base.fetched else ()
-        complete = is_complete(planned.window, now=self._now, overlap=self._overlap)
+        complete = is_complete(planned.window, now=self._until.get(name, self._now), overlap=self._overlap)
         return Manifest(
             "raw",
             name,
@@ -301,7 +305,7 @@ def _add_notices(name: str, fetches: Mapping[str, Fetch], notices: Sequence[Noti
 
 def _find_window(windows: WindowRange, item: Record | RejectedInput) -> Window | None:
     """Return the window of what a source returned; None if it is older than all windows of the range."""
-    if isinstance(item, RejectedInput) or item.last_updated is None:
+    if isinstance(item, RejectedInput) or item.last_updated is None or item.late:
         return windows.nearest(item.arrived)
     start = windows.interval.start
     return windows.nearest(item.last_updated) if start is None or item.last_updated >= start else None

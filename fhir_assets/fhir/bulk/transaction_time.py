@@ -1,0 +1,76 @@
+"""The time up to which an export is complete, as far as the server's word for it can be trusted.
+
+A later export begins where an earlier one ended. A ``transactionTime`` that lies ahead of the clock that dates the
+resources would make it begin too late, and the resources in between would be in no export.
+"""
+
+from datetime import datetime, timedelta
+
+from fhir_assets.errors import NotFhir
+
+TOLERANCE = timedelta(minutes=1)
+"""How far ``transactionTime`` may lie ahead of the server's own clock."""
+
+STALE = timedelta(days=31)
+"""From this age on, ``transactionTime`` must fit the resources of the export."""
+
+_DATE_PRECISION = timedelta(seconds=1)
+_LATER = "nothing of this export is loaded, and nothing is lost. Ask the server's administrator to correct its clock"
+
+
+def bound_transaction_time(
+    claimed: datetime,
+    *,
+    since: datetime | None,
+    requested_at: datetime,
+    kick_off_date: datetime | None,
+    answer_date: datetime | None,
+    now: datetime,
+) -> datetime:
+    """Return the earliest of ``transactionTime``, the kick-off, and the ``Date`` of the server's answers.
+
+    ``requested_at`` is the time of the kick-off by our clock; ``now`` takes the place of an absent ``answer_date``.
+    Raises NotFhir if ``claimed`` lies more than a minute ahead of the server's clock, or before ``since``.
+    """
+    clock = answer_date or now
+    if claimed > clock + TOLERANCE:
+        ahead = _describe(claimed - clock)
+        raise NotFhir(
+            f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} lies {ahead} ahead of the server's clock (is "
+            f"it local time written as UTC?): {_LATER}, then run again"
+        )
+    if since is not None and claimed < since - TOLERANCE:
+        raise NotFhir(
+            f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} is earlier than the _since "
+            f"{since:%Y-%m-%dT%H:%M:%SZ} that was asked for: {_LATER}, then run again"
+        )
+    dates = [date + _DATE_PRECISION for date in (kick_off_date, answer_date) if date is not None]
+    return min(claimed, requested_at, *dates)
+
+
+def check_stale_export(claimed: datetime, requested_at: datetime, newest: datetime | None) -> None:
+    """Raise NotFhir if a ``transactionTime`` of long ago contradicts the resources of the export.
+
+    ``newest`` is the greatest ``lastUpdated`` of the export, None if it has no resources: that a server was empty long
+    ago does not say that it is empty now.
+    """
+    if requested_at - claimed < STALE:
+        return
+    if newest is None:
+        found = "has no resources"
+    elif newest > claimed + timedelta(days=1):
+        found = "has resources that were updated later"
+    else:
+        return
+    raise NotFhir(
+        f"the export's transactionTime is {claimed:%Y-%m-%d}, {_describe(requested_at - claimed)} before it was asked "
+        f"for, and the export {found}: {_LATER}, then run again"
+    )
+
+
+def _describe(span: timedelta) -> str:
+    if span >= timedelta(days=2):
+        return f"{span.days:,} days"
+    if span >= timedelta(hours=2):
+        return f"{span / timedelta(hours=1):.0f} hours"
+    return f"{span / timedelta(minutes=1):.0f} minutes"
