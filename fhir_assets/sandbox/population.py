@@ -36,7 +36,7 @@ from fhir_assets.sandbox.synthetic.people import Person, Resources, make_person,
 from fhir_assets.sandbox.synthetic.treatment import device, immunization, medication
 
 DEFAULT_DAYS = 90
-DEFECTS_FILE = "defects.json"
+DEFECTS_FILE = ".defects.json"
 
 
 class Item(NamedTuple):
@@ -179,7 +179,7 @@ class _Part:
 
 
 def write_population(folder: Path, population: Population) -> Summary:
-    """Write ``<Type>.ndjson.gz`` for every type, then ``defects.json`` with each defective resource and its rule.
+    """Write ``<Type>.ndjson.gz`` for every type, then ``.defects.json`` with each defective resource and its rule.
 
     Raises OSError if the folder cannot be written.
     """

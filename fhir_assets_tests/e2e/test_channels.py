@@ -40,7 +40,7 @@ def test_files_load_completely_and_each_known_defect_becomes_a_dead_letter_with_
     outcomes = deployment.ingest()
     assert [outcome.success for outcome in outcomes] == [True]
     assert deployment.unreconciled(outcomes[0]) == []
-    broken = orjson.loads((population / "defects.json").read_bytes())
+    broken = orjson.loads((population / ".defects.json").read_bytes())
     assert broken
     dead_letters = deployment.query(
         "SELECT resource_type, resource_id, rule FROM ops.dead_letters WHERE status = 'open'"

@@ -114,7 +114,7 @@ def test_the_files_contain_the_population_and_the_list_of_its_defects(tmp_path: 
     for name, bodies in lines.items():
         assert bodies == [item.body for item in expected if item.resource_type == name]
     assert summary.resources == Counter({name: len(bodies) for name, bodies in lines.items() if bodies})
-    listed = orjson.loads((tmp_path / "defects.json").read_bytes())
+    listed = orjson.loads((tmp_path / ".defects.json").read_bytes())
     assert Counter(entry["defect"] for entry in listed) == summary.defects
     assert {f"{e['resourceType']}/{e['id']}" for e in listed} == {key(i) for i in expected if i.defect}
     assert not list(tmp_path.glob("*.part"))

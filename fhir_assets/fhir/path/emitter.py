@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
+from fhir_assets.fhir.path.runtime import build_reference_key
+from fhir_assets.fhir.references import Bases
+
 EMPTY = "EMPTY"
 """The name of an empty dict in generated code. Elements of a missing element are read from it."""
 
@@ -33,6 +36,8 @@ class Emitter:
         self.root = root
         self.row_index = "0"
         self.empty_join = True
+        self.reference_bases: Bases = None
+        self._reference_keys: dict[str | None, str] = {}
         self.depth = 1
         self._scopes: list[dict[str, str]] = [{}]
         self._names = 0
@@ -81,6 +86,12 @@ class Emitter:
             self._kept.append(value)
             self.namespace[name] = value
         return self._bound[key]
+
+    def bind_reference_key(self, wanted: str | None) -> str:
+        """Return the name of the function ``getReferenceKey(wanted)``, which is bound once for each type."""
+        if wanted not in self._reference_keys:
+            self._reference_keys[wanted] = self.bind(build_reference_key(wanted, self.reference_bases))
+        return self._reference_keys[wanted]
 
     @contextmanager
     def block(self, header: str) -> Iterator[None]:

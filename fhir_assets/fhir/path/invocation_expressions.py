@@ -214,6 +214,22 @@ class ScalarFunction(Expression):
         return out.let(f"{empty} if {missing} else {call}" if missing else call)
 
 
+class ReferenceKey(Expression):
+    """``base.getReferenceKey(wanted)`` for a single value, with the base URLs of the emitter."""
+
+    types = frozenset({"string"})
+
+    def __init__(self, wanted: str | None, base: Expression) -> None:
+        self.wanted = wanted
+        self.base = base
+
+    @override
+    def emit_value(self, out: Emitter) -> str:
+        value = self.base.emit_single(out)
+        call = f"{out.bind_reference_key(self.wanted)}({value})"
+        return out.let(call if isinstance(self.base, Focus) else f"None if {value} is None else {call}")
+
+
 class Repeat(Expression):
     """``base.repeat(projection)``: breadth first, each distinct item once."""
 

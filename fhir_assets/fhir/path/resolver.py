@@ -10,7 +10,7 @@ from functools import partial
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.model import r4, suggest_name
 from fhir_assets.fhir.path import boolean_expressions as booleans
-from fhir_assets.fhir.path import date_times, expressions, runtime, scalar_functions, syntax
+from fhir_assets.fhir.path import date_times, expressions, scalar_functions, syntax
 from fhir_assets.fhir.path import invocation_expressions as invocations
 from fhir_assets.fhir.path.expressions import Expression, NotCompiled, Types
 from fhir_assets.fhir.path.functions import BOUNDARIES, COLLECTIONS, SAME, SCALARS, VALUES, Function
@@ -250,7 +250,8 @@ def _call(call: syntax.Call, scope: Scope) -> Expression:
     if name == "getReferenceKey":
         _check_arguments(call, 0, 1)
         wanted = resolve_type_name(_type_argument(call.arguments[0])) if call.arguments else None
-        return _map_scalar(base, lambda reference: runtime.reference_key(reference, wanted))
+        inner = invocations.ReferenceKey(wanted, expressions.Focus(base.types) if base.many else base)
+        return invocations.Select(base, inner) if base.many else inner
     arguments = [resolve(argument, scope) for argument in call.arguments]
     for table, build in ((SCALARS, _scalar), (COLLECTIONS, _collection)):
         if function := table.get(name):
@@ -299,12 +300,6 @@ def _collection(function: Function, base: Expression, arguments: list[Expression
     if function.many and function.types is SAME and arguments and types is not None:
         types = None if arguments[0].types is None else types | arguments[0].types
     return invocations.CollectionFunction(function.template, base, *arguments, types=types, many=function.many)
-
-
-def _map_scalar(base: Expression, function: Callable[..., object]) -> Expression:
-    """Return the expression that applies a function to each item of ``base``."""
-    inner = invocations.ScalarFunction(function, expressions.Focus(base.types), types=_STRING)
-    return invocations.Select(base, inner) if base.many else invocations.ScalarFunction(function, base, types=_STRING)
 
 
 def _with_criteria(call: syntax.Call, base: Expression, scope: Scope) -> Expression:

@@ -1,6 +1,6 @@
 """Runtime support for generated code: collections, choice elements, references and tree traversal."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from fhir_assets.errors import FhirPathError
 from fhir_assets.fhir.model import r4
 from fhir_assets.fhir.path.equality import key
+from fhir_assets.fhir.references import Bases, split_reference
 
 JSON_TYPES: Mapping[str, tuple[type, ...]] = {
     "boolean": (bool,),
@@ -172,27 +173,32 @@ def is_distinct(items: Sequence[Any]) -> bool:
 
 
 def resource_key(resource: Any) -> str | None:
-    """Return the ``id`` of a resource (``getResourceKey()``). It equals the ``reference_key`` of a reference to it."""
+    """Return the ``id`` of a resource (``getResourceKey()``). It equals the key of a reference to it."""
     return resource.get("id") if type(resource) is dict and "resourceType" in resource else None
 
 
-def reference_key(reference: Mapping[str, Any], wanted: str | None = None) -> str | None:
-    """Return the id in a literal reference (``getReferenceKey()``), None if it refers to another type than ``wanted``.
+def build_reference_key(wanted: str | None, bases: Bases) -> Callable[[Mapping[str, Any]], str | None]:
+    """Return the function ``getReferenceKey(wanted)`` for sources with these base URLs.
 
-    A literal reference is ``Type/id`` or ``http://server/Type/id``, each with or without ``/_history/version``.
-    The key of a ``urn:uuid:`` or ``urn:oid:`` reference is the URN itself, provided that ``Reference.type`` equals
-    ``wanted`` or ``wanted`` is None. A reference to a contained resource (``#id``) has no key, because a contained
-    resource has no row.
+    The key is the id in a literal reference of type ``wanted`` (None: any): ``Type/id``, or ``base/Type/id`` with one
+    of the bases, each with or without ``/_history/version``. Any other reference has no key: it leads to another server
+    (absolute, ``urn:…``), to no resource in particular (``Type?identifier=…``), or to a contained resource (``#id``),
+    which has no row.
     """
-    literal = reference.get("reference")
-    if type(literal) is not str or literal.startswith("#"):
-        return None
-    if literal.startswith("urn:"):
-        return literal if wanted is None or reference.get("type") == wanted else None
-    parts = literal.split("/_history/", 1)[0].split("/")
-    if len(parts) < 2 or not parts[-1]:
-        return None
-    return parts[-1] if wanted is None or parts[-2] == wanted else None
+    start = f"{wanted}/" if wanted else None
+
+    def reference_key(reference: Mapping[str, Any]) -> str | None:
+        literal = reference.get("reference")
+        if type(literal) is not str:
+            return None
+        if start and literal.startswith(start) and literal.isascii() and "?" not in literal:
+            rest = literal[len(start) :]
+            if "/" not in rest:
+                return rest or None
+        target = split_reference(literal, bases)
+        return target[1] if target and (wanted is None or target[0] == wanted) else None
+
+    return reference_key
 
 
 def resolve(references: Iterable[Any], resource: Mapping[str, Any]) -> list[Any]:

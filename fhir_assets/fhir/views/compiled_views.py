@@ -8,6 +8,7 @@ from fhir_assets.errors import FhirPathError, PermanentError
 from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.expressions import Expression
 from fhir_assets.fhir.path.runtime import NOT_FHIR
+from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.views.definition import View
 from fhir_assets.fhir.views.plan import Column, FilledColumn, RepeatPaths, Select
 
@@ -44,7 +45,8 @@ class CompiledViews:
             raise ValueError("the views are of several resource types")
         self.views = tuple(views)
         self.empty_join = empty_join
-        self._rows, self._line_origins = _compile(self.views, empty_join=empty_join)
+        self.reference_bases: Bases = views[0].reference_bases if views else None
+        self._rows, self._line_origins = _compile(self.views, self.reference_bases, empty_join=empty_join)
 
     def rows(self, resource: dict[str, Any]) -> list[list[Row]]:
         """Return the rows of each view. A row is a tuple of JSON values in the order of the columns.
@@ -80,10 +82,11 @@ _NOT_R4 = "an element does not have the type that FHIR R4 defines"
 
 
 def _compile(
-    views: Sequence[View], *, empty_join: bool
+    views: Sequence[View], reference_bases: Bases, *, empty_join: bool
 ) -> tuple[Callable[[dict[str, Any]], list[list[Row]]], list[object]]:
     out = Emitter("resource", "resource", "resource")
     out.empty_join = empty_join
+    out.reference_bases = reference_bases
     results = [_Writer(out, view).write() for view in views]
     out.origin = None
     out.line(f"return [{', '.join(results)}]")

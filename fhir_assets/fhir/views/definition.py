@@ -6,7 +6,7 @@ See https://sql-on-fhir.org/ig/StructureDefinition-ViewDefinition.html.
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from fhir_assets.fhir.path.boolean_expressions import kind
 from fhir_assets.fhir.path.compiler import Fallback, resolve_expression
 from fhir_assets.fhir.path.expressions import Constant, EmptyCollection, Expression, IndexVariable, Types
 from fhir_assets.fhir.path.resolver import resolve_type_name
+from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.views.fingerprint import compute_fingerprint
 from fhir_assets.fhir.views.plan import Column, FilledColumn, Iteration, Plan, RepeatPaths, Select
 
@@ -43,9 +44,11 @@ class View:
     plan: Plan = field(repr=False, compare=False)
     fallbacks: tuple[str, ...] = ()
     """The paths that fhirpathpy evaluates, which is much slower than compiled code."""
+    reference_bases: Bases = None
+    """The base URLs whose absolute references make keys; None: any."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return parse_view, (self.definition, self.path)
+        return parse_view, (self.definition, self.path, self.reference_bases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class Problem:
     severity: Literal["error", "warning"] = "error"
 
 
-def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
-    """Parse a ViewDefinition. ``path`` is the file that it comes from.
+def parse_view(definition: dict[str, Any], path: Path | None = None, reference_bases: Bases = None) -> View:
+    """Parse a ViewDefinition. ``path`` is the file that it comes from; ``reference_bases`` is that of the View.
 
     Raises ViewError with the file, the location in it and the problem.
     """
@@ -73,7 +76,7 @@ def parse_view(definition: dict[str, Any], path: Path | None = None) -> View:
     errors = [problem for problem in reader.problems if problem.severity == "error"]
     if view is None or errors:
         raise ViewError(reader.describe(errors[0]))
-    return view
+    return replace(view, reference_bases=reference_bases)
 
 
 def check_view(definition: dict[str, Any]) -> list[Problem]:

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from fhir_assets.errors import ViewError
+from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.views.definition import View, parse_view
 
 
@@ -40,19 +41,22 @@ def read_definition(path: Path) -> dict[str, Any]:
     return definition
 
 
-def read_view(path: Path) -> View:
+def read_view(path: Path, reference_bases: Bases = None) -> View:
     """Read and parse the ViewDefinition in a file. Raises ViewError if the file cannot be read or is invalid."""
-    return parse_view(read_definition(path), path)
+    return parse_view(read_definition(path), path, reference_bases)
 
 
-def load_views(folders: Sequence[Path]) -> ViewSet:
-    """Load every ``*.json`` file of the folders. A view whose name another view already has is reported as broken."""
+def load_views(folders: Sequence[Path], reference_bases: Bases = None) -> ViewSet:
+    """Load every ``*.json`` file of the folders. A view whose name another view already has is reported as broken.
+
+    Absolute references make keys only if they begin with one of ``reference_bases``; None: any.
+    """
     paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     views: dict[str, View] = {}
     broken: list[BrokenView] = []
     for path in paths:
         try:
-            view = read_view(path)
+            view = read_view(path, reference_bases)
         except ViewError as error:
             broken.append(BrokenView(path, str(error)))
             continue
