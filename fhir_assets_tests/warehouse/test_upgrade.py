@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
 from fhir_assets.fhir.views import parse_view
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.warehouse.ops import checkpoints, dead_letters, encryption_secret, replays
+from fhir_assets.warehouse.ops import bulk_exports, checkpoints, dead_letters, encryption_secret, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db import migrations
@@ -89,6 +90,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
         columns = [replace(c, name="_sealed_by") if c.name == KEY_ID_COLUMN else c for c in layout.columns]
         layout = replace(layout, columns=tuple(columns))
     session.execute("UPDATE ops.view_tables SET layout = %s", [f"{layout.shape}:{layout.fingerprint}"])
+    session.execute("ALTER TABLE ops.bulk_exports DROP COLUMN kick_off_date, DROP COLUMN used_at, DROP COLUMN notices")
     session.execute("UPDATE ops.alembic_version SET version_num = '0019'")
     session.commit()
 
@@ -124,6 +126,33 @@ def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database:
     assert select(session, "SELECT _resource_key, gender FROM fhir.patient ORDER BY 1") == [("a", "male"), ("c", None)]
     key_ids = {key_id for (key_id,) in select(session, "SELECT key_id FROM fhir.resource")}
     assert key_ids == {session.cipher.key_id}
+
+
+def test_bulk_exports_of_an_earlier_revision_count_as_loaded_and_those_without_files_are_not_used_again(
+    database: str,
+) -> None:
+    with connect(database, cipher=NO_ENCRYPTION) as session:
+        restore_revision_0019(session, encrypted=False)
+        session.execute("""
+            INSERT INTO ops.bulk_exports
+                (id, base_url, level, resource_types, type_filter, status_url, status, error, requested_at,
+                transaction_time, finished_at)
+            VALUES
+                ('stored', 'b', 'system', '{Patient}', '', 's', 'done', NULL, now(), now(), now()),
+                ('old', 'b', 'system', '{Patient}', '', 's', 'failed', 'its files were deleted from the store', now(),
+                    now(), now()),
+                ('lost', 'b', 'system', '{Patient}', '', 's', 'failed', 'the server failed', now(), NULL, now())
+        """)
+        session.commit()
+        migrations.upgrade(database)
+        rows = select(session, "SELECT id, status, used_at IS NOT NULL FROM ops.bulk_exports ORDER BY id")
+        assert rows == [("lost", "failed", False), ("old", "removed", True), ("stored", "done", True)]
+        [export] = bulk_exports.find_usable(session, bulk_exports.Scope("b", "system", ""))
+        assert (export.id, export.notices) == ("stored", ())
+        session.commit()
+        checkpoints.begin(session, ["Patient"], datetime.now(UTC), source_state=None)
+        scope = bulk_exports.Scope("b", "system", "")
+        assert bulk_exports.find_fully_loaded_types(session, scope, ["Patient", "Goal"]) == {"Patient"}
 
 
 def test_no_column_of_a_migrated_database_has_an_old_name(database: str, session: Session) -> None:
