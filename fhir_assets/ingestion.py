@@ -14,11 +14,13 @@ import psycopg
 
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.checks.red_windows import find_red_windows
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import (
     FETCH_MISSING_REFERENCES,
@@ -38,6 +40,7 @@ from fhir_assets.pipeline.due_windows import (
     group_consecutive_windows,
     split_into_runs,
 )
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import Settings
@@ -206,6 +209,18 @@ class Ingestion:
         finally:
             with self._warehouse.connect() as conn:
                 replays.release_claims(conn, run_id)
+
+    def find_red_windows(self) -> list[tuple[str, WindowCounts]]:
+        """Return the windows that do not reconcile, with their resource type, whichever run evaluated them."""
+        settings = self._settings
+        with self._warehouse.connect() as conn:
+            return find_red_windows(
+                self._instance,
+                conn,
+                build_store(settings),
+                build_views(settings).views,
+                settings.fhir_resource_types,
+            )
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Withhold or release resources in the tables according to the current consents, without a run."""

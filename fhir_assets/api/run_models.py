@@ -27,6 +27,10 @@ class TypeCounts(BaseModel):
     valid: int | None
     dead: int | None
     withheld: int | None
+    older: int | None = Field(None, description="Fetched resources older than FHIR_LAST_UPDATED_GTE, not kept")
+    superseded: int | None = Field(
+        None, description="Valid resources of which the tables have the same version or a newer one"
+    )
     loaded: int | None
     seconds: float | None
     started_at: datetime
@@ -50,6 +54,10 @@ class RunSummary(BaseModel):
     valid: int | None
     dead: int | None
     withheld: int | None
+    older: int | None = Field(None, description="Fetched resources older than FHIR_LAST_UPDATED_GTE, not kept")
+    superseded: int | None = Field(
+        None, description="Valid resources of which the tables have the same version or a newer one"
+    )
     loaded: int | None
     started_at: datetime
     finished_at: datetime | None

@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from fhir_assets.cli.dev import serve_ui
-from fhir_assets.cli.ingest import SUMMARY_COLUMNS, load_due, report_failures, summarize_runs
+from fhir_assets.cli.ingest import load_due, print_summary, report_failures, summarize_runs
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -19,8 +19,8 @@ from fhir_assets.ingestion import select_failed
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db import embedded
+from fhir_assets.warehouse.postgres.queries import totals
 
 PATIENTS = 150
 DAYS = 30
@@ -110,11 +110,11 @@ def _load() -> None:
     Warehouse(settings).migrate()
     outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
-        totals = runs.summarize_latest(conn)
+        stored = totals.count_by_type(conn)
     if loaded := summarize_runs(settings, outcomes):
-        print_table("Loaded now", loaded, SUMMARY_COLUMNS)
+        print_summary("Loaded now", loaded)
     else:
-        print_table("Loaded earlier", totals, SUMMARY_COLUMNS[:-1])
+        print_table("Loaded earlier", stored, ("type", "loaded", "dead", "withheld"))
     failures = select_failed(outcomes)
     report_failures(settings, failures)
     if failures:

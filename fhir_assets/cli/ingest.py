@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated
@@ -27,7 +27,12 @@ from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange
 
-SUMMARY_COLUMNS = ("type", "fetched", "valid", "dead", "loaded", "resources_per_second")
+_SUMMARY_COLUMNS = (
+    *("type", "fetched", "older", "valid", "dead", "withheld", "superseded", "loaded"),
+    "resources_per_second",
+)
+_RARE_COLUMNS = frozenset({"older", "withheld", "superseded"})
+_MAX_SHOWN_WINDOWS = 20
 
 
 def ingest(
@@ -43,7 +48,8 @@ def ingest(
 
     Each range of windows is loaded by one Dagster run.
 
-    The exit code is 0 only if all windows were loaded. Dead letters are not a failure: `dead-letters list` prints them.
+    The exit code is 0 only if all windows were loaded and every window reconciles with the source. Dead letters are
+    not a failure: `dead-letters list` prints them.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     settings.require_source()
@@ -52,15 +58,17 @@ def ingest(
     outcomes = load_due(settings, first=_utc(first), last=_utc(last), full_refresh=full_refresh, quiet=json)
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
+    red = find_red_windows(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
     if json:
-        print_json({"runs": run_ids, "success": not failures, "types": rows})
+        print_json({"runs": run_ids, "success": not failures and not red, "types": rows, "unreconciled": red})
     elif not outcomes:
         console.print("All windows are loaded: there is nothing to do.")
     else:
-        print_table("Loaded", rows, SUMMARY_COLUMNS)
+        print_summary("Loaded", rows)
     report_failures(settings, failures)
-    if failures:
+    report_red_windows(red)
+    if failures or red:
         raise typer.Exit(1)
 
 
@@ -161,6 +169,30 @@ def summarize_runs(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict
         return []
     with Warehouse(settings).connect() as conn:
         return runs.summarize(conn, [outcome.run_id for outcome in outcomes])
+
+
+def print_summary(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print the counts of runs by resource type; columns that are rarely filled only if they are."""
+    columns = [name for name in _SUMMARY_COLUMNS if name not in _RARE_COLUMNS or any(row.get(name) for row in rows)]
+    print_table(title, rows, columns)
+
+
+def find_red_windows(settings: Settings) -> list[dict[str, object]]:
+    """Return the windows that do not reconcile: resource type, partition key and what does not match."""
+    ingestion = Ingestion(settings, build_definitions(settings), config.open_instance(settings))
+    with hide_library_output():
+        red = ingestion.find_red_windows()
+    return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in red]
+
+
+def report_red_windows(red: Sequence[Mapping[str, object]]) -> None:
+    """Print the windows that do not reconcile."""
+    for window in red[:_MAX_SHOWN_WINDOWS]:
+        faults = window["faults"]
+        text = "; ".join(faults) if isinstance(faults, list) else ""
+        errors.print(f"{window['type']} of {window['window']} does not reconcile: {text}", markup=False, soft_wrap=True)
+    if len(red) > _MAX_SHOWN_WINDOWS:
+        errors.print(f"{len(red) - _MAX_SHOWN_WINDOWS} more windows do not reconcile", markup=False)
 
 
 def report_failures(settings: Settings, failures: Sequence[Outcome]) -> None:

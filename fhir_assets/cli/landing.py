@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import typer
 
-from fhir_assets.cli.ingest import SUMMARY_COLUMNS, report_failures, summarize_runs
+from fhir_assets.cli.ingest import print_summary, report_failures, summarize_runs
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
@@ -76,7 +76,7 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
     else:
         console.print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items()))
         if rows:
-            print_table("Loaded", rows, SUMMARY_COLUMNS)
+            print_summary("Loaded", rows)
     report_failures(settings, failures)
     if totals["failed"]:
         errors.print(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets.cli.ingest import report_failures, summarize_runs
+from fhir_assets.cli.ingest import print_summary, report_failures, summarize_runs
 from fhir_assets.cli.output import console, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
@@ -60,7 +60,7 @@ def fetch(json: Json = False) -> None:
     if json:
         print_json({"runs": run_ids, "success": not failures and failure is None, "types": rows})
     elif rows:
-        print_table("Loaded", rows, ("type", "valid", "dead", "loaded"))
+        print_summary("Loaded", rows)
     elif failure is None:
         console.print("The server has none of the missing resources.")
     report_failures(settings, failures)

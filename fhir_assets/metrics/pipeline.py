@@ -154,6 +154,16 @@ _RESOURCES: LiteralString = """
     GROUP BY 1, 2
 """
 
+_NOT_LOADED: LiteralString = """
+    SELECT reason, resource_type, sum(resources)
+    FROM ops.ingestion_runs,
+         LATERAL (
+             VALUES ('older', older), ('dead', dead), ('withheld', withheld), ('superseded', superseded)
+         ) AS counts (reason, resources)
+    WHERE resources IS NOT NULL
+    GROUP BY 1, 2
+"""
+
 _CHECKPOINTS: LiteralString = """
     SELECT resource_type, loaded_until
     FROM ops.checkpoints
@@ -224,6 +234,13 @@ class DatabaseCollector(Collector):
                 "fhir_resources", "Resources written to a layer, over all runs", labels=["layer", "type"]
             )
             yield _add_rows(resources, rows)
+        if (rows := _fetch_rows(conn, _NOT_LOADED)) is not None:
+            not_loaded = CounterMetricFamily(
+                "fhir_resources_not_loaded",
+                "Resources that a run did not load, by reason: older, dead, withheld or superseded, over all runs",
+                labels=["reason", "type"],
+            )
+            yield _add_rows(not_loaded, rows)
         if (rows := _fetch_rows(conn, _CHECKPOINTS)) is not None:
             behind = GaugeMetricFamily(
                 "fhir_windows_behind",

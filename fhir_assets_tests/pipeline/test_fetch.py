@@ -1,12 +1,13 @@
 """Fetches of windows from a real server into a real store, at times that the tests set."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.search.source import SearchSource
@@ -17,7 +18,7 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import Store, open_store
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.windows import Granularity, WindowRange, WindowScheme
+from fhir_assets.windows import Granularity, Interval, WindowRange, WindowScheme
 from fhir_assets_tests.support.content import add, list_search_intervals, patient
 
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
@@ -194,3 +195,34 @@ def test_a_resource_without_an_id_becomes_a_dead_letter_of_its_window_and_is_cou
     (counts,) = update.fetches.values()
     assert (counts.server_total, counts.matched, counts.rejected) == (2, 2, 1)
     assert [(dead_letter.stage, dead_letter.partition_key) for dead_letter in dead_letters] == [("fetch", "2024-01-05")]
+
+
+class OldSnapshot(SearchSource):
+    """A source that is complete up to a time in the past only, as a bulk export is."""
+
+    def __init__(self, server: SandboxServer, until: datetime) -> None:
+        super().__init__(FhirClient(server.url))
+        self._until = until
+
+    def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
+        return dict.fromkeys(intervals, self._until)
+
+
+@pytest.mark.parametrize(("until", "fails"), [(datetime(2001, 1, 1, tzinfo=UTC), True), (at("23:50:00", day=4), False)])
+def test_a_snapshot_from_long_before_the_windows_is_an_error_and_one_from_just_before_is_none(
+    server: SandboxServer, store: Store, until: datetime, fails: bool
+) -> None:
+    step = FetchStep(
+        OldSnapshot(server, until),
+        store,
+        run_id="run",
+        now=at("12:00:00"),
+        overlap=OVERLAP,
+        refresh=Refresh.MISSING,
+        write_dead_letters=lambda rejected: None,
+    )
+    if fails:
+        with pytest.raises(NotFhir, match="complete up to 2001-01-01 00:00 only, its transactionTime"):
+            step.run(["Patient"], WindowRange(DAYS[:1]))
+    else:
+        assert step.run(["Patient"], WindowRange(DAYS[:1]))[0].manifests == ()

@@ -61,18 +61,6 @@ def test_a_run_without_counts_has_no_summary(conn: Connection) -> None:
     assert runs.summarize(conn, ["one"]) == []
 
 
-def test_the_latest_summary_counts_the_last_successful_fetch_of_each_window(conn: Connection) -> None:
-    for run_id, hours, loaded in (("one", 0, 5), ("two", 1, 7), ("broken", 2, 9)):
-        start(conn, run_id, NOW + timedelta(hours=hours))
-        runs.record_counts(conn, run_id, "Patient", {key: {"fetched": loaded, "loaded": loaded} for key in KEYS})
-        if run_id != "broken":
-            runs.finish(conn, run_id, TYPES, KEYS)
-    start(conn, "replay", NOW + timedelta(hours=3))
-    runs.record_counts(conn, "replay", "Patient", {key: {"loaded": 1} for key in KEYS})
-    runs.finish(conn, "replay", TYPES, KEYS)
-    assert [(row["type"], row["loaded"]) for row in runs.summarize_latest(conn)] == [("Patient", 210), ("total", 210)]
-
-
 def test_dead_runs_are_marked_as_failed_and_living_runs_are_not(conn: Connection, database: str) -> None:
     for run_id in ("dead", "living", "done"):
         start(conn, run_id)

@@ -17,7 +17,8 @@ from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
-from fhir_assets.pipeline.reconcile.window_counts import reconcile
+from fhir_assets.pipeline.lost_manifests import require_manifests
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view, reconcile
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
@@ -51,14 +52,14 @@ def _build_normalized_step(
     all_views: Sequence[View],
 ) -> dg.AssetsDefinition:
     name = resource_type.name
-    main = next((view for view in views if view.name == resource_type.key), None)
-    main_view = main.name if main and not main.definition.get("where") else None
+    has_main_view = any(view.name == resource_type.key for view in views)
+    main_view = find_main_view(views, name)
 
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
         outs={view.name: _output(view, resource_type, encrypted=settings.encrypts) for view in views},
-        check_specs=window_check_specs(resource_type, partitions) if main else [],
+        check_specs=window_check_specs(resource_type, partitions) if has_main_view else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         can_subset=True,
@@ -78,6 +79,8 @@ def _build_normalized_step(
         resolved_windows: list[str] = []
         if selected:
             with record_step(run, warehouse, [name]):
+                with warehouse.connect() as conn:
+                    require_manifests(conn, store, run.run_id, "validated", name, run.partition_keys, validated)
                 step = LoadStep(
                     store,
                     warehouse.connect,

@@ -131,10 +131,16 @@ def _build_raw_step(
                         run.run_id,
                         name,
                         {
-                            key: {"server_total": fetch.server_total, "fetched": fetch.matched - fetch.repeated}
+                            key: {
+                                "server_total": fetch.server_total,
+                                "fetched": fetch.matched - fetch.repeated,
+                                "dead": fetch.rejected,
+                            }
                             for key, fetch in update.fetches.items()
                         },
                     )
+                    if update.before_first_window:
+                        runs.record_older(conn, run.run_id, name, run.partition_keys[0], update.before_first_window)
 
     return raw
 

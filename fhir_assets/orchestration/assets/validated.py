@@ -14,6 +14,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep, find_outdated_partitions
 from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
@@ -56,6 +57,8 @@ def _build_validated_asset(
         run = RunContext.from_context(context, settings.window_scheme)
         started = perf_counter()
         with record_step(run, warehouse, [name]):
+            with warehouse.connect() as conn:
+                require_manifests(conn, store, run.run_id, "raw", name, run.partition_keys, raw)
             step = ValidateStep(
                 store,
                 validator,
@@ -117,11 +120,7 @@ def _replay(
 
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:
-    return {
-        manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
-        for manifest in update.manifests
-        if manifest.validated
-    }
+    return {key: {"valid": counts.valid, "dead": counts.dead} for key, counts in update.counts.items()}
 
 
 def _metadata(update: ValidatedUpdate, seconds: float) -> dict[str, dg.MetadataValue]:

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import dagster as dg
 
-from fhir_assets.catalog import ResourceType
+from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.orchestration.checks.metadata import rows_table
 from fhir_assets.orchestration.dagster_internals import DagsterEventBatchMetadata
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
@@ -28,7 +28,7 @@ MAX_SHOWN_WINDOWS = 20
 
 _COLUMNS = (
     *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
-    *("deleted", "loaded", "missing"),
+    *("deleted", "superseded", "loaded", "missing"),
 )
 
 
@@ -38,7 +38,7 @@ def window_check_specs(
     """Return the specs of the checks that a load of ``resource_type`` evaluates on its main table."""
     descriptions = {
         RECONCILES: "Every resource of the window is in the tables, is a dead letter or is withheld: "
-        "server count + received = raw; raw = valid + dead + withheld; valid = loaded.",
+        "server count + received = raw; raw = valid + dead + withheld; valid = loaded + superseded by a newer version.",
         DEAD_LETTER_RATE: "The share of the window's resources that are unresolved dead letters, with the most "
         "frequent rules and paths. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE set the limits.",
     }
@@ -136,6 +136,12 @@ class WindowChecks:
         if len(counts) > 1:
             metadata["by_window"] = _rate_by_window(counts, leading)
         return _Evaluation(passed, description, metadata, warns=rate < settings.dead_letter_error_rate)
+
+
+def evaluate_reconciliation(resource_type: str, counts: WindowCounts) -> dg.AssetCheckEvaluation:
+    """Return the evaluation of the check ``reconciles`` of one window, outside of a run."""
+    asset = dg.AssetKey(["normalized", BY_NAME[resource_type].key])
+    return _evaluate_reconciliation([counts]).to_evaluation(asset, RECONCILES, counts.partition_key)
 
 
 def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.AssetCheckEvaluation]) -> None:

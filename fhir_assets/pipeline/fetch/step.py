@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 
+from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import Record, RejectedInput, build_record, read_header
 from fhir_assets.fhir.source import Source
 from fhir_assets.notices import Notice
@@ -21,6 +22,9 @@ from fhir_assets.windows import LATEST, Interval, Window, WindowRange
 
 _ROUNDING = timedelta(seconds=1)
 """A source may round the start of an interval down and return resources from just before it."""
+
+_MAX_SNAPSHOT_AGE = timedelta(days=1)
+"""A snapshot that ended longer than this before the windows begin is an error, not a source without news."""
 
 _Version = tuple[str, str | int | None, datetime | None]
 
@@ -104,7 +108,8 @@ class FetchStep:
     def run(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
         """Fetch the missing intervals of the windows and write them as parts. The caller commits the manifests.
 
-        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are unchanged then.
+        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are unchanged then. NotFhir is
+        also raised for a snapshot of a time long before the windows, which would leave all of them empty.
         """
         state = self._source.compute_state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
@@ -114,6 +119,8 @@ class FetchStep:
                 # The source knows resources up to `until` only; the rest of the interval stays due.
                 self._until[name] = until
                 plans[name] = self._plan(name, windows, state)
+                if not plans[name]:
+                    _raise_if_long_before(until, planned[name])
         before_first_window = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         with PartWriter(self._store, "raw") as writer:
@@ -295,6 +302,16 @@ def _replace_last_fetch(manifest: Manifest, fetches: Mapping[str, Fetch]) -> Man
     earlier = manifest.fetched.fetches[:-1]
     fetched = msgspec.structs.replace(manifest.fetched, fetches=(*earlier, fetches[manifest.partition_key]))
     return msgspec.structs.replace(manifest, fetched=fetched)
+
+
+def _raise_if_long_before(until: datetime, interval: Interval) -> None:
+    """Raise NotFhir if a snapshot ends so long before the windows that its time must be wrong."""
+    if interval.start is not None and until < interval.start - _MAX_SNAPSHOT_AGE:
+        raise NotFhir(
+            f"the export is complete up to {until:%Y-%m-%d %H:%M} only, its transactionTime, but the windows begin at "
+            f"{interval.start:%Y-%m-%d %H:%M}, so that none of its resources would be loaded: correct the clock of the "
+            "server, then run again"
+        )
 
 
 def _add_notices(name: str, fetches: Mapping[str, Fetch], notices: Sequence[Notice]) -> dict[str, Fetch]:

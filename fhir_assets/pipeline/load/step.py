@@ -16,7 +16,7 @@ from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs, withheld_resources
+from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
@@ -132,6 +132,7 @@ class LoadStep:
             for group in _group_by_transaction(self._plan_tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
                     total += self._load_group(conn, resource_type, group)
+            runs.reduce_loaded(conn, self._run_id, resource_type, [window.key for window in windows])
         return total
 
     def _plan_tasks(
@@ -235,17 +236,17 @@ class LoadStep:
         if self._all_views:
             self._record_loaded_parts(conn, resource_type, group)
             self._resolve_replayed(conn, resource_type, group)
-        withheld = withheld_resources.count_by_partition(conn, resource_type, keys)
         runs.record_counts(
             conn,
             self._run_id,
             resource_type,
             {
                 task.window.key: {
+                    "valid": task.rows - counts.withheld[task.window.key],
+                    "dead": dead_by_window[task.window.key],
+                    "withheld": counts.withheld[task.window.key],
                     "loaded": task.rows - dead_by_window[task.window.key] - counts.withheld[task.window.key],
-                    # The number of validated resources without those that consent withholds.
-                    "valid": task.manifest.rows - withheld[task.window.key] if task.window.key in withheld else None,
-                    "withheld": withheld.get(task.window.key, 0),
+                    "superseded": 0,
                 }
                 for task in group
             },

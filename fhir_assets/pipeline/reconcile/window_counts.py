@@ -1,9 +1,11 @@
 """Reconcile windows: count the resources of a window in each layer, and report counts that do not match."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.record import parse_instant, read_header
+from fhir_assets.fhir.views import View
 from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Manifest
@@ -50,13 +52,21 @@ class WindowCounts:
     """Resources that were received through another channel than the source."""
     deleted: int = 0
     """Valid resources that the source has deleted since."""
+    versions: int | None = None
+    """Distinct versions of the window in the tables; None if they were not counted."""
     notices: tuple[Notice, ...] = ()
     """What the source said or did during the fetches of the window. Those of severity ``error`` are faults."""
 
     @property
     def loaded(self) -> int:
-        """How many valid resources are in the tables."""
-        return self.valid - self.not_loaded - self.missing - self.deleted
+        """How many distinct versions of the valid resources are in the tables."""
+        accounted = self.valid - self.not_loaded - self.missing - self.deleted
+        return accounted if self.versions is None else max(0, min(accounted, self.versions))
+
+    @property
+    def superseded(self) -> int:
+        """The valid resources of which the tables have the same version from another line, or a newer version."""
+        return self.valid - self.not_loaded - self.missing - self.deleted - self.loaded
 
     @property
     def faults(self) -> list[str]:
@@ -86,6 +96,13 @@ class WindowCounts:
         return [notice.message for notice in self.notices if notice.severity == "warning"]
 
 
+def find_main_view(views: Sequence[View], resource_type: str) -> str | None:
+    """Return the name of the view that has a row for every resource of the type; None if there is no such view."""
+    key = BY_NAME[resource_type].key
+    main = next((view for view in views if view.name == key and view.resource_type == resource_type), None)
+    return main.name if main and not main.definition.get("where") else None
+
+
 def reconcile(
     conn: Session,
     store: Store,
@@ -102,9 +119,13 @@ def reconcile(
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
     not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
+    versions = reconciliation.count_versions(conn, resource_type, partition_keys)
     absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
     return [
-        _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts()))
+        replace(
+            _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts())),
+            versions=versions.get(key, 0),
+        )
         for key, manifest in raw.items()
     ]
 

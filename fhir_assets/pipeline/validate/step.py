@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from fhir_assets.fhir.record import MalformedResource, read_header
@@ -21,6 +21,14 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 
 @dataclass(frozen=True, slots=True)
+class ValidatedCounts:
+    """The resources of a window that one step validated: valid ones and new dead letters."""
+
+    valid: int
+    dead: int
+
+
+@dataclass(frozen=True, slots=True)
 class ValidatedUpdate:
     """The new validated partitions of one resource type, with manifests to commit."""
 
@@ -34,6 +42,8 @@ class ValidatedUpdate:
     """By partition key, the validated partition that existed before, or None if there was none: see
     pipeline.partition_commit.
     """
+    counts: Mapping[str, ValidatedCounts] = field(default_factory=dict)
+    """By partition key, what this step validated; the manifests count everything in the partition."""
 
 
 _BYTES_PER_SECOND = 50e6
@@ -100,6 +110,7 @@ class ValidateStep:
                 self._store_batch(state, lines, line_issues, corrections, writer)
             self._dead_letters.flush()
             parts = writer.finish()
+        counts = {state.raw.partition_key: state.counts for state in states}
         return ValidatedUpdate(
             resource_type,
             tuple(
@@ -107,6 +118,7 @@ class ValidateStep:
             ),
             tuple(state.raw.partition_key for state in states if state.base is None),
             {state.raw.partition_key: state.existing for state in states},
+            counts,
         )
 
     def _find_states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_PartitionState"]:
@@ -200,6 +212,12 @@ class _PartitionState:
         self.rows = 0
         self.dead: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
+
+    @property
+    def counts(self) -> ValidatedCounts:
+        """What was validated so far, without the counts of the base."""
+        dead = self.dead.total()
+        return ValidatedCounts(self.rows - dead, dead)
 
     def add_counts(self, earlier: Validated) -> None:
         self.rows += earlier.rows_in

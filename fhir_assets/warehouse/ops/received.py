@@ -100,6 +100,19 @@ def find_pending(conn: Connection, *, origin: str | None = None, now: datetime |
     return [PendingWindow(*row) for row in rows]
 
 
+def find_pending_windows(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> list[str]:
+    """Return those of the windows of a type that have received resources which are not loaded."""
+    rows = conn.execute(
+        """
+        SELECT DISTINCT partition_key
+        FROM ops.received
+        WHERE loaded_at IS NULL AND resource_type = %s AND partition_key = ANY(%s)
+        """,
+        [resource_type, list(partition_keys)],
+    )
+    return [key for (key,) in rows]
+
+
 def record_request(conn: Connection, windows: Sequence[PendingWindow], *, now: datetime) -> None:
     """Record that a run was requested to load these windows."""
     conn.execute(

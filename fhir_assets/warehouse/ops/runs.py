@@ -15,7 +15,17 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-COUNTS = ("server_total", "fetched", "valid", "dead", "withheld", "loaded")
+COUNTS = ("server_total", "fetched", "older", "valid", "dead", "withheld", "superseded", "loaded")
+"""What a run did with the resources of a type and a window.
+
+``fetched`` resources came from the source, without those that the store had already. ``older`` ones were updated
+before FHIR_LAST_UPDATED_GTE and not kept; ``dead`` ones became dead letters, in any step; ``withheld`` ones are kept
+out of the tables by consent; of ``superseded`` ones the tables have the same version or a newer one; ``loaded`` ones
+are distinct versions that are in the tables. In a run that validates and loads everything that it fetches:
+fetched = older + dead + withheld + superseded + loaded. ``valid`` resources were given to the load: those that are
+superseded, loaded, or dead letters of the load.
+"""
+
 _SUMMED = COUNTS[1:]
 _FIND_ALIVE = """
     SELECT run_id
@@ -71,6 +81,8 @@ def record_counts(
 ) -> None:
     """Set counts by partition key and name. Counts that are missing or None keep their values.
 
+    ``dead`` is added to the dead letters that earlier steps of the run have counted.
+
     Raises ValueError if a name is not in COUNTS.
     """
     keys = sorted(counts)
@@ -84,22 +96,87 @@ def record_counts(
             server_total = coalesce(n.server_total, r.server_total),
             fetched = coalesce(n.fetched, r.fetched),
             valid = coalesce(n.valid, r.valid),
-            dead = coalesce(n.dead, r.dead),
+            older = coalesce(n.older, r.older),
+            dead = coalesce(r.dead + n.dead, n.dead, r.dead),
             withheld = coalesce(n.withheld, r.withheld),
+            superseded = coalesce(n.superseded, r.superseded),
             loaded = coalesce(n.loaded, r.loaded)
         FROM unnest(
             %(keys)s::text[],
             %(server_total)s::bigint[],
             %(fetched)s::bigint[],
             %(valid)s::bigint[],
+            %(older)s::bigint[],
             %(dead)s::bigint[],
             %(withheld)s::bigint[],
+            %(superseded)s::bigint[],
             %(loaded)s::bigint[]
-        ) AS n (partition_key, server_total, fetched, valid, dead, withheld, loaded)
+        ) AS n (partition_key, server_total, fetched, valid, older, dead, withheld, superseded, loaded)
         WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key
         """,
         {"run": run_id, "type": resource_type, "keys": keys, **values_by_name},
     )
+
+
+def record_older(conn: Connection, run_id: str, resource_type: str, partition_key: str, older: int) -> None:
+    """Add resources that belong to no window, because they are older than the first one, to the row of a window."""
+    conn.execute(
+        """
+        UPDATE ops.ingestion_runs
+        SET older = %(older)s, fetched = coalesce(fetched, 0) + %(older)s
+        WHERE run_id = %(run)s AND resource_type = %(type)s AND partition_key = %(key)s
+        """,
+        {"older": older, "run": run_id, "type": resource_type, "key": partition_key},
+    )
+
+
+def reduce_loaded(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> None:
+    """Reduce the ``loaded`` resources of a run's windows to distinct versions in the tables; others are superseded.
+
+    Call it after all windows are loaded: a version may have been superseded by a version in another window.
+    """
+    conn.execute(
+        """
+        WITH stored AS (
+            SELECT partition_key, count(*) AS versions
+            FROM fhir.resource
+            WHERE resource_type = %(type)s
+                AND partition_key = ANY(%(keys)s)
+                AND run_id = %(run)s
+                AND deleted_at IS NULL
+            GROUP BY partition_key
+        )
+        UPDATE ops.ingestion_runs r
+        SET
+            superseded = r.loaded - least(r.loaded, coalesce(s.versions, 0)),
+            loaded = least(r.loaded, coalesce(s.versions, 0))
+        FROM ops.ingestion_runs r2
+        LEFT JOIN stored s ON s.partition_key = r2.partition_key
+        WHERE r2.run_id = %(run)s
+            AND r2.resource_type = %(type)s
+            AND r2.partition_key = ANY(%(keys)s)
+            AND r2.loaded > 0
+            AND (r.run_id, r.resource_type, r.partition_key) = (r2.run_id, r2.resource_type, r2.partition_key)
+        """,
+        {"run": run_id, "type": resource_type, "keys": list(partition_keys)},
+    )
+
+
+def find_written_windows(conn: Connection, run_id: str, resource_type: str, layer: str) -> list[str]:
+    """Return the windows of a type that a run has written to a layer, ``raw`` or ``validated``."""
+    rows = conn.execute(
+        """
+        SELECT partition_key
+        FROM ops.ingestion_runs
+        WHERE run_id = %(run)s
+            AND resource_type = %(type)s
+            AND CASE %(layer)s WHEN 'raw' THEN server_total IS NOT NULL OR fetched > coalesce(older, 0)
+                ELSE valid IS NOT NULL END
+        ORDER BY partition_key
+        """,
+        {"run": run_id, "type": resource_type, "layer": layer},
+    )
+    return [key for (key,) in rows]
 
 
 def finish(
@@ -198,21 +275,17 @@ _SUM_BY_TYPE = sql.SQL("""
     SELECT
         resource_type AS type,
         sum(fetched)::bigint AS fetched,
+        sum(older)::bigint AS older,
         sum(valid)::bigint AS valid,
         sum(dead)::bigint AS dead,
         sum(withheld)::bigint AS withheld,
+        sum(superseded)::bigint AS superseded,
         sum(loaded)::bigint AS loaded,
         sum(seconds) AS seconds
     FROM ({runs}) AS r
     GROUP BY 1
 """)
 _GIVEN_RUNS = sql.SQL("SELECT * FROM ops.run_types WHERE run_id = ANY(%s)")
-_LATEST_RUNS = sql.SQL("""
-    SELECT DISTINCT ON (resource_type, partition_key) *
-    FROM ops.ingestion_runs
-    WHERE status = 'SUCCESS' AND fetched IS NOT NULL
-    ORDER BY resource_type, partition_key, started_at DESC
-""")
 
 
 def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object]]:
@@ -226,17 +299,6 @@ def summarize(conn: Connection, run_ids: Sequence[str]) -> list[dict[str, object
     for row in rows:
         seconds = row["seconds"]
         row["resources_per_second"] = round(row["loaded"] / seconds) if row["loaded"] and seconds else None
-    return rows
-
-
-def summarize_latest(conn: Connection) -> list[dict[str, object]]:
-    """Return the sums of the counts of each partition's last successful fetching run, as ``summarize`` without times.
-
-    Replays and runs that only load tables are ignored, because they count only a part of a window.
-    """
-    rows = _add_total(conn.cursor(row_factory=dict_row).execute(_SUM_BY_TYPE.format(runs=_LATEST_RUNS)).fetchall())
-    for row in rows:
-        del row["seconds"]
     return rows
 
 

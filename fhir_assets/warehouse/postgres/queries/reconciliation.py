@@ -41,6 +41,20 @@ def count_unloaded(conn: Connection, resource_type: str, partition_keys: Sequenc
     return dict(rows.fetchall())
 
 
+def count_versions(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
+    """Return the number of resources in ``fhir.resource`` by partition key, without deleted ones."""
+    rows = conn.execute(
+        """
+        SELECT partition_key, count(*)
+        FROM fhir.resource
+        WHERE resource_type = %s AND partition_key = ANY(%s) AND deleted_at IS NULL
+        GROUP BY partition_key
+        """,
+        (resource_type, list(partition_keys)),
+    )
+    return dict(rows.fetchall())
+
+
 def count_absent(
     conn: Connection, resource_type: str, expected: Iterable[str], *, main_view: str | None
 ) -> dict[str, AbsentCounts]:
