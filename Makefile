@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases second-server rules lock clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases second-server hapi hapi-story rules lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -94,6 +94,28 @@ SECOND := fhir_assets_tests/e2e/second_server
 second-server: $(VENV)/.installed-dev ## The stories against a FHIR server that is not ours (needs Node 20)
 	npm install --prefix $(SECOND) --no-package-lock --no-audit --no-fund --silent
 	$(BIN)/python -m pytest -m slow fhir_assets_tests/e2e/test_second_server.py
+
+# A real HAPI FHIR server, for a person and for its story; needs Maven, a JDK 17 and the folder HAPI.
+HAPI ?= ../shared/hapi
+HAPI_PORT ?= 8123
+HAPI_OPTIONS ?=
+hapi: build/hapi/.built ## A real HAPI FHIR server at http://127.0.0.1:8123/fhir (needs Maven and a JDK 17)
+	@echo "HAPI starts at http://127.0.0.1:$(HAPI_PORT)/fhir, ready in a minute at most; Ctrl-C ends it, its data too."
+	cd build/hapi && HEAP=$${HEAP:-1g} ./start.sh -Dport=$(HAPI_PORT) -Dfast.jobs=true $(HAPI_OPTIONS)
+
+build/hapi/.built:
+	@test -f $(HAPI)/pom.xml || { echo "There is no HAPI in $(HAPI): give its folder, make hapi HAPI=path/to/hapi"; exit 1; }
+	@command -v mvn >/dev/null || { echo "HAPI is built with Maven: install it (apt install maven)"; exit 1; }
+	@command -v javac >/dev/null || { echo "HAPI needs a JDK 17: install it (apt install openjdk-17-jdk-headless)"; exit 1; }
+	@echo "Building HAPI in build/hapi (under a minute) …"
+	mkdir -p build/hapi
+	cp -r $(HAPI)/. build/hapi/
+	chmod -R u+w build/hapi
+	cd build/hapi && mvn -q -B compile dependency:copy-dependencies -DoutputDirectory=lib
+	touch $@
+
+hapi-story: $(VENV)/.installed-dev build/hapi/.built ## The story against a real HAPI: all roads, writes during loads, a kill
+	$(BIN)/python -m pytest -m slow --durations=5 fhir_assets_tests/e2e/test_hapi.py
 
 benchmark: $(VENV)/.installed-dev ## All figures of docs/performance.md, with those of comparable tools
 	$(PIP) --require-hashes -r requirements/benchmark.lock

@@ -10,6 +10,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.bulk.client import validate_level
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.files.ndjson import NdjsonSource
+from fhir_assets.fhir.search.existence import ExistenceReader
 from fhir_assets.fhir.search.history import DeletionHistory
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.fhir.source import Source
@@ -56,6 +57,13 @@ def open_history(settings: Settings, warehouse: Warehouse) -> DeletionHistory | 
     if settings.fhir_deletes == "off" or settings.fhir_source is SourceKind.NDJSON:
         return None
     return DeletionHistory(open_client(settings, warehouse), page_size=settings.fhir_page_size)
+
+
+def open_existence_reader(settings: Settings, warehouse: Warehouse) -> ExistenceReader | None:
+    """Return the reader that tells what the source no longer has, or None if the source is not a server."""
+    if settings.fhir_source is SourceKind.NDJSON:
+        return None
+    return ExistenceReader(open_client(settings, warehouse), connections=settings.fhir_max_connections)
 
 
 def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:

@@ -1,15 +1,16 @@
 """The assets ``raw/<type>``: resources of the source, byte for byte as received."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 
 import dagster as dg
 
 from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
-from fhir_assets.deployment.source import open_history
+from fhir_assets.deployment.source import open_existence_reader, open_history
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
+from fhir_assets.notices import Notice
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.run_context import RunContext, step_tags
@@ -17,6 +18,8 @@ from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.deletions.server_history import apply_server_deletions
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
+from fhir_assets.pipeline.fetch.vanished import VanishedStep
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs
@@ -91,22 +94,7 @@ def _build_raw_step(
                 lambda text: context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
             ):
                 updates = {update.resource_type: update for update in step.run(available, run.windows)}
-            history = open_history(settings, warehouse)
-            deleted = (
-                apply_server_deletions(
-                    warehouse.connect,
-                    DeletionLog(store, warehouse.connect),
-                    history,
-                    available,
-                    run_id=run.run_id,
-                    now=run.now,
-                    overlap=settings.overlap,
-                )
-                if history
-                else {}
-            )
-            if history and (notices := history.drain_notices()):
-                updates = {name: update.add_notices(notices) for name, update in updates.items()}
+            updates, deleted = _apply_deletions(settings, warehouse, store, run, available, updates)
             seconds = perf_counter() - started
             for name in selected:
                 update = updates.get(name) or RawUpdate(name, (), {})
@@ -143,6 +131,41 @@ def _build_raw_step(
                         runs.record_older(conn, run.run_id, name, run.partition_keys[0], update.before_first_window)
 
     return raw
+
+
+def _apply_deletions(
+    settings: Settings,
+    warehouse: Warehouse,
+    store: Store,
+    run: RunContext,
+    resource_types: Sequence[str],
+    updates: Mapping[str, RawUpdate],
+) -> tuple[dict[str, RawUpdate], dict[str, int]]:
+    """Apply the deletions of the source's history, and remove what it no longer has from windows that were read again.
+
+    Return the updates with the notices of both, and the numbers of deleted resources by type.
+    """
+    deletion_log = DeletionLog(store, warehouse.connect)
+    deleted: dict[str, int] = {}
+    notices: tuple[Notice, ...] = ()
+    if history := open_history(settings, warehouse):
+        deleted = apply_server_deletions(
+            warehouse.connect,
+            deletion_log,
+            history,
+            resource_types,
+            run_id=run.run_id,
+            now=run.now,
+            overlap=settings.overlap,
+        )
+        notices = history.drain_notices()
+    reader = open_existence_reader(settings, warehouse)
+    if reader and run.refresh is not Refresh.MISSING:
+        step = VanishedStep(warehouse.connect, store, deletion_log, reader, run_id=run.run_id)
+        for name, update in updates.items():
+            deleted[name] = deleted.get(name, 0) + step.run(update)
+        notices = (*notices, *reader.drain_notices(), *step.drain_notices())
+    return {name: update.add_notices(notices) for name, update in updates.items()}, deleted
 
 
 def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, int | float | str]:

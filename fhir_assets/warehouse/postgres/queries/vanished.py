@@ -1,0 +1,55 @@
+"""Resources in the tables that a source did not return when their windows were read again."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.tables.encoding import escape_text
+
+_LINES_AT_ONCE = 1000
+
+
+def find_vanished(
+    conn: Connection, resource_type: str, partition_keys: Sequence[str], returned: Iterable[str], *, limit: int
+) -> list[str]:
+    """Return the ids of the resources of these windows that are in the tables and not in ``returned``.
+
+    ``limit`` is the maximum number of ids.
+    """
+    conn.execute("CREATE TEMPORARY TABLE returned_ids (id text) ON COMMIT DROP")
+    lines = (f"{escape_text(resource_id)}\n" for resource_id in returned)
+    with conn.cursor().copy("COPY returned_ids FROM STDIN") as copy:
+        while block := "".join(islice(lines, _LINES_AT_ONCE)):
+            copy.write(block)
+    # Without statistics, Postgres estimates a few rows even for a million.
+    conn.execute("ANALYZE returned_ids")
+    rows = conn.execute(
+        """
+        SELECT r.id
+        FROM fhir.resource r
+        WHERE r.resource_type = %(type)s
+            AND r.partition_key = ANY(%(keys)s)
+            AND r.deleted_at IS NULL
+            AND NOT EXISTS (SELECT FROM returned_ids s WHERE s.id = r.id)
+        ORDER BY r.id
+        LIMIT %(limit)s
+        """,
+        {"type": resource_type, "keys": list(partition_keys), "limit": limit},
+    ).fetchall()
+    conn.execute("DROP TABLE returned_ids")
+    return [resource_id for (resource_id,) in rows]
+
+
+def has_resources(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> bool:
+    """Return whether the tables have resources of these windows."""
+    row = conn.execute(
+        """
+        SELECT EXISTS (
+            SELECT FROM fhir.resource
+            WHERE resource_type = %s AND partition_key = ANY(%s) AND deleted_at IS NULL
+        )
+        """,
+        [resource_type, list(partition_keys)],
+    ).fetchone()
+    assert row
+    return bool(row[0])
