@@ -4,11 +4,14 @@ A notice of severity ``error`` means that resources may be missing: the check ``
 ``warning`` is shown in the metadata of the check and in the log. Notices contain no patient data.
 """
 
+import logging
 import threading
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
+_log = logging.getLogger(__name__)
 Severity = Literal["warning", "error"]
 
 
@@ -22,6 +25,12 @@ class Notice(msgspec.Struct, frozen=True):
     code: str
     message: str
     resource_type: str | None = None
+
+
+def log_notices(notices: Iterable[Notice]) -> None:
+    """Log notices that no window can carry."""
+    for notice in notices:
+        _log.warning(notice.message, extra={"notice": notice.code})
 
 
 class Notices:

@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     )
 
     fhir_base_url: str = Field("", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob")
+    fhir_link_base: str = Field(
+        "",
+        description="The base URL in the server's links, if it is another: they are rewritten to FHIR_BASE_URL",
+    )
     fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search`, `bulk` or `ndjson`")
     fhir_page_size: int = Field(500, ge=1, le=10_000, description="Resources in one page of a search (`_count`)")
     fhir_last_updated_gte: datetime | None = Field(

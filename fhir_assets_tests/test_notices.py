@@ -33,6 +33,9 @@ class NoticingSource:
     def find_extent(self, resource_types: Sequence[str]) -> None:
         pass
 
+    def read_clock(self) -> None:
+        pass
+
     def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
         return {}
 

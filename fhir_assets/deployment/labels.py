@@ -4,6 +4,7 @@ from fhir_assets.fhir.labels import ServerLabels
 
 SOURCE_LABELS = ServerLabels(
     base_url="FHIR_BASE_URL",
+    link_base="FHIR_LINK_BASE",
     username="FHIR_AUTH_USERNAME",
     password="FHIR_AUTH_PASSWORD",
     token="FHIR_AUTH_TOKEN",

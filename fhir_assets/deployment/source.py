@@ -73,6 +73,7 @@ def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
     """
     return FhirClient(
         settings.require_source(),
+        link_base=settings.fhir_link_base,
         credentials=build_account_credentials(settings, settings.require_source()),
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),

@@ -12,6 +12,7 @@ class ServerLabels:
     """The names of settings in error messages. Each name is a noun phrase."""
 
     base_url: str = "the base URL"
+    link_base: str = "the link base"
     username: str = "the user name"
     password: str = "the password"
     token: str = "the token"

@@ -31,6 +31,10 @@ class Source(Protocol):
         """Return the interval from the oldest ``as_of`` to just after the newest; None if the source is empty."""
         ...
 
+    def read_clock(self) -> datetime | None:
+        """Return the time of the source's clock, which dates its resources; None if it has none or does not tell."""
+        ...
+
     def complete_until(self, intervals: Mapping[str, Interval]) -> Mapping[str, datetime]:
         """Return by type the time up to which the source is complete, for snapshots of the past (bulk exports).
 

@@ -8,6 +8,7 @@ from itertools import islice
 import psycopg
 
 from fhir_assets.fhir.source import Source
+from fhir_assets.notices import log_notices
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.windows import Interval, Window, WindowRange, WindowScheme
@@ -50,6 +51,8 @@ def find_due_windows(
     before their checkpoint, for resources that the source committed late. Call ``begin_checkpoints`` with the result
     before the windows are loaded.
 
+    ``now`` is replaced by the time of the source's clock if that is earlier.
+
     Raises ServerUnavailable, ServerRefused or NotFhir if that is the answer for every type, and DatabaseUnavailable.
     """
     offered = source.list_types()
@@ -59,6 +62,8 @@ def find_due_windows(
     new_types = [name for name in types if name not in known or known[name].source_state != state]
     failures = TypeFailures()
     extent = find_extent(source, new_types if state is None else types, failures)
+    now = min(now, source.read_clock() or now)
+    log_notices(source.drain_notices())
     new_types = [name for name in new_types if name not in failures]
     if failures and len(failures) == len(types):
         failures.raise_collected()

@@ -204,7 +204,7 @@ def test_no_request_is_sent_to_another_origin() -> None:
             client = build_client(server.url, auth=Bearer("t"))
             with pytest.raises(NotFhir, match="set the base URL") as exc_info:
                 client.get("Patient", body_of)
-            with pytest.raises(NotFhir, match="set the base URL"):
+            with pytest.raises(NotFhir, match="set the link base"):
                 client.resolve(f"{other.url}?_page=2", server.url)
             with pytest.raises(ValueError, match="origin"):
                 client.get(f"{other.url}/Patient", body_of)

@@ -1,5 +1,6 @@
 """The source `search`: counts, offered types, ids and extents, against a scripted server."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +18,7 @@ SECRET = "Mustermann"
 
 
 def test_count_is_the_total_of_the_server() -> None:
-    with ScriptedServer([reply(bundle([], total=42)), reply(bundle([]))]) as server:
+    with ScriptedServer([reply(bundle([], total=42)), *[reply(bundle([]))] * 2]) as server:
         source = build_search_source(server)
         assert source.count("Patient", DAY) == 42
         assert source.count("Patient", DAY) is None
@@ -27,8 +28,11 @@ def test_count_is_the_total_of_the_server() -> None:
 
 @pytest.mark.parametrize("status", [400, 422, 501])
 def test_count_is_unknown_if_the_server_cannot_count(status: int) -> None:
-    with ScriptedServer([reply({}, status)]) as server:
-        assert build_search_source(server).count("Patient", DAY) is None
+    with ScriptedServer([reply({}, status)] * 2) as server:
+        source = build_search_source(server)
+        assert source.count("Patient", DAY) is None
+        assert source.count("Patient", DAY) is None
+        assert [notice.code for notice in source.drain_notices()] == ["no-totals"]
 
 
 def test_a_server_that_refuses_the_user_is_an_error_and_not_an_unknown_count() -> None:
@@ -86,7 +90,7 @@ def _sorting(patients: list[dict[str, Any]], *, sorts: bool = True) -> Callable[
         for value in request.all("_lastUpdated"):
             bound = datetime.fromisoformat(value[2:])
             low = value.startswith("ge")
-            matches = [p for p in matches if (_time(p) >= bound if low else _time(p) < bound)]
+            matches = [p for p in matches if "meta" not in p or (_time(p) >= bound if low else _time(p) < bound)]
         if sorts and (order := request.all("_sort")):
             matches = sorted(matches, key=_time, reverse=order[0].startswith("-"))
         return reply(bundle([] if request.all("_summary") else matches[:1], total=len(matches)))
@@ -98,17 +102,34 @@ def _time(resource: dict[str, Any]) -> datetime:
     return datetime.fromisoformat(resource["meta"]["lastUpdated"])
 
 
-def test_extent_goes_from_the_oldest_to_the_newest() -> None:
+def test_extent_goes_from_the_oldest_to_now() -> None:
     extent = _extent(_sorting([patient(5), patient(1), patient(9)]))
     assert extent is not None
     assert extent.start == datetime(2024, 1, 1, 0, 1, tzinfo=UTC)
-    assert datetime(2024, 1, 1, 0, 9, tzinfo=UTC) < extent.end <= datetime(2024, 1, 1, 0, 9, 1, tzinfo=UTC)
+    assert extent.end == NOW
 
 
-def test_the_extent_has_no_start_if_the_server_does_not_sort() -> None:
-    assert _extent(_sorting([patient(5), patient(1), patient(9)], sorts=False)) == Interval(None, NOW)
-    refuses = Reply(status=400)
-    assert _extent(lambda request: refuses) == Interval(None, NOW)
+def test_the_oldest_resource_is_searched_by_bisection_if_the_server_ignores_or_refuses_to_sort() -> None:
+    unsorted = _sorting([patient(5), patient(1), patient(9)], sorts=False)
+    refusing = Reply(status=400)
+    for script in (unsorted, lambda request: refusing if request.all("_sort") else unsorted(request)):
+        with ScriptedServer(script) as server:
+            source = build_search_source(server)
+            extent = source.find_extent(["Patient"])
+            assert [notice.severity for notice in source.drain_notices()] == ["warning"]
+        assert extent is not None
+        assert extent.start is not None
+        assert datetime(2023, 12, 31, 23, tzinfo=UTC) < extent.start <= datetime(2024, 1, 1, 0, 1, tzinfo=UTC)
+        assert extent.end == NOW
+
+
+def test_the_extent_has_no_start_if_the_oldest_resource_cannot_be_found() -> None:
+    ignoring = Reply(json.dumps(bundle([patient(5)])).encode())
+    assert _extent(lambda request: ignoring) == Interval(None, NOW)
+    undated = _sorting([{"resourceType": "Patient", "id": "a"}, patient(5)], sorts=False)
+    assert _extent(undated) == Interval(None, NOW)
+    refusing = Reply(status=400)
+    assert _extent(lambda request: refusing if request.all("_lastUpdated") else ignoring) == Interval(None, NOW)
 
 
 def test_the_extent_of_an_empty_server_is_none_and_an_extent_into_the_future_ends_now() -> None:

@@ -36,6 +36,9 @@ class FixedSource:
     def compute_state(self) -> str | None:
         return self._state
 
+    def read_clock(self) -> None:
+        pass
+
     def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
         return {}
 

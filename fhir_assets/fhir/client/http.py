@@ -6,6 +6,7 @@ Searches, the history and bulk exports use this client and do not belong here.
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -24,9 +25,12 @@ from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, Nam
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.client.body import clean_body
 from fhir_assets.fhir.client.capabilities import Capabilities, parse_capabilities
+from fhir_assets.fhir.client.clock import ServerClock
+from fhir_assets.fhir.client.links import guess_base, is_below, is_http_url, rewrite_link
 from fhir_assets.fhir.client.origin import DEFAULT_PORTS, format_origin, parse_origin
-from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
+from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, InternalServerError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.notices import Notices
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
@@ -39,11 +43,24 @@ FIRST_CONTACT_POLICY = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_r
 """Few retries, for ``/metadata`` and for a server that never answered: the likely cause is a wrong setting."""
 
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
+_READ_HEADERS = {"Cache-Control": "no-cache"}
+"""Some servers answer a search or a count that equals an earlier one from a cache, HAPI for 60 seconds."""
 _MAX_REDIRECTS = 5
 _MAX_CONNECT_SECONDS = 10.0
 _BODY_TIMEOUTS = 10
 """A complete body may take this many times the timeout."""
 _CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One HTTP response, before it is judged by its status. ``is_redirect`` means that it names another address."""
+
+    url: str
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    is_redirect: bool = False
 
 
 class FhirClient:
@@ -52,7 +69,8 @@ class FhirClient:
     ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; a complete
     response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
     that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
-    ``notices`` collects what a person should know about the server's answers.
+    ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten.
+    ``notices`` collects what a person should know about the server's answers; ``clock`` is the server's clock.
 
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
     """
@@ -61,6 +79,7 @@ class FhirClient:
         self,
         base_url: str,
         *,
+        link_base: str = "",
         credentials: Credentials | None = None,
         timeout: float = 60,
         retrier: Retrier | None = None,
@@ -79,10 +98,14 @@ class FhirClient:
                 f"{labels.base_url} holds a user name or a password: move them to {labels.username} and "
                 f"{labels.password}"
             )
+        if link_base and not is_http_url(link_base):
+            raise ConfigurationError(f"{labels.link_base} must be an address that begins with http:// or https://")
         self.base_url = base_url.rstrip("/")
         self.origin = parse_origin(base_url)
+        self._link_base = link_base.rstrip("/")
         self.labels = labels
         self.notices = Notices()
+        self.clock = ServerClock(self.notices, self.base_url)
         self._has_answered = False
         self.call_slot = call_slot
         self.credentials = credentials or Credentials(labels=labels)
@@ -107,18 +130,31 @@ class FhirClient:
         self.session.close()
 
     def resolve(self, link: str, page_url: str) -> str:
-        """Return the absolute URL of a link on ``page_url``. Raises NotFhir if it leads to another origin."""
+        """Return the absolute URL of a link on ``page_url``, rewritten to the base URL if it begins with the link base.
+
+        Raises NotFhir if it leads to another origin.
+        """
         try:
-            url = urljoin(page_url, link)
+            url = rewrite_link(urljoin(page_url, link), self._link_base, self.base_url)
         except ValueError:
             raise NotFhir(f"{self.base_url} sends a link that is not a URL: the server's paging is broken") from None
         if parse_origin(url) != self.origin:
-            raise NotFhir(
-                f"{self.base_url} sends links to {format_origin(url)}, which are not followed: set "
-                f"{self.labels.base_url} to the address that the server itself uses in links, or correct the base URL "
-                "in the server's configuration"
-            )
+            raise NotFhir(f"{self.describe_links(url)}; links to another address are not followed")
         return url
+
+    def leads_elsewhere(self, url: str) -> bool:
+        """Return whether a link leads to an address that is not below the base URL, as behind some proxies."""
+        return not is_below(url, self.base_url)
+
+    def describe_links(self, url: str) -> str:
+        """Return a sentence that names the base of a link that is not below the base URL, and the setting to change."""
+        base = guess_base(url)
+        return (
+            f"{self.base_url} sends links that lead to {base} instead of {self.base_url}: set "
+            f"{self.labels.link_base} to {base} if that is the same server, so that they are rewritten to "
+            f"{self.labels.base_url}, or correct the base URL in the configuration of the server or of the proxy in "
+            "front of it"
+        )
 
     def get(
         self,
@@ -221,23 +257,27 @@ class FhirClient:
         url = path if "://" in path else f"{self.base_url}/{path}"
         renewable = True
         for _ in range(_MAX_REDIRECTS):
-            response, content = self._request(method, url, params, body, headers)
-            status = response.status_code
-            if status == 401 and renewable and self.credentials.renew():
+            sent = time.monotonic()
+            answer = self._request(method, url, params, body, headers)
+            self.clock.observe(answer.headers, time.monotonic() - sent)
+            if answer.status == 401 and renewable and self.credentials.renew():
                 renewable = False
-            elif response.is_redirect:
-                url, params = self._redirect_target(response), ()
-            elif status in expect:
-                return FhirResponse(response.url, status, response.headers, content, self.labels)
+            elif answer.is_redirect:
+                url, params = self._redirect_target(answer, method), ()
+            elif answer.status in expect:
+                content = clean_body(answer.body)
+                return FhirResponse(answer.url, answer.status, answer.headers, content, self.labels)
             else:
-                self.raise_for_status(status, response.headers, method, path)
+                self.raise_for_status(answer.status, answer.headers, method, path)
         raise NotFhir(f"{self._describe(method, path)}: redirect loop; is {self.labels.base_url} right?")
 
     def _request(
         self, method: str, url: str, params: Params, body: bytes | None, headers: Mapping[str, str] | None
-    ) -> tuple[requests.Response, bytes]:
+    ) -> Exchange:
         if parse_origin(url) != self.origin:
             raise ValueError("the client sends requests to the origin of its base URL only")
+        if method == "GET":
+            headers = {**_READ_HEADERS, **(headers or {})}
         try:
             with (
                 self.call_slot(),
@@ -254,7 +294,10 @@ class FhirClient:
                 ) as response,
             ):
                 self._has_answered = True
-                return response, self._read_body(response)
+                content = self._read_body(response)
+                return Exchange(
+                    response.url, response.status_code, response.headers, content, is_redirect=response.is_redirect
+                )
         except (InvalidURL, InvalidSchema, LocationParseError):
             raise ConfigurationError(f"{self.labels.base_url} is not a valid URL: correct it") from None
         except RequestException as error:
@@ -282,14 +325,14 @@ class FhirClient:
             raise TransientFailure("the connection was lost before the end of the answer") from None
         return b"".join(chunks)
 
-    def _redirect_target(self, response: requests.Response) -> str:
+    def _redirect_target(self, answer: Exchange, method: str) -> str:
         try:
-            target = urljoin(response.url, response.headers["Location"])
+            target = urljoin(answer.url, answer.headers["Location"])
         except ValueError:
             raise NotFhir(
                 f"{self.base_url} redirects to an address that is not a URL: is {self.labels.base_url} right?"
             ) from None
-        if parse_origin(target) != self.origin or response.request.method not in ("GET", "HEAD"):
+        if parse_origin(target) != self.origin or method not in ("GET", "HEAD"):
             raise NotFhir(
                 f"{self.base_url} redirects to {format_origin(target)}: set {self.labels.base_url} to the FHIR "
                 "server's own address, or ask its administrator for one without a login page or a proxy in front of it"
@@ -303,6 +346,7 @@ class FhirClient:
                 f"the server answered {status}",
                 advice="it is overloaded or down: the next run continues where this one ended",
                 retry_after=read_retry_after(headers.get("Retry-After")),
+                final=InternalServerError if status == 500 else ServerUnavailable,
             )
         raise HttpStatusError(
             f"{self._describe(method, path)}: the server answered {status}{self._explain_status(status)}", status

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 
-from fhir_assets.errors import NotFhir, ServerRefused
+from fhir_assets.errors import NotFhir, ServerRefused, ServerUnavailable
+from fhir_assets.fhir.client.clock import read_age, read_date
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.retries import TransientFailure
 
@@ -16,6 +16,10 @@ class HttpStatusError(ServerRefused):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class InternalServerError(ServerUnavailable):
+    """A server answered every attempt with 500. Some servers answer so to a parameter that they do not support."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,12 @@ class FhirResponse:
     @property
     def date(self) -> datetime | None:
         """The server's time of the response (its Date header) in UTC; None without a valid Date header."""
-        try:
-            moment = parsedate_to_datetime(self.headers.get("Date", ""))
-        except ValueError:
-            return None
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return read_date(self.headers)
+
+    @property
+    def age(self) -> int:
+        """The seconds that a cache has kept the response; 0 if it comes from the server itself."""
+        return read_age(self.headers)
 
 
 def invalid_json_failure(response: FhirResponse) -> TransientFailure:

@@ -117,6 +117,9 @@ class NdjsonSource:
             self._extents[key] = self._extent(resource_types)
         return self._extents[key]
 
+    def read_clock(self) -> None:
+        """Return None: files have no clock."""
+
     def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
         """Return nothing: the files include the present."""
         return {}

@@ -1,5 +1,8 @@
 """One page of a search: a Bundle of type searchset, whose resources keep the bytes that the server sent
 (https://hl7.org/fhir/R4/search.html#return).
+
+The envelope is read leniently: servers write ``null`` for an empty list, a total as text, or leave out the Bundle's
+type. Resources are read as they are.
 """
 
 from collections.abc import Iterator
@@ -12,7 +15,9 @@ from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.client.response import FhirResponse, invalid_json_failure
 
 
-class _Link(msgspec.Struct):
+class Link(msgspec.Struct):
+    """A link of a Bundle."""
+
     relation: str = ""
     url: str = ""
 
@@ -35,20 +40,25 @@ class SearchEntry(msgspec.Struct):
 
 class _Bundle(msgspec.Struct):
     resourceType: str = ""  # noqa: N815
-    type: str = ""
+    type: str | None = None
     total: int | None = None
-    link: list[_Link] = []
-    entry: list[SearchEntry] = []
+    link: list[Link] | None = None
+    entry: list[SearchEntry] | None = None
+
+
+class _LenientLink(msgspec.Struct):
+    relation: str | None = None
+    url: str | None = None
 
 
 class _LenientBundle(msgspec.Struct):
     """A Bundle whose entries are decoded one by one, so that a malformed entry does not make the page unreadable."""
 
     resourceType: str = ""  # noqa: N815
-    type: str = ""
-    total: int | None = None
-    link: list[_Link] = []
-    entry: list[msgspec.Raw] = []
+    type: str | None = None
+    total: msgspec.Raw = msgspec.Raw()
+    link: list[_LenientLink | None] | _LenientLink | None = None
+    entry: list[msgspec.Raw] | None = None
 
 
 _decoder = msgspec.json.Decoder(_Bundle)
@@ -61,7 +71,8 @@ class SearchPage:
     """A page of a search.
 
     ``url`` is the address of the page; ``next_link`` the URL of the next page as the server wrote it, None on the last
-    page; ``date`` the time of the server's clock.
+    page, and empty if the server names a next page without its address. ``total`` is None if the server gives none that
+    can be read. ``date`` is the time of the server's clock.
     """
 
     url: str
@@ -76,10 +87,10 @@ def parse_search_page(response: FhirResponse) -> SearchPage:
     """Parse a page of a search.
 
     Raises TransientFailure if the body is not complete JSON, and NotFhir if it is JSON but not a Bundle of type
-    searchset.
+    searchset. A Bundle without a type counts as a searchset.
     """
     try:
-        bundle, entries = _decode(response.body)
+        bundle, entries, links = _decode(response.body)
     except msgspec.ValidationError as error:
         raise NotFhir(f"the server answered a search with JSON that is not a Bundle: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -88,19 +99,25 @@ def parse_search_page(response: FhirResponse) -> SearchPage:
         raise NotFhir("the server answered a search with JSON that is nested too deeply to be read") from None
     if bundle.resourceType == "OperationOutcome":
         raise NotFhir("the server answered a search with an OperationOutcome: see the server's log")
-    if bundle.resourceType != "Bundle" or bundle.type != "searchset":
+    if bundle.resourceType != "Bundle" or (bundle.type or "searchset") != "searchset":
         raise NotFhir("the server answered a search with something other than a Bundle of type searchset")
-    next_link = next((link.url for link in bundle.link if link.relation == "next" and link.url), None)
-    return SearchPage(response.url, entries, next_link, bundle.total, response.date)
+    total = bundle.total if isinstance(bundle, _Bundle) else read_total(bundle.total)
+    next_link = next((link.url for link in links if link.relation == "next"), None)
+    return SearchPage(response.url, entries, next_link, None if total is None or total < 0 else total, response.date)
 
 
-def _decode(body: bytes) -> tuple[_Bundle | _LenientBundle, list[SearchEntry | msgspec.Raw]]:
+def _decode(body: bytes) -> tuple[_Bundle | _LenientBundle, list[SearchEntry | msgspec.Raw], list[Link]]:
     try:
         bundle = _decoder.decode(body)
     except msgspec.ValidationError:
         lenient = _lenient_decoder.decode(body)
-        return lenient, list(_decode_entries(lenient.entry))
-    return bundle, list(bundle.entry)
+        links = lenient.link if isinstance(lenient.link, list) else [lenient.link]
+        return (
+            lenient,
+            list(_decode_entries(lenient.entry or [])),
+            [Link(link.relation or "", link.url or "") for link in links if link],
+        )
+    return bundle, list(bundle.entry or ()), bundle.link or []
 
 
 def _decode_entries(entries: list[msgspec.Raw]) -> Iterator[SearchEntry | msgspec.Raw]:
@@ -109,3 +126,13 @@ def _decode_entries(entries: list[msgspec.Raw]) -> Iterator[SearchEntry | msgspe
             yield _entry_decoder.decode(raw)
         except msgspec.ValidationError:
             yield raw
+
+
+def read_total(raw: msgspec.Raw) -> int | None:
+    """Return a total that is a number or a text of digits (``3``, ``3.0``, ``"3"``); None for anything else."""
+    text = bytes(raw).decode(errors="replace").strip().strip('"').strip()
+    try:
+        number = float(text)
+        return int(text) if text.isdigit() else int(number) if number.is_integer() else None
+    except (ValueError, OverflowError):
+        return None

@@ -5,19 +5,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from fhir_assets.errors import NotFhir
-from fhir_assets.fhir.client.http import FhirClient, Params
+from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
-from fhir_assets.fhir.search.page import SearchPage, parse_search_page
-from fhir_assets.fhir.search.pager import TIME_TOLERANCE, SearchPager, last_updated_params
+from fhir_assets.fhir.search.extent import ExtentFinder
+from fhir_assets.fhir.search.pager import SearchPager, last_updated_params
+from fhir_assets.fhir.search.searches import Searches
 from fhir_assets.notices import Notice
-from fhir_assets.windows import LATEST, Interval, add_clamped
+from fhir_assets.windows import Interval
 
 IDS_AT_ONCE = 50
 _CAPABILITIES_VALID_FOR = timedelta(minutes=10)
-_UNSUPPORTED_STATUS = frozenset({400, 422, 501})
-"""The statuses with which servers refuse a search parameter that they do not support."""
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 
 
@@ -38,7 +36,7 @@ class SearchSource:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._client = client
-        self._page_size = page_size
+        self._searches = Searches(client, page_size)
         self._now = now
         self._offered: frozenset[str] | None = None
         self._offered_until: datetime | None = None
@@ -58,26 +56,25 @@ class SearchSource:
     def compute_state(self) -> None:
         """Return None: a server is read by interval, not as a whole."""
 
+    def read_clock(self) -> datetime | None:
+        """Return the time of the server's clock, from the Date headers of its answers; None if it sends none."""
+        if self._client.clock.read() is None:
+            self.list_types()
+        return self._client.clock.read()
+
     def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
-        """Return nothing: the server includes the present."""
-        return {}
+        """Return the time of the server's clock by type, because no search finds resources that are written later."""
+        clock = self.read_clock()
+        return dict.fromkeys(intervals, clock) if clock else {}
 
     def count(self, resource_type: str, interval: Interval) -> int | None:
-        """Return the server's own total (``_summary=count``); None if the server does not give one."""
-        try:
-            return self._total(resource_type, last_updated_params(interval))
-        except HttpStatusError as error:
-            if error.status not in _UNSUPPORTED_STATUS:
-                raise
-            return None
+        """Return the server's own total; None if the server does not give one."""
+        return self._searches.count(resource_type, last_updated_params(interval))
 
     def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """Return the interval from the oldest to the newest resource, found by two sorted searches for each type.
-
-        The totals show whether the server sorts. If it does not, the interval is open below and ends now.
-        """
+        """Return the interval from the oldest resource to now, open below if the oldest of a type is unknown."""
         now = self._now()
-        extents = [extent for name in resource_types if (extent := self._type_extent(name, now))]
+        extents = [extent for name in resource_types if (extent := ExtentFinder(self._searches, name, now).find())]
         if not extents:
             return None
         starts = [extent.start for extent in extents if extent.start is not None]
@@ -114,46 +111,4 @@ class SearchSource:
         return self._client.notices.drain()
 
     def _pager(self, resource_type: str) -> SearchPager:
-        return SearchPager(self._client, resource_type, self._page_size, self._now, self.included)
-
-    def _type_extent(self, resource_type: str, now: datetime) -> Interval | None:
-        unknown = Interval(None, now)
-        try:
-            first = self._first_match(resource_type, sort="_lastUpdated")
-            last = self._first_match(resource_type, sort="-_lastUpdated")
-        except HttpStatusError as error:
-            if error.status not in _UNSUPPORTED_STATUS:
-                raise
-            return unknown
-        if first is None and last is None:
-            return unknown if self._total(resource_type) else None
-        oldest, newest = _read_time(first), _read_time(last)
-        if oldest is not None and newest is not None:
-            extent = Interval(oldest, add_clamped(newest, TIME_TOLERANCE))
-            if self._total(resource_type) == self.count(resource_type, extent):
-                end = min(extent.end, now)
-                return Interval(min(oldest, end), end)
-        return unknown
-
-    def _first_match(self, resource_type: str, *, sort: str) -> Record | RejectedInput | None:
-        page = self._get_page(resource_type, [("_sort", sort), ("_count", "1")])
-        pager = SearchPager(self._client, resource_type, 1, self._now, Counter())
-        return next((match for entry in page.entries if (match := pager.read_entry(entry, "entry"))), None)
-
-    def _total(self, resource_type: str, params: Params = ()) -> int | None:
-        return self._get_page(resource_type, [*params, ("_summary", "count")]).total
-
-    def _get_page(self, resource_type: str, params: Params) -> SearchPage:
-        try:
-            return self._client.get(resource_type, parse_search_page, params=params)
-        except NotFhir as error:
-            if str(error).startswith(("GET ", self._client.base_url)):
-                raise
-            raise NotFhir(f"{self._client.base_url}/{resource_type}: {error}") from None
-
-
-def _read_time(match: Record | RejectedInput | None) -> datetime | None:
-    """Return the ``lastUpdated`` of a match, LATEST if it lies in the future; None if the match has none."""
-    if not isinstance(match, Record):
-        return None
-    return match.last_updated if match.dated else LATEST
+        return SearchPager(self._searches, resource_type, self._now, self.included)

@@ -59,6 +59,7 @@ class BulkSource:
     ) -> None:
         self._scope = Scope(client.base_url, level, type_filter)
         self.notices = client.notices
+        self._clock = client.clock
         self._store = store
         self._connect = connect
         self._reuse_within = reuse_within
@@ -100,6 +101,10 @@ class BulkSource:
                 if part.first and name in chosen
             ]
         return Interval(min([*firsts, default_last_updated(until)]), until)
+
+    def read_clock(self) -> datetime | None:
+        """Return the time of the server's clock, from the Date headers of its answers; None before the first answer."""
+        return self._clock.read()
 
     def complete_until(self, intervals: Mapping[str, Interval]) -> dict[str, datetime]:
         """Return the transaction time of the export of each type. Exports are requested where there are none to use."""

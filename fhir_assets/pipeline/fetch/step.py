@@ -9,7 +9,7 @@ import msgspec
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import Record, RejectedInput, build_record, read_header
 from fhir_assets.fhir.source import Source
-from fhir_assets.notices import Notice
+from fhir_assets.notices import Notice, log_notices
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
 from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.refresh import Refresh
@@ -123,6 +123,7 @@ class FetchStep:
                     _raise_if_long_before(until, planned[name])
         before_first_window = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
+        notices: list[Notice] = []
         with PartWriter(self._store, "raw") as writer:
             for request in self._plan_requests(plans, windows):
                 for item in self._source.fetch(request.names, request.interval):
@@ -130,10 +131,12 @@ class FetchStep:
                 for name in request.names:
                     requested = request.windows or list(plans[name].values())
                     fetches[name] |= self._count_fetches(name, requested, request.total)
-                notices = self._source.drain_notices()
+                notices += self._source.drain_notices()
                 for name in request.names if notices else ():
                     noted = [p.planned.window.key for p in request.windows or plans[name].values()]
                     fetches[name] |= _add_notices(name, {key: fetches[name][key] for key in noted}, notices)
+                notices = [notice for notice in notices if notice.resource_type not in (None, *request.names)]
+            log_notices([*notices, *self._source.drain_notices()])
             self._dead_letters.flush()
             parts = writer.finish()
         return [
