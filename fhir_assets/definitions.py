@@ -13,6 +13,7 @@ import dagster as dg
 from fhir_assets import logs
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import current_rulesets
 from fhir_assets.deployment.views import build_views
@@ -107,7 +108,9 @@ def _build(
             build_fetch_missing_references(settings, views.views),
         ],
         schedules=[
-            build_incremental_load_schedule(settings, incremental_load, source, warehouse),
+            build_incremental_load_schedule(
+                settings, incremental_load, source, warehouse, build_binding(settings, warehouse, store)
+            ),
             build_check_tables_schedule(settings, check_tables),
         ],
         sensors=[

@@ -14,6 +14,7 @@ import psycopg
 
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -73,6 +74,7 @@ class Ingestion:
         self._definitions = definitions
         self._instance = instance
         self._warehouse = Warehouse(settings)
+        self._binding = build_binding(settings, self._warehouse)
 
     def find_due(
         self, *, first: datetime | None = None, last: datetime | None = None, all_windows: bool = False
@@ -81,8 +83,10 @@ class Ingestion:
 
         Without arguments these are the windows from the checkpoints to now. With ``first`` or ``last`` they are the
         windows from ``first`` (default: the source's oldest resource) to ``last`` (default: now). With ``all_windows``
-        they begin at the source's oldest resource. Raises the source's errors and DatabaseUnavailable.
+        they begin at the source's oldest resource. Raises the source's errors, DatabaseUnavailable, and
+        ConfigurationError if the loaded state belongs to other settings.
         """
+        self._binding.require(fetches=True)
         now = datetime.now(UTC)
         scheme = self._settings.window_scheme
         source = open_source(self._settings, warehouse=self._warehouse)

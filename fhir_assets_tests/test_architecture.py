@@ -12,13 +12,14 @@ from fhir_assets.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
-GROUND = {"errors", "windows", "catalog", "retries", "notices"}
+GROUND = {"errors", "windows", "catalog", "sources", "retries", "notices"}
 """The modules that every component may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "windows": set(),
     "catalog": set(),
+    "sources": set(),
     "notices": set(),
     "retries": {"errors"},
     "settings": {"errors", "windows", "catalog"},

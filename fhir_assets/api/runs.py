@@ -17,6 +17,7 @@ from fhir_assets.api.run_ids import RunId, find_run_id, run_not_found
 from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Started
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
 from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
 from fhir_assets.orchestration.received_windows import select_assets
@@ -167,6 +168,7 @@ def replay_run(
 def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
     """Start the runs that load the due windows of a type. Return their ids."""
     settings = context.settings
+    build_binding(settings, context.warehouse, context.store).require(fetches=True)
     with context.connection() as conn:
         due = find_due_windows(
             conn,

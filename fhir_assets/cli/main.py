@@ -26,6 +26,7 @@ from fhir_assets.cli import (
     prune,
     runs,
     sandbox,
+    sources,
     upload,
     validate,
     view,
@@ -62,6 +63,7 @@ app.command("demo")(demo.demo)
 app.command("dev")(dev.dev)
 app.command("migrate")(migrate.migrate)
 app.command("ingest")(ingest.ingest)
+app.add_typer(sources.app, name="sources")
 app.add_typer(landing.app, name="landing")
 app.add_typer(runs.app, name="runs")
 app.add_typer(dead_letters.app, name="dead-letters")

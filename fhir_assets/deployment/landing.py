@@ -3,6 +3,7 @@
 from functools import partial
 
 from fhir_assets.deployment.encryption import build_store_cipher
+from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_bucket, build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -14,7 +15,14 @@ from fhir_assets.storage.landing_zone import EncryptedZone, Zone, open_zone
 
 def build_receiver(settings: Settings, warehouse: Warehouse) -> Receiver:
     """Return the receiver that writes resources to ``raw`` in the store of the deployment."""
-    return Receiver(build_store(settings), warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+    store = build_store(settings)
+    return Receiver(
+        store,
+        warehouse.connect,
+        settings.window_scheme,
+        settings.fhir_resource_types,
+        check=build_binding(settings, warehouse, store).require,
+    )
 
 
 def build_landing_zone(settings: Settings) -> Zone:

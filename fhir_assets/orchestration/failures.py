@@ -7,7 +7,7 @@ boto3, and become a failure after the last attempt. Dagster's daemon starts a cr
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
@@ -25,8 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def record_step(run: RunContext, warehouse: Warehouse, resource_types: list[str]) -> Iterator[None]:
+def record_step(
+    run: RunContext, warehouse: Warehouse, resource_types: list[str], *, check: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Record a step in ``ops.ingestion_runs``: RUNNING at its start, then SUCCESS, or FAILED with the reason.
+
+    ``check`` is called first, and its error fails the step before it does anything.
 
     A step yields its outputs inside the block, so that an error of the IO manager is recorded too. Raises
     ``dagster.Failure`` for every exception. Its description is the message of a ``FhirAssetsError``, but only the type
@@ -42,6 +46,8 @@ def record_step(run: RunContext, warehouse: Warehouse, resource_types: list[str]
         "windows": len(run.partition_keys),
     }
     try:
+        if check is not None:
+            check()
         yield
     except BaseException as error:
         reason = _describe(error)

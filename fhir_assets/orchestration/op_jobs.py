@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from fhir_assets.deployment.consent import build_consent_gate
+from fhir_assets.deployment.landing import build_receiver
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View, ViewSet
@@ -19,9 +20,7 @@ from fhir_assets.orchestration.received_windows import build_materializations
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.hydrate.step import HydrateStep, ReadsById
-from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.settings import Settings
-from fhir_assets.storage.store import Store
 
 
 def build_fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.JobDefinition:
@@ -34,20 +33,21 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
         name="ask_for_missing_references",
         pool=FHIR_SERVER_POOL,
         out=dg.Out(dg.Nothing),
-        required_resource_keys={"source", "store", "warehouse"},
+        required_resource_keys={"source", "warehouse"},
     )
     def ask_for_missing_references(
         context: dg.OpExecutionContext,
     ) -> Iterator[dg.AssetMaterialization | dg.Output[None]]:
         source: Source = context.resources.source
-        store: Store = context.resources.store
         warehouse: Warehouse = context.resources.warehouse
         if not isinstance(source, ReadsById):
             yield dg.Output(None, metadata={"skipped": f"the source {source.name} cannot read resources by id"})
             return
         offered = source.list_types()
         types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
-        receiver = Receiver(store, warehouse.connect, settings.window_scheme, settings.fhir_resource_types)
+        receiver = build_receiver(settings, warehouse)
+        with sanitized_errors():
+            receiver.check()
         step = HydrateStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
         asked: Counter[str] = Counter()
         returned: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The Dagster resources that steps use: ``source``, ``store``, ``warehouse``, ``workers`` and ``validator``.
+"""The Dagster resources that steps use: ``source``, ``binding``, ``store``, ``warehouse``, ``workers``, ``validator``.
 
 IO managers are in ``io_managers/``.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import dagster as dg
 
+from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
@@ -34,6 +35,7 @@ def build_resources(
 
     return {
         "source": source_resource,
+        "binding": build_binding(settings, warehouse, store),
         "store": store,
         "warehouse": warehouse_resource,
         "workers": WorkerPool(settings.workers),

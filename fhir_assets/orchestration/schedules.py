@@ -12,11 +12,16 @@ from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import CHECK_TABLES, INCREMENTAL_LOAD
 from fhir_assets.orchestration.run_requests import UNFINISHED, build_run_request
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
+from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.settings import Settings
 
 
 def build_incremental_load_schedule(
-    settings: Settings, job: UnresolvedAssetJobDefinition, open_source: Callable[[], Source], warehouse: Warehouse
+    settings: Settings,
+    job: UnresolvedAssetJobDefinition,
+    open_source: Callable[[], Source],
+    warehouse: Warehouse,
+    binding: SourceBinding,
 ) -> dg.ScheduleDefinition:
     """Return the schedule that requests all windows from the checkpoints to now.
 
@@ -40,6 +45,7 @@ def build_incremental_load_schedule(
         if unfinished:
             yield dg.SkipReason(f"{unfinished} runs of {job.name} are not finished yet")
             return
+        binding.require(fetches=True)
         now = context.scheduled_execution_time
         with warehouse.connect() as conn:
             due = find_due_windows(

@@ -70,7 +70,10 @@ class Store:
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
         """Return the manifest of a partition, or None if it does not exist. Raises StoreError if it is damaged."""
-        name = f"{partition_folder(layer, resource_type, partition_key)}/manifest.json"
+        return self.read_manifest(f"{partition_folder(layer, resource_type, partition_key)}/manifest.json", layer)
+
+    def read_manifest(self, name: str, layer: str) -> Manifest | None:
+        """Return the manifest in the file ``name`` of a layer, or None if there is none. Raises StoreError."""
         content = self.blobs.get(name)
         if content is None:
             return None

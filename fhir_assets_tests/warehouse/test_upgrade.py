@@ -77,6 +77,7 @@ def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
 
 def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     """Give columns, indexes and the noted layout of the view's table the names that revision 0019 gives them."""
+    session.execute("DROP TABLE ops.sources, ops.deployment")
     for table, new, old in OLD_COLUMN_NAMES:
         session.execute(f"ALTER TABLE {table} RENAME COLUMN {new} TO {old}".encode())
     session.execute(

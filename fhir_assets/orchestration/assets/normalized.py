@@ -20,6 +20,7 @@ from fhir_assets.pipeline.load.step import LoadResult, LoadStep
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view, reconcile
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
+from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
@@ -71,6 +72,7 @@ def _build_normalized_step(
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[WorkerPool],
+        binding: dg.ResourceParam[SourceBinding],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
         names = context.op_execution_context.selected_output_names
@@ -78,7 +80,7 @@ def _build_normalized_step(
         started = perf_counter()
         resolved_windows: list[str] = []
         if selected:
-            with record_step(run, warehouse, [name]):
+            with record_step(run, warehouse, [name], check=binding.require):
                 with warehouse.connect() as conn:
                     require_manifests(conn, store, run.run_id, "validated", name, run.partition_keys, validated)
                 step = LoadStep(

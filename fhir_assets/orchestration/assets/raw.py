@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 
 import dagster as dg
@@ -20,6 +21,7 @@ from fhir_assets.pipeline.deletions.server_history import apply_server_deletions
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
 from fhir_assets.pipeline.fetch.vanished import VanishedStep
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs
@@ -69,12 +71,13 @@ def _build_raw_step(
         source: dg.ResourceParam[Source],
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
+        binding: dg.ResourceParam[SourceBinding],
     ) -> Iterator[dg.Output[RawUpdate]]:
         run = RunContext.from_context(context, settings.window_scheme)
         names = {BY_KEY[key].name for key in context.op_execution_context.selected_output_names}
         selected = [t.name for t in types if t.name in names]
         started = perf_counter()
-        with record_step(run, warehouse, selected):
+        with record_step(run, warehouse, selected, check=partial(binding.require, fetches=True)):
             offered = source.list_types()
             for name in selected:
                 if offered is not None and name not in offered:

@@ -16,6 +16,7 @@ from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep, find_outdated_partitions
+from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
@@ -53,10 +54,11 @@ def _build_validated_asset(
         validator: dg.ResourceParam[Validator],
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[WorkerPool],
+        binding: dg.ResourceParam[SourceBinding],
     ) -> Iterator[dg.Output[ValidatedUpdate]]:
         run = RunContext.from_context(context, settings.window_scheme)
         started = perf_counter()
-        with record_step(run, warehouse, [name]):
+        with record_step(run, warehouse, [name], check=binding.require):
             with warehouse.connect() as conn:
                 require_manifests(conn, store, run.run_id, "raw", name, run.partition_keys, raw)
             step = ValidateStep(

@@ -28,6 +28,8 @@ MAX_SMALL_PARTS = 64
 
 _SMALL_PART_BYTES = 1 << 20
 _DELETIONS_PER_BATCH = 5000
+_SEVERAL_ORIGINS = "received"
+"""The origin of a part that is merged from parts of several origins."""
 
 
 class _Line(msgspec.Struct, omit_defaults=True):
@@ -55,8 +57,12 @@ class DeletionLog:
         self._connect = connect
         self._now = now
 
-    def record(self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline") -> DeletionCounts:
+    def record(
+        self, deletions: Iterable[Deletion], *, run_id: str, actor: str = "pipeline", origin: str | None = None
+    ) -> DeletionCounts:
         """Write deletions to the store as a stream, then apply them to the tables. Return the counts of deletions.
+
+        ``origin`` identifies the input that contains the deletions, if they do not come from the configured source.
 
         Deletions that are stored but could not be applied are applied by the next load of the type. Types that are not
         in the catalog are ignored.
@@ -65,7 +71,7 @@ class DeletionLog:
         is raised and nothing is stored.
         """
         total = DeletionCounts()
-        for name in self._store_deletions(deletions, run_id):
+        for name in self._store_deletions(deletions, run_id, origin):
             with self._connect() as conn:
                 total.update(self.apply_pending(conn, name, run_id=run_id, actor=actor))
         return total
@@ -90,7 +96,7 @@ class DeletionLog:
             conn.commit()
         return total
 
-    def _store_deletions(self, deletions: Iterable[Deletion], run_id: str) -> list[str]:
+    def _store_deletions(self, deletions: Iterable[Deletion], run_id: str, origin: str | None) -> list[str]:
         """Write deletions to the store and return their resource types."""
         now = self._now()
         with PartWriter(self._store, LAYER) as writer:
@@ -100,21 +106,27 @@ class DeletionLog:
                     at = deletion.at if is_credible(deletion.at, now) else now
                     line = msgspec.json.encode(_Line(deletion.id, at, deletion.version_id))
                     writer.add(deletion.resource_type, PARTITION, line, at)
-            parts_by_type = {name: parts for (name, _), parts in writer.finish().items()}
+            parts_by_type = {
+                name: [msgspec.structs.replace(part, origin=origin) for part in parts]
+                for (name, _), parts in writer.finish().items()
+            }
         manifests = [self._build_manifest(name, run_id, parts) for name, parts in sorted(parts_by_type.items())]
         for manifest in rewrite_partitions(self._connect, self._store, manifests, _append_parts):
-            if sum(part.bytes < _SMALL_PART_BYTES for part in manifest.parts) >= MAX_SMALL_PARTS:
-                self._compact(manifest, run_id)
+            small = [part for part in manifest.parts if part.bytes < _SMALL_PART_BYTES]
+            if len(small) >= MAX_SMALL_PARTS:
+                self._compact(manifest, run_id, [part for part in small if part.origin is None], None)
+                self._compact(manifest, run_id, [part for part in small if part.origin is not None], _SEVERAL_ORIGINS)
         return sorted(parts_by_type)
 
-    def _compact(self, manifest: Manifest, run_id: str) -> None:
-        """Merge the small parts into one, because every part costs a read and an entry in the manifest."""
+    def _compact(self, manifest: Manifest, run_id: str, small: Sequence[Part], origin: str | None) -> None:
+        """Merge small parts into one of ``origin``, because every part costs a read and an entry in the manifest."""
+        if len(small) < 2:
+            return
         name = manifest.resource_type
-        small = [part for part in manifest.parts if part.bytes < _SMALL_PART_BYTES]
         with PartWriter(self._store, LAYER) as writer:
             for line in flatten_batches(self._store.batches(small)):
                 writer.add(name, PARTITION, line, _decoder.decode(line).deleted)
-            merged = writer.finish()[name, PARTITION]
+            merged = [msgspec.structs.replace(part, origin=origin) for part in writer.finish()[name, PARTITION]]
         small_names = {part.name for part in small}
 
         def merge(new: Manifest, current: Manifest | None) -> Manifest:

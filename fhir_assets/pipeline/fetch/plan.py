@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.storage.manifest import Manifest
+from fhir_assets.storage.manifest import Fetched, Manifest
 from fhir_assets.windows import Interval, Window
 
 
@@ -37,7 +37,7 @@ def plan_window(
         return None
     from_start = PlannedFetch(window, Interval(window.start, min(window.end, now)), None)
     fetched = existing.fetched if existing else None
-    if fetched is None or refresh is Refresh.FULL:
+    if fetched is None or refresh is Refresh.FULL or not _has_borders(fetched, window):
         return from_start
     if fetched.complete and fetched.source_state == source_state:
         return None if refresh is Refresh.MISSING else from_start
@@ -47,6 +47,13 @@ def plan_window(
     if window.start is not None:
         start = max(start, window.start)
     return PlannedFetch(window, Interval(start, min(window.end, now)), existing)
+
+
+def _has_borders(fetched: Fetched, window: Window) -> bool:
+    """Return whether the fetches are of a window with these borders: the same key may belong to a day and a month."""
+    if fetched.fetches and fetched.fetches[0].start != window.start:
+        return False
+    return fetched.until == window.end if fetched.complete else fetched.until <= window.end
 
 
 def is_complete(window: Window, *, now: datetime, overlap: timedelta) -> bool:

@@ -107,6 +107,7 @@ class LandingStep:
 
         Raises DatabaseUnavailable and other transient errors.
         """
+        self._receiver.check()
         totals = _Totals()
         with self._connect() as conn:
             waiting = landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=MAX_FILES_PER_RUN)
@@ -293,7 +294,7 @@ class LandingStep:
 
     def _record_deletions(self, deletions: list[Deletion], origin: str) -> int:
         if deletions:
-            self._receiver.deletion_log.record(deletions, run_id=origin, actor=CHANNEL)
+            self._receiver.deletion_log.record(deletions, run_id=origin, actor=CHANNEL, origin=origin)
         return len(deletions)
 
 

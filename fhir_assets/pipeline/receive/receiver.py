@@ -63,7 +63,10 @@ class Receiver:
         resource_types: Sequence[str],
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        """Create the receiver. ``check`` raises an error if nothing may be received: see SourceBinding.require."""
+        self.check = check
         self._store = store
         self._connect = connect
         self._scheme = scheme
@@ -104,6 +107,7 @@ class Receiver:
         """Receive like ``receive``, with records from ``read_records``. Its writes through the connection are committed
         in the transaction that records the origin as received.
         """
+        self.check()
         with self._connect() as conn:
             received.lock_origin(conn, origin)
             if earlier := received.list_by_origin(conn, origin):

@@ -1,0 +1,184 @@
+"""The binding of a source: the settings that its windows, checkpoints and partitions belong to.
+
+A load under other settings would read old state as if it were of the new settings: windows of another length would
+count as complete, and resources of another server as already loaded. It is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from functools import cached_property
+from uuid import uuid4
+
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.sources import DEFAULT_SOURCE
+from fhir_assets.storage.marker import StoreMarker, read_marker, write_marker
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import sources
+from fhir_assets.warehouse.ops.sources import StoreLink
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
+from fhir_assets.windows import WindowScheme
+
+WAYS_ON = (
+    "either restore the old value, or decide: `fhir-assets sources carry-over` keeps what is loaded, and "
+    "`fhir-assets sources start-anew` removes it and loads the source again"
+)
+
+
+class Effect(StrEnum):
+    """What a setting determines, and therefore what becomes false when its value changes."""
+
+    WINDOWS = "windows"
+    """The length of windows: partitions have other borders."""
+    START = "start"
+    """The start of the first window: older resources are not loaded."""
+    SERVER = "server"
+    """The server that resources come from."""
+    COVERAGE = "coverage"
+    """The subset of the server's resources that a fetch returns."""
+
+
+_OF_RECEIVED = frozenset({Effect.WINDOWS, Effect.START})
+"""Effects on resources that do not come from the configured source."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSetting:
+    """The current value of a setting that the state of a source belongs to; an empty text if it is unset."""
+
+    name: str
+    value: str
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting whose value differs from the bound one."""
+
+    setting: BoundSetting
+    bound: str
+
+    def __str__(self) -> str:
+        old, new = self.bound or "unset", self.setting.value or "unset"
+        return f"{self.setting.name} was {old} when the source was loaded, and is {new} now"
+
+
+class SourceBinding:
+    """Compares the settings of a deployment with those that the state of a source belongs to.
+
+    ``labels`` are the settings that select the store and the database, for messages.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[BoundSetting],
+        connect: OpenSession,
+        store: Store,
+        scheme: WindowScheme,
+        *,
+        source: str = DEFAULT_SOURCE,
+        labels: str,
+    ) -> None:
+        self.source = source
+        self.settings = tuple(settings)
+        self.scheme = scheme
+        self._connect = connect
+        self.store = store
+        self._labels = labels
+        self._marker: StoreMarker | None = None
+
+    def require(self, *, fetches: bool = False) -> None:
+        """Check that the state of the source belongs to the current settings, at the beginning of a load.
+
+        Settings that are not bound yet are bound; those of the server only if the load ``fetches`` from it. Raises
+        ConfigurationError, which names the settings that changed and both ways on, and StoreError.
+        """
+        with self._connect() as conn:
+            bound = sources.read_settings(conn, self.source) or {}
+            link = sources.read_link(conn)
+            current = {item.name: item.value for item in self.settings if fetches or item.effect in _OF_RECEIVED}
+            problem = self._find_store_problem(link)
+            changes = self.compare(bound)
+            if changes or problem:
+                raise ConfigurationError(
+                    f"The settings of source {self.source} changed: {'; '.join([*map(str, changes), *problem])}. "
+                    f"Its windows and checkpoints belong to the old value: {WAYS_ON}"
+                )
+            if link is None or not link.confirmed or current.keys() - bound.keys():
+                self._bind(conn, current)
+
+    def compare(self, bound: Mapping[str, str]) -> list[Change]:
+        """Return the settings whose values differ from the bound values in a way that matters."""
+        return [
+            Change(item, bound[item.name])
+            for item in self.settings
+            if item.name in bound and not self._is_same(item, bound[item.name])
+        ]
+
+    def find_changes(self, conn: Connection) -> tuple[list[Change], list[str]]:
+        """Return the settings that changed, and what is wrong with the pair of store and database."""
+        link = sources.read_link(conn)
+        self._marker = read_marker(self.store)
+        of_store = self._marker.sources.get(self.source, {}) if self._marker else {}
+        of_database = sources.read_settings(conn, self.source) or {}
+        changes = {change.setting.name: change for bound in (of_store, of_database) for change in self.compare(bound)}
+        return list(changes.values()), self._find_store_problem(link)
+
+    def rebind(self, conn: Connection) -> None:
+        """Bind the current settings, and make the store the one of this database. Commits."""
+        link = sources.create_link(conn)
+        conn.commit()
+        marker = read_marker(self.store)
+        values = self._values
+        others = marker.sources if marker else {}
+        store_id = marker.id if marker else str(uuid4())
+        write_marker(self.store, StoreMarker(store_id, link.database_id, {**others, self.source: values}))
+        sources.replace_settings(conn, self.source, values)
+        sources.record_store(conn, store_id)
+        conn.commit()
+        self._marker = None
+
+    @cached_property
+    def _values(self) -> dict[str, str]:
+        return {item.name: item.value for item in self.settings}
+
+    def _is_same(self, item: BoundSetting, bound: str) -> bool:
+        if item.value == bound:
+            return True
+        if item.effect is Effect.START and item.value and bound:
+            floor = self.scheme.granularity.floor
+            return floor(datetime.fromisoformat(item.value)) == floor(datetime.fromisoformat(bound))
+        return False
+
+    def _bind(self, conn: Connection, current: Mapping[str, str]) -> None:
+        """Bind settings for the first time. The marker is written between two commits, so that a crash is harmless."""
+        sources.add_settings(conn, self.source, current)
+        link = sources.create_link(conn)
+        conn.commit()
+        bound = sources.read_settings(conn, self.source) or {}
+        marker = read_marker(self.store) or StoreMarker(link.store_id, link.database_id)
+        self._marker = StoreMarker(marker.id, marker.database, {**marker.sources, self.source: bound})
+        write_marker(self.store, self._marker)
+        sources.record_store(conn, self._marker.id)
+        conn.commit()
+
+    def _find_store_problem(self, link: StoreLink | None) -> list[str]:
+        """Return a sentence if the store and the database do not belong together."""
+        if self._marker is None:
+            self._marker = read_marker(self.store)
+        marker, url = self._marker, self.store.blobs.url
+        if marker is None:
+            if link is None or not link.confirmed:
+                return []
+            return [
+                f"the database belongs to the store with id {link.store_id}, and {url} is not that store: it has no "
+                f"store.json (see {self._labels})"
+            ]
+        if link is not None and (marker.id, marker.database) == (link.store_id, link.database_id):
+            return []
+        ours = f"database {link.database_id} with store {link.store_id}" if link else "a database without any load"
+        return [
+            f"the store {url} has id {marker.id} and belongs to database {marker.database}, but this is {ours} "
+            f"(see {self._labels})"
+        ]

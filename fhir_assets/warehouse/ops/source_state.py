@@ -1,0 +1,187 @@
+"""The state of a source in the database: remove it, or adapt it to other settings.
+
+The functions change checkpoints, loaded parts, exports, dead letters and received inputs. They run in the caller's
+transaction.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+
+from psycopg import sql
+
+from fhir_assets.warehouse.ops.received import ReceivedWindow
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+_STATE = ("loaded_parts", "checkpoints", "deletion_checkpoints", "deletion_parts", "missing_references")
+"""Tables of ``ops`` with the state of the loads of a source."""
+
+_CONTENT = ("withheld", "consent_records", "consents", "consent_changes")
+"""Tables of ``ops`` with facts from resources of a source. The load of these resources fills them."""
+
+
+def find_running(conn: Connection) -> list[str]:
+    """Return the ids of the runs that are recorded as running."""
+    rows = conn.execute("SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING'")
+    return [run_id for (run_id,) in rows]
+
+
+def list_origins(conn: Connection) -> frozenset[str]:
+    """Return the origins of received inputs whose content is the source's own.
+
+    These are missing references, which are read from the source by id, and corrections of resources that were fetched.
+    """
+    rows = conn.execute(
+        r"""
+        SELECT DISTINCT r.origin
+        FROM ops.received r
+        WHERE r.channel = 'missing'
+            OR r.channel = 'correction' AND EXISTS (
+                SELECT FROM ops.dead_letters d
+                WHERE d.id = substring(r.origin FROM '^correction:(\d+)-')::bigint AND d.origin IS NULL
+            )
+        """
+    )
+    return frozenset(origin for (origin,) in rows)
+
+
+def remove_state(conn: Connection, origins: Collection[str]) -> None:
+    """Remove checkpoints, loaded parts, deletions, exports, withheld resources and consents of the source.
+
+    The loads of its windows then begin anew. Received inputs of the given ``origins`` are forgotten. Open dead letters
+    that came from the source or from these origins are discarded, and the corrections of fetched resources removed.
+    """
+    for table in (*_STATE, *_CONTENT):
+        conn.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier("ops", table)))
+    remove_exports(conn)
+    conn.execute("DELETE FROM ops.received WHERE origin = ANY(%s)", [list(origins)])
+    conn.execute(
+        """
+        DELETE FROM ops.corrections
+        WHERE fingerprint IN (SELECT fingerprint FROM ops.dead_letters WHERE origin IS NULL)
+        """
+    )
+    conn.execute(
+        """
+        UPDATE ops.dead_letters
+        SET
+            status = 'discarded',
+            resolution = 'the source was started anew',
+            resolved_at = now(),
+            claimed_by = NULL,
+            replay_requested_at = NULL
+        WHERE status IN ('open', 'replaying') AND (origin IS NULL OR origin = ANY(%s))
+        """,
+        [list(origins)],
+    )
+
+
+def remove_exports(conn: Connection) -> None:
+    """End the bulk exports of the source and forget their files, so that no run continues or reads them."""
+    conn.execute("DELETE FROM ops.bulk_parts")
+    conn.execute(
+        """
+        UPDATE ops.bulk_exports
+        SET status = 'cancelled', error = 'the source got other settings', finished_at = coalesce(finished_at, now())
+        WHERE status IN ('waiting', 'downloading', 'done')
+        """
+    )
+
+
+def remove_rows(conn: Connection) -> int:
+    """Remove every resource of the source from the tables. Returns the number of resources."""
+    views = conn.execute(
+        """
+        SELECT name
+        FROM ops.view_tables
+        WHERE to_regclass(format('fhir.%I', name)) IS NOT NULL
+        ORDER BY name
+        """
+    ).fetchall()
+    for (name,) in views:
+        conn.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier("fhir", name)))
+    return conn.execute("DELETE FROM fhir.resource").rowcount
+
+
+def remove_loaded_parts(conn: Connection) -> None:
+    """Mark every part as not loaded."""
+    conn.execute("DELETE FROM ops.loaded_parts")
+
+
+def remove_checkpoints(conn: Connection) -> None:
+    """Remove the checkpoints, so that the next load begins at the oldest resource of the source."""
+    conn.execute("DELETE FROM ops.checkpoints")
+
+
+def raise_checkpoints(conn: Connection, start: datetime) -> None:
+    """Move checkpoints that are before the start of the first window to that start."""
+    conn.execute("UPDATE ops.checkpoints SET loaded_until = %(start)s WHERE loaded_until < %(start)s", {"start": start})
+
+
+def list_dead_letter_keys(conn: Connection) -> list[str]:
+    """Return the partition keys of the open dead letters."""
+    rows = conn.execute(
+        """
+        SELECT DISTINCT partition_key
+        FROM ops.dead_letters
+        WHERE status IN ('open', 'replaying') AND partition_key <> ''
+        """
+    )
+    return [key for (key,) in rows]
+
+
+def move_dead_letters(conn: Connection, keys: Mapping[str, str]) -> None:
+    """Give open dead letters other partition keys: the new key by the old one."""
+    conn.execute(
+        """
+        UPDATE ops.dead_letters
+        SET partition_key = new_key
+        FROM unnest(%s::text[], %s::text[]) AS k (old_key, new_key)
+        WHERE status IN ('open', 'replaying') AND partition_key = old_key
+        """,
+        [list(keys), list(keys.values())],
+    )
+
+
+def move_received(conn: Connection, windows: Mapping[str, Sequence[ReceivedWindow]], old_keys: Sequence[str]) -> None:
+    """Replace the windows of received inputs, by origin, in the partitions ``old_keys``. They are loaded again."""
+    conn.execute(
+        "DELETE FROM ops.received WHERE origin = ANY(%s) AND partition_key = ANY(%s)", [list(windows), list(old_keys)]
+    )
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            """
+            INSERT INTO ops.received AS known
+                (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)
+            VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
+            ON CONFLICT (origin, resource_type, partition_key) DO UPDATE SET
+                parts = known.parts || excluded.parts,
+                rows = known.rows + excluded.rows,
+                rejected = known.rejected + excluded.rejected,
+                loaded_at = excluded.loaded_at
+            """,
+            [
+                (
+                    origin,
+                    origin.partition(":")[0],
+                    w.resource_type,
+                    w.partition_key,
+                    list(w.parts),
+                    w.rows,
+                    w.rejected,
+                    not w.parts,
+                )
+                for origin, entries in windows.items()
+                for w in entries
+            ],
+        )
+
+
+def request_received(conn: Connection) -> int:
+    """Mark every received input as not loaded, so that its parts are loaded again. Returns the number of windows."""
+    return conn.execute(
+        """
+        UPDATE ops.received
+        SET loaded_at = NULL, loaded_run_id = NULL, asked = 0, asked_at = NULL
+        WHERE cardinality(parts) > 0
+        """
+    ).rowcount
