@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import dagster as dg
 import orjson
 import pytest
 
@@ -109,6 +110,27 @@ def test_resources_from_before_since_are_loaded_and_reconcile_and_known_ones_are
             assert load(deployment) == []
     assert ids(deployment) == ["joined", "p0", "p1", "p2"]
     assert rows_in_raw(deployment) == 4, "a server that ignores _since does not fill the store"
+
+
+def test_resources_from_before_the_first_window_are_counted_and_not_loaded(deploy: Deploy) -> None:
+    start = START.replace(day=1, hour=0, minute=0, second=0)
+    with BulkServer(("Patient", [patient("p", START)])) as server:
+        deployment = bulk(deploy, server, fhir_last_updated_gte=start.isoformat())
+        load(deployment)
+        server.files = [("Patient", [patient("old", start - timedelta(days=1))])]
+        [outcome] = deployment.ingest()
+    assert outcome.success
+    assert ids(deployment) == ["p"]
+    materializations = deployment.instance.get_records_for_run(
+        outcome.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+    ).records
+    counts = [
+        record.asset_materialization.metadata["older_than_FHIR_LAST_UPDATED_GTE"].value
+        for record in materializations
+        if record.asset_materialization and "older_than_FHIR_LAST_UPDATED_GTE" in record.asset_materialization.metadata
+    ]
+    assert counts
+    assert set(counts) == {1}
 
 
 def test_resources_from_after_the_transaction_time_are_loaded_once(deploy: Deploy) -> None:
@@ -298,6 +320,18 @@ def test_a_resource_of_another_type_in_a_file_belongs_to_its_own_type_or_is_a_de
         deployment = bulk(deploy, server, fhir_resource_types="Patient,Organization")
         assert load(deployment) == []
     assert ids(deployment) == ["o", "p"]
+    assert deployment.dead() == {"structure": 1}
+
+
+def test_the_resources_of_a_line_that_is_a_bundle_are_loaded(deploy: Deploy) -> None:
+    entries = [{"resource": orjson.loads(patient(key, START))} for key in ("q", "r")]
+    bundle = {"resourceType": "Bundle", "type": "collection", "entry": entries}
+    half = {**bundle, "type": "searchset", "entry": [{"resource": orjson.loads(patient("s", START))}]}
+    half["link"] = [{"relation": "next", "url": "https://server.example/next"}]
+    with BulkServer(("Patient", [patient("p", START), orjson.dumps(bundle), orjson.dumps(half)])) as server:
+        deployment = bulk(deploy, server)
+        assert load(deployment) == []
+    assert ids(deployment) == ["p", "q", "r", "s"]
     assert deployment.dead() == {"structure": 1}
 
 

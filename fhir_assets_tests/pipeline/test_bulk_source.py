@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import orjson
 import pytest
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
+from fhir_assets.fhir.auth.credentials import Basic, Bearer
 from fhir_assets.fhir.bulk.client import ExportFailed, ExportGone
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
@@ -160,6 +162,62 @@ def test_a_date_in_retry_after_is_waited_for(server: SandboxServer, store: Store
     assert waits[2:] == [0.1, 0.1], "the shortest wait, for a server that answers 0 seconds"
 
 
+@pytest.mark.parametrize("wait", ["-5", "nan", "99999999999999999999", "Fri, 31 Dec 9999 23:59:59 GMT", "soon", "1e9"])
+def test_an_absurd_retry_after_is_waited_for_no_longer_than_ten_minutes(store: Store, database: str, wait: str) -> None:
+    waits: list[float] = []
+    answers = iter([Reply(status=202, headers={"Retry-After": wait}), Reply(status=429, headers={"Retry-After": wait})])
+    with scripted(MANIFEST, poll=lambda: next(answers, reply(MANIFEST))) as server:
+        assert ids(source(server.url, store, database, sleep=waits.append)) == []
+    assert len(waits) == 2
+    assert all(0.1 <= seconds <= 600 for seconds in waits)
+
+
+def test_two_processes_at_once_share_one_export(server: SandboxServer, store: Store, database: str) -> None:
+    interval = Interval(None, datetime.now(UTC))
+
+    def choose(_: int) -> datetime:
+        return source(server.url, store, database).complete_until({"Patient": interval})["Patient"]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(choose, range(3)))) == 1
+    assert server.stats()["kick_offs"] == 1
+
+
+@pytest.mark.parametrize("needs_token", [True, False, None])
+def test_files_of_another_origin_are_read_and_a_password_stays_at_the_server(
+    store: Store, database: str, needs_token: bool | None
+) -> None:
+    with ScriptedServer(lambda _: Reply(patient("p", START) + b"\n")) as files:
+        manifest = {**MANIFEST, "output": [{"type": "Patient", "url": f"{files.origin}/p.ndjson?signed=1"}]}
+        if needs_token is None:
+            del manifest["requiresAccessToken"]
+        else:
+            manifest["requiresAccessToken"] = needs_token
+        with scripted(manifest) as server:
+            client = FhirClient(server.url, credentials=Basic("user", "secret"), retrier=QUICK_RETRIES)
+            bulk_source = BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION))
+            assert ids(bulk_source) == ["p"]
+            assert all("Authorization" in request.headers for request in server.requests)
+        assert ["Authorization" in request.headers for request in files.requests] == [False]
+
+
+def test_a_token_is_sent_to_another_origin_only_if_the_manifest_requires_it(store: Store, database: str) -> None:
+    with ScriptedServer(lambda _: Reply(patient("p", START) + b"\n")) as files:
+        manifest = {**MANIFEST, "output": [{"type": "Patient", "url": f"{files.origin}/p.ndjson"}]}
+        del manifest["requiresAccessToken"]
+        with scripted(manifest) as server:
+            client = FhirClient(server.url, credentials=Bearer("secret"), retrier=QUICK_RETRIES)
+            bulk_source = BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION))
+            assert ids(bulk_source) == ["p"]
+        manifest["requiresAccessToken"] = True
+        with scripted(manifest) as server:
+            client = FhirClient(server.url, credentials=Bearer("secret"), retrier=QUICK_RETRIES)
+            bulk_source = BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION))
+            with pytest.raises(NotFhir, match="without TLS"):
+                ids(bulk_source)
+        assert ["Authorization" in request.headers for request in files.requests] == [False]
+
+
 MANIFEST: dict[str, Any] = {
     "transactionTime": datetime.now(UTC).isoformat(),
     "requiresAccessToken": False,
@@ -169,7 +227,10 @@ MANIFEST: dict[str, Any] = {
 
 
 def scripted(
-    manifest: object, file: Reply | Callable[[], Reply] | None = None, *, poll: Reply | None = None
+    manifest: object,
+    file: Reply | Callable[[], Reply] | None = None,
+    *,
+    poll: Reply | Callable[[], Reply] | None = None,
 ) -> ScriptedServer:
     """Return a server with one export. ``file`` answers the requests for its files."""
 
@@ -177,7 +238,7 @@ def scripted(
         if request.path.endswith("$export"):
             return Reply(status=202, headers={"Content-Location": "/fhir/status"})
         if request.path == "/fhir/status":
-            return poll or reply(manifest)
+            return (poll() if callable(poll) else poll) or reply(manifest)
         return (file() if callable(file) else file) or Reply(status=404)
 
     return ScriptedServer(answer)

@@ -11,8 +11,8 @@ from fhir_assets.fhir.bulk.client import BulkClient
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.file_lines import FileChanged
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest
-from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.notices import Notices
+from fhir_assets.pipeline.fetch.bulk_lines import route_line, unpack_line
 from fhir_assets.pipeline.fetch.bulk_outcomes import notice_count
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.part_writer import PartWriter
@@ -191,32 +191,21 @@ class _FileDownloader:
 
     def _fetch(self, file: ExportFile) -> None:
         default = default_last_updated(self.export.until)
+        file_type, requested = file.resource_type, self.export.resource_types
         count = 0
         for lines in self.client.read_lines(self.downloads, file, needs_token=self.needs_token):
-            headers = [self._read_header(line, file.resource_type) for line in lines]
+            routes = [route_line(line, file_type, requested) for line in lines]
             with self.lock:
                 if self.stop.is_set():
                     return
-                for line, (resource_type, moment) in zip(lines, headers, strict=True):
-                    self.writer.add(resource_type, self.export.id, line, moment or default)
+                for line, route in zip(lines, routes, strict=True):
+                    unpacked = [(line, route)] if route else unpack_line(line, file_type, requested)
+                    for body, (resource_type, moment) in unpacked:
+                        self.writer.add(resource_type, self.export.id, body, moment or default)
             count += len(lines)
             self.progress.add(lines)
         self.counts.append((file, count))
         self.progress.add((), files=1)
-
-    def _read_header(self, line: bytes, file_type: str) -> tuple[str, datetime | None]:
-        """Return the type to store a line as, and its ``lastUpdated``.
-
-        A resource of another type that was asked for belongs to its own type. Any other line stays with the type of its
-        file and becomes a dead letter when it is read.
-        """
-        try:
-            header = read_header(line)
-        except MalformedResource:
-            return file_type, None
-        own = header.resourceType != file_type and header.resourceType in self.export.resource_types
-        moment = parse_instant(header.meta.lastUpdated) if header.meta else None
-        return (header.resourceType if own else file_type), moment
 
 
 def default_last_updated(transaction_time: datetime) -> datetime:

@@ -35,8 +35,8 @@ class BulkSource:
     """Reads resources from the bulk exports of a FHIR server.
 
     Runs use an export that was requested less than ``reuse_within`` ago, or that is not loaded yet. Otherwise they
-    request a new export of the resources that were updated since the start of their interval. For the other options see
-    ExportRunner.
+    request a new export of the resources that were updated since the start of their interval. Resources that are older
+    than ``oldest`` are not loaded, also if an export gives them unasked. For the other options see ExportRunner.
     """
 
     name = "bulk"
@@ -50,6 +50,7 @@ class BulkSource:
         *,
         level: str = "system",
         type_filter: str = "",
+        oldest: datetime | None = None,
         connections: int = 4,
         reuse_within: timedelta = timedelta(minutes=10),
         time_limit: timedelta = timedelta(days=30),
@@ -62,6 +63,7 @@ class BulkSource:
         self._clock = client.clock
         self._store = store
         self._connect = connect
+        self._oldest = oldest
         self._reuse_within = reuse_within
         self._now = now
         self._chosen: dict[str, BulkExport] = {}
@@ -144,26 +146,32 @@ class BulkSource:
     ) -> Iterator[Record | RejectedInput]:
         arrived = default_last_updated(export.until)
         takes_late = arrived in interval
+        covered = Interval(export.since, export.until)
         for resource_type, part in parts:
             if not takes_late and not _may_contain(part, interval):
                 continue
             early: list[Record] = []
             for item in self._read(resource_type, part, arrived):
-                if isinstance(item, RejectedInput) or item.last_updated is None:
-                    if takes_late:
+                moment = None if isinstance(item, RejectedInput) else item.last_updated
+                if moment is not None and moment in covered:
+                    if moment in interval:
                         yield item
-                elif item.last_updated >= export.until:
-                    if takes_late:
-                        yield replace(item, late=True)
-                elif export.since is not None and item.last_updated < export.since:
-                    if takes_late:
+                elif takes_late:
+                    if isinstance(item, Record) and self._is_early(item, export):
                         early.append(item)
+                    else:
+                        yield _mark_late(item, export)
                     if len(early) >= _KNOWN_AT_ONCE:
                         yield from self._find_unknown(resource_type, early)
                         early.clear()
-                elif item.last_updated in interval:
-                    yield item
             yield from self._find_unknown(resource_type, early)
+
+    def _is_early(self, record: Record, export: BulkExport) -> bool:
+        """Return whether a resource is from before the time range of the export, and not too old to be loaded."""
+        moment = record.last_updated
+        if moment is None or moment >= export.until:
+            return False
+        return self._oldest is None or moment >= self._oldest
 
     def _find_unknown(self, resource_type: str, early: Sequence[Record]) -> Iterator[Record]:
         """Yield those records whose version the tables do not have, nor a newer one."""
@@ -238,6 +246,13 @@ class BulkSource:
 
 def _distinct(exports: Iterable[BulkExport]) -> list[BulkExport]:
     return list({export.id: export for export in exports}.values())
+
+
+def _mark_late(item: Record | RejectedInput, export: BulkExport) -> Record | RejectedInput:
+    """Return a resource that was updated after the transaction time as ``late``, and any other item unchanged."""
+    if isinstance(item, Record) and item.last_updated is not None and item.last_updated >= export.until:
+        return replace(item, late=True)
+    return item
 
 
 def _may_contain(part: Part, interval: Interval) -> bool:
