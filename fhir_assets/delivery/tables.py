@@ -13,7 +13,7 @@ from fhir_assets.delivery.upload.uploader import Uploader
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.bundles import BundleEntry
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.record import parse_instant, read_header
+from fhir_assets.fhir.record import parse_stored, read_header
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.partition_commit import rewrite_partitions
 from fhir_assets.pipeline.refresh import Refresh
@@ -118,16 +118,18 @@ class DeliverStep:
     ) -> Iterator[BundleEntry]:
         """Yield the resources of a part that the tables contain in the same version."""
         number = 0
-        for lines in self._store.batches([part]):
+        for batch in self._store.batches_with_arrivals([part]):
+            lines = batch.lines
             headers = [read_header(line) for line in lines]
             rows = resources.find_versions(conn, manifest.resource_type, [header.id or "" for header in headers])
-            for line, header in zip(lines, headers, strict=True):
+            for line, header, arrived in zip(lines, headers, batch.times(), strict=False):
                 number += 1
                 row = rows.get(header.id or "")
-                updated = parse_instant(header.meta.lastUpdated) if header.meta else None
+                text = header.meta.lastUpdated if header.meta else None
+                updated = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
                 if header.id is None or row is None:
                     counts.not_in_tables += 1
-                elif row.as_of > updated if updated else row.partition_key != manifest.partition_key:
+                elif not row.is_version(updated, arrived, manifest.partition_key):
                     counts.superseded += 1
                 else:
                     yield BundleEntry(manifest.resource_type, header.id, line, f"{part.name}:{number}")

@@ -159,6 +159,17 @@ def build_record(
     return Record(header.resourceType, resource_id, meta.versionId, moment, arrived, body)
 
 
+def parse_stored(last_updated: str | None, *, dated: bool, arrival_known: bool) -> datetime | None:
+    """Return the ``meta.lastUpdated`` of a line of the store if it counts.
+
+    ``dated`` is that of the line's part. Parts of releases that did not record arrivals have dates in the future.
+    """
+    moment = parse_instant(last_updated) if dated else None
+    if moment is None or arrival_known or is_credible(moment, datetime.now(UTC)):
+        return moment
+    return None
+
+
 def is_credible(moment: datetime, received: datetime) -> bool:
     """Return whether a server can have given this time to what was received from it at ``received``."""
     return moment - received <= CLOCK_SKEW

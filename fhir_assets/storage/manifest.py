@@ -3,11 +3,27 @@
 Readers access a partition only through its manifest, which is written last and atomically.
 """
 
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import chain, repeat
 
 import msgspec
 
 from fhir_assets.notices import Notice
+
+
+class Arrival(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence of ``rows`` lines of a part that arrived at the same time."""
+
+    rows: int
+    at: datetime
+
+
+def list_times(arrivals: Sequence[Arrival]) -> Iterator[datetime | None]:
+    """Yield the time of arrival of each line; without end None if there are no arrivals."""
+    if not arrivals:
+        return repeat(None)
+    return chain.from_iterable([repeat(arrival.at, arrival.rows) for arrival in arrivals])
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -15,7 +31,10 @@ class Part(msgspec.Struct, frozen=True):
 
     ``bytes`` is the size of the lines with their line feeds, ``stored_bytes`` the size of the file. ``first`` and
     ``last`` are the least and the greatest ``lastUpdated``. ``origin`` names the file or request that the resources
-    were received in (``landing:<hash>``); it is None for resources fetched from the configured source.
+    were received in (``landing:<hash>``); it is None for resources fetched from the configured source. ``arrivals`` are
+    the times at which the lines arrived, in order; it is empty in the parts of releases that did not record them.
+    ``dated`` is False if the ``lastUpdated`` of the lines does not count, because a client sent it or because it lies
+    in the future.
     """
 
     name: str
@@ -25,6 +44,8 @@ class Part(msgspec.Struct, frozen=True):
     first: datetime | None = None
     last: datetime | None = None
     origin: str | None = None
+    arrivals: tuple[Arrival, ...] = ()
+    dated: bool = True
 
 
 class Receipt(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from isal import igzip
 from fhir_assets.errors import StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, encrypt_frames
-from fhir_assets.storage.manifest import Part
+from fhir_assets.storage.manifest import Arrival, Part
 from fhir_assets.storage.store import LAYERS, Store, map_concurrently, partition_folder
 
 BUFFER_BYTES = 16 << 20
@@ -22,17 +22,34 @@ PART_BYTES = 128 << 20
 """The compressed size at which a part is finished and the next part begins."""
 
 
+_PartKey = tuple[str, str, bool, bool]
+"""The resource type, the partition key, and whether the dates of the lines count and their arrivals are known."""
+
+
 @dataclass(slots=True)
 class _OpenPart:
     path: Path
     name: str
     cipher: Cipher
+    dated: bool
     lines: list[bytes] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
     stored_bytes: int = 0
     first: datetime | None = None
     last: datetime | None = None
+    arrived: datetime | None = None
+    arrival_starts: list[tuple[int, datetime]] = field(default_factory=list)
+
+    def begin_arrival(self, at: datetime) -> None:
+        """Note that the lines from here on arrived at ``at``."""
+        self.arrived = at
+        self.arrival_starts.append((self.rows + len(self.lines), at))
+
+    def list_arrivals(self) -> tuple[Arrival, ...]:
+        """Return the arrivals of all lines. The lines must be flushed."""
+        ends = [start for start, _ in self.arrival_starts[1:]] + [self.rows]
+        return tuple(Arrival(end - start, at) for (start, at), end in zip(self.arrival_starts, ends, strict=False))
 
     def flush(self) -> None:
         """Append the buffered lines as one gzip member; a sequence of members is a gzip file (RFC 1952, section 2.2).
@@ -70,7 +87,7 @@ class PartWriter:
         self._layer = layer
         self._buffer_bytes = buffer_bytes
         self._buffered = 0
-        self._open: dict[tuple[str, str], _OpenPart] = {}
+        self._open: dict[_PartKey, _OpenPart] = {}
         self._done: dict[tuple[str, str], list[Part]] = {}
         self._spool = store.blobs.spool()
         self._generation = os.urandom(6).hex()
@@ -85,10 +102,25 @@ class PartWriter:
         for part in self._open.values():
             part.path.unlink(missing_ok=True)
 
-    def add(self, resource_type: str, partition_key: str, line: bytes, moment: datetime | None) -> None:
-        """Write one line, without its line feed. ``moment`` is its lastUpdated. Raises StoreError."""
-        key = (resource_type, partition_key)
+    def add(
+        self,
+        resource_type: str,
+        partition_key: str,
+        line: bytes,
+        moment: datetime | None,
+        *,
+        arrived: datetime | None = None,
+        dated: bool = True,
+    ) -> None:
+        """Write one line, without its line feed. Raises StoreError.
+
+        ``moment`` is its lastUpdated, ``arrived`` the time of its arrival, if known. Lines whose lastUpdated does not
+        count (``dated`` is False) get parts of their own.
+        """
+        key = (resource_type, partition_key, dated, arrived is not None)
         part = self._open.get(key) or self._begin(key)
+        if arrived is not None and arrived != part.arrived:
+            part.begin_arrival(arrived)
         part.lines.append(line)
         if moment is not None:
             if part.first is None or moment < part.first:
@@ -102,16 +134,16 @@ class PartWriter:
     def finish(self) -> dict[tuple[str, str], tuple[Part, ...]]:
         """Store every part; return the parts by (resource type, partition key). Raises StoreError."""
         self._flush()
-        for key, part in map_concurrently(self._put, self._open):
-            self._done.setdefault(key, []).append(part)
+        for (resource_type, partition_key, *_), part in map_concurrently(self._put, self._open):
+            self._done.setdefault((resource_type, partition_key), []).append(part)
         self._open.clear()
         return {key: tuple(parts) for key, parts in self._done.items()}
 
-    def _begin(self, key: tuple[str, str]) -> _OpenPart:
+    def _begin(self, key: _PartKey) -> _OpenPart:
         self._number += 1
         cipher = self._store.cipher
         file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if cipher.encrypts else ''}"
-        part = _OpenPart(self._spool / file, f"{partition_folder(self._layer, *key)}/{file}", cipher)
+        part = _OpenPart(self._spool / file, f"{partition_folder(self._layer, *key[:2])}/{file}", cipher, key[2])
         self._open[key] = part
         return part
 
@@ -126,13 +158,22 @@ class PartWriter:
             ) from None
         self._buffered = 0
         for key in [key for key, part in self._open.items() if part.stored_bytes >= PART_BYTES]:
-            self._done.setdefault(key, []).append(self._put(key)[1])
+            self._done.setdefault(key[:2], []).append(self._put(key)[1])
             del self._open[key]
 
-    def _put(self, key: tuple[str, str]) -> tuple[tuple[str, str], Part]:
+    def _put(self, key: _PartKey) -> tuple[_PartKey, Part]:
         part = self._open[key]
         self._store.blobs.put_file(part.name, part.path)
-        return key, Part(part.name, part.rows, part.bytes, part.stored_bytes, part.first, part.last)
+        return key, Part(
+            part.name,
+            part.rows,
+            part.bytes,
+            part.stored_bytes,
+            part.first,
+            part.last,
+            arrivals=part.list_arrivals(),
+            dated=part.dated,
+        )
 
 
 def flatten_batches(batches: Iterator[list[bytes]]) -> Iterator[bytes]:

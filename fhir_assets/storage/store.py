@@ -5,8 +5,9 @@ A folder contains ``manifest.json`` and the parts that the manifest names.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 import msgspec
 from isal import igzip, isal_zlib
@@ -16,7 +17,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
 from fhir_assets.storage.encrypted_parts import decrypt_stream
-from fhir_assets.storage.manifest import Manifest, Part
+from fhir_assets.storage.manifest import Arrival, Manifest, Part, list_times
 from fhir_assets.storage.s3 import Bucket, S3Blobs
 
 Item = TypeVar("Item")
@@ -59,6 +60,18 @@ def map_concurrently(
 def partition_folder(layer: str, resource_type: str, partition_key: str) -> str:
     """Return the folder of a partition, relative to the store."""
     return f"{layer}/{snake_case(resource_type)}/{partition_key}"
+
+
+class LineBatch(NamedTuple):
+    """Lines of one part, with their arrivals and the ``dated`` of the part."""
+
+    lines: list[bytes]
+    arrivals: tuple[Arrival, ...]
+    dated: bool
+
+    def times(self) -> Iterator[datetime | None]:
+        """Yield the time of arrival of each line; without end None if the part does not record them."""
+        return list_times(self.arrivals)
 
 
 class Store:
@@ -125,6 +138,14 @@ class Store:
             if rows != part.rows:
                 raise self._damaged(part)
 
+    def batches_with_arrivals(self, parts: Iterable[Part]) -> Iterator[LineBatch]:
+        """Yield the lines of the parts with their arrivals, in the same batches as ``batches``. Raises StoreError."""
+        for part in parts:
+            start = 0
+            for lines in self.batches([part]):
+                yield LineBatch(lines, _slice_arrivals(part.arrivals, start, start + len(lines)), part.dated)
+                start += len(lines)
+
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""
         with self.blobs.open(part.name) as raw, _unpack(fileobj=decrypt_stream(raw, self.cipher), mode="rb") as file:
@@ -147,6 +168,20 @@ class Store:
             f"{self.blobs.url}/{part.name} is damaged or incomplete: materialize its raw partition again "
             "with a full refresh"
         )
+
+
+def _slice_arrivals(arrivals: tuple[Arrival, ...], start: int, end: int) -> tuple[Arrival, ...]:
+    """Return the arrivals of the lines from ``start`` to ``end`` (exclusive)."""
+    if len(arrivals) == 1:
+        return (Arrival(end - start, arrivals[0].at),)
+    sliced = []
+    first = 0
+    for arrival in arrivals:
+        rows = min(first + arrival.rows, end) - max(first, start)
+        if rows > 0:
+            sliced.append(Arrival(rows, arrival.at))
+        first += arrival.rows
+    return tuple(sliced)
 
 
 OpenBucket = Callable[[str], Bucket]

@@ -3,8 +3,11 @@
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fhir_assets.deployment.store import build_bucket
 from fhir_assets.errors import ConfigurationError, StoreError
@@ -45,6 +48,40 @@ def write(store: Store, key: str, content: list[bytes], **options: int) -> Manif
     manifest = Manifest("raw", "Patient", key, "run", NOW, parts)
     store.commit([manifest])
     return manifest
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans()), max_size=60))
+def test_each_line_keeps_the_time_of_its_arrival(arrivals: list[tuple[int, bool, bool]]) -> None:
+    with TemporaryDirectory() as folder:
+        store = open_store(folder, NO_ENCRYPTION)
+        with PartWriter(store, "raw", buffer_bytes=100) as writer:
+            for number, (hours, known, dated) in enumerate(arrivals):
+                arrived = NOW + timedelta(hours=hours) if known else None
+                writer.add("Patient", "w", b'{"n":%d}' % number, NOW, arrived=arrived, dated=dated)
+            parts = writer.finish().get(("Patient", "w"), ())
+        found = {}
+        for batch in store.batches_with_arrivals(parts):
+            for line, arrived in zip(batch.lines, batch.times(), strict=False):
+                found[line] = (arrived, batch.dated)
+    assert found == {
+        b'{"n":%d}' % number: (NOW + timedelta(hours=hours) if known else None, dated)
+        for number, (hours, known, dated) in enumerate(arrivals)
+    }
+    for part in parts:
+        assert not part.arrivals or sum(arrival.rows for arrival in part.arrivals) == part.rows
+
+
+def test_arrivals_are_cut_at_the_ends_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhir_assets.storage.store.BATCH_BYTES", 100)
+    store = open_store(str(tmp_path), NO_ENCRYPTION)
+    times = {line: NOW + timedelta(hours=number // 7) for number, line in enumerate(lines(50))}
+    with PartWriter(store, "raw") as writer:
+        for line, arrived in times.items():
+            writer.add("Patient", "w", line, None, arrived=arrived)
+        parts = writer.finish()["Patient", "w"]
+    batches = list(store.batches_with_arrivals(parts))
+    assert len(batches) > 10
+    assert {line: at for batch in batches for line, at in zip(batch.lines, batch.times(), strict=True)} == times
 
 
 def test_lines_are_read_back_byte_for_byte(store: Store) -> None:

@@ -18,6 +18,7 @@ from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, build_la
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables, find_drift
 from fhir_assets_tests.support.views import load, patient, select
 
+ORDER_COLUMNS = ("arrived", "replaced_last_updated")
 OLD_COLUMN_NAMES = [
     ("fhir.resource", "key_id", "sealed_by"),
     ("ops.dead_letters", "key_id", "sealed_by"),
@@ -30,6 +31,11 @@ OLD_COLUMN_NAMES = [
     ("ops.dead_letters", "ruleset", "judged_by"),
     ("ops.dead_letters", "replay_requested_at", "marked_at"),
     ("ops.received", "channel", "door"),
+]
+NEW_COLUMNS = [
+    *((table, name) for table in ("fhir.resource", "ops.withheld", "ops.consent_records") for name in ORDER_COLUMNS),
+    ("ops.consent_records", "last_updated"),
+    *(("ops.dead_letters", name) for name in ("arrived", "dated")),
 ]
 VIEW = parse_view(
     {
@@ -76,7 +82,12 @@ def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
 
 
 def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
-    """Give columns, indexes and the noted layout of the view's table the names that revision 0019 gives them."""
+    """Give columns, indexes and the noted layout of the view's table the names that revision 0019 gives them.
+
+    Remove the columns that were added later.
+    """
+    for table, name in NEW_COLUMNS:
+        session.execute(f"ALTER TABLE {table} DROP COLUMN {name}".encode())
     session.execute("DROP TABLE ops.sources, ops.deployment")
     for table, new, old in OLD_COLUMN_NAMES:
         session.execute(f"ALTER TABLE {table} RENAME COLUMN {new} TO {old}".encode())
@@ -154,6 +165,26 @@ def test_bulk_exports_of_an_earlier_revision_count_as_loaded_and_those_without_f
         checkpoints.begin(session, ["Patient"], datetime.now(UTC), source_state=None)
         scope = bulk_exports.Scope("b", "system", "")
         assert bulk_exports.find_fully_loaded_types(session, scope, ["Patient", "Goal"]) == {"Patient"}
+
+
+def test_a_stored_version_dated_in_the_future_no_longer_wins_after_the_upgrade(database: str, session: Session) -> None:
+    load(session, patient("a", gender="female"), patient("b", gender="female"), views=(VIEW,))
+    session.execute(
+        "UPDATE fhir.resource SET last_updated = '9999-12-31T23:59:59Z', as_of = '9999-12-31T23:59:59Z' WHERE id = 'a'"
+    )
+    session.commit()
+    restore_revision_0019(session, encrypted=session.cipher.encrypts)
+
+    migrations.upgrade(database)
+
+    assert select(session, "SELECT id, as_of = loaded_at, last_updated IS NULL FROM fhir.resource ORDER BY id") == [
+        ("a", True, True),
+        ("b", False, False),
+    ]
+    session.commit()
+    newer = [replace(patient(key, "2024-01-02T00:00:00Z", gender="male"), arrived=datetime.now(UTC)) for key in "ab"]
+    load(session, *newer, views=(VIEW,))
+    assert select(session, "SELECT gender FROM fhir.patient") == [("male",), ("male",)]
 
 
 def test_no_column_of_a_migrated_database_has_an_old_name(database: str, session: Session) -> None:

@@ -72,6 +72,7 @@ class SearchPager:
         self._client = searches.client
         self._type = resource_type
         self._now = now
+        self._arrived = now()
         self._included = included
         self._seen = SeenVersions()
         self._order = _MatchOrder()
@@ -260,7 +261,7 @@ class SearchPager:
                 raise MalformedResource(f"a resource of another type than {self._type} among the matches", "structure")
             if not header.id:
                 raise MalformedResource("a resource without an id: no server can have stored it", "structure")
-            return build_record(body, header, self._now())
+            return build_record(body, header, self._arrived, received=self._now())
         except MalformedResource as error:
             return self._reject(error.rule, path, str(error), body, resource_id)
 

@@ -15,6 +15,7 @@ from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
+from fhir_assets.storage.manifest import Arrival
 from fhir_assets.warehouse.ops import audit_log, consents, dead_letters, withheld_resources
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import compartments
@@ -150,14 +151,13 @@ class ConsentStep:
         while releasable := withheld_resources.find_releasable(
             conn, self._consent_gate, patients=patients, limit=batch_size
         ):
-            for (resource_type, partition_key), group in groupby(
-                releasable, key=lambda resource: (resource.resource_type, resource.partition_key)
+            for (resource_type, partition_key, dated), group in groupby(
+                releasable, key=lambda resource: (resource.resource_type, resource.partition_key, resource.dated)
             ):
                 resources = list(group)
                 bodies = [resource.body for resource in resources]
-                # Resources without lastUpdated get the earliest time of the group.
-                arrived = min(resource.as_of for resource in resources)
-                self._load(conn, resource_type, Batch(bodies, partition_key, arrived))
+                arrivals = tuple(Arrival(1, resource.arrived) for resource in resources)
+                self._load(conn, resource_type, Batch(bodies, partition_key, resources[0].arrived, arrivals, dated))
                 withheld_resources.remove_released(conn, resource_type, [resource.id for resource in resources])
                 released[resource_type] = released.get(resource_type, 0) + len(resources)
             if limit is not None:

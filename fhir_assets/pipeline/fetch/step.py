@@ -234,7 +234,10 @@ class FetchStep:
         if progress.stored_versions and item.version_key in progress.stored_versions:
             progress.repeated += 1
             return
-        writer.add(item.resource_type, progress.planned.window.key, item.body, item.last_updated)
+        # All answers of a server to one fetch count as one arrival; files have their own times.
+        arrived = item.arrived if self._source.one_pass else self._started
+        key = progress.planned.window.key
+        writer.add(item.resource_type, key, item.body, item.last_updated, arrived=arrived, dated=item.dated)
 
     def _count_fetches(self, name: str, windows: list[_Progress], total_before: int | None) -> dict[str, Fetch]:
         """Return the counts of each window by partition key, with the source's total if the source counts.

@@ -1,16 +1,18 @@
 """Build the table rows of batches of valid resources; runs in the worker processes of a load."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from fhir_assets.fhir.compartment import find_patient_ids
-from fhir_assets.fhir.record import Record, parse_instant
+from fhir_assets.fhir.record import Record, parse_stored
 from fhir_assets.fhir.views import CompiledViews, RowError, View
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.storage.manifest import Arrival, list_times
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock, ResourceEncoder, UnstorableResource
 
@@ -20,16 +22,54 @@ _NO_ID = "the resource has no id, so its rows would have no key: give it one at 
 
 
 class Batch(NamedTuple):
-    """Lines of one partition. ``arrived`` is the time of resources without ``lastUpdated``."""
+    """Lines of one partition.
+
+    ``arrivals`` are the times at which the lines arrived. If they are not known, ``arrived`` is the time of resources
+    without ``lastUpdated``. ``dated`` is False if the ``lastUpdated`` of the lines does not count.
+    """
 
     lines: list[bytes]
     partition_key: str
     arrived: datetime
+    arrivals: tuple[Arrival, ...] = ()
+    dated: bool = True
 
     @property
     def size(self) -> int:
         """The size of the lines in bytes, without line feeds."""
         return sum(map(len, self.lines))
+
+    def times(self) -> Iterator[datetime | None]:
+        """Yield the time of arrival of each line; without end None if they are not known."""
+        return list_times(self.arrivals)
+
+
+class FailedResource(Protocol):
+    """What is known about a resource that failed before: a dead letter."""
+
+    @property
+    def partition_key(self) -> str:
+        """The partition of the resource."""
+        ...
+
+    @property
+    def arrived(self) -> datetime | None:
+        """The time of its arrival, if known."""
+        ...
+
+    @property
+    def dated(self) -> bool:
+        """Whether its ``lastUpdated`` counts."""
+        ...
+
+
+def build_batch_of_one(line: bytes, failed: FailedResource, arrived: datetime) -> Batch:
+    """Return the batch that loads a resource which failed before, as ``line``, in the order of its first arrival.
+
+    ``arrived`` takes the place of an arrival that is not known.
+    """
+    arrivals = (Arrival(1, failed.arrived),) if failed.arrived else ()
+    return Batch([line], failed.partition_key, arrived, arrivals, failed.dated)
 
 
 class RejectedLine(NamedTuple):
@@ -53,6 +93,8 @@ class RejectedLine(NamedTuple):
             message=self.message,
             resource=batch.lines[self.position],
             partition_key=batch.partition_key,
+            arrived=next(islice(batch.times(), self.position, None)),
+            dated=batch.dated,
         )
 
 
@@ -79,9 +121,9 @@ class RowBuilder:
     def __call__(self, batch: Batch) -> BuiltRows:
         """Build the rows of a batch."""
         prepared, rejected = [], []
-        for index, line in enumerate(batch.lines):
+        for index, (line, arrived) in enumerate(zip(batch.lines, batch.times(), strict=False)):
             resource = _parse(line)
-            record = _build_record(resource, line, batch.arrived)
+            record = _build_record(resource, line, arrived, batch)
             if record is None:
                 rejected.append(RejectedLine(index, None, "transform", "id", "id", _NO_ID))
                 continue
@@ -102,17 +144,18 @@ def format_column_path(view: str | None, column: str | None) -> str:
     return f"{view}.{column}" if view else "resource"
 
 
-def _build_record(resource: dict[str, Any], line: bytes, arrived: datetime) -> Record | None:
+def _build_record(resource: dict[str, Any], line: bytes, arrived: datetime | None, batch: Batch) -> Record | None:
     identity = resource.get("id")
     if identity is None:
         return None
     meta = resource.get("meta") or {}
+    last_updated = parse_stored(meta.get("lastUpdated"), dated=batch.dated, arrival_known=arrived is not None)
     return Record(
         resource["resourceType"],
         identity,
         meta.get("versionId"),
-        parse_instant(meta.get("lastUpdated")),
-        arrived,
+        last_updated,
+        arrived or last_updated or batch.arrived,
         line,
         find_patient_ids(resource),
     )

@@ -8,13 +8,19 @@ from datetime import datetime
 
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
-from fhir_assets.pipeline.load.row_builder import Batch, BuiltRows, RowBuilder, format_column_path
+from fhir_assets.pipeline.load.row_builder import (
+    Batch,
+    BuiltRows,
+    RowBuilder,
+    build_batch_of_one,
+    format_column_path,
+)
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.storage.manifest import Manifest, Part
+from fhir_assets.storage.manifest import Arrival, Manifest, Part
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs
 from fhir_assets.warehouse.ops.corrections import Corrections
@@ -180,11 +186,12 @@ class LoadStep:
             uncorrected = []
             for dead_letter in candidates:
                 corrected = corrections.find(dead_letter)
-                block = self._build_block(conn, corrected, dead_letter.partition_key, arrived) if corrected else None
+                block = self._build_block(conn, corrected, dead_letter, arrived) if corrected else None
                 if corrected is None or block is None:
                     uncorrected.append(dead_letter)
                 else:
-                    unloadable = loader.add_block(block, [corrected], dead_letter.partition_key)
+                    arrivals = [Arrival(1, dead_letter.arrived)] if dead_letter.arrived else []
+                    unloadable = loader.add_block(block, [corrected], dead_letter.partition_key, arrivals)
                     record([build_unloadable_dead_letter(resource_type, item) for item in unloadable])
             if uncorrected:
                 loader.wait()
@@ -195,7 +202,7 @@ class LoadStep:
 
         with loader:
             for _, batch, rows in self._build_rows(conn, group):
-                unloadable = loader.add_block(rows.block, batch.lines, batch.partition_key)
+                unloadable = loader.add_block(rows.block, batch.lines, batch.partition_key, batch.arrivals)
                 record([line.build_dead_letter(resource_type, batch) for line in rows.rejected])
                 record([build_unloadable_dead_letter(resource_type, item) for item in unloadable])
                 resources += len(batch.lines)
@@ -264,20 +271,20 @@ class LoadStep:
         return self._workers.map(
             self._row_builder,
             (
-                (None, Batch(lines, task.window.key, task.window.start or task.window.end))
+                (None, Batch(lines, task.window.key, task.window.start or task.window.end, arrivals, dated))
                 for task in group
-                for lines in self._store.batches(task.parts)
+                for lines, arrivals, dated in self._store.batches_with_arrivals(task.parts)
             ),
             weigh=lambda batch: batch.size,
             seconds=sum(task.rows for task in group) / _ROWS_PER_SECOND,
         )
 
     def _build_block(
-        self, conn: Session, line: bytes, partition_key: str, arrived: Mapping[str, datetime]
+        self, conn: Session, line: bytes, dead_letter: DeadLetter, arrived: Mapping[str, datetime]
     ) -> CopyBlock | None:
         """Return the block of a corrected resource, or None if its rows cannot be built either."""
         self._row_builder = self._row_builder or RowBuilder(self._views, cipher_of(conn))
-        rows = self._row_builder(Batch([line], partition_key, arrived[partition_key]))
+        rows = self._row_builder(build_batch_of_one(line, dead_letter, arrived[dead_letter.partition_key]))
         return rows.block if rows.block else None
 
     def _record_loaded_parts(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
@@ -330,6 +337,8 @@ def build_unloadable_dead_letter(resource_type: str, item: UnloadableResource) -
         message=item.message,
         resource=item.body,
         partition_key=item.partition_key,
+        arrived=item.arrived,
+        dated=item.dated,
     )
 
 

@@ -158,7 +158,8 @@ class _OriginWriter:
         elif item.resource_type not in self._types:
             self.skipped[known_resource_type(item.resource_type)] += 1
         else:
-            writer.add(item.resource_type, self._find_window(item.as_of).key, item.body, item.last_updated)
+            key = self._find_window(item.as_of).key
+            writer.add(item.resource_type, key, item.body, item.last_updated, arrived=item.arrived, dated=item.dated)
 
     def build_windows(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[ReceivedWindow]:
         """Return the counts and parts by resource type and window."""

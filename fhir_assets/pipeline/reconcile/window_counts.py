@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.fhir.record import parse_instant, read_header
+from fhir_assets.fhir.record import parse_stored, read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import Cipher
@@ -169,22 +170,28 @@ def _count_absent(
 def _build_expected_rows(
     store: Store, validated: Sequence[Manifest], corrected: Mapping[str, Mapping[bytes, bytes]], cipher: Cipher
 ) -> Iterator[str]:
-    """Yield the partition key, id and lastUpdated of each resource that the tables must contain, as a line for COPY.
+    """Yield the partition key, id, lastUpdated and arrival of each resource that the tables must contain, for COPY.
 
     Corrected resources are yielded with the values of their correction.
     """
     for manifest in validated:
         key = escape_text(manifest.partition_key)
         corrections_of_window = corrected.get(manifest.partition_key, {})
-        for batch in store.batches(manifest.parts):
-            for line in batch:
+        for batch in store.batches_with_arrivals(manifest.parts):
+            arrived = NULL
+            at: datetime | None = None
+            for line, moment_of_line in zip(batch.lines, batch.times(), strict=False):
+                if moment_of_line is not at:
+                    at = moment_of_line
+                    arrived = at.isoformat() if at else NULL
                 if corrections_of_window:
                     fingerprints = (_compute_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
                     line = next((corrections_of_window[f] for f in fingerprints if f in corrections_of_window), line)
                 header = read_header(line)
-                moment = parse_instant(header.meta.lastUpdated) if header.meta else None
+                text = header.meta.lastUpdated if header.meta else None
+                moment = parse_stored(text, dated=batch.dated, arrival_known=at is not None)
                 identity = NULL if header.id is None else escape_text(header.id)
-                yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\n"
+                yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\t{arrived}\n"
 
 
 def _compute_fingerprint(manifest: Manifest, stage: str, line: bytes, cipher: Cipher) -> bytes:

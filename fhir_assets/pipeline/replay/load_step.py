@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder, format_column_path
+from fhir_assets.pipeline.load.row_builder import RowBuilder, build_batch_of_one, format_column_path
 from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
 from fhir_assets.pipeline.load.step import build_load_audit_records, compute_views_ruleset
 from fhir_assets.privacy.consent import ConsentGate
@@ -90,10 +90,11 @@ class ReplayLoadStep:
         unloadable = []
         for dead_letter in dead_letters:
             key = dead_letter.partition_key
-            rows = row_builder(Batch([dead_letter.body], key, arrived[key]))
+            batch = build_batch_of_one(dead_letter.body, dead_letter, arrived[key])
+            rows = row_builder(batch)
             for line in rows.rejected:
                 failed[dead_letter.id] = self._build_failure(dead_letter, line.rule, line.path, line.message)
-            unloadable += loader.add_block(rows.block, [dead_letter.body], key)
+            unloadable += loader.add_block(rows.block, batch.lines, key, batch.arrivals)
         counts = loader.finish()
         for item in [*unloadable, *loader.take_unloadable()]:
             dead_letter = by_resource[item.partition_key, item.body]

@@ -122,7 +122,14 @@ class ReplayValidateStep:
             result = self._validator.check(dead_letter.body)
             if result.valid:
                 for _ in range(dead_letter.occurrences):
-                    writer.add(resource_type, key, dead_letter.body, None)
+                    writer.add(
+                        resource_type,
+                        key,
+                        dead_letter.body,
+                        None,
+                        arrived=dead_letter.arrived,
+                        dated=dead_letter.dated,
+                    )
                 change.warnings.update(issue.rule for issue in result.issues)
                 continue
             new = build_dead_letter(resource_type, key, dead_letter.body, result, ruleset=self._validator.ruleset)

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 
 from fhir_assets.fhir.record import MalformedResource, read_header
 from fhir_assets.fhir.validation import Issue, ValidationResult, Validator
@@ -13,7 +14,7 @@ from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
-from fhir_assets.storage.store import Store
+from fhir_assets.storage.store import LineBatch, Store
 from fhir_assets.warehouse.ops import dead_letters
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
@@ -101,13 +102,17 @@ class ValidateStep:
         )
         results = self._workers.map(
             LineValidator(self._validator),
-            ((state, lines) for state in states for lines in self._store.batches(state.pending)),
+            (
+                ((state, batch), batch.lines)
+                for state in states
+                for batch in self._store.batches_with_arrivals(state.pending)
+            ),
             weigh=lambda lines: sum(map(len, lines)),
             seconds=sum(part.bytes for state in states for part in state.pending) / _BYTES_PER_SECOND,
         )
         with PartWriter(self._store, "validated") as writer:
-            for state, lines, line_issues in results:
-                self._store_batch(state, lines, line_issues, corrections, writer)
+            for (state, batch), _, line_issues in results:
+                self._store_batch(state, batch, line_issues, corrections, writer)
             self._dead_letters.flush()
             parts = writer.finish()
         counts = {state.raw.partition_key: state.counts for state in states}
@@ -145,7 +150,7 @@ class ValidateStep:
     def _store_batch(
         self,
         state: "_PartitionState",
-        lines: list[bytes],
+        batch: LineBatch,
         line_issues: LineIssues,
         corrections: Corrections,
         writer: PartWriter,
@@ -153,24 +158,30 @@ class ValidateStep:
         """Write the valid lines of a batch byte for byte. Record the other lines as dead letters, or write their valid
         corrections instead.
         """
+        lines, dated = batch.lines, batch.dated
         state.rows += len(lines)
         name, key = state.raw.resource_type, state.raw.partition_key
         invalid = set()
+        times = list(islice(batch.times(), len(lines))) if line_issues else []
         for index, issues in line_issues:
             result = ValidationResult(lines[index], issues)
             if not result.valid:
                 invalid.add(index)
-                dead_letter = build_dead_letter(name, key, lines[index], result, ruleset=self._validator.ruleset)
+                dead_letter = replace(
+                    build_dead_letter(name, key, lines[index], result, ruleset=self._validator.ruleset),
+                    arrived=times[index],
+                    dated=dated,
+                )
                 corrected = corrections.find(dead_letter)
                 if corrected is not None and self._validator.check(corrected).valid:
-                    writer.add(name, key, corrected, None)
+                    writer.add(name, key, corrected, None, arrived=times[index], dated=dated)
                 else:
                     state.dead[dead_letter.rule] += 1
                     self._dead_letters.add(dead_letter)
             state.warnings.update(issue.rule for issue in issues if issue.severity == "warning")
-        for index, line in enumerate(lines):
+        for index, (line, arrived) in enumerate(zip(lines, batch.times(), strict=False)):
             if index not in invalid:
-                writer.add(name, key, line, None)
+                writer.add(name, key, line, None, arrived=arrived, dated=dated)
 
     def _build_manifest(self, state: "_PartitionState", parts: tuple[Part, ...]) -> Manifest:
         raw, base = state.raw, state.base

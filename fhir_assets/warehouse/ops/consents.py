@@ -29,6 +29,7 @@ from fhir_assets.privacy.consent import (
     next_change,
     read_consent,
 )
+from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
@@ -56,7 +57,13 @@ def build_record_statements(source: sql.Composable, key_id: sql.Composable) -> t
     has_patient = sql.SQL("s.patients[1] <> {}").format(sql.Literal(UNKNOWN_PATIENT))
     return (
         _MARK_PATIENTS.format(source=source, has_patient=has_patient),
-        _COPY_CONSENTS.format(source=source, has_patient=has_patient, key_id=key_id),
+        _COPY_CONSENTS.format(
+            source=source,
+            has_patient=has_patient,
+            key_id=key_id,
+            supersedes_known=version_order.supersedes("excluded", "known"),
+            replaced_last_updated=version_order.replaced_last_updated("excluded", "known"),
+        ),
     )
 
 
@@ -73,8 +80,9 @@ _MARK_PATIENTS = sql.SQL("""
 """)
 _COPY_CONSENTS = sql.SQL("""
     INSERT INTO ops.consent_records AS known
-        (consent_id, patient_id, version_id, version_number, as_of, resource, key_id)
-    SELECT s.id, s.patients[1], s.version_id, s.version_number, s.as_of, s.resource, {key_id}
+        (consent_id, patient_id, version_id, version_number, last_updated, as_of, arrived, resource, key_id)
+    SELECT
+        s.id, s.patients[1], s.version_id, s.version_number, s.last_updated, s.as_of, s.arrived, s.resource, {key_id}
     FROM {source} s
     WHERE {has_patient}
         AND s.resource IS NOT NULL
@@ -86,10 +94,13 @@ _COPY_CONSENTS = sql.SQL("""
         patient_id = excluded.patient_id,
         version_id = excluded.version_id,
         version_number = excluded.version_number,
+        last_updated = excluded.last_updated,
         as_of = excluded.as_of,
+        arrived = excluded.arrived,
+        replaced_last_updated = {replaced_last_updated},
         resource = excluded.resource,
         key_id = excluded.key_id
-    WHERE (excluded.as_of, coalesce(excluded.version_number, 0)) >= (known.as_of, coalesce(known.version_number, 0))
+    WHERE {supersedes_known}
 """)
 
 

@@ -48,6 +48,10 @@ class DeadLetter:
     issues: list[dict[str, str]] = field(default_factory=list)
     origin: str | None = None
     ruleset: str = ""
+    arrived: datetime | None = None
+    """The time of arrival of the resource, if known."""
+    dated: bool = True
+    """Whether the ``meta.lastUpdated`` of the resource counts: see ``fhir.record``."""
 
     def fingerprint(self, cipher: Cipher) -> bytes:
         """Return the keyed hash of stage, type, partition and content, which identifies a repeated failure."""
@@ -307,7 +311,9 @@ def _record(conn: Session, run_id: str, failures: Sequence[DeadLetter]) -> None:
             None if dead_letter.resource is None else cipher.compress_and_encrypt(dead_letter.resource),
             _storable(dead_letter.partition_key),
             dead_letter.origin,
-            _last_updated(dead_letter.resource),
+            _last_updated(dead_letter.resource) if dead_letter.dated else None,
+            dead_letter.arrived,
+            dead_letter.dated,
             dead_letter.ruleset,
             1,
         ]
@@ -325,15 +331,27 @@ def _record(conn: Session, run_id: str, failures: Sequence[DeadLetter]) -> None:
 _STAGE = """
     CREATE TEMPORARY TABLE IF NOT EXISTS stage_dead_letters (
         fingerprint bytea, resource_type text, resource_id text, stage text, rule text, path text, message text,
-        issues jsonb, resource bytea, partition_key text, origin text, last_updated timestamptz, ruleset text,
-        occurrences bigint
+        issues jsonb, resource bytea, partition_key text, origin text, last_updated timestamptz,
+        arrived timestamptz, dated boolean, ruleset text, occurrences bigint
     ) ON COMMIT DROP
 """
-_STAGE_TYPES = ["bytea", *["text"] * 6, "jsonb", "bytea", "text", "text", "timestamptz", "text", "int8"]
+_STAGE_TYPES = [
+    "bytea",
+    *["text"] * 6,
+    "jsonb",
+    "bytea",
+    "text",
+    "text",
+    "timestamptz",
+    "timestamptz",
+    "bool",
+    "text",
+    "int8",
+]
 _UPSERT = sql.SQL("""
     INSERT INTO ops.dead_letters AS known (
         fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
-        origin, last_updated, ruleset, occurrences, run_id, first_run_id, key_id
+        origin, last_updated, arrived, dated, ruleset, occurrences, run_id, first_run_id, key_id
     )
     SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
     ON CONFLICT (fingerprint) DO UPDATE SET
@@ -345,6 +363,9 @@ _UPSERT = sql.SQL("""
         resource = excluded.resource,
         key_id = excluded.key_id,
         origin = excluded.origin,
+        last_updated = excluded.last_updated,
+        arrived = excluded.arrived,
+        dated = excluded.dated,
         ruleset = excluded.ruleset,
         run_id = excluded.run_id,
         status = CASE WHEN {stays} THEN known.status ELSE 'open' END,

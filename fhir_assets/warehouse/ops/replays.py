@@ -19,6 +19,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 REPLAYABLE_STAGES = ("validate", "transform", "load")
@@ -42,13 +43,18 @@ class ReplayRequest:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedDeadLetter:
-    """A dead letter that a run replays. ``body`` is the correction if there is one, else the resource as received."""
+    """A dead letter that a run replays. ``body`` is the correction if there is one, else the resource as received.
+
+    ``arrived`` and ``dated`` are those of the resource as received, for the order of its versions.
+    """
 
     id: int
     partition_key: str
     rule: str
     occurrences: int
     body: bytes
+    arrived: datetime | None = None
+    dated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +215,8 @@ def stream_claimed(
     with closing(conn.cursor(name="claimed")) as cursor:
         cursor.execute(
             """
-            SELECT d.id, d.partition_key, d.rule, d.occurrences, coalesce(c.resource, d.resource)
+            SELECT
+                d.id, d.partition_key, d.rule, d.occurrences, coalesce(c.resource, d.resource), d.arrived, d.dated
             FROM ops.dead_letters d
             LEFT JOIN ops.corrections c USING (fingerprint)
             WHERE d.resource_type = %s
@@ -223,8 +230,10 @@ def stream_claimed(
         )
         while rows := cursor.fetchmany(_ROWS_PER_BATCH):
             yield [
-                ClaimedDeadLetter(identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")))
-                for identity, key, rule, occurrences, body in rows
+                ClaimedDeadLetter(
+                    identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")), arrived, dated
+                )
+                for identity, key, rule, occurrences, body, arrived, dated in rows
             ]
 
 
@@ -344,8 +353,8 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
             AND d.stage = ANY(%(stages)s)
             AND r.resource_type = %(type)s
             AND r.id = d.resource_id
-            AND r.as_of > d.last_updated
-            AND {} = ANY(%(keys)s)
+            AND {is_newer}
+            AND {partition_key} = ANY(%(keys)s)
         RETURNING d.partition_key
     """)
     params = {
@@ -354,10 +363,11 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
         "keys": list(partition_keys),
         "stages": ["fetch", *REPLAYABLE_STAGES],
     }
+    is_newer = version_order.is_newer_than_failed("r", "d")
     return {
         key
         for column in (sql.SQL("r.partition_key"), sql.SQL("d.partition_key"))
-        for (key,) in conn.execute(statement.format(column), params).fetchall()
+        for (key,) in conn.execute(statement.format(partition_key=column, is_newer=is_newer), params).fetchall()
     }
 
 

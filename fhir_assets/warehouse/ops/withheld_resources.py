@@ -11,10 +11,11 @@ from datetime import datetime
 from psycopg import sql
 
 from fhir_assets.privacy.consent import ConsentGate, Policy
+from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
 
-_COLUMNS = sql.SQL("id, version_id, version_number, last_updated, as_of, partition_key")
+_COLUMNS = sql.SQL("id, version_id, version_number, last_updated, as_of, arrived, partition_key")
 
 
 def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Composed:
@@ -74,9 +75,10 @@ def build_consent_gate_statements(
         "type": sql.Literal(resource_type),
         "columns": _COLUMNS,
         "withheld": build_withheld_condition(consent_gate, "s"),
-        "loaded_version": sql.SQL("(r.as_of, coalesce(r.version_number, 0))"),
-        "withheld_version": sql.SQL("(w.as_of, coalesce(w.version_number, 0))"),
-        "staged_version": sql.SQL("(s.as_of, coalesce(s.version_number, 0))"),
+        "supersedes_known": version_order.supersedes("excluded", "known"),
+        "replaced_last_updated": version_order.replaced_last_updated("excluded", "known"),
+        "staged_supersedes_withheld": version_order.supersedes("s", "w"),
+        "withheld_supersedes_loaded": version_order.supersedes_stored("w", "r"),
     }
     return ConsentGateStatements(
         withhold=_WITHHOLD.format(**names),
@@ -98,19 +100,20 @@ _WITHHOLD = sql.SQL("""
             version_number = excluded.version_number,
             last_updated = excluded.last_updated,
             as_of = excluded.as_of,
+            arrived = excluded.arrived,
+            replaced_last_updated = {replaced_last_updated},
             partition_key = excluded.partition_key,
             run_id = excluded.run_id,
             key_id = excluded.key_id,
             patients = excluded.patients,
             resource = excluded.resource
-        WHERE (excluded.as_of, coalesce(excluded.version_number, 0))
-            >= (known.as_of, coalesce(known.version_number, 0))
+        WHERE {supersedes_known}
     )
     SELECT id FROM moved
 """)
 _REMOVE_SUPERSEDED = sql.SQL("""
     DELETE FROM {stage} s USING ops.withheld w
-    WHERE w.resource_type = {type} AND w.id = s.id AND {withheld_version} > {staged_version}
+    WHERE w.resource_type = {type} AND w.id = s.id AND NOT ({staged_supersedes_withheld})
 """)
 _REMOVE_RELEASED = sql.SQL("""
     DELETE FROM ops.withheld w USING {stage} s
@@ -120,20 +123,14 @@ _REMOVE_LOADED = sql.SQL("""
     DELETE FROM {table} r USING ops.withheld w
     WHERE r.resource_type = {type} AND r.id = ANY(%(ids)s)
         AND w.resource_type = {type} AND w.id = r.id
-        AND (
-            {loaded_version} < {withheld_version}
-            OR {loaded_version} = {withheld_version} AND r.deleted_at IS NULL
-        )
+        AND ({withheld_supersedes_loaded})
     RETURNING r.id
 """)
 _REMOVE_OUTDATED = sql.SQL("""
     DELETE FROM ops.withheld w USING {table} r
     WHERE w.resource_type = {type} AND w.id = ANY(%(ids)s)
         AND r.resource_type = {type} AND r.id = w.id
-        AND (
-            {loaded_version} > {withheld_version}
-            OR {loaded_version} = {withheld_version} AND r.deleted_at IS NOT NULL
-        )
+        AND NOT ({withheld_supersedes_loaded})
 """)
 
 
@@ -188,8 +185,10 @@ def withhold_resources(
             )
             RETURNING *
         ), inserted AS (
-            INSERT INTO ops.withheld (resource_type, {columns}, run_id, key_id, patients, resource)
-            SELECT resource_type, {columns}, run_id, key_id, patients, resource FROM moved
+            INSERT INTO ops.withheld (
+                resource_type, {columns}, replaced_last_updated, run_id, key_id, patients, resource
+            )
+            SELECT resource_type, {columns}, replaced_last_updated, run_id, key_id, patients, resource FROM moved
             ON CONFLICT (resource_type, id) DO NOTHING
         )
         SELECT resource_type, array_agg(id) FROM moved GROUP BY 1
@@ -224,26 +223,28 @@ class WithheldResource:
     resource_type: str
     partition_key: str
     id: str
-    as_of: datetime
+    arrived: datetime
+    dated: bool
+    """Whether its ``meta.lastUpdated``, if it has one, counts."""
     body: bytes
 
 
 def find_releasable(
     conn: Session, consent_gate: ConsentGate, *, patients: Sequence[str] | None, limit: int
 ) -> list[WithheldResource]:
-    """Return at most ``limit`` resources in ``ops.withheld`` that are now permitted, by type, partition and id.
+    """Return at most ``limit`` resources in ``ops.withheld`` that are now permitted, by type and partition.
 
     With ``patients``, only the resources of these patients are returned. Raises EncryptionError if a resource cannot
     be decrypted.
     """
     query = sql.SQL("""
         SELECT
-            w.resource_type, w.partition_key, w.id, w.as_of,
+            w.resource_type, w.partition_key, w.id, coalesce(w.arrived, w.as_of), w.last_updated IS NOT NULL,
             CASE WHEN w.key_id IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END,
             w.key_id
         FROM ops.withheld w
         WHERE {affected} AND NOT ({withheld})
-        ORDER BY w.resource_type, w.partition_key, w.id
+        ORDER BY w.resource_type, w.partition_key, w.last_updated IS NOT NULL, w.id
         LIMIT %(limit)s
     """).format(
         affected=sql.SQL("true" if patients is None else "w.patients && %(patients)s"),
@@ -252,8 +253,8 @@ def find_releasable(
     cipher = cipher_of(conn)
     rows = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
     return [
-        WithheldResource(resource_type, partition_key, resource_id, as_of, decrypt_text(text, key_id, cipher))
-        for resource_type, partition_key, resource_id, as_of, text, key_id in rows
+        WithheldResource(resource_type, partition_key, resource_id, arrived, dated, decrypt_text(text, key_id, cipher))
+        for resource_type, partition_key, resource_id, arrived, dated, text, key_id in rows
     ]
 
 

@@ -62,23 +62,34 @@ def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource 
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """The version of a resource in the tables: its time (``as_of``) and its partition."""
+    """The version of a resource in the tables: ``last_updated`` (None if it does not count) or ``arrived`` (None if it
+    is not known) is its time in the order of versions.
+    """
 
-    as_of: datetime
+    last_updated: datetime | None
+    arrived: datetime | None
     partition_key: str
+
+    def is_version(self, last_updated: datetime | None, arrived: datetime | None, partition_key: str) -> bool:
+        """Return whether a resource of a part with these values is this version."""
+        if last_updated is not None or self.last_updated is not None:
+            return last_updated == self.last_updated
+        if arrived is not None and self.arrived is not None:
+            return arrived == self.arrived
+        return partition_key == self.partition_key
 
 
 def find_versions(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, StoredVersion]:
     """Return the stored versions, by id, of the resources among ``ids`` that the tables contain."""
     rows = conn.execute(
         """
-        SELECT id, as_of, partition_key
+        SELECT id, last_updated, arrived, partition_key
         FROM fhir.resource
         WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
         """,
         [resource_type, list(ids)],
     )
-    return {resource_id: StoredVersion(as_of, key) for resource_id, as_of, key in rows}
+    return {resource_id: StoredVersion(*version) for resource_id, *version in rows}
 
 
 def stream_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:

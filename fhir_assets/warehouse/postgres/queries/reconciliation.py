@@ -6,6 +6,7 @@ from itertools import islice
 
 from psycopg import sql
 
+from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 _LINES_AT_ONCE = 1000
@@ -60,14 +61,24 @@ def count_absent(
 ) -> dict[str, AbsentCounts]:
     """Return the numbers of expected resources that are not in the tables by partition key, without dead letters.
 
-    ``expected`` yields lines in the text format of COPY: partition key, id and ``meta.lastUpdated``. With
+    ``expected`` yields lines in the text format of COPY: partition key, id, ``meta.lastUpdated`` if it counts, and the
+    time of arrival if it is known. With
     ``main_view``, a resource without a row in the table of this view is counted as missing, too.
     """
     conn.execute(
-        "CREATE TEMPORARY TABLE expected (partition_key text, id text, last_updated timestamptz) ON COMMIT DROP"
+        """
+        CREATE TEMPORARY TABLE expected (
+            partition_key text,
+            id text,
+            last_updated timestamptz,
+            arrived timestamptz,
+            as_of timestamptz GENERATED ALWAYS AS (coalesce(last_updated, arrived)) STORED
+        )
+        ON COMMIT DROP
+        """
     )
     lines = iter(expected)
-    with conn.cursor().copy("COPY expected FROM STDIN") as copy:
+    with conn.cursor().copy("COPY expected (partition_key, id, last_updated, arrived) FROM STDIN") as copy:
         while block := "".join(islice(lines, _LINES_AT_ONCE)):
             copy.write(block)
     # Without statistics, Postgres estimates a few rows even for a million, and chooses an index scan for each id.
@@ -77,7 +88,7 @@ def count_absent(
         without_row = sql.SQL("""
             OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM {} v WHERE v._resource_key = e.id)
         """).format(sql.Identifier("fhir", main_view))
-    query = _COUNT_ABSENT.format(without_row=without_row)
+    query = _COUNT_ABSENT.format(without_row=without_row, is_newer=version_order.is_newer_than_stored("e", "r"))
     counts = {key: AbsentCounts(*numbers) for key, *numbers in conn.execute(query, {"type": resource_type})}
     conn.execute("DROP TABLE expected")
     return counts
@@ -86,16 +97,14 @@ def count_absent(
 _COUNT_ABSENT = sql.SQL("""
     SELECT
         e.partition_key,
-        count(*) FILTER (WHERE w.id IS NULL AND (r.id IS NULL OR r.as_of < e.last_updated {without_row})),
-        count(*) FILTER (
-            WHERE w.id IS NULL AND r.deleted_at IS NOT NULL AND (r.as_of < e.last_updated) IS NOT TRUE
-        ),
+        count(*) FILTER (WHERE w.id IS NULL AND (r.id IS NULL OR {is_newer} {without_row})),
+        count(*) FILTER (WHERE w.id IS NULL AND r.deleted_at IS NOT NULL AND ({is_newer}) IS NOT TRUE),
         count(w.id)
     FROM expected e
     LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id
     LEFT JOIN ops.withheld w
-        ON w.resource_type = %(type)s AND w.id = e.id AND w.as_of >= coalesce(e.last_updated, w.as_of)
-    WHERE (r.id IS NULL OR r.as_of < e.last_updated OR r.deleted_at IS NOT NULL {without_row})
+        ON w.resource_type = %(type)s AND w.id = e.id AND w.as_of >= coalesce(e.as_of, w.as_of)
+    WHERE (r.id IS NULL OR {is_newer} OR r.deleted_at IS NOT NULL {without_row})
         AND NOT EXISTS (
             SELECT FROM ops.dead_letters d
             WHERE d.resource_type = %(type)s

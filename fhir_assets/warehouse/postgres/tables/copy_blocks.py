@@ -34,13 +34,15 @@ class EncodedResource(NamedTuple):
     """A resource in the format of COPY.
 
     ``resource_line`` is its line in ``fhir.resource`` without the columns that the load adds. ``view_lines`` has one
-    text for each view: the lines of all rows of the resource. Of two versions of a resource the one with the greater
-    (``timestamp``, ``version_number``) is newer; ``timestamp`` is in seconds since 1970.
+    text for each view: the lines of all rows of the resource. Of two versions of a resource that are both ``dated``, or
+    both not, the one with the greater (``timestamp``, ``version_number``) is newer; ``timestamp`` is in seconds since
+    1970. ``version_order`` has the complete order.
     """
 
     id: str
     timestamp: float
     version_number: int
+    dated: bool
     resource_line: bytes
     view_lines: list[bytes]
 
@@ -73,6 +75,7 @@ class CopyBlock:
     ids: list[str]
     timestamps: "array[float]"
     version_numbers: "array[int]"
+    dated: bytes
     resource_lines: JoinedTexts
     view_lines: list[JoinedTexts]
 
@@ -85,6 +88,7 @@ class CopyBlock:
             [resource.id for resource in resources],
             array("d", [resource.timestamp for resource in resources]),
             array("Q", [resource.version_number for resource in resources]),
+            bytes([resource.dated for resource in resources]),
             JoinedTexts.join([resource.resource_line for resource in resources]),
             [JoinedTexts.join([resource.view_lines[view] for resource in resources]) for view in range(view_count)],
         )
@@ -104,6 +108,7 @@ class CopyBlock:
             [self.ids[n] for n in indexes],
             array("d", [self.timestamps[n] for n in indexes]),
             array("Q", [self.version_numbers[n] for n in indexes]),
+            bytes([self.dated[n] for n in indexes]),
             self.resource_lines.select(indexes),
             [lines.select(indexes) for lines in self.view_lines],
         )
@@ -150,11 +155,13 @@ class ResourceEncoder:
         if len(key) > MAX_INDEXED_BYTES // 4:
             raise UnstorableResource(None, "id", "an id that is too long to be a key")
         version_number = parse_version_number(record.version_id)
+        dated = record.last_updated is not None
         as_of = record.as_of.isoformat()
-        last_updated = as_of if record.last_updated is not None else NULL
+        last_updated = as_of if dated else NULL
+        arrived = record.arrived.isoformat() if dated else as_of
         columns = (
             f"{key}\t{version}\t{NULL if version_number is None else version_number}\t{last_updated}\t{as_of}\t"
-            f"{_escape_partition_key(partition_key)}\t{patients}\t"
+            f"{arrived}\t{_escape_partition_key(partition_key)}\t{patients}\t"
         ).encode()
         view_lines: list[bytes] = []
         for view, encode_row in enumerate(self._row_encoders):
@@ -165,7 +172,7 @@ class ResourceEncoder:
                 raise UnstorableResource(self.views[view].name, column, str(error.args[0])) from None
             view_lines.append(text.encode())
         return EncodedResource(
-            record.id, record.as_of.timestamp(), version_number or 0, b"%b%b\n" % (columns, body), view_lines
+            record.id, record.as_of.timestamp(), version_number or 0, dated, b"%b%b\n" % (columns, body), view_lines
         )
 
 

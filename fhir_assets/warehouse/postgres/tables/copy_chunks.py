@@ -8,15 +8,19 @@ from collections.abc import Container, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+from fhir_assets.storage.manifest import Arrival
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 
 
 class PartitionBlock(NamedTuple):
-    """Encoded resources of one partition, with all lines of their batch as received, for dead letters."""
+    """Encoded resources of one partition, with all lines of their batch as received and their arrivals, for dead
+    letters.
+    """
 
     block: CopyBlock
     partition_key: str
     lines: Sequence[bytes]
+    arrivals: Sequence[Arrival] = ()
 
     def select(self, indexes: Sequence[int]) -> "PartitionBlock":
         """Return the resources with these indexes, which must be ascending and distinct."""
@@ -61,16 +65,26 @@ class CopyChunk:
 EMPTY_CHUNK = CopyChunk(())
 
 
-def keep_newest(blocks: Sequence[PartitionBlock]) -> list[PartitionBlock]:
-    """Return blocks with only the newest version of each resource; of equal versions, the last one."""
-    newest: dict[str, tuple[float, int, int, int]] = {}
+def split_versions(blocks: Sequence[PartitionBlock]) -> list[list[PartitionBlock]]:
+    """Return blocks in which no id occurs twice, to be written one list after the other.
+
+    Of the dated versions of a resource only the newest is kept, and of the others the newest, too; of equal versions,
+    the last one. If a resource has both, the one that was added first is in the first list: the order of the two is
+    decided when the second is written.
+    """
+    newest: dict[tuple[str, int], tuple[float, int, int, int]] = {}
     for b, partition_block in enumerate(blocks):
         block = partition_block.block
-        for n, resource_id in enumerate(block.ids):
+        for n, key in enumerate(zip(block.ids, block.dated, strict=True)):
             version = (block.timestamps[n], block.version_numbers[n], b, n)
-            if resource_id not in newest or version > newest[resource_id]:
-                newest[resource_id] = version
-    selected: list[list[int]] = [[] for _ in blocks]
-    for _, _, b, n in newest.values():
-        selected[b].append(n)
-    return [block.select(sorted(indexes)) for block, indexes in zip(blocks, selected, strict=True)]
+            if key not in newest or version > newest[key]:
+                newest[key] = version
+    selected: tuple[list[list[int]], list[list[int]]] = ([[] for _ in blocks], [[] for _ in blocks])
+    for (resource_id, dated), (_, _, b, n) in newest.items():
+        other = newest.get((resource_id, not dated))
+        selected[other is not None and other[2:] < (b, n)][b].append(n)
+    rounds = [
+        [block.select(sorted(indexes)) for block, indexes in zip(blocks, by_block, strict=True)]
+        for by_block in selected
+    ]
+    return rounds if any(selected[1]) else rounds[:1]

@@ -18,6 +18,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, consents, visits, withheld_resources
+from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import parse_version_number
 from fhir_assets.warehouse.postgres.tables.encoding import MAX_INDEXED_BYTES
@@ -211,11 +212,12 @@ _FIND_STORED = """
     JOIN unnest(%(types)s::text[], %(ids)s::text[]) AS d (type, key) ON resource_type = type AND id = key
     WHERE deleted_at IS NULL
 """
-_WRITE_TOMBSTONES = """
+_WRITE_TOMBSTONES = sql.SQL("""
     INSERT INTO fhir.resource AS stored (
-        resource_type, id, version_id, version_number, as_of, partition_key, run_id, loaded_at, deleted_at, patients
+        resource_type, id, version_id, version_number, as_of, arrived, partition_key, run_id, loaded_at, deleted_at,
+        patients
     )
-    SELECT type, id, version, number, at, %(partition_key)s, %(run)s, clock_timestamp(), at, '{}'
+    SELECT type, id, version, number, at, at, %(partition_key)s, %(run)s, clock_timestamp(), at, '{{}}'
     FROM unnest(
         %(types)s::text[], %(ids)s::text[], %(versions)s::text[], %(numbers)s::bigint[], %(times)s::timestamptz[]
     ) AS d (type, id, version, number, at)
@@ -224,15 +226,14 @@ _WRITE_TOMBSTONES = """
         version_number = excluded.version_number,
         last_updated = NULL,
         as_of = excluded.as_of,
+        arrived = excluded.arrived,
+        replaced_last_updated = NULL,
         run_id = excluded.run_id,
         loaded_at = excluded.loaded_at,
         deleted_at = excluded.deleted_at,
         patients = excluded.patients,
         key_id = NULL,
         resource = NULL
-    WHERE stored.deleted_at IS NULL AND (
-        excluded.as_of > stored.as_of
-        OR excluded.as_of = stored.as_of AND coalesce(excluded.version_number >= stored.version_number, true)
-    )
+    WHERE {deletes}
     RETURNING resource_type, id
-"""
+""").format(deletes=version_order.deletes("excluded", "stored"))

@@ -9,6 +9,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents, withheld_resources
+from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, build_layout
 
 _CREATE_STAGE = """
@@ -18,6 +19,7 @@ _CREATE_STAGE = """
         version_number bigint,
         last_updated timestamptz,
         as_of timestamptz,
+        arrived timestamptz,
         partition_key text,
         patients text[],
         resource jsonb
@@ -34,18 +36,18 @@ _COUNT_STORED = """
 _COPY_NEW = """
     COPY {table} (
         resource_type, run_id, loaded_at, key_id,
-        id, version_id, version_number, last_updated, as_of, partition_key, patients, resource
+        id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, resource
     )
     FROM STDIN
 """
 # Every load locks rows in the order of ids, so that two loads of the same resources cannot deadlock.
 _MERGE = """
     INSERT INTO {table} AS stored (
-        resource_type, id, version_id, version_number, last_updated, as_of, partition_key,
+        resource_type, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
         run_id, loaded_at, key_id, patients, resource
     )
     SELECT
-        {type}, id, version_id, version_number, last_updated, as_of, partition_key,
+        {type}, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
         %(run)s, clock_timestamp(), %(key_id)s, patients, resource
     FROM {stage}
     ORDER BY id COLLATE "C"
@@ -54,6 +56,8 @@ _MERGE = """
         version_number = excluded.version_number,
         last_updated = excluded.last_updated,
         as_of = excluded.as_of,
+        arrived = excluded.arrived,
+        replaced_last_updated = {replaced_last_updated},
         partition_key = excluded.partition_key,
         run_id = excluded.run_id,
         loaded_at = excluded.loaded_at,
@@ -61,12 +65,7 @@ _MERGE = """
         patients = excluded.patients,
         deleted_at = NULL,
         resource = excluded.resource
-    WHERE (excluded.as_of, coalesce(excluded.version_number, 0)) >= (stored.as_of, coalesce(stored.version_number, 0))
-        AND (
-            stored.deleted_at IS NULL
-            OR excluded.as_of > stored.as_of
-            OR excluded.version_number > stored.version_number
-        )
+    WHERE {supersedes_stored}
     RETURNING id, xmax = 0
 """
 _REENCRYPT = """
@@ -116,7 +115,13 @@ class LoadStatements:
         """Counts which ids of a JSON array are stored, and returns the current time."""
         self.copy_new = sql.SQL(_COPY_NEW).format(table=table)
         merge = sql.SQL(_REENCRYPT if reencrypt else _MERGE)
-        self.merge = merge.format(table=table, type=type_name, stage=stage)
+        self.merge = merge.format(
+            table=table,
+            type=type_name,
+            stage=stage,
+            supersedes_stored=version_order.supersedes_stored("excluded", "stored"),
+            replaced_last_updated=version_order.replaced_last_updated("excluded", "stored"),
+        )
         """Returns pairs of a written id and true if no version of the resource was stored before."""
         self.record_consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent" and not reencrypt:

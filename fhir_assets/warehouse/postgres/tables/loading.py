@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
+from itertools import islice
 from typing import Any, Self
 
 import orjson
@@ -23,6 +25,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
+from fhir_assets.storage.manifest import Arrival, list_times
 from fhir_assets.warehouse.ops import consents
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables.copy_blocks import (
@@ -32,7 +35,7 @@ from fhir_assets.warehouse.postgres.tables.copy_blocks import (
     UnstorableResource,
     ViewRows,
 )
-from fhir_assets.warehouse.postgres.tables.copy_chunks import EMPTY_CHUNK, CopyChunk, PartitionBlock, keep_newest
+from fhir_assets.warehouse.postgres.tables.copy_chunks import EMPTY_CHUNK, CopyChunk, PartitionBlock, split_versions
 from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
 from fhir_assets.warehouse.postgres.tables.load_statements import LoadStatements
 
@@ -60,6 +63,9 @@ class UnloadableResource:
     view: str | None
     column: str | None
     message: str
+    arrived: datetime | None = None
+    dated: bool = True
+    """Whether its ``meta.lastUpdated``, if it has one, counts."""
 
 
 @dataclass(slots=True)
@@ -98,8 +104,8 @@ class Loader:
     """Loads resources of one type and their rows of ``views``.
 
     The caller begins and commits the transaction, so that all writes of a Loader become visible together. A second load
-    of the same or of an older version of a resource changes nothing. If ``meta.lastUpdated`` is equal, the version with
-    the greater numeric ``versionId`` is newer; if that is equal too, the version that was added last.
+    of the same or of an older version of a resource changes nothing: ``version_order`` defines the order of versions,
+    and the version that was added last is the newer one of two equal ones.
 
     Used as a context manager, a Loader writes a chunk in a thread while the caller adds resources to the next chunk.
     The caller must then not use the connection between ``add`` and the following ``wait`` or ``finish``.
@@ -168,13 +174,26 @@ class Loader:
                 lines.append(record.body)
             except UnstorableResource as error:
                 self._add_unloadable(
-                    UnloadableResource(record.id, partition_key, record.body, error.view, error.column, error.message)
+                    UnloadableResource(
+                        record.id,
+                        partition_key,
+                        record.body,
+                        error.view,
+                        error.column,
+                        error.message,
+                        record.arrived,
+                        record.dated,
+                    )
                 )
         return self.add_block(CopyBlock.build(encoded, len(self._view_names)), lines, partition_key)
 
-    def add_block(self, block: CopyBlock, lines: Sequence[bytes], partition_key: str) -> list[UnloadableResource]:
-        """Add resources that are encoded already. ``lines`` is their batch as received. See ``add``."""
-        self._pending.append(PartitionBlock(block, partition_key, lines))
+    def add_block(
+        self, block: CopyBlock, lines: Sequence[bytes], partition_key: str, arrivals: Sequence[Arrival] = ()
+    ) -> list[UnloadableResource]:
+        """Add resources that are encoded already. ``lines`` is their batch as received, ``arrivals`` the times of its
+        lines. See ``add``.
+        """
+        self._pending.append(PartitionBlock(block, partition_key, lines, arrivals))
         self._pending_resources += len(block)
         self._pending_bytes += block.size
         if self._pending_resources >= CHUNK_RESOURCES or self._pending_bytes >= CHUNK_BYTES:
@@ -214,9 +233,16 @@ class Loader:
         blocks, self._pending = self._pending, []
         resources, self._pending_resources, self._pending_bytes = self._pending_resources, 0, 0
         chunk = CopyChunk(blocks)
-        if len(set(chunk.ids)) < resources:
-            chunk = CopyChunk(keep_newest(blocks))
-            self._counts.superseded += resources - len(chunk)
+        if len(set(chunk.ids)) == resources:
+            self._write_later(chunk)
+            return
+        chunks = [CopyChunk(blocks_of_round) for blocks_of_round in split_versions(blocks)]
+        self._counts.superseded += resources - sum(map(len, chunks))
+        for chunk in chunks:
+            self._write_later(chunk)
+
+    def _write_later(self, chunk: CopyChunk) -> None:
+        """Write a chunk, in the thread if there is one, after the previous chunk."""
         if chunk:
             # Join the texts before waiting, while Postgres still writes the previous chunk.
             _ = chunk.resource_lines, chunk.view_lines
@@ -271,10 +297,14 @@ class Loader:
                     self._write_or_split(half, result)
                 return
             view, column = self._find_column(error)
-            [(block, partition_key, lines)] = chunk.blocks
-            body = lines[block.line_numbers[0]]
+            [(block, partition_key, lines, arrivals)] = chunk.blocks
+            position = block.line_numbers[0]
+            arrived = next(islice(list_times(arrivals), position, None))
+            dated = bool(block.dated[0])
             message = f"Postgres cannot store the resource ({type(error).__name__}): correct the resource or the view"
-            result.unloadable.append(UnloadableResource(block.ids[0], partition_key, body, view, column, message))
+            result.unloadable.append(
+                UnloadableResource(block.ids[0], partition_key, lines[position], view, column, message, arrived, dated)
+            )
             return
         result.updated += updated
         result.inserted += len(written) - updated
