@@ -96,7 +96,9 @@ def test_resources_missing_from_the_tables_are_not_delivered(deployment: Deploym
     assert materialize(deployment, "raw/patient", "validated/patient", "normalized/patient", windows=[KEY]).success
     with connect(deployment.url) as conn:
         assert conn.execute("DELETE FROM fhir.resource WHERE id = 'p3'").rowcount == 1
-        assert conn.execute("UPDATE fhir.resource SET as_of = now() WHERE id = 'p4'").rowcount == 1
+        assert (
+            conn.execute("UPDATE fhir.resource SET as_of = now(), last_updated = now() WHERE id = 'p4'").rowcount == 1
+        )
     result = materialize(deployment, "delivered/patient", windows=[KEY])
     assert result.success
     assert read_resources(target).keys() == {f"Patient/p{n}" for n in range(24) if n not in (3, 4)}

@@ -1,6 +1,5 @@
 """The order of versions: which version of a resource the tables contain, in whatever order versions are loaded."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
@@ -121,7 +120,7 @@ def test_versions_that_are_loaded_one_by_one_end_with_the_newest(conn: Session, 
 def test_one_load_keeps_the_newest_dated_and_the_newest_other_version_and_of_the_two_the_later(
     conn: Session, versions: list[Version]
 ) -> None:
-    newest = {}
+    newest: dict[bool, tuple[tuple[int, int, int], int, Version]] = {}
     for number, version in enumerate(versions):
         updated, arrived, version_number = version
         key = (arrived if updated is None else updated, version_number or 0, number)
@@ -148,7 +147,7 @@ class _Tables:
 
 
 @pytest.fixture
-def tables(conn: Session) -> Iterator[_Tables]:
+def tables(conn: Session) -> _Tables:
     return _Tables(conn)
 
 

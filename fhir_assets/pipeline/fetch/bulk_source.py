@@ -181,7 +181,7 @@ class BulkSource:
             stored = resources.find_versions(conn, resource_type, [record.id for record in early])
         for record in early:
             known = stored.get(record.id)
-            if known is None or known.as_of < record.as_of:
+            if known is None or known.last_updated is None or known.last_updated < record.as_of:
                 yield replace(record, late=True)
 
     def _read(self, resource_type: str, part: Part, arrived: datetime) -> Iterator[Record | RejectedInput]:

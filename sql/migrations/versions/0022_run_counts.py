@@ -10,8 +10,8 @@ def upgrade() -> None:
     """Add ``older`` and ``superseded`` to ``ops.ingestion_runs`` and to the views that sum it up."""
     op.execute("""
         ALTER TABLE ops.ingestion_runs
-            ADD COLUMN older bigint,
-            ADD COLUMN superseded bigint;
+            ADD COLUMN IF NOT EXISTS older bigint,
+            ADD COLUMN IF NOT EXISTS superseded bigint;
         COMMENT ON COLUMN ops.ingestion_runs.fetched IS
             'Resources that the source returned in this run, without those that the store had already';
         COMMENT ON COLUMN ops.ingestion_runs.older IS
