@@ -77,19 +77,25 @@ class Ingestion:
         self._binding = build_binding(settings, self._warehouse)
 
     def find_due(
-        self, *, first: datetime | None = None, last: datetime | None = None, all_windows: bool = False
+        self,
+        *,
+        first: datetime | None = None,
+        last: datetime | None = None,
+        all_windows: bool = False,
+        on_progress: Callable[[str], None] = lambda text: None,
     ) -> DueWindows:
         """Return the windows to load, in ranges for one run each.
 
         Without arguments these are the windows from the checkpoints to now. With ``first`` or ``last`` they are the
         windows from ``first`` (default: the source's oldest resource) to ``last`` (default: now). With ``all_windows``
-        they begin at the source's oldest resource. Raises the source's errors, DatabaseUnavailable, and
-        ConfigurationError if the loaded state belongs to other settings.
+        they begin at the source's oldest resource. ``on_progress`` receives the progress of a bulk export, which may be
+        requested to find the oldest resource. Raises the source's errors, DatabaseUnavailable, and ConfigurationError
+        if the loaded state belongs to other settings.
         """
         self._binding.require(fetches=True)
         now = datetime.now(UTC)
         scheme = self._settings.window_scheme
-        source = open_source(self._settings, warehouse=self._warehouse)
+        source = open_source(self._settings, warehouse=self._warehouse, on_progress=on_progress)
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
             if first is None and last is None and not all_windows:

@@ -1,9 +1,7 @@
 """`fhir-assets ingest`: load windows without the Dagster UI."""
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -21,7 +19,6 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
 from fhir_assets.orchestration.instance import config
-from fhir_assets.pipeline.fetch import bulk_export
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
@@ -55,7 +52,9 @@ def ingest(
     settings.require_source()
     if types:
         os.environ["FHIR_RESOURCE_TYPES"] = types
-    outcomes = load_due(settings, first=_utc(first), last=_utc(last), full_refresh=full_refresh, quiet=json)
+    outcomes = load_due(
+        settings, first=_assume_utc(first), last=_assume_utc(last), full_refresh=full_refresh, quiet=json
+    )
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
     red = find_red_windows(settings)
@@ -89,8 +88,7 @@ def load_due(
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     ingestion.create_tables()
-    with _show_export_progress():
-        due = ingestion.find_due(first=first, last=last, all_windows=full_refresh)
+    due = ingestion.find_due(first=first, last=last, all_windows=full_refresh, on_progress=_print_progress)
     ingestion.begin_checkpoints(due)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
@@ -116,11 +114,14 @@ def load_due(
                 progress.update(task, description=event.step_key.replace("__", " "))
             elif kind in (dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE):
                 progress.advance(task)
+            elif event.asset_observation and event.asset_observation.description:
+                # The raw step reports the progress of a bulk export as observations.
+                _print_progress(event.asset_observation.description)
 
         for windows in due:
             if not quiet:
                 console.print(f"Windows {_format_windows(windows)}")
-            with hide_library_output(), _show_export_progress():
+            with hide_library_output():
                 outcome = _load(ingestion, windows, refresh, triggered_by, listen)
             if outcome is None:
                 raise DatabaseUnavailable(
@@ -132,25 +133,9 @@ def load_due(
     return outcomes
 
 
-class _StderrHandler(logging.Handler):
-    """Prints messages to stderr, above the progress bar; stdout contains only the summary."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        errors.print(record.getMessage(), markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _show_export_progress() -> Iterator[None]:
-    """Print the progress of a bulk export."""
-    logger, handler = logging.getLogger(bulk_export.__name__), _StderrHandler()
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+def _print_progress(text: str) -> None:
+    """Print the progress of a bulk export to stderr, above the progress bar; stdout contains only the summary."""
+    errors.print(text, markup=False, soft_wrap=True)
 
 
 def _load(
@@ -196,7 +181,7 @@ def report_red_windows(red: Sequence[Mapping[str, object]]) -> None:
 
 
 def report_failures(settings: Settings, failures: Sequence[Outcome]) -> None:
-    """Print the failed runs, and the resource types that failed with the reasons, each reason once."""
+    """Print the failed runs, then each reason once with the resource types that failed for it."""
     if not failures:
         return
     types_by_reason: dict[str, dict[str, None]] = {}
@@ -215,5 +200,5 @@ def _format_windows(windows: WindowRange) -> str:
     return first if first == last else f"{first} to {last} ({len(windows.windows)})"
 
 
-def _utc(moment: datetime | None) -> datetime | None:
+def _assume_utc(moment: datetime | None) -> datetime | None:
     return moment.replace(tzinfo=UTC) if moment and moment.tzinfo is None else moment

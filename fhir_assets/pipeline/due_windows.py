@@ -1,4 +1,4 @@
-"""Find the windows that have to be loaded now, and begin the checkpoints of types without one."""
+"""Find the windows that have to be loaded now, and begin the checkpoints of new resource types."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +18,10 @@ from fhir_assets.windows import Interval, Window, WindowRange, WindowScheme
 class DueWindows:
     """The windows to load, as one range for each run. Iterating yields the ranges.
 
-    ``new_types`` have no valid checkpoint yet: ``begin_checkpoints`` begins theirs at ``new_start``, for a source in
-    the state ``source_state`` (see Source.compute_state). A new type whose oldest resource the server refused to tell
-    is not among them: its step of the run fails, and the next call asks for it again.
+    ``new_types`` have no valid checkpoint yet. ``begin_checkpoints`` writes their checkpoints, at ``new_start``, for a
+    source in the state ``source_state`` (see Source.compute_state). If the request for the oldest resource of a new
+    type fails, the type is left out of ``new_types``: the step that loads the type fails, and the next call repeats
+    the request.
     """
 
     ranges: tuple[WindowRange, ...]
@@ -44,16 +45,16 @@ def find_due_windows(
     now: datetime,
     overlap: timedelta,
 ) -> DueWindows:
-    """Return the windows from the checkpoints to ``now``; no ranges if everything is loaded. Write nothing.
+    """Return the windows from the checkpoints to ``now``; no ranges if everything is loaded.
 
     A type without a checkpoint, and every type of a source whose files changed, starts at the window of the oldest
-    resource in the source, or at the first window if the source cannot tell its age. Other types start ``overlap``
-    before their checkpoint, for resources that the source committed late. Call ``begin_checkpoints`` with the result
-    before the windows are loaded.
+    resource in the source, or at the first window if the source does not know which resource is the oldest. Other types
+    start ``overlap`` before their checkpoint, for resources that the source committed late. This function does not
+    write to the database: call ``begin_checkpoints`` with the result before the windows are loaded.
 
     ``now`` is replaced by the time of the source's clock if that is earlier.
 
-    Raises ServerUnavailable, ServerRefused or NotFhir if that is the answer for every type, and DatabaseUnavailable.
+    Raises ServerUnavailable, ServerRefused or NotFhir if the requests for all types failed, and DatabaseUnavailable.
     """
     offered = source.list_types()
     types = [name for name in resource_types if offered is None or name in offered]
@@ -76,29 +77,29 @@ def find_due_windows(
         starts.append(new_start)
         ends.append(new_start)
     if failures:
-        # The run whose step reports the refusal; it begins no earlier than the windows of the other types.
+        # At least the current window is due, so that there is a run whose steps report the failures.
         starts.append(now)
-    nothing_due = DueWindows((), tuple(new_types), new_start, state)
+    without_ranges = DueWindows((), tuple(new_types), new_start, state)
     if not starts:
-        return nothing_due
+        return without_ranges
     last = now
     if state is not None:
         if extent is None:
-            return nothing_due
+            return without_ranges
         # Resources that are older than all windows belong to the first window.
         end = max(extent.end, scheme.start + timedelta(microseconds=1))
         if min(ends) >= end:
-            return nothing_due
+            return without_ranges
         last = min(end, now)
     ranges = split_into_runs(scheme, scheme.between(min(*starts, last), last))
-    return replace(nothing_due, ranges=tuple(ranges))
+    return replace(without_ranges, ranges=tuple(ranges))
 
 
 def find_extent(source: Source, resource_types: Sequence[str], failures: TypeFailures) -> Interval | None:
     """Return the interval from the oldest resource of the types to the newest; None if the source has none of them.
 
-    A source that is read type by type is asked type by type: types that it refuses are added to ``failures``. The
-    interval is open below if the source cannot tell the oldest resource of a type.
+    A source that is not ``one_pass`` receives a request for each type; failed requests are added to ``failures``. The
+    interval has no start if the source does not know the oldest resource of one of the types.
     """
     if not resource_types:
         return None
@@ -116,13 +117,13 @@ def find_extent(source: Source, resource_types: Sequence[str], failures: TypeFai
 
 
 def begin_checkpoints(conn: psycopg.Connection, due: DueWindows) -> None:
-    """Write the checkpoints of the types that are loaded for the first time; loads advance them. Does not commit."""
+    """Write the first checkpoints of new types. Loads advance them later. Does not commit."""
     if due.new_start is not None:
         checkpoints.begin(conn, due.new_types, due.new_start, source_state=due.source_state)
 
 
 def group_consecutive_windows(scheme: WindowScheme, partition_keys: Iterable[str]) -> list[WindowRange]:
-    """Group the windows of partition keys into ranges of consecutive windows, one run each."""
+    """Group the windows of partition keys into ranges of consecutive windows. Each range is loaded by one run."""
     sequences: list[list[Window]] = []
     for window in sorted((scheme.window(key) for key in set(partition_keys)), key=lambda window: window.end):
         if sequences and sequences[-1][-1].end == window.start:
@@ -133,6 +134,6 @@ def group_consecutive_windows(scheme: WindowScheme, partition_keys: Iterable[str
 
 
 def split_into_runs(scheme: WindowScheme, windows: Iterable[Window]) -> list[WindowRange]:
-    """Split consecutive windows into ranges of at most ``scheme.per_run`` windows, one run each."""
+    """Split consecutive windows into ranges of at most ``scheme.per_run`` windows. Each range is loaded by one run."""
     remaining = iter(windows)
     return [WindowRange(batch) for batch in iter(lambda: list(islice(remaining, scheme.per_run)), [])]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import orjson
 
-from fhir_assets.sandbox.parameters import KIND, list_parameters
+from fhir_assets.sandbox.parameters import PARAMETER_TYPES, list_parameters
 
 _INTERACTIONS = (
     "read",
@@ -16,11 +16,14 @@ _INTERACTIONS = (
     "create",
     "search-type",
 )
-_COMMON = (("_id", "token"), ("_lastUpdated", "date"))
+_COMMON_PARAMETERS = (("_id", "token"), ("_lastUpdated", "date"))
 
 
-def build_capability_statement(base: str, resource_types: Sequence[str], date: str) -> bytes:
-    """Return the CapabilityStatement as JSON (https://hl7.org/fhir/R4/capabilitystatement.html)."""
+def build_capability_statement(base_url: str, resource_types: Sequence[str], date: str) -> bytes:
+    """Return the CapabilityStatement as JSON (https://hl7.org/fhir/R4/capabilitystatement.html).
+
+    ``base_url`` is the URL of the server, ``date`` the date of the statement as a FHIR dateTime.
+    """
     return orjson.dumps(
         {
             "resourceType": "CapabilityStatement",
@@ -28,13 +31,13 @@ def build_capability_statement(base: str, resource_types: Sequence[str], date: s
             "date": date,
             "kind": "instance",
             "software": {"name": "fhir-assets sandbox"},
-            "implementation": {"description": "fhir-assets sandbox FHIR server", "url": base},
+            "implementation": {"description": "fhir-assets sandbox FHIR server", "url": base_url},
             "fhirVersion": "4.0.1",
             "format": ["application/fhir+json", "json"],
             "rest": [
                 {
                     "mode": "server",
-                    "resource": [_resource(name) for name in resource_types],
+                    "resource": [_describe_type(name) for name in resource_types],
                     "interaction": [{"code": code} for code in ("transaction", "batch", "history-system")],
                 }
             ],
@@ -42,8 +45,8 @@ def build_capability_statement(base: str, resource_types: Sequence[str], date: s
     )
 
 
-def _resource(resource_type: str) -> dict[str, object]:
-    parameters = _COMMON + tuple((name, KIND[name]) for name in list_parameters(resource_type))
+def _describe_type(resource_type: str) -> dict[str, object]:
+    parameters = _COMMON_PARAMETERS + tuple((name, PARAMETER_TYPES[name]) for name in list_parameters(resource_type))
     return {
         "type": resource_type,
         "interaction": [{"code": code} for code in _INTERACTIONS],

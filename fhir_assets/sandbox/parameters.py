@@ -54,7 +54,13 @@ def list_parameters(resource_type: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-KIND = {"identifier": "token", "code": "token", "status": "token", "patient": "reference", "subject": "reference"}
+PARAMETER_TYPES = {
+    "identifier": "token",
+    "code": "token",
+    "status": "token",
+    "patient": "reference",
+    "subject": "reference",
+}
 
 
 def _iterate_objects(value: object) -> Iterator[Mapping[str, object]]:
@@ -108,7 +114,7 @@ EXTRACT: Mapping[str, Callable[[Resource], Iterator[str]]] = {
 
 def index_key(name: str, value: str) -> str:
     """Return the index key of a search value."""
-    if KIND[name] == "reference":
+    if PARAMETER_TYPES[name] == "reference":
         value = "/".join(value.split("/")[-2:])
         return value if "/" in value else f"Patient/{value}"
     return value

@@ -17,23 +17,33 @@ from isal import igzip
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.sandbox.dates import to_microseconds
-from fhir_assets.sandbox.synthetic.care import care, consent, order, provenance
+from fhir_assets.sandbox.synthetic.care import (
+    generate_care_plan,
+    generate_consent,
+    generate_provenance,
+    generate_service_request,
+)
 from fhir_assets.sandbox.synthetic.clinical import (
-    allergies,
     choose_disorder,
-    condition,
-    document,
-    encounter,
+    generate_allergies,
+    generate_condition,
+    generate_document,
+    generate_encounter,
+    generate_procedure,
     plan_visits,
-    procedure,
 )
 from fhir_assets.sandbox.synthetic.codes import EMERGENCY, PANELS
 from fhir_assets.sandbox.synthetic.defects import Defect, break_resource
-from fhir_assets.sandbox.synthetic.diagnostics import build, imaging, laboratory, vitals
-from fhir_assets.sandbox.synthetic.facility import facility
-from fhir_assets.sandbox.synthetic.financial import claim, coverage
-from fhir_assets.sandbox.synthetic.people import Person, Resources, make_person, patient, pick
-from fhir_assets.sandbox.synthetic.treatment import device, immunization, medication
+from fhir_assets.sandbox.synthetic.diagnostics import (
+    generate_body_measurements,
+    generate_imaging_study,
+    generate_laboratory_report,
+    generate_vital_signs,
+)
+from fhir_assets.sandbox.synthetic.facility import generate_facility
+from fhir_assets.sandbox.synthetic.financial import generate_claim, generate_coverage
+from fhir_assets.sandbox.synthetic.people import Person, Resources, generate_patient, make_person, pick
+from fhir_assets.sandbox.synthetic.treatment import generate_device, generate_immunization, generate_medication
 
 DEFAULT_DAYS = 90
 DEFECTS_FILE = ".defects.json"
@@ -67,10 +77,10 @@ class Population:
         name = f"syn{self.seed}"
         end = to_microseconds(self.end) // 1000
         start = to_microseconds(self.start or self.end - timedelta(days=DEFAULT_DAYS)) // 1000
-        yield from self._finish(facility(name, start, end), Random(f"{name}:bad:facility"))
+        yield from self._finish(generate_facility(name, start, end), Random(f"{name}:bad:facility"))
         for number in range(self.patients):
             person = make_person(name, number, start, end)
-            yield from self._finish(_patient_record(person, start), Random(f"{name}:bad:{number}"))
+            yield from self._finish(_generate_record(person, start), Random(f"{name}:bad:{number}"))
 
     def _finish(self, resources: Resources, random: Random) -> Iterator[Item]:
         for resource_type, text in resources:
@@ -82,49 +92,49 @@ class Population:
                 yield Item(resource_type, body, None)
 
 
-def _patient_record(person: Person, first_ms: int) -> Resources:
+def _generate_record(person: Person, first_ms: int) -> Resources:
     """Yield all resources of one patient."""
     random = person.random
     visits = plan_visits(person, first_ms)
-    yield from patient(person, max(visit.end for visit in visits))
-    coverage_id = person.new("cov")
-    yield from coverage(person, coverage_id)
-    yield from allergies(person)
+    yield from generate_patient(person, max(visit.end for visit in visits))
+    coverage_id = person.new_id("cov")
+    yield from generate_coverage(person, coverage_id)
+    yield from generate_allergies(person)
     chronic_seen = False
     for n, visit in enumerate(visits):
         disorder = choose_disorder(person) if random.random() < 0.6 else None
-        condition_id = person.new("c") if disorder else None
-        yield from encounter(person, visit, condition_id)
+        condition_id = person.new_id("c") if disorder else None
+        yield from generate_encounter(person, visit, condition_id)
         if n == 0:
-            yield from consent(person, visit)
+            yield from generate_consent(person, visit)
         recorded = [f"Encounter/{visit.id}"]
         if disorder is not None and condition_id is not None:
-            yield from condition(person, visit, disorder, condition_id)
+            yield from generate_condition(person, visit, disorder, condition_id)
             recorded.append(f"Condition/{condition_id}")
-            yield from medication(person, visit, disorder, condition_id)
+            yield from generate_medication(person, visit, disorder, condition_id)
             if disorder.chronic and not chronic_seen:
                 chronic_seen = True
-                yield from care(person, visit, condition_id)
-        yield from vitals(person, visit)
+                yield from generate_care_plan(person, visit, condition_id)
+        yield from generate_vital_signs(person, visit)
         if n == 0 or random.random() < 0.2:
-            yield from build(person, visit)
+            yield from generate_body_measurements(person, visit)
         request = None
         if random.random() < 0.3:
-            request = person.new("sr")
+            request = person.new_id("sr")
             panel = pick(random, PANELS)
-            yield from order(person, visit, request, panel)
-            yield from laboratory(person, visit, request, panel)
+            yield from generate_service_request(person, visit, request, panel)
+            yield from generate_laboratory_report(person, visit, request, panel)
         if random.random() < 0.5:
-            yield from procedure(person, visit, request)
+            yield from generate_procedure(person, visit, request)
         if random.random() < 0.3:
-            yield from immunization(person, visit)
-        if visit.number >= EMERGENCY and random.random() < 0.4:
-            yield from imaging(person, visit)
+            yield from generate_immunization(person, visit)
+        if visit.kind_index >= EMERGENCY and random.random() < 0.4:
+            yield from generate_imaging_study(person, visit)
         if random.random() < 0.05:
-            yield from device(person, visit)
-        yield from document(person, visit, disorder)
-        yield from claim(person, visit, coverage_id, condition_id)
-        yield from provenance(person, visit, recorded)
+            yield from generate_device(person, visit)
+        yield from generate_document(person, visit, disorder)
+        yield from generate_claim(person, visit, coverage_id, condition_id)
+        yield from generate_provenance(person, visit, recorded)
 
 
 def generate(

@@ -4,10 +4,11 @@ A template has the shape of the resource. Its placeholders are
 
 - ``"$column"``: the value of a column;
 - ``{"$each": child, …}``: one object for each row of a child table;
-- ``{"$code": column, "codes": {…}, "else": …}``: a code, looked up by the lower-case value of a column;
-- ``{"$unless": column, "value": …}``: a value that is used if the column is NULL.
+- ``{"$code": column, "codes": {…}, "else": …}``: the entry of ``codes`` for the value of a column in lower case, or
+  ``else`` if ``codes`` has no such entry;
+- ``{"$unless": column, "value": …}``: a value that is used only if the column is NULL.
 
-Empty values are omitted. An object whose placeholders are all empty is omitted too, also if it contains constants.
+Empty values are omitted. An object whose placeholders are all empty is omitted too, even if it contains constants.
 Equal entries of a list are merged.
 """
 
@@ -44,7 +45,10 @@ class IdentifierColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class Child(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table whose rows belong to a record: column ``key`` contains the record's key, column ``order`` sorts them."""
+    """A table whose rows belong to rows of the main table.
+
+    ``key`` names the column with the key of the main table, ``order`` the column by which the rows are sorted.
+    """
 
     table: str
     key: str
@@ -80,7 +84,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_mapping(path: Path = BUILT_IN) -> dict[str, Source]:
-    """Return the sources of a mapping file by name. Raises ConfigurationError with the error and its path."""
+    """Return the sources of a mapping file by name. Raises ConfigurationError if the file is not valid."""
     try:
         sources = msgspec.json.decode(path.read_bytes(), type=_File).sources
     except OSError as error:
@@ -120,7 +124,7 @@ def _list_child_names(template: object) -> set[str]:
 
 
 def _fill(template: Any, row: Row, children: Mapping[str, Sequence[Row]]) -> tuple[Any, bool]:
-    """Return the value of a template (None if empty), and whether a column contributed to it."""
+    """Return the value of a template, or None if it is empty, and whether the value comes from a column."""
     if isinstance(template, str):
         if not template.startswith("$"):
             return template, False
@@ -146,8 +150,8 @@ def _fill_list(template: list[Any], row: Row, children: Mapping[str, Sequence[Ro
     any_column = False
     for part in template:
         child = part.get("$each") if isinstance(part, dict) else None
-        for source in (row,) if child is None else children[child]:
-            value, has_column = _fill(part, source, children)
+        for source_row in (row,) if child is None else children[child]:
+            value, has_column = _fill(part, source_row, children)
             any_column |= has_column
             if value is not None and value not in entries:
                 entries.append(value)

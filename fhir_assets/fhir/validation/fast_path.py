@@ -1,6 +1,7 @@
 """The fast path of validation: runs the compiled rules on bytes and accepts resources without any issue.
 
-The fast path reports no issues: the walker validates every resource that the fast path does not accept.
+The fast path only answers yes or no. Every resource that it does not accept is validated again by the walker (module
+``walker``), which reports the issues.
 """
 
 import re
@@ -14,7 +15,8 @@ from fhir_assets.fhir.validation.fast_compiler import CompiledType, FastPathComp
 from fhir_assets.fhir.validation.rules import load_rules
 
 _START = b'{"resourceType":"'
-_CONTROL = re.compile(rb"\\(?:u00|[bf])").search
+"""The beginning of most resources, from which the type is read without decoding the JSON."""
+_find_escaped_control_character = re.compile(rb"\\(?:u00|[bf])").search
 
 
 class _Type(msgspec.Struct):
@@ -26,14 +28,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 BASE_DEPTH = 20
-"""The deepest JSON nesting of a resource and its contained resources without recursive structures, in levels."""
+"""The maximum JSON nesting, in levels, of a resource with contained resources but without recursive structures."""
 DEPTH_PER_RECURSION = 14
 """The JSON levels that one recursive structure may add."""
 
 
 @cache
 def get_compiler() -> FastPathCompiler:
-    """Return the compiler of this process."""
+    """Return the compiler that all instances in this process share."""
     return FastPathCompiler(load_rules())
 
 
@@ -43,7 +45,7 @@ class FastPath:
     def __init__(self, max_depth: int) -> None:
         self._recursions = (max_depth - BASE_DEPTH) // DEPTH_PER_RECURSION
         self._compiled: dict[bytes, CompiledType] = {}
-        self._plain_scope = ContainedScope(self._accept_contained)
+        self._empty_scope = ContainedScope(self._accept_contained)
 
     def accepts(self, body: bytes) -> bool:
         """Return True if the body is a resource without any issue. False means that the walker must decide.
@@ -51,13 +53,13 @@ class FastPath:
         Does not raise for any input.
         """
         try:
-            if self._recursions < 0 or (b"\\" in body and _CONTROL(body)):
+            if self._recursions < 0 or (b"\\" in body and _find_escaped_control_character(body)):
                 return False
             resource, compiled = self._decode(body)
             if compiled is None:
                 return False
             if not compiled.may_contain or resource.contained is None:
-                return compiled.check(resource, self._plain_scope, self._recursions)
+                return compiled.check(resource, self._empty_scope, self._recursions)
             scope = ContainedScope(self._accept_contained)
             return scope.register(resource.contained) and compiled.check(resource, scope, self._recursions)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -68,7 +70,10 @@ class FastPath:
         return compiled is not None and may_be_contained(resource) and compiled.check(resource, scope, self._recursions)
 
     def _decode(self, body: bytes) -> tuple[Any, CompiledType | None]:
-        """Return the resource as a Struct and its compiled type; the type is None if a property may be duplicated."""
+        """Return the resource as a Struct, and its compiled type or None if the resource cannot be accepted.
+
+        The type is None if it is unknown, or if the resource may contain a property twice.
+        """
         if body.startswith(_START):
             name = body[len(_START) : body.find(b'"', len(_START))]
         else:
@@ -80,8 +85,8 @@ class FastPath:
                 return None, None
             compiled = self._compiled[name] = get_compiler().get_compiled(type_name)
         resource = compiled.decode(body)
-        # The decoder keeps only one of two properties with the same name, so the encoded resource has fewer colons.
-        # Colons within strings occur in both texts.
+        # If a property is duplicated, the decoder keeps one of the two, so the encoded resource has fewer colons than
+        # the body. Colons within strings are in both.
         return resource, compiled if body.count(b":") == _encode(resource).count(b":") else None
 
 

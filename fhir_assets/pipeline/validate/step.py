@@ -36,12 +36,12 @@ class ValidatedUpdate:
     resource_type: str
     manifests: tuple[Manifest, ...]
     revalidated_keys: tuple[str, ...]
-    """The keys of the partitions whose parts were all validated, so that earlier dead letters that did not occur again
-    can be resolved.
+    """The keys of the partitions of which all parts were validated. Earlier dead letters of these partitions can be
+    resolved if their resources did not fail again.
     """
     base_manifests: Mapping[str, Manifest | None]
-    """By partition key, the validated partition that existed before, or None if there was none: see
-    pipeline.partition_commit.
+    """By partition key, the manifest in the store from which the update was built, or None if there was none (see
+    pipeline.partition_commit).
     """
     counts: Mapping[str, ValidatedCounts] = field(default_factory=dict)
     """By partition key, what this step validated; the manifests count everything in the partition."""
@@ -56,7 +56,7 @@ LineIssues = list[tuple[int, tuple[Issue, ...]]]
 
 @dataclass(frozen=True)
 class LineValidator:
-    """Validates batches of lines; runs in worker processes."""
+    """Validates a batch of lines. Instances are sent to worker processes."""
 
     validator: Validator
 
@@ -91,8 +91,9 @@ class ValidateStep:
 
     @infrequent_gc()
     def run(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
-        """Validate the new raw parts, or all parts if ``refresh`` or changed rules require it. The caller commits the
-        manifests. Dead letters are written before this returns.
+        """Validate the new raw parts, or all parts if ``refresh`` or changed rules require it.
+
+        Dead letters are written before this method returns. The caller commits the manifests.
 
         Raises StoreError, DatabaseUnavailable or WorkerLost; the partitions are unchanged then.
         """
@@ -139,7 +140,7 @@ class ValidateStep:
                 yield _PartitionState(manifest, existing, base, pending)
 
     def _find_base(self, raw: Manifest, existing: Manifest | None) -> Manifest | None:
-        """Return the validated partition if it only has to be extended, or None if all parts have to be validated."""
+        """Return ``existing`` if only new raw parts have to be validated, or None if all parts have to be validated."""
         if existing is None or existing.validated is None or self._refresh is not Refresh.MISSING:
             return None
         if existing.validated.rules_version != self._validator.rules_version:
@@ -209,8 +210,9 @@ class ValidateStep:
 class _PartitionState:
     """A raw partition during its validation.
 
-    ``existing`` is the validated partition in the store. ``base`` is the same partition if it is extended, or None if
-    all parts are validated. ``pending`` are the raw parts to validate. ``_build_manifest`` adds the counts of the base.
+    ``existing`` is the manifest of the validated partition in the store. ``base`` is ``existing`` if that partition is
+    extended, or None if all parts are validated again. ``pending`` are the raw parts to validate. The counts begin at
+    zero; ``_build_manifest`` adds those of ``base``.
     """
 
     def __init__(
@@ -239,11 +241,11 @@ class _PartitionState:
 def build_dead_letter(
     resource_type: str, partition_key: str, line: bytes, result: ValidationResult, *, ruleset: str
 ) -> DeadLetter:
-    """Build the dead letter of an invalid resource from its first error; all of its issues are attached."""
+    """Build the dead letter of an invalid resource: with the rule of its first error, and with all of its issues."""
     first = next(issue for issue in result.issues if issue.severity == "error")
     return DeadLetter(
         resource_type=resource_type,
-        resource_id=_readable_id(line),
+        resource_id=_read_id(line),
         stage="validate",
         rule=first.rule,
         path=first.path,
@@ -255,7 +257,8 @@ def build_dead_letter(
     )
 
 
-def _readable_id(line: bytes) -> str | None:
+def _read_id(line: bytes) -> str | None:
+    """Return the id of a resource, or None if it cannot be read."""
     try:
         return read_header(line).id
     except MalformedResource:

@@ -26,9 +26,9 @@ _AUTHOR = hl7("provenance-participant-type", "author", "Author")
 _CREATE = hl7("v3-DataOperation", "CREATE", "create")
 
 
-def care(person: Person, visit: Visit, condition: str) -> Resources:
+def generate_care_plan(person: Person, visit: Visit, condition: str) -> Resources:
     """Yield a care team, a goal, and a plan that refers to both, for a chronic condition."""
-    team, goal = person.new("ct"), person.new("g")
+    team, goal = person.new_id("ct"), person.new_id("g")
     since = day_of(visit.start)
     addresses = f'"addresses":[{{"reference":"Condition/{condition}"}}]'
     yield (
@@ -49,7 +49,7 @@ def care(person: Person, visit: Visit, condition: str) -> Resources:
     )
     yield (
         "CarePlan",
-        person.head("CarePlan", person.new("cp"), visit.updated)
+        person.head("CarePlan", person.new_id("cp"), visit.updated)
         + f',"status":"active","intent":"plan","category":[{_PLAN}],"title":"Plan for lasting illness"'
         f',"subject":{person.subject},"encounter":{visit.encounter},"period":{{"start":"{since}"}}'
         f',"created":"{date_time(visit.end)}","author":{{"reference":"Practitioner/{visit.practitioner}"}}'
@@ -59,7 +59,7 @@ def care(person: Person, visit: Visit, condition: str) -> Resources:
     )
 
 
-def order(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
+def generate_service_request(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
     """Yield the ServiceRequest with id ``request`` for a laboratory panel."""
     yield (
         "ServiceRequest",
@@ -73,13 +73,13 @@ def order(person: Person, visit: Visit, request: str, panel: Panel) -> Resources
     )
 
 
-def consent(person: Person, visit: Visit) -> Resources:
+def generate_consent(person: Person, visit: Visit) -> Resources:
     """Yield the patient's Consent: one in twenty denies sharing, one in three denies research."""
     shares, research = person.random.random() < 0.95, person.random.random() < 0.67
     research_rule = f'"provision":[{{"type":"{"permit" if research else "deny"}","purpose":[{_RESEARCH}]}}]'
     yield (
         "Consent",
-        person.head("Consent", person.new("con"), visit.updated)
+        person.head("Consent", person.new_id("con"), visit.updated)
         + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.10","value":"CON-{person.id}"}}]'
         f',"status":"active","scope":{_PRIVACY},"category":[{_CONSENT_DOCUMENT}],"patient":{person.subject}'
         f',"dateTime":"{date_time(visit.start)}","performer":[{person.subject}]'
@@ -89,12 +89,12 @@ def consent(person: Person, visit: Visit) -> Resources:
     )
 
 
-def provenance(person: Person, visit: Visit, targets: list[str]) -> Resources:
+def generate_provenance(person: Person, visit: Visit, targets: list[str]) -> Resources:
     """Yield the Provenance of ``targets`` (``Type/id``) that were recorded at a visit."""
     listed = ",".join(f'{{"reference":"{target}"}}' for target in targets)
     yield (
         "Provenance",
-        person.head("Provenance", person.new("prov"), visit.updated)
+        person.head("Provenance", person.new_id("prov"), visit.updated)
         + f',"target":[{listed}],"occurredDateTime":"{date_time(visit.start)}","recorded":"{date_time(visit.end)}"'
         f',"activity":{_CREATE},"agent":[{{"type":{_AUTHOR},"who":{{"reference":"Practitioner/{visit.practitioner}"}}'
         f',"onBehalfOf":{{"reference":"Organization/{visit.organization}"}}}}]}}',

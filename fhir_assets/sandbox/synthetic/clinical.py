@@ -53,7 +53,7 @@ def plan_visits(person: Person, first_ms: int) -> list[Visit]:
             Visit(
                 id=f"{person.id}-e{n}",
                 kind=VISITS[kind],
-                number=kind,
+                kind_index=kind,
                 start=start,
                 end=start + duration,
                 updated=updated,
@@ -66,7 +66,7 @@ def plan_visits(person: Person, first_ms: int) -> list[Visit]:
     return visits
 
 
-def encounter(person: Person, visit: Visit, condition: str | None) -> Resources:
+def generate_encounter(person: Person, visit: Visit, condition: str | None) -> Resources:
     """Yield the Encounter of a visit. ``condition`` is the id of the condition that was diagnosed."""
     start, end = date_time(visit.start), date_time(visit.end)
     diagnosis = ""
@@ -76,14 +76,14 @@ def encounter(person: Person, visit: Visit, condition: str | None) -> Resources:
             f',"diagnosis":[{{"condition":{{"reference":"Condition/{condition}"}},"use":{_ADMISSION_DIAGNOSIS},"rank":1}}]'
         )
     stay = ""
-    if visit.number == INPATIENT:
+    if visit.kind_index == INPATIENT:
         stay = f',"hospitalization":{{"dischargeDisposition":{_DISCHARGE}}}'
     yield (
         "Encounter",
         person.head("Encounter", visit.id, visit.updated)
         + f',"identifier":[{{"use":"official","system":"urn:oid:2.16.840.1.113883.19.5.3","value":"VN-{visit.id}"}}]'
         f',"status":"finished","class":{visit.kind.act},"type":[{visit.kind.type}],"subject":{person.subject}'
-        f',"participant":[{{"type":[{_PRIMARY if visit.number < EMERGENCY else _ATTENDER}],'
+        f',"participant":[{{"type":[{_PRIMARY if visit.kind_index < EMERGENCY else _ATTENDER}],'
         f'"period":{{"start":"{start}","end":"{end}"}},'
         f'"individual":{{"reference":"Practitioner/{visit.practitioner}"}}}}]'
         f',"period":{{"start":"{start}","end":"{end}"}}'
@@ -101,7 +101,7 @@ def choose_disorder(person: Person) -> Disorder:
             return disorder
 
 
-def condition(person: Person, visit: Visit, disorder: Disorder, condition_id: str) -> Resources:
+def generate_condition(person: Person, visit: Visit, disorder: Disorder, condition_id: str) -> Resources:
     """Yield the Condition that was diagnosed at a visit. The onset of a chronic condition may be a year or a month."""
     random = person.random
     resolved = not disorder.chronic and random.random() < 0.7
@@ -120,7 +120,7 @@ def condition(person: Person, visit: Visit, disorder: Disorder, condition_id: st
     )
 
 
-def allergies(person: Person) -> Resources:
+def generate_allergies(person: Person) -> Resources:
     """Yield one or two allergies for some patients."""
     random = person.random
     if random.random() < 0.65:
@@ -132,7 +132,7 @@ def allergies(person: Person) -> Resources:
         since = DAYS[person.born + int(random.random() * 4000)]
         yield (
             "AllergyIntolerance",
-            person.head("AllergyIntolerance", person.new("al"), person.updated)
+            person.head("AllergyIntolerance", person.new_id("al"), person.updated)
             + f',"clinicalStatus":{_ALLERGY_ACTIVE},"verificationStatus":{_ALLERGY_CONFIRMED},"type":"allergy"'
             f',"category":["{category}"],"criticality":"{"high" if severity == "severe" else "low"}","code":{code}'
             f',"patient":{person.subject},"onsetDateTime":"{since[:4]}"'
@@ -140,13 +140,13 @@ def allergies(person: Person) -> Resources:
         )
 
 
-def procedure(person: Person, visit: Visit, request: str | None) -> Resources:
+def generate_procedure(person: Person, visit: Visit, request: str | None) -> Resources:
     """Yield a Procedure during a visit, based on ``request`` if there is one."""
     start = visit.start + 120
     based_on = f',"basedOn":[{{"reference":"ServiceRequest/{request}"}}]' if request else ""
     yield (
         "Procedure",
-        person.head("Procedure", person.new("pr"), visit.updated)
+        person.head("Procedure", person.new_id("pr"), visit.updated)
         + f'{based_on},"status":"completed","code":{pick(person.random, PROCEDURES)},"subject":{person.subject}'
         f',"encounter":{visit.encounter}'
         f',"performedPeriod":{{"start":"{date_time(start)}","end":"{date_time(start + 600)}"}}'
@@ -155,7 +155,7 @@ def procedure(person: Person, visit: Visit, request: str | None) -> Resources:
     )
 
 
-def document(person: Person, visit: Visit, disorder: Disorder | None) -> Resources:
+def generate_document(person: Person, visit: Visit, disorder: Disorder | None) -> Resources:
     """Yield the note of a visit, with its text as a base64 attachment."""
     complaint = disorder.name if disorder else "no acute complaint"
     note = (
@@ -166,7 +166,7 @@ def document(person: Person, visit: Visit, disorder: Disorder | None) -> Resourc
     data = b64encode(note.encode()).decode()
     yield (
         "DocumentReference",
-        person.head("DocumentReference", person.new("doc"), visit.updated)
+        person.head("DocumentReference", person.new_id("doc"), visit.updated)
         + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.4","value":"NOTE-{visit.id}"}}]'
         f',"status":"current","docStatus":"final","type":{_NOTE},"category":[{_CLINICAL_NOTE}]'
         f',"subject":{person.subject},"date":"{date_time(visit.end)}"'

@@ -265,3 +265,4 @@ VISITS = (
     ),
 )
 EMERGENCY, INPATIENT = 2, 3
+"""Indices of kinds of visits in ``VISITS``."""

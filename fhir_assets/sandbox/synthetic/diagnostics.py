@@ -41,7 +41,7 @@ def _quantity(value: str, unit: str) -> str:
 def _observation(person: Person, visit: Visit, category: str, code: str, rest: str, seconds: int = 300) -> str:
     """Return the JSON of an Observation that ends with ``rest``."""
     return (
-        person.head("Observation", person.new("o"), visit.updated)
+        person.head("Observation", person.new_id("o"), visit.updated)
         + f',"status":"final","category":[{category}],"code":{code},"subject":{person.subject}'
         f',"encounter":{visit.encounter},"effectiveDateTime":"{date_time(visit.start + seconds)}"'
         f',"issued":"{date_time(visit.end)}",{rest}}}'
@@ -60,7 +60,7 @@ def _measured(measure: Measure, value: str) -> str:
     return f'"valueQuantity":{_quantity(value, measure.unit)}'
 
 
-def vitals(person: Person, visit: Visit) -> Resources:
+def generate_vital_signs(person: Person, visit: Visit) -> Resources:
     """Yield blood pressure with its components, and some of the other vital signs."""
     random = person.random
     pressure = random.random()
@@ -86,7 +86,7 @@ def vitals(person: Person, visit: Visit) -> Resources:
         )
 
 
-def build(person: Person, visit: Visit) -> Resources:
+def generate_body_measurements(person: Person, visit: Visit) -> Resources:
     """Yield consistent height, weight and body mass index, and the smoking status."""
     age = person.age(visit.start)
     person.bmi *= 0.97 + person.random.random() * 0.06
@@ -103,9 +103,9 @@ def build(person: Person, visit: Visit) -> Resources:
     )
 
 
-def laboratory(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
+def generate_laboratory_report(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
     """Yield a specimen, its measurements and the report, all based on ``request``."""
-    specimen = person.new("sp")
+    specimen = person.new_id("sp")
     collected = date_time(visit.start + 420)
     yield (
         "Specimen",
@@ -137,7 +137,7 @@ def laboratory(person: Person, visit: Visit, request: str, panel: Panel) -> Reso
         )
     yield (
         "DiagnosticReport",
-        person.head("DiagnosticReport", person.new("dr"), visit.updated)
+        person.head("DiagnosticReport", person.new_id("dr"), visit.updated)
         + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.6","value":"LAB-{specimen}"}}]'
         f',"basedOn":[{{"reference":"ServiceRequest/{request}"}}],"status":"final","category":[{_LAB_REPORT}]'
         f',"code":{panel.code},"subject":{person.subject},"encounter":{visit.encounter}'
@@ -148,10 +148,10 @@ def laboratory(person: Person, visit: Visit, request: str, panel: Panel) -> Reso
     )
 
 
-def imaging(person: Person, visit: Visit) -> Resources:
+def generate_imaging_study(person: Person, visit: Visit) -> Resources:
     """Yield an ImagingStudy with one series."""
     modality, sop_class = pick(person.random, _MODALITIES)
-    study = person.new("im")
+    study = person.new_id("im")
     uid = f"2.25.{person.number + 1}{person.serial:04}"
     count = 2 if modality == "DX" else 12
     instances = ",".join(

@@ -34,7 +34,7 @@ class _HeadWriter:
         )
 
 
-def facility(population: str, first_ms: int, last_ms: int) -> Resources:
+def generate_facility(population: str, first_ms: int, last_ms: int) -> Resources:
     """Yield the shared resources of a population."""
     writer = _HeadWriter(Random(f"{population}:facility"), first_ms, last_ms)
     yield from _organizations(population, writer)

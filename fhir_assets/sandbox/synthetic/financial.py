@@ -29,7 +29,7 @@ def _usd(cents: int) -> str:
     return f'{{"value":{cents // 100}.{cents % 100:02},"currency":"USD"}}'
 
 
-def coverage(person: Person, coverage_id: str) -> Resources:
+def generate_coverage(person: Person, coverage_id: str) -> Resources:
     """Yield the patient's Coverage."""
     start = max(person.born, person.last // 86_400_000 - 700)
     yield (
@@ -42,12 +42,12 @@ def coverage(person: Person, coverage_id: str) -> Resources:
     )
 
 
-def claim(person: Person, visit: Visit, coverage_id: str, condition: str | None) -> Resources:
+def generate_claim(person: Person, visit: Visit, coverage_id: str, condition: str | None) -> Resources:
     """Yield the Claim of a visit and its ExplanationOfBenefit."""
-    claim_id = person.new("cl")
+    claim_id = person.new_id("cl")
     cents = visit.kind.price * 100 + int(person.random.random() * 2500)
     copay = min(2000, cents // 5)
-    kind = _CLAIM_TYPES[visit.number == INPATIENT]
+    kind = _CLAIM_TYPES[visit.kind_index == INPATIENT]
     created = day_of(visit.end)
     period = f'"billablePeriod":{{"start":"{date_time(visit.start)}","end":"{date_time(visit.end)}"}}'
     insurance = f'"focal":true,"coverage":{{"reference":"Coverage/{coverage_id}"}}'
@@ -72,7 +72,7 @@ def claim(person: Person, visit: Visit, coverage_id: str, condition: str | None)
     )
     yield (
         "ExplanationOfBenefit",
-        person.head("ExplanationOfBenefit", person.new("eob"), visit.updated)
+        person.head("ExplanationOfBenefit", person.new_id("eob"), visit.updated)
         + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.13","value":"EOB-{claim_id}"}}]'
         f',"status":"active","type":{kind},"use":"claim","patient":{person.subject},{period},"created":"{created}"'
         f',"insurer":{_payer(person)},{provider},"claim":{{"reference":"Claim/{claim_id}"}},"outcome":"complete"'

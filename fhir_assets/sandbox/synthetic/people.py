@@ -70,7 +70,7 @@ class Person:
     subject: str = ""
     serial: int = 0
 
-    def new(self, prefix: str) -> str:
+    def new_id(self, prefix: str) -> str:
         """Return a new id for a resource of this patient."""
         self.serial += 1
         return f"{self.id}-{prefix}{self.serial}"
@@ -90,11 +90,14 @@ class Person:
 
 @dataclass(slots=True)
 class Visit:
-    """The data of an encounter. ``start`` and ``end`` are in seconds since 1970, ``updated`` is in milliseconds."""
+    """The data of an encounter. ``start`` and ``end`` are in seconds since 1970, ``updated`` is in milliseconds.
+
+    ``kind_index`` is the index of ``kind`` in ``codes.VISITS``.
+    """
 
     id: str
     kind: VisitKind
-    number: int
+    kind_index: int
     start: int
     end: int
     updated: int
@@ -131,7 +134,7 @@ def make_person(population: str, number: int, first_ms: int, last_ms: int) -> Pe
     return person
 
 
-def patient(person: Person, last_seen: int) -> Resources:
+def generate_patient(person: Person, last_seen: int) -> Resources:
     """Yield the Patient resource. Some old patients died after ``last_seen`` (seconds since 1970)."""
     random, n = person.random, person.number
     race_code, race = pick(random, _RACES)

@@ -19,22 +19,23 @@ _INTRAMUSCULAR = hl7("v3-RouteOfAdministration", "IM", "Injection, intramuscular
 _LEFT_ARM = hl7("v3-ActSite", "LA", "left arm")
 _OUTPATIENT = hl7("medicationrequest-category", "outpatient", "Outpatient")
 _ORDERED = hl7("dose-rate-type", "ordered", "Ordered")
-_IMMUNITY = hl7("v3-ActReason", "IMMUNE", "immunity")
+_IMMUNE = hl7("v3-ActReason", "IMMUNE", "immunity")
 
 
-def medication(person: Person, visit: Visit, disorder: Disorder, condition: str) -> Resources:
-    """Yield the resources of a course of medication.
+def generate_medication(person: Person, visit: Visit, disorder: Disorder, condition: str) -> Resources:
+    """Yield the resources of a medication for a disorder.
 
-    These are the request, often a dispense, a statement for chronic disorders, and an administration in hospital.
+    These are always a MedicationRequest, often a MedicationDispense, a MedicationStatement for a chronic disorder, and
+    a MedicationAdministration for an emergency or a stay in hospital. ``condition`` is the id of the Condition.
     """
     random = person.random
     drug = MEDICATIONS[disorder.medication]
-    coded = f'"medicationCodeableConcept":{drug.code}'
-    referred = (
+    code = f'"medicationCodeableConcept":{drug.code}'
+    reference = (
         f'"medicationReference":{{"reference":"Medication/{person.population}-med-{disorder.medication}",'
         f'"display":"{drug.name}"}}'
     )
-    request = person.new("mr")
+    request_id = person.new_id("mr")
     days = 90 if disorder.chronic else 10
     amount = days * drug.daily
     text = f"Take 1 {drug.unit} {drug.daily} times a day by mouth" if drug.daily > 1 else f"1 {drug.unit} daily"
@@ -46,10 +47,10 @@ def medication(person: Person, visit: Visit, disorder: Disorder, condition: str)
     written = date_time(visit.end)
     yield (
         "MedicationRequest",
-        person.head("MedicationRequest", request, visit.updated)
-        + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.7","value":"RX-{request}"}}]'
+        person.head("MedicationRequest", request_id, visit.updated)
+        + f',"identifier":[{{"system":"urn:oid:2.16.840.1.113883.19.5.7","value":"RX-{request_id}"}}]'
         f',"status":"{"active" if disorder.chronic else "completed"}","intent":"order","category":[{_OUTPATIENT}]'
-        f',{coded if random.random() < 0.7 else referred},"subject":{person.subject},"encounter":{visit.encounter}'
+        f',{code if random.random() < 0.7 else reference},"subject":{person.subject},"encounter":{visit.encounter}'
         f',"authoredOn":"{written}","requester":{{"reference":"Practitioner/{visit.practitioner}"}}'
         f',"reasonReference":[{{"reference":"Condition/{condition}"}}],"dosageInstruction":[{dosage}]'
         f',"dispenseRequest":{{"numberOfRepeatsAllowed":{3 if disorder.chronic else 0},'
@@ -60,10 +61,10 @@ def medication(person: Person, visit: Visit, disorder: Disorder, condition: str)
         prepared = visit.end + int(random.random() * 3600)
         yield (
             "MedicationDispense",
-            person.head("MedicationDispense", person.new("md"), visit.updated)
-            + f',"status":"completed",{coded},"subject":{person.subject},"context":{visit.encounter}'
+            person.head("MedicationDispense", person.new_id("md"), visit.updated)
+            + f',"status":"completed",{code},"subject":{person.subject},"context":{visit.encounter}'
             f',"performer":[{{"actor":{{"reference":"Organization/{visit.organization}"}}}}]'
-            f',"authorizingPrescription":[{{"reference":"MedicationRequest/{request}"}}]'
+            f',"authorizingPrescription":[{{"reference":"MedicationRequest/{request_id}"}}]'
             f',"quantity":{{"value":{amount},"unit":"{drug.unit}"}}'
             f',"daysSupply":{{"value":{days},"unit":"days","system":"{UCUM}","code":"d"}}'
             f',"whenPrepared":"{date_time(prepared)}","whenHandedOver":"{date_time(prepared + 900)}"'
@@ -72,31 +73,31 @@ def medication(person: Person, visit: Visit, disorder: Disorder, condition: str)
     if disorder.chronic:
         yield (
             "MedicationStatement",
-            person.head("MedicationStatement", person.new("ms"), visit.updated)
-            + f',"basedOn":[{{"reference":"MedicationRequest/{request}"}}],"status":"active",{coded}'
+            person.head("MedicationStatement", person.new_id("ms"), visit.updated)
+            + f',"basedOn":[{{"reference":"MedicationRequest/{request_id}"}}],"status":"active",{code}'
             f',"subject":{person.subject},"context":{visit.encounter}'
             f',"effectivePeriod":{{"start":"{day_of(visit.end)}"}},"dateAsserted":"{written}"'
             f',"informationSource":{person.subject},"dosage":[{dosage}]}}',
         )
-    if visit.number >= EMERGENCY and visit.kind.minutes > 100:
-        given = visit.start + 1800
+    if visit.kind_index >= EMERGENCY and visit.kind.minutes > 100:
+        given_at = visit.start + 1800
         yield (
             "MedicationAdministration",
-            person.head("MedicationAdministration", person.new("ma"), visit.updated)
-            + f',"status":"completed",{coded},"subject":{person.subject},"context":{visit.encounter}'
-            f',"effectiveDateTime":"{date_time(given)}"'
+            person.head("MedicationAdministration", person.new_id("ma"), visit.updated)
+            + f',"status":"completed",{code},"subject":{person.subject},"context":{visit.encounter}'
+            f',"effectiveDateTime":"{date_time(given_at)}"'
             f',"performer":[{{"actor":{{"reference":"Practitioner/{visit.practitioner}"}}}}]'
-            f',"request":{{"reference":"MedicationRequest/{request}"}}'
+            f',"request":{{"reference":"MedicationRequest/{request_id}"}}'
             f',"dosage":{{"text":"{text}","route":{_ORAL},"dose":{{"value":1,"unit":"{drug.unit}"}}}}}}',
         )
 
 
-def immunization(person: Person, visit: Visit) -> Resources:
-    """Yield a vaccination at a visit. One in twenty was refused."""
+def generate_immunization(person: Person, visit: Visit) -> Resources:
+    """Yield the Immunization of a visit. One in twenty has the status ``not-done``."""
     random = person.random
     refused = random.random() < 0.05
-    outcome = f',"statusReason":{_IMMUNITY}' if refused else ""
-    given = "" if refused else (
+    reason = f',"statusReason":{_IMMUNE}' if refused else ""
+    details = "" if refused else (
         f',"lotNumber":"LOT{int(random.random() * 9000)}","expirationDate":"{DAYS[visit.start // DAY + 400]}"'
         f',"site":{_LEFT_ARM},"route":{_INTRAMUSCULAR}'
         f',"doseQuantity":{{"value":0.50,"unit":"mL","system":"{UCUM}","code":"mL"}}'
@@ -104,17 +105,17 @@ def immunization(person: Person, visit: Visit) -> Resources:
     )  # fmt: skip
     yield (
         "Immunization",
-        person.head("Immunization", person.new("im"), visit.updated)
-        + f',"status":"{"not-done" if refused else "completed"}"{outcome},"vaccineCode":{pick(random, VACCINES)}'
+        person.head("Immunization", person.new_id("im"), visit.updated)
+        + f',"status":"{"not-done" if refused else "completed"}"{reason},"vaccineCode":{pick(random, VACCINES)}'
         f',"patient":{person.subject},"encounter":{visit.encounter},"occurrenceDateTime":"{date_time(visit.start)}"'
-        f',"primarySource":true,"location":{{"reference":"Location/{visit.location}"}}{given}}}',
+        f',"primarySource":true,"location":{{"reference":"Location/{visit.location}"}}{details}}}',
     )
 
 
-def device(person: Person, visit: Visit) -> Resources:
-    """Yield a Device that the patient uses, with its UDI."""
+def generate_device(person: Person, visit: Visit) -> Resources:
+    """Yield a Device of the patient, with its unique device identifier (UDI)."""
     name, kind = pick(person.random, DEVICES)
-    device_id = person.new("dev")
+    device_id = person.new_id("dev")
     serial = f"{person.number:06}{person.serial:03}"
     yield (
         "Device",

@@ -1,7 +1,7 @@
-"""``ops.corrections``: resources corrected by hand, by the fingerprint of the dead letter that they correct.
+"""``ops.corrections``: resources that a person corrected. The key is the fingerprint of the dead letter.
 
 A correction replaces the original resource whenever that resource is validated again: in a replay, or when its window
-is materialized again. The module ``dead_letters`` holds the dead letters.
+is materialized again. Dead letters themselves are in the module ``dead_letters``.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def record(conn: Session, dead_letter_id: int, resource: bytes, *, by: str) -> N
 
 
 def get(conn: Session, dead_letter_id: int) -> Correction | None:
-    """Return the correction of a dead letter, None if it has none. Raises EncryptionError."""
+    """Return the correction of a dead letter, or None if it has none. Raises EncryptionError."""
     row = conn.execute(
         """
         SELECT c.resource, c.corrected_by, c.corrected_at
@@ -62,7 +62,7 @@ def get(conn: Session, dead_letter_id: int) -> Correction | None:
 def read_by_fingerprint(
     conn: Session, resource_type: str, stages: Sequence[str], partition_keys: Sequence[str]
 ) -> dict[str, dict[bytes, bytes]]:
-    """Return the corrected resources by partition key and fingerprint of the dead letter. Raises EncryptionError."""
+    """Return the corrected resources as ``{partition key: {fingerprint: resource}}``. Raises EncryptionError."""
     resources: dict[str, dict[bytes, bytes]] = {}
     rows = conn.execute(
         """
@@ -80,34 +80,34 @@ def read_by_fingerprint(
 class Corrections:
     """The corrections of a resource type in the given stages and partitions.
 
-    The fingerprints are read when the first resource fails, and are kept in memory; the resources are read one by one.
+    All fingerprints are read at the first look-up and kept in memory. The corrected resources are read one by one.
     """
 
     def __init__(self, connect: OpenSession, resource_type: str, stages: Sequence[str], keys: Sequence[str]) -> None:
         self._connect = connect
         self._scope = [resource_type, list(stages), list(keys)]
-        self._known: dict[str, set[bytes]] | None = None
+        self._fingerprints: dict[str, set[bytes]] | None = None
         self._cipher: Cipher | None = None
 
-    def any_in(self, partition_key: str) -> bool:
+    def exist_in(self, partition_key: str) -> bool:
         """Return True if a partition has corrections."""
-        return bool(self._fingerprints().get(partition_key))
+        return bool(self._get_fingerprints().get(partition_key))
 
     def find(self, dead_letter: DeadLetter) -> bytes | None:
-        """Return the correction of a dead letter's resource, None if it has none. Raises EncryptionError."""
-        if not self.any_in(dead_letter.partition_key):
+        """Return the corrected resource of a dead letter, or None if it has none. Raises EncryptionError."""
+        if not self.exist_in(dead_letter.partition_key):
             return None
         assert self._cipher is not None
         fingerprint = dead_letter.fingerprint(self._cipher)
-        if fingerprint not in self._fingerprints()[dead_letter.partition_key]:
+        if fingerprint not in self._get_fingerprints()[dead_letter.partition_key]:
             return None
         with self._connect() as conn:
             row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
             return None if row is None else self._cipher.decrypt_and_decompress(bytes(row[0]))
 
-    def _fingerprints(self) -> dict[str, set[bytes]]:
-        if self._known is None:
-            self._known = {}
+    def _get_fingerprints(self) -> dict[str, set[bytes]]:
+        if self._fingerprints is None:
+            self._fingerprints = {}
             with self._connect() as conn:
                 self._cipher = cipher_of(conn)
                 rows = conn.execute(
@@ -119,5 +119,5 @@ class Corrections:
                     self._scope,
                 )
                 for key, fingerprint in rows:
-                    self._known.setdefault(key, set()).add(bytes(fingerprint))
-        return self._known
+                    self._fingerprints.setdefault(key, set()).add(bytes(fingerprint))
+        return self._fingerprints

@@ -33,8 +33,8 @@ class DeletionCounts:
     """Counts of applied deletions by resource type.
 
     - ``deleted``: resources that were in the tables
-    - ``unknown``: resources that were not in the tables; their tombstones prevent that an older version is loaded later
-    - ``outdated``: deletions without effect, because the resource is deleted already or is stored in a newer version
+    - ``unknown``: resources that were not in the tables; their tombstones prevent older versions from being loaded
+    - ``outdated``: deletions without effect: the resource is already deleted, or its stored version is newer
     """
 
     deleted: Counter[str] = field(default_factory=Counter)
@@ -74,7 +74,7 @@ def apply_in_transaction(
 ) -> DeletionCounts:
     """Apply deletions in a new transaction, which is retried after a deadlock with a load.
 
-    Pass some thousands of deletions at most, because the transaction locks all of their resources. Raises
+    Pass at most a few thousand deletions, because the transaction locks all of their resources. Raises
     DatabaseUnavailable.
     """
     for _ in range(_DEADLOCK_ATTEMPTS):
@@ -85,17 +85,18 @@ def apply_in_transaction(
             continue
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(
-                f"Postgres became unavailable while deletions were applied ({type(error).__name__}): run it again"
+                f"Postgres became unavailable while deletions were applied ({type(error).__name__}): try again"
             ) from None
     raise DatabaseUnavailable(
-        f"Deletions were in a deadlock with loads of the same resources {_DEADLOCK_ATTEMPTS} times: run it again"
+        f"Deletions deadlocked with loads of the same resources {_DEADLOCK_ATTEMPTS} times: try again"
     )
 
 
 def read_checkpoint(conn: Connection, resource_type: str) -> datetime | None:
     """Return the time up to which the deletions of the source's history are applied.
 
-    If no deletion of the type was applied yet, this is the start of the first run of the type, None if it never ran.
+    If no deletion of the type has been applied yet, return the start of the type's first run, or None if there was no
+    run.
     """
     row = conn.execute(
         """
@@ -125,7 +126,7 @@ def advance_checkpoint(conn: Connection, resource_type: str, until: datetime, ru
 
 
 def find_unapplied_parts(conn: Connection, names: Sequence[str]) -> list[str]:
-    """Return the parts of the store among ``names`` whose deletions are not applied to this database."""
+    """Return those of the parts ``names`` of the store whose deletions are not applied to this database yet."""
     rows = conn.execute(
         """
         SELECT name
