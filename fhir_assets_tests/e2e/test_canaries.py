@@ -4,12 +4,8 @@ found in encrypted data only.
 
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,25 +24,16 @@ from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.alerts import AlertsSensor, receive_webhooks
 from fhir_assets_tests.support.api import Serve, api_processes
 from fhir_assets_tests.support.canaries import Canaries, Population
+from fhir_assets_tests.support.canary_pipeline import Pipeline
 from fhir_assets_tests.support.content import add
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.echoing_server import EchoServer, serve_echo
 from fhir_assets_tests.support.landing import LandingZone, definitions, receive, tick
-from fhir_assets_tests.support.leak_scan import LOCATIONS, Site
+from fhir_assets_tests.support.leak_scan import build_site, find_leaks
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 TYPES = "Patient,Practitioner,Encounter,Observation,DocumentReference,DiagnosticReport,Coverage"
 MRN = "http://hospital.example.org/ids"
-
-
-def leaks(site: Site, canaries: Canaries, *places: str) -> set[tuple[str, str, str]]:
-    """Return the markers outside of encrypted data: the kind of location, the exact location, and the element."""
-    return {
-        (name, where, element)
-        for name in places or LOCATIONS
-        for where, content in LOCATIONS[name](site)
-        for element in canaries.found_in(content)
-    }
 
 
 @pytest.fixture
@@ -58,195 +45,6 @@ def canaries() -> Canaries:
 def serve(database: str, tmp_path: Path) -> Iterator[Serve]:
     with api_processes(database, tmp_path) as start:
         yield start
-
-
-def build_site(deployment: Deployment, folder: Path) -> Site:
-    for name in ("temporary", "output"):
-        (folder / name).mkdir()
-    home = Path(os.environ["FHIR_ASSETS_TEST_HOME"])
-    return Site(
-        deployment.url,
-        deployment.settings.home,
-        folder / "temporary",
-        folder / "output",
-        (home / "postgres").resolve() / "server.log",
-    )
-
-
-# A marker planted in each kind of location
-
-
-def plant_in_table(table: str, **values: object) -> Callable[[Site, str], None]:
-    def plant(site: Site, marker: str) -> None:
-        columns = ", ".join(values)
-        parameters = [value.replace("MARKER", marker) if isinstance(value, str) else value for value in values.values()]
-        with connect(site.url) as conn:
-            statement = f"INSERT INTO {table} ({columns}) VALUES ({', '.join(['%s'] * len(parameters))})"
-            conn.execute(statement.encode(), parameters)
-
-    return plant
-
-
-def plant_in_file(name: str, pack: Callable[[bytes], bytes] = bytes) -> Callable[[Site, str], None]:
-    def plant(site: Site, marker: str) -> None:
-        path = site.home.parent / name.replace("MARKER", marker)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pack(f'{{"name": "{marker}"}}\n'.encode()))
-
-    return plant
-
-
-def plant_in_server_log(site: Site, marker: str) -> None:
-    with connect(site.url) as conn:
-        conn.execute(f"DO $$ BEGIN RAISE LOG '%', '{marker}'; END $$".encode())
-
-
-PLANTS: dict[str, list[Callable[[Site, str], None]]] = {
-    "Dagster's database": [
-        plant_in_table("public.kvs", key="a", value="MARKER"),
-        plant_in_table("public.daemon_heartbeats", daemon_type="a", daemon_id="MARKER", timestamp="2024-01-01"),
-    ],
-    "Dagster's home and compute logs": [plant_in_file("home/dagster/storage/run/compute_logs/step.err")],
-    "operations": [
-        plant_in_table(
-            "ops.ingestion_runs", run_id="r", resource_type="t", partition_key="k", status="FAILED", error="MARKER"
-        ),
-        plant_in_table("ops.incidents", kind="run", name="MARKER", partitions=["k"]),
-    ],
-    "tables": [
-        plant_in_table(
-            "fhir.resource",
-            resource_type="Patient",
-            id="a",
-            as_of=DAY,
-            partition_key="k",
-            run_id="r",
-            resource='{"id": "MARKER"}',
-        )
-    ],
-    "outbox": [
-        plant_in_table(
-            "health.fhir_dlq",
-            source="patient",
-            record_id="1",
-            txids="{1}",
-            reason="refused",
-            message="MARKER",
-            attempts=1,
-            first_change_at=DAY,
-        )
-    ],
-    "statistics of the planner": [plant_in_table("ops.incidents", kind="run", name="MARKER", partitions=["k"])],
-    "store and spool": [
-        plant_in_file("home/store/.spool/part-1.ndjson.gz", gzip.compress),
-        plant_in_file("home/store/raw/patient/2024/part-MARKER.ndjson.gz", gzip.compress),
-    ],
-    "other files": [plant_in_file("home/uploads/journal.sqlite", lambda content: b"SQLite\0" + content)],
-    "temporary files": [plant_in_file("temporary/tmpabc")],
-    "logs and error output": [
-        plant_in_file("output/api.log"),
-        plant_in_file("output/traceback", lambda content: content.hex().encode()),
-        plant_in_file("output/header", lambda content: __import__("base64").b64encode(b"x" + content)),
-    ],
-    "log of Postgres": [plant_in_server_log],
-    "metrics": [lambda site, marker: site.metrics.append(f'fhir_dead_letters{{rule="{marker}"}} 1')],
-    "alerts": [lambda site, marker: site.alerts.append({"text": f"Run of {marker} failed"})],
-    "answers to callers": [lambda site, marker: site.answers.append(f'{{"detail": "no {marker}"}}'.encode())],
-}
-"""Functions that plant a marker, by kind of location."""
-
-
-def test_the_scan_finds_a_planted_marker_in_every_location(deploy: Deploy, tmp_path: Path, canaries: Canaries) -> None:
-    deployment = deploy()
-    with connect(deployment.url) as conn:
-        outbox.install(conn)
-    site = build_site(deployment, tmp_path)
-    assert PLANTS.keys() == LOCATIONS.keys(), "a kind of location without a planted marker"
-    assert leaks(site, canaries) == set()
-    for location, plants in PLANTS.items():
-        for number, plant in enumerate(plants):
-            element = f"planted in {location} ({number})"
-            plant(site, canaries.text(element))
-            leaked = {element for _, _, element in leaks(site, canaries, location)}
-            assert element in leaked or any(name.startswith("something") for name in leaked), element
-
-
-@pytest.mark.parametrize(
-    "form", ["{0}-{1}-{2}", "{0}/{1}/{2}", "{2}.{1}.{0}", "{1}/{2}/{0}", "datetime.date({0}, {1}, {2})"]
-)
-def test_the_scan_finds_a_date_in_every_format(canaries: Canaries, form: str) -> None:
-    year, month, day = canaries.day("Patient.birthDate").split("-")
-    assert canaries.found_in(f"born {form.format(year, month, day)}, it says".encode()) == {"Patient.birthDate"}
-    assert canaries.found_in(f"{year}-01-01 and {year}-12-{day}".encode()) == set()
-
-
-# The whole pipeline
-
-
-class Pipeline:
-    """A deployment with keys. It stores the output of every process."""
-
-    def __init__(self, deployment: Deployment, site: Site) -> None:
-        self.deployment = deployment
-        self.site = site
-        self._number = 0
-
-    def environment(self, **changed: str) -> dict[str, str]:
-        settings = self.deployment.settings
-        keys = settings.phi_encryption_keys
-        assert keys
-        kept = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
-        return {
-            **kept,
-            **self.deployment.environment(),
-            "PHI_ENCRYPTION_KEYS": keys.get_secret_value(),
-            "PHI_REQUIRED": "1",
-            "FHIR_VIEWS": str(settings.fhir_views),
-            "FHIR_MAX_ATTEMPTS": "1",
-            "FHIR_LANDING_URL": settings.fhir_landing_url,
-            "LOG_LEVEL": "DEBUG",
-            "TMPDIR": str(self.site.temporary),
-            **changed,
-        }
-
-    def start(self, *arguments: str, **changed: str) -> "subprocess.Popen[bytes]":
-        """Start ``fhir-assets`` in a process of its own."""
-        self._number += 1
-        name = "-".join(argument for argument in arguments[:2] if argument.isalpha())
-        with (self.site.output / f"{self._number:02}-{name}").open("wb") as output:
-            return subprocess.Popen(
-                [str(Path(sys.executable).with_name("fhir-assets")), *arguments],
-                env=self.environment(**changed),
-                stdout=output,
-                stderr=output,
-                cwd=self.site.home,
-                start_new_session=True,
-            )
-
-    def run(self, *arguments: str, **changed: str) -> int:
-        """Run ``fhir-assets`` and return its exit code."""
-        return self.start(*arguments, **changed).wait(180)
-
-    def ingest(self, day: datetime, **changed: str) -> int:
-        return self.run("ingest", "--from", f"{day:%Y-%m-%d}", "--to", f"{day:%Y-%m-%d}", **changed)
-
-    def killed(self, day: datetime, **changed: str) -> None:
-        """Start a load and kill it while it inserts rows."""
-        with connect(self.site.url, autocommit=True) as conn:
-            conn.execute(
-                "CREATE FUNCTION public.wait() RETURNS trigger LANGUAGE plpgsql AS"
-                " $$ BEGIN PERFORM pg_sleep(60); RETURN NEW; END $$;"
-                "CREATE TRIGGER wait BEFORE INSERT ON fhir.patient_name FOR EACH ROW EXECUTE FUNCTION public.wait()"
-            )
-            process = self.start("ingest", "--from", f"{day:%Y-%m-%d}", "--to", f"{day:%Y-%m-%d}", **changed)
-            asleep = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
-            while not conn.execute(asleep).fetchone():
-                assert process.poll() is None
-                time.sleep(0.05)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            conn.execute(f"SELECT pg_terminate_backend(pid) FROM ({asleep}) asleep".encode())
-            conn.execute("DROP FUNCTION public.wait CASCADE")
 
 
 @pytest.fixture
@@ -429,7 +227,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         site.metrics.append(render_database_metrics(deployment))
 
     (site.output / "this process").write_text("".join(capfd.readouterr()))
-    assert leaks(site, canaries) == set()
+    assert find_leaks(site, canaries) == set()
 
 
 def render_database_metrics(deployment: Deployment) -> str:

@@ -3,108 +3,46 @@
 import json
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import dagster as dg
 import pytest
-from typer.testing import CliRunner
 
-from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.errors import CorrectionRefused
-from fhir_assets.orchestration.tags import REPLAY_TAG
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
-from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter
+from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.replays import (
+    DAY,
+    KEY,
+    count_genders,
+    edit,
+    find_dead_letter,
+    find_dead_letters,
+    load_invalid_genders,
+    reconcile,
+    run_dead_letters,
+    serve_invalid_genders,
+)
 
-DAY = datetime(2024, 1, 5, tzinfo=UTC)
-KEY = "2024-01-05"
 LAYERS = ("raw/patient", "validated/patient", "normalized/patient")
-CORRECTION = [{"op": "replace", "path": "/gender", "value": "female"}]
 
 
 @pytest.fixture
 def server() -> Iterator[SandboxServer]:
-    """Two days of ten patients each; three of each day have an invalid gender."""
-    bodies = [
-        patient(f"p{day}-{n}", DAY + timedelta(days=day, hours=n), gender="wrong" if n < 3 else "male")
-        for day in range(2)
-        for n in range(10)
-    ]
-    with SandboxServer(bodies) as server:
+    with serve_invalid_genders() as server:
         yield server
 
 
 @pytest.fixture
 def deployment(deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> Deployment:
-    deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
-    for name, value in deployment.environment().items():
-        monkeypatch.setenv(name, value)
-    (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
-    assert outcome.success
-    return deployment
-
-
-def fhir_assets(*arguments: str) -> Any:
-    """Run ``fhir-assets dead-letters … --json`` and return its output."""
-    result = CliRunner().invoke(app, ["dead-letters", *arguments, "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def find_dead_letters(deployment: Deployment, **chosen: Any) -> list[StoredDeadLetter]:
-    with connect(deployment.url) as conn:
-        return dead_letters.find(conn, Selection(**chosen))
-
-
-def find_dead_letter(deployment: Deployment, patient_id: str) -> StoredDeadLetter:
-    (dead_letter,) = [entry for entry in find_dead_letters(deployment) if entry.resource_id == patient_id]
-    return dead_letter
-
-
-def edit(tmp_path: Path, dead_letter: StoredDeadLetter, patch: object = CORRECTION) -> None:
-    path = tmp_path / "patch.json"
-    path.write_text(json.dumps(patch))
-    fhir_assets("edit", str(dead_letter.id), "--patch", str(path), "--by", "anna")
-
-
-def reconciled(deployment: Deployment, *windows: str) -> bool:
-    result = materialize(deployment, windows=list(windows))
-    return result.success and all(evaluation.passed for evaluation in deployment.checks(result.run_id))
-
-
-def genders(deployment: Deployment) -> dict[str, int]:
-    return dict(deployment.query("SELECT gender, count(*) FROM fhir.patient GROUP BY 1"))
-
-
-def tick(deployment: Deployment, cursor: str | None = None) -> tuple[list[dg.RunRequest], str | None, str]:
-    """Evaluate the replay sensor. Return its run requests, its cursor and its message."""
-    repository = build_definitions(deployment.settings).get_repository_def()
-    context = dg.build_sensor_context(instance=deployment.instance, repository_def=repository, cursor=cursor)
-    data = repository.get_sensor_def("replay_dead_letters").evaluate_tick(context)
-    return list(data.run_requests or []), data.cursor, data.skip_message or ""
-
-
-def run(deployment: Deployment, request: dg.RunRequest) -> dg.ExecuteInProcessResult:
-    """Execute a requested run as the daemon does."""
-    return (
-        build_definitions(deployment.settings)
-        .resolve_job_def("replay_dead_letters")
-        .execute_in_process(
-            instance=deployment.instance,
-            partition_key=request.partition_key,
-            tags=dict(request.tags),
-            asset_selection=list(request.asset_selection or []),
-            raise_on_error=False,
-        )
-    )
+    return load_invalid_genders(deploy, server, monkeypatch)
 
 
 def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_again_is_reopened(
@@ -112,14 +50,14 @@ def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_aga
 ) -> None:
     first = find_dead_letters(deployment)[0].run_id
     edit(tmp_path, find_dead_letter(deployment, "p0-0"))
-    output = fhir_assets("replay", "--run", first)
+    output = run_dead_letters("replay", "--run", first)
     assert (output["dead_letters"], output["resolved"], output["failed"], output["success"]) == (6, 1, 5, True)
-    assert genders(deployment) == {"male": 14, "female": 1}
+    assert count_genders(deployment) == {"male": 14, "female": 1}
     assert deployment.query("SELECT partition_key FROM fhir.resource WHERE id = 'p0-0'") == [(KEY,)]
-    assert reconciled(deployment, KEY, "2024-01-06")
-    healed = find_dead_letter(deployment, "p0-0")
+    assert reconcile(deployment, KEY, "2024-01-06")
+    corrected = find_dead_letter(deployment, "p0-0")
     (replay,) = output["runs"]
-    assert (healed.status, healed.resolution, healed.resolved_run_id) == ("resolved", "corrected", replay)
+    assert (corrected.status, corrected.resolution, corrected.resolved_run_id) == ("resolved", "corrected", replay)
     again = find_dead_letters(deployment, status="open")
     assert {(entry.attempts, entry.run_id, entry.first_run_id) for entry in again} == {(2, replay, first)}
     assert [entry.id for entry in find_dead_letters(deployment, run_id=first)] == [
@@ -131,23 +69,23 @@ def test_a_corrected_resource_is_loaded_in_its_own_window_and_one_that_fails_aga
         replay,
     )
     assert rows == [(KEY, first, 1, 2, 1), ("2024-01-06", first, 0, 3, 0)]
-    shown = fhir_assets("show", str(healed.id))
+    shown = run_dead_letters("show", str(corrected.id))
     assert shown["corrected_by"] == "anna"
     assert "wrong" not in json.dumps(shown)
-    assert "wrong" in fhir_assets("show", str(healed.id), "--resource")["resource"]
+    assert "wrong" in run_dead_letters("show", str(corrected.id), "--resource")["resource"]
 
 
 @pytest.mark.slow
 def test_a_window_that_is_materialized_again_keeps_the_correction(deployment: Deployment, tmp_path: Path) -> None:
     edit(tmp_path, find_dead_letter(deployment, "p0-0"))
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
-    assert genders(deployment) == {"male": 14, "female": 1}
+    assert count_genders(deployment) == {"male": 14, "female": 1}
     assert find_dead_letter(deployment, "p0-0").resolution == "corrected"
-    fhir_assets("replay", "--all")
+    run_dead_letters("replay", "--all")
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
-    assert genders(deployment) == {"male": 14, "female": 1}
+    assert count_genders(deployment) == {"male": 14, "female": 1}
     assert find_dead_letter(deployment, "p0-0").status == "resolved"
-    assert reconciled(deployment, KEY)
+    assert reconcile(deployment, KEY)
 
 
 def test_a_resource_corrected_at_the_source_resolves_its_dead_letter_and_the_check_of_its_window_passes(
@@ -161,7 +99,7 @@ def test_a_resource_corrected_at_the_source_resolves_its_dead_letter_and_the_che
     assert find_dead_letter(deployment, "p0-1").resolution == "superseded by a newer version"
     materialize(deployment, "validated/patient", "normalized/patient", windows=[KEY])
     assert find_dead_letter(deployment, "p0-1").status == "resolved"
-    assert reconciled(deployment, KEY, "2024-01-06", "2024-01-07")
+    assert reconcile(deployment, KEY, "2024-01-06", "2024-01-07")
 
 
 @pytest.mark.slow
@@ -187,8 +125,8 @@ def test_one_correction_resolves_all_equal_lines(
         corrections.record(conn, dead_letter.id, body.replace(b"wrong", b"male"), by="anna")
     (outcome,) = deployment.ingestion().replay(Selection(), triggered_by="test")
     assert outcome.success
-    assert reconciled(deployment, KEY)
-    assert genders(deployment) == {"male": 1}
+    assert reconcile(deployment, KEY)
+    assert count_genders(deployment) == {"male": 1}
 
 
 def test_a_valid_resource_that_no_view_could_turn_into_rows_is_corrected_and_loaded(
@@ -209,19 +147,19 @@ def test_a_valid_resource_that_no_view_could_turn_into_rows_is_corrected_and_loa
     deployment.ingest()
     (dead_letter,) = find_dead_letters(deployment)
     assert (dead_letter.stage, dead_letter.status) == ("transform", "open")
-    assert reconciled(deployment, KEY)
-    assert fhir_assets("replay", str(dead_letter.id))["failed"] == 1
+    assert reconcile(deployment, KEY)
+    assert run_dead_letters("replay", str(dead_letter.id))["failed"] == 1
     edit(tmp_path, dead_letter, [{"op": "add", "path": "/id", "value": "b"}])
-    assert fhir_assets("replay", str(dead_letter.id))["resolved"] == 1
+    assert run_dead_letters("replay", str(dead_letter.id))["resolved"] == 1
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
-    assert reconciled(deployment, KEY)
+    assert reconcile(deployment, KEY)
     with connect(deployment.url) as conn:
         conn.execute("DELETE FROM fhir.patient WHERE id = 'b'")
-    assert not reconciled(deployment, KEY)
+    assert not reconcile(deployment, KEY)
     assert materialize(deployment, *LAYERS, windows=[KEY], refresh=Refresh.FULL).success
     assert deployment.query("SELECT id FROM fhir.patient ORDER BY 1") == [("a",), ("b",)]
     assert find_dead_letters(deployment, status="open") == []
-    assert reconciled(deployment, KEY)
+    assert reconcile(deployment, KEY)
 
 
 @pytest.mark.slow
@@ -244,7 +182,7 @@ def test_a_resource_that_never_reached_raw_is_received_when_it_is_corrected(
     assert dead_letter.stage == "fetch"
     whole = tmp_path / "whole.json"
     whole.write_bytes(patient("b", DAY + timedelta(hours=1)))
-    assert fhir_assets("edit", str(dead_letter.id), "--resource", str(whole))["received"]
+    assert run_dead_letters("edit", str(dead_letter.id), "--resource", str(whole))["received"]
     ingestion = deployment.ingestion()
     outcomes = [ingestion.load_received(entry, triggered_by="test") for entry in ingestion.find_received()]
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
@@ -268,7 +206,7 @@ def test_an_edit_that_leaves_the_resource_invalid_is_refused_and_not_stored(
         path = tmp_path / "patch.json"
         path.write_text(json.dumps(patch))
         with pytest.raises(CorrectionRefused) as refused:
-            fhir_assets("edit", str(dead_letter.id), "--patch", str(path))
+            run_dead_letters("edit", str(dead_letter.id), "--patch", str(path))
         assert message in str(refused.value)
         assert "secret" not in str(refused.value)
     assert deployment.query("SELECT count(*) FROM ops.corrections") == [(0,)]
@@ -278,49 +216,15 @@ def test_an_edit_that_leaves_the_resource_invalid_is_refused_and_not_stored(
 def test_discarded_dead_letters_are_not_counted_and_can_be_replayed_by_id(
     deployment: Deployment, tmp_path: Path
 ) -> None:
-    assert fhir_assets("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
+    assert run_dead_letters("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
     assert "test data" in (find_dead_letter(deployment, "p0-2").resolution or "")
-    assert fhir_assets("replay", "--window", KEY)["dead_letters"] == 0
+    assert run_dead_letters("replay", "--window", KEY)["dead_letters"] == 0
     assert materialize(deployment, *LAYERS, windows=[KEY]).success
     assert {entry.status for entry in find_dead_letters(deployment, partition_keys=[KEY])} == {"discarded"}
     dead_letter = find_dead_letter(deployment, "p0-2")
     edit(tmp_path, dead_letter)
-    assert fhir_assets("replay", str(dead_letter.id))["resolved"] == 1
-    assert reconciled(deployment, KEY)
-
-
-def test_the_sensor_requests_each_marked_dead_letter_once(deployment: Deployment, tmp_path: Path) -> None:
-    assert tick(deployment)[2] == "no dead letter is marked for a replay"
-    edit(tmp_path, find_dead_letter(deployment, "p1-0"))
-    output = fhir_assets("replay", "--window", "2024-01-06", "--no-wait")
-    assert (output["dead_letters"], output["marked"], output["runs"]) == (3, True, [])
-    (request,), cursor, _ = tick(deployment)
-    assert request.partition_key == "2024-01-06"
-    assert (request.run_key or "").endswith("/attempt 1")
-    assert request.tags[REPLAY_TAG] == "marked"
-    assert run(deployment, request).success
-    assert {entry.status for entry in find_dead_letters(deployment, partition_keys=["2024-01-06"])} == {
-        "resolved",
-        "open",
-    }
-    assert find_dead_letter(deployment, "p1-0").status == "resolved"
-    assert tick(deployment, cursor) == ([], "{}", "no dead letter is marked for a replay")
-    assert reconciled(deployment, "2024-01-06")
-
-
-@pytest.mark.slow
-def test_a_failed_replay_is_requested_again_a_limited_number_of_times(deployment: Deployment) -> None:
-    fhir_assets("replay", "--window", KEY, "--no-wait")
-    keys = []
-    cursor = None
-    for _ in range(3):
-        (request,), cursor, _ = tick(deployment, cursor)
-        keys.append(request.run_key)
-    assert [str(key)[-1] for key in keys] == ["1", "2", "3"]
-    requests, cursor, output = tick(deployment, cursor)
-    assert (requests, cursor) == ([], "{}")
-    assert "3 replays of 2024-01-05 to 2024-01-05 are cancelled" in output
-    assert {entry.status for entry in find_dead_letters(deployment)} == {"open"}
+    assert run_dead_letters("replay", str(dead_letter.id))["resolved"] == 1
+    assert reconcile(deployment, KEY)
 
 
 def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
@@ -334,63 +238,6 @@ def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deploym
             time.sleep(0.01)
         assert [(entry.partition_key, entry.dead_letters) for entry in replays.find_requested(conn)] == [(KEY, 3)]
         assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False)
-
-
-def test_a_replay_that_died_after_its_commit_is_not_repeated(deployment: Deployment, tmp_path: Path) -> None:
-    """Simulate a run that died between the commit of the validated partition and the load."""
-    edit(tmp_path, find_dead_letter(deployment, "p0-0"))
-    with connect(deployment.url, autocommit=True) as process:
-        runs.hold_liveness_lock(process, "dead")
-        replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="dead")
-    job = build_definitions(deployment.settings).resolve_job_def("replay_dead_letters")
-    only_validated = job.execute_in_process(
-        instance=deployment.instance,
-        partition_key=KEY,
-        tags={REPLAY_TAG: "marked"},
-        asset_selection=[dg.AssetKey(["validated", "patient"])],
-        raise_on_error=False,
-    )
-    assert only_validated.success
-    before = deployment.store.manifest("validated", "Patient", KEY)
-    assert before
-    assert before.rows == 8
-    assert find_dead_letter(deployment, "p0-0").status == "replaying"
-    (request,), _, _ = tick(deployment)
-    assert run(deployment, request).success
-    after = deployment.store.manifest("validated", "Patient", KEY)
-    assert after
-    assert after.rows == 8
-    assert find_dead_letter(deployment, "p0-0").status == "resolved"
-    assert genders(deployment) == {"male": 14, "female": 1}
-    assert reconciled(deployment, KEY)
-
-
-@pytest.mark.slow
-def test_after_an_upgrade_the_sensor_reports_dead_letters_that_now_validate_and_replays_them_if_configured(
-    deploy: Deploy, deployment: Deployment
-) -> None:
-    assert tick(deployment)[2] == "no dead letter is marked for a replay"
-    lenient = deploy(
-        fhir_base_url=deployment.settings.fhir_base_url,
-        fhir_resource_types="Patient",
-        fhir_last_updated_gte="2024-01-01",
-        validation_warn_rules="required-binding:Patient.gender",
-    )
-    requests, _, output = tick(lenient)
-    assert requests == []
-    assert output.startswith("6 open dead letters failed under earlier rules or views")
-    replaying = deploy(
-        fhir_base_url=deployment.settings.fhir_base_url,
-        fhir_resource_types="Patient",
-        fhir_last_updated_gte="2024-01-01",
-        validation_warn_rules="required-binding:Patient.gender",
-        replay_after_upgrade=True,
-    )
-    (request,), _, _ = tick(replaying)
-    assert run(replaying, request).success
-    assert {entry.resolution for entry in find_dead_letters(deployment)} == {"replayed"}
-    assert deployment.loaded() == {"Patient": 20}
-    assert reconciled(deployment, KEY, "2024-01-06")
 
 
 @pytest.mark.slow

@@ -1,12 +1,8 @@
 """The views in ``sql/views``: complete, consistent with R4, and tagged where a column identifies a person."""
 
-import gzip
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +10,9 @@ import pytest
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.fhir.model import r4
 from fhir_assets.fhir.path import CompiledPath, compile_path
-from fhir_assets.fhir.views import Column, CompiledViews, View, load_views
-from fhir_assets.sandbox.population import generate
+from fhir_assets.fhir.views import Column, View, load_views
 from fhir_assets_tests.support.saturated_resources import Resource
-from fhir_assets_tests.support.shipped_views import VIEWS, paths, saturated_for_views, views, views_of_type
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-
-Row = dict[str, object]
+from fhir_assets_tests.support.shipped_views import VIEWS, build_rows, paths, saturated_for_views, views, views_of_type
 
 RESERVED = frozenset(
     re.findall(
@@ -54,20 +44,6 @@ PERSONAL = re.compile(
 """Elements that identify a person or contain free text. A column with one of them must be tagged."""
 
 WITHOUT_PERSONAL_DATA = {"Organization", "Location"}
-
-
-@cache
-def type_views(resource_type: str) -> CompiledViews:
-    return CompiledViews(views_of_type(resource_type), empty_join=False)
-
-
-def rows(resource: Resource) -> dict[str, list[Row]]:
-    """Return the rows of each view of the resource's type, by column."""
-    compiled_views = type_views(resource["resourceType"])
-    return {
-        view.name: [dict(zip((column.name for column in view.columns), row, strict=True)) for row in rows_of_view]
-        for view, rows_of_view in zip(compiled_views.views, compiled_views.rows(resource), strict=True)
-    }
 
 
 def compiled(definition: Mapping[str, Any], root_type: str) -> Iterator[tuple[dict[str, Any], CompiledPath]]:
@@ -176,7 +152,7 @@ def test_join_keys_are_indexed_and_no_table_has_too_many_indexes() -> None:
 def test_a_saturated_resource_fills_every_column_with_a_single_value(resource_type: str) -> None:
     filled: dict[str, set[str]] = defaultdict(set)
     for resource in saturated_for_views(resource_type):
-        rows_by_view = rows(resource)
+        rows_by_view = build_rows(resource)
         assert len(rows_by_view[BY_NAME[resource_type].key]) == 1
         for name, view_rows in rows_by_view.items():
             filled[name] |= {column for row in view_rows for column, value in row.items() if value not in (None, "")}
@@ -197,7 +173,7 @@ def test_a_column_that_identifies_a_person_is_tagged(resource_type: str) -> None
     untagged = {
         f"{view.name}.{column.name}"
         for resource in saturated_for_views(resource_type)
-        for name, view_rows in rows(resource).items()
+        for name, view_rows in build_rows(resource).items()
         for view in [views()[name]]
         for row in view_rows
         for column in view.columns
@@ -214,7 +190,7 @@ def test_a_birth_date_is_tagged_to_be_reduced_to_its_year() -> None:
 
 def test_an_empty_resource_gives_one_row_of_nulls() -> None:
     for resource_type in CATALOG:
-        rows_by_view = rows({"resourceType": resource_type.name, "id": "a"})
+        rows_by_view = build_rows({"resourceType": resource_type.name, "id": "a"})
         main = rows_by_view.pop(resource_type.key)
         assert [{name for name, value in row.items() if value is not None} for row in main] == [{"id"}]
         assert {name: view_rows for name, view_rows in rows_by_view.items() if view_rows} == {}
@@ -223,7 +199,7 @@ def test_an_empty_resource_gives_one_row_of_nulls() -> None:
 def test_a_patient_becomes_the_row_that_an_analyst_expects() -> None:
     us_core = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
     identifier_type = "http://terminology.hl7.org/CodeSystem/v2-0203"
-    rows_by_view = rows(
+    rows_by_view = build_rows(
         {
             "resourceType": "Patient",
             "id": "p1",
@@ -305,7 +281,7 @@ def test_a_patient_becomes_the_row_that_an_analyst_expects() -> None:
 
 def test_an_instant_and_a_period_both_have_a_start() -> None:
     def start(**effective: object) -> tuple[object, object]:
-        row = rows({"resourceType": "Observation", "id": "o", **effective})["observation"][0]
+        row = build_rows({"resourceType": "Observation", "id": "o", **effective})["observation"][0]
         return row["effective_start"], row["effective_end"]
 
     assert start(effectiveDateTime="2020-01") == ("2020-01", None)
@@ -319,7 +295,7 @@ def test_a_code_of_a_standard_is_found_at_any_position_among_the_codings() -> No
         {"system": "urn:local", "code": "BP", "display": "Blood pressure"},
         {"system": "http://loinc.org", "code": "85354-9"},
     ]
-    row = rows({"resourceType": "Observation", "id": "o", "code": {"coding": codings}})["observation"][0]
+    row = build_rows({"resourceType": "Observation", "id": "o", "code": {"coding": codings}})["observation"][0]
     assert (row["code_system"], row["code"], row["code_display"]) == ("urn:local", "BP", "Blood pressure")
     assert (row["loinc_code"], row["snomed_code"]) == ("85354-9", None)
 
@@ -330,7 +306,7 @@ def test_consent_provisions_of_every_depth_become_rows_with_their_actors() -> No
 
     exception = {"type": "permit", "actor": [actor("b")]}
     rule = {"type": "deny", "actor": [actor("a")], "provision": [{"type": "permit", "provision": [exception]}]}
-    rows_by_view = rows({"resourceType": "Consent", "id": "c", "provision": rule})
+    rows_by_view = build_rows({"resourceType": "Consent", "id": "c", "provision": rule})
     assert [(row["index"], row["type"]) for row in rows_by_view["consent_provision"]] == [
         (0, "deny"),
         (1, "permit"),
@@ -343,69 +319,3 @@ def test_consent_provisions_of_every_depth_become_rows_with_their_actors() -> No
         (0, 0, "a"),
         (2, 0, "b"),
     ]
-
-
-# On real data -----------------------------------------------------------------------------------------------------
-
-
-def resources(source: str) -> Iterator[Resource]:
-    if source == "generated":
-        lines: Iterator[bytes] = (body for _, body in generate(10, seed=7))
-    else:
-        files = sorted((SHARED / source).glob("*.ndjson.gz"))
-        if not files:
-            pytest.skip(f"no {source} beside the checkout")
-        lines = (line for file in files for line in gzip.decompress(file.read_bytes()).splitlines())
-    for line in lines:
-        resource: Resource = json.loads(line)
-        if resource["resourceType"] in BY_NAME:
-            yield resource
-
-
-@cache
-def real_rows(source: str) -> tuple[Counter[str], dict[str, list[Row]]]:
-    """Return the number of resources of each type, and the rows of all views."""
-    counts: Counter[str] = Counter()
-    rows_by_view: dict[str, list[Row]] = {name: [] for name in views()}
-    for resource in resources(source):
-        counts[BY_NAME[resource["resourceType"]].key] += 1
-        for name, view_rows in rows(resource).items():
-            rows_by_view[name] += view_rows
-    return counts, rows_by_view
-
-
-@pytest.mark.parametrize("source", ["generated", "r4-examples", "synthea"])
-def test_every_real_resource_has_one_row_in_its_main_view(source: str) -> None:
-    counts, rows_by_view = real_rows(source)
-    assert {name: len(rows_by_view[name]) for name in counts} == counts
-
-
-@pytest.mark.parametrize("source", ["generated", "r4-examples"])
-def test_every_main_view_has_rows(source: str) -> None:
-    _, rows_by_view = real_rows(source)
-    assert [resource_type.key for resource_type in CATALOG if not rows_by_view[resource_type.key]] == []
-
-
-def test_every_child_view_has_rows_somewhere() -> None:
-    filled = {
-        name
-        for source in ("generated", "r4-examples", "synthea")
-        for name, view_rows in real_rows(source)[1].items()
-        if view_rows
-    }
-    assert set(views()) - filled == {"immunization_protocol", "immunization_reaction"}
-
-
-@pytest.mark.parametrize("source", ["generated", "synthea"])
-def test_references_become_keys_that_join(source: str) -> None:
-    _, rows_by_view = real_rows(source)
-    ids = {resource_type.name: {row["id"] for row in rows_by_view[resource_type.key]} for resource_type in CATALOG}
-    joined = 0
-    for view in views().values():
-        for name, path in paths(view.definition):
-            target = re.search(r"getReferenceKey\((\w+)\)", path)
-            if target is not None:
-                keys = {row[name] for row in rows_by_view[view.name]} - {None}
-                assert keys <= ids[target[1]], f"{view.name}.{name}"
-                joined += len(keys)
-    assert joined > 1000

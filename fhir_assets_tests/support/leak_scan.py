@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -12,6 +13,8 @@ from typing import Any
 from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.support.canaries import Canaries
+from fhir_assets_tests.support.deployment import Deployment
 
 Content = Iterator[tuple[str, bytes]]
 """The exact location and its uncompressed content."""
@@ -132,3 +135,27 @@ LOCATIONS: Mapping[str, Callable[[Site], Content]] = {
     "alerts": _texts("alerts", lambda site: [json.dumps(alert, ensure_ascii=False) for alert in site.alerts]),
     "answers to callers": _texts("answers", lambda site: site.answers),
 }
+
+
+def build_site(deployment: Deployment, folder: Path) -> Site:
+    """Return the site of a deployment, with new folders for temporary files and output in ``folder``."""
+    for name in ("temporary", "output"):
+        (folder / name).mkdir()
+    home = Path(os.environ["FHIR_ASSETS_TEST_HOME"])
+    return Site(
+        deployment.url,
+        deployment.settings.home,
+        folder / "temporary",
+        folder / "output",
+        (home / "postgres").resolve() / "server.log",
+    )
+
+
+def find_leaks(site: Site, canaries: Canaries, *places: str) -> set[tuple[str, str, str]]:
+    """Return the markers outside of encrypted data: the kind of location, the exact location, and the element."""
+    return {
+        (name, where, element)
+        for name in places or LOCATIONS
+        for where, content in LOCATIONS[name](site)
+        for element in canaries.found_in(content)
+    }

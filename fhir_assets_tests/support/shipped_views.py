@@ -6,10 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fhir_assets.fhir.views import View, load_views
+from fhir_assets.fhir.views import CompiledViews, View, load_views
 from fhir_assets_tests.support.saturated_resources import Resource, saturated, saturated_resources
 
 VIEWS = Path(__file__).resolve().parents[2] / "sql" / "views"
+
+Row = dict[str, object]
 
 
 @cache
@@ -49,3 +51,18 @@ def saturated_for_views(resource_type: str) -> Iterator[Resource]:
     for literals in sorted(compared):
         resource = saturated(resource_type, 0, {"focal": True, **dict(literals)})
         yield {**resource, "resourceType": resource_type, "id": "a"}
+
+
+@cache
+def compile_views_of_type(resource_type: str) -> CompiledViews:
+    """Return the compiled views of a resource type."""
+    return CompiledViews(views_of_type(resource_type), empty_join=False)
+
+
+def build_rows(resource: Resource) -> dict[str, list[Row]]:
+    """Return the rows of each view of the resource's type, by column."""
+    compiled_views = compile_views_of_type(resource["resourceType"])
+    return {
+        view.name: [dict(zip((column.name for column in view.columns), row, strict=True)) for row in rows_of_view]
+        for view, rows_of_view in zip(compiled_views.views, compiled_views.rows(resource), strict=True)
+    }

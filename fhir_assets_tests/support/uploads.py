@@ -1,8 +1,9 @@
-"""Folders of NDJSON to upload, the command ``fhir-assets upload``, and the resources that a server has afterwards."""
+"""Folders of NDJSON, the command ``fhir-assets upload``, a server that refuses, and what a server has afterwards."""
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from fhir_assets.cli.upload import upload as upload_command
 from fhir_assets.fhir.bundles import has_same_content
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
 
 Resource = Mapping[str, Any]
 
@@ -124,3 +126,31 @@ def assert_same(sent: Mapping[str, bytes], held: Mapping[str, bytes]) -> None:
     """Assert that the server has exactly the resources that were sent, with the same content."""
     assert sent.keys() == held.keys()
     assert [name for name, body in sent.items() if not has_same_content(body, held[name])] == []
+
+
+class BatchResponder:
+    """Handles requests with the statuses that two functions return. ``sent`` are the ids of each received batch.
+
+    ``entry_status`` gets the id of an entry and how often it was received; ``batch_status`` gets the ids of a batch.
+    """
+
+    def __init__(
+        self, entry_status: Callable[[str, int], int], batch_status: Callable[[list[str]], int] = lambda ids: 200
+    ) -> None:
+        self.sent: list[list[str]] = []
+        self.times: Counter[str] = Counter()
+        self._entry_status = entry_status
+        self._batch_status = batch_status
+
+    def __call__(self, request: ReceivedRequest) -> Reply:
+        if request.method == "GET":
+            return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
+        ids = [entry["resource"]["id"] for entry in json.loads(request.body)["entry"]]
+        self.sent.append(ids)
+        if (status := self._batch_status(ids)) != 200:
+            return reply({"resourceType": "OperationOutcome", "issue": [{"code": "too-long"}]}, status)
+        entries = []
+        for identity in ids:
+            self.times[identity] += 1
+            entries.append({"response": {"status": str(self._entry_status(identity, self.times[identity]))}})
+        return reply({"resourceType": "Bundle", "type": "batch-response", "entry": entries})

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,14 @@ import requests
 from cryptography.fernet import Fernet
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, Journal
 from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
-from fhir_assets_tests.support.uploads import Upload, assert_same, lines_of, patient, read_back, write
+from fhir_assets_tests.support.scripted_server import ScriptedServer
+from fhir_assets_tests.support.uploads import BatchResponder, Upload, assert_same, lines_of, patient, read_back, write
 
 SYNTHEA = Path(__file__).resolve().parents[4] / "shared" / "data" / "synthea"
 BATCH = frozenset({RequestKind.BATCH})
@@ -170,116 +167,6 @@ def test_resuming_sends_failed_resources_again_and_resolves_their_dead_letters(u
     assert not upload.failures.exists()
 
 
-class Batches:
-    """A server that responds with the statuses of two functions. ``sent`` are the ids of each received batch.
-
-    ``entry_status`` gets the id of an entry and how often it was received; ``batch_status`` gets the ids of a batch.
-    """
-
-    def __init__(
-        self, entry_status: Callable[[str, int], int], batch_status: Callable[[list[str]], int] = lambda ids: 200
-    ) -> None:
-        self.sent: list[list[str]] = []
-        self.times: Counter[str] = Counter()
-        self._entry_status = entry_status
-        self._batch_status = batch_status
-
-    def __call__(self, request: ReceivedRequest) -> Reply:
-        if request.method == "GET":
-            return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
-        ids = [entry["resource"]["id"] for entry in json.loads(request.body)["entry"]]
-        self.sent.append(ids)
-        if (status := self._batch_status(ids)) != 200:
-            return reply({"resourceType": "OperationOutcome", "issue": [{"code": "too-long"}]}, status)
-        entries = []
-        for identity in ids:
-            self.times[identity] += 1
-            entries.append({"response": {"status": str(self._entry_status(identity, self.times[identity]))}})
-        return reply({"resourceType": "Bundle", "type": "batch-response", "entry": entries})
-
-
-@pytest.mark.parametrize("status", [429, 500, 503, 409, 412])
-def test_an_entry_with_a_transient_failure_is_sent_again_alone(upload: Upload, status: int) -> None:
-    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
-    batches = Batches(lambda identity, time: status if identity == "7" and time == 1 else 201)
-    with ScriptedServer(batches) as server:
-        assert upload("--workers", "1", url=server.url)["totals"]["created"] == 10
-    assert batches.sent == [[str(n) for n in range(10)], ["7"]]
-
-
-def test_an_entry_that_always_fails_is_given_up_and_the_others_are_sent_once(upload: Upload) -> None:
-    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
-    batches = Batches(lambda identity, time: 412 if identity == "7" else 200)
-    with ScriptedServer(batches) as server:
-        summary = upload("--workers", "1", url=server.url, exit_code=1)
-    assert summary["totals"] == {"created": 0, "updated": 9, "unchanged": 0, "failed": 1}
-    assert [line["resource"]["id"] for line in upload.refused()] == ["7"]
-    assert {identity for identity, times in batches.times.items() if times > 1} == {"7"}
-
-
-def test_a_refused_older_line_does_not_overwrite_a_newer_one(upload: Upload) -> None:
-    lines = [patient("p", gender="male"), patient("q"), patient("p", gender="female")]
-    write(upload.input / "p.ndjson", lines)
-    batches = Batches(lambda identity, time: 422 if (identity, time) == ("p", 1) or identity == "q" else 200)
-    with ScriptedServer(batches) as server:
-        summary = upload("--workers", "1", url=server.url, exit_code=1)
-        assert summary["totals"]["failed"] == 1
-        upload("--workers", "1", "--resume", url=server.url, exit_code=1)
-    assert batches.times["p"] == 2
-
-
-def test_concurrent_results_are_recorded_in_the_order_of_their_lines(
-    upload: Upload, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def slow_commit(journal: Journal, key: BatchKey, done: BatchResult) -> None:
-        time.sleep(0.03)  # in this time the results of several batches arrive
-        commit(journal, key, done)
-
-    commit = Journal.commit
-    monkeypatch.setattr(Journal, "commit", slow_commit)
-    write(
-        upload.input / "p.ndjson",
-        [patient(f"p{n}", gender=gender) for n in range(40) for gender in ("male", "female")],
-    )
-    batches = Batches(lambda _, time: 422 if time == 1 else 200)
-    with ScriptedServer(batches) as server:
-        summary = upload("--workers", "4", url=server.url)
-    assert summary["totals"]["failed"] == 0
-
-
-def test_an_entry_that_crashes_the_server_does_not_stop_the_others(
-    upload: Upload, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FHIR_MAX_ATTEMPTS", "2")
-    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(4)])
-    with ScriptedServer(Batches(lambda *_: 201, lambda ids: 500 if "2" in ids else 200)) as server:
-        summary = upload("--workers", "1", url=server.url, exit_code=1)
-    assert summary["totals"] == {"created": 3, "updated": 0, "unchanged": 0, "failed": 1}
-    [refused] = upload.refused()
-    assert refused["resource"]["id"] == "2"
-    assert "no answer" in refused["reason"]
-
-
-@pytest.mark.parametrize("status", [413, 400, 422])
-def test_a_batch_that_is_refused_as_a_whole_is_split_in_halves(upload: Upload, status: int) -> None:
-    write(upload.input / "p.ndjson", [patient(str(n)) for n in range(10)])
-    batches = Batches(lambda *_: 201, lambda ids: status if len(ids) > 3 else 200)
-    with ScriptedServer(batches) as server:
-        assert upload("--workers", "1", url=server.url)["totals"]["created"] == 10
-    assert max(len(ids) for ids in batches.sent if len(ids) <= 3) <= 3
-    assert sum(batches.times.values()) == 10
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 405])
-def test_a_server_that_refuses_all_batches_ends_the_upload(upload: Upload, status: int) -> None:
-    write(upload.input / "p.ndjson", [patient("1")])
-    with (
-        ScriptedServer(Batches(lambda *_: 201, lambda ids: status)) as server,
-        pytest.raises(ServerRefused, match=str(status)),
-    ):
-        upload(url=server.url)
-
-
 def test_transactions_leave_out_only_invalid_resources(upload: Upload) -> None:
     write(upload.input / "p.ndjson", [patient("a bad id" if n == 13 else str(n)) for n in range(30)])
     with SandboxServer() as server:
@@ -332,7 +219,7 @@ def test_a_running_upload_cannot_be_started_a_second_time(upload: Upload) -> Non
                 Upload(upload.home)(url=server.url)
         return 201
 
-    with ScriptedServer(Batches(judge)) as server:
+    with ScriptedServer(BatchResponder(judge)) as server:
         assert upload(url=server.url)["totals"]["created"] == 10
 
 
