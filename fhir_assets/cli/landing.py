@@ -22,13 +22,16 @@ _COLUMNS = ("name", "size", "status", "bad", "rows", "rejected", "deleted", "ski
 
 @app.command("list")
 def list_files(
-    status: Annotated[str | None, typer.Option(help="Only this status: arriving, ready, loaded, failed or bad")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only this status: arriving, ready, loaded, failed, ignored or bad")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Print at most this many")] = 100,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
     """List the files of the landing zone as of the last scan, newest first.
 
-    A file is `bad` if it could not be read, or if dead letters of it are not resolved.
+    A file is `ignored` if its suffix is none of those that the landing zone reads. It is `bad` if it could not be read,
+    or if dead letters of it are not resolved.
     """
     settings = load_settings()
     with Warehouse(settings).connect() as conn:

@@ -229,3 +229,15 @@ def test_simultaneous_requests_are_all_stored_and_audited(api: Api) -> None:
         ).fetchone() or (0,)
     assert 0 < origins < 48
     assert audit_records == 48
+
+
+@pytest.mark.parametrize(
+    ("member", "value"), [("mrn", "1.23457E+11"), ("mrn", "NULL"), ("mrn", "12\u200b3"), ("birthDate", "0080-01-01")]
+)
+def test_a_patient_record_with_a_value_that_a_spreadsheet_damaged_is_rejected(
+    api: Api, member: str, value: str
+) -> None:
+    record = {"resourceType": "Patient", "mrn": "M1", "birthDate": "1980-01-01", member: value}
+    answer = api.post("/api/v1/ingest", json={"records": [record]})
+    (result,) = answer.json()["results"]
+    assert (result["status"], result["issues"][0]["path"]) == ("rejected", f"Patient.{member}")

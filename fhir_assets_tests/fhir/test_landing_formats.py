@@ -110,7 +110,9 @@ def test_a_delete_that_names_no_single_resource_is_rejected(url: str) -> None:
             ["a", "file:document"],
         ),
         ("x.json", b'[{"resourceType":"Patient","id":"a"}, 5]', ["a", "file:document"]),
-        ("x.json", b"", []),
+        ("x.json", b"", ["file:document"]),
+        ("x.ndjson.gz", gzip.compress(b""), ["file:document"]),
+        ("x.csv", b"", ["file:document"]),
     ],
 )
 def test_a_malformed_part_is_rejected_with_its_location_and_the_rest_is_read(

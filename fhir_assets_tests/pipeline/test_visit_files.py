@@ -114,6 +114,87 @@ def test_known_rows_in_another_file_add_nothing(deployment: VisitDeployment) -> 
     assert deployment.counts() == {"patients": 2, "updates": 1, "visits": 3, "repeats": 6, "outdated": 2}
 
 
+def other(mrn: str, account: str) -> Row:
+    """Return a visit of a person whose name and birth date differ from those that ``visit`` has."""
+    return {**visit(mrn, account, "Other"), "birth_date": "1990-06-30"}
+
+
+def dead(deployment: VisitDeployment) -> list[tuple[object, ...]]:
+    return deployment.query("SELECT rule, count(*)::int FROM ops.dead_letters GROUP BY 1 ORDER BY 1")
+
+
+def test_two_unknown_persons_with_one_number_in_a_file_are_both_dead_letters(deployment: VisitDeployment) -> None:
+    deployment.put("a.csv", [visit("1", "V1"), other("1", "V2"), visit("1", "V3"), visit("2", "V4")])
+    deployment.receive()
+    assert deployment.names() == {"2": "Lovelace"}
+    assert len(deployment.raw("Encounter")) == 1
+    assert dead(deployment) == [("person-conflict", 3)]
+    assert deployment.counts() == {"patients": 1, "visits": 1, "conflicts": 3}
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_another_person_with_the_number_of_a_known_one_is_never_merged(deployment: VisitDeployment, hours: int) -> None:
+    deployment.put("a.csv", [visit("1", "V1")])
+    deployment.receive()
+    deployment.put("b.csv", [other("1", "V2"), visit("1", "V3")], hours=hours)
+    deployment.receive()
+    assert deployment.names() == {"1": "Lovelace"}
+    assert {encounter["identifier"][0]["value"] for encounter in deployment.raw("Encounter")} == {"V1", "V3"}
+    assert dead(deployment) == [("person-conflict", 1)]
+
+
+def test_a_name_and_a_birth_date_that_change_one_after_the_other_are_updates(deployment: VisitDeployment) -> None:
+    rows = [visit("1", "V1"), visit("1", "V2", "Other"), other("1", "V3")]
+    for hour, row in enumerate(rows):
+        deployment.put(f"{hour}.csv", [row], hours=hour)
+        deployment.receive()
+    assert deployment.names() == {"1": "Other"}
+    assert deployment.counts() == {"patients": 1, "updates": 2, "visits": 3}
+
+
+def test_a_person_of_an_older_version_learns_its_name_and_birth_date_with_the_next_row(
+    deployment: VisitDeployment,
+) -> None:
+    deployment.put("a.csv", [visit("1", "V1")])
+    deployment.receive()
+    with connect(deployment.url) as conn:
+        conn.execute("UPDATE ops.visit_persons SET name = '', birth = ''")
+    deployment.put("b.csv", [visit("1", "V2")], hours=1)
+    deployment.receive()
+    deployment.put("c.csv", [other("1", "V3")], hours=2)
+    deployment.receive()
+    assert deployment.names() == {"1": "Lovelace"}
+    assert dead(deployment) == [("person-conflict", 1)]
+
+
+def test_empty_files_are_bad_and_other_suffixes_are_listed_as_ignored(deployment: VisitDeployment) -> None:
+    for name in ("empty.csv", "empty.ndjson", "empty.json", "blank.json"):
+        deployment.put(name, b"\n" if name == "blank.json" else b"")
+    deployment.put("letter.xml", b"<Patient/>")
+    deployment.put("table.xlsx", b"PK")
+    deployment.put("good.csv", [visit("1", "V1")])
+    deployment.put("good.csv.done", b"")
+    deployment.receive()
+    deployment.receive()
+    with connect(deployment.url) as conn:
+        files = landing_files.list_files(conn, str(deployment.folder))
+    assert {file["name"]: file["status"] for file in files if file["status"] != "loaded"} == {
+        "letter.xml": "ignored",
+        "table.xlsx": "ignored",
+    }
+    assert {file["name"] for file in files if file["bad"]} == {"empty.csv", "empty.ndjson", "empty.json", "blank.json"}
+
+
+def test_a_file_is_read_once_its_suffix_is_known(deployment: VisitDeployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment.put("a.csv", [visit("1", "V1")])
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "SUFFIXES", (".ndjson",))
+        deployment.receive()
+    assert deployment.raw("Patient") == []
+    deployment.receive()
+    assert len(deployment.raw("Patient")) == 1
+
+
 def test_a_known_visit_with_other_content_is_a_dead_letter_and_changes_no_patient(deployment: VisitDeployment) -> None:
     deployment.put("a.csv", [visit("1", "V1")])
     deployment.receive()

@@ -265,6 +265,9 @@ def read(name: str, content: LandedContent) -> Iterator[FileItem]:
         return
     complete = replace(content, chunks=chain([head], rest))
     try:
+        if len(head) < HEAD_BYTES and not head.strip() and next(rest, None) is None:
+            yield content.reject("empty", "document", "the file is empty: if it should have content, write it again")
+            return
         yield from file_format.read(complete)
     except DamagedFile as error:
         yield content.reject("json", "document", str(error))

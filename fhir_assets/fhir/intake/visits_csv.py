@@ -8,13 +8,13 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 import orjson
 
-from fhir_assets.fhir.intake import schemas
+from fhir_assets.fhir.intake import cells, csv_text, schemas
 from fhir_assets.fhir.lines import split_lines
 
 COLUMNS: tuple[str, ...] = tuple(schemas.load_schema("visit")["properties"])
@@ -80,44 +80,85 @@ def write(rows: Iterable[Mapping[str, str]]) -> bytes:
 
 
 def read(chunks: Iterable[bytes]) -> Iterator[ValidRow | InvalidRow]:
-    """Read the rows of a file, without the header and without empty rows. Reading ends at an invalid header."""
-    lines = _Lines(chunks)
+    """Read the rows of a file, without the header and without empty rows. Reading ends at an invalid header.
+
+    The delimiter is that of the header, or of a line ``sep=;`` before it. Encodings and line ends are those of
+    ``csv_text.decode``. Empty columns at the end, which spreadsheets add, are left out.
+    """
+    number = 0
+    is_plausible = cells.compile_visit_check()
+    try:
+        lines = _Lines(csv_text.decode(chunks))
+        form: _Form | None = None
+        for number, line in lines:
+            if line is None:
+                yield InvalidRow(number, ROW_RULE, (("", f"a line of more than {MAX_LINE_BYTES:,} bytes"),))
+            elif form is None or not form.columns:
+                form = _read_header(line, form)
+                if form.columns and (problems := _header_problems(form.columns)):
+                    yield InvalidRow(number, HEADER_RULE, problems)
+                    return
+            elif (row := _read_values(lines, number, line, form)) is not None:
+                yield row if isinstance(row, InvalidRow) else _validate(number, row, is_plausible)
+    except csv_text.UnreadableText as error:
+        yield InvalidRow(number + 1, HEADER_RULE, (("", str(error)),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """The delimiter of a file, None if the header decides, and its columns, empty before the header."""
+
+    delimiter: str | None
     columns: Sequence[str] = ()
-    for number, line in lines:
-        if line is None:
-            yield InvalidRow(number, ROW_RULE, (("", f"a line of more than {MAX_LINE_BYTES:,} bytes"),))
-            continue
-        values, text = _read_row(lines, line, len(columns))
-        if values is not None and not any(values):
-            continue
-        if not columns:
-            columns = [name.strip().lower() for name in values or ()]
-            if problems := _header_problems(columns):
-                yield InvalidRow(number, HEADER_RULE, problems)
-                return
-        elif values is None:
-            yield InvalidRow(number, ROW_RULE, (("", "not CSV in UTF-8, or a quote that is not closed"),), text)
-        elif len(values) != len(columns):
-            message = f"{len(values)} values, where the header has {len(columns)} columns"
-            yield InvalidRow(number, ROW_RULE, (("", message),), text)
-        else:
-            yield _validate(number, dict(zip(columns, map(_unescape, values), strict=True)))
+
+
+def _read_header(line: bytes, form: _Form | None) -> _Form:
+    """Return the form of a file after a line before its first row: ``sep=;``, an empty line, or the header."""
+    text = line.decode(errors="replace").rstrip("\r")
+    if form is None and (delimiter := csv_text.read_separator_line(text)):
+        return _Form(delimiter)
+    stated = form.delimiter if form else None
+    delimiter = stated or csv_text.find_delimiter(text, COLUMNS)
+    columns = [
+        name.strip().lower() for name in _parse(line.rstrip(b"\r"), delimiter) or (text if text.strip() else "",)
+    ]
+    while columns and not columns[-1]:
+        columns.pop()
+    return _Form(delimiter if columns else stated, columns)
+
+
+def _read_values(lines: "_Lines", number: int, line: bytes, form: _Form) -> dict[str, str] | InvalidRow | None:
+    """Return the values of a row by column; None for an empty row."""
+    values, text = _read_row(lines, line, len(form.columns), form.delimiter or ",")
+    if values is None:
+        return InvalidRow(number, ROW_RULE, (("", "not CSV in UTF-8, or a quote that is not closed"),), text)
+    if not any(values):
+        return None
+    if len(values) != len(form.columns):
+        message = f"{len(values)} values, where the header has {len(form.columns)} columns"
+        return InvalidRow(number, ROW_RULE, (("", message),), text)
+    return dict(zip(form.columns, map(_unescape, values), strict=True))
 
 
 def find_errors(row: object) -> tuple[tuple[str, str], ...]:
     """Return all errors of a visit as pairs of a JSON Pointer and a message."""
-    if isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) and _is_valid(row):
-        return ()
-    return tuple((error.path, error.message) for error in schemas.find_errors("visit", row))
+    if not (isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) and _is_valid(row)):
+        return tuple((error.path, error.message) for error in schemas.find_errors("visit", row))
+    unwrapped = {column: cells.unwrap(value) for column, value in row.items()}
+    if unwrapped != row:
+        return find_errors(unwrapped)
+    return tuple((f"/{column}", message) for column, message in cells.find_visit_problems(row))
 
 
-def _validate(number: int, row: dict[str, str]) -> ValidRow | InvalidRow:
-    if _is_valid(row):
+def _validate(
+    number: int, row: dict[str, str], is_plausible: Callable[[Mapping[str, str]], bool]
+) -> ValidRow | InvalidRow:
+    if _is_valid(row) and is_plausible(row):
         return ValidRow(number, row)
     # An empty value in a file means that the member is missing.
     visit = {column: value for column, value in row.items() if value or column == "reason"}
     problems = tuple((path.removeprefix("/"), message) for path, message in find_errors(visit))
-    return InvalidRow(number, SCHEMA_RULE, problems, orjson.dumps(row))
+    return InvalidRow(number, SCHEMA_RULE, problems, orjson.dumps(row)) if problems else ValidRow(number, row)
 
 
 def _header_problems(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -154,11 +195,12 @@ class _Lines:
         self._number -= len(lines)
 
 
-def _read_row(lines: _Lines, first: bytes, width: int) -> tuple[list[str] | None, bytes]:
+def _read_row(lines: _Lines, first: bytes, width: int, delimiter: str) -> tuple[list[str] | None, bytes]:
     """Return the values of the row that begins with ``first``, None if it is not CSV, and the text of the row.
 
-    A row continues over lines until the number of its quotes is even. If the result does not have ``width`` values
-    (0 means any number), only its first line is taken as the row, and the other lines are put back.
+    A row continues over lines until the number of its quotes is even. If the result does not have ``width`` values,
+    only its first line is taken as the row, and the other lines are put back. Empty values after ``width`` values are
+    left out.
     """
     taken: list[bytes | None] = [first]
     text = first
@@ -169,16 +211,20 @@ def _read_row(lines: _Lines, first: bytes, width: int) -> tuple[list[str] | None
         if line is None:
             break
         text += b"\n" + line
-    values = _parse(text.removesuffix(b"\r"))
-    if len(taken) > 1 and (values is None or len(values) != width > 0):
+    values = _trim(_parse(text.rstrip(b"\r"), delimiter), width)
+    if len(taken) > 1 and (values is None or len(values) != width):
         lines.put_back(taken[1:])
-        return _parse(first.removesuffix(b"\r")), first
+        return _trim(_parse(first.rstrip(b"\r"), delimiter), width), first
     return values, text
 
 
-def _parse(text: bytes) -> list[str] | None:
+def _trim(values: list[str] | None, width: int) -> list[str] | None:
+    return values[:width] if values and len(values) > width and not any(values[width:]) else values
+
+
+def _parse(text: bytes, delimiter: str) -> list[str] | None:
     try:
-        rows = list(csv.reader([text.decode()], strict=True))
+        rows = list(csv.reader([text.decode()], delimiter=delimiter, strict=True))
     except (csv.Error, UnicodeDecodeError):
         return None
     return rows[0] if rows else []
@@ -189,4 +235,6 @@ def _escape(value: str) -> str:
 
 
 def _unescape(value: str) -> str:
-    return value[1:] if _is_escaped(value) else value
+    if value[:1] not in ("'", "="):
+        return value
+    return cells.unwrap(value[1:] if _is_escaped(value) else value)

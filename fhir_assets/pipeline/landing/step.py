@@ -137,12 +137,14 @@ class LandingStep:
             with self._connect() as conn, conn.transaction():
                 landing_files.record_failure(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
-    def _list_files(self, assume_complete: bool) -> Iterator[tuple[LandingFile, bool]]:
+    def _list_files(self, assume_complete: bool) -> Iterator[tuple[LandingFile, bool | None]]:
         files = list(self._zone.files())
         done = {file.name for file in files if file.name.endswith(DONE)}
         for file in files:
             if file.name.lower().endswith(formats.SUFFIXES):
                 yield file, assume_complete or self._zone.atomic or _is_done(file.name, done)
+            elif not file.name.endswith(DONE):
+                yield file, None
 
     def _receive(self, file: ReadyFile, run_id: str, totals: _Totals) -> Received:
         deleted = 0

@@ -5,7 +5,8 @@ persons become resources. It is written in the transaction that records the file
 is unchanged and the file is received again.
 
 If files contain different data of a person, the newest file wins, regardless of the order of arrival. Within a file the
-last row wins.
+last row wins. A row with another name and another birth date than the person of its number has is no new data: it is
+the row of another person, and becomes a dead letter.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 CONFLICT = "visit-conflict"
 """The rule of dead letters for visits whose account number is known with other content."""
+
+PERSON_CONFLICT = "person-conflict"
+"""The rule of dead letters for rows whose record number is that of a person with another name and birth date."""
 
 _VISITS_PER_BATCH = 2000
 
@@ -74,10 +78,16 @@ def _record_batch(
     conn: Session, batch: Sequence[Visit], origin: str, resource_types: Collection[str], counts: VisitFileCounts
 ) -> Iterator[Record | RejectedInput]:
     rows = [_hash_row(visit, cipher_of(conn)) for visit in batch]
+    people = visits.find_persons(conn, list({row.person.id for row in rows}))
+    contradicted = _find_contradicted(rows, people)
     known = visits.find_visits(conn, [row.visit.id for row in rows])
     rows_by_person: dict[str, list[_Row]] = {}
     new_visits: list[KnownVisit] = []
     for row in rows:
+        if row.person.id in contradicted or ((person := people.get(row.person.id)) and person.contradicts(row.person)):
+            counts.conflicts += 1
+            yield _build_person_conflict(row)
+            continue
         if known.setdefault(row.visit.id, row.visit) != row.visit:
             counts.conflicts += 1
             yield _build_conflict(row)
@@ -89,13 +99,15 @@ def _record_batch(
             yield _build_encounter(row)
         else:
             counts.repeats += 1
-    people = visits.find_persons(conn, list(rows_by_person))
+    people = {identity: person for identity, person in people.items() if identity in rows_by_person}
     for identity, person_rows in rows_by_person.items():
         for row, person in _find_changes(people.get(identity), person_rows, counts):
             people[identity] = person
             yield _build_patient(row, person)
-        newest = max(people[identity].as_of, person_rows[-1].person.as_of)
-        people[identity] = replace(people[identity], as_of=newest)
+        person, last = people[identity], person_rows[-1].person
+        if not person.name and person.content == last.content:
+            person = replace(person, name=last.name, birth=last.birth)
+        people[identity] = replace(person, as_of=max(person.as_of, last.as_of))
     visits.record(
         conn,
         origin,
@@ -113,14 +125,32 @@ class _Row:
     visit: KnownVisit
 
 
+def _find_contradicted(rows: Sequence[_Row], people: Mapping[str, Person]) -> set[str]:
+    """Return the ids of unknown persons about whom the rows contradict each other: no row tells whose number it is."""
+    first: dict[str, Person] = {}
+    contradicted = set[str]()
+    for row in rows:
+        if row.person.id not in people and first.setdefault(row.person.id, row.person).contradicts(row.person):
+            contradicted.add(row.person.id)
+    return contradicted
+
+
 def _hash_row(visit: Visit, cipher: Cipher) -> _Row:
     row = visit.row
     person = "\0".join((row["first_name"], row["last_name"], row["birth_date"]))
+    name = "\0".join((row["first_name"], row["last_name"])).casefold()
     content = "\0".join((row["visit_date"], row.get("reason", "").strip()))
     patient_id = cipher.identity("Patient", row["mrn"])
     return _Row(
         visit,
-        Person(patient_id, 1, cipher.fingerprint(person.encode()), visit.arrived),
+        Person(
+            patient_id,
+            1,
+            cipher.fingerprint(person.encode()),
+            visit.arrived,
+            cipher.fingerprint(name.encode()),
+            cipher.fingerprint(row["birth_date"].encode()),
+        ),
         KnownVisit(
             cipher.identity("Encounter", row["visit_account_number"]),
             patient_id,
@@ -174,6 +204,20 @@ def _build_record(row: _Row, resource: Mapping[str, Any], version: str) -> Recor
 
 def _format_instant(moment: datetime) -> str:
     return moment.isoformat(timespec="microseconds")
+
+
+def _build_person_conflict(row: _Row) -> RejectedInput:
+    return RejectedInput(
+        "Encounter",
+        row.visit.id,
+        PERSON_CONFLICT,
+        row.source.location,
+        "this record number is used with another name and another birth date, so that the row may be about another "
+        "person: correct the number. If it is the same person, send the new name and the new birth date in two files, "
+        "one after the other",
+        row.source.arrived,
+        orjson.dumps(dict(row.source.row)),
+    )
 
 
 def _build_conflict(row: _Row) -> RejectedInput:

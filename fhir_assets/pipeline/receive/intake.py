@@ -12,7 +12,7 @@ import orjson
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir import containers
 from fhir_assets.fhir.containers import CONTAINERS, ContainedResource, Pages
-from fhir_assets.fhir.intake import resources, schemas
+from fhir_assets.fhir.intake import cells, resources, schemas
 from fhir_assets.fhir.intake.resources import DeriveId
 from fhir_assets.fhir.record import MalformedResource, Record, build_record, read_header, to_single_line
 from fhir_assets.fhir.validation import Validator
@@ -87,6 +87,9 @@ class IntakeValidator:
             issues = (
                 Issue(SCHEMA, "error", f"Patient{error.path.replace('/', '.')}", error.message) for error in errors
             )
+            return ValidatedRecord("Patient", None, tuple(issues))
+        if problems := list(cells.find_patient_problems(record)):
+            issues = (Issue(SCHEMA, "error", f"Patient.{name}", message) for name, message in problems)
             return ValidatedRecord("Patient", None, tuple(issues))
         built = resources.build_patient_resources(
             record, self._derive_id, now=self._now.isoformat(timespec="milliseconds")

@@ -63,8 +63,10 @@ class ReadyFile:
     batch: str | None = None
 
 
-def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool]]) -> None:
-    """Record the current listing of a zone: pairs of a file and True if the file is known to be complete.
+def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool | None]]) -> None:
+    """Record the current listing of a zone: pairs of a file and whether the file is known to be complete.
+
+    None in place of the latter is a file that the zone passes over: it has the status ``ignored``.
 
     A file is ready if it is known to be complete or unchanged since the last listing. The row of a changed file is
     reset. The rows of files that were removed from the zone before they were loaded are deleted.
@@ -228,14 +230,19 @@ def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mappin
 
 _UPSERT_LISTING = """
     INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status)
-    SELECT %s, name, size, mark, written, CASE WHEN complete THEN 'ready' ELSE 'arriving' END
+    SELECT
+        %s, name, size, mark, written,
+        CASE WHEN complete THEN 'ready' WHEN complete IS NULL THEN 'ignored' ELSE 'arriving' END
     FROM listing
     ORDER BY name
     ON CONFLICT (zone, name) DO UPDATE SET
         size = excluded.size,
         mark = excluded.mark,
         written_at = excluded.written_at,
-        status = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN 'ready' ELSE excluded.status END,
+        status = CASE
+            WHEN excluded.status <> 'ignored' AND (f.size, f.mark) = (excluded.size, excluded.mark) THEN 'ready'
+            ELSE excluded.status
+        END,
         attempts = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.attempts ELSE 0 END,
         found_at = CASE
             WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.found_at
@@ -249,5 +256,7 @@ _UPSERT_LISTING = """
         error = NULL,
         known_before = false,
         batch = NULL
-    WHERE f.status = 'arriving' OR (f.size, f.mark) <> (excluded.size, excluded.mark)
+    WHERE f.status = 'arriving'
+        OR f.status = 'ignored' AND excluded.status <> 'ignored'
+        OR (f.size, f.mark) <> (excluded.size, excluded.mark)
 """

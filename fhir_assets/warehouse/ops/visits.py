@@ -16,12 +16,22 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A person in the ledger: ``content`` is the keyed hash of the newest data, ``as_of`` the time of that data."""
+    """A person in the ledger: ``content`` is the keyed hash of the newest data, ``as_of`` the time of that data.
+
+    ``name`` and ``birth`` are the keyed hashes of the name and the birth date, empty if they are not known.
+    """
 
     id: str
     version: int
     content: bytes
     as_of: datetime
+    name: bytes = b""
+    birth: bytes = b""
+
+    def contradicts(self, other: "Person") -> bool:
+        """Return whether both the name and the birth date of another person with the same number differ."""
+        known = self.name and self.birth and other.name and other.birth
+        return bool(known) and self.name != other.name and self.birth != other.birth
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,7 @@ class VisitFileCounts:
     - ``outdated``: persons for whom a newer file has other data
     - ``visits``: new visits
     - ``repeats``: known visits with the same data
-    - ``conflicts``: known visits with other data
+    - ``conflicts``: known visits with other data, and record numbers with another name and another birth date
     - ``rows``: resources written to raw
     - ``rejected``: rows of the file that became dead letters
     """
@@ -69,14 +79,19 @@ def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
     """
     rows = conn.execute(
         """
-        SELECT id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at)
+        SELECT
+            id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at),
+            CASE WHEN at > as_of THEN '' ELSE name END, CASE WHEN at > as_of THEN '' ELSE birth END
         FROM ops.visit_persons
         LEFT JOIN ops.visit_persons_elsewhere USING (id)
         WHERE id = ANY(%s)
         """,
         [list(ids)],
     )
-    return {identity: Person(identity, version, bytes(content), as_of) for identity, version, content, as_of in rows}
+    return {
+        identity: Person(identity, version, bytes(content), as_of, bytes(name), bytes(birth))
+        for identity, version, content, as_of, name, birth in rows
+    }
 
 
 def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
@@ -102,13 +117,15 @@ def record(conn: Connection, origin: str, persons: Sequence[Person], visits: Seq
     """Store new or changed persons, and new visits. Call it in the transaction that called ``lock_ledger``."""
     conn.execute(
         """
-        INSERT INTO ops.visit_persons AS known (id, version, content, as_of, origin)
+        INSERT INTO ops.visit_persons AS known (id, version, content, as_of, name, birth, origin)
         SELECT *, %s
-        FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[])
+        FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[], %s::bytea[], %s::bytea[])
         ON CONFLICT (id) DO UPDATE SET
             version = excluded.version,
             content = excluded.content,
             as_of = excluded.as_of,
+            name = excluded.name,
+            birth = excluded.birth,
             origin = excluded.origin
         """,
         [
@@ -117,6 +134,8 @@ def record(conn: Connection, origin: str, persons: Sequence[Person], visits: Seq
             [person.version for person in persons],
             [person.content for person in persons],
             [person.as_of for person in persons],
+            [person.name for person in persons],
+            [person.birth for person in persons],
         ],
     )
     conn.execute(
