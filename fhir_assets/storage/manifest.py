@@ -60,6 +60,22 @@ class Receipt(msgspec.Struct, frozen=True):
     rejected: int
 
 
+class Undated(msgspec.Struct, frozen=True):
+    """The search for resources that no interval of ``lastUpdated`` contains, made with a fetch of the window.
+
+    ``expected`` is the number that the source declared, None if it declares none; ``found`` were returned, of which
+    ``repeated`` were in the partition already and ``rejected`` became dead letters. ``missing`` were declared but not
+    returned; it is None if the source neither counted nor returned them.
+    """
+
+    at: datetime
+    expected: int | None
+    found: int
+    repeated: int
+    rejected: int
+    missing: int | None
+
+
 class Fetch(msgspec.Struct, frozen=True):
     """One fetch of an interval of the window from the source, with its counts of resources.
 
@@ -76,6 +92,18 @@ class Fetch(msgspec.Struct, frozen=True):
     repeated: int
     rejected: int
     notices: tuple[Notice, ...] = ()
+    undated: Undated | None = None
+
+    @property
+    def new(self) -> int:
+        """Returned resources that the partition did not have, with those that became dead letters."""
+        undated = self.undated.found - self.undated.repeated if self.undated else 0
+        return self.matched - self.repeated + undated
+
+    @property
+    def dead(self) -> int:
+        """Returned resources that became dead letters."""
+        return self.rejected + (self.undated.rejected if self.undated else 0)
 
 
 class Fetched(msgspec.Struct, frozen=True):
@@ -85,6 +113,12 @@ class Fetched(msgspec.Struct, frozen=True):
     complete: bool
     fetches: tuple[Fetch, ...]
     source_state: str | None = None
+
+    @property
+    def beyond(self) -> int | None:
+        """Resources that the source declared but that no search returned, by the last fetch that asked for them."""
+        asked = [fetch.undated for fetch in self.fetches if fetch.undated]
+        return asked[-1].missing if asked else 0
 
     @property
     def notices(self) -> tuple[Notice, ...]:

@@ -103,13 +103,20 @@ class SearchPager:
     def read_ids(self, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
         """Read the resources with these ids, which must fit into one URL."""
         wanted = frozenset(ids)
-        params = [("_id", ",".join(ids))]
 
         def accept(record: Record) -> bool:
             if record.id not in wanted:
                 raise NotFhir(f"a search of {self._type} by _id returned other ids too: the server ignores _id")
             return True
 
+        yield from self._read_again([("_id", ",".join(ids))], accept)
+
+    def read_all(self, params: Params) -> Iterator[Record | RejectedInput]:
+        """Read all matches of a search by other parameters than the date, or without any."""
+        yield from self._read_again(params, lambda record: True)
+
+    def _read_again(self, params: Params, accept: Callable[[Record], bool]) -> Iterator[Record | RejectedInput]:
+        """Read a search, from the start again if its pages end early."""
         for restarts in range(1, _MAX_RESTARTS_WITHOUT_PROGRESS + 1):
             try:
                 yield from self._read(params, accept)

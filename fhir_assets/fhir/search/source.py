@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
+from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
-from fhir_assets.fhir.record import Deletion, Record, RejectedInput
+from fhir_assets.fhir.record import CLOCK_SKEW, Deletion, Record, RejectedInput
 from fhir_assets.fhir.search.extent import ExtentFinder
 from fhir_assets.fhir.search.pager import SearchPager, last_updated_params
 from fhir_assets.fhir.search.searches import Searches
@@ -16,6 +17,7 @@ from fhir_assets.windows import Interval
 
 IDS_AT_ONCE = 50
 _CAPABILITIES_VALID_FOR = timedelta(minutes=10)
+_FIRST_DATE = datetime(1900, 1, 1, tzinfo=UTC)
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 
 
@@ -105,6 +107,34 @@ class SearchSource:
                     yield Deletion(resource_type, id_, self._now())
                 elif error.status != 404:
                     raise
+
+    def count_undated(self, resource_type: str) -> int | None:
+        """Return how many resources the server counts beyond those that a ``_lastUpdated`` filter matches.
+
+        These have no date, or one in the future. Returns None if the server does not count, or refuses a search
+        without a filter.
+        """
+        try:
+            total = self._searches.count(resource_type, [])
+        except ServerRefused:
+            return None
+        if not total:
+            return total
+        dated = self.count(resource_type, Interval(_FIRST_DATE, self._now() + CLOCK_SKEW))
+        return None if dated is None else max(0, total - dated)
+
+    def fetch_undated(self, resource_type: str, *, filtered: bool) -> Iterator[Record | RejectedInput]:
+        """Read the resources without a ``lastUpdated`` that counts, by the modifier ``:missing`` or among all.
+
+        A malformed entry is returned if it has no date: the searches by date return the others. Raises as ``fetch``.
+        """
+        params = [("_lastUpdated:missing", "true")] if filtered else []
+        for item in self._pager(resource_type).read_all(params):
+            if isinstance(item, Record):
+                if item.last_updated is None:
+                    yield item
+            elif b'"lastUpdated"' not in item.body:
+                yield item
 
     def drain_notices(self) -> tuple[Notice, ...]:
         """Return the notices about the server's answers since the last call."""

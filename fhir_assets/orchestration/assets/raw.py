@@ -124,8 +124,8 @@ def _build_raw_step(
                         {
                             key: {
                                 "server_total": fetch.server_total,
-                                "fetched": fetch.matched - fetch.repeated,
-                                "dead": fetch.rejected,
+                                "fetched": fetch.new,
+                                "dead": fetch.dead,
                             }
                             for key, fetch in update.fetches.items()
                         },

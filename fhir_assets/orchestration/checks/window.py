@@ -27,7 +27,7 @@ MAX_SHOWN_WINDOWS = 20
 """The largest number of windows that the metadata of a check lists; the check's counts cover all windows."""
 
 _COLUMNS = (
-    *("server_total", "matched", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
+    *("server_total", "matched", "undated", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
     *("deleted", "superseded", "loaded", "missing"),
 )
 
@@ -38,7 +38,8 @@ def window_check_specs(
     """Return the specs of the checks that a load of ``resource_type`` evaluates on its main table."""
     descriptions = {
         RECONCILES: "Every resource of the window is in the tables, is a dead letter or is withheld: "
-        "server count + received = raw; raw = valid + dead + withheld; valid = loaded + superseded by a newer version.",
+        "server count + undated + received = raw; raw = valid + dead + withheld; valid = loaded + superseded by a "
+        "newer version.",
         DEAD_LETTER_RATE: "The share of the window's resources that are unresolved dead letters, with the most "
         "frequent rules and paths. DEAD_LETTER_WARN_RATE and DEAD_LETTER_ERROR_RATE set the limits.",
     }

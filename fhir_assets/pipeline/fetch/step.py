@@ -1,6 +1,6 @@
 """Fetch: read a range of windows from a source, and write each resource to the raw partition of its window."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -12,6 +12,7 @@ from fhir_assets.fhir.source import Source
 from fhir_assets.notices import Notice, log_notices
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
 from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
+from fhir_assets.pipeline.fetch.undated import FindsUndated, UndatedReader, is_due
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
@@ -131,6 +132,7 @@ class FetchStep:
                 for name in request.names:
                     requested = request.windows or list(plans[name].values())
                     fetches[name] |= self._count_fetches(name, requested, request.total)
+                    fetches[name] |= self._fetch_undated(name, windows, plans[name], fetches[name], writer)
                 notices += self._source.drain_notices()
                 for name in request.names if notices else ():
                     noted = [p.planned.window.key for p in request.windows or plans[name].values()]
@@ -153,6 +155,43 @@ class FetchStep:
             )
             for name, plan in plans.items()
         ]
+
+    def _fetch_undated(
+        self,
+        name: str,
+        windows: WindowRange,
+        plan: Mapping[str, _Progress],
+        fetches: Mapping[str, Fetch],
+        writer: PartWriter,
+    ) -> dict[str, Fetch]:
+        """Read what no interval contains into the window of the present, if the range has it and the reading is due.
+
+        Return the fetch of the window with the counts.
+        """
+        window = windows.find(self._started)
+        progress = plan.get(window.key) if window else None
+        source = self._source
+        if window is None or progress is None or window.key not in fetches or not isinstance(source, FindsUndated):
+            return {}
+        base = progress.planned.base
+        if fetches[window.key].undated is not None or not is_due(base, self._started):
+            return {}
+        reader = UndatedReader(source, name)
+        repeated = rejected = 0
+        known: set[_Version] | None = None
+        for item in reader.read():
+            if known is None:
+                known = {key for key in self._read_versions(base.parts if base else ()) if key[2] is None}
+            if isinstance(item, RejectedInput):
+                rejected += 1
+                self._dead_letters.add(_build_dead_letter(item, window.key))
+            elif item.version_key in known:
+                repeated += 1
+            else:
+                known.add(item.version_key)
+                writer.add(name, window.key, item.body, None)
+        undated = reader.build_result(self._started, repeated=repeated, rejected=rejected)
+        return {window.key: msgspec.structs.replace(fetches[window.key], undated=undated)}
 
     def _plan_requests(
         self, plans: Mapping[str, Mapping[str, _Progress]], windows: WindowRange
@@ -202,8 +241,11 @@ class FetchStep:
         since = planned.interval.start - _ROUNDING
         fetched = (part for part in planned.base.parts if part.origin is None)
         overlapping = [part for part in fetched if part.last is None or part.last >= since]
+        return self._read_versions(overlapping)
+
+    def _read_versions(self, parts: Iterable[Part]) -> set[_Version]:
         versions = set()
-        for batch in self._store.batches(overlapping):
+        for batch in self._store.batches(parts):
             for line in batch:
                 versions.add(build_record(line, read_header(line), self._now).version_key)
         return versions
@@ -314,9 +356,9 @@ def _raise_if_long_before(until: datetime, interval: Interval) -> None:
     """Raise NotFhir if a snapshot ends so long before the windows that its time must be wrong."""
     if interval.start is not None and until < interval.start - _MAX_SNAPSHOT_AGE:
         raise NotFhir(
-            f"the export is complete up to {until:%Y-%m-%d %H:%M} only, its transactionTime, but the windows begin at "
-            f"{interval.start:%Y-%m-%d %H:%M}, so that none of its resources would be loaded: correct the clock of the "
-            "server, then run again"
+            f"the source is complete up to {until:%Y-%m-%d %H:%M} only (the transactionTime of its export, or the time "
+            f"of its clock), but the windows begin at {interval.start:%Y-%m-%d %H:%M}, so that none of its resources "
+            "would be loaded: correct the clock of the server, then run again"
         )
 
 

@@ -53,6 +53,10 @@ class WindowCounts:
     """Resources that were received through another channel than the source."""
     deleted: int = 0
     """Valid resources that the source has deleted since."""
+    undated: int = 0
+    """Resources without ``lastUpdated`` that were read without a filter, because no window's filter finds them."""
+    beyond: int | None = 0
+    """Resources that the source declares beyond those that its searches return; None if it does not say."""
     versions: int | None = None
     """Distinct versions of the window in the tables; None if they were not counted."""
     notices: tuple[Notice, ...] = ()
@@ -76,7 +80,7 @@ class WindowCounts:
         action = f"materialize raw, validated and normalized of {self.partition_key} again"
         if self.server_total is not None and self.server_total != self.matched:
             faults.append(f"the server counts {self.server_total} but returned {self.matched}: {action}")
-        arrived = self.matched + self.received - self.repeated - self.rejected
+        arrived = self.matched + self.undated + self.received - self.repeated - self.rejected
         if self.raw != arrived:
             faults.append(f"{arrived} were received but raw holds {self.raw}: {action}")
         if self.raw != self.validated:
@@ -86,6 +90,12 @@ class WindowCounts:
                 f"{self.validated} were validated but {self.valid} are valid, {self.dead} dead and "
                 f"{self.withheld} withheld: materialize validated again"
             )
+        if self.beyond:
+            faults.append(
+                f"the server counts {self.beyond} resources that neither its searches by _lastUpdated nor one without "
+                "a filter return: rebuild its search index, or load an export; then materialize raw, validated and "
+                f"normalized of {self.partition_key} again with a full refresh"
+            )
         if self.missing:
             faults.append(f"{self.missing} valid resources are not in the tables: materialize normalized again")
         faults.extend(notice.message for notice in self.notices if notice.severity == "error")
@@ -94,7 +104,13 @@ class WindowCounts:
     @property
     def warnings(self) -> list[str]:
         """The messages of the notices of severity ``warning``."""
-        return [notice.message for notice in self.notices if notice.severity == "warning"]
+        warnings = [notice.message for notice in self.notices if notice.severity == "warning"]
+        if self.beyond is None:
+            warnings.append(
+                "the server neither counts its resources nor returns them without a filter: whether it has resources "
+                "that no search by _lastUpdated finds is unknown"
+            )
+        return warnings
 
 
 def find_main_view(views: Sequence[View], resource_type: str) -> str | None:
@@ -135,13 +151,14 @@ def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: A
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
+    undated = [fetch.undated.found if fetch.undated else 0 for fetch in fetches]
     state = validated.validated if validated else None
     return WindowCounts(
         raw.partition_key,
         sum(known) if known and len(known) == len(totals) else None,
         sum(fetch.matched for fetch in fetches),
-        sum(fetch.repeated for fetch in fetches),
-        sum(fetch.rejected for fetch in fetches) + sum(receipt.rejected for receipt in raw.receipts),
+        sum(fetch.matched - fetch.new for fetch in fetches) + sum(undated),
+        sum(fetch.dead for fetch in fetches) + sum(receipt.rejected for receipt in raw.receipts),
         raw.rows,
         state.rows_in if state else 0,
         (validated.rows if validated else 0) - absent.withheld,
@@ -152,6 +169,8 @@ def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: A
         received=sum(receipt.rows + receipt.rejected for receipt in raw.receipts),
         deleted=absent.deleted,
         notices=raw.fetched.notices if raw.fetched else (),
+        undated=sum(undated),
+        beyond=raw.fetched.beyond if raw.fetched else 0,
     )
 
 

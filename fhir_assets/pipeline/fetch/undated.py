@@ -1,0 +1,79 @@
+"""Resources that no search by ``_lastUpdated`` finds: how many a server has, and reading them without that filter.
+
+A server may hold resources without ``meta.lastUpdated`` that none of its filters matches, so that no window has them.
+"""
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Protocol, runtime_checkable
+
+from fhir_assets.errors import NotFhir, ServerRefused
+from fhir_assets.fhir.record import Record, RejectedInput
+from fhir_assets.storage.manifest import Manifest, Undated
+
+INTERVAL = timedelta(days=1)
+"""A window is asked for undated resources at its first fetch, and again after this time."""
+
+
+@runtime_checkable
+class FindsUndated(Protocol):
+    """A source that can be asked for the resources which no interval contains."""
+
+    def count_undated(self, resource_type: str) -> int | None:
+        """Return how many resources no interval of ``lastUpdated`` contains; None if the source does not say."""
+        ...
+
+    def fetch_undated(self, resource_type: str, *, filtered: bool) -> Iterator[Record | RejectedInput]:
+        """Read the resources without ``lastUpdated``: by a filter of the source, or among all of its resources."""
+        ...
+
+
+def is_due(base: Manifest | None, now: datetime) -> bool:
+    """Return whether the window has not been asked for undated resources within INTERVAL. ``base`` is extended."""
+    fetches = base.fetched.fetches if base and base.fetched else ()
+    return all(fetch.undated is None or now - fetch.undated.at >= INTERVAL for fetch in fetches)
+
+
+class UndatedReader:
+    """Reads the undated resources of one type, and accounts for those that the server counts but does not return."""
+
+    def __init__(self, source: FindsUndated, resource_type: str) -> None:
+        self._source = source
+        self._type = resource_type
+        self._seen: set[int] = set()
+        self._expected: int | None = None
+        self._missing: int | None = None
+
+    def read(self) -> Iterator[Record | RejectedInput]:
+        """Yield each undated resource once. Nothing is read if the server has none.
+
+        A refusal of the server is not raised: ``build_result`` reports what is missing. Raises ServerUnavailable.
+        """
+        self._expected = self._source.count_undated(self._type)
+        if self._expected == 0:
+            self._missing = 0
+            return
+        for filtered in (True, False):
+            try:
+                yield from self._read_new(filtered=filtered)
+            except (ServerRefused, NotFhir):
+                continue
+            if self._expected is None or len(self._seen) >= self._expected:
+                self._missing = 0
+                return
+        if self._expected is not None:
+            # Resources may have been deleted since the first count.
+            again = self._source.count_undated(self._type)
+            expected = self._expected if again is None else min(self._expected, again)
+            self._missing = max(0, expected - len(self._seen))
+
+    def _read_new(self, *, filtered: bool) -> Iterator[Record | RejectedInput]:
+        for item in self._source.fetch_undated(self._type, filtered=filtered):
+            key = hash(item.body)
+            if key not in self._seen:
+                self._seen.add(key)
+                yield item
+
+    def build_result(self, at: datetime, *, repeated: int, rejected: int) -> Undated:
+        """Return the counts for the manifest of the window that has the resources."""
+        return Undated(at, self._expected, len(self._seen), repeated, rejected, self._missing)
