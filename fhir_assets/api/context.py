@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from fhir_assets.api.access import Token
+from fhir_assets.api.bodies import read_json_body
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_zone, build_receiver
@@ -201,7 +202,7 @@ def _get_caller(request: Request) -> Caller:
 
 
 async def _read_body(request: Request) -> bytes:
-    return await request.body()
+    return read_json_body(await request.body(), request.headers)
 
 
 Context = Annotated[AppContext, Depends(_get_context)]

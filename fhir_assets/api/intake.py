@@ -29,7 +29,7 @@ router = APIRouter(tags=["intake"])
     "/api/v1/ingest",
     status_code=202,
     response_model=IntakeResult,
-    responses=problem_responses(400),
+    responses=problem_responses(400, 415),
     openapi_extra=RECORDS_BODY,
     summary="Post patient records and FHIR resources",
 )
@@ -75,7 +75,7 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
 @router.post(
     "/fhir",
     responses={
-        **problem_responses(),
+        **problem_responses(415),
         200: {"description": "The accepted resources are stored; the issues of the others", **OPERATION_OUTCOME},
         422: {
             "description": "Nothing was accepted; a problem document if the request itself is not valid",

@@ -107,6 +107,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 _COMMON_STATUSES = (401, 403, 409, 413, 422, 429, 500, 503)
 _DESCRIPTIONS = {
+    415: "the body is not JSON in UTF-8",
     400: "the request does not have the form that this operation takes",
     401: "a bearer token is needed",
     403: "the token's role may not call this operation, or the patient's consent denies access (`reason` is `consent`)",

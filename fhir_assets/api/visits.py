@@ -104,7 +104,7 @@ _VISITS_BODY: dict[str, Any] = {
     "/ingest",
     status_code=202,
     response_model=VisitsReceived,
-    responses=problem_responses(400),
+    responses=problem_responses(400, 415),
     openapi_extra=_VISITS_BODY,
     summary="Post visits",
 )

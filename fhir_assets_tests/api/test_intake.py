@@ -1,5 +1,6 @@
 """Records and resources that are posted."""
 
+import gzip
 from concurrent.futures import ThreadPoolExecutor
 
 import orjson
@@ -231,13 +232,38 @@ def test_simultaneous_requests_are_all_stored_and_audited(api: Api) -> None:
     assert audit_records == 48
 
 
-@pytest.mark.parametrize(
-    ("member", "value"), [("mrn", "1.23457E+11"), ("mrn", "NULL"), ("mrn", "12\u200b3"), ("birthDate", "0080-01-01")]
-)
-def test_a_patient_record_with_a_value_that_a_spreadsheet_damaged_is_rejected(
-    api: Api, member: str, value: str
-) -> None:
-    record = {"resourceType": "Patient", "mrn": "M1", "birthDate": "1980-01-01", member: value}
-    answer = api.post("/api/v1/ingest", json={"records": [record]})
-    (result,) = answer.json()["results"]
-    assert (result["status"], result["issues"][0]["path"]) == ("rejected", f"Patient.{member}")
+def test_a_patient_record_with_a_value_that_a_spreadsheet_damaged_is_rejected(api: Api) -> None:
+    damaged = [("mrn", "1.23457E+11"), ("mrn", "NULL"), ("mrn", "12\u200b3"), ("birthDate", "0080-01-01")]
+    records = [
+        {"resourceType": "Patient", "mrn": "M1", "birthDate": "1980-01-01", name: text} for name, text in damaged
+    ]
+    results = api.post("/api/v1/ingest", json={"records": records}).json()["results"]
+    found = [(result["status"], result["issues"][0]["path"]) for result in results]
+    assert found == [("rejected", f"Patient.{name}") for name, _ in damaged]
+
+
+NOT_JSON: list[tuple[bytes, dict[str, str], str]] = [
+    (gzip.compress(b"{}"), {}, "gzip"),
+    (b"{}", {"Content-Encoding": "gzip"}, "uncompressed"),
+    (b'<Patient xmlns="http://hl7.org/fhir"/>', {}, "XML"),
+    (b"\n <?xml?>", {"Content-Type": "application/json"}, "XML"),
+    (b"x", {"Content-Type": "application/fhir+xml"}, "XML"),
+    (b'{"a":1}\n{"a":2}\n', {}, "NDJSON"),
+    (b"{}", {"Content-Type": "application/fhir+ndjson"}, "NDJSON"),
+    (b"mrn,first_name", {"Content-Type": "text/csv; charset=utf-8"}, "CSV"),
+    ("{}".encode("utf-16"), {}, "UTF-8"),
+]
+
+
+def test_a_body_that_is_not_json_is_answered_415_with_what_it_is(api: Api) -> None:
+    for path in ("/fhir", "/api/v1/ingest", "/ingest"):
+        for body, headers, word in NOT_JSON:
+            answer = api.post(path, data=body, headers=headers)
+            assert answer.status_code == 415, (path, word)
+            assert word in answer.json()["detail"]
+
+
+def test_a_byte_order_mark_and_odd_media_types_are_accepted(api: Api) -> None:
+    body = b'\xef\xbb\xbf{\n"resourceType": "Patient", "id": "a"}\n'
+    for media_type in ("application/fhir+json", "application/json; charset=utf-8", "application/x-www-form-urlencoded"):
+        assert api.post("/fhir", data=body, headers={"Content-Type": media_type}).status_code == 200
