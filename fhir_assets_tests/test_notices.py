@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.notices import Notice, Notices
 from fhir_assets.pipeline.fetch.step import FetchStep
@@ -22,6 +23,7 @@ class NoticingSource:
 
     def __init__(self, *, one_pass: bool) -> None:
         self.one_pass = one_pass
+        self.refused: Mapping[str, ServerRefused] = {}
         self._notices = Notices()
 
     def list_types(self) -> None:

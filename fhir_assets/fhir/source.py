@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
+from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.notices import Notice
 from fhir_assets.windows import Interval
@@ -13,6 +14,11 @@ class Source(Protocol):
     """A source of resources. The pipeline reads it by resource type and by interval of ``meta.lastUpdated``."""
 
     name: str
+    refused: Mapping[str, ServerRefused]
+    """The types that the last call of ``find_extent`` or ``complete_until`` left out because the server refuses them.
+
+    A source that is read type by type raises the error instead.
+    """
     one_pass: bool
     """True if all types are read together (files, a bulk export), False if the types are read separately."""
 

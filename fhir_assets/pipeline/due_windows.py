@@ -7,6 +7,7 @@ from itertools import islice
 
 import psycopg
 
+from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.source import Source
 from fhir_assets.notices import log_notices
 from fhir_assets.pipeline.type_failures import TypeFailures
@@ -104,7 +105,13 @@ def find_extent(source: Source, resource_types: Sequence[str], failures: TypeFai
     if not resource_types:
         return None
     if source.one_pass:
-        return source.find_extent(resource_types)
+        try:
+            extent = source.find_extent(resource_types)
+        except ServerRefused as error:
+            failures.errors.update(dict.fromkeys(resource_types, error))
+            return None
+        failures.errors.update(source.refused)
+        return extent
     extents = []
     for name in resource_types:
         with failures.collect(name):

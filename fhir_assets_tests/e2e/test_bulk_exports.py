@@ -1,5 +1,6 @@
 """Exports of servers that are slow, late, wrong about the time or about their files: every resource is loaded once."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -340,25 +341,50 @@ def test_the_resources_of_a_line_that_is_a_bundle_are_loaded(deploy: Deploy) -> 
     [
         (
             "system",
-            "type Organization is not supported",
-            "names Organization: remove the type from FHIR_RESOURCE_TYPES",
+            "_type=Patient,Organization: Organization is unknown",
+            "refuses Organization: remove the type from FHIR",
         ),
         ("patient", "not in the compartment", "does not contain Organization: .* or set FHIR_BULK_LEVEL to system"),
         ("group/g", "no", "does not contain Organization"),
-        ("system", "no", "it names no type: shorten FHIR_RESOURCE_TYPES"),
     ],
 )
-def test_a_refused_kick_off_names_the_type_and_the_setting(
+def test_a_type_that_the_export_refuses_fails_alone_and_the_reason_names_the_setting(
     deploy: Deploy, level: str, refusal: str, sentence: str
 ) -> None:
     issue = {"severity": "error", "code": "not-supported", "diagnostics": refusal}
-    with BulkServer(
-        answer=lambda kind, export, request: reply({"resourceType": "OperationOutcome", "issue": [issue]}, 400)
-    ) as server:
+    refuses = [True]
+
+    def answer(kind: str, export: RequestedExport | None, request: ReceivedRequest) -> Reply | None:
+        is_refused = refuses[0] and kind == "export" and "Organization" in request.all("_type")[0]
+        return reply({"resourceType": "OperationOutcome", "issue": [issue]}, 400) if is_refused else None
+
+    old = {"resourceType": "Organization", "id": "o", "name": "Ward", "meta": {"lastUpdated": "2026-01-05T00:00:00Z"}}
+    with BulkServer(("Patient", [patient("p", START)]), ("Organization", [orjson.dumps(old)]), answer=answer) as server:
         deployment = bulk(deploy, server, fhir_resource_types="Patient,Organization", fhir_bulk_level=level)
-        with pytest.raises(ServerRefused, match=sentence) as refused:
+        for _ in range(2):
+            [outcome] = deployment.ingest()
+            assert not outcome.success
+            assert ids(deployment) == ["p"]
+            [(reason, types)] = deployment.query(
+                "SELECT error, array_agg(DISTINCT resource_type) FROM ops.ingestion_runs"
+                " WHERE run_id = %s AND status = 'FAILED' GROUP BY 1",
+                outcome.run_id,
+            )
+            assert re.search(sentence, reason)
+            assert "(400: not-supported)" in reason
+            assert types == ["Organization"]
+        refuses[0] = False
+        assert load(deployment) == []
+    assert ids(deployment) == ["o", "p"], "the history of the type is loaded once it is offered"
+
+
+def test_an_export_that_is_refused_without_naming_a_type_ends_with_a_clear_error(deploy: Deploy) -> None:
+    issue = {"severity": "error", "code": "not-supported"}
+    refusal = reply({"resourceType": "OperationOutcome", "issue": [issue]}, 400)
+    with BulkServer(answer=lambda kind, export, request: refusal) as server:
+        deployment = bulk(deploy, server, fhir_resource_types="Patient,Organization")
+        with pytest.raises(ServerRefused, match="it names no type: shorten FHIR_RESOURCE_TYPES"):
             deployment.ingest()
-    assert "(400: not-supported)" in str(refused.value)
 
 
 def test_the_status_is_polled_past_caches(deploy: Deploy) -> None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
+from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.notices import Notice
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
@@ -21,6 +23,7 @@ class FixedSource:
 
     name = "fixed"
     one_pass = False
+    refused: Mapping[str, ServerRefused] = MappingProxyType({})
 
     def __init__(
         self, extent: Interval | None = None, state: str | None = None, offered: frozenset[str] | None = None

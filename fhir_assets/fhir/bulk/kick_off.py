@@ -1,6 +1,8 @@
 """The refusal of an export by the server, explained by the types and the level that were asked for."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ServerRefused
@@ -12,7 +14,18 @@ REFUSALS = frozenset({400, 403, 404, 405, 406, 409, 410, 412, 415, 422, 501})
 """Statuses that refuse the export itself; the request may name a type or a level that the server does not offer."""
 
 
-def explain_refusal(response: FhirResponse, request: ExportRequest) -> ServerRefused:
+class ExportRefused(ServerRefused):
+    """The server refuses an export.
+
+    ``resource_types`` are those of the requested types that it refuses; none if that is not known, or all of them.
+    """
+
+    def __init__(self, message: str, resource_types: Sequence[str]) -> None:
+        super().__init__(message)
+        self.resource_types = tuple(resource_types)
+
+
+def explain_refusal(response: FhirResponse, request: ExportRequest) -> ExportRefused:
     """Return the error for a kick-off that the server refused.
 
     The message names the requested types that the server's OperationOutcome names, and no other text of the server.
@@ -22,12 +35,13 @@ def explain_refusal(response: FhirResponse, request: ExportRequest) -> ServerRef
     reason = (
         f"the server refuses the export at level {request.level} ({response.status}{f': {codes}' if codes else ''})"
     )
-    words = set(re.findall(r"[A-Za-z]+", response.body[: 1 << 16].decode("utf-8", "replace")))
-    named = [name for name in request.resource_types if name in words]
+    named = _find_named(response.body, request.resource_types)
     outside = [] if request.level == "system" else [name for name in request.resource_types if is_outside(name)]
+    if not named and not outside and len(request.resource_types) == 1:
+        named = list(request.resource_types)
     advice = []
-    if named and len(named) < len(request.resource_types):
-        advice.append(f"it names {', '.join(named)}: remove the type from {labels.resource_types}")
+    if named:
+        advice.append(f"it refuses {', '.join(named)}: remove the type from {labels.resource_types}")
     if outside:
         advice.append(
             f"the compartment of a patient does not contain {', '.join(outside)}: remove them from "
@@ -45,7 +59,15 @@ def explain_refusal(response: FhirResponse, request: ExportRequest) -> ServerRef
             f"it names no type: shorten {labels.resource_types} to find the one that it does not offer, and check "
             f"{labels.type_filter}"
         )
-    return ServerRefused(f"{reason}; {'; '.join(advice)}")
+    refused = named or (outside if len(outside) < len(request.resource_types) else [])
+    return ExportRefused(f"{reason}; {'; '.join(advice)}", refused)
+
+
+def _find_named(body: bytes, resource_types: Sequence[str]) -> list[str]:
+    """Return the types that a refusal names more often than the others: it may repeat the whole request."""
+    words = Counter(re.findall(r"[A-Za-z]+", body[: 1 << 16].decode("utf-8", "replace")))
+    least = min(words[name] for name in resource_types)
+    return [name for name in resource_types if words[name] > least]
 
 
 def is_outside(resource_type: str) -> bool:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.fhir.containers import CONTAINERS, Pages
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
@@ -76,6 +77,7 @@ class NdjsonSource:
 
     name = "ndjson"
     one_pass = True
+    refused: Mapping[str, ServerRefused] = MappingProxyType({})
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.client.http import FhirClient
@@ -29,6 +30,7 @@ class SearchSource:
 
     name = "search"
     one_pass = False
+    refused: Mapping[str, ServerRefused] = MappingProxyType({})
 
     def __init__(
         self,

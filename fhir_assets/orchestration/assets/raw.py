@@ -116,6 +116,9 @@ def _build_raw_step(
                     | ({"deleted": deleted[name]} if name in deleted else {}),
                 )
                 with warehouse.connect() as conn:
+                    if update.refusal:
+                        # This step goes on with the other types; the step that validates this type fails.
+                        runs.fail(conn, run.run_id, [name], run.partition_keys, error=update.refusal)
                     dead_letters.resolve_not_repeated(conn, run.run_id, name, "fetch", update.refetched_keys)
                     runs.record_counts(
                         conn,

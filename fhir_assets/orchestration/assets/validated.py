@@ -11,6 +11,7 @@ import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
@@ -58,7 +59,11 @@ def _build_validated_asset(
     ) -> Iterator[dg.Output[ValidatedUpdate]]:
         run = RunContext.from_context(context, settings.window_scheme)
         started = perf_counter()
+        with warehouse.connect() as conn:
+            refusal = runs.find_failure(conn, run.run_id, name)
         with record_step(run, warehouse, [name], check=binding.require):
+            if refusal:
+                raise ServerRefused(refusal)
             with warehouse.connect() as conn:
                 require_manifests(conn, store, run.run_id, "raw", name, run.partition_keys, raw)
             step = ValidateStep(

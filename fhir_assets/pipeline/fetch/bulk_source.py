@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from fhir_assets.errors import StoreError
+from fhir_assets.errors import ServerRefused, StoreError
+from fhir_assets.fhir.bulk.kick_off import ExportRefused
 from fhir_assets.fhir.bulk.manifest import ExportRequest
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import MalformedResource, Record, RejectedInput, build_record, read_header
@@ -67,6 +68,7 @@ class BulkSource:
         self._reuse_within = reuse_within
         self._now = now
         self._chosen: dict[str, BulkExport] = {}
+        self.refused: Mapping[str, ServerRefused] = {}
         self._runner = ExportRunner(
             client,
             store,
@@ -220,7 +222,7 @@ class BulkSource:
                 names = [name for name in intervals if name not in chosen and export.serves(name, starts[name])]
                 if names and export.status != "done" and (done := self._runner.resume(conn, export)):
                     chosen |= dict.fromkeys(names, done)
-            self._request_missing(conn, starts, chosen)
+            self.refused = self._request_missing(conn, starts, chosen)
             return chosen
 
     def _can_reuse(self, export: BulkExport, interval: Interval, loaded_until: datetime | None) -> bool:
@@ -233,15 +235,26 @@ class BulkSource:
 
     def _request_missing(
         self, conn: Session, starts: Mapping[str, datetime | None], chosen: dict[str, BulkExport]
-    ) -> None:
-        """Request one export for all types that need one from the same time on, and add them to ``chosen``."""
+    ) -> dict[str, ServerRefused]:
+        """Request one export for all types that need one from the same time on, and add them to ``chosen``.
+
+        Return the types that the server refuses, with the reason of each. Raises ServerRefused if it refuses all.
+        """
         missing: dict[datetime | None, list[str]] = {}
         for name, start in starts.items():
             if name not in chosen:
                 missing.setdefault(start, []).append(name)
+        refused: dict[str, ServerRefused] = {}
         for start, names in missing.items():
-            request = ExportRequest(self._scope.level, tuple(names), start, self._scope.type_filter)
-            chosen |= dict.fromkeys(names, self._runner.request(conn, request))
+            while remaining := [name for name in names if name not in refused and name not in chosen]:
+                request = ExportRequest(self._scope.level, tuple(remaining), start, self._scope.type_filter)
+                try:
+                    chosen |= dict.fromkeys(remaining, self._runner.request(conn, request))
+                except ExportRefused as error:
+                    refused |= dict.fromkeys(error.resource_types or remaining, error)
+        if refused and not chosen:
+            raise next(iter(refused.values()))
+        return refused
 
 
 def _distinct(exports: Iterable[BulkExport]) -> list[BulkExport]:

@@ -57,6 +57,8 @@ class RawUpdate:
     """By partition key, the manifest that was extended, or None for a new partition: see pipeline.partition_commit."""
     before_first_window: int = 0
     """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
+    refusal: str = ""
+    """Why the source refuses this type, if it refuses it alone."""
 
     @property
     def notices(self) -> tuple[Notice, ...]:
@@ -122,6 +124,8 @@ class FetchStep:
                 plans[name] = self._plan(name, windows, state)
                 if not plans[name]:
                     _raise_if_long_before(until, planned[name])
+        for name in self._source.refused if planned else ():
+            plans[name] = {}
         before_first_window = dict.fromkeys(resource_types, 0)
         fetches: dict[str, dict[str, Fetch]] = {name: {} for name in resource_types}
         notices: list[Notice] = []
@@ -152,6 +156,7 @@ class FetchStep:
                 tuple(key for key, progress in plan.items() if progress.planned.base is None),
                 {key: progress.planned.base for key, progress in plan.items()},
                 before_first_window[name],
+                refusal=str(self._source.refused.get(name, "")) if planned else "",
             )
             for name, plan in plans.items()
         ]

@@ -255,6 +255,20 @@ def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
     return [run_id for (run_id,) in rows]
 
 
+def find_failure(conn: Connection, run_id: str, resource_type: str) -> str | None:
+    """Return the reason for which a finished step of a run failed for one resource type; None if none did."""
+    row = conn.execute(
+        """
+        SELECT error
+        FROM ops.ingestion_runs
+        WHERE run_id = %s AND resource_type = %s AND status = 'FAILED' AND error IS NOT NULL
+        LIMIT 1
+        """,
+        [run_id, resource_type],
+    ).fetchone()
+    return row[0] if row else None
+
+
 def get_errors(conn: Connection, run_id: str) -> dict[str, list[str]]:
     """Return the resource types of a run that failed, in load order, by error."""
     rows = conn.execute(
