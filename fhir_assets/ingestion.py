@@ -123,12 +123,14 @@ class Ingestion:
 
         A view whose table cannot be created is reported by the step that loads it.
         """
+        types = self._settings.fhir_resource_types
+        views = [view for view in build_views(self._settings).views if view.resource_type in types]
         with (
             self._warehouse.connect() as conn,
             suppress(ViewError, ConfigurationError, psycopg.Error),
             conn.transaction(),
         ):
-            view_tables.ensure_tables(conn, build_views(self._settings).views)
+            view_tables.ensure_tables(conn, views)
 
     def begin_checkpoints(self, due: DueWindows) -> None:
         """Begin the checkpoints of the resource types that are loaded for the first time."""
