@@ -1,6 +1,7 @@
 """Parquet files of a view's rows: typed columns, compressed with zstd, with the column comments as field metadata."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.warehouse.postgres.db.time_loaders import to_microseconds
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout
 
 if TYPE_CHECKING:
@@ -61,11 +63,25 @@ def write(path: Path, layout: TableLayout, rows: Iterable[Sequence[Any]]) -> int
         for batch in _split(rows):
             count += len(batch)
             arrays = [
-                arrow.array(values if convert is None else map(convert, values), type=field.type)
+                _build_array(values if convert is None else [convert(value) for value in values], field.type)
                 for convert, values, field in zip(converters, zip(*batch, strict=True), schema, strict=True)
             ]
             writer.write_batch(arrow.record_batch(arrays, schema=schema))
     return count
+
+
+def _build_array(values: Sequence[Any], arrow_type: "pa.DataType") -> "pa.Array":
+    """Return an Arrow array. Times that Arrow does not take from Python are passed as microseconds."""
+    arrow = _import_pyarrow()
+    is_time = arrow.types.is_timestamp(arrow_type) or arrow.types.is_time(arrow_type)
+    if is_time and any(_is_unusual(value) for value in values):
+        return arrow.array([to_microseconds(value) for value in values], type=arrow.int64()).cast(arrow_type)
+    return arrow.array(values, type=arrow_type)
+
+
+def _is_unusual(value: Any) -> bool:
+    """Return whether a time is one that ``time_loaders`` loads as text or in another zone than UTC."""
+    return value.__class__ is str or (value.__class__ is datetime and value.year in (1, 9999))
 
 
 def _split(rows: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:

@@ -17,6 +17,7 @@ from psycopg_pool import ConnectionPool
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, MissingCipher
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.warehouse.postgres.db import time_loaders
 from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 
 OLDEST_SERVER = 15
@@ -26,7 +27,11 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 """Any connection to a database of the project. Patient data is read and written only through a ``Session``."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
-_OPTIONS: dict[str, Any] = {"application_name": "fhir_assets", "options": "-c TimeZone=UTC -c DateStyle=ISO"}
+_OPTIONS: dict[str, Any] = {
+    "application_name": "fhir_assets",
+    "options": "-c TimeZone=UTC -c DateStyle=ISO",
+    "context": time_loaders.CONTEXT,
+}
 _HINTS = (
     ("password authentication failed", "the user or the password in DB_URL is wrong"),
     ("no password supplied", "the server requires a password, and DB_URL contains none"),

@@ -34,6 +34,7 @@ MAX_INDEXED_BYTES = 2600
 _DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2})?)?").fullmatch
 _DATETIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:\d{2})?").fullmatch
 _TIME = re.compile(r"\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?").fullmatch
+_END_OF_DAY = re.compile(r"24:00(?::00(?:\.0+)?)?(?![\d.:])").match
 _SURROGATE = re.compile(r"[\ud800-\udfff]").search
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _json = msgspec.json.Encoder(decimal_format="number").encode
@@ -295,14 +296,18 @@ def _check_instant(text: str) -> str:
     """Return the text of an instant unchanged. Cached: consecutive resources often have the same times."""
     if not _DATETIME(text):
         raise UnstorableValue("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        if text[16:19] != ":60" or not _is_instant(f"{text[:17]}59{text[19:]}"):
-            raise UnstorableValue("a time that the calendar or the clock does not have") from None
+    if not _is_instant(text) and not _is_instant(_name_usual_time(text)):
+        raise UnstorableValue("a time that the calendar or the clock does not have")
     if text[-6] in "+-" and (text[-5:-3] > "15" or text[-2:] > "59"):
         raise UnstorableValue("a time zone that does not exist")
     return text
+
+
+def _name_usual_time(text: str) -> str:
+    """Return an instant with a time of the same day in place of a leap second or of 24:00:00, which Postgres stores."""
+    if text[16:19] == ":60":
+        return f"{text[:17]}59{text[19:]}"
+    return f"{text[:11]}00{text[13:]}" if _END_OF_DAY(text, 11) else text
 
 
 def _is_instant(text: str) -> bool:
@@ -317,7 +322,7 @@ def _encode_time(value: object) -> str:
     if value.__class__ is not str or not _TIME(value):
         raise UnstorableValue("not a time of the form hh:mm:ss")
     text: str = value
-    if text[:2] > "23" or text[3:5] > "59" or text[6:8] > "60":
+    if (text[:2] > "23" and not _END_OF_DAY(text)) or text[3:5] > "59" or text[6:8] > "60":
         raise UnstorableValue("a time that the clock does not have")
     return text
 
