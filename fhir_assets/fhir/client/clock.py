@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 
 from fhir_assets.notices import Notices, Severity
 
@@ -74,7 +75,11 @@ class ServerClock:
 
 def read_date(headers: Mapping[str, str]) -> datetime | None:
     """Return the time of the Date header in UTC, the earliest if it occurs several times; None without a valid one."""
-    text = headers.get("Date", "")
+    return _parse_date(headers.get("Date", ""))
+
+
+@lru_cache(maxsize=16)
+def _parse_date(text: str) -> datetime | None:
     dates = _HTTP_DATE.findall(text) or [text]
     try:
         moments = [parsedate_to_datetime(date) for date in dates]

@@ -75,6 +75,7 @@ class SearchPager:
         self._arrived = now()
         self._included = included
         self._seen = SeenVersions()
+        self._rejected = 0
         self._order = _MatchOrder()
         self._began: datetime | None = None
 
@@ -129,12 +130,13 @@ class SearchPager:
     def _is_complete(self, params: Params, ended: _PagesEnded) -> bool:
         """Return whether all matches that the server counts have come, so that the pages need no further reading.
 
+        Rejected entries are left out, because the server may not count them.
         Without an error to raise, the pages count as read in any case, and missing resources are a notice.
         """
         total = None
         with suppress(FhirAssetsError):
             total = self._searches.count(self._type, params)
-        if total is not None and total == len(self._seen):
+        if total is not None and total == len(self._seen) - self._rejected:
             self._client.notices.add(
                 "warning",
                 "next-link",
@@ -185,6 +187,7 @@ class SearchPager:
                     continue
                 if isinstance(item, RejectedInput):
                     if self._seen.add((item.resource_id, item.body)):
+                        self._rejected += 1
                         yield item
                 elif accept(item):
                     self._order.note(item.last_updated)
