@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases second-server hapi hapi-story rules lock clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps second-server hapi hapi-story rules lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -88,6 +88,10 @@ CASES_PATH ?= ../shared/cases
 CASES ?= $(shell seq -w 1 27)
 cases: $(VENV)/.installed-dev ## Problems that others have reported: CASES_PATH=path/to/cases, CASES="01 02" picks some
 	echo $(CASES) | tr ' ' '\n' | xargs -n 3 -P $(WORKERS) $(BIN)/python $(CASES_PATH)/run.py
+
+SEARCH_STEPS ?= 1000000
+search-steps: $(VENV)/.installed-dev ## Searches of a server that misbehaves at random: SEARCH_STEPS answers
+	SEARCH_STEPS=$(SEARCH_STEPS) $(BIN)/python -m pytest fhir_assets_tests/fhir/test_search_misbehaving.py --hypothesis-show-statistics
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
 SECOND := fhir_assets_tests/e2e/second_server

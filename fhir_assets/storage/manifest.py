@@ -105,6 +105,11 @@ class Fetch(msgspec.Struct, frozen=True):
         """Returned resources that became dead letters."""
         return self.rejected + (self.undated.rejected if self.undated else 0)
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether resources may be missing: the source said so, or counts another number than it returned."""
+        return self.server_total not in (None, self.matched) or any(n.severity == "error" for n in self.notices)
+
 
 class Fetched(msgspec.Struct, frozen=True):
     """The fetches of a raw partition. The window has been fetched up to ``until``."""

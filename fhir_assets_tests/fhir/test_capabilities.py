@@ -34,6 +34,14 @@ def test_capabilities_list_the_types_by_interaction() -> None:
     assert capabilities.list_types("read") == frozenset({"Patient", "Binary", "Observation"})
 
 
+def test_null_in_place_of_a_list_is_read_as_no_list() -> None:
+    rest = [{"mode": "server", "resource": [{"type": "Patient", "interaction": None}]}, {"resource": None}]
+    with ScriptedServer([reply(STATEMENT | {"rest": rest}), reply(STATEMENT | {"rest": None})]) as server:
+        client = build_client(server.url)
+        assert client.capabilities().list_types("search-type") == frozenset({"Patient"})
+        assert client.capabilities().list_types("search-type") is None
+
+
 def test_capabilities_without_types_offer_none_instead_of_an_empty_set() -> None:
     with ScriptedServer([reply({"resourceType": "CapabilityStatement"})]) as server:
         assert build_client(server.url).capabilities().list_types("read") is None

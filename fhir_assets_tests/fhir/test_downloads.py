@@ -9,8 +9,10 @@ from requests import PreparedRequest
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Basic, Bearer, Credentials
+from fhir_assets.fhir.bulk.client import BulkClient
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.file_lines import FileChanged
+from fhir_assets.fhir.bulk.manifest import ExportFile
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.retries import Retrier, RetryPolicy
@@ -241,3 +243,13 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert download(server, "http://files.example/file", authorized=False) == LINES
         assert [request.headers["Host"] for request in proxy.requests] == ["files.example"]
+
+
+def test_the_link_of_a_file_is_rewritten_from_the_link_base_to_the_base_url() -> None:
+    with ScriptedServer([Reply(FILE)]) as server:
+        bulk = BulkClient(FhirClient(server.url, link_base="http://internal.example/r4", retrier=_QUICK, timeout=5))
+        file = ExportFile("Patient", "http://internal.example/r4/files/1?part=2", len(LINES))
+        with bulk.open_downloads() as downloads:
+            batches = list(bulk.read_lines(downloads, file, needs_token=False))
+        assert [line for lines in batches for line in lines] == LINES
+        assert (server.requests[0].path, server.requests[0].query) == ("/fhir/files/1", [("part", "2")])

@@ -1,12 +1,14 @@
 """Plans: the interval of a window that a run fetches."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import pytest
 
+from fhir_assets.notices import Notice
 from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.storage.manifest import Fetched, Manifest
+from fhir_assets.storage.manifest import Fetch, Fetched, Manifest
 from fhir_assets.windows import Granularity, Interval, WindowScheme
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
@@ -54,6 +56,28 @@ def test_a_complete_window_is_skipped_by_a_scheduled_load_and_fetched_again_on_r
     from_start = PlannedFetch(WINDOW, Interval(DAY, WINDOW.end), None)
     assert plan(existing, later, Refresh.WINDOW) == from_start
     assert plan(existing, later, Refresh.FULL) == from_start
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize(
+    ("total", "severity"), [(3, None), (2, "error")], ids=["the source counts more", "the source reports an error"]
+)
+def test_a_window_that_may_miss_resources_is_fetched_again_from_its_start(
+    complete: bool, total: int, severity: Literal["error"] | None
+) -> None:
+    until = WINDOW.end if complete else DAY + timedelta(hours=3)
+    notices = (Notice(severity, "incomplete", "some are missing"),) if severity else ()
+    fetches = (Fetch(DAY, until, until, total, 2, 0, 0, notices), Fetch(until, until, until, 0, 0, 0, 0))
+    existing = Manifest("raw", "Patient", WINDOW.key, "run", until, (), fetched=Fetched(until, complete, fetches))
+    later = WINDOW.end + timedelta(days=3)
+    assert plan(existing, later) == PlannedFetch(WINDOW, Interval(DAY, WINDOW.end), None)
+
+
+def test_a_warning_does_not_make_a_window_doubtful() -> None:
+    fetch = Fetch(DAY, WINDOW.end, WINDOW.end, 2, 2, 0, 0, (Notice("warning", "sort-ignores", "not sorted"),))
+    fetched = Fetched(WINDOW.end, True, (fetch,))
+    existing = Manifest("raw", "Patient", WINDOW.key, "run", WINDOW.end, (), fetched=fetched)
+    assert plan(existing, WINDOW.end + timedelta(days=3)) is None
 
 
 def test_a_full_refresh_fetches_the_open_window_again_from_its_start() -> None:

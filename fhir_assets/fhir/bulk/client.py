@@ -180,7 +180,8 @@ class BulkClient:
         The number of lines may differ from the manifest's. Raises LinkExpired if the file is refused.
         """
         try:
-            yield from downloads.read_lines(file.url, authorized=needs_token, expected=file.count)
+            url = self._client.rewrite(file.url)
+            yield from downloads.read_lines(url, authorized=needs_token, expected=file.count)
         except HttpStatusError as error:
             if error.status in _REFUSED_FILE:
                 raise LinkExpired(

@@ -35,18 +35,18 @@ class _Interaction(msgspec.Struct):
 
 class _Resource(msgspec.Struct):
     type: str = ""
-    interaction: list[_Interaction] = []
+    interaction: list[_Interaction] | None = None
 
 
 class _Rest(msgspec.Struct):
     mode: str = "server"
-    resource: list[_Resource] = []
+    resource: list[_Resource] | None = None
 
 
 class _CapabilityStatement(msgspec.Struct):
     resourceType: str  # noqa: N815
     fhirVersion: str | None = None  # noqa: N815
-    rest: list[_Rest] = []
+    rest: list[_Rest] | None = None
 
 
 _decoder = msgspec.json.Decoder(_CapabilityStatement)
@@ -75,10 +75,10 @@ def parse_capabilities(body: bytes, labels: ServerLabels = DEFAULT_LABELS) -> Ca
     return Capabilities(
         statement.fhirVersion,
         {
-            resource.type: frozenset(interaction.code for interaction in resource.interaction) or None
-            for rest in statement.rest
+            resource.type: frozenset(interaction.code for interaction in resource.interaction or ()) or None
+            for rest in statement.rest or ()
             if rest.mode == "server"
-            for resource in rest.resource
+            for resource in rest.resource or ()
             if resource.type
         },
     )

@@ -142,6 +142,10 @@ class FhirClient:
             raise NotFhir(f"{self.describe_links(url)}; links to another address are not followed")
         return url
 
+    def rewrite(self, url: str) -> str:
+        """Return a URL that begins with the link base as one of the base URL; any other URL is unchanged."""
+        return rewrite_link(url, self._link_base, self.base_url)
+
     def leads_elsewhere(self, url: str) -> bool:
         """Return whether a link leads to an address that is not below the base URL, as behind some proxies."""
         return not is_below(url, self.base_url)

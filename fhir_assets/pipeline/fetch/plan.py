@@ -30,14 +30,17 @@ def plan_window(
     """Return the interval of ``window`` to fetch now, or None if the window is complete or in the future.
 
     An extension starts ``overlap`` before the end of the last fetch, because a server may commit a resource late, with
-    an earlier ``lastUpdated``. ``source_state`` is the result of Source.compute_state: a source that has one is always
-    read from the start.
+    an earlier ``lastUpdated``. A window with a fetch that may have missed resources is read from its start, so that its
+    check is green again once the cause is gone. ``source_state`` is the result of Source.compute_state: a source that
+    has one is always read from the start.
     """
     if window.start is not None and window.start >= now:
         return None
     from_start = PlannedFetch(window, Interval(window.start, min(window.end, now)), None)
     fetched = existing.fetched if existing else None
     if fetched is None or refresh is Refresh.FULL or not _has_borders(fetched, window):
+        return from_start
+    if any(fetch.is_doubtful for fetch in fetched.fetches):
         return from_start
     if fetched.complete and fetched.source_state == source_state:
         return None if refresh is Refresh.MISSING else from_start

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.fhir.views import View
+from fhir_assets.notices import Notice, log_notices
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
@@ -33,6 +34,10 @@ class ReadsById(Protocol):
 
     def find_deleted(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
         """Yield the deletions of the resources with these ids that the source deleted."""
+        ...
+
+    def drain_notices(self) -> tuple[Notice, ...]:
+        """Return the notices since the last call."""
         ...
 
 
@@ -88,6 +93,7 @@ class HydrateStep:
                     batch = self._fetch(name, ids, number)
                 if batch:
                     yield batch
+        log_notices(self._source.drain_notices())
         failures.raise_collected()
 
     def _fetch(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
