@@ -6,15 +6,17 @@ by ``full_urls``. Envelopes are read leniently, resources are not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from fhir_assets.fhir.deletions import DeletionTimes, HistoryEntry, Target
 from fhir_assets.fhir.full_urls import FullUrls, derive_id
 from fhir_assets.fhir.outcome import summarize_issues
-from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header, to_single_line
+from fhir_assets.fhir.record import Deletion, MalformedResource, parse_instant, read_header, to_single_line
 
 CONTAINERS = frozenset({"Bundle", "Parameters"})
 """The types whose resources are loaded instead of themselves."""
@@ -53,6 +55,13 @@ class Entry(msgspec.Struct):
         """The HTTP method that the entry requests; empty if it requests none."""
         return self.request.method if self.request else ""
 
+    @property
+    def is_deletion(self) -> bool:
+        """Whether the entry requests or reports a deletion."""
+        if self.request is None:
+            return False
+        return self.request.method == "DELETE" or (self.response is not None and self.response.status[:3] == "410")
+
 
 @dataclass(frozen=True, slots=True)
 class ContainedResource:
@@ -64,12 +73,14 @@ class ContainedResource:
 
 @dataclass(frozen=True, slots=True)
 class DeleteEntry:
-    """An entry that requests or reports a deletion. ``bundle_time`` is the timestamp of its Bundle."""
+    """An entry that requests or reports the deletion of a resource.
+
+    ``moment`` is the time of the entry, of its neighbours in a history or of its Bundle, None if there is none.
+    """
 
     location: str
-    entry: Entry
-    body: bytes = field(repr=False)
-    bundle_time: datetime | None
+    target: Target
+    moment: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,7 @@ Part = ContainedResource | DeleteEntry | UnusableEntry
 class _Bundle(msgspec.Struct):
     resourceType: str = ""  # noqa: N815
     timestamp: Any = None
+    meta: Any = None
     entry: list[msgspec.Raw] | None = None
     parameter: list[msgspec.Raw] | None = None
     link: Any = None
@@ -95,7 +107,9 @@ class _Bundle(msgspec.Struct):
 
 _decode_bundle = msgspec.json.Decoder(_Bundle).decode
 _decode_entry = msgspec.json.Decoder(Entry).decode
+_decode_history_entry = msgspec.json.Decoder(HistoryEntry).decode
 _ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_NO_TIME = datetime.min.replace(tzinfo=UTC)
 _HALF = (
     "a page of a search or a history whose next link leads to resources that the file does not contain. The resources "
     "of this page are loaded: give all pages in one file, or have the server searched instead"
@@ -147,9 +161,64 @@ def unpack(body: bytes, location: str, pages: Pages, *, depth: int = 0) -> Itera
         for part in reader.read(raw, entry, f"{prefix}{name}[{number}]"):
             found = True
             yield part
+    yield from reader.finish(_read_bundle_time(bundle))
     if not found:
         yield ContainedResource(location or "document", body)  # Parameters of an operation, which carry no resource
     pages.add(_read_links(bundle.link), location or "document")
+
+
+class _HistoryDeletions:
+    """Reads the deletions of one container. Those in a history may leave their time to their neighbours."""
+
+    def __init__(self, bundle_time: datetime | None) -> None:
+        self._bundle_time = bundle_time
+        self._times = DeletionTimes(latest=None, fallback=_NO_TIME)
+        self._previous: bytes | None = None
+        self._has_undated = False
+
+    def read_deletion(self, body: bytes, location: str) -> Iterator[DeleteEntry | UnusableEntry]:
+        """Yield the deletion of an entry, and those whose time is known now. ``body`` is the entry."""
+        try:
+            entry = _decode_history_entry(body)
+        except _ERRORS:
+            yield UnusableEntry(location, "structure", "a deletion that is not a valid Bundle entry", body)
+            return
+        target = entry.target
+        if target is None or (entry.response is None and target.version_id is not None):
+            message = "a DELETE that does not name a single resource as <type>/<id>"
+            yield UnusableEntry(location, "structure", message, body)
+        elif entry.response is None or entry.moment is not None:
+            if self._has_undated and entry.moment is not None:
+                yield from self._to_entries(self._times.add_version(None, entry.moment))
+            self._previous = body
+            yield DeleteEntry(location, target, entry.moment or self._bundle_time)
+        else:
+            if not self._has_undated:
+                self._has_undated = True
+                yield from self._note(self._previous)
+            yield from self._to_entries(self._times.add_deletion(target, None))
+
+    def read_version(self, body: bytes) -> Iterator[DeleteEntry]:
+        """Note an entry with a version of a resource, and yield the deletions whose time is known now."""
+        if self._has_undated:
+            yield from self._note(body)
+        self._previous = body
+
+    def finish(self, bundle_time: datetime | None) -> Iterator[DeleteEntry]:
+        """Yield the deletions that have no older neighbour."""
+        yield from self._to_entries(self._times.finish(bundle_time or self._bundle_time))
+
+    def _note(self, body: bytes | None) -> Iterator[DeleteEntry]:
+        """Add the neighbour of undated deletions, if it has a time. A malformed one has none."""
+        with suppress(*_ERRORS):
+            if body is not None and (entry := _decode_history_entry(body)).moment is not None:
+                target = None if entry.is_deletion else entry.target
+                yield from self._to_entries(self._times.add_version(target, entry.moment))
+
+    def _to_entries(self, deletions: Iterable[Deletion]) -> Iterator[DeleteEntry]:
+        for deletion in deletions:
+            target = Target(deletion.resource_type, deletion.id, deletion.version_id)
+            yield DeleteEntry("history", target, None if deletion.at == _NO_TIME else deletion.at)
 
 
 class EntryReader:
@@ -168,7 +237,7 @@ class EntryReader:
         look_ahead: Callable[[], Iterable[bytes]] | None = None,
     ) -> None:
         self._pages = pages
-        self._bundle_time = bundle_time
+        self._deletions = _HistoryDeletions(bundle_time)
         self._depth = depth
         self._look_ahead = look_ahead
         self._full_urls = FullUrls()
@@ -190,14 +259,21 @@ class EntryReader:
         if entry is None:
             yield UnusableEntry(location, "json", "not JSON, or not a valid Bundle entry", body)
             return
-        if entry.method == "DELETE":
-            yield DeleteEntry(location, entry, body, self._bundle_time)
-        elif problem := _find_problem(entry):
+        if entry.is_deletion:
+            yield from self._deletions.read_deletion(body, location)
+            return
+        if entry.response is not None:
+            yield from self._deletions.read_version(body)
+        if problem := _find_problem(entry):
             yield UnusableEntry(location, "incomplete", problem, body)
         elif bytes(entry.resource) != b"null":
             yield from self._read_resource(entry, location)
         for number, part in enumerate(entry.part or ()):
             yield from self.read(bytes(part), decode_entry(bytes(part)), f"{location}.part[{number}]")
+
+    def finish(self, bundle_time: datetime | None) -> Iterator[Part]:
+        """Yield the deletions whose time is not known before the end of the container."""
+        yield from self._deletions.finish(bundle_time)
 
     def _read_resource(self, entry: Entry, location: str) -> Iterator[Part]:
         body = to_single_line(bytes(entry.resource))
@@ -243,6 +319,19 @@ def insert_id(body: bytes, resource_id: str | None) -> bytes:
 def read_timestamp(value: object) -> datetime | None:
     """Return the timestamp of a Bundle, None if it is absent or malformed."""
     return parse_instant(value) if isinstance(value, str) else None
+
+
+def read_bundle_time(body: bytes) -> datetime | None:
+    """Return ``Bundle.timestamp`` of a Bundle in JSON, else ``meta.lastUpdated``; None if it has neither."""
+    try:
+        return _read_bundle_time(_decode_bundle(body))
+    except _ERRORS:
+        return None
+
+
+def _read_bundle_time(bundle: _Bundle) -> datetime | None:
+    meta = bundle.meta if isinstance(bundle.meta, dict) else {}
+    return read_timestamp(bundle.timestamp) or read_timestamp(meta.get("lastUpdated"))
 
 
 def _find_problem(entry: Entry) -> str | None:

@@ -79,6 +79,51 @@ def test_delete_entries_of_a_bundle_are_deletions_at_the_time_of_the_entry_or_of
         assert describe(items[2:]) == ["a"]
 
 
+def version(resource_id: str, minute: int, number: str) -> dict[str, Any]:
+    meta = {"versionId": number, "lastUpdated": f"2024-01-02T00:{minute:02}:00Z"}
+    return {
+        "resource": {"resourceType": "Patient", "id": resource_id, "meta": meta},
+        "request": {"method": "PUT", "url": f"Patient/{resource_id}/_history/{number}"},
+        "response": {"status": "200 OK", "etag": f'W/"{number}"'},
+    }
+
+
+def gone(url: str, number: str = "2", method: str = "DELETE", status: str = "200 OK") -> dict[str, Any]:
+    return {"request": {"method": method, "url": url}, "response": {"status": status, "etag": f'W/"{number}"'}}
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.ndjson"])
+def test_deletions_of_a_history_without_a_time_are_bounded_by_their_neighbours(name: str) -> None:
+    history = bundle(
+        gone("Patient/c/_history/2"),
+        version("b", 9, "3"),
+        gone("https://h.example/fhir/Patient/a/_history/2"),
+        version("x", 5, "1"),
+        gone("Patient/e/_history/2", method="GET", status="410"),
+        gone("Patient/b/_history/2"),
+        version("a", 3, "1"),
+    )
+    second = bundle(version("d", 1, "2"), gone("Patient/d/_history/1", "1"), gone("Patient/f/_history/3", "3"))
+    documents = [json.dumps({"type": "history", **each}).encode() for each in (history, second)]
+    separator = b"\n" if name == "x.ndjson" else b" "
+    items = read(name, separator.join(documents), limit=10_000)
+    deletions = {item.id: (item.at, item.version_id) for item in items if isinstance(item, Deletion)}
+
+    def at(minute: int, number: str) -> tuple[datetime, str]:
+        return datetime(2024, 1, 2, 0, minute, tzinfo=UTC), number
+
+    # `b` and `d` have a newer version in the same history: they are not deleted.
+    assert deletions == {"c": at(9, "2"), "a": at(9, "2"), "e": at(5, "2"), "f": at(1, "3")}
+    assert sorted(item.id for item in items if isinstance(item, Record)) == ["a", "b", "d", "x"]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.ndjson"])
+def test_a_history_of_nothing_but_a_deletion_has_the_time_of_the_bundle(name: str) -> None:
+    history = bundle(gone("Patient/a/_history/2")) | {"meta": {"lastUpdated": "2024-01-02T00:00:00Z"}}
+    assert read(name, json.dumps(history).encode()) == [Deletion("Patient", "a", datetime(2024, 1, 2, tzinfo=UTC), "2")]
+    assert read(name, json.dumps(bundle(gone("Patient/a"))).encode()) == [Deletion("Patient", "a", NOW, "2")]
+
+
 @pytest.mark.parametrize("url", ["Patient", "Patient?identifier=x", "", "Patient/a/_history/1"])
 def test_a_delete_that_names_no_single_resource_is_rejected(url: str) -> None:
     assert describe(read("x.json", json.dumps(bundle(delete(url), {"resource": A})).encode())) == ["file:entry[0]", "a"]

@@ -30,7 +30,6 @@ from fhir_assets.fhir.record import (
     RejectedInput,
     ResourceHeader,
     build_record,
-    parse_instant,
     read_header,
     to_single_line,
 )
@@ -156,6 +155,7 @@ class _DocumentReader:
         try:
             for name, element in split_elements(content.chunks, content.limit):
                 if name in (DOCUMENT, DOCUMENT_IN_ARRAY):
+                    yield from read_parts(content, reader.finish(containers.read_bundle_time(element)))
                     yield from self._read_document(name, element)
                     self._document += 1
                     self._entries, self._found, reader = 0, False, self._new_reader()
@@ -168,8 +168,10 @@ class _DocumentReader:
                     yield item
                 self._entries += 1
         except UnbalancedJson:
+            yield from read_parts(content, reader.finish(None))
             yield content.reject("json", "document", f"not JSON: cut off or unbalanced after {self._count}")
         except ElementTooLong:
+            yield from read_parts(content, reader.finish(None))
             yield content.reject("json", "document", f"{_TOO_LONG}, after {self._count}")
         yield from read_parts(content, self._pages.unfollowed())
 
@@ -312,22 +314,10 @@ def read_parts(content: LandedContent, parts: Iterator[Part]) -> Iterator[FileIt
         if isinstance(part, ContainedResource):
             yield content.read_resource(part.body, part.location)
         elif isinstance(part, DeleteEntry):
-            yield _read_deletion(content, part)
+            target, moment = part.target, part.moment or content.arrived
+            yield Deletion(target.resource_type, target.id, moment, target.version_id)
         else:
             yield content.reject(part.rule, part.location, part.message, part.body)
-
-
-def _read_deletion(content: LandedContent, part: DeleteEntry) -> Deletion | RejectedInput:
-    """Return the deletion that an entry requests, at the time of the entry, else the Bundle, else the file."""
-    entry, location, body = part.entry, part.location, part.body
-    assert entry.request
-    resource_type, _, resource_id = entry.request.url.strip("/").partition("/")
-    if not resource_type.isalpha() or not resource_id or "/" in resource_id or "?" in resource_id:
-        return content.reject(
-            "structure", location, "a DELETE that does not name a single resource as <type>/<id>", body
-        )
-    entry_time = parse_instant(entry.response.lastModified) if entry.response else None
-    return Deletion(resource_type, resource_id, entry_time or part.bundle_time or content.arrived)
 
 
 def _reject_row(content: LandedContent, row: InvalidRow, location: str) -> RejectedInput:
