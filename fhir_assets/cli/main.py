@@ -24,6 +24,7 @@ from fhir_assets.cli import (
     missing,
     patient,
     prune,
+    reconcile,
     runs,
     sandbox,
     sources,
@@ -63,6 +64,7 @@ app.command("demo")(demo.demo)
 app.command("dev")(dev.dev)
 app.command("migrate")(migrate.migrate)
 app.command("ingest")(ingest.ingest)
+app.command("reconcile")(reconcile.reconcile)
 app.add_typer(sources.app, name="sources")
 app.add_typer(landing.app, name="landing")
 app.add_typer(runs.app, name="runs")

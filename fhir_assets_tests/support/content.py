@@ -56,7 +56,11 @@ def list_search_intervals(server: SandboxServer, resource_type: str = "Patient")
     for line in server.stats()["recent"]:
         url = urlsplit(line.split(" ", 1)[1])
         query = parse_qs(url.query)
-        if url.path.endswith(f"/{resource_type}") and "_lastUpdated" in query and "_summary" not in query:
+        if (
+            url.path.endswith(f"/{resource_type}")
+            and len(query.get("_lastUpdated", ())) == 2
+            and "_summary" not in query
+        ):
             low, high = (value.removeprefix("ge").removeprefix("lt") for value in query["_lastUpdated"])
             intervals.append((low, high))
     return intervals

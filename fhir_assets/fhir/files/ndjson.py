@@ -143,6 +143,13 @@ class NdjsonSource:
                 if _moment(item) in interval:
                     yield item
 
+    def count_all(self, resource_type: str) -> None:
+        """Return None: files do not declare their number of resources."""
+
+    def fetch_all(self, resource_type: str) -> Iterator[Record | RejectedInput]:
+        """Read all resources of a type, whatever their dates. Raises as ``fetch``."""
+        yield from self.fetch([resource_type], _ALL_TIME)
+
     def drain_notices(self) -> tuple[Notice, ...]:
         """Return the notices about the files since the last call."""
         return self.notices.drain()

@@ -110,6 +110,14 @@ class SearchSource:
                 elif error.status != 404:
                     raise
 
+    def count_all(self, resource_type: str) -> int | None:
+        """Return the server's own total of a type, whatever the dates; None if the server does not give one."""
+        return self._searches.count(resource_type, [])
+
+    def fetch_all(self, resource_type: str) -> Iterator[Record | RejectedInput]:
+        """Read all resources of a type by one search without a filter. Raises as ``fetch``."""
+        yield from self._pager(resource_type).read_all([])
+
     def count_undated(self, resource_type: str) -> int | None:
         """Return how many resources the server counts beyond those that a ``_lastUpdated`` filter matches.
 

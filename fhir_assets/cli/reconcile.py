@@ -1,0 +1,106 @@
+"""`fhir-assets reconcile`: compare the source with the store and the tables now."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
+from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.store import build_store
+from fhir_assets.deployment.views import build_views
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.pipeline.reconcile.source_comparison import ListsAll, TypeComparison, compare_type
+from fhir_assets.pipeline.type_failures import TypeFailures
+from fhir_assets.settings import load_settings
+
+_COLUMNS = ("type", "source", "loaded", "withheld", "dead", "older", "due", "missing", "red_windows")
+_MAX_SHOWN = 20
+
+
+def reconcile(
+    types: Annotated[
+        str | None, typer.Option(help="Comma-separated resource types; default: FHIR_RESOURCE_TYPES")
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read all resources of the source; compare ids and versions")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
+) -> None:
+    """Compare what the source has with the store and the tables, and name what is missing. Nothing is changed.
+
+    Without --deep the totals of the source are compared by type. Resources that were updated after the last load are
+    due, not missing. The exit code is 0 only if everything is accounted for; it is not 0 if the source does not count.
+    """
+    settings = load_settings(**({"fhir_resource_types": types} if types else {}))
+    warehouse = Warehouse(settings)
+    source = open_source(settings, warehouse=warehouse)
+    if not isinstance(source, ListsAll):
+        raise ConfigurationError(
+            f"the source {source.name} cannot be compared on demand: set FHIR_SOURCE to search for this command"
+        )
+    store, views = build_store(settings), build_views(settings).views
+    offered = source.list_types()
+    failures = TypeFailures()
+    compared: list[TypeComparison] = []
+    with hide_library_output():
+        for name in settings.fhir_resource_types:
+            if offered is not None and name not in offered:
+                continue
+            with failures.collect(name), warehouse.connect() as conn:
+                compared.append(compare_type(conn, source, store, views, settings.window_scheme, name, deep=deep))
+    complete = all(comparison.complete for comparison in compared) and not failures
+    if json:
+        print_json({"complete": complete, "types": [_to_json(comparison) for comparison in compared]})
+    else:
+        print_table("Source and tables", [_to_row(comparison) for comparison in compared], _COLUMNS)
+        _explain(compared, deep=deep)
+    failures.raise_collected()
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _to_row(comparison: TypeComparison) -> dict[str, object]:
+    return {
+        "type": comparison.resource_type,
+        "source": _show(comparison.source_total),
+        "loaded": comparison.accounted.loaded,
+        "withheld": comparison.accounted.withheld,
+        "dead": comparison.accounted.dead,
+        "older": _show(comparison.older),
+        "due": _show(comparison.due),
+        "missing": _show(comparison.missing),
+        "red_windows": len(comparison.red_windows),
+    }
+
+
+def _show(count: int | None) -> int | str:
+    return "unknown" if count is None else count
+
+
+def _to_json(comparison: TypeComparison) -> dict[str, object]:
+    row = _to_row(comparison)
+    counts = {name: None if value == "unknown" else value for name, value in row.items()}
+    windows = [{"window": window.partition_key, "faults": window.faults} for window in comparison.red_windows]
+    return counts | {"missing_ids": list(comparison.missing_ids), "red_windows": windows}
+
+
+def _explain(compared: Sequence[TypeComparison], *, deep: bool) -> None:
+    """Print what is missing, and what to do."""
+    for comparison in compared:
+        name = comparison.resource_type
+        if comparison.missing is None:
+            errors.print(f"{name}: the source does not count its resources; --deep compares them one by one")
+        elif comparison.missing:
+            errors.print(
+                f"{name}: {comparison.missing:,} are missing: load them by `fhir-assets ingest --full-refresh`"
+            )
+        for identity in comparison.missing_ids[:_MAX_SHOWN]:
+            errors.print(f"  {name}/{identity}", markup=False)
+        for window in comparison.red_windows[:_MAX_SHOWN]:
+            errors.print(f"{name} of {window.partition_key}: {'; '.join(window.faults)}", markup=False, soft_wrap=True)
+    if all(comparison.complete for comparison in compared):
+        console.print("Everything is accounted for.")
+    elif not deep and any(comparison.missing for comparison in compared):
+        errors.print("`fhir-assets reconcile --deep` names the missing resources.")

@@ -1,0 +1,130 @@
+"""Compare a source with the store and the tables on demand: by totals, or by the ids and versions of all resources."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+from fhir_assets.fhir.record import Record, RejectedInput
+from fhir_assets.fhir.views import View
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view, reconcile
+from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.warehouse.postgres.queries import source_comparison
+from fhir_assets.warehouse.postgres.queries.source_comparison import Accounted, SourceVersion
+from fhir_assets.windows import Interval, WindowScheme
+
+MAX_NAMED = 1000
+"""The largest number of missing resources of a type that are named; all of them are counted."""
+
+_VERSIONS_AT_ONCE = 2000
+_END = datetime(2200, 1, 1, tzinfo=UTC)
+_IS_ID = re.compile(r"[A-Za-z0-9\-.]{1,64}").fullmatch
+
+
+@runtime_checkable
+class ListsAll(Protocol):
+    """A source that can be asked for all resources of a type, whatever their dates."""
+
+    def count_all(self, resource_type: str) -> int | None:
+        """Return the number of resources as declared by the source; None if it declares none."""
+        ...
+
+    def count(self, resource_type: str, interval: Interval) -> int | None:
+        """Return the number of resources in ``interval`` as declared by the source; None if it declares none."""
+        ...
+
+    def fetch_all(self, resource_type: str) -> Iterator[Record | RejectedInput]:
+        """Stream all resources of the type."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TypeComparison:
+    """One resource type of the source, compared with the store and the tables."""
+
+    resource_type: str
+    accounted: Accounted
+    source_total: int | None = None
+    """The source's resources: its own count, or those that it returned; None if it does not count."""
+    older: int | None = 0
+    """Resources from before FHIR_LAST_UPDATED_GTE, which are not loaded; None if the source does not count them."""
+    due: int | None = 0
+    """Resources that were updated after the last load; None if the source does not count them."""
+    missing: int | None = None
+    """Resources that are not accounted for, without ``older`` and ``due``; None if it is unknown."""
+    missing_ids: tuple[str, ...] = ()
+    """The logical ids of the first missing resources; only a deep comparison finds them."""
+    red_windows: tuple[WindowCounts, ...] = ()
+    """The windows of the store whose counts do not match."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that the source has is accounted for. Unknown is not complete."""
+        return self.missing == 0 and not self.red_windows
+
+
+def compare_type(
+    conn: Session,
+    source: ListsAll,
+    store: Store,
+    views: Sequence[View],
+    scheme: WindowScheme,
+    resource_type: str,
+    *,
+    deep: bool,
+) -> TypeComparison:
+    """Compare one resource type. A deep comparison reads all resources of the source, as a stream.
+
+    Raises the errors of the source, StoreError and DatabaseUnavailable.
+    """
+    keys = store.partition_keys("raw", resource_type)
+    windows = reconcile(conn, store, resource_type, keys, main_view=find_main_view(views, resource_type))
+    red = tuple(window for window in windows if window.faults)
+    checkpoint = checkpoints.get(conn, [resource_type]).get(resource_type)
+    loaded_until = checkpoint.loaded_until if checkpoint else None
+    start = None if scheme.open_start else scheme.start
+    conn.commit()
+    accounted = source_comparison.count_accounted(conn, resource_type)
+    comparison = TypeComparison(resource_type, accounted, red_windows=red)
+    if deep:
+        return _compare_versions(conn, source.fetch_all(resource_type), comparison, start, loaded_until)
+    total = source.count_all(resource_type)
+    older = source.count(resource_type, Interval(None, start)) if start and total else 0
+    due = source.count(resource_type, Interval(loaded_until, _END)) if loaded_until and total else 0
+    missing = None
+    if total is not None and older is not None and due is not None:
+        missing = max(0, total - older - due - accounted.loaded - accounted.withheld - accounted.dead)
+    return replace(comparison, source_total=total, older=older, due=due, missing=missing)
+
+
+def _compare_versions(
+    conn: Session,
+    items: Iterable[Record | RejectedInput],
+    comparison: TypeComparison,
+    start: datetime | None,
+    loaded_until: datetime | None,
+) -> TypeComparison:
+    """Look up all versions of the source in batches, and count those that are not accounted for."""
+    total = older = due = missing = 0
+    named: list[str] = []
+    remaining = iter(items)
+    while batch := list(islice(remaining, _VERSIONS_AT_ONCE)):
+        total += len(batch)
+        versions = [
+            SourceVersion(item.id, item.version_id, item.last_updated) for item in batch if isinstance(item, Record)
+        ]
+        for version in source_comparison.find_missing(conn, comparison.resource_type, versions):
+            if start and version.last_updated and version.last_updated < start:
+                older += 1
+            elif loaded_until and version.last_updated and version.last_updated >= loaded_until:
+                due += 1
+            else:
+                missing += 1
+                if len(named) < MAX_NAMED and _IS_ID(version.id):
+                    named.append(version.id)
+        conn.commit()
+    return replace(comparison, source_total=total, older=older, due=due, missing=missing, missing_ids=tuple(named))

@@ -1,0 +1,99 @@
+"""Comparison of the resources of a source with those of the tables, for the command ``reconcile``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Accounted:
+    """The distinct resources of a type that are in the tables, or of which it is known why they are not."""
+
+    loaded: int
+    withheld: int
+    dead: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceVersion:
+    """The identity of a version in the source."""
+
+    id: str
+    version_id: str | None
+    last_updated: datetime | None
+
+
+def count_accounted(conn: Connection, resource_type: str) -> Accounted:
+    """Count the resources of a type by what became of them; a resource is counted once."""
+    row = conn.execute(
+        """
+        SELECT
+            (
+                SELECT count(*)
+                FROM fhir.resource
+                WHERE resource_type = %(type)s AND deleted_at IS NULL
+            ),
+            (
+                SELECT count(*)
+                FROM ops.withheld w
+                WHERE w.resource_type = %(type)s
+                    AND NOT EXISTS (
+                        SELECT FROM fhir.resource r
+                        WHERE r.resource_type = %(type)s AND r.id = w.id AND r.deleted_at IS NULL
+                    )
+            ),
+            (
+                SELECT count(DISTINCT coalesce(d.resource_id, 'dead letter ' || d.id))
+                FROM ops.dead_letters d
+                WHERE d.resource_type = %(type)s
+                    AND d.status IN ('open', 'replaying', 'discarded')
+                    AND d.stage <> 'deliver'
+                    AND NOT EXISTS (
+                        SELECT FROM fhir.resource r
+                        WHERE r.resource_type = %(type)s AND r.id = d.resource_id AND r.deleted_at IS NULL
+                    )
+            )
+        """,
+        {"type": resource_type},
+    ).fetchone()
+    return Accounted(*row) if row else Accounted(0, 0, 0)
+
+
+def find_missing(conn: Connection, resource_type: str, versions: Sequence[SourceVersion]) -> list[SourceVersion]:
+    """Return the versions that are neither in the tables, in this or a newer version, nor accounted for otherwise.
+
+    Withheld resources and those with an unresolved dead letter are accounted for, and those whose deletion is recorded.
+    """
+    rows = conn.execute(
+        """
+        SELECT s.id, s.version_id, s.last_updated
+        FROM unnest(%(ids)s::text[], %(versions)s::text[], %(times)s::timestamptz[])
+            AS s (id, version_id, last_updated)
+        LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = s.id
+        WHERE (
+                r.id IS NULL
+                OR s.last_updated > r.as_of
+                OR s.last_updated IS NULL AND s.version_id <> r.version_id
+            )
+            AND NOT EXISTS (
+                SELECT FROM ops.withheld w
+                WHERE w.resource_type = %(type)s AND w.id = s.id
+            )
+            AND NOT EXISTS (
+                SELECT FROM ops.dead_letters d
+                WHERE d.resource_type = %(type)s
+                    AND d.resource_id = s.id
+                    AND d.status IN ('open', 'replaying', 'discarded')
+                    AND d.stage <> 'deliver'
+            )
+        """,
+        {
+            "type": resource_type,
+            "ids": [version.id for version in versions],
+            "versions": [version.version_id for version in versions],
+            "times": [version.last_updated for version in versions],
+        },
+    )
+    return [SourceVersion(*row) for row in rows]
