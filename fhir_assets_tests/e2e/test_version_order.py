@@ -15,6 +15,7 @@ from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received
+from fhir_assets_tests.support.search_server import SearchServer, resource
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 YESTERDAY = NOW - timedelta(days=1)
@@ -87,6 +88,28 @@ def test_of_two_files_of_the_source_the_one_that_was_written_last_has_the_newer_
             assert outcome.success
             assert deployment.unreconciled(outcome) == []
         assert gender(deployment) == "male"
+
+
+@pytest.mark.parametrize("dates_undated", [False, True])
+def test_what_a_server_dates_in_the_future_is_loaded_and_a_later_version_without_a_date_wins(
+    deploy: Deploy, dates_undated: bool
+) -> None:
+    future = [resource("Patient", "b", FUTURE), resource("Patient", "c", (NOW + timedelta(days=40)).isoformat())]
+    changing = resource("Patient", "a", YESTERDAY.isoformat(), gender="female")
+    with SearchServer([changing, *future], dates_undated=dates_undated) as server:
+        deployment = deploy(
+            fhir_base_url=server.url, fhir_resource_types="Patient", fhir_last_updated_gte=start(5), fhir_max_attempts=1
+        )
+        for refresh in (Refresh.MISSING, Refresh.FULL):
+            for outcome in deployment.ingest(refresh=refresh):
+                assert outcome.success
+                assert deployment.unreconciled(outcome) == []
+            server.resources[0] = resource("Patient", "a", None, gender="male")
+    assert deployment.query("SELECT id, gender FROM fhir.patient ORDER BY id") == [
+        ("a", "male"),
+        ("b", None),
+        ("c", None),
+    ]
 
 
 def test_posted_versions_are_ordered_by_their_arrival_whatever_their_last_updated(deploy: Deploy) -> None:

@@ -194,7 +194,7 @@ class FetchStep:
                 repeated += 1
             else:
                 known.add(item.version_key)
-                writer.add(name, window.key, item.body, None)
+                writer.add(name, window.key, item.body, None, arrived=self._started, dated=item.dated)
         undated = reader.build_result(self._started, repeated=repeated, rejected=rejected)
         return {window.key: msgspec.structs.replace(fetches[window.key], undated=undated)}
 

@@ -11,9 +11,9 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
+from fhir_assets.fhir.record import MalformedResource, parse_stored, read_header
 from fhir_assets.storage.manifest import Manifest, Part, Receipt
-from fhir_assets.storage.part_writer import PartWriter, flatten_batches
+from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops.received import ReceivedWindow
 from fhir_assets.windows import WindowScheme
@@ -75,10 +75,11 @@ def _write_to_windows(
     store: Store, resource_type: str, receipt: Receipt, parts: Iterable[Part], scheme: WindowScheme
 ) -> dict[str, tuple[Part, ...]]:
     with PartWriter(store, "raw") as writer:
-        for line in flatten_batches(store.batches(parts)):
-            moment = _read_last_updated(line)
-            window = scheme.window_at(moment if moment and moment < receipt.at else receipt.at)
-            writer.add(resource_type, window.key, line, moment)
+        for batch in store.batches_with_arrivals(parts):
+            for line, arrived in zip(batch.lines, batch.times(), strict=False):
+                moment = _read_last_updated(line, dated=batch.dated, arrival_known=arrived is not None)
+                window = scheme.window_at(min(moment or arrived or receipt.at, receipt.at))
+                writer.add(resource_type, window.key, line, moment, arrived=arrived, dated=batch.dated)
         written = writer.finish()
     moved = {
         key: tuple(msgspec.structs.replace(part, origin=receipt.origin) for part in new)
@@ -89,10 +90,10 @@ def _write_to_windows(
     return moved
 
 
-def _read_last_updated(line: bytes) -> datetime | None:
+def _read_last_updated(line: bytes, *, dated: bool, arrival_known: bool) -> datetime | None:
     with suppress(MalformedResource):
         meta = read_header(line).meta
-        return parse_instant(meta.lastUpdated) if meta else None
+        return parse_stored(meta.lastUpdated if meta else None, dated=dated, arrival_known=arrival_known)
     return None
 
 
