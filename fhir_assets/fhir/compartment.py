@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from fhir_assets.catalog import BY_NAME
+from fhir_assets.fhir.references import Bases
 
 UNKNOWN_PATIENT = "?"
 """The id used if a reference to a patient contains no id: a contained Patient, or a reference by identifier only."""
@@ -13,8 +14,11 @@ UNKNOWN_PATIENT = "?"
 _match_patient = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 
 
-def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
+def find_patient_ids(resource: dict[str, Any], bases: Bases = None) -> tuple[str, ...]:
     """Return the ids of the patients whose compartment contains the resource, without duplicates.
+
+    A patient of a server whose base URL is none of ``bases``, and one that a reference does not name by its id, is
+    UNKNOWN_PATIENT.
 
     ``resource`` may be any JSON object with a resourceType: elements that do not conform to R4 are ignored.
     """
@@ -27,7 +31,7 @@ def find_patient_ids(resource: dict[str, Any]) -> tuple[str, ...]:
     patient_ids: dict[str, None] = {}
     for path in paths:
         for reference in _select(resource, path):
-            patient_id = _find_patient_id(resource, reference)
+            patient_id = _find_patient_id(resource, reference, bases)
             if patient_id is not None:
                 patient_ids[patient_id] = None
     return tuple(patient_ids)
@@ -54,13 +58,16 @@ def _select(node: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             yield node
 
 
-def _find_patient_id(resource: dict[str, Any], reference: dict[str, Any]) -> str | None:
+def _find_patient_id(resource: dict[str, Any], reference: dict[str, Any], bases: Bases) -> str | None:
     target = reference.get("reference")
     if isinstance(target, str):
         if target.startswith("Patient/") and target.find("/", 8) < 0 and target.isascii():
             return target[8:]
         if match := _match_patient(target):
-            return match[1]
+            is_ours = match.start() == 0 or bases is None or target[: match.start()] in bases
+            return match[1] if is_ours else UNKNOWN_PATIENT
+        if target.startswith(("Patient?", "urn:")) or "/Patient?" in target:
+            return UNKNOWN_PATIENT if reference.get("type", "Patient") == "Patient" else None
         if target.startswith("#"):
             contained = resource.get("contained")
             for inner in contained if isinstance(contained, list) else ():

@@ -31,8 +31,8 @@ class Record:
     ``meta.lastUpdated``, None if the resource has none or if it does not count; ``dated`` is False if the resource has
     one that does not count. ``arrived`` is the time that orders a resource without ``last_updated`` and determines its
     window, as it does for a ``late`` one, which the source gave from outside of the time range that it was asked for.
-    ``patients`` are the ids of the patients whose compartment contains the resource, None if they have not been
-    determined.
+    ``patients`` are the ids of the patients whose compartment contains the resource, and ``keyless`` describes its
+    references that make no key (``references.find_keyless``); each is None if it has not been determined.
     """
 
     resource_type: str
@@ -44,6 +44,7 @@ class Record:
     patients: tuple[str, ...] | None = None
     dated: bool = True
     late: bool = False
+    keyless: tuple[str, ...] | None = None
 
     @property
     def as_of(self) -> datetime:

@@ -35,6 +35,8 @@ OLD_COLUMN_NAMES = [
 NEW_COLUMNS = [
     *((table, name) for table in ("fhir.resource", "ops.withheld", "ops.consent_records") for name in ORDER_COLUMNS),
     ("ops.consent_records", "last_updated"),
+    ("fhir.resource", "keyless"),
+    *(("ops.visit_persons", name) for name in ("name", "birth")),
     *(("ops.dead_letters", name) for name in ("arrived", "dated")),
 ]
 VIEW = parse_view(

@@ -38,6 +38,7 @@ _GRACE = timedelta(minutes=15)
 
 _MAX_COMMANDS = 3
 _MAX_SHOWN_WINDOWS = 20
+_MAX_SHOWN_FORMS = 5
 _MAX_SHOWN_DIFFERENCES = 100
 
 _DESCRIPTIONS = {
@@ -236,12 +237,19 @@ class _TableEvaluator:
         targets = references.count_references(conn, columns, self._settings.fhir_resource_types)
         total, missing = sum(target.references for target in targets), sum(target.missing for target in targets)
         share = missing / total if total else 0.0
+        keyless = references.count_keyless(conn, self._type.name)
         description = f"all of {total} references lead to a loaded resource"
         if missing:
             description = (
                 f"{missing} of {total} references ({share:.2%}) lead to resources that are not loaded, most of "
                 f"them to {targets[0].target}. `fhir-assets missing-references fetch` asks the server for them; "
                 "`fhir-assets dead-letters list` lists those that are dead letters"
+            )
+        if keyless:
+            forms = ", ".join(f"{count} {form}" for form, count in keyless[:_MAX_SHOWN_FORMS])
+            description += (
+                f". Resources with references that make no key, as they lead to another server or name no id: {forms}. "
+                "Absolute references make keys if they begin with FHIR_BASE_URL or FHIR_LINK_BASE"
             )
         table = rows_table(
             ("target", "references:int", "missing:int", "share"),
@@ -252,9 +260,14 @@ class _TableEvaluator:
         )
         return self._result(
             REFERENCES_RESOLVE,
-            not missing,
+            not missing and not keyless,
             description,
-            {"references": total, "missing": missing, "by_target": table},
+            {
+                "references": total,
+                "missing": missing,
+                "by_target": table,
+                "without_key": rows_table(("form", "resources:int"), keyless),
+            },
             severity=dg.AssetCheckSeverity.WARN,
         )
 

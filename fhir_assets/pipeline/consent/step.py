@@ -181,13 +181,14 @@ class ConsentStep:
 
     def _assign_patients(self, conn: Session) -> None:
         """Record, in batches, the patients of resources that were loaded before a consent policy was switched on."""
+        bases = self._views[0].reference_bases if self._views else None
         while True:
             with conn.transaction():
                 resources = compartments.lock_unassigned_resources(conn, _RESOURCES_PER_TRANSACTION)
                 compartments.set_patients(
                     conn,
                     [
-                        (list(find_patient_ids(_parse(resource.body))), resource.resource_type, resource.id)
+                        (list(find_patient_ids(_parse(resource.body), bases)), resource.resource_type, resource.id)
                         for resource in resources
                     ],
                 )

@@ -10,6 +10,7 @@ import msgspec
 
 from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.record import Record, parse_stored
+from fhir_assets.fhir.references import Bases, find_keyless
 from fhir_assets.fhir.views import CompiledViews, RowError, View
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Arrival, list_times
@@ -123,7 +124,7 @@ class RowBuilder:
         prepared, rejected = [], []
         for index, (line, arrived) in enumerate(zip(batch.lines, batch.times(), strict=False)):
             resource = _parse(line)
-            record = _build_record(resource, line, arrived, batch)
+            record = _build_record(resource, line, arrived, batch, self._views.reference_bases)
             if record is None:
                 rejected.append(RejectedLine(index, None, "transform", "id", "id", _NO_ID))
                 continue
@@ -144,7 +145,9 @@ def format_column_path(view: str | None, column: str | None) -> str:
     return f"{view}.{column}" if view else "resource"
 
 
-def _build_record(resource: dict[str, Any], line: bytes, arrived: datetime | None, batch: Batch) -> Record | None:
+def _build_record(
+    resource: dict[str, Any], line: bytes, arrived: datetime | None, batch: Batch, bases: Bases
+) -> Record | None:
     identity = resource.get("id")
     if identity is None:
         return None
@@ -157,5 +160,6 @@ def _build_record(resource: dict[str, Any], line: bytes, arrived: datetime | Non
         last_updated,
         arrived or last_updated or batch.arrived,
         line,
-        find_patient_ids(resource),
+        find_patient_ids(resource, bases),
+        keyless=find_keyless(resource, line, bases),
     )

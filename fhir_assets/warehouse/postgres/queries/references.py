@@ -67,6 +67,24 @@ def count_references(
     return [ReferenceCounts(target, *sums) for target, sums in sorted(counts.items(), key=lambda item: -item[1][1])]
 
 
+def count_keyless(conn: Connection, resource_type: str) -> list[tuple[str, int]]:
+    """Return the number of resources of a type with references that make no key, by ``form`` or ``form Type``.
+
+    The most frequent form comes first. The forms are those of ``fhir/references.py``.
+    """
+    return conn.execute(
+        """
+        SELECT form, count(*)
+        FROM fhir.resource
+        CROSS JOIN unnest(keyless) AS form
+        WHERE resource_type = %s AND keyless <> '{}' AND resource IS NOT NULL
+        GROUP BY form
+        ORDER BY count(*) DESC, form
+        """,
+        [resource_type],
+    ).fetchall()
+
+
 def find_missing_ids(
     conn: Connection, columns: Sequence[ReferenceColumn], target: str, *, limit: int
 ) -> list[tuple[str, int]]:

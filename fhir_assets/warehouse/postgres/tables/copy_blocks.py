@@ -149,7 +149,8 @@ class ResourceEncoder:
             key = escape_text(record.id)
             version = NULL if record.version_id is None else escape_text(record.version_id)
             body = encode_body(record.body, self.cipher)
-            patients = NULL if record.patients is None else _encode_patients(record.patients)
+            patients = NULL if record.patients is None else _encode_texts(record.patients)
+            keyless = NULL if record.keyless is None else _encode_texts(record.keyless)
         except UnstorableValue as error:
             raise UnstorableResource(None, None, str(error)) from None
         if len(key) > MAX_INDEXED_BYTES // 4:
@@ -161,7 +162,7 @@ class ResourceEncoder:
         arrived = record.arrived.isoformat() if dated else as_of
         columns = (
             f"{key}\t{version}\t{NULL if version_number is None else version_number}\t{last_updated}\t{as_of}\t"
-            f"{arrived}\t{_escape_partition_key(partition_key)}\t{patients}\t"
+            f"{arrived}\t{_escape_partition_key(partition_key)}\t{patients}\t{keyless}\t"
         ).encode()
         view_lines: list[bytes] = []
         for view, encode_row in enumerate(self._row_encoders):
@@ -178,7 +179,7 @@ class ResourceEncoder:
 
 # Consecutive resources belong to the same partition and often to the same patients.
 _escape_partition_key = lru_cache(16)(escape_text)
-_encode_patients = lru_cache(4096)(encode_text_array)
+_encode_texts = lru_cache(4096)(encode_text_array)
 
 
 def parse_version_number(version_id: str | None) -> int | None:

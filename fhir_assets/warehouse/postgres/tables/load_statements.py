@@ -22,6 +22,7 @@ _CREATE_STAGE = """
         arrived timestamptz,
         partition_key text,
         patients text[],
+        keyless text[],
         resource jsonb
     )
     ON COMMIT DROP
@@ -36,7 +37,7 @@ _COUNT_STORED = """
 _COPY_NEW = """
     COPY {table} (
         resource_type, run_id, loaded_at, key_id,
-        id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, resource
+        id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, keyless, resource
     )
     FROM STDIN
 """
@@ -44,11 +45,11 @@ _COPY_NEW = """
 _MERGE = """
     INSERT INTO {table} AS stored (
         resource_type, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
-        run_id, loaded_at, key_id, patients, resource
+        run_id, loaded_at, key_id, patients, keyless, resource
     )
     SELECT
         {type}, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
-        %(run)s, clock_timestamp(), %(key_id)s, patients, resource
+        %(run)s, clock_timestamp(), %(key_id)s, patients, keyless, resource
     FROM {stage}
     ORDER BY id COLLATE "C"
     ON CONFLICT (resource_type, id) DO UPDATE SET
@@ -63,6 +64,7 @@ _MERGE = """
         loaded_at = excluded.loaded_at,
         key_id = excluded.key_id,
         patients = excluded.patients,
+        keyless = excluded.keyless,
         deleted_at = NULL,
         resource = excluded.resource
     WHERE {supersedes_stored}
