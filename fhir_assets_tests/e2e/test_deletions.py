@@ -11,6 +11,7 @@ from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.search_server import SearchServer, resource
 
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 IDS = [f"p{n}" for n in range(12)]
@@ -125,6 +126,26 @@ def test_a_history_that_keeps_failing_fails_the_load_and_keeps_the_checkpoint(
     server.set_faults()
     ingest(deployment)
     assert list_loaded_ids(deployment) == {"p11"}
+
+
+def test_a_history_that_is_refused_stops_no_load_and_is_red(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deploy_with_deletions(deploy, server)
+    server.set_faults(Fault(kind=FaultKind.ERROR, status=403, on=frozenset({RequestKind.HISTORY})))
+    (outcome,) = deployment.ingest()
+    assert outcome.success
+    failures = deployment.unreconciled(outcome)
+    assert failures
+    assert all("Patient: the history cannot be read" in failure for failure in failures)
+    assert list_loaded_ids(deployment) == set(IDS)
+    assert deployment.query("SELECT applied_until FROM ops.deletion_checkpoints") == []
+
+
+def test_a_server_without_a_history_is_a_warning(deploy: Deploy) -> None:
+    with SearchServer([resource("Patient", "a")]) as server:
+        deployment = deploy(fhir_base_url=server.url, fhir_resource_types=("Patient",), fhir_deletes="history")
+        outcomes = deployment.ingest()
+        warnings = [check.metadata.get("warnings") for o in outcomes for check in deployment.checks(o.run_id)]
+    assert "the server offers no history" in str(warnings)
 
 
 def test_tables_rebuilt_from_the_store_contain_no_deleted_resources(

@@ -58,6 +58,26 @@ class DeletionHistory:
         """Return the notices about the history since the last call."""
         return self._client.notices.drain()
 
+    def note_not_offered(self, resource_type: str) -> None:
+        """Add the notice that the server has no history of a type."""
+        self._client.notices.add(
+            "warning",
+            "history-not-offered",
+            f"{resource_type}: the server offers no history, so that what it deletes stays in the tables until a load "
+            "with --full-refresh",
+            resource_type,
+        )
+
+    def note_refused(self, resource_type: str, error: Exception) -> None:
+        """Add the notice that the server refused the history of a type."""
+        self._client.notices.add(
+            "error",
+            "history-refused",
+            f"{resource_type}: the history cannot be read, so that deletions are missing ({error}): let the account "
+            f"read it, or turn off {self._client.labels.deletions} and load with --full-refresh now and then",
+            resource_type,
+        )
+
     def fetch_since(self, resource_type: str, moment: datetime) -> Iterator[Deletion]:
         """Read the deletions of a type since ``moment``, newest first.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from fhir_assets.errors import NotFhir, ServerRefused
 from fhir_assets.fhir.search.history import DeletionHistory
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.type_failures import TypeFailures
@@ -22,23 +23,28 @@ def apply_server_deletions(
 ) -> dict[str, int]:
     """Apply the deletions of each type since the last call, and return by type how many resources were deleted.
 
-    The first call for a type starts at its first load. Types for which the server offers no history are skipped.
+    The first call for a type starts at its first load. Types for which the server offers no history are skipped with a
+    warning; a history that the server refuses is a notice of severity error: both are notices of ``history``.
 
-    Raises DatabaseUnavailable at once. Raises ServerUnavailable, ServerRefused or NotFhir after the deletions of the
-    other types are applied.
+    Raises DatabaseUnavailable at once. Raises ServerUnavailable after the deletions of the other types are applied.
     """
     offered_types = history.list_types()
     deleted = {}
     failures = TypeFailures()
     for name in resource_types:
         if offered_types is not None and name not in offered_types:
+            history.note_not_offered(name)
             continue
         with connect() as conn:
             start = deletions.read_checkpoint(conn, name) or now
             conn.commit()
         with failures.collect(name):
-            new_deletions = history.fetch_since(name, start - overlap)
-            deleted[name] = deletion_log.record(new_deletions, run_id=run_id).deleted[name]
+            try:
+                new_deletions = history.fetch_since(name, start - overlap)
+                deleted[name] = deletion_log.record(new_deletions, run_id=run_id).deleted[name]
+            except (ServerRefused, NotFhir) as error:
+                history.note_refused(name, error)
+                continue
             with connect() as conn, conn.transaction():
                 # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
                 deletions.advance_checkpoint(conn, name, min(now, history.requested_at or now), run_id)
