@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.windows import Granularity, WindowScheme
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -337,6 +338,11 @@ class Settings(BaseSettings):
     def home(self) -> Path:
         """The absolute path of FHIR_ASSETS_HOME."""
         return self.fhir_assets_home.expanduser().absolute()
+
+    @property
+    def source(self) -> str:
+        """The key of the source that resources are fetched from."""
+        return DEFAULT_SOURCE
 
     @cached_property
     def store_url(self) -> str:

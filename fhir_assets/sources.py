@@ -1,7 +1,20 @@
 """Sources: the systems that a deployment loads resources from. A short key identifies each of them.
 
-Ids of resources are unique within one source only, so the key of a source is part of every key of the state.
+Ids of resources are unique within one source only, so the key of a source is part of every key of the state: of the
+tables (column ``source``, in the tables of views ``_source``), of manifests and of the layout of the store. A
+``Settings`` has the key of its source, which its warehouse gives to every session and its store to every manifest.
 """
+
+import re
 
 DEFAULT_SOURCE = "default"
 """The key of the source that the settings describe."""
+
+_KEY = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+def require_source_key(key: str) -> str:
+    """Return the key of a source. Raises ValueError unless it is a lower-case word of letters, digits and ``_``."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is not the key of a source: it is a lower-case word of at most 32 letters")
+    return key

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": set(),
     "notices": set(),
     "retries": {"errors"},
-    "settings": {"errors", "windows", "catalog"},
+    "settings": {"errors", "windows", "catalog", "sources"},
     "logs": {"errors"},
     "fhir": GROUND,
     "privacy": GROUND,

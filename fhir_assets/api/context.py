@@ -174,7 +174,9 @@ class AppContext:
     def _open_pool(self) -> ConnectionPool[Any]:
         with self._lock:
             if self._pool is None:
-                pool = connection_pool(self.warehouse.url(), cipher=self.warehouse.cipher(), size=POOL_SIZE)
+                pool = connection_pool(
+                    self.warehouse.url(), cipher=self.warehouse.cipher(), size=POOL_SIZE, source=self.settings.source
+                )
                 pool.open()
                 self._pool = pool
             return self._pool

@@ -19,6 +19,7 @@ def build_binding(settings: Settings, warehouse: Warehouse, store: Store | None 
         warehouse.connect,
         store or build_store(settings),
         settings.window_scheme,
+        source=settings.source,
         labels="FHIR_STORE_URL, FHIR_ASSETS_HOME and DB_URL",
     )
 

@@ -13,7 +13,9 @@ _ATTEMPTS = 8
 
 def build_store(settings: Settings) -> Store:
     """Return the store at FHIR_STORE_URL; nothing is read or written. Raises ConfigurationError."""
-    return open_store(settings.store_url, build_store_cipher(settings), bucket=partial(build_bucket, settings))
+    return open_store(
+        settings.store_url, build_store_cipher(settings), bucket=partial(build_bucket, settings), source=settings.source
+    )
 
 
 def build_blobs(settings: Settings, url: str) -> Blobs:

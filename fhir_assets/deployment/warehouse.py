@@ -26,6 +26,8 @@ class Warehouse:
     def __init__(self, settings: Settings) -> None:
         self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
         self._home: Path = settings.home
+        self.source = settings.source
+        """The key of the source that all sessions belong to."""
         self._cipher = build_cipher(settings)
         self._url: str | None = None
         self._lock = Lock()
@@ -62,7 +64,7 @@ class Warehouse:
 
     def connect(self) -> AbstractContextManager[connections.Session]:
         """Return a session for a ``with`` block; see ``connections.borrow_session``. Raises as ``url`` does."""
-        return connections.borrow_session(self.url(), cipher=self.cipher())
+        return connections.borrow_session(self.url(), cipher=self.cipher(), source=self.source)
 
     def connect_read_only(self) -> connections.Connection:
         """Open a read-only connection without a cipher, for listing runs and dead letters. It changes no schema.
@@ -71,7 +73,7 @@ class Warehouse:
         """
         url = self._db_url or embedded.ensure(self._home)
         migrations.require_current(url)
-        conn = connections.connect(url)
+        conn = connections.connect(url, source=self.source)
         conn.read_only = True
         return conn
 

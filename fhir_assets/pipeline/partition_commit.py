@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from fhir_assets.errors import Overtaken
+from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.storage.manifest import Manifest, Part
 from fhir_assets.storage.store import Store, partition_folder
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
@@ -67,7 +68,7 @@ def rewrite_partitions(
     with connect() as conn:
         for start in range(0, len(manifests), _PARTITIONS_PER_TRANSACTION):
             group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
-            with _partition_locks(conn, group):
+            with _partition_locks(conn, store.source, group):
                 merged = [
                     merge(new, current) for new, current in zip(group, store.committed_manifests(group), strict=True)
                 ]
@@ -159,9 +160,13 @@ def _add_counts(current: Mapping[str, int], new: Mapping[str, int], common: Mapp
 
 
 @contextmanager
-def _partition_locks(conn: Connection, manifests: Sequence[Manifest]) -> Iterator[None]:
+def _partition_locks(conn: Connection, source: str, manifests: Sequence[Manifest]) -> Iterator[None]:
     """Hold the locks of the partitions. All commits take them in the same order, so that they cannot deadlock."""
-    names = [partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key) for manifest in manifests]
+    prefix = "" if source == DEFAULT_SOURCE else f"{source}/"
+    names = [
+        prefix + partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)
+        for manifest in manifests
+    ]
     with conn.transaction():
         lock_partitions(conn, names)
         yield

@@ -10,6 +10,7 @@ from itertools import chain, repeat
 import msgspec
 
 from fhir_assets.notices import Notice
+from fhir_assets.sources import DEFAULT_SOURCE
 
 
 class Arrival(msgspec.Struct, frozen=True, array_like=True):
@@ -165,7 +166,7 @@ class Delivered(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """One partition of one resource type in one layer, with its parts."""
+    """One partition of one resource type of one source in one layer, with its parts."""
 
     layer: str
     resource_type: str
@@ -177,6 +178,7 @@ class Manifest(msgspec.Struct, frozen=True):
     validated: Validated | None = None
     delivered: Delivered | None = None
     receipts: tuple[Receipt, ...] = ()
+    source: str = DEFAULT_SOURCE
 
     @property
     def rows(self) -> int:

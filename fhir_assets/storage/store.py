@@ -15,6 +15,7 @@ from isal import igzip, isal_zlib
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.sources import DEFAULT_SOURCE, require_source_key
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
 from fhir_assets.storage.encrypted_parts import decrypt_stream
 from fhir_assets.storage.manifest import Arrival, Manifest, Part, list_times
@@ -25,6 +26,9 @@ Result = TypeVar("Result")
 
 LAYERS = ("raw", "validated", "bulk", "deleted")
 """The layers that have parts. A key rotation re-encrypts the parts of all of them."""
+
+SOURCES_FOLDER = "sources"
+"""The folder with a folder of its own for each source but the default one."""
 
 BATCH_BYTES = 1 << 20
 """The size of one read. A batch of lines is the unit of work of validation and loading."""
@@ -75,11 +79,15 @@ class LineBatch(NamedTuple):
 
 
 class Store:
-    """Reads and commits partitions; ``PartWriter`` writes their parts. ``cipher`` encrypts and decrypts the parts."""
+    """Reads and commits the partitions of one source; ``PartWriter`` writes their parts.
 
-    def __init__(self, blobs: Blobs, cipher: Cipher) -> None:
+    ``cipher`` encrypts and decrypts the parts.
+    """
+
+    def __init__(self, blobs: Blobs, cipher: Cipher, *, source: str = DEFAULT_SOURCE) -> None:
         self.blobs = blobs
         self.cipher = cipher
+        self.source = source
 
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
         """Return the manifest of a partition, or None if it does not exist. Raises StoreError if it is damaged."""
@@ -117,6 +125,8 @@ class Store:
 
     def _commit_one(self, manifest: Manifest) -> None:
         partition = partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)
+        if manifest.source != self.source:
+            manifest = msgspec.structs.replace(manifest, source=self.source)
         content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         self.blobs.put(f"{partition}/manifest.json", content)
 
@@ -188,9 +198,15 @@ OpenBucket = Callable[[str], Bucket]
 """Return the bucket at ``s3://bucket/prefix``."""
 
 
-def open_store(url: str, cipher: Cipher, *, bucket: OpenBucket | None = None) -> Store:
-    """Return the store at ``url``, whose parts ``cipher`` encrypts and decrypts. Raises as ``open_blobs`` does."""
-    return Store(open_blobs(url, bucket=bucket), cipher)
+def open_store(url: str, cipher: Cipher, *, bucket: OpenBucket | None = None, source: str = DEFAULT_SOURCE) -> Store:
+    """Return the store at ``url``, whose parts ``cipher`` encrypts and decrypts. Raises as ``open_blobs`` does.
+
+    The partitions of the default source are at ``url`` itself, those of another source in the folder
+    ``sources/<source>`` below.
+    """
+    if source != DEFAULT_SOURCE:
+        url = f"{url.rstrip('/')}/{SOURCES_FOLDER}/{require_source_key(source)}"
+    return Store(open_blobs(url, bucket=bucket), cipher, source=source)
 
 
 def open_blobs(url: str, *, bucket: OpenBucket | None = None) -> Blobs:

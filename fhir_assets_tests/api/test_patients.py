@@ -203,7 +203,7 @@ def test_a_withheld_patient_is_refused_with_the_reason_and_not_listed(clinic: Cl
 def test_a_denial_takes_effect_before_it_is_applied_to_the_tables(clinic: Clinic) -> None:
     byron = clinic.ids["byron"]
     denial = (
-        "INSERT INTO ops.consents (patient_id, purpose, decision, consent_id, source)"
+        "INSERT INTO ops.consents (patient_id, purpose, decision, consent_id, basis)"
         " VALUES (%s, 'data-sharing', 'deny', 'c', 'Consent.provision')"
     )
     with clinic.warehouse.connect() as conn:

@@ -107,7 +107,7 @@ def test_opt_in_releases_with_a_permit_and_withholds_when_it_is_revoked(database
     assert (result.decisions, result.released, result.withheld) == (2, 3, 0)
     assert (tables.shown(), tables.withheld()) == (NO_PATIENT | OF_A | {"Consent/c"}, OF_B)
     assert tables.all("SELECT family FROM fhir.patient_name") == {"Fa"}
-    assert tables.all("SELECT decision, consent_id, source FROM ops.consents") == {("permit", "c", "Consent.provision")}
+    assert tables.all("SELECT decision, consent_id, basis FROM ops.consents") == {("permit", "c", "Consent.provision")}
     tables.load(consent("c", "a", {"type": "permit"}, version=2, status="inactive"))
     tables.apply_consent()
     assert tables.shown() == NO_PATIENT

@@ -1,8 +1,10 @@
 """A database of revision 0019 that contains rows works after the upgrade."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,9 +38,32 @@ NEW_COLUMNS = [
     *((table, name) for table in ("fhir.resource", "ops.withheld", "ops.consent_records") for name in ORDER_COLUMNS),
     ("ops.consent_records", "last_updated"),
     ("fhir.resource", "keyless"),
-    *(("ops.visit_persons", name) for name in ("name", "birth")),
+    *(("ops.ingestion_runs", name) for name in ("older", "superseded", "seconds")),
     *(("ops.dead_letters", name) for name in ("arrived", "dated")),
+    *(("ops.visit_persons", name) for name in ("name", "birth")),
 ]
+KEYS_WITHOUT_SOURCE = {
+    "fhir.resource": "resource_type, id",
+    "ops.loaded_parts": "resource_type, partition_key, part",
+    "ops.checkpoints": "resource_type",
+    "ops.deletion_checkpoints": "resource_type",
+    "ops.deletion_parts": "name",
+    "ops.ingestion_runs": "run_id, resource_type, partition_key",
+    "ops.corrections": "fingerprint",
+    "ops.missing_references": "resource_type, resource_id",
+    "ops.received": "origin, resource_type, partition_key",
+    "ops.landing_files": "zone, name",
+    "ops.withheld": "resource_type, id",
+    "ops.consent_records": "consent_id",
+    "ops.consents": "patient_id, purpose",
+    "ops.consent_changes": "patient_id",
+    "ops.visit_persons": "id",
+    "ops.visit_persons_elsewhere": "id",
+    "ops.visits": "id",
+    "ops.visit_files": "origin",
+    "ops.visit_posts": "task_id",
+}
+"""The primary keys of tables with a column ``source`` before revision 0027."""
 VIEW = parse_view(
     {
         "resourceType": "ViewDefinition",
@@ -83,13 +108,33 @@ def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
         yield session
 
 
+def run_revision(session: Session, name: str) -> None:
+    """Execute the statements of one revision again."""
+    path = migrations.sql_folder() / "migrations" / "versions" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module)["op"] = SimpleNamespace(execute=lambda statement: session.execute(statement.encode()))
+    module.upgrade()
+
+
 def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     """Give columns, indexes and the noted layout of the view's table the names that revision 0019 gives them.
 
     Remove the columns that were added later.
     """
+    for table, key in KEYS_WITHOUT_SOURCE.items():
+        session.execute(f"ALTER TABLE {table} DROP COLUMN source, ADD PRIMARY KEY ({key})".encode())
+    session.execute("ALTER TABLE ops.dead_letters DROP COLUMN source, ADD UNIQUE (fingerprint)")
+    session.execute("ALTER TABLE ops.bulk_exports DROP COLUMN source")
+    session.execute("ALTER TABLE ops.consents RENAME COLUMN basis TO source")
+    session.execute("ALTER TABLE IF EXISTS fhir.patient DROP COLUMN _source")
+    session.execute("DROP FUNCTION ops.current_source()")
     for table, name in NEW_COLUMNS:
-        session.execute(f"ALTER TABLE {table} DROP COLUMN {name}".encode())
+        session.execute(f"ALTER TABLE {table} DROP COLUMN {name} CASCADE".encode())
+    run_revision(session, "0002_run_summary")  # creates the views that the columns above were removed from
     session.execute("DROP TABLE ops.sources, ops.deployment")
     for table, new, old in OLD_COLUMN_NAMES:
         session.execute(f"ALTER TABLE {table} RENAME COLUMN {new} TO {old}".encode())
@@ -107,6 +152,27 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("ALTER TABLE ops.bulk_exports DROP COLUMN kick_off_date, DROP COLUMN used_at, DROP COLUMN notices")
     session.execute("UPDATE ops.alembic_version SET version_num = '0019'")
     session.commit()
+
+
+def find_keys(session: Session) -> dict[str, list[str]]:
+    """Return the primary keys that contain a source, without those of partitions and of ``ops.sources``."""
+    rows = select(
+        session,
+        """
+        SELECT
+            i.indrelid::regclass::text,
+            array(
+                SELECT a.attname::text
+                FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS k (number, position)
+                JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
+                ORDER BY position
+            ) AS columns
+        FROM pg_index i
+        JOIN pg_class c ON c.oid = i.indrelid
+        WHERE i.indisprimary AND NOT c.relispartition AND c.relnamespace IN ('fhir'::regnamespace, 'ops'::regnamespace)
+        """,
+    )
+    return {table: columns for table, columns in rows if "source" in columns and table != "ops.sources"}
 
 
 def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database: str, session: Session) -> None:
@@ -138,6 +204,10 @@ def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database:
     session.commit()
     load(session, patient("a", "2024-01-02T00:00:00Z", "2", gender="male"), patient("c"), views=(VIEW,))
     assert select(session, "SELECT _resource_key, gender FROM fhir.patient ORDER BY 1") == [("a", "male"), ("c", None)]
+    assert select(session, "SELECT DISTINCT source FROM fhir.resource") == [("default",)]
+    assert select(session, "SELECT DISTINCT _source FROM fhir.patient") == [("default",)]
+    assert select(session, "SELECT source FROM ops.dead_letters") == [("default",)]
+    assert find_keys(session) == {table: [*key.split(", "), "source"] for table, key in KEYS_WITHOUT_SOURCE.items()}
     key_ids = {key_id for (key_id,) in select(session, "SELECT key_id FROM fhir.resource")}
     assert key_ids == {session.cipher.key_id}
 

@@ -201,7 +201,8 @@ class TypeExport:
                 """
                 SELECT id
                 FROM fhir.resource
-                WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
+                WHERE source = ops.current_source()
+                    AND resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
                 """,
                 [self._type, ids],
             )

@@ -8,6 +8,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from fhir_assets.privacy.audit import Action, AuditRecord, Entry, Fault, link, verify
+from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 _COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
@@ -58,8 +59,9 @@ def record(conn: Session, *audit_records: AuditRecord) -> None:
 
 
 def hash_subject(conn: Session, resource_type: str, resource_id: str) -> str:
-    """Return the keyed hash that stands for a resource in the log."""
-    return cipher_of(conn).subject(resource_type, resource_id)
+    """Return the keyed hash that stands for a resource of the session's source in the log."""
+    qualified = resource_id if conn.source == DEFAULT_SOURCE else f"{conn.source}/{resource_id}"
+    return cipher_of(conn).subject(resource_type, qualified)
 
 
 def find_fault(conn: Session) -> Fault | None:

@@ -20,7 +20,8 @@ _FIND = """
         id, base_url, status_url, status, resource_types, since, requested_at, kick_off_date, transaction_time,
         manifest, files_done, used_at, finished_at, notices
     FROM ops.bulk_exports
-    WHERE base_url = %(base)s
+    WHERE source = ops.current_source()
+        AND base_url = %(base)s
         AND level = %(level)s
         AND type_filter = %(filter)s
         AND status IN ('waiting', 'downloading', 'done')
@@ -30,8 +31,9 @@ _FIND_FULLY_LOADED = """
     SELECT DISTINCT resource_type
     FROM ops.bulk_exports e
     CROSS JOIN unnest(e.resource_types) resource_type
-    JOIN ops.checkpoints c USING (resource_type)
-    WHERE e.base_url = %(base)s
+    JOIN ops.checkpoints c USING (resource_type, source)
+    WHERE source = ops.current_source()
+        AND e.base_url = %(base)s
         AND e.level = %(level)s
         AND e.type_filter = %(filter)s
         AND e.since IS NULL
@@ -241,7 +243,7 @@ def find_expired(conn: Connection, base_url: str, before: datetime) -> list[str]
         SELECT DISTINCT e.id
         FROM ops.bulk_exports e
         JOIN ops.bulk_parts p ON p.export_id = e.id
-        WHERE base_url = %s AND finished_at < %s
+        WHERE e.source = ops.current_source() AND base_url = %s AND finished_at < %s
         """,
         [base_url, before],
     ).fetchall()

@@ -40,7 +40,8 @@ def get(conn: Connection, resource_types: Sequence[str]) -> dict[str, Checkpoint
         """
         SELECT resource_type, loaded_until, source_state, updated_at
         FROM ops.checkpoints
-        WHERE resource_type = ANY(%s)
+        WHERE source = ops.current_source()
+            AND resource_type = ANY(%s)
         """,
         [list(resource_types)],
     )
@@ -56,7 +57,7 @@ def begin(conn: Connection, resource_types: Sequence[str], start: datetime, *, s
         """
         INSERT INTO ops.checkpoints (resource_type, loaded_until, source_state)
         SELECT resource_type, %s, %s FROM unnest(%s::text[]) resource_type ORDER BY 1
-        ON CONFLICT (resource_type) DO UPDATE SET
+        ON CONFLICT (resource_type, source) DO UPDATE SET
             loaded_until = excluded.loaded_until,
             source_state = excluded.source_state,
             run_id = NULL,
@@ -75,7 +76,8 @@ def advance(conn: Connection, resource_type: str, window_start: datetime | None,
         """
         UPDATE ops.checkpoints
         SET loaded_until = %(until)s, run_id = %(run)s, updated_at = now()
-        WHERE resource_type = %(type)s
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
             AND loaded_until < %(until)s
             AND (%(start)s::timestamptz IS NULL OR loaded_until >= %(start)s)
         """,
@@ -90,7 +92,8 @@ def get_loaded_parts(conn: Connection, resource_type: str, partition_keys: Seque
         """
         SELECT partition_key, array_agg(part)
         FROM ops.loaded_parts
-        WHERE resource_type = %s AND partition_key = ANY(%s)
+        WHERE source = ops.current_source()
+            AND resource_type = %s AND partition_key = ANY(%s)
         GROUP BY 1
         """,
         [resource_type, list(partition_keys)],
@@ -107,7 +110,8 @@ def record_loaded_parts(
     conn.execute(
         """
         DELETE FROM ops.loaded_parts
-        WHERE resource_type = %s
+        WHERE source = ops.current_source()
+            AND resource_type = %s
             AND partition_key = ANY(%s)
             AND (partition_key, part) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))
         """,
@@ -118,7 +122,7 @@ def record_loaded_parts(
         INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)
         SELECT %s, key, part, rows, %s
         FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS new (key, part, rows)
-        ON CONFLICT (resource_type, partition_key, part) DO NOTHING
+        ON CONFLICT (resource_type, partition_key, part, source) DO NOTHING
         """,
         [resource_type, run_id, list(keys), list(names), list(counts)],
     )
@@ -126,4 +130,6 @@ def record_loaded_parts(
 
 def remove_loaded_parts(conn: Connection, resource_type: str) -> None:
     """Mark every part of a type as not loaded, so that the next load of each window loads all of it."""
-    conn.execute("DELETE FROM ops.loaded_parts WHERE resource_type = %s", [resource_type])
+    conn.execute(
+        "DELETE FROM ops.loaded_parts WHERE source = ops.current_source() AND resource_type = %s", [resource_type]
+    )

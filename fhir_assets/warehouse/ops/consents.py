@@ -75,8 +75,8 @@ _MARK_PATIENTS = sql.SQL("""
     UNION
     SELECT known.patient_id, '-infinity'
     FROM {source} s
-    JOIN ops.consent_records known ON known.consent_id = s.id
-    ON CONFLICT (patient_id) DO UPDATE SET at = excluded.at
+    JOIN ops.consent_records known ON known.consent_id = s.id AND known.source = ops.current_source()
+    ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
 """)
 _COPY_CONSENTS = sql.SQL("""
     INSERT INTO ops.consent_records AS known
@@ -88,9 +88,12 @@ _COPY_CONSENTS = sql.SQL("""
         AND s.resource IS NOT NULL
         AND NOT EXISTS (
             SELECT FROM fhir.resource_consent r
-            WHERE r.id = s.id AND r.deleted_at IS NOT NULL AND r.as_of >= s.as_of
+            WHERE r.source = ops.current_source()
+                AND r.id = s.id
+                AND r.deleted_at IS NOT NULL
+                AND r.as_of >= s.as_of
         )
-    ON CONFLICT (consent_id) DO UPDATE SET
+    ON CONFLICT (consent_id, source) DO UPDATE SET
         patient_id = excluded.patient_id,
         version_id = excluded.version_id,
         version_number = excluded.version_number,
@@ -105,8 +108,9 @@ _COPY_CONSENTS = sql.SQL("""
 
 
 def record_loaded_consents(conn: Connection) -> None:
-    """Copy every Consent in ``fhir.resource`` to ``ops.consent_records`` and mark the patients for a decision."""
-    for statement in build_record_statements(sql.Identifier("fhir", "resource_consent"), sql.Identifier("s", "key_id")):
+    """Copy the Consents in ``fhir.resource`` to ``ops.consent_records`` and mark the patients for a decision."""
+    loaded = sql.SQL("(SELECT * FROM fhir.resource_consent WHERE source = ops.current_source())")
+    for statement in build_record_statements(loaded, sql.Identifier("s", "key_id")):
         conn.execute(statement)
 
 
@@ -116,12 +120,17 @@ def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
         """
         WITH deleted AS (
             DELETE FROM ops.consent_records c USING fhir.resource_consent r
-            WHERE c.consent_id = ANY(%s) AND r.id = c.consent_id AND r.deleted_at IS NOT NULL AND r.as_of >= c.as_of
+            WHERE c.source = ops.current_source()
+                AND c.consent_id = ANY(%s)
+                AND r.source = c.source
+                AND r.id = c.consent_id
+                AND r.deleted_at IS NOT NULL
+                AND r.as_of >= c.as_of
             RETURNING c.patient_id
         )
         INSERT INTO ops.consent_changes (patient_id, at)
         SELECT DISTINCT patient_id, '-infinity'::timestamptz FROM deleted
-        ON CONFLICT (patient_id) DO UPDATE SET at = excluded.at
+        ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
         """,
         [list(consent_ids)],
     )
@@ -136,7 +145,8 @@ def find_due_patients(conn: Connection, at: datetime, limit: int) -> list[str]:
         """
         SELECT patient_id
         FROM ops.consent_changes
-        WHERE at <= %s
+        WHERE source = ops.current_source()
+            AND at <= %s
         ORDER BY patient_id
         LIMIT %s
         """,
@@ -168,7 +178,9 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
     changed = conn.execute(
         """
         DELETE FROM ops.consents c
-        WHERE patient_id = ANY(%s) AND (patient_id, purpose) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))
+        WHERE source = ops.current_source()
+            AND patient_id = ANY(%s)
+            AND (patient_id, purpose) NOT IN (SELECT * FROM unnest(%s::text[], %s::text[]))
         """,
         [
             list(patients),
@@ -178,16 +190,16 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
     ).rowcount
     changed += conn.execute(
         """
-        INSERT INTO ops.consents AS known (patient_id, purpose, decision, consent_id, source, version_id)
+        INSERT INTO ops.consents AS known (patient_id, purpose, decision, consent_id, basis, version_id)
         SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
-        ON CONFLICT (patient_id, purpose) DO UPDATE SET
+        ON CONFLICT (patient_id, purpose, source) DO UPDATE SET
             decision = excluded.decision,
             consent_id = excluded.consent_id,
-            source = excluded.source,
+            basis = excluded.basis,
             version_id = excluded.version_id,
             decided_at = now()
-        WHERE (known.decision, known.consent_id, known.source, known.version_id)
-            IS DISTINCT FROM (excluded.decision, excluded.consent_id, excluded.source, excluded.version_id)
+        WHERE (known.decision, known.consent_id, known.basis, known.version_id)
+            IS DISTINCT FROM (excluded.decision, excluded.consent_id, excluded.basis, excluded.version_id)
         """,
         [
             [patient for patient, _, _ in decisions],
@@ -198,7 +210,9 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
             [versions[decision.consent] for _, _, decision in decisions],
         ],
     ).rowcount
-    conn.execute("DELETE FROM ops.consent_changes WHERE patient_id = ANY(%s)", [list(patients)])
+    conn.execute(
+        "DELETE FROM ops.consent_changes WHERE source = ops.current_source() AND patient_id = ANY(%s)", [list(patients)]
+    )
     conn.execute(
         "INSERT INTO ops.consent_changes (patient_id, at) SELECT * FROM unnest(%s::text[], %s::timestamptz[])",
         [[patient for patient, _ in changes], [moment for _, moment in changes]],
@@ -217,7 +231,8 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
             CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,
             key_id
         FROM ops.consent_records
-        WHERE patient_id = ANY(%s)
+        WHERE source = ops.current_source()
+            AND patient_id = ANY(%s)
         """,
         [list(patients)],
     )
@@ -231,15 +246,19 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
 def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list[dict[str, Any]]:
     """Return the current decisions, only those of ``patient`` if given.
 
-    The keys are the columns of ``ops.consents`` and ``changes_at``, the time of the next change or None.
+    The keys are columns of ``ops.consents``, with ``basis`` as ``source``, and ``changes_at``, the time of the next
+    change or None.
     """
     with conn.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(
             """
-            SELECT c.*, CASE WHEN isfinite(change.at) THEN change.at END AS changes_at
+            SELECT
+                c.patient_id, c.purpose, c.decision, c.consent_id, c.version_id, c.basis AS source, c.decided_at,
+                CASE WHEN isfinite(change.at) THEN change.at END AS changes_at
             FROM ops.consents c
-            LEFT JOIN ops.consent_changes change USING (patient_id)
-            WHERE %(patient)s::text IS NULL OR c.patient_id = %(patient)s
+            LEFT JOIN ops.consent_changes change ON change.source = c.source AND change.patient_id = c.patient_id
+            WHERE c.source = ops.current_source()
+                AND (%(patient)s::text IS NULL OR c.patient_id = %(patient)s)
             ORDER BY c.patient_id, c.purpose
             LIMIT %(limit)s
             """,

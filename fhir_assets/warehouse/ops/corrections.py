@@ -31,11 +31,11 @@ def record(conn: Session, dead_letter_id: int, resource: bytes, *, by: str) -> N
     conn.execute(
         """
         INSERT INTO ops.corrections
-            (fingerprint, resource_type, stage, partition_key, original, resource, key_id, corrected_by)
-        SELECT fingerprint, resource_type, stage, partition_key, resource, %(resource)s, %(key)s, %(by)s
+            (source, fingerprint, resource_type, stage, partition_key, original, resource, key_id, corrected_by)
+        SELECT source, fingerprint, resource_type, stage, partition_key, resource, %(resource)s, %(key)s, %(by)s
         FROM ops.dead_letters
         WHERE id = %(id)s
-        ON CONFLICT (fingerprint) DO UPDATE SET
+        ON CONFLICT (fingerprint, source) DO UPDATE SET
             resource = excluded.resource,
             key_id = excluded.key_id,
             corrected_by = excluded.corrected_by,
@@ -51,7 +51,7 @@ def get(conn: Session, dead_letter_id: int) -> Correction | None:
         """
         SELECT c.resource, c.corrected_by, c.corrected_at
         FROM ops.corrections c
-        JOIN ops.dead_letters d USING (fingerprint)
+        JOIN ops.dead_letters d USING (fingerprint, source)
         WHERE d.id = %s
         """,
         [dead_letter_id],
@@ -68,7 +68,8 @@ def read_by_fingerprint(
         """
         SELECT partition_key, fingerprint, resource
         FROM ops.corrections
-        WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)
+        WHERE source = ops.current_source()
+            AND resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)
         """,
         [resource_type, list(stages), list(partition_keys)],
     )
@@ -102,7 +103,10 @@ class Corrections:
         if fingerprint not in self._get_fingerprints()[dead_letter.partition_key]:
             return None
         with self._connect() as conn:
-            row = conn.execute("SELECT resource FROM ops.corrections WHERE fingerprint = %s", [fingerprint]).fetchone()
+            row = conn.execute(
+                "SELECT resource FROM ops.corrections WHERE source = ops.current_source() AND fingerprint = %s",
+                [fingerprint],
+            ).fetchone()
             return None if row is None else self._cipher.decrypt_and_decompress(bytes(row[0]))
 
     def _get_fingerprints(self) -> dict[str, set[bytes]]:
@@ -114,7 +118,8 @@ class Corrections:
                     """
                     SELECT partition_key, fingerprint
                     FROM ops.corrections
-                    WHERE resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)
+                    WHERE source = ops.current_source()
+                        AND resource_type = %s AND stage = ANY(%s) AND partition_key = ANY(%s)
                     """,
                     self._scope,
                 )

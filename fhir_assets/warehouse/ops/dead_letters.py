@@ -98,12 +98,15 @@ def resolve_not_repeated(
             resolved_at = now(),
             resolved_run_id = %(run)s,
             resolution = CASE
-                WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint) THEN 'corrected'
+                WHEN EXISTS (
+                    SELECT FROM ops.corrections c WHERE (c.source, c.fingerprint) = (d.source, d.fingerprint)
+                ) THEN 'corrected'
                 ELSE 'did not fail again'
             END,
             claimed_by = NULL,
             replay_requested_at = NULL
-        WHERE resource_type = %(type)s
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
             AND stage = %(stage)s
             AND partition_key = ANY(%(keys)s)
             AND status IN ('open', 'replaying')
@@ -354,7 +357,7 @@ _UPSERT = sql.SQL("""
         origin, last_updated, arrived, dated, ruleset, occurrences, run_id, first_run_id, key_id
     )
     SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
-    ON CONFLICT (fingerprint) DO UPDATE SET
+    ON CONFLICT (fingerprint, source) DO UPDATE SET
         resource_id = excluded.resource_id,
         rule = excluded.rule,
         path = excluded.path,

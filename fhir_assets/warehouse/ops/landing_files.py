@@ -21,7 +21,8 @@ _IS_BAD = sql.SQL("""
         status = 'failed'
         OR rejected > 0 AND EXISTS (
             SELECT FROM ops.dead_letters d
-            WHERE d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')
+            WHERE d.source = ops.current_source()
+                AND d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')
         )
     )
 """)
@@ -86,7 +87,8 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
         cursor.execute(
             """
             DELETE FROM ops.landing_files f
-            WHERE zone = %s
+            WHERE source = ops.current_source()
+                AND zone = %s
                 AND status <> 'loaded'
                 AND NOT EXISTS (SELECT FROM listing s WHERE s.name = f.name)
             """,
@@ -102,7 +104,8 @@ def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> lis
         """
         SELECT name, size, mark, written_at, batch
         FROM ops.landing_files
-        WHERE zone = %(zone)s
+        WHERE source = ops.current_source()
+            AND zone = %(zone)s
             AND (
                 status = 'ready'
                 OR status = 'failed'
@@ -130,7 +133,15 @@ def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch:
     assigned in the meantime are not returned.
     """
     rows = conn.execute(
-        "UPDATE ops.landing_files SET batch = %s WHERE zone = %s AND name = ANY(%s) AND batch IS NULL RETURNING name",
+        """
+        UPDATE ops.landing_files
+        SET batch = %s
+        WHERE source = ops.current_source()
+            AND zone = %s
+            AND name = ANY(%s)
+            AND batch IS NULL
+        RETURNING name
+        """,
         [batch, zone, [file.name for file in files]],
     ).fetchall()
     assigned = {name for (name,) in rows}
@@ -177,7 +188,8 @@ def list_files(conn: Connection, zone: str, *, status: str | None = None, limit:
             name, size, status, {is_bad} AS bad, rows, rejected, deleted, skipped, known_before, found_at,
             left(sha256, 12) AS content, error
         FROM ops.landing_files
-        WHERE zone = %(zone)s
+        WHERE source = ops.current_source()
+            AND zone = %(zone)s
             AND (%(status)s::text IS NULL OR status = %(status)s OR %(status)s = 'bad' AND {is_bad})
         ORDER BY found_at DESC, name
         LIMIT %(limit)s
@@ -202,12 +214,21 @@ class ZoneState:
 def get_zone_state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
     """Return the state of a zone at its last listing, with a sample of at most ``sample`` bad files."""
     by_status: dict[str, int] = dict(
-        conn.execute("SELECT status, count(*) FROM ops.landing_files WHERE zone = %s GROUP BY 1", [zone]).fetchall()
+        conn.execute(
+            """
+            SELECT status, count(*)
+            FROM ops.landing_files
+            WHERE source = ops.current_source() AND zone = %s
+            GROUP BY 1
+            """,
+            [zone],
+        ).fetchall()
     )
     query = sql.SQL("""
         SELECT coalesce(left(sha256, 12), ''), coalesce(rejected, 0), coalesce(error, 'dead letters')
         FROM ops.landing_files
-        WHERE zone = %s AND {is_bad}
+        WHERE source = ops.current_source()
+            AND zone = %s AND {is_bad}
         ORDER BY found_at, name
     """).format(is_bad=_IS_BAD)
     bad = conn.execute(query, [zone]).fetchall()
@@ -222,7 +243,8 @@ def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mappin
         sql.SQL("""
             UPDATE ops.landing_files
             SET {}, attempts = attempts + 1, tried_at = clock_timestamp()
-            WHERE zone = %(zone)s AND name = %(name)s AND mark = %(mark)s AND size = %(size)s
+            WHERE source = ops.current_source()
+                AND zone = %(zone)s AND name = %(name)s AND mark = %(mark)s AND size = %(size)s
         """).format(assignments),
         {**values, "zone": zone, "name": file.name, "mark": file.mark, "size": file.size},
     )
@@ -235,7 +257,7 @@ _UPSERT_LISTING = """
         CASE WHEN complete THEN 'ready' WHEN complete IS NULL THEN 'ignored' ELSE 'arriving' END
     FROM listing
     ORDER BY name
-    ON CONFLICT (zone, name) DO UPDATE SET
+    ON CONFLICT (zone, name, source) DO UPDATE SET
         size = excluded.size,
         mark = excluded.mark,
         written_at = excluded.written_at,

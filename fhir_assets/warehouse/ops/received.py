@@ -52,7 +52,8 @@ def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
         """
         SELECT resource_type, partition_key, parts, rows, rejected
         FROM ops.received
-        WHERE origin = %s
+        WHERE source = ops.current_source()
+            AND origin = %s
         ORDER BY resource_type, partition_key
         """,
         [origin],
@@ -69,7 +70,7 @@ def record(conn: Connection, origin: str, windows: Sequence[ReceivedWindow]) -> 
             INSERT INTO ops.received
                 (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)
             VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
-            ON CONFLICT (origin, resource_type, partition_key) DO NOTHING
+            ON CONFLICT (origin, resource_type, partition_key, source) DO NOTHING
             """,
             [
                 (origin, channel, w.resource_type, w.partition_key, list(w.parts), w.rows, w.rejected, not w.parts)
@@ -87,7 +88,9 @@ def find_pending(conn: Connection, *, origin: str | None = None, now: datetime |
         """
         SELECT resource_type, partition_key, max(asked)
         FROM ops.received
-        WHERE loaded_at IS NULL AND (%(origin)s::text IS NULL OR origin = %(origin)s)
+        WHERE source = ops.current_source()
+            AND loaded_at IS NULL
+            AND (%(origin)s::text IS NULL OR origin = %(origin)s)
         GROUP BY 1, 2
         HAVING %(now)s::timestamptz IS NULL
             OR bool_or(asked_at IS NULL)
@@ -106,7 +109,8 @@ def find_pending_windows(conn: Connection, resource_type: str, partition_keys: S
         """
         SELECT DISTINCT partition_key
         FROM ops.received
-        WHERE loaded_at IS NULL AND resource_type = %s AND partition_key = ANY(%s)
+        WHERE source = ops.current_source()
+            AND loaded_at IS NULL AND resource_type = %s AND partition_key = ANY(%s)
         """,
         [resource_type, list(partition_keys)],
     )
@@ -120,7 +124,10 @@ def record_request(conn: Connection, windows: Sequence[PendingWindow], *, now: d
         UPDATE ops.received
         SET asked = asked + 1, asked_at = %s
         FROM unnest(%s::text[], %s::text[]) AS w (type, key)
-        WHERE loaded_at IS NULL AND resource_type = w.type AND partition_key = w.key
+        WHERE source = ops.current_source()
+            AND loaded_at IS NULL
+            AND resource_type = w.type
+            AND partition_key = w.key
         """,
         [now, [w.resource_type for w in windows], [w.partition_key for w in windows]],
     )
@@ -132,7 +139,8 @@ def record_loaded(conn: Connection, run_id: str, resource_type: str, inputs: Map
         """
         SELECT origin, partition_key, parts
         FROM ops.received
-        WHERE loaded_at IS NULL AND resource_type = %s AND partition_key = ANY(%s)
+        WHERE source = ops.current_source()
+            AND loaded_at IS NULL AND resource_type = %s AND partition_key = ANY(%s)
         """,
         [resource_type, list(inputs)],
     ).fetchall()
@@ -144,7 +152,10 @@ def record_loaded(conn: Connection, run_id: str, resource_type: str, inputs: Map
             UPDATE ops.received
             SET loaded_at = clock_timestamp(), loaded_run_id = %s
             FROM unnest(%s::text[], %s::text[]) AS d (loaded_origin, key)
-            WHERE origin = d.loaded_origin AND resource_type = %s AND partition_key = d.key
+            WHERE source = ops.current_source()
+                AND origin = d.loaded_origin
+                AND resource_type = %s
+                AND partition_key = d.key
             """,
             [run_id, [origin for origin, _ in loaded], [key for _, key in loaded], resource_type],
         )

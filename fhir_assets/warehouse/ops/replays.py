@@ -113,7 +113,9 @@ def find_requested(conn: Connection) -> list[ReplayRequest]:
         """
         SELECT resource_type, partition_key, count(*), max(replay_requested_at)
         FROM ops.dead_letters
-        WHERE status = 'replaying' AND (claimed_by IS NULL OR claimed_by = ANY(%s))
+        WHERE source = ops.current_source()
+            AND status = 'replaying'
+            AND (claimed_by IS NULL OR claimed_by = ANY(%s))
         GROUP BY 1, 2
         ORDER BY 2, 1
         """,
@@ -128,7 +130,8 @@ def cancel_requests(conn: Connection, resource_types: Sequence[str], partition_k
         """
         UPDATE ops.dead_letters
         SET status = 'open', replay_requested_at = NULL, claimed_by = NULL
-        WHERE status = 'replaying'
+        WHERE source = ops.current_source()
+            AND status = 'replaying'
             AND (claimed_by IS NULL OR claimed_by = ANY(%s))
             AND resource_type = ANY(%s)
             AND partition_key = ANY(%s)
@@ -173,7 +176,8 @@ def claim(
                 status = 'replaying',
                 claimed_by = %(run)s,
                 replay_requested_at = coalesce(replay_requested_at, now())
-            WHERE resource_type = %(type)s
+            WHERE source = ops.current_source()
+                AND resource_type = %(type)s
                 AND stage = ANY(%(stages)s)
                 AND partition_key = %(key)s
                 AND (
@@ -218,8 +222,9 @@ def stream_claimed(
             SELECT
                 d.id, d.partition_key, d.rule, d.occurrences, coalesce(c.resource, d.resource), d.arrived, d.dated
             FROM ops.dead_letters d
-            LEFT JOIN ops.corrections c USING (fingerprint)
-            WHERE d.resource_type = %s
+            LEFT JOIN ops.corrections c USING (fingerprint, source)
+            WHERE source = ops.current_source()
+                AND d.resource_type = %s
                 AND d.stage = ANY(%s)
                 AND d.partition_key = ANY(%s)
                 AND d.status = 'replaying'
@@ -285,7 +290,9 @@ _RESOLVE = sql.SQL("""
         replay_requested_at = NULL,
         claimed_by = NULL,
         resolution = CASE
-            WHEN EXISTS (SELECT FROM ops.corrections c WHERE c.fingerprint = d.fingerprint) THEN 'corrected'
+            WHEN EXISTS (
+                SELECT FROM ops.corrections c WHERE (c.source, c.fingerprint) = (d.source, d.fingerprint)
+            ) THEN 'corrected'
             ELSE 'replayed'
         END
     WHERE {}
@@ -331,7 +338,10 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
         """
         SELECT EXISTS (
             SELECT FROM ops.dead_letters
-            WHERE resource_type = %s AND status IN ('open', 'replaying') AND resource_id IS NOT NULL
+            WHERE source = ops.current_source()
+                AND resource_type = %s
+                AND status IN ('open', 'replaying')
+                AND resource_id IS NOT NULL
         )
         """,
         [resource_type],
@@ -348,9 +358,11 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
             replay_requested_at = NULL,
             claimed_by = NULL
         FROM fhir.resource r
-        WHERE d.resource_type = %(type)s
+        WHERE d.source = ops.current_source()
+            AND d.resource_type = %(type)s
             AND d.status IN ('open', 'replaying')
             AND d.stage = ANY(%(stages)s)
+            AND r.source = d.source
             AND r.resource_type = %(type)s
             AND r.id = d.resource_id
             AND {is_newer}
@@ -411,7 +423,7 @@ def count_outcome(conn: Connection, run_ids: Sequence[str]) -> ReplayOutcome:
             count(*) FILTER (WHERE d.status = 'resolved' AND d.resolved_run_id = r.run_id),
             count(*) FILTER (WHERE d.status = 'open' AND d.run_id = r.run_id)
         FROM ops.ingestion_runs r
-        JOIN ops.dead_letters d USING (resource_type, partition_key)
+        JOIN ops.dead_letters d USING (resource_type, partition_key, source)
         WHERE r.run_id = ANY(%s) AND d.stage = ANY(%s)
         """,
         [list(run_ids), list(REPLAYABLE_STAGES)],

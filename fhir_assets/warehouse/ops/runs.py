@@ -57,12 +57,12 @@ def start(
         INSERT INTO ops.ingestion_runs (
             run_id, resource_type, partition_key, status, triggered_by, started_at, replay_of_run_id, checkpoint_before
         )
-        SELECT %(run)s, resource_type, partition_key, 'RUNNING', %(by)s, %(at)s, %(replay_of)s, c.loaded_until
-        FROM unnest(%(types)s::text[]) resource_type
+        SELECT %(run)s, named.resource_type, partition_key, 'RUNNING', %(by)s, %(at)s, %(replay_of)s, c.loaded_until
+        FROM unnest(%(types)s::text[]) AS named (resource_type)
         CROSS JOIN unnest(%(keys)s::text[]) partition_key
-        LEFT JOIN ops.checkpoints c USING (resource_type)
-        ORDER BY resource_type, partition_key
-        ON CONFLICT (run_id, resource_type, partition_key)
+        LEFT JOIN ops.checkpoints c ON c.source = ops.current_source() AND c.resource_type = named.resource_type
+        ORDER BY named.resource_type, partition_key
+        ON CONFLICT (run_id, resource_type, partition_key, source)
             DO UPDATE SET status = 'RUNNING', finished_at = NULL, error = NULL
         """,
         {
@@ -140,7 +140,8 @@ def reduce_loaded(conn: Connection, run_id: str, resource_type: str, partition_k
         WITH stored AS (
             SELECT partition_key, count(*) AS versions
             FROM fhir.resource
-            WHERE resource_type = %(type)s
+            WHERE source = ops.current_source()
+                AND resource_type = %(type)s
                 AND partition_key = ANY(%(keys)s)
                 AND run_id = %(run)s
                 AND deleted_at IS NULL
@@ -210,7 +211,11 @@ def _end(
             error = %s,
             finished_at = clock_timestamp(),
             seconds = seconds + %s,
-            checkpoint_after = (SELECT loaded_until FROM ops.checkpoints c WHERE c.resource_type = r.resource_type)
+            checkpoint_after = (
+                SELECT loaded_until
+                FROM ops.checkpoints c
+                WHERE (c.source, c.resource_type) = (r.source, r.resource_type)
+            )
         WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status = 'RUNNING'
         """,
         [status, error, seconds, run_id, list(types), list(keys)],

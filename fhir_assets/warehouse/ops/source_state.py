@@ -34,10 +34,13 @@ def list_origins(conn: Connection) -> frozenset[str]:
         r"""
         SELECT DISTINCT r.origin
         FROM ops.received r
-        WHERE r.channel = 'missing'
-            OR r.channel = 'correction' AND EXISTS (
-                SELECT FROM ops.dead_letters d
-                WHERE d.id = substring(r.origin FROM '^correction:(\d+)-')::bigint AND d.origin IS NULL
+        WHERE r.source = ops.current_source()
+            AND (
+                r.channel = 'missing'
+                OR r.channel = 'correction' AND EXISTS (
+                    SELECT FROM ops.dead_letters d
+                    WHERE d.id = substring(r.origin FROM '^correction:(\d+)-')::bigint AND d.origin IS NULL
+                )
             )
         """
     )
@@ -51,13 +54,18 @@ def remove_state(conn: Connection, origins: Collection[str]) -> None:
     that came from the source or from these origins are discarded, and the corrections of fetched resources removed.
     """
     for table in (*_STATE, *_CONTENT):
-        conn.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier("ops", table)))
+        conn.execute(sql.SQL("DELETE FROM {} WHERE source = ops.current_source()").format(sql.Identifier("ops", table)))
     remove_exports(conn)
-    conn.execute("DELETE FROM ops.received WHERE origin = ANY(%s)", [list(origins)])
+    conn.execute("DELETE FROM ops.received WHERE source = ops.current_source() AND origin = ANY(%s)", [list(origins)])
     conn.execute(
         """
         DELETE FROM ops.corrections
-        WHERE fingerprint IN (SELECT fingerprint FROM ops.dead_letters WHERE origin IS NULL)
+        WHERE source = ops.current_source()
+            AND fingerprint IN (
+                SELECT fingerprint
+                FROM ops.dead_letters
+                WHERE source = ops.current_source() AND origin IS NULL
+            )
         """
     )
     conn.execute(
@@ -69,7 +77,9 @@ def remove_state(conn: Connection, origins: Collection[str]) -> None:
             resolved_at = now(),
             claimed_by = NULL,
             replay_requested_at = NULL
-        WHERE status IN ('open', 'replaying') AND (origin IS NULL OR origin = ANY(%s))
+        WHERE source = ops.current_source()
+            AND status IN ('open', 'replaying')
+            AND (origin IS NULL OR origin = ANY(%s))
         """,
         [list(origins)],
     )
@@ -77,12 +87,18 @@ def remove_state(conn: Connection, origins: Collection[str]) -> None:
 
 def remove_exports(conn: Connection) -> None:
     """End the bulk exports of the source and forget their files, so that no run continues or reads them."""
-    conn.execute("DELETE FROM ops.bulk_parts")
+    conn.execute(
+        """
+        DELETE FROM ops.bulk_parts
+        WHERE export_id IN (SELECT id FROM ops.bulk_exports WHERE source = ops.current_source())
+        """
+    )
     conn.execute(
         """
         UPDATE ops.bulk_exports
         SET status = 'cancelled', error = 'the source got other settings', finished_at = coalesce(finished_at, now())
-        WHERE status IN ('waiting', 'downloading', 'done')
+        WHERE source = ops.current_source()
+            AND status IN ('waiting', 'downloading', 'done')
         """
     )
 
@@ -98,23 +114,32 @@ def remove_rows(conn: Connection) -> int:
         """
     ).fetchall()
     for (name,) in views:
-        conn.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier("fhir", name)))
-    return conn.execute("DELETE FROM fhir.resource").rowcount
+        conn.execute(
+            sql.SQL("DELETE FROM {} WHERE _source = ops.current_source()").format(sql.Identifier("fhir", name))
+        )
+    return conn.execute("DELETE FROM fhir.resource WHERE source = ops.current_source()").rowcount
 
 
 def remove_loaded_parts(conn: Connection) -> None:
     """Mark every part as not loaded."""
-    conn.execute("DELETE FROM ops.loaded_parts")
+    conn.execute("DELETE FROM ops.loaded_parts WHERE source = ops.current_source()")
 
 
 def remove_checkpoints(conn: Connection) -> None:
     """Remove the checkpoints, so that the next load begins at the oldest resource of the source."""
-    conn.execute("DELETE FROM ops.checkpoints")
+    conn.execute("DELETE FROM ops.checkpoints WHERE source = ops.current_source()")
 
 
 def raise_checkpoints(conn: Connection, start: datetime) -> None:
     """Move checkpoints that are before the start of the first window to that start."""
-    conn.execute("UPDATE ops.checkpoints SET loaded_until = %(start)s WHERE loaded_until < %(start)s", {"start": start})
+    conn.execute(
+        """
+        UPDATE ops.checkpoints
+        SET loaded_until = %(start)s
+        WHERE source = ops.current_source() AND loaded_until < %(start)s
+        """,
+        {"start": start},
+    )
 
 
 def list_dead_letter_keys(conn: Connection) -> list[str]:
@@ -123,7 +148,8 @@ def list_dead_letter_keys(conn: Connection) -> list[str]:
         """
         SELECT DISTINCT partition_key
         FROM ops.dead_letters
-        WHERE status IN ('open', 'replaying') AND partition_key <> ''
+        WHERE source = ops.current_source()
+            AND status IN ('open', 'replaying') AND partition_key <> ''
         """
     )
     return [key for (key,) in rows]
@@ -136,7 +162,9 @@ def move_dead_letters(conn: Connection, keys: Mapping[str, str]) -> None:
         UPDATE ops.dead_letters
         SET partition_key = new_key
         FROM unnest(%s::text[], %s::text[]) AS k (old_key, new_key)
-        WHERE status IN ('open', 'replaying') AND partition_key = old_key
+        WHERE source = ops.current_source()
+            AND status IN ('open', 'replaying')
+            AND partition_key = old_key
         """,
         [list(keys), list(keys.values())],
     )
@@ -145,7 +173,8 @@ def move_dead_letters(conn: Connection, keys: Mapping[str, str]) -> None:
 def move_received(conn: Connection, windows: Mapping[str, Sequence[ReceivedWindow]], old_keys: Sequence[str]) -> None:
     """Replace the windows of received inputs, by origin, in the partitions ``old_keys``. They are loaded again."""
     conn.execute(
-        "DELETE FROM ops.received WHERE origin = ANY(%s) AND partition_key = ANY(%s)", [list(windows), list(old_keys)]
+        "DELETE FROM ops.received WHERE source = ops.current_source() AND origin = ANY(%s) AND partition_key = ANY(%s)",
+        [list(windows), list(old_keys)],
     )
     with conn.cursor() as cursor:
         cursor.executemany(
@@ -153,7 +182,7 @@ def move_received(conn: Connection, windows: Mapping[str, Sequence[ReceivedWindo
             INSERT INTO ops.received AS known
                 (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)
             VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
-            ON CONFLICT (origin, resource_type, partition_key) DO UPDATE SET
+            ON CONFLICT (origin, resource_type, partition_key, source) DO UPDATE SET
                 parts = known.parts || excluded.parts,
                 rows = known.rows + excluded.rows,
                 rejected = known.rejected + excluded.rejected,
@@ -182,6 +211,7 @@ def request_received(conn: Connection) -> int:
         """
         UPDATE ops.received
         SET loaded_at = NULL, loaded_run_id = NULL, asked = 0, asked_at = NULL
-        WHERE cardinality(parts) > 0
+        WHERE source = ops.current_source()
+            AND cardinality(parts) > 0
         """
     ).rowcount

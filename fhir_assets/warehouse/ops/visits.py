@@ -83,8 +83,8 @@ def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
             id, version, CASE WHEN at > as_of THEN '' ELSE content END, greatest(as_of, at),
             CASE WHEN at > as_of THEN '' ELSE name END, CASE WHEN at > as_of THEN '' ELSE birth END
         FROM ops.visit_persons
-        LEFT JOIN ops.visit_persons_elsewhere USING (id)
-        WHERE id = ANY(%s)
+        LEFT JOIN ops.visit_persons_elsewhere USING (id, source)
+        WHERE source = ops.current_source() AND id = ANY(%s)
         """,
         [list(ids)],
     )
@@ -101,7 +101,7 @@ def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None
         INSERT INTO ops.visit_persons_elsewhere AS known (id, at)
         SELECT id, %s
         FROM unnest(%s::text[]) AS id
-        ON CONFLICT (id) DO UPDATE SET at = greatest(known.at, excluded.at)
+        ON CONFLICT (id, source) DO UPDATE SET at = greatest(known.at, excluded.at)
         """,
         [at, sorted(set(ids))],
     )
@@ -109,7 +109,9 @@ def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None
 
 def find_visits(conn: Connection, ids: Sequence[str]) -> dict[str, KnownVisit]:
     """Return the visits among ``ids`` that the ledger holds, by id."""
-    rows = conn.execute("SELECT id, person, content FROM ops.visits WHERE id = ANY(%s)", [list(ids)])
+    rows = conn.execute(
+        "SELECT id, person, content FROM ops.visits WHERE source = ops.current_source() AND id = ANY(%s)", [list(ids)]
+    )
     return {identity: KnownVisit(identity, person, bytes(content)) for identity, person, content in rows}
 
 
@@ -120,7 +122,7 @@ def record(conn: Connection, origin: str, persons: Sequence[Person], visits: Seq
         INSERT INTO ops.visit_persons AS known (id, version, content, as_of, name, birth, origin)
         SELECT *, %s
         FROM unnest(%s::text[], %s::integer[], %s::bytea[], %s::timestamptz[], %s::bytea[], %s::bytea[])
-        ON CONFLICT (id) DO UPDATE SET
+        ON CONFLICT (id, source) DO UPDATE SET
             version = excluded.version,
             content = excluded.content,
             as_of = excluded.as_of,
@@ -174,7 +176,9 @@ def record_file(conn: Connection, origin: str, received_as: str, counts: VisitFi
 def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str, VisitFileCounts]]:
     """Return ``(received_as, counts)`` of the received files among ``origins``, by origin. See ``record_file``."""
     columns = sql.SQL(", ").join(sql.Identifier(field.name) for field in fields(VisitFileCounts))
-    query = sql.SQL("SELECT origin, received_as, {} FROM ops.visit_files WHERE origin = ANY(%s)").format(columns)
+    query = sql.SQL(
+        "SELECT origin, received_as, {} FROM ops.visit_files WHERE source = ops.current_source() AND origin = ANY(%s)"
+    ).format(columns)
     rows = conn.execute(query, [list(origins)]).fetchall()
     return {origin: (received_as, VisitFileCounts(*counts)) for origin, received_as, *counts in rows}
 
@@ -223,7 +227,9 @@ def get_post(conn: Connection, task_id: str) -> VisitPost | None:
     """Return the posted list of a task, None for an unknown id."""
     columns = sql.SQL(", ").join(sql.Identifier(field.name) for field in fields(VisitPost))
     with conn.cursor(row_factory=class_row(VisitPost)) as cursor:
-        query = sql.SQL("SELECT {} FROM ops.visit_posts WHERE task_id = %s").format(columns)
+        query = sql.SQL("SELECT {} FROM ops.visit_posts WHERE source = ops.current_source() AND task_id = %s").format(
+            columns
+        )
         return cursor.execute(query, [task_id]).fetchone()
 
 
@@ -233,7 +239,8 @@ def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
         """
         SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256
         FROM ops.landing_files
-        WHERE zone = %s AND name = %s
+        WHERE source = ops.current_source()
+            AND zone = %s AND name = %s
         """,
         [zone, name],
     ).fetchone()
@@ -242,7 +249,8 @@ def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
     status, error, known_before, rejected, run_id, origin = row
     received_as, counts = find_files(conn, [origin or ""]).get(origin or "", (origin, VisitFileCounts()))
     (waiting,) = conn.execute(
-        "SELECT count(*) FROM ops.received WHERE origin = %s AND loaded_at IS NULL", [received_as]
+        "SELECT count(*) FROM ops.received WHERE source = ops.current_source() AND origin = %s AND loaded_at IS NULL",
+        [received_as],
     ).fetchone() or (0,)
     # A file with known_before has the content of an earlier file, whose counts are not repeated.
     return VisitFileState(

@@ -30,7 +30,8 @@ def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Compo
         condition = sql.SQL("""
             EXISTS (
                 SELECT FROM ops.consents c
-                WHERE c.patient_id = ANY({patients}) AND c.purpose = {purpose} AND c.decision = 'deny'
+                WHERE c.source = ops.current_source()
+                    AND c.patient_id = ANY({patients}) AND c.purpose = {purpose} AND c.decision = 'deny'
             )
         """)
     else:
@@ -39,7 +40,10 @@ def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Compo
                 SELECT FROM unnest({patients}) p
                 WHERE NOT EXISTS (
                     SELECT FROM ops.consents c
-                    WHERE c.patient_id = p AND c.purpose = {purpose} AND c.decision = 'permit'
+                    WHERE c.source = ops.current_source()
+                        AND c.patient_id = p
+                        AND c.purpose = {purpose}
+                        AND c.decision = 'permit'
                 )
             )
         """)
@@ -95,7 +99,7 @@ _WITHHOLD = sql.SQL("""
     ), inserted AS (
         INSERT INTO ops.withheld AS known (resource_type, {columns}, run_id, key_id, patients, resource)
         SELECT {type}, {columns}, %(run)s, %(key_id)s, patients, resource FROM moved
-        ON CONFLICT (resource_type, id) DO UPDATE SET
+        ON CONFLICT (resource_type, id, source) DO UPDATE SET
             version_id = excluded.version_id,
             version_number = excluded.version_number,
             last_updated = excluded.last_updated,
@@ -113,23 +117,26 @@ _WITHHOLD = sql.SQL("""
 """)
 _REMOVE_SUPERSEDED = sql.SQL("""
     DELETE FROM {stage} s USING ops.withheld w
-    WHERE w.resource_type = {type} AND w.id = s.id AND NOT ({staged_supersedes_withheld})
+    WHERE w.source = ops.current_source()
+        AND w.resource_type = {type}
+        AND w.id = s.id
+        AND NOT ({staged_supersedes_withheld})
 """)
 _REMOVE_RELEASED = sql.SQL("""
     DELETE FROM ops.withheld w USING {stage} s
-    WHERE w.resource_type = {type} AND w.id = s.id
+    WHERE w.source = ops.current_source() AND w.resource_type = {type} AND w.id = s.id
 """)
 _REMOVE_LOADED = sql.SQL("""
     DELETE FROM {table} r USING ops.withheld w
-    WHERE r.resource_type = {type} AND r.id = ANY(%(ids)s)
-        AND w.resource_type = {type} AND w.id = r.id
+    WHERE r.source = ops.current_source() AND r.resource_type = {type} AND r.id = ANY(%(ids)s)
+        AND w.source = r.source AND w.resource_type = {type} AND w.id = r.id
         AND ({withheld_supersedes_loaded})
     RETURNING r.id
 """)
 _REMOVE_OUTDATED = sql.SQL("""
     DELETE FROM ops.withheld w USING {table} r
-    WHERE w.resource_type = {type} AND w.id = ANY(%(ids)s)
-        AND r.resource_type = {type} AND r.id = w.id
+    WHERE w.source = ops.current_source() AND w.resource_type = {type} AND w.id = ANY(%(ids)s)
+        AND r.source = w.source AND r.resource_type = {type} AND r.id = w.id
         AND NOT ({withheld_supersedes_loaded})
 """)
 
@@ -140,7 +147,8 @@ def count_by_partition(conn: Connection, resource_type: str, partition_keys: Seq
         """
         SELECT partition_key, count(*)
         FROM ops.withheld
-        WHERE resource_type = %s AND partition_key = ANY(%s)
+        WHERE source = ops.current_source()
+            AND resource_type = %s AND partition_key = ANY(%s)
         GROUP BY 1
         """,
         [resource_type, list(partition_keys)],
@@ -153,8 +161,8 @@ def remove_deleted(conn: Connection, resource_type: str, ids: Sequence[str]) -> 
     conn.execute(
         """
         DELETE FROM ops.withheld w USING fhir.resource r
-        WHERE w.resource_type = %(type)s AND w.id = ANY(%(ids)s)
-            AND r.resource_type = %(type)s AND r.id = w.id
+        WHERE w.source = ops.current_source() AND w.resource_type = %(type)s AND w.id = ANY(%(ids)s)
+            AND r.source = w.source AND r.resource_type = %(type)s AND r.id = w.id
             AND r.deleted_at IS NOT NULL AND r.as_of >= w.as_of
         """,
         {"type": resource_type, "ids": list(ids)},
@@ -177,10 +185,10 @@ def withhold_resources(
     query = sql.SQL("""
         WITH moved AS (
             DELETE FROM fhir.resource
-            WHERE (resource_type, id) IN (
-                SELECT r.resource_type, r.id
+            WHERE (resource_type, id, source) IN (
+                SELECT r.resource_type, r.id, r.source
                 FROM fhir.resource r
-                WHERE {affected} AND {withheld} AND r.resource IS NOT NULL
+                WHERE r.source = ops.current_source() AND {affected} AND {withheld} AND r.resource IS NOT NULL
                 LIMIT %(limit)s
             )
             RETURNING *
@@ -189,7 +197,7 @@ def withhold_resources(
                 resource_type, {columns}, replaced_last_updated, run_id, key_id, patients, resource
             )
             SELECT resource_type, {columns}, replaced_last_updated, run_id, key_id, patients, resource FROM moved
-            ON CONFLICT (resource_type, id) DO NOTHING
+            ON CONFLICT (resource_type, id, source) DO NOTHING
         )
         SELECT resource_type, array_agg(id) FROM moved GROUP BY 1
     """).format(affected=affected, withheld=build_withheld_condition(consent_gate, "r"), columns=_COLUMNS)
@@ -212,7 +220,10 @@ def delete_view_rows(conn: Connection, resource_type: str, ids: Iterable[str]) -
     ).fetchall()
     for (name,) in names:
         conn.execute(
-            sql.SQL("DELETE FROM {} WHERE _resource_key = ANY(%s)").format(sql.Identifier("fhir", name)), [list(ids)]
+            sql.SQL("DELETE FROM {} WHERE _source = ops.current_source() AND _resource_key = ANY(%s)").format(
+                sql.Identifier("fhir", name)
+            ),
+            [list(ids)],
         )
 
 
@@ -243,7 +254,7 @@ def find_releasable(
             CASE WHEN w.key_id IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END,
             w.key_id
         FROM ops.withheld w
-        WHERE {affected} AND NOT ({withheld})
+        WHERE w.source = ops.current_source() AND {affected} AND NOT ({withheld})
         ORDER BY w.resource_type, w.partition_key, w.last_updated IS NOT NULL, w.id
         LIMIT %(limit)s
     """).format(
@@ -260,4 +271,7 @@ def find_releasable(
 
 def remove_released(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
     """Delete loaded resources from ``ops.withheld``. Call it in the transaction of the load."""
-    conn.execute("DELETE FROM ops.withheld WHERE resource_type = %s AND id = ANY(%s)", [resource_type, list(ids)])
+    conn.execute(
+        "DELETE FROM ops.withheld WHERE source = ops.current_source() AND resource_type = %s AND id = ANY(%s)",
+        [resource_type, list(ids)],
+    )

@@ -53,7 +53,8 @@ def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource 
         sql.SQL("""
             SELECT {}
             FROM fhir.resource
-            WHERE resource_type = %s AND id = %s AND resource IS NOT NULL
+            WHERE source = ops.current_source()
+                AND resource_type = %s AND id = %s AND resource IS NOT NULL
         """).format(COLUMNS),
         [resource_type, resource_id],
     ).fetchone()
@@ -85,7 +86,8 @@ def find_versions(conn: Connection, resource_type: str, ids: Sequence[str]) -> d
         """
         SELECT id, last_updated, arrived, partition_key
         FROM fhir.resource
-        WHERE resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
+        WHERE source = ops.current_source()
+            AND resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
         """,
         [resource_type, list(ids)],
     )
@@ -97,7 +99,8 @@ def stream_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
     query = sql.SQL("""
         SELECT {}
         FROM fhir.resource
-        WHERE (patients[1] = %(id)s OR (cardinality(patients) > 1 AND patients @> ARRAY[%(id)s::text]))
+        WHERE source = ops.current_source()
+            AND (patients[1] = %(id)s OR (cardinality(patients) > 1 AND patients @> ARRAY[%(id)s::text]))
             AND resource IS NOT NULL
         ORDER BY resource_type <> 'Patient', resource_type, id
     """).format(COLUMNS)
@@ -114,7 +117,8 @@ def stream_type(
     query = sql.SQL("""
         SELECT {}
         FROM fhir.resource
-        WHERE resource_type = %(type)s AND resource IS NOT NULL {}
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s AND resource IS NOT NULL {}
         ORDER BY id
     """).format(COLUMNS, sql.SQL("" if partition_keys is None else "AND partition_key = ANY(%(keys)s)"))
     yield from _stream(conn, query, {"type": resource_type, "keys": partition_keys and list(partition_keys)})

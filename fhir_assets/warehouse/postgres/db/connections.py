@@ -17,6 +17,7 @@ from psycopg_pool import ConnectionPool
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, MissingCipher
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.sources import DEFAULT_SOURCE, require_source_key
 from fhir_assets.warehouse.postgres.db import time_loaders
 from fhir_assets.warehouse.postgres.db.connection_cache import CONNECTION_CACHE
 
@@ -27,11 +28,6 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 """Any connection to a database of the project. Patient data is read and written only through a ``Session``."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
-_OPTIONS: dict[str, Any] = {
-    "application_name": "fhir_assets",
-    "options": "-c TimeZone=UTC -c DateStyle=ISO",
-    "context": time_loaders.CONTEXT,
-}
 _HINTS = (
     ("password authentication failed", "the user or the password in DB_URL is wrong"),
     ("no password supplied", "the server requires a password, and DB_URL contains none"),
@@ -41,12 +37,13 @@ _HINTS = (
 
 
 class Session(psycopg.Connection[tuple[Any, ...]]):
-    """A connection with the cipher of the patient data that is read and written through it.
+    """A connection with the cipher of the patient data that is read and written through it, and with its source.
 
     Without encryption keys the cipher is ``NO_ENCRYPTION``, which is set explicitly as well.
     """
 
     cipher: Cipher
+    source: str = DEFAULT_SOURCE
 
 
 OpenConnection = Callable[[], AbstractContextManager[Connection]]
@@ -73,17 +70,28 @@ def with_database(url: str, database: str) -> str:
 
 
 @overload
-def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: None = None) -> Connection: ...
+def connect(
+    url: str, *, autocommit: bool = False, timeout: int = 10, cipher: None = None, source: str = DEFAULT_SOURCE
+) -> Connection: ...
 
 
 @overload
-def connect(url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher) -> Session: ...
+def connect(
+    url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher, source: str = DEFAULT_SOURCE
+) -> Session: ...
 
 
 def connect(
-    url: str, *, autocommit: bool = False, timeout: int = 10, cipher: Cipher | None = None
+    url: str,
+    *,
+    autocommit: bool = False,
+    timeout: int = 10,
+    cipher: Cipher | None = None,
+    source: str = DEFAULT_SOURCE,
 ) -> Connection | Session:
     """Open a connection with the time zone UTC: a ``Session`` if ``cipher`` is given, else a plain connection.
+
+    Rows that it inserts belong to ``source``, and ``ops.current_source()`` returns it in SQL.
 
     ``timeout`` is in seconds. Raises DatabaseUnavailable if the server cannot be reached, and ConfigurationError if it
     refuses the connection (password, rights, a missing database) or is older than ``OLDEST_SERVER``. Neither message
@@ -91,7 +99,9 @@ def connect(
     """
     kind: type[Connection] = psycopg.Connection if cipher is None else Session
     try:
-        connection = kind.connect(normalise_url(url), autocommit=autocommit, connect_timeout=timeout, **_OPTIONS)
+        connection = kind.connect(
+            normalise_url(url), autocommit=autocommit, connect_timeout=timeout, **_build_options(source)
+        )
     except psycopg.OperationalError as error:
         raise _explain(url, error) from None
     except psycopg.Error:
@@ -105,17 +115,19 @@ def connect(
     if cipher is not None:
         assert isinstance(connection, Session)
         connection.cipher = cipher
+        connection.source = source
     return connection
 
 
 @contextmanager
-def borrow_session(url: str, *, cipher: Cipher) -> Iterator[Session]:
+def borrow_session(url: str, *, cipher: Cipher, source: str = DEFAULT_SOURCE) -> Iterator[Session]:
     """Return a session for a ``with`` block: an idle connection of this process, or a new one.
 
     At the end of the block the transaction is committed, or rolled back after an error, and the connection is returned
     to the cache of the process. Raises as ``connect`` does.
     """
-    session = CONNECTION_CACHE.take(url) or connect(url, cipher=cipher)
+    key = f"{source} {url}"
+    session = CONNECTION_CACHE.take(key) or connect(url, cipher=cipher, source=source)
     assert isinstance(session, Session)
     session.cipher = cipher
     # Prepared statements end with the block, and few blocks run a statement often enough to profit from one.
@@ -125,19 +137,22 @@ def borrow_session(url: str, *, cipher: Cipher) -> Iterator[Session]:
         if not session.closed:
             session.commit()
     finally:
-        CONNECTION_CACHE.put(url, session)
+        CONNECTION_CACHE.put(key, session)
 
 
-def connection_pool(url: str, *, cipher: Cipher, size: int = 8) -> ConnectionPool[Session]:
+def connection_pool(
+    url: str, *, cipher: Cipher, size: int = 8, source: str = DEFAULT_SOURCE
+) -> ConnectionPool[Session]:
     """Return a pool of up to ``size`` sessions for a process that serves many short requests. It is not yet open."""
 
     def set_cipher(session: Session) -> None:
         session.cipher = cipher
+        session.source = source
 
     return ConnectionPool(
         normalise_url(url),
         connection_class=Session,
-        kwargs={"connect_timeout": 10, **_OPTIONS},
+        kwargs={"connect_timeout": 10, **_build_options(source)},
         min_size=1,
         max_size=size,
         timeout=10,
@@ -179,6 +194,11 @@ def ensure_database(url: str, name: str) -> None:
                 f"The user of DB_URL may not create the database {name} at {_describe(url)}: "
                 f"have an administrator run `CREATE DATABASE {name}`"
             ) from None
+
+
+def _build_options(source: str) -> dict[str, Any]:
+    options = f"-c TimeZone=UTC -c DateStyle=ISO -c fhir_assets.source={require_source_key(source)}"
+    return {"application_name": "fhir_assets", "options": options, "context": time_loaders.CONTEXT}
 
 
 def _explain(url: str, error: psycopg.OperationalError) -> ConfigurationError | DatabaseUnavailable:

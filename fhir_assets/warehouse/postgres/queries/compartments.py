@@ -33,7 +33,8 @@ def lock_unassigned_resources(conn: Session, limit: int) -> list[UnassignedResou
             CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,
             key_id
         FROM fhir.resource
-        WHERE patients IS NULL AND resource IS NOT NULL
+        WHERE source = ops.current_source()
+            AND patients IS NULL AND resource IS NOT NULL
         LIMIT %s
         FOR UPDATE
         """,
@@ -46,5 +47,10 @@ def set_patients(conn: Connection, assignments: Iterable[tuple[list[str], str, s
     """Store the patients of resources, given as tuples of patient ids, resource type and resource id."""
     with conn.cursor() as cursor:
         cursor.executemany(
-            "UPDATE fhir.resource SET patients = %s WHERE resource_type = %s AND id = %s", list(assignments)
+            """
+            UPDATE fhir.resource
+            SET patients = %s
+            WHERE source = ops.current_source() AND resource_type = %s AND id = %s
+            """,
+            list(assignments),
         )

@@ -189,7 +189,8 @@ def read_compartments(conn: Session, resource_type: str, ids: Sequence[str]) -> 
         sql.SQL("""
             SELECT {columns}
             FROM fhir.resource
-            WHERE resource_type = %s
+            WHERE source = ops.current_source()
+                AND resource_type = %s
                 AND patients[1] = ANY(%s)
                 AND resource IS NOT NULL
             ORDER BY id

@@ -54,7 +54,12 @@ def find_patients(conn: Session, identifier: str) -> Sequence[str]:
     """
     cipher = cipher_of(conn)
     column, value = ("value_index", cipher.index(identifier)) if cipher.encrypts else ("value", identifier)
-    query = sql.SQL("SELECT DISTINCT _resource_key FROM fhir.patient_identifier WHERE {column} = %s ORDER BY 1")
+    query = sql.SQL("""
+        SELECT DISTINCT _resource_key
+        FROM fhir.patient_identifier
+        WHERE _source = ops.current_source() AND {column} = %s
+        ORDER BY 1
+    """)
     try:
         rows = conn.execute(query.format(column=sql.Identifier(column)), [value]).fetchall()
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
@@ -92,10 +97,16 @@ def explain_absence(conn: Connection, patient_id: str) -> Absence:
     row = conn.execute(
         """
         SELECT
-            EXISTS (SELECT FROM ops.withheld WHERE resource_type = 'Patient' AND id = %(id)s),
+            EXISTS (
+                SELECT FROM ops.withheld
+                WHERE source = ops.current_source() AND resource_type = 'Patient' AND id = %(id)s
+            ),
             EXISTS (
                 SELECT FROM fhir.resource
-                WHERE resource_type = 'Patient' AND id = %(id)s AND deleted_at IS NOT NULL
+                WHERE source = ops.current_source()
+                    AND resource_type = 'Patient'
+                    AND id = %(id)s
+                    AND deleted_at IS NOT NULL
             )
         """,
         {"id": patient_id},

@@ -45,7 +45,8 @@ def count_unresolved_dead_letters(
                 CASE stage WHEN 'fetch' THEN regexp_replace(path, '[:,].*$', '') ELSE path END AS path,
                 sum(occurrences)::bigint AS dead_letters
             FROM ops.dead_letters
-            WHERE resource_type = %(type)s
+            WHERE source = ops.current_source()
+                AND resource_type = %(type)s
                 AND stage IN ('fetch', 'validate', 'transform', 'load')
                 AND partition_key = ANY(%(keys)s)
                 AND status IN ('open', 'replaying')
@@ -81,7 +82,8 @@ def count_loaded_resources(conn: Connection, resource_type: str, first: str, las
         """
         SELECT partition_key, sum(rows)::bigint
         FROM ops.loaded_parts
-        WHERE resource_type = %s
+        WHERE source = ops.current_source()
+            AND resource_type = %s
             AND partition_key BETWEEN %s AND %s
         GROUP BY 1
         """,

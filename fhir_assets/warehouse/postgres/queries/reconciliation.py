@@ -31,7 +31,8 @@ def count_unloaded(conn: Connection, resource_type: str, partition_keys: Sequenc
         """
         SELECT partition_key, sum(occurrences)::bigint
         FROM ops.dead_letters
-        WHERE resource_type = %s
+        WHERE source = ops.current_source()
+            AND resource_type = %s
             AND stage IN ('transform', 'load')
             AND status IN ('open', 'replaying', 'discarded')
             AND partition_key = ANY(%s)
@@ -48,7 +49,8 @@ def count_versions(conn: Connection, resource_type: str, partition_keys: Sequenc
         """
         SELECT partition_key, count(*)
         FROM fhir.resource
-        WHERE resource_type = %s AND partition_key = ANY(%s) AND deleted_at IS NULL
+        WHERE source = ops.current_source()
+            AND resource_type = %s AND partition_key = ANY(%s) AND deleted_at IS NULL
         GROUP BY partition_key
         """,
         (resource_type, list(partition_keys)),
@@ -86,7 +88,9 @@ def count_absent(
     without_row: sql.Composable = sql.SQL("")
     if main_view:
         without_row = sql.SQL("""
-            OR r.deleted_at IS NULL AND NOT EXISTS (SELECT FROM {} v WHERE v._resource_key = e.id)
+            OR r.deleted_at IS NULL AND NOT EXISTS (
+                SELECT FROM {} v WHERE v._source = r.source AND v._resource_key = e.id
+            )
         """).format(sql.Identifier("fhir", main_view))
     query = _COUNT_ABSENT.format(without_row=without_row, is_newer=version_order.is_newer_than_stored("e", "r"))
     counts = {key: AbsentCounts(*numbers) for key, *numbers in conn.execute(query, {"type": resource_type})}
@@ -101,13 +105,17 @@ _COUNT_ABSENT = sql.SQL("""
         count(*) FILTER (WHERE w.id IS NULL AND r.deleted_at IS NOT NULL AND ({is_newer}) IS NOT TRUE),
         count(w.id)
     FROM expected e
-    LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = e.id
+    LEFT JOIN fhir.resource r ON r.source = ops.current_source() AND r.resource_type = %(type)s AND r.id = e.id
     LEFT JOIN ops.withheld w
-        ON w.resource_type = %(type)s AND w.id = e.id AND w.as_of >= coalesce(e.as_of, w.as_of)
+        ON w.source = ops.current_source()
+        AND w.resource_type = %(type)s
+        AND w.id = e.id
+        AND w.as_of >= coalesce(e.as_of, w.as_of)
     WHERE (r.id IS NULL OR {is_newer} OR r.deleted_at IS NOT NULL {without_row})
         AND NOT EXISTS (
             SELECT FROM ops.dead_letters d
-            WHERE d.resource_type = %(type)s
+            WHERE d.source = ops.current_source()
+                AND d.resource_type = %(type)s
                 AND d.stage IN ('transform', 'load')
                 AND d.status IN ('open', 'replaying', 'discarded')
                 AND d.partition_key = e.partition_key

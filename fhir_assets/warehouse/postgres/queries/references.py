@@ -57,7 +57,8 @@ def count_references(
         query = sql.SQL("""
             SELECT q.target, sum(q.n)::bigint, coalesce(sum(q.n) FILTER (WHERE r.id IS NULL), 0)::bigint
             FROM ({references}) q
-            LEFT JOIN fhir.resource r ON r.resource_type = q.target AND r.id = q.id
+            LEFT JOIN fhir.resource r
+                ON r.source = ops.current_source() AND r.resource_type = q.target AND r.id = q.id
             GROUP BY 1
         """).format(references=_select_references(column))
         for target, references, missing in conn.execute(query, {"targets": list(targets)}):
@@ -101,11 +102,13 @@ def find_missing_ids(
             SELECT q.id, q.n
             FROM ({references}) q
             WHERE NOT EXISTS (
-                    SELECT FROM fhir.resource r WHERE r.resource_type = %(target)s AND r.id = q.id
+                    SELECT FROM fhir.resource r
+                    WHERE r.source = ops.current_source() AND r.resource_type = %(target)s AND r.id = q.id
                 )
                 AND NOT EXISTS (
                     SELECT FROM ops.missing_references m
-                    WHERE m.resource_type = %(target)s
+                    WHERE m.source = ops.current_source()
+                        AND m.resource_type = %(target)s
                         AND m.resource_id = q.id
                         AND m.asked_at > now() - interval '1 day'
                 )
@@ -127,7 +130,7 @@ def record_requests(conn: Connection, run_id: str, resource_type: str, ids: Sequ
         INSERT INTO ops.missing_references (resource_type, resource_id, run_id)
         SELECT %s, id, %s
         FROM unnest(%s::text[]) id
-        ON CONFLICT (resource_type, resource_id) DO UPDATE SET
+        ON CONFLICT (resource_type, resource_id, source) DO UPDATE SET
             asked_at = now(),
             run_id = excluded.run_id
         """,
@@ -142,7 +145,8 @@ def forget_loaded_requests(conn: Connection) -> None:
         DELETE FROM ops.missing_references m
         WHERE asked_at < now() - interval '1 day'
             OR EXISTS (
-                SELECT FROM fhir.resource r WHERE r.resource_type = m.resource_type AND r.id = m.resource_id
+                SELECT FROM fhir.resource r
+                WHERE r.source = m.source AND r.resource_type = m.resource_type AND r.id = m.resource_id
             )
         """
     )
@@ -158,7 +162,7 @@ def _select_references(column: ReferenceColumn) -> sql.Composed:
         FROM (
             SELECT {target}::text AS target, v.{column} AS id, count(*) AS n
             FROM fhir.{view} v
-            WHERE v.{column} IS NOT NULL
+            WHERE v._source = ops.current_source() AND v.{column} IS NOT NULL
             GROUP BY 1, 2
         ) counted
         WHERE target = ANY(%(targets)s)

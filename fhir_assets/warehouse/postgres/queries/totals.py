@@ -25,16 +25,17 @@ def count_by_type(conn: Connection) -> list[dict[str, Any]]:
         FROM (
             SELECT resource_type, count(*) AS loaded, 0 AS dead, 0 AS withheld
             FROM fhir.resource
-            WHERE deleted_at IS NULL
+            WHERE source = ops.current_source() AND deleted_at IS NULL
             GROUP BY resource_type
             UNION ALL
             SELECT resource_type, 0, sum(occurrences), 0
             FROM ops.dead_letters
-            WHERE status IN ('open', 'replaying')
+            WHERE source = ops.current_source() AND status IN ('open', 'replaying')
             GROUP BY resource_type
             UNION ALL
             SELECT resource_type, 0, 0, count(*)
             FROM ops.withheld
+            WHERE source = ops.current_source()
             GROUP BY resource_type
         ) AS counts
         GROUP BY resource_type

@@ -27,7 +27,8 @@ def find_vanished(
         """
         SELECT r.id
         FROM fhir.resource r
-        WHERE r.resource_type = %(type)s
+        WHERE r.source = ops.current_source()
+            AND r.resource_type = %(type)s
             AND r.partition_key = ANY(%(keys)s)
             AND r.deleted_at IS NULL
             AND NOT EXISTS (SELECT FROM returned_ids s WHERE s.id = r.id)
@@ -46,7 +47,10 @@ def has_resources(conn: Connection, resource_type: str, partition_keys: Sequence
         """
         SELECT EXISTS (
             SELECT FROM fhir.resource
-            WHERE resource_type = %s AND partition_key = ANY(%s) AND deleted_at IS NULL
+            WHERE source = ops.current_source()
+                AND resource_type = %s
+                AND partition_key = ANY(%s)
+                AND deleted_at IS NULL
         )
         """,
         [resource_type, list(partition_keys)],

@@ -101,8 +101,16 @@ def read_checkpoint(conn: Connection, resource_type: str) -> datetime | None:
     row = conn.execute(
         """
         SELECT coalesce(
-            (SELECT applied_until FROM ops.deletion_checkpoints WHERE resource_type = %(type)s),
-            (SELECT min(started_at) FROM ops.ingestion_runs WHERE resource_type = %(type)s)
+            (
+                SELECT applied_until
+                FROM ops.deletion_checkpoints
+                WHERE source = ops.current_source() AND resource_type = %(type)s
+            ),
+            (
+                SELECT min(started_at)
+                FROM ops.ingestion_runs
+                WHERE source = ops.current_source() AND resource_type = %(type)s
+            )
         )
         """,
         {"type": resource_type},
@@ -116,7 +124,7 @@ def advance_checkpoint(conn: Connection, resource_type: str, until: datetime, ru
         """
         INSERT INTO ops.deletion_checkpoints AS checkpoint (resource_type, applied_until, run_id)
         VALUES (%s, %s, %s)
-        ON CONFLICT (resource_type) DO UPDATE SET
+        ON CONFLICT (resource_type, source) DO UPDATE SET
             applied_until = greatest(checkpoint.applied_until, excluded.applied_until),
             run_id = excluded.run_id,
             updated_at = now()
@@ -131,7 +139,9 @@ def find_unapplied_parts(conn: Connection, names: Sequence[str]) -> list[str]:
         """
         SELECT name
         FROM unnest(%s::text[]) AS p (name)
-        WHERE NOT EXISTS (SELECT FROM ops.deletion_parts d WHERE d.name = p.name)
+        WHERE NOT EXISTS (
+            SELECT FROM ops.deletion_parts d WHERE d.source = ops.current_source() AND d.name = p.name
+        )
         """,
         [list(names)],
     ).fetchall()
@@ -175,7 +185,7 @@ def _apply_chunk(
             consents.remove_deleted(conn, resource_ids)
         visits.remove_deleted(conn, resource_type, resource_ids)
         for table in _find_view_tables(conn, resource_type):
-            delete = sql.SQL("DELETE FROM {} WHERE {} = ANY(%s)").format(
+            delete = sql.SQL("DELETE FROM {} WHERE _source = ops.current_source() AND {} = ANY(%s)").format(
                 sql.Identifier("fhir", table), sql.Identifier(KEY_COLUMN)
             )
             conn.execute(delete, [resource_ids])
@@ -211,7 +221,7 @@ _FIND_STORED = """
     SELECT resource_type, id
     FROM fhir.resource
     JOIN unnest(%(types)s::text[], %(ids)s::text[]) AS d (type, key) ON resource_type = type AND id = key
-    WHERE deleted_at IS NULL
+    WHERE source = ops.current_source() AND deleted_at IS NULL
 """
 _WRITE_TOMBSTONES = sql.SQL("""
     INSERT INTO fhir.resource AS stored (
@@ -222,7 +232,7 @@ _WRITE_TOMBSTONES = sql.SQL("""
     FROM unnest(
         %(types)s::text[], %(ids)s::text[], %(versions)s::text[], %(numbers)s::bigint[], %(times)s::timestamptz[]
     ) AS d (type, id, version, number, at)
-    ON CONFLICT (resource_type, id) DO UPDATE SET
+    ON CONFLICT (resource_type, id, source) DO UPDATE SET
         version_id = excluded.version_id,
         version_number = excluded.version_number,
         last_updated = NULL,

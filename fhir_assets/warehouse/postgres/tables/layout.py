@@ -14,6 +14,9 @@ KEY_COLUMN = "_resource_key"
 KEY_ID_COLUMN = "_key_id"
 """The column with the id of the key that encrypts the row. It exists in tables with patient data if keys are set."""
 
+SOURCE_COLUMN = "_source"
+"""The column with the key of the source of the row. Its default is the source of the session."""
+
 _MAX_NAME_BYTES = 63
 _RESERVED_NAME = "resource"
 BLIND_INDEX_SUFFIX = "_index"
@@ -190,7 +193,7 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
             columns.append(TableColumn(f"{column.name}_precision", "text", f"Precision of {column.name}: {grain}"))
     if encrypted and holds_phi(view):
         columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that encrypts the row; null: not encrypted"))
-    seen: set[str] = set()
+    seen = {SOURCE_COLUMN}
     for table_column in columns:
         name = table_column.name
         _check_length(name, f"view {view.name}, column {name}")

@@ -31,7 +31,8 @@ _CREATE_STAGE = """
 _COUNT_STORED = """
     SELECT count(*), clock_timestamp()
     FROM {table}
-    WHERE resource_type = {type}
+    WHERE source = ops.current_source()
+        AND resource_type = {type}
         AND id = ANY(ARRAY(SELECT jsonb_array_elements_text(%s)))
 """
 _COPY_NEW = """
@@ -52,7 +53,7 @@ _MERGE = """
         %(run)s, clock_timestamp(), %(key_id)s, patients, keyless, resource
     FROM {stage}
     ORDER BY id COLLATE "C"
-    ON CONFLICT (resource_type, id) DO UPDATE SET
+    ON CONFLICT (resource_type, id, source) DO UPDATE SET
         version_id = excluded.version_id,
         version_number = excluded.version_number,
         last_updated = excluded.last_updated,
@@ -74,7 +75,8 @@ _REENCRYPT = """
     UPDATE {table} stored
     SET resource = s.resource, key_id = %(key_id)s
     FROM {stage} s
-    WHERE stored.resource_type = {type}
+    WHERE stored.source = ops.current_source()
+        AND stored.resource_type = {type}
         AND stored.id = s.id
         AND stored.resource IS NOT NULL
     RETURNING stored.id, false
@@ -142,6 +144,8 @@ def _build_view_statements(view: View, *, encrypted: bool) -> ViewStatements:
     table = sql.Identifier("fhir", view.name)
     names = [sql.Identifier(column.name) for column in build_layout(view, encrypted=encrypted).columns]
     return ViewStatements(
-        sql.SQL("DELETE FROM {table} WHERE {key} = ANY(%s)").format(table=table, key=sql.Identifier(KEY_COLUMN)),
+        sql.SQL("DELETE FROM {table} WHERE _source = ops.current_source() AND {key} = ANY(%s)").format(
+            table=table, key=sql.Identifier(KEY_COLUMN)
+        ),
         sql.SQL("COPY {table} ({columns}) FROM STDIN").format(table=table, columns=sql.SQL(", ").join(names)),
     )

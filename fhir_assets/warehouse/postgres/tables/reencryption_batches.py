@@ -21,7 +21,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, holds_phi
+from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, SOURCE_COLUMN, holds_phi
 from fhir_assets.warehouse.postgres.tables.reencrypted_fingerprints import compute_fingerprints, replace_fingerprints
 
 BATCH_ROWS = 1000
@@ -64,13 +64,13 @@ class EncryptedTable:
 
 
 ENCRYPTED_TABLES = (
-    EncryptedTable("withheld", "withheld", ("resource_type", "id"), ("resource",), json=True),
-    EncryptedTable("consents", "consent_records", ("consent_id",), ("resource",), json=True),
+    EncryptedTable("withheld", "withheld", ("resource_type", "id", "source"), ("resource",), json=True),
+    EncryptedTable("consents", "consent_records", ("consent_id", "source"), ("resource",), json=True),
     EncryptedTable("dead_letters", "dead_letters", ("id",), ("resource",)),
     EncryptedTable(
         "corrections",
         "corrections",
-        ("fingerprint",),
+        ("fingerprint", "source"),
         ("resource", "original"),
         # The original is a copy of the dead letter's bytes and may be encrypted with another key than the correction.
         outdated=f"({_OUTDATED} OR original IS NOT NULL AND coalesce({_KEY_ID_OF_ORIGINAL} = ANY(%(older)s), true))",
@@ -161,7 +161,8 @@ def find_resources(conn: Connection, resource_type: str, older: Sequence[str], a
     query = sql.SQL("""
         SELECT id, pg_column_size(resource)
         FROM fhir.resource
-        WHERE resource_type = %(type)s
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
             AND id > %(after)s
             AND resource IS NOT NULL
             AND {outdated}
@@ -177,7 +178,8 @@ def find_outdated_rows(conn: Connection, table: str, newest: str, after: RowKey 
     query = sql.SQL("""
         SELECT DISTINCT {key}
         FROM {table}
-        WHERE {key} > %(after)s
+        WHERE _source = ops.current_source()
+            AND {key} > %(after)s
             AND {key_id} IS DISTINCT FROM %(newest)s
         ORDER BY 1
         LIMIT %(limit)s
@@ -193,7 +195,8 @@ def find_leftover_rows(conn: Connection, table: str, older: Sequence[str], after
     query = sql.SQL("""
         SELECT DISTINCT {key}
         FROM {table}
-        WHERE {key} > %(after)s
+        WHERE _source = ops.current_source()
+            AND {key} > %(after)s
             AND {key_id} = ANY(%(older)s)
         ORDER BY 1
         LIMIT %(limit)s
@@ -260,7 +263,8 @@ def lock_resources(
         """
         SELECT id, key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END
         FROM fhir.resource
-        WHERE resource_type = %(type)s
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
             AND id = ANY(%(ids)s)
             AND resource IS NOT NULL
         ORDER BY id
@@ -274,7 +278,8 @@ def lock_resources(
         """
         SELECT count(*)
         FROM fhir.resource
-        WHERE resource_type = %(type)s
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
             AND id = ANY(%(ids)s)
             AND resource IS NOT NULL
         """,
@@ -294,7 +299,7 @@ def encrypt_resources(conn: Session, resource_type: str, resources: Iterable[tup
             """
             UPDATE fhir.resource
             SET resource = %s::jsonb, key_id = %s
-            WHERE resource_type = %s AND id = %s
+            WHERE source = ops.current_source() AND resource_type = %s AND id = %s
             """,
             [
                 (as_json(cipher.compress_and_encrypt(body)).decode(), cipher.key_id, resource_type, resource_id)
@@ -325,13 +330,14 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
                 AND attname <> ALL(%s)
             ORDER BY attnum
             """,
-            [table, [KEY_COLUMN, KEY_ID_COLUMN]],
+            [table, [KEY_COLUMN, KEY_ID_COLUMN, SOURCE_COLUMN]],
         )
     ]
     select = sql.SQL("""
         SELECT ctid, {columns}
         FROM {table}
-        WHERE {key} = ANY(%s)
+        WHERE _source = ops.current_source()
+            AND {key} = ANY(%s)
             AND {key_id} = ANY(%s)
         FOR UPDATE SKIP LOCKED
     """).format(

@@ -43,6 +43,7 @@ def join_resources(table: str) -> sql.Composed:
     """
     return sql.SQL("""
         FROM fhir.{table} v
-        JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = v._resource_key
-        WHERE r.resource IS NOT NULL
+        JOIN fhir.resource r ON r.source = v._source AND r.resource_type = %(type)s AND r.id = v._resource_key
+        WHERE r.source = ops.current_source()
+            AND r.resource IS NOT NULL
     """).format(table=sql.Identifier(table))

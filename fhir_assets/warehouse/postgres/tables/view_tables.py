@@ -16,7 +16,14 @@ from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
 from fhir_assets.warehouse.postgres.db import roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, TableColumn, TableLayout, build_layout, column_type
+from fhir_assets.warehouse.postgres.tables.layout import (
+    KEY_COLUMN,
+    SOURCE_COLUMN,
+    TableColumn,
+    TableLayout,
+    build_layout,
+    column_type,
+)
 
 __all__ = [
     "KEY_COLUMN",
@@ -32,6 +39,8 @@ __all__ = [
 
 SCHEMA = "fhir"
 _MAX_EXACT_COUNT = 1_000_000
+_SOURCE = TableColumn(SOURCE_COLUMN, "text", "Key of the source of the resource", required=True)
+"""A column of every table, which rows get from the session that copies them. It is no column of the layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +208,7 @@ def _compare(conn: Connection, layout: TableLayout) -> list[Drift]:
     )
     if not actual:
         return [Drift(layout.name, "table", layout.name, "table", None)]
-    expected = {column.name: column for column in layout.columns}
+    expected = {column.name: column for column in (*layout.columns, _SOURCE)}
     changes = [
         Drift(layout.name, "column", name, column.type, actual.get(name))
         for name, column in expected.items()
@@ -233,11 +242,11 @@ def _find_indexed_columns(conn: Connection, layout: TableLayout) -> set[str]:
 
 def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> None:
     table = sql.Identifier(SCHEMA, layout.name)
-    columns = {column.name: column for column in layout.columns}
+    columns = {column.name: column for column in (*layout.columns, _SOURCE)}
     if any(change.kind == "table" for change in changes):
         conn.execute(
             sql.SQL("CREATE TABLE {} ({})").format(
-                table, sql.SQL(", ").join(map(_build_column_definition, layout.columns))
+                table, sql.SQL(", ").join(map(_build_column_definition, (*layout.columns, _SOURCE)))
             )
         )
         roles.grant_view_rights(conn, [layout.name])
@@ -260,7 +269,7 @@ def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift
                 )
             )
     conn.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(layout.description)))
-    for column in layout.columns:
+    for column in (*layout.columns, _SOURCE):
         conn.execute(
             sql.SQL("COMMENT ON COLUMN {} IS {}").format(
                 sql.Identifier(SCHEMA, layout.name, column.name), sql.Literal(column.description)
@@ -280,8 +289,9 @@ def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift
 
 
 def _build_column_definition(column: TableColumn) -> sql.Composed:
-    return sql.SQL("{} {} {}").format(
+    return sql.SQL("{} {} {} {}").format(
         sql.Identifier(column.name),
         sql.SQL(column.type),
         sql.SQL("NOT NULL" if column.required else ""),
+        sql.SQL("DEFAULT ops.current_source()" if column is _SOURCE else ""),
     )
