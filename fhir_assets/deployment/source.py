@@ -46,6 +46,7 @@ def open_source(
         level=validate_level(settings.fhir_bulk_level, SOURCE_LABELS),
         type_filter=settings.fhir_bulk_type_filter,
         oldest=settings.window_scheme.start if settings.fhir_last_updated_gte else None,
+        overlap=settings.overlap,
         connections=settings.fhir_max_connections,
         reuse_within=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
         time_limit=timedelta(days=settings.fhir_bulk_days),

@@ -113,6 +113,25 @@ def test_resources_from_before_since_are_loaded_and_reconcile_and_known_ones_are
     assert rows_in_raw(deployment) == 4, "a server that ignores _since does not fill the store"
 
 
+def test_a_red_window_is_read_again_from_an_export_of_everything_and_becomes_green(deploy: Deploy) -> None:
+    counts = [2]
+
+    def bend(manifest: Manifest, export: RequestedExport) -> None:
+        manifest["output"][0]["count"] = counts[0]
+
+    with BulkServer(("Patient", [patient("p", START), UNDATED, b"no json"]), bend=bend) as server:
+        deployment = bulk(deploy, server, fhir_max_attempts=1)
+        assert load(deployment)
+        assert ids(deployment) == ["p", "undated"]
+        counts[0] = 3
+        assert load(deployment) == []
+        assert ["_since" in export.query for export in server.exports] == [False, False]
+        load(deployment)
+        assert "_since" in server.exports[-1].query
+    assert ids(deployment) == ["p", "undated"]
+    assert deployment.dead() == {"json": 1}
+
+
 def test_resources_from_before_the_first_window_are_counted_and_not_loaded(deploy: Deploy) -> None:
     start = START.replace(day=1, hour=0, minute=0, second=0)
     with BulkServer(("Patient", [patient("p", START)])) as server:

@@ -22,6 +22,7 @@ from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import bulk_exports, checkpoints
 from fhir_assets.warehouse.ops.bulk_exports import BulkExport, Scope
+from fhir_assets.warehouse.ops.checkpoints import Checkpoint
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 from fhir_assets.windows import Interval
@@ -37,7 +38,8 @@ class BulkSource:
 
     Runs use an export that was requested less than ``reuse_within`` ago, or that is not loaded yet. Otherwise they
     request a new export of the resources that were updated since the start of their interval. Resources that are older
-    than ``oldest`` are not loaded, also if an export gives them unasked. For the other options see ExportRunner.
+    than ``oldest`` are not loaded, also if an export gives them unasked. ``overlap`` is the time before the end of the
+    last load that the next load reads again. For the other options see ExportRunner.
     """
 
     name = "bulk"
@@ -52,6 +54,7 @@ class BulkSource:
         level: str = "system",
         type_filter: str = "",
         oldest: datetime | None = None,
+        overlap: timedelta = timedelta(0),
         connections: int = 4,
         reuse_within: timedelta = timedelta(minutes=10),
         time_limit: timedelta = timedelta(days=30),
@@ -65,6 +68,7 @@ class BulkSource:
         self._store = store
         self._connect = connect
         self._oldest = oldest
+        self._overlap = overlap
         self._reuse_within = reuse_within
         self._now = now
         self._chosen: dict[str, BulkExport] = {}
@@ -208,10 +212,13 @@ class BulkSource:
         with self._connect() as conn, bulk_exports.lock_server(conn, self._scope.base_url):
             chosen: dict[str, BulkExport] = {}
             full = bulk_exports.find_fully_loaded_types(conn, self._scope, list(intervals))
-            starts = {name: interval.start if name in full else None for name, interval in intervals.items()}
             usable = bulk_exports.find_usable(conn, self._scope)
             loaded = checkpoints.get(conn, list(intervals))
             conn.commit()
+            starts = {
+                name: interval.start if name in full and not self._reads_again(interval, loaded[name]) else None
+                for name, interval in intervals.items()
+            }
             for export in usable:
                 for name, interval in intervals.items():
                     until = loaded[name].loaded_until if name in loaded else None
@@ -224,6 +231,18 @@ class BulkSource:
                     chosen |= dict.fromkeys(names, done)
             self.refused = self._request_missing(conn, starts, chosen)
             return chosen
+
+    def _reads_again(self, interval: Interval, loaded: Checkpoint) -> bool:
+        """Return whether the window of the present is read from its start, although a part of it is loaded.
+
+        Only an export of everything has again what has no place in the range of a later one, such as resources without
+        ``lastUpdated``.
+        """
+        return (
+            interval.start is not None
+            and interval.start < loaded.loaded_until - self._overlap
+            and interval.end > loaded.loaded_until
+        )
 
     def _can_reuse(self, export: BulkExport, interval: Interval, loaded_until: datetime | None) -> bool:
         """Return whether an export in the store serves a load of ``interval``."""

@@ -118,8 +118,9 @@ class FetchStep:
         plans = {name: self._plan(name, windows, state) for name in resource_types}
         planned = {name: covering_interval(p.planned for p in plan.values()) for name, plan in plans.items() if plan}
         for name, until in (self._source.complete_until(planned) if planned else {}).items():
-            if until < self._now:
-                # The source knows resources up to `until` only; the rest of the interval stays due.
+            if until < self._now or self._source.one_pass:
+                # The source knows resources up to `until` only; the rest of the interval stays due. A snapshot that was
+                # requested just now ends a moment after `now`, and is read to its end.
                 self._until[name] = until
                 plans[name] = self._plan(name, windows, state)
                 if not plans[name]:
