@@ -155,7 +155,7 @@ def build_record(
     if meta is None:
         return Record(header.resourceType, resource_id, None, None, arrived, body)
     moment = parse_instant(meta.lastUpdated)
-    if moment is not None and (posted or not is_credible(moment, received or arrived)):
+    if moment is not None and (posted or (moment > arrived and not is_credible(moment, received or arrived))):
         return Record(header.resourceType, resource_id, meta.versionId, None, arrived, body, dated=False)
     return Record(header.resourceType, resource_id, meta.versionId, moment, arrived, body)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from fhir_assets.fhir.compartment import find_patient_ids
-from fhir_assets.fhir.record import Record, parse_stored
+from fhir_assets.fhir.record import Record, parse_instant, parse_stored
 from fhir_assets.fhir.references import Bases, find_keyless
 from fhir_assets.fhir.views import CompiledViews, RowError, View
 from fhir_assets.privacy.encryption import Cipher
@@ -152,7 +152,11 @@ def _build_record(
     if identity is None:
         return None
     meta = resource.get("meta") or {}
-    last_updated = parse_stored(meta.get("lastUpdated"), dated=batch.dated, arrival_known=arrived is not None)
+    text = meta.get("lastUpdated")
+    if arrived is None:
+        last_updated = parse_stored(text, dated=batch.dated, arrival_known=False)
+    else:
+        last_updated = parse_instant(text) if batch.dated else None
     return Record(
         resource["resourceType"],
         identity,

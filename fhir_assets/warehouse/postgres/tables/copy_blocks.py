@@ -7,6 +7,7 @@ the loading process as a ``CopyBlock``: a few long texts that COPY accepts uncha
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple, Self
@@ -159,7 +160,7 @@ class ResourceEncoder:
         dated = record.last_updated is not None
         as_of = record.as_of.isoformat()
         last_updated = as_of if dated else NULL
-        arrived = record.arrived.isoformat() if dated else as_of
+        arrived = _format_arrival(record.arrived) if dated else as_of
         columns = (
             f"{key}\t{version}\t{NULL if version_number is None else version_number}\t{last_updated}\t{as_of}\t"
             f"{arrived}\t{_escape_partition_key(partition_key)}\t{patients}\t{keyless}\t"
@@ -177,7 +178,8 @@ class ResourceEncoder:
         )
 
 
-# Consecutive resources belong to the same partition and often to the same patients.
+# Consecutive resources belong to the same partition, arrived together, and often belong to the same patients.
+_format_arrival = lru_cache(64)(datetime.isoformat)
 _escape_partition_key = lru_cache(16)(escape_text)
 _encode_texts = lru_cache(4096)(encode_text_array)
 
