@@ -78,7 +78,10 @@ def count_keyless(conn: Connection, resource_type: str) -> list[tuple[str, int]]
         SELECT form, count(*)
         FROM fhir.resource
         CROSS JOIN unnest(keyless) AS form
-        WHERE resource_type = %s AND keyless <> '{}' AND resource IS NOT NULL
+        WHERE source = ops.current_source()
+            AND resource_type = %s
+            AND keyless <> '{}'
+            AND resource IS NOT NULL
         GROUP BY form
         ORDER BY count(*) DESC, form
         """,

@@ -33,26 +33,34 @@ def count_accounted(conn: Connection, resource_type: str) -> Accounted:
             (
                 SELECT count(*)
                 FROM fhir.resource
-                WHERE resource_type = %(type)s AND deleted_at IS NULL
+                WHERE source = ops.current_source() AND resource_type = %(type)s AND deleted_at IS NULL
             ),
             (
                 SELECT count(*)
                 FROM ops.withheld w
-                WHERE w.resource_type = %(type)s
+                WHERE w.source = ops.current_source()
+                    AND w.resource_type = %(type)s
                     AND NOT EXISTS (
                         SELECT FROM fhir.resource r
-                        WHERE r.resource_type = %(type)s AND r.id = w.id AND r.deleted_at IS NULL
+                        WHERE r.source = w.source
+                            AND r.resource_type = %(type)s
+                            AND r.id = w.id
+                            AND r.deleted_at IS NULL
                     )
             ),
             (
                 SELECT count(DISTINCT coalesce(d.resource_id, 'dead letter ' || d.id))
                 FROM ops.dead_letters d
-                WHERE d.resource_type = %(type)s
+                WHERE d.source = ops.current_source()
+                    AND d.resource_type = %(type)s
                     AND d.status IN ('open', 'replaying', 'discarded')
                     AND d.stage <> 'deliver'
                     AND NOT EXISTS (
                         SELECT FROM fhir.resource r
-                        WHERE r.resource_type = %(type)s AND r.id = d.resource_id AND r.deleted_at IS NULL
+                        WHERE r.source = d.source
+                            AND r.resource_type = %(type)s
+                            AND r.id = d.resource_id
+                            AND r.deleted_at IS NULL
                     )
             )
         """,
@@ -71,7 +79,7 @@ def find_missing(conn: Connection, resource_type: str, versions: Sequence[Source
         SELECT s.id, s.version_id, s.last_updated
         FROM unnest(%(ids)s::text[], %(versions)s::text[], %(times)s::timestamptz[])
             AS s (id, version_id, last_updated)
-        LEFT JOIN fhir.resource r ON r.resource_type = %(type)s AND r.id = s.id
+        LEFT JOIN fhir.resource r ON r.source = ops.current_source() AND r.resource_type = %(type)s AND r.id = s.id
         WHERE (
                 r.id IS NULL
                 OR s.last_updated > r.as_of
@@ -79,11 +87,12 @@ def find_missing(conn: Connection, resource_type: str, versions: Sequence[Source
             )
             AND NOT EXISTS (
                 SELECT FROM ops.withheld w
-                WHERE w.resource_type = %(type)s AND w.id = s.id
+                WHERE w.source = ops.current_source() AND w.resource_type = %(type)s AND w.id = s.id
             )
             AND NOT EXISTS (
                 SELECT FROM ops.dead_letters d
-                WHERE d.resource_type = %(type)s
+                WHERE d.source = ops.current_source()
+                    AND d.resource_type = %(type)s
                     AND d.resource_id = s.id
                     AND d.status IN ('open', 'replaying', 'discarded')
                     AND d.stage <> 'deliver'
