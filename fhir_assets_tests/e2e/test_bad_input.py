@@ -121,24 +121,22 @@ def refused(process: subprocess.CompletedProcess[str], *expected: str) -> bool:
     return True
 
 
-def test_an_unreachable_server_is_one_clear_error(deployment: Deployment) -> None:
-    before = deployment.tables()
+def test_an_unreachable_server_is_one_clear_error(deploy: Deploy) -> None:
     url = f"http://127.0.0.1:{closed_port()}/fhir"
-    assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), url.removesuffix("/fhir"))
-    assert deployment.tables() == before
+    deployment = deploy(fhir_base_url=url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
+    assert refused(ingest(deployment, *NEXT_DAY), f"GET {url}")
 
 
-def test_a_server_that_does_not_speak_fhir_is_one_clear_error(deployment: Deployment) -> None:
-    before = deployment.tables()
+def test_a_server_that_does_not_speak_fhir_is_one_clear_error(deploy: Deploy) -> None:
     with website() as url:
-        assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), "FHIR")
-    assert deployment.tables() == before
+        deployment = deploy(fhir_base_url=url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
+        assert refused(ingest(deployment, *NEXT_DAY), "HTML, not FHIR")
 
 
-def test_wrong_credentials_are_one_clear_error(deployment: Deployment) -> None:
-    before = deployment.tables()
+def test_wrong_credentials_are_one_clear_error(deploy: Deploy) -> None:
     with SandboxServer([patient("x", DAY)], credentials=Credentials("anna", "right")) as guarded:
         url = guarded.url
+        deployment = deploy(fhir_base_url=url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
         wrong = ingest(
             deployment,
             *NEXT_DAY,
@@ -149,14 +147,12 @@ def test_wrong_credentials_are_one_clear_error(deployment: Deployment) -> None:
         assert refused(wrong, "401", "FHIR_AUTH")
         assert "mistyped" not in wrong.stderr
         assert refused(ingest(deployment, *NEXT_DAY, FHIR_BASE_URL=url), "401", "FHIR_AUTH")
-    assert deployment.tables() == before
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
         ({"FHIR_RESOURCE_TYPES": "Patient,Pacient"}, "Pacient"),
-        ({"FHIR_SOURCE": "ndjson", "FHIR_BASE_URL": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"FHIR_STORE_URL": "gs://bucket"}, "FHIR_STORE_URL"),
         ({"FHIR_SCHEDULE": "every now and then"}, "FHIR_SCHEDULE"),
     ],
@@ -165,6 +161,12 @@ def test_an_error_names_the_invalid_setting(
     deployment: Deployment, changed: dict[str, str | None], expected: str
 ) -> None:
     assert refused(ingest(deployment, *NEXT_DAY, prepare=None, **changed), expected)
+
+
+def test_an_error_names_the_folder_of_files_that_does_not_exist(deploy: Deploy) -> None:
+    deployment = deploy(fhir_resource_types="Patient")
+    missing_folder = {"FHIR_SOURCE": "ndjson", "FHIR_BASE_URL": "/nowhere/at/all"}
+    assert refused(ingest(deployment, *NEXT_DAY, **missing_folder), "/nowhere/at/all")
 
 
 def test_an_unreachable_database_is_one_clear_error(deployment: Deployment) -> None:

@@ -22,6 +22,8 @@ from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
 from fhir_assets_tests.support.search_server import SearchServer, resource
 
 NOW = datetime(2024, 6, 10, 12, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+"""A Date header has whole seconds: what the server stores within its second is not in the future."""
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
 
 
@@ -50,7 +52,7 @@ def _observe(skew: timedelta, seconds: float = 0, **headers: str) -> tuple[Serve
 def test_a_difference_of_more_than_a_minute_is_said_once(skew: timedelta, said: str) -> None:
     clock, (message,) = _observe(skew)
     assert message.startswith(said)
-    assert clock.read() == NOW + skew
+    assert clock.read() == NOW + skew + SECOND
 
 
 @pytest.mark.parametrize(
@@ -77,14 +79,14 @@ def test_the_clock_is_unknown_without_a_valid_date(date: str) -> None:
 def test_the_earliest_of_several_dates_counts() -> None:
     clock = ServerClock(Notices(), "the server", now=lambda: NOW, monotonic=lambda: 0)
     clock.observe({"Date": f"{_date(NOW)}, {_date(NOW - timedelta(hours=2))}"}, 0)
-    assert clock.read() == NOW - timedelta(hours=2)
+    assert clock.read() == NOW - timedelta(hours=2) + SECOND
 
 
 def test_the_clock_goes_on_between_responses() -> None:
     elapsed = iter([0.0, 90.0])
     clock = ServerClock(Notices(), "the server", now=lambda: NOW, monotonic=lambda: next(elapsed))
     clock.observe({"Date": _date(NOW)}, 0)
-    assert clock.read() == NOW + timedelta(seconds=90)
+    assert clock.read() == NOW + timedelta(seconds=90) + SECOND
 
 
 class _DatedServer(SearchServer):
