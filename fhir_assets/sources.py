@@ -14,7 +14,7 @@ _KEY = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 def require_source_key(key: str) -> str:
-    """Return the key of a source. Raises ValueError unless it is a lower-case word of letters, digits and ``_``."""
+    """Return the key of a source. Raises ValueError unless it is a lower-case word of a to z, 0 to 9 and ``_``."""
     if not _KEY.fullmatch(key):
-        raise ValueError(f"{key!r} is not the key of a source: it is a lower-case word of at most 32 letters")
+        raise ValueError(f"{key!r} is not the key of a source: it is a lower-case word of at most 32 characters")
     return key

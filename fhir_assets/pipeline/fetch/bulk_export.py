@@ -259,7 +259,7 @@ class ExportRunner:
                 deleted,
                 manifest.transaction_time,
                 export.id,
-                lambda letters: dead_letters.record_now(self._connect, export.id, letters),
+                lambda unreadable: dead_letters.record_now(self._connect, export.id, unreadable),
             )
             DeletionLog(self._store, self._connect).record(deletions, run_id=export.id, actor="bulk export")
             with conn.transaction():

@@ -13,8 +13,9 @@ from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 
 
 class PartitionBlock(NamedTuple):
-    """Encoded resources of one partition, with all lines of their batch as received and their arrivals, for dead
-    letters.
+    """Encoded resources of one partition.
+
+    All lines of their batch as received, and their arrivals, are kept for dead letters.
     """
 
     block: CopyBlock
