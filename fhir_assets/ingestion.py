@@ -21,7 +21,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.checks.red_windows import find_red_windows
+from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import (
     FETCH_MISSING_REFERENCES,
@@ -222,11 +222,11 @@ class Ingestion:
             with self._warehouse.connect() as conn:
                 replays.release_claims(conn, run_id)
 
-    def find_red_windows(self) -> list[tuple[str, WindowCounts]]:
+    def find_unreconciled_windows(self) -> list[tuple[str, WindowCounts]]:
         """Return the windows that do not reconcile, with their resource type, whichever run evaluated them."""
         settings = self._settings
         with self._warehouse.connect() as conn:
-            return find_red_windows(
+            return find_unreconciled_windows(
                 self._instance,
                 conn,
                 build_store(settings),

@@ -57,7 +57,7 @@ def ingest(
     )
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
-    red = find_red_windows(settings)
+    red = find_unreconciled_windows(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
     if json:
         print_json({"runs": run_ids, "success": not failures and not red, "types": rows, "unreconciled": red})
@@ -66,7 +66,7 @@ def ingest(
     else:
         print_summary("Loaded", rows)
     report_failures(settings, failures)
-    report_red_windows(red)
+    report_unreconciled_windows(red)
     if failures or red:
         raise typer.Exit(1)
 
@@ -162,15 +162,15 @@ def print_summary(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     print_table(title, rows, columns)
 
 
-def find_red_windows(settings: Settings) -> list[dict[str, object]]:
+def find_unreconciled_windows(settings: Settings) -> list[dict[str, object]]:
     """Return the windows that do not reconcile: resource type, partition key and what does not match."""
     ingestion = Ingestion(settings, build_definitions(settings), config.open_instance(settings))
     with hide_library_output():
-        red = ingestion.find_red_windows()
+        red = ingestion.find_unreconciled_windows()
     return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in red]
 
 
-def report_red_windows(red: Sequence[Mapping[str, object]]) -> None:
+def report_unreconciled_windows(red: Sequence[Mapping[str, object]]) -> None:
     """Print the windows that do not reconcile."""
     for window in red[:_MAX_SHOWN_WINDOWS]:
         faults = window["faults"]

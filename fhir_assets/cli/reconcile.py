@@ -15,7 +15,7 @@ from fhir_assets.pipeline.reconcile.source_comparison import ListsAll, TypeCompa
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import load_settings
 
-_COLUMNS = ("type", "source", "loaded", "withheld", "dead", "older", "due", "missing", "red_windows")
+_COLUMNS = ("type", "source", "loaded", "withheld", "dead", "older", "due", "missing", "unreconciled_windows")
 _MAX_SHOWN = 20
 
 
@@ -71,7 +71,7 @@ def _to_row(comparison: TypeComparison) -> dict[str, object]:
         "older": _show(comparison.older),
         "due": _show(comparison.due),
         "missing": _show(comparison.missing),
-        "red_windows": len(comparison.red_windows),
+        "unreconciled_windows": len(comparison.unreconciled_windows),
     }
 
 
@@ -82,8 +82,8 @@ def _show(count: int | None) -> int | str:
 def _to_json(comparison: TypeComparison) -> dict[str, object]:
     row = _to_row(comparison)
     counts = {name: None if value == "unknown" else value for name, value in row.items()}
-    windows = [{"window": window.partition_key, "faults": window.faults} for window in comparison.red_windows]
-    return counts | {"missing_ids": list(comparison.missing_ids), "red_windows": windows}
+    windows = [{"window": window.partition_key, "faults": window.faults} for window in comparison.unreconciled_windows]
+    return counts | {"missing_ids": list(comparison.missing_ids), "unreconciled_windows": windows}
 
 
 def _explain(compared: Sequence[TypeComparison], *, deep: bool) -> None:
@@ -98,7 +98,7 @@ def _explain(compared: Sequence[TypeComparison], *, deep: bool) -> None:
             )
         for identity in comparison.missing_ids[:_MAX_SHOWN]:
             errors.print(f"  {name}/{identity}", markup=False)
-        for window in comparison.red_windows[:_MAX_SHOWN]:
+        for window in comparison.unreconciled_windows[:_MAX_SHOWN]:
             errors.print(f"{name} of {window.partition_key}: {'; '.join(window.faults)}", markup=False, soft_wrap=True)
     if all(comparison.complete for comparison in compared):
         console.print("Everything is accounted for.")

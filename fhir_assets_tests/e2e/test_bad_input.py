@@ -165,8 +165,8 @@ def test_an_error_names_the_invalid_setting(
 
 def test_an_error_names_the_folder_of_files_that_does_not_exist(deploy: Deploy) -> None:
     deployment = deploy(fhir_resource_types="Patient")
-    missing_folder = {"FHIR_SOURCE": "ndjson", "FHIR_BASE_URL": "/nowhere/at/all"}
-    assert refused(ingest(deployment, *NEXT_DAY, **missing_folder), "/nowhere/at/all")
+    process = ingest(deployment, *NEXT_DAY, FHIR_SOURCE="ndjson", FHIR_BASE_URL="/nowhere/at/all")
+    assert refused(process, "/nowhere/at/all")
 
 
 def test_an_unreachable_database_is_one_clear_error(deployment: Deployment) -> None:

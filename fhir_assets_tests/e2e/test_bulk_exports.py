@@ -113,7 +113,9 @@ def test_resources_from_before_since_are_loaded_and_reconcile_and_known_ones_are
     assert rows_in_raw(deployment) == 4, "a server that ignores _since does not fill the store"
 
 
-def test_a_red_window_is_read_again_from_an_export_of_everything_and_becomes_green(deploy: Deploy) -> None:
+def test_a_window_that_does_not_reconcile_is_read_again_from_an_export_of_everything_and_becomes_green(
+    deploy: Deploy,
+) -> None:
     counts = [2]
 
     def bend(manifest: Manifest, export: RequestedExport) -> None:

@@ -98,12 +98,12 @@ def test_what_is_older_than_the_start_is_not_missing(deployment: Deployment, ser
         assert types["Patient"]["older"] == 1
 
 
-def test_a_red_window_is_listed(deployment: Deployment) -> None:
+def test_a_window_that_does_not_reconcile_is_listed(deployment: Deployment) -> None:
     forget(deployment, "p3")
     result, types = run("--deep")
     assert result.exit_code == 1
     assert types["Patient"]["missing_ids"] == ["p3"]
-    assert [window["window"] for window in types["Patient"]["red_windows"]] == ["2024-03-01"]
+    assert [window["window"] for window in types["Patient"]["unreconciled_windows"]] == ["2024-03-01"]
 
 
 def test_a_server_that_does_not_count_is_unknown_and_not_complete(deployment: Deployment, server: SearchServer) -> None:

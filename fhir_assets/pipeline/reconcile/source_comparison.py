@@ -58,13 +58,13 @@ class TypeComparison:
     """Resources that are not accounted for, without ``older`` and ``due``; None if it is unknown."""
     missing_ids: tuple[str, ...] = ()
     """The logical ids of the first missing resources; only a deep comparison finds them."""
-    red_windows: tuple[WindowCounts, ...] = ()
+    unreconciled_windows: tuple[WindowCounts, ...] = ()
     """The windows of the store whose counts do not match."""
 
     @property
     def complete(self) -> bool:
         """Whether everything that the source has is accounted for. Unknown is not complete."""
-        return self.missing == 0 and not self.red_windows
+        return self.missing == 0 and not self.unreconciled_windows
 
 
 def compare_type(
@@ -89,7 +89,7 @@ def compare_type(
     start = None if scheme.open_start else scheme.start
     conn.commit()
     accounted = source_comparison.count_accounted(conn, resource_type)
-    comparison = TypeComparison(resource_type, accounted, red_windows=red)
+    comparison = TypeComparison(resource_type, accounted, unreconciled_windows=red)
     if deep:
         return _compare_versions(conn, source.fetch_all(resource_type), comparison, start, loaded_until)
     total = source.count_all(resource_type)

@@ -1,4 +1,4 @@
-"""Windows whose check ``reconciles`` is red, evaluated again: red closes when its cause is gone."""
+"""Windows whose check ``reconciles`` failed, evaluated again: the check passes when the cause is gone."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fhir_assets.warehouse.postgres.db import connections
 from fhir_assets.warehouse.postgres.db.connections import Session
 
 
-def find_red_windows(
+def find_unreconciled_windows(
     instance: dg.DagsterInstance, conn: Session, store: Store, views: Sequence[View], resource_types: Sequence[str]
 ) -> list[tuple[str, WindowCounts]]:
     """Return the windows of the types that do not reconcile, with their type and counts.
@@ -29,11 +29,11 @@ def find_red_windows(
         resource_type = BY_KEY.get(path[-1])
         if resource_type is not None and resource_type.name in resource_types:
             keys_by_type.setdefault(resource_type.name, []).append(partition_key)
-    red = []
+    unreconciled = []
     for name, keys in keys_by_type.items():
         for counts in reconcile(conn, store, name, keys, main_view=find_main_view(views, name)):
             if counts.faults:
-                red.append((name, counts))
+                unreconciled.append((name, counts))
             else:
                 instance.report_runless_asset_event(evaluate_reconciliation(name, counts))
-    return red
+    return unreconciled
