@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.fhir.client.clock import ServerClock
+from fhir_assets.fhir.client.clock import DATE_PRECISION, ServerClock
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.notices import Notices
@@ -22,8 +22,6 @@ from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
 from fhir_assets_tests.support.search_server import SearchServer, resource
 
 NOW = datetime(2024, 6, 10, 12, tzinfo=UTC)
-SECOND = timedelta(seconds=1)
-"""A Date header has whole seconds: what the server stores within its second is not in the future."""
 SCHEME = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
 
 
@@ -52,7 +50,7 @@ def _observe(skew: timedelta, seconds: float = 0, **headers: str) -> tuple[Serve
 def test_a_difference_of_more_than_a_minute_is_said_once(skew: timedelta, said: str) -> None:
     clock, (message,) = _observe(skew)
     assert message.startswith(said)
-    assert clock.read() == NOW + skew + SECOND
+    assert clock.read() == NOW + skew + DATE_PRECISION
 
 
 @pytest.mark.parametrize(
@@ -79,14 +77,14 @@ def test_the_clock_is_unknown_without_a_valid_date(date: str) -> None:
 def test_the_earliest_of_several_dates_counts() -> None:
     clock = ServerClock(Notices(), "the server", now=lambda: NOW, monotonic=lambda: 0)
     clock.observe({"Date": f"{_date(NOW)}, {_date(NOW - timedelta(hours=2))}"}, 0)
-    assert clock.read() == NOW - timedelta(hours=2) + SECOND
+    assert clock.read() == NOW - timedelta(hours=2) + DATE_PRECISION
 
 
 def test_the_clock_goes_on_between_responses() -> None:
     elapsed = iter([0.0, 90.0])
     clock = ServerClock(Notices(), "the server", now=lambda: NOW, monotonic=lambda: next(elapsed))
     clock.observe({"Date": _date(NOW)}, 0)
-    assert clock.read() == NOW + timedelta(seconds=90) + SECOND
+    assert clock.read() == NOW + timedelta(seconds=90) + DATE_PRECISION
 
 
 class _DatedServer(SearchServer):

@@ -13,7 +13,8 @@ MAX_SKEW = timedelta(minutes=1)
 """A larger difference between the server's clock and this machine's is a notice."""
 _MISLEADING_SKEW = timedelta(days=7)
 """With a larger difference one of the clocks is plainly wrong, and windows are not loaded at the right time."""
-_DATE_PRECISION = timedelta(seconds=1)
+DATE_PRECISION = timedelta(seconds=3)
+"""How late a Date header may be: it has whole seconds, and servers renew it about once a second (uvicorn, nginx)."""
 _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
 
 
@@ -57,14 +58,14 @@ class ServerClock:
             self._notice(date - now, "behind", "resources are loaded when this machine's clock reaches their time")
 
     def read(self) -> datetime | None:
-        """Return the time of the server, at most a second early; None if no response had a valid Date header.
+        """Return a time that the server's clock has not passed, at most DATE_PRECISION ahead of it.
 
-        A Date header has whole seconds. What the server stored within its second belongs to the past.
+        None if no response had a valid Date header.
         """
         if self._observed is None:
             return None
         date, at = self._observed
-        return date + _DATE_PRECISION + timedelta(seconds=self._monotonic() - at)
+        return date + DATE_PRECISION + timedelta(seconds=self._monotonic() - at)
 
     def _notice(self, skew: timedelta, direction: str, effect: str) -> None:
         self._has_noticed = True
