@@ -7,6 +7,7 @@ import pytest
 
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.sources.transition import SourceTransition
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.content import patient
@@ -156,6 +157,7 @@ def test_tables_rebuilt_from_the_store_contain_no_deleted_resources(
     ingest(before)
     assert list_loaded_ids(before) == set(IDS[3:])
     after = deploy_with_deletions(deploy, server, url=empty_database, fhir_deletes="off")
+    after.change_source(SourceTransition.carry_over)
     # The server refuses all reads, so that the tables can only come from the store.
     reads = frozenset({RequestKind.SEARCH, RequestKind.PAGE, RequestKind.HISTORY})
     server.set_faults(Fault(kind=FaultKind.ERROR, status=403, on=reads))

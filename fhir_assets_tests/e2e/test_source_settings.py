@@ -10,12 +10,11 @@ import pytest
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_receiver
-from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Deletion, build_record, read_header
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
-from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
+from fhir_assets.pipeline.sources.transition import SourceTransition
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.content import add, materialize, patient
@@ -35,17 +34,6 @@ def change(deployment: Deployment, **settings: object) -> Deployment:
     """Return the deployment with other settings, in the same folder and database."""
     kept = {name: getattr(deployment.settings, name) for name in deployment.settings.model_fields_set}
     return replace(deployment, settings=load_settings(**{**kept, **settings}))
-
-
-def decide(deployment: Deployment, what: Callable[[SourceTransition], TransitionResult]) -> TransitionResult:
-    """Carry the state over or start anew, as the commands do."""
-    warehouse = Warehouse(deployment.settings)
-    binding = build_binding(deployment.settings, warehouse)
-    result = what(SourceTransition(binding, warehouse.connect, binding.store, actor="test"))
-    ingestion = deployment.ingestion()
-    for windows in ingestion.find_received():
-        assert ingestion.load_received(windows, triggered_by="test").success
-    return result
 
 
 def ingest(deployment: Deployment) -> None:
@@ -121,7 +109,7 @@ def test_starting_anew_leaves_nothing_of_the_old_server_but_all_of_other_channel
         )
         assert ids(deployment) == ["a1", "posted", "referred", "shared"]
         moved = change(deployment, fhir_base_url=two.url)
-        result = decide(moved, SourceTransition.start_anew)
+        result = moved.change_source(SourceTransition.start_anew)
         assert result.removed >= 4
         assert ids(moved) == ["posted"]
         assert moved.dead() == {}
@@ -141,7 +129,7 @@ def test_a_server_that_moved_is_carried_over_and_goes_on_from_the_checkpoint(
         ingest(deployment)
         add(two, patient("new", datetime.now(UTC)))
         moved = change(deployment, fhir_base_url=two.url)
-        assert decide(moved, SourceTransition.carry_over).set_aside == 0
+        assert moved.change_source(SourceTransition.carry_over).set_aside == 0
         two.reset_stats()
         ingest(moved)
         assert ids(moved) == ["a", "new"]
@@ -169,7 +157,7 @@ def test_other_windows_miss_nothing_after_a_load_that_broke_off(
         changed = change(deployment, fhir_partition=then)
         with pytest.raises(ConfigurationError, match=f"FHIR_PARTITION was {first} .* is {then} now"):
             changed.ingest()
-        decide(changed, SourceTransition.carry_over)
+        changed.change_source(SourceTransition.carry_over)
         ingest(changed)
         assert ids(changed) == sorted([*names, "posted", "undated"])
         rebuilt = changed.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL")
@@ -188,7 +176,7 @@ def test_an_earlier_start_loads_what_is_older(deploy_patients: Callable[..., Dep
         changed = change(deployment, fhir_last_updated_gte=start)
         with pytest.raises(ConfigurationError, match="FHIR_LAST_UPDATED_GTE was 2024-01-01"):
             changed.ingest()
-        decide(changed, SourceTransition.carry_over)
+        changed.change_source(SourceTransition.carry_over)
         ingest(changed)
         assert ids(changed) == ["new", "old"]
 
@@ -200,7 +188,7 @@ def test_a_later_start_keeps_the_tables_and_received_resources(deploy_patients: 
         ingest(deployment)
         receive(deployment, patient("posted", old), "api:1")
         changed = change(deployment, fhir_last_updated_gte=RECENT.date().isoformat())
-        decide(changed, SourceTransition.carry_over)
+        changed.change_source(SourceTransition.carry_over)
         add(server, patient("later", datetime.now(UTC)))
         ingest(changed)
         assert ids(changed) == ["later", "new", "old", "posted"]
@@ -217,7 +205,7 @@ def test_an_export_of_a_group_is_not_taken_for_one_of_all_patients(
         changed = change(deployment, fhir_bulk_type_filter="")
         with pytest.raises(ConfigurationError, match="FHIR_BULK_TYPE_FILTER was Patient"):
             changed.ingest()
-        decide(changed, SourceTransition.carry_over)
+        changed.change_source(SourceTransition.carry_over)
         ingest(changed)
         assert ids(changed) == ["a", "b"]
 
@@ -247,5 +235,5 @@ def test_a_running_load_is_not_disturbed(deploy_patients: Callable[..., Deployme
             conn.commit()
             for what in (SourceTransition.carry_over, SourceTransition.start_anew):
                 with pytest.raises(ConfigurationError, match="1 runs are loading data"):
-                    decide(deployment, what)
+                    deployment.change_source(what)
         assert ids(deployment) == ["a"]

@@ -14,9 +14,12 @@ import pytest
 from psycopg import sql
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion, Outcome
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.db import migrations
@@ -46,6 +49,16 @@ class Deployment:
     @property
     def store(self) -> Store:
         return build_store(self.settings)
+
+    def change_source(self, action: Callable[[SourceTransition], TransitionResult]) -> TransitionResult:
+        """Carry the state of the source over or start anew, as `fhir-assets sources` does."""
+        warehouse = Warehouse(self.settings)
+        binding = build_binding(self.settings, warehouse)
+        result = action(SourceTransition(binding, warehouse.connect, binding.store, actor="test"))
+        ingestion = self.ingestion()
+        for windows in ingestion.find_received():
+            assert ingestion.load_received(windows, triggered_by="test").success
+        return result
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables of the deployment's commands and processes."""
