@@ -1,7 +1,9 @@
 """Incidents are reported to a real webhook: once when they begin and once when they end."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,16 @@ def deploy_with_webhook(deploy: Deploy, server: SandboxServer, hook: WebhookRece
     )
 
 
+@contextmanager
+def unwritable_store(deployment: Deployment) -> Iterator[None]:
+    """Put a file in the place of the folder of the layer raw during the block, so that runs fail."""
+    obstacle = Path(deployment.settings.store_url) / "raw"
+    obstacle.parent.mkdir(parents=True, exist_ok=True)
+    obstacle.touch()
+    yield
+    obstacle.unlink()
+
+
 def test_a_failed_check_and_its_recovery_are_reported_once_each(deploy: Deploy, server: SandboxServer) -> None:
     with receive_webhooks(503, 503, 503) as hook:
         deployment = deploy_with_webhook(deploy, server, hook)
@@ -71,9 +83,9 @@ def test_a_failed_run_is_an_incident_until_the_same_windows_succeed(deploy: Depl
     with receive_webhooks() as hook:
         deployment = deploy_with_webhook(deploy, server, hook)
         sensor = AlertsSensor(deployment)
-        broken = deploy_with_webhook(deploy, server, hook, fhir_store_url="/proc/none")
         first, last = DAY, DAY + timedelta(days=1)
-        assert not all(outcome.success for outcome in broken.ingest(first=first, last=last))
+        with unwritable_store(deployment):
+            assert not all(outcome.success for outcome in deployment.ingest(first=first, last=last))
         sensor.tick()
         [report] = hook.messages
         assert [(incident["kind"], incident["name"], incident["partition_count"]) for incident in report["began"]] == [
@@ -114,8 +126,8 @@ def test_windows_behind_schedule_are_reported(deploy: Deploy, server: SandboxSer
 def test_a_failure_that_recovered_before_the_first_tick_is_not_reported(deploy: Deploy, server: SandboxServer) -> None:
     with receive_webhooks() as hook:
         deployment = deploy_with_webhook(deploy, server, hook)
-        broken = deploy_with_webhook(deploy, server, hook, fhir_store_url="/proc/none")
-        broken.ingest(first=DAY, last=DAY)
+        with unwritable_store(deployment):
+            assert not all(outcome.success for outcome in deployment.ingest(first=DAY, last=DAY))
         deployment.ingest(first=DAY, last=DAY)
         AlertsSensor(deployment).tick()
         assert hook.messages == []

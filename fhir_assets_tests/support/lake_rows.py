@@ -28,10 +28,10 @@ def in_lake(lake: str, view: str) -> Counter[str]:
 
 
 def in_table(conn: Connection, view: str) -> Counter[str]:
-    """Return the rows of a table; JSON as text and numeric as double, as in Parquet."""
+    """Return the rows of a table without their source; JSON as text and numeric as double, as in Parquet."""
     columns = conn.execute(
         "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = 'fhir'"
-        " AND table_name = %s ORDER BY ordinal_position",
+        " AND table_name = %s AND column_name <> '_source' ORDER BY ordinal_position",
         [view],
     ).fetchall()
     kinds = {"jsonb": "::text", "numeric": "::double precision"}
