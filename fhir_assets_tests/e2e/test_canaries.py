@@ -119,9 +119,14 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
 
         # A server that fails and quotes resources; a page that is not JSON
         echo.body = b'{"resourceType":"Bundle","type":"searchset","entry":[{"resource":' + resources[0]
+        assert pipeline.run("sources", "carry-over", FHIR_BASE_URL=echo.url) == 0
         for status in (500, 422, 200):
             echo.status = status
+            echo.received.clear()
             assert pipeline.ingest(DAY + timedelta(days=1), FHIR_BASE_URL=echo.url) == 1
+            assert echo.received
+        assert pipeline.run("sources", "list", **source) in (0, 1)
+        assert pipeline.run("sources", "carry-over", **source) == 0
         echo.body = None
         server.set_faults(Fault(kind=FaultKind.TRUNCATE, on=frozenset({RequestKind.SEARCH})))
         assert pipeline.ingest(DAY + timedelta(days=1), **source) == 1
@@ -284,9 +289,15 @@ def build_visits(canaries: Canaries) -> bytes:
 def send_refused_requests(pipeline: Pipeline, serve: Serve, population: Population, canaries: Canaries) -> None:
     """Send requests that are refused, and requests during a database error."""
     mark = canaries.text
-    keys = pipeline.deployment.settings.phi_encryption_keys
-    assert keys
-    api = serve(phi_encryption_keys=keys.get_secret_value(), fhir_resource_types=TYPES + ",Consent", log_level="DEBUG")
+    settings = pipeline.deployment.settings
+    assert settings.phi_encryption_keys
+    api = serve(
+        phi_encryption_keys=settings.phi_encryption_keys.get_secret_value(),
+        fhir_resource_types=TYPES + ",Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_store_url=settings.store_url,
+        log_level="DEBUG",
+    )
     record = {
         "resourceType": "Patient",
         "mrn": [mark("mrn")],
