@@ -13,12 +13,14 @@ import typer
 from fhir_assets.cli.dev import serve_ui
 from fhir_assets.cli.ingest import load_due, print_summary, report_failures, summarize_runs
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
+from fhir_assets.deployment.sources import build_binding, describe_server
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import select_failed
+from fhir_assets.pipeline.sources.transition import SourceTransition
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
-from fhir_assets.settings import load_settings
+from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.postgres.db import embedded
 from fhir_assets.warehouse.postgres.queries import totals
 
@@ -56,7 +58,7 @@ def demo(
     started = settings.db_url is None and not embedded.is_running(home)
     try:
         with SandboxProcess(folder / "population") as sandbox, _sandbox_environment(sandbox.url, population):
-            _load()
+            _load(folder / "addresses")
             if ui:
                 serve_ui(load_settings(), port)
     finally:
@@ -104,10 +106,29 @@ def _sandbox_environment(url: str, population: PopulationRange) -> Iterator[None
                 os.environ[name] = value
 
 
-def _load() -> None:
+def _follow_sandbox(settings: Settings, addresses: Path) -> None:
+    """Carry the state of an earlier demo over to the present address of its sandbox server, which has the same data.
+
+    ``addresses`` is a file with the addresses of all demos. State that was loaded from another server is not changed,
+    and the load is refused.
+    """
+    warehouse = Warehouse(settings)
+    binding = build_binding(settings, warehouse)
+    earlier = addresses.read_text().splitlines() if addresses.exists() else []
+    with addresses.open("a") as file:
+        file.write(f"{describe_server(settings.fhir_base_url)}\n")
+    with warehouse.connect() as conn:
+        changes, problems = binding.find_changes(conn)
+    moved = [change for change in changes if change.setting.name == "FHIR_BASE_URL" and change.bound in earlier]
+    if moved and moved == changes and not problems:
+        SourceTransition(binding, warehouse.connect, binding.store, actor="demo").carry_over()
+
+
+def _load(addresses: Path) -> None:
     settings = load_settings()
     console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
     Warehouse(settings).migrate()
+    _follow_sandbox(settings, addresses)
     outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
         stored = totals.count_by_type(conn)
