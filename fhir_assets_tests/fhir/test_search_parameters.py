@@ -63,6 +63,15 @@ def test_a_server_that_refuses_count_and_sort_is_read_in_pages_of_its_own_size()
         assert {notice.code for notice in source.drain_notices()} == {"sort-refuses", "page-size"}
 
 
+@pytest.mark.parametrize("refused", [("_count",), ("_sort", "_count")])
+def test_the_extent_is_found_at_a_server_that_refuses_count(refused: tuple[str, ...]) -> None:
+    with _refusing(lambda request: any(request.all(name) for name in refused)) as server:
+        extent = build_search_source(server).find_extent(["Patient"])
+    assert extent is not None
+    assert extent.start is not None
+    assert extent.start <= datetime(2024, 3, 2, 10, tzinfo=UTC)
+
+
 def test_a_refused_search_is_an_error_after_one_attempt_without_parameters() -> None:
     with _refusing(lambda request: True) as server:
         source = build_search_source(server)
@@ -82,6 +91,13 @@ def test_a_server_that_refuses_summary_is_counted_by_total(status: int) -> None:
         (count,) = server.requests[before:]
         assert (count.all("_total"), count.all("_count")) == (["accurate"], ["1"])
         assert source.drain_notices() == ()
+
+
+def test_a_refused_count_without_a_filter_leaves_the_counts_of_windows() -> None:
+    with _refusing(lambda request: not request.all("_lastUpdated")) as server:
+        source = build_search_source(server)
+        assert source.count_undated("Patient") is None
+        assert source.count("Patient", YEAR) == 30
 
 
 def test_an_unknown_total_is_a_warning_once_and_no_equal_count() -> None:

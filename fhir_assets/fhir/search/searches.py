@@ -58,7 +58,8 @@ class Searches:
         self.client = client
         self._page_size: int | None = page_size
         self._unsorted: set[str] = set()
-        self._refused_counts: defaultdict[str, set[int]] = defaultdict(set)
+        self._refused_counts: defaultdict[tuple[str, frozenset[str]], set[int]] = defaultdict(set)
+        """The refused forms of a count by type and names of filters: a server may refuse the filters themselves."""
         self._noticed: set[str] = set()
 
     def first_page(self, resource_type: str, filters: Params) -> SearchPage:
@@ -73,7 +74,16 @@ class Searches:
             if not _is_refusal(error) or not accepted.params():
                 raise
             self._get(resource_type, filters, _PROBE)  # raises if the search itself is refused
-            return self._adapt(resource_type, filters, accepted, error)
+            page, found = self._weaken(resource_type, filters, accepted, error)
+        if found.size != accepted.size:
+            self._page_size = found.size
+            self._notice(
+                "page-size",
+                f"{self.client.base_url} refuses pages of {accepted.size} resources: it is asked for "
+                + (f"{found.size}" if found.size else "pages of its own size")
+                + f"; set {self.client.labels.page_size} to what the server accepts",
+            )
+        return page
 
     def next_page(self, resource_type: str, url: str) -> SearchPage:
         """Request the page at a URL of the server. Raises NotFhir with advice if the URL is not below the base URL."""
@@ -88,24 +98,20 @@ class Searches:
 
     def first_matches(self, resource_type: str, filters: Params = ()) -> SearchPage:
         """Request one match: the oldest if the server sorts."""
-        sort = [("_sort", SORT)] if self.sorts(resource_type) else []
+        accepted = _Accepted(sorts=self.sorts(resource_type), size=1)
         try:
-            return self._get(resource_type, [*filters, *sort, ("_count", "1")])
+            return self._get(resource_type, [*filters, *accepted.params()])
         except (HttpStatusError, InternalServerError) as error:
             if not _is_refusal(error):
                 raise
-            if sort:
-                page = self._get(resource_type, [*filters, ("_count", "1")], _PROBE)
-                self.note_unsorted(resource_type, "refuses")
-                return page
-            return self._get(resource_type, filters, _PROBE)
+            return self._weaken(resource_type, filters, accepted, error)[0]
 
     def count(self, resource_type: str, filters: Params) -> int | None:
         """Return the server's own total; None if it does not give one, which is a notice.
 
         Raises the errors of ``FhirClient.get`` for other reasons than a refused parameter.
         """
-        refused = self._refused_counts[resource_type]
+        refused = self._refused_counts[resource_type, frozenset(name for name, _ in filters)]
         for number, form in enumerate(_COUNT_FORMS):
             if number in refused:
                 continue
@@ -146,8 +152,13 @@ class Searches:
             if isinstance(entry, SearchEntry) and entry.mode == "outcome":
                 note_outcome(self.client.notices, resource_type, bytes(entry.resource))
 
-    def _adapt(self, resource_type: str, filters: Params, accepted: _Accepted, refusal: FhirAssetsError) -> SearchPage:
-        """Find the strongest parameters that the server accepts, and return the page that it answers them with."""
+    def _weaken(
+        self, resource_type: str, filters: Params, accepted: _Accepted, refusal: FhirAssetsError
+    ) -> tuple[SearchPage, _Accepted]:
+        """Return the page for the strongest parameters that the server accepts, and these parameters.
+
+        Raises ``refusal`` if it accepts none.
+        """
         for attempt in accepted.weaker():
             try:
                 page = self._get(resource_type, [*filters, *attempt.params()], _PROBE)
@@ -157,15 +168,7 @@ class Searches:
                 continue
             if accepted.sorts and not attempt.sorts:
                 self.note_unsorted(resource_type, "refuses")
-            if attempt.size != accepted.size:
-                self._page_size = attempt.size
-                self._notice(
-                    "page-size",
-                    f"{self.client.base_url} refuses pages of {accepted.size} resources: it is asked for "
-                    + (f"{attempt.size}" if attempt.size else "pages of its own size")
-                    + f"; set {self.client.labels.page_size} to what the server accepts",
-                )
-            return page
+            return page, attempt
         raise refusal
 
     def _get(
