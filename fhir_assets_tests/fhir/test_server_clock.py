@@ -17,7 +17,7 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.postgres.db.connections import Session
-from fhir_assets.windows import Granularity, WindowRange, WindowScheme
+from fhir_assets.windows import LATEST, Granularity, WindowRange, WindowScheme
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
 from fhir_assets_tests.support.search_server import SearchServer, resource
 
@@ -72,6 +72,13 @@ def test_the_clock_is_unknown_without_a_valid_date(date: str) -> None:
     clock = ServerClock(Notices(), "the server")
     clock.observe({"Date": date} if date else {}, 0)
     assert clock.read() is None
+
+
+@pytest.mark.parametrize("age", ["0", "3600", "9" * 5000])
+def test_a_date_at_the_end_of_the_year_9999_is_a_time(age: str) -> None:
+    clock = ServerClock(Notices(), "the server", now=lambda: NOW)
+    clock.observe({"Date": "Fri, 31 Dec 9999 23:59:59 GMT", "Age": age}, 0)
+    assert clock.read() == LATEST
 
 
 def test_the_earliest_of_several_dates_counts() -> None:

@@ -7,6 +7,7 @@ resources would make it begin too late, and the resources in between would be in
 from datetime import datetime, timedelta
 
 from fhir_assets.errors import NotFhir
+from fhir_assets.windows import add_clamped
 
 TOLERANCE = timedelta(minutes=1)
 """How far ``transactionTime`` may lie ahead of the server's own clock."""
@@ -33,18 +34,18 @@ def bound_transaction_time(
     Raises NotFhir if ``claimed`` lies more than a minute ahead of the server's clock, or before ``since``.
     """
     clock = answer_date or now
-    if claimed > clock + TOLERANCE:
+    if claimed - clock > TOLERANCE:
         ahead = _describe(claimed - clock)
         raise NotFhir(
             f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} lies {ahead} ahead of the server's clock (is "
             f"it local time written as UTC?): {_LATER}, then run again"
         )
-    if since is not None and claimed < since - TOLERANCE:
+    if since is not None and since - claimed > TOLERANCE:
         raise NotFhir(
             f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} is earlier than the _since "
             f"{since:%Y-%m-%dT%H:%M:%SZ} that was asked for: {_LATER}, then run again"
         )
-    dates = [date + _DATE_PRECISION for date in (kick_off_date, answer_date) if date is not None]
+    dates = [add_clamped(date, _DATE_PRECISION) for date in (kick_off_date, answer_date) if date is not None]
     return min(claimed, requested_at, *dates)
 
 

@@ -8,6 +8,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 
 from fhir_assets.notices import Notices, Severity
+from fhir_assets.windows import add_clamped
 
 MAX_SKEW = timedelta(minutes=1)
 """A larger difference between the server's clock and this machine's is a notice."""
@@ -15,6 +16,8 @@ _MISLEADING_SKEW = timedelta(days=7)
 """With a larger difference one of the clocks is plainly wrong, and windows are not loaded at the right time."""
 DATE_PRECISION = timedelta(seconds=3)
 """How late a Date header may be: it has whole seconds, and servers renew it about once a second (uvicorn, nginx)."""
+_MAX_AGE_DIGITS = 10
+"""A longer Age is not a number of seconds; what is left of it is still centuries."""
 _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
 
 
@@ -47,7 +50,7 @@ class ServerClock:
         date = read_date(headers)
         if date is None:
             return
-        date += timedelta(seconds=read_age(headers))
+        date = add_clamped(date, timedelta(seconds=read_age(headers)))
         self._observed = date, self._monotonic()
         if self._has_noticed:
             return
@@ -65,7 +68,7 @@ class ServerClock:
         if self._observed is None:
             return None
         date, at = self._observed
-        return date + DATE_PRECISION + timedelta(seconds=self._monotonic() - at)
+        return add_clamped(date, DATE_PRECISION + timedelta(seconds=self._monotonic() - at))
 
     def _notice(self, skew: timedelta, direction: str, effect: str) -> None:
         self._has_noticed = True
@@ -96,7 +99,7 @@ def _parse_date(text: str) -> datetime | None:
 def read_age(headers: Mapping[str, str]) -> int:
     """Return the seconds that a cache has kept a response (its Age header); 0 if it comes from the server itself."""
     text = headers.get("Age", "").partition(",")[0].strip()
-    return min(int(text), 10**9) if text.isascii() and text.isdigit() else 0
+    return int(text[:_MAX_AGE_DIGITS]) if text.isascii() and text.isdigit() else 0
 
 
 def format_duration(duration: timedelta) -> str:
