@@ -13,7 +13,14 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.deletions import DeletionTimes, HistoryEntry, Target
+from fhir_assets.fhir.deletions import (
+    DeletionTimes,
+    EntryRequest,
+    EntryResponse,
+    HistoryEntry,
+    Target,
+    is_deletion,
+)
 from fhir_assets.fhir.full_urls import FullUrls, derive_id
 from fhir_assets.fhir.outcome import summarize_issues
 from fhir_assets.fhir.record import Deletion, MalformedResource, parse_instant, read_header, to_single_line
@@ -25,29 +32,13 @@ MAX_DEPTH = 16
 """The maximum nesting of containers."""
 
 
-class Request(msgspec.Struct):
-    """The request of an entry."""
-
-    method: str = ""
-    url: str = ""
-
-
-class Response(msgspec.Struct):
-    """The response of an entry."""
-
-    status: str = ""
-    lastModified: str | None = None  # noqa: N815
-    etag: str | None = None
-    outcome: msgspec.Raw = msgspec.Raw(b"null")
-
-
 class Entry(msgspec.Struct):
     """An entry of a Bundle, or a parameter of Parameters. ``resource`` is ``null`` if it has none."""
 
     fullUrl: str | None = None  # noqa: N815
     resource: msgspec.Raw = msgspec.Raw(b"null")
-    request: Request | None = None
-    response: Response | None = None
+    request: EntryRequest | None = None
+    response: EntryResponse | None = None
     part: list[msgspec.Raw] | None = None
 
     @property
@@ -58,9 +49,7 @@ class Entry(msgspec.Struct):
     @property
     def is_deletion(self) -> bool:
         """Whether the entry requests or reports a deletion."""
-        if self.request is None:
-            return False
-        return self.request.method == "DELETE" or (self.response is not None and self.response.status[:3] == "410")
+        return is_deletion(self.request, self.response)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +116,7 @@ class Pages:
         """Add the links of a Bundle at ``location``: URLs by relation."""
         own, following = _normalize(links.get("self")), _normalize(links.get("next"))
         self._next.pop(own, None)
-        if len(links) > 1:
+        if own:
             self._seen.add(own)
         if following and following not in self._seen:
             self._next[following] = location

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import msgspec
 
@@ -37,19 +38,30 @@ class Target:
 
 
 class EntryRequest(msgspec.Struct):
-    """``Bundle.entry.request``."""
+    """``Bundle.entry.request``. ``method`` is in upper case; what is not text counts as absent."""
 
-    method: str | None = None
-    url: str | None = None
+    method: Any = ""
+    url: Any = ""
+
+    def __post_init__(self) -> None:
+        self.method = _text(self.method).upper()
+        self.url = _text(self.url)
 
 
-class EntryResponse(msgspec.Struct):
-    """``Bundle.entry.response``."""
+class EntryResponse(msgspec.Struct, rename="camel"):
+    """``Bundle.entry.response``. Apart from a number as the status, what is not text counts as absent."""
 
-    status: str | int | None = None
-    location: str | None = None
-    etag: str | None = None
-    lastModified: str | None = None  # noqa: N815
+    status: Any = ""
+    location: Any = ""
+    etag: Any = ""
+    last_modified: Any = ""
+    outcome: msgspec.Raw = msgspec.Raw(b"null")
+
+    def __post_init__(self) -> None:
+        self.status = str(self.status) if isinstance(self.status, int) else _text(self.status)
+        self.location = _text(self.location)
+        self.etag = _text(self.etag)
+        self.last_modified = _text(self.last_modified)
 
 
 class _Meta(msgspec.Struct):
@@ -97,7 +109,7 @@ class HistoryEntry(msgspec.Struct):
     @property
     def moment(self) -> datetime | None:
         """The time of the version or deletion, None if the entry has none."""
-        response_time = parse_instant(self.response.lastModified) if self.response else None
+        response_time = parse_instant(self.response.last_modified) if self.response else None
         meta = self.resource.meta if self.resource else None
         return response_time or (parse_instant(meta.lastUpdated) if meta else None)
 
@@ -110,9 +122,9 @@ class HistoryEntry(msgspec.Struct):
 
 def is_deletion(request: EntryRequest | None, response: EntryResponse | None) -> bool:
     """Return whether the entry with this request and response represents or requests a deletion."""
-    if request is not None and (request.method or "").upper() == "DELETE":
-        return True
-    return request is not None and response is not None and str(response.status or "").startswith("410")
+    if request is None:
+        return False
+    return request.method == "DELETE" or (response is not None and response.status.startswith("410"))
 
 
 def parse_target(url: str) -> Target | None:
@@ -230,3 +242,7 @@ def _follows(version: Target, deletion: Target) -> bool:
         return False
     numbers = (version.version_id or "", deletion.version_id or "")
     return all(number.isascii() and number.isdigit() for number in numbers) and int(numbers[0]) > int(numbers[1])
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

@@ -99,6 +99,23 @@ def test_an_envelope_is_read_leniently() -> None:
     assert describe(read("x.json", {"entry": [entry(patient("a"))], "total": 1.0, "resourceType": "Bundle"})) == ["a"]
 
 
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        {"response": {"status": 200}},
+        {"request": {"method": None, "url": None}, "response": {"status": None, "lastModified": 7, "etag": 3}},
+    ],
+)
+def test_the_envelope_of_an_entry_is_read_leniently(envelope: dict[str, Any]) -> None:
+    assert [type(item) for item in read("x.json", bundle(entry(patient("a"), **envelope)))] == [Record]
+
+
+def test_the_method_of_a_deletion_may_be_in_lower_case() -> None:
+    assert read("x.json", bundle({"request": {"method": "delete", "url": "Patient/a"}})) == [
+        Deletion("Patient", "a", NOW)
+    ]
+
+
 @pytest.mark.parametrize("name", ["x.json", "x.ndjson"])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_reference_to_a_full_url_leads_to_the_resource_of_that_entry(name: str, backwards: bool) -> None:
@@ -219,6 +236,7 @@ def test_a_page_whose_next_page_is_not_in_the_file_is_half_a_file(name: str) -> 
 
     assert read_pages(page("a", "u1", "u2"), page("b", "u2")) == ["a", "b"]
     assert read_pages(page("b", "u2", "u3"), page("a", "u1", "u2"), page("c", "u3")) == ["b", "a", "c"]
+    assert read_pages(page("b", "u2"), page("a", "u1", "u2")) == ["b", "a"]
     assert read_pages(page("a", "u?x=1", "u?p=2&x=1"), page("b", "u?x=1&p=2")) == ["a", "b"]
     assert len(read_pages(page("a", None, "u2"), page("b"))) == 3
     assert len(read_pages(page("a", "u1", "u2"), page("b", "u9"))) == 3

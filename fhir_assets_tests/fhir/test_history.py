@@ -159,6 +159,12 @@ def test_an_answer_that_is_no_history_is_an_error(answer: dict[str, Any]) -> Non
         fetch([reply(answer)])
 
 
+def test_a_history_that_is_nested_too_deeply_is_an_error() -> None:
+    depth = 100_000
+    with pytest.raises(NotFhir):
+        fetch([reply(b'{"resourceType":"Bundle","type":"history","x":' + b"[" * depth + b"]" * depth + b"}")])
+
+
 @pytest.mark.parametrize(
     ("url", "target"),
     [

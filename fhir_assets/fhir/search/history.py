@@ -146,6 +146,8 @@ def _parse_page(response: FhirResponse) -> _HistoryPage:
         bundle = _decode(response.body)
     except msgspec.ValidationError as error:
         raise NotFhir(f"the server answered a history with JSON that is not a Bundle: {error}") from None
+    except RecursionError:
+        raise NotFhir("the server answered a history with JSON that is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise invalid_json_failure(response) from None
     if bundle.resourceType != "Bundle" or bundle.type not in ("history", None):
