@@ -22,6 +22,7 @@ from fhir_assets.fhir.deletions import (
     is_deletion,
 )
 from fhir_assets.fhir.full_urls import FullUrls, derive_id
+from fhir_assets.fhir.half_surrogates import mask_half_surrogates, unmask
 from fhir_assets.fhir.outcome import summarize_issues
 from fhir_assets.fhir.record import Deletion, MalformedResource, parse_instant, read_header, to_single_line
 
@@ -129,8 +130,9 @@ class Pages:
 
 def unpack(body: bytes, location: str, pages: Pages, *, depth: int = 0) -> Iterator[Part]:
     """Yield what a container in JSON contains. ``location`` is its place in the file, ``""`` for the whole file."""
+    masked = mask_half_surrogates(body)
     try:
-        bundle = _decode_bundle(body)
+        bundle = _decode_bundle(masked)
     except _ERRORS:
         yield UnusableEntry(location or "document", "structure", "not a valid Bundle", body)
         return
@@ -141,7 +143,7 @@ def unpack(body: bytes, location: str, pages: Pages, *, depth: int = 0) -> Itera
     name = "entry" if is_bundle else "parameter"
     entries = (bundle.entry if is_bundle else bundle.parameter) or []
     reader = EntryReader(pages, read_timestamp(bundle.timestamp), depth=depth)
-    decoded = [(bytes(entry), decode_entry(bytes(entry))) for entry in entries]
+    decoded = [(entry, decode_entry(entry)) for entry in unmask(body, masked, entries)]
     for _, entry in decoded:
         reader.note(entry)
     prefix = f"{location}." if location else ""

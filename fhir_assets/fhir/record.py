@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 
 from fhir_assets.errors import PermanentError
+from fhir_assets.fhir.half_surrogates import HALF_SURROGATE_PAIR, mask_half_surrogates
 from fhir_assets.windows import EARLIEST, LATEST, add_clamped
 
 CLOCK_SKEW = timedelta(minutes=5)
@@ -138,6 +139,8 @@ def read_header(body: bytes) -> ResourceHeader:
     except msgspec.ValidationError as error:
         raise MalformedResource(f"not a FHIR resource: {error}", "structure") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if mask_half_surrogates(body) is not body:
+            raise MalformedResource(HALF_SURROGATE_PAIR, "json") from None
         reason = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
         raise MalformedResource(f"not JSON: {reason}", "json") from None
 

@@ -113,6 +113,17 @@ def test_resources_from_before_since_are_loaded_and_reconcile_and_known_ones_are
     assert rows_in_raw(deployment) == 4, "a server that ignores _since does not fill the store"
 
 
+@pytest.mark.parametrize("invalid", ["a b", "a\0b", "x" * 65])
+def test_a_resource_from_before_since_whose_id_is_invalid_is_a_dead_letter(deploy: Deploy, invalid: str) -> None:
+    with BulkServer(("Patient", [patient("p", START)])) as server:
+        deployment = bulk(deploy, server)
+        assert load(deployment) == []
+        server.files = [("Patient", [patient(invalid, START - timedelta(days=500))])]
+        assert load(deployment) == []
+    assert ids(deployment) == ["p"]
+    assert sum(deployment.dead().values()) == 1
+
+
 def test_a_window_that_does_not_reconcile_is_read_again_from_an_export_of_everything_and_becomes_green(
     deploy: Deploy,
 ) -> None:

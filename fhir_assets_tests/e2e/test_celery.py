@@ -30,7 +30,8 @@ from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemo
 
 pytestmark = pytest.mark.slow
 
-WINDOWS = 90
+WINDOWS = 30
+WINDOWS_PER_RUN = 5
 ALLOWED = 1
 """FHIR_MAX_CONNECTIONS, which is lower than the number of workers."""
 
@@ -84,7 +85,7 @@ def responds(url: str) -> bool:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """8,421 resources of Synthea in 90 days if the shared data is present, otherwise those of a small hospital."""
+    """Resources of Synthea if the shared data is present, otherwise those of a small hospital."""
     if (SHARED / "synthea").exists():
         return SHARED / "synthea"
     write_population(tmp_path / "population", Population(30, 11, 0.02, start=START, end=END.replace(day=30)))
@@ -115,12 +116,13 @@ def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
             "fhir_base_url": server.url,
             "fhir_last_updated_gte": "2024-01-01",
             "fhir_resource_types": ",".join(types),
-            "fhir_windows_per_run": 10,
+            "fhir_windows_per_run": WINDOWS_PER_RUN,
         }
         clean = deploy(home="clean", url=empty_database, **settings)
-        assert all(outcome.success for outcome in clean.ingest(first=START, last=END.replace(day=30)))
+        last = START + timedelta(days=WINDOWS - 1)
+        assert all(outcome.success for outcome in clean.ingest(first=START, last=last))
         wanted = sum(clean.loaded().values())
-        assert wanted > 5000
+        assert wanted > 1500
 
         server.reset_stats()
         server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.02))
@@ -137,7 +139,7 @@ def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
             "FHIR_STORE_URL": url,
             "FHIR_SCHEDULE": NEVER,
             "FHIR_MAX_CONNECTIONS": str(ALLOWED),
-            "FHIR_WINDOWS_PER_RUN": "10",
+            "FHIR_WINDOWS_PER_RUN": str(WINDOWS_PER_RUN),
         }
         env = environment(spread, **changed)
         ask_for_a_backfill(spread)
@@ -159,13 +161,13 @@ def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
     assert spread.tables() == clean.tables()
     assert spread.dead() == clean.dead()
     ended = [run.status for run in spread.instance.get_runs()]
-    assert ended.count(dg.DagsterRunStatus.SUCCESS) == 9
-    assert ended.count(dg.DagsterRunStatus.FAILURE) == 1 == len(ended) - 9
+    assert ended.count(dg.DagsterRunStatus.SUCCESS) == WINDOWS // WINDOWS_PER_RUN
+    assert ended.count(dg.DagsterRunStatus.FAILURE) == 1 == len(ended) - WINDOWS // WINDOWS_PER_RUN
     assert not list((spread.settings.home / "store").rglob("*.gz"))
 
 
 def ask_for_a_backfill(deployment: Deployment) -> None:
-    """Store a backfill of 90 partitions of the three layers."""
+    """Store a backfill of all windows of the three layers."""
     days = [f"{START + timedelta(days=n):%Y-%m-%d}" for n in range(WINDOWS)]
     add_backfill(deployment.instance, build_definitions(deployment.settings), days, backfill_id="story")
 

@@ -96,6 +96,16 @@ def test_a_server_that_does_not_know_deletions_is_asked_for_a_resource_that_it_h
     assert reads(server) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("invalid", ["a b", "a\0b"])
+def test_an_invalid_id_does_not_end_a_full_refresh(deploy: Deploy, server: SearchServer, invalid: str) -> None:
+    server.resources.append(resource("Patient", invalid))
+    deployment = deployed(deploy, server)
+    remove(server, "b")
+    assert ingest(deployment, Refresh.FULL) == []
+    assert present(deployment) == ["a", "c", "d"]
+    assert sum(deployment.dead().values()) == 1
+
+
 def test_what_came_through_another_channel_stays(deploy: Deploy, server: SearchServer) -> None:
     deployment = deployed(deploy, server)
     receive(deployment, "landed", "a")

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fhir_assets.cli.main import app
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import SourceKind
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.deployment import Deploy, Deployment
@@ -115,6 +116,20 @@ def test_a_server_that_does_not_count_is_unknown_and_not_complete(deployment: De
     assert result.exit_code == 1
     assert types["Patient"]["missing"] is None
     assert run("--deep")[0].exit_code == 0
+
+
+@pytest.mark.parametrize("invalid", ["a b", "a\0b", "a\ud800b"])
+def test_resources_with_an_invalid_id_are_compared_by_number(
+    deployment: Deployment, server: SearchServer, invalid: str
+) -> None:
+    server.resources.append(resource("Patient", invalid, "2024-03-07T10:00:00Z"))
+    result, types = run("--deep")
+    assert result.exit_code == 1
+    assert (types["Patient"]["missing"], types["Patient"]["missing_ids"]) == (1, [])
+    deployment.ingest(refresh=Refresh.FULL)
+    result, types = run("--deep")
+    assert result.exit_code == 0, result.output
+    assert (types["Patient"]["dead"], types["Patient"]["missing"]) == (2, 0)
 
 
 def test_a_refused_type_is_named_and_the_others_are_compared(deployment: Deployment, server: SearchServer) -> None:

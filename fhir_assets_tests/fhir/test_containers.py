@@ -110,6 +110,14 @@ def test_the_envelope_of_an_entry_is_read_leniently(envelope: dict[str, Any]) ->
     assert [type(item) for item in read("x.json", bundle(entry(patient("a"), **envelope)))] == [Record]
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.ndjson"])
+def test_half_a_surrogate_pair_makes_one_entry_invalid_and_not_the_bundle(name: str) -> None:
+    items = read(name, bundle(entry(patient("a")), entry(patient("b", language="\ud83d")), entry(patient("c"))))
+    assert describe([item for item in items if not isinstance(item, RejectedInput)]) == ["a", "c"]
+    [rejected] = [item for item in items if isinstance(item, RejectedInput)]
+    assert b'"language": "\\ud83d"' in rejected.body
+
+
 def test_the_method_of_a_deletion_may_be_in_lower_case() -> None:
     assert read("x.json", bundle({"request": {"method": "delete", "url": "Patient/a"}})) == [
         Deletion("Patient", "a", NOW)

@@ -10,6 +10,7 @@ import pytest
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.fhir.search.source import SearchSource
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
@@ -46,6 +47,16 @@ def test_an_envelope_is_read_leniently(envelope: dict[str, Any]) -> None:
 def test_a_total_is_a_number_or_a_text_of_digits_and_otherwise_unknown(total: object, count: int | None) -> None:
     with ScriptedServer(lambda request: reply(bundle([], total=total))) as server:
         assert build_search_source(server).count("Patient", DAY) == count
+
+
+def test_half_a_surrogate_pair_makes_one_resource_invalid_and_not_the_page() -> None:
+    cut_off = {**patient(1), "text": {"div": "\ud83d\ude00 \\ud83d \ud83d"}}
+    with ScriptedServer([reply(bundle([cut_off, patient(2), patient(3)]))]) as server:
+        items = list(build_search_source(server).fetch(["Patient"], DAY))
+    assert resource_ids(item for item in items if isinstance(item, Record)) == ["p2", "p3"]
+    [rejected] = [item for item in items if isinstance(item, RejectedInput)]
+    assert "surrogate" in rejected.message
+    assert b"\\ud83d\\ude00" in rejected.body
 
 
 def test_a_page_with_entry_null_is_empty() -> None:

@@ -19,6 +19,7 @@ from fhir_assets.fhir.files.json_elements import (
     UnbalancedJson,
     split_elements,
 )
+from fhir_assets.fhir.half_surrogates import mask_half_surrogates
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.visits_csv import InvalidRow, Visit
 from fhir_assets.fhir.lines import DamagedFile, split_lines
@@ -64,7 +65,7 @@ class LandedContent:
         resource_id = header.id if header else None
         return RejectedInput(resource_type, resource_id, rule, f"{self.label}:{location}", message, self.arrived, body)
 
-    def read_resource(self, body: bytes, location: str) -> FileItem:
+    def read_resource(self, body: bytes, location: str) -> Record | RejectedInput:
         """Return the record of a resource in JSON, or the rejected input if it is not a resource."""
         body = to_single_line(body)
         if len(body) > self.limit:
@@ -302,7 +303,9 @@ _TOO_LONG = "longer than the limit for one resource"
 def read_resources(content: LandedContent, body: bytes, location: str, pages: Pages) -> Iterator[FileItem]:
     """Yield a resource, or what a container contains that is small enough to be decoded as a whole."""
     item = content.read_resource(body, location)
-    if not isinstance(item, Record) or item.resource_type not in CONTAINERS:
+    # Half a surrogate pair in one of its entries does not make the others of a container unreadable.
+    resource_type = item.resource_type if isinstance(item, Record) else _read_type(mask_half_surrogates(item.body))
+    if resource_type not in CONTAINERS:
         yield item
         return
     yield from read_parts(content, containers.unpack(item.body, "" if location == "document" else location, pages))

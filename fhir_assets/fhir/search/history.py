@@ -11,6 +11,7 @@ from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.client.http import FhirClient, Params
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
 from fhir_assets.fhir.deletions import DeletionTimes, HistoryEntry
+from fhir_assets.fhir.half_surrogates import mask_half_surrogates
 from fhir_assets.fhir.record import Deletion
 from fhir_assets.fhir.search.pager import PageExpired
 from fhir_assets.notices import Notice
@@ -143,7 +144,7 @@ class DeletionHistory:
 
 def _parse_page(response: FhirResponse) -> _HistoryPage:
     try:
-        bundle = _decode(response.body)
+        bundle = _decode(mask_half_surrogates(response.body))
     except msgspec.ValidationError as error:
         raise NotFhir(f"the server answered a history with JSON that is not a Bundle: {error}") from None
     except RecursionError:

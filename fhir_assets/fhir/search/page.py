@@ -5,7 +5,6 @@ The envelope is read leniently: servers write ``null`` for an empty list, a tota
 type. Resources are read as they are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -13,6 +12,7 @@ import msgspec
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.client.response import FhirResponse, invalid_json_failure
+from fhir_assets.fhir.half_surrogates import mask_half_surrogates, unmask
 
 
 class Link(msgspec.Struct):
@@ -109,23 +109,31 @@ def parse_search_page(response: FhirResponse) -> SearchPage:
 def _decode(body: bytes) -> tuple[_Bundle | _LenientBundle, list[SearchEntry | msgspec.Raw], list[Link]]:
     try:
         bundle = _decoder.decode(body)
-    except msgspec.ValidationError:
-        lenient = _lenient_decoder.decode(body)
-        links = lenient.link if isinstance(lenient.link, list) else [lenient.link]
-        return (
-            lenient,
-            list(_decode_entries(lenient.entry or [])),
-            [Link(link.relation or "", link.url or "") for link in links if link],
-        )
+    except msgspec.DecodeError:
+        return _decode_leniently(body)
     return bundle, list(bundle.entry or ()), bundle.link or []
 
 
-def _decode_entries(entries: list[msgspec.Raw]) -> Iterator[SearchEntry | msgspec.Raw]:
-    for raw in entries:
-        try:
-            yield _entry_decoder.decode(raw)
-        except msgspec.ValidationError:
-            yield raw
+def _decode_leniently(body: bytes) -> tuple[_LenientBundle, list[SearchEntry | msgspec.Raw], list[Link]]:
+    masked = mask_half_surrogates(body)
+    bundle = _lenient_decoder.decode(masked)
+    links = bundle.link if isinstance(bundle.link, list) else [bundle.link]
+    return (
+        bundle,
+        [_decode_entry(entry) for entry in unmask(body, masked, bundle.entry or ())],
+        [Link(link.relation or "", link.url or "") for link in links if link],
+    )
+
+
+def _decode_entry(body: bytes) -> SearchEntry | msgspec.Raw:
+    masked = mask_half_surrogates(body)
+    try:
+        entry = _entry_decoder.decode(masked)
+    except msgspec.DecodeError:
+        return msgspec.Raw(body)
+    [resource] = unmask(body, masked, [entry.resource])
+    entry.resource = msgspec.Raw(resource)
+    return entry
 
 
 def read_total(raw: msgspec.Raw) -> int | None:

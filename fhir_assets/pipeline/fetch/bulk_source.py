@@ -15,6 +15,7 @@ from fhir_assets.fhir.bulk.kick_off import ExportRefused
 from fhir_assets.fhir.bulk.manifest import ExportRequest
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import MalformedResource, Record, RejectedInput, build_record, read_header
+from fhir_assets.fhir.validation.primitives import is_id
 from fhir_assets.notices import Notice
 from fhir_assets.pipeline.fetch.bulk_download import default_last_updated
 from fhir_assets.pipeline.fetch.bulk_export import ExportRunner
@@ -184,7 +185,8 @@ class BulkSource:
         if not early:
             return
         with self._connect() as conn:
-            stored = resources.find_versions(conn, resource_type, [record.id for record in early])
+            # A resource whose id is none cannot be looked up: it is stored, and becomes a dead letter.
+            stored = resources.find_versions(conn, resource_type, [record.id for record in early if is_id(record.id)])
         for record in early:
             known = stored.get(record.id)
             if known is None or known.last_updated is None or known.last_updated < record.as_of:

@@ -1,6 +1,5 @@
 """Compare a source with the store and the tables on demand: by totals, or by the ids and versions of all resources."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -8,6 +7,7 @@ from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from fhir_assets.fhir.record import Record, RejectedInput
+from fhir_assets.fhir.validation.primitives import is_id
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view, reconcile
 from fhir_assets.storage.store import Store
@@ -22,7 +22,6 @@ MAX_NAMED = 1000
 
 _VERSIONS_AT_ONCE = 2000
 _END = datetime(2200, 1, 1, tzinfo=UTC)
-_IS_ID = re.compile(r"[A-Za-z0-9\-.]{1,64}").fullmatch
 
 
 @runtime_checkable
@@ -108,23 +107,35 @@ def _compare_versions(
     start: datetime | None,
     loaded_until: datetime | None,
 ) -> TypeComparison:
-    """Look up all versions of the source in batches, and count those that are not accounted for."""
-    total = older = due = missing = 0
+    """Look up all versions of the source in batches, and count those that are not accounted for.
+
+    Resources without a valid id are dead letters without an id: of these only the numbers can be compared.
+    """
+    total = older = due = missing = without_id = 0
     named: list[str] = []
     remaining = iter(items)
     while batch := list(islice(remaining, _VERSIONS_AT_ONCE)):
         total += len(batch)
-        versions = [
-            SourceVersion(item.id, item.version_id, item.last_updated) for item in batch if isinstance(item, Record)
-        ]
+        versions = [_identify(item) for item in batch]
         for version in source_comparison.find_missing(conn, comparison.resource_type, versions):
             if start and version.last_updated and version.last_updated < start:
                 older += 1
-            elif loaded_until and version.last_updated and version.last_updated >= loaded_until:
+            elif loaded_until and version.last_updated and loaded_until <= version.last_updated < _END:
                 due += 1
+            elif not is_id(version.id):
+                without_id += 1
             else:
                 missing += 1
-                if len(named) < MAX_NAMED and _IS_ID(version.id):
+                if len(named) < MAX_NAMED:
                     named.append(version.id)
         conn.commit()
+    if without_id:
+        missing += max(0, without_id - source_comparison.count_dead_without_id(conn, comparison.resource_type))
     return replace(comparison, source_total=total, older=older, due=due, missing=missing, missing_ids=tuple(named))
+
+
+def _identify(item: Record | RejectedInput) -> SourceVersion:
+    """Return the version of an item. Only a dead letter accounts for a rejected one, so it is newer than any row."""
+    if isinstance(item, RejectedInput):
+        return SourceVersion(item.resource_id or "", None, _END)
+    return SourceVersion(item.id, item.version_id, item.last_updated)

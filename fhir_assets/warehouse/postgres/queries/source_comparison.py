@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.tables.encoding import is_storable
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,10 @@ def find_missing(conn: Connection, resource_type: str, versions: Sequence[Source
     """Return the versions that are neither in the tables, in this or a newer version, nor accounted for otherwise.
 
     Withheld resources and those with an unresolved dead letter are accounted for, and those whose deletion is recorded.
+    A dead letter whose resource has no valid id accounts for none of them: see ``count_dead_without_id``.
     """
+    unstorable = [version for version in versions if not is_storable(version.id + (version.version_id or ""))]
+    storable = [version for version in versions if version not in unstorable] if unstorable else versions
     rows = conn.execute(
         """
         SELECT s.id, s.version_id, s.last_updated
@@ -100,9 +104,26 @@ def find_missing(conn: Connection, resource_type: str, versions: Sequence[Source
         """,
         {
             "type": resource_type,
-            "ids": [version.id for version in versions],
-            "versions": [version.version_id for version in versions],
-            "times": [version.last_updated for version in versions],
+            "ids": [version.id for version in storable],
+            "versions": [version.version_id for version in storable],
+            "times": [version.last_updated for version in storable],
         },
     )
-    return [SourceVersion(*row) for row in rows]
+    return [*(SourceVersion(*row) for row in rows), *unstorable]
+
+
+def count_dead_without_id(conn: Connection, resource_type: str) -> int:
+    """Return the number of unresolved dead letters of a type whose resource has no valid id."""
+    row = conn.execute(
+        """
+        SELECT count(*)
+        FROM ops.dead_letters
+        WHERE source = ops.current_source()
+            AND resource_type = %s
+            AND resource_id IS NULL
+            AND status IN ('open', 'replaying', 'discarded')
+            AND stage <> 'deliver'
+        """,
+        [resource_type],
+    ).fetchone()
+    return row[0] if row else 0

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets.warehouse.postgres.tables.encoding import escape_text
+from fhir_assets.warehouse.postgres.tables.encoding import escape_text, is_storable
 
 _LINES_AT_ONCE = 1000
 
@@ -14,10 +14,10 @@ def find_vanished(
 ) -> list[str]:
     """Return the ids of the resources of these windows that are in the tables and not in ``returned``.
 
-    ``limit`` is the maximum number of ids.
+    ``limit`` is the maximum number of ids. A returned id that Postgres cannot store is ignored: it is in no table.
     """
     conn.execute("CREATE TEMPORARY TABLE returned_ids (id text) ON COMMIT DROP")
-    lines = (f"{escape_text(resource_id)}\n" for resource_id in returned)
+    lines = (f"{escape_text(resource_id)}\n" for resource_id in returned if is_storable(resource_id))
     with conn.cursor().copy("COPY returned_ids FROM STDIN") as copy:
         while block := "".join(islice(lines, _LINES_AT_ONCE)):
             copy.write(block)

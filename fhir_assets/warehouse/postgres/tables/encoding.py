@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from fhir_assets.fhir.half_surrogates import HALF_SURROGATE_PAIR
 from fhir_assets.fhir.views import Column, View
 from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.warehouse.postgres.tables.layout import (
@@ -36,6 +37,7 @@ _DATETIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|
 _TIME = re.compile(r"\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?").fullmatch
 _END_OF_DAY = re.compile(r"24:00(?::00(?:\.0+)?)?(?![\d.:])").match
 _SURROGATE = re.compile(r"[\ud800-\udfff]").search
+_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]").search
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _json = msgspec.json.Encoder(decimal_format="number").encode
 
@@ -121,12 +123,12 @@ def check_escapes(body: bytes) -> None:
         if code == 0:
             raise UnstorableValue(_NUL)
         if low != (high_ends_at == escape.start()):
-            raise UnstorableValue(_HALF_SURROGATE_PAIR)
+            raise UnstorableValue(HALF_SURROGATE_PAIR)
         if high_ends_at >= 0 and not low:
-            raise UnstorableValue(_HALF_SURROGATE_PAIR)
+            raise UnstorableValue(HALF_SURROGATE_PAIR)
         high_ends_at = escape.end() if 0xD800 <= code < 0xDC00 else -1
     if high_ends_at >= 0:
-        raise UnstorableValue(_HALF_SURROGATE_PAIR)
+        raise UnstorableValue(HALF_SURROGATE_PAIR)
 
 
 def escape_text(value: str) -> str:
@@ -144,12 +146,16 @@ def escape_text(value: str) -> str:
     if "\0" in value:
         raise UnstorableValue(_NUL)
     if not value.isascii() and _SURROGATE(value):
-        raise UnstorableValue(_HALF_SURROGATE_PAIR)
+        raise UnstorableValue(HALF_SURROGATE_PAIR)
     return value
 
 
+def is_storable(text: str) -> bool:
+    """Return whether Postgres stores a text: one without the NUL character and without half a surrogate pair."""
+    return not _UNSTORABLE(text)
+
+
 _NUL = "text with the NUL character (\\u0000), which Postgres does not store: remove it at the source"
-_HALF_SURROGATE_PAIR = "text with half a surrogate pair, which is not a character: correct it at the source"
 
 
 def encode_text_array(values: Sequence[str]) -> str:
@@ -188,7 +194,7 @@ def _to_plaintext(value: object) -> str:
     if "\0" in text:
         raise UnstorableValue(_NUL)
     if not text.isascii() and _SURROGATE(text):
-        raise UnstorableValue(_HALF_SURROGATE_PAIR)
+        raise UnstorableValue(HALF_SURROGATE_PAIR)
     return text
 
 
