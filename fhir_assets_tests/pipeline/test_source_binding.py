@@ -14,7 +14,8 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.storage.marker import MARKER, read_marker
+from fhir_assets.storage.marker import MARKER, StoreMarker, read_marker
+from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import sources
 from fhir_assets_tests.support.databases import fresh_database
 
@@ -59,6 +60,28 @@ def test_the_first_load_binds_its_settings_and_later_loads_with_them_pass(bindin
     binding().require(fetches=True)
     binding().require(fetches=True)
     binding().require()
+
+
+@pytest.mark.parametrize("moment", ["before the marker is read", "after the marker is read"])
+@pytest.mark.parametrize("other", [{}, {"fhir_partition": "monthly"}])
+def test_two_processes_that_load_for_the_first_time_at_once_bind_one_source(
+    binding: Make, monkeypatch: pytest.MonkeyPatch, moment: str, other: dict[str, Any]
+) -> None:
+    pending = [binding(**other)]
+
+    def read(store: Store) -> StoreMarker | None:
+        early = read_marker(store) if moment.startswith("after") else None
+        while pending:
+            pending.pop().require(fetches=True)
+        return read_marker(store) if moment.startswith("before") else early
+
+    monkeypatch.setattr("fhir_assets.pipeline.sources.binding.read_marker", read)
+    if other:
+        with refused("FHIR_PARTITION was monthly"):
+            binding().require(fetches=True)
+    else:
+        binding().require(fetches=True)
+    binding(**other).require(fetches=True)
 
 
 @pytest.mark.parametrize(

@@ -96,17 +96,11 @@ class SourceBinding:
         """
         with self._connect() as conn:
             bound = sources.read_settings(conn, self.source) or {}
-            link = sources.read_link(conn)
             current = {item.name: item.value for item in self.settings if fetches or item.effect in _OF_RECEIVED}
-            problem = self._find_store_problem(link)
-            changes = self.compare(bound)
-            if changes or problem:
-                raise ConfigurationError(
-                    f"The settings of source {self.source} changed: {'; '.join([*map(str, changes), *problem])}. "
-                    f"Its windows and checkpoints belong to the old value: {WAYS_ON}"
-                )
+            link, problem = self._find_store_problem(conn)
+            self._refuse(self.compare(bound), problem)
             if link is None or not link.confirmed or current.keys() - bound.keys():
-                self._bind(conn, current)
+                self._refuse(self.compare(self._bind(conn, current)), [])
 
     def compare(self, bound: Mapping[str, str]) -> list[Change]:
         """Return the settings whose values differ from the bound values in a way that matters."""
@@ -118,12 +112,11 @@ class SourceBinding:
 
     def find_changes(self, conn: Connection) -> tuple[list[Change], list[str]]:
         """Return the settings that changed, and what is wrong with the pair of store and database."""
-        link = sources.read_link(conn)
         self._marker = read_marker(self.store)
         of_store = self._marker.sources.get(self.source, {}) if self._marker else {}
         of_database = sources.read_settings(conn, self.source) or {}
         changes = {change.setting.name: change for bound in (of_store, of_database) for change in self.compare(bound)}
-        return list(changes.values()), self._find_store_problem(link)
+        return list(changes.values()), self._find_store_problem(conn)[1]
 
     def rebind(self, conn: Connection) -> None:
         """Bind the current settings, and make the store the one of this database. Commits."""
@@ -151,8 +144,19 @@ class SourceBinding:
             return floor(datetime.fromisoformat(item.value)) == floor(datetime.fromisoformat(bound))
         return False
 
-    def _bind(self, conn: Connection, current: Mapping[str, str]) -> None:
-        """Bind settings for the first time. The marker is written between two commits, so that a crash is harmless."""
+    def _refuse(self, changes: Sequence[Change], problem: Sequence[str]) -> None:
+        """Raise ConfigurationError if there is a change or a problem."""
+        if changes or problem:
+            raise ConfigurationError(
+                f"The settings of source {self.source} changed: {'; '.join([*map(str, changes), *problem])}. "
+                f"Its windows and checkpoints belong to the old value: {WAYS_ON}"
+            )
+
+    def _bind(self, conn: Connection, current: Mapping[str, str]) -> Mapping[str, str]:
+        """Bind settings for the first time, and return what is bound: another process may have been faster.
+
+        The marker is written between two commits, so that a crash is harmless.
+        """
         sources.add_settings(conn, self.source, current)
         link = sources.create_link(conn)
         conn.commit()
@@ -162,11 +166,24 @@ class SourceBinding:
         write_marker(self.store, self._marker)
         sources.record_store(conn, self._marker.id)
         conn.commit()
+        return bound
 
-    def _find_store_problem(self, link: StoreLink | None) -> list[str]:
-        """Return a sentence if the store and the database do not belong together."""
-        if self._marker is None:
-            self._marker = read_marker(self.store)
+    def _find_store_problem(self, conn: Connection) -> tuple[StoreLink | None, list[str]]:
+        """Return the link of the database, and a sentence if the store and the database do not belong together.
+
+        Another process may bind them for the first time between the two reads: then the second look sees both ends.
+        """
+        for _ in range(2):
+            link = sources.read_link(conn)
+            if self._marker is None:
+                self._marker = read_marker(self.store)
+            problem = self._compare_pair(link)
+            if not problem:
+                break
+            self._marker = None
+        return link, problem
+
+    def _compare_pair(self, link: StoreLink | None) -> list[str]:
         marker, url = self._marker, self.store.blobs.url
         if marker is None:
             if link is None or not link.confirmed:
