@@ -15,7 +15,18 @@ from fhir_assets.pipeline.reconcile.source_comparison import ListsAll, TypeCompa
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import load_settings
 
-_COLUMNS = ("type", "source", "loaded", "withheld", "dead", "older", "due", "missing", "unreconciled_windows")
+_COLUMNS = (
+    "type",
+    "source",
+    "loaded",
+    "withheld",
+    "dead",
+    "older",
+    "due",
+    "missing",
+    "surplus",
+    "unreconciled_windows",
+)
 _MAX_SHOWN = 20
 
 
@@ -31,7 +42,8 @@ def reconcile(
     """Compare what the source has with the store and the tables, and name what is missing. Nothing is changed.
 
     Without --deep the totals of the source are compared by type. Resources that were updated after the last load are
-    due, not missing. The exit code is 0 only if everything is accounted for; it is not 0 if the source does not count.
+    due, not missing; a surplus in the tables is reported, and is no fault. The exit code is 0 only if everything is
+    accounted for; it is not 0 if the source does not count.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     warehouse = Warehouse(settings)
@@ -71,6 +83,7 @@ def _to_row(comparison: TypeComparison) -> dict[str, object]:
         "older": _show(comparison.older),
         "due": _show(comparison.due),
         "missing": _show(comparison.missing),
+        "surplus": _show(comparison.surplus),
         "unreconciled_windows": len(comparison.unreconciled_windows),
     }
 
@@ -95,6 +108,12 @@ def _explain(compared: Sequence[TypeComparison], *, deep: bool) -> None:
         elif comparison.missing:
             errors.print(
                 f"{name}: {comparison.missing:,} are missing: load them by `fhir-assets ingest --full-refresh`"
+            )
+        if comparison.surplus:
+            errors.print(
+                f"{name}: {comparison.surplus:,} in the tables are not at the source: it deleted them, or they came "
+                "through another channel; `fhir-assets ingest --full-refresh` removes what the source deleted",
+                soft_wrap=True,
             )
         for identity in comparison.missing_ids[:_MAX_SHOWN]:
             errors.print(f"  {name}/{identity}", markup=False)

@@ -91,6 +91,16 @@ def test_what_was_updated_after_the_last_load_is_due_and_not_missing(
         assert (types["Patient"]["due"], types["Patient"]["missing"]) == (1, 0)
 
 
+def test_what_the_server_deleted_unseen_is_a_surplus(deployment: Deployment, server: SearchServer) -> None:
+    del server.resources[:2]
+    result, types = run()
+    assert result.exit_code == 0, result.output
+    assert (types["Patient"]["missing"], types["Patient"]["surplus"]) == (0, 2)
+    assert "removes what the source deleted" in CliRunner().invoke(app, ["reconcile"]).stderr
+    deployment.ingest(refresh=Refresh.FULL)
+    assert run()[1]["Patient"]["surplus"] == 0
+
+
 def test_what_is_older_than_the_start_is_not_missing(deployment: Deployment, server: SearchServer) -> None:
     server.resources.append(resource("Patient", "old", "2019-03-05T10:00:00Z"))
     for words in ([], ["--deep"]):

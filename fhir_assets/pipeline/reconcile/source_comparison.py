@@ -55,6 +55,11 @@ class TypeComparison:
     """Resources that were updated after the last load; None if the source does not count them."""
     missing: int | None = None
     """Resources that are not accounted for, without ``older`` and ``due``; None if it is unknown."""
+    surplus: int | None = None
+    """Resources of the tables that the source does not have: it deleted them, or they came through another channel.
+
+    It is at least this number if some are missing too; None if it is unknown, as after a deep comparison.
+    """
     missing_ids: tuple[str, ...] = ()
     """The logical ids of the first missing resources; only a deep comparison finds them."""
     unreconciled_windows: tuple[WindowCounts, ...] = ()
@@ -94,10 +99,17 @@ def compare_type(
     total = source.count_all(resource_type)
     older = source.count(resource_type, Interval(None, start)) if start and total else 0
     due = source.count(resource_type, Interval(loaded_until, _END)) if loaded_until and total else 0
-    missing = None
-    if total is not None and older is not None and due is not None:
-        missing = max(0, total - older - due - accounted.loaded - accounted.withheld - accounted.dead)
-    return replace(comparison, source_total=total, older=older, due=due, missing=missing)
+    if total is None or older is None or due is None:
+        return replace(comparison, source_total=total, older=older, due=due)
+    difference = total - older - due - accounted.total
+    return replace(
+        comparison,
+        source_total=total,
+        older=older,
+        due=due,
+        missing=max(0, difference),
+        surplus=max(0, -difference),
+    )
 
 
 def _compare_versions(

@@ -16,6 +16,11 @@ class Accounted:
     withheld: int
     dead: int
 
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.loaded + self.withheld + self.dead
+
 
 @dataclass(frozen=True, slots=True)
 class SourceVersion:
