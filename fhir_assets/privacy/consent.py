@@ -3,15 +3,20 @@
 Rules for cases that FHIR R4 leaves open (https://hl7.org/fhir/R4/consent.html):
 
 - Only ``active`` consents count, and of these only the ones about disclosure. Scope ``patient-privacy``, or no scope,
-  covers every purpose; ``research`` covers research alone; treatment and advance directives cover no purpose.
+  covers every purpose; ``research`` covers research alone; treatment and advance directives cover no purpose. These are
+  the codes of HL7's code system. Any other scope may be about disclosure: its denials count, its permits do not.
 - A provision applies during its ``period`` (the end is included, to its precision) and for the purposes it names;
   without a purpose it applies to all. The innermost provision that applies decides; among siblings a deny wins.
-- R4 allows the root provision to have no type; then the policy rule (OPTIN, OPTOUT) is the base decision.
+- R4 allows the root provision to have no type; then the policy rule (OPTIN, OPTOUT) is the base decision. An exception
+  without a type is a deny.
+- What cannot be read never permits: a deny for a purpose that is no code of v3-ActReason applies to every purpose, and
+  a permit with an unreadable period, or of a Consent with a ``modifierExtension``, is none.
 - Tables cannot show a part of a patient's data to some readers. Therefore a permit that is narrowed to actors, actions,
   classes, codes, labels or single data counts as no permit, and a deny narrowed in this way counts in full.
 - If consents contradict each other, the deny wins.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -61,6 +66,17 @@ _CODES: Mapping[Purpose, frozenset[str]] = {
 }
 """The codes of ``provision.purpose`` (v3-ActReason and plain names, in lower case) that each purpose covers."""
 
+_OTHER_PURPOSES = frozenset(
+    {"purposeofuse", "hmarkt", "donat", "fraud", "gov", "haccred", "hcompl", "hdecd", "hdirect", "hdm", "hlegal"}
+    | {"houtcoms", "hprgrp", "hqualimp", "labeling", "metamgt", "memadmin", "milcdm", "perfmsr", "recordmgt"}
+    | {"sysdev", "htest", "train", "clmattch", "covauth", "coverage", "eligdtrm", "eligver", "enrollm", "mildcrg"}
+    | {"remitadv", "patrqt", "famrqt", "pwatrny", "supnwk", "disaster", "threat", "clintrl", "ertreat"}
+    | {"pophlth", "treatds"}
+)
+"""Further codes of v3-ActReason, which name purposes that the tables do not serve."""
+_KNOWN_PURPOSES = frozenset().union(*_CODES.values()) | _OTHER_PURPOSES
+
+_SCOPE_SYSTEM = "http://terminology.hl7.org/CodeSystem/consentscope"
 _SCOPES: Mapping[str, frozenset[Purpose]] = {
     "patient-privacy": frozenset(Purpose),
     "research": frozenset({Purpose.RESEARCH}),
@@ -69,6 +85,8 @@ _SCOPES: Mapping[str, frozenset[Purpose]] = {
 }
 _NARROWING = ("actor", "action", "securityLabel", "class", "code", "data", "dataPeriod")
 _POLICY_RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout": "deny", "optoute": "deny"}
+_UNREADABLE = datetime.max.replace(tzinfo=UTC)
+"""The place of a dateTime that cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +138,17 @@ def read_consent(resource: Mapping[str, Any], patient: str | None) -> Consent | 
     """
     if patient is None or resource.get("status") != "active":
         return None
-    purposes = _read_purposes(resource)
+    purposes, may_permit = _read_scope(resource.get("scope"))
     if not purposes:
         return None
-    base = next(
-        (_POLICY_RULES[code] for code in _read_codes([resource.get("policyRule")]) if code in _POLICY_RULES), None
-    )
+    base = _read_policy_rule(resource.get("policyRule"))
     root = resource.get("provision")
     if not isinstance(root, dict):
         root = {}
         if base is None:
             return None
-    consent_id = str(resource.get("id"))
-    return Consent(consent_id, patient, _read_provision(root, "Consent.provision", purposes, base))
+    reader = _ProvisionReader(may_permit=may_permit and not resource.get("modifierExtension"))
+    return Consent(str(resource.get("id")), patient, reader.read(root, "Consent.provision", purposes, base))
 
 
 def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decision | None:
@@ -171,34 +187,69 @@ def _list_boundaries(provision: Provision) -> Iterator[datetime]:
         yield from _list_boundaries(exception)
 
 
-def _read_provision(
-    node: Mapping[str, Any], path: str, purposes: frozenset[Purpose], base: Verdict | None = None
-) -> Provision:
-    kind = node.get("type")
-    named = node.get("purpose")
-    if isinstance(named, list) and named:
-        codes = frozenset(_read_codes([{"coding": named}]))
-        purposes = frozenset(purpose for purpose in purposes if codes & _CODES[purpose])
-    nested = node.get("provision")
-    return Provision(
-        path,
-        kind if kind in ("permit", "deny") else base,
-        purposes,
-        _read_period(node.get("period")),
-        any(node.get(name) for name in _NARROWING),
-        tuple(
-            _read_provision(child, f"{path}.provision[{index}]", purposes)
-            for index, child in enumerate(nested if isinstance(nested, list) else ())
-            if isinstance(child, dict)
-        ),
-    )
+@dataclass(frozen=True, slots=True)
+class _ProvisionReader:
+    """Reads the provisions of one Consent. Without ``may_permit`` its permits count as none."""
+
+    may_permit: bool
+
+    def read(self, node: Mapping[str, Any], path: str, purposes: frozenset[Purpose], base: Verdict | None) -> Provision:
+        """Read a provision and its exceptions. ``base`` is its verdict if it has no type."""
+        kind = node.get("type")
+        verdict: Verdict | None = kind if kind in ("permit", "deny") else base
+        nested = node.get("provision")
+        period = _read_period(node.get("period"))
+        is_readable = _UNREADABLE not in (period.start, period.end) and not node.get("modifierExtension")
+        purposes = _select_purposes(purposes, node.get("purpose"), verdict)
+        return Provision(
+            path,
+            verdict,
+            purposes,
+            Period(*(None if moment is _UNREADABLE else moment for moment in (period.start, period.end))),
+            not (self.may_permit and is_readable) or any(node.get(name) for name in _NARROWING),
+            tuple(
+                self.read(child, f"{path}.provision[{index}]", purposes, "deny")
+                for index, child in enumerate(nested if isinstance(nested, list) else ())
+                if isinstance(child, dict)
+            ),
+        )
 
 
-def _read_purposes(resource: Mapping[str, Any]) -> frozenset[Purpose]:
-    codes = list(_read_codes([resource.get("scope")]))
-    if not codes:
-        return frozenset(Purpose)
-    return frozenset().union(*(_SCOPES.get(code, frozenset()) for code in codes))
+def _select_purposes(purposes: frozenset[Purpose], named: Any, verdict: Verdict | None) -> frozenset[Purpose]:
+    """Return those of ``purposes`` that the codings ``named`` cover. Unknown codings cover all, unless they permit."""
+    if not isinstance(named, list) or not named:
+        return purposes
+    codes = set(_read_codes([{"coding": named}]))
+    if verdict != "permit" and (len(codes) < len(named) or codes - _KNOWN_PURPOSES):
+        return purposes
+    return frozenset(purpose for purpose in purposes if codes & _CODES[purpose])
+
+
+def _read_scope(scope: Any) -> tuple[frozenset[Purpose], bool]:
+    """Return the purposes that a scope covers, and whether a Consent of this scope may permit.
+
+    The codings of a scope are translations of one concept: one that is known determines what the others mean.
+    """
+    if not scope:
+        return frozenset(Purpose), True
+    codings = scope.get("coding") if isinstance(scope, dict) else None
+    known = [
+        _SCOPES[code]
+        for coding in (codings if isinstance(codings, list) else ())
+        if isinstance(coding, dict) and coding.get("system", _SCOPE_SYSTEM) == _SCOPE_SYSTEM
+        for code in _read_codes([{"coding": [coding]}])
+        if code in _SCOPES
+    ]
+    return (frozenset().union(*known), True) if known else (frozenset(Purpose), False)
+
+
+def _read_policy_rule(rule: Any) -> Verdict | None:
+    """Return the base decision of ``policyRule``, None if it is no opt-in or opt-out. A text counts as a code does."""
+    texts = list(_read_codes([rule]))
+    if isinstance(rule, dict) and isinstance(rule.get("text"), str):
+        texts.append(rule["text"].lower())
+    verdicts = {_POLICY_RULES.get(re.sub(r"[^a-z]", "", text)) for text in texts}
+    return "deny" if "deny" in verdicts else "permit" if "permit" in verdicts else None
 
 
 def _read_codes(concepts: Iterable[Any]) -> Iterator[str]:
@@ -219,10 +270,12 @@ def _read_period(node: Any) -> Period:
 def _parse_datetime(text: Any, *, after: bool = False) -> datetime | None:
     """Return the first moment of a FHIR dateTime, or with ``after`` the first moment after it; None if it is absent.
 
-    A dateTime that cannot be parsed leaves the period unbounded, as an absent one does.
+    A dateTime that cannot be parsed is _UNREADABLE. An end in the year 9999 is none.
     """
-    if not isinstance(text, str):
+    if text is None or (after and isinstance(text, str) and text.startswith("9999")):
         return None
+    if not isinstance(text, str):
+        return _UNREADABLE
     try:
         if len(text) == 4:
             year = int(text)
@@ -232,9 +285,11 @@ def _parse_datetime(text: Any, *, after: bool = False) -> datetime | None:
             first = datetime(year, month, 1, tzinfo=UTC)
             return (first + timedelta(days=32)).replace(day=1) if after else first
         moment = datetime.fromisoformat(text)
-    except (ValueError, OverflowError):
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        if not after:
+            return moment
+        return moment + (timedelta(days=1) if len(text) == 10 else timedelta(microseconds=1))
+    except ValueError:
+        return _UNREADABLE
+    except OverflowError:
         return None
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    if not after:
-        return moment
-    return moment + (timedelta(days=1) if len(text) == 10 else timedelta(microseconds=1))

@@ -11,12 +11,14 @@ NOW = datetime(2024, 6, 15, 12, tzinfo=UTC)
 SHARING, RESEARCH = Purpose
 
 
-def consent(provision: dict[str, Any] | None = None, *, scope: str = "patient-privacy", **more: Any) -> Consent | None:
+def consent(
+    provision: dict[str, Any] | None = None, *, scope: str | dict[str, Any] = "patient-privacy", **more: Any
+) -> Consent | None:
     resource = {
         "resourceType": "Consent",
         "id": more.pop("id", "c"),
         "status": "active",
-        "scope": {"coding": [{"code": scope}]},
+        "scope": {"coding": [{"code": scope}]} if isinstance(scope, str) else scope,
         **({"provision": provision} if provision is not None else {}),
         **more,
     }
@@ -67,6 +69,29 @@ DENY: dict[str, Any] = {"type": "deny"}
         (consent({**PERMIT, "actor": [{"role": {}}]}), (None, None)),
         (consent({**DENY, "class": [{"code": "Observation"}]}), ("deny", "deny")),
         (consent({**PERMIT, "provision": [{**DENY, "code": [{}]}]}), ("deny", "deny")),
+        (consent(DENY, scope="disclosure"), ("deny", "deny")),
+        (consent(PERMIT, scope="disclosure"), (None, None)),
+        (consent({**DENY, "provision": [PERMIT]}, scope="disclosure"), ("deny", "deny")),
+        (consent(DENY, scope={"text": "Privacy"}), ("deny", "deny")),
+        (consent(DENY, scope={"coding": [{"system": "urn:local", "code": "treatment"}]}), ("deny", "deny")),
+        (consent(DENY, scope={"coding": [{"code": "adr"}, {"system": "urn:local", "code": "9"}]}), (None, None)),
+        (consent(DENY, scope={"coding": [{"system": "urn:local", "code": "9"}, {"code": "research"}]}), (None, "deny")),
+        (consent(DENY, scope={}), ("deny", "deny")),
+        (consent(PERMIT, scope={}), ("permit", "permit")),
+        (consent(DENY, modifierExtension=[{"url": "urn:x"}]), ("deny", "deny")),
+        (consent(PERMIT, modifierExtension=[{"url": "urn:x"}]), (None, None)),
+        (consent({**PERMIT, "provision": [{"purpose": [{"code": "HRESCH"}]}]}), ("permit", "deny")),
+        (consent({"provision": [{"period": {"start": "2024"}}]}), ("deny", "deny")),
+        (consent({**DENY, **purpose("sharing")}), ("deny", "deny")),
+        (consent({**DENY, **purpose("HMARKT", "sharing")}), ("deny", "deny")),
+        (consent({**DENY, "purpose": [{"display": "Sharing"}]}), ("deny", "deny")),
+        (consent({**PERMIT, **purpose("sharing")}), (None, None)),
+        (consent({**DENY, **purpose("sharing")}, scope="research"), (None, "deny")),
+        (consent(policyRule={"coding": [{"system": "urn:local", "code": "opt-out"}]}), ("deny", "deny")),
+        (consent(policyRule={"text": "Opt Out"}), ("deny", "deny")),
+        (consent({**DENY, "period": {"start": "soon"}}), ("deny", "deny")),
+        (consent({**PERMIT, "period": {"start": "2024", "end": 7}}), (None, None)),
+        (consent({**PERMIT, "period": {"start": "2024", "end": "9999-12-31"}}), ("permit", "permit")),
         (consent({**PERMIT, "period": {"end": "2024-06-15"}}), ("permit", "permit")),
         (consent({**PERMIT, "period": {"end": "2024-06-14"}}), (None, None)),
         (consent({**PERMIT, "period": {"end": "2024-06"}}), ("permit", "permit")),
