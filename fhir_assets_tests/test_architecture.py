@@ -12,11 +12,12 @@ from fhir_assets.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
-GROUND = {"errors", "windows", "catalog", "sources", "retries", "notices"}
+GROUND = {"errors", "windows", "catalog", "sources", "retries", "notices", "atomic_files"}
 """The modules that every component may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "atomic_files": set(),
     "windows": set(),
     "catalog": set(),
     "sources": set(),

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from fhir_assets.atomic_files import replace_content
 from fhir_assets.cli.dev import serve_ui
 from fhir_assets.cli.ingest import load_due, print_summary, report_failures, summarize_runs
 from fhir_assets.cli.output import console, print_table, warn_of_clear_data
@@ -77,7 +78,7 @@ def _ensure_population(folder: Path, patients: int) -> PopulationRange:
     try:
         population = Population(patients, SEED, BAD_SHARE, end=new_range.end, start=new_range.start)
         write_population(folder / "population", population)
-        range_file.write_bytes(msgspec.json.encode(new_range))
+        replace_content(range_file, msgspec.json.encode(new_range))
     except OSError as error:
         raise ConfigurationError(
             f"cannot write {folder}: {error.strerror}. Set FHIR_ASSETS_HOME to a writable folder with free space"
@@ -115,8 +116,8 @@ def _follow_sandbox(settings: Settings, addresses: Path) -> None:
     warehouse = Warehouse(settings)
     binding = build_binding(settings, warehouse)
     earlier = addresses.read_text().splitlines() if addresses.exists() else []
-    with addresses.open("a") as file:
-        file.write(f"{describe_server(settings.fhir_base_url)}\n")
+    addresses_now = [*earlier, describe_server(settings.fhir_base_url)]
+    replace_content(addresses, "".join(f"{address}\n" for address in addresses_now).encode())
     with warehouse.connect() as conn:
         changes, problems = binding.find_changes(conn)
     moved = [change for change in changes if change.setting.name == "FHIR_BASE_URL" and change.bound in earlier]

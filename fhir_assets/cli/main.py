@@ -1,9 +1,11 @@
 """Assembly of the commands. An error of the project becomes one sentence on stderr and an exit code."""
 
+import errno
 import logging
+import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -33,7 +35,7 @@ from fhir_assets.cli import (
     view,
     worker,
 )
-from fhir_assets.errors import FhirAssetsError
+from fhir_assets.errors import ConfigurationError, FhirAssetsError
 from fhir_assets.logs import describe_error
 
 app = typer.Typer(
@@ -91,17 +93,48 @@ def main() -> None:
     # A log record that cannot be written must not print a stack trace, which may quote patient data.
     logging.raiseExceptions = False
     try:
-        app()
+        _run()
     except FhirAssetsError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"fhir-assets: {error}", markup=False)
-        sys.exit(1)
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader of stdout, such as head, has ended.
+        _discard_stdout()
+        sys.exit(1)
     except Exception as error:
         # The message of a driver may quote a row, so only the type and the positions in the code are printed.
         facts = describe_error(error)
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"fhir-assets: unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message",
-            markup=False,
-        )
-        sys.exit(1)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            _fail(f"cannot write at {facts['at']}: {os.strerror(error.errno)}. Free space, then run the command again")
+        _fail(f"unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message")
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def _run() -> None:
+    """Run the command, then write what stdout has buffered. Raises ConfigurationError if stdout cannot be written."""
+    try:
+        app()
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _discard_stdout()
+            raise ConfigurationError(
+                f"cannot write to stdout: {error.strerror}. The output is incomplete: free space, then run it again"
+            ) from None
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter flush its buffer of stdout to nowhere when it ends; the flush failed before."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"fhir-assets: {message}", markup=False)
+    sys.exit(1)

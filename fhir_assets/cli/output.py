@@ -6,11 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from datetime import date, datetime
 from decimal import Decimal
+from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from fhir_assets.atomic_files import replace_file
+from fhir_assets.errors import ConfigurationError
 
 _WIDTH_WITHOUT_TERMINAL = 160
 """Width of a table, in characters, if stdout is not a terminal."""
@@ -31,6 +36,29 @@ def hide_library_output() -> Iterator[None]:
             yield
     finally:
         errors.file = None  # type: ignore[assignment]  # rich takes None as the current sys.stderr
+
+
+@contextmanager
+def open_output(path: Path | None, option: str) -> Iterator[BinaryIO]:
+    """Open the output of a command for writing: stdout if ``path`` is None or ``-``, otherwise a file.
+
+    The file is replaced when the ``with`` block ends without an error; until then it keeps its content. ``option``
+    names the option of ``path`` in messages. Raises ConfigurationError if the output cannot be written.
+    """
+    try:
+        if path is None or str(path) == "-":
+            yield sys.stdout.buffer
+            sys.stdout.flush()
+        else:
+            with replace_file(path) as file:
+                yield file
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigurationError(
+            f"cannot write {path or 'to stdout'}: {reason}; free space, or pass another {option}"
+        ) from None
 
 
 def warn_of_clear_data() -> None:

@@ -1,7 +1,6 @@
 """`fhir-assets upload`: send a folder of NDJSON files to a FHIR server."""
 
 import hashlib
-import os
 import signal
 import time
 import uuid
@@ -16,6 +15,7 @@ import psycopg
 import typer
 
 from fhir_assets import logs
+from fhir_assets.atomic_files import replace_file
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
 from fhir_assets.delivery.tables import build_dead_letter
@@ -170,7 +170,7 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
     count = journal.failed_count()
     try:
         if count:
-            with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            with replace_file(path, mode=0o600) as file:
                 file.writelines(failure.line for failure in journal.failures())
         else:
             path.unlink(missing_ok=True)

@@ -1,29 +1,40 @@
 """`fhir-assets validate`: validate files without loading them."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import orjson
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from fhir_assets.cli.output import console, errors, print_json, print_table
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.cli.output import console, errors, open_output, print_json, print_table
+from fhir_assets.fhir.files.json_texts import find_files
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.fhir.validation.report import ValidationSummary, build_located_outcome, validate_files
+from fhir_assets.fhir.validation.report import (
+    CheckedResource,
+    UnreadablePart,
+    ValidationSummary,
+    build_located_outcome,
+    validate_files,
+)
 from fhir_assets.settings import load_settings
 
 
 def validate(
     files: Annotated[
-        list[Path], typer.Argument(help="Files of NDJSON, a resource or a Bundle; also .gz", metavar="FILE…")
+        list[Path],
+        typer.Argument(help="Files of NDJSON, a resource or a Bundle, or folders; also .gz", metavar="FILE…"),
     ],
     outcomes: Annotated[
-        Path | None, typer.Option(help="File for the OperationOutcomes of resources with issues, as NDJSON")
+        Path | None,
+        typer.Option(help="File for the OperationOutcomes of resources with issues, as NDJSON; -: stdout"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
 ) -> None:
-    """Validate every resource against the rules of FHIR R4. The exit code is 1 if a resource is invalid."""
+    """Validate every resource against the rules of FHIR R4. The exit code is 1 if a resource is invalid, or if a
+    part of a file cannot be read.
+    """
     settings = load_settings()
     validator = Validator(
         warn_rules=settings.validation_warn_rules,
@@ -31,27 +42,38 @@ def validate(
         max_depth=settings.validation_max_depth,
     )
     tally = ValidationSummary()
-    try:
-        sink = outcomes.open("wb") if outcomes else None
-    except OSError as error:
-        raise ConfigurationError(f"cannot write {outcomes}: {error.strerror}; pass another --outcomes") from None
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=errors,
         disable=not errors.is_terminal,
     )  # fmt: skip
-    with bar:
-        for file in bar.track(files, description="Validating"):
+    with nullcontext() if outcomes is None else open_output(outcomes, "--outcomes") as sink, bar:
+        for file in bar.track(find_files(files), description="Validating"):
             for checked in validate_files([file], validator):
-                tally.add(checked.result)
-                if sink and checked.result.issues:
-                    sink.write(orjson.dumps(build_located_outcome(checked)) + b"\n")
-    if sink:
-        sink.close()
+                _note(checked, tally, sink)
     if json:
-        print_json({"resources": tally.resources, "invalid": tally.invalid, "findings": tally.rows()})
+        print_json(
+            {
+                "resources": tally.resources,
+                "invalid": tally.invalid,
+                "unreadable": tally.unreadable,
+                "findings": tally.rows(),
+            }
+        )
     else:
         if rows := tally.rows():
             print_table("Findings", rows, ("severity", "rule", "path", "count"))
-        console.print(f"{tally.resources:,} resources, {tally.invalid:,} invalid")
-    if tally.invalid:
+        unreadable = f", {tally.unreadable:,} parts of files cannot be read" if tally.unreadable else ""
+        console.print(f"{tally.resources:,} resources, {tally.invalid:,} invalid{unreadable}")
+    if tally.invalid or tally.unreadable:
         raise typer.Exit(1)
+
+
+def _note(checked: CheckedResource | UnreadablePart, tally: ValidationSummary, sink: BinaryIO | None) -> None:
+    """Count a result, and write its issues to the file of the outcomes."""
+    if isinstance(checked, UnreadablePart):
+        tally.unreadable += 1
+        errors.print(f"{checked.location}: cannot be read: {checked.message}", markup=False, soft_wrap=True)
+        return
+    tally.add(checked.result)
+    if sink and checked.result.issues:
+        sink.write(orjson.dumps(build_located_outcome(checked)) + b"\n")

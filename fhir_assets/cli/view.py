@@ -1,14 +1,13 @@
 """`fhir-assets view`: list and check ViewDefinitions, and run them over files without a database."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fhir_assets.cli.output import console, errors, print_json, print_table
+from fhir_assets.cli.output import console, errors, open_output, print_json, print_table
 from fhir_assets.deployment.views import build_views
-from fhir_assets.errors import ViewError
+from fhir_assets.errors import NotFhir, ViewError
 from fhir_assets.fhir.views import RowError, check_view, read_definition, read_view
 from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 from fhir_assets.settings import load_settings
@@ -74,28 +73,29 @@ def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files"
 def run(
     view: Annotated[Path, typer.Argument(help="ViewDefinition file", metavar="VIEW.json")],
     data: Annotated[
-        list[Path], typer.Argument(help="Files of NDJSON, a resource or a Bundle; also .gz", metavar="DATA…")
+        list[Path],
+        typer.Argument(help="Files of NDJSON, a resource or a Bundle, or folders; also .gz", metavar="DATA…"),
     ],
     form: Annotated[Format, typer.Option("--format", help="Format of the rows")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write to; default: stdout")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to replace with the rows; default, and -: stdout")
+    ] = None,
 ) -> None:
     """Print the rows of a view over files.
 
-    Resources whose rows are not valid are listed on stderr with the reasons; the exit code is then 1.
+    Lines that are not resources, and resources whose rows are not valid, are passed over: stderr lists them with file,
+    line and reason, and the exit code is 1. The output has the rows of all other resources.
     """
     definition = read_view(view)
-    refused = 0
+    passed_over = 0
 
-    def report_refused(position: str, error: RowError) -> None:
-        nonlocal refused
-        refused += 1
-        errors.print(f"{position}: {error}", markup=False, soft_wrap=True)
+    def report(location: str, error: NotFhir | RowError) -> None:
+        nonlocal passed_over
+        passed_over += 1
+        errors.print(f"{location}: {error}", markup=False, soft_wrap=True)
 
-    rows = run_view(definition, data, on_error=report_refused)
-    if output:
-        with output.open("wb") as file:
-            write_rows(rows, definition.columns, form, file)
-    else:
-        write_rows(rows, definition.columns, form, sys.stdout.buffer)
-    if refused:
+    with open_output(output, "--output") as file:
+        write_rows(run_view(definition, data, on_error=report), definition.columns, form, file)
+    if passed_over:
+        errors.print(f"{passed_over:,} lines or resources were passed over; the rows of the others are written.")
         raise typer.Exit(1)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fhir_assets.atomic_files import replace_content
+
 MODEL_FILE = Path(__file__).with_name("model.json.gz")
 
 _EXTENSIONS = "http://hl7.org/fhir/StructureDefinition/"
@@ -92,7 +94,7 @@ def encode(model: dict[str, Any]) -> bytes:
 
 def main() -> None:
     """Write ``model.json.gz``."""
-    MODEL_FILE.write_bytes(encode(build(Path(sys.argv[1]))))
+    replace_content(MODEL_FILE, encode(build(Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 given known defects (``synthetic/defects.py``) without changing the other resources.
 """
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import orjson
 from isal import igzip
 
+from fhir_assets.atomic_files import build_temporary_path, replace_file
 from fhir_assets.catalog import CATALOG
 from fhir_assets.sandbox.dates import to_microseconds
 from fhir_assets.sandbox.synthetic.care import (
@@ -160,14 +162,16 @@ class Summary:
 
 
 class _Part:
-    """A gzip file that is written member by member and renamed to its final name when it is complete."""
+    """A gzip file that is written member by member and renamed to its final name when it is complete.
+
+    It is not open between the members, because a population has more files than a process may have open.
+    """
 
     _BLOCK = 2**20
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._unfinished = path.with_name(path.name + ".part")
-        self._unfinished.unlink(missing_ok=True)
+        self._unfinished = build_temporary_path(path)
         self._lines: list[bytes] = []
         self._buffered = 0
 
@@ -178,8 +182,18 @@ class _Part:
             self._flush()
 
     def finish(self) -> None:
+        """Write the rest and flush the file to the disk."""
         self._flush()
+        with self._unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def publish(self) -> None:
+        """Rename the finished file to its final name."""
         self._unfinished.replace(self._path)
+
+    def discard(self) -> None:
+        """Delete the file if it has not been published."""
+        self._unfinished.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         block = b"\n".join([*self._lines, b""])
@@ -191,13 +205,31 @@ class _Part:
 def write_population(folder: Path, population: Population) -> Summary:
     """Write ``<Type>.ndjson.gz`` for every type, then ``.defects.json`` with each defective resource and its rule.
 
-    Raises OSError if the folder cannot be written.
+    The files of an earlier population are replaced when all files are complete. Raises OSError, without a change of
+    these files, if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DEFECTS_FILE).unlink(missing_ok=True)
+    parts = {t.name: _Part(folder / f"{t.name}.ndjson.gz") for t in CATALOG}
+    defects = folder / DEFECTS_FILE
+    try:
+        with replace_file(defects) as file:
+            summary, broken = _write_parts(parts, population)
+            file.write(orjson.dumps(broken))
+            file.flush()
+            # Without the file of defects, the population is incomplete.
+            defects.unlink(missing_ok=True)
+            for part in parts.values():
+                part.publish()
+    finally:
+        for part in parts.values():
+            part.discard()
+    return summary
+
+
+def _write_parts(parts: Mapping[str, _Part], population: Population) -> tuple[Summary, list[dict[str, str]]]:
+    """Write the resources to unfinished files. Return their numbers, and the defective ones."""
     summary = Summary()
     broken: list[dict[str, str]] = []
-    parts = {t.name: _Part(folder / f"{t.name}.ndjson.gz") for t in CATALOG}
     for resource_type, body, defect in population:
         parts[resource_type].write(body)
         summary.resources[resource_type] += 1
@@ -210,5 +242,4 @@ def write_population(folder: Path, population: Population) -> Summary:
             )
     for part in parts.values():
         part.finish()
-    (folder / DEFECTS_FILE).write_bytes(orjson.dumps(broken))
-    return summary
+    return summary, broken

@@ -12,10 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import StoreError
-
-UNFINISHED = ".tmp"
-"""The suffix of files that are being written. A killed process leaves them behind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from fhir_assets.atomic_files import replace_file
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_frames
@@ -85,15 +86,11 @@ class FolderZone:
     def put(self, name: str, content: bytes) -> None:
         """Write a file, which appears complete. Raises StoreError."""
         path = self.root / name
-        hidden = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with hidden.open("wb") as file:
+            with replace_file(path) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            path.with_name(path.name + DONE).touch()
-            hidden.replace(path)
+                path.with_name(path.name + DONE).touch()
         except OSError as error:
             raise StoreError(
                 f"a file cannot be written to the landing zone: {error.strerror or type(error).__name__}"

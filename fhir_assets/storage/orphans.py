@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from itertools import groupby
 
-from fhir_assets.storage.blobs import UNFINISHED, ListedFile
+from fhir_assets.atomic_files import UNFINISHED
+from fhir_assets.storage.blobs import ListedFile
 from fhir_assets.storage.encrypted_parts import SUFFIX
 from fhir_assets.storage.store import Store
 

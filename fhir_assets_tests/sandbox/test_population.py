@@ -117,4 +117,4 @@ def test_the_files_contain_the_population_and_the_list_of_its_defects(tmp_path: 
     listed = orjson.loads((tmp_path / ".defects.json").read_bytes())
     assert Counter(entry["defect"] for entry in listed) == summary.defects
     assert {f"{e['resourceType']}/{e['id']}" for e in listed} == {key(i) for i in expected if i.defect}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.tmp"))

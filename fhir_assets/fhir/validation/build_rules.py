@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fhir_assets.atomic_files import replace_content
 from fhir_assets.fhir.validation.rules import RULES_FILE
 
 Definition = dict[str, Any]
@@ -192,7 +193,7 @@ def main() -> None:
     """Write ``r4.json.gz`` from the folder in the command line."""
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    RULES_FILE.write_bytes(encode(build(Path(sys.argv[1]))))
+    replace_content(RULES_FILE, encode(build(Path(sys.argv[1]))))
     sys.stdout.write(f"{RULES_FILE.name}: {RULES_FILE.stat().st_size} bytes\n")
 
 

@@ -1,6 +1,5 @@
 """Validation of files of resources, for the command ``fhir-assets validate FILE…``."""
 
-import gzip
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from fhir_assets.errors import NotFhir
+from fhir_assets.fhir.files.json_texts import UnreadableText, find_files, read_json_texts
 from fhir_assets.fhir.validation.issues import Issue, build_operation_outcome
 from fhir_assets.fhir.validation.validator import ValidationResult, Validator
 
+_RESOURCE_OF_ENTRY = re.compile(r"Bundle\.entry\[\d+\]\.resource\b")
 _INDEX = re.compile(r"\[\d+\]")
 
 
@@ -34,6 +34,19 @@ class CheckedResource(NamedTuple):
         return f"{self.file}:{self.line}" + ("" if self.entry is None else f" entry[{self.entry}]")
 
 
+class UnreadablePart(NamedTuple):
+    """A part of a file that cannot be read: a line that is too long, or the end of a damaged file."""
+
+    file: Path
+    line: int
+    message: str
+
+    @property
+    def location(self) -> str:
+        """File and line, such as ``patients.ndjson.gz:17``."""
+        return f"{self.file}:{self.line}"
+
+
 class _Entry(msgspec.Struct):
     resource: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
@@ -42,44 +55,21 @@ class _Bundle(msgspec.Struct, tag_field="resourceType", tag="Bundle"):
     entry: list[_Entry] = []
 
 
-def validate_files(files: Iterable[Path], validator: Validator) -> Iterator[CheckedResource]:
+def validate_files(files: Iterable[Path], validator: Validator) -> Iterator[CheckedResource | UnreadablePart]:
     """Validate each resource of the files in turn.
 
     A file is NDJSON (blank lines are skipped) or one JSON document, gzipped or not; the format is detected from the
     content. For a Bundle, the resources of its entries are validated, and the Bundle itself is yielded only if it has
-    issues outside the entries. Raises NotFhir if a file cannot be read.
+    issues outside the resources of its entries. A part of a file that cannot be read, such as the end of a
+    damaged one, is yielded as such. Raises NotFhir, before anything is read, if a file does not exist or cannot be
+    opened.
     """
-    for file in files:
-        for line, body in _documents(file):
-            yield from _check_document(file, line, body, validator)
-
-
-def _documents(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the JSON texts of a file with their line numbers.
-
-    The file is one JSON text if its first line is not a complete object, otherwise NDJSON.
-    """
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-            first = b""
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                if not first and number == 1 and not _is_document(line):
-                    rest = lines.read()
-                    yield 1, line + rest
-                    return
-                first = line
-                yield number, line.strip()
-    except (OSError, EOFError) as error:
-        raise NotFhir(
-            f"{file} cannot be read ({type(error).__name__}): check its path and that it is complete"
-        ) from None
-
-
-def _is_document(line: bytes) -> bool:
-    """Return True if the line ends like an object; the first line of a pretty-printed document does not."""
-    return line.strip().endswith(b"}")
+    for file in find_files(files):
+        for text in read_json_texts(file):
+            if isinstance(text, UnreadableText):
+                yield UnreadablePart(file, text.line, text.message)
+            else:
+                yield from _check_document(file, text.line, text.body, validator)
 
 
 def _check_document(file: Path, line: int, body: bytes, validator: Validator) -> Iterator[CheckedResource]:
@@ -94,7 +84,7 @@ def _check_document(file: Path, line: int, body: bytes, validator: Validator) ->
                 yield CheckedResource(file, line, number, validator.check(bytes(entry.resource)))
         if entries:
             bundle_result = validator.check(body)
-            outside = tuple(issue for issue in bundle_result.issues if not issue.path.startswith("Bundle.entry["))
+            outside = tuple(issue for issue in bundle_result.issues if not _RESOURCE_OF_ENTRY.match(issue.path))
             result = ValidationResult(body, outside) if outside else None
             if result is None:
                 return
@@ -103,13 +93,14 @@ def _check_document(file: Path, line: int, body: bytes, validator: Validator) ->
 
 @dataclass
 class ValidationSummary:
-    """The numbers of resources, invalid resources and issues.
+    """The numbers of resources, invalid resources, unreadable parts of files, and issues.
 
     ``findings`` counts issues by severity, rule and path without indexes.
     """
 
     resources: int = 0
     invalid: int = 0
+    unreadable: int = 0
     findings: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def add(self, result: ValidationResult) -> None:
@@ -136,4 +127,4 @@ def build_located_outcome(checked: CheckedResource) -> dict[str, Any]:
     return outcome
 
 
-__all__ = ["CheckedResource", "Issue", "ValidationSummary", "build_located_outcome", "validate_files"]
+__all__ = ["CheckedResource", "Issue", "UnreadablePart", "ValidationSummary", "build_located_outcome", "validate_files"]

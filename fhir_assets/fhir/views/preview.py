@@ -1,7 +1,9 @@
 """The preview of a view: computes its rows from files, without a database, and writes them in several formats."""
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from io import StringIO
 from itertools import chain, islice
 from pathlib import Path
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, NotFhir
 from fhir_assets.fhir.views.compiled_views import CompiledViews, Row, RowError
 from fhir_assets.fhir.views.definition import View
 from fhir_assets.fhir.views.plan import Column
@@ -28,25 +30,75 @@ def run_view(
     view: View,
     data: Iterable[Path],
     *,
-    on_error: Callable[[str, RowError], None] | None = None,
+    on_error: Callable[[str, NotFhir | RowError], None] | None = None,
     empty_join: bool = False,
 ) -> Iterator[Row]:
     """Yield the rows of a view over the resources of files and folders; skip resources of other types.
 
-    If the view cannot compute the rows of a resource, ``on_error`` is called with its location (``Patient.ndjson:17``)
-    and the error, and the resource is skipped; without ``on_error``, the RowError is raised. CompiledViews describes
-    ``empty_join``; the tables use False. Raises NotFhir if a file cannot be read or contains anything but resources.
+    If a line or an entry is not a resource, or if the view cannot compute the rows of a resource, ``on_error`` is
+    called with its location (``Patient.ndjson:17``) and the error, and it is passed over; without ``on_error``, the
+    error is raised. CompiledViews describes ``empty_join``; the tables use False. Raises NotFhir if a file cannot be
+    opened, or if the files contain errors and not one resource.
     """
     views = CompiledViews([view], empty_join=empty_join)
-    for location, resource in read_resources(data):
+    check_types = _TypeCheck(view)
+    counts = Counter[str]()
+
+    def pass_over(location: str, error: NotFhir) -> None:
+        counts["unreadable"] += 1
+        if on_error is not None:
+            on_error(location, error)
+
+    for location, resource in read_resources(data, pass_over if on_error else None):
+        counts["resources"] += 1
         if resource["resourceType"] != view.resource_type:
             continue
         try:
-            yield from views.rows(resource)[0]
+            rows = views.rows(resource)[0]
+            check_types(rows)
         except RowError as error:
             if on_error is None:
                 raise
             on_error(location, error)
+        else:
+            yield from rows
+    if counts["unreadable"] and not counts["resources"]:
+        raise NotFhir("the files contain no resource that can be read: check that they are FHIR in JSON")
+
+
+class _TypeCheck:
+    """Refuses rows whose values are not of the JSON type of their column, as Parquet and Postgres would."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view.name
+        self._checks = [
+            (n, column, _VALUE_CHECKS[column.type])
+            for n, column in enumerate(view.columns)
+            if column.type in _VALUE_CHECKS
+        ]
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        """Raise RowError for the first value of a wrong type."""
+        for row in rows:
+            for n, column, is_valid in self._checks:
+                values: Any = row[n] if column.collection else (row[n],)
+                if not all(value is None or is_valid(value) for value in values):
+                    raise RowError(self._view, column.name, f"a value is not of type {column.type}")
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+_VALUE_CHECKS = {"boolean": _is_boolean, "decimal": _is_number, **dict.fromkeys(_WHOLE_NUMBERS, _is_whole_number)}
 
 
 def write_rows(rows: Iterable[Row], columns: Sequence[Column], form: Format, out: IO[bytes]) -> int:

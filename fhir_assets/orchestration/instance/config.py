@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import yaml
 
+from fhir_assets.atomic_files import replace_content
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Executor, Settings
 from fhir_assets.warehouse.postgres.db import connections, embedded
@@ -64,7 +65,7 @@ def build_environment(settings: Settings) -> dict[str, str]:
     if "DAGSTER_HOME" not in variables:
         home = settings.home / "dagster"
         home.mkdir(parents=True, exist_ok=True)
-        (home / "dagster.yaml").write_text(render_dagster_yaml(settings))
+        _write_dagster_yaml(home / "dagster.yaml", render_dagster_yaml(settings).encode())
         variables["DAGSTER_HOME"] = str(home)
     if "DAGSTER_POSTGRES_URL" not in variables:
         variables["DAGSTER_POSTGRES_URL"] = connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
@@ -72,6 +73,12 @@ def build_environment(settings: Settings) -> dict[str, str]:
         variables["CELERY_BROKER_URL"] = settings.require_broker()
     variables.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
     return variables
+
+
+def _write_dagster_yaml(path: Path, content: bytes) -> None:
+    """Write the file if it differs. Other processes read it at any time: without it, Dagster uses a SQLite database."""
+    if not path.exists() or path.read_bytes() != content:
+        replace_content(path, content)
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:

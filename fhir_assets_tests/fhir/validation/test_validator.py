@@ -12,7 +12,13 @@ import pytest
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.validation import Issue, Validator, build_operation_outcome
 from fhir_assets.fhir.validation.build_rules import build
-from fhir_assets.fhir.validation.report import ValidationSummary, build_located_outcome, validate_files
+from fhir_assets.fhir.validation.report import (
+    CheckedResource,
+    UnreadablePart,
+    ValidationSummary,
+    build_located_outcome,
+    validate_files,
+)
 from fhir_assets.fhir.validation.rules import load_rules
 from fhir_assets_tests.support.resource_samples import Sampler, to_bytes
 
@@ -144,7 +150,11 @@ def test_files_are_validated_line_by_line_and_bundles_entry_by_entry(tmp_path: P
     pretty.write_text(json.dumps({"resourceType": "Patient", "foo": 1}, indent=2))
     entries = [{"resource": {"resourceType": "Patient", "gender": "x"}}, {"resource": {"resourceType": "Patient"}}]
     bundle.write_text(json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries}))
-    checked = list(validate_files([lines, pretty, bundle], Validator()))
+    checked = [
+        resource
+        for resource in validate_files([lines, pretty, bundle], Validator())
+        if isinstance(resource, CheckedResource)
+    ]
     summary = ValidationSummary()
     for resource in checked:
         summary.add(resource.result)
@@ -159,6 +169,40 @@ def test_files_are_validated_line_by_line_and_bundles_entry_by_entry(tmp_path: P
     assert (summary.resources, summary.invalid) == (6, 4)
     assert summary.rows()[0] == {"severity": "error", "rule": "required-binding", "path": "Patient.gender", "count": 2}
     assert build_located_outcome(checked[1])["issue"][0]["location"] == [f"{lines}:3"]
+
+
+def test_an_issue_of_an_entry_around_its_resource_is_an_issue_of_the_bundle(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.json"
+    entry = {"fullUrl": 1, "resource": {"resourceType": "Patient"}}
+    bundle.write_text(json.dumps({"resourceType": "Bundle", "type": "collection", "entry": [entry]}))
+    summary = ValidationSummary()
+    for checked in validate_files([bundle], Validator()):
+        assert isinstance(checked, CheckedResource)
+        summary.add(checked.result)
+    assert (summary.resources, summary.invalid) == (2, 1)
+    assert "Bundle.entry.fullUrl" in [finding["path"] for finding in summary.rows()]
+
+
+@pytest.mark.parametrize("name", ["lines.ndjson", "lines.json"])
+def test_a_broken_first_line_costs_itself(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{" + b"\n" + patient() + b"\n" + patient())
+    checked = list(validate_files([tmp_path / name], Validator()))
+    assert [(c.line, isinstance(c, CheckedResource) and c.result.valid) for c in checked] == [
+        (1, False),
+        (2, True),
+        (3, True),
+    ]
+
+
+def test_a_file_that_was_cut_off_gives_its_lines_and_the_next_file_its_own(tmp_path: Path) -> None:
+    (tmp_path / "cut.ndjson.gz").write_bytes(gzip.compress(b"\n".join([patient()] * 2))[:-9])
+    (tmp_path / "whole.ndjson").write_bytes(patient())
+    checked = list(validate_files([tmp_path], Validator()))
+    assert [(c.location.rpartition("/")[2], isinstance(c, UnreadablePart)) for c in checked] == [
+        ("cut.ndjson.gz:1", False),
+        ("cut.ndjson.gz:2", True),
+        ("whole.ndjson:1", False),
+    ]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

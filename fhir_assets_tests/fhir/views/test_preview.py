@@ -43,6 +43,13 @@ BO: dict[str, Any] = {"resourceType": "Patient", "id": "bo"}
 DEVICE: dict[str, Any] = {"resourceType": "Device", "id": "d"}
 
 
+def passed_over(*paths: Path) -> tuple[list[object], list[tuple[str, str]]]:
+    """The ids of the rows, and the locations and messages of what was passed over."""
+    reported: list[tuple[str, str]] = []
+    rows = run_view(VIEW, paths, on_error=lambda location, error: reported.append((location, str(error))))
+    return [row[0] for row in rows], reported
+
+
 def ids(*paths: Path) -> list[object]:
     return [row[0] for row in run_view(VIEW, paths)]
 
@@ -82,10 +89,81 @@ def test_the_error_for_a_line_that_is_not_a_resource_has_file_and_line_but_no_co
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("position", [0, 1, 2], ids=["first", "middle", "last"])
+@pytest.mark.parametrize(
+    "line", [b'{"resourceType": "Patient"', b"[1]", b'{"id": "secret"}', b"\xff\xfe", b"null", b"[" * 5000]
+)
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json"])
+def test_a_line_that_is_not_a_resource_costs_itself(tmp_path: Path, name: str, line: bytes, position: int) -> None:
+    lines = [json.dumps(ANN).encode(), json.dumps(BO).encode()]
+    lines.insert(position, line)
+    (tmp_path / name).write_bytes(b"\n".join(lines))
+    rows, reported = passed_over(tmp_path / name)
+    assert rows == ["ann", "bo"]
+    assert [location for location, _ in reported] == [f"{name}:{position + 1}"]
+    assert "secret" not in reported[0][1]
+
+
+def test_a_file_that_was_cut_off_gives_its_lines_and_the_next_files_theirs(tmp_path: Path) -> None:
+    packed = gzip.compress("\n".join(map(json.dumps, [ANN] * 3)).encode())
+    (tmp_path / "a.ndjson.gz").write_bytes(packed[:-9])
+    (tmp_path / "b.ndjson").write_text(json.dumps(BO))
+    rows, reported = passed_over(tmp_path)
+    assert rows == ["ann", "ann", "bo"]
+    assert reported == [
+        (
+            "a.ndjson.gz:3",
+            "cannot be read: the compressed file ends too early: it was cut off; 2 lines before were read",
+        )
+    ]
+
+
+def test_an_entry_that_is_not_a_resource_costs_itself_and_containers_are_read_at_any_depth(tmp_path: Path) -> None:
+    parameters = {"resourceType": "Parameters", "parameter": [{"name": "p", "part": [{"resource": BO}]}]}
+    inner = {"resourceType": "Bundle", "entry": [{"resource": {"id": "secret"}}, {"resource": ANN}]}
+    bundle = {"resourceType": "Bundle", "entry": [{"resource": inner}, 1, {"resource": parameters}, {"resource": BO}]}
+    (tmp_path / "bundle.json").write_text(json.dumps(bundle, indent=1))
+    rows, reported = passed_over(tmp_path)
+    assert rows == ["ann", "bo", "bo"]
+    assert [location for location, _ in reported] == ["bundle.json:1 entry[0] entry[0]", "bundle.json:1 entry[1]"]
+    assert "secret" not in str(reported)
+
+
+def test_files_without_any_resource_are_an_error_and_not_an_empty_result(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson").write_text("<html>\n")
+    with pytest.raises(NotFhir, match="no resource that can be read"):
+        passed_over(tmp_path)
+    (tmp_path / "a.ndjson").rename(tmp_path / "a.txt")
+    with pytest.raises(NotFhir, match="contains no"):
+        passed_over(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "ndjson", "parquet"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"active": "yes"},
+        {"active": 1},
+        {"multipleBirthInteger": "two"},
+        {"multipleBirthInteger": True},
+        {"multipleBirthInteger": 2**63},
+        {"multipleBirthInteger": 2.5},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_type_costs_its_resource(tmp_path: Path, form: Format, wrong: dict[str, Any]) -> None:
+    (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, (BO, {**ANN, **wrong}, ANN))))
+    reported: list[str] = []
+    rows = run_view(VIEW, [tmp_path], on_error=lambda location, error: reported.append(f"{location}: {error}"))
+    assert write_rows(rows, VIEW.columns, form, io.BytesIO()) == 2
+    assert len(reported) == 1
+    assert reported[0].startswith("a.ndjson:2: view patient, column")
+
+
 def test_the_error_for_a_missing_or_damaged_file_names_it(tmp_path: Path) -> None:
     (tmp_path / "bad.ndjson.gz").write_bytes(gzip.compress(json.dumps(ANN).encode())[:-12])
     for name in ("none.ndjson", "bad.ndjson.gz"):
-        with pytest.raises(NotFhir, match=f"{name}: cannot be read"):
+        with pytest.raises(NotFhir, match=f"{name}(:1)?: cannot be read"):
             ids(tmp_path / name)
 
 
@@ -93,7 +171,12 @@ def test_a_resource_that_the_view_refuses_is_reported_with_its_location(tmp_path
     two = {**ANN, "name": [{"family": "a"}, {"family": "b"}]}
     (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, (BO, two, ANN))))
     refused: list[tuple[str, str]] = []
-    rows = run_view(VIEW, [tmp_path], on_error=lambda location, error: refused.append((location, error.column)))
+
+    def report(location: str, error: NotFhir | RowError) -> None:
+        assert isinstance(error, RowError)
+        refused.append((location, error.column))
+
+    rows = run_view(VIEW, [tmp_path], on_error=report)
     assert [row[0] for row in rows] == ["bo", "ann"]
     assert refused == [("a.ndjson:2", "family")]
     with pytest.raises(RowError):
