@@ -62,7 +62,7 @@ def export_type(
                 409,
                 "CONSENT_POLICY is on, and raw also contains resources that consent withholds: leave include_raw out",
             )
-        export = Export(
+        with Export(
             conn,
             context.store,
             target,
@@ -71,13 +71,13 @@ def export_type(
             actor=caller.actor,
             withholding=withholding,
             manifest=f"{name}.manifest.json",
-        )
-        type_export = export.for_type(name, keys)
-        files = [type_export.write_valid()]
-        if include_raw:
-            files.append(type_export.write_raw())
-        if include_normalized:
-            files += [type_export.write_table(view, "parquet") for view in views]
-        written_folder = export.finish()
+        ) as export:
+            type_export = export.for_type(name, keys)
+            files = [type_export.write_valid()]
+            if include_raw:
+                files.append(type_export.write_raw())
+            if include_normalized:
+                files += [type_export.write_table(view, "parquet") for view in views]
+            written_folder = export.finish()
     content = {"folder": written_folder, "files": [asdict(file) for file in files]}
     return Response(orjson.dumps(content, default=str), media_type="application/json")

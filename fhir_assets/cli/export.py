@@ -63,20 +63,20 @@ def export(
         view_tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
-        writer = Export(
+        with Export(
             conn, store, target, folder, run_id=run_id, actor=actor, withholding=build_consent_gate(settings).withholds
-        )
-        for name in types:
-            type_export = writer.for_type(name, keys_by_type[name] if run else keys)
-            if raw:
-                files.append(type_export.write_raw())
-            if valid:
-                files.append(type_export.write_valid())
-            if failed:
-                files.append(type_export.write_dead_letters())
-            if normalized:
-                files.extend(type_export.write_table(view, form) for view in views if view.resource_type == name)
-        written_folder = writer.finish()
+        ) as writer:
+            for name in types:
+                type_export = writer.for_type(name, keys_by_type[name] if run else keys)
+                if raw:
+                    files.append(type_export.write_raw())
+                if valid:
+                    files.append(type_export.write_valid())
+                if failed:
+                    files.append(type_export.write_dead_letters())
+                if normalized:
+                    files.extend(type_export.write_table(view, form) for view in views if view.resource_type == name)
+            written_folder = writer.finish()
     if json:
         print_json({"folder": written_folder, "files": files})
         return

@@ -51,7 +51,7 @@ def list_prunable(
     def list_orphans() -> Iterator[ListedFile]:
         return chain(
             *(find_unreferenced_parts(store, layer, before=unwritten) for layer in LAYERS),
-            find_unfinished_files(store, before=unwritten),
+            find_unfinished_files(store.blobs, before=unwritten),
         )
 
     def count_orphans() -> tuple[int, int]:

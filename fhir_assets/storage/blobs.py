@@ -26,9 +26,13 @@ class ListedFile:
 
 
 class Blobs(Protocol):
-    """Named files. Names are relative paths with ``/``. A file appears under its name complete or not at all."""
+    """Named files. Names are relative paths with ``/``. A file appears under its name complete or not at all.
+
+    ``local`` is whether ``put_file`` moves a file of the spool, which takes no time and no further space.
+    """
 
     url: str
+    local: bool
 
     def spool(self) -> Path:
         """Return a local folder for files that ``put_file`` moves later, on the same disk if possible."""
@@ -89,6 +93,8 @@ def _write(path: str, content: bytes) -> None:
 
 class LocalBlobs:
     """Files in a local folder. A file is complete and flushed to the disk before its name appears."""
+
+    local = True
 
     def __init__(self, root: Path) -> None:
         self.root = root

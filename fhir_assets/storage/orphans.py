@@ -1,15 +1,18 @@
 """Files that can be deleted: parts that no manifest names, and unfinished files of killed runs."""
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 
 from fhir_assets.atomic_files import UNFINISHED
-from fhir_assets.storage.blobs import ListedFile
+from fhir_assets.storage.blobs import Blobs, ListedFile
 from fhir_assets.storage.encrypted_parts import SUFFIX
 from fhir_assets.storage.store import Store
 
 _PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}", UNFINISHED)
+
+_MAX_AGE = timedelta(days=1)
+"""The age at which a file of the spool belongs to no running process."""
 
 
 def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> Iterator[ListedFile]:
@@ -29,6 +32,13 @@ def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> It
         yield from (file for file in old if file.name not in named)
 
 
-def find_unfinished_files(store: Store, *, before: datetime) -> Iterator[ListedFile]:
-    """Return the unfinished files in the spool of a store in a folder that were written before ``before``."""
-    return (file for file in store.blobs.listing(".spool") if file.modified < before)
+def find_unfinished_files(blobs: Blobs, *, before: datetime) -> Iterator[ListedFile]:
+    """Return the unfinished files in the spool of a local folder that were written before ``before``."""
+    return (file for file in blobs.listing(".spool") if file.modified < before)
+
+
+def remove_unfinished_files(blobs: Blobs) -> None:
+    """Delete the files in the spool of a local folder that killed processes left there more than a day ago."""
+    if blobs.local:
+        for file in list(find_unfinished_files(blobs, before=datetime.now(UTC) - _MAX_AGE)):
+            blobs.delete(file.name)

@@ -146,6 +146,8 @@ class Bucket:
 class S3Blobs:
     """Files in a bucket. Parts are written to a local folder that only this user may read, then uploaded."""
 
+    local = False
+
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.url = bucket.url

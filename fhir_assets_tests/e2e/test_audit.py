@@ -174,10 +174,11 @@ def decide_consent(hospital: Hospital, policy: Policy) -> None:
 
 def export(hospital: Hospital) -> None:
     with closing(hospital.connect()) as conn:
-        writer = Export(
+        with Export(
             conn, hospital.store, hospital.target, "", actor="cli:anna", withholding=False, run_id="exported"
-        )
-        writer.for_type("Patient", None).write_valid()
+        ) as writer:
+            writer.for_type("Patient", None).write_valid()
+            writer.finish()
 
 
 def update_lake(hospital: Hospital) -> None:

@@ -108,11 +108,12 @@ def test_exports_and_the_lake_leave_out_withheld_resources(
     def find_exported_patients() -> set[str]:
         """Return the patients in the exports and in the lake, which must be equal."""
         with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
-            export = Export(conn, deployment.store, folder, "export", actor="test", withholding=True)
-            for view in views:
-                export.for_type(view.resource_type, None).write_valid()
-                export.for_type(view.resource_type, None).write_table(view, "ndjson")
-                writer.update(conn, folder, view, [], run_id="run", actor="test")
+            with Export(conn, deployment.store, folder, "export", actor="test", withholding=True) as export:
+                for view in views:
+                    export.for_type(view.resource_type, None).write_valid()
+                    export.for_type(view.resource_type, None).write_table(view, "ndjson")
+                    writer.update(conn, folder, view, [], run_id="run", actor="test")
+                export.finish()
         resources = (folder.root / "export" / "Patient.valid.ndjson").read_bytes().splitlines()
         of_export = [json.loads(line) for line in (folder.root / "export" / "observation.ndjson").open()]
         of_lake = [row for path in folder.root.glob("patient/*/*.parquet") for row in read_table(path).to_pylist()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from fhir_assets.deployment.store import build_bucket, build_store
 from fhir_assets.errors import ConfigurationError, FhirAssetsError, StoreError
@@ -102,6 +103,23 @@ def catch_store_error(url: str) -> FhirAssetsError:
     with pytest.raises(FhirAssetsError) as exc_info:
         build_store(load_settings(fhir_store_url=url)).manifest("raw", "Patient", "k")
     return exc_info.value
+
+
+def test_a_large_object_that_cannot_be_written_leaves_the_earlier_one_and_no_parts(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ClientError({"Error": {"Code": "InternalError"}}, "CompleteMultipartUpload")
+
+    bucket.put("x", b"before")
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(33 << 20)
+    monkeypatch.setattr(bucket.client, "complete_multipart_upload", refuse)
+    with pytest.raises(StoreError, match="InternalError"):
+        bucket.upload("x", path)
+    assert bucket.get("x") == b"before"
+    assert "Uploads" not in bucket.client.list_multipart_uploads(Bucket=bucket.name)
 
 
 def test_a_missing_bucket_is_a_configuration_error(s3_url: str) -> None:

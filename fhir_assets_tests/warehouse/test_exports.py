@@ -3,15 +3,19 @@
 import csv
 import hashlib
 import json
-from datetime import UTC, datetime
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
@@ -129,13 +133,73 @@ def test_an_export_writes_an_audit_record(loaded: Deployment, tmp_path: Path) ->
     ]
 
 
-def test_a_full_disk_raises_store_error_and_leaves_no_partial_file(loaded: Deployment, tmp_path: Path) -> None:
+def content_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file, also of hidden ones, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fail_to_export(loaded: Deployment, out: Path, write: Callable[[Export], object]) -> None:
+    """Export the valid patients again, and then fail."""
+    target = open_store(str(out), NO_ENCRYPTION).blobs
+    with connect(loaded.url, cipher=NO_ENCRYPTION) as conn:
+        with Export(conn, loaded.store, target, "", actor="test", withholding=False) as export:
+            export.for_type("Patient", ["2024-01-05"]).write_valid()
+            write(export)
+            export.finish()
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_and_no_partial_file(loaded: Deployment, tmp_path: Path) -> None:
     def fail(path: Path) -> int:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    target = open_store(str(tmp_path / "out"), NO_ENCRYPTION).blobs
-    target.put("manifest.json", b"of an earlier export")
+    out = tmp_path / "out"
+    export("Patient", "-o", str(out))
+    before = content_of(out)
+    with pytest.raises(StoreError, match="No space left"):
+        fail_to_export(loaded, out, lambda writer: writer.write("x.ndjson", "Patient", fail))
+    assert content_of(out) == before
+
+
+def test_an_export_whose_audit_record_cannot_be_written_leaves_the_earlier_one(
+    loaded: Deployment, tmp_path: Path
+) -> None:
+    def lock_out(path: Path) -> int:
+        with connect(loaded.url) as conn:
+            conn.execute("ALTER TABLE ops.audit_log RENAME TO elsewhere")
+        path.touch()
+        return 1
+
+    out = tmp_path / "out"
+    export("Patient", "-o", str(out))
+    before = content_of(out)
+    with pytest.raises(psycopg.Error):
+        fail_to_export(loaded, out, lambda writer: writer.write("Patient.valid.ndjson", "Patient", lock_out))
+    assert content_of(out) == before
+
+
+def test_an_export_to_a_bucket_that_fails_at_once_leaves_the_manifest_of_the_earlier_one(
+    loaded: Deployment, s3_url: str
+) -> None:
+    def fail(path: Path) -> int:
+        raise OSError(28, "No space left on device")
+
+    files = ["manifest.json", *(file["name"] for file in export("Patient", "-o", s3_url)["files"])]
+    target = build_blobs(loaded.settings, s3_url)
+    before = {name: target.get(name) for name in files}
+    assert None not in before.values()
     with connect(loaded.url, cipher=NO_ENCRYPTION) as conn, pytest.raises(StoreError, match="No space left"):
-        Export(conn, loaded.store, target, "", actor="test", withholding=False).write("x.ndjson", "Patient", fail)
-    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+        with Export(conn, loaded.store, target, "", actor="test", withholding=False) as writer:
+            writer.write("Patient.valid.ndjson", "Patient", fail)
+    assert {name: target.get(name) for name in files} == before
+
+
+def test_what_a_killed_export_left_in_the_spool_is_deleted_a_day_later(loaded: Deployment, tmp_path: Path) -> None:
+    spool = tmp_path / "out" / ".spool"
+    spool.mkdir(parents=True)
+    for name, age in (("old", 25), ("new", 1)):
+        (spool / name).touch()
+        modified = (datetime.now(UTC) - timedelta(hours=age)).timestamp()
+        os.utime(spool / name, (modified, modified))
+    export("Patient", "-o", str(tmp_path / "out"))
+    assert [path.name for path in spool.iterdir()] == ["new"]

@@ -82,8 +82,9 @@ def test_exports_contain_every_time(conn: Session, tmp_path: Path, file_format: 
         views=(TIMES,),
     )
     store = open_store(str(tmp_path / "store"), NO_ENCRYPTION)
-    export = Export(conn, store, store.blobs, "out", actor="test", withholding=False)
-    file = export.for_type("Patient", None).write_table(TIMES, file_format)
+    with Export(conn, store, store.blobs, "out", actor="test", withholding=False) as export:
+        file = export.for_type("Patient", None).write_table(TIMES, file_format)
+        export.finish()
     path = tmp_path / "store/out" / file.name
     if file_format == "parquet":
         table = parquet.read_table(path).sort_by("_resource_key")

@@ -56,7 +56,7 @@ def _build_export_asset(
             start = context.instance.get_run_stats(run.run_id).start_time
             folder = build_run_folder(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
             target = build_blobs(settings, settings.fhir_export_url)
-            export = Export(
+            with Export(
                 conn,
                 store,
                 target,
@@ -65,10 +65,10 @@ def _build_export_asset(
                 actor=run.triggered_by,
                 withholding=build_consent_gate(settings).withholds,
                 manifest=f"{resource_type.name}.manifest.json",
-            )
-            files_of_type = export.for_type(resource_type.name, run.partition_keys)
-            files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
-            path = export.finish()
+            ) as export:
+                files_of_type = export.for_type(resource_type.name, run.partition_keys)
+                files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
+                path = export.finish()
         return dg.MaterializeResult(
             metadata={
                 "folder": dg.MetadataValue.path(path),

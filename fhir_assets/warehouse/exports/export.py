@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
 import orjson
 
+from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.record import read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
+from fhir_assets.storage.orphans import remove_unfinished_files
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log, dead_letters
@@ -44,11 +46,15 @@ class ExportedFile:
 
 
 class Export:
-    """Writes files into one folder of ``target``. ``finish`` writes the manifest last.
+    """Writes files into one folder of ``target``, as a context manager. ``finish`` writes the manifest last.
 
-    The manifest of an earlier export in the same folder is deleted first, because its hashes do not match the new
-    files. ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and of
-    dead letters, because they contain withheld resources.
+    In a local folder, ``finish`` moves all files to their names; a ``with`` block that ends without it leaves an
+    earlier export as it was. In a bucket, each file appears when it is complete, because all of them may not fit on the
+    disk of this machine. The manifest of an earlier export is deleted before the first file of it is replaced, because
+    its hashes no longer match.
+
+    ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and of dead
+    letters, because they contain withheld resources.
     """
 
     def __init__(
@@ -72,7 +78,17 @@ class Export:
         self._actor = actor
         self._manifest = manifest
         self._files: list[ExportedFile] = []
-        target.delete(self._path(manifest))
+        self._complete: dict[str, Path] = {}
+        """The local paths of the files that are complete and not yet in the target, by name."""
+        self._publishing = False
+        remove_unfinished_files(target)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in self._complete.values():
+            path.unlink(missing_ok=True)
 
     def for_type(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
         """Return the export of one type. ``partition_keys`` are its partitions, None for all partitions."""
@@ -81,37 +97,49 @@ class Export:
     def write(self, name: str, resource_type: str, write: Callable[[Path], int]) -> ExportedFile:
         """Write one file and its audit record. ``write`` writes the rows to a path and returns their number.
 
-        The file is deleted if the audit record cannot be written. Raises StoreError.
+        The audit record is written before the file appears, so that no file exists without one. Raises StoreError.
         """
-        path = self._target.spool() / f"{os.urandom(8).hex()}.export"
+        path = self._target.spool() / f"{os.urandom(8).hex()}.export{UNFINISHED}"
+        try:
+            file = self._write(name, path, write)
+            # End the reading transaction first: writers of the audit log wait for each other until theirs end.
+            self.conn.commit()
+            with self.conn.transaction():
+                audit_record = AuditRecord(
+                    "export", self._actor, resource_type, count=file.rows, run_id=self.run_id, detail={"file": name}
+                )
+                audit_log.record(self.conn, audit_record)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self._complete[name] = path
+        if not self._target.local:
+            self._publish()
+        self._files.append(file)
+        return file
+
+    def _write(self, name: str, path: Path, write: Callable[[Path], int]) -> ExportedFile:
         try:
             rows = write(path)
-            file = ExportedFile(name, rows, path.stat().st_size, _compute_sha256(path))
-            self._target.put_file(self._path(name), path)
+            return ExportedFile(name, rows, path.stat().st_size, _compute_sha256(path))
         except OSError as error:
             raise StoreError(
                 f"cannot write {name} of the export: {error.strerror or type(error).__name__}. Free space or "
                 "correct the permissions there, then export again"
             ) from None
-        finally:
-            path.unlink(missing_ok=True)
-        # End the reading transaction first: writers of the audit log wait for each other until their transactions end.
-        self.conn.commit()
-        try:
-            with self.conn.transaction():
-                audit_record = AuditRecord(
-                    "export", self._actor, resource_type, count=rows, run_id=self.run_id, detail={"file": name}
-                )
-                audit_log.record(self.conn, audit_record)
-        except BaseException:
-            # A file must not exist without its audit record.
-            self._target.delete(self._path(name))
-            raise
-        self._files.append(file)
-        return file
+
+    def _publish(self) -> None:
+        """Move the complete files to their names in the target. Raises StoreError."""
+        if not self._publishing:
+            self._target.delete(self._path(self._manifest))
+            self._publishing = True
+        for name, path in list(self._complete.items()):
+            self._target.put_file(self._path(name), path)
+            del self._complete[name]
 
     def finish(self) -> str:
-        """Write the manifest. Returns the URL of the folder."""
+        """Let all files appear, then write the manifest. Returns the URL of the folder. Raises StoreError."""
+        self._publish()
         content = {
             "exported_at": datetime.now(UTC).isoformat(),
             "run_id": self.run_id,

@@ -12,10 +12,12 @@ from typing import Any
 import msgspec
 from psycopg import sql
 
+from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import StoreError
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
+from fhir_assets.storage.orphans import remove_unfinished_files
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
@@ -63,6 +65,7 @@ def update(
     conn.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [lock])
     conn.commit()
     try:
+        remove_unfinished_files(target)
         with conn.transaction():
             conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             folder = LakeFolder(conn, target, view)
@@ -120,7 +123,7 @@ class LakeFolder:
 
     def write_window(self, key: str) -> int:
         """Write the file of one window. Returns its size in bytes. Raises StoreError."""
-        path = self._target.spool() / f"{os.urandom(8).hex()}.parquet"
+        path = self._target.spool() / f"{os.urandom(8).hex()}.parquet{UNFINISHED}"
         try:
             parquet.write(path, self._layout, self._stream_rows(key))
             size = path.stat().st_size
