@@ -205,6 +205,11 @@ class Settings(BaseSettings):
     connector_mapping: Path | None = Field(
         None, description="The connector's mapping from rows to resources; unset: delivery/connector/mapping.json"
     )
+    connector_take_over: bool = Field(
+        False,
+        description="Whether a resource of the FHIR server with the identifier of a row, which the connector did not "
+        "create, is updated with the row and from then on deleted with it; false: the row becomes a dead letter",
+    )
     connector_workers: int = Field(4, ge=1, le=64, description="Concurrent calls of one connector to the FHIR server")
     connector_poll_seconds: float = Field(
         5, gt=0, description="Seconds between polls of the outbox without a notification"

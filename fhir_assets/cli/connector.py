@@ -32,7 +32,7 @@ Ids = Annotated[
 ]
 All = Annotated[bool, typer.Option("--all", help="All open changes")]
 Reason = Annotated[
-    str | None, typer.Option(help="Only this reason: no-identifier, several-matches, refused, invalid, …")
+    str | None, typer.Option(help="Only this reason: no-identifier, foreign-resource, several-matches, refused, …")
 ]
 
 
@@ -138,7 +138,9 @@ def discard(ids: Ids = None, everything: All = False, reason: Reason = None) -> 
 def _installed(warehouse: Warehouse) -> Iterator[Connection]:
     with warehouse.connect() as conn:
         if not outbox.is_installed(conn):
-            raise ConfigurationError("the outbox is not installed: run `fhir-assets connector install` first")
+            raise ConfigurationError(
+                "the outbox is not installed, or by an earlier release: run `fhir-assets connector install` first"
+            )
         yield conn
 
 

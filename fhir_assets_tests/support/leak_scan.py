@@ -25,6 +25,7 @@ _PLAIN_TEXT_COLUMNS = {
         "patient_other_identifiers": None,
         "fhir_outbox": {"former_system", "former_value"},
         "fhir_delivered": {"identifier_system", "identifier_value"},
+        "fhir_sent": {"identifier_system", "identifier_value"},
         "fhir_dlq": {"formers"},
     }
 }

@@ -1,40 +1,69 @@
 """Sends the requests that a change needs. Delivery is idempotent: a repetition, also after a crash, changes nothing.
 
-A record is addressed on the server by its identifier (conditional update and delete,
-https://hl7.org/fhir/R4/http.html#cond-update). If the identifier itself changed, the record is addressed by the id of
-its last delivery instead, so that the resource keeps its id and references to it stay valid.
+A record is created on the server by its identifier (conditional update,
+https://hl7.org/fhir/R4/http.html#cond-update), and from then on addressed by the id that this delivery returned. A
+resource with the identifier that was not delivered for a record is foreign: it is not updated unless it may be taken
+over, and never deleted.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import orjson
 
+from fhir_assets.delivery.connector import contents
+from fhir_assets.delivery.connector.changes import Change, Outgoing
+from fhir_assets.delivery.connector.confirmation import Confirmation
+from fhir_assets.delivery.connector.lookup import ABSENT, Held, Lookup
 from fhir_assets.delivery.connector.mapping import Identifier, Source
-from fhir_assets.delivery.connector.outbox import Change, Delivered
+from fhir_assets.delivery.connector.removal import Removal
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, Reply, TransientFailure
 from fhir_assets.delivery.connector.settle import Acknowledged
 from fhir_assets.fhir.validation import Validator
 
-_ABSENT = frozenset({404, 410})
-_SERVER_ELEMENTS = ("id", "meta", "text")
+_GONE = ABSENT | {405}
+"""Answers to an update of a resource that was deleted, by servers that let no client choose an id."""
 
 
 class Delivery:
-    """Delivers changes of the sources to one server. Safe for use by several threads."""
+    """Delivers changes of the sources to one server. Safe for use by several threads.
 
-    def __init__(self, sources: dict[str, Source], server: FhirServer) -> None:
+    With ``take_over``, a foreign resource with the identifier of a row is updated; otherwise the row is refused.
+    """
+
+    def __init__(self, sources: dict[str, Source], server: FhirServer, *, take_over: bool = False) -> None:
         self._sources = sources
         self._server = server
+        self._take_over = take_over
         self._validator = Validator()
+        self._lookup = Lookup(server)
+        self._confirmation = Confirmation(server, self._lookup)
+        self._removal = Removal(server, self._lookup, self._confirmation)
+
+    def prepare(self, change: Change) -> Change:
+        """Return the change with the resource to send, or with the error that prevents it."""
+        if change.row is None:
+            return change
+        try:
+            return replace(change, outgoing=self._build(self._sources[change.claim.source], change))
+        except Exception as error:
+            return replace(change, outgoing=error)
 
     def deliver(self, change: Change) -> Acknowledged:
-        """Make the server's resource equal to the changed row, or delete it.
+        """Make the server's resource equal to the changed row, or delete it. The change was passed to ``prepare``.
 
         Raises TransientFailure or PermanentFailure.
         """
         source = self._sources[change.claim.source]
-        if change.row is None:
-            return self._remove(source, change)
+        change = self._on_this_server(source, change)
+        if change.outgoing is None:
+            return self._removal.remove(source, change)
+        if isinstance(change.outgoing, Exception):
+            raise change.outgoing
+        self._check(change.outgoing)
+        return self._put(source, change, change.outgoing)
+
+    def _build(self, source: Source, change: Change) -> Outgoing:
+        assert change.row is not None
         identifier = source.read_identifier(change.row)
         if identifier is None:
             raise PermanentFailure(
@@ -43,113 +72,143 @@ class Delivery:
                 "set both, then the row is delivered",
             )
         resource = source.build_resource(change.row, change.children)
-        self._check(resource)
-        return self._put(source, change, identifier, resource)
+        if not contents.has_identifier(resource, identifier):
+            raise PermanentFailure(
+                "identifier-not-sent",
+                f"the resource of the row does not contain its identifier ({source.identifier.system}, "
+                f"{source.identifier.value}), by which the server would look for it: correct CONNECTOR_MAPPING",
+            )
+        return Outgoing(identifier, resource, contents.hash_content(resource))
 
-    def _put(self, source: Source, change: Change, identifier: Identifier, resource: dict[str, Any]) -> Acknowledged:
-        target_id = self._find_renamed(source, change, identifier)
-        if change.claim.attempts > 1:
-            delivered_id = self._find_delivered(source, identifier, resource, target_id)
-            if delivered_id is not None:
-                return Acknowledged(change, "found", Delivered(delivered_id, identifier))
-        if target_id is not None:
-            reply = self._put_by_id(source, target_id, resource)
-        else:
-            try:
-                reply = self._put_by_identifier(source, identifier, resource)
-            except PermanentFailure as failure:
-                known = change.delivered.resource_id if change.delivered else None
-                if failure.reason != "several-matches" or known is None:
-                    raise
-                reply = self._put_by_id(source, known, resource)
-        outcome = "created" if reply.status == 201 else "updated"
-        return Acknowledged(change, outcome, Delivered(_read_resource_id(source, reply) or target_id, identifier))
-
-    def _find_renamed(self, source: Source, change: Change, identifier: Identifier) -> str | None:
-        """Return the id of the resource to update if it still has another identifier on the server.
-
-        None means that the record is addressed by its current identifier.
-        """
-        if change.delivered is not None and change.delivered.resource_id is not None:
-            return None if change.delivered.identifier == identifier else change.delivered.resource_id
-        other_identifiers = set(change.former_identifiers)
-        if change.delivered is not None and not change.shared:
-            other_identifiers.add(change.delivered.identifier)
-        for former in sorted(other_identifiers - {identifier}, key=lambda i: i.token):
-            if len(matches := self._search(source, former)) == 1:
-                return str(matches[0]["id"])
-        return None
-
-    def _remove(self, source: Source, change: Change) -> Acknowledged:
-        known = change.delivered
-        outcome = "nothing"
-        if known is not None and (not change.shared or known.resource_id is not None):
-            if change.shared:
-                self._server.call("DELETE", f"{source.resource_type}/{known.resource_id}", absent=_ABSENT)
-            else:
-                self._delete_by_identifier(source, known.identifier, known.resource_id)
-            outcome = "deleted"
-        for former in change.former_identifiers:
-            if known is None or former != known.identifier:
-                # A server answers 204 for an absent resource too, so this does not count as a deletion.
-                self._delete_by_identifier(source, former, None)
-        return Acknowledged(change, outcome, None)
-
-    def _delete_by_identifier(self, source: Source, identifier: Identifier, known: str | None) -> None:
-        try:
-            query = {"identifier": identifier.token}
-            self._server.call("DELETE", source.resource_type, query=query, absent=_ABSENT)
-        except PermanentFailure as failure:
-            if failure.reason != "several-matches" or known is None:
-                raise
-            self._server.call("DELETE", f"{source.resource_type}/{known}", absent=_ABSENT)
-
-    def _put_by_identifier(self, source: Source, identifier: Identifier, resource: dict[str, Any]) -> Reply:
-        body = orjson.dumps(resource)
-        return self._server.call("PUT", source.resource_type, query={"identifier": identifier.token}, body=body)
-
-    def _put_by_id(self, source: Source, resource_id: str, resource: dict[str, Any]) -> Reply:
-        body = orjson.dumps({**resource, "id": resource_id})
-        return self._server.call("PUT", f"{source.resource_type}/{resource_id}", body=body)
-
-    def _find_delivered(
-        self, source: Source, identifier: Identifier, resource: dict[str, Any], target_id: str | None
-    ) -> str | None:
-        """Return the id of the server's resource if an earlier attempt gave it this content, else None."""
-        if target_id is None:
-            matches = self._search(source, identifier)
-        else:
-            reply = self._server.call("GET", f"{source.resource_type}/{target_id}", absent=_ABSENT)
-            matches = [reply.body] if reply.status == 200 and isinstance(reply.body, dict) else []
-        if len(matches) == 1 and _without_server_elements(matches[0]) == _without_server_elements(resource):
-            return str(matches[0]["id"])
-        return None
-
-    def _search(self, source: Source, identifier: Identifier) -> list[dict[str, Any]]:
-        reply = self._server.call("GET", source.resource_type, query={"identifier": identifier.token})
-        if not isinstance(reply.body, dict) or reply.body.get("resourceType") != "Bundle":
-            raise TransientFailure("not-fhir", "the response to a search is not a Bundle", server_wide=False)
-        resources = [entry.get("resource") for entry in reply.body.get("entry", [])]
-        return [r for r in resources if isinstance(r, dict) and r.get("resourceType") == source.resource_type]
-
-    def _check(self, resource: dict[str, Any]) -> None:
-        verdict = self._validator.check(orjson.dumps(resource))
+    def _check(self, outgoing: Outgoing) -> None:
+        verdict = self._validator.check(orjson.dumps(outgoing.resource))
         if not verdict.valid:
             errors = [issue for issue in verdict.issues if issue.severity == "error"]
             rules = ", ".join(sorted({f"{issue.rule} at {issue.path}" for issue in errors})[:3])
             raise PermanentFailure("invalid", f"the resource of the row is invalid in R4: {rules}")
 
+    def _on_this_server(self, source: Source, change: Change) -> Change:
+        """Return the change without the delivered resource if that is not on this server.
 
-def _read_resource_id(source: Source, reply: Reply) -> str | None:
-    for header in ("Location", "Content-Location"):
-        parts = (reply.headers.get(header) or "").split("/")
-        if source.resource_type in parts[:-1]:
-            return parts[len(parts) - parts[::-1].index(source.resource_type)]
-    if isinstance(reply.body, dict) and reply.body.get("resourceType") == source.resource_type:
-        resource_id = reply.body.get("id")
-        return resource_id if isinstance(resource_id, str) else None
-    return None
+        An id means nothing on another server. The same server under another address has what was delivered.
+        """
+        known = change.delivered
+        if known is None or known.resource_id is None or known.server in (None, self._server.base_url):
+            return change
+        held = self._lookup.read(source, known.resource_id)
+        if (
+            held is not None
+            and held.content_hash in known.hashes
+            and contents.has_identifier(held.resource, known.identifier)
+        ):
+            return change
+        return replace(change, delivered=None)
+
+    def _put(self, source: Source, change: Change, outgoing: Outgoing) -> Acknowledged:
+        if any(holder.current and holder.identifier == outgoing.identifier for holder in change.holders):
+            raise PermanentFailure(
+                "identifier-of-another-row",
+                f"another row of {source.table} has the same {source.identifier.system} and "
+                f"{source.identifier.value}, and its resource is delivered: correct one of the rows, then replay this "
+                "change",
+            )
+        known_id = change.delivered.resource_id if change.delivered else None
+        if known_id is None:
+            return self._create(source, change, outgoing)
+        if change.claim.attempts > 1 or change.sent:
+            held = self._lookup.read(source, known_id)
+            if held is not None and held.content_hash == outgoing.content_hash:
+                return self._found(change, outgoing, held)
+        return self._put_by_id(source, change, outgoing, known_id) or self._create(source, change, outgoing)
+
+    def _create(self, source: Source, change: Change, outgoing: Outgoing) -> Acknowledged:
+        """Create the record's resource, or update the one that an earlier delivery has created."""
+        earlier_delivery = change.claim.attempts > 1 or change.sent or change.sent_by_others or change.delivered
+        if not self._take_over or earlier_delivery or change.holders:
+            held = self._find(source, change, outgoing.identifier, required=not self._take_over)
+            held = held or self._find_renamed(source, change, outgoing.identifier)
+            if held is not None and held.content_hash == outgoing.content_hash:
+                return self._found(change, outgoing, held)
+            if held is not None:
+                if (updated := self._put_by_id(source, change, outgoing, held.id)) is None:
+                    raise TransientFailure(
+                        "gone", "the FHIR server finds the resource, but refuses its update", server_wide=False
+                    )
+                return updated
+        reply = self._send(source.resource_type, outgoing, outgoing.resource, {"identifier": outgoing.identifier.token})
+        delivered = self._confirmation.confirm_update(source, outgoing, reply, None)
+        return Acknowledged(change, "created" if reply.status == 201 else "updated", delivered)
+
+    def _find(self, source: Source, change: Change, identifier: Identifier, *, required: bool) -> Held | None:
+        """Return the record's own resource with this identifier; None if there is none.
+
+        Raises PermanentFailure if there are only foreign ones, unless ``required`` is false and there is one.
+        """
+        matches = self._lookup.search(source, identifier)
+        own = [held for held in matches if _is_own(change, identifier, held, alone=len(matches) == 1)]
+        if len(own) == 1:
+            return own[0]
+        if len(matches) > 1:
+            raise PermanentFailure("several-matches", "the FHIR server has several resources with this identifier")
+        if matches and required:
+            raise PermanentFailure(
+                "foreign-resource",
+                f"the FHIR server has a {source.resource_type} with this identifier that was not delivered for this "
+                "row: it is not changed. Remove the identifier there, or set CONNECTOR_TAKE_OVER=true to let the row "
+                "replace its content, then replay this change",
+            )
+        return matches[0] if matches else None
+
+    def _find_renamed(self, source: Source, change: Change, identifier: Identifier) -> Held | None:
+        """Return the record's own resource that still has another identifier on the server; None if there is none."""
+        others = {sent.identifier for sent in change.sent}
+        if change.delivered is not None:
+            others.add(change.delivered.identifier)
+        for other in sorted(others - {identifier}, key=lambda i: i.token):
+            matches = self._lookup.search(source, other)
+            own = [held for held in matches if _is_own(change, other, held, alone=len(matches) == 1)]
+            if len(own) == 1:
+                return own[0]
+        return None
+
+    def _found(self, change: Change, outgoing: Outgoing, held: Held) -> Acknowledged:
+        return Acknowledged(change, "found", self._confirmation.describe(outgoing, held))
+
+    def _put_by_id(self, source: Source, change: Change, outgoing: Outgoing, resource_id: str) -> Acknowledged | None:
+        """Update a resource. Return None if the server has it no longer."""
+        resource = {**outgoing.resource, "id": resource_id}
+        reply = self._send(f"{source.resource_type}/{resource_id}", outgoing, resource, None)
+        if reply.status in _GONE:
+            return None
+        delivered = self._confirmation.confirm_update(source, outgoing, reply, resource_id)
+        return Acknowledged(change, "created" if reply.status == 201 else "updated", delivered)
+
+    def _send(self, path: str, outgoing: Outgoing, resource: dict[str, object], query: dict[str, str] | None) -> Reply:
+        """Send an update. Until the answer is confirmed, the server may have stored the content or not."""
+        before, outgoing.uncertain = outgoing.uncertain, True
+        try:
+            return self._server.call(
+                "PUT", path, query=query, body=orjson.dumps(resource), absent=frozenset() if query else _GONE
+            )
+        except PermanentFailure:
+            outgoing.uncertain = before
+            raise
 
 
-def _without_server_elements(resource: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in resource.items() if name not in _SERVER_ELEMENTS}
+def _is_own(change: Change, identifier: Identifier, held: Held, *, alone: bool) -> bool:
+    """Return whether a resource with this identifier was delivered or sent for the record, or for one that left it."""
+    known = change.delivered
+    if known is not None and known.resource_id == held.id:
+        return True
+    for holder in change.holders:
+        if holder.resource_id == held.id:
+            return not holder.current and held.content_hash in holder.hashes
+    sent = {sent.content_hash for sent in change.sent if sent.identifier == identifier}
+    if held.content_hash in sent | (change.sent_by_others if _is_current(change, identifier) else frozenset()):
+        return True
+    # An earlier release delivered to a server that returned no id: its conditional update had this one match.
+    return alone and known is not None and known.resource_id is None and known.identifier == identifier
+
+
+def _is_current(change: Change, identifier: Identifier) -> bool:
+    return isinstance(change.outgoing, Outgoing) and change.outgoing.identifier == identifier

@@ -22,11 +22,14 @@ from fhir_assets.errors import ConfigurationError
 
 Row = Mapping[str, Any]
 
+BLANKS = "".join(chr(code) for code in range(0x10000) if chr(code).isspace()) + "\u200b\ufeff"
+"""The characters that are removed around every text; ``health.fhir_clean`` in ``sql/outbox.sql`` has the same."""
+
 BUILT_IN = Path(__file__).with_name("mapping.json")
 
 
 class Identifier(msgspec.Struct, frozen=True):
-    """A business identifier, the search criterion of a conditional update."""
+    """A business identifier, the search criterion of a conditional update: without blanks around it, as it is sent."""
 
     system: str
     value: str
@@ -67,11 +70,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"r
     children: dict[str, Child] = {}
 
     def read_identifier(self, row: Row) -> Identifier | None:
-        """Return the identifier of a row; None if its system or its value is empty."""
-        system, value = row.get(self.identifier.system), row.get(self.identifier.value)
-        if not system or not value or not str(system).strip() or not str(value).strip():
-            return None
-        return Identifier(str(system), str(value))
+        """Return the identifier of a row, as ``build_resource`` sends it; None if its system or its value is empty."""
+        system, value = (_clean(row.get(name)) for name in (self.identifier.system, self.identifier.value))
+        return Identifier(str(system), str(value)) if system is not None and value is not None else None
 
     def build_resource(self, row: Row, children: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
         """Return the FHIR resource, without an id, of a row and its child rows."""
@@ -128,15 +129,13 @@ def _fill(template: Any, row: Row, children: Mapping[str, Sequence[Row]]) -> tup
     if isinstance(template, str):
         if not template.startswith("$"):
             return template, False
-        value = row.get(template[1:])
-        if isinstance(value, str):
-            value = value.strip() or None
+        value = _clean(row.get(template[1:]))
         return value, value is not None
     if isinstance(template, list):
         return _fill_list(template, row, children)
     if isinstance(template, dict):
         if "$code" in template:
-            code = str(row.get(template["$code"]) or "").strip().lower()
+            code = str(row.get(template["$code"]) or "").strip(BLANKS).lower()
             value = template["codes"].get(code, template.get("else")) if code else None
             return value, value is not None
         if "$unless" in template:
@@ -170,6 +169,10 @@ def _fill_object(template: dict[str, Any], row: Row, children: Mapping[str, Sequ
     if any_column or not list_columns(template):
         return filled or None, any_column
     return None, False
+
+
+def _clean(value: Any) -> Any:
+    return (value.strip(BLANKS) or None) if isinstance(value, str) else value
 
 
 def _escape(text: str) -> str:

@@ -7,14 +7,12 @@ at the same time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from dataclasses import dataclass
 
 import psycopg
 from psycopg import sql
 
-from fhir_assets.delivery.connector.mapping import Identifier, Source
+from fhir_assets.delivery.connector.mapping import Source
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -33,47 +31,6 @@ class Claim:
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """The resource of a record on the server. ``resource_id`` is None if the server did not return an id."""
-
-    resource_id: str | None
-    identifier: Identifier
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The current state of a claimed record, and the events that this state includes.
-
-    Attributes:
-        claim: The claim of the record.
-        event_ids: The ids of the events, in ascending order.
-        txids: The ids of the transactions that wrote the events.
-        first_change_at: The time of the oldest event.
-        row: The row of the main table; None if the row was deleted.
-        children: The rows of each child table, by the name of the child in the mapping.
-        delivered: The resource that was delivered for the record; None if no delivery is recorded.
-        former_identifiers: Identifiers that the events removed from the record and that no row has now.
-        shared: Whether another row now has the identifier under which this record was delivered.
-        contested: Whether the server still has this record's identifier on the resource of another record, because the
-            change that removed it from the other record is not delivered yet.
-        locks: The keys of the advisory locks on the record's identifiers.
-
-    """
-
-    claim: Claim
-    event_ids: list[int]
-    txids: list[str]
-    first_change_at: datetime
-    row: dict[str, Any] | None
-    children: dict[str, list[dict[str, Any]]]
-    delivered: Delivered | None
-    former_identifiers: tuple[Identifier, ...]
-    shared: bool
-    contested: bool
-    locks: frozenset[int] = field(default_factory=frozenset)
-
-
 def install(conn: Connection) -> None:
     """Create the tables and triggers of ``sql/outbox.sql``. Raises ConfigurationError if the user lacks a privilege."""
     script = (sql_folder() / "outbox.sql").read_bytes()
@@ -89,13 +46,17 @@ def install(conn: Connection) -> None:
 
 
 def is_installed(conn: Connection) -> bool:
-    """Return whether the table ``health.fhir_outbox`` exists."""
-    row = conn.execute("SELECT to_regclass('health.fhir_outbox')").fetchone()
-    return row is not None and row[0] is not None
+    """Return whether the tables of this release exist; those of an earlier release are no installation."""
+    row = conn.execute("SELECT to_regclass('health.fhir_outbox'), to_regclass('health.fhir_sent')").fetchone()
+    return row is not None and None not in row
 
 
 def enqueue_existing(conn: Connection, source: Source) -> int:
-    """Insert an event for every row that was never delivered and has no waiting event. Return the number of events."""
+    """Insert an event for every row that has no known resource on the server and no waiting event.
+
+    Return the number of events. The id of a resource is unknown if the row was never delivered, or was delivered by an
+    earlier release to a server that did not return ids.
+    """
     table = sql.Identifier(*source.table.split("."))
     key = sql.Identifier(source.key)
     with conn.transaction():
@@ -106,7 +67,7 @@ def enqueue_existing(conn: Connection, source: Source) -> int:
                 FROM {table} t
                 WHERE NOT EXISTS (
                     SELECT FROM health.fhir_delivered d
-                    WHERE d.source = %(source)s AND d.record_id = t.{key}::text
+                    WHERE d.source = %(source)s AND d.record_id = t.{key}::text AND d.resource_id IS NOT NULL
                 )
                 AND NOT EXISTS (
                     SELECT FROM health.fhir_outbox o
@@ -188,7 +149,7 @@ def lock_identifiers(conn: Connection, source: Source, claims: Sequence[Claim]) 
     to a session several times, and the session must release it as often.
     """
     rows = conn.execute(
-        _LOCK.format(**_build_sql_parts(conn, source)),
+        _LOCK.format(**build_sql_parts(conn, source)),
         {"source": source.name, "records": [c.record_id for c in claims], "key": advisory_locks.CONNECTOR_IDENTIFIER},
     )
     locks: dict[str, dict[int, bool]] = {c.record_id: {} for c in claims}
@@ -199,14 +160,18 @@ def lock_identifiers(conn: Connection, source: Source, claims: Sequence[Claim]) 
 
 _LOCK = sql.SQL("""
     WITH wanted AS MATERIALIZED (
-        SELECT DISTINCT o.record_id, hashtext(i.system || '|' || i.value) AS lock
+        SELECT
+            DISTINCT o.record_id,
+            hashtext(health.fhir_clean(i.system) || '|' || health.fhir_clean(i.value)) AS lock
         FROM health.fhir_outbox o
         LEFT JOIN {table} t ON t.{key} = o.record_id::{type}
         LEFT JOIN health.fhir_delivered d ON d.source = o.source AND d.record_id = o.record_id
+        LEFT JOIN health.fhir_sent s ON s.source = o.source AND s.record_id = o.record_id
         CROSS JOIN LATERAL (VALUES
             (o.former_system, o.former_value),
             (t.{system}::text, t.{value}::text),
-            (d.identifier_system, d.identifier_value)
+            (d.identifier_system, d.identifier_value),
+            (s.identifier_system, s.identifier_value)
         ) AS i (system, value)
         WHERE o.source = %(source)s AND o.processed_at IS NULL AND o.record_id = ANY(%(records)s)
         AND i.system IS NOT NULL AND i.value IS NOT NULL
@@ -225,120 +190,8 @@ def unlock_identifiers(conn: Connection, locks: Iterable[int]) -> None:
         )
 
 
-def read_changes(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
-    """Read the claimed records in one snapshot.
-
-    Return the change of each record, by record id, with the lock key of the record's current identifier. The key is
-    None if the record has no row or no identifier.
-    """
-    parts = _build_sql_parts(conn, source)
-    children = [
-        sql.SQL("""
-            {name},
-            coalesce((
-                SELECT jsonb_agg(to_jsonb(c) ORDER BY c.{order})
-                FROM {table} c
-                WHERE c.{key} = waiting.record_id::{type}
-            ), '[]')
-        """).format(
-            name=sql.Literal(name),
-            table=sql.Identifier(*child.table.split(".")),
-            key=sql.Identifier(child.key),
-            order=sql.Identifier(child.order),
-            type=parts["type"],
-        )
-        for name, child in source.children.items()
-    ]
-    rows = conn.execute(
-        _READ.format(children=sql.SQL(", ").join(children), **parts),
-        {"source": source.name, "records": [c.record_id for c in claims]},
-    )
-    by_record = {c.record_id: c for c in claims}
-    changes = {}
-    for (
-        record_id, ids, txids, since, row, child_rows, former, resource_id, system, value, shared, contested, lock
-    ) in rows:  # fmt: skip
-        changes[record_id] = (
-            Change(
-                claim=by_record[record_id],
-                event_ids=ids,
-                txids=txids,
-                first_change_at=since,
-                row=row,
-                children=child_rows,
-                delivered=Delivered(resource_id, Identifier(system, value)) if system is not None else None,
-                former_identifiers=tuple(Identifier(*identifier) for identifier in former),
-                shared=shared,
-                contested=contested,
-            ),
-            lock,
-        )
-    return changes
-
-
-_READ = sql.SQL("""
-    WITH waiting AS MATERIALIZED (
-        SELECT
-            record_id,
-            array_agg(id ORDER BY id) AS ids,
-            array_agg(DISTINCT txid::text) AS txids,
-            min(created_at) AS since,
-            coalesce(
-                jsonb_agg(DISTINCT jsonb_build_array(former_system, former_value))
-                    FILTER (WHERE former_value IS NOT NULL),
-                '[]'
-            ) AS former_identifiers
-        FROM health.fhir_outbox
-        WHERE source = %(source)s AND processed_at IS NULL AND record_id = ANY(%(records)s)
-        GROUP BY record_id
-    )
-    SELECT
-        waiting.record_id,
-        waiting.ids,
-        waiting.txids,
-        waiting.since,
-        to_jsonb(t),
-        jsonb_build_object({children}),
-        (
-            SELECT coalesce(jsonb_agg(former), '[]')
-            FROM jsonb_array_elements(waiting.former_identifiers) former
-            WHERE NOT EXISTS (
-                SELECT FROM {table} other
-                WHERE other.{system} = former ->> 0 AND other.{value} = former ->> 1
-            )
-        ),
-        d.resource_id,
-        d.identifier_system,
-        d.identifier_value,
-        EXISTS (
-            SELECT FROM {table} other
-            WHERE other.{system} = d.identifier_system
-            AND other.{value} = d.identifier_value
-            AND other.{key} <> waiting.record_id::{type}
-        ),
-        EXISTS (
-            SELECT FROM health.fhir_outbox removal
-            JOIN health.fhir_delivered holder
-                ON holder.source = removal.source
-                AND holder.record_id = removal.record_id
-                AND holder.identifier_system = removal.former_system
-                AND holder.identifier_value = removal.former_value
-            WHERE removal.processed_at IS NULL
-            AND removal.former_value IS NOT NULL
-            AND removal.source = %(source)s
-            AND removal.former_system = t.{system}
-            AND removal.former_value = t.{value}
-            AND removal.record_id <> waiting.record_id
-        ),
-        hashtext(t.{system} || '|' || t.{value})
-    FROM waiting
-    LEFT JOIN {table} t ON t.{key} = waiting.record_id::{type}
-    LEFT JOIN health.fhir_delivered d ON d.source = %(source)s AND d.record_id = waiting.record_id
-""")
-
-
-def _build_sql_parts(conn: Connection, source: Source) -> Mapping[str, sql.Composable]:
-    """Return the table, columns and key type of a source, as the parameters of ``_LOCK`` and ``_READ``."""
+def build_sql_parts(conn: Connection, source: Source) -> Mapping[str, sql.Composable]:
+    """Return the table, columns and key type of a source, as the parts of a statement about its main table."""
     return {
         "table": sql.Identifier(*source.table.split(".")),
         "key": sql.Identifier(source.key),

@@ -17,10 +17,11 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg
 
-from fhir_assets.delivery.connector import outbox, settle
+from fhir_assets.delivery.connector import changes, outbox, settle
+from fhir_assets.delivery.connector.changes import Change
 from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import Source
-from fhir_assets.delivery.connector.outbox import Change, Claim
+from fhir_assets.delivery.connector.outbox import Claim
 from fhir_assets.delivery.connector.server import PermanentFailure, TransientFailure
 from fhir_assets.delivery.connector.settle import Acknowledged, Refused
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
@@ -110,7 +111,7 @@ class Connector:
                 try:
                     with self._connect() as conn:
                         conn.autocommit = True
-                        session = _Session(conn, self._sources, self._options, self._channels)
+                        session = _Session(conn, self._sources, self._delivery, self._options, self._channels)
                         session.run(until_empty=until_empty)
                         return
                 except (psycopg.OperationalError, DatabaseUnavailable) as error:
@@ -173,10 +174,16 @@ class _Session:
     """Claims and records changes over one database connection, which holds the locks of the claims."""
 
     def __init__(
-        self, conn: Connection, sources: dict[str, Source], options: RunnerOptions, channels: _Channels
+        self,
+        conn: Connection,
+        sources: dict[str, Source],
+        delivery: Delivery,
+        options: RunnerOptions,
+        channels: _Channels,
     ) -> None:
         self._conn = conn
         self._sources = sources
+        self._delivery = delivery
         self._options = options
         self._channels = channels
         self._in_progress = 0
@@ -251,23 +258,35 @@ class _Session:
                 outbox.unlock_identifiers(self._conn, [lock for lock, granted in wanted.items() if granted])
                 collided.append(claim)
         contested: list[Claim] = []
-        changes = outbox.read_changes(self._conn, source, free) if free else {}
+        started: list[Change] = []
+        read = changes.read_changes(self._conn, source, free) if free else {}
         for claim in free:
             held = frozenset(locks[claim.record_id])
-            change, lock = changes[claim.record_id]
+            change, lock = read[claim.record_id]
             if lock is not None and lock not in held:
                 collided.append(claim)
             elif change.contested and change.delivered is None:
                 contested.append(claim)
             else:
-                self._in_progress += 1
-                self._channels.changes.put(replace(change, locks=held))
+                started.append(self._delivery.prepare(replace(change, locks=held)))
                 continue
             self._unlock(list(held))
+        self._start(started)
         if collided:
             settle.defer(self._conn, collided, _COLLISION_WAIT)
         if contested:
             settle.defer(self._conn, contested, _CONTESTED_WAIT)
+
+    def _start(self, started: Sequence[Change]) -> None:
+        """Record what is about to be sent, and pass the changes to the workers.
+
+        A connector that is killed between the request and its answer thus leaves a record of the resource behind.
+        """
+        if any(change.outgoing is not None for change in started):
+            settle.record_sent(self._conn, started)
+        for change in started:
+            self._in_progress += 1
+            self._channels.changes.put(change)
 
     def _collect(self) -> list[_Result]:
         """Return the available results. Wait for the first, and briefly for more while many are in progress."""
@@ -306,6 +325,8 @@ class _Session:
                 settle.record_dead_letters(self._conn, refused)
             if stopped := [f.change.claim for f in failed if f.failure.code == "stopped"]:
                 settle.defer(self._conn, stopped, timedelta(0))
+            if unacknowledged := [r.change for r in refused] + [f.change for f in failed]:
+                settle.forget_unsent(self._conn, unacknowledged)
             if waits := [(f.change, self._wait(f)) for f in failed if f.failure.code != "stopped"]:
                 settle.retry(self._conn, waits)
         self._unlock([lock for result in results for lock in result.change.locks])

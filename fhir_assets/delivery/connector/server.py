@@ -85,9 +85,13 @@ class FhirServer:
         *,
         query: Mapping[str, str] | None = None,
         body: bytes | None = None,
+        if_match: str | None = None,
         absent: frozenset[int] = frozenset(),
     ) -> Reply:
         """Send one request and return its reply. A status in ``absent`` is a reply too, not a failure.
+
+        ``if_match`` is the version that the resource must have. The status alone does not say that the server did what
+        it was asked for: see ``confirmation``.
 
         Raises TransientFailure or PermanentFailure.
         """
@@ -96,9 +100,9 @@ class FhirServer:
             url += "?" + "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
         started = time.perf_counter()
         try:
-            response = self._send(method, url, body)
+            response = self._send(method, url, body, if_match)
             if response.status == 401 and self._credentials.renew():
-                response = self._send(method, url, body)
+                response = self._send(method, url, body, if_match)
         except urllib3.exceptions.HTTPError as error:
             code = _code(error)
             metrics.CALL_ERRORS.labels(method=method, code=code).inc()
@@ -108,17 +112,26 @@ class FhirServer:
             raise TransientFailure("token", f"no token: {error}", server_wide=True) from None
         finally:
             metrics.CALL_LATENCY.labels(method=method).observe(time.perf_counter() - started)
-        return self._classify(method, response, absent)
+        if response.status == 412 and if_match is not None and 412 not in absent:
+            raise TransientFailure("changed", "the resource was changed at the same time", server_wide=False)
+        return self._classify(method, response, absent, conditional=bool(query))
 
-    def _send(self, method: str, url: str, body: bytes | None) -> urllib3.BaseHTTPResponse:
+    def _send(self, method: str, url: str, body: bytes | None, if_match: str | None) -> urllib3.BaseHTTPResponse:
         request = PreparedRequest()
         request.headers = CaseInsensitiveDict({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
+        if method == "GET":
+            # HAPI, for one, answers a search from a cache of a minute.
+            request.headers["Cache-Control"] = "no-cache"
+        if if_match is not None:
+            request.headers["If-Match"] = f'W/"{if_match}"'
         if body is not None:
             request.headers["Content-Type"] = FHIR_JSON
         self._credentials(request)
         return self._pool.request(method, url, body=body, headers=dict(request.headers), retries=False, redirect=False)
 
-    def _classify(self, method: str, response: urllib3.BaseHTTPResponse, absent: frozenset[int]) -> Reply:
+    def _classify(
+        self, method: str, response: urllib3.BaseHTTPResponse, absent: frozenset[int], *, conditional: bool
+    ) -> Reply:
         status = response.status
         if status < 300 or status in absent:
             try:
@@ -139,7 +152,7 @@ class FhirServer:
                 server_wide=status in _SERVER_WIDE_STATUSES,
                 retry_after=read_retry_after(response.headers.get("Retry-After")),
             )
-        if status == 412:
+        if status == 412 and conditional:
             raise PermanentFailure(
                 "several-matches", "the FHIR server has several resources with this identifier", status
             )

@@ -1,4 +1,4 @@
-"""Records the results of claimed changes: acknowledged, refused, to be retried, or released.
+"""Records what is about to be sent, and the results of claimed changes: acknowledged, refused, to be retried, released.
 
 Functions run in the caller's transaction.
 """
@@ -10,9 +10,46 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from fhir_assets.delivery.connector.changes import Change, Delivered, Outgoing
 from fhir_assets.delivery.connector.mapping import Identifier
-from fhir_assets.delivery.connector.outbox import Change, Claim, Delivered
+from fhir_assets.delivery.connector.outbox import Claim
 from fhir_assets.warehouse.postgres.db.connections import Connection
+
+
+def record_sent(conn: Connection, changes: Sequence[Change]) -> None:
+    """Record the contents that are about to be sent. They must be committed before the first request."""
+    conn.execute(
+        """
+        INSERT INTO health.fhir_sent (source, record_id, identifier_system, identifier_value, content_hash)
+        SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+        ON CONFLICT DO NOTHING
+        """,
+        _columns(_list_outgoing(changes), 5),
+    )
+
+
+def forget_unsent(conn: Connection, changes: Sequence[Change]) -> None:
+    """Remove the contents that were recorded for this attempt and that the server certainly did not store."""
+    unsent = [
+        change
+        for change in changes
+        if isinstance(outgoing := change.outgoing, Outgoing)
+        and not outgoing.uncertain
+        and all(sent.content_hash != outgoing.content_hash for sent in change.sent)
+    ]
+    conn.execute(
+        """
+        DELETE FROM health.fhir_sent s
+        USING unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+            AS unsent (source, record_id, identifier_system, identifier_value, content_hash)
+        WHERE s.source = unsent.source
+        AND s.record_id = unsent.record_id
+        AND s.identifier_system = unsent.identifier_system
+        AND s.identifier_value = unsent.identifier_value
+        AND s.content_hash = unsent.content_hash
+        """,
+        _columns(_list_outgoing(unsent), 5),
+    )
 
 
 def defer(conn: Connection, claims: Sequence[Claim], wait: timedelta) -> None:
@@ -93,17 +130,29 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
         [sources, resource_ids],
     )
     delivered_rows = [
-        (a.change.claim.source, a.change.claim.record_id, a.delivered.resource_id, *_pair(a.delivered.identifier))
-        for a in done
-        if a.delivered
+        (a.change.claim.source, a.change.claim.record_id, *_list_columns(a.delivered)) for a in done if a.delivered
     ]
     conn.execute(
         """
-        INSERT INTO health.fhir_delivered (source, record_id, resource_id, identifier_system, identifier_value)
-        SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+        INSERT INTO health.fhir_delivered (
+            source, record_id, resource_id, identifier_system, identifier_value, server, version_id, sent_hash,
+            stored_hash
+        )
+        SELECT *
+        FROM unnest(
+            %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[]
+        )
         ON CONFLICT DO NOTHING
         """,
-        _columns(delivered_rows, 5),
+        _columns(delivered_rows, 9),
+    )
+    conn.execute(
+        """
+        DELETE FROM health.fhir_sent s
+        USING unnest(%s::text[], %s::text[]) AS acknowledged (source, record_id)
+        WHERE s.source = acknowledged.source AND s.record_id = acknowledged.record_id
+        """,
+        [sources, records],
     )
     conn.execute(
         """
@@ -184,6 +233,25 @@ def _mark_processed(conn: Connection, changes: Sequence[Change]) -> None:
         WHERE id = ANY(%s)
         """,
         [[event_id for change in changes for event_id in change.event_ids]],
+    )
+
+
+def _list_outgoing(changes: Sequence[Change]) -> list[tuple[str, ...]]:
+    return [
+        (change.claim.source, change.claim.record_id, *_pair(outgoing.identifier), outgoing.content_hash)
+        for change in changes
+        if isinstance(outgoing := change.outgoing, Outgoing)
+    ]
+
+
+def _list_columns(delivered: Delivered) -> tuple[str | None, ...]:
+    return (
+        delivered.resource_id,
+        *_pair(delivered.identifier),
+        delivered.server,
+        delivered.version_id,
+        delivered.sent_hash,
+        delivered.stored_hash,
     )
 
 

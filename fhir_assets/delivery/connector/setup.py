@@ -64,4 +64,5 @@ def build_connector(settings: Settings, connect: OpenSession, *, workers: int | 
         ),
         keep=timedelta(days=settings.connector_keep_days),
     )
-    return ConfiguredConnector(Connector(connect, sources, Delivery(sources, server), options), server)
+    delivery = Delivery(sources, server, take_over=settings.connector_take_over)
+    return ConfiguredConnector(Connector(connect, sources, delivery, options), server)

@@ -39,6 +39,22 @@ def test_commands_fail_until_the_outbox_is_installed(database: str, monkeypatch:
     assert json.loads(call("status", "--json"))["unprocessed"] == 0
 
 
+def test_an_outbox_of_an_earlier_release_is_upgraded_by_installing_again(environment: Hospital) -> None:
+    environment.admit("1")
+    environment.deliver()
+    environment.execute("UPDATE health.fhir_delivered SET identifier_value = '1 '")
+    environment.execute("DROP TABLE health.fhir_sent")
+    for column in ("server", "version_id", "sent_hash", "stored_hash"):
+        environment.execute(f"ALTER TABLE health.fhir_delivered DROP COLUMN {column}")
+    with pytest.raises(ConfigurationError, match="connector install"):
+        CliRunner().invoke(app, ["run", "--until-empty"], catch_exceptions=False)
+    call("install")
+    assert environment.execute("SELECT identifier_value, sent_hash FROM health.fhir_delivered") == [("1", None)]
+    environment.execute("DELETE FROM health.patient")
+    environment.deliver()
+    assert environment.patients() == {}
+
+
 def test_dead_changes_are_listed_replayed_and_discarded(environment: Hospital) -> None:
     for _ in range(2):
         environment.admit(None)

@@ -48,7 +48,7 @@ def test_the_retry_time_is_stored(hospital: Hospital) -> None:
             "SELECT extract(epoch FROM next_retry_at - created_at)::float8 FROM health.fhir_outbox"
         )
         assert wait >= 1.0
-    assert hospital.server.stats()["requests"] == {"update": 1}
+    assert hospital.server.stats()["requests"] == {"search": 1}
 
 
 def test_the_retry_after_header_is_honoured(hospital: Hospital) -> None:
@@ -114,9 +114,14 @@ def test_a_crash_after_the_update_does_not_send_the_update_twice(hospital: Hospi
     hospital.admit("1")
     hospital.execute("CREATE TABLE mark AS SELECT * FROM health.fhir_outbox")
     hospital.deliver()
+    hospital.execute(
+        "INSERT INTO health.fhir_sent (source, record_id, identifier_system, identifier_value, content_hash)"
+        " SELECT source, record_id, identifier_system, identifier_value, sent_hash FROM health.fhir_delivered"
+    )
     for table in ("fhir_outbox", "fhir_processed_event", "fhir_delivered"):
         hospital.execute(f"DELETE FROM health.{table}")
-    # The state after a crash: the server has the update, no outcome is recorded, the claim is of an ended connector.
+    # The state after a crash: the server has the update, which was recorded as sent, no outcome is recorded, and the
+    # claim is of an ended connector.
     hospital.execute(
         "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation, attempts, claimed_by)"
         " SELECT source, record_id, table_name, operation, 1, 999999 FROM mark"

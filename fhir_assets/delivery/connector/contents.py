@@ -1,0 +1,82 @@
+"""What a resource or a reply of the server says: its content, identifiers, id, version, and whether it is an error."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from fhir_assets.delivery.connector.mapping import Identifier
+
+_SERVER_ELEMENTS = ("id", "meta", "text")
+
+
+def hash_content(resource: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a resource without what a server sets: id, meta and text.
+
+    The order of members and the form of a number (1 and 1.0) do not matter.
+    """
+    content = {name: _canonical(value) for name, value in resource.items() if name not in _SERVER_ELEMENTS}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def has_identifier(resource: Mapping[str, Any], identifier: Identifier) -> bool:
+    """Return whether a resource has exactly this identifier."""
+    values = resource.get("identifier")
+    return any(
+        isinstance(value, dict) and value.get("system") == identifier.system and value.get("value") == identifier.value
+        for value in (values if isinstance(values, list) else [values])
+    )
+
+
+def is_resource(body: object, resource_type: str) -> bool:
+    """Return whether the body of a reply is a resource of this type with an id."""
+    return isinstance(body, dict) and body.get("resourceType") == resource_type and _is_text(body.get("id"))
+
+
+def is_error(body: object) -> bool:
+    """Return whether the body is an OperationOutcome that reports an error. One without readable issues does."""
+    if not isinstance(body, dict) or body.get("resourceType") != "OperationOutcome":
+        return False
+    issues = body.get("issue")
+    if not isinstance(issues, list) or not issues:
+        return True
+    return any(not isinstance(issue, dict) or issue.get("severity") in ("error", "fatal", None) for issue in issues)
+
+
+def is_silent(body: object) -> bool:
+    """Return whether the body contradicts no success: it is empty, or an OperationOutcome without an error."""
+    return body is None or (
+        isinstance(body, dict) and body.get("resourceType") == "OperationOutcome" and not is_error(body)
+    )
+
+
+def read_location(resource_type: str, headers: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Return the id and the version that the Location names, each None if it does not."""
+    for header in ("Location", "Content-Location"):
+        parts = (headers.get(header) or "").split("?")[0].split("/")
+        if resource_type in parts[:-1]:
+            id_and_more = parts[len(parts) - parts[::-1].index(resource_type) :]
+            version = id_and_more[2] if len(id_and_more) > 2 and id_and_more[1] == "_history" else None
+            return id_and_more[0] or None, version or None
+    return None, None
+
+
+def read_version(resource_type: str, headers: Mapping[str, str], body: object) -> str | None:
+    """Return the version that a reply names: by its body, its ETag or its Location."""
+    if isinstance(body, dict) and isinstance(meta := body.get("meta"), dict) and _is_text(meta.get("versionId")):
+        return str(meta["versionId"])
+    etag = (headers.get("ETag") or "").removeprefix("W/").strip('"')
+    return etag or read_location(resource_type, headers)[1]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _canonical(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_canonical(member) for member in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
