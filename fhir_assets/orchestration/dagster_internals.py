@@ -25,6 +25,13 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationPlanned as AssetCheckEvaluationPlanned,
 )
 
+# The materialization that an evaluation of a check is about. checks/window.py sets it for each window of a range, as
+# Dagster does for a single partition. Without it: the UI takes these evaluations for outdated, and shows the partitions
+# as missing.
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationTargetMaterializationData as AssetCheckEvaluationTargetMaterializationData,
+)
+
 # Type of asset graphs, which `dg.Definitions.resolve_asset_graph` and `dg.RepositoryDefinition.asset_graph` return.
 # Used in annotations only. Without it: annotate with Any.
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph as AssetGraph

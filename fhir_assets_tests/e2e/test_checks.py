@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
@@ -90,6 +91,75 @@ def test_the_dead_letter_rate_is_checked_for_each_window_of_a_range_and_for_one_
 
     (single,) = deployment.ingest(first=DAY + timedelta(days=1), last=DAY + timedelta(days=1))
     assert not evaluate_windows(deployment, single.run_id, "dead_letter_rate")["2024-01-06"].passed
+
+
+def read_statuses(deployment: Deployment, name: str) -> dict[str, str]:
+    """Return the status that the UI shows for each window of a check of table patient, without missing ones."""
+    definitions = build_definitions(deployment.settings)
+    asset = dg.AssetKey(["normalized", "patient"])
+    partitions = definitions.resolve_assets_def(asset).partitions_def
+    key = dg.AssetCheckKey(asset, name)
+    state = deployment.instance.event_log_storage.get_asset_check_state([(key, partitions)])[key]
+    statuses: dict[str, str] = {}
+    for status, subset in state.subsets.items():
+        for window in subset.subset_value.get_partition_keys():
+            assert window not in statuses
+            statuses[window] = status.value
+    return statuses
+
+
+def test_a_window_that_failed_in_a_range_stays_failed_after_a_later_load_and_until_it_passes(
+    deployment: Deployment, server: SandboxServer
+) -> None:
+    deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
+    expected = {"2024-01-05": "SUCCEEDED", "2024-01-06": "FAILED", "2024-01-07": "SUCCEEDED"}
+    assert read_statuses(deployment, "dead_letter_rate") == expected
+    assert set(read_statuses(deployment, "reconciles").values()) == {"SUCCEEDED"}
+    deployment.ingest(first=DAY + timedelta(days=2), last=DAY + timedelta(days=3))
+    assert read_statuses(deployment, "dead_letter_rate") == {**expected, "2024-01-08": "SUCCEEDED"}
+    add(server, *(patient(f"p1-{n}", DAY + timedelta(days=3, hours=n), gender="male") for n in range(2)))
+    deployment.ingest(first=DAY + timedelta(days=3), last=DAY + timedelta(days=3), refresh=Refresh.FULL)
+    assert set(read_statuses(deployment, "dead_letter_rate").values()) == {"SUCCEEDED"}
+
+
+def execute_all(deployment: Deployment) -> dict[tuple[str | None, str], dg.AssetCheckEvaluation]:
+    """Execute all checks of table patient together, as the button of the UI does. Return them by window and name."""
+    definitions = build_definitions(deployment.settings)
+    keys = {
+        key
+        for key in definitions.resolve_asset_graph().asset_check_keys
+        if key.asset_key == dg.AssetKey(["normalized", "patient"])
+    }
+    job = definitions.resolve_implicit_global_asset_job_def()
+    result = job.get_subset(asset_selection=set(), asset_check_selection=keys).execute_in_process(
+        instance=deployment.instance
+    )
+    assert result.success
+    return {(evaluation.partition, evaluation.check_name): evaluation for evaluation in deployment_checks(result)}
+
+
+def deployment_checks(result: dg.ExecuteInProcessResult) -> list[dg.AssetCheckEvaluation]:
+    events = (event.event_specific_data for event in result.all_events)
+    return [data for data in events if isinstance(data, dg.AssetCheckEvaluation)]
+
+
+def test_all_checks_of_a_table_executed_together_evaluate_every_window(deployment: Deployment) -> None:
+    deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
+    with connect(deployment.url) as conn:
+        conn.execute("DELETE FROM fhir.resource WHERE id = 'p0-3'")
+    evaluations = execute_all(deployment)
+    assert {name for key, name in evaluations if key is None} >= {"reconciles", "dead_letter_rate", "no_duplicates"}
+    assert not evaluations[None, "reconciles"].passed
+    assert read_statuses(deployment, "reconciles") == {
+        "2024-01-05": "FAILED",
+        "2024-01-06": "SUCCEEDED",
+        "2024-01-07": "SUCCEEDED",
+    }
+    assert read_statuses(deployment, "dead_letter_rate")["2024-01-06"] == "FAILED"
+    assert not deployment.query("SELECT FROM ops.ingestion_runs WHERE status = 'FAILED'")
+    deployment.ingest(first=DAY, last=DAY, refresh=Refresh.FULL)
+    execute_all(deployment)
+    assert set(read_statuses(deployment, "reconciles").values()) == {"SUCCEEDED"}
 
 
 def test_the_volume_check_warns_of_a_window_unlike_the_windows_before_it(deploy: Deploy) -> None:

@@ -23,7 +23,6 @@ from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
-from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout, count_rows
 
@@ -58,7 +57,8 @@ def _build_normalized_step(
 
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
-        ins={"validated": dg.AssetIn(key=["validated", resource_type.key], input_manager_key="ndjson")},
+        # Not an input: Dagster cannot load one in a run without partitions, which evaluates the checks alone.
+        deps=[["validated", resource_type.key]],
         outs={view.name: _output(view, resource_type, encrypted=settings.encrypts) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if has_main_view else [],
         partitions_def=partitions,
@@ -68,12 +68,19 @@ def _build_normalized_step(
     )
     def normalized(
         context: dg.AssetExecutionContext,
-        validated: Sequence[Manifest],
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
         workers: dg.ResourceParam[WorkerPool],
         binding: dg.ResourceParam[SourceBinding],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
+        checks = WindowChecks(resource_type, settings)
+        check_names = sorted(key.name for key in context.selected_asset_check_keys)
+        if not context.has_partition_key and not context.has_partition_key_range:
+            # All checks of the table were executed together: a run without partitions, which loads nothing.
+            with sanitized_errors(), warehouse.connect() as conn:
+                counts = reconcile(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
+                yield from checks.evaluate(context, conn, counts, check_names)
+            return
         run = RunContext.from_context(context, settings.window_scheme)
         names = context.op_execution_context.selected_output_names
         selected = [view for view in views if view.name in names]
@@ -81,6 +88,7 @@ def _build_normalized_step(
         resolved_windows: list[str] = []
         if selected:
             with record_step(run, warehouse, [name], check=binding.require):
+                validated = store.manifests("validated", resource_type.key, run.partition_keys)
                 with warehouse.connect() as conn:
                     require_manifests(conn, store, run.run_id, "validated", name, run.partition_keys, validated)
                 step = LoadStep(
@@ -122,11 +130,9 @@ def _build_normalized_step(
                 for view in selected:
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
-        if context.selected_asset_check_keys:
+        if check_names:
             with sanitized_errors(), warehouse.connect() as conn:
                 counts = reconcile(conn, store, name, run.partition_keys, main_view=main_view)
-                checks = WindowChecks(resource_type, settings, run.now)
-                check_names = sorted(key.name for key in context.selected_asset_check_keys)
                 yield from checks.evaluate(context, conn, counts, check_names)
                 if resolved_windows and DEAD_LETTER_RATE in check_names:
                     others = reconcile(conn, store, name, resolved_windows, main_view=main_view)

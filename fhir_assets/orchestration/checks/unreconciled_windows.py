@@ -35,5 +35,5 @@ def find_unreconciled_windows(
             if counts.faults:
                 unreconciled.append((name, counts))
             else:
-                instance.report_runless_asset_event(evaluate_reconciliation(name, counts))
+                instance.report_runless_asset_event(evaluate_reconciliation(instance, name, counts))
     return unreconciled

@@ -4,21 +4,26 @@ Each window has its own evaluation, whether the run loads one partition or a ran
 are in ``checks/table.py``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from uuid import uuid4
 
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.orchestration.checks.metadata import rows_table
-from fhir_assets.orchestration.dagster_internals import DagsterEventBatchMetadata
+from fhir_assets.orchestration.dagster_internals import (
+    AssetCheckEvaluationTargetMaterializationData,
+    DagsterEventBatchMetadata,
+)
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.queries import quality
 from fhir_assets.warehouse.postgres.queries.quality import RuleCount
+
+Targets = Mapping[str, AssetCheckEvaluationTargetMaterializationData]
+"""Materializations by partition key."""
 
 RECONCILES = "reconciles"
 DEAD_LETTER_RATE = "dead_letter_rate"
@@ -56,7 +61,6 @@ class WindowChecks:
 
     resource_type: ResourceType
     settings: Settings
-    now: datetime
 
     def evaluate(
         self,
@@ -65,31 +69,41 @@ class WindowChecks:
         counts: Sequence[WindowCounts],
         names: Sequence[str],
     ) -> Iterator[dg.AssetCheckResult]:
-        """Yield the results of the named checks for the run; in a range run, log the evaluation of each window too."""
-        is_range = context.has_partition_key_range and len(context.partition_keys) > 1
+        """Yield the results of the named checks for the run.
+
+        Unless the run is of a single partition, log the evaluation of each window too.
+        """
+        if context.has_partition_key:
+            for name in names:
+                yield self._evaluate(conn, counts, name)[1].to_result(self._asset, name)
+            return
+        targets = find_targets(context.instance, self._asset, [window.partition_key for window in counts])
         for name in names:
             by_window, total = self._evaluate(conn, counts, name)
-            if is_range:
-                # Empty windows are included, because the UI shows a check as skipped if one window has no evaluation.
-                log_evaluations(
-                    context,
-                    [
-                        result.to_evaluation(self._asset, name, window.partition_key)
-                        for window, result in zip(counts, by_window, strict=True)
-                    ],
-                )
-                yield total.to_result(self._asset, name)
-            else:
-                yield (by_window[0] if len(by_window) == 1 else total).to_result(self._asset, name)
+            # Empty windows are included, because the UI shows a check as skipped if one window has no evaluation.
+            self._log(context, counts, by_window, name, targets)
+            yield total.to_result(self._asset, name)
 
     def log_other_windows(
         self, context: dg.AssetExecutionContext, conn: Connection, counts: Sequence[WindowCounts], name: str
     ) -> None:
         """Log new evaluations of windows outside the run whose dead letters the run resolved."""
-        results = zip(counts, self._evaluate(conn, counts, name)[0], strict=True)
-        log_evaluations(
-            context, [result.to_evaluation(self._asset, name, window.partition_key) for window, result in results]
-        )
+        targets = find_targets(context.instance, self._asset, [window.partition_key for window in counts])
+        self._log(context, counts, self._evaluate(conn, counts, name)[0], name, targets)
+
+    def _log(
+        self,
+        context: dg.AssetExecutionContext,
+        counts: Sequence[WindowCounts],
+        results: Sequence["_Evaluation"],
+        name: str,
+        targets: Targets,
+    ) -> None:
+        evaluations = [
+            result.to_evaluation(self._asset, name, window.partition_key, targets.get(window.partition_key))
+            for window, result in zip(counts, results, strict=True)
+        ]
+        log_evaluations(context, evaluations)
 
     def _evaluate(
         self, conn: Connection, counts: Sequence[WindowCounts], name: str
@@ -139,10 +153,37 @@ class WindowChecks:
         return _Evaluation(passed, description, metadata, warns=rate < settings.dead_letter_error_rate)
 
 
-def evaluate_reconciliation(resource_type: str, counts: WindowCounts) -> dg.AssetCheckEvaluation:
+def evaluate_reconciliation(
+    instance: dg.DagsterInstance, resource_type: str, counts: WindowCounts
+) -> dg.AssetCheckEvaluation:
     """Return the evaluation of the check ``reconciles`` of one window, outside of a run."""
     asset = dg.AssetKey(["normalized", BY_NAME[resource_type].key])
-    return _evaluate_reconciliation([counts]).to_evaluation(asset, RECONCILES, counts.partition_key)
+    key = counts.partition_key
+    return _evaluate_reconciliation([counts]).to_evaluation(
+        asset, RECONCILES, key, find_targets(instance, asset, [key]).get(key)
+    )
+
+
+def find_targets(instance: dg.DagsterInstance, asset: dg.AssetKey, partition_keys: Sequence[str]) -> Targets:
+    """Return the latest materialization of each partition; none of a partition that was never materialized.
+
+    The UI takes an evaluation that does not name the latest materialization of its partition for outdated.
+    """
+    latest = instance.get_latest_storage_id_by_partition(
+        asset, dg.DagsterEventType.ASSET_MATERIALIZATION, set(partition_keys)
+    )
+    if not latest:
+        return {}
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=asset, storage_ids=list(latest.values())), limit=len(latest)
+    ).records
+    return {
+        record.partition_key: AssetCheckEvaluationTargetMaterializationData(
+            storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp
+        )
+        for record in records
+        if record.partition_key is not None
+    }
 
 
 def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.AssetCheckEvaluation]) -> None:
@@ -177,7 +218,13 @@ class _Evaluation:
             severity=self._severity,
         )
 
-    def to_evaluation(self, asset: dg.AssetKey, name: str, partition_key: str) -> dg.AssetCheckEvaluation:
+    def to_evaluation(
+        self,
+        asset: dg.AssetKey,
+        name: str,
+        partition_key: str,
+        target: AssetCheckEvaluationTargetMaterializationData | None,
+    ) -> dg.AssetCheckEvaluation:
         normalized = dg.AssetCheckResult(passed=self.passed, metadata=self.metadata)
         return dg.AssetCheckEvaluation(
             asset_key=asset,
@@ -187,6 +234,7 @@ class _Evaluation:
             metadata=normalized.metadata,
             severity=self._severity,
             partition=partition_key,
+            target_materialization_data=target,
         )
 
     @property
