@@ -148,6 +148,7 @@ DAGSTER_INTERNALS = "orchestration.dagster_internals"
 PRIVATE_DAGSTER = {
     "dagster._cli.api._execute_run_command_body",
     "dagster._core.definitions.asset_checks.asset_check_evaluation.AssetCheckEvaluationPlanned",
+    "dagster._core.definitions.asset_checks.asset_check_evaluation.AssetCheckEvaluationTargetMaterializationData",
     "dagster._core.definitions.assets.graph.asset_graph.AssetGraph",
     "dagster._core.definitions.metadata.MetadataFieldSerializer",
     "dagster._core.definitions.unresolved_asset_job_definition.UnresolvedAssetJobDefinition",
@@ -155,6 +156,8 @@ PRIVATE_DAGSTER = {
     "dagster._core.events.AssetObservationData",
     "dagster._core.events.DagsterEventBatchMetadata",
     "dagster._core.events.StepMaterializationData",
+    "dagster._core.execution.context.metadata_logging.AssetMetadataHandle",
+    "dagster._core.execution.context.metadata_logging.OutputMetadataAccumulator",
     "dagster._core.launcher.CheckRunHealthResult",
     "dagster._core.launcher.WorkerStatus",
     "dagster._core.storage.asset_check_execution_record.AssetCheckExecutionRecordStatus",

@@ -8,7 +8,8 @@ for each name, see whether it still exists, and whether a public name has replac
 
 In addition to these imports, ``instance/storage.py`` and ``instance/celery_launcher.py`` subclass public classes of
 dagster-postgres and dagster-celery and use some of their protected members (``_connect``, ``_get_asset_entry_values``,
-``_event_log_storage``, ``_instance``); ``checks/window.py`` calls ``dg.DagsterEvent.from_step``, which is public but
+``_event_log_storage``, ``_instance``), ``window_metadata.py`` sets ``_metadata_accumulator`` of a step, and
+``checks/window.py`` calls ``dg.DagsterEvent.from_step``, which is public but
 undocumented.
 """
 
@@ -56,6 +57,11 @@ from dagster._core.events import DagsterEventBatchMetadata as DagsterEventBatchM
 
 # See AssetCheckEvaluationPlanned.
 from dagster._core.events import StepMaterializationData as StepMaterializationData
+
+# The metadata that a step has added to its outputs so far; window_metadata.py adds that of all windows at once. Without
+# them: `context.add_asset_metadata` for each window, whose time grows with the square of the number of windows.
+from dagster._core.execution.context.metadata_logging import AssetMetadataHandle as AssetMetadataHandle
+from dagster._core.execution.context.metadata_logging import OutputMetadataAccumulator as OutputMetadataAccumulator
 
 # The result that a run launcher returns when the daemon checks the worker of a run. The Celery launcher returns FAILED
 # for a killed worker. Without them: the runs of a killed worker stay STARTED until somebody terminates them.

@@ -267,3 +267,36 @@ def test_with_keys_a_name_stored_as_plain_text_fails_the_check(deploy: Deploy, s
     ]
     assert "keys rotate" in str(failed.description)
     assert SECRET not in str(failed)
+
+
+def read_metadata(deployment: Deployment, asset: str) -> dict[str, dict[str, Any]]:
+    """Return the metadata of the latest materialization of each window, by partition key."""
+    records = deployment.instance.fetch_materializations(dg.AssetKey(asset.split("/")), limit=100).records
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        assert record.partition_key
+        assert record.asset_materialization
+        metadata = {name: value.value for name, value in record.asset_materialization.metadata.items()}
+        found.setdefault(record.partition_key, metadata)
+    return found
+
+
+def test_the_metadata_of_a_window_counts_this_window_only(deployment: Deployment, server: SandboxServer) -> None:
+    days = [f"2024-01-0{day}" for day in (5, 6, 7, 8)]
+    deployment.ingest(first=DAY, last=DAY + timedelta(days=3))
+
+    def read(asset: str, name: str) -> list[object]:
+        metadata = read_metadata(deployment, asset)
+        return [metadata[day].get(name) for day in days]
+
+    assert read("raw/patient", "dagster/partition_row_count") == [10, 10, 10, 0]
+    assert read("raw/patient", "fetched") == [10, 10, 10, 0]
+    assert read("validated/patient", "dagster/partition_row_count") == [10, 8, 10, 0]
+    assert read("validated/patient", "dead") == [0, 2, 0, 0]
+    assert read("normalized/patient", "dagster/partition_row_count") == [10, 8, 10, 0]
+    assert read("normalized/patient", "loaded") == [10, 8, 10, 0]
+    assert read("normalized/patient", "dead") == [0, 2, 0, 0]
+    assert read("normalized/patient", "dagster/row_count") == [28] * 4
+    assert read("normalized/encounter", "dagster/partition_row_count") == [1, 1, 1, 0]
+    deployment.ingest(first=DAY, last=DAY)
+    assert read("normalized/patient", "dagster/partition_row_count") == [10, 8, 10, 0]

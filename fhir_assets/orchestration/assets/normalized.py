@@ -15,6 +15,7 @@ from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChec
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
 from fhir_assets.pipeline.lost_manifests import require_manifests
@@ -24,7 +25,13 @@ from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout, count_rows
+from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.postgres.tables.view_tables import (
+    KEY_COLUMN,
+    build_layout,
+    count_rows,
+    count_rows_by_window,
+)
 
 MAX_OTHER_WINDOWS = 100
 """The largest number of windows outside its run for which a load evaluates the check ``dead_letter_rate`` again.
@@ -127,7 +134,18 @@ def _build_normalized_step(
                 metadata = _metadata(loaded, perf_counter() - started)
                 with warehouse.connect() as conn:
                     rows = {view.name: count_rows(conn, view) for view in selected}
+                    window_rows = count_rows_by_window(conn, selected, name, run.partition_keys)
+                    window_counts = runs.find_counts(conn, run.run_id, name, run.partition_keys)
                 for view in selected:
+                    metadata_by_window = {
+                        key: {PARTITION_ROW_COUNT: window_rows[view.name][key], **window_counts.get(key, {})}
+                        for key in run.partition_keys
+                    }
+                    add_window_metadata(
+                        context.op_execution_context.get_step_execution_context(),
+                        dg.AssetKey(["normalized", view.name]),
+                        metadata_by_window,
+                    )
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name, metadata=metadata)
         if check_names:
@@ -153,15 +171,14 @@ def build_broken_view(broken: BrokenView) -> dg.AssetSpec:
 
 
 def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]:
+    """Return the metadata of the run, which is the same for all of its windows."""
     return {
-        "resources": dg.IntMetadataValue(loaded.resources),
-        "inserted": dg.IntMetadataValue(loaded.inserted),
-        "updated": dg.IntMetadataValue(loaded.updated),
-        "superseded": dg.IntMetadataValue(loaded.superseded),
-        "withheld": dg.IntMetadataValue(loaded.withheld),
-        "dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead_by_rule.most_common())),
-        "seconds": dg.FloatMetadataValue(round(seconds, 3)),
-        "resources_per_second": dg.IntMetadataValue(round(loaded.resources / seconds) if seconds else 0),
+        "run_resources": dg.IntMetadataValue(loaded.resources),
+        "run_inserted": dg.IntMetadataValue(loaded.inserted),
+        "run_updated": dg.IntMetadataValue(loaded.updated),
+        "run_seconds": dg.FloatMetadataValue(round(seconds, 3)),
+        "run_resources_per_second": dg.IntMetadataValue(round(loaded.resources / seconds) if seconds else 0),
+        "run_dead_letters_by_rule": dg.JsonMetadataValue(dict(loaded.dead_by_rule.most_common())),
     }
 
 
@@ -182,7 +199,7 @@ def _output(view: View, resource_type: ResourceType, *, encrypted: bool) -> dg.A
                     if column.name != KEY_COLUMN
                 ]
             ),
-            "dagster/relation_identifier": f"fhir.{view.name}",
+            "dagster/table_name": f"fhir.{view.name}",
             "view_url": view.url or "",
             "view_version": view.version or "",
             "view_file": dg.MetadataValue.path(str(view.path or "")),

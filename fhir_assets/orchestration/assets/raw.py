@@ -16,6 +16,7 @@ from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
+from fhir_assets.orchestration.window_metadata import add_window_metadata
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.deletions.server_history import apply_server_deletions
 from fhir_assets.pipeline.fetch.step import FetchStep, RawUpdate
@@ -103,17 +104,23 @@ def _build_raw_step(
                 update = updates.get(name) or RawUpdate(name, (), {})
                 for notice in update.notices:
                     _log.warning(notice.message, extra={"resource_type": name, "notice": notice.code})
-                for key, fetch in update.fetches.items():
-                    context.add_asset_metadata(
-                        {"window_fetched": fetch.matched, "window_server_total": _describe_total(fetch.server_total)},
-                        asset_key=["raw", BY_NAME[name].key],
-                        partition_key=key,
-                    )
+                add_window_metadata(
+                    context.op_execution_context.get_step_execution_context(),
+                    dg.AssetKey(["raw", BY_NAME[name].key]),
+                    {
+                        key: {
+                            "fetched": fetch.matched,
+                            "server_total": _describe_total(fetch.server_total),
+                            "dead": fetch.dead,
+                        }
+                        for key, fetch in update.fetches.items()
+                    },
+                )
                 yield dg.Output(
                     update,
                     output_name=BY_NAME[name].key,
                     metadata=_metadata(update, seconds, skipped=name not in available)
-                    | ({"deleted": deleted[name]} if name in deleted else {}),
+                    | ({"run_deleted": deleted[name]} if name in deleted else {}),
                 )
                 with warehouse.connect() as conn:
                     if update.refusal:
@@ -175,14 +182,15 @@ def _apply_deletions(
 
 
 def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, int | float | str]:
+    """Return the metadata of the run, which is the same for all of its windows."""
     fetches = update.fetches.values()
     fetched = sum(fetch.matched for fetch in fetches)
     metadata: dict[str, int | float | str] = {
-        "fetched": fetched,
-        "repeated": sum(fetch.repeated for fetch in fetches),
-        "dead_letters": sum(fetch.rejected for fetch in fetches),
-        "seconds": round(seconds, 3),
-        "rows_per_second": round(fetched / seconds) if seconds else 0,
+        "run_fetched": fetched,
+        "run_repeated": sum(fetch.repeated for fetch in fetches),
+        "run_dead_letters": sum(fetch.rejected for fetch in fetches),
+        "run_seconds": round(seconds, 3),
+        "run_rows_per_second": round(fetched / seconds) if seconds else 0,
     }
     if update.notices:
         metadata["notices"] = "; ".join(notice.message for notice in update.notices)

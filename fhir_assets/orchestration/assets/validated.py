@@ -15,6 +15,7 @@ from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.window_metadata import add_window_metadata
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep, find_outdated_partitions
 from fhir_assets.pipeline.sources.binding import SourceBinding
@@ -83,12 +84,15 @@ def _build_validated_asset(
             with warehouse.connect() as conn:
                 dead_letters.resolve_not_repeated(conn, run.run_id, name, "validate", update.revalidated_keys)
                 runs.record_counts(conn, run.run_id, name, counts)
-            for manifest in update.manifests:
-                if manifest.validated:
-                    context.add_asset_metadata(
-                        {"window_valid": manifest.rows, "window_dead": sum(manifest.validated.dead.values())},
-                        partition_key=manifest.partition_key,
-                    )
+            add_window_metadata(
+                context.op_execution_context.get_step_execution_context(),
+                context.asset_key,
+                {
+                    manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
+                    for manifest in update.manifests
+                    if manifest.validated
+                },
+            )
             yield dg.Output(update, metadata=_metadata(update, perf_counter() - started))
 
     return validated
@@ -131,16 +135,17 @@ def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:
 
 
 def _metadata(update: ValidatedUpdate, seconds: float) -> dict[str, dg.MetadataValue]:
+    """Return the metadata of the run, which is the same for all of its windows."""
     states = [manifest.validated for manifest in update.manifests if manifest.validated]
     rows = sum(state.rows_in for state in states)
     dead = _sum(state.dead for state in states)
     return {
-        "resources": dg.IntMetadataValue(rows),
-        "dead_letters": dg.IntMetadataValue(sum(dead.values())),
-        "dead_letters_by_rule": dg.JsonMetadataValue(dead),
-        "warnings_by_rule": dg.JsonMetadataValue(_sum(state.warnings for state in states)),
-        "seconds": dg.FloatMetadataValue(round(seconds, 3)),
-        "rows_per_second": dg.IntMetadataValue(round(rows / seconds) if seconds else 0),
+        "run_resources": dg.IntMetadataValue(rows),
+        "run_dead_letters": dg.IntMetadataValue(sum(dead.values())),
+        "run_dead_letters_by_rule": dg.JsonMetadataValue(dead),
+        "run_warnings_by_rule": dg.JsonMetadataValue(_sum(state.warnings for state in states)),
+        "run_seconds": dg.FloatMetadataValue(round(seconds, 3)),
+        "run_rows_per_second": dg.IntMetadataValue(round(rows / seconds) if seconds else 0),
     }
 
 

@@ -6,9 +6,10 @@ import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
 from fhir_assets.storage.manifest import Manifest
-from fhir_assets.storage.store import Store
+from fhir_assets.storage.store import Store, partition_folder
 
 
 class NdjsonIOManager(dg.IOManager):
@@ -22,16 +23,27 @@ class NdjsonIOManager(dg.IOManager):
         """Commit each manifest of the update atomically, merged with the commits of other runs."""
         with sanitized_errors():
             manifests = commit_update(self._warehouse.connect, self._store, obj)
-        context.add_output_metadata(
+        context.add_output_metadata({"run_windows_written": len(manifests)})
+        url = self._store.blobs.url
+        add_window_metadata(
+            context.step_context,
+            context.asset_key,
             {
-                "partitions_written": len(manifests),
-                "rows": sum(manifest.rows for manifest in manifests),
-                "bytes": sum(manifest.bytes for manifest in manifests),
-                "stored_bytes": sum(manifest.stored_bytes for manifest in manifests),
-            }
+                manifest.partition_key: {
+                    PARTITION_ROW_COUNT: manifest.rows,
+                    "bytes": manifest.bytes,
+                    "stored_bytes": manifest.stored_bytes,
+                    "path": dg.MetadataValue.path(f"{url}/{_folder(manifest)}"),
+                }
+                for manifest in manifests
+            },
         )
 
     def load_input(self, context: dg.InputContext) -> Sequence[Manifest]:
         """Return the manifests of the run's partitions; a partition that was never written has no manifest."""
         layer, key = context.asset_key.path
         return self._store.manifests(layer, key, context.asset_partition_keys)
+
+
+def _folder(manifest: Manifest) -> str:
+    return partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)

@@ -53,9 +53,9 @@ class PostgresIOManager(dg.IOManager):
         """Add the row counts and the table's name to the materialization."""
         context.add_output_metadata(
             {
-                "rows_written": obj.written,
+                "run_rows_written": obj.written,
                 "dagster/row_count": obj.rows,
-                "dagster/relation_identifier": f"fhir.{obj.table}",
+                "dagster/table_name": f"fhir.{obj.table}",
             }
         )
 

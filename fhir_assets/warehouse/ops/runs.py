@@ -41,6 +41,10 @@ _FIND_ALIVE = """
 """
 
 
+RESULTS = ("valid", "loaded", "superseded", "dead", "withheld")
+"""Those of COUNTS that say what became of the resources of a window."""
+
+
 def start(
     conn: Connection,
     run_id: str,
@@ -161,6 +165,24 @@ def reduce_loaded(conn: Connection, run_id: str, resource_type: str, partition_k
         """,
         {"run": run_id, "type": resource_type, "keys": list(partition_keys)},
     )
+
+
+def find_counts(
+    conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Return what a run did with the resources of each window, by partition key: RESULTS by name."""
+    rows = conn.execute(
+        """
+        SELECT partition_key, coalesce(valid, 0), coalesce(loaded, 0), coalesce(superseded, 0), coalesce(dead, 0),
+            coalesce(withheld, 0)
+        FROM ops.ingestion_runs
+        WHERE run_id = %(run)s
+            AND resource_type = %(type)s
+            AND partition_key = ANY(%(keys)s)
+        """,
+        {"run": run_id, "type": resource_type, "keys": list(partition_keys)},
+    )
+    return {key: dict(zip(RESULTS, counts, strict=True)) for key, *counts in rows}
 
 
 def find_written_windows(conn: Connection, run_id: str, resource_type: str, layer: str) -> list[str]:

@@ -3,6 +3,7 @@
 The module ``layout`` defines the columns of the tables.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from fhir_assets.warehouse.postgres.tables.layout import (
     build_layout,
     column_type,
 )
+from fhir_assets.warehouse.postgres.tables.row_streams import join_resources
 
 __all__ = [
     "KEY_COLUMN",
@@ -32,6 +34,7 @@ __all__ = [
     "build_layout",
     "column_type",
     "count_rows",
+    "count_rows_by_window",
     "ensure_tables",
     "find_drift",
     "find_existing_tables",
@@ -103,6 +106,31 @@ def count_rows(conn: Connection, view: View) -> int:
     if count is None or count[0] <= _MAX_EXACT_COUNT:
         count = conn.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
     return int(count[0]) if count else 0
+
+
+def count_rows_by_window(
+    conn: Connection, views: Sequence[View], resource_type: str, partition_keys: Sequence[str]
+) -> dict[str, Counter[str]]:
+    """Return the numbers of rows by view and by window of their resources. Windows without resources are left out."""
+    rows = conn.execute(
+        """
+        SELECT DISTINCT partition_key
+        FROM fhir.resource
+        WHERE source = ops.current_source()
+            AND resource_type = %s
+            AND partition_key = ANY(%s)
+            AND resource IS NOT NULL
+        """,
+        [resource_type, list(partition_keys)],
+    )
+    params = {"type": resource_type, "keys": [key for (key,) in rows]}
+    counts: dict[str, Counter[str]] = {view.name: Counter() for view in views}
+    for view in views if params["keys"] else ():
+        query = sql.SQL("SELECT r.partition_key, count(*) {} AND r.partition_key = ANY(%(keys)s) GROUP BY 1").format(
+            join_resources(view.name)
+        )
+        counts[view.name].update(dict(conn.execute(query, params).fetchall()))
+    return counts
 
 
 def find_existing_tables(conn: Connection, views: Sequence[View]) -> frozenset[str]:
