@@ -100,7 +100,8 @@ def _load(home: Path, url: str) -> None:
         refresh=Refresh.FULL,
         workers=WorkerPool(settings.workers),
     )
-    validation.run("Observation", update.manifests)
+    store.commit(update.manifests)
+    validation.run("Observation", [manifest.partition_key for manifest in update.manifests])
     print(json.dumps({"peak_mib": peak_mib(), "seconds": perf_counter() - started, "download": download}))
 
 

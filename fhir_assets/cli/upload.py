@@ -29,7 +29,8 @@ from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAsse
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.ops import dead_letters
+from fhir_assets.warehouse.ops import dead_letters, settlements
+from fhir_assets.warehouse.ops.settlements import Settlement
 
 Steps = dict[str, dict[str, int]]
 """The number of resources of each file, by resource type, in the order of the upload."""
@@ -180,7 +181,9 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
         return 0
     partition = f"upload:{journal.path.stem if journal.path else ''}"
     try:
-        with Warehouse(settings).connect() as conn:
+        warehouse = Warehouse(settings)
+        began = settlements.begin(warehouse.connect)
+        with warehouse.connect() as conn:
             run_id = journal.read_facts()["run_id"]
             dead_letters.record(
                 conn,
@@ -188,7 +191,7 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
                 (build_dead_letter(failure, partition, unknown_type=_UNKNOWN) for failure in journal.failures()),
             )
             for name in (*steps, _UNKNOWN):
-                dead_letters.resolve_not_repeated(conn, run_id, name, "deliver", [partition])
+                settlements.settle(conn, Settlement(run_id, name, "deliver", [partition], began))
     except (DatabaseUnavailable, psycopg.Error):
         errors.print(f"The database is not available: the failures are in {path} only, not in ops.dead_letters.")
     return count

@@ -20,8 +20,9 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Delivered, Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, dead_letters
+from fhir_assets.warehouse.ops import audit_log, dead_letters, settlements
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
@@ -84,6 +85,7 @@ class DeliverStep:
         if not steps:
             return counts
         self._client.capabilities()
+        began = settlements.begin(self._connect)
         with self._connect() as conn, Journal(cipher=self._store.cipher) as journal:
             conn.autocommit = True
 
@@ -102,7 +104,7 @@ class DeliverStep:
                 for result, count in total.items():
                     setattr(counts[name], result, count)
             self._record_failures(journal, {name: manifest.partition_key for name, (_, manifest) in pending.items()})
-        self._record_delivery([manifest for manifest in manifests if manifest.resource_type in steps], counts)
+        self._record_delivery([manifest for manifest in manifests if manifest.resource_type in steps], counts, began)
         return counts
 
     def _pending_parts(self, manifest: Manifest) -> Sequence[Part]:
@@ -145,7 +147,9 @@ class DeliverStep:
             buffer.add(build_dead_letter(failure, windows[failure.location.rpartition(":")[0]]))
         buffer.flush()
 
-    def _record_delivery(self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts]) -> None:
+    def _record_delivery(
+        self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts], began: int
+    ) -> None:
         """Record the delivered parts in the store and the delivered counts in the audit log."""
         now = datetime.now(UTC)
         delivered = [
@@ -167,7 +171,7 @@ class DeliverStep:
         with self._connect() as conn, conn.transaction():
             if self._refresh is not Refresh.MISSING:
                 for name, partition_keys in keys.items():
-                    dead_letters.resolve_not_repeated(conn, self._run_id, name, "deliver", partition_keys)
+                    settlements.settle(conn, Settlement(self._run_id, name, "deliver", partition_keys, began))
             audit_log.record(
                 conn,
                 *(

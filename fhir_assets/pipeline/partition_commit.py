@@ -3,6 +3,10 @@
 Two runs may work on the same partition at once (a load and a landing file, a backfill and the schedule). Each run
 builds its new manifest from the manifest that it read at its start, its *base*. Later commits of other runs are merged,
 not overwritten. If they cannot be merged, the commit raises Overtaken and changes nothing.
+
+Dead letters that did not fail again are resolved in the transaction that holds the locks, after the manifests are
+written, and only in partitions whose committed manifest is the one of the run. A run that is killed between both leaves
+them open, and the next complete validation resolves them.
 """
 
 from collections import Counter
@@ -14,8 +18,9 @@ import msgspec
 
 from fhir_assets.errors import Overtaken
 from fhir_assets.sources import DEFAULT_SOURCE
-from fhir_assets.storage.manifest import Manifest, Part
+from fhir_assets.storage.manifest import REPLAY, Manifest, Part
 from fhir_assets.storage.store import Store, partition_folder
+from fhir_assets.warehouse.ops.settlements import Settlement, settle
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.db.partition_locks import lock_partitions
 
@@ -40,6 +45,11 @@ class PartitionUpdate(Protocol):
         """By partition key, the manifest from which the new one was built; None for a new partition."""
         ...
 
+    @property
+    def settlement(self) -> Settlement | None:
+        """The dead letters to resolve in the partitions that were processed completely, if there are any."""
+        ...
+
 
 def commit_update(connect: OpenSession, store: Store, update: PartitionUpdate) -> list[Manifest]:
     """Commit the manifests of an update, each in one atomic step, and return them as committed.
@@ -51,7 +61,7 @@ def commit_update(connect: OpenSession, store: Store, update: PartitionUpdate) -
     def merge(new: Manifest, current: Manifest | None) -> Manifest:
         return merge_manifests(new, base_manifests.get(new.partition_key), current)
 
-    return rewrite_partitions(connect, store, update.manifests, merge)
+    return rewrite_partitions(connect, store, update.manifests, merge, settlement=update.settlement)
 
 
 def rewrite_partitions(
@@ -59,10 +69,13 @@ def rewrite_partitions(
     store: Store,
     manifests: Sequence[Manifest],
     merge: Callable[[Manifest, Manifest | None], Manifest],
+    *,
+    settlement: Settlement | None = None,
 ) -> list[Manifest]:
     """Replace partitions while their locks are held, and return the manifests as committed.
 
     ``merge`` receives each new manifest and the current one (None for a new partition) and returns the one to commit.
+    The ``settlement`` is applied to the partitions whose committed manifest is from the run of the new one.
     """
     written: list[Manifest] = []
     with connect() as conn:
@@ -73,6 +86,9 @@ def rewrite_partitions(
                     merge(new, current) for new, current in zip(group, store.committed_manifests(group), strict=True)
                 ]
                 store.commit(merged)
+                if settlement is not None:
+                    own = [m.partition_key for new, m in zip(group, merged, strict=True) if m.run_id == new.run_id]
+                    settle(conn, settlement.restrict(own))
             written += merged
     return written
 
@@ -115,8 +131,15 @@ def _merge_raw(new: Manifest, base: Manifest | None, current: Manifest | None) -
 
 
 def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
-    """Keep the manifest whose inputs include those of the other one, or merge two extensions by different inputs."""
+    """Keep the manifest whose inputs include those of the other one, or merge two extensions by different inputs.
+
+    A complete validation since the base also covers the dead letters that a replay validated on the base.
+    """
     if current is None or current == base or new.validated is None or current.validated is None:
+        return new
+    if _is_replay_before(current, new, base):
+        return current
+    if _is_replay_before(new, current, base):
         return new
     same_rules = new.validated.rules_version == current.validated.rules_version
     new_inputs, current_inputs = set(new.validated.inputs), set(current.validated.inputs)
@@ -126,12 +149,17 @@ def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | N
         return new
     common = base.validated if base else None
     common_inputs = set(common.inputs) if common else set()
-    base_parts = {part.name for part in base.parts} if base else set()
-    extended = all(base_parts.issubset(part.name for part in manifest.parts) for manifest in (new, current))
+    extended = all(_extends(manifest, base) for manifest in (new, current))
     if not same_rules or not extended or (new_inputs & current_inputs) - common_inputs:
         raise Overtaken(
             f"another run validated {new.resource_type} of {new.partition_key} at the same time, from other raw "
             "parts: start this run again"
+        )
+    dead = _add_counts(current.validated.dead, new.validated.dead, common.dead if common else {})
+    if any(count < 0 for count in dead.values()):
+        raise Overtaken(
+            f"another run replayed the same dead letters of {new.resource_type} of {new.partition_key} at the same "
+            "time: start this run again if dead letters are left"
         )
     return msgspec.structs.replace(
         new,
@@ -140,10 +168,35 @@ def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | N
             new.validated,
             inputs=(*current.validated.inputs, *(name for name in new.validated.inputs if name not in current_inputs)),
             rows_in=current.validated.rows_in + new.validated.rows_in - (common.rows_in if common else 0),
-            dead=_add_counts(current.validated.dead, new.validated.dead, common.dead if common else {}),
+            dead=dead,
             warnings=_add_counts(current.validated.warnings, new.validated.warnings, common.warnings if common else {}),
         ),
     )
+
+
+def _is_replay_before(complete: Manifest, replay: Manifest, base: Manifest | None) -> bool:
+    """Return whether one manifest validates all parts anew, and the other one only adds replays to the base."""
+    if base is None or base.validated is None or complete.validated is None or replay.validated is None:
+        return False
+    added = set(replay.validated.inputs).difference(base.validated.inputs)
+    return (
+        bool(added)
+        and all(name.startswith(REPLAY) for name in added)
+        and _extends(replay, base)
+        and not _extends(complete, base)
+        and complete.validated.raw_parts >= replay.validated.raw_parts
+    )
+
+
+def _extends(manifest: Manifest, base: Manifest | None) -> bool:
+    """Return whether a validated manifest only adds to its base."""
+    if base is None:
+        return True
+    if base.validated is None or manifest.validated is None:
+        return False
+    names = {part.name for part in manifest.parts}
+    same_origin = manifest.validated.complete_run == base.validated.complete_run
+    return same_origin and names.issuperset(part.name for part in base.parts)
 
 
 def _added_parts(new: Manifest, base: Manifest) -> tuple[Part, ...]:

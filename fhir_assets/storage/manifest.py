@@ -139,6 +139,8 @@ class Validated(msgspec.Struct, frozen=True):
     """The inputs and the rules that a validated partition was made with.
 
     ``inputs`` names raw parts, and as ``replay:<run>`` the replays whose resolved dead letters are in the partition.
+    ``complete_run`` is the run that validated all parts at once; later runs have only added to its result. It is empty
+    in partitions of releases that did not record it.
     """
 
     inputs: tuple[str, ...]
@@ -146,6 +148,7 @@ class Validated(msgspec.Struct, frozen=True):
     rows_in: int
     dead: dict[str, int]
     warnings: dict[str, int]
+    complete_run: str = ""
 
     @property
     def raw_parts(self) -> frozenset[str]:

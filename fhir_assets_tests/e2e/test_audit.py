@@ -102,14 +102,12 @@ class Hospital:
         """Validate and load the new resources of raw."""
         facts: dict[str, Any] = {"run_id": run_id, "refresh": Refresh.MISSING, "workers": WorkerPool(1)}
         validation = ValidateStep(self.store, Validator(), self.connect, now=DAY, **facts)
-        raw = self.store.manifests("raw", "Patient", [KEY])
-        commit_update(self.connect, self.store, validation.run("Patient", raw))
-        validated = self.store.manifests("validated", "Patient", [KEY])
+        commit_update(self.connect, self.store, validation.run("Patient", [KEY]))
         window = self.settings.window_scheme.window(KEY)
         loading = LoadStep(
             self.store, self.connect, PATIENTS, all_views=True, consent_gate=gate or ConsentGate(), **facts
         )
-        loading.run("Patient", [window], validated)
+        loading.run("Patient", [window])
 
     def add_dead_letter(self, stage: str, identity: str = "b") -> int:
         """Record a dead letter and return its id."""

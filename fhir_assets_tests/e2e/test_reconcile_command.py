@@ -13,6 +13,7 @@ from fhir_assets.cli.main import app
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import SourceKind
 from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.support.content import materialize
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
 from fhir_assets_tests.support.search_server import Resource, SearchServer, resource
@@ -115,6 +116,17 @@ def test_a_window_that_does_not_reconcile_is_listed(deployment: Deployment) -> N
     assert result.exit_code == 1
     assert types["Patient"]["missing_ids"] == ["p3"]
     assert [window["window"] for window in types["Patient"]["unreconciled_windows"]] == ["2024-03-01"]
+
+
+def test_a_dead_letter_that_was_closed_by_mistake_is_named_and_fails_the_check(deployment: Deployment) -> None:
+    with connect(deployment.url) as conn:
+        conn.execute("UPDATE ops.dead_letters SET status = 'resolved', resolution = 'did not fail again'")
+    result, types = run()
+    assert (result.exit_code, types["Patient"]["missing"]) == (1, 1)
+    ((window,), fault) = types["Patient"]["unreconciled_windows"], "1 invalid resources are in no table"
+    assert window["faults"][0].startswith(fault)
+    check = materialize(deployment, windows=[window["window"]])
+    assert [evaluation.passed for evaluation in deployment.checks(check.run_id)] == [False]
 
 
 def test_a_server_that_does_not_count_is_unknown_and_not_complete(deployment: Deployment, server: SearchServer) -> None:

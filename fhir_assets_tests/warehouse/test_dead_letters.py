@@ -1,13 +1,15 @@
 """Repositories of dead letters: a repeated failure is one row, and selections, pages and counts are complete."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
-from fhir_assets.warehouse.ops import dead_letters
+from fhir_assets.warehouse.ops import dead_letters, replays, runs, settlements
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection, StoredDeadLetter
+from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 
 DEAD_LETTER = DeadLetter(
@@ -25,6 +27,12 @@ DEAD_LETTER = DeadLetter(
 
 def stored(conn: Connection, selection: Selection | None = None) -> list[StoredDeadLetter]:
     return dead_letters.find(conn, selection or Selection())
+
+
+def begin(conn: Session, run_id: str) -> Settlement:
+    """Return the settlement of a run that begins to validate the partition of DEAD_LETTER."""
+    began = settlements.begin(lambda: nullcontext(conn))
+    return Settlement(run_id, "Patient", "validate", ["2024-01-01"], began)
 
 
 def test_a_failure_repeated_in_a_later_run_adds_an_attempt_to_its_dead_letter(conn: Session) -> None:
@@ -69,8 +77,9 @@ def test_dead_letters_that_did_not_fail_again_are_resolved_in_their_partitions_o
     elsewhere = [replace(DEAD_LETTER, stage="load"), replace(DEAD_LETTER, partition_key="w")]
     elsewhere.append(replace(DEAD_LETTER, resource_type="Encounter"))
     dead_letters.record(conn, "one", failed + elsewhere)
+    settlement = begin(conn, "two")
     dead_letters.record(conn, "two", failed[:1])
-    assert dead_letters.resolve_not_repeated(conn, "two", "Patient", "validate", ["2024-01-01"]) == 2
+    assert settlements.settle(conn, settlement) == 2
     assert len(stored(conn, Selection(status="open"))) == 4
     assert {dead_letter.resolved_run_id for dead_letter in stored(conn, Selection(status="resolved"))} == {"two"}
     dead_letters.record(conn, "three", failed)
@@ -78,11 +87,36 @@ def test_dead_letters_that_did_not_fail_again_are_resolved_in_their_partitions_o
     assert all(dead_letter.resolved_at is None for dead_letter in stored(conn))
 
 
+def test_a_dead_letter_that_another_run_recorded_since_the_begin_is_not_settled(conn: Session) -> None:
+    failed = [replace(DEAD_LETTER, resource=bytes([n])) for n in range(3)]
+    dead_letters.record(conn, "one", failed)
+    settlement = begin(conn, "load")
+    dead_letters.record(conn, "load", failed[:1])
+    dead_letters.record(conn, "replay", failed[:2])
+    assert settlements.settle(conn, settlement) == 1
+    assert sorted(letter.status for letter in stored(conn)) == ["open", "open", "resolved"]
+    assert settlements.count_dead(conn, "Patient", ["2024-01-01"]) == {"2024-01-01": 2}
+
+
+def test_a_dead_letter_that_fails_again_keeps_the_claim_of_a_live_run_only(database: str, conn: Session) -> None:
+    letters = [replace(DEAD_LETTER, resource=bytes([n])) for n in range(2)]
+    dead_letters.record(conn, "one", letters)
+    first, second = sorted(letter.id for letter in stored(conn))
+    replays.request_replay(conn, Selection(ids=[first]), claimed_by="live")
+    replays.request_replay(conn, Selection(ids=[second]), claimed_by="killed")
+    with connect(database, autocommit=True) as other:
+        runs.hold_liveness_lock(other, "live")
+        dead_letters.record(conn, "load", letters)
+        claims = conn.execute("SELECT status, claimed_by, run_id FROM ops.dead_letters ORDER BY id").fetchall()
+        assert claims == [("replaying", "live", "load"), ("open", None, "load")]
+        assert replays.request_replay(conn, Selection(), claimed_by="second") == 1
+
+
 def test_a_discarded_dead_letter_stays_discarded_if_it_fails_again(conn: Session) -> None:
     dead_letters.record(conn, "one", [DEAD_LETTER])
     conn.execute("UPDATE ops.dead_letters SET status = 'discarded'")
     dead_letters.record(conn, "two", [DEAD_LETTER])
-    dead_letters.resolve_not_repeated(conn, "three", "Patient", "validate", ["2024-01-01"])
+    settlements.settle(conn, begin(conn, "three"))
     assert [(dead_letter.status, dead_letter.attempts) for dead_letter in stored(conn)] == [("discarded", 2)]
 
 

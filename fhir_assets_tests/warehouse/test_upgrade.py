@@ -132,6 +132,8 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("ALTER TABLE ops.consents RENAME COLUMN basis TO source")
     session.execute("ALTER TABLE IF EXISTS fhir.patient DROP COLUMN _source")
     session.execute("DROP FUNCTION ops.current_source()")
+    session.execute("ALTER TABLE ops.dead_letters DROP COLUMN recorded")
+    session.execute("DROP SEQUENCE ops.dead_letter_records")
     for table, name in NEW_COLUMNS:
         session.execute(f"ALTER TABLE {table} DROP COLUMN {name} CASCADE".encode())
     run_revision(session, "0002_run_summary")  # creates the views that the columns above were removed from

@@ -117,7 +117,7 @@ def _build_normalized_step(
                 )
                 consent.run(datetime.now(UTC))
                 with warehouse.table_loads.slot():
-                    loaded = step.run(name, run.windows.windows, validated)
+                    loaded = step.run(name, run.windows.windows)
                 if name == "Consent":
                     consent.run(datetime.now(UTC))
                 if run.replay and len(selected) == len(views):

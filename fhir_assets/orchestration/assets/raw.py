@@ -25,7 +25,7 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import dead_letters, runs
+from fhir_assets.warehouse.ops import dead_letters, runs, settlements
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def _build_raw_step(
                 overlap=settings.overlap,
                 refresh=run.refresh,
                 write_dead_letters=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
+                began=settlements.begin(warehouse.connect),
             )
             # dagster.yaml silences Dagster's loggers, so the progress of an export is reported as events of the step.
             with progress.send_to(
@@ -126,7 +127,6 @@ def _build_raw_step(
                     if update.refusal:
                         # This step goes on with the other types; the step that validates this type fails.
                         runs.fail(conn, run.run_id, [name], run.partition_keys, error=update.refusal)
-                    dead_letters.resolve_not_repeated(conn, run.run_id, name, "fetch", update.refetched_keys)
                     runs.record_counts(
                         conn,
                         run.run_id,

@@ -24,7 +24,7 @@ from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import dead_letters, runs
+from fhir_assets.warehouse.ops import runs
 
 
 def build_validated_assets(settings: Settings, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetsDefinition]:
@@ -79,10 +79,9 @@ def _build_validated_asset(
             if run.replay:
                 update, counts = _replay(run, store, validator, warehouse, step, name, raw)
             else:
-                update = step.run(name, raw)
+                update = step.run(name, run.partition_keys)
                 counts = _counts(update)
             with warehouse.connect() as conn:
-                dead_letters.resolve_not_repeated(conn, run.run_id, name, "validate", update.revalidated_keys)
                 runs.record_counts(conn, run.run_id, name, counts)
             add_window_metadata(
                 context.op_execution_context.get_step_execution_context(),
@@ -107,7 +106,9 @@ def _replay(
     name: str,
     raw: Sequence[Manifest],
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
-    """Validate dead letters again. Partitions that are older than their raw partition are validated completely."""
+    """Validate dead letters again. Partitions that do not agree with raw or with their dead letters are validated
+    completely.
+    """
     replay = ReplayValidateStep(
         store,
         validator,
@@ -116,17 +117,18 @@ def _replay(
         now=run.now,
         also_open=run.replay == "open",
     )
-    behind = find_outdated_partitions(store, name, raw)
-    update = step.run(name, behind)
-    keys = {manifest.partition_key for manifest in raw}.difference(manifest.partition_key for manifest in behind)
-    replayed = replay.run(name, sorted(keys))
+    with warehouse.connect() as conn:
+        outdated = find_outdated_partitions(conn, store, name, raw)
+    update = step.run(name, outdated, revalidated=outdated)
+    replayed = replay.run(name, sorted({manifest.partition_key for manifest in raw}.difference(outdated)))
     counts = _counts(update)
     for manifest in replayed.update.manifests:
         key = manifest.partition_key
         counts[key] = {"valid": replayed.resolved[key], "dead": replayed.failed[key]}
     manifests = update.manifests + replayed.update.manifests
+    base_manifests = {**update.base_manifests, **replayed.update.base_manifests}
     return ValidatedUpdate(
-        name, manifests, update.revalidated_keys, {**update.base_manifests, **replayed.update.base_manifests}
+        name, manifests, update.revalidated_keys, base_manifests, settlement=update.settlement
     ), counts
 
 

@@ -19,6 +19,7 @@ from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.windows import LATEST, Interval, Window, WindowRange
 
 _ROUNDING = timedelta(seconds=1)
@@ -50,15 +51,15 @@ class RawUpdate:
     fetches: Mapping[str, Fetch]
     """By partition key, the counts of the fetch. Windows that were complete already are absent."""
     refetched_keys: tuple[str, ...] = ()
-    """The keys of the windows that were read from their start, so that earlier dead letters that did
-    not occur again can be resolved.
-    """
+    """The keys of the windows that were read from their start."""
     base_manifests: Mapping[str, Manifest | None] = field(default_factory=dict)
     """By partition key, the manifest that was extended, or None for a new partition: see pipeline.partition_commit."""
     before_first_window: int = 0
     """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
     refusal: str = ""
     """Why the source refuses this type, if it refuses it alone."""
+    settlement: Settlement | None = None
+    """The dead letters of the windows in ``refetched_keys`` that the commit of the manifests resolves."""
 
     @property
     def notices(self) -> tuple[Notice, ...]:
@@ -84,7 +85,8 @@ class FetchStep:
     """Fetches windows from a source into the raw layer of a store.
 
     ``now`` is the end of the open window. An extension starts ``overlap`` before the end of the last fetch.
-    ``write_dead_letters`` records the entries that are not resources.
+    ``write_dead_letters`` records the entries that are not resources. ``began`` is the number at which the step began
+    (see ``warehouse.ops.settlements``); with 0 its commit resolves no dead letters.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class FetchStep:
         overlap: timedelta,
         refresh: Refresh,
         write_dead_letters: WriteDeadLetters,
+        began: int = 0,
     ) -> None:
         self._source = source
         self._store = store
@@ -106,6 +109,7 @@ class FetchStep:
         self._overlap = overlap
         self._refresh = refresh
         self._dead_letters = DeadLetterBuffer(write_dead_letters)
+        self._began = began
 
     @infrequent_gc()
     def run(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
@@ -158,9 +162,14 @@ class FetchStep:
                 {key: progress.planned.base for key, progress in plan.items()},
                 before_first_window[name],
                 refusal=str(self._source.refused.get(name, "")) if planned else "",
+                settlement=self._build_settlement(name, plan),
             )
             for name, plan in plans.items()
         ]
+
+    def _build_settlement(self, name: str, plan: Mapping[str, _Progress]) -> Settlement:
+        refetched = [key for key, progress in plan.items() if progress.planned.base is None]
+        return Settlement(self._run_id, name, "fetch", refetched, self._began)
 
     def _fetch_undated(
         self,

@@ -22,9 +22,10 @@ from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Arrival, Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs
+from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs, settlements
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
+from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
@@ -122,15 +123,21 @@ class LoadStep:
         self._run_id = run_id
         self._refresh = refresh
         self._consent_gate = consent_gate
+        self._began = 0
 
     @infrequent_gc()
-    def run(self, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]) -> LoadResult:
+    def run(self, resource_type: str, windows: Sequence[Window]) -> LoadResult:
         """Load the new parts of the windows, or all parts if ``refresh`` requires it or loaded parts were replaced.
+
+        The validated partitions are read from the store after the step began, so that they contain everything whose
+        dead letters it may resolve.
 
         Raises DatabaseUnavailable, ViewError, StoreError or WorkerLost; windows whose transaction was not committed
         are unchanged then.
         """
         total = LoadResult(rows=Counter({view.name: 0 for view in self._views}))
+        self._began = settlements.begin(self._connect)
+        validated = self._store.manifests("validated", resource_type, [window.key for window in windows])
         with self._connect() as conn:
             view_tables.ensure_tables(conn, self._views)
             conn.commit()
@@ -235,10 +242,9 @@ class LoadStep:
         Return the keys of windows whose dead letters were resolved by newer versions.
         """
         keys = [task.window.key for task in group]
+        complete = [task.window.key for task in group if task.from_start]
         for stage in STAGES:
-            dead_letters.resolve_not_repeated(
-                conn, self._run_id, resource_type, stage, [task.window.key for task in group if task.from_start]
-            )
+            settlements.settle(conn, Settlement(self._run_id, resource_type, stage, complete, self._began))
         resolved_windows = replays.resolve_superseded(conn, self._run_id, resource_type, keys)
         if self._all_views:
             self._record_loaded_parts(conn, resource_type, group)

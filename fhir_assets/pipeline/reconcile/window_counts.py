@@ -1,22 +1,23 @@
 """Reconcile windows: count the resources of a window in each layer, and report counts that do not match."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.fhir.record import parse_stored, read_header
+from fhir_assets.fhir.record import MalformedResource, parse_stored, read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import corrections
+from fhir_assets.warehouse.ops import corrections, settlements
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import reconciliation
 from fhir_assets.warehouse.postgres.queries.reconciliation import AbsentCounts
-from fhir_assets.warehouse.postgres.tables.encoding import NULL, escape_text
+from fhir_assets.warehouse.postgres.tables.encoding import NULL, UnstorableValue, escape_text
 
 STAGES = ("transform", "load")
 """The stages whose dead letters explain why a valid resource is not in the tables."""
@@ -61,6 +62,10 @@ class WindowCounts:
     """Distinct versions of the window in the tables; None if they were not counted."""
     notices: tuple[Notice, ...] = ()
     """What the source said or did during the fetches of the window. Those of severity ``error`` are faults."""
+    lost: int = 0
+    """Resources that validation rejected and that are neither a dead letter nor in the tables."""
+    other_parts: bool = False
+    """Whether other parts were validated than those that the raw partition has."""
 
     @property
     def loaded(self) -> int:
@@ -85,6 +90,8 @@ class WindowCounts:
             faults.append(f"{arrived} were received but raw holds {self.raw}: {action}")
         if self.raw != self.validated:
             faults.append(f"raw holds {self.raw} but {self.validated} were validated: materialize validated again")
+        elif self.other_parts:
+            faults.append("other parts were validated than those that raw has: materialize validated again")
         if self.validated != self.valid + self.dead + self.withheld:
             faults.append(
                 f"{self.validated} were validated but {self.valid} are valid, {self.dead} dead and "
@@ -95,6 +102,11 @@ class WindowCounts:
                 f"the server counts {self.beyond} resources that neither its searches by _lastUpdated nor one without "
                 "a filter return: rebuild its search index, or load an export; then materialize raw, validated and "
                 f"normalized of {self.partition_key} again with a full refresh"
+            )
+        if self.lost:
+            faults.append(
+                f"{self.lost} invalid resources are in no table and no dead letter: materialize validated and "
+                f"normalized of {self.partition_key} again"
             )
         if self.missing:
             faults.append(f"{self.missing} valid resources are not in the tables: materialize normalized again")
@@ -131,17 +143,21 @@ def reconcile(
     """Return the counts of each window that has a raw partition.
 
     The ids of the validated partitions are compared in the database with ``fhir.resource``, and with ``main_view`` if
-    every resource has a row in that view. Raises StoreError or DatabaseUnavailable.
+    every resource has a row in that view. The dead letters themselves are counted: where there are fewer than the
+    validated partition counts, every resource of the raw partition is looked up. Raises StoreError or
+    DatabaseUnavailable.
     """
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
     not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
     versions = reconciliation.count_versions(conn, resource_type, partition_keys)
     absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
+    lost = _count_lost(conn, store, resource_type, raw, validated, absent)
     return [
         replace(
             _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts())),
             versions=versions.get(key, 0),
+            lost=lost.get(key, 0),
         )
         for key, manifest in raw.items()
     ]
@@ -171,7 +187,48 @@ def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: A
         notices=raw.fetched.notices if raw.fetched else (),
         undated=sum(undated),
         beyond=raw.fetched.beyond if raw.fetched else 0,
+        other_parts=state is not None and state.raw_parts != {part.name for part in raw.parts},
     )
+
+
+def _count_lost(
+    conn: Session,
+    store: Store,
+    resource_type: str,
+    raw: Mapping[str, Manifest],
+    validated: Mapping[str, Manifest],
+    absent: Mapping[str, AbsentCounts],
+) -> dict[str, int]:
+    """Count by partition key the resources that are in raw, but neither in the tables nor dead letters nor withheld.
+
+    Only partitions with fewer dead letters than their manifest counts are looked at. Valid resources that are missing
+    in the tables are counted by ``_count_absent``.
+    """
+    rejected = {key: sum(m.validated.dead.values()) for key, m in validated.items() if m.validated}
+    dead = settlements.count_dead(conn, resource_type, [key for key, count in rejected.items() if count])
+    short = [key for key, count in rejected.items() if dead.get(key, 0) < count]
+    if not short:
+        return {}
+    lines = _build_raw_lines(store, [raw[key] for key in short], cipher_of(conn))
+    unaccounted = reconciliation.count_unaccounted(conn, resource_type, lines)
+    return {key: max(0, count - absent.get(key, AbsentCounts()).missing) for key, count in unaccounted.items()}
+
+
+def _build_raw_lines(store: Store, raw: Sequence[Manifest], cipher: Cipher) -> Iterator[str]:
+    """Yield the partition key, id, lastUpdated, arrival and fingerprint of each resource in raw, for COPY."""
+    for manifest in raw:
+        key = escape_text(manifest.partition_key)
+        for batch in store.batches_with_arrivals(manifest.parts):
+            for line, arrived in zip(batch.lines, batch.times(), strict=False):
+                identity, moment = NULL, None
+                with suppress(MalformedResource, UnstorableValue):
+                    header = read_header(line)
+                    text = header.meta.lastUpdated if header.meta else None
+                    moment = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
+                    identity = NULL if header.id is None else escape_text(header.id)
+                times = "\t".join(time.isoformat() if time else NULL for time in (moment, arrived))
+                fingerprint = _compute_fingerprint(manifest, "validate", line, cipher).hex()
+                yield f"{key}\t{identity}\t{times}\t\\\\x{fingerprint}\n"
 
 
 def _count_absent(

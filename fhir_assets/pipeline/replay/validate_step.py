@@ -16,9 +16,9 @@ from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import replays
+from fhir_assets.warehouse.ops import replays, settlements
 from fhir_assets.warehouse.ops.replays import ClaimedDeadLetter, FailedReplay
-from fhir_assets.warehouse.postgres.db.connections import OpenSession
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
 STAGE = "validate"
 
@@ -34,17 +34,23 @@ class ReplayResult:
     failed: Counter[str]
 
 
-def find_outdated_partitions(store: Store, resource_type: str, raw: Sequence[Manifest]) -> list[Manifest]:
-    """Return the raw partitions with parts that are not validated yet.
+def find_outdated_partitions(conn: Connection, store: Store, resource_type: str, raw: Sequence[Manifest]) -> list[str]:
+    """Return the keys of the raw partitions that a replay has to validate completely, with their dead letters.
 
-    A load has to validate them, which also validates the resources of their dead letters.
+    They have parts that are not validated yet, or more dead letters than their validated partition counts: a load is
+    recording them at this moment, or was killed before it committed the partition. A replay that took them for a part
+    of the count would store their resources twice.
     """
+    existing = {m.partition_key: m for m in store.manifests("validated", resource_type, [m.partition_key for m in raw])}
+    replayed_by = {run for m in existing.values() if m.validated for run in m.validated.replays}
+    dead = settlements.count_dead(conn, resource_type, list(existing), replayed_by=sorted(replayed_by))
     outdated = []
     for manifest in raw:
-        existing = store.manifest("validated", resource_type, manifest.partition_key)
+        key = manifest.partition_key
+        state = existing[key].validated if key in existing else None
         names = {part.name for part in manifest.parts}
-        if existing is None or existing.validated is None or existing.validated.raw_parts != names:
-            outdated.append(manifest)
+        if state is None or state.raw_parts != names or dead.get(key, 0) > sum(state.dead.values()):
+            outdated.append(key)
     return outdated
 
 
@@ -156,6 +162,7 @@ class ReplayValidateStep:
                 validated.rows_in,
                 {rule: count for rule, count in change.dead.items() if count},
                 dict(change.warnings),
+                validated.complete_run,
             ),
         )
 

@@ -1,7 +1,7 @@
 """Validate raw partitions: copy valid resources byte for byte, and record invalid ones as dead letters."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
@@ -15,9 +15,10 @@ from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import LineBatch, Store
-from fhir_assets.warehouse.ops import dead_letters
+from fhir_assets.warehouse.ops import dead_letters, settlements
 from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
+from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 
@@ -36,15 +37,15 @@ class ValidatedUpdate:
     resource_type: str
     manifests: tuple[Manifest, ...]
     revalidated_keys: tuple[str, ...]
-    """The keys of the partitions of which all parts were validated. Earlier dead letters of these partitions can be
-    resolved if their resources did not fail again.
-    """
+    """The keys of the partitions of which all parts were validated."""
     base_manifests: Mapping[str, Manifest | None]
     """By partition key, the manifest in the store from which the update was built, or None if there was none (see
     pipeline.partition_commit).
     """
     counts: Mapping[str, ValidatedCounts] = field(default_factory=dict)
     """By partition key, what this step validated; the manifests count everything in the partition."""
+    settlement: Settlement | None = None
+    """The dead letters of the partitions in ``revalidated_keys`` that the commit of the manifests resolves."""
 
 
 _BYTES_PER_SECOND = 50e6
@@ -90,14 +91,20 @@ class ValidateStep:
         self._dead_letters = DeadLetterBuffer(lambda batch: dead_letters.record_now(connect, run_id, batch))
 
     @infrequent_gc()
-    def run(self, resource_type: str, raw: Sequence[Manifest]) -> ValidatedUpdate:
-        """Validate the new raw parts, or all parts if ``refresh`` or changed rules require it.
+    def run(
+        self, resource_type: str, partition_keys: Sequence[str], *, revalidated: Collection[str] = ()
+    ) -> ValidatedUpdate:
+        """Validate the new parts of the raw partitions, or all parts if ``refresh`` or changed rules require it.
 
-        Dead letters are written before this method returns. The caller commits the manifests.
+        All parts of the partitions in ``revalidated`` are validated in any case. The partitions are read from the store
+        after the step began, so that they contain everything whose dead letters it may resolve. Dead letters are
+        written before this method returns. The caller commits the manifests.
 
         Raises StoreError, DatabaseUnavailable or WorkerLost; the partitions are unchanged then.
         """
-        states = list(self._find_states(resource_type, raw))
+        began = settlements.begin(self._connect)
+        raw = self._store.manifests("raw", resource_type, partition_keys)
+        states = list(self._find_states(resource_type, raw, revalidated))
         corrections = Corrections(
             self._connect, resource_type, ["validate"], [state.raw.partition_key for state in states]
         )
@@ -117,23 +124,27 @@ class ValidateStep:
             self._dead_letters.flush()
             parts = writer.finish()
         counts = {state.raw.partition_key: state.counts for state in states}
+        completed = tuple(state.raw.partition_key for state in states if state.base is None)
         return ValidatedUpdate(
             resource_type,
             tuple(
                 self._build_manifest(state, parts.get((resource_type, state.raw.partition_key), ())) for state in states
             ),
-            tuple(state.raw.partition_key for state in states if state.base is None),
+            completed,
             {state.raw.partition_key: state.existing for state in states},
             counts,
+            Settlement(self._run_id, resource_type, "validate", completed, began),
         )
 
-    def _find_states(self, resource_type: str, raw: Sequence[Manifest]) -> Iterator["_PartitionState"]:
+    def _find_states(
+        self, resource_type: str, raw: Sequence[Manifest], revalidated: Collection[str]
+    ) -> Iterator["_PartitionState"]:
         """Yield the partitions that have parts to validate, or that do not exist yet."""
         keys = [manifest.partition_key for manifest in raw]
         existing_by_key = {m.partition_key: m for m in self._store.manifests("validated", resource_type, keys)}
         for manifest in raw:
             existing = existing_by_key.get(manifest.partition_key)
-            base = self._find_base(manifest, existing)
+            base = None if manifest.partition_key in revalidated else self._find_base(manifest, existing)
             done = base.validated.inputs if base and base.validated else ()
             pending = [part for part in manifest.parts if part.name not in done]
             if base is None or pending:
@@ -203,6 +214,7 @@ class ValidateStep:
                 state.rows,
                 dict(state.dead),
                 dict(state.warnings),
+                base.validated.complete_run if base and base.validated else self._run_id,
             ),
         )
 

@@ -1,6 +1,10 @@
 """``ops.dead_letters``: resources that failed a step, each with the reason and its bytes as received.
 
-This module records, lists and counts dead letters. Replays are in ``replays``, corrections by hand in ``corrections``.
+This module records, lists and counts dead letters. Settlements of a load are in ``settlements``, replays in
+``replays``, corrections by hand in ``corrections``.
+
+Each time a dead letter is recorded, ``recorded`` becomes the next number of a sequence. The numbers tell what was
+recorded since a step began, independently of clocks and of the order of commits.
 """
 
 import re
@@ -17,6 +21,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
@@ -68,7 +73,8 @@ _UTF8 = ("utf-8", "backslashreplace")
 def record(conn: Session, run_id: str, failures: Iterable[DeadLetter]) -> None:
     """Record dead letters of a run.
 
-    A dead letter that is known already gets one more attempt and is reopened, unless it was discarded.
+    A dead letter that is known already gets one more attempt and is reopened, unless it was discarded, or a live run
+    has claimed it for a replay and will resolve or reopen it.
     ``occurrences`` counts the resources with this content in the run.
     """
     rest = iter(failures)
@@ -80,41 +86,6 @@ def record_now(connect: OpenSession, run_id: str, failures: Sequence[DeadLetter]
     """Record dead letters on a new connection, and commit: they survive a rollback of the caller's transaction."""
     with connect() as conn, conn.transaction():
         record(conn, run_id, failures)
-
-
-def resolve_not_repeated(
-    conn: Connection, run_id: str, resource_type: str, stage: str, partition_keys: Sequence[str]
-) -> int:
-    """Resolve the dead letters of a stage that did not fail again in a run that processed the partitions completely.
-
-    Returns their number. Dead letters of stage ``fetch`` that came through another channel than the source stay open,
-    because fetching the source again does not repeat their input.
-    """
-    return conn.execute(
-        """
-        UPDATE ops.dead_letters d
-        SET
-            status = 'resolved',
-            resolved_at = now(),
-            resolved_run_id = %(run)s,
-            resolution = CASE
-                WHEN EXISTS (
-                    SELECT FROM ops.corrections c WHERE (c.source, c.fingerprint) = (d.source, d.fingerprint)
-                ) THEN 'corrected'
-                ELSE 'did not fail again'
-            END,
-            claimed_by = NULL,
-            replay_requested_at = NULL
-        WHERE source = ops.current_source()
-            AND resource_type = %(type)s
-            AND stage = %(stage)s
-            AND partition_key = ANY(%(keys)s)
-            AND status IN ('open', 'replaying')
-            AND run_id <> %(run)s
-            AND (stage <> 'fetch' OR origin IS NULL)
-        """,
-        {"run": run_id, "type": resource_type, "stage": stage, "keys": list(partition_keys)},
-    ).rowcount
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +298,8 @@ def _record(conn: Session, run_id: str, failures: Sequence[DeadLetter]) -> None:
             # Every run inserts in the same order, so that two runs cannot deadlock.
             for fingerprint in sorted(unique):
                 copy.write_row(unique[fingerprint])
-        cursor.execute(_UPSERT, [run_id, run_id, cipher.key_id])
+        parameters = {"run": run_id, "key": cipher.key_id, "live_claimers": _find_live_claimers(conn)}
+        cursor.execute(_UPSERT, parameters)
         cursor.execute("TRUNCATE pg_temp.stage_dead_letters")
 
 
@@ -354,9 +326,9 @@ _STAGE_TYPES = [
 _UPSERT = sql.SQL("""
     INSERT INTO ops.dead_letters AS known (
         fingerprint, resource_type, resource_id, stage, rule, path, message, issues, resource, partition_key,
-        origin, last_updated, arrived, dated, ruleset, occurrences, run_id, first_run_id, key_id
+        origin, last_updated, arrived, dated, ruleset, occurrences, run_id, first_run_id, key_id, recorded
     )
-    SELECT *, %s, %s, %s FROM pg_temp.stage_dead_letters
+    SELECT *, %(run)s, %(run)s, %(key)s, nextval('ops.dead_letter_records') FROM pg_temp.stage_dead_letters
     ON CONFLICT (fingerprint, source) DO UPDATE SET
         resource_id = excluded.resource_id,
         rule = excluded.rule,
@@ -371,19 +343,29 @@ _UPSERT = sql.SQL("""
         dated = excluded.dated,
         ruleset = excluded.ruleset,
         run_id = excluded.run_id,
-        status = CASE WHEN {stays} THEN known.status ELSE 'open' END,
+        status = CASE WHEN {stays} OR {is_claimed} THEN known.status ELSE 'open' END,
         occurrences = excluded.occurrences + CASE WHEN known.run_id = excluded.run_id THEN known.occurrences ELSE 0 END,
         attempts = known.attempts + (known.run_id <> excluded.run_id)::integer,
         last_failure = now(),
         resolved_at = CASE WHEN {stays} THEN known.resolved_at END,
         resolved_run_id = CASE WHEN {stays} THEN known.resolved_run_id END,
         resolution = CASE WHEN {stays} THEN known.resolution END,
-        claimed_by = NULL,
-        replay_requested_at = NULL
+        claimed_by = CASE WHEN {is_claimed} THEN known.claimed_by END,
+        replay_requested_at = CASE WHEN {is_claimed} THEN known.replay_requested_at END,
+        recorded = nextval('ops.dead_letter_records')
 """).format(
     # A corrected dead letter of stage fetch stays resolved: it fails again whenever its window is fetched.
-    stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'")
+    stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'"),
+    is_claimed=sql.SQL("known.status = 'replaying' AND known.claimed_by = ANY(%(live_claimers)s)"),
 )
+
+
+def _find_live_claimers(conn: Connection) -> list[str]:
+    """Return the ids of the runs that are alive and have claimed dead letters."""
+    rows = conn.execute(
+        "SELECT DISTINCT claimed_by FROM ops.dead_letters WHERE status = 'replaying' AND claimed_by IS NOT NULL"
+    ).fetchall()
+    return sorted(runs.find_alive(conn, [claimer for (claimer,) in rows])) if rows else []
 
 
 def _last_updated(resource: bytes | None) -> datetime | None:

@@ -19,6 +19,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.ops.settlements import SUPERSEDED
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
@@ -243,7 +244,10 @@ def stream_claimed(
 
 
 def record_failures(conn: Connection, run_id: str, failures: Sequence[FailedReplay]) -> None:
-    """Reopen dead letters that failed again, with the new reason and one more attempt."""
+    """Reopen dead letters that failed again, with the new reason and one more attempt.
+
+    Those that a person discarded in the meantime stay discarded.
+    """
     if not failures:
         return
     with conn.cursor() as cursor:
@@ -272,9 +276,13 @@ def record_failures(conn: Connection, run_id: str, failures: Sequence[FailedRepl
                 issues = f.issues,
                 ruleset = f.ruleset,
                 attempts = attempts + 1,
-                last_failure = now()
+                last_failure = now(),
+                resolved_at = NULL,
+                resolved_run_id = NULL,
+                resolution = NULL,
+                recorded = nextval('ops.dead_letter_records')
             FROM pg_temp.failed_again f
-            WHERE d.id = f.id
+            WHERE d.id = f.id AND d.status <> 'discarded'
             """,
             [run_id],
         )
@@ -354,7 +362,7 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
             status = 'resolved',
             resolved_at = now(),
             resolved_run_id = %(run)s,
-            resolution = 'superseded by a newer version',
+            resolution = %(superseded)s,
             replay_requested_at = NULL,
             claimed_by = NULL
         FROM fhir.resource r
@@ -374,6 +382,7 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
         "type": resource_type,
         "keys": list(partition_keys),
         "stages": ["fetch", *REPLAYABLE_STAGES],
+        "superseded": SUPERSEDED,
     }
     is_newer = version_order.is_newer_than_failed("r", "d")
     return {

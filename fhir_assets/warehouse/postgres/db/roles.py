@@ -56,10 +56,12 @@ def grant_rights(conn: Connection) -> None:
     if OPERATOR in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(OPERATOR))
         _set_rights(conn, OPERATOR, "ops", {name: _OPERATOR_RIGHTS.get(name, "SELECT") for name in ops})
+        _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(OPERATOR))
     if LOADER in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(LOADER))
         _execute(conn, "GRANT USAGE, CREATE ON SCHEMA fhir TO {}", sql.Identifier(LOADER))
         _set_rights(conn, LOADER, "ops", {name: _LOADER_EXCEPTIONS.get(name, _LOAD_RIGHTS) for name in ops})
+        _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(LOADER))
         _set_rights(conn, LOADER, "fhir", dict.fromkeys(resources, _LOAD_RIGHTS))
     tables = conn.execute(
         """

@@ -123,3 +123,67 @@ _COUNT_ABSENT = sql.SQL("""
         )
     GROUP BY e.partition_key
 """)
+
+
+def count_unaccounted(conn: Connection, resource_type: str, lines: Iterable[str]) -> dict[str, int]:
+    """Return the numbers of received resources that are in no table and no dead letter, by partition key.
+
+    ``lines`` yields lines in the text format of COPY: partition key, id, ``meta.lastUpdated`` if it counts, the time of
+    arrival if it is known, and the fingerprint of the dead letter of stage ``validate`` that the resource would be.
+    """
+    conn.execute(
+        """
+        CREATE TEMPORARY TABLE received (
+            partition_key text,
+            id text,
+            last_updated timestamptz,
+            arrived timestamptz,
+            fingerprint bytea,
+            as_of timestamptz GENERATED ALWAYS AS (coalesce(last_updated, arrived)) STORED
+        )
+        ON COMMIT DROP
+        """
+    )
+    remaining = iter(lines)
+    columns = "received (partition_key, id, last_updated, arrived, fingerprint)"
+    with conn.cursor().copy(f"COPY {columns} FROM STDIN") as copy:
+        while block := "".join(islice(remaining, _LINES_AT_ONCE)):
+            copy.write(block)
+    conn.execute("ANALYZE received")
+    counts: dict[str, int] = dict(conn.execute(_COUNT_UNACCOUNTED, {"type": resource_type}).fetchall())
+    conn.execute("DROP TABLE received")
+    return counts
+
+
+_COUNT_UNACCOUNTED = sql.SQL("""
+    SELECT e.partition_key, count(*)
+    FROM received e
+    LEFT JOIN fhir.resource r ON r.source = ops.current_source() AND r.resource_type = %(type)s AND r.id = e.id
+    WHERE (r.id IS NULL OR {is_newer})
+        AND NOT EXISTS (
+            SELECT FROM ops.dead_letters d
+            WHERE d.source = ops.current_source()
+                AND d.fingerprint = e.fingerprint
+                AND (
+                    d.status IN ('open', 'replaying', 'discarded')
+                    OR d.resolution = 'corrected' AND d.resource_id IS NULL
+                )
+        )
+        AND NOT EXISTS (
+            SELECT FROM ops.dead_letters d
+            WHERE d.source = ops.current_source()
+                AND d.resource_type = %(type)s
+                AND d.stage IN ('transform', 'load')
+                AND d.status IN ('open', 'replaying', 'discarded')
+                AND d.partition_key = e.partition_key
+                AND d.resource_id IS NOT DISTINCT FROM e.id
+        )
+        AND NOT EXISTS (
+            SELECT FROM ops.withheld w
+            WHERE w.source = ops.current_source()
+                AND w.resource_type = %(type)s
+                AND w.id = e.id
+                AND w.as_of >= coalesce(e.as_of, w.as_of)
+        )
+    GROUP BY e.partition_key
+""").format(is_newer=version_order.is_newer_than_stored("e", "r"))

@@ -1,0 +1,127 @@
+"""Settlements of dead letters: a step that processed windows completely resolves what did not fail again.
+
+Other runs may process the same windows at the same time. A step therefore takes a number at its start, before it reads
+its input, and resolves only dead letters that nobody recorded again since: their numbers are smaller. The step resolves
+them in the transaction in which it commits its result, so that a dead letter is resolved only if the result is there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fhir_assets.warehouse.ops.dead_letters import Stage
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenConnection
+
+SUPERSEDED = "superseded by a newer version"
+"""The resolution of a dead letter whose resource has a newer version in the tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The dead letters that a step may resolve: those of one stage, in partitions that it processed completely.
+
+    ``began`` is the number that ``begin`` returned at the start of the step.
+    """
+
+    run_id: str
+    resource_type: str
+    stage: Stage
+    partition_keys: Sequence[str]
+    began: int
+
+    def restrict(self, partition_keys: Sequence[str]) -> "Settlement":
+        """Return the settlement of those of its partitions that are in ``partition_keys``."""
+        chosen = frozenset(partition_keys)
+        return replace(self, partition_keys=[key for key in self.partition_keys if key in chosen])
+
+
+def begin(connect: OpenConnection) -> int:
+    """Return the number at which a step begins. Call it before the step reads its input."""
+    with connect() as conn:
+        row = conn.execute("SELECT nextval('ops.dead_letter_records')").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def settle(conn: Connection, settlement: Settlement) -> int:
+    """Resolve the dead letters of a settlement that did not fail again in its run, and return their number.
+
+    Dead letters that another run recorded since the step began stay open, and those of stage ``fetch`` that came
+    through another channel than the source, because fetching the source again does not repeat their input. Rows are
+    locked in the order in which ``dead_letters.record`` locks them, so that the two cannot deadlock.
+    """
+    if not settlement.partition_keys:
+        return 0
+    return conn.execute(
+        """
+        WITH settled AS (
+            SELECT id
+            FROM ops.dead_letters
+            WHERE source = ops.current_source()
+                AND resource_type = %(type)s
+                AND stage = %(stage)s
+                AND partition_key = ANY(%(keys)s)
+                AND (status IN ('open', 'replaying') OR status = 'resolved' AND resolution = %(superseded)s)
+                AND run_id <> %(run)s
+                AND recorded < %(began)s
+                AND (stage <> 'fetch' OR origin IS NULL)
+            ORDER BY fingerprint
+            FOR UPDATE
+        )
+        UPDATE ops.dead_letters d
+        SET
+            status = 'resolved',
+            resolved_at = now(),
+            resolved_run_id = %(run)s,
+            resolution = CASE
+                WHEN EXISTS (
+                    SELECT FROM ops.corrections c WHERE (c.source, c.fingerprint) = (d.source, d.fingerprint)
+                ) THEN 'corrected'
+                ELSE 'did not fail again'
+            END,
+            claimed_by = NULL,
+            replay_requested_at = NULL
+        FROM settled
+        WHERE d.id = settled.id
+        """,
+        {
+            "run": settlement.run_id,
+            "type": settlement.resource_type,
+            "stage": settlement.stage,
+            "keys": list(settlement.partition_keys),
+            "began": settlement.began,
+            "superseded": SUPERSEDED,
+        },
+    ).rowcount
+
+
+def count_dead(
+    conn: Connection, resource_type: str, partition_keys: Sequence[str], *, replayed_by: Sequence[str] = ()
+) -> dict[str, int]:
+    """Return the number of resources that validation made dead letters, by partition key.
+
+    Counted are the dead letters that account for a resource: those that are not resolved, and those that a newer
+    version superseded. Those that a run in ``replayed_by`` has claimed are left out.
+    """
+    rows = conn.execute(
+        """
+        SELECT partition_key, sum(occurrences)::bigint
+        FROM ops.dead_letters
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
+            AND stage = 'validate'
+            AND partition_key = ANY(%(keys)s)
+            AND (
+                status IN ('open', 'discarded')
+                OR status = 'replaying' AND (claimed_by = ANY(%(replayed_by)s)) IS NOT TRUE
+                OR status = 'resolved' AND resolution = %(superseded)s
+            )
+        GROUP BY partition_key
+        """,
+        {
+            "type": resource_type,
+            "keys": list(partition_keys),
+            "replayed_by": list(replayed_by),
+            "superseded": SUPERSEDED,
+        },
+    )
+    return dict(rows.fetchall())
