@@ -45,7 +45,9 @@ def generate(
     try:
         written = write_population(output, population)
     except OSError as error:
-        raise ConfigurationError(f"cannot write {output}: {error.strerror}; pass another --output") from None
+        raise ConfigurationError(
+            f"cannot write {output}: {error.strerror}; free space, or pass another --output"
+        ) from None
     if json:
         print_json({"output": str(output), "types": written.resources, "defects": written.defects})
         return

@@ -176,7 +176,9 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"cannot write {path}: {error.strerror}; pass another --failures") from None
+        raise ConfigurationError(
+            f"cannot write {path}: {error.strerror}; free space, or pass another --failures"
+        ) from None
     if count == 0 and settings.db_url is None and not (settings.home / "postgres").exists():
         return 0
     partition = f"upload:{journal.path.stem if journal.path else ''}"

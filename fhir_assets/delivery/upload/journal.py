@@ -14,7 +14,7 @@ from typing import Self
 import orjson
 
 from fhir_assets.delivery.upload.files import Unusable
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
 from fhir_assets.privacy.encryption import Cipher
 
@@ -36,6 +36,8 @@ _SCHEMA = """
     CREATE TEMP TABLE edges (source INTEGER, target INTEGER, PRIMARY KEY (source, target)) WITHOUT ROWID;
 """
 _ROWS_PER_QUERY = 100
+_PRIMARY_CODE = 0xFF
+"""The bits of an error code of SQLite that name the error, without its cause (https://sqlite.org/rescode.html)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +110,32 @@ class Journal:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError:
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.create_function("reason", 3, self._reason, deterministic=True)
+            self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
+        except sqlite3.OperationalError as error:
             self._db.close()
-            raise ConfigurationError(
-                "another upload of this input to this server is running: wait until it ends, or stop it"
-            ) from None
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.create_function("reason", 3, self._reason, deterministic=True)
-        self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
+            if error.sqlite_errorcode & _PRIMARY_CODE == sqlite3.SQLITE_BUSY:
+                raise ConfigurationError(
+                    "another upload of this input to this server is running: wait until it ends, or stop it"
+                ) from None
+            raise self._build_error(error) from None
         self._any_open = self.held_count() + self.failed_count() > 0
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise self._build_error(error) from None
+
+    def _build_error(self, error: sqlite3.OperationalError) -> StoreError:
+        # The message of SQLite, such as "database or disk is full", contains no data.
+        return StoreError(
+            f"the journal of the upload, {self.path}, cannot be written: {error}. Free space, then run the same "
+            "command with --resume"
+        )
 
     def close(self) -> None:
         """Close the file."""

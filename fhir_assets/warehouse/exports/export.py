@@ -121,6 +121,9 @@ class Export:
     def _write(self, name: str, path: Path, write: Callable[[Path], int]) -> ExportedFile:
         try:
             rows = write(path)
+            with path.open("rb") as file:
+                # Flushed here, so that nothing can fail between the first file that appears and the last.
+                os.fsync(file.fileno())
             return ExportedFile(name, rows, path.stat().st_size, _compute_sha256(path))
         except OSError as error:
             raise StoreError(

@@ -1,0 +1,207 @@
+"""Every command that writes files, killed, with a full disk, a bad line and files of an earlier time.
+
+What was there before is there, or the new files are whole. Nothing that was not finished looks like a result.
+"""
+
+import csv
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from fhir_assets_tests.support.deployment import Deploy, Deployment, deploy
+from fhir_assets_tests.support.interrupted_commands import (
+    Commands,
+    Ended,
+    Mishap,
+    commands,
+    content_of,
+    unfinished_files,
+)
+from fhir_assets_tests.support.scripted_server import ScriptedServer
+from fhir_assets_tests.support.uploads import BatchResponder
+
+__all__ = ["commands", "deploy"]
+
+VIEW = {
+    "resource": "Patient",
+    "name": "people",
+    "select": [{"column": [{"name": "id", "path": "id"}, {"name": "gender", "path": "gender"}]}],
+}
+IDS = [f"p{n}" for n in range(75)]
+BAD_LINE = '{"resourceType": "Patient", "id": "Zaphod-4711'
+BAD_LINE_NUMBER = 41
+
+FILE_COMMANDS = {
+    "view run --format csv": ("view", "run", "view.json", "data.ndjson", "--format", "csv", "-o", "out/F"),
+    "view run --format ndjson": ("view", "run", "view.json", "data.ndjson", "--format", "ndjson", "-o", "out/F"),
+    "view run --format parquet": ("view", "run", "view.json", "data.ndjson", "--format", "parquet", "-o", "out/F"),
+    "view run --format table": ("view", "run", "view.json", "data.ndjson", "-o", "out/F"),
+    "validate": ("validate", "data.ndjson", "--outcomes", "out/F"),
+    "upload": ("upload", "--input", "data.ndjson", "--failures", "out/F"),
+    "generate": ("generate", "-o", "out", "--patients", "2", "--seed", "2"),
+}
+"""Commands that write files without a database. All but ``generate`` read a file with a bad line."""
+
+MISHAPS: tuple[Mishap, ...] = ("killed", "full")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a view, a file of 75 patients and a bad line among them, and an output of an earlier time."""
+    lines = [json.dumps({"resourceType": "Patient", "id": name, "gender": "malee"}) for name in IDS]
+    lines.insert(BAD_LINE_NUMBER - 1, BAD_LINE)
+    (tmp_path / "data.ndjson").write_text("\n".join(lines))
+    (tmp_path / "view.json").write_text(json.dumps(VIEW))
+    (tmp_path / "out").mkdir()
+    for name in ("F", "Patient.ndjson.gz", ".defects.json"):
+        (tmp_path / "out" / name).write_bytes(b"before")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server that refuses every resource."""
+    with ScriptedServer(BatchResponder(lambda identity, attempt: 422)) as server:
+        yield server.url
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(commands: Commands, folder: Path, server: str) -> Run:
+    """Run one of FILE_COMMANDS. ``output`` takes the place of the file that it writes."""
+
+    def run_command(command: str, mishap: Mishap = "none", output: str | None = None) -> Ended:
+        environment = {"FHIR_BASE_URL": server, "DB_URL": "postgresql://nobody@127.0.0.1:1/none"}
+        arguments = [output if output and word == "out/F" else word for word in FILE_COMMANDS[command]]
+        return commands(*arguments, folder=folder, mishap=mishap, environment=environment)
+
+    return run_command
+
+
+@pytest.mark.parametrize("mishap", MISHAPS)
+@pytest.mark.parametrize("command", FILE_COMMANDS)
+def test_a_command_that_does_not_end_leaves_what_was_there(
+    command: str, mishap: Mishap, folder: Path, run: Run
+) -> None:
+    before = content_of(folder / "out")
+    done = run(command, mishap)
+    assert content_of(folder / "out") == before
+    if mishap == "killed":
+        assert done.code == -signal.SIGKILL
+        assert all(path.name.startswith(".") for path in unfinished_files(folder / "out"))
+        assert unfinished_files(folder / "out")
+    else:
+        assert done.code == 1
+        assert "This is a defect" not in done.stderr
+        assert "pace" in done.stderr  # the next step: free space
+        assert unfinished_files(folder / "out") == []
+
+
+@pytest.mark.parametrize("command", [command for command in FILE_COMMANDS if command != "generate"])
+def test_a_bad_line_costs_itself_and_the_exit_code_says_so(command: str, folder: Path, run: Run) -> None:
+    done = run(command)
+    assert done.code == 1
+    assert "Zaphod" not in done.stdout + done.stderr
+    content = (folder / "out/F").read_text(errors="replace")
+    if command == "view run --format parquet":
+        content = "\n".join(map(json.dumps, parquet.read_table(folder / "out/F").to_pylist()))
+    lines = content.splitlines()
+    assert sum(any(word in line for word in ("malee", "data.ndjson", "gender")) for line in lines) >= len(IDS)
+    if command.startswith("view run"):
+        assert all(f"{name}" in content for name in IDS)
+        assert f"data.ndjson:{BAD_LINE_NUMBER}" in done.stderr
+        assert "1 lines or resources were passed over" in done.stderr
+    else:
+        assert f"data.ndjson:{BAD_LINE_NUMBER}" in content
+    assert unfinished_files(folder / "out") == []
+
+
+@pytest.mark.parametrize("command", [command for command in FILE_COMMANDS if command != "generate"])
+def test_a_device_that_is_full_is_an_error_of_one_sentence(command: str, folder: Path, run: Run) -> None:
+    before = content_of(folder / "out")
+    done = run(command, output="/dev/full")
+    assert done.code == 1
+    assert "cannot write /dev/full: No space left on device" in done.stderr
+    assert Path("/dev/full").is_char_device()
+    assert content_of(folder / "out") == before
+
+
+@pytest.mark.parametrize(
+    "words", [("view", "run", "view.json", "data.ndjson"), ("--help",), ("view", "list", "--json")]
+)
+def test_a_full_disk_behind_stdout_is_an_error_of_one_sentence(
+    words: tuple[str, ...], folder: Path, commands: Commands
+) -> None:
+    done = commands(*words, folder=folder, stdout=Path("/dev/full"))
+    assert done.code == 1
+    assert "No space left on device" in done.stderr
+    assert "defect" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stdout_gets_what_a_file_would_get(folder: Path, run: Run) -> None:
+    run("view run --format csv")
+    expected = (folder / "out/F").read_text()
+    for output in ("-", "/dev/stdout", "/dev/fd/1"):
+        assert run("view run --format csv", output=output).stdout.splitlines() == expected.splitlines()
+    assert not (folder / "-").exists()
+
+
+def test_a_view_may_replace_the_file_that_it_reads(folder: Path, run: Run) -> None:
+    assert run("view run --format ndjson", output="data.ndjson").code == 1
+    assert [json.loads(line)["id"] for line in (folder / "data.ndjson").open()] == IDS
+
+
+def test_a_killed_population_is_followed_by_a_whole_one(folder: Path, run: Run) -> None:
+    run("generate", "killed")
+    assert run("generate").code == 0
+    assert json.loads((folder / "out/.defects.json").read_bytes()) == []
+    assert len(list((folder / "out").glob("*.ndjson.gz"))) == 30
+
+
+@pytest.fixture
+def loaded(deploy: Deploy, folder: Path) -> Deployment:
+    """A deployment that has loaded 75 patients from a file with a bad line."""
+    (folder / "data.ndjson").write_text((folder / "data.ndjson").read_text().replace("malee", "male"))
+    deployment = deploy(
+        fhir_source="ndjson",
+        fhir_base_url=str(folder / "data.ndjson"),
+        fhir_resource_types="Patient",
+        fhir_partition="monthly",
+    )
+    assert all(outcome.success for outcome in deployment.ingest())
+    return deployment
+
+
+def test_an_export_that_does_not_end_leaves_the_earlier_export(
+    loaded: Deployment, folder: Path, commands: Commands
+) -> None:
+    environment = {name: value for name, value in loaded.environment().items() if name != "FHIR_LAST_UPDATED_GTE"}
+
+    def export(mishap: Mishap, form: str, *words: str) -> Ended:
+        arguments = ("export", "Patient", "-o", "exported", "--format", form, *words)
+        return commands(*arguments, folder=folder, mishap=mishap, environment=environment)
+
+    done = export("none", "csv", "--raw", "--valid", "--normalized", "--dead-letters")
+    assert done.code == 0, done.stderr
+    before = content_of(folder / "exported")
+    rows = list(csv.DictReader(before["patient.csv"].decode().splitlines()))
+    assert sorted(row["_resource_key"] for row in rows) == sorted(IDS)
+    assert len(before["Patient.valid.ndjson"].splitlines()) == len(IDS)
+    assert json.loads(before["Patient.deadletters.ndjson"])["resource"] == BAD_LINE
+    for form in ("csv", "ndjson", "parquet"):
+        for mishap in MISHAPS:
+            done = export(mishap, form, "--raw", "--normalized")
+            assert done.code == (-signal.SIGKILL if mishap == "killed" else 1)
+            assert content_of(folder / "exported") == before
+            left = unfinished_files(folder / "exported")
+            assert all(path.parent == folder / "exported" / ".spool" for path in left)
+            assert (mishap == "killed") == bool(left)
+            for path in left:
+                path.unlink()
