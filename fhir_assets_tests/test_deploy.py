@@ -17,10 +17,15 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.settings import Executor, Settings, load_settings
-from fhir_assets_tests.support.dagster_internals import InstigatorType, TickStatus, process_config
+from fhir_assets_tests.support.dagster_internals import (
+    InstigatorType,
+    TickStatus,
+    load_command,
+    process_config,
+)
 
 ROOT = Path(__file__).parent.parent
-FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|CELERY)_[A-Z_]+")
+FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|CELERY)_[A-Z_]+|PGPASSWORD")
 """Variables of other software in the deployments. FHIR_DAGSTER_HOME is used by docker-compose.yml only."""
 
 
@@ -75,6 +80,20 @@ def test_compose_names_settings_and_commands_that_exist() -> None:
     own_commands = [command for service in services.values() for command in commands(service.get("command", ""))]
     assert ["worker"] in own_commands
     assert [command for command in own_commands if not exists(command)] == []
+
+
+def test_the_commands_of_dagster_in_the_deployment_have_the_options_that_they_name() -> None:
+    texts = [str(service.get("command", "")) for service in compose()["services"].values()]
+    (code,) = values()["dagster-user-deployments"]["deployments"]
+    texts.append("dagster api grpc " + " ".join(code["dagsterApiGrpcArgs"]))
+    found = [shlex.split(text) for text in texts if text.startswith("dagster")]
+    assert {program for program, *_ in found} == {"dagster", "dagster-daemon", "dagster-webserver"}
+    for program, *words in found:
+        command: Any = load_command(program)
+        while words and hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert [word for word in words if word.startswith("-") and word not in options] == []
 
 
 def test_compose_starts_redis_and_two_workers_in_profile_celery() -> None:

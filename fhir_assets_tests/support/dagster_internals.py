@@ -5,9 +5,13 @@ Other tests import them from here, so that an upgrade of Dagster breaks one modu
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import dagster as dg
+
+# The commands that a deployment starts.
+from dagster._cli import create_dagster_cli
 
 # Validates a config against a schema, as Dagster validates dagster.yaml.
 from dagster._config import process_config as process_config
@@ -36,8 +40,20 @@ from dagster._core.scheduler.instigation import TickStatus as TickStatus
 from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as AssetCheckExecutionRecordStatus,
 )
+from dagster._daemon.cli import create_dagster_daemon_cli
+from dagster_webserver.cli import create_dagster_webserver_cli
 
 from fhir_assets.orchestration.jobs import LAYERS
+
+
+def load_command(program: str) -> Any:
+    """Return the click command of one of Dagster's programs. The imports take a second."""
+    commands: dict[str, Callable[[], Any]] = {
+        "dagster": create_dagster_cli,
+        "dagster-daemon": create_dagster_daemon_cli,
+        "dagster-webserver": create_dagster_webserver_cli,
+    }
+    return commands[program]()
 
 
 def add_backfill(
