@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.catalog import BY_NAME
+from fhir_assets.cli.ingest import report_broken_views
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs, build_store
@@ -35,7 +36,8 @@ def export(
 ) -> None:
     """Write resources and tables to files: by default the valid resources and the tables.
 
-    With --run the files are written to a folder for that run.
+    With --run the files are written to a folder for that run. The exit code is 1 if a table is left out because its
+    ViewDefinition is not valid.
     """
     settings = load_settings()
     types = _types(settings, resource_type)
@@ -43,7 +45,9 @@ def export(
         raise ConfigurationError("--run selects the windows of the run: leave out --from and --to")
     if not (raw or valid or normalized or failed):
         valid = normalized = True
-    views = build_views(settings).views
+    view_set = build_views(settings)
+    views = view_set.views
+    broken = view_set.broken if normalized else ()
     warehouse = Warehouse(settings)
     store = build_store(settings)
     target = build_blobs(settings, output)
@@ -79,9 +83,14 @@ def export(
             written_folder = writer.finish()
     if json:
         print_json({"folder": written_folder, "files": files})
-        return
-    print_table("Exported", [_row(file) for file in files if file.rows], ("file", "rows", "bytes"))
-    console.print(f"{len(files)} files in {written_folder}, listed in manifest.json with their hashes", markup=False)
+    else:
+        print_table("Exported", [_row(file) for file in files if file.rows], ("file", "rows", "bytes"))
+        console.print(
+            f"{len(files)} files in {written_folder}, listed in manifest.json with their hashes", markup=False
+        )
+    report_broken_views(broken)
+    if broken:
+        raise typer.Exit(1)
 
 
 def _types(settings: Settings, wanted: str) -> list[str]:

@@ -17,6 +17,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.fhir.views import BrokenView
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
@@ -45,7 +46,8 @@ def ingest(
 
     Each range of windows is loaded by one Dagster run.
 
-    The exit code is 0 only if all windows were loaded and every window reconciles with the source. Dead letters are
+    The exit code is 0 only if all windows were loaded, every window reconciles with the source, and every
+    ViewDefinition is valid. Dead letters are
     not a failure: `dead-letters list` prints them.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
@@ -58,16 +60,26 @@ def ingest(
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
     red = find_unreconciled_windows(settings)
+    broken = build_views(settings).broken
     run_ids = [outcome.run_id for outcome in outcomes]
     if json:
-        print_json({"runs": run_ids, "success": not failures and not red, "types": rows, "unreconciled": red})
+        print_json(
+            {
+                "runs": run_ids,
+                "success": not failures and not red and not broken,
+                "types": rows,
+                "unreconciled": red,
+                "broken_views": [{"file": str(view.path), "error": view.message} for view in broken],
+            }
+        )
     elif not outcomes:
         console.print("All windows are loaded: there is nothing to do.")
     else:
         print_summary("Loaded", rows)
     report_failures(settings, failures)
     report_unreconciled_windows(red)
-    if failures or red:
+    report_broken_views(broken)
+    if failures or red or broken:
         raise typer.Exit(1)
 
 
@@ -193,6 +205,12 @@ def report_failures(settings: Settings, failures: Sequence[Outcome]) -> None:
         errors.print(f"Run {outcome.run_id} of {_format_windows(outcome.windows)} failed", markup=False)
     for reason, names in types_by_reason.items():
         errors.print(f"  {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
+
+
+def report_broken_views(broken: Sequence[BrokenView]) -> None:
+    """Print the ViewDefinitions that are not valid, whose tables are neither filled nor exported."""
+    for view in broken:
+        errors.print(f"No table, because the ViewDefinition is not valid: {view.message}", markup=False, soft_wrap=True)
 
 
 def _format_windows(windows: WindowRange) -> str:

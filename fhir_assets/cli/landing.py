@@ -5,10 +5,11 @@ from uuid import uuid4
 
 import typer
 
-from fhir_assets.cli.ingest import print_summary, report_failures, summarize_runs
+from fhir_assets.cli.ingest import print_summary, report_broken_views, report_failures, summarize_runs
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
@@ -46,8 +47,9 @@ def list_files(
 def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False) -> None:
     """Load all files of the landing zone now, without the Dagster sensors. Every file counts as complete.
 
-    The exit code is 0 only if all files could be read and all received resources were loaded. Dead letters are not a
-    failure: `dead-letters list` prints them, and `landing list --status bad` prints their files.
+    The exit code is 0 only if all files could be read, all received resources were loaded, and every ViewDefinition is
+    valid. Dead letters are not a failure: `dead-letters list` prints them, and `landing list --status bad` prints their
+    files.
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
@@ -85,5 +87,7 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
         errors.print(
             "Some files could not be read: `fhir-assets landing list --status failed` prints them with the reasons"
         )
-    if failures or totals["failed"]:
+    broken = build_views(settings).broken
+    report_broken_views(broken)
+    if failures or totals["failed"] or broken:
         raise typer.Exit(1)

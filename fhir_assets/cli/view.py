@@ -11,6 +11,7 @@ from fhir_assets.errors import NotFhir, ViewError
 from fhir_assets.fhir.views import RowError, check_view, read_definition, read_view
 from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 app = typer.Typer(help="List and check ViewDefinitions of SQL on FHIR, and run them over files.", no_args_is_help=True)
 
@@ -43,7 +44,10 @@ def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON"
 
 @app.command()
 def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files", metavar="VIEW.json…")]) -> None:
-    """Print the problems of ViewDefinitions with their locations. The exit code is 1 if one is not valid."""
+    """Print the problems of ViewDefinitions with their locations. The exit code is 1 if one is not valid.
+
+    A view is also not valid if Postgres could not have its table, with or without encryption keys.
+    """
     invalid = 0
     for path in view:
         try:
@@ -60,6 +64,13 @@ def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files"
             invalid += 1
             continue
         definition = read_view(path)
+        try:
+            for encrypted in (False, True):
+                build_layout(definition, encrypted=encrypted)
+        except ViewError as error:
+            invalid += 1
+            errors.print(f"{path}: error: {error}", markup=False, soft_wrap=True)
+            continue
         console.print(
             f"{path}: {definition.name}: {len(definition.columns)} columns of {definition.resource_type}", markup=False
         )

@@ -2,19 +2,38 @@
 
 from pathlib import Path
 
+from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.references import normalize_bases
-from fhir_assets.fhir.views import ViewSet, load_views
+from fhir_assets.fhir.views import BrokenView, View, ViewSet, load_views
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 
 def build_views(settings: Settings) -> ViewSet:
     """Load the ViewDefinitions of ``sql/views`` and of FHIR_VIEWS, in this order.
 
+    A view that has no table in Postgres, because of its names or tags, is reported as broken. Raises ConfigurationError
+    if the folder of FHIR_VIEWS does not exist.
+
     Absolute references make keys if they begin with FHIR_BASE_URL or FHIR_LINK_BASE, whatever the channel of their
     resource; no reference to another server does.
     """
     folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
-    return load_views(
+    if settings.fhir_views and not settings.fhir_views.is_dir():
+        raise ConfigurationError(
+            f"FHIR_VIEWS: there is no folder {settings.fhir_views}: create it, or correct the setting"
+        )
+    loaded = load_views(
         [Path(folder) for folder in folders], normalize_bases([settings.fhir_base_url, settings.fhir_link_base])
     )
+    views: list[View] = []
+    broken = list(loaded.broken)
+    for view in loaded.views:
+        try:
+            build_layout(view, encrypted=settings.encrypts)
+        except ViewError as error:
+            broken.append(BrokenView(view.path or Path(view.name), f"{view.path}: {error}"))
+        else:
+            views.append(view)
+    return ViewSet(tuple(views), tuple(broken))

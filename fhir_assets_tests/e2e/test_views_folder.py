@@ -10,8 +10,11 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from typer.testing import CliRunner
 
+from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.support.content import patient
@@ -186,6 +189,60 @@ def test_an_invalid_view_is_shown_in_the_ui_and_stops_no_other_view(deployment: 
     output = migrate(deployment)
     assert output.returncode == 0
     assert "misspelt.json" in output.stdout.replace("\n", "")
+
+
+WITHOUT_TABLE = {
+    "own_system": ([ID | {"name": "tableoid"}], "system column"),
+    "own_wide": ([BORN | {"name": f"c{n}"} for n in range(900)], "at most 1600"),
+    "own_long": ([ID | {"name": "x" * 64}], "63 bytes"),
+    "own_precision": ([BORN, ID | {"name": "born_precision"}], "two columns"),
+    "own_digit": ([ID | {"name": "1st"}], "not begin with a digit"),
+    "own_unicode": ([ID | {"name": "größe"}], "must consist of"),
+    "own_key": ([ID | {"name": "_resource_key"}], "not begin with a digit or _"),
+    "own_twice": ([ID, ID], "two columns"),
+    "resource": ([ID], "belongs to fhir.resource"),
+}
+"""Views that can have no table: their columns, and words of the reason."""
+
+
+def test_a_view_that_can_have_no_table_stops_no_other_view_and_every_command_names_it(
+    deployment: Deployment, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_view(folder, ID, BORN)
+    for name, (columns, _) in WITHOUT_TABLE.items():
+        write_view(folder, *columns, name=name)
+    for variable, value in {**deployment.environment(), "FHIR_VIEWS": str(folder)}.items():
+        monkeypatch.setenv(variable, value)
+    for command in ("ingest", "view list"):
+        done = CliRunner().invoke(app, command.split())
+        assert done.exit_code == 1
+        lines = done.output.splitlines()
+        for name, (_, words) in WITHOUT_TABLE.items():
+            assert any(f"view {name}" in line and words in line for line in lines), (command, name, done.output)
+    for name, (_, words) in WITHOUT_TABLE.items():
+        done = CliRunner().invoke(app, ["view", "check", f"{folder}/{name}.json"])
+        assert (done.exit_code, words in done.output) == (1, True), done.output
+    assert deployment.query("SELECT count(*) FROM fhir.patient_birth") == [(2,)]
+
+
+def test_an_export_that_lacks_the_table_of_a_broken_view_says_so(
+    deployment: Deployment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_view(folder, ID | {"name": "ctid"}, name="own_system")
+    assert load(deployment) == (True, "")
+    for variable, value in {**deployment.environment(), "FHIR_VIEWS": str(folder)}.items():
+        monkeypatch.setenv(variable, value)
+    done = CliRunner().invoke(app, ["export", "all", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "view own_system" in done.output
+    assert (tmp_path / "out" / "patient.parquet").exists()
+    assert CliRunner().invoke(app, ["export", "all", "-o", str(tmp_path / "out"), "--valid"]).exit_code == 0
+
+
+def test_a_folder_of_views_that_does_not_exist_is_an_error(deployment: Deployment, folder: Path) -> None:
+    folder.rmdir()
+    with pytest.raises(ConfigurationError, match="FHIR_VIEWS: there is no folder"):
+        build_definitions(deployment.settings)
 
 
 def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_view_is_corrected(

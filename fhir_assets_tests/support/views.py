@@ -19,7 +19,7 @@ _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 def column(name: str, path: str, kind: str, **more: Any) -> dict[str, Any]:
     """Return a column of a ViewDefinition. ``index=True`` adds the tag for a database index."""
-    tags = [{"name": "index", "value": "btree"}] if more.pop("index", False) else []
+    tags = more.pop("tag", [{"name": "index", "value": "btree"}] if more.pop("index", False) else [])
     return {"name": name, "path": path, "type": kind, "tag": tags, **more}
 
 

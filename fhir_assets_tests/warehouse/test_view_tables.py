@@ -1,17 +1,28 @@
 """The tables of views: creation, changes of a view, and differences."""
 
+import csv
+import json
+import keyword
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import View, load_views
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.storage.store import open_store
+from fhir_assets.warehouse.exports.export import Export, Format
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets_tests.support.views import PATIENT, PATIENTS, column, load, patient, select, view
+
+SYSTEM_COLUMNS = ("tableoid", "xmin", "cmin", "xmax", "cmax", "ctid")
+EXPORT_FORMATS: tuple[Format, ...] = ("csv", "ndjson", "parquet")
 
 
 def read_columns(conn: Connection, table: str) -> dict[str, str]:
@@ -166,8 +177,60 @@ def test_manual_changes_of_a_table_are_reported(conn: Session) -> None:
             view("v", "Patient", column("b", "birthDate", "date"), column("b_precision", "gender", "code")),
             "two columns",
         ),
+        *((view("v", "Patient", column(name, "id", "id")), "system column") for name in SYSTEM_COLUMNS),
+        (view("v", "Patient", *(column(f"c{n}", "gender", "code") for n in range(1599))), "1601 columns"),
+        (view("v", "Patient", *(column(f"d{n}", "birthDate", "date") for n in range(800))), "1602 columns"),
+        (view("v", "Patient", column("a", "active", "boolean", tag=[{"name": "index", "value": "brin"}])), "brin"),
+        (view("v", "Patient", column("a", "id", "id", tag=[{"name": "phi", "value": "hide"}])), "tag phi is hide"),
+        (view("v", "Patient", column("a", "id", "id", description={"not": "text"})), "Postgres|42"),
     ],
 )
-def test_names_that_cannot_be_tables_are_refused(conn: Session, wrong: View, words: str) -> None:
-    with pytest.raises(ViewError, match=words):
+def test_a_view_that_can_have_no_table_is_refused_by_its_name(conn: Session, wrong: View, words: str) -> None:
+    with pytest.raises(ViewError, match=f"view {wrong.name}\\b.*({words})"):
         view_tables.ensure_tables(conn, [wrong])
+
+
+def test_the_name_of_another_relation_is_refused_by_the_name_of_the_view(conn: Session) -> None:
+    view_tables.ensure_tables(conn, PATIENTS)
+    with pytest.raises(ViewError, match=r"view patient_gender_idx: .* already exists"):
+        view_tables.ensure_tables(conn, [view("patient_gender_idx", "Patient", column("a", "id", "id"))])
+
+
+def test_a_table_of_the_maximum_number_of_columns_is_created(conn: Session) -> None:
+    widest = view("widest", "Patient", *(column(f"c{n}", "gender", "code") for n in range(1598)))
+    counts, unloadable = load(conn, patient("a"), views=(widest,))
+    assert (counts.inserted, unloadable) == (1, [])
+    assert len(read_columns(conn, "widest")) == 1600
+
+
+def test_any_other_word_can_be_the_name_of_a_column_or_of_a_view(conn: Session, tmp_path: Path) -> None:
+    """All key words of SQL, the columns of our own tables, key words of Python, upper case, and the longest name."""
+    words = {word for (word,) in select(conn, "SELECT word FROM pg_get_keywords()")}
+    ours = select(conn, "SELECT attname FROM pg_attribute WHERE attrelid = 'fhir.resource'::regclass AND attnum > 0")
+    names = sorted(words | {name for (name,) in ours} | {*keyword.kwlist, "v", "r", "s", "stored", "excluded"})
+    names = [name for name in names if not name.startswith("_")] + ["ID", "Id", "x" * 63]
+    wide = view("select", "Patient", *(column(name, "id", "id") for name in names))
+    others = tuple(
+        view(name, "Patient", column("id", "id", "id")) for name in ("table", "class", "None", "User", "user")
+    )
+    counts, unloadable = load(conn, patient("a"), patient("b"), views=(wide, *others))
+    assert (counts.inserted, unloadable) == (2, [])
+    assert [view_tables.find_drift(conn, each) for each in (wide, *others)] == [[]] * 6
+    for form in EXPORT_FORMATS:
+        rows = export_rows(conn, tmp_path / form, wide, form)
+        assert sorted(row["select"] for row in rows) == ["a", "b"]
+        assert {key for row in rows for key in row} == {*names, "_resource_key"}
+
+
+def export_rows(conn: Session, folder: Path, wide: View, form: Format) -> list[dict[str, Any]]:
+    """Export the table of a view and return its rows."""
+    store = open_store(str(folder), NO_ENCRYPTION)
+    with Export(conn, store, store.blobs, "", actor="test", withholding=False) as export:
+        export.for_type("Patient", None).write_table(wide, form)
+        export.finish()
+    path = folder / f"{wide.name}.{form}"
+    if form == "parquet":
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        return rows
+    with path.open(newline="") as text:
+        return list(csv.DictReader(text)) if form == "csv" else [json.loads(line) for line in text]

@@ -104,8 +104,10 @@ class _Reader:
 
     def describe(self, problem: Problem) -> str:
         name = self.definition.get("name") if isinstance(self.definition, dict) else None
-        where = str(self.path) if self.path else f"view {name}" if isinstance(name, str) else "the ViewDefinition"
-        return ": ".join(part for part in (where, problem.location, problem.message) if part)
+        view = f"view {name}" if isinstance(name, str) else ""
+        where = str(self.path) if self.path else view or "the ViewDefinition"
+        text = ": ".join(part for part in (where, problem.location, problem.message) if part)
+        return f"{text} ({view})" if self.path and view else text
 
     def fail(self, location: str, message: str) -> _Stop:
         self.problems.append(Problem(location, message))

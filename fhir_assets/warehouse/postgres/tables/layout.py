@@ -4,6 +4,7 @@ The module ``view_tables`` creates and changes the tables.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +19,10 @@ SOURCE_COLUMN = "_source"
 """The column with the key of the source of the row. Its default is the source of the session."""
 
 _MAX_NAME_BYTES = 63
+_MAX_COLUMNS = 1600
+_SYSTEM_COLUMNS = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
+"""The columns that every table of Postgres has (https://www.postgresql.org/docs/current/ddl-system-columns.html)."""
+
 _RESERVED_NAME = "resource"
 BLIND_INDEX_SUFFIX = "_index"
 _INDEX_METHODS = frozenset({"btree", "hash", "gin", "brin"})
@@ -173,7 +178,8 @@ class TableLayout:
 def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
     """Return the layout of a view's table. ``encrypted`` is True in a deployment with keys.
 
-    Raises ViewError if a name cannot be the name of a table or of a column.
+    Raises ViewError, which names the view, if a name cannot be the name of a table or of a column, if the table would
+    have too many columns, or if a tag is not valid.
     """
     if view.name == _RESERVED_NAME or view.name.startswith(f"{_RESERVED_NAME}_"):
         raise ViewError(f"view {view.name}: this name belongs to fhir.{_RESERVED_NAME}; rename the view")
@@ -181,7 +187,10 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
     columns = [TableColumn(KEY_COLUMN, "text", "Logical id of the resource of the row", "btree", True)]
     for column in view.columns:
         kind = column_kind(column)
-        phi = phi_treatment(column, encrypted=encrypted)
+        try:
+            phi = phi_treatment(column, encrypted=encrypted)
+        except ViewError as error:
+            raise ViewError(f"view {view.name}, {error}") from None
         stored_kind = Kind.TEXT if phi in _STORED_AS_TEXT else kind
         index = None if phi in (PhiTreatment.ENCRYPT, PhiTreatment.DROP) else _choose_index(view, column, stored_kind)
         columns.append(TableColumn(column.name, _POSTGRES_TYPES[stored_kind], _build_comment(column, phi), index))
@@ -193,15 +202,29 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
             columns.append(TableColumn(f"{column.name}_precision", "text", f"Precision of {column.name}: {grain}"))
     if encrypted and holds_phi(view):
         columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that encrypts the row; null: not encrypted"))
+    _check_names(view, [column.name for column in columns])
+    fingerprint = f"{view.fingerprint}/{_hash_treatments(view)}" if encrypted else view.fingerprint
+    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), fingerprint)
+
+
+def _check_names(view: View, names: Sequence[str]) -> None:
+    """Raise ViewError if a table cannot have these columns besides that of the source."""
+    if len(names) + 1 > _MAX_COLUMNS:
+        raise ViewError(
+            f"view {view.name}: its table would have {len(names) + 1} columns, with those of precisions, indexes and "
+            f"keys; a table in Postgres has at most {_MAX_COLUMNS}: split the view"
+        )
     seen = {SOURCE_COLUMN}
-    for table_column in columns:
-        name = table_column.name
+    for name in names:
         _check_length(name, f"view {view.name}, column {name}")
+        if name in _SYSTEM_COLUMNS:
+            raise ViewError(
+                f"view {view.name}: no column can be named {name}, because every table in Postgres has a system column "
+                "of that name; rename it"
+            )
         if name in seen:
             raise ViewError(f"view {view.name}: two columns of its table would be named {name}; rename one")
         seen.add(name)
-    fingerprint = f"{view.fingerprint}/{_hash_treatments(view)}" if encrypted else view.fingerprint
-    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), fingerprint)
 
 
 def _build_comment(column: Column, phi: PhiTreatment) -> str | None:

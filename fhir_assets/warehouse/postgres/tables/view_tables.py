@@ -141,6 +141,7 @@ def find_existing_tables(conn: Connection, views: Sequence[View]) -> frozenset[s
         FROM pg_class
         WHERE relnamespace = 'fhir'::regnamespace
             AND relname = ANY(%s)
+            AND relkind = 'r'
         """,
         [[view.name for view in views]],
     )
@@ -187,6 +188,8 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
                     f"The user of DB_URL may not create or change table {SCHEMA}.{layout.name}: "
                     "run `fhir-assets migrate` as the user that owns the schema, or grant it fhir_loader"
                 ) from None
+            except (psycopg.ProgrammingError, psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as error:
+                raise ViewError(_describe_refusal(layout, error)) from None
         for resource_type in sorted(outdated_types):
             remove_loaded_parts(conn, resource_type)
     return changes
@@ -202,13 +205,25 @@ def _find_changed(conn: Connection, layouts: Sequence[TableLayout]) -> list[tupl
             FROM ops.view_tables v
             WHERE v.name = ANY(%s)
                 AND EXISTS (
-                    SELECT FROM pg_class c WHERE c.relnamespace = 'fhir'::regnamespace AND c.relname = v.name
+                    SELECT FROM pg_class c
+                    WHERE c.relnamespace = 'fhir'::regnamespace
+                        AND c.relname = v.name
+                        AND c.relkind = 'r'
                 )
             """,
             [names],
         ).fetchall()
     )
     return [(layout, applied.get(layout.name)) for layout in layouts if applied.get(layout.name) != _stamp(layout)]
+
+
+def _describe_refusal(layout: TableLayout, error: psycopg.Error) -> str:
+    """Return why Postgres refuses the table of a view. Its message names relations, columns and types, no data."""
+    reason = error.diag.message_primary or type(error).__name__
+    return (
+        f"view {layout.name}: Postgres refuses its table {SCHEMA}.{layout.name}: {reason} (SQLSTATE {error.sqlstate}). "
+        "Correct the ViewDefinition, or rename the view or the column"
+    )
 
 
 def _stamp(layout: TableLayout) -> str:
@@ -228,6 +243,7 @@ def _compare(conn: Connection, layout: TableLayout) -> list[Drift]:
             JOIN pg_class c ON c.oid = a.attrelid
             WHERE c.relnamespace = %s::regnamespace
                 AND c.relname = %s
+                AND c.relkind = 'r'
                 AND a.attnum > 0
                 AND NOT a.attisdropped
             """,
