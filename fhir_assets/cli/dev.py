@@ -49,7 +49,7 @@ def serve_ui(settings: Settings, port: int | None) -> None:
     port = free_port(port or DEFAULT_PORT)
     console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
     command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--module-name", "fhir_assets.definitions", "--log-level", "error"]
+    command += ["--workspace", str(config.find_workspace_yaml()), "--log-level", "error"]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:

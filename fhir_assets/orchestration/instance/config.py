@@ -30,15 +30,22 @@ _LAUNCHERS: dict[Executor, dict[str, Any]] = {Executor.CELERY: _CELERY}
 
 
 def find_dagster_yaml() -> Path:
-    """Return the path of the project's ``dagster.yaml``: next to the package in a checkout, inside it in a wheel.
+    """Return the path of the project's ``dagster.yaml``. Raises ConfigurationError if it does not exist."""
+    return _find_file("dagster.yaml")
 
-    Raises ConfigurationError if neither exists.
-    """
+
+def find_workspace_yaml() -> Path:
+    """Return the path of the project's ``workspace.yaml``, which names the code location. Raises ConfigurationError."""
+    return _find_file("workspace.yaml")
+
+
+def _find_file(name: str) -> Path:
+    """Return the path of a file that is next to the package in a checkout, and inside it in a wheel."""
     package = Path(__file__).resolve().parents[2]
-    for candidate in (package / "dagster.yaml", package.parent / "dagster.yaml"):
+    for candidate in (package / name, package.parent / name):
         if candidate.exists():
             return candidate
-    raise ConfigurationError("dagster.yaml is missing from the installation: install fhir-assets again")
+    raise ConfigurationError(f"{name} is missing from the installation: install fhir-assets again")
 
 
 def render_dagster_yaml(settings: Settings) -> str:
@@ -62,13 +69,12 @@ def build_environment(settings: Settings) -> dict[str, str]:
     and ConfigurationError.
     """
     variables = dict(os.environ)
-    if "DAGSTER_HOME" not in variables:
+    if not variables.get("DAGSTER_HOME"):
         home = settings.home / "dagster"
         home.mkdir(parents=True, exist_ok=True)
         _write_dagster_yaml(home / "dagster.yaml", render_dagster_yaml(settings).encode())
         variables["DAGSTER_HOME"] = str(home)
-    if "DAGSTER_POSTGRES_URL" not in variables:
-        variables["DAGSTER_POSTGRES_URL"] = connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
+    variables["DAGSTER_POSTGRES_URL"] = find_dagster_url(settings)
     if settings.fhir_executor is Executor.CELERY:
         variables["CELERY_BROKER_URL"] = settings.require_broker()
     variables.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
@@ -89,6 +95,15 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
     os.environ.update(build_environment(settings))
     connections.connect(os.environ["DAGSTER_POSTGRES_URL"]).close()
     return dg.DagsterInstance.get()
+
+
+def find_dagster_url(settings: Settings) -> str:
+    """Return DAGSTER_POSTGRES_URL if it is set, else the URL of the database ``dagster`` of the settings.
+
+    The database is created if it does not exist, and the embedded Postgres is started. Raises DatabaseUnavailable.
+    """
+    url = os.environ.get("DAGSTER_POSTGRES_URL")
+    return url or connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
 
 
 def ensure_dagster_database(settings: Settings) -> str:

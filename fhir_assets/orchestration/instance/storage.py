@@ -25,7 +25,9 @@ from fhir_assets.orchestration.dagster_internals import (
     PostgresStorageConfig,
     load_event_log_tables,
 )
+from fhir_assets.orchestration.instance.config import find_dagster_url
 from fhir_assets.orchestration.instance.event_rows import Row, build_rows, key_text, split_partitions
+from fhir_assets.settings import load_settings
 
 _TABLES = load_event_log_tables()
 
@@ -378,7 +380,9 @@ def _execution_status(evaluation: dg.AssetCheckEvaluation) -> AssetCheckExecutio
 class PooledPostgresStorage(DagsterPostgresStorage):
     """dagster-postgres' storage with open connections and a BatchedEventLog.
 
-    ``dagster.yaml`` names it as ``storage: custom:``.
+    ``dagster.yaml`` names it as ``storage: custom:``. Without a ``config`` it is in the database that
+    DAGSTER_POSTGRES_URL names, or in that of the deployment's settings, so that Dagster's own commands use the instance
+    of the ``fhir-assets`` commands.
     """
 
     @classmethod
@@ -387,9 +391,10 @@ class PooledPostgresStorage(DagsterPostgresStorage):
     ) -> Self:
         """Return the storage for the ``config`` of ``dagster.yaml``; Dagster calls this."""
         token_provider = get_token_provider_from_config(config_value)
+        is_configured = "postgres_url" in config_value or "postgres_db" in config_value
         storage = cls(
             inst_data=inst_data,
-            postgres_url=pg_url_from_config(config_value),
+            postgres_url=pg_url_from_config(config_value) if is_configured else find_dagster_url(load_settings()),
             should_autocreate_tables=bool(config_value.get("should_autocreate_tables", True)),
             token_provider=token_provider,
         )
