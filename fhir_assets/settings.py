@@ -5,6 +5,7 @@ modules of ``deployment/`` build objects from them.
 """
 
 import os
+import re
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
@@ -19,6 +20,8 @@ from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.windows import Granularity, WindowScheme
+
+_OWNER = re.compile(r"team:\w+|[^@\s]+@[^@\s]+\.[^@\s]+")
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
 """The start of the first window if FHIR_LAST_UPDATED_GTE is unset. That window also contains all older resources."""
@@ -73,6 +76,9 @@ class Settings(BaseSettings):
         description="Seconds before the last load that a load of the open window reads again, for late commits",
     )
     fhir_schedule: str = Field("*/15 * * * *", description="Cron expression of the schedule `incremental_load`, in UTC")
+    fhir_owners: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Owners of the assets in the Dagster UI, comma-separated: email addresses, or team:<name>"
+    )
     fhir_timeout_seconds: float = Field(60, gt=0, description="Timeout of one call to the FHIR server, in seconds")
     fhir_max_attempts: int = Field(8, ge=1, description="Attempts of a call that fails with a transient error")
     fhir_max_connections: int = Field(
@@ -256,7 +262,7 @@ class Settings(BaseSettings):
         "INFO", description="The lowest level of records that are logged"
     )
 
-    @field_validator("fhir_resource_types", "validation_warn_rules", mode="before")
+    @field_validator("fhir_resource_types", "fhir_owners", "validation_warn_rules", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -270,6 +276,14 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError(f"unknown resource types {', '.join(unknown)}; known are {', '.join(BY_NAME)}")
         return tuple(t.name for t in CATALOG if t.name in value)
+
+    @field_validator("fhir_owners")
+    @classmethod
+    def _valid_owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        invalid = [owner for owner in value if not _OWNER.fullmatch(owner)]
+        if invalid:
+            raise ValueError(f"{', '.join(invalid)}: an owner is an email address or team:<name>")
+        return value
 
     @field_validator("fhir_last_updated_gte", mode="before")
     @classmethod

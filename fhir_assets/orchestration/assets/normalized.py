@@ -11,6 +11,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
+from fhir_assets.orchestration.asset_attributes import build_asset_attributes
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
@@ -26,6 +27,7 @@ from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.postgres.tables.layout import holds_phi
 from fhir_assets.warehouse.postgres.tables.view_tables import (
     KEY_COLUMN,
     build_layout,
@@ -66,7 +68,7 @@ def _build_normalized_step(
         name=f"normalized__{resource_type.key}",
         # Not an input: Dagster cannot load one in a run without partitions, which evaluates the checks alone.
         deps=[["validated", resource_type.key]],
-        outs={view.name: _output(view, resource_type, encrypted=settings.encrypts) for view in views},
+        outs={view.name: _output(view, resource_type, settings) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if has_main_view else [],
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -182,27 +184,35 @@ def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]
     }
 
 
-def _output(view: View, resource_type: ResourceType, *, encrypted: bool) -> dg.AssetOut:
+def _output(view: View, resource_type: ResourceType, settings: Settings) -> dg.AssetOut:
+    phi = holds_phi(view)
     return dg.AssetOut(
         key=["normalized", view.name],
-        group_name=resource_type.group,
         io_manager_key="postgres",
         is_required=False,
         description=view.description or view.title,
         code_version=view.fingerprint,
-        kinds={"fhir", "postgres"},
+        **build_asset_attributes(resource_type, "normalized", "postgres", owners=settings.fhir_owners, phi=phi),
         metadata={
             "dagster/column_schema": dg.TableSchema(
                 [
                     dg.TableColumn(column.name, column.type, description=column.description)
-                    for column in build_layout(view, encrypted=encrypted).columns
+                    for column in build_layout(view, encrypted=settings.encrypts).columns
                     if column.name != KEY_COLUMN
                 ]
             ),
             "dagster/table_name": f"fhir.{view.name}",
             "view_url": view.url or "",
             "view_version": view.version or "",
-            "view_file": dg.MetadataValue.path(str(view.path or "")),
             "paths_not_compiled": len(view.fallbacks),
+            **_code_references(view),
         },
     )
+
+
+def _code_references(view: View) -> dict[str, dg.CodeReferencesMetadataValue]:
+    """Return the file of a ViewDefinition as the code of its table."""
+    if view.path is None:
+        return {}
+    reference = dg.LocalFileCodeReference(file_path=str(view.path), label="ViewDefinition")
+    return {"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[reference])}

@@ -12,6 +12,7 @@ from fhir_assets.deployment.source import open_existence_reader, open_history
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.notices import Notice
+from fhir_assets.orchestration.asset_attributes import build_asset_attributes
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.run_context import RunContext, step_tags
@@ -53,11 +54,10 @@ def _build_raw_step(
         outs={
             t.key: dg.AssetOut(
                 key=["raw", t.key],
-                group_name=t.group,
                 io_manager_key="ndjson",
                 is_required=False,
                 description=f"{t.name} resources, byte for byte as received from the source, one in each line.",
-                kinds={"fhir", "json"},
+                **build_asset_attributes(t, "raw", "json", owners=settings.fhir_owners, phi=bool(t.patient)),
             )
             for t in types
         },

@@ -13,6 +13,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.validation import Validator
+from fhir_assets.orchestration.asset_attributes import build_asset_attributes
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.window_metadata import add_window_metadata
@@ -40,14 +41,15 @@ def _build_validated_asset(
     @dg.asset(
         name=resource_type.key,
         key_prefix="validated",
-        group_name=resource_type.group,
         ins={"raw": dg.AssetIn(key=["raw", resource_type.key], input_manager_key="ndjson")},
         io_manager_key="ndjson",
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         description=f"{name} resources that pass every rule of FHIR R4; the others are in ops.dead_letters.",
-        kinds={"fhir", "json"},
         op_tags=step_tags([name]),
+        **build_asset_attributes(
+            resource_type, "validated", "json", owners=settings.fhir_owners, phi=bool(resource_type.patient)
+        ),
     )
     def validated(
         context: dg.AssetExecutionContext,
