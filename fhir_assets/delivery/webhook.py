@@ -1,5 +1,6 @@
 """Sends alerts to a webhook: one message about opened and closed incidents, without patient data."""
 
+import json
 from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
 
@@ -36,12 +37,16 @@ class Webhook:
         self._retrier = retrier or Retrier(_POLICY)
 
     def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
-        """Send one message, with retries. Return whether the webhook accepted it."""
+        """Send one message, with retries. Return whether the webhook accepted it.
+
+        A redirect is a refusal: following it would turn the message into a GET of a login page, for example. So is a
+        page in HTML, and a status of success with a text that says the contrary, as Teams sends it.
+        """
         body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url))
 
         def attempt() -> bool:
             try:
-                response = requests.post(self._url, json=body, timeout=_TIMEOUT_SECONDS)
+                response = requests.post(self._url, json=body, timeout=_TIMEOUT_SECONDS, allow_redirects=False)
             except requests.RequestException:
                 raise TransientFailure("no response") from None
             if response.status_code >= 500 or response.status_code in (408, 429):
@@ -49,12 +54,28 @@ class Webhook:
                     f"the server responded with {response.status_code}",
                     retry_after=read_retry_after(response.headers.get("Retry-After")),
                 )
-            return response.ok
+            if not 200 <= response.status_code < 300:
+                return False
+            if _contradicts(response.content):
+                raise TransientFailure(f"the server responded with {response.status_code}, but not as a webhook does")
+            return True
 
         try:
             return self._retrier.run("the alert webhook", attempt)
         except ServerUnavailable:
             return False
+
+
+def _contradicts(body: bytes) -> bool:
+    """Return whether the body of a response says that the message was not accepted, whatever its status says."""
+    start = body[:512].strip().lower()
+    if start.startswith(b"<") or b"message delivery failed" in start:
+        return True
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(answer, dict) and (answer.get("ok") is False or bool(answer.get("error")))
 
 
 def build_message(

@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.fhir.outcome import summarize_issues
+from fhir_assets.fhir.outcome import reports_error, summarize_issues
 
 BundleType = Literal["batch", "transaction"]
 ReferenceTarget = tuple[str, str]
@@ -45,15 +45,19 @@ class BundleEntry:
 
 @dataclass(frozen=True, slots=True)
 class EntryResult:
-    """The result of one entry: its HTTP status (0 if the response has none) and its OperationOutcome, if any."""
+    """The result of one entry: its HTTP status (0 if the response has none) and its OperationOutcome, if any.
+
+    ``confirmed`` is false if nothing but the status says that the server stored the resource.
+    """
 
     status: int
     outcome: bytes = b""
+    confirmed: bool = True
 
     @property
     def accepted(self) -> bool:
         """Whether the server stored the resource."""
-        return 200 <= self.status < 300
+        return self.confirmed and 200 <= self.status < 300
 
     @property
     def retryable(self) -> bool:
@@ -62,6 +66,7 @@ class EntryResult:
             self.status in _RETRYABLE_STATUS
             or (self.status >= 500 and self.status not in _PERMANENT_STATUS)
             or self.status == 0
+            or not self.confirmed
         )
 
     @property
@@ -70,6 +75,8 @@ class EntryResult:
 
         The texts of the issues are omitted, because they may contain patient data.
         """
+        if 200 <= self.status < 300:
+            return f"the server answered {self.status}, but does not have what was sent"
         answer = f"the server answered {self.status}" if self.status else "the server gave no answer for it"
         issues = summarize_issues(self.outcome)
         return f"{answer}: {', '.join(issues)}" if issues else answer
@@ -96,9 +103,32 @@ def _bundle(kind: BundleType, entries: Iterator[bytes]) -> bytes:
     return b'{"resourceType":"Bundle","type":"%b","entry":[%b]}' % (kind.encode(), b",".join(entries))
 
 
+@dataclass(frozen=True, slots=True)
+class EntryResponse:
+    """The response to one entry: its result, its resource (empty if there is none), and its location and ETag."""
+
+    result: EntryResult
+    resource: bytes = b""
+    location: str = ""
+    etag: str = ""
+
+    def confirms(self, entry: BundleEntry) -> bool:
+        """Return whether the response says more than a status: that the server has the resource of the entry.
+
+        It does if it contains the resource itself, or if it names its location or ETag and reports no error.
+        """
+        if reports_error(self.result.outcome) or reports_error(self.resource):
+            return False
+        if self.location:
+            return f"/{entry.url}/" in f"/{self.location.partition('?')[0]}/"
+        return bool(self.etag) or _is_resource(self.resource, entry)
+
+
 class _Response(msgspec.Struct):
     status: str = ""
     outcome: msgspec.Raw = msgspec.Raw(b"")
+    location: str | None = None
+    etag: str | None = None
 
 
 class _ResponseEntry(msgspec.Struct):
@@ -108,25 +138,32 @@ class _ResponseEntry(msgspec.Struct):
 
 class _ResponseBundle(msgspec.Struct):
     resourceType: str  # noqa: N815
+    type: str | None = None
     entry: list[_ResponseEntry] = []
 
 
+_RESPONSE_TYPES = ("batch-response", "transaction-response", None)
 _response_bundle = msgspec.json.Decoder(_ResponseBundle)
 
 
-def parse_response_bundle(body: bytes, count: int) -> list[tuple[EntryResult, bytes]]:
-    """Return the result of each entry in the order of the request, and the resource if the response contains it.
+def parse_response_bundle(body: bytes, count: int) -> list[EntryResponse]:
+    """Return the response to each entry, in the order of the request.
 
-    Raises ValueError if ``body`` is not a Bundle in JSON, or if it does not have ``count`` entries.
+    Raises ValueError if ``body`` is not a Bundle of responses in JSON, or if it does not have ``count`` entries.
     """
     try:
         bundle = _response_bundle.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("not a Bundle in JSON") from None
-    if bundle.resourceType != "Bundle" or len(bundle.entry) != count:
+    if bundle.resourceType != "Bundle" or bundle.type not in _RESPONSE_TYPES or len(bundle.entry) != count:
         raise ValueError("not a Bundle with as many entries as were sent")
     return [
-        (EntryResult(_parse_status(entry.response.status), bytes(entry.response.outcome)), bytes(entry.resource))
+        EntryResponse(
+            EntryResult(_parse_status(entry.response.status), bytes(entry.response.outcome)),
+            bytes(entry.resource),
+            entry.response.location or "",
+            entry.response.etag or "",
+        )
         for entry in bundle.entry
     ]
 
@@ -200,6 +237,14 @@ def _visit_references(value: Any, visit: Callable[[dict[str, Any], ReferenceTarg
             _visit_references(item, visit)
 
 
+def _is_resource(body: bytes, entry: BundleEntry) -> bool:
+    try:
+        header = _header.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return header.resourceType == entry.resource_type and header.id == entry.id
+
+
 def _parse_status(text: str) -> int:
     digits = text.strip()[:3]
     return int(digits) if digits.isdecimal() else 0
@@ -209,5 +254,12 @@ def _keep_digits(text: str) -> tuple[str]:
     """Return a decimal as its text, in a tuple: no JSON value decodes to a tuple."""
     return (text,)
 
+
+class _Header(msgspec.Struct):
+    resourceType: str  # noqa: N815
+    id: str | None = None
+
+
+_header = msgspec.json.Decoder(_Header)
 
 _exact: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_keep_digits)

@@ -22,6 +22,22 @@ _is_code = re.compile(
 _INDEX = re.compile(r"\[\d{1,6}\]$")
 
 
+_ERRORS = ("error", "fatal")
+
+
+def reports_error(body: bytes) -> bool:
+    """Return whether a body is an OperationOutcome with an issue of severity error or fatal."""
+    if b'"OperationOutcome"' not in body or not any(f'"{severity}"'.encode() in body for severity in _ERRORS):
+        return False
+    try:
+        outcome = orjson.loads(body)
+        return outcome["resourceType"] == "OperationOutcome" and any(
+            issue["severity"] in _ERRORS for issue in outcome["issue"]
+        )
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return True
+
+
 def summarize_issues(outcome: bytes) -> list[str]:
     """Return the first issues as ``value at Patient.name[0].family``; an empty list if there is no OperationOutcome."""
     try:

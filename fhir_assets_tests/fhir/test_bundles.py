@@ -44,13 +44,47 @@ def test_a_response_bundle_is_parsed_entry_by_entry() -> None:
         ),
         3,
     )
-    assert [result.status for result, _ in answers] == [201, 422, 0]
-    assert json.loads(answers[1][0].outcome) == outcome
+    assert [answer.result.status for answer in answers] == [201, 422, 0]
+    assert json.loads(answers[1].result.outcome) == outcome
+
+
+WARNING = {"resourceType": "OperationOutcome", "issue": [{"severity": "warning", "code": "informational"}]}
+FATAL = {"resourceType": "OperationOutcome", "issue": [{"severity": "fatal", "code": "exception"}]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "confirmed"),
+    [
+        ({}, False),
+        ({"response": {"location": "Patient/p/_history/1"}}, True),
+        ({"response": {"location": "http://s/fhir/Patient/p", "outcome": WARNING}}, True),
+        ({"response": {"etag": 'W/"1"'}}, True),
+        ({"resource": {"resourceType": "Patient", "id": "p"}}, True),
+        ({"resource": {"resourceType": "Patient", "id": "q"}}, False),
+        ({"resource": WARNING}, False),
+        ({"resource": {"status": "maintenance"}}, False),
+        ({"resource": FATAL, "response": {"location": "Patient/p"}}, False),
+        ({"response": {"location": "Patient/p", "outcome": FATAL}}, False),
+        ({"response": {"location": "Patient/pp/_history/1", "etag": 'W/"1"'}}, False),
+    ],
+)
+def test_a_status_alone_does_not_confirm_an_entry(entry: dict[str, Any], confirmed: bool) -> None:
+    body = text(resourceType="Bundle", type="batch-response", entry=[entry])
+    [response] = parse_response_bundle(body, 1)
+    assert response.confirms(BundleEntry("Patient", "p", b"{}")) is confirmed
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'{"resourceType":"OperationOutcome"}', b'{"resourceType":"Bundle","entry":[]}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"resourceType":"OperationOutcome"}',
+        b'{"resourceType":"Bundle","entry":[]}',
+        b'{"resourceType":"Bundle","type":"searchset","entry":[{}]}',
+        b'{"status":"maintenance"}',
+    ],
 )
 def test_a_response_that_lacks_an_entry_is_an_error(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a Bundle"):

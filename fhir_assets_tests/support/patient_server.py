@@ -53,8 +53,11 @@ class PatientServer(ScriptedServer):
         return self.patients[resource_id]
 
     def _answer(self, request: ReceivedRequest) -> Reply:
-        if (answer := self.intercept(request)) is not None:
-            return answer
+        answer = self.intercept(request)
+        return self.execute(request) if answer is None else answer
+
+    def execute(self, request: ReceivedRequest) -> Reply:
+        """Execute a request and return its answer."""
         resource_id = request.path.removeprefix("/fhir/Patient").strip("/")
         answer = getattr(self, f"_{request.method.lower()}")(request, resource_id)
         if request.method != "GET" and self.lose:

@@ -152,5 +152,36 @@ class BatchResponder:
         entries = []
         for identity in ids:
             self.times[identity] += 1
-            entries.append({"response": {"status": str(self._entry_status(identity, self.times[identity]))}})
+            status = self._entry_status(identity, self.times[identity])
+            etag = {"etag": 'W/"1"'} if status < 300 else {}
+            entries.append({"response": {"status": str(status), **etag}})
         return reply({"resourceType": "Bundle", "type": "batch-response", "entry": entries})
+
+
+class Claimant:
+    """Answers every entry of a batch with status 200 and ``says``, and stores an entry when ``stores`` says so.
+
+    ``stores`` gets how often the entry was received. Reads by a batch return what is stored.
+    """
+
+    def __init__(self, says: Resource, stores: Callable[[int], bool]) -> None:
+        self.times: Counter[str] = Counter()
+        self.stored: dict[str, Resource] = {}
+        self._says = says
+        self._stores = stores
+
+    def __call__(self, request: ReceivedRequest) -> Reply:
+        if request.method == "GET":
+            return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
+        entries = [self._answer(entry) for entry in json.loads(request.body)["entry"]]
+        return reply({"resourceType": "Bundle", "type": "batch-response", "entry": entries})
+
+    def _answer(self, entry: dict[str, Any]) -> dict[str, Any]:
+        url = entry["request"]["url"]
+        if entry["request"]["method"] == "GET":
+            found = {"resource": self.stored[url]} if url in self.stored else {}
+            return {**found, "response": {"status": "200" if found else "404"}}
+        self.times[url] += 1
+        if self._stores(self.times[url]):
+            self.stored[url] = entry["resource"]
+        return {"response": {"status": "200 OK", **self._says}}

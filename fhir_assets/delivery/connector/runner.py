@@ -96,14 +96,15 @@ class Connector:
         Reconnects if the database becomes unavailable. Raises ConfigurationError if the outbox does not exist or the
         user lacks a privilege on it.
         """
-        workers = [
+        threads = [
             threading.Thread(target=self._work, name=f"connector-{n}", daemon=True)
             for n in range(self._options.workers)
         ]
-        for worker in workers:
-            worker.start()
-        listener = threading.Thread(target=self._listen, name="connector-listener", daemon=True)
-        listener.start()
+        if not until_empty:
+            # Without a listener, the times of the waiting events say when to claim.
+            threads.append(threading.Thread(target=self._listen, name="connector-listener", daemon=True))
+        for thread in threads:
+            thread.start()
         lost = 0
         try:
             while not self._channels.stopping.is_set():
@@ -127,9 +128,9 @@ class Connector:
                     self._channels.stopping.wait(wait)
         finally:
             self._channels.stopping.set()
-            for _ in workers:
+            for _ in range(self._options.workers):
                 self._channels.changes.put(None)
-            for thread in (*workers, listener):
+            for thread in threads:
                 thread.join()
 
     def _work(self) -> None:

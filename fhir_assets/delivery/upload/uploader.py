@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, groupby, islice
 from typing import Protocol, TypeVar
@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, HeldEntry, Journal
 from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir import bundles
-from fhir_assets.fhir.bundles import BundleEntry, EntryResult
+from fhir_assets.fhir.bundles import BundleEntry, EntryResponse, EntryResult
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import FhirResponse, invalid_json_failure
 from fhir_assets.retries import RetryPolicy, TransientFailure
@@ -244,8 +244,8 @@ class Uploader:
         if entry_results is None:
             return list(batch)
         changed = []
-        for entry, (result, stored) in zip(batch, entry_results, strict=True):
-            if result.accepted and stored and bundles.has_same_content(entry.body, stored):
+        for entry, response in zip(batch, entry_results, strict=True):
+            if response.result.accepted and bundles.has_same_content(entry.body, response.resource):
                 done.unchanged += 1
                 done.settled.append(entry)
             else:
@@ -263,21 +263,42 @@ class Uploader:
             self.client.capabilities()
             bundle_result, entry_results, policy = EntryResult(0), None, HALF_RETRIES
         if entry_results is not None:
-            return [result for result, _ in entry_results]
+            return self._confirm(entries, entry_results)
         if len(entries) == 1:
             return [bundle_result]
         half = len(entries) // 2
         return self._send(entries[:half], policy) + self._send(entries[half:], policy)
 
+    def _confirm(self, entries: Sequence[BundleEntry], responses: Sequence[EntryResponse]) -> list[EntryResult]:
+        """Return the results of entries. A resource whose response has nothing but a status is read back."""
+        doubtful = [
+            entry
+            for entry, response in zip(entries, responses, strict=True)
+            if response.result.accepted and not response.confirms(entry)
+        ]
+        missing: set[str] = set()
+        if doubtful:
+            _, stored = self._post(bundles.build_get_bundle(doubtful), len(doubtful))
+            held = [r.resource if r.result.accepted else b"" for r in stored] if stored else [b""] * len(doubtful)
+            missing = {
+                entry.url
+                for entry, resource in zip(doubtful, held, strict=True)
+                if not bundles.has_same_content(entry.body, resource)
+            }
+        return [
+            replace(response.result, confirmed=False) if entry.url in missing else response.result
+            for entry, response in zip(entries, responses, strict=True)
+        ]
+
     def _post(
         self, body: bytes, size: int, policy: RetryPolicy | None = None
-    ) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
+    ) -> tuple[EntryResult, list[EntryResponse] | None]:
         """Post a Bundle. Return the results of its entries, or None with the result of the refused Bundle."""
         refused = _BATCH_REFUSED | {404} if self.transaction else _BATCH_REFUSED
         return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 
 
-def _read(size: int, response: FhirResponse) -> tuple[EntryResult, list[tuple[EntryResult, bytes]] | None]:
+def _read(size: int, response: FhirResponse) -> tuple[EntryResult, list[EntryResponse] | None]:
     if response.status != 200:
         return EntryResult(response.status, response.body if response.body.lstrip()[:1] == b"{" else b""), None
     try:

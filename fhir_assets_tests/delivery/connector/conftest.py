@@ -1,3 +1,15 @@
-"""The hospital whose outbox the tests of the connector deliver."""
+"""The hospital whose outbox the tests of the connector deliver, and a server that allows several matches."""
+
+from collections.abc import Iterator
+
+import pytest
 
 from fhir_assets_tests.support.hospital import hospital  # noqa: F401
+from fhir_assets_tests.support.patient_server import PatientServer
+
+
+@pytest.fixture
+def server() -> Iterator[PatientServer]:
+    """A server that allows several Patients with one identifier."""
+    with PatientServer() as running:
+        yield running

@@ -1,7 +1,6 @@
 """Resources with our identifiers that somebody else made: they are never deleted and, by default, not updated."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,6 @@ from fhir_assets.delivery.connector.setup import load_sources
 from fhir_assets_tests.support.hospital import MRN, Hospital
 from fhir_assets_tests.support.patient_server import PatientServer
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
-
-
-@pytest.fixture
-def server() -> Iterator[PatientServer]:
-    with PatientServer() as running:
-        yield running
 
 
 class Ward:

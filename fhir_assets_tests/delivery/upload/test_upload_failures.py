@@ -2,12 +2,13 @@
 
 import time
 
+import orjson
 import pytest
 
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, Journal
-from fhir_assets.errors import ServerRefused
-from fhir_assets_tests.support.scripted_server import ScriptedServer
-from fhir_assets_tests.support.uploads import BatchResponder, Upload, patient, write
+from fhir_assets.errors import NotFhir, ServerRefused
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
+from fhir_assets_tests.support.uploads import BatchResponder, Claimant, Upload, patient, write
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 409, 412])
@@ -90,3 +91,51 @@ def test_a_server_that_refuses_all_batches_ends_the_upload(upload: Upload, statu
         pytest.raises(ServerRefused, match=str(status)),
     ):
         upload(url=server.url)
+
+
+ERROR = {"resourceType": "OperationOutcome", "issue": [{"severity": "error", "code": "exception"}]}
+CLAIMS = [{}, {"location": "Patient/another/_history/1"}, {"outcome": ERROR, "location": "Patient/1/_history/1"}]
+
+
+@pytest.mark.parametrize("says", CLAIMS)
+def test_an_entry_is_not_believed_for_its_status(upload: Upload, says: dict[str, object]) -> None:
+    write(upload.input / "p.ndjson", [patient("1")])
+    with ScriptedServer(Claimant(says, lambda times: False)) as server:
+        summary = upload("--workers", "1", url=server.url, exit_code=1)
+    assert summary["totals"] == {"created": 0, "updated": 0, "unchanged": 0, "failed": 1}
+    [refused] = upload.refused()
+    assert refused["reason"] == "the server answered 200, but does not have what was sent"
+
+
+@pytest.mark.parametrize("says", CLAIMS)
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_entry_with_nothing_but_a_status_is_read_back_and_sent_again(
+    upload: Upload, says: dict[str, object], times: int
+) -> None:
+    write(upload.input / "p.ndjson", [patient("1"), patient("2")])
+    claimant = Claimant(says, lambda received: received == times)
+    with ScriptedServer(claimant) as server:
+        summary = upload("--workers", "1", url=server.url)
+    assert summary["totals"]["failed"] == 0
+    assert claimant.times == {"Patient/1": times, "Patient/2": times}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"status": "maintenance"}, ERROR, {"resourceType": "Bundle", "type": "searchset", "entry": [{}]}, []],
+)
+def test_an_answer_that_is_no_bundle_of_responses_ends_the_upload(
+    upload: Upload, monkeypatch: pytest.MonkeyPatch, body: object
+) -> None:
+    monkeypatch.setenv("FHIR_MAX_ATTEMPTS", "2")
+    write(upload.input / "p.ndjson", [patient("1")])
+
+    def answer(request: ReceivedRequest) -> Reply:
+        if request.method == "GET":
+            return reply({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
+        return Reply(orjson.dumps(body))
+
+    with ScriptedServer(answer) as server, pytest.raises(NotFhir):
+        upload(url=server.url)
+    with ScriptedServer(BatchResponder(lambda *_: 201)) as server:
+        assert upload(url=server.url)["totals"]["created"] == 1

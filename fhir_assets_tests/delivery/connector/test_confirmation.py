@@ -1,0 +1,162 @@
+"""The connector does not believe a status alone: what the answers to its updates and deletions must say."""
+
+import json
+
+import pytest
+
+from fhir_assets_tests.support.hospital import Hospital
+from fhir_assets_tests.support.patient_server import PatientServer
+from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
+
+
+def outcome(severity: str) -> dict[str, object]:
+    return {"resourceType": "OperationOutcome", "issue": [{"severity": severity, "code": "processing"}]}
+
+
+DOUBTFUL = {
+    "no-resource": reply({"status": "maintenance"}),
+    "error": reply(outcome("error")),
+    "located-error": reply(outcome("fatal"), Location="http://s/fhir/Patient/made-1/_history/1"),
+    "no-issues": reply({"resourceType": "OperationOutcome"}, ETag='W/"1"'),
+    "bundle": reply({"resourceType": "Bundle", "type": "batch-response"}),
+    "another-resource": reply({"resourceType": "Patient", "id": "another"}),
+    "list": reply([]),
+    "html": Reply(b"<html>", headers={"Content-Type": "text/html"}),
+    "not-yet": reply(b"", 202),
+}
+"""Answers by the identifier of the Patient that gets them: none confirms an update or a deletion."""
+
+SILENT = {"empty": reply(b"", 204), "warning": reply(outcome("warning"))}
+"""Answers that confirm a deletion, but no update: they name neither a Location nor an ETag."""
+
+ANSWERS = DOUBTFUL | SILENT
+
+
+class Doubtful:
+    """A hospital whose server answers requests of one method with ``ANSWERS``, executed or not."""
+
+    def __init__(self, hospital: Hospital, server: PatientServer) -> None:
+        self.hospital = hospital
+        self.server = server
+
+    def admit(self, *names: str) -> None:
+        for name in names:
+            self.hospital.admit(name)
+
+    def deliver(self, **settings: object) -> None:
+        self.hospital.deliver(fhir_base_url=self.server.url, **settings)
+
+    def answer(self, method: str, *, executed: bool) -> None:
+        def intercept(request: ReceivedRequest) -> Reply | None:
+            if request.method != method:
+                return None
+            resource = json.loads(request.body) if request.body else self.server.patients[request.path.split("/")[-1]]
+            if executed:
+                self.server.execute(request)
+            return ANSWERS[resource["identifier"][0]["value"]]
+
+        self.server.intercept = intercept
+
+    def on_server(self) -> set[str]:
+        return {patient["identifier"][0]["value"] for patient in self.server.patients.values()}
+
+    def dead(self) -> dict[str, str]:
+        rows = self.hospital.execute("SELECT record_id, reason FROM health.fhir_dlq WHERE status = 'open'")
+        return {str(record): reason for record, reason in rows}
+
+    def acknowledged(self) -> int:
+        return int(self.hospital.execute("SELECT count(*) FROM health.fhir_processed_event")[0][0])
+
+
+@pytest.fixture
+def doubtful(hospital: Hospital, server: PatientServer) -> Doubtful:
+    return Doubtful(hospital, server)
+
+
+def test_an_update_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful) -> None:
+    doubtful.answer("PUT", executed=False)
+    doubtful.admit(*ANSWERS)
+    doubtful.deliver(connector_max_attempts=2)
+    assert list(doubtful.dead().values()) == ["attempts-used-up"] * len(ANSWERS)
+    assert doubtful.acknowledged() == 0
+    doubtful.server.intercept = lambda request: None
+    doubtful.hospital.execute("UPDATE health.patient SET name_family = 'Changed'")
+    doubtful.deliver()
+    assert doubtful.on_server() == set(ANSWERS)
+    assert doubtful.dead() == {}
+
+
+def test_an_update_that_was_executed_is_read_back_and_not_sent_again(doubtful: Doubtful) -> None:
+    doubtful.answer("PUT", executed=True)
+    doubtful.admit(*ANSWERS)
+    doubtful.deliver()
+    assert doubtful.server.count("PUT") == len(ANSWERS)
+    delivered = doubtful.hospital.execute("SELECT resource_id FROM health.fhir_delivered")
+    assert {resource_id for (resource_id,) in delivered} == set(doubtful.server.patients)
+    assert doubtful.dead() == {}
+
+
+def test_a_deletion_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful) -> None:
+    doubtful.admit(*DOUBTFUL)
+    doubtful.deliver()
+    doubtful.answer("DELETE", executed=False)
+    doubtful.hospital.execute("DELETE FROM health.patient")
+    doubtful.deliver(connector_max_attempts=2)
+    assert doubtful.on_server() == set(DOUBTFUL)
+    assert list(doubtful.dead().values()) == ["attempts-used-up"] * len(DOUBTFUL)
+
+
+def test_a_deletion_that_was_executed_is_not_sent_again(doubtful: Doubtful) -> None:
+    doubtful.admit(*ANSWERS)
+    doubtful.deliver()
+    doubtful.answer("DELETE", executed=True)
+    doubtful.hospital.execute("DELETE FROM health.patient")
+    doubtful.deliver()
+    assert doubtful.server.count("DELETE") == len(ANSWERS)
+    assert doubtful.dead() == {}
+
+
+def test_a_search_without_an_answer_in_fhir_is_not_believed(doubtful: Doubtful) -> None:
+    def answer(request: ReceivedRequest) -> Reply | None:
+        return ANSWERS[request.all("identifier")[0].split("|")[-1]] if request.method == "GET" else None
+
+    doubtful.server.intercept = answer
+    doubtful.admit(*ANSWERS)
+    doubtful.deliver(connector_max_attempts=2)
+    assert doubtful.server.count("PUT") == 0
+    assert list(doubtful.dead().values()) == ["attempts-used-up"] * len(ANSWERS)
+
+
+@pytest.mark.parametrize("body", [b"", json.dumps(outcome("information")).encode()])
+def test_an_empty_answer_with_a_location_is_a_success(doubtful: Doubtful, body: bytes) -> None:
+    def locate(request: ReceivedRequest) -> Reply | None:
+        if request.method != "PUT":
+            return None
+        location = doubtful.server.execute(request).headers["Location"]
+        return Reply(body, 201, {"Location": location})
+
+    doubtful.server.intercept = locate
+    doubtful.admit("1")
+    doubtful.deliver()
+    assert [request.method for request in doubtful.server.requests] == ["GET", "PUT"]
+    [delivered] = doubtful.hospital.execute("SELECT resource_id, version_id FROM health.fhir_delivered")
+    assert delivered == (*doubtful.server.patients, "1")
+
+
+def test_an_empty_answer_with_an_etag_is_a_success_whose_id_is_looked_up(doubtful: Doubtful) -> None:
+    def tag(request: ReceivedRequest) -> Reply | None:
+        if request.method != "PUT":
+            return None
+        doubtful.server.execute(request)
+        return Reply(b"", 200, {"ETag": 'W/"1"'})
+
+    doubtful.server.intercept = tag
+    doubtful.admit("1")
+    doubtful.deliver()
+    assert doubtful.hospital.execute("SELECT resource_id FROM health.fhir_delivered") == [
+        tuple(doubtful.server.patients)
+    ]
+    doubtful.hospital.execute("UPDATE health.patient SET name_family = 'Changed'")
+    doubtful.deliver()
+    assert list(doubtful.server.families().values()) == ["Changed"]
+    assert [request.method for request in doubtful.server.requests] == ["GET", "PUT", "GET", "PUT"]
