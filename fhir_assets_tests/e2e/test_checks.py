@@ -15,6 +15,7 @@ from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import add, encounter, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.search_server import SearchServer
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"
@@ -300,3 +301,28 @@ def test_the_metadata_of_a_window_counts_this_window_only(deployment: Deployment
     assert read("normalized/encounter", "dagster/partition_row_count") == [1, 1, 1, 0]
     deployment.ingest(first=DAY, last=DAY)
     assert read("normalized/patient", "dagster/partition_row_count") == [10, 8, 10, 0]
+
+
+def read_log(deployment: Deployment, run_id: str) -> list[str]:
+    """Return the lines of the steps in the log view of a run."""
+    events = deployment.instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+    return [event.get_dagster_event().message or "" for event in events if event.step_key]
+
+
+def test_a_step_says_in_the_log_of_its_run_what_it_did_without_patient_data(deployment: Deployment) -> None:
+    (outcome,) = deployment.ingest(first=DAY, last=DAY + timedelta(days=2))
+    lines = [line.rpartition(", ")[0] for line in read_log(deployment, outcome.run_id)]
+    assert "Patient: 30 fetched" in lines
+    assert "Patient: 28 valid, 2 dead letters" in lines
+    assert any(line.startswith("Patient: 28 inserted, ") for line in lines)
+    assert SECRET not in "".join(lines)
+    assert "Patient: dead letters of these windows by rule: 2 required-binding" in read_log(deployment, outcome.run_id)
+    (again,) = deployment.ingest(first=DAY + timedelta(days=5), last=DAY + timedelta(days=5))
+    assert read_log(deployment, again.run_id) == []
+
+
+def test_a_type_that_the_server_does_not_offer_is_named_in_the_log(deploy: Deploy) -> None:
+    with SearchServer([], types=("Patient",)) as server:
+        deployment = deploy(fhir_base_url=server.url, fhir_resource_types="Patient,Device", fhir_max_attempts=1)
+        outcome = deployment.ingest()[-1]
+    assert read_log(deployment, outcome.run_id) == ["Device is skipped: the source does not offer it"]

@@ -16,6 +16,7 @@ from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChec
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
@@ -133,7 +134,9 @@ def _build_normalized_step(
                     with warehouse.table_loads.slot():
                         replay.run(name, run.windows.windows)
                 resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
-                metadata = _metadata(loaded, perf_counter() - started)
+                seconds = perf_counter() - started
+                metadata = _metadata(loaded, seconds)
+                _log_load(context, name, loaded, seconds)
                 with warehouse.connect() as conn:
                     rows = {view.name: count_rows(conn, view) for view in selected}
                     window_rows = count_rows_by_window(conn, selected, name, run.partition_keys)
@@ -170,6 +173,21 @@ def build_broken_view(broken: BrokenView) -> dg.AssetSpec:
         metadata={"view_file": dg.MetadataValue.path(str(broken.path))},
         kinds={"fhir"},
     )
+
+
+def _log_load(context: dg.AssetExecutionContext, resource_type: str, loaded: LoadResult, seconds: float) -> None:
+    counts = {
+        "inserted": loaded.inserted,
+        "updated": loaded.updated,
+        "superseded": loaded.superseded,
+        "withheld": loaded.withheld,
+        "dead letters": loaded.dead_by_rule.total(),
+        "rows": loaded.rows.total(),
+    }
+    if any(counts.values()):
+        log_line(context, describe_counts(resource_type, counts, seconds))
+    if loaded.dead_by_rule:
+        log_line(context, f"{resource_type}: dead letters by rule: {describe_rules(loaded.dead_by_rule)}")
 
 
 def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]:

@@ -16,6 +16,7 @@ from fhir_assets.orchestration.asset_attributes import build_asset_attributes
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.step_log import describe_counts, log_line
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.orchestration.window_metadata import add_window_metadata
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
@@ -82,7 +83,7 @@ def _build_raw_step(
             offered = source.list_types()
             for name in selected:
                 if offered is not None and name not in offered:
-                    context.log.info(f"{name} is skipped: the source does not offer it.")
+                    log_line(context, f"{name} is skipped: the source does not offer it")
             available = [name for name in selected if offered is None or name in offered]
             step = FetchStep(
                 source,
@@ -94,7 +95,7 @@ def _build_raw_step(
                 write_dead_letters=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
                 began=settlements.begin(warehouse.connect),
             )
-            # dagster.yaml silences Dagster's loggers, so the progress of an export is reported as events of the step.
+            # The command line prints the progress of an export, and no other lines: it listens to observations.
             with progress.send_to(
                 lambda text: context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
             ):
@@ -103,6 +104,7 @@ def _build_raw_step(
             seconds = perf_counter() - started
             for name in selected:
                 update = updates.get(name) or RawUpdate(name, (), {})
+                _log_fetch(context, update, seconds)
                 for notice in update.notices:
                     _log.warning(notice.message, extra={"resource_type": name, "notice": notice.code})
                 add_window_metadata(
@@ -179,6 +181,20 @@ def _apply_deletions(
             deleted[name] = deleted.get(name, 0) + step.run(update)
         notices = (*notices, *reader.drain_notices(), *step.drain_notices())
     return {name: update.add_notices(notices) for name, update in updates.items()}, deleted
+
+
+def _log_fetch(context: dg.AssetExecutionContext, update: RawUpdate, seconds: float) -> None:
+    fetches = update.fetches.values()
+    counts = {
+        "fetched": sum(fetch.matched for fetch in fetches),
+        "repeated": sum(fetch.repeated for fetch in fetches),
+        "rejected": sum(fetch.rejected for fetch in fetches),
+        "older than FHIR_LAST_UPDATED_GTE": update.before_first_window,
+    }
+    if any(counts.values()):
+        log_line(context, describe_counts(update.resource_type, counts, seconds))
+    for notice in update.notices:
+        log_line(context, f"{notice.severity}: {notice.message}")
 
 
 def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, int | float | str]:

@@ -16,6 +16,7 @@ from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import add_window_metadata
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep, find_outdated_partitions
@@ -85,6 +86,7 @@ def _build_validated_asset(
                 counts = _counts(update)
             with warehouse.connect() as conn:
                 runs.record_counts(conn, run.run_id, name, counts)
+            _log_validation(context, name, counts, perf_counter() - started, _sum_dead(update))
             add_window_metadata(
                 context.op_execution_context.get_step_execution_context(),
                 context.asset_key,
@@ -136,6 +138,25 @@ def _replay(
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:
     return {key: {"valid": counts.valid, "dead": counts.dead} for key, counts in update.counts.items()}
+
+
+def _log_validation(
+    context: dg.AssetExecutionContext,
+    resource_type: str,
+    counts: Mapping[str, Mapping[str, int | None]],
+    seconds: float,
+    dead_by_rule: Mapping[str, int],
+) -> None:
+    totals = {key: sum(count[key] or 0 for count in counts.values()) for key in ("valid", "dead")}
+    if any(totals.values()):
+        shown = {"valid": totals["valid"], "dead letters": totals["dead"]}
+        log_line(context, describe_counts(resource_type, shown, seconds))
+    if totals["dead"] and dead_by_rule:
+        log_line(context, f"{resource_type}: dead letters of these windows by rule: {describe_rules(dead_by_rule)}")
+
+
+def _sum_dead(update: ValidatedUpdate) -> dict[str, int]:
+    return _sum(manifest.validated.dead for manifest in update.manifests if manifest.validated)
 
 
 def _metadata(update: ValidatedUpdate, seconds: float) -> dict[str, dg.MetadataValue]:
