@@ -14,15 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.views import BrokenView
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
+from fhir_assets.orchestration.checks.known_patients import describe_unknown_denials
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import consents, runs
 from fhir_assets.windows import WindowRange
 
 _SUMMARY_COLUMNS = (
@@ -46,9 +48,9 @@ def ingest(
 
     Each range of windows is loaded by one Dagster run.
 
-    The exit code is 0 only if all windows were loaded, every window reconciles with the source, and every
-    ViewDefinition is valid. Dead letters are
-    not a failure: `dead-letters list` prints them.
+    The exit code is 0 only if all windows were loaded, every window reconciles with the source, every ViewDefinition
+    is valid, and the patient of every denial of consent is known. Dead letters are not a failure: `dead-letters list`
+    prints them.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     settings.require_source()
@@ -61,12 +63,13 @@ def ingest(
     failures = select_failed(outcomes)
     red = find_unreconciled_windows(settings)
     broken = build_views(settings).broken
+    denials = _count_unknown_denials(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
     if json:
         print_json(
             {
                 "runs": run_ids,
-                "success": not failures and not red and not broken,
+                "success": not (failures or red or broken or denials),
                 "types": rows,
                 "unreconciled": red,
                 "broken_views": [{"file": str(view.path), "error": view.message} for view in broken],
@@ -79,7 +82,9 @@ def ingest(
     report_failures(settings, failures)
     report_unreconciled_windows(red)
     report_broken_views(broken)
-    if failures or red or broken:
+    if denials:
+        errors.print(describe_unknown_denials(denials), markup=False, soft_wrap=True)
+    if failures or red or broken or denials:
         raise typer.Exit(1)
 
 
@@ -180,6 +185,11 @@ def find_unreconciled_windows(settings: Settings) -> list[dict[str, object]]:
     with hide_library_output():
         red = ingestion.find_unreconciled_windows()
     return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in red]
+
+
+def _count_unknown_denials(settings: Settings) -> int:
+    with Warehouse(settings).connect() as conn:
+        return consents.count_unknown_denials(conn, build_consent_gate(settings))
 
 
 def report_unreconciled_windows(red: Sequence[Mapping[str, object]]) -> None:

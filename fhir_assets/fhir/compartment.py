@@ -1,7 +1,7 @@
 """The patients to whose compartment a resource belongs (https://hl7.org/fhir/R4/compartmentdefinition-patient.html)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,43 +22,48 @@ def find_patient_ids(resource: dict[str, Any], bases: Bases = None) -> tuple[str
 
     ``resource`` may be any JSON object with a resourceType: elements that do not conform to R4 are ignored.
     """
-    paths = _patient_paths(resource["resourceType"])
+    paths = list_patient_paths(resource["resourceType"])
     if not paths:
         return ()
-    if paths == _OWN_ID:
+    if paths == OWN_ID:
         resource_id = resource.get("id")
         return (resource_id,) if isinstance(resource_id, str) else ()
     patient_ids: dict[str, None] = {}
     for path in paths:
-        for reference in _select(resource, path):
-            patient_id = _find_patient_id(resource, reference, bases)
+        for reference in select_elements(resource, path):
+            patient_id = find_patient_id(resource, reference, bases)
             if patient_id is not None:
                 patient_ids[patient_id] = None
     return tuple(patient_ids)
 
 
-_OWN_ID = (("id",),)
+OWN_ID = (("id",),)
+"""The paths of Patient, which is in its own compartment."""
 
 
 @cache
-def _patient_paths(resource_type: str) -> tuple[tuple[str, ...], ...]:
+def list_patient_paths(resource_type: str) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of the elements that put a resource of a type into the compartment of a patient."""
     catalog_entry = BY_NAME.get(resource_type)
     return tuple(tuple(path.split(".")) for path in catalog_entry.patient) if catalog_entry else ()
 
 
-def _select(node: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def select_elements(node: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Yield the objects at a path. Every item of a list along the path is searched."""
     if isinstance(node, list):
         for item in node:
-            yield from _select(item, path)
+            yield from select_elements(item, path)
     elif isinstance(node, dict):
         if path:
-            yield from _select(node.get(path[0]), path[1:])
+            yield from select_elements(node.get(path[0]), path[1:])
         else:
             yield node
 
 
-def _find_patient_id(resource: dict[str, Any], reference: dict[str, Any], bases: Bases) -> str | None:
+def find_patient_id(resource: Mapping[str, Any], reference: Mapping[str, Any], bases: Bases) -> str | None:
+    """Return the id of the patient that a reference in a resource leads to, or UNKNOWN_PATIENT; None if the reference
+    leads to something else, or does not say that it leads to a patient.
+    """
     target = reference.get("reference")
     if isinstance(target, str):
         if target.startswith("Patient/") and target.find("/", 8) < 0 and target.isascii():
@@ -69,8 +74,16 @@ def _find_patient_id(resource: dict[str, Any], reference: dict[str, Any], bases:
         if target.startswith(("Patient?", "urn:")) or "/Patient?" in target:
             return UNKNOWN_PATIENT if reference.get("type", "Patient") == "Patient" else None
         if target.startswith("#"):
-            contained = resource.get("contained")
-            for inner in contained if isinstance(contained, list) else ():
-                if isinstance(inner, dict) and inner.get("id") == target[1:]:
-                    return UNKNOWN_PATIENT if inner.get("resourceType") == "Patient" else None
+            inner = find_contained(resource, target)
+            if inner is not None:
+                return UNKNOWN_PATIENT if inner.get("resourceType") == "Patient" else None
     return UNKNOWN_PATIENT if reference.get("type") == "Patient" else None
+
+
+def find_contained(resource: Mapping[str, Any], target: str) -> dict[str, Any] | None:
+    """Return the contained resource that a reference ``#id`` leads to, or None."""
+    contained = resource.get("contained")
+    for inner in contained if isinstance(contained, list) else ():
+        if isinstance(inner, dict) and inner.get("id") == target[1:]:
+            return inner
+    return None

@@ -33,7 +33,8 @@ class Record:
     one that does not count. ``arrived`` is the time that orders a resource without ``last_updated`` and determines its
     window, as it does for a ``late`` one, which the source gave from outside of the time range that it was asked for.
     ``patients`` are the ids of the patients whose compartment contains the resource, and ``keyless`` describes its
-    references that make no key (``references.find_keyless``); each is None if it has not been determined.
+    references that make no key (``references.find_keyless``). ``mentions`` is what else it refers to
+    (``subjects.find_subjects``), which only consent needs. Each is None if it has not been determined.
     """
 
     resource_type: str
@@ -46,6 +47,7 @@ class Record:
     dated: bool = True
     late: bool = False
     keyless: tuple[str, ...] | None = None
+    mentions: tuple[str, ...] | None = None
 
     @property
     def as_of(self) -> datetime:

@@ -18,7 +18,7 @@ Rules for cases that FHIR R4 leaves open (https://hl7.org/fhir/R4/consent.html):
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
@@ -47,6 +47,8 @@ class ConsentGate:
 
     policy: Policy = Policy.OFF
     purpose: Purpose = Purpose.DATA_SHARING
+    by_file: bool = field(default=False, compare=False)
+    """Whether the source consists of files, so that resources with an equal time of arrival are of one file."""
 
     @property
     def withholds(self) -> bool:
@@ -131,14 +133,15 @@ class Decision:
     path: str
 
 
-def read_consent(resource: Mapping[str, Any], patient: str | None) -> Consent | None:
+def read_consent(resource: Mapping[str, Any], patient: str | None, *, may_permit: bool = True) -> Consent | None:
     """Read a Consent resource about ``patient``.
 
-    Return None if it decides nothing: it is not active, has another scope, or has no patient.
+    Return None if it decides nothing: it is not active, has another scope, or has no patient. Without ``may_permit``
+    its permits do not count.
     """
     if patient is None or resource.get("status") != "active":
         return None
-    purposes, may_permit = _read_scope(resource.get("scope"))
+    purposes, is_known_scope = _read_scope(resource.get("scope"))
     if not purposes:
         return None
     base = _read_policy_rule(resource.get("policyRule"))
@@ -147,7 +150,7 @@ def read_consent(resource: Mapping[str, Any], patient: str | None) -> Consent | 
         root = {}
         if base is None:
             return None
-    reader = _ProvisionReader(may_permit=may_permit and not resource.get("modifierExtension"))
+    reader = _ProvisionReader(may_permit and is_known_scope and not resource.get("modifierExtension"))
     return Consent(str(resource.get("id")), patient, reader.read(root, "Consent.provision", purposes, base))
 
 

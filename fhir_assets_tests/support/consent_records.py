@@ -4,8 +4,9 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.subjects import find_subjects
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets_tests.support.views import column, view
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -23,7 +24,8 @@ def record(resource: dict[str, Any]) -> Record:
     version = resource.get("meta", {}).get("versionId", "1")
     moment = START + int(version) * timedelta(minutes=1)
     body = json.dumps(resource).encode()
-    return Record(resource["resourceType"], resource["id"], version, moment, moment, body, find_patient_ids(resource))
+    patients, mentions = find_subjects(resource, None, NO_ENCRYPTION.fingerprint)
+    return Record(resource["resourceType"], resource["id"], version, moment, moment, body, patients, mentions=mentions)
 
 
 def patient(key: str, **fields: Any) -> dict[str, Any]:

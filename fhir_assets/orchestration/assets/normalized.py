@@ -121,8 +121,6 @@ def _build_normalized_step(
                 consent.run(datetime.now(UTC))
                 with warehouse.table_loads.slot():
                     loaded = step.run(name, run.windows.windows)
-                if name == "Consent":
-                    consent.run(datetime.now(UTC))
                 if run.replay and len(selected) == len(views):
                     replay = ReplayLoadStep(
                         warehouse.connect,
@@ -133,6 +131,7 @@ def _build_normalized_step(
                     )
                     with warehouse.table_loads.slot():
                         replay.run(name, run.windows.windows)
+                consent.run(datetime.now(UTC))
                 resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 seconds = perf_counter() - started
                 metadata = _metadata(loaded, seconds)

@@ -11,10 +11,13 @@ from typing import Any
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.checks.known_patients import DESCRIPTION as PATIENTS_KNOWN_DESCRIPTION
+from fhir_assets.orchestration.checks.known_patients import PATIENTS_KNOWN, evaluate_known_patients
 from fhir_assets.orchestration.checks.metadata import rows_table
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.pipeline.reconcile.window_volume import compare_volumes
@@ -48,6 +51,7 @@ _DESCRIPTIONS = {
     NO_FAILED_PARTITIONS: "The last run of every window succeeded.",
     REFERENCES_RESOLVE: "The resources to which the tables refer are loaded.",
     NO_PLAINTEXT_PHI: "If keys are set, columns tagged as patient data and complete resources are encrypted (sampled).",
+    PATIENTS_KNOWN: PATIENTS_KNOWN_DESCRIPTION,
     VOLUME: "Each of the latest complete windows has a similar number of resources to the windows before it.",
 }
 
@@ -114,6 +118,9 @@ class _TableEvaluator:
             return self._check_failed_partitions(conn)
         if name == VOLUME:
             return self._check_volume(conn)
+        if name == PATIENTS_KNOWN:
+            known = evaluate_known_patients(conn, build_consent_gate(self._settings), self._type.name)
+            return self._result(name, known.passed, known.description, known.metadata, severity=known.severity)
         if self._type.key not in existing:
             return self._result(name, True, "not loaded yet")
         present = [view for view in self._views if view.name in existing]

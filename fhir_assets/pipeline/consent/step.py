@@ -1,5 +1,6 @@
 """Apply consent: resources of patients whose decision changed leave the tables or return to them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,14 +10,17 @@ from typing import Any
 
 import msgspec
 
-from fhir_assets.fhir.compartment import find_patient_ids
+from fhir_assets.fhir import subjects
+from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Arrival
-from fhir_assets.warehouse.ops import audit_log, consents, dead_letters, withheld_resources
+from fhir_assets.warehouse.ops import audit_log, consents, dead_letters, withheld_changes
+from fhir_assets.warehouse.ops.consents import AppliedPolicy
+from fhir_assets.warehouse.ops.withheld_changes import ResourceKey
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import compartments
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -55,8 +59,8 @@ class ConsentResult:
 class ConsentStep:
     """Makes the tables match the patients' current consents: withholds resources, and releases withheld ones.
 
-    A run without changes sends two queries. Each batch is committed by itself, so that the next run continues a stopped
-    one.
+    A run without changes sends three queries. Each batch is committed by itself, so that the next run continues a
+    stopped one.
     """
 
     def __init__(
@@ -77,54 +81,78 @@ class ConsentStep:
         total = ConsentResult()
         with self._connect() as conn:
             applied = consents.get_applied_policy(conn)
-            if not applied.withholds and not self._consent_gate.withholds:
+            gate = self._consent_gate
+            if not applied.consent_gate.withholds and not gate.withholds:
                 return total
-            if applied != self._consent_gate:
+            wanted = AppliedPolicy(gate, self._identify_subjects(conn) if gate.withholds else None)
+            if applied != wanted:
                 view_tables.ensure_tables(conn, self._views)
-                if not applied.withholds:
-                    self._assign_patients(conn)
-            while patients := consents.find_due_patients(conn, now, _PATIENTS_PER_TRANSACTION):
+                if gate.withholds and (applied.subjects != wanted.subjects or not applied.consent_gate.withholds):
+                    self._assign_subjects(conn, reset=applied.subjects not in (None, wanted.subjects))
+            total += self._apply_all(conn, now)
+            if applied != wanted:
+                total += self._apply_policy(conn, wanted)
+                total += self._apply_all(conn, now)
+        return total
+
+    def _apply_all(self, conn: Session, now: datetime) -> ConsentResult:
+        """Apply what is due, until nothing is."""
+        total = ConsentResult()
+        while True:
+            if patients := consents.find_due_patients(conn, now, _PATIENTS_PER_TRANSACTION):
                 if not total.patients:
                     view_tables.ensure_tables(conn, self._views)
                 conn.commit()
                 with conn.transaction():
                     consents.lock_decisions_for_change(conn)
                     total += self._apply_decisions(conn, patients, now)
-            conn.commit()
-            if applied != self._consent_gate:
-                total += self._apply_policy(conn)
-        return total
+            elif withheld_changes.find_due(conn, 1):
+                conn.commit()
+                with conn.transaction():
+                    consents.lock_decisions_for_change(conn)
+                    total += self._apply_to_withheld(conn)
+            else:
+                conn.commit()
+                return total
 
     def _apply_decisions(self, conn: Session, patients: Sequence[str], now: datetime) -> ConsentResult:
+        """Update the decisions on patients, and withhold the loaded resources that they concern."""
         changed = consents.update_decisions(conn, patients, now)
-        withheld = withheld_resources.withhold_resources(conn, self._consent_gate, patients=patients)
-        released = self._release(conn, patients=patients)
-        self._record(conn, changed, withheld, released)
-        return ConsentResult(len(patients), changed, sum(withheld.values()), sum(released.values()))
+        withheld = withheld_changes.withhold_resources(conn, self._consent_gate, keys=patients)
+        withheld_changes.mark_due(conn, patients)
+        self._record(conn, changed, withheld, {})
+        return ConsentResult(len(patients), changed, sum(withheld.values()))
 
-    def _apply_policy(self, conn: Session) -> ConsentResult:
-        """Apply a changed policy to all resources in the tables and to all withheld resources."""
+    def _apply_to_withheld(self, conn: Session) -> ConsentResult:
+        """Look at a batch of withheld resources: withhold what refers to them, and release those that may be."""
+        batch = withheld_changes.find_due(conn, _RESOURCES_PER_TRANSACTION)
+        withheld_changes.clear_due(conn, batch)
+        if resolved := withheld_changes.resolve_patients(conn, batch):
+            consents.record_resolved_consents(conn, resolved)
+        withheld_changes.update_direct(conn, self._consent_gate, batch)
+        released = self._release(conn, batch)
+        remaining = [key for key in batch if key not in released]
+        withheld = withheld_changes.withhold_referring(conn, remaining)
+        released_by_type = Counter(resource_type for resource_type, _ in released)
+        self._record(conn, 0, withheld, released_by_type)
+        return ConsentResult(withheld=sum(withheld.values()), released=len(released))
+
+    def _apply_policy(self, conn: Session, policy: AppliedPolicy) -> ConsentResult:
+        """Apply a changed policy to all resources in the tables, and mark all withheld resources."""
         total = ConsentResult()
         while True:
             with conn.transaction():
                 consents.lock_decisions_for_change(conn)
-                withheld = withheld_resources.withhold_resources(
+                withheld = withheld_changes.withhold_resources(
                     conn, self._consent_gate, limit=_RESOURCES_PER_TRANSACTION
                 )
                 self._record(conn, 0, withheld, {})
             total += ConsentResult(withheld=sum(withheld.values()))
             if not withheld:
                 break
-        while True:
-            with conn.transaction():
-                consents.lock_decisions_for_change(conn)
-                released = self._release(conn, limit=_RESOURCES_PER_TRANSACTION)
-                self._record(conn, 0, {}, released)
-            total += ConsentResult(released=sum(released.values()))
-            if not released:
-                break
         with conn.transaction():
-            consents.set_applied_policy(conn, self._consent_gate)
+            withheld_changes.mark_due(conn, None)
+            consents.set_applied_policy(conn, policy)
         conn.commit()
         return total
 
@@ -142,26 +170,19 @@ class ConsentStep:
             ),
         )
 
-    def _release(
-        self, conn: Session, *, patients: Sequence[str] | None = None, limit: int | None = None
-    ) -> dict[str, int]:
-        """Load the withheld resources of patients (None: of all) that may be released. Return their number by type."""
-        released: dict[str, int] = {}
-        batch_size = min(limit or _RESOURCES_PER_TRANSACTION, _RESOURCES_PER_TRANSACTION)
-        while releasable := withheld_resources.find_releasable(
-            conn, self._consent_gate, patients=patients, limit=batch_size
+    def _release(self, conn: Session, batch: Sequence[ResourceKey]) -> set[ResourceKey]:
+        """Load those of the withheld resources that may be released, and return them."""
+        released: set[ResourceKey] = set()
+        for (resource_type, partition_key, dated), group in groupby(
+            withheld_changes.find_releasable(conn, batch),
+            key=lambda resource: (resource.resource_type, resource.partition_key, resource.dated),
         ):
-            for (resource_type, partition_key, dated), group in groupby(
-                releasable, key=lambda resource: (resource.resource_type, resource.partition_key, resource.dated)
-            ):
-                resources = list(group)
-                bodies = [resource.body for resource in resources]
-                arrivals = tuple(Arrival(1, resource.arrived) for resource in resources)
-                self._load(conn, resource_type, Batch(bodies, partition_key, resources[0].arrived, arrivals, dated))
-                withheld_resources.remove_released(conn, resource_type, [resource.id for resource in resources])
-                released[resource_type] = released.get(resource_type, 0) + len(resources)
-            if limit is not None:
-                break
+            resources = list(group)
+            bodies = [resource.body for resource in resources]
+            arrivals = tuple(Arrival(1, resource.arrived) for resource in resources)
+            self._load(conn, resource_type, Batch(bodies, partition_key, resources[0].arrived, arrivals, dated))
+            withheld_changes.remove_released(conn, resource_type, [resource.id for resource in resources])
+            released.update((resource_type, resource.id) for resource in resources)
         return released
 
     def _load(self, conn: Session, resource_type: str, batch: Batch) -> None:
@@ -169,9 +190,11 @@ class ConsentStep:
         views = [view for view in self._views if view.resource_type == resource_type]
         row_builder = self._row_builders.get(resource_type)
         if row_builder is None:
-            row_builder = self._row_builders[resource_type] = RowBuilder(views, cipher_of(conn))
+            row_builder = self._row_builders[resource_type] = RowBuilder(
+                views, cipher_of(conn), with_subjects=self._consent_gate.withholds
+            )
         rows = row_builder(batch)
-        loader = Loader(conn, resource_type, views, run_id=self._run_id, restore_rows=True)
+        loader = Loader(conn, resource_type, views, run_id=self._run_id, restore_rows=True, record_consents=False)
         unloadable = loader.add_block(rows.block, batch.lines, batch.partition_key)
         loader.finish()
         unloadable += loader.take_unloadable()
@@ -179,21 +202,43 @@ class ConsentStep:
         rejected += [build_unloadable_dead_letter(resource_type, item) for item in unloadable]
         dead_letters.record(conn, self._run_id, rejected)
 
-    def _assign_patients(self, conn: Session) -> None:
-        """Record, in batches, the patients of resources that were loaded before a consent policy was switched on."""
-        bases = self._views[0].reference_bases if self._views else None
-        while True:
-            with conn.transaction():
-                resources = compartments.lock_unassigned_resources(conn, _RESOURCES_PER_TRANSACTION)
-                compartments.set_patients(
-                    conn,
-                    [
-                        (list(find_patient_ids(_parse(resource.body), bases)), resource.resource_type, resource.id)
-                        for resource in resources
-                    ],
-                )
-            if not resources:
-                break
+    def _identify_subjects(self, conn: Session) -> str:
+        """Return a text that changes if other subjects would be found in resources: see ``AppliedPolicy``."""
+        bases = "\n".join(sorted(self._reference_bases or ("any",)))
+        return f"{subjects.REVISION}-{cipher_of(conn).fingerprint(bases.encode()).hex()}"
+
+    @property
+    def _reference_bases(self) -> Bases:
+        return self._views[0].reference_bases if self._views else None
+
+    def _assign_subjects(self, conn: Session, *, reset: bool) -> None:
+        """Record, in batches, the subjects of resources that were loaded before a consent policy was switched on.
+
+        With ``reset``, those of all resources are recorded again.
+        """
+        hash_identifier = cipher_of(conn).fingerprint
+        if reset:
+            compartments.reset_subjects(conn)
+            conn.commit()
+        for table in compartments.TABLES:
+            while True:
+                with conn.transaction():
+                    resources = compartments.lock_unassigned_resources(conn, table, _RESOURCES_PER_TRANSACTION)
+                    compartments.set_subjects(
+                        conn,
+                        table,
+                        [
+                            (
+                                *subjects.find_subjects(_parse(resource.body), self._reference_bases, hash_identifier),
+                                resource.resource_type,
+                                resource.id,
+                            )
+                            for resource in resources
+                        ],
+                    )
+                if not resources:
+                    break
         with conn.transaction():
-            consents.record_loaded_consents(conn)
+            withheld_changes.resolve_loaded_patients(conn)
+            consents.record_loaded_consents(conn, by_file=self._consent_gate.by_file)
         conn.commit()

@@ -1,8 +1,10 @@
 """Build the table rows of batches of valid resources; runs in the worker processes of a load."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +13,7 @@ import msgspec
 from fhir_assets.fhir.compartment import find_patient_ids
 from fhir_assets.fhir.record import Record, parse_instant, parse_stored
 from fhir_assets.fhir.references import Bases, find_keyless
+from fhir_assets.fhir.subjects import find_subjects
 from fhir_assets.fhir.views import CompiledViews, RowError, View
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Arrival, list_times
@@ -109,15 +112,17 @@ class BuiltRows(NamedTuple):
 class RowBuilder:
     """Builds the rows of all ``views`` of one resource type, with encrypted columns if ``cipher`` has keys.
 
-    A pickle contains the views and the cipher only; the views are compiled again when it is loaded.
+    ``with_subjects`` determines whom the resources are about, which a consent policy needs. A pickle contains the
+    arguments only; the views are compiled again when it is loaded.
     """
 
-    def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
+    def __init__(self, views: Sequence[View], cipher: Cipher, *, with_subjects: bool = False) -> None:
         self._views = CompiledViews(views, empty_join=False)
         self._encoder = ResourceEncoder(views, cipher)
+        self._with_subjects = with_subjects
 
     def __reduce__(self) -> tuple[object, ...]:
-        return RowBuilder, (self._encoder.views, self._encoder.cipher)
+        return partial(RowBuilder, with_subjects=self._with_subjects), (self._encoder.views, self._encoder.cipher)
 
     def __call__(self, batch: Batch) -> BuiltRows:
         """Build the rows of a batch."""
@@ -125,6 +130,9 @@ class RowBuilder:
         for index, (line, arrived) in enumerate(zip(batch.lines, batch.times(), strict=False)):
             resource = _parse(line)
             record = _build_record(resource, line, arrived, batch, self._views.reference_bases)
+            if record is not None and self._with_subjects:
+                subjects = find_subjects(resource, self._views.reference_bases, self._encoder.cipher.fingerprint)
+                record = replace(record, patients=subjects.patients, mentions=subjects.mentions)
             if record is None:
                 rejected.append(RejectedLine(index, None, "transform", "id", "id", _NO_ID))
                 continue

@@ -132,7 +132,7 @@ class Receiver:
         windows = origin_writer.build_windows(parts)
         rewrite_partitions(self._connect, self._store, origin_writer.build_manifests(parts, windows), _merge)
         result = Received(origin, tuple(windows), origin_writer.skipped)
-        received.record(conn, origin, windows)
+        received.record(conn, origin, windows, origin_writer.arrivals)
         audit_log.record(conn, *audit_records(result))
         conn.commit()
         return result
@@ -148,6 +148,7 @@ class _OriginWriter:
         self._now = now
         self._rejected: Counter[tuple[str, str]] = Counter()
         self.skipped: Counter[str] = Counter()
+        self.arrivals: set[datetime] = set()
 
     def add(self, item: Record | RejectedInput, writer: PartWriter, dead_letter_buffer: DeadLetterBuffer) -> None:
         """Write a resource to its window, or add the dead letter of a rejected entry to the buffer."""
@@ -159,6 +160,7 @@ class _OriginWriter:
             self.skipped[known_resource_type(item.resource_type)] += 1
         else:
             key = self._find_window(item.as_of).key
+            self.arrivals.add(item.arrived)
             writer.add(item.resource_type, key, item.body, item.last_updated, arrived=item.arrived, dated=item.dated)
 
     def build_windows(self, parts: dict[tuple[str, str], tuple[Part, ...]]) -> list[ReceivedWindow]:

@@ -2,8 +2,9 @@
 
 ``ops.consent_records`` holds the newest version of every Consent resource, ``ops.consents`` the decision for each
 patient and purpose, ``ops.consent_changes`` the time at which each patient must be decided on again, and
-``ops.consent_policy`` the policy that the tables follow. The module ``withheld_resources`` holds the resources that a
-decision keeps out of the tables.
+``ops.consent_policy`` the policy that the tables follow. A patient is named by a key of ``withheld_conditions``: the
+id, a token of an identifier, or the delivery of a Consent whose patient is not known. The module
+``withheld_resources`` holds the resources that a decision keeps out of the tables.
 
 Loads hold a shared lock while they read decisions. A change of decisions holds the same lock exclusively until the
 tables are changed, so that a running load cannot insert a resource that was just withheld.
@@ -11,6 +12,7 @@ tables are changed, so that a running load cannot insert a resource that was jus
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +20,6 @@ import msgspec
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from fhir_assets.fhir.compartment import UNKNOWN_PATIENT
 from fhir_assets.privacy.consent import (
     Consent,
     ConsentGate,
@@ -29,6 +30,7 @@ from fhir_assets.privacy.consent import (
     next_change,
     read_consent,
 )
+from fhir_assets.warehouse.ops.withheld_conditions import build_delivery_key
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
@@ -47,19 +49,21 @@ def lock_decisions_for_change(conn: Connection) -> None:
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_DECISIONS])
 
 
-def build_record_statements(source: sql.Composable, key_id: sql.Composable) -> tuple[sql.Composed, ...]:
+def build_record_statements(
+    source: sql.Composable, key_id: sql.Composable, *, by_file: bool
+) -> tuple[sql.Composed, ...]:
     """Return statements that copy the Consents in the relation ``source`` to ``ops.consent_records`` and mark their
     patients for a decision.
 
     ``source`` has the columns of ``fhir.resource``; ``key_id`` is the expression for the key that encrypts them, in
-    which ``s`` names a row of ``source``.
+    which ``s`` names a row of ``source``. With ``by_file``, resources with an equal time of arrival are of one file.
     """
-    has_patient = sql.SQL("s.patients[1] <> {}").format(sql.Literal(UNKNOWN_PATIENT))
+    keys = _KEYS.format(delivery=build_delivery_key("s"), by_file=sql.Literal(by_file))
     return (
-        _MARK_PATIENTS.format(source=source, has_patient=has_patient),
+        _MARK_PATIENTS.format(source=source, keys=keys),
         _COPY_CONSENTS.format(
             source=source,
-            has_patient=has_patient,
+            keys=keys,
             key_id=key_id,
             supersedes_known=version_order.supersedes("excluded", "known"),
             replaced_last_updated=version_order.replaced_last_updated("excluded", "known"),
@@ -67,25 +71,55 @@ def build_record_statements(source: sql.Composable, key_id: sql.Composable) -> t
     )
 
 
+_KEYS = sql.SQL("""
+    ARRAY(SELECT p FROM unnest(s.patients) p WHERE left(p, 1) NOT IN ('?', '#'))
+    || ARRAY(SELECT substr(m, 2) FROM unnest(s.mentions) m WHERE starts_with(m, '!'))
+    || CASE
+        WHEN cardinality(s.patients) > 0
+            AND NOT EXISTS (SELECT FROM unnest(s.patients) p WHERE left(p, 1) IN ('?', '#'))
+            THEN '{{}}'
+        WHEN {by_file} OR EXISTS (
+            SELECT FROM ops.received r
+            WHERE r.source = ops.current_source()
+                AND r.resource_type = 'Consent'
+                AND r.partition_key = s.partition_key
+                AND s.arrived = ANY(r.arrivals)
+        )
+            THEN ARRAY[{delivery}]
+        ELSE ARRAY['?' || s.id]
+    END
+""")
 _MARK_PATIENTS = sql.SQL("""
+    WITH named AS (
+        SELECT unnest({keys}) AS key FROM {source} s
+    )
     INSERT INTO ops.consent_changes (patient_id, at)
-    SELECT s.patients[1], '-infinity'::timestamptz
-    FROM {source} s
-    WHERE {has_patient}
+    SELECT key, '-infinity'::timestamptz FROM named
     UNION
-    SELECT known.patient_id, '-infinity'
+    SELECT unnest(known.keys), '-infinity'
     FROM {source} s
     JOIN ops.consent_records known ON known.consent_id = s.id AND known.source = ops.current_source()
+    UNION
+    SELECT r.id, '-infinity'
+    FROM fhir.resource_patient r
+    WHERE r.source = ops.current_source()
+        AND r.deleted_at IS NULL
+        AND r.mentions && ARRAY(SELECT key FROM named WHERE starts_with(key, '#'))
+    UNION
+    SELECT w.id, '-infinity'
+    FROM ops.withheld w
+    WHERE w.source = ops.current_source()
+        AND w.resource_type = 'Patient'
+        AND w.mentions && ARRAY(SELECT key FROM named WHERE starts_with(key, '#'))
     ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
 """)
 _COPY_CONSENTS = sql.SQL("""
     INSERT INTO ops.consent_records AS known
-        (consent_id, patient_id, version_id, version_number, last_updated, as_of, arrived, resource, key_id)
+        (consent_id, keys, version_id, version_number, last_updated, as_of, arrived, resource, key_id)
     SELECT
-        s.id, s.patients[1], s.version_id, s.version_number, s.last_updated, s.as_of, s.arrived, s.resource, {key_id}
+        s.id, {keys}, s.version_id, s.version_number, s.last_updated, s.as_of, s.arrived, s.resource, {key_id}
     FROM {source} s
-    WHERE {has_patient}
-        AND s.resource IS NOT NULL
+    WHERE s.resource IS NOT NULL
         AND NOT EXISTS (
             SELECT FROM fhir.resource_consent r
             WHERE r.source = ops.current_source()
@@ -94,7 +128,7 @@ _COPY_CONSENTS = sql.SQL("""
                 AND r.as_of >= s.as_of
         )
     ON CONFLICT (consent_id, source) DO UPDATE SET
-        patient_id = excluded.patient_id,
+        keys = excluded.keys,
         version_id = excluded.version_id,
         version_number = excluded.version_number,
         last_updated = excluded.last_updated,
@@ -105,13 +139,89 @@ _COPY_CONSENTS = sql.SQL("""
         key_id = excluded.key_id
     WHERE {supersedes_known}
 """)
+_RECORDED_CONSENTS = sql.SQL("""
+    (
+        SELECT
+            id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, mentions, resource,
+            key_id
+        FROM fhir.resource_consent
+        WHERE source = ops.current_source()
+        UNION ALL
+        SELECT
+            id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, mentions, resource,
+            key_id
+        FROM ops.withheld
+        WHERE source = ops.current_source() AND resource_type = 'Consent'
+    )
+""")
 
 
-def record_loaded_consents(conn: Connection) -> None:
-    """Copy the Consents in ``fhir.resource`` to ``ops.consent_records`` and mark the patients for a decision."""
-    loaded = sql.SQL("(SELECT * FROM fhir.resource_consent WHERE source = ops.current_source())")
-    for statement in build_record_statements(loaded, sql.Identifier("s", "key_id")):
+def record_loaded_consents(conn: Connection, *, by_file: bool) -> None:
+    """Copy all Consents, loaded and withheld, to ``ops.consent_records`` and mark their patients for a decision."""
+    for statement in build_record_statements(_RECORDED_CONSENTS, sql.Identifier("s", "key_id"), by_file=by_file):
         conn.execute(statement)
+
+
+def record_resolved_consents(conn: Connection, consent_ids: Sequence[str]) -> None:
+    """Record the patients of withheld Consents whose patients were not known before, and mark all for a decision."""
+    conn.execute(
+        """
+        INSERT INTO ops.consent_changes (patient_id, at)
+        SELECT DISTINCT key, '-infinity'::timestamptz
+        FROM ops.consent_records r
+        JOIN ops.withheld w ON w.source = r.source AND w.resource_type = 'Consent' AND w.id = r.consent_id
+        CROSS JOIN unnest(r.keys || w.patients) key
+        WHERE r.source = ops.current_source() AND r.consent_id = ANY(%s)
+        ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
+        """,
+        [list(consent_ids)],
+    )
+    conn.execute(
+        """
+        UPDATE ops.consent_records r
+        SET keys = ARRAY(SELECT DISTINCT key FROM unnest(r.keys || w.patients) key WHERE left(key, 1) NOT IN ('@', '?'))
+        FROM ops.withheld w
+        WHERE r.source = ops.current_source()
+            AND r.consent_id = ANY(%s)
+            AND w.source = r.source
+            AND w.resource_type = 'Consent'
+            AND w.id = r.consent_id
+        """,
+        [list(consent_ids)],
+    )
+
+
+def count_unknown_denials(conn: Connection, consent_gate: ConsentGate) -> int:
+    """Return the number of Consents that deny and whose patient is not known."""
+    row = conn.execute(
+        """
+        SELECT count(*)
+        FROM ops.consent_records r
+        WHERE r.source = ops.current_source()
+            AND EXISTS (
+                SELECT FROM ops.consents c
+                WHERE c.source = r.source
+                    AND c.patient_id = ANY(r.keys)
+                    AND left(c.patient_id, 1) IN ('@', '?')
+                    AND c.purpose = %s
+                    AND c.decision = 'deny'
+            )
+        """,
+        [consent_gate.purpose.value],
+    ).fetchone()
+    return row[0] if row and consent_gate.withholds else 0
+
+
+def count_dead_consents(conn: Connection) -> int:
+    """Return the number of Consents that are unresolved dead letters, so that they decide nothing."""
+    row = conn.execute(
+        """
+        SELECT count(*)
+        FROM ops.dead_letters
+        WHERE source = ops.current_source() AND resource_type = 'Consent' AND status IN ('open', 'replaying')
+        """
+    ).fetchone()
+    return row[0] if row else 0
 
 
 def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
@@ -126,10 +236,10 @@ def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
                 AND r.id = c.consent_id
                 AND r.deleted_at IS NOT NULL
                 AND r.as_of >= c.as_of
-            RETURNING c.patient_id
+            RETURNING c.keys
         )
         INSERT INTO ops.consent_changes (patient_id, at)
-        SELECT DISTINCT patient_id, '-infinity'::timestamptz FROM deleted
+        SELECT DISTINCT unnest(keys), '-infinity'::timestamptz FROM deleted
         ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
         """,
         [list(consent_ids)],
@@ -221,23 +331,43 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
 
 
 def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
-    """Return the Consents of each patient with their version ids."""
+    """Return the Consents of each patient with their version ids.
+
+    A Consent concerns a patient whom it names by id, or by an identifier that the Patient has. The permit of one that
+    names a patient by an identifier only, which several may have, does not count.
+    """
     cipher = cipher_of(conn)
     consents: defaultdict[str, list[tuple[Consent, str | None]]] = defaultdict(list)
     rows = conn.execute(
         """
+        WITH named AS (
+            SELECT
+                key,
+                ARRAY[key]
+                || (SELECT r.mentions FROM fhir.resource_patient r WHERE r.source = ops.current_source() AND r.id = key)
+                || (
+                    SELECT w.mentions
+                    FROM ops.withheld w
+                    WHERE w.source = ops.current_source() AND w.resource_type = 'Patient' AND w.id = key
+                ) AS known_by
+            FROM unnest(%s::text[]) key
+        )
         SELECT
-            patient_id, version_id,
-            CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END,
-            key_id
-        FROM ops.consent_records
-        WHERE source = ops.current_source()
-            AND patient_id = ANY(%s)
+            named.key, c.version_id,
+            CASE WHEN c.key_id IS NULL THEN c.resource::text ELSE c.resource #>> '{}' END,
+            c.key_id,
+            named.key = ANY(c.keys) AND (
+                SELECT count(*) FILTER (WHERE starts_with(k, '#')) = 0
+                    OR count(*) FILTER (WHERE left(k, 1) NOT IN ('#', '@', '?')) <= 1
+                FROM unnest(c.keys) k
+            )
+        FROM named
+        JOIN ops.consent_records c ON c.source = ops.current_source() AND c.keys && named.known_by
         """,
         [list(patients)],
     )
-    for patient, version, text, key_id in rows:
-        consent = read_consent(_parse(decrypt_text(text, key_id, cipher)), patient)
+    for patient, version, text, key_id, is_certain in rows:
+        consent = read_consent(_parse(decrypt_text(text, key_id, cipher)), patient, may_permit=is_certain)
         if consent:
             consents[patient].append((consent, version))
     return consents
@@ -266,19 +396,30 @@ def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list
         ).fetchall()
 
 
-def get_applied_policy(conn: Connection) -> ConsentGate:
+@dataclass(frozen=True, slots=True)
+class AppliedPolicy:
+    """The policy that the tables follow. ``subjects`` identifies how the subjects of resources were determined."""
+
+    consent_gate: ConsentGate
+    subjects: str | None = None
+
+
+def get_applied_policy(conn: Connection) -> AppliedPolicy:
     """Return the policy that the tables follow, the default if none was recorded."""
-    row = conn.execute("SELECT policy, purpose FROM ops.consent_policy").fetchone()
-    return ConsentGate(Policy(row[0]), Purpose(row[1])) if row else ConsentGate()
+    row = conn.execute("SELECT policy, purpose, subjects FROM ops.consent_policy").fetchone()
+    return AppliedPolicy(ConsentGate(Policy(row[0]), Purpose(row[1])), row[2]) if row else AppliedPolicy(ConsentGate())
 
 
-def set_applied_policy(conn: Connection, consent_gate: ConsentGate) -> None:
+def set_applied_policy(conn: Connection, policy: AppliedPolicy) -> None:
     """Record that the tables follow a policy."""
     conn.execute(
         """
-        INSERT INTO ops.consent_policy (policy, purpose)
-        VALUES (%s, %s)
-        ON CONFLICT (one) DO UPDATE SET policy = excluded.policy, purpose = excluded.purpose
+        INSERT INTO ops.consent_policy (policy, purpose, subjects)
+        VALUES (%s, %s, %s)
+        ON CONFLICT (one) DO UPDATE SET
+            policy = excluded.policy,
+            purpose = excluded.purpose,
+            subjects = excluded.subjects
         """,
-        [consent_gate.policy.value, consent_gate.purpose.value],
+        [policy.consent_gate.policy.value, policy.consent_gate.purpose.value, policy.subjects],
     )

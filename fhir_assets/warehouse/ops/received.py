@@ -4,7 +4,7 @@ An origin (``<channel>:<identity>``, for example ``landing:<sha256>``) identifie
 and resource type.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -61,20 +61,35 @@ def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
     return [ReceivedWindow(name, key, tuple(parts), count, rejected) for name, key, parts, count, rejected in rows]
 
 
-def record(conn: Connection, origin: str, windows: Sequence[ReceivedWindow]) -> None:
-    """Record that an origin was received completely. Windows without parts are marked as loaded."""
+def record(
+    conn: Connection, origin: str, windows: Sequence[ReceivedWindow], arrivals: Collection[datetime] = ()
+) -> None:
+    """Record that an origin was received completely. Windows without parts are marked as loaded.
+
+    ``arrivals`` are the times of arrival of its resources, by which they are recognized as one delivery.
+    """
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
         cursor.executemany(
             """
             INSERT INTO ops.received
-                (origin, channel, resource_type, partition_key, parts, rows, rejected, loaded_at)
-            VALUES (%s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
+                (origin, channel, resource_type, partition_key, parts, rows, rejected, arrivals, loaded_at)
+            VALUES (%s, %s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
             ON CONFLICT (origin, resource_type, partition_key, source) DO NOTHING
             """,
             [
-                (origin, channel, w.resource_type, w.partition_key, list(w.parts), w.rows, w.rejected, not w.parts)
-                for w in windows
+                (
+                    origin,
+                    channel,
+                    window.resource_type,
+                    window.partition_key,
+                    list(window.parts),
+                    window.rows,
+                    window.rejected,
+                    sorted(arrivals),
+                    not window.parts,
+                )
+                for window in windows
             ],
         )
 

@@ -1,69 +1,41 @@
 """``ops.withheld``: resources that consent keeps out of schema ``fhir`` until a decision permits them.
 
 The decisions are in ``consents``. A load runs the statements of ``build_consent_gate_statements`` on each chunk. When a
-decision changes, ``withhold_resources``, ``find_releasable`` and ``remove_released`` move the resources.
+decision changes, the functions of ``withheld_changes`` move the resources.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from psycopg import sql
 
-from fhir_assets.privacy.consent import ConsentGate, Policy
+from fhir_assets.privacy.consent import ConsentGate
+from fhir_assets.warehouse.ops import withheld_conditions
 from fhir_assets.warehouse.postgres import version_order
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_COLUMNS = sql.SQL("id, version_id, version_number, last_updated, as_of, arrived, partition_key")
-
-
-def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Composed:
-    """Return the SQL condition for withheld rows of ``table``, which must have a column ``patients``.
-
-    A resource of several patients is withheld if the decision on any of them withholds it. A resource without patients
-    is never withheld.
-    """
-    if consent_gate.policy is Policy.OFF:
-        return sql.SQL("false").format()
-    if consent_gate.policy is Policy.OPT_OUT:
-        condition = sql.SQL("""
-            EXISTS (
-                SELECT FROM ops.consents c
-                WHERE c.source = ops.current_source()
-                    AND c.patient_id = ANY({patients}) AND c.purpose = {purpose} AND c.decision = 'deny'
-            )
-        """)
-    else:
-        condition = sql.SQL("""
-            EXISTS (
-                SELECT FROM unnest({patients}) p
-                WHERE NOT EXISTS (
-                    SELECT FROM ops.consents c
-                    WHERE c.source = ops.current_source()
-                        AND c.patient_id = p
-                        AND c.purpose = {purpose}
-                        AND c.decision = 'permit'
-                )
-            )
-        """)
-    return condition.format(patients=sql.Identifier(table, "patients"), purpose=sql.Literal(consent_gate.purpose.value))
+COLUMNS = sql.SQL("id, version_id, version_number, last_updated, as_of, arrived, partition_key")
 
 
 @dataclass(frozen=True, slots=True)
 class ConsentGateStatements:
     """The statements that a load runs on a staged chunk before it writes the chunk to the table."""
 
-    withhold: sql.Composed
-    """Move withheld resources from the stage to ``ops.withheld`` and return their ids. Parameters: run, key_id."""
+    resolve: tuple[sql.Composed, ...]
+    """Find the patients in the stage who are named by an identifier; of staged Patients, mark the resources and
+    Consents that they concern."""
+    withhold: tuple[sql.Composed, ...]
+    """Move withheld resources from the stage to ``ops.withheld``, first those that consent itself withholds, then those
+    that refer to withheld ones, and return their ids. Parameters: run, key_id."""
     remove_superseded: sql.Composed
     """Delete from the stage the resources that ``ops.withheld`` has in a newer version."""
     remove_released: sql.Composed
-    """Delete from ``ops.withheld`` the resources that are in the stage."""
+    """Delete from ``ops.withheld`` the resources that are in the stage, and return their ids and mentions."""
     remove_loaded: sql.Composed
     """Delete older versions of withheld resources from the table and return their ids. Parameter: ids."""
     remove_outdated: sql.Composed
-    """Delete from ``ops.withheld`` the resources that the table has in a newer version. Parameter: ids."""
+    """Delete from ``ops.withheld`` the resources that the table has in a newer version, and return their ids and
+    mentions. Parameter: ids."""
 
 
 def build_consent_gate_statements(
@@ -77,15 +49,25 @@ def build_consent_gate_statements(
         "table": table,
         "stage": stage,
         "type": sql.Literal(resource_type),
-        "columns": _COLUMNS,
-        "withheld": build_withheld_condition(consent_gate, "s"),
+        "columns": COLUMNS,
+        "patients": withheld_conditions.build_resolved_patients("s"),
+        "has_tokens": withheld_conditions.build_token_condition("s"),
         "supersedes_known": version_order.supersedes("excluded", "known"),
         "replaced_last_updated": version_order.replaced_last_updated("excluded", "known"),
         "staged_supersedes_withheld": version_order.supersedes("s", "w"),
         "withheld_supersedes_loaded": version_order.supersedes_stored("w", "r"),
     }
+    conditions = (
+        withheld_conditions.build_withheld_condition(consent_gate, "s"),
+        withheld_conditions.build_reference_condition("s", names["type"]),
+    )
+    resolve = [_RESOLVE] if resource_type != "Patient" else [_MARK_RESOLVABLE, _MARK_NAMED_PATIENTS]
     return ConsentGateStatements(
-        withhold=_WITHHOLD.format(**names),
+        resolve=tuple(statement.format(**names) for statement in resolve),
+        withhold=tuple(
+            _WITHHOLD.format(**names, withheld=condition, direct=sql.Literal(number == 0))
+            for number, condition in enumerate(conditions)
+        ),
         remove_superseded=_REMOVE_SUPERSEDED.format(**names),
         remove_released=_REMOVE_RELEASED.format(**names),
         remove_loaded=_REMOVE_LOADED.format(**names),
@@ -93,12 +75,28 @@ def build_consent_gate_statements(
     )
 
 
+_RESOLVE = sql.SQL("UPDATE {stage} s SET patients = {patients} WHERE {has_tokens}")
+_MARK_RESOLVABLE = sql.SQL("""
+    UPDATE ops.withheld w SET due = true
+    FROM {stage} s
+    WHERE w.source = ops.current_source()
+        AND w.mentions && s.mentions
+        AND EXISTS (SELECT FROM unnest(w.patients) p WHERE starts_with(p, '#'))
+""")
+_MARK_NAMED_PATIENTS = sql.SQL("""
+    INSERT INTO ops.consent_changes (patient_id, at)
+    SELECT DISTINCT s.id, '-infinity'::timestamptz
+    FROM {stage} s
+    JOIN ops.consent_records c ON c.source = ops.current_source() AND c.keys && s.mentions
+    ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
+""")
 _WITHHOLD = sql.SQL("""
     WITH moved AS (
         DELETE FROM {stage} s WHERE {withheld} RETURNING s.*
     ), inserted AS (
-        INSERT INTO ops.withheld AS known (resource_type, {columns}, run_id, key_id, patients, resource)
-        SELECT {type}, {columns}, %(run)s, %(key_id)s, patients, resource FROM moved
+        INSERT INTO ops.withheld AS known
+            (resource_type, {columns}, run_id, key_id, patients, mentions, direct, resource)
+        SELECT {type}, {columns}, %(run)s, %(key_id)s, patients, mentions, {direct}, resource FROM moved
         ON CONFLICT (resource_type, id, source) DO UPDATE SET
             version_id = excluded.version_id,
             version_number = excluded.version_number,
@@ -110,6 +108,9 @@ _WITHHOLD = sql.SQL("""
             run_id = excluded.run_id,
             key_id = excluded.key_id,
             patients = excluded.patients,
+            mentions = excluded.mentions,
+            direct = excluded.direct,
+            due = true,
             resource = excluded.resource
         WHERE {supersedes_known}
     )
@@ -125,6 +126,7 @@ _REMOVE_SUPERSEDED = sql.SQL("""
 _REMOVE_RELEASED = sql.SQL("""
     DELETE FROM ops.withheld w USING {stage} s
     WHERE w.source = ops.current_source() AND w.resource_type = {type} AND w.id = s.id
+    RETURNING w.id, w.mentions
 """)
 _REMOVE_LOADED = sql.SQL("""
     DELETE FROM {table} r USING ops.withheld w
@@ -138,6 +140,7 @@ _REMOVE_OUTDATED = sql.SQL("""
     WHERE w.source = ops.current_source() AND w.resource_type = {type} AND w.id = ANY(%(ids)s)
         AND r.source = w.source AND r.resource_type = {type} AND r.id = w.id
         AND NOT ({withheld_supersedes_loaded})
+    RETURNING w.id, w.mentions
 """)
 
 
@@ -158,53 +161,48 @@ def count_by_partition(conn: Connection, resource_type: str, partition_keys: Seq
 
 def remove_deleted(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
     """Delete the withheld versions of resources that are older than their tombstones in ``fhir.resource``."""
-    conn.execute(
+    deleted = conn.execute(
         """
         DELETE FROM ops.withheld w USING fhir.resource r
         WHERE w.source = ops.current_source() AND w.resource_type = %(type)s AND w.id = ANY(%(ids)s)
             AND r.source = w.source AND r.resource_type = %(type)s AND r.id = w.id
             AND r.deleted_at IS NOT NULL AND r.as_of >= w.as_of
+        RETURNING w.id, w.mentions
         """,
         {"type": resource_type, "ids": list(ids)},
-    )
+    ).fetchall()
+    mark_referring(conn, resource_type, deleted)
 
 
-def withhold_resources(
-    conn: Connection, consent_gate: ConsentGate, *, patients: Sequence[str] | None = None, limit: int | None = None
-) -> dict[str, int]:
-    """Move loaded resources that are now withheld to ``ops.withheld``, and delete their rows from every view's table.
+def mark_referring(conn: Connection, resource_type: str, released: Iterable[tuple[str, Sequence[str] | None]]) -> None:
+    """Mark the resources that are withheld because they refer to resources which are withheld no more.
 
-    Returns the number of moved resources by type, ``limit`` in total at most. With ``patients``, only the resources of
-    these patients are moved.
+    The latter are given by their ids and ``mentions``.
     """
-    affected: sql.Composable = sql.SQL("cardinality(r.patients) > 0")
-    if patients is not None:
-        affected = sql.SQL("""
-            (r.patients[1] = ANY(%(patients)s) OR (cardinality(r.patients) > 1 AND r.patients && %(patients)s))
-        """)
-    query = sql.SQL("""
-        WITH moved AS (
-            DELETE FROM fhir.resource
-            WHERE (resource_type, id, source) IN (
-                SELECT r.resource_type, r.id, r.source
-                FROM fhir.resource r
-                WHERE r.source = ops.current_source() AND {affected} AND {withheld} AND r.resource IS NOT NULL
-                LIMIT %(limit)s
-            )
-            RETURNING *
-        ), inserted AS (
-            INSERT INTO ops.withheld (
-                resource_type, {columns}, replaced_last_updated, run_id, key_id, patients, resource
-            )
-            SELECT resource_type, {columns}, replaced_last_updated, run_id, key_id, patients, resource FROM moved
-            ON CONFLICT (resource_type, id, source) DO NOTHING
+    ids, targets = list_targets((resource_type, *resource) for resource in released)
+    if targets:
+        conn.execute(
+            """
+            UPDATE ops.withheld
+            SET due = true
+            WHERE source = ops.current_source() AND NOT direct AND (mentions && %s OR patients && %s)
+            """,
+            [targets, ids],
         )
-        SELECT resource_type, array_agg(id) FROM moved GROUP BY 1
-    """).format(affected=affected, withheld=build_withheld_condition(consent_gate, "r"), columns=_COLUMNS)
-    moved = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
-    for resource_type, ids in moved:
-        delete_view_rows(conn, resource_type, ids)
-    return {resource_type: len(ids) for resource_type, ids in moved}
+
+
+def list_targets(resources: Iterable[tuple[str, str, Sequence[str] | None]]) -> tuple[list[str], list[str]]:
+    """Return the ids of the Patients among resources, and what ``mentions`` of resources that refer to them has.
+
+    The resources are given by type, id and ``mentions``.
+    """
+    patients, targets = [], []
+    for resource_type, resource_id, mentions in resources:
+        targets.append(f"{resource_type}/{resource_id}")
+        if resource_type == "Patient":
+            patients.append(resource_id)
+            targets += [f"~{mention}" for mention in mentions or () if mention.startswith("#")]
+    return patients, targets
 
 
 def delete_view_rows(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
@@ -225,53 +223,3 @@ def delete_view_rows(conn: Connection, resource_type: str, ids: Iterable[str]) -
             ),
             [list(ids)],
         )
-
-
-@dataclass(frozen=True, slots=True)
-class WithheldResource:
-    """A withheld resource with its decrypted JSON."""
-
-    resource_type: str
-    partition_key: str
-    id: str
-    arrived: datetime
-    dated: bool
-    """Whether its ``meta.lastUpdated``, if it has one, counts."""
-    body: bytes
-
-
-def find_releasable(
-    conn: Session, consent_gate: ConsentGate, *, patients: Sequence[str] | None, limit: int
-) -> list[WithheldResource]:
-    """Return at most ``limit`` resources in ``ops.withheld`` that are now permitted, by type and partition.
-
-    With ``patients``, only the resources of these patients are returned. Raises EncryptionError if a resource cannot
-    be decrypted.
-    """
-    query = sql.SQL("""
-        SELECT
-            w.resource_type, w.partition_key, w.id, coalesce(w.arrived, w.as_of), w.last_updated IS NOT NULL,
-            CASE WHEN w.key_id IS NULL THEN w.resource::text ELSE w.resource #>> '{{}}' END,
-            w.key_id
-        FROM ops.withheld w
-        WHERE w.source = ops.current_source() AND {affected} AND NOT ({withheld})
-        ORDER BY w.resource_type, w.partition_key, w.last_updated IS NOT NULL, w.id
-        LIMIT %(limit)s
-    """).format(
-        affected=sql.SQL("true" if patients is None else "w.patients && %(patients)s"),
-        withheld=build_withheld_condition(consent_gate, "w"),
-    )
-    cipher = cipher_of(conn)
-    rows = conn.execute(query, {"patients": list(patients or ()), "limit": limit}).fetchall()
-    return [
-        WithheldResource(resource_type, partition_key, resource_id, arrived, dated, decrypt_text(text, key_id, cipher))
-        for resource_type, partition_key, resource_id, arrived, dated, text, key_id in rows
-    ]
-
-
-def remove_released(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
-    """Delete loaded resources from ``ops.withheld``. Call it in the transaction of the load."""
-    conn.execute(
-        "DELETE FROM ops.withheld WHERE source = ops.current_source() AND resource_type = %s AND id = ANY(%s)",
-        [resource_type, list(ids)],
-    )

@@ -9,7 +9,7 @@ from psycopg import sql
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log
-from fhir_assets.warehouse.ops.withheld_resources import build_withheld_condition
+from fhir_assets.warehouse.ops.withheld_conditions import build_withheld_condition
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
@@ -123,7 +123,10 @@ def find_withheld(conn: Connection, consent_gate: ConsentGate, ids: Sequence[str
         return frozenset()
     query = sql.SQL("""
         SELECT p.id
-        FROM (SELECT id, ARRAY[id] AS patients FROM unnest(%s::text[]) AS id) AS p
+        FROM (
+            SELECT id, ARRAY[id] AS patients, '{{}}'::text[] AS mentions, NULL::timestamptz AS arrived
+            FROM unnest(%s::text[]) AS id
+        ) AS p
         WHERE {withheld}
     """).format(withheld=build_withheld_condition(consent_gate, "p"))
     return frozenset(row[0] for row in conn.execute(query, [list(ids)]).fetchall())

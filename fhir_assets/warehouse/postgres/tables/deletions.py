@@ -243,6 +243,7 @@ _WRITE_TOMBSTONES = sql.SQL("""
         loaded_at = excluded.loaded_at,
         deleted_at = excluded.deleted_at,
         patients = excluded.patients,
+        mentions = NULL,
         key_id = NULL,
         resource = NULL
     WHERE {deletes}

@@ -23,6 +23,7 @@ _CREATE_STAGE = """
         partition_key text,
         patients text[],
         keyless text[],
+        mentions text[],
         resource jsonb
     )
     ON COMMIT DROP
@@ -38,7 +39,8 @@ _COUNT_STORED = """
 _COPY_NEW = """
     COPY {table} (
         resource_type, run_id, loaded_at, key_id,
-        id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, keyless, resource
+        id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, keyless, mentions,
+        resource
     )
     FROM STDIN
 """
@@ -46,11 +48,11 @@ _COPY_NEW = """
 _MERGE = """
     INSERT INTO {table} AS stored (
         resource_type, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
-        run_id, loaded_at, key_id, patients, keyless, resource
+        run_id, loaded_at, key_id, patients, keyless, mentions, resource
     )
     SELECT
         {type}, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
-        %(run)s, clock_timestamp(), %(key_id)s, patients, keyless, resource
+        %(run)s, clock_timestamp(), %(key_id)s, patients, keyless, mentions, resource
     FROM {stage}
     ORDER BY id COLLATE "C"
     ON CONFLICT (resource_type, id, source) DO UPDATE SET
@@ -66,6 +68,7 @@ _MERGE = """
         key_id = excluded.key_id,
         patients = excluded.patients,
         keyless = excluded.keyless,
+        mentions = excluded.mentions,
         deleted_at = NULL,
         resource = excluded.resource
     WHERE {supersedes_stored}
@@ -107,6 +110,7 @@ class LoadStatements:
         encrypted: bool,
         consent_gate: ConsentGate,
         reencrypt: bool = False,
+        record_consents: bool = True,
     ) -> None:
         catalog_type = BY_NAME.get(resource_type)
         table = sql.Identifier("fhir", f"resource_{catalog_type.key}" if catalog_type else "resource_other")
@@ -128,8 +132,10 @@ class LoadStatements:
         )
         """Returns pairs of a written id and true if no version of the resource was stored before."""
         self.record_consents: tuple[sql.Composed, ...] = ()
-        if resource_type == "Consent" and not reencrypt:
-            self.record_consents = consents.build_record_statements(stage, sql.Placeholder("key_id"))
+        if resource_type == "Consent" and record_consents and not reencrypt:
+            self.record_consents = consents.build_record_statements(
+                stage, sql.Placeholder("key_id"), by_file=consent_gate.by_file
+            )
         self.consent_gate = (
             withheld_resources.build_consent_gate_statements(consent_gate, resource_type, table, stage)
             if consent_gate.withholds

@@ -26,7 +26,7 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Arrival, list_times
-from fhir_assets.warehouse.ops import consents
+from fhir_assets.warehouse.ops import consents, withheld_resources
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables.copy_blocks import (
     CopyBlock,
@@ -114,7 +114,7 @@ class Loader:
     resource, for instance after a row was deleted by hand. Resources that ``consent_gate`` withholds are written to
     ``ops.withheld``. With ``reencrypt``, all resources must be stored already and the caller must hold their row
     locks: the resources and their rows are encrypted again, and all other columns of ``fhir.resource`` keep their
-    values.
+    values. Without ``record_consents``, loaded Consents must be in ``ops.consent_records`` already.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class Loader:
         restore_rows: bool = False,
         consent_gate: ConsentGate = NO_CONSENT_GATE,
         reencrypt: bool = False,
+        record_consents: bool = True,
     ) -> None:
         self._conn = conn
         self._cipher = cipher_of(conn)
@@ -140,7 +141,12 @@ class Loader:
         self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
         self._unloadable: list[UnloadableResource] = []
         self._statements = LoadStatements(
-            resource_type, views, encrypted=self._cipher.encrypts, consent_gate=consent_gate, reencrypt=reencrypt
+            resource_type,
+            views,
+            encrypted=self._cipher.encrypts,
+            consent_gate=consent_gate,
+            reencrypt=reencrypt,
+            record_consents=record_consents,
         )
         self._holds_decisions = False
         self._switch_interval = sys.getswitchinterval()
@@ -365,18 +371,23 @@ class Loader:
 
         Returns the ids of the withheld resources, and the ids of the resources that were removed from the table.
         """
+        consent_gate = self._statements.consent_gate
+        for statement in consent_gate.resolve if consent_gate else ():
+            cursor.execute(statement)
         for statement in self._statements.record_consents:
             cursor.execute(statement, self._params)
-        consent_gate = self._statements.consent_gate
         if consent_gate is None:
             return frozenset(), []
-        withheld = [resource_id for (resource_id,) in cursor.execute(consent_gate.withhold, self._params)]
+        withheld: list[str] = []
+        for statement in consent_gate.withhold:
+            withheld += [resource_id for (resource_id,) in cursor.execute(statement, self._params)]
         cursor.execute(consent_gate.remove_superseded)
-        cursor.execute(consent_gate.remove_released)
+        released: list[tuple[str, list[str] | None]] = cursor.execute(consent_gate.remove_released).fetchall()
         removed: list[str] = []
         if withheld:
             removed = [resource_id for (resource_id,) in cursor.execute(consent_gate.remove_loaded, {"ids": withheld})]
-            cursor.execute(consent_gate.remove_outdated, {"ids": withheld})
+            released += cursor.execute(consent_gate.remove_outdated, {"ids": withheld}).fetchall()
+        withheld_resources.mark_referring(self._conn, self._resource_type, released)
         return frozenset(withheld), removed
 
     def _find_column(self, error: psycopg.Error) -> tuple[str | None, str | None]:

@@ -1,0 +1,200 @@
+"""Whom a resource is about, for consent: the patients of its compartments, and everything else that it refers to.
+
+An unresolved reference to a patient is one that is there and names no patient of our own by id: a ``urn:uuid`` without
+its entry, an identifier, a contained Patient, a conditional reference, a URL of another server, or an unknown form.
+
+An identifier becomes tokens, which are hashes. What a resource is known by (``_list_tokens``) and what a reference asks
+for (``_list_wanted_tokens``) meet if system and value are equal, or if one of the two has no system and the values are
+equal.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from fhir_assets.fhir.compartment import (
+    OWN_ID,
+    UNKNOWN_PATIENT,
+    find_contained,
+    find_patient_id,
+    list_patient_paths,
+    select_elements,
+)
+from fhir_assets.fhir.references import Bases, split_reference
+
+HashIdentifier = Callable[[bytes], bytes]
+"""Hashes an identifier, keyed if there are keys."""
+
+NOBODYS_TYPES = frozenset(
+    {"Organization", "OrganizationAffiliation", "Practitioner", "PractitionerRole", "Location", "HealthcareService"}
+    | {"Endpoint", "InsurancePlan", "Medication", "MedicationKnowledge", "Substance", "Questionnaire", "ValueSet"}
+    | {"CodeSystem", "ConceptMap", "StructureDefinition", "PlanDefinition", "ActivityDefinition", "Measure", "Library"}
+    | {"SearchParameter", "OperationDefinition", "CapabilityStatement", "ResearchStudy", "EvidenceVariable"}
+)
+"""Types that are about nobody. That a resource refers to one of them says nothing about a patient."""
+
+TOKEN = "#"
+WANTED = "!"
+NAMED = "~"
+REVISION = "1"
+"""Changes when this module finds other subjects, so that stored ones are determined again."""
+
+_PARTICIPANTS = frozenset(
+    {"performer", "asserter", "recorder", "author", "receiver", "actor", "member", "payor", "party", "policyHolder"}
+)
+"""The last elements of compartment paths that refer to staff far more often than to patients. A reference in one of
+them that names neither a type nor an id is not taken for one to a patient."""
+
+_TYPE_AND_ID = re.compile(r"(?:^|/)([A-Z][A-Za-z]+)(?:/[^/?#|]+|\?)").search
+_is_id = re.compile(r"[A-Za-z0-9\-.]{1,64}").fullmatch
+_PERSONS = frozenset({None, "Patient", "Person", "RelatedPerson"})
+
+
+class Subjects(NamedTuple):
+    """Whom a resource is about.
+
+    ``patients`` are the ids of the patients of its compartments; in place of an unresolved one UNKNOWN_PATIENT, or, if
+    identifiers name it, their tokens (``#<hash> #<hash>``, any of which it may have).
+
+    ``mentions`` are its other references as ``Type/id``, without those to types that are about nobody, the tokens of
+    the persons it names (``#<hash>``), those that the Patients whom it names by an identifier may have (``~#<hash>``),
+    and, of a Consent, those that its patient may have (``!#<hash>``).
+    """
+
+    patients: tuple[str, ...]
+    mentions: tuple[str, ...]
+
+
+def find_subjects(resource: Mapping[str, Any], bases: Bases, hash_identifier: HashIdentifier) -> Subjects:
+    """Return whom a resource is about, contained resources included. Elements that do not conform are ignored."""
+    patients: dict[str, None] = {}
+    mentions: dict[str, None] = {}
+    resource_type = resource["resourceType"]
+    paths = list_patient_paths(resource_type)
+    if paths == OWN_ID:
+        paths = ()
+        if isinstance(resource.get("id"), str):
+            patients[resource["id"]] = None
+        mentions.update(dict.fromkeys(_list_tokens(resource.get("identifier"), hash_identifier)))
+    for path in paths:
+        for reference in select_elements(resource, path):
+            patient_id = _find_patient(resource, reference, path[-1] in _PARTICIPANTS, bases)
+            wanted: tuple[str, ...] = ()
+            if patient_id == UNKNOWN_PATIENT or (patient_id and resource_type == "Consent"):
+                wanted = tuple(_list_wanted_tokens(resource, reference, hash_identifier))
+            if patient_id == UNKNOWN_PATIENT and wanted:
+                patient_id = " ".join(wanted)
+            if patient_id:
+                patients[patient_id] = None
+            if resource_type == "Consent":
+                mentions.update(dict.fromkeys(WANTED + token for token in wanted))
+    own = f"{resource_type}/{resource.get('id')}"
+    for mention in _list_mentions(resource, bases, hash_identifier):
+        if mention != own and not (mention.startswith("Patient/") and mention[8:] in patients):
+            mentions[mention] = None
+    return Subjects(tuple(patients), tuple(mentions))
+
+
+def _find_patient(
+    resource: Mapping[str, Any], reference: Mapping[str, Any], is_participant: bool, bases: Bases
+) -> str | None:
+    """Return the id of the patient that a reference leads to, UNKNOWN_PATIENT, or None if it leads to none."""
+    patient_id = find_patient_id(resource, reference, bases)
+    if patient_id is not None:
+        return patient_id if _is_id(patient_id) else UNKNOWN_PATIENT
+    if is_participant or reference.get("type", "Patient") != "Patient":
+        return None
+    target = reference.get("reference")
+    if isinstance(target, str):
+        if target.startswith("#"):
+            return UNKNOWN_PATIENT if target != "#" and find_contained(resource, target) is None else None
+        return None if _TYPE_AND_ID(target) else UNKNOWN_PATIENT
+    return UNKNOWN_PATIENT
+
+
+def _list_mentions(resource: Mapping[str, Any], bases: Bases, hash_identifier: HashIdentifier) -> Iterator[str]:
+    """Yield what the references in a resource and its contained resources lead to, and the tokens of persons."""
+    nodes: list[Any] = [resource]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, list):
+            nodes.extend(node)
+            continue
+        if not isinstance(node, dict):
+            continue
+        target = node.get("reference")
+        if isinstance(target, str):
+            found = split_reference(target, bases)
+            if found and found[0] not in NOBODYS_TYPES:
+                yield f"{found[0]}/{found[1]}"
+            elif "Patient?" in target:
+                yield from _list_named(_read_conditional(target), hash_identifier)
+        identifier = node.get("identifier")
+        if isinstance(identifier, dict) and "resourceType" not in node and node.get("type") in _PERSONS:
+            yield from _list_named([identifier], hash_identifier)
+        elif node.get("resourceType") == "Patient" and node is not resource:
+            yield from _list_named(identifier, hash_identifier)
+        nodes.extend(value for value in node.values() if isinstance(value, dict | list))
+
+
+def _list_wanted_tokens(
+    resource: Mapping[str, Any], reference: Mapping[str, Any], hash_identifier: HashIdentifier
+) -> Iterator[str]:
+    """Yield the tokens any of which a Patient has that a reference may lead to."""
+    target = reference.get("reference")
+    identifiers: list[Any] = [reference.get("identifier")]
+    if isinstance(target, str) and target.startswith("#"):
+        contained = find_contained(resource, target) or {}
+        more = contained.get("identifier")
+        identifiers += more if isinstance(more, list) else []
+    elif isinstance(target, str) and "?" in target:
+        identifiers += _read_conditional(target)
+    yield from _ask_for(identifiers, hash_identifier)
+
+
+def _list_named(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[str]:
+    """Yield the tokens of someone whom a resource names by identifiers, and those that a Patient may have then."""
+    yield from _list_tokens(identifiers, hash_identifier)
+    for token in _ask_for(identifiers if isinstance(identifiers, list) else (), hash_identifier):
+        yield NAMED + token
+
+
+def _ask_for(identifiers: Iterable[Any], hash_identifier: HashIdentifier) -> Iterator[str]:
+    for system, value in map(_read_identifier, identifiers):
+        if value and system:
+            yield _build_token(f"s:{system}|{value}", hash_identifier)
+            yield _build_token(f"n:{value}", hash_identifier)
+        elif value:
+            yield _build_token(f"v:{value}", hash_identifier)
+
+
+def _list_tokens(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[str]:
+    """Yield the tokens by which someone with these identifiers is known."""
+    for system, value in map(_read_identifier, identifiers if isinstance(identifiers, list) else ()):
+        if value:
+            yield _build_token(f"s:{system}|{value}" if system else f"n:{value}", hash_identifier)
+            yield _build_token(f"v:{value}", hash_identifier)
+
+
+def _read_conditional(target: str) -> list[dict[str, str]]:
+    """Return the identifiers in a conditional reference, such as ``Patient?identifier=system|value``."""
+    found = []
+    for name, text in parse_qsl(target.partition("?")[2]):
+        if name.partition(":")[0] in ("identifier", "patient.identifier"):
+            for each in text.split(","):
+                system, _, value = each.rpartition("|")
+                found.append({"system": system, "value": value})
+    return found
+
+
+def _read_identifier(identifier: Any) -> tuple[str, str]:
+    """Return system and value of an identifier without surrounding white space, each empty if it is absent."""
+    if not isinstance(identifier, dict):
+        return "", ""
+    system, value = identifier.get("system"), identifier.get("value")
+    return (system.strip() if isinstance(system, str) else ""), (value.strip() if isinstance(value, str) else "")
+
+
+def _build_token(text: str, hash_identifier: HashIdentifier) -> str:
+    return TOKEN + hash_identifier(text.encode("utf-8", "surrogatepass")).hex()

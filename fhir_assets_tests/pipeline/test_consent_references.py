@@ -1,0 +1,342 @@
+"""Consent withholds by every form in which a resource or a Consent names a patient, and by reference."""
+
+from typing import Any
+
+import pytest
+
+from fhir_assets.privacy.consent import ConsentGate, Policy
+from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.warehouse.ops import consents
+from fhir_assets.warehouse.postgres.tables import deletions
+from fhir_assets.warehouse.postgres.tables.deletions import Deletion
+from fhir_assets_tests.support.consent_records import START, consent, observation, patient
+from fhir_assets_tests.support.consent_tables import Tables
+
+OPT_IN, OPT_OUT = ConsentGate(Policy.OPT_IN), ConsentGate(Policy.OPT_OUT)
+MRN = {"system": "urn:mrn", "value": "7"}
+DENY = {"type": "deny"}
+PERMIT = {"type": "permit"}
+OBSERVATIONS = {"Observation/x", "Observation/y"}
+
+
+@pytest.fixture(params=["cleartext", "encrypted"])
+def cipher(request: pytest.FixtureRequest) -> Cipher:
+    return Cipher(parse_keys([new_key()])) if request.param == "encrypted" else Cipher()
+
+
+def about(reference: dict[str, Any], key: str = "x", **more: Any) -> dict[str, Any]:
+    """Return an Observation with a subject."""
+    return {**observation(key), "subject": reference, **more}
+
+
+def denial(reference: dict[str, Any], key: str = "c", **more: Any) -> dict[str, Any]:
+    """Return a Consent that denies."""
+    return {**consent(key, "", DENY), "patient": reference, **more}
+
+
+def refer(resource_type: str, key: str, **more: Any) -> dict[str, Any]:
+    return {"resourceType": resource_type, "id": key, "meta": {"versionId": "1"}, **more}
+
+
+CONTAINED = [{"resourceType": "Patient", "id": "p", "identifier": [{"system": "urn:other", "value": "7"}, MRN]}]
+
+UNRESOLVED: dict[str, dict[str, Any]] = {
+    "urn:uuid": about({"reference": "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b"}),
+    "identifier of unknown type": about({"identifier": {"value": "9"}}),
+    "identifier without value": about({"identifier": {"system": "urn:mrn"}, "type": "Patient"}),
+    "contained": about({"reference": "#p"}, contained=[{"resourceType": "Patient", "id": "p"}]),
+    "contained that is missing": about({"reference": "#q"}),
+    "conditional": about({"reference": "Patient?name=x"}),
+    "conditional of another server": about({"reference": "https://else.example/r4/Patient?identifier=a|9"}),
+    "unknown form": about({"reference": "MRN-7"}),
+    "no type": about({"reference": "7"}),
+    "a type that is no type": about({"reference": "patient/7"}),
+    "empty": about({"reference": ""}),
+    "an id that is no id": about({"reference": "Patient/a b"}),
+    "display only": about({"display": "somebody"}),
+    "extension only": about({"extension": [{"url": "urn:x", "valueCode": "masked"}]}),
+    "performer by urn": about({"reference": "Patient/b"}, performer=[{"reference": "urn:uuid:0f2a1c34-0000"}]),
+    "performer by identifier": about({"reference": "Patient/b"}, performer=[{"type": "Patient", "identifier": MRN}]),
+}
+RESOLVED: dict[str, dict[str, Any]] = {
+    "literal": about({"reference": "Patient/b"}),
+    "absolute": about({"reference": "https://x.example/Patient/b/_history/2"}),
+    "group": about({"reference": "Group/g"}),
+    "location by identifier": about({"type": "Location", "identifier": {"value": "9"}}),
+    "contained device": about({"reference": "#d"}, contained=[{"resourceType": "Device", "id": "d"}]),
+    "conditional location": about({"reference": "Location?identifier=9"}),
+    "performer by number": about({"reference": "Patient/b"}, performer=[{"identifier": {"value": "9"}}]),
+    "performer by name": about({"reference": "Patient/b"}, performer=[{"display": "Dr. X"}]),
+    "no subject": observation("x"),
+}
+
+
+@pytest.mark.parametrize("gate", [OPT_IN, OPT_OUT], ids=["opt-in", "opt-out"])
+@pytest.mark.parametrize("form", UNRESOLVED)
+def test_a_resource_whose_patient_is_not_known_is_withheld(database: str, gate: ConsentGate, form: str) -> None:
+    tables = Tables(database, gate)
+    tables.load(patient("b"), consent("c", "b", PERMIT))
+    tables.apply_consent()
+    assert tables.load(UNRESOLVED[form]).withheld.total() == 1
+    tables.apply_consent()
+    assert "Observation/x" in tables.withheld()
+    assert "Observation/x" not in tables.shown()
+    tables.load({**about({"reference": "Patient/b"}), "meta": {"versionId": "2"}})
+    assert "Observation/x" in tables.shown()
+    assert "Observation/x" not in tables.withheld()
+
+
+@pytest.mark.parametrize("form", RESOLVED)
+def test_a_resource_whose_subject_is_known_or_nobody_is_loaded(database: str, form: str) -> None:
+    for gate in (OPT_OUT, OPT_IN):
+        tables = Tables(database, gate)
+        tables.load(patient("b"), consent("c", "b", PERMIT))
+        tables.apply_consent()
+        tables.load(RESOLVED[form])
+        tables.apply_consent()
+        assert "Observation/x" in tables.shown()
+
+
+BY_IDENTIFIER: dict[str, dict[str, Any]] = {
+    "identifier": {"identifier": MRN},
+    "identifier with white space": {"identifier": {"system": "urn:mrn", "value": " 7 "}},
+    "identifier and type": {"type": "Patient", "identifier": MRN},
+    "identifier without system": {"identifier": {"value": "7"}},
+    "urn and identifier": {"reference": "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b", "identifier": MRN},
+    "other server and identifier": {"reference": "unknown:1", "identifier": MRN},
+    "conditional": {"reference": "Patient?identifier=urn:mrn|7"},
+    "conditional, encoded": {"reference": "Patient?identifier=urn%3Amrn%7C7"},
+    "conditional without system": {"reference": "Patient?identifier=7"},
+    "contained": {"reference": "#p"},
+}
+
+
+@pytest.mark.parametrize("form", BY_IDENTIFIER)
+def test_a_resource_that_names_its_patient_by_an_identifier_is_withheld_until_the_patient_is_known(
+    database: str, cipher: Cipher, form: str
+) -> None:
+    tables = Tables(database, OPT_OUT, cipher)
+    tables.apply_consent()
+    tables.load(about(BY_IDENTIFIER[form], contained=CONTAINED), about({"identifier": {"value": "8"}}, "y"))
+    tables.apply_consent()
+    assert tables.withheld() == OBSERVATIONS
+    tables.load(patient("a", identifier=[MRN]))
+    tables.apply_consent()
+    assert tables.withheld() == {"Observation/y"}
+    assert tables.all("SELECT array_to_string(patients, ' ') FROM fhir.resource_observation") == {"a"}
+    tables.load(consent("c", "a", DENY))
+    tables.apply_consent()
+    assert tables.shown() == set()
+    tables.load(consent("c", "a", DENY, 2, "inactive"))
+    tables.apply_consent()
+    assert tables.shown() == {"Observation/x", "Patient/a", "Consent/c"}
+
+
+@pytest.mark.parametrize("form", BY_IDENTIFIER)
+@pytest.mark.parametrize("order", ["patient first", "denial first"])
+def test_a_denial_that_names_its_patient_by_an_identifier_counts(
+    database: str, cipher: Cipher, form: str, order: str
+) -> None:
+    tables = Tables(database, OPT_OUT, cipher)
+    tables.apply_consent()
+    others = [patient("b", identifier=[{"system": "urn:mrn", "value": "8"}]), observation("y", "b")]
+    of_a = [patient("a", identifier=[MRN]), observation("x", "a")]
+    the_denial = denial(BY_IDENTIFIER[form], contained=CONTAINED)
+    for resources in ([*of_a, *others], [the_denial])[:: 1 if order == "patient first" else -1]:
+        tables.load(*resources)
+        if order == "denial first" and resources[0] is of_a[0]:
+            assert "Patient/a" in tables.withheld()
+        tables.apply_consent()
+        with tables.connect() as conn:
+            known = bool(tables.all("SELECT FROM ops.withheld WHERE resource_type = 'Patient'"))
+            expected = 0 if known or resources[0] is of_a[0] else 1
+            assert consents.count_unknown_denials(conn, OPT_OUT) == expected
+    assert tables.shown() == {"Patient/b", "Observation/y"}
+    assert tables.withheld() == {"Patient/a", "Observation/x", "Consent/c"}
+    tables.load({**the_denial, "status": "inactive", "meta": {"versionId": "2"}})
+    tables.apply_consent()
+    assert tables.withheld() == set()
+
+
+def test_under_opt_in_a_denial_by_identifier_wins_over_a_permit_and_a_permit_by_identifier_counts_for_one_patient(
+    database: str,
+) -> None:
+    tables = Tables(database, OPT_IN)
+    tables.load(patient("a", identifier=[MRN]), patient("b"), consent("p", "a", PERMIT), consent("q", "b", PERMIT))
+    tables.apply_consent()
+    assert {"Patient/a", "Patient/b"} <= tables.shown()
+    tables.load(denial({"identifier": MRN}))
+    tables.apply_consent()
+    assert "Patient/a" not in tables.shown()
+    assert "Patient/b" in tables.shown()
+    tables.load({**denial({"identifier": MRN}), "provision": PERMIT, "meta": {"versionId": "2"}})
+    tables.load(consent("p", "a", PERMIT, 2, "inactive"))
+    tables.apply_consent()
+    assert "Patient/a" in tables.shown()
+    tables.load(patient("twin", identifier=[MRN]))
+    tables.apply_consent()
+    assert "Patient/twin" not in tables.shown()
+
+
+def test_a_denial_of_a_literal_patient_counts_for_its_identifier_too(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(patient("a", identifier=[MRN]), denial({"reference": "Patient/elsewhere", "identifier": MRN}))
+    tables.apply_consent()
+    assert tables.shown() == set()
+
+
+UNKNOWN_DENIALS: dict[str, dict[str, Any]] = {
+    "urn:uuid": denial({"reference": "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b"}),
+    "display": denial({"display": "somebody"}),
+    "contained": denial({"reference": "#p"}, contained=[{"resourceType": "Patient", "id": "p"}]),
+    "identifier of nobody": denial({"identifier": {"value": "99"}}),
+    "no patient": {key: value for key, value in denial({}).items() if key != "patient"},
+}
+
+
+@pytest.mark.parametrize("form", UNKNOWN_DENIALS)
+def test_a_denial_whose_patient_is_not_known_holds_back_its_file_and_is_counted(database: str, form: str) -> None:
+    by_file = ConsentGate(Policy.OPT_OUT, by_file=True)
+    tables = Tables(database, by_file)
+    tables.load({**patient("b"), "meta": {"versionId": "5"}}, refer("Organization", "o"), UNKNOWN_DENIALS[form])
+    tables.apply_consent()
+    tables.load(patient("a"), observation("x", "a"))  # of the file, as their times of arrival are equal
+    tables.apply_consent()
+    assert tables.shown() - {"Consent/c"} == {"Patient/b", "Organization/o"}
+    with tables.connect() as conn:
+        assert consents.count_unknown_denials(conn, by_file) == 1
+    tables.load({**denial({"reference": "Patient/zz"}), "meta": {"versionId": "2"}})
+    tables.apply_consent()
+    assert {"Patient/a", "Observation/x"} <= tables.shown()
+    with tables.connect() as conn:
+        assert consents.count_unknown_denials(conn, by_file) == 0
+
+
+@pytest.mark.parametrize("form", UNKNOWN_DENIALS)
+def test_a_denial_whose_patient_is_not_known_and_that_came_from_a_search_holds_back_nobody(
+    database: str, form: str
+) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(UNKNOWN_DENIALS[form], patient("a"))
+    tables.apply_consent()
+    assert "Patient/a" in tables.shown()
+    with tables.connect() as conn:
+        assert consents.count_unknown_denials(conn, OPT_OUT) == 1
+
+
+OF_X = {"reference": "Observation/x"}
+REFERRING: dict[str, dict[str, Any]] = {
+    "Provenance.target": refer("Provenance", "r", target=[OF_X]),
+    "Provenance.entity": refer("Provenance", "r", entity=[{"what": OF_X}]),
+    "AuditEvent.entity.what": refer("AuditEvent", "r", entity=[{"what": {"reference": "Observation/x/_history/1"}}]),
+    "AuditEvent.agent.who": refer("AuditEvent", "r", agent=[{"who": {"reference": "Patient/a"}}]),
+    "List.entry.item": refer("List", "r", entry=[{"item": {"reference": "https://x.example/Observation/x"}}]),
+    "Composition.section.entry": refer("Composition", "r", section=[{"section": [{"entry": [OF_X]}]}]),
+    "DocumentReference.context": refer("DocumentReference", "r", context={"related": [OF_X]}),
+    "Linkage.item": refer("Linkage", "r", item=[{"resource": {"reference": "Patient/a"}}]),
+    "MessageHeader.focus": refer("MessageHeader", "r", focus=[OF_X]),
+    "Task.focus": refer("Task", "r", focus=OF_X),
+    "Media": refer("Media", "r", basedOn=[OF_X]),
+    "QuestionnaireResponse": refer("QuestionnaireResponse", "r", subject={"reference": "Patient/a"}),
+    "Group.member": refer("Group", "r", member=[{"entity": {"reference": "Patient/a"}}]),
+    "Basic.subject": refer("Basic", "r", subject=OF_X),
+    "RelatedPerson.patient": refer("RelatedPerson", "r", patient={"reference": "Patient/a"}),
+    "DiagnosticReport.result": refer("DiagnosticReport", "r", subject={"reference": "Patient/b"}, result=[OF_X]),
+    "extension": refer("Organization", "r", extension=[{"url": "urn:x", "valueReference": OF_X}]),
+    "contained": refer(
+        "Procedure",
+        "r",
+        subject={"reference": "Patient/b"},
+        contained=[{"resourceType": "Observation", "id": "i", "subject": {"reference": "Patient/a"}}],
+    ),
+    "contained by identifier": refer(
+        "Procedure",
+        "r",
+        subject={"reference": "Patient/b"},
+        contained=[{"resourceType": "Observation", "id": "i", "subject": {"identifier": MRN}}],
+    ),
+    "escaped": refer("List", "r", entry=[{"item": {"reference": "Observation/x"}}]),
+}
+
+
+@pytest.mark.parametrize("form", REFERRING)
+@pytest.mark.parametrize("order", ["denied before", "referring before", "denied after"])
+def test_what_refers_to_a_withheld_resource_is_withheld_until_consent_is_given_again(
+    database: str, form: str, order: str
+) -> None:
+    tables = Tables(database, OPT_OUT)
+    referring = REFERRING[form]
+    of_a = [patient("a", identifier=[MRN]), observation("x", "a")]
+    the_denial = consent("c", "a", DENY)
+    nobodys = [refer("Practitioner", "p"), patient("b")]
+    in_order = {
+        "denied before": [[the_denial], of_a, [referring, *nobodys]],
+        "referring before": [[the_denial], [referring, *nobodys], of_a],
+        "denied after": [of_a, [referring, *nobodys], [the_denial]],
+    }
+    for resources in in_order[order]:
+        tables.load(*resources)
+        tables.apply_consent()
+    key = f"{referring['resourceType']}/r"
+    assert tables.withheld() == {"Patient/a", "Observation/x", key, "Consent/c"}
+    assert tables.shown() == {"Practitioner/p", "Patient/b"}
+    tables.load(consent("c", "a", DENY, 2, "inactive"))
+    tables.apply_consent()
+    assert tables.withheld() == set()
+    assert key in tables.shown()
+
+
+def test_references_are_followed_through_any_number_of_resources_and_in_circles(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    chain = [
+        refer("List", "l", entry=[{"item": {"reference": "Composition/k"}}]),
+        refer("Composition", "k", section=[{"entry": [{"reference": "List/l"}, {"reference": "Task/t"}]}]),
+        refer("Task", "t", focus={"reference": "Observation/x"}),
+        refer("Task", "loose", focus={"reference": "Observation/y"}),
+    ]
+    tables.load(patient("a"), patient("b"), observation("x", "a"), observation("y", "b"), *chain)
+    tables.apply_consent()
+    assert len(tables.shown()) == 8
+    tables.load(consent("c", "a", DENY))
+    tables.apply_consent()
+    assert tables.shown() == {"Patient/b", "Observation/y", "Task/loose"}
+    # A chunk of a load meets them too.
+    tables.load(refer("Provenance", "v", target=[{"reference": "List/l"}]))
+    assert "Provenance/v" in tables.withheld()
+    tables.load(observation("x", "b", version=2))
+    tables.apply_consent()
+    assert tables.withheld() == {"Patient/a", "Consent/c"}
+
+
+def test_what_refers_to_a_resource_that_is_deleted_returns(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.load(patient("a"), observation("x", "a"), refer("Task", "t", focus=OF_X), consent("c", "a", DENY))
+    tables.apply_consent()
+    assert "Task/t" in tables.withheld()
+    with tables.connect() as conn:
+        deletions.apply(conn, [Deletion("Observation", "x", START.replace(year=2025))], run_id="run")
+    tables.apply_consent()
+    assert "Task/t" in tables.shown()
+
+
+def test_a_policy_that_is_switched_on_later_finds_subjects_by_identifier_and_reference(
+    database: str, cipher: Cipher
+) -> None:
+    off = Tables(database, ConsentGate(), cipher)
+    off.load(
+        patient("a", identifier=[MRN]),
+        observation("x", "a"),
+        about({"identifier": MRN}, "y"),
+        about({"display": "somebody"}, "z"),
+        refer("Task", "t", focus=OF_X),
+        denial({"identifier": MRN}),
+    )
+    assert off.withheld() == set()
+    with off.connect() as conn:
+        conn.execute("UPDATE fhir.resource SET mentions = NULL")
+    tables = Tables(database, OPT_OUT, off.cipher)
+    tables.apply_consent()
+    assert tables.shown() == set()
+    off.apply_consent()
+    assert off.withheld() == set()
