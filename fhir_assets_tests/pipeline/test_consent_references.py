@@ -1,5 +1,6 @@
 """Consent withholds by every form in which a resource or a Consent names a patient, and by reference."""
 
+import re
 from typing import Any
 
 import pytest
@@ -39,8 +40,6 @@ def refer(resource_type: str, key: str, **more: Any) -> dict[str, Any]:
     return {"resourceType": resource_type, "id": key, "meta": {"versionId": "1"}, **more}
 
 
-CONTAINED = [{"resourceType": "Patient", "id": "p", "identifier": [{"system": "urn:other", "value": "7"}, MRN]}]
-
 UNRESOLVED: dict[str, dict[str, Any]] = {
     "urn:uuid": about({"reference": "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b"}),
     "identifier of unknown type": about({"identifier": {"value": "9"}}),
@@ -72,89 +71,122 @@ RESOLVED: dict[str, dict[str, Any]] = {
 }
 
 
+def name_resources(forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the resources with ids that tell their forms."""
+    return {form: {**resource, "id": re.sub(r"[^A-Za-z]+", "-", form)} for form, resource in forms.items()}
+
+
+def list_shown(tables: Tables, forms: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the forms whose resources are in the tables."""
+    shown = tables.shown()
+    return [form for form, each in forms.items() if f"{each['resourceType']}/{each['id']}" in shown]
+
+
 @pytest.mark.parametrize("gate", [OPT_IN, OPT_OUT], ids=["opt-in", "opt-out"])
-@pytest.mark.parametrize("form", UNRESOLVED)
-def test_a_resource_whose_patient_is_not_known_is_withheld(database: str, gate: ConsentGate, form: str) -> None:
+def test_a_resource_whose_patient_is_not_known_is_withheld(database: str, gate: ConsentGate) -> None:
     tables = Tables(database, gate)
     tables.load(patient("b"), consent("c", "b", PERMIT))
     tables.apply_consent()
-    assert tables.load(UNRESOLVED[form]).withheld.total() == 1
+    forms = name_resources(UNRESOLVED)
+    assert tables.load(*forms.values()).withheld.total() == len(forms)
     tables.apply_consent()
-    assert "Observation/x" in tables.withheld()
-    assert "Observation/x" not in tables.shown()
-    tables.load({**about({"reference": "Patient/b"}), "meta": {"versionId": "2"}})
-    assert "Observation/x" in tables.shown()
-    assert "Observation/x" not in tables.withheld()
+    assert list_shown(tables, forms) == []
+    tables.load(
+        *({**about({"reference": "Patient/b"}, each["id"]), "meta": {"versionId": "2"}} for each in forms.values())
+    )
+    assert list_shown(tables, forms) == list(forms)
+    assert tables.withheld() == set()
 
 
-@pytest.mark.parametrize("form", RESOLVED)
-def test_a_resource_whose_subject_is_known_or_nobody_is_loaded(database: str, form: str) -> None:
+def test_a_resource_whose_subject_is_known_or_nobody_is_loaded(database: str) -> None:
     for gate in (OPT_OUT, OPT_IN):
         tables = Tables(database, gate)
         tables.load(patient("b"), consent("c", "b", PERMIT))
         tables.apply_consent()
-        tables.load(RESOLVED[form])
+        forms = name_resources(RESOLVED)
+        tables.load(*forms.values())
         tables.apply_consent()
-        assert "Observation/x" in tables.shown()
+        assert list_shown(tables, forms) == list(forms)
 
 
-BY_IDENTIFIER: dict[str, dict[str, Any]] = {
-    "identifier": {"identifier": MRN},
-    "identifier with white space": {"identifier": {"system": "urn:mrn", "value": " 7 "}},
-    "identifier and type": {"type": "Patient", "identifier": MRN},
-    "identifier without system": {"identifier": {"value": "7"}},
-    "urn and identifier": {"reference": "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b", "identifier": MRN},
-    "other server and identifier": {"reference": "unknown:1", "identifier": MRN},
-    "conditional": {"reference": "Patient?identifier=urn:mrn|7"},
-    "conditional, encoded": {"reference": "Patient?identifier=urn%3Amrn%7C7"},
-    "conditional without system": {"reference": "Patient?identifier=7"},
-    "contained": {"reference": "#p"},
-}
+def name_by_identifier(value: str) -> dict[str, dict[str, Any]]:
+    """Return the references to the Patient with an identifier, by form."""
+    identifier = {"system": "urn:mrn", "value": value}
+    return {
+        "identifier": {"identifier": identifier},
+        "identifier with white space": {"identifier": {"system": "urn:mrn", "value": f" {value} "}},
+        "identifier and type": {"type": "Patient", "identifier": identifier},
+        "identifier without system": {"identifier": {"value": value}},
+        "urn and identifier": {"reference": "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b", "identifier": identifier},
+        "unknown form and identifier": {"reference": "unknown:1", "identifier": identifier},
+        "conditional": {"reference": f"Patient?identifier=urn:mrn|{value}"},
+        "conditional encoded": {"reference": f"Patient?identifier=urn%3Amrn%7C{value}"},
+        "conditional without system": {"reference": f"Patient?identifier={value}"},
+        "contained": {"reference": "#p"},
+    }
 
 
-@pytest.mark.parametrize("form", BY_IDENTIFIER)
+FORMS = [(number, form) for number, form in enumerate(name_by_identifier(""))]
+"""The forms with a number each: the patient of form 3 has the id ``p3`` and the identifier ``m3``."""
+
+
+def by_form(number: int, form: str) -> dict[str, Any]:
+    """Return the elements ``reference`` and ``contained`` of a resource that names the patient of a form."""
+    identifiers = [{"system": "urn:other", "value": f"m{number}"}, {"system": "urn:mrn", "value": f"m{number}"}]
+    contained = [{"resourceType": "Patient", "id": "p", "identifier": identifiers}]
+    return {"reference": name_by_identifier(f"m{number}")[form], "contained": contained}
+
+
+def patient_of(number: int) -> dict[str, Any]:
+    return patient(f"p{number}", identifier=[{"system": "urn:mrn", "value": f"m{number}"}])
+
+
 def test_a_resource_that_names_its_patient_by_an_identifier_is_withheld_until_the_patient_is_known(
-    database: str, cipher: Cipher, form: str
+    database: str, cipher: Cipher
 ) -> None:
     tables = Tables(database, OPT_OUT, cipher)
     tables.apply_consent()
-    tables.load(about(BY_IDENTIFIER[form], contained=CONTAINED), about({"identifier": {"value": "8"}}, "y"))
-    tables.apply_consent()
-    assert tables.withheld() == OBSERVATIONS
-    tables.load(patient("a", identifier=[MRN]))
-    tables.apply_consent()
-    assert tables.withheld() == {"Observation/y"}
-    assert tables.all("SELECT array_to_string(patients, ' ') FROM fhir.resource_observation") == {"a"}
-    tables.load(consent("c", "a", DENY))
+    numbers = {n for n, _ in FORMS}
+    tables.load(*(about(key=f"x{n}", **by_form(n, form)) for n, form in FORMS), about({"identifier": MRN}, "y"))
     tables.apply_consent()
     assert tables.shown() == set()
-    tables.load(consent("c", "a", DENY, 2, "inactive"))
+    tables.load(*map(patient_of, numbers))
     tables.apply_consent()
-    assert tables.shown() == {"Observation/x", "Patient/a", "Consent/c"}
+    assert tables.withheld() == {"Observation/y"}
+    assert tables.all("SELECT id, array_to_string(patients, ' ') FROM fhir.resource_observation") == {
+        (f"x{n}", f"p{n}") for n in numbers
+    }
+    tables.load(*(consent(f"c{n}", f"p{n}", DENY) for n in numbers))
+    tables.apply_consent()
+    assert tables.shown() == set()
+    tables.load(*(consent(f"c{n}", f"p{n}", DENY, 2, "inactive") for n in numbers))
+    tables.apply_consent()
+    assert tables.withheld() == {"Observation/y"}
 
 
-@pytest.mark.parametrize("form", BY_IDENTIFIER)
 @pytest.mark.parametrize("order", ["patient first", "denial first"])
-def test_a_denial_that_names_its_patient_by_an_identifier_counts(
-    database: str, cipher: Cipher, form: str, order: str
-) -> None:
+def test_a_denial_that_names_its_patient_by_an_identifier_counts(database: str, cipher: Cipher, order: str) -> None:
     tables = Tables(database, OPT_OUT, cipher)
     tables.apply_consent()
+    numbers = {n for n, _ in FORMS}
     others = [patient("b", identifier=[{"system": "urn:mrn", "value": "8"}]), observation("y", "b")]
-    of_a = [patient("a", identifier=[MRN]), observation("x", "a")]
-    the_denial = denial(BY_IDENTIFIER[form], contained=CONTAINED)
-    for resources in ([*of_a, *others], [the_denial])[:: 1 if order == "patient first" else -1]:
-        tables.load(*resources)
-        if order == "denial first" and resources[0] is of_a[0]:
-            assert "Patient/a" in tables.withheld()
+    of_forms = [*map(patient_of, numbers), *(observation(f"x{n}", f"p{n}") for n in numbers)]
+    denials = [denial(key=f"c{n}", **by_form(n, form)) for n, form in FORMS]
+    if order == "patient first":
+        tables.load(*of_forms, *others)
+    tables.load(*denials)
+    tables.apply_consent()
+    with tables.connect() as conn:
+        unknown = consents.count_unknown_denials(conn, OPT_OUT)
+    assert unknown == (0 if order == "patient first" else len(FORMS))
+    if order == "denial first":
+        tables.load(*of_forms, *others)
+        assert {f"Patient/p{n}" for n in numbers} <= tables.withheld()
         tables.apply_consent()
         with tables.connect() as conn:
-            known = bool(tables.all("SELECT FROM ops.withheld WHERE resource_type = 'Patient'"))
-            expected = 0 if known or resources[0] is of_a[0] else 1
-            assert consents.count_unknown_denials(conn, OPT_OUT) == expected
+            assert consents.count_unknown_denials(conn, OPT_OUT) == 0
     assert tables.shown() == {"Patient/b", "Observation/y"}
-    assert tables.withheld() == {"Patient/a", "Observation/x", "Consent/c"}
-    tables.load({**the_denial, "status": "inactive", "meta": {"versionId": "2"}})
+    tables.load(*({**each, "status": "inactive", "meta": {"versionId": "2"}} for each in denials))
     tables.apply_consent()
     assert tables.withheld() == set()
 
@@ -213,16 +245,13 @@ def test_a_denial_whose_patient_is_not_known_holds_back_its_file_and_is_counted(
         assert consents.count_unknown_denials(conn, by_file) == 0
 
 
-@pytest.mark.parametrize("form", UNKNOWN_DENIALS)
-def test_a_denial_whose_patient_is_not_known_and_that_came_from_a_search_holds_back_nobody(
-    database: str, form: str
-) -> None:
+def test_a_denial_whose_patient_is_not_known_and_that_came_from_a_search_holds_back_nobody(database: str) -> None:
     tables = Tables(database, OPT_OUT)
-    tables.load(UNKNOWN_DENIALS[form], patient("a"))
+    tables.load(*name_resources(UNKNOWN_DENIALS).values(), patient("a"))
     tables.apply_consent()
     assert "Patient/a" in tables.shown()
     with tables.connect() as conn:
-        assert consents.count_unknown_denials(conn, OPT_OUT) == 1
+        assert consents.count_unknown_denials(conn, OPT_OUT) == len(UNKNOWN_DENIALS)
 
 
 OF_X = {"reference": "Observation/x"}
@@ -260,31 +289,28 @@ REFERRING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", REFERRING)
 @pytest.mark.parametrize("order", ["denied before", "referring before", "denied after"])
-def test_what_refers_to_a_withheld_resource_is_withheld_until_consent_is_given_again(
-    database: str, form: str, order: str
-) -> None:
+def test_what_refers_to_a_withheld_resource_is_withheld_until_consent_is_given_again(database: str, order: str) -> None:
     tables = Tables(database, OPT_OUT)
-    referring = REFERRING[form]
+    referring = name_resources(REFERRING)
     of_a = [patient("a", identifier=[MRN]), observation("x", "a")]
     the_denial = consent("c", "a", DENY)
-    nobodys = [refer("Practitioner", "p"), patient("b")]
+    nobodys = [*referring.values(), refer("Practitioner", "p"), patient("b")]
     in_order = {
-        "denied before": [[the_denial], of_a, [referring, *nobodys]],
-        "referring before": [[the_denial], [referring, *nobodys], of_a],
-        "denied after": [of_a, [referring, *nobodys], [the_denial]],
+        "denied before": [[the_denial], of_a, nobodys],
+        "referring before": [[the_denial], nobodys, of_a],
+        "denied after": [of_a, nobodys, [the_denial]],
     }
     for resources in in_order[order]:
         tables.load(*resources)
         tables.apply_consent()
-    key = f"{referring['resourceType']}/r"
-    assert tables.withheld() == {"Patient/a", "Observation/x", key, "Consent/c"}
+    assert list_shown(tables, referring) == []
+    assert len(tables.withheld()) == 3 + len(referring)
     assert tables.shown() == {"Practitioner/p", "Patient/b"}
     tables.load(consent("c", "a", DENY, 2, "inactive"))
     tables.apply_consent()
     assert tables.withheld() == set()
-    assert key in tables.shown()
+    assert list_shown(tables, referring) == list(referring)
 
 
 def test_references_are_followed_through_any_number_of_resources_and_in_circles(database: str) -> None:

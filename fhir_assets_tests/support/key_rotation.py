@@ -85,8 +85,8 @@ def fill_deployment(conn: Session, store: Store, people: int = 30) -> None:
         )
     conn.execute(
         """
-        INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource, key_id)
-        VALUES ('c', 'p', now(), %s::jsonb, %s)
+        INSERT INTO ops.consent_records (consent_id, keys, as_of, resource, key_id)
+        VALUES ('c', '{p}', now(), %s::jsonb, %s)
         """,
         [body, cipher.key_id],
     )

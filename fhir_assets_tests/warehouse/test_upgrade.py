@@ -37,7 +37,11 @@ OLD_COLUMN_NAMES = [
 NEW_COLUMNS = [
     *((table, name) for table in ("fhir.resource", "ops.withheld", "ops.consent_records") for name in ORDER_COLUMNS),
     ("ops.consent_records", "last_updated"),
-    ("fhir.resource", "keyless"),
+    *(("fhir.resource", name) for name in ("keyless", "mentions")),
+    *(("ops.withheld", name) for name in ("mentions", "direct", "due")),
+    ("ops.consent_records", "keys"),
+    ("ops.consent_policy", "subjects"),
+    ("ops.received", "arrivals"),
     *(("ops.ingestion_runs", name) for name in ("older", "superseded", "seconds")),
     *(("ops.dead_letters", name) for name in ("arrived", "dated")),
     *(("ops.visit_persons", name) for name in ("name", "birth")),
@@ -136,6 +140,8 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("DROP SEQUENCE ops.dead_letter_records")
     for table, name in NEW_COLUMNS:
         session.execute(f"ALTER TABLE {table} DROP COLUMN {name} CASCADE".encode())
+    session.execute("ALTER TABLE ops.consent_records ADD COLUMN patient_id text")
+    session.execute("DROP INDEX ops.consents_patient_id_idx")
     run_revision(session, "0002_run_summary")  # creates the views that the columns above were removed from
     session.execute("DROP TABLE ops.sources, ops.deployment")
     for table, new, old in OLD_COLUMN_NAMES:
@@ -269,3 +275,14 @@ def test_no_column_of_a_migrated_database_has_an_old_name(database: str, session
         " AND column_name ~ 'seal|judge|marked|door|doing|heal|bur(y|ied)|letter'",
     )
     assert names == []
+
+
+def test_the_patients_of_recorded_consents_are_kept(database: str, session: Session) -> None:
+    ensure_tables(session, [VIEW])
+    restore_revision_0019(session, encrypted=session.cipher.encrypts)
+    session.execute(
+        "INSERT INTO ops.consent_records (consent_id, patient_id, as_of, resource) VALUES ('c', 'a', now(), '{}')"
+    )
+    session.commit()
+    migrations.upgrade(database)
+    assert select(session, "SELECT keys FROM ops.consent_records") == [(["a"],)]
