@@ -1,4 +1,4 @@
-"""The check ``patients_known``: under a consent policy, whom resources are about and whom Consents concern."""
+"""The check ``patients_known`` of deployments with a consent policy: whom resources are about, and Consents concern."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from fhir_assets.warehouse.ops import consents, withheld_changes
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 PATIENTS_KNOWN = "patients_known"
-DESCRIPTION = "If a consent policy is on: the patients whom resources and Consents name are known."
+DESCRIPTION = "The patients whom resources and Consents name are known."
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,6 @@ class KnownPatients:
 
 def evaluate_known_patients(conn: Connection, consent_gate: ConsentGate, resource_type: str) -> KnownPatients:
     """Return the result for a type. A denial whose patient is not known is an error, a withheld resource a warning."""
-    if not consent_gate.withholds:
-        return KnownPatients("CONSENT_POLICY is off")
     unresolved = withheld_changes.count_unresolved(conn, resource_type)
     total = sum(count for _, count in unresolved)
     faults = []

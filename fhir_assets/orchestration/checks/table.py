@@ -51,7 +51,6 @@ _DESCRIPTIONS = {
     NO_FAILED_PARTITIONS: "The last run of every window succeeded.",
     REFERENCES_RESOLVE: "The resources to which the tables refer are loaded.",
     NO_PLAINTEXT_PHI: "If keys are set, columns tagged as patient data and complete resources are encrypted (sampled).",
-    PATIENTS_KNOWN: PATIENTS_KNOWN_DESCRIPTION,
     VOLUME: "Each of the latest complete windows has a similar number of resources to the windows before it.",
 }
 
@@ -76,11 +75,14 @@ def _build_checks(
     warehouse: Warehouse,
 ) -> dg.AssetChecksDefinition:
     asset = dg.AssetKey(["normalized", resource_type.key])
+    descriptions = dict(_DESCRIPTIONS)
+    if build_consent_gate(settings).withholds:
+        descriptions[PATIENTS_KNOWN] = PATIENTS_KNOWN_DESCRIPTION
 
     @dg.multi_asset_check(
         name=f"check__{resource_type.key}",
         specs=[
-            dg.AssetCheckSpec(name, asset=asset, description=description) for name, description in _DESCRIPTIONS.items()
+            dg.AssetCheckSpec(name, asset=asset, description=description) for name, description in descriptions.items()
         ],
         can_subset=True,
     )
@@ -89,7 +91,7 @@ def _build_checks(
         selected = {key.name for key in context.selected_asset_check_keys}
         with sanitized_errors(), warehouse.connect() as conn:
             existing = view_tables.find_existing_tables(conn, views)
-            for name in (name for name in _DESCRIPTIONS if name in selected):
+            for name in (name for name in descriptions if name in selected):
                 yield evaluator.evaluate(conn, existing, name)
 
     return check

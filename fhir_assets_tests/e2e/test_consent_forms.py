@@ -1,0 +1,369 @@
+"""Every form of docs/privacy.md in which a Consent names its patient and a resource its subject, through each channel.
+
+A deployment loads all forms at once. The texts of the resources that consent withholds contain a marker, which is in no
+table, export, lake, API answer or message afterwards.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.views import build_views
+from fhir_assets.fhir.intake.resources import MRN_SYSTEM
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.storage.blobs import LocalBlobs
+from fhir_assets.warehouse.exports.export import Export
+from fhir_assets.warehouse.lake import writer
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.support.api import TOKENS, api_in_threads
+from fhir_assets_tests.support.consent_resources import DAY, resource
+from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.landing import LandingZone, land, load_received
+from fhir_assets_tests.support.visits import visit
+
+MARKER = "Withheldson"
+MRN = "urn:mrn"
+TYPES = "Patient,Observation,Consent,Provenance,DiagnosticReport,Organization,Practitioner,Condition"
+URN = "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b"
+ELSEWHERE = "https://else.example/r4/Patient/7"
+
+
+def build(kind: str, key: str, **fields: Any) -> dict[str, Any]:
+    return dict(json.loads(resource(kind, key, DAY, **fields)))
+
+
+def build_patient(key: str, family: str = MARKER) -> dict[str, Any]:
+    return build("Patient", key, name=[{"family": family}], identifier=[{"system": MRN, "value": f"mrn-{key}"}])
+
+
+def build_observation(key: str, subject: dict[str, Any], text: str = MARKER, **more: Any) -> dict[str, Any]:
+    return build("Observation", key, status="final", code={"text": text}, subject=subject, **more)
+
+
+def build_consent(key: str, patient: dict[str, Any], provision_type: str, **more: Any) -> dict[str, Any]:
+    scope = {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/consentscope", "code": "patient-privacy"}]}
+    consent = build(
+        "Consent",
+        key,
+        status="active",
+        scope=scope,
+        category=[{"coding": [{"code": "59284-0"}]}],
+        policyRule={"coding": [{"code": "OPTIN"}]},
+        patient=patient,
+        provision={"type": provision_type},
+    )
+    return {**consent, **more}
+
+
+def build_contained(value: str) -> list[dict[str, Any]]:
+    return [{"resourceType": "Patient", "id": "inner", "identifier": [{"system": MRN, "value": value}]}]
+
+
+DENIALS: dict[str, dict[str, Any]] = {
+    "literal": {"patient": {"reference": "Patient/literal"}},
+    "versioned": {"patient": {"reference": "Patient/versioned/_history/1"}},
+    "identifier": {"patient": {"identifier": {"system": MRN, "value": "mrn-identifier"}}},
+    "typed": {"patient": {"type": "Patient", "identifier": {"system": MRN, "value": "mrn-typed"}}},
+    "number": {"patient": {"identifier": {"value": "mrn-number"}}},
+    "conditional": {"patient": {"reference": f"Patient?identifier={MRN}|mrn-conditional"}},
+    "contained": {"patient": {"reference": "#inner"}, "contained": build_contained("mrn-contained")},
+    "elsewhere": {"patient": {"reference": ELSEWHERE, "identifier": {"system": MRN, "value": "mrn-elsewhere"}}},
+    "urn": {"patient": {"reference": URN, "identifier": {"system": MRN, "value": "mrn-urn"}}},
+    "scope": {"patient": {"reference": "Patient/scope"}, "scope": {"coding": [{"system": "urn:l", "code": "share"}]}},
+}
+"""The denials by the id of the Patient whom each concerns."""
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "literal": {"subject": {"reference": "Patient/literal"}},
+    "versioned": {"subject": {"reference": "Patient/literal/_history/1"}},
+    "identifier": {"subject": {"identifier": {"system": MRN, "value": "mrn-literal"}}},
+    "conditional": {"subject": {"reference": f"Patient?identifier={MRN}|mrn-literal"}},
+    "contained": {"subject": {"reference": "#inner"}, "contained": build_contained("mrn-literal")},
+    "unknown-urn": {"subject": {"reference": URN}},
+    "unknown-identifier": {"subject": {"identifier": {"system": MRN, "value": "nobody's"}}},
+    "unknown-conditional": {"subject": {"reference": "Patient?name=x"}},
+    "unknown-server": {"subject": {"reference": ELSEWHERE}},
+    "unknown-contained": {
+        "subject": {"reference": "#inner"},
+        "contained": [{"resourceType": "Patient", "id": "inner", "gender": "male"}],
+    },
+    "display": {"subject": {"display": "somebody"}},
+    "performer": {"subject": {"reference": "Patient/ok"}, "performer": [{"reference": "Patient/literal"}]},
+    "focus": {"subject": {"reference": "Patient/ok"}, "focus": [{"reference": "Patient/literal"}]},
+    "member": {"subject": {"reference": "Patient/ok"}, "hasMember": [{"reference": "Observation/s-literal"}]},
+    "inner": {
+        "subject": {"reference": "Patient/ok"},
+        "hasMember": [{"reference": "#o"}],
+        "contained": [
+            {
+                "resourceType": "Observation",
+                "id": "o",
+                "status": "final",
+                "code": {"text": "x"},
+                "subject": {"reference": "Patient/literal"},
+            }
+        ],
+    },
+}
+"""The elements of Observations that consent withholds, by form."""
+
+OF_THE_DENIED = {"reference": "Observation/s-literal"}
+
+
+def build_withheld() -> list[dict[str, Any]]:
+    """Return the resources that must not be in the tables."""
+    return [
+        *map(build_patient, DENIALS),
+        *(build_consent(f"deny-{key}", **{"provision_type": "deny", **more}) for key, more in DENIALS.items()),
+        *(build_observation(f"o-{key}", {"reference": f"Patient/{key}"}) for key in DENIALS),
+        *(build_observation(f"s-{form}", **more) for form, more in SUBJECTS.items()),
+        build(
+            "Provenance",
+            "v",
+            target=[OF_THE_DENIED],
+            recorded="2024-01-05T00:00:00Z",
+            agent=[{"who": {"display": MARKER}}],
+        ),
+        build(
+            "DiagnosticReport",
+            "r",
+            status="final",
+            code={"text": MARKER},
+            subject={"reference": "Patient/ok"},
+            result=[OF_THE_DENIED],
+        ),
+        build(
+            "Condition",
+            "c",
+            code={"text": MARKER},
+            subject={"reference": "Patient/ok"},
+            evidence=[{"detail": [{"reference": "DiagnosticReport/r"}]}],
+        ),
+    ]
+
+
+def build_loaded() -> list[dict[str, Any]]:
+    """Return the resources that must be in the tables."""
+    practitioner = {"reference": "Practitioner/doc"}
+    return [
+        build_patient("ok", "Loaded"),
+        build_observation("o-ok", {"reference": "Patient/ok"}, "loaded", performer=[practitioner]),
+        build_observation("o-device", {"type": "Device", "identifier": {"value": "9"}}, "loaded"),
+        build("Organization", "org", name="Clinic"),
+        build("Practitioner", "doc", name=[{"family": "Doc"}]),
+        build(
+            "Provenance",
+            "v-ok",
+            target=[{"reference": "Observation/o-ok"}],
+            recorded="2024-01-05T00:00:00Z",
+            agent=[{"who": practitioner}],
+        ),
+    ]
+
+
+PERMITTED = ("ok", *DENIALS)
+
+
+def build_permits() -> list[dict[str, Any]]:
+    return [build_consent(f"permit-{key}", {"reference": f"Patient/{key}"}, "permit") for key in PERMITTED]
+
+
+def name(each: dict[str, Any]) -> str:
+    return f"{each['resourceType']}/{each['id']}"
+
+
+def encode(resources: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(each).encode() + b"\n" for each in resources)
+
+
+Load = Callable[[Deploy, list[dict[str, Any]], Path, dict[str, Any]], tuple[Deployment, list[str]]]
+
+
+def load_from_server(source: str) -> Load:
+    def load(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
+        with SandboxServer([json.dumps(each).encode() for each in resources]) as server:
+            deployment = deploy(fhir_base_url=server.url, fhir_source=source, **values)
+            outcomes = deployment.ingest()
+        assert all(outcome.success for outcome in outcomes)
+        return deployment, [fault for outcome in outcomes for fault in deployment.unreconciled(outcome)]
+
+    return load
+
+
+def load_files(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
+    (folder / "source").mkdir()
+    for kind in TYPES.split(","):
+        of_type = [each for each in resources if each["resourceType"] == kind]
+        (folder / "source" / f"{kind}.ndjson").write_bytes(encode(of_type))
+    deployment = deploy(fhir_base_url=str(folder / "source"), fhir_source="ndjson", **values)
+    outcomes = deployment.ingest()
+    return deployment, [fault for outcome in outcomes for fault in deployment.unreconciled(outcome)]
+
+
+def build_bundle(resources: list[dict[str, Any]]) -> bytes:
+    """Return a Bundle of the resources, in which a Patient and its denial meet by a full URL, too."""
+    urn = "urn:uuid:0f2a1c34-0000-4000-8000-0000000000aa"
+    more = [{"fullUrl": urn, "resource": build_patient("by-url")}]
+    more += [{"resource": build_consent("deny-by-url", {"reference": urn}, "deny")}]
+    entries = [{"fullUrl": f"https://x.example/{name(each)}", "resource": each} for each in resources]
+    return json.dumps({"resourceType": "Bundle", "type": "collection", "entry": [*entries, *more]}).encode()
+
+
+def load_landed(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
+    (folder / "landing").mkdir()
+    zone = LandingZone(str(folder / "landing"))
+    deployment = deploy(fhir_landing_url=zone.url, **values)
+    zone.put("all.json", build_bundle(resources))
+    return deployment, land(deployment)
+
+
+def load_posted(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
+    deployment = deploy(**values)
+    with api_in_threads(deployment.settings) as api:
+        headers = {"Content-Type": "application/fhir+json"}
+        answer = api.post("/fhir", data=build_bundle(resources), headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert MARKER not in answer.text
+    return deployment, load_received(deployment)
+
+
+CHANNELS: dict[str, Load] = {
+    "search": load_from_server("search"),
+    "bulk": load_from_server("bulk"),
+    "files": load_files,
+    "landing zone": load_landed,
+    "post": load_posted,
+}
+
+
+@pytest.mark.parametrize("policy", ["opt-out", "opt-in"])
+@pytest.mark.parametrize(
+    "channel",
+    ["files", "landing zone", *(pytest.param(each, marks=pytest.mark.slow) for each in ("search", "bulk", "post"))],
+)
+def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
+    deploy: Deploy, tmp_path: Path, channel: str, policy: str
+) -> None:
+    resources = [*build_withheld(), *build_loaded(), *build_permits()]
+    values = {
+        "fhir_resource_types": TYPES,
+        "fhir_last_updated_gte": "2024-01-01",
+        "fhir_partition": "monthly",
+        "consent_policy": policy,
+        "api_tokens": TOKENS,
+    }
+    deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, values)
+    assert faults == []
+    assert deployment.dead() == {}
+    loaded = {f"{kind}/{key}" for kind, key in deployment.query("SELECT resource_type, id FROM fhir.resource")}
+    expected = {*map(name, build_loaded()), "Consent/permit-ok"}
+    if policy == "opt-in":
+        expected.discard("Observation/o-device")  # is about no patient, and is loaded
+        loaded.discard("Observation/o-device")
+    assert loaded == expected
+    withheld = {f"{kind}/{key}" for kind, key in deployment.query("SELECT resource_type, id FROM ops.withheld")}
+    assert withheld >= {*map(name, build_withheld())}
+    require_no_marker(deployment, tmp_path)
+    if channel == "search":
+        require_that_denied_patients_are_refused(deployment)
+
+
+def require_no_marker(deployment: Deployment, folder: Path) -> None:
+    """Require that no text of a withheld resource is in a table, an export or the lake."""
+    assert not [row for rows in deployment.tables().values() for row in rows if MARKER in row]
+    target = LocalBlobs(folder / "left")
+    with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
+        export = Export(conn, deployment.store, target, "export", actor="test", withholding=True)
+        for view in build_views(deployment.settings).views:
+            if view.name in ("patient", "observation", "provenance", "diagnostic_report", "condition"):
+                export.for_type(view.resource_type, None).write_valid()
+                export.for_type(view.resource_type, None).write_table(view, "ndjson")
+                writer.update(conn, target, view, [], run_id="run", actor="test")
+    files = [path for path in (folder / "left").rglob("*") if path.is_file()]
+    assert files
+    assert not [path.name for path in files if MARKER.encode() in path.read_bytes()]
+
+
+def require_that_denied_patients_are_refused(deployment: Deployment) -> None:
+    with api_in_threads(deployment.settings) as api:
+        for key in DENIALS:
+            answer = api.get(f"/patients/{key}")
+            assert answer.status_code == 403, key
+            assert MARKER not in answer.text
+        assert [each["id"] for each in api.get("/patients").json()["patients"]] == ["ok"]
+
+
+@pytest.mark.parametrize("policy", ["opt-out", "opt-in"])
+@pytest.mark.parametrize(
+    "denial_first",
+    [pytest.param(True, id="denial first"), pytest.param(False, id="visits first", marks=pytest.mark.slow)],
+)
+def test_a_denial_by_record_number_withholds_visits(
+    deploy: Deploy, tmp_path: Path, policy: str, denial_first: bool
+) -> None:
+    (tmp_path / "landing").mkdir()
+    zone = LandingZone(str(tmp_path / "landing"))
+    deployment = deploy(
+        fhir_landing_url=zone.url,
+        fhir_resource_types="Patient,Encounter,Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy=policy,
+    )
+    rows = [visit("D-1", "A-1", MARKER), visit("P-2", "A-2", "Loaded")]
+    csv = "\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)])
+    by_number = [{"identifier": {"system": MRN_SYSTEM, "value": number}} for number in ("D-1", "P-2")]
+    consents = [build_consent("d", by_number[0], "deny"), build_consent("p", by_number[1], "permit")]
+    files = [("consents.ndjson", encode(consents)), ("visits.csv", csv.encode())]
+    for file, content in files if denial_first else files[::-1]:
+        zone.put(file, content)
+        assert land(deployment) == []
+    assert deployment.query("SELECT family FROM fhir.patient") == [("Loaded",)]
+    assert deployment.query("SELECT count(*) FROM fhir.encounter") == [(1,)]
+    assert not [row for rows in deployment.tables().values() for row in rows if MARKER in row]
+
+
+def test_a_denial_whose_patient_is_not_known_holds_back_its_file_only_and_is_red_until_it_is_known(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    (tmp_path / "landing").mkdir()
+    zone = LandingZone(str(tmp_path / "landing"))
+    deployment = deploy(
+        fhir_landing_url=zone.url,
+        fhir_resource_types="Patient,Consent,Organization",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy="opt-out",
+    )
+    zone.put("other.json", json.dumps(build_patient("other")).encode())
+    assert land(deployment) == []
+    unknown = build_consent("c", {"reference": URN}, "deny")
+    zone.put("same.ndjson", encode([unknown, build_patient("same"), build("Organization", "org", name="Clinic")]))
+    assert land(deployment) == []
+    assert set(deployment.query("SELECT id FROM fhir.resource")) == {("other",), ("org",)}
+    red = evaluate(deployment, "consent")
+    assert (red.passed, red.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert "1 Consents deny, and their patient is not known" in (red.description or "")
+    known = {**unknown, "patient": {"reference": "Patient/gone"}, "meta": {"lastUpdated": "2024-01-06T00:00:00Z"}}
+    zone.put("corrected.ndjson", encode([known]))
+    assert land(deployment) == []
+    assert set(deployment.query("SELECT id FROM fhir.resource")) == {("other",), ("org",), ("same",)}
+    assert evaluate(deployment, "consent").passed
+
+
+def evaluate(deployment: Deployment, table: str) -> dg.AssetCheckEvaluation:
+    """Return the evaluation of the check ``patients_known`` of a table."""
+    job = build_definitions(deployment.settings).resolve_job_def("check_tables")
+    result = job.execute_in_process(instance=deployment.instance)
+    [evaluation] = [
+        each
+        for each in result.get_asset_check_evaluations()
+        if (each.asset_key.path[-1], each.check_name) == (table, "patients_known")
+    ]
+    return evaluation
