@@ -279,12 +279,13 @@ def require_no_marker(deployment: Deployment, folder: Path) -> None:
     assert not [row for rows in deployment.tables().values() for row in rows if MARKER in row]
     target = LocalBlobs(folder / "left")
     with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
-        export = Export(conn, deployment.store, target, "export", actor="test", withholding=True)
-        for view in build_views(deployment.settings).views:
-            if view.name in ("patient", "observation", "provenance", "diagnostic_report", "condition"):
-                export.for_type(view.resource_type, None).write_valid()
-                export.for_type(view.resource_type, None).write_table(view, "ndjson")
-                writer.update(conn, target, view, [], run_id="run", actor="test")
+        with Export(conn, deployment.store, target, "export", actor="test", withholding=True) as export:
+            for view in build_views(deployment.settings).views:
+                if view.name in ("patient", "observation", "provenance", "diagnostic_report", "condition"):
+                    export.for_type(view.resource_type, None).write_valid()
+                    export.for_type(view.resource_type, None).write_table(view, "ndjson")
+                    writer.update(conn, target, view, [], run_id="run", actor="test")
+            export.finish()
     files = [path for path in (folder / "left").rglob("*") if path.is_file()]
     assert files
     assert not [path.name for path in files if MARKER.encode() in path.read_bytes()]
